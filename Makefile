@@ -1,0 +1,58 @@
+# `make` lists the targets. They need a Python >= 3.10 with its venv module and a C++ compiler, nothing else: the rest
+# is installed into $(VENV), at the versions in constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test check lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS='more arguments for demo and test'"
+
+venv: $(STAMP) ## create .venv with everything that is needed for development
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "anyflow needs Python 3.10 or newer, \
+	and \`$(PYTHON)\` is: $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module. \
+	On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "[1/4] Creating $(VENV) with $$($(PYTHON) --version)"; \
+	$(PYTHON) -m venv --clear $(VENV); }
+	@echo "[2/4] Installing PyTorch (hundreds of MB the first time)"
+	@$(PIP) torch
+	@echo "[3/4] Installing the build tools"
+	@$(PIP) setuptools wheel
+	@echo "[4/4] Installing anyflow, its dependencies and the development tools"
+	@$(PIP) --no-build-isolation -e ".[dev]"
+	@touch $@
+	@echo "Ready: $(VENV)"
+
+demo: $(STAMP) ## see the any-step property in minutes, on a CPU
+	@$(BIN)/anyflow demo $(ARGS)
+
+test: $(STAMP) ## run every test
+	$(BIN)/pytest $(ARGS)
+
+check: lint ## lint, type check and the fast tests
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy anyflow
+
+format: $(STAMP) ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove builds and caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

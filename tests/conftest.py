@@ -1,0 +1,27 @@
+"""What every test has: two threads, a seeded generator, no network, the same random examples each time."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub when it is imported
+
+import hypothesis
+import pytest
+import torch
+
+SEED = 20260513
+
+torch.set_num_threads(2)
+hypothesis.settings.register_profile("anyflow", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("anyflow")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator in the same state at the start of every test."""
+    return torch.Generator().manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def _seed_weights() -> None:
+    """PyTorch initializes weights from its global generator; nothing else may draw from it."""
+    torch.manual_seed(SEED)

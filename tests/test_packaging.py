@@ -1,0 +1,161 @@
+"""The package map, the guard of `kernels/` and the cost of `import anyflow`, each in a fresh interpreter."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("diffusers", "transformers", "triton", "matplotlib", "accelerate")
+
+has_kernels_distribution = any(d.name == "kernels" for d in importlib.metadata.distributions())
+without_pypi = pytest.mark.skipif(has_kernels_distribution, reason="the PyPI package `kernels` is installed here")
+
+
+def python(code: str, *, cwd: Path = ROOT, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a new interpreter with `cwd` first on sys.path, as `python -c` puts it there, then `path`."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def output(code: str, *, cwd: Path = ROOT, path: Path | None = None) -> str:
+    done = python(code, cwd=cwd, path=path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def pip(*args: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def pypi_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the distribution `kernels` from PyPI."""
+    target = tmp_path_factory.mktemp("pypi")
+    done = pip("install", "--no-deps", "--target", target, "-c", ROOT / "constraints.txt", "kernels", cwd=target)
+    if done.returncode != 0:
+        pytest.skip(f"`kernels` could not be downloaded: {done.stderr.strip()[-500:]}")
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a copy of the sources, so that no build folder is left in the repository."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for folder in ("anyflow", "kernels", "tests"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    done = pip("wheel", ".", "--no-build-isolation", "--no-deps", "--wheel-dir", out, cwd=source)
+    assert done.returncode == 0, done.stderr
+    (built,) = out.glob("anyflow-*.whl")
+    return built
+
+
+def test_import_anyflow_loads_nothing_heavy():
+    loaded = output(f"import anyflow, sys; print([m for m in {HEAVY} if m in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_installed_package_map(tmp_path):
+    code = "import anyflow.kernels, sys; print(anyflow.kernels.__name__, 'kernels' in sys.modules)"
+    assert output(code, cwd=tmp_path) == "anyflow.kernels False"
+
+
+@without_pypi
+@pytest.mark.parametrize("statement", ["import kernels", "from kernels import get_kernel", "import kernels.layer"])
+def test_root_refuses_the_name_kernels(statement):
+    done = python(statement)
+    assert done.returncode == 1
+    assert "ImportError: This folder" in done.stderr
+    assert "anyflow.kernels" in done.stderr
+
+
+def test_any_other_name_is_refused(tmp_path):
+    shutil.copytree(ROOT / "kernels", tmp_path / "elsewhere")
+    done = python("import elsewhere", cwd=tmp_path)
+    assert "ImportError: This folder" in done.stderr and "`elsewhere`" in done.stderr
+
+
+@without_pypi
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import diffusers",
+        "import transformers; from transformers import UMT5EncoderModel, AutoTokenizer",
+        "from diffusers import AnyFlowTransformer3DModel, AnyFlowPipeline",
+    ],
+)
+def test_peers_import_from_the_root_without_the_pypi_package(statement):
+    code = f"""
+{statement}
+from transformers.utils import is_kernels_available
+print(is_kernels_available())
+try:
+    import kernels
+except ImportError as error:
+    print(str(error).startswith("This folder"))
+"""
+    assert output(code).split() == ["False", "True"]
+
+
+@pytest.mark.slow
+def test_peers_import_from_the_root_with_the_pypi_package(pypi_kernels):
+    code = """
+import diffusers, transformers
+from diffusers import AnyFlowTransformer3DModel, AnyFlowPipeline
+from transformers import UMT5EncoderModel
+from diffusers.utils import is_kernels_available
+print(is_kernels_available())
+"""
+    assert output(code, path=pypi_kernels) == "True"
+
+
+@pytest.mark.slow
+def test_pypi_package_takes_precedence_at_the_root(pypi_kernels):
+    code = """
+import sys
+import kernels, kernels.layer
+from kernels import get_kernel, LayerRepository
+import anyflow.kernels
+print(kernels.__file__)
+print(kernels is sys.modules["kernels"], kernels.layer.LayerRepository is LayerRepository, hasattr(kernels, "_guard"))
+print(anyflow.kernels is kernels)
+"""
+    file, same, ours = output(code, path=pypi_kernels).splitlines()
+    assert Path(file).is_relative_to(pypi_kernels)
+    assert same == "True True False"
+    assert ours == "False"
+
+
+@pytest.mark.slow
+def test_wheel_holds_one_top_level_package(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (top_level,) = (n for n in names if n.endswith(".dist-info/top_level.txt"))
+        assert archive.read(top_level).decode().split() == ["anyflow"]
+    tops = {n.partition("/")[0] for n in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"anyflow"}
+    assert {"anyflow/py.typed", "anyflow/kernels/__init__.py"} <= set(names)
+    templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "anyflow").rglob("*.j2")}
+    assert templates <= set(names)
+
+
+@pytest.mark.slow
+def test_wheel_serves_anyflow_kernels(wheel, tmp_path):
+    target = tmp_path / "site"
+    done = pip("install", "--no-deps", "--target", target, wheel, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = output(
+        "import anyflow, anyflow.kernels as k; print(anyflow.__file__, k.__file__)", cwd=tmp_path, path=target
+    )
+    assert all(Path(f).is_relative_to(target) for f in files.split())
