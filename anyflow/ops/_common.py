@@ -1,0 +1,74 @@
+"""Shape checks and small helpers shared by the operators' references."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype statistics and products are accumulated in: fp32, or fp64 when any operand is fp64."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_tokens(op: str, x: Tensor) -> tuple[int, int, int]:
+    """Check that x is a floating ``[B, L, D]`` tensor and return its shape."""
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(f"{op}: x must be a floating-point [B, L, D] tensor, got {describe(x)}")
+    return x.shape[0], x.shape[1], x.shape[2]
+
+
+def check_rows(op: str, name: str, rows: Tensor, x: Tensor) -> int:
+    """Check a modulation tensor ``[B, R, D]`` against ``x[B, L, D]`` (R divides L) and return R."""
+    b, length, d = x.shape
+    if rows.ndim != 3 or rows.shape[0] != b or rows.shape[2] != d:
+        raise ValueError(f"{op}: {name} must be [B={b}, R, D={d}] for x {tuple(x.shape)}, got {describe(rows)}")
+    check_device(op, name, rows, x)
+    r = rows.shape[1]
+    if r == 0 or length % r:
+        raise ValueError(f"{op}: {name} has R={r} rows, which must divide the L={length} tokens of x")
+    return r
+
+
+def check_vector(op: str, name: str, vector: Tensor, x: Tensor) -> None:
+    """Check an affine parameter ``[D]`` against ``x[..., D]``."""
+    if vector.shape != x.shape[-1:]:
+        raise ValueError(f"{op}: {name} must be [D={x.shape[-1]}], got {describe(vector)}")
+    check_device(op, name, vector, x)
+
+
+def check_same_shape(op: str, name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    """Check that two tensors have one shape and device."""
+    if tensor.shape != like.shape:
+        raise ValueError(f"{op}: {name} must have the shape of {like_name} {tuple(like.shape)}, got {describe(tensor)}")
+    check_device(op, name, tensor, like)
+
+
+def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    """Check that two tensors share a device."""
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, expected {like.device}")
+
+
+def check_times(op: str, name: str, times: Tensor, like: Tensor) -> None:
+    """Check per-sample ``[B]`` or per-frame ``[B, F]`` times against ``like[B, F, ...]``."""
+    if times.ndim not in (1, 2) or times.shape != like.shape[: times.ndim]:
+        raise ValueError(
+            f"{op}: {name} must be [B={like.shape[0]}] or [B={like.shape[0]}, F={like.shape[1]}], got {describe(times)}"
+        )
+    check_device(op, name, times, like)
+
+
+def describe(x: Tensor) -> str:
+    """Shape and dtype of a tensor for error messages."""
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def split_rows(x: Tensor, rows: int) -> Tensor:
+    """View ``[B, L, D]`` as ``[B, R, L / R, D]``, so that a modulation row broadcasts over the tokens that read it."""
+    return x.unflatten(1, (rows, x.shape[1] // rows))
+
+
+def lead(values: Tensor, like: Tensor) -> Tensor:
+    """Append singleton dimensions to ``values[B]`` or ``[B, F]`` until it broadcasts against ``like[B, F, ...]``."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
