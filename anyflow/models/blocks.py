@@ -1,0 +1,128 @@
+"""The transformer block: self-attention, text cross-attention and feed-forward on the fused operators."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyflow.models.attention import attention
+from anyflow.ops import gated_residual, layer_norm_modulate, residual_layer_norm, rms_norm_rope
+
+Rotary = tuple[Tensor, Tensor]
+KeyValue = tuple[Tensor, Tensor]
+
+
+class QKNorm(nn.Module):
+    """RMS norm over the full width, head split and optional rotation; ``[B, L, D] -> [B, L, H, Dh]``."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.num_heads, self.eps = num_heads, eps
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        cos, sin = (None, None) if rotary is None else rotary
+        return rms_norm_rope(x, self.weight, cos, sin, num_heads=self.num_heads, eps=self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalized queries and keys; of the tokens themselves, or of a context."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
+        self.norm_q = QKNorm(dim, num_heads, eps)
+        self.norm_k = QKNorm(dim, num_heads, eps)
+
+    def key_value(self, context: Tensor, rotary: Rotary | None = None) -> KeyValue:
+        """``context[B, S, D] -> (key, value)``, both ``[B, S, H, Dh]``; worth caching for a fixed context."""
+        return self.norm_k(self.to_k(context), rotary), self.to_v(context).unflatten(-1, (self.num_heads, -1))
+
+    def forward(self, x: Tensor, context: Tensor | KeyValue, rotary: Rotary | None = None) -> Tensor:
+        """``x[B, L, D]`` attends to ``context[B, S, D]``, or to cached keys and values; returns ``[B, L, D]``."""
+        query = self.norm_q(self.to_q(x), rotary)
+        key, value = context if isinstance(context, tuple) else self.key_value(context, rotary)
+        out = attention(query, key, value)
+        for module in self.to_out:
+            out = module(out)
+        return out
+
+
+class GELUProjection(nn.Module):
+    """Linear followed by tanh-GELU."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, ffn_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, Linear; ``[B, L, D] -> [B, L, D]``."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GELUProjection(dim, ffn_dim), nn.Dropout(0.0), nn.Linear(ffn_dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.net:
+            x = module(x)
+        return x
+
+
+class ResidualLayerNorm(nn.Module):
+    """Gated residual followed by an affine LayerNorm that holds its own parameters (``norm2``)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        return residual_layer_norm(x, y, gate, weight=self.weight, bias=self.bias, eps=self.eps)
+
+
+class AnyFlowTransformerBlock(nn.Module):
+    """One block. Modulation stays at one row per sample or frame: table ``[1, 6, D]`` plus ``[B, R, 6, D]``."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.attn1 = Attention(dim, num_heads, eps)
+        self.attn2 = Attention(dim, num_heads, eps)
+        self.norm2 = ResidualLayerNorm(dim, eps) if cross_attn_norm else None
+        self.ffn = FeedForward(dim, ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, context: Tensor | KeyValue, modulation: Tensor, rotary: Rotary) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: ``[B, L, D]`` tokens.
+            context: ``[B, S, D]`` text tokens, or their cached keys and values.
+            modulation: ``[B, R, 6, D]`` projection of the time embedding, R = 1 or one row per frame.
+            rotary: ``(cos, sin)``, each ``[L, Dh / 2]``.
+
+        Returns:
+            ``[B, L, D]``.
+        """
+        wide = torch.promote_types(modulation.dtype, torch.float32)
+        shift, scale, gate, c_shift, c_scale, c_gate = (self.scale_shift_table + modulation.to(wide)).unbind(2)
+
+        n = layer_norm_modulate(x, shift, scale, self.eps)
+        a = self.attn1(n, n, rotary)
+        if self.norm2 is None:
+            x = n = gated_residual(x, a, gate)
+        else:
+            x, n = self.norm2(x, a, gate)
+        a = self.attn2(n, context)
+        x, n = residual_layer_norm(x, a, shift=c_shift, scale=c_scale, eps=self.eps)
+        return gated_residual(x, self.ffn(n), c_gate)

@@ -1,0 +1,234 @@
+"""Patch, rotary, timestep and text embeddings. Parameter names are those of diffusers' AnyFlow and Wan transformers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyflow.ops import dual_timestep_embedding
+from anyflow.ops.dual_timestep_embedding import FUSIONS
+
+DELTATIME_TYPES = ("r", "t-r")
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Non-overlapping patch projection: a Conv3d by name and contract, one matrix product in execution.
+
+    Runs in the wider of the input's and the weight's dtype, also under autocast: fp32 latents entering a bf16 model are
+    not rounded before they are projected, without which the central difference of x drowns (SPEC D1).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, F, H, W] -> [B, D, F', H', W']``; F, H, W are multiples of the patch size."""
+        b, c = x.shape[:2]
+        pt, ph, pw = self.kernel_size
+        grid = (x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw)
+        patches = x.reshape(b, c, grid[0], pt, grid[1], ph, grid[2], pw).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+        out = linear_wide(patches.flatten(1, 3), self.weight.flatten(1), self.bias)
+        return out.transpose(1, 2).unflatten(2, grid)
+
+
+class OutputProjection(nn.Linear):
+    """A linear layer in the wider of the input's and the weight's dtype, also under autocast (SPEC D1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_wide(x, self.weight, self.bias)
+
+
+def linear_wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` in the wider of the two dtypes, with autocast off."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of the 3-D rotary embedding: theta 1e4; of Dh, 2 (Dh // 6) dims each go to height and width.
+
+    The per-axis tables are computed in fp64 and rounded to fp32 once (the peers rotate in fp64 complex arithmetic).
+    """
+
+    def __init__(self, head_dim: int, max_seq_len: int, theta: float = 1e4) -> None:
+        super().__init__()
+        space = 2 * (head_dim // 6)
+        self.axis_dims = (head_dim - 2 * space, space, space)
+        self.max_seq_len = max_seq_len
+        self.theta = theta
+        self._cache: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def forward(self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``(cos, sin)``, each ``[F * H * W, Dh / 2]`` for a token grid (F, H, W).
+
+        Raises:
+            ValueError: an axis of the grid is longer than ``rope_max_seq_len``.
+        """
+        if max(grid) > self.max_seq_len:
+            raise ValueError(f"token grid {grid} exceeds rope_max_seq_len={self.max_seq_len} of the model")
+        if torch.compiler.is_compiling():  # a cache that changes between calls would force a recompilation
+            return self._tables(grid, device, dtype)
+        key = (grid, device, dtype)
+        if key not in self._cache:
+            if len(self._cache) >= 8:
+                self._cache.clear()
+            with torch.inference_mode(False):
+                self._cache[key] = self._tables(grid, device, dtype)
+        return self._cache[key]
+
+    def _tables(self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        wide = torch.float32 if device.type in ("mps", "npu") else torch.float64
+        phases = []
+        for axis, (length, dim) in enumerate(zip(grid, self.axis_dims, strict=True)):
+            frequency = self.theta ** -(torch.arange(0, dim, 2, dtype=wide, device=device) / dim)
+            phase = torch.outer(torch.arange(length, dtype=wide, device=device), frequency)
+            shape = [1, 1, 1, phase.shape[1]]
+            shape[axis] = length
+            phases.append(phase.view(shape).expand(*grid, -1))
+        angle = torch.cat(phases, dim=-1).flatten(0, 2)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RotaryEmbedding:
+        return RotaryEmbedding(sum(self.axis_dims), self.max_seq_len, self.theta)
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """``[N] -> [N, dim]``: ``[cos | sin]`` of t times ``exp(-ln(1e4) i / (dim / 2))``, in fp32 (SPEC A)."""
+    half = dim // 2
+    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    angle = timestep.to(torch.float32)[:, None] * exponent.exp()
+    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, dim % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Linear, SiLU, Linear on a sinusoidal embedding."""
+
+    def __init__(self, freq_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(freq_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, sinusoid: Tensor) -> Tensor:
+        """``[N, freq_dim] -> [N, D]``."""
+        return self.linear_2(F.silu(self.linear_1(sinusoid)))
+
+
+class TextProjection(nn.Module):
+    """Linear, tanh-GELU, Linear on text-encoder states."""
+
+    def __init__(self, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(text_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """``[B, S, text_dim] -> [B, S, D]``."""
+        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
+
+
+class ImageProjection(nn.Module):
+    """LayerNorm, Linear, GELU, Linear, LayerNorm on image-encoder states (norms in fp32)."""
+
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(image_dim)
+        self.ff = _ImageFeedForward(image_dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``[B, S, image_dim] -> [B, S, D]``."""
+        return _layer_norm_fp32(self.norm2, self.ff(_layer_norm_fp32(self.norm1, image)))
+
+
+class _ImageFeedForward(nn.Module):
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([_ExactGELU(image_dim), nn.Identity(), nn.Linear(image_dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.net:
+            x = module(x)
+        return x
+
+
+class _ExactGELU(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x))
+
+
+def _layer_norm_fp32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+
+
+class ConditionEmbedder(nn.Module):
+    """Timestep (t and, for a flow map, r), text and image conditioning.
+
+    ``delta_embedder`` and the gate exist only for a flow map; the gate is a non-persistent buffer (not in checkpoints).
+    """
+
+    delta_emb_gate: Tensor
+
+    def __init__(self, dim: int, freq_dim: int, text_dim: int, image_dim: int | None) -> None:
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.time_embedder = TimestepEmbedding(freq_dim, dim)
+        self.delta_embedder: TimestepEmbedding | None = None
+        self.deltatime_type = "r"
+        self.fusion = "gated"
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = TextProjection(text_dim, dim)
+        self.image_embedder = None if image_dim is None else ImageProjection(image_dim, dim)
+
+    def set_flow_map(self, delta_embedder: TimestepEmbedding, gate_value: float, deltatime: str, fusion: str) -> None:
+        """Install the second timestep branch.
+
+        Raises:
+            ValueError: an unknown deltatime type or fusion, or a gate that is not finite.
+        """
+        if deltatime not in DELTATIME_TYPES:
+            raise ValueError(f"deltatime_type must be one of {', '.join(DELTATIME_TYPES)}, got {deltatime!r}")
+        if fusion not in FUSIONS:
+            raise ValueError(f"r_embedder_fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
+        if not math.isfinite(gate_value):
+            raise ValueError(f"gate_value must be finite, got {gate_value}")
+        self.delta_embedder = delta_embedder
+        self.deltatime_type, self.fusion = deltatime, fusion
+        gate = torch.tensor([gate_value], dtype=torch.float32, device=delta_embedder.linear_1.weight.device)
+        self.register_buffer("delta_emb_gate", gate, persistent=False)
+
+    def embed_time(self, timestep: Tensor, r_timestep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``t[N]``, ``r[N]`` or None ``-> (emb[N, D], projection[N, 6, D])``, embeddings rounded to ``dtype``."""
+        temb = self._embed(self.time_embedder, timestep, dtype)
+        if r_timestep is None:
+            activated = F.silu(temb)
+        elif self.delta_embedder is None:
+            raise ValueError(
+                "r_timestep was given, but this model has no second timestep branch (r_embedder=False); "
+                "call enable_flow_map() first, or pass r_timestep=None"
+            )
+        else:
+            delta = r_timestep if self.deltatime_type == "r" else timestep - r_timestep
+            remb = self._embed(self.delta_embedder, delta, dtype)
+            temb, activated = dual_timestep_embedding(temb, remb, self.delta_emb_gate, self.fusion)
+        return temb, self.time_proj(activated.to(self.time_proj.weight.dtype)).unflatten(-1, (6, -1))
+
+    def _embed(self, embedder: TimestepEmbedding, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        sinusoid = sinusoidal_embedding(timestep, self.freq_dim)
+        return embedder(sinusoid.to(embedder.linear_1.weight.dtype)).to(dtype)
+
+    def embed_text(self, text: Tensor, image: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``text[B, S, text_dim]`` and optional ``image[B, S', image_dim] -> [B, S' + S, D]``, image tokens first."""
+        tokens = self.text_embedder(text.to(dtype))
+        if image is None:
+            return tokens
+        if self.image_embedder is None:
+            raise ValueError(
+                "encoder_hidden_states_image was given, but this model has no image branch (image_dim=None)"
+            )
+        return torch.cat([self.image_embedder(image.to(dtype)), tokens], dim=1)

@@ -1,0 +1,31 @@
+"""How methods and samplers call a network ``u(x_t, t, r)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def velocity(model: Any, x: Tensor, timestep: Tensor, r_timestep: Tensor | None, prompt_embeds: Tensor) -> Tensor:
+    """``u(x, t, r, c)`` in fp32 at least: ``x[B, F, C, H, W]``, timesteps ``[B]`` or ``[B, F]`` in [0, N]."""
+    out = model(
+        hidden_states=x,
+        timestep=timestep,
+        r_timestep=r_timestep,
+        encoder_hidden_states=prompt_embeds,
+        return_dict=False,
+    )[0]
+    return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def has_flow_map(model: Any) -> bool:
+    """Whether a network takes ``r_timestep``: everything but a transformer built with ``r_embedder=False``."""
+    config = getattr(getattr(model, "module", model), "config", None)
+    return True if config is None else bool(getattr(config, "r_embedder", True))
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """fp64 where the device has it: times near 1 differ by less than fp32 resolves well."""
+    return torch.float32 if device.type in ("mps", "npu") else torch.float64

@@ -1,0 +1,190 @@
+"""Samplers that read like the algorithm: the any-step flow map, and the re-noising consistency sampler beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow.network import has_flow_map
+from anyflow.rng import randn_like
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.validation import batched_embeds, require_finite, require_latents
+
+Callback = Callable[[int, float, Tensor], Tensor | None]
+Schedule = Sequence[float] | Tensor
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    scheduler: FlowMapEulerDiscreteScheduler,
+    noise: Tensor,
+    prompt_embeds: Tensor,
+    *,
+    num_inference_steps: int | None = 4,
+    timesteps: Schedule | None = None,
+    guidance_scale: float = 1.0,
+    negative_prompt_embeds: Tensor | None = None,
+    context_latents: Tensor | None = None,
+    use_mean_velocity: bool = True,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Any-step flow-map sampling: ``x <- x - (t - r) u(x, t, r)`` along the schedule, without re-noising.
+
+    Args:
+        model: ``u(x_t, t, r)``, an :class:`~anyflow.models.AnyFlowTransformer3DModel` or a module with its call. A
+            plain Wan model (``r_embedder=False``) needs ``use_mean_velocity=False``.
+        scheduler: gives the schedule; its state is not changed.
+        noise: ``[B, F, C, H, W]`` standard normal; its dtype is the one the model sees. Never written.
+        prompt_embeds: ``[B, S, text_dim]``.
+        num_inference_steps: network evaluations; ignored when ``timesteps`` is given.
+        timesteps: custom schedule in [0, num_train_timesteps], used verbatim.
+        guidance_scale: s of ``u_neg + s (u - u_neg)``; 1 (no guidance) for checkpoints with guidance distilled in.
+        negative_prompt_embeds: ``[B or 1, S, text_dim]``; required, and used, only when guidance_scale is not 1.
+        context_latents: ``[B or 1, F', C, H, W]`` clean first frames, held fixed at t = 0. Never written.
+        use_mean_velocity: False evaluates the instantaneous velocity (r = t), which is plain Euler.
+        callback: called as ``callback(index, timestep, latents)`` after each step; a tensor returned replaces latents.
+
+    Returns:
+        ``[B, F, C, H, W]`` clean latents in noise's dtype.
+
+    Raises:
+        ValueError: shapes do not fit, values are out of range, or noise holds NaN.
+    """
+    network = _Network(model, noise, prompt_embeds, guidance_scale, negative_prompt_embeds)
+    context = _context(context_latents, noise)
+    sigmas = scheduler.schedule(None if timesteps is not None else num_inference_steps, timesteps=timesteps)
+    times = (sigmas * scheduler.config.num_train_timesteps).tolist()
+    network.embed_times(
+        times[:-1], times[1:] if use_mean_velocity else None, 0 if context is None else context.shape[1]
+    )
+
+    latents = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    for i, sigma in enumerate(sigmas[:-1].tolist()):
+        latents = _with_context(latents, context)
+        velocity = network(latents.to(noise.dtype), i)
+        latents = latents - (sigma - float(sigmas[i + 1])) * velocity.to(latents.dtype)
+        if callback is not None:
+            replaced = callback(i, times[i], _with_context(latents, context).to(noise.dtype))
+            latents = latents if replaced is None else replaced.to(latents)
+    return _with_context(latents, context).to(noise.dtype)
+
+
+@torch.no_grad()
+def sample_consistency(
+    model: Any,
+    scheduler: FlowMapEulerDiscreteScheduler,
+    noise: Tensor,
+    prompt_embeds: Tensor,
+    *,
+    num_inference_steps: int | None = 4,
+    timesteps: Schedule | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Consistency sampling with the same network: jump to t = 0, re-noise to the next time, jump again.
+
+    This is how consistency models and DMD students are sampled. More steps mean more injected noise, so quality need
+    not improve with them; it is here for comparison. Arguments, result and errors are those of :func:`sample`;
+    ``generator`` draws the noise that is added.
+    """
+    network = _Network(model, noise, prompt_embeds, 1.0, None)
+    sigmas = scheduler.schedule(None if timesteps is not None else num_inference_steps, timesteps=timesteps)
+    times = (sigmas * scheduler.config.num_train_timesteps).tolist()
+    network.embed_times(times[:-1], [0.0] * (len(times) - 1), 0)
+
+    latents = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    for i, sigma in enumerate(sigmas[:-1].tolist()):
+        clean = latents - sigma * network(latents.to(noise.dtype), i).to(latents.dtype)
+        following = float(sigmas[i + 1])
+        latents = clean
+        if following > 0:
+            fresh = randn_like(clean, generator)
+            latents = (1 - following) * clean + following * fresh
+    return latents.to(noise.dtype)
+
+
+class _Network:
+    """The guided velocity at each step of a schedule, with time embeddings and text keys and values computed once."""
+
+    def __init__(
+        self, model: Any, noise: Tensor, prompt_embeds: Tensor, guidance_scale: float, negative: Tensor | None
+    ) -> None:
+        require_latents("noise", noise)
+        require_finite("noise", noise)
+        if not guidance_scale > 0:
+            raise ValueError(f"guidance_scale must be > 0 (1 means no guidance), got {guidance_scale}")
+        text = batched_embeds("prompt_embeds", prompt_embeds, noise.shape[0])
+        self.guidance_scale = guidance_scale
+        self.guided = guidance_scale != 1
+        if self.guided:
+            if negative is None:
+                raise ValueError(f"guidance_scale={guidance_scale} needs negative_prompt_embeds")
+            text = torch.cat([batched_embeds("negative_prompt_embeds", negative, noise.shape[0]), text])
+        self.model, self.text, self.batch_size = model, text, len(text)
+        self.frames, self.device = noise.shape[1], noise.device
+        self.cached = hasattr(model, "embed_time") and hasattr(model, "encode_text")
+        self.context = model.encode_text(text) if self.cached else None
+        self.r: Tensor | None = None
+
+    def embed_times(self, times: list[float], targets: list[float] | None, context_frames: int) -> None:
+        """Prepare all steps: one row per step, or one per frame when context frames stay at t = 0.
+
+        ``targets`` None asks for the instantaneous velocity: r = t, or the plain path of a model without a flow map.
+        """
+        if targets is not None and not has_flow_map(self.model):
+            raise ValueError(
+                "this model has no second timestep branch: pass use_mean_velocity=False for plain Euler steps"
+            )
+        self.t = torch.tensor(times, dtype=torch.float32, device=self.device)
+        self.r = self.t if targets is None else torch.tensor(targets, dtype=torch.float32, device=self.device)
+        if context_frames:
+            frame = torch.arange(self.frames, device=self.device)
+            self.t = torch.where(frame < context_frames, 0.0, self.t[:, None])
+            self.r = self.t if targets is None else self.r[:, None].expand_as(self.t)
+        if not has_flow_map(self.model):
+            self.r = None
+        self.times = self.model.embed_time(self.t, self.r) if self.cached else None
+
+    def __call__(self, latents: Tensor, step: int) -> Tensor:
+        x = torch.cat([latents, latents]) if self.guided else latents
+        if self.times is not None:
+            velocity = self.model(
+                hidden_states=x,
+                time_embedding=self.times[step].expand(self.batch_size),
+                text_context=self.context,
+                return_dict=False,
+            )[0]
+        else:
+            velocity = self.model(
+                hidden_states=x,
+                timestep=self.t[step].expand(self.batch_size, *self.t.shape[1:]),
+                r_timestep=None if self.r is None else self.r[step].expand(self.batch_size, *self.r.shape[1:]),
+                encoder_hidden_states=self.text,
+                return_dict=False,
+            )[0]
+        if not self.guided:
+            return velocity
+        negative, positive = velocity.float().chunk(2)
+        return negative + self.guidance_scale * (positive - negative)
+
+
+def _context(context: Tensor | None, noise: Tensor) -> Tensor | None:
+    if context is None:
+        return None
+    require_latents("context_latents", context)
+    b, f = noise.shape[:2]
+    if context.shape[0] not in (1, b) or context.shape[2:] != noise.shape[2:] or context.shape[1] >= f:
+        raise ValueError(
+            f"context_latents must be [B={b} or 1, fewer than F={f}, {', '.join(map(str, noise.shape[2:]))}], "
+            f"got {tuple(context.shape)}"
+        )
+    return context.expand(b, -1, -1, -1, -1)
+
+
+def _with_context(latents: Tensor, context: Tensor | None) -> Tensor:
+    if context is None:
+        return latents
+    return torch.cat([context.to(latents), latents[:, context.shape[1] :]], dim=1)

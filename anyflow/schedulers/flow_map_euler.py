@@ -1,0 +1,365 @@
+"""The flow-map Euler scheduler: ``x_r = x_t - (t - r) u(x_t, t, r)``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow.schedulers.shift import WEIGHT_TYPES, invert_shift, nearest_weight, shift_times, train_weight_grid
+
+CONFIG_NAME = "scheduler_config.json"
+_ON_SCHEDULE = 1e-3  # a timestep this close to an entry of the schedule is that entry (in timesteps, as in diffusers)
+
+
+class SchedulerConfig(SimpleNamespace):
+    """Read-only view of the scheduler's settings, as attributes and as a mapping."""
+
+    def __getitem__(self, key: str) -> Any:
+        return vars(self)[key]
+
+    def keys(self) -> Any:
+        return vars(self).keys()
+
+    def items(self) -> Any:
+        return vars(self).items()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return vars(self).get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        return key in vars(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(
+            f"scheduler.config.{name} is read-only; use set_shift(), or from_config(config, {name}=...)"
+        )
+
+
+@dataclass
+class FlowMapEulerDiscreteSchedulerOutput:
+    """Result of :meth:`FlowMapEulerDiscreteScheduler.step`: ``prev_sample``, the sample at r."""
+
+    prev_sample: Tensor
+
+    def __getitem__(self, index: int | str) -> Tensor:
+        return (self.prev_sample,)[index] if isinstance(index, int) else getattr(self, index)
+
+
+class FlowMapEulerDiscreteScheduler:
+    """Euler scheduler for flow maps, with both ends of a step in the caller's hands.
+
+    Timesteps are in [0, num_train_timesteps], sigmas in [0, 1], and sigma = timestep / num_train_timesteps always.
+    Works as the ``scheduler`` of ``diffusers.AnyFlowPipeline``.
+
+    Args:
+        num_train_timesteps: N, the timestep of pure noise.
+        shift: s > 0 of the schedule shift ``S(u) = s u / (1 + (s - 1) u)``; Wan uses 5.
+        weight_type: training weight, ``"beta08"``, ``"gaussian"`` or ``"uniform"``.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+    config_name = CONFIG_NAME
+
+    sigmas: Tensor
+    timesteps: Tensor
+    num_inference_steps: int
+
+    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0, weight_type: str = "beta08") -> None:
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+        if weight_type not in WEIGHT_TYPES:
+            raise ValueError(f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {weight_type!r}")
+        self._configure(num_train_timesteps=num_train_timesteps, shift=_valid_shift(shift), weight_type=weight_type)
+        self.set_timesteps(num_train_timesteps)
+
+    def _configure(self, **settings: Any) -> None:
+        self.config = SchedulerConfig(**settings)
+        self._weights: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+    # Configuration files -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any] | SchedulerConfig, **overrides: Any
+    ) -> FlowMapEulerDiscreteScheduler:
+        """Build from a configuration; keys that start with an underscore (diffusers' bookkeeping) are skipped.
+
+        Raises:
+            ValueError: the configuration has a key this scheduler does not know.
+        """
+        settings = {k: v for k, v in {**dict(config.items()), **overrides}.items() if not k.startswith("_")}
+        known = ("num_train_timesteps", "shift", "weight_type")
+        if unknown := sorted(set(settings) - set(known)):
+            raise ValueError(f"unknown scheduler settings {', '.join(unknown)}; expected {', '.join(known)}")
+        return cls(**settings)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, subfolder: str | None = None, **overrides: Any
+    ) -> FlowMapEulerDiscreteScheduler:
+        """Load from a folder (or its ``subfolder``) that holds ``scheduler_config.json``, or from the file itself.
+
+        Raises:
+            ValueError: there is no such file, or it holds a setting this scheduler does not know.
+        """
+        file = Path(path) if subfolder is None else Path(path) / subfolder
+        file = file / CONFIG_NAME if file.is_dir() else file
+        if not file.is_file():
+            raise ValueError(f"no {CONFIG_NAME} at {file}")
+        return cls.from_config(json.loads(file.read_text()), **overrides)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write ``scheduler_config.json`` into a folder, which is created if needed."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        settings = {"_class_name": type(self).__name__, **dict(self.config.items())}
+        (directory / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+
+    # Schedule ----------------------------------------------------------------------------------------------------
+
+    def apply_shift(self, sigmas: Any) -> Any:
+        """``S(u) = s u / (1 + (s - 1) u)`` on [0, 1]; a number or a tensor of any shape."""
+        return shift_times(sigmas, self.config.shift)
+
+    def invert_shift(self, sigmas: Any) -> Any:
+        """The inverse of :meth:`apply_shift`."""
+        return invert_shift(sigmas, self.config.shift)
+
+    def set_shift(self, shift: float) -> None:
+        """Change the shift and rebuild the default schedule at the current number of steps.
+
+        Raises:
+            ValueError: shift is not a positive finite number.
+        """
+        self._configure(**{**dict(self.config.items()), "shift": _valid_shift(shift)})
+        self.set_timesteps(self.num_inference_steps, self.sigmas.device)
+
+    def schedule(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        sigmas: Sequence[float] | Tensor | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+    ) -> Tensor:
+        """The sigmas of a schedule, without changing the scheduler: fp64 ``[n + 1]`` on CPU, descending to 0.
+
+        Without ``sigmas`` or ``timesteps``: ``S(linspace(1, 0, n + 1))``. Custom values are used verbatim, never
+        shifted again; a terminal 0 is appended unless it is there already.
+
+        Raises:
+            ValueError: no length is given or lengths disagree; values are NaN, out of range or not descending.
+        """
+        if sigmas is not None and timesteps is not None:
+            raise ValueError("give either sigmas or timesteps, not both")
+        if sigmas is None and timesteps is None:
+            if num_inference_steps is None:
+                raise ValueError("num_inference_steps is required unless sigmas or timesteps are given")
+            if num_inference_steps < 1:
+                raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+            return self.apply_shift(torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64))
+        if sigmas is not None:
+            name, values, top = "sigmas", torch.as_tensor(sigmas, dtype=torch.float64), 1.0
+        else:
+            name, values, top = "timesteps", torch.as_tensor(timesteps, dtype=torch.float64), self._n
+        values = _valid_schedule(name, values.cpu(), top)
+        steps = len(values) - 1
+        if num_inference_steps is not None and num_inference_steps != steps:
+            # A caller that counted the terminal 0 it passed means the same schedule.
+            given = len(sigmas) if sigmas is not None else len(timesteps)  # type: ignore[arg-type]
+            if num_inference_steps != given:
+                raise ValueError(f"num_inference_steps={num_inference_steps}, but {name} has {steps} steps")
+        return values / top
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        *,
+        sigmas: Sequence[float] | Tensor | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        """Set the sampling schedule: ``self.timesteps`` gets n entries, ``self.sigmas`` n + 1 with the terminal 0.
+
+        Args and errors: see :meth:`schedule`; ``device`` is where the two tensors are put.
+        """
+        values = self.schedule(num_inference_steps, sigmas=sigmas, timesteps=timesteps)
+        self._schedule = (values[:-1] * self._n).tolist()  # host copy: looking up a step must not wait for a GPU
+        dtype = torch.float32 if torch.device(device or "cpu").type in ("mps", "npu") else torch.float64
+        self.sigmas = values.to(device=device, dtype=dtype)
+        self.timesteps = (values[:-1] * self._n).to(device=device, dtype=dtype)
+        self.num_inference_steps = len(self._schedule)
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    @property
+    def step_index(self) -> int | None:
+        """Number of the next step; None before the first :meth:`step`."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """First step of a schedule entered midway; None means it is found from the timestep."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Enter the schedule at ``begin_index``, which only affects :attr:`step_index`."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int | None:
+        """Index of a single timestep on the current schedule, or None when it is not on it."""
+        value = float(timestep)
+        index = min(range(len(self._schedule)), key=lambda i: abs(self._schedule[i] - value))
+        return index if abs(self._schedule[index] - value) <= _ON_SCHEDULE else None
+
+    # Steps -------------------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Identity; flow maps take the sample as it is."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        r_timestep: float | Tensor | None = None,
+        return_dict: bool = True,
+    ) -> FlowMapEulerDiscreteSchedulerOutput | tuple[Tensor]:
+        """Move a sample from t to r: ``x_r = x_t - (t - r) / N * u``, in fp32 at least.
+
+        Numbers and CPU tensors are validated; device tensors are taken as they are, so that no step waits for the GPU
+        (except that without ``r_timestep`` a device ``timestep`` must be read to find the next one).
+
+        Args:
+            model_output: u, ``[B, F, ...]``.
+            timestep: t: a number, ``[]``, ``[B]`` or ``[B, F]``, in [0, N]. Per-sample values are honored.
+            sample: x_t, the shape of model_output.
+            r_timestep: r <= t; as timestep. None takes the entry that follows ``timestep`` on the schedule.
+            return_dict: False returns a 1-tuple.
+
+        Returns:
+            ``.prev_sample``, x_r in sample's dtype.
+
+        Raises:
+            ValueError: shapes do not fit, times are out of range, NaN or ascending, or r cannot be inferred.
+        """
+        if model_output.shape != sample.shape:
+            raise ValueError(f"model_output {tuple(model_output.shape)} and sample {tuple(sample.shape)} must match")
+        if r_timestep is None:
+            r_timestep = self._next_timestep(timestep)
+        t, r = self._times("timestep", timestep, sample), self._times("r_timestep", r_timestep, sample)
+        if _on_host(timestep) and _on_host(r_timestep) and bool((_host(r_timestep) > _host(timestep)).any()):
+            raise ValueError(f"r_timestep must not exceed timestep, got r={r_timestep}, t={timestep}")
+        acc = torch.promote_types(sample.dtype, torch.float32)
+        width = ((t - r) / self._n).to(acc)
+        previous = (sample.to(acc) - width * model_output.to(acc)).to(sample.dtype)
+        self._advance(timestep)
+        return FlowMapEulerDiscreteSchedulerOutput(previous) if return_dict else (previous,)
+
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
+        """Noise clean data to ``timestep``: ``(1 - sigma) x0 + sigma eps``, in sample's dtype.
+
+        Args:
+            sample: x0, ``[B, F, ...]``.
+            timestep: a number, ``[]``, ``[B]`` or ``[B, F]``, in [0, N].
+            noise: the shape of sample.
+        """
+        if noise.shape != sample.shape:
+            raise ValueError(f"noise {tuple(noise.shape)} and sample {tuple(sample.shape)} must match")
+        acc = torch.promote_types(sample.dtype, torch.float32)
+        sigma = (self._times("timestep", timestep, sample) / self._n).to(acc)
+        return ((1 - sigma) * sample.to(acc) + sigma * noise.to(acc)).to(sample.dtype)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: float | Tensor) -> Tensor:
+        """:meth:`scale_noise` under the argument order of diffusers' training schedulers."""
+        return self.scale_noise(original_samples, timesteps, noise)
+
+    def get_train_weight(self, timesteps: Tensor) -> Tensor:
+        """Training weight of each timestep in [0, N] (any shape), fp32: nearest point of the shifted grid (SPEC B6).
+
+        Normalized over the grid, never over the batch; see :func:`anyflow.schedulers.shift.train_weight_grid`.
+        """
+        device = timesteps.device
+        if device not in self._weights:
+            tau, weight = train_weight_grid(self.config.weight_type, self.config.shift)
+            dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
+            self._weights[device] = (tau.to(device, dtype), weight.to(device, dtype))
+        tau, weight = self._weights[device]
+        return nearest_weight(timesteps.to(tau.dtype) / self._n, tau, weight).to(torch.float32)
+
+    @property
+    def _n(self) -> int:
+        return self.config.num_train_timesteps
+
+    def _times(self, name: str, value: float | Tensor, like: Tensor) -> Tensor:
+        if _on_host(value):
+            host = _host(value)
+            if not bool(((host >= 0) & (host <= self._n)).all()):  # also catches NaN
+                raise ValueError(f"{name} must be in [0, {self._n}], got {value}")
+        dtype = torch.float32 if like.device.type in ("mps", "npu") else torch.float64
+        times = torch.as_tensor(value).to(device=like.device, dtype=dtype)
+        if times.ndim and times.shape != like.shape[: times.ndim] and times.numel() != 1:
+            raise ValueError(f"{name} {tuple(times.shape)} must be a number, [B] or [B, F] of {tuple(like.shape)}")
+        return times.reshape(times.shape + (1,) * (like.ndim - times.ndim))
+
+    def _next_timestep(self, timestep: float | Tensor) -> Tensor:
+        values = torch.as_tensor(timestep)
+        following = [*self._schedule[1:], 0.0]
+        result = []
+        for value in values.flatten().tolist():
+            index = self.index_for_timestep(value)
+            if index is None:
+                raise ValueError(
+                    f"timestep {value} is not on the schedule, so the next one is unknown; pass r_timestep explicitly"
+                )
+            result.append(following[index])
+        return torch.tensor(result, dtype=torch.float64).reshape(values.shape)
+
+    def _advance(self, timestep: float | Tensor) -> None:
+        if self._step_index is None:
+            index = self._begin_index
+            if index is None and _on_host(timestep):
+                index = self.index_for_timestep(_host(timestep).flatten()[0])
+            self._step_index = 0 if index is None else index
+        self._step_index += 1
+
+
+def _on_host(value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) or value.device.type == "cpu"
+
+
+def _host(value: float | Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
+def _valid_shift(shift: float) -> float:
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift must be a positive finite number, got {shift}")
+    return float(shift)
+
+
+def _valid_schedule(name: str, values: Tensor, top: float) -> Tensor:
+    if values.ndim != 1 or values.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty 1-D sequence, got shape {tuple(values.shape)}")
+    if not bool(((values >= 0) & (values <= top)).all()):  # also catches NaN
+        raise ValueError(f"{name} must be finite and in [0, {top:g}], got {values.tolist()}")
+    if values[-1] != 0:
+        values = torch.cat([values, values.new_zeros(1)])
+    if len(values) < 2 or not bool((values[1:] < values[:-1]).all()):
+        raise ValueError(f"{name} must be strictly descending, got {values.tolist()}")
+    return values
