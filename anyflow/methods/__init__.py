@@ -1,0 +1,20 @@
+"""Training methods: losses and rollouts as pure maths, without I/O, optimizer or global randomness."""
+
+from anyflow.methods.dmd2 import DMD2Config, DMD2Method, dmd_gradient
+from anyflow.methods.on_policy import AnyFlowOnPolicyMethod, OnPolicyConfig
+from anyflow.methods.output import LossOutput
+from anyflow.methods.pretrain import AnyFlowPretrainMethod, PretrainConfig
+from anyflow.methods.time_pairs import TimePairs, sample_time_pairs
+
+__all__ = [
+    "AnyFlowOnPolicyMethod",
+    "AnyFlowPretrainMethod",
+    "DMD2Config",
+    "DMD2Method",
+    "LossOutput",
+    "OnPolicyConfig",
+    "PretrainConfig",
+    "TimePairs",
+    "dmd_gradient",
+    "sample_time_pairs",
+]

@@ -1,0 +1,31 @@
+"""Agreement between ranks: identities in a single process."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over all ranks, in place on a tensor that needs no gradient."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def broadcast_from_rank_zero(values: list[float], device: torch.device) -> list[float]:
+    """Rank 0's numbers on every rank, so that draws which must agree do."""
+    if rank_and_world()[1] == 1:
+        return values
+    on_device = device if dist.get_backend() != "gloo" else torch.device("cpu")
+    shared = torch.tensor(values, dtype=torch.float32, device=on_device)
+    dist.broadcast(shared, src=0)
+    return shared.tolist()

@@ -1,0 +1,276 @@
+"""Distribution matching distillation: a teacher score, a critic score, and a re-noising student rollout (DMD2)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow.methods.collectives import broadcast_from_rank_zero
+from anyflow.methods.output import LossOutput
+from anyflow.network import has_flow_map, velocity
+from anyflow.rng import rand, randn_like, resolve_generator
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.validation import batched_embeds, require_finite, require_latents, require_same_shape
+
+_TINY = 1e-6  # keeps the gradient finite where the teacher already agrees with the sample
+
+
+@dataclass(frozen=True)
+class DMD2Config:
+    """Settings shared by the distribution-matching methods (SPEC C).
+
+    Args:
+        real_guidance_scale: s >= 0 of the teacher score, ``cond + s (cond - uncond)``; 0 runs no unconditional forward.
+        min_timestep: lower clamp of the score's timestep, after the shift.
+        max_timestep: upper clamp, at most num_train_timesteps.
+        num_steps: step counts a rollout is drawn from.
+        timesteps: a pinned rollout schedule in timesteps, in place of ``num_steps``.
+        dmd_score_r: the second timestep both scores see: ``"t"`` or ``"zero"``.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    real_guidance_scale: float = 3.0
+    min_timestep: float = 20.0
+    max_timestep: float = 980.0
+    num_steps: tuple[int, ...] = (2, 4, 8, 16, 50)
+    timesteps: tuple[float, ...] | None = None
+    dmd_score_r: str = "t"
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not (math.isfinite(self.real_guidance_scale) and self.real_guidance_scale >= 0):
+            raise ValueError(f"{name}.real_guidance_scale must be finite and >= 0, got {self.real_guidance_scale}")
+        if not 0 <= self.min_timestep < self.max_timestep:
+            raise ValueError(
+                f"{name}: need 0 <= min_timestep < max_timestep, got {self.min_timestep} and {self.max_timestep}"
+            )
+        if not self.num_steps or min(self.num_steps) < 1:
+            raise ValueError(f"{name}.num_steps must hold positive step counts, got {self.num_steps}")
+        if self.dmd_score_r not in ("t", "zero"):
+            raise ValueError(f"{name}.dmd_score_r must be 't' or 'zero', got {self.dmd_score_r!r}")
+
+
+class DMD2Method:
+    """Distribution matching with a student that re-noises between steps.
+
+    Args:
+        student: the network that is trained on its own samples.
+        teacher: the real score; evaluated without gradient.
+        critic: the fake score; trained by :meth:`critic_loss`.
+        scheduler: gives the shift and the timestep range; its sampling state is not used.
+        config: settings.
+
+    Raises:
+        ValueError: the settings do not fit the scheduler or the networks.
+    """
+
+    def __init__(
+        self, student: Any, teacher: Any, critic: Any, scheduler: FlowMapEulerDiscreteScheduler, config: DMD2Config
+    ) -> None:
+        self.student, self.teacher, self.critic = student, teacher, critic
+        self.scheduler, self.config = scheduler, config
+        n = scheduler.config.num_train_timesteps
+        if config.max_timestep > n:
+            raise ValueError(f"max_timestep={config.max_timestep} exceeds num_train_timesteps={n}")
+        for name, network in (("teacher", teacher), ("critic", critic)):
+            if config.dmd_score_r == "zero" and not has_flow_map(network):
+                raise ValueError(f"dmd_score_r='zero' needs a {name} with a second timestep branch")
+        self.schedule()  # a pinned schedule that cannot work fails here, not in the first rollout
+
+    # Rollout -----------------------------------------------------------------------------------------------------
+
+    def schedule(self, num_steps: int | None = None) -> Tensor:
+        """Sigmas ``[n + 1]`` of a rollout: the pinned schedule, or ``S(linspace(1, 0, n + 1))``."""
+        if self.config.timesteps is None:
+            return self.scheduler.schedule(self.config.num_steps[0] if num_steps is None else num_steps)
+        sigmas = self.scheduler.schedule(timesteps=self.config.timesteps)
+        if num_steps is not None and num_steps != len(sigmas) - 1:
+            raise ValueError(f"num_steps={num_steps}, but the pinned timesteps have {len(sigmas) - 1} steps")
+        return sigmas
+
+    def draw_steps(
+        self, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> tuple[int, int]:
+        """``(num_steps, grad_step)``, drawn uniformly on rank 0 and the same on every rank."""
+        generator = resolve_generator(generator, device)
+        u, v = rand((2,), generator).tolist()
+        choices = self.config.num_steps if self.config.timesteps is None else (len(self.schedule()) - 1,)
+        num_steps = choices[min(int(u * len(choices)), len(choices) - 1)]
+        grad_step = min(int(v * num_steps), num_steps - 1)
+        shared = broadcast_from_rank_zero([num_steps, grad_step], device or torch.device("cpu"))
+        return int(shared[0]), int(shared[1])
+
+    def rollout(
+        self,
+        noise: Tensor,
+        prompt_embeds: Tensor,
+        *,
+        num_steps: int,
+        grad_step: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Backward simulation: jump to t = 0 and re-noise, ``grad_step`` times, then one jump with gradient.
+
+        Args:
+            noise: ``[B, F, C, H, W]``.
+            prompt_embeds: ``[B or 1, S, text_dim]``.
+            num_steps: length of the schedule.
+            grad_step: index of the evaluation that carries gradient and whose result is returned; drawn when None.
+            generator: source of the draws.
+
+        Returns:
+            ``[B, F, C, H, W]`` clean samples in fp32.
+        """
+        generator = resolve_generator(generator, noise.device)
+        x, text, sigmas, grad_step = self._start(noise, prompt_embeds, num_steps, grad_step, generator)
+        for i in range(grad_step):
+            with torch.no_grad():
+                clean = x - float(sigmas[i]) * self._student(x, sigmas[i], sigmas[-1], text)
+                following = float(sigmas[i + 1])
+                x = (1 - following) * clean + following * randn_like(clean, generator)
+        return x - float(sigmas[grad_step]) * self._student(x, sigmas[grad_step], sigmas[-1], text)
+
+    def _start(
+        self,
+        noise: Tensor,
+        prompt_embeds: Tensor,
+        num_steps: int,
+        grad_step: int | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        require_latents("noise", noise)
+        require_finite("noise", noise)
+        sigmas = self.schedule(num_steps)
+        if grad_step is None:
+            drawn = int(rand((1,), generator).item() * num_steps)
+            grad_step = int(broadcast_from_rank_zero([min(drawn, num_steps - 1)], noise.device)[0])
+        if not 0 <= grad_step < num_steps:
+            raise ValueError(f"grad_step must be in [0, {num_steps - 1}], got {grad_step}")
+        x = noise.to(torch.promote_types(noise.dtype, torch.float32))
+        return x, batched_embeds("prompt_embeds", prompt_embeds, noise.shape[0]), sigmas, grad_step
+
+    def _student(self, x: Tensor, sigma: Tensor, sigma_r: Tensor, text: Tensor) -> Tensor:
+        n, b = self.scheduler.config.num_train_timesteps, x.shape[0]
+        times = [torch.full((b,), float(s) * n, dtype=torch.float32, device=x.device) for s in (sigma, sigma_r)]
+        return velocity(self.student, x, times[0], times[1], text)
+
+    # Losses ------------------------------------------------------------------------------------------------------
+
+    def generator_loss(
+        self,
+        samples: Tensor,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None = None,
+        *,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> LossOutput:
+        """``mse(samples, stopgrad(samples - grad))`` with the distribution-matching gradient of :func:`dmd_gradient`.
+
+        Args:
+            samples: ``[B, F, C, H, W]`` from :meth:`rollout`, with gradient.
+            prompt_embeds: ``[B or 1, S, text_dim]``.
+            negative_prompt_embeds: ``[B or 1, S, text_dim]``; required unless ``real_guidance_scale`` is 0.
+            t: ``[B]`` uniform in [0, 1], before the shift and the clamp; drawn when None.
+            noise: the shape of samples; drawn when None.
+            generator: source of the draws.
+
+        Returns:
+            ``loss`` and the metrics ``dmd_gradient`` and ``dmd_distance`` (mean magnitudes).
+        """
+        generator = resolve_generator(generator, samples.device)
+        x0 = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
+        t = rand((samples.shape[0],), generator, samples.device) if t is None else t
+        x_t, timestep, noise = self._noised(samples, x0, t, noise, generator)
+        text = batched_embeds("prompt_embeds", prompt_embeds, samples.shape[0])
+        with torch.no_grad():
+            fake = self._score(self.critic, x_t, timestep, text)
+            real = self._guided_score(x_t, timestep, text, negative_prompt_embeds)
+            sigma = timestep.to(x0.dtype) / self.scheduler.config.num_train_timesteps
+            gradient = dmd_gradient(x0, noise, sigma, real, fake)
+        loss = (samples.to(x0.dtype) - (x0 - gradient)).square().mean()
+        return LossOutput(loss, {"dmd_gradient": gradient.abs().mean(), "dmd_distance": (real - fake).abs().mean()})
+
+    def critic_loss(
+        self,
+        samples: Tensor,
+        prompt_embeds: Tensor,
+        *,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> LossOutput:
+        """Flow matching of the critic on detached samples: ``mean((v_critic - (eps - x))^2)``, unweighted.
+
+        Args:
+            samples: ``[B, F, C, H, W]``; no gradient flows into them.
+            prompt_embeds: ``[B or 1, S, text_dim]``.
+            t: ``[B]`` in [0, 1], before the shift and the clamp; logit-normal(0, 1) when None.
+            noise: the shape of samples; drawn when None.
+            generator: source of the draws.
+        """
+        generator = resolve_generator(generator, samples.device)
+        x0 = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
+        t = randn_like(x0[:, 0, 0, 0, 0], generator).sigmoid() if t is None else t
+        x_t, timestep, noise = self._noised(samples, x0, t, noise, generator)
+        text = batched_embeds("prompt_embeds", prompt_embeds, samples.shape[0])
+        return LossOutput((self._score(self.critic, x_t, timestep, text) - (noise - x0)).square().mean())
+
+    def _noised(
+        self, samples: Tensor, x0: Tensor, t: Tensor, noise: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        require_latents("samples", samples)
+        require_finite("samples", samples)
+        if t.shape != samples.shape[:1]:
+            raise ValueError(f"t must be [B={samples.shape[0]}], got {tuple(t.shape)}")
+        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
+            raise ValueError(f"t must be in [0, 1] (before the shift), got {t.tolist()}")
+        noise = randn_like(x0, generator) if noise is None else noise.to(x0.dtype)
+        require_same_shape("noise", noise, "samples", samples)
+        timestep = self.scheduler.apply_shift(t.float()) * self.scheduler.config.num_train_timesteps
+        timestep = timestep.clamp(self.config.min_timestep, self.config.max_timestep)
+        return self.scheduler.scale_noise(x0, timestep, noise), timestep, noise
+
+    def _score(self, network: Any, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        if not has_flow_map(network):  # the plain path is the score at r = t
+            return velocity(network, x, timestep, None, text)
+        r = timestep if self.config.dmd_score_r == "t" else torch.zeros_like(timestep)
+        return velocity(network, x, timestep, r, text)
+
+    def _guided_score(self, x: Tensor, timestep: Tensor, text: Tensor, negative: Tensor | None) -> Tensor:
+        """``v_c + s (v_c - v_u)``, both from one call; guidance in x0 space is the same linear map of velocities."""
+        scale = self.config.real_guidance_scale
+        if scale == 0:
+            return self._score(self.teacher, x, timestep, text)
+        if negative is None:
+            raise ValueError(f"real_guidance_scale={scale} needs negative_prompt_embeds")
+        negative = batched_embeds("negative_prompt_embeds", negative, x.shape[0]).to(text.dtype)
+        both = torch.cat([text, negative])
+        cond, uncond = self._score(self.teacher, torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
+        return cond + scale * (cond - uncond)
+
+
+def dmd_gradient(samples: Tensor, noise: Tensor, sigma: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """The normalized distribution-matching gradient ``(x0_fake - x0_real) / (mean |x - x0_real| + tiny)`` per sample.
+
+    Formed from velocities, ``x0_fake - x0_real = sigma (v_real - v_fake)`` and
+    ``x - x0_real = sigma (v_real - (eps - x))``, so that nothing cancels (differencing x0 in bf16 loses 7-18 %).
+
+    Args:
+        samples: ``[B, ...]`` x.
+        noise: eps, the shape of samples.
+        sigma: ``[B]`` in [0, 1].
+        real: teacher velocity at the noised samples.
+        fake: critic velocity there.
+    """
+    real, fake = real.to(samples.dtype), fake.to(samples.dtype)
+    scale = sigma.reshape(-1, *[1] * (samples.ndim - 1))
+    distance = (scale * (real - (noise - samples))).abs().flatten(1).mean(1)
+    return scale * (real - fake) / (distance.reshape(scale.shape) + _TINY)

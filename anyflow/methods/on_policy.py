@@ -1,0 +1,133 @@
+"""Stage 2: the flow map's own rollouts, corrected by distribution matching."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow.methods.dmd2 import DMD2Config, DMD2Method
+from anyflow.methods.output import LossOutput
+from anyflow.methods.pretrain import AnyFlowPretrainMethod, PretrainConfig
+from anyflow.rng import resolve_generator
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+
+
+@dataclass(frozen=True)
+class OnPolicyConfig(DMD2Config):
+    """Settings of on-policy distillation: those of :class:`DMD2Config`, and
+
+    Args:
+        rollout: ``"shortcut"`` simulates any schedule in at most three evaluations; ``"euler"`` runs every step.
+        grad_through: ``"all"`` evaluations of a shortcut rollout, or only the middle ``"step"``.
+        cotrain_pretrain: add the pretrain loss on the data batch in :meth:`AnyFlowOnPolicyMethod.student_loss`.
+        pretrain: settings of that loss.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    rollout: str = "shortcut"
+    grad_through: str = "all"
+    cotrain_pretrain: bool = False
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("rollout", ("shortcut", "euler")), ("grad_through", ("all", "step"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"OnPolicyConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+
+class AnyFlowOnPolicyMethod(DMD2Method):
+    """On-policy flow-map distillation (DESIGN section 5, SPEC C); arguments and errors as :class:`DMD2Method`."""
+
+    config: OnPolicyConfig
+
+    def __init__(
+        self, student: Any, teacher: Any, critic: Any, scheduler: FlowMapEulerDiscreteScheduler, config: OnPolicyConfig
+    ) -> None:
+        super().__init__(student, teacher, critic, scheduler, config)
+        self.pretrain = AnyFlowPretrainMethod(student, scheduler, config.pretrain) if config.cotrain_pretrain else None
+
+    def rollout(
+        self,
+        noise: Tensor,
+        prompt_embeds: Tensor,
+        *,
+        num_steps: int,
+        grad_step: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Flow-map backward simulation from noise to clean data.
+
+        ``shortcut``: t_0 -> t_g, t_g -> t_{g+1}, t_{g+1} -> 0, empty segments skipped. ``euler``: every step of the
+        schedule, network gradient only at step g; the later steps carry it to t = 0 along the identity path, so that
+        what is returned is clean data (the peers return the sample at t_{g+1}).
+
+        Args:
+            noise: ``[B, F, C, H, W]`` at t_0.
+            prompt_embeds: ``[B or 1, S, text_dim]``.
+            num_steps: n, length of the schedule.
+            grad_step: g in [0, n - 1]; drawn on rank 0 and broadcast when None.
+            generator: source of that draw.
+
+        Returns:
+            ``[B, F, C, H, W]`` in fp32.
+        """
+        generator = resolve_generator(generator, noise.device)
+        x, text, sigmas, g = self._start(noise, prompt_embeds, num_steps, grad_step, generator)
+        if self.config.rollout == "shortcut":
+            ends = [0, g, g + 1, num_steps]
+            segments = [(a, b) for a, b in pairwise(ends) if a < b]
+        else:
+            segments = [(i, i + 1) for i in range(num_steps)]
+        everywhere = self.config.rollout == "shortcut" and self.config.grad_through == "all"
+        for a, b in segments:
+            with nullcontext() if everywhere or a == g else torch.no_grad():
+                u = self._student(x, sigmas[a], sigmas[b], text)
+            x = x - float(sigmas[a] - sigmas[b]) * u
+        return x
+
+    def student_loss(
+        self,
+        noise: Tensor,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None = None,
+        *,
+        latents: Tensor | None = None,
+        data_prompt_embeds: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        offset: int = 0,
+    ) -> LossOutput:
+        """One student step's whole loss: rollout, generator loss and, if configured, the pretrain loss on data.
+
+        Args:
+            noise: ``[B, F, C, H, W]`` start of the rollout.
+            prompt_embeds: ``[B or 1, S, text_dim]`` of the rollout.
+            negative_prompt_embeds: ``[B or 1, S, text_dim]``.
+            latents: ``[B', F, C, H, W]`` data batch; required with ``cotrain_pretrain``.
+            data_prompt_embeds: prompts of ``latents``; required with ``cotrain_pretrain``.
+            generator: source of every draw.
+            offset: passed on to the pretrain loss.
+
+        Raises:
+            ValueError: an input that the configuration needs is missing.
+        """
+        generator = resolve_generator(generator, noise.device)
+        num_steps, grad_step = self.draw_steps(generator, noise.device)
+        samples = self.rollout(noise, prompt_embeds, num_steps=num_steps, grad_step=grad_step, generator=generator)
+        output = self.generator_loss(samples, prompt_embeds, negative_prompt_embeds, generator=generator)
+        if self.pretrain is None:
+            return output
+        if latents is None or data_prompt_embeds is None:
+            raise ValueError("cotrain_pretrain=True needs latents and data_prompt_embeds")
+        data = self.pretrain.loss(
+            latents, data_prompt_embeds, negative_prompt_embeds, generator=generator, offset=offset
+        )
+        metrics = {**output.metrics, **data.metrics, "loss_dmd": output.loss.detach(), "loss_data": data.loss.detach()}
+        return LossOutput(output.loss + data.loss, metrics)

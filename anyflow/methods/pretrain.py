@@ -1,0 +1,338 @@
+"""Stage 1: regress the average velocity on the flow-map target, with its time derivative by central difference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from anyflow.methods.collectives import all_reduce_sum, broadcast_from_rank_zero, rank_and_world
+from anyflow.methods.output import LossOutput
+from anyflow.methods.time_pairs import TimePairs, check_ratios, sample_time_pairs
+from anyflow.network import has_flow_map, velocity, widest_float
+from anyflow.ops import flow_map_inputs, flow_map_loss, use_backend
+from anyflow.rng import rand, randn_like, resolve_generator
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.validation import batched_embeds, require_finite, require_latents, require_same_shape
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of the pretrain loss; the defaults are the published ones (SPEC B).
+
+    Args:
+        diffusion_ratio: share of the global batch with r = t.
+        consistency_ratio: share of the global batch with r = 0.
+        epsilon: half-width of the central difference, in timesteps of the scheduler.
+        fuse_guidance_scale: g > 0, the guidance distilled into the model; 1 runs no unconditional forward.
+        boundary: ``"one_sided"`` keeps t +- epsilon inside [0, 1] and divides by the width used; ``"extrapolate"``
+            leaves [0, 1], as the reference trainer does.
+        derivative: ``"central"`` difference, or ``"jvp"`` for exact forward-mode (math attention; three network calls).
+        prompt_dropout: chance that a prompt is replaced by the negative embedding (0.1 in the published recipe).
+        i2v_prob: chance that a step trains image-to-video: frame 0 is kept clean and left out of the loss.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    diffusion_ratio: float = 0.5
+    consistency_ratio: float = 0.25
+    epsilon: float = 5.0
+    fuse_guidance_scale: float = 3.0
+    boundary: str = "one_sided"
+    derivative: str = "central"
+    prompt_dropout: float = 0.0
+    i2v_prob: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_ratios(self.diffusion_ratio, self.consistency_ratio)
+        for name in ("epsilon", "fuse_guidance_scale"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"PretrainConfig.{name} must be a positive number, got {value}")
+        for name, allowed in (("boundary", ("one_sided", "extrapolate")), ("derivative", ("central", "jvp"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"PretrainConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("prompt_dropout", "i2v_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"PretrainConfig.{name} must be in [0, 1], got {getattr(self, name)}")
+
+    @property
+    def is_flow_matching(self) -> bool:
+        """Whether no sample of any batch can need an evaluation without gradient: plain flow matching."""
+        return self.diffusion_ratio == 1 and self.fuse_guidance_scale == 1
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One step's tensors: x0 and noise in fp32 at least, shifted times in [0, 1], timesteps in [0, N]."""
+
+    x0: Tensor
+    noise: Tensor
+    text: Tensor
+    negative: Tensor | None
+    t: Tensor
+    r: Tensor
+    timestep: Tensor
+    r_timestep: Tensor
+    rows: Tensor
+    is_diffusion: Tensor
+    context: Tensor | None  # boolean [F]: frames held clean (image-to-video)
+
+
+class AnyFlowPretrainMethod:
+    """Flow-map pretraining (DESIGN section 5, SPEC B).
+
+    Two network calls per step, whatever the samples: one without gradient on the batch ``[x+ ; x- ; x_t uncond]`` (only
+    samples with r != t have ``x+-``), one with gradient on ``x_t``. Flow matching proper (``diffusion_ratio=1`` and no
+    guidance) needs only the second.
+
+    Args:
+        student: u(x_t, t, r), e.g. :class:`~anyflow.models.AnyFlowTransformer3DModel`. A plain Wan model can only be
+            trained by flow matching.
+        scheduler: gives the shift, the timestep range and the training weight.
+        config: settings.
+
+    Raises:
+        ValueError: the settings do not fit the scheduler or the student.
+    """
+
+    def __init__(self, student: Any, scheduler: FlowMapEulerDiscreteScheduler, config: PretrainConfig) -> None:
+        self.student = student
+        self.scheduler = scheduler
+        self.config = config
+        if config.epsilon >= scheduler.config.num_train_timesteps / 2:
+            raise ValueError(
+                f"PretrainConfig.epsilon={config.epsilon} timesteps must be below half of "
+                f"num_train_timesteps={scheduler.config.num_train_timesteps}"
+            )
+        self._plain = not has_flow_map(student)
+        if self._plain and not config.is_flow_matching:
+            raise ValueError(
+                "the student has no second timestep branch (r_embedder=False): call student.enable_flow_map(), or "
+                "train plain flow matching with diffusion_ratio=1 and fuse_guidance_scale=1"
+            )
+
+    def loss(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        time_pairs: TimePairs | None = None,
+        generator: torch.Generator | None = None,
+        offset: int = 0,
+    ) -> LossOutput:
+        """The pretrain loss of one batch.
+
+        Args:
+            latents: ``[B, F, C, H, W]`` clean data.
+            prompt_embeds: ``[B, S, text_dim]``.
+            negative_prompt_embeds: ``[B or 1, S, text_dim]``; required unless ``fuse_guidance_scale`` is 1 and
+                ``prompt_dropout`` is 0.
+            noise: the shape of latents; drawn when None.
+            time_pairs: unshifted times; drawn for this rank when None.
+            generator: source of every draw; None seeds a fresh one from the operating system.
+            offset: rotates the kinds of samples over the ranks; pass the step number.
+
+        Returns:
+            ``loss`` and the metrics ``loss_diffusion`` (weighted, mean over all ranks), ``loss_flow_map`` (weighted, of
+            this rank's samples with r != t, before balancing).
+
+        Raises:
+            ValueError: shapes do not fit, a needed input is missing, or a CPU input holds NaN.
+        """
+        batch = self._prepare(latents, prompt_embeds, negative_prompt_embeds, noise, time_pairs, generator, offset)
+        plus, minus = self._half_widths(batch)
+        x_t, x_plus, x_minus = flow_map_inputs(batch.x0, batch.noise, batch.t, (plus, minus), batch.rows)
+        if self.config.derivative == "jvp":
+            u_plus, u_minus, uncond = self._jvp(batch, x_t)
+            width: float | Tensor = 1.0
+        else:
+            u_plus, u_minus, uncond = self._central(batch, x_t, x_plus, x_minus, plus, minus)
+            width = (plus + minus)[batch.rows]
+            width = width.amax(1) if width.ndim == 2 else width  # context frames do not move
+        r_timestep = None if self._plain else batch.r_timestep
+        pred = velocity(self.student, x_t, batch.timestep, r_timestep, batch.text)
+        per_sample = flow_map_loss(
+            pred,
+            uncond,
+            u_plus,
+            u_minus,
+            batch.x0,
+            batch.noise,
+            batch.t,
+            batch.r,
+            self._weight(batch),
+            self.config.fuse_guidance_scale,
+            width,
+            rows=batch.rows,
+        )
+        return _balanced(per_sample, batch.is_diffusion)
+
+    def _prepare(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        negative: Tensor | None,
+        noise: Tensor | None,
+        pairs: TimePairs | None,
+        generator: torch.Generator | None,
+        offset: int,
+    ) -> _Batch:
+        config, b, device = self.config, latents.shape[0], latents.device
+        require_latents("latents", latents)
+        require_finite("latents", latents)
+        text = batched_embeds("prompt_embeds", prompt_embeds, b)
+        generator = resolve_generator(generator, device)
+        x0 = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        noise = randn_like(x0, generator) if noise is None else noise.to(x0.dtype)
+        require_same_shape("noise", noise, "latents", latents)
+        require_finite("noise", noise)
+        if pairs is None:
+            rank, world = rank_and_world()
+            pairs = sample_time_pairs(
+                b,
+                diffusion_ratio=config.diffusion_ratio,
+                consistency_ratio=config.consistency_ratio,
+                rank=rank,
+                world_size=world,
+                generator=generator,
+                device=device,
+                offset=offset,
+            )
+        elif pairs.t.shape != (b,):
+            raise ValueError(f"time_pairs hold {pairs.t.shape[0]} samples, latents hold {b}")
+        if config.fuse_guidance_scale != 1 or config.prompt_dropout > 0:
+            if negative is None:
+                raise ValueError(
+                    f"negative_prompt_embeds is required with fuse_guidance_scale={config.fuse_guidance_scale} and "
+                    f"prompt_dropout={config.prompt_dropout}"
+                )
+            negative = batched_embeds("negative_prompt_embeds", negative, b)
+            if config.prompt_dropout > 0:
+                dropped = rand((b,), generator, device) < config.prompt_dropout
+                text = torch.where(dropped[:, None, None], negative.to(text.dtype), text)  # a copy, never in place
+        context = self._context_frames(latents, generator)
+        return self._times(x0, noise, text, negative, pairs, context)
+
+    def _context_frames(self, latents: Tensor, generator: torch.Generator) -> Tensor | None:
+        frames = latents.shape[1]
+        if self.config.i2v_prob == 0:
+            return None
+        if frames < 2:
+            raise ValueError("i2v_prob > 0 needs at least two latent frames")
+        coin = broadcast_from_rank_zero(rand((1,), generator).tolist(), latents.device)[0]
+        if coin >= self.config.i2v_prob:
+            return None
+        return torch.arange(frames, device=latents.device) == 0
+
+    def _times(
+        self, x0: Tensor, noise: Tensor, text: Tensor, negative: Tensor | None, pairs: TimePairs, context: Tensor | None
+    ) -> _Batch:
+        """Shift the times, round them to the fp32 timesteps the network will see, and keep what it really sees."""
+        n, wide = self.scheduler.config.num_train_timesteps, widest_float(x0.device)
+        timestep = (self.scheduler.apply_shift(pairs.t.to(wide)) * n).float()
+        r_timestep = (self.scheduler.apply_shift(pairs.r.to(wide)) * n).float()
+        if context is not None:
+            timestep = timestep[:, None].where(~context, torch.zeros_like(timestep[:, None]))
+            r_timestep = r_timestep[:, None].expand_as(timestep)
+        return _Batch(
+            x0=x0,
+            noise=noise,
+            text=text,
+            negative=negative,
+            t=timestep.to(wide) / n,
+            r=r_timestep.to(wide) / n,
+            timestep=timestep,
+            r_timestep=r_timestep,
+            rows=pairs.flow_map_rows(),
+            is_diffusion=pairs.is_diffusion,
+            context=context,
+        )
+
+    def _half_widths(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """The realized widths t+ - t and t - t-, after rounding t+- to the fp32 timesteps of the network."""
+        n = self.scheduler.config.num_train_timesteps
+        epsilon = self.config.epsilon / n
+        above, below = batch.t + epsilon, batch.t - epsilon
+        if self.config.boundary == "one_sided":
+            above, below = above.clamp(max=1.0), below.clamp(min=0.0)
+        plus = (above * n).float().to(batch.t.dtype) / n - batch.t
+        minus = batch.t - (below * n).float().to(batch.t.dtype) / n
+        if batch.context is not None:
+            plus, minus = plus.where(~batch.context, 0 * plus), minus.where(~batch.context, 0 * minus)
+        return plus, minus
+
+    @torch.no_grad()
+    def _central(
+        self, batch: _Batch, x_t: Tensor, x_plus: Tensor, x_minus: Tensor, plus: Tensor, minus: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The batched triple forward: ``u(+)``, ``u(-)`` of the flow-map rows and unconditional ``u``, in one call."""
+        guided, rows, n = self.config.fuse_guidance_scale != 1, batch.rows, len(batch.rows)
+        if self.config.is_flow_matching:
+            if n:
+                raise ValueError("time_pairs hold samples with r != t, but the settings are those of flow matching")
+            return None, None, None
+        steps = self.scheduler.config.num_train_timesteps
+        r_rows, text_rows = batch.r_timestep[rows], batch.text[rows]
+        x, r, text = [x_plus, x_minus], [r_rows, r_rows], [text_rows, text_rows]
+        t = [((batch.t + plus)[rows] * steps).float(), ((batch.t - minus)[rows] * steps).float()]
+        if guided:
+            assert batch.negative is not None
+            x.append(x_t)
+            t.append(batch.timestep)
+            r.append(batch.r_timestep)
+            text.append(batch.negative.to(batch.text.dtype))
+        elif n == 0:  # under FSDP every rank must call the network as often as the others (SPEC D27)
+            velocity(self.student, x_t[:1], batch.timestep[:1], batch.r_timestep[:1], batch.text[:1])
+            return None, None, None
+        out = velocity(self.student, torch.cat(x), torch.cat(t), torch.cat(r), torch.cat(text))
+        uncond = out[2 * n :] if guided else None
+        return (out[:n], out[n : 2 * n], uncond) if n else (None, None, uncond)
+
+    @torch.no_grad()
+    def _jvp(self, batch: _Batch, x_t: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dF/dt by forward-mode differentiation along (eps - x0, 1), returned as a difference of width 1."""
+        rows, text = batch.rows, batch.text[batch.rows]
+        uncond = None
+        if self.config.fuse_guidance_scale != 1:
+            assert batch.negative is not None
+            uncond = velocity(self.student, x_t, batch.timestep, batch.r_timestep, batch.negative.to(batch.text.dtype))
+        if len(rows) == 0:
+            return None, None, uncond
+        speed = torch.full_like(batch.timestep[rows], float(self.scheduler.config.num_train_timesteps))
+        direction = (batch.noise - batch.x0)[rows]
+        if batch.context is not None:
+            moving = ~batch.context
+            speed, direction = speed * moving, direction * moving.reshape(-1, 1, 1, 1)
+
+        def at(x: Tensor, timestep: Tensor) -> Tensor:
+            return velocity(self.student, x, timestep, batch.r_timestep[rows], text)
+
+        with sdpa_kernel(SDPBackend.MATH), use_backend("eager"):
+            slope = torch.func.jvp(at, (x_t[rows], batch.timestep[rows]), (direction, speed))[1]
+        return slope, torch.zeros_like(slope), uncond
+
+    def _weight(self, batch: _Batch) -> Tensor:
+        weight = self.scheduler.get_train_weight(batch.timestep)
+        if batch.context is None:
+            return weight
+        frames = batch.context.shape[0]
+        return weight * ~batch.context * (frames / (frames - 1))  # the mean runs over the frames that are denoised
+
+
+def _balanced(per_sample: Tensor, is_diffusion: Tensor) -> LossOutput:
+    """Scale each flow-map loss to the mean diffusion loss of all ranks (SPEC B7); no scaling where there is none."""
+    detached = per_sample.detach()
+    totals = all_reduce_sum(torch.stack([(detached * is_diffusion).sum(), is_diffusion.sum().to(detached.dtype)]))
+    mean = totals[0] / totals[1].clamp(min=1)
+    scale = torch.where(is_diffusion | (totals[1] == 0), torch.ones_like(detached), mean / (detached + 1e-5))
+    others = (~is_diffusion).sum().clamp(min=1)
+    metrics = {"loss_diffusion": mean, "loss_flow_map": (detached * ~is_diffusion).sum() / others}
+    return LossOutput((per_sample * scale).mean(), metrics)

@@ -1,0 +1,107 @@
+"""Training times: pairs (t, r) of three kinds, shared out over the global batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from anyflow.rng import rand, resolve_generator
+
+
+@dataclass(frozen=True)
+class TimePairs:
+    """Times in [0, 1] *before* the shift: ``t[B] >= r[B]``, and which samples are plain diffusion (r = t).
+
+    Raises:
+        ValueError: shapes differ, values leave [0, 1] or are NaN, or r > t (checked on CPU tensors).
+    """
+
+    t: Tensor
+    r: Tensor
+    is_diffusion: Tensor
+    _rows: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.t.ndim != 1 or self.r.shape != self.t.shape or self.is_diffusion.shape != self.t.shape:
+            shapes = f"t {tuple(self.t.shape)}, r {tuple(self.r.shape)}, is_diffusion {tuple(self.is_diffusion.shape)}"
+            raise ValueError(f"TimePairs: t, r and is_diffusion must all be [B], got {shapes}")
+        if self.is_diffusion.dtype != torch.bool:
+            raise ValueError(f"TimePairs: is_diffusion must be boolean, got {self.is_diffusion.dtype}")
+        if self.t.device.type == "cpu":
+            inside = (self.r >= 0) & (self.t <= 1) & (self.t >= self.r)  # false for NaN
+            if not bool(inside.all()):
+                raise ValueError(f"TimePairs: need 0 <= r <= t <= 1, got t={self.t.tolist()}, r={self.r.tolist()}")
+            if bool((self.is_diffusion & (self.t != self.r)).any()):
+                raise ValueError("TimePairs: diffusion samples must have r = t")
+
+    def flow_map_rows(self) -> Tensor:
+        """``[n]`` indices of the samples with r != t by kind, on t's device."""
+        if self._rows is None:
+            return (~self.is_diffusion).nonzero().flatten()
+        return torch.tensor(self._rows, dtype=torch.long).to(self.t.device, non_blocking=True)
+
+
+def sample_time_pairs(
+    batch_size: int,
+    *,
+    diffusion_ratio: float = 0.5,
+    consistency_ratio: float = 0.25,
+    rank: int = 0,
+    world_size: int = 1,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    offset: int = 0,
+) -> TimePairs:
+    """Draw ``t, r = max, min`` of two uniforms, then fix r for two kinds of samples (SPEC B1).
+
+    By global index ``i = (b * world_size + rank + offset) mod (world_size * batch_size)``, which interleaves ranks, the
+    first ``round(diffusion_ratio * world_size * batch_size)`` get r = t, the next
+    ``round(consistency_ratio * world_size * batch_size)`` get r = 0, and the rest keep both.
+
+    Args:
+        batch_size: samples on this rank.
+        diffusion_ratio: share of r = t samples of the global batch.
+        consistency_ratio: share of r = 0 samples.
+        rank: this rank.
+        world_size: number of ranks.
+        generator: explicit source; None seeds a fresh one from the operating system.
+        device: where the result goes.
+        offset: rotates i, so that with one sample per rank no rank is stuck with one kind; pass the step number.
+
+    Raises:
+        ValueError: a ratio is outside [0, 1] or they sum to more than 1, or sizes are not positive.
+    """
+    check_ratios(diffusion_ratio, consistency_ratio)
+    if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"need batch_size >= 1 and 0 <= rank < world_size, got batch_size={batch_size}, rank={rank}, "
+            f"world_size={world_size}"
+        )
+    total = batch_size * world_size
+    diffusion = round(diffusion_ratio * total)
+    consistency = min(round(consistency_ratio * total), total - diffusion)
+    index = [(b * world_size + rank + offset) % total for b in range(batch_size)]
+    is_diffusion = torch.tensor([i < diffusion for i in index])
+    is_consistency = torch.tensor([diffusion <= i < diffusion + consistency for i in index])
+
+    generator = resolve_generator(generator, device)
+    target = device or generator.device
+    uniforms = rand((2, batch_size), generator, target)
+    t, r = uniforms.amax(0), uniforms.amin(0)
+    is_diffusion, is_consistency = is_diffusion.to(target), is_consistency.to(target)
+    r = torch.where(is_diffusion, t, torch.where(is_consistency, torch.zeros_like(r), r))
+    rows = tuple(b for b, i in enumerate(index) if i >= diffusion)
+    return TimePairs(t, r, is_diffusion, rows)
+
+
+def check_ratios(diffusion_ratio: float, consistency_ratio: float) -> None:
+    """ValueError unless both ratios are in [0, 1] and sum to at most 1."""
+    for name, ratio in (("diffusion_ratio", diffusion_ratio), ("consistency_ratio", consistency_ratio)):
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {ratio}")
+    if diffusion_ratio + consistency_ratio > 1 + 1e-9:
+        raise ValueError(
+            f"diffusion_ratio + consistency_ratio must not exceed 1, got {diffusion_ratio} + {consistency_ratio}"
+        )
