@@ -167,7 +167,8 @@ class _Network:
             )[0]
         if not self.guided:
             return velocity
-        negative, positive = velocity.float().chunk(2)
+        wide = torch.promote_types(velocity.dtype, torch.float32)
+        negative, positive = velocity.to(wide).chunk(2)
         return negative + self.guidance_scale * (positive - negative)
 
 

@@ -78,6 +78,8 @@ class DMD2Method:
         n = scheduler.config.num_train_timesteps
         if config.max_timestep > n:
             raise ValueError(f"max_timestep={config.max_timestep} exceeds num_train_timesteps={n}")
+        if not has_flow_map(student):
+            raise ValueError("the student has no second timestep branch (r_embedder=False): call enable_flow_map()")
         for name, network in (("teacher", teacher), ("critic", critic)):
             if config.dmd_score_r == "zero" and not has_flow_map(network):
                 raise ValueError(f"dmd_score_r='zero' needs a {name} with a second timestep branch")
@@ -185,10 +187,10 @@ class DMD2Method:
         Returns:
             ``loss`` and the metrics ``dmd_gradient`` and ``dmd_distance`` (mean magnitudes).
         """
+        x0 = _clean(samples)
         generator = resolve_generator(generator, samples.device)
-        x0 = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
         t = rand((samples.shape[0],), generator, samples.device) if t is None else t
-        x_t, timestep, noise = self._noised(samples, x0, t, noise, generator)
+        x_t, timestep, noise = self._noised(x0, t, noise, generator)
         text = batched_embeds("prompt_embeds", prompt_embeds, samples.shape[0])
         with torch.no_grad():
             fake = self._score(self.critic, x_t, timestep, text)
@@ -216,24 +218,22 @@ class DMD2Method:
             noise: the shape of samples; drawn when None.
             generator: source of the draws.
         """
+        x0 = _clean(samples)
         generator = resolve_generator(generator, samples.device)
-        x0 = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
         t = randn_like(x0[:, 0, 0, 0, 0], generator).sigmoid() if t is None else t
-        x_t, timestep, noise = self._noised(samples, x0, t, noise, generator)
+        x_t, timestep, noise = self._noised(x0, t, noise, generator)
         text = batched_embeds("prompt_embeds", prompt_embeds, samples.shape[0])
         return LossOutput((self._score(self.critic, x_t, timestep, text) - (noise - x0)).square().mean())
 
     def _noised(
-        self, samples: Tensor, x0: Tensor, t: Tensor, noise: Tensor | None, generator: torch.Generator
+        self, x0: Tensor, t: Tensor, noise: Tensor | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        require_latents("samples", samples)
-        require_finite("samples", samples)
-        if t.shape != samples.shape[:1]:
-            raise ValueError(f"t must be [B={samples.shape[0]}], got {tuple(t.shape)}")
+        if t.shape != x0.shape[:1]:
+            raise ValueError(f"t must be [B={x0.shape[0]}], got {tuple(t.shape)}")
         if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"t must be in [0, 1] (before the shift), got {t.tolist()}")
         noise = randn_like(x0, generator) if noise is None else noise.to(x0.dtype)
-        require_same_shape("noise", noise, "samples", samples)
+        require_same_shape("noise", noise, "samples", x0)
         timestep = self.scheduler.apply_shift(t.float()) * self.scheduler.config.num_train_timesteps
         timestep = timestep.clamp(self.config.min_timestep, self.config.max_timestep)
         return self.scheduler.scale_noise(x0, timestep, noise), timestep, noise
@@ -255,6 +255,12 @@ class DMD2Method:
         both = torch.cat([text, negative])
         cond, uncond = self._score(self.teacher, torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
         return cond + scale * (cond - uncond)
+
+
+def _clean(samples: Tensor) -> Tensor:
+    require_latents("samples", samples)
+    require_finite("samples", samples)
+    return samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
 
 
 def dmd_gradient(samples: Tensor, noise: Tensor, sigma: Tensor, real: Tensor, fake: Tensor) -> Tensor:

@@ -150,9 +150,11 @@ class AnyFlowPretrainMethod:
         batch = self._prepare(latents, prompt_embeds, negative_prompt_embeds, noise, time_pairs, generator, offset)
         plus, minus = self._half_widths(batch)
         x_t, x_plus, x_minus = flow_map_inputs(batch.x0, batch.noise, batch.t, (plus, minus), batch.rows)
-        if self.config.derivative == "jvp":
+        width: float | Tensor = 1.0
+        if self.config.is_flow_matching:
+            u_plus = u_minus = uncond = None
+        elif self.config.derivative == "jvp":
             u_plus, u_minus, uncond = self._jvp(batch, x_t)
-            width: float | Tensor = 1.0
         else:
             u_plus, u_minus, uncond = self._central(batch, x_t, x_plus, x_minus, plus, minus)
             width = (plus + minus)[batch.rows]
@@ -185,9 +187,9 @@ class AnyFlowPretrainMethod:
         generator: torch.Generator | None,
         offset: int,
     ) -> _Batch:
-        config, b, device = self.config, latents.shape[0], latents.device
         require_latents("latents", latents)
         require_finite("latents", latents)
+        config, b, device = self.config, latents.shape[0], latents.device
         text = batched_embeds("prompt_embeds", prompt_embeds, b)
         generator = resolve_generator(generator, device)
         x0 = latents.to(torch.promote_types(latents.dtype, torch.float32))
@@ -208,6 +210,8 @@ class AnyFlowPretrainMethod:
             )
         elif pairs.t.shape != (b,):
             raise ValueError(f"time_pairs hold {pairs.t.shape[0]} samples, latents hold {b}")
+        elif config.is_flow_matching and len(pairs.flow_map_rows()):
+            raise ValueError("time_pairs hold samples with r != t, but the settings are those of flow matching")
         if config.fuse_guidance_scale != 1 or config.prompt_dropout > 0:
             if negative is None:
                 raise ValueError(
@@ -275,10 +279,6 @@ class AnyFlowPretrainMethod:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The batched triple forward: ``u(+)``, ``u(-)`` of the flow-map rows and unconditional ``u``, in one call."""
         guided, rows, n = self.config.fuse_guidance_scale != 1, batch.rows, len(batch.rows)
-        if self.config.is_flow_matching:
-            if n:
-                raise ValueError("time_pairs hold samples with r != t, but the settings are those of flow matching")
-            return None, None, None
         steps = self.scheduler.config.num_train_timesteps
         r_rows, text_rows = batch.r_timestep[rows], batch.text[rows]
         x, r, text = [x_plus, x_minus], [r_rows, r_rows], [text_rows, text_rows]
@@ -304,7 +304,8 @@ class AnyFlowPretrainMethod:
         if self.config.fuse_guidance_scale != 1:
             assert batch.negative is not None
             uncond = velocity(self.student, x_t, batch.timestep, batch.r_timestep, batch.negative.to(batch.text.dtype))
-        if len(rows) == 0:
+        if len(rows) == 0:  # as many calls as the other ranks make, as in _central
+            velocity(self.student, x_t[:1], batch.timestep[:1], batch.r_timestep[:1], batch.text[:1])
             return None, None, uncond
         speed = torch.full_like(batch.timestep[rows], float(self.scheduler.config.num_train_timesteps))
         direction = (batch.noise - batch.x0)[rows]

@@ -21,7 +21,7 @@ class TimePairs:
     t: Tensor
     r: Tensor
     is_diffusion: Tensor
-    _rows: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
+    _rows: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)  # known without a sync
 
     def __post_init__(self) -> None:
         if self.t.ndim != 1 or self.r.shape != self.t.shape or self.is_diffusion.shape != self.t.shape:
@@ -93,7 +93,9 @@ def sample_time_pairs(
     is_diffusion, is_consistency = is_diffusion.to(target), is_consistency.to(target)
     r = torch.where(is_diffusion, t, torch.where(is_consistency, torch.zeros_like(r), r))
     rows = tuple(b for b, i in enumerate(index) if i >= diffusion)
-    return TimePairs(t, r, is_diffusion, rows)
+    pairs = TimePairs(t, r, is_diffusion)
+    object.__setattr__(pairs, "_rows", rows)  # not an argument: dataclasses.replace() must not carry it over
+    return pairs
 
 
 def check_ratios(diffusion_ratio: float, consistency_ratio: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -181,6 +182,7 @@ class ConditionEmbedder(nn.Module):
         self.delta_embedder: TimestepEmbedding | None = None
         self.deltatime_type = "r"
         self.fusion = "gated"
+        self.gate_value = 0.0
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = TextProjection(text_dim, dim)
         self.image_embedder = None if image_dim is None else ImageProjection(image_dim, dim)
@@ -199,8 +201,21 @@ class ConditionEmbedder(nn.Module):
             raise ValueError(f"gate_value must be finite, got {gate_value}")
         self.delta_embedder = delta_embedder
         self.deltatime_type, self.fusion = deltatime, fusion
-        gate = torch.tensor([gate_value], dtype=torch.float32, device=delta_embedder.linear_1.weight.device)
-        self.register_buffer("delta_emb_gate", gate, persistent=False)
+        self.gate_value = gate_value
+        device = delta_embedder.linear_1.weight.device
+        # No file fills this buffer, so it must not be left on the meta device that weights are loaded from (SPEC D24).
+        device = torch.device("cpu") if device.type == "meta" else device
+        self.register_buffer("delta_emb_gate", self._gate(device), persistent=False)
+
+    def _gate(self, device: torch.device) -> Tensor:
+        return torch.tensor([self.gate_value], dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConditionEmbedder:
+        """As every module, but the gate keeps its value through ``to_empty()`` and its fp32 through ``to(dtype)``."""
+        super()._apply(fn, recurse)
+        if self.delta_embedder is not None:
+            self.delta_emb_gate = self._gate(self.delta_emb_gate.device)
+        return self
 
     def embed_time(self, timestep: Tensor, r_timestep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``t[N]``, ``r[N]`` or None ``-> (emb[N, D], projection[N, 6, D])``, embeddings rounded to ``dtype``."""
@@ -230,5 +245,11 @@ class ConditionEmbedder(nn.Module):
         if self.image_embedder is None:
             raise ValueError(
                 "encoder_hidden_states_image was given, but this model has no image branch (image_dim=None)"
+            )
+        image_dim = self.image_embedder.norm1.normalized_shape[0]
+        if image.ndim != 3 or image.shape[0] != text.shape[0] or image.shape[2] != image_dim:
+            raise ValueError(
+                f"encoder_hidden_states_image must be [B={text.shape[0]}, S, image_dim={image_dim}], "
+                f"got {tuple(image.shape)}"
             )
         return torch.cat([self.image_embedder(image.to(dtype)), tokens], dim=1)

@@ -143,9 +143,15 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError("enable_flow_map: this model already has a second timestep branch")
         delta = copy.deepcopy(self.condition_embedder.time_embedder)
         self.condition_embedder.set_flow_map(delta, gate_value, deltatime_type, fusion)
-        self.register_to_config(
-            r_embedder=True, gate_value=gate_value, deltatime_type=deltatime_type, r_embedder_fusion=fusion
-        )
+        settings = {
+            "r_embedder": True,
+            "gate_value": gate_value,
+            "deltatime_type": deltatime_type,
+            "r_embedder_fusion": fusion,
+        }
+        # diffusers' from_config ignores settings on this list.
+        defaulted = [k for k in self.config.get("_use_default_values", []) if k not in settings]
+        self.register_to_config(**settings, _use_default_values=defaulted)
         return self
 
     def embed_time(self, timestep: Tensor, r_timestep: Tensor | None = None) -> TimeEmbedding:

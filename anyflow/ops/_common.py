@@ -59,6 +59,13 @@ def check_times(op: str, name: str, times: Tensor, like: Tensor) -> None:
     check_device(op, name, times, like)
 
 
+def check_indices(op: str, name: str, indices: Tensor, like: Tensor) -> None:
+    """Check that indices are an integer ``[n]`` tensor on like's device (their values are not read)."""
+    if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ValueError(f"{op}: {name} must be [n] integer indices, got {describe(indices)}")
+    check_device(op, name, indices, like)
+
+
 def describe(x: Tensor) -> str:
     """Shape and dtype of a tensor for error messages."""
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"

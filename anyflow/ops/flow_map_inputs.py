@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anyflow.ops._common import accumulation_dtype, check_device, check_same_shape, check_times, describe, lead
+from anyflow.ops._common import accumulation_dtype, check_indices, check_same_shape, check_times, describe, lead
 from anyflow.ops.backend import register, resolve
 
 _OP = "flow_map_inputs"
@@ -41,8 +41,10 @@ def flow_map_inputs(
         if isinstance(side, Tensor) and side.ndim:
             check_times(_OP, name, side, latents)
     if rows is not None:
-        check_device(_OP, "rows", rows, latents)
+        if rows.dtype == torch.bool and rows.shape != t.shape[:1]:
+            raise ValueError(f"{_OP}: a rows mask must be [B={t.shape[0]}], got {describe(rows)}")
         rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+        check_indices(_OP, "rows", rows, latents)
     return resolve(_OP)(latents, noise, t, plus, minus, rows)
 
 

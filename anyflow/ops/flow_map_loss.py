@@ -8,6 +8,7 @@ from torch import Tensor
 from anyflow.ops._common import (
     accumulation_dtype,
     check_device,
+    check_indices,
     check_same_shape,
     check_times,
     describe,
@@ -88,18 +89,14 @@ def flow_map_loss_reference(
             interval = (t - r).to(acc)
             interval = interval if rows is None else interval[rows]
             width = step.to(acc) if isinstance(step, Tensor) else step
-            factor = (interval / (_trailing(width, interval) * guidance)).expand(interval.shape)
-            slope = slope * lead(factor, slope)
+            width = lead(width, slope) if isinstance(width, Tensor) else width
+            slope = slope * (lead(interval, slope) / (width * guidance))
             target = target - slope if rows is None else target.index_add(0, rows, -slope)
     guided = pred.to(acc)
     if uncond is not None:
         guided = (guided - (1 - guidance) * uncond.detach().to(acc)) / guidance
     per_frame = (guided - target).square().flatten(2).mean(2)
     return (per_frame * lead(weight.to(acc), per_frame)).mean(1)
-
-
-def _trailing(width: float | Tensor, interval: Tensor) -> float | Tensor:
-    return lead(width, interval) if isinstance(width, Tensor) and width.ndim else width
 
 
 def _check(
@@ -133,10 +130,12 @@ def _check(
         raise ValueError(f"{_OP}: u_plus and u_minus are given together or not at all")
     if u_plus is None or u_minus is None:
         return
+    if rows is not None:
+        check_indices(_OP, "rows", rows, pred)
     n = pred.shape[0] if rows is None else rows.shape[0]
     for name, tensor in (("u_plus", u_plus), ("u_minus", u_minus)):
         if tensor.shape != (n, *pred.shape[1:]):
             raise ValueError(f"{_OP}: {name} must be {(n, *pred.shape[1:])}, got {describe(tensor)}")
         check_device(_OP, name, tensor, pred)
-    if isinstance(step, Tensor) and step.ndim and step.shape[0] != n:
-        raise ValueError(f"{_OP}: step must be a number or start with n={n}, got {describe(step)}")
+    if isinstance(step, Tensor) and step.ndim:
+        check_times(_OP, "step", step, u_plus)

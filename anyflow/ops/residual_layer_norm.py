@@ -84,7 +84,7 @@ def residual_layer_norm_reference(
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     """``x + y * gate`` in fp32, rounded to x's dtype; ``x[B, L, D]``, ``y[B, L, D]``, ``gate[B, R, D]`` or None."""
     if gate is None:
-        return x + y.to(x.dtype)
+        return (x + y).to(x.dtype)  # type promotion: a wider y is not rounded before the sum
     acc = accumulation_dtype(x, gate)
     if gate.shape[1] == 1:
         return torch.addcmul(x.to(acc), y.to(acc), gate.to(acc)).to(x.dtype)

@@ -263,7 +263,7 @@ class FlowMapEulerDiscreteScheduler:
         if r_timestep is None:
             r_timestep = self._next_timestep(timestep)
         t, r = self._times("timestep", timestep, sample), self._times("r_timestep", r_timestep, sample)
-        if _on_host(timestep) and _on_host(r_timestep) and bool((_host(r_timestep) > _host(timestep)).any()):
+        if _on_host(timestep) and _on_host(r_timestep) and _ascends(_host(timestep), _host(r_timestep)):
             raise ValueError(f"r_timestep must not exceed timestep, got r={r_timestep}, t={timestep}")
         acc = torch.promote_types(sample.dtype, torch.float32)
         width = ((t - r) / self._n).to(acc)
@@ -345,6 +345,13 @@ def _on_host(value: float | Tensor) -> bool:
 
 def _host(value: float | Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64)
+
+
+def _ascends(t: Tensor, r: Tensor) -> bool:
+    """Whether any r exceeds its t; either may be per sample where the other is per frame."""
+    ndim = max(t.ndim, r.ndim)
+    t, r = (v.reshape(v.shape + (1,) * (ndim - v.ndim)) for v in (t, r))
+    return bool((r > t).any())
 
 
 def _valid_shift(shift: float) -> float:

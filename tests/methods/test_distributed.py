@@ -1,0 +1,80 @@
+"""Two real processes under torchrun: global balance, choices that agree, and as many network calls on every rank."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "scripts" / "distributed_losses.py"
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+CASES = [(kinds, g) for kinds in ("mixed", "one_rank_without", "none", "all") for g in (1.0, 3.0)]
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks wrote."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    address = ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*launch, *address, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=240, env=env
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("how", ["got", "sharded"])
+@pytest.mark.parametrize("case", CASES)
+def test_loss_over_the_ranks_is_that_of_the_whole_batch(
+    how: str, case: tuple[str, float], ranks: list[dict[str, Any]]
+) -> None:
+    """The balance needs the mean over all ranks; also when one rank, or no rank, has a diffusion sample."""
+    want = ranks[0]["expected"][case]
+    for results in ranks:
+        got = results[how][case]
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-9)
+        assert got["loss_diffusion"] == pytest.approx(want["loss_diffusion"], rel=1e-9)
+        torch.testing.assert_close(got["gradient"], want["gradient"], rtol=1e-7, atol=1e-10)
+    assert want["loss"] > 0.1 and bool(want["gradient"].any())
+
+
+def test_ranks_hold_different_samples(ranks: list[dict[str, Any]]) -> None:
+    own = [results["got"]["mixed", 3.0]["own_loss"] for results in ranks]
+    assert own[0] != pytest.approx(own[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rank_calls_the_network_as_often(case: tuple[str, float], ranks: list[dict[str, Any]]) -> None:
+    """One call without gradient, one with; sharded parameters are gathered in each, by all ranks or by none."""
+    for results in ranks:
+        assert results["got"][case]["calls"] == [False, True]
+        assert results["sharded"][case]["calls"] == [False, True]
+
+
+def test_choices_agree_although_the_generators_do_not(ranks: list[dict[str, Any]]) -> None:
+    first, second = (results["draws"] for results in ranks)
+    assert first["own"] != second["own"]
+    assert first["times"] != second["times"]  # samples are each rank's own
+    for name in ("steps", "rollouts", "image_to_video"):
+        assert first[name] == second[name], name
+        assert len({str(choice) for choice in first[name]}) > 1, name
+
+
+def test_one_sample_per_rank_takes_turns(ranks: list[dict[str, Any]]) -> None:
+    first, second = (results["draws"]["kinds"] for results in ranks)
+    assert [a + b for a, b in zip(first, second, strict=True)] == [1, 1, 1, 1]
+    assert first == [True, False, True, False]
