@@ -29,10 +29,10 @@ class MovingShapesConfig:
 
     num_frames: int = 8
     size: int = 12
-    radius: float = 3.0
+    radius: float = 2.5
     arm_length: float = 3.5
     arm_width: float = 1.0
-    softness: float = 1.5
+    softness: float = 4.0
     speed: float = 1.0
 
     def __post_init__(self) -> None:

@@ -1,0 +1,6 @@
+"""``python -m anyflow``."""
+
+from anyflow.cli import main
+
+if __name__ == "__main__":
+    main()

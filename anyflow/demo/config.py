@@ -1,0 +1,80 @@
+"""The recipe of the quickstart, in two budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Optimization of one stage.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: videos per step.
+        lr: learning rate of the network that is trained (AdamW).
+        betas: of AdamW.
+        ema_decay: of the average that the stage hands on.
+        cosine: decay the learning rate to 5 % along a cosine; else it is constant after the warm-up.
+        critic_lr: learning rate of the critic (stage 2 only).
+    """
+
+    steps: int
+    batch_size: int = 32
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    ema_decay: float = 0.995
+    cosine: bool = False
+    critic_lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Everything a run of the quickstart depends on.
+
+    ``num_train_timesteps`` is 100: with 1000, the time embedding of so small a model aliases at the finite difference.
+    ``epsilon`` is in timesteps of that range.
+    """
+
+    budget: str = "full"
+    seed: int = 0
+    device: str = "cpu"
+    num_heads: int = 4
+    head_dim: int = 16
+    num_layers: int = 4
+    text_tokens: int = 4
+    text_dim: int = 32
+    num_train_timesteps: int = 100
+    shift: float = 3.0
+    gate_value: float = 0.25
+    epsilon: float = 0.5
+    rollout_steps: tuple[int, ...] = (1, 2, 4, 8)
+    flow_matching: Stage = Stage(steps=1400, lr=1e-2, cosine=True)
+    pretrain: Stage = Stage(steps=1200, lr=5e-3, cosine=True)
+    on_policy: Stage = Stage(steps=150, batch_size=16, lr=2e-4, betas=(0.0, 0.999), ema_decay=0.98, critic_lr=5e-4)
+    baseline: Stage = Stage(steps=2000, lr=5e-3, cosine=True)
+    step_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    samples: int = 512
+    heldout: int = 1024
+
+    @classmethod
+    def for_budget(cls, budget: str, seed: int = 0, device: str = "cpu") -> DemoConfig:
+        """The recipe of a budget: ``"full"`` (minutes, the real picture) or ``"fast"`` (about one minute, for CI).
+
+        Raises:
+            ValueError: unknown budget.
+        """
+        full = cls(seed=seed, device=device)
+        if budget == "full":
+            return full
+        if budget == "fast":
+            return replace(
+                full,
+                budget="fast",
+                flow_matching=replace(full.flow_matching, steps=400),
+                baseline=replace(full.baseline, steps=100),
+                pretrain=replace(full.pretrain, steps=200),
+                on_policy=replace(full.on_policy, steps=25),
+                samples=256,
+            )
+        raise ValueError(f"budget must be 'fast' or 'full', got {budget!r}")

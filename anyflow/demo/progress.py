@@ -1,0 +1,76 @@
+"""Progress of the quickstart in the terminal: one bar per stage and one for everything, with the time left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+TITLES = {
+    "flow_matching": "flow matching (teacher)",
+    "pretrain": "stage 1: flow-map pretraining",
+    "on_policy": "stage 2: on-policy distillation",
+    "baseline": "baseline: more flow matching",
+    "evaluation": "evaluation",
+}
+
+
+class Advance(Protocol):
+    """Called after each unit of work, with the loss if there is one."""
+
+    def __call__(self, loss: float | None, /) -> None: ...
+
+
+class DemoProgress:
+    """A context manager around a run; see :func:`anyflow.demo.run.run_demo`."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars = Progress(
+            TextColumn("{task.description:<32}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.percentage:>4.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            speed_estimate_period=120,
+        )
+        self._total: TaskID | None = None
+
+    def __enter__(self) -> DemoProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def start(self, total_cost: float) -> None:
+        """Show the bar of the whole run."""
+        self._total = self._bars.add_task("[bold]everything", total=total_cost, note="")
+
+    def skip(self, name: str, cost: float) -> None:
+        """A stage that an earlier run has finished."""
+        assert self._total is not None
+        self.console.print(f"{TITLES[name]}: done by an earlier run")
+        self._bars.update(self._total, total=(self._bars.tasks[0].total or 0) - cost)
+
+    @contextmanager
+    def stage(self, name: str, steps: int, cost: float) -> Iterator[Advance]:
+        """The bar of one stage; yields the function to call after each of its ``steps``."""
+        assert self._total is not None
+        total = self._total
+        task = self._bars.add_task(TITLES[name], total=steps, note="")
+
+        def advance(loss: float | None, /) -> None:
+            self._bars.update(task, advance=1, note="" if loss is None else f"loss {loss:.3f}")
+            self._bars.update(total, advance=cost / steps)
+
+        yield advance
+        if not self.console.is_terminal:
+            self.console.print(f"{TITLES[name]}: done")

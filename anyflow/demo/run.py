@@ -1,0 +1,187 @@
+"""Runs the quickstart stage by stage, each resumable, and writes its folder: checkpoints, metrics, samples, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow.demo.config import DemoConfig
+from anyflow.demo.evaluate import build_evaluator, evaluate_method, real_floor, samplers
+from anyflow.demo.progress import DemoProgress
+from anyflow.demo.results import write_results
+from anyflow.demo.stages import train_flow_matching, train_on_policy, train_pretrain
+from anyflow.demo.world import World
+from anyflow.evaluation import EvaluationResults, Metrics
+from anyflow.models import AnyFlowTransformer3DModel
+
+STATE_FILE = "state.json"
+REPORT_FILE = "report.html"
+
+# Seconds per step relative to a flow-matching step of batch 32, for the estimate of the time left.
+_STEP_COST = {"flow_matching": 1.0, "baseline": 1.0, "pretrain": 1.5, "on_policy": 2.8, "evaluation": 40.0}
+
+# The checkpoint that scores as each method of the report.
+_CHECKPOINT_OF = {
+    "flow_matching": "baseline",
+    "pretrain": "pretrain",
+    "on_policy": "on_policy",
+    "consistency_sampler": "on_policy",
+}
+
+
+def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> EvaluationResults:
+    """Train, evaluate and report into ``out``; stages that a killed run has finished are not run again.
+
+    Writes ``checkpoints/<stage>/transformer`` and ``/scheduler`` (diffusers folders), ``metrics.json``,
+    ``samples/*.gif``, ``curve.png`` and ``report.html``.
+
+    Raises:
+        ValueError: ``out`` is a file, or holds something else than a run of this configuration.
+    """
+    return _Run(config, out, progress).run()
+
+
+def finished_report(config: DemoConfig, out: Path) -> Path | None:
+    """The report of a finished run of this configuration in ``out``, or None.
+
+    Raises:
+        ValueError: as :func:`run_demo`.
+    """
+    state = _load_state(config, out)
+    return out / REPORT_FILE if "report" in state["finished"] and (out / REPORT_FILE).is_file() else None
+
+
+class _Run:
+    def __init__(self, config: DemoConfig, out: Path, progress: DemoProgress) -> None:
+        self.state = _load_state(config, out)
+        self.config, self.out, self.progress = config, out, progress
+        self.world = World(config)
+
+    def run(self) -> EvaluationResults:
+        config, plan = self.config, self._plan()
+        self.progress.start(sum(cost for _, _, cost in plan))
+        for name, _, cost in plan:
+            if name in self.state["finished"]:
+                self.progress.skip(name, cost)
+        self._train("flow_matching", self._flow_matching)
+        self._train("pretrain", self._pretrain)
+        self._train("on_policy", self._on_policy)
+        self._train("baseline", self._baseline)
+        results, examples = self._evaluate()
+        write_results(config, self.world, results, examples, self.out)
+        self._finish("report", 0.0)
+        return results
+
+    def _plan(self) -> list[tuple[str, int, float]]:
+        stages = {name: getattr(self.config, name) for name in ("flow_matching", "pretrain", "on_policy", "baseline")}
+        plan = [(name, s.steps, s.steps * _STEP_COST[name] * s.batch_size / 32) for name, s in stages.items()]
+        evaluations = len(_CHECKPOINT_OF) * len(self.config.step_counts)
+        return [*plan, ("evaluation", evaluations, evaluations * _STEP_COST["evaluation"])]
+
+    # Stages --------------------------------------------------------------------------------------------------------
+
+    def _flow_matching(self, advance: Callable[[float], None]) -> AnyFlowTransformer3DModel:
+        return train_flow_matching(self.world, self.world.model(), self.config.flow_matching, 1, advance)
+
+    def _pretrain(self, advance: Callable[[float], None]) -> AnyFlowTransformer3DModel:
+        model = self._load("flow_matching").enable_flow_map(self.config.gate_value)
+        return train_pretrain(self.world, model, self.config.pretrain, 2, advance)
+
+    def _on_policy(self, advance: Callable[[float], None]) -> AnyFlowTransformer3DModel:
+        student, teacher = self._load("pretrain"), self._load("flow_matching")
+        return train_on_policy(self.world, student, teacher, self.config.on_policy, 3, advance)
+
+    def _baseline(self, advance: Callable[[float], None]) -> AnyFlowTransformer3DModel:
+        return train_flow_matching(self.world, self._load("flow_matching"), self.config.baseline, 4, advance)
+
+    def _train(self, name: str, train: Callable[[Callable[[float], None]], AnyFlowTransformer3DModel]) -> None:
+        if name in self.state["finished"]:
+            return
+        steps, cost = next((steps, cost) for n, steps, cost in self._plan() if n == name)
+        start = time.perf_counter()
+        with self.progress.stage(name, steps, cost) as advance:
+            model = train(advance)
+        self._save(name, model)
+        self._finish(name, time.perf_counter() - start)
+
+    def _evaluate(self) -> tuple[EvaluationResults, dict[str, dict[int, Tensor]]]:
+        world, start = self.world, time.perf_counter()
+        evaluator = build_evaluator(world)
+        curves: dict[str, dict[int, Metrics]] = {}
+        examples: dict[str, dict[int, Tensor]] = {}
+        _, steps, cost = self._plan()[-1]
+        with self.progress.stage("evaluation", steps, cost) as advance:
+            for name, sampler in samplers(world).items():
+                model = self._load(_CHECKPOINT_OF[name])
+                curves[name], examples[name] = evaluate_method(world, evaluator, sampler, model, lambda: advance(None))
+        seconds = {**self.state["finished"], "evaluation": time.perf_counter() - start}
+        seconds.pop("report", None)
+        seconds["total"] = sum(s for name, s in seconds.items() if name != "total")
+        floor = real_floor(world, evaluator)
+        return EvaluationResults(floor, curves, seconds, self.config.seed, self.config.budget), examples
+
+    # Files ---------------------------------------------------------------------------------------------------------
+
+    def _save(self, name: str, model: AnyFlowTransformer3DModel) -> None:
+        """Write a checkpoint completely or not at all: a run may be killed at any moment."""
+        final = self.out / "checkpoints" / name
+        partial = final.with_name(f".{name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial / "transformer")
+        self.world.scheduler().save_pretrained(partial / "scheduler")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+
+    def _load(self, name: str) -> AnyFlowTransformer3DModel:
+        folder = self.out / "checkpoints" / name / "transformer"
+        return AnyFlowTransformer3DModel.from_pretrained(folder).to(self.world.device)
+
+    def _finish(self, name: str, seconds: float) -> None:
+        self.state["finished"][name] = seconds
+        partial = self.out / f".{STATE_FILE}.partial"
+        partial.write_text(json.dumps(self.state, indent=2) + "\n")
+        os.replace(partial, self.out / STATE_FILE)
+
+
+def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
+    """What a run in ``out`` has finished, by stage in seconds; creates the folder of a new run."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    _check_device(config.device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be created: {error.strerror}") from None
+    settings = json.loads(json.dumps(asdict(config)))
+    file = out / STATE_FILE
+    if not file.exists():
+        if any(p for p in out.iterdir() if not p.name.startswith(".")):
+            raise ValueError(f"--out {out} is not empty and holds no demo run; name another folder")
+        return {"config": settings, "finished": {}}
+    try:
+        state = json.loads(file.read_text())
+        other = state["config"]
+        finished = dict(state["finished"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged; delete {out} or name another --out") from None
+    if other != settings:
+        changed = ", ".join(sorted(k for k in settings if other.get(k) != settings[k]))
+        raise ValueError(f"--out {out} holds a run with other settings ({changed}); name another --out or delete it")
+    return {"config": settings, "finished": finished}
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name!r} cannot be used here: {reason}") from None

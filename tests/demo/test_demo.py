@@ -1,0 +1,173 @@
+"""The quickstart end to end on tiny budgets: files, resuming after a real kill, determinism, and mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AnyFlowTransformer3DModel as DiffusersTransformer
+from PIL import Image
+from rich.console import Console
+
+from anyflow.demo import DemoConfig, DemoProgress, finished_report, run_demo
+from anyflow.evaluation import EvaluationResults
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+
+STAGES = ("flow_matching", "pretrain", "on_policy", "baseline")
+
+# The same tiny configuration, for this process and for the subprocesses that are killed.
+TINY = """
+from dataclasses import replace
+from anyflow.demo import DemoConfig
+base = DemoConfig(num_layers=1, num_heads=2, samples=64, heldout=64, step_counts=(1, 4))
+stages = {name: replace(getattr(base, name), steps=6, batch_size=8) for name in
+          ("flow_matching", "pretrain", "on_policy", "baseline")}
+tiny = replace(base, **stages)
+"""
+
+
+def tiny_config() -> DemoConfig:
+    scope: dict[str, DemoConfig] = {}
+    exec(TINY, scope)
+    return scope["tiny"]
+
+
+def run(config: DemoConfig, out: Path) -> EvaluationResults:
+    with DemoProgress(Console(quiet=True)) as progress:
+        return run_demo(config, out, progress)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "run"
+    run(tiny_config(), out)
+    return out
+
+
+def test_folder_holds_everything_promised(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics) == {"floor", "curves", "seconds", "seed", "budget"}
+    assert set(metrics["curves"]) == {"flow_matching", "pretrain", "on_policy", "consistency_sampler"}
+    for curve in metrics["curves"].values():
+        assert set(curve) == {"1", "4"}
+        assert all(set(point) == {"fd", "template_mse", "coverage_tv"} for point in curve.values())
+    assert metrics["floor"]["fd"] > 0
+    assert {*STAGES, "evaluation", "total"} == set(metrics["seconds"])
+    assert metrics["seconds"]["total"] == pytest.approx(sum(metrics["seconds"][k] for k in (*STAGES, "evaluation")))
+    with Image.open(finished / "samples" / "on_policy_4.gif") as animation:
+        assert animation.n_frames == 8
+    report = (finished / "report.html").read_text()
+    assert "<html" in report and "http://" not in report and "https://" not in report
+    with Image.open(finished / "curve.png") as picture:
+        assert picture.size[0] > 600
+
+
+def test_checkpoints_are_diffusers_folders(finished: Path) -> None:
+    folder = finished / "checkpoints" / "on_policy"
+    ours = AnyFlowTransformer3DModel.from_pretrained(folder / "transformer")
+    theirs = DiffusersTransformer.from_pretrained(folder / "transformer")
+    assert FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler").config.num_train_timesteps == 100
+    x, text = torch.randn(1, 4, 8, 6, 6), torch.randn(1, 4, 32)
+    t, r = torch.full((1, 4), 60.0), torch.full((1, 4), 20.0)
+    torch.testing.assert_close(ours(x, t, r, text).sample, theirs(x, t, r, text).sample, rtol=1e-5, atol=1e-6)
+    teacher = AnyFlowTransformer3DModel.from_pretrained(finished / "checkpoints" / "flow_matching" / "transformer")
+    assert teacher.condition_embedder.delta_embedder is None
+
+
+def test_same_seed_same_numbers_and_other_seed_other_numbers(finished: Path, tmp_path: Path) -> None:
+    first = EvaluationResults.load(finished / "metrics.json")
+    again = run(tiny_config(), tmp_path / "again")
+    other = run(replace(tiny_config(), seed=1), tmp_path / "other")
+    assert again.curves == first.curves
+    assert other.curves != first.curves
+
+
+def test_finished_folder_is_recognized_and_other_settings_are_refused(finished: Path) -> None:
+    assert finished_report(tiny_config(), finished) == finished / "report.html"
+    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
+        finished_report(replace(tiny_config(), seed=3), finished)
+
+
+def test_killed_run_resumes_after_the_last_finished_stage(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    script = TINY + (
+        "import sys, torch; torch.set_num_threads(2)\n"
+        "from pathlib import Path; from rich.console import Console\n"
+        "from anyflow.demo import DemoProgress, run_demo\n"
+        "with DemoProgress(Console(quiet=True)) as progress: run_demo(tiny, Path(sys.argv[1]), progress)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(out)])
+    deadline = time.monotonic() + 120
+    while not (out / "state.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before its first stage did"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = json.loads((out / "state.json").read_text())["finished"]
+    assert "flow_matching" in done and "report" not in done, "killed too late to show anything"
+    weights = out / "checkpoints" / "flow_matching" / "transformer" / "diffusion_pytorch_model.safetensors"
+    written = weights.stat().st_mtime_ns
+
+    resumed = run(tiny_config(), out)
+    assert weights.stat().st_mtime_ns == written, "a finished stage was run again"
+    assert resumed.curves == EvaluationResults.load(finished / "metrics.json").curves
+
+
+def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "anyflow", *arguments], cwd=cwd, capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--budget", "huge"], ["budget", "'fast'", "'full'"]),
+        (["--seed", "-1"], ["--seed", "-1"]),
+        (["--out", "file.txt"], ["file.txt", "is a file"]),
+        (["--out", "file.txt/below"], ["file.txt"]),
+        (["--out", "full"], ["full", "not empty"]),
+        (["--out", "damaged"], ["damaged"]),
+        (["--device", "warp"], ["--device", "'warp'"]),
+        (["--budgets", "fast"], ["--budgets"]),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("not a folder")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "state.json").write_text("{")
+    result = cli("demo", "--no-open", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "precious"
+    if arguments[0] != "--budgets":  # typer frames its own usage errors
+        assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_fast_demo_shows_the_any_step_property(tmp_path: Path) -> None:
+    """The whole command on the CI budget; only what held with a wide margin on several seeds is asserted."""
+    first = cli("demo", "--budget", "fast", "--out", "run", "--no-open", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    fd = EvaluationResults.load(tmp_path / "run" / "metrics.json").values("fd")
+    assert fd["flow_matching"][1] / fd["pretrain"][1] > 5
+    assert fd["flow_matching"][2] / fd["pretrain"][2] > 2
+    assert fd["pretrain"][16] / fd["pretrain"][4] < 1.3
+    assert fd["on_policy"][1] / fd["pretrain"][1] < 1.05
+    assert "report.html" in first.stdout
+
+    second = cli("demo", "--budget", "fast", "--out", "run", "--no-open", cwd=tmp_path)
+    assert second.returncode == 0 and "already holds a finished run" in second.stdout
+    other = cli("demo", "--budget", "full", "--out", "run", "--no-open", cwd=tmp_path)
+    assert other.returncode == 2 and "budget" in other.stderr
