@@ -10,14 +10,14 @@ from torch import Tensor
 
 def velocity(model: Any, x: Tensor, timestep: Tensor, r_timestep: Tensor | None, prompt_embeds: Tensor) -> Tensor:
     """``u(x, t, r, c)`` in fp32 at least: ``x[B, F, C, H, W]``, timesteps ``[B]`` or ``[B, F]`` in [0, N]."""
-    out = model(
-        hidden_states=x,
-        timestep=timestep,
-        r_timestep=r_timestep,
-        encoder_hidden_states=prompt_embeds,
-        return_dict=False,
-    )[0]
+    out = evaluate(model, x, timestep=timestep, r_timestep=r_timestep, encoder_hidden_states=prompt_embeds)
     return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def evaluate(model: Any, x: Tensor, **conditions: Any) -> Tensor:
+    """Call a network; its output is a tuple or has ``.sample``, as those of diffusers' transformers."""
+    out = model(hidden_states=x, **conditions, return_dict=False)
+    return out[0] if isinstance(out, tuple) else out.sample
 
 
 def has_flow_map(model: Any) -> bool:

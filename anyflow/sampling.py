@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.network import has_flow_map
+from anyflow.network import evaluate, has_flow_map
 from anyflow.rng import randn_like
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.validation import batched_embeds, require_finite, require_latents
@@ -151,20 +151,16 @@ class _Network:
     def __call__(self, latents: Tensor, step: int) -> Tensor:
         x = torch.cat([latents, latents]) if self.guided else latents
         if self.times is not None:
-            velocity = self.model(
-                hidden_states=x,
-                time_embedding=self.times[step].expand(self.batch_size),
-                text_context=self.context,
-                return_dict=False,
-            )[0]
+            times = self.times[step].expand(self.batch_size)
+            velocity = evaluate(self.model, x, time_embedding=times, text_context=self.context)
         else:
-            velocity = self.model(
-                hidden_states=x,
+            velocity = evaluate(
+                self.model,
+                x,
                 timestep=self.t[step].expand(self.batch_size, *self.t.shape[1:]),
                 r_timestep=None if self.r is None else self.r[step].expand(self.batch_size, *self.r.shape[1:]),
                 encoder_hidden_states=self.text,
-                return_dict=False,
-            )[0]
+            )
         if not self.guided:
             return velocity
         wide = torch.promote_types(velocity.dtype, torch.float32)

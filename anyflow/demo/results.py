@@ -85,8 +85,6 @@ def _environment(config: DemoConfig) -> dict[str, str]:
         "Python": platform.python_version(),
         "device": torch.cuda.get_device_name() if config.device.startswith("cuda") else _cpu_name(),
         "threads": str(torch.get_num_threads()),
-        "seed": str(config.seed),
-        "budget": config.budget,
     }
 
 

@@ -30,6 +30,11 @@ def takeaway(results: EvaluationResults) -> str:
         return f"{lead}."
     if _ratio(many, few) >= _SAME:
         return f"{lead}. But more steps make it worse: {number(many)} at {last}, so this run shows half of the claim."
+    best, at = min((value, n) for n, value in fd[ours].items())
+    if _ratio(many, best) >= _SAME:
+        return (
+            f"{lead}; more steps improve it to {number(best)} at {at}, and then it rises to {number(many)} at {last}."
+        )
     trend = "improve it further" if _ratio(few, many) >= _SAME else "keep it there"
     return f"{lead}; more steps {trend} ({number(many)} at {last})."
 

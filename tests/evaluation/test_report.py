@@ -162,6 +162,8 @@ def test_takeaway_follows_the_numbers() -> None:
     assert "0.82 against 54" in good and "66 times lower" in good and "improve it further (0.32 at 4)" in good
     flat = takeaway(_results(on_policy=(0.34, 0.33, 0.33)))
     assert "keep it there" in flat
+    rising = takeaway(_results(on_policy=(3.4, 0.3, 0.4)))
+    assert "improve it to 0.30 at 2, and then it rises to 0.40 at 4" in rising
     worse = takeaway(_results(on_policy=(0.8, 1.0, 1.6)))
     assert "more steps make it worse: 1.6 at 4" in worse and "half of the claim" in worse
     for bad in (takeaway(_results(flow_matching=(0.8, 0.5, 0.3))), takeaway(_results(on_policy=(90.0, 5.0, 1.0)))):

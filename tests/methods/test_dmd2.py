@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anyflow.methods import DMD2Config, DMD2Method, OnPolicyConfig, dmd_gradient
+from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
 N = 1000
