@@ -225,3 +225,16 @@ def test_scheduler_of_a_saved_pipeline(parts, expected, tmp_path: Path) -> None:
     loaded.scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert loaded.scheduler.config.shift == SHIFT
     np.testing.assert_allclose(video(loaded), expected["four-steps"], rtol=0, atol=TOLERANCE)
+
+
+def test_readme_snippet_loads_our_transformer_into_a_saved_pipeline(parts, expected, tmp_path: Path) -> None:
+    """README, "the call of diffusers' own", up to its call: its default video is too large for a test."""
+    build(parts).save_pretrained(tmp_path)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    snippet = next(s for s in readme.split("```python\n") if s.startswith("from diffusers import AnyFlowPipeline"))
+    scope: dict[str, Any] = {"path": tmp_path}
+    exec(snippet[: snippet.index("video = ")], scope)
+    pipe = scope["pipe"]
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe.transformer, AnyFlowTransformer3DModel)
+    np.testing.assert_allclose(video(pipe), expected["four-steps"], rtol=0, atol=TOLERANCE)
