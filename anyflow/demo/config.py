@@ -71,9 +71,9 @@ class DemoConfig:
             return replace(
                 full,
                 budget="fast",
-                flow_matching=replace(full.flow_matching, steps=400),
+                flow_matching=replace(full.flow_matching, steps=500),
                 baseline=replace(full.baseline, steps=100),
-                pretrain=replace(full.pretrain, steps=200),
+                pretrain=replace(full.pretrain, steps=180),
                 on_policy=replace(full.on_policy, steps=25),
                 samples=256,
             )
