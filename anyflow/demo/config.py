@@ -49,10 +49,10 @@ class DemoConfig:
     gate_value: float = 0.25
     epsilon: float = 0.5
     rollout_steps: tuple[int, ...] = (1, 2, 4, 8)
-    flow_matching: Stage = Stage(steps=1400, lr=1e-2, cosine=True)
-    pretrain: Stage = Stage(steps=1300, lr=5e-3, cosine=True)
+    flow_matching: Stage = Stage(steps=1200, lr=1e-2, cosine=True)
+    pretrain: Stage = Stage(steps=1100, lr=5e-3, cosine=True)
     on_policy: Stage = Stage(steps=150, batch_size=16, lr=2e-4, betas=(0.0, 0.999), ema_decay=0.98, critic_lr=5e-4)
-    baseline: Stage = Stage(steps=1950, lr=5e-3, cosine=True)
+    baseline: Stage = Stage(steps=1650, lr=5e-3, cosine=True)
     step_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     samples: int = 512
     heldout: int = 1024
