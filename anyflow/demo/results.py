@@ -52,14 +52,14 @@ def write_results(
         results=results,
         samples=examples,
         real_samples=real,
-        recipe=_recipe(config),
+        recipe=_recipe(config, results.seconds),
         environment=_environment(config),
         class_names=world.shapes.class_names,
     )
     write_report(out / "report.html", data)
 
 
-def _recipe(config: DemoConfig) -> list[RecipeStage]:
+def _recipe(config: DemoConfig, seconds: Mapping[str, float]) -> list[RecipeStage]:
     steps = ", ".join(map(str, config.rollout_steps))
     return [
         _row("Flow matching", config.flow_matching, "trains the teacher and the starting point of everything else"),
@@ -67,7 +67,12 @@ def _recipe(config: DemoConfig) -> list[RecipeStage]:
             "Stage 1: flow-map pretraining", config.pretrain, f"from flow matching; epsilon {config.epsilon} timesteps"
         ),
         _row("Stage 2: on-policy", config.on_policy, f"from stage 1; rollouts of {steps} steps; co-trained on data"),
-        _row("Baseline", config.baseline, "flow matching continued for about the time of stages 1 and 2"),
+        _row(
+            "Baseline",
+            config.baseline,
+            f"flow matching continued for {seconds['baseline']:.0f} s, next to the "
+            f"{seconds['pretrain'] + seconds['on_policy']:.0f} s of stages 1 and 2",
+        ),
     ]
 
 
