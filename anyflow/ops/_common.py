@@ -5,6 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_KERNEL_DIM = 8192
+
+
+def unsupported_dtype(*tensors: Tensor | None) -> str | None:
+    """Why the kernels do not take tensors of these dtypes, or None if they do."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            return f"{describe(tensor)} (kernels take bfloat16, float16 and float32)"
+    return None
+
+
+def unsupported_row(*tensors: Tensor | None) -> str | None:
+    """As :func:`unsupported_dtype`, for kernels that hold a whole row of the last dimension in registers."""
+    for tensor in tensors:
+        d = 8 if tensor is None else tensor.shape[-1]
+        if d % 8 or d > MAX_KERNEL_DIM:
+            return f"D={d} (kernels take multiples of 8 up to {MAX_KERNEL_DIM})"
+    return unsupported_dtype(*tensors)
+
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype statistics and products are accumulated in: fp32, or fp64 when any operand is fp64."""
@@ -21,8 +41,10 @@ def check_tokens(op: str, x: Tensor) -> tuple[int, int, int]:
 def check_rows(op: str, name: str, rows: Tensor, x: Tensor) -> int:
     """Check a modulation tensor ``[B, R, D]`` against ``x[B, L, D]`` (R divides L) and return R."""
     b, length, d = x.shape
-    if rows.ndim != 3 or rows.shape[0] != b or rows.shape[2] != d:
-        raise ValueError(f"{op}: {name} must be [B={b}, R, D={d}] for x {tuple(x.shape)}, got {describe(rows)}")
+    if rows.ndim != 3 or rows.shape[0] != b or rows.shape[2] != d or not rows.is_floating_point():
+        raise ValueError(
+            f"{op}: {name} must be a floating-point [B={b}, R, D={d}] for x {tuple(x.shape)}, got {describe(rows)}"
+        )
     check_device(op, name, rows, x)
     r = rows.shape[1]
     if r == 0 or length % r:
@@ -32,15 +54,18 @@ def check_rows(op: str, name: str, rows: Tensor, x: Tensor) -> int:
 
 def check_vector(op: str, name: str, vector: Tensor, x: Tensor) -> None:
     """Check an affine parameter ``[D]`` against ``x[..., D]``."""
-    if vector.shape != x.shape[-1:]:
-        raise ValueError(f"{op}: {name} must be [D={x.shape[-1]}], got {describe(vector)}")
+    if vector.shape != x.shape[-1:] or not vector.is_floating_point():
+        raise ValueError(f"{op}: {name} must be a floating-point [D={x.shape[-1]}], got {describe(vector)}")
     check_device(op, name, vector, x)
 
 
 def check_same_shape(op: str, name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
-    """Check that two tensors have one shape and device."""
-    if tensor.shape != like.shape:
-        raise ValueError(f"{op}: {name} must have the shape of {like_name} {tuple(like.shape)}, got {describe(tensor)}")
+    """Check that a floating-point tensor has the shape and device of another."""
+    if tensor.shape != like.shape or not tensor.is_floating_point():
+        raise ValueError(
+            f"{op}: {name} must have the shape of {like_name} {tuple(like.shape)}, in a floating dtype, "
+            f"got {describe(tensor)}"
+        )
     check_device(op, name, tensor, like)
 
 
@@ -74,6 +99,11 @@ def describe(x: Tensor) -> str:
 def split_rows(x: Tensor, rows: int) -> Tensor:
     """View ``[B, L, D]`` as ``[B, R, L / R, D]``, so that a modulation row broadcasts over the tokens that read it."""
     return x.unflatten(1, (rows, x.shape[1] // rows))
+
+
+def sum_rows(x: Tensor, rows: int) -> Tensor:
+    """Sum ``[B, L, D]`` over the tokens of each of R rows: ``[B, R, D]``."""
+    return split_rows(x, rows).sum(2)
 
 
 def lead(values: Tensor, like: Tensor) -> Tensor:

@@ -1,26 +1,21 @@
-"""Which implementation of an operator runs: registration, forcing a backend, and a report that explains it."""
+"""Which implementation of an operator runs: the automatic choice, forcing a backend, and a report that explains it."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+
+import torch
 
 BACKENDS = ("eager", "triton", "native")
+OPERATORS: set[str] = set()  # filled by anyflow.ops.library
 
-_implementations: dict[str, dict[str, Callable[..., Any]]] = {}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_MIN_CAPABILITY = (8, 0)  # bf16 arithmetic; the kernels are compiled and checked for sm_80, sm_90 and sm_100
+
 _forced: str | None = None
-
-
-def register(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: register a function as the ``backend`` implementation of operator ``op``."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        _implementations.setdefault(op, {})[_validated(backend)] = function
-        return function
-
-    return decorate
+_fallbacks: dict[str, dict[str, None]] = {}  # operator -> reasons, in order of appearance
 
 
 class use_backend:
@@ -48,10 +43,17 @@ class use_backend:
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The backend an operator would run on, and the reason in one phrase."""
+    """The backend an operator runs on, why, and the calls that ran on the eager reference instead.
+
+    Attributes:
+        backend: ``"eager"``, ``"triton"``, ``"native"``, or ``"unavailable"`` when a forced one cannot run.
+        reason: why, in one phrase.
+        fallbacks: why calls so far that the backend does not support ran eagerly; one phrase per reason.
+    """
 
     backend: str
     reason: str
+    fallbacks: tuple[str, ...] = ()
 
 
 def forced_backend() -> tuple[str, str] | None:
@@ -64,37 +66,105 @@ def forced_backend() -> tuple[str, str] | None:
     return None
 
 
-def resolve(op: str) -> Callable[..., Any]:
-    """The implementation of ``op`` to call now. A forced backend that does not have the operator is a RuntimeError."""
+def choose(op: str, device: torch.device, unsupported: str | None) -> str:
+    """The backend that runs this call of ``op``.
+
+    Args:
+        op: name of the operator.
+        device: where its tensors are.
+        unsupported: what about the arguments the kernels do not support, or None.
+
+    Raises:
+        RuntimeError: a forced backend does not exist here.
+        ValueError: a forced backend does not support these arguments.
+    """
     forced = forced_backend()
     if forced is None:
-        return _implementations[op]["eager"]
-    name, reason = forced
-    try:
-        return _implementations[op][name]
-    except KeyError:
-        have = ", ".join(sorted(_implementations[op]))
-        raise RuntimeError(
-            f"anyflow.ops.{op}: backend {name!r} ({reason}) is not available; this build has: {have}"
-        ) from None
+        if missing("triton", device) is not None or device.type == "cpu":  # interpreting kernels is for tests
+            return "eager"
+        if unsupported is None:
+            return "triton"
+        if not torch.compiler.is_compiling():
+            _fallbacks.setdefault(op, {})[unsupported] = None
+        return "eager"
+    name, by = forced
+    if name == "eager":
+        return name
+    reason = missing(name, device)
+    if reason is not None:
+        raise RuntimeError(f"anyflow.ops.{op}: backend {name!r} ({by}) is not available: {reason}; use 'eager'")
+    if unsupported is not None:
+        raise ValueError(f"{op}: backend {name!r} ({by}) does not support {unsupported}")
+    return name
 
 
-def backend_report() -> dict[str, BackendChoice]:
-    """For every operator, the backend that would run and why; a forced one that is missing reads ``unavailable``."""
+def missing(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device, or None if it can."""
+    if backend == "eager":
+        return None
+    if backend == "native":
+        return "this build has no native kernels"
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < _MIN_CAPABILITY:
+            return f"the GPU has compute capability {capability}, the Triton kernels need {_MIN_CAPABILITY}"
+        return None
+    if device.type in ("cpu", "meta") and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"Triton kernels run on CUDA devices, or on the CPU with TRITON_INTERPRET=1, not on {device.type}"
+
+
+def backend_report(device: torch.device | str | None = None) -> dict[str, BackendChoice]:
+    """For every operator, the backend that runs on ``device`` and why, with the fallbacks there have been.
+
+    Args:
+        device: None means CUDA where there is a CUDA device, else the CPU.
+
+    Returns:
+        Operator name to :class:`BackendChoice`. A forced backend that cannot run reads ``unavailable``.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     forced = forced_backend()
     report = {}
-    for op, implementations in sorted(_implementations.items()):
+    for op in sorted(OPERATORS):
+        fallbacks = tuple(_fallbacks.get(op, {}))
         if forced is None:
-            others = [name for name in BACKENDS if name != "eager" and name not in implementations]
-            report[op] = BackendChoice("eager", f"no {' or '.join(others)} kernel in this build")
-        elif forced[0] in implementations:
-            report[op] = BackendChoice(*forced)
-        else:
-            report[op] = BackendChoice("unavailable", f"{forced[0]!r} {forced[1]}, but there is no such kernel")
+            report[op] = BackendChoice(*_automatic(device), fallbacks)
+            continue
+        name, by = forced
+        reason = missing(name, device)
+        report[op] = BackendChoice(name, by) if reason is None else BackendChoice("unavailable", f"{by}: {reason}")
     return report
+
+
+def _automatic(device: torch.device) -> tuple[str, str]:
+    reason = missing("triton", device)
+    if device.type == "cpu":
+        return "eager", f"{missing('native', device)}; Triton kernels on a CPU are interpreted, for tests only"
+    if reason is not None:
+        return "eager", reason
+    return "triton", "fused kernel; what it does not support runs on the eager reference"
 
 
 def _validated(name: str, prefix: str = "") -> str:
     if name not in BACKENDS:
         raise ValueError(f"{prefix}unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
     return name
+
+
+# TEMPORARY, until every operator is an anyflow.ops.library.Operator
+_references: dict = {}
+
+
+def register(op, backend):
+    def decorate(function):
+        _references[op] = function
+        return function
+
+    return decorate
+
+
+def resolve(op):
+    return _references[op]

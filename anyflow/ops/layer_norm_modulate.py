@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.ops._common import accumulation_dtype, check_rows, check_tokens, split_rows
-from anyflow.ops.backend import register, resolve
+from anyflow.ops._common import accumulation_dtype, check_rows, check_tokens, split_rows, sum_rows, unsupported_row
+from anyflow.ops.library import Operator, empty_like
 
 _OP = "layer_norm_modulate"
 
@@ -19,7 +21,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
     rows are never expanded to tokens in memory.
 
     Args:
-        x: ``[B, L, D]`` tokens.
+        x: ``[B, L, D]`` tokens; the kernel takes any strides but copies where D is not the contiguous dimension.
         shift: ``[B, R, D]``, any floating dtype; R divides L.
         scale: ``[B, R, D]``, as shift.
         eps: added to the variance.
@@ -28,22 +30,33 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
         ``[B, L, D]`` in x's dtype; statistics and products are accumulated in fp32.
 
     Raises:
-        ValueError: shapes or devices do not fit together.
+        ValueError: shapes or devices do not fit together, or a forced backend does not support dtypes or D.
     """
     check_tokens(_OP, x)
     check_rows(_OP, "shift", shift, x)
     check_rows(_OP, "scale", scale, x)
     if shift.shape != scale.shape:
         raise ValueError(f"{_OP}: shift {tuple(shift.shape)} and scale {tuple(scale.shape)} must have one shape")
-    return resolve(_OP)(x, shift, scale, eps)
+    return _operator(x, shift, scale, eps)
 
 
-@register(_OP, "eager")
-def layer_norm_modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def layer_norm_modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Eager reference; see :func:`layer_norm_modulate`."""
     acc = accumulation_dtype(x, shift, scale)
     n = F.layer_norm(x.to(acc), x.shape[-1:], eps=eps)
     return modulate(n, shift.to(acc), scale.to(acc)).to(x.dtype)
+
+
+def layer_norm_modulate_backward_reference(
+    grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, shift and scale: ``dx = J_LN(x)^T (grad (1 + scale))``, the others summed over a row's tokens."""
+    acc = accumulation_dtype(x, shift, scale)
+    grad, n = grad.to(acc), F.layer_norm(x.to(acc), x.shape[-1:], eps=eps)
+    dn = (split_rows(grad, scale.shape[1]) * (1 + scale.to(acc)).unsqueeze(2)).flatten(1, 2)
+    dx = layer_norm_backward(dn, x.to(acc), eps)
+    rows = shift.shape[1]
+    return dx.to(x.dtype), sum_rows(grad, rows).to(shift.dtype), sum_rows(grad * n, rows).to(scale.dtype)
 
 
 def modulate(n: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -52,3 +65,38 @@ def modulate(n: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return torch.addcmul(shift, n, 1 + scale)
     rows = split_rows(n, shift.shape[1])
     return torch.addcmul(shift.unsqueeze(2), rows, (1 + scale).unsqueeze(2)).flatten(1, 2)
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
+    """Gradient of x through LayerNorm over the last dimension without affine."""
+    centered = x - x.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
+    n = centered * rstd
+    return rstd * (grad - grad.mean(-1, keepdim=True) - n * (grad * n).mean(-1, keepdim=True))
+
+
+_operator = Operator(
+    _OP,
+    "(Tensor x, Tensor shift, Tensor scale, float eps=1e-6) -> Tensor",
+    reference=layer_norm_modulate_reference,
+    fake=lambda x, shift, scale, eps=1e-6: empty_like(x),
+    unsupported=lambda x, shift, scale, eps=1e-6: unsupported_row(x, shift, scale),
+)
+_operator.register_backward(
+    "(Tensor grad, Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+    reference=layer_norm_modulate_backward_reference,
+    fake=lambda grad, x, shift, scale, eps: (empty_like(x), empty_like(shift), empty_like(scale)),
+    unsupported=lambda grad, x, shift, scale, eps: unsupported_row(x, shift, scale),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.anyflow.layer_norm_modulate_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+_operator.register_autograd(_setup_context, _backward)

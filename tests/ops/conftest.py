@@ -1,10 +1,18 @@
-"""The tolerance table of the operators, and the two comparisons that use it."""
+"""What the operator tests share: backends, devices, the tolerance table, and the comparisons that use it.
 
-from collections.abc import Callable, Sequence
+A test that takes ``backend`` runs on the eager reference and on the Triton kernels: on a GPU with
+``ANYFLOW_TEST_DEVICE=cuda``, else interpreted on the CPU. One that takes ``dtype`` too runs for every dtype of each.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
+
+from anyflow.ops import use_backend
 
 # (relative to the element, relative to the largest element). Results are rounded once from an fp32 accumulation, so
 # one unit in the last place of the dtype; gradients of half-precision inputs may be rounded once more on their way.
@@ -15,15 +23,55 @@ TOLERANCES = {
     torch.bfloat16: (2**-7, 2**-9),
 }
 GRADIENT_SLACK = 3.0
+DTYPES = {
+    "eager": [torch.float64, torch.float32, torch.float16, torch.bfloat16],
+    "triton": [torch.float32, torch.float16, torch.bfloat16],
+}
 
 AssertClose = Callable[..., None]
 CheckGradients = Callable[..., None]
+Draw = Callable[..., Tensor]
 
 
-@pytest.fixture(params=list(TOLERANCES), ids=lambda d: str(d).removeprefix("torch."))
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Every floating dtype the operators accept."""
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every backend that runs here, times the dtypes that it takes; a test's own parameters come on top."""
+    backends = ["eager", "triton"] if importlib.util.find_spec("triton") else ["eager"]
+    takes_backend, takes_dtype = ("backend" in metafunc.fixturenames, "dtype" in metafunc.fixturenames)
+    if takes_backend and takes_dtype:
+        pairs = [(b, d) for b in backends for d in DTYPES[b]]
+        ids = [f"{b}-{str(d).removeprefix('torch.')}" for b, d in pairs]
+        metafunc.parametrize(("backend", "dtype"), pairs, ids=ids, indirect=["backend"])
+    elif takes_backend:
+        metafunc.parametrize("backend", backends, indirect=True)
+    elif takes_dtype:
+        metafunc.parametrize("dtype", DTYPES["eager"], ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Force a backend. In deterministic mode, what the kernels allocate reads NaN until it is written."""
+    with use_backend(request.param):
+        torch.use_deterministic_algorithms(request.param == "triton", warn_only=True)
+        try:
+            yield request.param
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """``ANYFLOW_TEST_DEVICE``, the CPU unless told otherwise."""
+    return torch.device(os.environ.get("ANYFLOW_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture
+def draw(generator: torch.Generator, device: torch.device) -> Draw:
+    """``draw(*shape, dtype=torch.float32)``: a normal leaf that requires a gradient, the same numbers on any device."""
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+
+    return normal
 
 
 def _compare(actual: Tensor, expected: Tensor, tolerance: torch.dtype | None, slack: float) -> None:
@@ -44,18 +92,26 @@ def assert_matches() -> AssertClose:
 
 @pytest.fixture
 def assert_gradients(generator: torch.Generator) -> CheckGradients:
-    """``assert_gradients(outputs, inputs, outputs_fp64, inputs_fp64)`` under one random cotangent."""
+    """``assert_gradients(outputs, inputs, outputs_fp64, inputs_fp64)`` under one random cotangent, taken twice.
+
+    The second backward pass must give the same bits (sums have one order) and neither may write what it reads.
+    """
 
     def check(
         outputs: Sequence[Tensor], inputs: Sequence[Tensor], outputs64: Sequence[Tensor], inputs64: Sequence[Tensor]
     ) -> None:
         cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
-        cotangents = [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
-        actual = torch.autograd.grad(outputs, inputs, cotangents)
+        cotangents = [c.to(o.device, o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
+        read = [*outputs, *inputs, *cotangents]
+        before = [r.detach().clone() for r in read]
+        actual = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
+        again = torch.autograd.grad(outputs, inputs, cotangents)
+        assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+        assert all(torch.equal(r.detach(), b) for r, b in zip(read, before, strict=True))
         expected = torch.autograd.grad(outputs64, inputs64, [c.double() for c in cotangents])
         half = [i.dtype for i in inputs if i.dtype.itemsize == 2]
         for a, e, i in zip(actual, expected, inputs, strict=True):
-            assert a.dtype == i.dtype
+            assert a.dtype == i.dtype and a.shape == i.shape
             _compare(a, e, half[0] if half else None, GRADIENT_SLACK)
 
     return check

@@ -1,0 +1,93 @@
+"""Registration of an operator with ``torch.library``: schema, implementations, fake, autograd.
+
+Every operator is ``torch.ops.anyflow.<name>`` with a backward ``<name>_backward`` that is an operator too, so that
+``torch.compile`` keeps both as they are. The implementations are found by convention: the eager ones are given here,
+the Triton ones are ``forward`` and ``backward`` of ``anyflow.kernels.<name>`` (imported when first used), all with the
+arguments of the schema. Outputs are contiguous and alias nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow.ops.backend import OPERATORS, choose
+
+_LIBRARY = torch.library.Library("anyflow", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+Function = Callable[..., Any]
+Unsupported = Callable[..., "str | None"]
+
+
+class Operator:
+    """One operator: calling it runs the eager reference directly, where autograd and compilers see through it, or
+    ``torch.ops.anyflow.<name>`` when a kernel is chosen.
+
+    Args:
+        name: of the operator and of its module in ``anyflow.kernels``.
+        signature: arguments and results in the schema language, all positional.
+        reference: eager implementation, differentiable.
+        fake: results for fake tensors.
+        unsupported: says of the arguments why the kernels do not take them, or None.
+    """
+
+    def __init__(
+        self, name: str, signature: str, *, reference: Function, fake: Function, unsupported: Unsupported
+    ) -> None:
+        OPERATORS.add(name)
+        self.name = name
+        self.reference = reference
+        self.unsupported = unsupported
+        self._define(name, signature, "forward", reference, fake, unsupported)
+        self.overload = getattr(torch.ops.anyflow, name).default
+
+    def register_backward(
+        self, signature: str, *, reference: Function, fake: Function, unsupported: Unsupported
+    ) -> None:
+        """Define ``<name>_backward``, with the same four things."""
+        self._define(f"{self.name}_backward", signature, "backward", reference, fake, unsupported)
+
+    def register_autograd(self, setup_context: Function, backward: Function) -> None:
+        """Connect the two, as ``torch.library.register_autograd``."""
+        torch.library.register_autograd(f"anyflow::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+    def __call__(self, *args: Any) -> Any:
+        if choose(self.name, _device(args), self.unsupported(*args)) == "eager":
+            return self.reference(*args)
+        return self.overload(*args)
+
+    def _define(
+        self,
+        name: str,
+        signature: str,
+        direction: str,
+        reference: Function,
+        fake: Function,
+        unsupported: Unsupported,
+    ) -> None:
+        def implementation(*args: Any) -> Any:
+            if choose(self.name, _device(args), unsupported(*args)) == "eager":
+                return _contiguous(reference(*args))
+            return getattr(importlib.import_module(f"anyflow.kernels.{self.name}"), direction)(*args)
+
+        _LIBRARY.define(f"{name}{signature}", tags=_TAGS)
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"anyflow::{name}", fake, lib=_LIBRARY)
+
+
+def _device(args: Sequence[Any]) -> torch.device:
+    return next(a for a in args if isinstance(a, Tensor)).device
+
+
+def _contiguous(result: Any) -> Any:
+    return tuple(r.contiguous() for r in result) if isinstance(result, tuple) else result.contiguous()
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """A contiguous tensor of x's shape, dtype and device: what the fakes of element-wise results return."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,0 +1,57 @@
+"""Launching a Triton kernel, or recording what would be launched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: ``kernel[grid](*args, **options)``."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]  # constexpr arguments and num_warps, by name
+
+
+_recording: list[Launch] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch on the device of the first argument, which need not be the current one; nothing for an empty grid.
+
+    Pointers, sizes and strides come first, in the order of the kernel; constexpr arguments and ``num_warps`` by name.
+    """
+    if _recording is not None:
+        _recording.append(Launch(kernel, grid, args, options))
+    elif 0 not in grid:
+        with torch.cuda.device_of(args[0]):
+            kernel[grid](*args, **options)
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Record launches in place of running them: on meta tensors this tells, without a GPU, exactly what would run."""
+    global _recording
+    previous, _recording = _recording, []
+    try:
+        yield _recording
+    finally:
+        _recording = previous
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x itself if its last dimension is contiguous in memory (the kernels take any other strides), else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialized contiguous tensor on like's device; of its shape and dtype unless told otherwise."""
+    return torch.empty(shape if shape else like.shape, dtype=dtype or like.dtype, device=like.device)

@@ -1,0 +1,112 @@
+"""``LN(x) * (1 + scale) + shift``, one modulation row per sample or frame: ``anyflow.ops.layer_norm_modulate``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from anyflow.kernels.launch import contiguous_rows, empty, launch
+from anyflow.kernels.rows import (
+    BACKWARD_TOKENS,
+    FORWARD_TOKENS,
+    finish_sum,
+    load_row,
+    partial_sums,
+    row_options,
+    standardize,
+    standardize_backward,
+)
+
+
+@triton.jit
+def layer_norm_modulate_forward_kernel(
+    x_ptr, shift_ptr, scale_ptr, out_ptr,
+    runs, rows, tokens,  # per modulation row; per sample; per modulation row
+    x_batch, x_token, shift_batch, shift_row, scale_batch, scale_row,  # strides
+    eps,
+    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    run = tl.program_id(0) % runs
+    row = (tl.program_id(0) // runs).to(tl.int64)  # over samples and their modulation rows
+    batch, first = row // rows, run * TOKENS
+    columns = tl.arange(0, BLOCK_D)
+    mask = columns < D
+    shift = load_row(shift_ptr + batch * shift_batch + row % rows * shift_row, columns, mask)
+    scale = 1.0 + load_row(scale_ptr + batch * scale_batch + row % rows * scale_row, columns, mask)
+    x_ptr += batch * x_batch + (row % rows * tokens + first) * x_token
+    out_ptr += (row * tokens + first) * D
+    for _ in range(min(TOKENS, tokens - first)):
+        normal, _rstd = standardize(load_row(x_ptr, columns, mask), mask, eps, D)
+        tl.store(out_ptr + columns, (normal * scale + shift).to(out_ptr.dtype.element_ty), mask=mask)
+        x_ptr += x_token
+        out_ptr += D
+
+
+@triton.jit
+def layer_norm_modulate_backward_kernel(
+    grad_ptr, x_ptr, scale_ptr, dx_ptr, dshift_ptr, dscale_ptr,
+    runs, rows, tokens,
+    grad_batch, grad_token, x_batch, x_token, scale_batch, scale_row,
+    eps,
+    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    run = tl.program_id(0) % runs
+    row = (tl.program_id(0) // runs).to(tl.int64)
+    batch, first = row // rows, run * TOKENS
+    columns = tl.arange(0, BLOCK_D)
+    mask = columns < D
+    scale = 1.0 + load_row(scale_ptr + batch * scale_batch + row % rows * scale_row, columns, mask)
+    dshift = tl.zeros([BLOCK_D], tl.float32)
+    dscale = tl.zeros([BLOCK_D], tl.float32)
+    grad_ptr += batch * grad_batch + (row % rows * tokens + first) * grad_token
+    x_ptr += batch * x_batch + (row % rows * tokens + first) * x_token
+    dx_ptr += (row * tokens + first) * D
+    for _ in range(min(TOKENS, tokens - first)):
+        grad = load_row(grad_ptr, columns, mask)
+        normal, rstd = standardize(load_row(x_ptr, columns, mask), mask, eps, D)
+        dshift += grad
+        dscale += grad * normal
+        dx = standardize_backward(grad * scale, normal, rstd, D)
+        tl.store(dx_ptr + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        grad_ptr += grad_token
+        x_ptr += x_token
+        dx_ptr += D
+    partial = tl.program_id(0).to(tl.int64) * D + columns
+    tl.store(dshift_ptr + partial, dshift, mask=mask)
+    tl.store(dscale_ptr + partial, dscale, mask=mask)
+
+
+def forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """Launch the forward kernel; arguments and result as the operator."""
+    x, shift, scale = contiguous_rows(x), contiguous_rows(shift), contiguous_rows(scale)
+    (b, length, d), rows = x.shape, shift.shape[1]
+    out = empty(x)
+    runs = triton.cdiv(length // rows, FORWARD_TOKENS)
+    launch(
+        layer_norm_modulate_forward_kernel, (b * rows * runs,),
+        x, shift, scale, out,
+        runs, rows, length // rows,
+        *x.stride()[:2], *shift.stride()[:2], *scale.stride()[:2],
+        eps,
+        TOKENS=FORWARD_TOKENS, **row_options(d),
+    )  # fmt: skip
+    return out
+
+
+def backward(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernel; returns the gradients of x, shift and scale."""
+    grad, x, scale = contiguous_rows(grad), contiguous_rows(x), contiguous_rows(scale)
+    (b, length, d), rows = x.shape, scale.shape[1]
+    dx = empty(x)
+    runs = triton.cdiv(length // rows, BACKWARD_TOKENS)
+    dshift, dscale = (partial_sums(x, b * rows, runs, d) for _ in range(2))
+    launch(
+        layer_norm_modulate_backward_kernel, (b * rows * runs,),
+        grad, x, scale, dx, dshift, dscale,
+        runs, rows, length // rows,
+        *grad.stride()[:2], *x.stride()[:2], *scale.stride()[:2],
+        eps,
+        TOKENS=BACKWARD_TOKENS, **row_options(d),
+    )  # fmt: skip
+    return dx, finish_sum(dshift, shift), finish_sum(dscale, scale)
