@@ -1,4 +1,4 @@
-"""Triton kernels, one file per operator: the package ``anyflow.kernels``. None are here yet.
+"""Triton kernels, one file per operator: the package ``anyflow.kernels``.
 
 The folder stands at the root of the repository, so whenever the root is on ``sys.path`` it hides the distribution
 named ``kernels`` on PyPI, which diffusers and transformers use where it is installed. Hence the guard below: under any

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anyflow.kernels.launch import contiguous_rows, empty, launch
+from anyflow.kernels.numerics import cast
 from anyflow.kernels.rows import (
     BACKWARD_TOKENS,
     FORWARD_TOKENS,
@@ -38,7 +39,7 @@ def layer_norm_modulate_forward_kernel(
     out_ptr += (row * tokens + first) * D
     for _ in range(min(TOKENS, tokens - first)):
         normal, _rstd = standardize(load_row(x_ptr, columns, mask), mask, eps, D)
-        tl.store(out_ptr + columns, (normal * scale + shift).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + columns, cast(normal * scale + shift, out_ptr.dtype.element_ty), mask=mask)
         x_ptr += x_token
         out_ptr += D
 
@@ -68,7 +69,7 @@ def layer_norm_modulate_backward_kernel(
         dshift += grad
         dscale += grad * normal
         dx = standardize_backward(grad * scale, normal, rstd, D)
-        tl.store(dx_ptr + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + columns, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
         grad_ptr += grad_token
         x_ptr += x_token
         dx_ptr += D
