@@ -1,20 +1,22 @@
-"""The operator API: six fused operators of a flow-map transformer, each with an eager fp32-accumulating reference.
+"""The operator API: the fused operators of a flow-map transformer, each with an eager fp32-accumulating reference.
 
 Import operators from here; which implementation runs is decided in :mod:`anyflow.ops.backend`.
 """
 
 from anyflow.ops.backend import BackendChoice, backend_report, use_backend
 from anyflow.ops.dual_timestep_embedding import dual_timestep_embedding
-from anyflow.ops.flow_map_inputs import flow_map_inputs
+from anyflow.ops.flow_map_inputs import flow_map_batch, flow_map_inputs
 from anyflow.ops.flow_map_loss import flow_map_loss
+from anyflow.ops.gated_residual import gated_residual
 from anyflow.ops.layer_norm_modulate import layer_norm_modulate
-from anyflow.ops.residual_layer_norm import gated_residual, residual_layer_norm
+from anyflow.ops.residual_layer_norm import residual_layer_norm
 from anyflow.ops.rms_norm_rope import rms_norm_rope
 
 __all__ = [
     "BackendChoice",
     "backend_report",
     "dual_timestep_embedding",
+    "flow_map_batch",
     "flow_map_inputs",
     "flow_map_loss",
     "gated_residual",

@@ -1,0 +1,100 @@
+"""``x + y * gate``, one gate row per sample or frame: ``anyflow.ops.gated_residual``.
+
+Element-wise, yet a kernel over rows like the others: the gate is read once per run of tokens instead of once per token,
+needs no index arithmetic per element, and the sum over tokens that is its gradient stays in registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from anyflow.kernels.launch import contiguous_rows, empty, launch
+from anyflow.kernels.numerics import cast
+from anyflow.kernels.rows import BACKWARD_TOKENS, FORWARD_TOKENS, finish_sum, load_row, partial_sums, row_options
+
+
+@triton.jit
+def gated_residual_forward_kernel(
+    x_ptr, y_ptr, gate_ptr, out_ptr,
+    runs, rows, tokens,  # per gate row; per sample; per gate row
+    x_batch, x_token, y_batch, y_token, gate_batch, gate_row,  # strides
+    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    run = tl.program_id(0) % runs
+    row = (tl.program_id(0) // runs).to(tl.int64)  # over samples and their gate rows
+    batch, first = row // rows, run * TOKENS
+    columns = tl.arange(0, BLOCK_D)
+    mask = columns < D
+    gate = load_row(gate_ptr + batch * gate_batch + row % rows * gate_row, columns, mask)
+    x_ptr += batch * x_batch + (row % rows * tokens + first) * x_token
+    y_ptr += batch * y_batch + (row % rows * tokens + first) * y_token
+    out_ptr += (row * tokens + first) * D
+    for _ in range(min(TOKENS, tokens - first)):
+        out = load_row(x_ptr, columns, mask) + load_row(y_ptr, columns, mask) * gate
+        tl.store(out_ptr + columns, cast(out, out_ptr.dtype.element_ty), mask=mask)
+        x_ptr += x_token
+        y_ptr += y_token
+        out_ptr += D
+
+
+@triton.jit
+def gated_residual_backward_kernel(
+    grad_ptr, y_ptr, gate_ptr, dy_ptr, dgate_ptr,
+    runs, rows, tokens,
+    grad_batch, grad_token, y_batch, y_token, gate_batch, gate_row,
+    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    run = tl.program_id(0) % runs
+    row = (tl.program_id(0) // runs).to(tl.int64)
+    batch, first = row // rows, run * TOKENS
+    columns = tl.arange(0, BLOCK_D)
+    mask = columns < D
+    gate = load_row(gate_ptr + batch * gate_batch + row % rows * gate_row, columns, mask)
+    dgate = tl.zeros([BLOCK_D], tl.float32)
+    grad_ptr += batch * grad_batch + (row % rows * tokens + first) * grad_token
+    y_ptr += batch * y_batch + (row % rows * tokens + first) * y_token
+    dy_ptr += (row * tokens + first) * D
+    for _ in range(min(TOKENS, tokens - first)):
+        grad = load_row(grad_ptr, columns, mask)
+        y = load_row(y_ptr, columns, mask)
+        tl.store(dy_ptr + columns, cast(grad * gate, dy_ptr.dtype.element_ty), mask=mask)
+        dgate += grad * y
+        grad_ptr += grad_token
+        y_ptr += y_token
+        dy_ptr += D
+    tl.store(dgate_ptr + tl.program_id(0).to(tl.int64) * D + columns, dgate, mask=mask)
+
+
+def forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """Launch the forward kernel; arguments and result as the operator."""
+    x, y, gate = contiguous_rows(x), contiguous_rows(y), contiguous_rows(gate)
+    (b, length, d), rows = x.shape, gate.shape[1]
+    out = empty(x)
+    runs = triton.cdiv(length // rows, FORWARD_TOKENS)
+    launch(
+        gated_residual_forward_kernel, (b * rows * runs,),
+        x, y, gate, out,
+        runs, rows, length // rows,
+        *x.stride()[:2], *y.stride()[:2], *gate.stride()[:2],
+        TOKENS=FORWARD_TOKENS, **row_options(d),
+    )  # fmt: skip
+    return out
+
+
+def backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Launch the backward kernel; returns the gradients of y and gate."""
+    grad, y, gate = contiguous_rows(grad), contiguous_rows(y), contiguous_rows(gate)
+    (b, length, d), rows = y.shape, gate.shape[1]
+    dy = empty(y)
+    runs = triton.cdiv(length // rows, BACKWARD_TOKENS)
+    dgate = partial_sums(y, b * rows, runs, d)
+    launch(
+        gated_residual_backward_kernel, (b * rows * runs,),
+        grad, y, gate, dy, dgate,
+        runs, rows, length // rows,
+        *grad.stride()[:2], *y.stride()[:2], *gate.stride()[:2],
+        TOKENS=BACKWARD_TOKENS, **row_options(d),
+    )  # fmt: skip
+    return dy, finish_sum(dgate, gate)

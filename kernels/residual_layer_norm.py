@@ -1,0 +1,253 @@
+"""``h = x + y * gate`` and ``n = LN(h)``, with an affine or a modulation: ``anyflow.ops.residual_layer_norm``.
+
+To the kernels an affine is a modulation whose one row all samples share (strides of 0) and that does not count from 1:
+``n = LN(h) * scale + shift`` with ``scale = weight`` or ``1 + scale``. An operand that is absent is never read or
+written; its flag is off and some other tensor stands in for its pointer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from anyflow.kernels.launch import contiguous_rows, empty, launch
+from anyflow.kernels.numerics import cast
+from anyflow.kernels.rows import (
+    BACKWARD_TOKENS,
+    FORWARD_TOKENS,
+    finish_sum,
+    load_row,
+    partial_sums,
+    row_options,
+    standardize,
+    standardize_backward,
+)
+
+
+@triton.jit
+def residual_layer_norm_forward_kernel(
+    x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, h_ptr, n_ptr,
+    runs, rows, tokens,  # per modulation row; per sample; per modulation row
+    x_batch, x_token, y_batch, y_token,  # strides
+    gate_batch, gate_row, scale_batch, scale_row, shift_batch, shift_row,
+    eps,
+    HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, ONE_PLUS: tl.constexpr,
+    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    run = tl.program_id(0) % runs
+    row = (tl.program_id(0) // runs).to(tl.int64)  # over samples and their modulation rows
+    batch, first = row // rows, run * TOKENS
+    columns = tl.arange(0, BLOCK_D)
+    mask = columns < D
+    if HAS_GATE:
+        gate = load_row(gate_ptr + batch * gate_batch + row % rows * gate_row, columns, mask)
+    if HAS_SCALE:
+        scale = load_row(scale_ptr + batch * scale_batch + row % rows * scale_row, columns, mask)
+        if ONE_PLUS:
+            scale += 1.0
+    if HAS_SHIFT:
+        shift = load_row(shift_ptr + batch * shift_batch + row % rows * shift_row, columns, mask)
+    x_ptr += batch * x_batch + (row % rows * tokens + first) * x_token
+    y_ptr += batch * y_batch + (row % rows * tokens + first) * y_token
+    h_ptr += (row * tokens + first) * D
+    n_ptr += (row * tokens + first) * D
+    for _ in range(min(TOKENS, tokens - first)):
+        x = load_row(x_ptr, columns, mask)
+        y = load_row(y_ptr, columns, mask)
+        if HAS_GATE:
+            y *= gate
+        h = cast(x + y, h_ptr.dtype.element_ty)
+        tl.store(h_ptr + columns, h, mask=mask)
+        n, _rstd = standardize(h.to(tl.float32), mask, eps, D)  # the norm of what was returned
+        if HAS_SCALE:
+            n *= scale
+        if HAS_SHIFT:
+            n += shift
+        tl.store(n_ptr + columns, cast(n, n_ptr.dtype.element_ty), mask=mask)
+        x_ptr += x_token
+        y_ptr += y_token
+        h_ptr += D
+        n_ptr += D
+
+
+@triton.jit
+def residual_layer_norm_backward_kernel(
+    dh_ptr, dn_ptr, y_ptr, h_ptr, gate_ptr, scale_ptr,
+    dx_ptr, dy_ptr, dgate_ptr, dscale_ptr, dshift_ptr,
+    runs, rows, tokens,
+    dh_batch, dh_token, dn_batch, dn_token, y_batch, y_token, h_batch, h_token,
+    gate_batch, gate_row, scale_batch, scale_row,
+    eps,
+    HAS_DH: tl.constexpr, HAS_DY: tl.constexpr, HAS_GATE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, ONE_PLUS: tl.constexpr,
+    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    run = tl.program_id(0) % runs
+    row = (tl.program_id(0) // runs).to(tl.int64)
+    batch, first = row // rows, run * TOKENS
+    columns = tl.arange(0, BLOCK_D)
+    mask = columns < D
+    if HAS_GATE:
+        gate = load_row(gate_ptr + batch * gate_batch + row % rows * gate_row, columns, mask)
+    if HAS_SCALE:
+        scale = load_row(scale_ptr + batch * scale_batch + row % rows * scale_row, columns, mask)
+        if ONE_PLUS:
+            scale += 1.0
+    dgate = tl.zeros([BLOCK_D], tl.float32)
+    dscale = tl.zeros([BLOCK_D], tl.float32)
+    dshift = tl.zeros([BLOCK_D], tl.float32)
+    dh_ptr += batch * dh_batch + (row % rows * tokens + first) * dh_token
+    dn_ptr += batch * dn_batch + (row % rows * tokens + first) * dn_token
+    y_ptr += batch * y_batch + (row % rows * tokens + first) * y_token
+    h_ptr += batch * h_batch + (row % rows * tokens + first) * h_token
+    dx_ptr += (row * tokens + first) * D
+    dy_ptr += (row * tokens + first) * D
+    for _ in range(min(TOKENS, tokens - first)):
+        dn = load_row(dn_ptr, columns, mask)
+        h = load_row(h_ptr, columns, mask)
+        if HAS_DH:  # all loads come before the reductions, which would hold them back
+            dh = load_row(dh_ptr, columns, mask)
+        if HAS_GATE:
+            y = load_row(y_ptr, columns, mask)
+        normal, rstd = standardize(h, mask, eps, D)
+        if HAS_SHIFT:
+            dshift += dn
+        if HAS_SCALE:
+            dscale += dn * normal
+            dn *= scale
+        dx = standardize_backward(dn, normal, rstd, D)
+        if HAS_DH:
+            dx += dh
+        tl.store(dx_ptr + columns, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+        if HAS_GATE:
+            dgate += dx * y
+            dx *= gate
+        if HAS_DY:
+            tl.store(dy_ptr + columns, cast(dx, dy_ptr.dtype.element_ty), mask=mask)
+        dh_ptr += dh_token
+        dn_ptr += dn_token
+        y_ptr += y_token
+        h_ptr += h_token
+        dx_ptr += D
+        dy_ptr += D
+    partial = tl.program_id(0).to(tl.int64) * D + columns
+    if HAS_GATE:
+        tl.store(dgate_ptr + partial, dgate, mask=mask)
+    if HAS_SCALE:
+        tl.store(dscale_ptr + partial, dscale, mask=mask)
+    if HAS_SHIFT:
+        tl.store(dshift_ptr + partial, dshift, mask=mask)
+
+
+def forward(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel; arguments and results as the operator."""
+    x, y = contiguous_rows(x), contiguous_rows(y)
+    (b, length, d), rows = x.shape, _common_rows(gate, scale)
+    g = _rows(gate, b, rows)
+    a = _rows(weight if scale is None else scale, b, rows)
+    c = _rows(bias if shift is None else shift, b, rows)
+    h, n = empty(x), empty(x)
+    runs = triton.cdiv(length // rows, FORWARD_TOKENS)
+    launch(
+        residual_layer_norm_forward_kernel, (b * rows * runs,),
+        x, y, _or(g, x), _or(a, x), _or(c, x), h, n,
+        runs, rows, length // rows,
+        *x.stride()[:2], *y.stride()[:2], *_strides(g), *_strides(a), *_strides(c),
+        eps,
+        HAS_GATE=g is not None, HAS_SCALE=a is not None, HAS_SHIFT=c is not None, ONE_PLUS=scale is not None,
+        TOKENS=FORWARD_TOKENS, **row_options(d),
+    )  # fmt: skip
+    return h, n
+
+
+def backward(
+    dh: Tensor | None,
+    dn: Tensor,
+    y: Tensor | None,
+    h: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Launch the backward kernel; returns the gradients of x, y, gate, weight, bias, shift and scale.
+
+    That of an absent one is empty; y is absent where its gradient is that of x.
+    """
+    h, dn = contiguous_rows(h), contiguous_rows(dn)
+    dh, z = (None if t is None else contiguous_rows(t) for t in (dh, y))
+    (b, length, d), rows = h.shape, _common_rows(gate, scale)
+    g, a = _rows(gate, b, rows), _rows(weight if scale is None else scale, b, rows)
+    runs = triton.cdiv(length // rows, BACKWARD_TOKENS)
+    dx, dy = empty(h), None if y is None else empty(y)
+    dgate, dweight, dbias, dshift, dscale = (
+        None if t is None else _partial_sums(t, b, rows, runs) for t in (gate, weight, bias, shift, scale)
+    )
+    launch(
+        residual_layer_norm_backward_kernel, (b * rows * runs,),
+        _or(dh, h), dn, _or(z, h), h, _or(g, h), _or(a, h),
+        dx, _or(dy, dx), _or(dgate, dx), _or(dweight, _or(dscale, dx)), _or(dbias, _or(dshift, dx)),
+        runs, rows, length // rows,
+        *_strides(dh), *dn.stride()[:2], *_strides(z), *h.stride()[:2], *_strides(g), *_strides(a),
+        eps,
+        HAS_DH=dh is not None, HAS_DY=dy is not None, HAS_GATE=g is not None,
+        HAS_SCALE=a is not None, HAS_SHIFT=bias is not None or shift is not None, ONE_PLUS=scale is not None,
+        TOKENS=BACKWARD_TOKENS, **_backward_options(d),
+    )  # fmt: skip
+    sums = zip((dgate, dweight, dbias, dshift, dscale), (gate, weight, bias, shift, scale), strict=True)
+    finished = (empty(h, 0) if s is None or t is None else finish_sum(s, t) for s, t in sums)
+    return dx, empty(h, 0) if dy is None else dy, *finished
+
+
+def _backward_options(d: int) -> dict[str, int]:
+    """As ``row_options``, but up to 24 elements per thread: three sums, the gate and the scale stay in registers.
+
+    Registers bound how many programs share a multiprocessor, and a thread with more elements needs fewer for each: 24
+    fit into the 255 of a thread. D = 5120 in 16 warps of at most 128 registers would spill, in 8 it does not.
+    """
+    return row_options(d) | {"num_warps": min(triton.next_power_of_2(triton.cdiv(d, 32 * 24)), 16)}
+
+
+def _common_rows(gate: Tensor | None, scale: Tensor | None) -> int:
+    """Rows per sample that serve gate and modulation alike; without either, a sample is one row."""
+    return math.lcm(*(t.shape[1] for t in (gate, scale) if t is not None))
+
+
+def _rows(t: Tensor | None, b: int, rows: int) -> Tensor | None:
+    """A gate or modulation ``[B, R, D]``, or an affine ``[D]``, as ``[B, rows, D]``: itself, a view or a small copy."""
+    if t is None:
+        return None
+    t = contiguous_rows(t)
+    if t.ndim == 1:
+        return t.expand(b, rows, -1)
+    repeats = rows // t.shape[1]
+    return t if repeats == 1 else t.unsqueeze(2).expand(-1, -1, repeats, -1).flatten(1, 2)  # R = 1: a view
+
+
+def _partial_sums(like: Tensor, b: int, rows: int, runs: int) -> Tensor:
+    """For the gradient of ``[B, R, D]`` or ``[D]``, one partial sum per program, grouped by what is added up."""
+    r = 0 if like.ndim == 1 else like.shape[1]
+    groups, programs = (b * r, rows // r * runs) if r else (1, b * rows * runs)
+    return partial_sums(like, groups, programs, like.shape[-1])
+
+
+def _or(t: Tensor | None, stand_in: Tensor) -> Tensor:
+    return stand_in if t is None else t
+
+
+def _strides(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else t.stride()[:2]
