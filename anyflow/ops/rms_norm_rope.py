@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.ops._common import accumulation_dtype, check_device, check_tokens, check_vector, describe
-from anyflow.ops.backend import register, resolve
+from anyflow.ops._common import (
+    accumulation_dtype,
+    check_device,
+    check_tokens,
+    check_vector,
+    describe,
+    unsupported_dtype,
+    unsupported_row,
+)
+from anyflow.ops.library import Operator, empty_like
 
 _OP = "rms_norm_rope"
 
@@ -21,24 +31,25 @@ def rms_norm_rope(
     num_heads: int,
     eps: float = 1e-6,
 ) -> Tensor:
-    """RMS norm over all of D, then rotation of interleaved pairs in each head (SPEC A).
+    """RMS norm over all of D, then rotation of interleaved pairs in each head (SPEC A, DESIGN section 3).
 
     ``y = x / sqrt(mean(x^2) + eps) * weight``; then for pair ``(2i, 2i + 1)`` of every head at token ``l``:
     ``(a cos - b sin, a sin + b cos)`` with ``cos[l, i]``, ``sin[l, i]``. Without ``cos`` and ``sin``, no rotation.
 
     Args:
-        x: ``[B, L, D]`` projected queries or keys.
-        weight: ``[D]`` norm weight.
-        cos: ``[L, Dh / 2]`` cosines, Dh = D / num_heads.
-        sin: ``[L, Dh / 2]`` sines.
+        x: ``[B, L, D]`` projected queries or keys; the kernel takes any strides but copies where D is not the
+            contiguous dimension.
+        weight: ``[D]`` norm weight, any floating dtype.
+        cos: ``[L, Dh / 2]`` cosines, Dh = D / num_heads; any floating dtype, read in fp32. A constant: no gradient.
+        sin: ``[L, Dh / 2]`` sines, as cos.
         num_heads: H; divides D.
         eps: added to the mean square.
 
     Returns:
-        ``[B, L, H, Dh]`` in x's dtype; accumulated in fp32.
+        ``[B, L, H, Dh]`` in x's dtype, rounded once; norm, weight and rotation are computed in fp32.
 
     Raises:
-        ValueError: shapes or devices do not fit together.
+        ValueError: shapes or devices do not fit together, or a forced backend does not support dtypes or D.
     """
     _, length, d = check_tokens(_OP, x)
     check_vector(_OP, "weight", weight, x)
@@ -47,26 +58,91 @@ def rms_norm_rope(
     if (cos is None) != (sin is None):
         raise ValueError(f"{_OP}: cos and sin are given together or not at all")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table is None:
-            continue
-        head_dim = d // num_heads
-        if head_dim % 2 or table.shape != (length, head_dim // 2):
-            raise ValueError(f"{_OP}: {name} must be [L={length}, Dh/2={head_dim / 2:g}], got {describe(table)}")
-        check_device(_OP, name, table, x)
-    return resolve(_OP)(x, weight, cos, sin, num_heads, eps)
+        if table is not None:
+            _check_table(name, table, x, d // num_heads)
+    if cos is not None and sin is not None:
+        cos, sin = cos.detach(), sin.detach()
+    return _operator(x, weight, cos, sin, num_heads, eps)
 
 
-@register(_OP, "eager")
+def _check_table(name: str, table: Tensor, x: Tensor, head_dim: int) -> None:
+    length = x.shape[1]
+    if head_dim % 2 or table.shape != (length, head_dim // 2) or not table.is_floating_point():
+        raise ValueError(
+            f"{_OP}: {name} must be a floating-point [L={length}, Dh/2={head_dim / 2:g}], got {describe(table)}"
+        )
+    check_device(_OP, name, table, x)
+
+
 def rms_norm_rope_reference(
-    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float = 1e-6
 ) -> Tensor:
     """Eager reference; see :func:`rms_norm_rope`."""
     acc = accumulation_dtype(x, weight)
     n = F.rms_norm(x.to(acc), x.shape[-1:], weight.to(acc), eps)
     heads = n.unflatten(-1, (num_heads, x.shape[-1] // num_heads))
     if cos is not None and sin is not None:
-        # One complex product rotates every pair; the tables broadcast over batch and heads.
-        phase = torch.complex(cos.to(acc), sin.to(acc)).unsqueeze(1)
-        pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
-        heads = torch.view_as_real(pairs * phase).flatten(-2)
+        heads = rotate_pairs(heads, cos.to(acc), sin.to(acc))
     return heads.to(x.dtype)
+
+
+def rms_norm_rope_backward_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight: turn back, then ``dx = J_RMS(x)^T (grad weight)``, ``dweight = sum(grad x / rms)``."""
+    acc = accumulation_dtype(x, weight)
+    grad = grad.to(acc)
+    if cos is not None and sin is not None:
+        grad = rotate_pairs(grad, cos.to(acc), -sin.to(acc))
+    grad, n = grad.flatten(2), x.to(acc)
+    rstd = torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+    n = n * rstd
+    dn = grad * weight.to(acc)
+    dx = rstd * (dn - n * (dn * n).mean(-1, keepdim=True))
+    return dx.to(x.dtype), (grad * n).sum((0, 1)).to(weight.dtype)
+
+
+def rotate_pairs(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the interleaved pairs of ``heads[B, L, H, Dh]`` by the angles of ``cos[L, Dh / 2]``, ``sin[L, Dh / 2]``."""
+    if torch.compiler.is_compiling():  # compilers fuse real arithmetic, and do not generate code for complex numbers
+        even, odd = heads.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    # One complex product rotates every pair; the tables broadcast over batch and heads.
+    pairs = torch.view_as_complex(heads.contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(1)).flatten(-2)
+
+
+def _unsupported(
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float = 1e-6
+) -> str | None:
+    return unsupported_row(x, weight) or unsupported_dtype(cos, sin)
+
+
+_operator = Operator(
+    _OP,
+    # num_heads has no default, so neither have the tables before it
+    "(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, int num_heads, float eps=1e-6) -> Tensor",
+    reference=rms_norm_rope_reference,
+    fake=lambda x, weight, cos, sin, num_heads, eps=1e-6: x.new_empty(*x.shape[:2], num_heads, x.shape[2] // num_heads),
+    unsupported=_unsupported,
+)
+_operator.register_backward(
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? cos, Tensor? sin, int num_heads, float eps) -> (Tensor, Tensor)",
+    reference=rms_norm_rope_backward_reference,
+    fake=lambda grad, x, weight, cos, sin, num_heads, eps: (empty_like(x), empty_like(weight)),
+    unsupported=lambda grad, *args: _unsupported(*args),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.num_heads, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.anyflow.rms_norm_rope_backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.eps)
+    return *gradients, None, None, None, None
+
+
+_operator.register_autograd(_setup_context, _backward)

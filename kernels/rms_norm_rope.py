@@ -1,0 +1,156 @@
+"""RMS norm over all heads, then rotation of interleaved pairs in each: ``anyflow.ops.rms_norm_rope``.
+
+A row stays in one register layout from load to store: each thread holds whole 16-byte vectors, hence whole pairs, so
+splitting them into even and odd numbers and joining them again moves nothing between threads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from anyflow.kernels.launch import contiguous_rows, empty, launch
+from anyflow.kernels.numerics import cast
+from anyflow.kernels.rows import BACKWARD_TOKENS, FORWARD_TOKENS, finish_sum, load_row, partial_sums, row_options
+
+
+@triton.jit
+def table_columns(x_ptr, HALF: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns of cos and sin for each pair of a row; every head reads the same ones."""
+    columns = tl.arange(0, BLOCK_D // 2) % HALF
+    if x_ptr.dtype.element_ty.primitive_bitwidth == 32 and HALF % 2 == 0:
+        # A thread holds 16 bytes of x, so two pairs; longer vectors of the table would have to be exchanged.
+        columns = tl.max_contiguous(columns, 2)
+    return columns
+
+
+@triton.jit
+def rotate(x, cos, sin, BLOCK_D: tl.constexpr):
+    """Turn pair i, ``(x[2i], x[2i + 1])``, by the angle of ``cos[i]``, ``sin[i]``."""
+    even, odd = tl.split(tl.reshape(x, [BLOCK_D // 2, 2]))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BLOCK_D])
+
+
+@triton.jit
+def inverse_rms(x, eps, D: tl.constexpr):
+    """``1 / sqrt(mean(x^2) + eps)`` of a row that is zero beyond D."""
+    return tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+
+
+@triton.jit
+def rms_norm_rope_forward_kernel(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr,
+    runs, tokens,  # per sample
+    x_batch, x_token, cos_token, sin_token,  # strides
+    eps,
+    HAS_ROPE: tl.constexpr, HALF: tl.constexpr,  # pairs per head
+    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(0) // runs).to(tl.int64)
+    run = tl.program_id(0) % runs
+    first = run.to(tl.int64) * TOKENS
+    columns = tl.arange(0, BLOCK_D)
+    mask = columns < D
+    pairs = table_columns(x_ptr, HALF, BLOCK_D)
+    weight = load_row(weight_ptr, columns, mask)
+    x_ptr += batch * x_batch
+    out_ptr += batch * tokens * D
+    for index in range(min(TOKENS, tokens - run * TOKENS)):
+        token = first + index
+        x = load_row(x_ptr + token * x_token, columns, mask)
+        y = x * (inverse_rms(x, eps, D) * weight)  # in this order ptxas does not spill
+        if HAS_ROPE:
+            cos = tl.load(cos_ptr + token * cos_token + pairs).to(tl.float32)
+            sin = tl.load(sin_ptr + token * sin_token + pairs).to(tl.float32)
+            y = rotate(y, cos, sin, BLOCK_D)
+        tl.store(out_ptr + token * D + columns, cast(y, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rms_norm_rope_backward_kernel(
+    grad_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, dx_ptr, dweight_ptr,
+    runs, tokens,
+    grad_batch, grad_token, x_batch, x_token, cos_token, sin_token,
+    eps,
+    HAS_ROPE: tl.constexpr, HALF: tl.constexpr,
+    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(0) // runs).to(tl.int64)
+    run = tl.program_id(0) % runs
+    first = run.to(tl.int64) * TOKENS
+    columns = tl.arange(0, BLOCK_D)
+    mask = columns < D
+    pairs = table_columns(x_ptr, HALF, BLOCK_D)
+    weight = load_row(weight_ptr, columns, mask)
+    dweight = tl.zeros([BLOCK_D], tl.float32)
+    grad_ptr += batch * grad_batch
+    x_ptr += batch * x_batch
+    dx_ptr += batch * tokens * D
+    for index in range(min(TOKENS, tokens - run * TOKENS)):
+        token = first + index
+        grad = load_row(grad_ptr + token * grad_token, columns, mask)
+        x = load_row(x_ptr + token * x_token, columns, mask)
+        rstd = inverse_rms(x, eps, D)
+        normal = x * rstd
+        if HAS_ROPE:  # the transpose of a rotation turns back
+            cos = tl.load(cos_ptr + token * cos_token + pairs).to(tl.float32)
+            sin = tl.load(sin_ptr + token * sin_token + pairs).to(tl.float32)
+            grad = rotate(grad, cos, -sin, BLOCK_D)
+        dweight += grad * normal
+        g = grad * weight
+        # Factored this way ptxas does not spill.
+        dx = g * rstd - normal * (tl.sum(g * normal, 0) * (rstd / D))
+        tl.store(dx_ptr + token * D + columns, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dweight_ptr + tl.program_id(0).to(tl.int64) * D + columns, dweight, mask=mask)
+
+
+def forward(
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float = 1e-6
+) -> Tensor:
+    """Launch the forward kernel; arguments and result as the operator."""
+    x, weight = contiguous_rows(x), contiguous_rows(weight)
+    b, length, d = x.shape
+    out = empty(x, b, length, num_heads, d // num_heads)
+    cos, sin, options = _tables(cos, sin, weight, d // num_heads)
+    runs = triton.cdiv(length, FORWARD_TOKENS)
+    launch(
+        rms_norm_rope_forward_kernel, (b * runs,),
+        x, weight, cos, sin, out,
+        runs, length,
+        *x.stride()[:2], cos.stride(0), sin.stride(0),
+        eps,
+        TOKENS=FORWARD_TOKENS, **options, **row_options(d),
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Launch the backward kernel; returns the gradients of x and weight."""
+    grad = contiguous_rows(grad.flatten(2))  # a view, unless the heads are not adjacent
+    x, weight = contiguous_rows(x), contiguous_rows(weight)
+    b, length, d = x.shape
+    dx = empty(x)
+    cos, sin, options = _tables(cos, sin, weight, d // num_heads)
+    runs = triton.cdiv(length, BACKWARD_TOKENS)
+    dweight = partial_sums(x, 1, b * runs, d)
+    launch(
+        rms_norm_rope_backward_kernel, (b * runs,),
+        grad, x, weight, cos, sin, dx, dweight,
+        runs, length,
+        *grad.stride()[:2], *x.stride()[:2], cos.stride(0), sin.stride(0),
+        eps,
+        TOKENS=BACKWARD_TOKENS, **options, **row_options(d),
+    )  # fmt: skip
+    return dx, finish_sum(dweight, weight)
+
+
+def _tables(
+    cos: Tensor | None, sin: Tensor | None, unread: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """The tables, or where there are none an unread tensor in place of each, and what the kernels must know of them."""
+    if cos is None or sin is None:
+        return unread, unread, {"HAS_ROPE": False, "HALF": 1}
+    return contiguous_rows(cos), contiguous_rows(sin), {"HAS_ROPE": True, "HALF": head_dim // 2}
