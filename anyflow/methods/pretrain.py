@@ -14,7 +14,7 @@ from anyflow.methods.collectives import all_reduce_sum, broadcast_from_rank_zero
 from anyflow.methods.output import LossOutput
 from anyflow.methods.time_pairs import TimePairs, check_ratios, sample_time_pairs
 from anyflow.network import has_flow_map, velocity, widest_float
-from anyflow.ops import flow_map_inputs, flow_map_loss, use_backend
+from anyflow.ops import flow_map_batch, flow_map_loss, use_backend
 from anyflow.rng import rand, randn_like, resolve_generator
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.validation import batched_embeds, require_finite, require_latents, require_same_shape
@@ -149,14 +149,22 @@ class AnyFlowPretrainMethod:
         """
         batch = self._prepare(latents, prompt_embeds, negative_prompt_embeds, noise, time_pairs, generator, offset)
         plus, minus = self._half_widths(batch)
-        x_t, x_plus, x_minus = flow_map_inputs(batch.x0, batch.noise, batch.t, (plus, minus), batch.rows)
+        central = self.config.derivative == "central" and not self.config.is_flow_matching
+        x_t, x_no_grad = flow_map_batch(
+            batch.x0,
+            batch.noise,
+            batch.t,
+            (plus, minus),
+            batch.rows if central else batch.rows[:0],
+            with_x_t=central and self.config.fuse_guidance_scale != 1,
+        )
         width: float | Tensor = 1.0
         if self.config.is_flow_matching:
             u_plus = u_minus = uncond = None
         elif self.config.derivative == "jvp":
             u_plus, u_minus, uncond = self._jvp(batch, x_t)
         else:
-            u_plus, u_minus, uncond = self._central(batch, x_t, x_plus, x_minus, plus, minus)
+            u_plus, u_minus, uncond = self._central(batch, x_t, x_no_grad, plus, minus)
             width = (plus + minus)[batch.rows]
             width = width.amax(1) if width.ndim == 2 else width  # context frames do not move
         r_timestep = None if self._plain else batch.r_timestep
@@ -275,24 +283,23 @@ class AnyFlowPretrainMethod:
 
     @torch.no_grad()
     def _central(
-        self, batch: _Batch, x_t: Tensor, x_plus: Tensor, x_minus: Tensor, plus: Tensor, minus: Tensor
+        self, batch: _Batch, x_t: Tensor, x_no_grad: Tensor, plus: Tensor, minus: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The batched triple forward: ``u(+)``, ``u(-)`` of the flow-map rows and unconditional ``u``, in one call."""
         guided, rows, n = self.config.fuse_guidance_scale != 1, batch.rows, len(batch.rows)
         steps = self.scheduler.config.num_train_timesteps
         r_rows, text_rows = batch.r_timestep[rows], batch.text[rows]
-        x, r, text = [x_plus, x_minus], [r_rows, r_rows], [text_rows, text_rows]
+        r, text = [r_rows, r_rows], [text_rows, text_rows]
         t = [((batch.t + plus)[rows] * steps).float(), ((batch.t - minus)[rows] * steps).float()]
         if guided:
             assert batch.negative is not None
-            x.append(x_t)
             t.append(batch.timestep)
             r.append(batch.r_timestep)
             text.append(batch.negative.to(batch.text.dtype))
         elif n == 0:  # under FSDP every rank must call the network as often as the others (SPEC D27)
             velocity(self.student, x_t[:1], batch.timestep[:1], batch.r_timestep[:1], batch.text[:1])
             return None, None, None
-        out = velocity(self.student, torch.cat(x), torch.cat(t), torch.cat(r), torch.cat(text))
+        out = velocity(self.student, x_no_grad, torch.cat(t), torch.cat(r), torch.cat(text))
         uncond = out[2 * n :] if guided else None
         return (out[:n], out[n : 2 * n], uncond) if n else (None, None, uncond)
 
@@ -316,7 +323,9 @@ class AnyFlowPretrainMethod:
         def at(x: Tensor, timestep: Tensor) -> Tensor:
             return velocity(self.student, x, timestep, batch.r_timestep[rows], text)
 
-        with sdpa_kernel(SDPBackend.MATH), use_backend("eager"):
+        from anyflow.models.attention import use_attention_backend  # loads diffusers
+
+        with sdpa_kernel(SDPBackend.MATH), use_attention_backend("math"), use_backend("eager"):
             slope = torch.func.jvp(at, (x_t[rows], batch.timestep[rows]), (direction, speed))[1]
         return slope, torch.zeros_like(slope), uncond
 

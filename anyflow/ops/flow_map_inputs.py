@@ -2,77 +2,218 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from anyflow.ops._common import accumulation_dtype, check_indices, check_same_shape, check_times, describe, lead
-from anyflow.ops.backend import register, resolve
+from anyflow.ops._common import accumulation_dtype, check_same_shape, describe, lead, unsupported_dtype
+from anyflow.ops._frames import clamp_indices, constant_times, sample_indices
+from anyflow.ops.library import Operator, empty_like
 
 _OP = "flow_map_inputs"
-Epsilon = float | Tensor | tuple[Tensor, Tensor]
+Epsilon = float | Tensor | tuple[float | Tensor, float | Tensor]
 
 
 def flow_map_inputs(
-    latents: Tensor, noise: Tensor, t: Tensor, epsilon: Epsilon, rows: Tensor | None = None
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    epsilon: Epsilon,
+    rows: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Interpolate and step along the path: ``x_t = (1 - t) x0 + t eps``, ``x_pm = x_t +- epsilon (eps - x0)``.
 
+    Differentiable with respect to latents and noise; times and widths are constants, on every backend.
+
     Args:
-        latents: ``[B, F, ...]`` clean data x0.
+        latents: ``[B, F, ...]`` clean data x0; the kernel takes any strides of B and F but copies where the rest is
+            not contiguous.
         noise: eps, the shape of latents.
         t: ``[B]`` or ``[B, F]`` times in [0, 1].
         epsilon: half-width of the central difference in [0, 1] units: a number, ``[B]`` or ``[B, F]``, or a pair
-            ``(plus, minus)`` of such tensors when the two sides differ (one-sided ends).
-        rows: ``[n]`` integer indices, or a boolean ``[B]`` mask, of the samples that need ``x_pm``; None means all.
+            ``(plus, minus)`` of these when the two sides differ (one-sided ends).
+        rows: ``[n]`` integer indices, or a boolean ``[B]`` mask (read by the host), of the samples that need ``x_pm``,
+            in any order; negative ones count from the end. None means all.
+        dtype: of x_t; None means that of latents.
 
     Returns:
-        ``(x_t, x_plus, x_minus)``: ``[B, F, ...]`` and twice ``[n, F, ...]``, in latents' dtype, but at least fp32 for
-        the last two when latents are half precision: rounding them would drown their difference (SPEC D1).
+        ``(x_t, x_plus, x_minus)``: ``[B, F, ...]`` and twice ``[n, F, ...]``, the last two in fp32 at least: rounding
+        them to half precision would drown their difference (SPEC D1). On a GPU, where checking indices would stall it,
+        ``x_plus`` and ``x_minus`` of an index that names no sample are NaN.
 
     Raises:
-        ValueError: shapes or devices do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together, an index on the CPU names no sample, or a forced
+            backend does not support the dtypes.
     """
+    x_t, batch = flow_map_batch(latents, noise, t, epsilon, rows, dtype=dtype, with_x_t=False)
+    n = batch.shape[0] // 2
+    return x_t, batch[:n], batch[n:]
+
+
+def flow_map_batch(
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    epsilon: Epsilon,
+    rows: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    with_x_t: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`flow_map_inputs`, with everything that is evaluated without gradient in one buffer.
+
+    Returns:
+        ``(x_t, batch)``: ``[B, F, ...]`` and the network's batch ``[x_plus ; x_minus ; x_t]``, ``[2 n + B, F, ...]`` in
+        fp32 at least; without its last part, which is the input of the unconditional evaluation, unless ``with_x_t``.
+    """
+    if latents.ndim < 2 or not latents.is_floating_point():
+        raise ValueError(f"{_OP}: latents must be a floating-point [B, F, ...], got {describe(latents)}")
     check_same_shape(_OP, "noise", noise, latents, "latents")
-    if latents.ndim < 2:
-        raise ValueError(f"{_OP}: latents must be [B, F, ...], got {describe(latents)}")
-    check_times(_OP, "t", t, latents)
+    dtype = latents.dtype if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"{_OP}: dtype must be floating-point, got {dtype}")
     plus, minus = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
-    for name, side in (("epsilon plus", plus), ("epsilon minus", minus)):
-        if isinstance(side, Tensor) and side.ndim:
-            check_times(_OP, name, side, latents)
     if rows is not None:
-        if rows.dtype == torch.bool and rows.shape != t.shape[:1]:
-            raise ValueError(f"{_OP}: a rows mask must be [B={t.shape[0]}], got {describe(rows)}")
-        rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
-        check_indices(_OP, "rows", rows, latents)
-    return resolve(_OP)(latents, noise, t, plus, minus, rows)
+        if rows.dtype == torch.bool and rows.shape != latents.shape[:1]:
+            raise ValueError(f"{_OP}: a rows mask must be [B={latents.shape[0]}], got {describe(rows)}")
+        rows = sample_indices(_OP, rows.nonzero().flatten() if rows.dtype == torch.bool else rows, latents)
+    return _operator(
+        latents,
+        noise,
+        constant_times(_OP, "t", t, latents),
+        constant_times(_OP, "epsilon plus", plus, latents, scalar=True),
+        constant_times(_OP, "epsilon minus", minus, latents, scalar=True),
+        rows,
+        dtype,
+        with_x_t,
+    )
 
 
-@register(_OP, "eager")
 def flow_map_inputs_reference(
     latents: Tensor,
     noise: Tensor,
     t: Tensor,
-    epsilon_plus: float | Tensor,
-    epsilon_minus: float | Tensor,
+    epsilon_plus: Tensor,
+    epsilon_minus: Tensor,
     rows: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Eager reference; see :func:`flow_map_inputs`."""
+    dtype: torch.dtype,
+    with_x_t: bool,
+) -> tuple[Tensor, Tensor]:
+    """Eager reference; see :func:`flow_map_batch`."""
     acc = accumulation_dtype(latents, noise)
     x0, eps = latents.to(acc), noise.to(acc)
     sigma = lead(t.to(acc), x0)
     x_t = (1 - sigma) * x0 + sigma * eps
-    velocity, center = eps - x0, x_t
+    velocity, center, valid = eps - x0, x_t, None
     if rows is not None:
+        rows, valid = clamp_indices(rows, latents.shape[0])
         velocity, center = velocity[rows], center[rows]
     plus = center + _side(epsilon_plus, rows, velocity) * velocity
     minus = center - _side(epsilon_minus, rows, velocity) * velocity
-    return x_t.to(latents.dtype), plus, minus
+    if valid is not None:
+        plus, minus = (x.where(lead(valid, x), torch.nan) for x in (plus, minus))
+    return x_t.to(dtype), torch.cat([plus, minus, x_t] if with_x_t else [plus, minus])
 
 
-def _side(epsilon: float | Tensor, rows: Tensor | None, like: Tensor) -> float | Tensor:
-    if not isinstance(epsilon, Tensor):
-        return epsilon
+def flow_map_inputs_backward_reference(
+    grad: Tensor,
+    grad_batch: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    epsilon_plus: Tensor,
+    epsilon_minus: Tensor,
+    rows: Tensor | None,
+    with_x_t: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of latents and noise: ``(1 - t) dx - dv`` and ``t dx + dv`` with those of x_t and of eps - x0.
+
+    Only the shape and dtype of latents and noise are read.
+    """
+    acc = accumulation_dtype(latents, noise)
+    b = latents.shape[0]
+    n = b if rows is None else rows.shape[0]
+    dx, (plus, minus) = grad.to(acc), grad_batch[: 2 * n].to(acc).unflatten(0, (2, n))
+    if with_x_t:
+        dx = dx + grad_batch[2 * n :].to(acc)
+    valid = None
+    if rows is not None:
+        rows, valid = clamp_indices(rows, b)
+    sides = plus + minus
+    slopes = _side(epsilon_plus, rows, plus) * plus - _side(epsilon_minus, rows, minus) * minus
+    if valid is not None:
+        sides, slopes = (x.where(lead(valid, x), 0.0) for x in (sides, slopes))
+    if rows is not None:
+        sides, slopes = (torch.zeros_like(dx).index_add_(0, rows, x) for x in (sides, slopes))
+    sigma, dx = lead(t.to(acc), dx), dx + sides
+    return ((1 - sigma) * dx - slopes).to(latents.dtype), (sigma * dx + slopes).to(noise.dtype)
+
+
+def _side(epsilon: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
     if epsilon.ndim and rows is not None:
         epsilon = epsilon[rows]
     return lead(epsilon.to(like.dtype), like)
+
+
+def _fake(
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    epsilon_plus: Tensor,
+    epsilon_minus: Tensor,
+    rows: Tensor | None,
+    dtype: torch.dtype,
+    with_x_t: bool,
+) -> tuple[Tensor, Tensor]:
+    b = latents.shape[0]
+    n = 2 * (b if rows is None else rows.shape[0]) + (b if with_x_t else 0)
+    batch = latents.new_empty((n, *latents.shape[1:]), dtype=accumulation_dtype(latents, noise))
+    return latents.new_empty(latents.shape, dtype=dtype), batch
+
+
+def _unsupported(
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    epsilon_plus: Tensor,
+    epsilon_minus: Tensor,
+    rows: Tensor | None,
+    dtype: torch.dtype,
+    with_x_t: bool,
+) -> str | None:
+    if dtype == torch.float64:
+        return "x_t in float64"
+    return unsupported_dtype(latents, noise)
+
+
+_operator = Operator(
+    _OP,
+    "(Tensor latents, Tensor noise, Tensor t, Tensor epsilon_plus, Tensor epsilon_minus, Tensor? rows, "
+    "ScalarType dtype, bool with_x_t) -> (Tensor, Tensor)",
+    reference=flow_map_inputs_reference,
+    fake=_fake,
+    unsupported=_unsupported,
+)
+_operator.register_backward(
+    "(Tensor grad, Tensor grad_batch, Tensor latents, Tensor noise, Tensor t, Tensor epsilon_plus, "
+    "Tensor epsilon_minus, Tensor? rows, bool with_x_t) -> (Tensor, Tensor)",
+    reference=flow_map_inputs_backward_reference,
+    fake=lambda grad, grad_batch, latents, noise, *_: (empty_like(latents), empty_like(noise)),
+    unsupported=lambda grad, grad_batch, latents, noise, *_: unsupported_dtype(grad, grad_batch, latents, noise),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, _, ctx.with_x_t = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_batch: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.anyflow.flow_map_inputs_backward(grad, grad_batch, *ctx.saved_tensors, ctx.with_x_t)
+    return *grads, *[None] * 6
+
+
+_operator.register_autograd(_setup_context, _backward)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from anyflow.ops._common import (
-    accumulation_dtype,
-    check_device,
-    check_indices,
-    check_same_shape,
-    check_times,
-    describe,
-    lead,
-)
-from anyflow.ops.backend import register, resolve
+from anyflow.ops._common import accumulation_dtype, check_device, check_same_shape, describe, lead, unsupported_dtype
+from anyflow.ops._frames import clamp_indices, constant_times, sample_indices
+from anyflow.ops.library import Operator, empty_like
 
 _OP = "flow_map_loss"
 
@@ -42,7 +37,8 @@ def flow_map_loss(
         loss_i = mean over frames of weight * mean over C, H, W of (p - target)^2
 
     Args:
-        pred: ``[B, F, C, H, W]`` conditional prediction u(x_t, t, r, c).
+        pred: ``[B, F, C, H, W]`` conditional prediction u(x_t, t, r, c); the kernel takes any strides of B and F of
+            the tensors but copies where the rest is not contiguous.
         uncond: u(x_t, t, r, negative) of the same shape, or None when ``guidance`` is 1.
         u_plus: u at t + e, ``[n, F, C, H, W]`` for the samples in ``rows``, or None when no sample needs it.
         u_minus: u at t - e, as u_plus.
@@ -53,19 +49,40 @@ def flow_map_loss(
         weight: ``[B]`` or ``[B, F]``.
         guidance: g > 0.
         step: full width of the difference, (t + e) - (t - e): a number, ``[n]`` or ``[n, F]``.
-        rows: ``[n]`` integer indices of the samples that u_plus and u_minus hold; None means all B.
+        rows: ``[n]`` integer indices of the samples that u_plus and u_minus hold, in any order; negative ones count
+            from the end, and the differences of an index that comes twice are added. None means all B.
 
     Returns:
-        ``[B]`` losses in fp32 (fp64 for fp64 inputs).
+        ``[B]`` losses in fp32 (fp64 for fp64 inputs). On a GPU, where checking indices would stall it, an index that
+        names no sample makes the loss of the first or of the last sample, which is nearer, NaN.
 
     Raises:
-        ValueError: shapes do not fit together, guidance <= 0, or uncond is missing while guidance is not 1.
+        ValueError: shapes, dtypes or devices do not fit together, guidance <= 0, uncond is missing while guidance is
+            not 1, an index on the CPU names no sample, or a forced backend does not support the dtypes.
     """
-    _check(pred, uncond, u_plus, u_minus, latents, noise, t, r, weight, guidance, step, rows)
-    return resolve(_OP)(pred, uncond, u_plus, u_minus, latents, noise, t, r, weight, guidance, step, rows)
+    _check_tensors(pred, uncond, latents, noise, guidance)
+    t, r = constant_times(_OP, "t", t, pred), constant_times(_OP, "r", r, pred)
+    weight = constant_times(_OP, "weight", weight, pred)
+    if t.shape != r.shape:
+        raise ValueError(f"{_OP}: t {tuple(t.shape)} and r {tuple(r.shape)} must have one shape")
+    if (u_plus is None) != (u_minus is None):
+        raise ValueError(f"{_OP}: u_plus and u_minus are given together or not at all")
+    if u_plus is None or u_minus is None:
+        rows, step = None, 1.0
+    else:
+        rows = None if rows is None else sample_indices(_OP, rows, pred)
+        shape = (pred.shape[0] if rows is None else rows.shape[0], *pred.shape[1:])
+        for name, tensor in (("u_plus", u_plus), ("u_minus", u_minus)):
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise ValueError(f"{_OP}: {name} must be a floating-point {shape}, got {describe(tensor)}")
+            check_device(_OP, name, tensor, pred)
+    step = constant_times(_OP, "step", step, pred if u_plus is None else u_plus, scalar=True)
+    need_grad = torch.is_grad_enabled() and pred.requires_grad
+    constants = [None if x is None else x.detach() for x in (uncond, u_plus, u_minus, latents, noise)]
+    loss, _ = _operator(pred, *constants, t, r, weight, step, rows, float(guidance), need_grad)
+    return loss
 
 
-@register(_OP, "eager")
 def flow_map_loss_reference(
     pred: Tensor,
     uncond: Tensor | None,
@@ -76,66 +93,93 @@ def flow_map_loss_reference(
     t: Tensor,
     r: Tensor,
     weight: Tensor,
-    guidance: float,
-    step: float | Tensor,
+    step: Tensor,
     rows: Tensor | None,
-) -> Tensor:
-    """Eager reference; see :func:`flow_map_loss`."""
+    guidance: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Eager reference; the differentiable loss of :func:`flow_map_loss`, and ``p - target`` in pred's dtype.
+
+    The second is what the backward formula needs: the gradient of pred up to a factor per frame, which would leave
+    fp16's range (1e-6 at the size of a video) if it were applied before the loss scale is. Empty without ``need_grad``.
+    """
     acc = accumulation_dtype(pred, latents)
     with torch.no_grad():
         target = noise.to(acc) - latents.to(acc)
         if u_plus is not None and u_minus is not None:
             slope = u_plus.to(acc) - u_minus.to(acc)
-            interval = (t - r).to(acc)
-            interval = interval if rows is None else interval[rows]
-            width = step.to(acc) if isinstance(step, Tensor) else step
-            width = lead(width, slope) if isinstance(width, Tensor) else width
-            slope = slope * (lead(interval, slope) / (width * guidance))
+            interval, valid = (t.to(torch.promote_types(t.dtype, acc)) - r).to(acc), None
+            if rows is not None:
+                rows, valid = clamp_indices(rows, pred.shape[0])
+                interval = interval[rows]
+            if valid is not None:
+                interval = interval.where(lead(valid, interval), torch.nan)
+            slope = slope * (lead(interval, slope) / (lead(step.to(acc), slope) * guidance))
             target = target - slope if rows is None else target.index_add(0, rows, -slope)
     guided = pred.to(acc)
     if uncond is not None:
         guided = (guided - (1 - guidance) * uncond.detach().to(acc)) / guidance
-    per_frame = (guided - target).square().flatten(2).mean(2)
-    return (per_frame * lead(weight.to(acc), per_frame)).mean(1)
+    residual = guided - target
+    per_frame = residual.square().flatten(2).mean(2)
+    loss = (per_frame * lead(weight.to(acc), per_frame)).mean(1)
+    return loss, residual.detach().to(pred.dtype) if need_grad else pred.new_empty(0)
 
 
-def _check(
-    pred: Tensor,
-    uncond: Tensor | None,
-    u_plus: Tensor | None,
-    u_minus: Tensor | None,
-    latents: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    r: Tensor,
-    weight: Tensor,
-    guidance: float,
-    step: float | Tensor,
-    rows: Tensor | None,
-) -> None:
-    if pred.ndim < 3:
-        raise ValueError(f"{_OP}: pred must be [B, F, ...], got {describe(pred)}")
+def flow_map_loss_backward_reference(grad: Tensor, residual: Tensor, weight: Tensor, guidance: float) -> Tensor:
+    """Gradient of pred: ``2 grad_i weight / (F C H W g) (p - target)``."""
+    acc = accumulation_dtype(residual)
+    elements = max(residual[:1].numel(), 1)
+    factor = lead(grad.to(acc), weight) * weight.to(acc) * (2 / (elements * guidance))
+    return (residual.to(acc) * lead(factor, residual)).to(residual.dtype)
+
+
+def _check_tensors(pred: Tensor, uncond: Tensor | None, latents: Tensor, noise: Tensor, guidance: float) -> None:
+    if pred.ndim < 3 or not pred.is_floating_point():
+        raise ValueError(f"{_OP}: pred must be a floating-point [B, F, ...], got {describe(pred)}")
     for name, tensor in (("uncond", uncond), ("latents", latents), ("noise", noise)):
         if tensor is not None:
             check_same_shape(_OP, name, tensor, pred, "pred")
-    for name, times in (("t", t), ("r", r), ("weight", weight)):
-        check_times(_OP, name, times, pred)
-    if t.shape != r.shape:
-        raise ValueError(f"{_OP}: t {tuple(t.shape)} and r {tuple(r.shape)} must have one shape")
     if not guidance > 0:
         raise ValueError(f"{_OP}: guidance must be > 0, got {guidance}")
     if uncond is None and guidance != 1:
         raise ValueError(f"{_OP}: guidance {guidance} needs the unconditional prediction, but uncond is None")
-    if (u_plus is None) != (u_minus is None):
-        raise ValueError(f"{_OP}: u_plus and u_minus are given together or not at all")
-    if u_plus is None or u_minus is None:
-        return
-    if rows is not None:
-        check_indices(_OP, "rows", rows, pred)
-    n = pred.shape[0] if rows is None else rows.shape[0]
-    for name, tensor in (("u_plus", u_plus), ("u_minus", u_minus)):
-        if tensor.shape != (n, *pred.shape[1:]):
-            raise ValueError(f"{_OP}: {name} must be {(n, *pred.shape[1:])}, got {describe(tensor)}")
-        check_device(_OP, name, tensor, pred)
-    if isinstance(step, Tensor) and step.ndim:
-        check_times(_OP, "step", step, u_plus)
+
+
+def _fake(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    latents, need_grad = args[3], args[-1]
+    loss = pred.new_empty(pred.shape[:1], dtype=accumulation_dtype(pred, latents))
+    return loss, empty_like(pred) if need_grad else pred.new_empty(0)
+
+
+_operator = Operator(
+    _OP,
+    "(Tensor pred, Tensor? uncond, Tensor? u_plus, Tensor? u_minus, Tensor latents, Tensor noise, Tensor t, Tensor r, "
+    "Tensor weight, Tensor step, Tensor? rows, float guidance, bool need_grad) -> (Tensor, Tensor)",
+    reference=flow_map_loss_reference,
+    fake=_fake,
+    unsupported=lambda *args: unsupported_dtype(*args[:6]),
+)
+_operator.register_backward(
+    "(Tensor grad, Tensor residual, Tensor weight, float guidance) -> Tensor",
+    reference=flow_map_loss_backward_reference,
+    fake=lambda grad, residual, weight, guidance: empty_like(residual),
+    unsupported=lambda grad, residual, weight, guidance: unsupported_dtype(grad, residual),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.guidance, ctx.need_grad = inputs
+    ctx.save_for_backward(output[1], tensors[8])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.needs_input_grad[0]:
+        return (None,) * 13
+    if not ctx.need_grad:
+        raise RuntimeError(f"anyflow::{_OP} ran without need_grad, so it has no gradient")
+    residual, weight = ctx.saved_tensors
+    return torch.ops.anyflow.flow_map_loss_backward(grad, residual, weight, ctx.guidance), *[None] * 12
+
+
+_operator.register_autograd(_setup_context, _backward)
