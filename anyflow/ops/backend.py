@@ -152,19 +152,3 @@ def _validated(name: str, prefix: str = "") -> str:
     if name not in BACKENDS:
         raise ValueError(f"{prefix}unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
     return name
-
-
-# TEMPORARY, until every operator is an anyflow.ops.library.Operator
-_references: dict = {}
-
-
-def register(op, backend):
-    def decorate(function):
-        _references[op] = function
-        return function
-
-    return decorate
-
-
-def resolve(op):
-    return _references[op]

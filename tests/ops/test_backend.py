@@ -1,5 +1,7 @@
 """Which implementation runs: the automatic choice, the two ways to force one, and the errors."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,11 +17,12 @@ OPS = {
     "dual_timestep_embedding",
     "flow_map_inputs",
     "flow_map_loss",
+    "gated_residual",
     "layer_norm_modulate",
     "residual_layer_norm",
     "rms_norm_rope",
 }
-X, ROW = torch.zeros(1, 2, 4), torch.zeros(1, 1, 4)
+X, ROW = torch.zeros(1, 2, 8), torch.zeros(1, 1, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +36,18 @@ def missing_backend() -> str:
     """A real backend name without a layer_norm_modulate in this build."""
     for name in BACKENDS:
         with use_backend(name):
-            if backend_report()["layer_norm_modulate"].backend == "unavailable":
+            if backend_report("cpu")["layer_norm_modulate"].backend == "unavailable":
                 return name
     pytest.skip("every backend is built")
+
+
+def run_python(code: str, **environment: str) -> str:
+    """What a fresh process prints; without TRITON_INTERPRET unless given."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ANYFLOW_BACKEND")}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
 
 
 def test_report_covers_every_operator() -> None:
@@ -105,6 +117,57 @@ def test_unknown_name_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_ops_load_neither_diffusers_nor_triton() -> None:
-    code = "import sys, anyflow.ops; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    code = "import sys, anyflow.ops; print([m for m in ('diffusers', 'transformers', 'triton') if m in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+class TestTriton:
+    """The Triton backend as seen from the CPU, and what it refuses."""
+
+    def test_is_never_automatic_on_a_cpu(self) -> None:
+        report = backend_report("cpu")
+        assert {c.backend for c in report.values()} == {"eager"}
+        assert all("interpreted" in c.reason for c in report.values())
+
+    def test_needs_a_gpu_or_the_interpreter(self) -> None:
+        code = (
+            "import torch, anyflow.ops as ops\n"
+            "ops.use_backend('triton')\n"
+            "print(ops.backend_report('cpu')['rms_norm_rope'])\n"
+            "try: ops.layer_norm_modulate(torch.zeros(1, 2, 8), torch.zeros(1, 1, 8), torch.zeros(1, 1, 8))\n"
+            "except RuntimeError as e: print(e)"
+        )
+        out = run_python(code)
+        assert "backend='unavailable'" in out and "'triton' (forced by use_backend()) is not available" in out
+        assert "TRITON_INTERPRET=1" in out and "use 'eager'" in out
+        assert "not available" not in run_python(code, TRITON_INTERPRET="1")
+
+    @pytest.mark.parametrize("d", [0, 4, 12, 8200])
+    def test_forced_on_an_unsupported_width_is_a_value_error(self, d) -> None:
+        x, row = torch.zeros(1, 2, d), torch.zeros(1, 1, d)
+        with use_backend("triton"), pytest.raises(ValueError, match=rf"layer_norm_modulate: .*does not support D={d} "):
+            ops.layer_norm_modulate(x, row, row)
+
+    def test_forced_on_an_unsupported_dtype_is_a_value_error(self) -> None:
+        with use_backend("triton"), pytest.raises(ValueError, match=r"does not support \(1, 2, 8\) float64"):
+            ops.layer_norm_modulate(X.double(), ROW, ROW)
+
+    def test_environment_reaches_the_kernels(self, monkeypatch) -> None:
+        monkeypatch.setenv("ANYFLOW_BACKEND", "triton")
+        from anyflow.kernels.launch import record  # triton is an optional dependency
+
+        with record() as launched:
+            ops.layer_norm_modulate(X, ROW, ROW)
+        assert [entry.kernel.fn.__name__ for entry in launched] == ["layer_norm_modulate_forward_kernel"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestAutomaticOnCuda:
+    def test_kernels_run_by_default(self) -> None:
+        assert {c.backend for c in backend_report("cuda").values()} == {"triton"}
+
+    def test_unsupported_shapes_fall_back_visibly(self) -> None:
+        x, row = torch.zeros(1, 2, 12, device="cuda"), torch.zeros(1, 1, 12, device="cuda")
+        assert ops.layer_norm_modulate(x, row, row).shape == x.shape
+        assert any("D=12" in reason for reason in backend_report("cuda")["layer_norm_modulate"].fallbacks)
