@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +40,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
         self.norm_q = QKNorm(dim, num_heads, eps)
         self.norm_k = QKNorm(dim, num_heads, eps)
+        self.attention_backend: str | None = None
 
     def key_value(self, context: Tensor, rotary: Rotary | None = None) -> KeyValue:
         """``context[B, S, D] -> (key, value)``, both ``[B, S, H, Dh]``; worth caching for a fixed context."""
@@ -47,20 +50,62 @@ class Attention(nn.Module):
         """``x[B, L, D]`` attends to ``context[B, S, D]``, or to cached keys and values; returns ``[B, L, D]``."""
         query = self.norm_q(self.to_q(x), rotary)
         key, value = context if isinstance(context, tuple) else self.key_value(context, rotary)
-        out = attention(query, key, value)
+        out = attention(query, key, value, attention_backend=self.attention_backend)
         for module in self.to_out:
             out = module(out)
         return out
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is nothing but ``F.linear`` with its own parameters.
+
+    Not so for a LoRA or quantized layer (another class), a quantized or sharded weight (another tensor type), hooks,
+    or a ``forward`` replaced on the instance, as accelerate's offloading and diffusers' layerwise casting do.
+    """
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and type(module.bias) is nn.Parameter
+        and "forward" not in module.__dict__
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+    )
+
+
+def no_derivative_needed(*tensors: Tensor) -> bool:
+    """Whether an operator without a derivative may take the tensors: no autograd, no forward mode (jvp)."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def fuses_gelu(proj: nn.Module, x: Tensor) -> bool:
+    """Whether ``torch._addmm_activation`` may compute ``gelu(proj(x))``."""
+    if not x.is_cuda or torch.version.hip is not None:  # on a CPU it is the erf GELU; AMD's is not measured
+        return False
+    if not is_plain_linear(proj) or torch.is_autocast_enabled(x.device.type):  # it would skip their work
+        return False
+    weight, bias = cast(Tensor, proj.weight), cast(Tensor, proj.bias)
+    alike = all(t.dtype == x.dtype and t.device == x.device for t in (weight, bias))  # it neither casts nor moves
+    return alike and x.numel() > 0 and no_derivative_needed(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``gelu(x weight^T + bias)`` in one kernel, ``[..., D] -> [..., N]``; no derivative; tanh-GELU on CUDA only."""
+    out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return out.unflatten(0, x.shape[:-1])
+
+
 class GELUProjection(nn.Module):
-    """Linear followed by tanh-GELU."""
+    """Linear followed by tanh-GELU, in the epilogue of the matrix product where :func:`fuses_gelu`."""
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuses_gelu(self.proj, x):
+            return linear_gelu(x, self.proj.weight, self.proj.bias)
         return F.gelu(self.proj(x), approximate="tanh")
 
 

@@ -15,7 +15,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from anyflow.models.blocks import AnyFlowTransformerBlock, KeyValue
+from anyflow.models.attention import require_backend, validated_backend
+from anyflow.models.blocks import AnyFlowTransformerBlock, Attention, KeyValue
 from anyflow.models.embeddings import (
     ConditionEmbedder,
     OutputProjection,
@@ -153,6 +154,29 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         defaulted = [k for k in self.config.get("_use_default_values", []) if k not in settings]
         self.register_to_config(**settings, _use_default_values=defaulted)
         return self
+
+    def set_attention_backend(self, backend: str | None) -> None:
+        """Force this model's attention onto one backend; None or ``"auto"`` returns to the automatic choice.
+
+        The names are those of ``anyflow.models.attention``, not diffusers' (whose ``"flash"`` is the package that is
+        ``"flash_attn_2"`` here), and other models are left alone. Nearer than ``use_attention_backend``.
+
+        Raises:
+            ValueError: the name is unknown.
+            RuntimeError: the backend is not installed, or does not run on this machine.
+        """
+        name = None if backend is None or backend == "auto" else validated_backend(backend, "set_attention_backend: ")
+        if name is not None:
+            # An offloaded model waits on the CPU for a CUDA device.
+            devices = (torch.device("cuda", torch.cuda.current_device()),) if torch.cuda.is_available() else ()
+            require_backend(name, (*devices, self.device))
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attention_backend = name
+
+    def reset_attention_backend(self) -> None:
+        """As ``set_attention_backend(None)``."""
+        self.set_attention_backend(None)
 
     def embed_time(self, timestep: Tensor, r_timestep: Tensor | None = None) -> TimeEmbedding:
         """Embed times in [0, num_train_timesteps] once, to be reused by many forward calls.

@@ -1,12 +1,15 @@
 """Tiny transformers and random arguments for them, shared by the model's tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from anyflow.models import use_attention_backend
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -65,3 +68,65 @@ def make_inputs(generator: torch.Generator) -> Callable[..., Inputs]:
 def relative() -> Callable[[Tensor, Tensor], float]:
     """``relative(a, b)``: |a - b| / |b| in fp64."""
     return lambda a, b: ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def _automatic_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test starts from, and leaves behind, the automatic choice of an attention backend."""
+    monkeypatch.delenv("ANYFLOW_ATTENTION", raising=False)
+    with use_attention_backend(None):
+        yield
+
+
+@pytest.fixture
+def qkv(generator: torch.Generator) -> Callable[..., tuple[Tensor, ...]]:
+    """``qkv((B, L, S, H, Dh), dtype=fp32, grad=False)``: query, key and value."""
+
+    def make(shape: tuple[int, ...] = (2, 37, 7, 3, 64), dtype: torch.dtype = torch.float32, grad: bool = False) -> Any:
+        b, l, s, h, d = shape
+        tensors = (torch.randn(b, n, h, d, generator=generator).to(dtype) for n in (l, s, s))
+        return tuple(t.requires_grad_(grad) for t in tensors)
+
+    return make
+
+
+class Operators(TorchDispatchMode):
+    """Records the names of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def operators_of() -> Callable[..., list[str]]:
+    """``operators_of(function, *args, **kwargs)``: the names of the operators that run."""
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
+        with Operators() as operators:
+            function(*args, **kwargs)
+        return operators.names
+
+    return run
+
+
+@pytest.fixture
+def kernel_among() -> Callable[[list[str]], str]:
+    """``kernel_among(operators)``: which of torch's CPU kernels for attention they hold."""
+
+    def kernel(names: list[str]) -> str:
+        if any("flash_attention_for_cpu" in name for name in names):
+            return "flash"
+        return "math" if any("softmax" in name for name in names) else "none"
+
+    return kernel
+
+
+@pytest.fixture
+def kernel_of(operators_of: Callable[..., list[str]], kernel_among: Callable[[list[str]], str]) -> Callable[..., str]:
+    """``kernel_of(function, *args, **kwargs)``: which of torch's CPU kernels for attention really runs."""
+    return lambda *args, **kwargs: kernel_among(operators_of(*args, **kwargs))
