@@ -1,0 +1,207 @@
+"""Compile every kernel for NVIDIA GPUs without having one: ``python -m anyflow.kernels.ahead_of_time``.
+
+What is compiled is what would be launched: the wrappers run on meta tensors of the shapes of the 1.3B and 14B models
+(and of the widths between), their launches are recorded, and each goes through Triton and ptxas for sm_80, sm_90 and
+sm_100. The table shows registers per thread, shared memory per program and bytes of register spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from anyflow.kernels import (
+    dual_timestep_embedding,
+    flow_map_inputs,
+    flow_map_loss,
+    gated_residual,
+    layer_norm_modulate,
+    residual_layer_norm,
+    rms_norm_rope,
+)
+from anyflow.kernels.launch import Launch, record
+
+CAPABILITIES = (80, 90, 100)
+DIMS = (1536, 2048, 3072, 5120)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Resources of one kernel on one architecture; ``spills`` are bytes stored and loaded."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    dim: int
+    capability: int
+    num_warps: int
+    registers: int
+    shared: int
+    spills: int
+
+
+def compile_launch(launch: Launch, capability: int) -> dict[str, int]:
+    """Compile a recorded launch, specialized as the launcher would, and read the resources that it takes."""
+    signature, constants, attributes = _specialize(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages")}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    report = _assemble(compiled.asm["ptx"])
+    registers = re.search(r"Used (\d+) registers", report)
+    if registers is None or not compiled.asm["cubin"]:
+        raise RuntimeError(f"ptxas reported no registers for {launch.kernel.fn.__name__}:\n{report}")
+    return {
+        "num_warps": compiled.metadata.num_warps,
+        "registers": int(registers.group(1)),
+        "shared": compiled.metadata.shared,
+        "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", report)),
+    }
+
+
+def _specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[object]]]]:
+    """Signature, constants and alignment hints, by the launcher's rules: 1 is a constant, multiples of 16 are known."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.args[index] if index < len(launch.args) else launch.options[parameter.name]
+        if index >= len(launch.args) or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _assemble(ptx: str) -> str:
+    """What ``ptxas -v`` says about a kernel."""
+    target = re.search(r"\.target (\w+)", ptx)
+    assert target is not None
+    tools = triton.knobs.nvidia
+    blackwell = int(target.group(1).removeprefix("sm_").rstrip("a")) >= 100
+    ptxas = getattr(tools, "ptxas_blackwell", tools.ptxas) if blackwell else tools.ptxas
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas.path, "-v", "--gpu-name", target.group(1), file.name, "-o", "/dev/null"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def row_calls(dim: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The kernels of a block as the model calls them at 480 x 832 x 81: 32760 tokens in 21 frames."""
+    length, rows, heads = 32760, 21, dim // 128
+    x, weight = _meta(1, length, dim, dtype=dtype), _meta(dim)
+    shift, scale, gate = _meta(1, rows, 6, dim).unbind(2)[:3]
+    yield "", lambda: layer_norm_modulate.forward(x, shift, scale)
+    yield "", lambda: layer_norm_modulate.backward(x, x, shift, scale, 1e-6)
+    for variant, args in {
+        "gate, affine": (gate, weight, weight, None, None),
+        "modulation": (None, None, None, shift, scale),
+    }.items():
+        y = None if args[0] is None else x
+        yield variant, lambda args=args: residual_layer_norm.forward(x, x, *args)
+        yield variant, lambda args=args, y=y: residual_layer_norm.backward(x, x, y, x, *args, 1e-6)
+    yield "", lambda: gated_residual.forward(x, x, gate)
+    yield "", lambda: gated_residual.backward(x, x, gate)
+    grad = x.unflatten(2, (heads, 128))
+    for variant, table in {"rotary": _meta(length, 64), "no rotary": None}.items():
+        yield variant, lambda t=table: rms_norm_rope.forward(x, weight, t, t, heads)
+        yield variant, lambda t=table: rms_norm_rope.backward(grad, x, weight, t, t, heads, 1e-6)
+
+
+def frame_calls(dim: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The element-wise kernels: the embeddings of 21 frames, and a batch of four latents, two of them with r != t."""
+    emb, gate = _meta(21, dim, dtype=dtype), _meta()
+    for fusion in ("gated", "additive"):
+        yield fusion, lambda f=fusion: dual_timestep_embedding.forward(emb, emb, gate, f)
+        yield fusion, lambda f=fusion: dual_timestep_embedding.backward(emb, emb, emb, emb, gate, f, True)
+    x, part = _meta(4, 21, 16, 60, 104, dtype=dtype), _meta(2, 21, 16, 60, 104)
+    t, step, rows = (_meta(n, dtype=torch.float64) for n in (4, 2, 2))
+    rows = rows.to(torch.int64)
+    inputs = (x, x, t, t, t, rows)
+    yield "", lambda: flow_map_inputs.forward(*inputs, dtype, True)
+    yield "", lambda: flow_map_inputs.backward(x, _meta(8, 21, 16, 60, 104), *inputs, True)
+    yield "", lambda: flow_map_loss.forward(x, x, part, part, x, x, t, t, t, step, rows, 3.0, True)
+    yield "", lambda: flow_map_loss.backward(_meta(4), x, t, 3.0)
+
+
+def compile_all(dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequence[int]) -> Iterator[Compiled]:
+    """Compile every kernel; those that hold no row do not depend on D and are compiled once."""
+    for dtype, (index, dim) in product(dtypes, enumerate(dims)):
+        calls = list(row_calls(dim, DTYPES[dtype]))
+        calls += frame_calls(dim, DTYPES[dtype]) if index == 0 else []
+        for variant, call in calls:
+            with record() as launches:
+                call()
+            for launch, capability in product(launches, capabilities):
+                name = launch.kernel.fn.__name__.removesuffix("_kernel")
+                width = launch.options.get("D", 0)
+                yield Compiled(name, variant, dtype, width, capability, **compile_launch(launch, capability))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 1 if any kernel spills."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dims", type=int, nargs="+", default=DIMS)
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
+    parser.add_argument("--capabilities", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
+    parser.add_argument("--json", action="store_true", help="one JSON object per line in place of the table")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
+    spilling = 0
+    if not options.json:
+        print(_HEADER)
+    for compiled in compile_all(options.dims, options.dtypes, options.capabilities):
+        print(json.dumps(asdict(compiled)) if options.json else _line(compiled), flush=True)
+        spilling += compiled.spills > 0
+    print(f"{spilling} kernels spill registers", file=sys.stderr)
+    return int(spilling > 0)
+
+
+_HEADER = (
+    f"{'kernel':34}{'variant':14}{'dtype':10}{'D':>6}{'sm':>5}{'warps':>7}{'registers':>11}{'shared':>8}{'spills':>8}"
+)
+
+
+def _line(c: Compiled) -> str:
+    return (
+        f"{c.kernel:34}{c.variant:14}{c.dtype:10}{c.dim or '-':>6}{c.capability:>5}{c.num_warps:>7}{c.registers:>11}"
+        f"{c.shared:>8}{c.spills:>8}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

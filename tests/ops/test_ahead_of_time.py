@@ -1,0 +1,90 @@
+"""Every kernel compiles for sm_80, sm_90 and sm_100 without spilling a register; no GPU needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = {
+    f"{op}_{direction}"
+    for op in (
+        "dual_timestep_embedding",
+        "flow_map_inputs",
+        "flow_map_loss",
+        "gated_residual",
+        "layer_norm_modulate",
+        "residual_layer_norm",
+        "rms_norm_rope",
+    )
+    for direction in ("forward", "backward")
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: this one interprets the kernels, and an interpreted kernel cannot be compiled."""
+    command = [sys.executable, "-m", "anyflow.kernels.ahead_of_time", *arguments]
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(command, cwd=ROOT.parent, env=variables, capture_output=True, text=True)
+
+
+def compiled(*arguments: str) -> list[dict[str, Any]]:
+    """The table as dictionaries, and as text in the output of the test."""
+    process = run("--json", *arguments)
+    entries = [json.loads(line) for line in process.stdout.splitlines()]
+    for e in entries:
+        print(*(f"{k}={v}" for k, v in e.items()))
+    assert entries, process.stderr
+    assert process.returncode == 0 or any(e["spills"] for e in entries), process.stderr
+    return entries
+
+
+def check(entries: list[dict[str, Any]], capabilities: set[int], dims: set[int]) -> None:
+    assert {e["kernel"] for e in entries} == KERNELS
+    assert {e["capability"] for e in entries} == capabilities
+    assert {e["dim"] for e in entries} - {0} == dims
+    assert all(0 < e["registers"] <= 255 for e in entries)
+    spilling = [e for e in entries if e["spills"]]
+    assert not spilling, spilling
+
+
+def test_kernels_of_the_small_model() -> None:
+    check(compiled("--dims", "1536", "--dtypes", "bfloat16", "--capabilities", "90"), {90}, {1536})
+
+
+@pytest.mark.slow
+def test_every_kernel_everywhere() -> None:
+    check(compiled(), {80, 90, 100}, {1536, 2048, 3072, 5120})
+
+
+def test_a_spill_is_found(tmp_path: Path) -> None:
+    """A kernel that cannot fit into its registers: 8192 fp32 numbers, live at once in one warp."""
+    script = tmp_path / "spill.py"
+    script.write_text(
+        "import torch, triton, triton.language as tl\n"
+        "from anyflow.kernels.ahead_of_time import compile_launch\n"
+        "from anyflow.kernels.launch import Launch\n"
+        "@triton.jit\n"
+        "def greedy(x_ptr, N: tl.constexpr):\n"
+        "    i = tl.arange(0, N)\n"
+        "    x = tl.load(x_ptr + i)\n"
+        "    tl.store(x_ptr + i, x - tl.sum(x, 0) * tl.max(x, 0))\n"
+        "x = torch.empty(16384, device='meta')\n"
+        "print(compile_launch(Launch(greedy, (1,), (x,), {'N': 16384, 'num_warps': 1}), 90)['spills'])\n"
+    )
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.run([sys.executable, str(script)], env=variables, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) > 0
+
+
+def test_an_interpreting_process_says_that_it_cannot() -> None:
+    command = [sys.executable, "-m", "anyflow.kernels.ahead_of_time"]
+    process = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert process.returncode == 2 and "TRITON_INTERPRET=1 is set" in process.stderr
