@@ -23,7 +23,7 @@ def test_sampling_and_training_snippets(tmp_path: Path, monkeypatch: pytest.Monk
     world.model().enable_flow_map().save_pretrained(folder / "transformer")
     world.scheduler().save_pretrained(folder / "scheduler")
     monkeypatch.chdir(tmp_path)
-    sampling, _, training = snippets()
+    sampling, _, training, operator = snippets()
     scope: dict[str, object] = {}
     exec(sampling, scope)
     latents = scope["latents"]
@@ -32,6 +32,9 @@ def test_sampling_and_training_snippets(tmp_path: Path, monkeypatch: pytest.Monk
     model = scope["model"]
     assert isinstance(model, torch.nn.Module)
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    exec(operator, scope)
+    tokens = scope["tokens"]
+    assert isinstance(tokens, torch.Tensor) and tokens.grad is not None
 
 
 def test_the_curve_is_there() -> None:
