@@ -6,7 +6,7 @@
    and against ``torch.compile`` of the reference, interleaved, in milliseconds, GB/s and as a fraction of that copy.
 
 Results go to ``benchmarks/results/<GPU>.json`` after every entry, so that a run cut short keeps what it has, and as a
-table to the ``.md`` beside it. Without a GPU, ``--device cpu`` under ``TRITON_INTERPRET=1`` does step 1 only.
+table to the ``.md`` beside it. Without a GPU, ``--device cpu`` does step 1 only, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -196,6 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
+    if options.device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
     device = torch.device(options.device)
     env = environment(device)
     slug = re.sub(r"[^a-z0-9]+", "-", (env["gpu"] or "cpu").lower()).strip("-")

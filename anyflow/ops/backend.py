@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +15,8 @@ OPERATORS: set[str] = set()  # filled by anyflow.ops.library
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MIN_CAPABILITY = (8, 0)  # bf16 arithmetic; the kernels are compiled and checked for sm_80, sm_90 and sm_100
+
+_MAX_FALLBACKS = 16  # reasons kept per operator: they name shapes, of which a long run may see many
 
 _forced: str | None = None
 _fallbacks: dict[str, dict[str, None]] = {}  # operator -> reasons, in order of appearance
@@ -66,13 +70,14 @@ def forced_backend() -> tuple[str, str] | None:
     return None
 
 
-def choose(op: str, device: torch.device, unsupported: str | None) -> str:
+def choose(op: str, device: torch.device, unsupported: Callable[..., str | None], args: Sequence[Any]) -> str:
     """The backend that runs this call of ``op``.
 
     Args:
         op: name of the operator.
         device: where its tensors are.
-        unsupported: what about the arguments the kernels do not support, or None.
+        unsupported: says of the arguments what the kernels do not support, or None; called only if that matters.
+        args: the arguments.
 
     Raises:
         RuntimeError: a forced backend does not exist here.
@@ -80,12 +85,15 @@ def choose(op: str, device: torch.device, unsupported: str | None) -> str:
     """
     forced = forced_backend()
     if forced is None:
-        if missing("triton", device) is not None or device.type == "cpu":  # interpreting kernels is for tests
+        if device.type == "cpu" or missing("triton", device) is not None:  # interpreting kernels is for tests
             return "eager"
-        if unsupported is None:
+        problem = unsupported(*args)
+        if problem is None:
             return "triton"
         if not torch.compiler.is_compiling():
-            _fallbacks.setdefault(op, {})[unsupported] = None
+            seen = _fallbacks.setdefault(op, {})
+            if len(seen) < _MAX_FALLBACKS:
+                seen[problem] = None
         return "eager"
     name, by = forced
     if name == "eager":
@@ -93,8 +101,9 @@ def choose(op: str, device: torch.device, unsupported: str | None) -> str:
     reason = missing(name, device)
     if reason is not None:
         raise RuntimeError(f"anyflow.ops.{op}: backend {name!r} ({by}) is not available: {reason}; use 'eager'")
-    if unsupported is not None:
-        raise ValueError(f"{op}: backend {name!r} ({by}) does not support {unsupported}")
+    problem = unsupported(*args)
+    if problem is not None:
+        raise ValueError(f"{op}: backend {name!r} ({by}) does not support {problem}")
     return name
 
 

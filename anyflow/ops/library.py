@@ -57,7 +57,7 @@ class Operator:
         torch.library.register_autograd(f"anyflow::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
-        if choose(self.name, _device(args), self.unsupported(*args)) == "eager":
+        if choose(self.name, _device(args), self.unsupported, args) == "eager":
             return self.reference(*args)
         return self.overload(*args)
 
@@ -71,7 +71,7 @@ class Operator:
         unsupported: Unsupported,
     ) -> None:
         def implementation(*args: Any) -> Any:
-            if choose(self.name, _device(args), unsupported(*args)) == "eager":
+            if choose(self.name, _device(args), unsupported, args) == "eager":
                 return _contiguous(reference(*args))
             return getattr(importlib.import_module(f"anyflow.kernels.{self.name}"), direction)(*args)
 
