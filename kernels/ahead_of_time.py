@@ -119,11 +119,13 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def row_calls(dim: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The kernels of a block as the model calls them at 480 x 832 x 81: 32760 tokens in 21 frames."""
-    length, rows, heads = 32760, 21, dim // 128
-    x, weight = _meta(1, length, dim, dtype=dtype), _meta(dim)
-    shift, scale, gate = _meta(1, rows, 6, dim).unbind(2)[:3]
+def row_calls(
+    dim: int, dtype: torch.dtype, *, batch: int = 1, length: int = 32760, rows: int = 21
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The kernels of a block as the model calls them; by default at 480 x 832 x 81, 32760 tokens in 21 frames."""
+    heads = max(dim // 128, 1)
+    x, weight = _meta(batch, length, dim, dtype=dtype), _meta(dim)
+    shift, scale, gate = _meta(batch, rows, 6, dim).unbind(2)[:3]
     yield "", lambda: layer_norm_modulate.forward(x, shift, scale)
     yield "", lambda: layer_norm_modulate.backward(x, x, shift, scale, 1e-6)
     for variant, args in {
@@ -135,33 +137,54 @@ def row_calls(dim: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
         yield variant, lambda args=args, y=y: residual_layer_norm.backward(x, x, y, x, *args, 1e-6)
     yield "", lambda: gated_residual.forward(x, x, gate)
     yield "", lambda: gated_residual.backward(x, x, gate)
-    grad = x.unflatten(2, (heads, 128))
-    for variant, table in {"rotary": _meta(length, 64), "no rotary": None}.items():
+    grad = x.unflatten(2, (heads, -1))
+    for variant, table in {"rotary": _meta(length, dim // heads // 2), "no rotary": None}.items():
         yield variant, lambda t=table: rms_norm_rope.forward(x, weight, t, t, heads)
         yield variant, lambda t=table: rms_norm_rope.backward(grad, x, weight, t, t, heads, 1e-6)
 
 
-def frame_calls(dim: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The element-wise kernels: the embeddings of 21 frames, and a batch of four latents, two of them with r != t."""
-    emb, gate = _meta(21, dim, dtype=dtype), _meta()
+def embedding_calls(dim: int, dtype: torch.dtype, *, rows: int = 21) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The fusion of the embeddings of 21 times."""
+    emb, gate = _meta(rows, dim, dtype=dtype), _meta()
     for fusion in ("gated", "additive"):
         yield fusion, lambda f=fusion: dual_timestep_embedding.forward(emb, emb, gate, f)
         yield fusion, lambda f=fusion: dual_timestep_embedding.backward(emb, emb, emb, emb, gate, f, True)
-    x, part = _meta(4, 21, 16, 60, 104, dtype=dtype), _meta(2, 21, 16, 60, 104)
-    t, step, rows = (_meta(n, dtype=torch.float64) for n in (4, 2, 2))
-    rows = rows.to(torch.int64)
-    inputs = (x, x, t, t, t, rows)
-    yield "", lambda: flow_map_inputs.forward(*inputs, dtype, True)
-    yield "", lambda: flow_map_inputs.backward(x, _meta(8, 21, 16, 60, 104), *inputs, True)
-    yield "", lambda: flow_map_loss.forward(x, x, part, part, x, x, t, t, t, step, rows, 3.0, True)
-    yield "", lambda: flow_map_loss.backward(_meta(4), x, t, 3.0)
+
+
+def frame_calls(
+    dtype: torch.dtype, *, shape: Sequence[int] = (4, 21, 16, 60, 104), slots: int = 2
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The kernels of the pretrain loss: a batch of four latents, two of them with r != t."""
+    samples, *frame = shape
+    x, part = _meta(*shape, dtype=dtype), _meta(slots, *frame)
+    t, step, indices = (_meta(n, dtype=torch.float64) for n in (samples, slots, slots))
+    indices = indices.to(torch.int64)
+    for variant, rows in {"rows": indices, "all rows": None}.items():
+        batch = _meta(2 * (samples if rows is None else slots) + samples, *frame)
+        u, width = (x, t) if rows is None else (part, step)
+        inputs = (x, x, t, t, t, rows)
+        yield variant, lambda i=inputs: flow_map_inputs.forward(*i, dtype, True)
+        yield variant, lambda i=inputs, b=batch: flow_map_inputs.backward(x, b, *i, True)
+        yield variant, lambda u=u, w=width, i=rows: flow_map_loss.forward(x, x, u, u, x, x, t, t, t, w, i, 3.0, True)
+    yield "", lambda: flow_map_loss.backward(_meta(samples), x, t, 3.0)
+
+
+def edge_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Sizes of one, which Triton compiles into the kernel as constants: other code than for all other sizes."""
+    for length, rows in ((1, 1), (7, 1), (7, 7)):
+        yield from row_calls(8, dtype, length=length, rows=rows)
+    yield from embedding_calls(8, dtype, rows=1)
+    for shape in ((1, 1, 1), (1, 1, 16, 60, 104), (3, 1, 8), (1, 3, 1)):
+        yield from frame_calls(dtype, shape=shape, slots=1)
 
 
 def compile_all(dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequence[int]) -> Iterator[Compiled]:
     """Compile every kernel; those that hold no row do not depend on D and are compiled once."""
     for dtype, (index, dim) in product(dtypes, enumerate(dims)):
         calls = list(row_calls(dim, DTYPES[dtype]))
-        calls += frame_calls(dim, DTYPES[dtype]) if index == 0 else []
+        if index == 0:
+            calls += [*embedding_calls(dim, DTYPES[dtype]), *frame_calls(DTYPES[dtype])]
+            calls += [("size 1", call) for _, call in edge_calls(DTYPES[dtype])]
         for variant, call in calls:
             with record() as launches:
                 call()
