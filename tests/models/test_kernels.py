@@ -21,6 +21,7 @@ from anyflow.ops import use_backend
 pytest.importorskip("triton")
 
 BF16 = torch.bfloat16
+MODULATION = {"layer_norm_modulate": (1, 2), "residual_layer_norm": (2, 5, 6), "gated_residual": (2,)}  # arguments
 PER_BLOCK = {"layer_norm_modulate": 1, "rms_norm_rope": 4, "residual_layer_norm": 2, "gated_residual": 1}
 
 
@@ -55,12 +56,15 @@ class Trace(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operators: Counter[str] = Counter()
+        self.rows: set[int] = set()  # R of every gate, shift and scale
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace == "anyflow":
             self.operators[func._opname] += 1
+            modulation = (args[i] for i in MODULATION.get(func._opname, ()) if i < len(args))
+            self.rows |= {rows.shape[1] for rows in modulation if rows is not None}
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.numel())
@@ -142,6 +146,7 @@ def test_modulation_is_never_expanded_to_tokens(backend, rows, generator) -> Non
     with use_backend(backend), Trace() as trace:
         block(*arguments).sum().backward()
     assert length * dim <= trace.largest < 3 * length * dim
+    assert trace.rows == ({rows} if backend == "triton" else set())
 
 
 @pytest.mark.parametrize("rows", [1, 8])

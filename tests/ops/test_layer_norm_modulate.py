@@ -148,6 +148,22 @@ def test_non_contiguous(r, backend, draw, assert_gradients) -> None:
     assert_gradients([layer_norm_modulate(padded, shift, scale)], [x, shift, scale], [out64], a64)
 
 
+def test_rows_of_memory_with_gaps(backend, draw, assert_matches) -> None:
+    """x and the gradient that arrives are slices of wider tensors: their tokens are not D apart."""
+    x, shift, scale = inputs(draw, 2, 6, 8, 3)
+    args64 = doubled([x, shift, scale])
+    x = torch.cat([x, x + 1], dim=2)[..., :8].detach().requires_grad_()
+    cotangent = draw(2, 6, 24).detach()[..., 8:16]
+    out, out64 = layer_norm_modulate(x, shift, scale), formula(*args64)
+    assert_matches(out, out64)
+    for got, expected in zip(
+        torch.autograd.grad(out, (x, shift, scale), cotangent),
+        torch.autograd.grad(out64, args64, cotangent.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("r", [1, 2])
 def test_gradcheck(r, draw) -> None:
     assert torch.autograd.gradcheck(layer_norm_modulate, inputs(draw, 2, 4, 3, r, torch.float64))
