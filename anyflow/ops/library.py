@@ -49,8 +49,16 @@ class Operator:
     def register_backward(
         self, signature: str, *, reference: Function, fake: Function, unsupported: Unsupported
     ) -> None:
-        """Define ``<name>_backward``, with the same four things."""
+        """Define ``<name>_backward``, with the same four things; it has no derivative of its own, and says so."""
         self._define(f"{self.name}_backward", signature, "backward", reference, fake, unsupported)
+
+        def no_second_derivative(ctx: Any, *grads: Any) -> None:
+            raise RuntimeError(
+                f"anyflow.ops.{self.name}: a fused kernel has no second derivative; the reference has one: "
+                "run forward and backward under use_backend('eager')"
+            )
+
+        torch.library.register_autograd(f"anyflow::{self.name}_backward", no_second_derivative, lib=_LIBRARY)
 
     def register_autograd(self, setup_context: Function, backward: Function) -> None:
         """Connect the two, as ``torch.library.register_autograd``."""

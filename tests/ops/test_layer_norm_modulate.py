@@ -164,6 +164,18 @@ def test_rows_of_memory_with_gaps(backend, draw, assert_matches) -> None:
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_second_derivative(backend, draw) -> None:
+    """The reference has one; a kernel says that it has none, instead of a wrong one."""
+    args = inputs(draw, 1, 4, 8, 2)
+    gradients = torch.autograd.grad(layer_norm_modulate(*args).square().sum(), args, create_graph=True)
+    penalty = sum(g.square().sum() for g in gradients)
+    if backend == "eager":
+        assert all(g.isfinite().all() for g in torch.autograd.grad(penalty, args))
+    else:
+        with pytest.raises(RuntimeError, match="layer_norm_modulate: a fused kernel has no second derivative"):
+            torch.autograd.grad(penalty, args)
+
+
 @pytest.mark.parametrize("r", [1, 2])
 def test_gradcheck(r, draw) -> None:
     assert torch.autograd.gradcheck(layer_norm_modulate, inputs(draw, 2, 4, 3, r, torch.float64))
