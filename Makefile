@@ -42,7 +42,7 @@ test: $(STAMP) ## run every test
 	$(BIN)/pytest $(ARGS)
 
 check: lint ## lint, type check and the fast tests
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -m "not slow" -n 2 $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy; changes nothing
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub when it is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # by OpenMP: idle threads of one worker leave the cores to another
 if os.environ.get("ANYFLOW_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
 

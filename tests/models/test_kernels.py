@@ -89,7 +89,7 @@ def test_triton_matches_diffusers_and_eager(config, per_sample, tiny, make_input
             assert relative(gradients(ours, out, cotangent), expected_gradients) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
 def test_bf16_is_no_further_from_fp64_than_diffusers(
     backend, tiny, make_inputs, generator, relative: Callable[..., float], tmp_path: Path
 ) -> None:

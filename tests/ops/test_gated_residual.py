@@ -42,7 +42,15 @@ def test_values_and_gradients(b, length, d, r, backend, dtype, draw, assert_matc
 
 
 @pytest.mark.parametrize(
-    ("length", "d", "r"), [(1023, 96, 31), (6, 1536, 2), (7, 2048, 7), (3, 3072, 1), (4, 5120, 2), (1, 8192, 1)]
+    ("length", "d", "r"),
+    [
+        pytest.param(1023, 96, 31, marks=pytest.mark.slow),
+        (6, 1536, 2),
+        (7, 2048, 7),
+        (3, 3072, 1),
+        (4, 5120, 2),
+        (1, 8192, 1),
+    ],
 )
 def test_real_sizes(length, d, r, backend, draw, assert_matches, assert_gradients) -> None:
     """The widths of the models and beyond, and lengths that no run of tokens divides: bf16 tokens, an fp32 gate."""

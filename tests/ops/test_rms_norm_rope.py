@@ -72,7 +72,7 @@ def test_values_and_gradients(
 @pytest.mark.parametrize(
     ("length", "heads", "head_dim", "rotate"),
     [
-        (1023, 2, 48, False),  # the interpreter is slow
+        pytest.param(1023, 2, 48, False, marks=pytest.mark.slow),  # the interpreter is
         (34, 12, 128, True),
         (7, 16, 128, True),
         (3, 24, 128, True),
