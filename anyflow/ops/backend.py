@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ BACKENDS = ("eager", "triton", "native")
 OPERATORS: set[str] = set()  # filled by anyflow.ops.library
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton compiles a launcher for each kernel on first use, with the first of these that it finds.
+_HAS_COMPILER = "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang"))
 _MIN_CAPABILITY = (8, 0)  # bf16 arithmetic; the kernels are compiled and checked for sm_80, sm_90 and sm_100
 
 _MAX_FALLBACKS = 16  # reasons kept per operator: they name shapes, of which a long run may see many
@@ -116,6 +119,8 @@ def missing(backend: str, device: torch.device) -> str | None:
     if not _HAS_TRITON:
         return "triton is not installed"
     if device.type == "cuda":
+        if not _HAS_COMPILER:
+            return "Triton needs a C compiler to launch kernels: install gcc or clang, or name one in the variable CC"
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and capability < _MIN_CAPABILITY:
             return f"the GPU has compute capability {capability}, the Triton kernels need {_MIN_CAPABILITY}"

@@ -43,7 +43,7 @@ def missing_backend() -> str:
 
 def run_python(code: str, **environment: str) -> str:
     """What a fresh process prints; without TRITON_INTERPRET unless given."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ANYFLOW_BACKEND")}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ANYFLOW_BACKEND", "CC")}
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
     assert run.returncode == 0, run.stderr
@@ -142,6 +142,11 @@ class TestTriton:
         assert "backend='unavailable'" in out and "'triton' (forced by use_backend()) is not available" in out
         assert "TRITON_INTERPRET=1" in out and "use 'eager'" in out
         assert "not available" not in run_python(code, TRITON_INTERPRET="1")
+
+    def test_needs_a_c_compiler(self, tmp_path) -> None:
+        """Without one, launching would fail inside Triton at the first call."""
+        code = "import torch; from anyflow.ops.backend import missing; print(missing('triton', torch.device('cuda')))"
+        assert "needs a C compiler" in run_python(code, PATH=str(tmp_path))
 
     @pytest.mark.parametrize("d", [0, 4, 12, 8200])
     def test_forced_on_an_unsupported_width_is_a_value_error(self, d) -> None:
