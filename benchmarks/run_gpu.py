@@ -224,7 +224,9 @@ def main(arguments: list[str] | None = None) -> int:
     failed = [c["case"] for c in results.data["checks"] if not c.get("passed")]
     failed += [c["case"] for c in results.data["ops"] if "error" in c]
     print(f"{results.path}: {len(failed)} failed, budget {'kept' if remaining() > 0 else 'used up'}")
-    return 1 if failed or remaining() <= 0 or (results.data["tests"] and results.data["tests"].get("exit_code")) else 0
+    tests = results.data["tests"]
+    tests_failed = tests is not None and "skipped" not in tests and tests.get("exit_code") != 0  # or they timed out
+    return int(bool(failed) or tests_failed or remaining() <= 0)
 
 
 def attempt(function: Callable[..., dict[str, Any]], case: Case, *args: Any) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """What the kernels that hold whole rows of D in registers share: configuration, statistics, two-stage sums.
 
 A program reads a run of consecutive tokens of one modulation row, so that the row is read once per run instead of once
-per token: D = 1536 in bf16 would otherwise read twice as many bytes of fp32 shift and scale as of x. Sums over tokens
-(gradients of shift, scale, gate, weight) stay in registers over the run, go to a row of a partial-sum buffer each, and
-are added up by one more reduction: no atomics, the same bits every time.
+per token: in bf16, a token would otherwise read four times as many bytes of fp32 shift and scale as of x. Sums over
+tokens (gradients of shift, scale, gate, weight) stay in registers over the run, go to a row of a partial-sum buffer
+each, and are added up by one more reduction: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def row_options(d: int) -> dict[str, int]:
     """``BLOCK_D`` and ``num_warps`` for a row of D elements.
 
     Sixteen elements per thread: two 16-byte vectors of bf16 each way, and with the fp32 intermediates of the backward
-    kernels still below half of the 255 registers, so that several programs share a multiprocessor. From 8192 on the
+    kernels about half of the 255 registers, so that several programs share a multiprocessor. From 8192 on the
     16 warps of a program are as many as pay for their synchronization.
     """
     block = triton.next_power_of_2(d)

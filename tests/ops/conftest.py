@@ -58,7 +58,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     """``ANYFLOW_TEST_DEVICE``, the CPU unless told otherwise."""
     return torch.device(os.environ.get("ANYFLOW_TEST_DEVICE", "cpu"))

@@ -149,21 +149,21 @@ class TestTriton:
         assert "needs a C compiler" in run_python(code, PATH=str(tmp_path))
 
     @pytest.mark.parametrize("d", [0, 4, 12, 8200])
-    def test_forced_on_an_unsupported_width_is_a_value_error(self, d) -> None:
-        x, row = torch.zeros(1, 2, d), torch.zeros(1, 1, d)
+    def test_forced_on_an_unsupported_width_is_a_value_error(self, d, device) -> None:
+        x, row = torch.zeros(1, 2, d, device=device), torch.zeros(1, 1, d, device=device)
         with use_backend("triton"), pytest.raises(ValueError, match=rf"layer_norm_modulate: .*does not support D={d} "):
             ops.layer_norm_modulate(x, row, row)
 
-    def test_forced_on_an_unsupported_dtype_is_a_value_error(self) -> None:
+    def test_forced_on_an_unsupported_dtype_is_a_value_error(self, device) -> None:
         with use_backend("triton"), pytest.raises(ValueError, match=r"does not support \(1, 2, 8\) float64"):
-            ops.layer_norm_modulate(X.double(), ROW, ROW)
+            ops.layer_norm_modulate(X.double().to(device), ROW.to(device), ROW.to(device))
 
-    def test_environment_reaches_the_kernels(self, monkeypatch) -> None:
+    def test_environment_reaches_the_kernels(self, monkeypatch, device) -> None:
         monkeypatch.setenv("ANYFLOW_BACKEND", "triton")
         from anyflow.kernels.launch import record  # triton is an optional dependency
 
         with record() as launched:
-            ops.layer_norm_modulate(X, ROW, ROW)
+            ops.layer_norm_modulate(X.to(device), ROW.to(device), ROW.to(device))
         assert [entry.kernel.fn.__name__ for entry in launched] == ["layer_norm_modulate_forward_kernel"]
 
 

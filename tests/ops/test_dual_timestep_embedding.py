@@ -137,11 +137,11 @@ def test_compiles_in_one_graph(as_tensor, backend, draw) -> None:
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_random_shapes(data: st.DataObject) -> None:
+def test_random_shapes(device, data: st.DataObject) -> None:
     n, d, seed = (data.draw(st.integers(0, high)) for high in (9, 700, 99))
     fusion, gate = data.draw(st.sampled_from(["gated", "additive"])), data.draw(st.floats(-2, 2))
     g = torch.Generator().manual_seed(seed)
-    args = [torch.randn(n, d, generator=g) for _ in range(2)]
+    args = [torch.randn(n, d, generator=g).to(device) for _ in range(2)]
     with use_backend("triton"):
         out = dual_timestep_embedding(*args, gate, fusion)
     expected = formula(*(a.double() for a in args), gate, fusion)

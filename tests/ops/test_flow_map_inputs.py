@@ -79,12 +79,12 @@ def test_sizes(shape, rows, backend, draw, device, assert_matches, assert_gradie
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_random_shapes(data: st.DataObject) -> None:
+def test_random_shapes(device, data: st.DataObject) -> None:
     shape = tuple(data.draw(st.integers(low, high)) for low, high in ((1, 4), (0, 3), (0, 3), (1, 700)))
     rows = data.draw(st.none() | st.lists(st.integers(-shape[0], shape[0] - 1), max_size=6))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    x0, eps = (torch.randn(shape, generator=g) for _ in range(2))
-    t = torch.rand(shape[: data.draw(st.integers(1, 2))], generator=g)
+    x0, eps = (torch.randn(shape, generator=g).to(device) for _ in range(2))
+    t = torch.rand(shape[: data.draw(st.integers(1, 2))], generator=g).to(device)
     with use_backend("triton"):
         out = flow_map_inputs(x0, eps, t, 0.02, indices(rows, x0.device))
     width = torch.full(shape[:2], 0.02, dtype=torch.float64)

@@ -120,13 +120,13 @@ def test_sizes(shape, rows, backend, draw, check) -> None:
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_random_shapes(data: st.DataObject) -> None:
+def test_random_shapes(device, data: st.DataObject) -> None:
     shape = tuple(data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 3), (1, 3), (1, 700)))
     rows = data.draw(st.none() | st.lists(st.integers(-shape[0], shape[0] - 1), max_size=6))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
 
     def draw(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(size, generator=g, dtype=dtype)
+        return torch.randn(size, generator=g, dtype=dtype).to(device)
 
     kind = data.draw(st.sampled_from(["number", "scalar", "sample", "frame"]))
     guidance, per_frame = data.draw(st.sampled_from([1.0, 2.5])), data.draw(st.booleans())

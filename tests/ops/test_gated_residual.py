@@ -1,7 +1,5 @@
 """gated_residual against the textbook formula in fp64."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,11 +139,10 @@ def test_any_width_runs_eagerly(d, r, draw, assert_matches, assert_gradients) ->
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_random_shapes(data: st.DataObject) -> None:
+def test_random_shapes(device, data: st.DataObject) -> None:
     b, r, tokens = (data.draw(st.integers(low, high)) for low, high in ((0, 3), (1, 3), (0, 40)))
     d, seed = 8 * data.draw(st.integers(1, 20)), data.draw(st.integers(0, 99))
     g = torch.Generator().manual_seed(seed)
-    device = os.environ.get("ANYFLOW_TEST_DEVICE", "cpu")
     shapes = ((b, r * tokens, d), (b, r * tokens, d), (b, r, d))
     args = [torch.randn(s, generator=g).to(device).requires_grad_() for s in shapes]
     with use_backend("triton"):

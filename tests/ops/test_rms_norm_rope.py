@@ -137,13 +137,13 @@ def test_any_width_runs_eagerly(heads, head_dim, draw, assert_matches, assert_gr
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_random_shapes(data: st.DataObject) -> None:
+def test_random_shapes(device, data: st.DataObject) -> None:
     b, length, seed = (data.draw(st.integers(0, high)) for high in (3, 40, 99))
     heads, half = data.draw(st.sampled_from([(4, 1), (8, 5), (1, 4), (4, 7), (3, 8), (2, 6), (5, 20)]))
     rotate = data.draw(st.booleans())
     d = 2 * heads * half
     g = torch.Generator().manual_seed(seed)
-    x, weight, angle = (torch.randn(s, generator=g) for s in ((b, length, d), (d,), (length, half)))
+    x, weight, angle = (torch.randn(s, generator=g).to(device) for s in ((b, length, d), (d,), (length, half)))
     cos, sin = (angle.cos(), angle.sin()) if rotate else (None, None)
     with use_backend("triton"):
         out = rms_norm_rope(x, weight, cos, sin, num_heads=heads)
