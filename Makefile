@@ -7,11 +7,12 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check lint format clean
+.PHONY: help venv demo test check sanitize lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -19,7 +20,7 @@ help: ## list the targets
 
 venv: $(STAMP) ## create .venv with everything that is needed for development
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "anyflow needs Python 3.10 or newer, \
 	and \`$(PYTHON)\` is: $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module. \
@@ -29,8 +30,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "[2/4] Installing PyTorch (hundreds of MB the first time)"
 	@$(PIP) torch
 	@echo "[3/4] Installing the build tools"
-	@$(PIP) setuptools wheel
-	@echo "[4/4] Installing anyflow, its dependencies and the development tools"
+	@$(PIP) setuptools wheel cmake ninja pybind11
+	@echo "[4/4] Building and installing anyflow, its dependencies and the development tools"
 	@$(PIP) --no-build-isolation -e ".[dev]"
 	@touch $@
 	@echo "Ready: $(VENV)"
@@ -43,6 +44,14 @@ test: $(STAMP) ## run every test
 
 check: lint ## lint, type check and the fast tests
 	$(BIN)/pytest -m "not slow" -n 2 $(ARGS)
+
+# The package is built into a folder of its own; Python is not instrumented, so the sanitizer's library comes first.
+SANITIZED := build/sanitized
+sanitize: $(STAMP) ## the operator tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	ANYFLOW_CMAKE_ARGS=-DANYFLOW_SANITIZE=ON $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/pytest tests/ops -k "native and not compiles" -p no:cacheprovider $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy; changes nothing
 	$(BIN)/ruff check .

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyflow.models.attention import attention
-from anyflow.ops import gated_residual, layer_norm_modulate, residual_layer_norm, rms_norm_rope
+from anyflow.ops import gated_residual, gelu, layer_norm_modulate, residual_layer_norm, rms_norm_rope
 
 Rotary = tuple[Tensor, Tensor]
 KeyValue = tuple[Tensor, Tensor]
@@ -106,7 +105,7 @@ class GELUProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if fuses_gelu(self.proj, x):
             return linear_gelu(x, self.proj.weight, self.proj.bias)
-        return F.gelu(self.proj(x), approximate="tanh")
+        return gelu(self.proj(x))
 
 
 class FeedForward(nn.Module):

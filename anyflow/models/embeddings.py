@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyflow.ops import dual_timestep_embedding
+from anyflow.ops import dual_timestep_embedding, gelu
 from anyflow.ops.dual_timestep_embedding import FUSIONS
 
 DELTATIME_TYPES = ("r", "t-r")
@@ -125,7 +125,7 @@ class TextProjection(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """``[B, S, text_dim] -> [B, S, D]``."""
-        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
+        return self.linear_2(gelu(self.linear_1(text)))
 
 
 class ImageProjection(nn.Module):

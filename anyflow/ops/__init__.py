@@ -8,6 +8,7 @@ from anyflow.ops.dual_timestep_embedding import dual_timestep_embedding
 from anyflow.ops.flow_map_inputs import flow_map_batch, flow_map_inputs
 from anyflow.ops.flow_map_loss import flow_map_loss
 from anyflow.ops.gated_residual import gated_residual
+from anyflow.ops.gelu import gelu
 from anyflow.ops.layer_norm_modulate import layer_norm_modulate
 from anyflow.ops.residual_layer_norm import residual_layer_norm
 from anyflow.ops.rms_norm_rope import rms_norm_rope
@@ -20,6 +21,7 @@ __all__ = [
     "flow_map_inputs",
     "flow_map_loss",
     "gated_residual",
+    "gelu",
     "layer_norm_modulate",
     "residual_layer_norm",
     "rms_norm_rope",

@@ -11,13 +11,19 @@ from typing import Any
 
 import torch
 
+from anyflow.ops.native import missing_kernel
+
 BACKENDS = ("eager", "triton", "native")
-OPERATORS: set[str] = set()  # filled by anyflow.ops.library
+OPERATORS: dict[str, tuple[str, ...]] = {}  # and the backends with kernels for it; filled by anyflow.ops.library
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton compiles a launcher for each kernel on first use, with the first of these that it finds.
 _HAS_COMPILER = "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang"))
 _MIN_CAPABILITY = (8, 0)  # bf16 arithmetic; the kernels are compiled and checked for sm_80, sm_90 and sm_100
+
+# Where nothing forces another one. Triton kernels on a CPU are interpreted, which is for tests; native CUDA kernels are
+# not the choice until a GPU has shown them to be faster than Triton's.
+_AUTOMATIC = {"cpu": "native", "cuda": "triton"}
 
 _MAX_FALLBACKS = 16  # reasons kept per operator: they name shapes, of which a long run may see many
 
@@ -73,7 +79,13 @@ def forced_backend() -> tuple[str, str] | None:
     return None
 
 
-def choose(op: str, device: torch.device, unsupported: Callable[..., str | None], args: Sequence[Any]) -> str:
+def choose(
+    op: str,
+    device: torch.device,
+    unsupported: Callable[..., str | None],
+    args: Sequence[Any],
+    direction: str = "forward",
+) -> str:
     """The backend that runs this call of ``op``.
 
     Args:
@@ -81,6 +93,7 @@ def choose(op: str, device: torch.device, unsupported: Callable[..., str | None]
         device: where its tensors are.
         unsupported: says of the arguments what the kernels do not support, or None; called only if that matters.
         args: the arguments.
+        direction: ``"forward"`` or ``"backward"``. Native CUDA kernels are forward only: Triton's run backward.
 
     Raises:
         RuntimeError: a forced backend does not exist here.
@@ -88,20 +101,23 @@ def choose(op: str, device: torch.device, unsupported: Callable[..., str | None]
     """
     forced = forced_backend()
     if forced is None:
-        if device.type == "cpu" or missing("triton", device) is not None:  # interpreting kernels is for tests
+        name = _AUTOMATIC.get(device.type, "triton")
+        if missing(name, device, op, direction) is not None:
             return "eager"
         problem = unsupported(*args)
         if problem is None:
-            return "triton"
+            return name
         if not torch.compiler.is_compiling():
             seen = _fallbacks.setdefault(op, {})
             if len(seen) < _MAX_FALLBACKS:
                 seen[problem] = None
         return "eager"
     name, by = forced
-    if name == "eager":
-        return name
-    reason = missing(name, device)
+    if name not in OPERATORS[op]:
+        return "eager"
+    if name == "native" and direction == "backward" and device.type == "cuda":
+        name = "triton"
+    reason = missing(name, device, op, direction)
     if reason is not None:
         raise RuntimeError(f"anyflow.ops.{op}: backend {name!r} ({by}) is not available: {reason}; use 'eager'")
     problem = unsupported(*args)
@@ -110,12 +126,18 @@ def choose(op: str, device: torch.device, unsupported: Callable[..., str | None]
     return name
 
 
-def missing(backend: str, device: torch.device) -> str | None:
-    """Why a backend cannot run on a device, or None if it can."""
+def missing(backend: str, device: torch.device, op: str, direction: str = "forward") -> str | None:
+    """Why a backend cannot run an operator on a device, or None if it can."""
     if backend == "eager":
         return None
+    if backend not in OPERATORS[op]:
+        return f"{op} has no {backend.capitalize()} kernel; torch's is as fast"
     if backend == "native":
-        return "this build has no native kernels"
+        return missing_kernel(op if direction == "forward" else f"{op}_backward", device)
+    return _missing_triton(device)
+
+
+def _missing_triton(device: torch.device) -> str | None:
     if not _HAS_TRITON:
         return "triton is not installed"
     if device.type == "cuda":
@@ -145,21 +167,23 @@ def backend_report(device: torch.device | str | None = None) -> dict[str, Backen
     for op in sorted(OPERATORS):
         fallbacks = tuple(_fallbacks.get(op, {}))
         if forced is None:
-            report[op] = BackendChoice(*_automatic(device), fallbacks)
+            report[op] = BackendChoice(*_automatic(op, device), fallbacks)
             continue
         name, by = forced
-        reason = missing(name, device)
-        report[op] = BackendChoice(name, by) if reason is None else BackendChoice("unavailable", f"{by}: {reason}")
+        reason = missing(name, device, op)
+        if reason is None:
+            report[op] = BackendChoice(name, by)
+        else:
+            report[op] = BackendChoice("unavailable" if name in OPERATORS[op] else "eager", f"{by}: {reason}")
     return report
 
 
-def _automatic(device: torch.device) -> tuple[str, str]:
-    reason = missing("triton", device)
-    if device.type == "cpu":
-        return "eager", f"{missing('native', device)}; Triton kernels on a CPU are interpreted, for tests only"
+def _automatic(op: str, device: torch.device) -> tuple[str, str]:
+    name = _AUTOMATIC.get(device.type, "triton")
+    reason = missing(name, device, op)
     if reason is not None:
         return "eager", reason
-    return "triton", "fused kernel; what it does not support runs on the eager reference"
+    return name, "fused kernel; what it does not support runs on the eager reference"
 
 
 def _validated(name: str, prefix: str = "") -> str:

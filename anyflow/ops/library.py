@@ -1,9 +1,11 @@
 """Registration of an operator with ``torch.library``: schema, implementations, fake, autograd.
 
 Every operator is ``torch.ops.anyflow.<name>`` with a backward ``<name>_backward`` that is an operator too, so that
-``torch.compile`` keeps both as they are. The implementations are found by convention: the eager ones are given here,
-the Triton ones are ``forward`` and ``backward`` of ``anyflow.kernels.<name>`` (imported when first used), all with the
-arguments of the schema. Outputs are contiguous and alias nothing.
+``torch.compile`` keeps both as they are. The implementations are found by convention, all with the arguments of the
+schema: the eager ones are given here, the Triton ones are ``forward`` and ``backward`` of ``anyflow.kernels.<name>``
+(imported when first used), the native ones are the operators ``<name>_native`` and ``<name>_backward_native``, which
+have a schema from here and their implementations, by device, from ``anyflow._C``. Outputs are contiguous and alias
+nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from anyflow.ops.backend import OPERATORS, choose
+from anyflow.ops.native import register as register_native
 
 _LIBRARY = torch.library.Library("anyflow", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -34,17 +37,26 @@ class Operator:
         reference: eager implementation, differentiable.
         fake: results for fake tensors.
         unsupported: says of the arguments why the kernels do not take them, or None.
+        backends: those that it has kernels for; forcing another one runs the reference.
     """
 
     def __init__(
-        self, name: str, signature: str, *, reference: Function, fake: Function, unsupported: Unsupported
+        self,
+        name: str,
+        signature: str,
+        *,
+        reference: Function,
+        fake: Function,
+        unsupported: Unsupported,
+        backends: tuple[str, ...] = ("triton", "native"),
     ) -> None:
-        OPERATORS.add(name)
+        OPERATORS[name] = backends
         self.name = name
         self.reference = reference
         self.unsupported = unsupported
         self._define(name, signature, "forward", reference, fake, unsupported)
         self.overload = getattr(torch.ops.anyflow, name).default
+        self.native = getattr(torch.ops.anyflow, f"{name}_native").default
 
     def register_backward(
         self, signature: str, *, reference: Function, fake: Function, unsupported: Unsupported
@@ -65,8 +77,11 @@ class Operator:
         torch.library.register_autograd(f"anyflow::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
-        if choose(self.name, _device(args), self.unsupported, args) == "eager":
+        backend = choose(self.name, _device(args), self.unsupported, args)
+        if backend == "eager":
             return self.reference(*args)
+        if backend == "native" and _no_derivative():
+            return self.native(*args)  # past a second dispatch, which costs as much as a small kernel
         return self.overload(*args)
 
     def _define(
@@ -79,13 +94,27 @@ class Operator:
         unsupported: Unsupported,
     ) -> None:
         def implementation(*args: Any) -> Any:
-            if choose(self.name, _device(args), unsupported, args) == "eager":
-                return _contiguous(reference(*args))
-            return getattr(importlib.import_module(f"anyflow.kernels.{self.name}"), direction)(*args)
+            backend = choose(self.name, _device(args), unsupported, args, direction)
+            if backend == "native":
+                return native(*args)
+            if backend == "triton":
+                return getattr(importlib.import_module(f"anyflow.kernels.{self.name}"), direction)(*args)
+            return _contiguous(reference(*args))
 
         _LIBRARY.define(f"{name}{signature}", tags=_TAGS)
+        _LIBRARY.define(f"{name}_native{signature}")
+        register_native(name)
+        native = getattr(torch.ops.anyflow, f"{name}_native").default
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"anyflow::{name}", fake, lib=_LIBRARY)
+        for registered in (name, f"{name}_native"):
+            torch.library.register_fake(f"anyflow::{registered}", fake, lib=_LIBRARY)
+
+
+def _no_derivative() -> bool:
+    """Whether nobody asks for one: no autograd, no forward mode, no compiler that would trace the call."""
+    return not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _device(args: Sequence[Any]) -> torch.device:

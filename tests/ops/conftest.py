@@ -1,7 +1,8 @@
 """What the operator tests share: backends, devices, the tolerance table, and the comparisons that use it.
 
-A test that takes ``backend`` runs on the eager reference and on the Triton kernels: on a GPU with
-``ANYFLOW_TEST_DEVICE=cuda``, else interpreted on the CPU. One that takes ``dtype`` too runs for every dtype of each.
+A test that takes ``backend`` runs on the eager reference, on the Triton kernels and on the native ones: on a GPU with
+``ANYFLOW_TEST_DEVICE=cuda``, else on the CPU, where Triton's are interpreted. One that takes ``dtype`` too runs for
+every dtype of each. A test that takes ``kernel`` gets the names of all but the eager one, to force them itself.
 """
 
 import importlib.util
@@ -26,6 +27,7 @@ GRADIENT_SLACK = 3.0
 DTYPES = {
     "eager": [torch.float64, torch.float32, torch.float16, torch.bfloat16],
     "triton": [torch.float32, torch.float16, torch.bfloat16],
+    "native": [torch.float32, torch.float16, torch.bfloat16],
 }
 
 AssertClose = Callable[..., None]
@@ -35,7 +37,9 @@ Draw = Callable[..., Tensor]
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every backend that runs here, times the dtypes that it takes; a test's own parameters come on top."""
-    backends = ["eager", "triton"] if importlib.util.find_spec("triton") else ["eager"]
+    backends = ["eager", "triton", "native"] if importlib.util.find_spec("triton") else ["eager", "native"]
+    if "kernel" in metafunc.fixturenames:
+        metafunc.parametrize("kernel", backends[1:])
     takes_backend, takes_dtype = ("backend" in metafunc.fixturenames, "dtype" in metafunc.fixturenames)
     if takes_backend and takes_dtype:
         pairs = [(b, d) for b in backends for d in DTYPES[b]]
@@ -51,7 +55,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Force a backend. In deterministic mode, what the kernels allocate reads NaN until it is written."""
     with use_backend(request.param):
-        torch.use_deterministic_algorithms(request.param == "triton", warn_only=True)
+        torch.use_deterministic_algorithms(request.param != "eager", warn_only=True)
         try:
             yield request.param
         finally:

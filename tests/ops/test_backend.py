@@ -18,6 +18,7 @@ OPS = {
     "flow_map_inputs",
     "flow_map_loss",
     "gated_residual",
+    "gelu",
     "layer_norm_modulate",
     "residual_layer_norm",
     "rms_norm_rope",
@@ -32,13 +33,11 @@ def _automatic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     use_backend(None)
 
 
-def missing_backend() -> str:
-    """A real backend name without a layer_norm_modulate in this build."""
-    for name in BACKENDS:
-        with use_backend(name):
-            if backend_report("cpu")["layer_norm_modulate"].backend == "unavailable":
-                return name
-    pytest.skip("every backend is built")
+@pytest.fixture
+def missing_backend(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A real backend name that cannot run here: Triton on CPU tensors, without its interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return "triton"
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -63,34 +62,31 @@ def test_setter_stays_and_none_returns_to_automatic() -> None:
     assert all("forced" not in c.reason for c in backend_report().values())
 
 
-def test_context_manager_restores_also_after_an_error() -> None:
-    with use_backend("eager"), pytest.raises(RuntimeError, match="not available"), use_backend(missing_backend()):
+def test_context_manager_restores_also_after_an_error(missing_backend) -> None:
+    with use_backend("eager"), pytest.raises(RuntimeError, match="not available"), use_backend(missing_backend):
         ops.layer_norm_modulate(X, ROW, ROW)
     assert all("forced" not in c.reason for c in backend_report().values())
 
 
-def test_contexts_nest() -> None:
+def test_contexts_nest(missing_backend) -> None:
     use_backend("eager")
     with use_backend(None):
         assert all("forced" not in c.reason for c in backend_report().values())
-        with use_backend(missing_backend()):
+        with use_backend(missing_backend):
             assert backend_report()["layer_norm_modulate"].backend == "unavailable"
         assert all("forced" not in c.reason for c in backend_report().values())
     assert backend_report()["layer_norm_modulate"].reason == "forced by use_backend()"
 
 
-def test_forced_missing_backend_is_an_error_never_a_fallback() -> None:
-    name = missing_backend()
-    with (
-        use_backend(name),
-        pytest.raises(RuntimeError, match=rf"layer_norm_modulate: backend '{name}' .*not available.*eager"),
-    ):
+def test_forced_missing_backend_is_an_error_never_a_fallback(missing_backend) -> None:
+    expected = f"layer_norm_modulate: backend '{missing_backend}' .*not available.*eager"
+    with use_backend(missing_backend), pytest.raises(RuntimeError, match=expected):
         ops.layer_norm_modulate(X, ROW, ROW)
     ops.layer_norm_modulate(X, ROW, ROW)
 
 
-def test_environment_forces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ANYFLOW_BACKEND", missing_backend())
+def test_environment_forces(missing_backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYFLOW_BACKEND", missing_backend)
     assert backend_report()["layer_norm_modulate"].backend == "unavailable"
     with pytest.raises(RuntimeError, match="forced by ANYFLOW_BACKEND"):
         ops.layer_norm_modulate(X, ROW, ROW)
@@ -126,9 +122,9 @@ class TestTriton:
     """The Triton backend as seen from the CPU, and what it refuses."""
 
     def test_is_never_automatic_on_a_cpu(self) -> None:
-        report = backend_report("cpu")
-        assert {c.backend for c in report.values()} == {"eager"}
-        assert all("interpreted" in c.reason for c in report.values())
+        """Not even where its interpreter is on."""
+        code = "from anyflow.ops import backend_report; print({c.backend for c in backend_report('cpu').values()})"
+        assert "triton" not in run_python(code, TRITON_INTERPRET="1")
 
     def test_needs_a_gpu_or_the_interpreter(self) -> None:
         code = (
@@ -145,7 +141,10 @@ class TestTriton:
 
     def test_needs_a_c_compiler(self, tmp_path) -> None:
         """Without one, launching would fail inside Triton at the first call."""
-        code = "import torch; from anyflow.ops.backend import missing; print(missing('triton', torch.device('cuda')))"
+        code = (
+            "import torch; from anyflow.ops.backend import missing\n"
+            "print(missing('triton', torch.device('cuda'), 'rms_norm_rope'))"
+        )
         assert "needs a C compiler" in run_python(code, PATH=str(tmp_path))
 
     @pytest.mark.parametrize("d", [0, 4, 12, 8200])
@@ -167,10 +166,53 @@ class TestTriton:
         assert [entry.kernel.fn.__name__ for entry in launched] == ["layer_norm_modulate_forward_kernel"]
 
 
+class TestNative:
+    """The native kernels as seen from the CPU."""
+
+    def test_are_automatic_on_a_cpu(self) -> None:
+        assert {op: c.backend for op, c in backend_report("cpu").items()} == dict.fromkeys(OPS, "native")
+
+    def test_run_by_default(self) -> None:
+        """The bits are those of the native kernels, not those of the reference."""
+        x, row = torch.randn(1, 2, 1536), torch.randn(1, 1, 1536)
+        automatic = ops.layer_norm_modulate(x, row, row)
+        with use_backend("native"):
+            assert torch.equal(ops.layer_norm_modulate(x, row, row), automatic)
+        with use_backend("eager"):
+            assert not torch.equal(ops.layer_norm_modulate(x, row, row), automatic)
+
+    def test_what_they_do_not_take_falls_back_visibly(self) -> None:
+        assert ops.layer_norm_modulate(X.double(), ROW, ROW).dtype == torch.float64
+        assert any("float64" in reason for reason in backend_report("cpu")["layer_norm_modulate"].fallbacks)
+
+    def test_forced_on_an_unsupported_dtype_is_a_value_error(self) -> None:
+        with use_backend("native"), pytest.raises(ValueError, match=r"does not support \(1, 2, 8\) float64"):
+            ops.layer_norm_modulate(X.double(), ROW, ROW)
+
+    def test_forced_on_another_device_is_an_error(self) -> None:
+        x, row = X.to("meta"), ROW.to("meta")
+        expected = "layer_norm_modulate: backend 'native' .*no native kernel of layer_norm_modulate for meta"
+        with use_backend("native"), pytest.raises(RuntimeError, match=expected):
+            ops.layer_norm_modulate(x, row, row)
+
+
+def test_operator_without_a_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is eager where Triton is forced, whether or not Triton could run."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert backend_report("meta")["gelu"].backend == "eager"
+    with use_backend("triton"):
+        report = backend_report("cpu")
+        assert ops.gelu(X).equal(X)
+    assert report["gelu"].backend == "eager" and "gelu has no Triton kernel" in report["gelu"].reason
+    assert {c.backend for op, c in report.items() if op != "gelu"} == {"unavailable"}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestAutomaticOnCuda:
     def test_kernels_run_by_default(self) -> None:
-        assert {c.backend for c in backend_report("cuda").values()} == {"triton"}
+        report = backend_report("cuda")
+        assert {c.backend for op, c in report.items() if op != "gelu"} == {"triton"}
+        assert report["gelu"].backend == "eager" and "torch's is as fast" in report["gelu"].reason
 
     def test_unsupported_shapes_fall_back_visibly(self) -> None:
         x, row = torch.zeros(1, 2, 12, device="cuda"), torch.zeros(1, 1, 12, device="cuda")

@@ -118,9 +118,10 @@ def test_sizes(shape, rows, backend, draw, check) -> None:
     check(inputs(draw, torch.bfloat16, shape=shape, rows=rows))
 
 
+@pytest.mark.parametrize("name", ["triton", "native"])
 @settings(max_examples=20)
 @given(data=st.data())
-def test_random_shapes(device, data: st.DataObject) -> None:
+def test_random_shapes(name, device, data: st.DataObject) -> None:
     shape = tuple(data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 3), (1, 3), (1, 700)))
     rows = data.draw(st.none() | st.lists(st.integers(-shape[0], shape[0] - 1), max_size=6))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -131,7 +132,7 @@ def test_random_shapes(device, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["number", "scalar", "sample", "frame"]))
     guidance, per_frame = data.draw(st.sampled_from([1.0, 2.5])), data.draw(st.booleans())
     named = inputs(draw, shape=shape, rows=rows, guidance=guidance, step=kind, per_frame=per_frame)
-    with use_backend("triton"):
+    with use_backend(name):
         out = flow_map_loss(**named)
     torch.testing.assert_close(out.double(), formula(widened(named)).detach(), rtol=1e-5, atol=1e-5)
 
@@ -227,7 +228,10 @@ def test_t_equals_r_needs_no_neighbors(backend, draw) -> None:
     assert torch.equal(flow_map_loss(**named), without)
 
 
-@pytest.mark.parametrize(("name", "wide", "zero"), [("eager", torch.float64, 1e-24), ("triton", torch.float32, 1e-8)])
+@pytest.mark.parametrize(
+    ("name", "wide", "zero"),
+    [("eager", torch.float64, 1e-24), ("triton", torch.float32, 1e-8), ("native", torch.float32, 1e-8)],
+)
 def test_exact_flow_map_of_a_linear_field_has_zero_loss(name, wide, zero, draw, device) -> None:
     """One data point: u(x, t, r) = (x - x0) / t solves the flow-map equation, so its residual is 0 at any t, r."""
     x0, eps = (draw(B, F, C, H, W, dtype=torch.float64).detach() for _ in range(2))
@@ -299,11 +303,12 @@ def test_index_of_no_sample(backend, draw, device, monkeypatch) -> None:
     assert loss.isnan().tolist() == [True, False, False, False]
 
 
-def test_fp64_runs_eagerly(draw) -> None:
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_fp64_runs_eagerly(name, draw) -> None:
     named = inputs(draw)
-    with use_backend("triton"):
+    with use_backend(name):
         for key in TENSORS:
-            with pytest.raises(ValueError, match="flow_map_loss: backend 'triton' .* float64"):
+            with pytest.raises(ValueError, match=f"flow_map_loss: backend '{name}' .* float64"):
                 flow_map_loss(**(named | {key: named[key].double()}))
 
 

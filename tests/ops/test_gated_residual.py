@@ -139,13 +139,13 @@ def test_any_width_runs_eagerly(d, r, draw, assert_matches, assert_gradients) ->
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_random_shapes(device, data: st.DataObject) -> None:
+def test_random_shapes(kernel, device, data: st.DataObject) -> None:
     b, r, tokens = (data.draw(st.integers(low, high)) for low, high in ((0, 3), (1, 3), (0, 40)))
     d, seed = 8 * data.draw(st.integers(1, 20)), data.draw(st.integers(0, 99))
     g = torch.Generator().manual_seed(seed)
     shapes = ((b, r * tokens, d), (b, r * tokens, d), (b, r, d))
     args = [torch.randn(s, generator=g).to(device).requires_grad_() for s in shapes]
-    with use_backend("triton"):
+    with use_backend(kernel):
         out = gated_residual(*args)
         gradients = torch.autograd.grad(out.square().sum(), args)
     expected = formula(*(args64 := doubled(args)))
@@ -225,7 +225,7 @@ def test_bad_input(args, message) -> None:
 @pytest.mark.parametrize(
     ("d", "wide", "message"), [(4, None, "D=4"), (8, 0, "float64"), (8, 1, "float64"), (8, 2, "float64")]
 )
-def test_forced_kernel_says_what_it_does_not_take(d, wide, message, draw) -> None:
+def test_forced_kernel_says_what_it_does_not_take(kernel, d, wide, message, draw) -> None:
     args = [a.double() if i == wide else a for i, a in enumerate(inputs(draw, 2, 6, d, 2))]
-    with use_backend("triton"), pytest.raises(ValueError, match=f"gated_residual: .*does not support .*{message}"):
+    with use_backend(kernel), pytest.raises(ValueError, match=f"gated_residual: .*does not support .*{message}"):
         gated_residual(*args)

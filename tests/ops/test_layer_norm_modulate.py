@@ -88,12 +88,12 @@ def test_any_width_runs_eagerly(d, r, draw, assert_matches, assert_gradients) ->
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_random_shapes(device, data: st.DataObject) -> None:
+def test_random_shapes(kernel, device, data: st.DataObject) -> None:
     b, r, tokens = (data.draw(st.integers(low, high)) for low, high in ((0, 3), (1, 3), (0, 40)))
     d, seed = 8 * data.draw(st.integers(1, 20)), data.draw(st.integers(0, 99))
     g = torch.Generator().manual_seed(seed)
     args = [torch.randn(s, generator=g).to(device) for s in ((b, r * tokens, d), (b, r, d), (b, r, d))]
-    with use_backend("triton"):
+    with use_backend(kernel):
         out = layer_norm_modulate(*args)
     torch.testing.assert_close(out.double(), formula(*(a.double() for a in args)), rtol=1e-5, atol=1e-5)
 

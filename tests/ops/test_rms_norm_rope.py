@@ -137,7 +137,7 @@ def test_any_width_runs_eagerly(heads, head_dim, draw, assert_matches, assert_gr
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_random_shapes(device, data: st.DataObject) -> None:
+def test_random_shapes(kernel, device, data: st.DataObject) -> None:
     b, length, seed = (data.draw(st.integers(0, high)) for high in (3, 40, 99))
     heads, half = data.draw(st.sampled_from([(4, 1), (8, 5), (1, 4), (4, 7), (3, 8), (2, 6), (5, 20)]))
     rotate = data.draw(st.booleans())
@@ -145,7 +145,7 @@ def test_random_shapes(device, data: st.DataObject) -> None:
     g = torch.Generator().manual_seed(seed)
     x, weight, angle = (torch.randn(s, generator=g).to(device) for s in ((b, length, d), (d,), (length, half)))
     cos, sin = (angle.cos(), angle.sin()) if rotate else (None, None)
-    with use_backend("triton"):
+    with use_backend(kernel):
         out = rms_norm_rope(x, weight, cos, sin, num_heads=heads)
     expected = formula(x.double(), weight.double(), cos, sin, heads)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
@@ -282,7 +282,7 @@ def _both(cos: Tensor | None, sin: Tensor | None) -> Iterator[Callable[..., Tens
     yield lambda x, weight: torch.ops.anyflow.rms_norm_rope(x, weight, cos, sin, 2)
 
 
-def test_no_index_overflows_32_bits(device) -> None:
+def test_no_index_overflows_32_bits(kernel, device) -> None:
     """Tokens 2^31 elements apart in a view of memory of which a few pages are touched."""
     if device.type != "cpu":
         pytest.skip("a GPU has no untouched memory")
@@ -291,7 +291,7 @@ def test_no_index_overflows_32_bits(device) -> None:
     x = memory.as_strided((1, 17, 8), (8, stride, 1))
     x.copy_(torch.arange(17.0)[:, None] - torch.arange(8.0))
     weight = torch.ones(8)
-    with use_backend("triton"):
+    with use_backend(kernel):
         gradient = torch.ops.anyflow.rms_norm_rope_backward(x.unflatten(2, (2, 4)), x, weight, None, None, 2, 1e-6)
         assert torch.equal(rms_norm_rope(x, weight, num_heads=2), rms_norm_rope(x.clone(), weight, num_heads=2))
         plain = x.contiguous()
@@ -342,9 +342,9 @@ def test_bad_input(args, num_heads, message) -> None:
         rms_norm_rope(*args, num_heads=num_heads)
 
 
-def test_forced_backend_refuses_what_it_does_not_take(draw) -> None:
+def test_forced_kernel_says_what_it_does_not_take(kernel, draw) -> None:
     x, weight = inputs(draw, 2, 6, 2, 8)
-    with use_backend("triton"):
+    with use_backend(kernel):
         with pytest.raises(ValueError, match=r"does not support D=12 "):
             rms_norm_rope(x[..., :12], weight[:12], num_heads=2)
         with pytest.raises(ValueError, match=r"does not support \(6, 4\) float64"):

@@ -1,0 +1,73 @@
+"""The tanh approximation of GELU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyflow.ops._common import check_same_shape, describe, unsupported_dtype
+from anyflow.ops.library import Operator, empty_like
+
+_OP = "gelu"
+
+
+def gelu(x: Tensor) -> Tensor:
+    """tanh-GELU: ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``, as in the feed-forward of the model (SPEC A).
+
+    The native kernel computes it as ``x sigmoid(2 u)``, which does not cancel: results are good to a few units in the
+    last place however small they are, and -inf gives -0. The reference is torch's, which has neither. There is no
+    Triton kernel, since torch's is as fast on a GPU; forcing ``"triton"`` runs the reference.
+
+    Args:
+        x: any shape, any floating dtype; the kernel copies what is not contiguous.
+
+    Returns:
+        x's shape and dtype, rounded once from fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: x is not a floating-point tensor, or a forced backend does not support its dtype.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"{_OP}: x must be a floating-point tensor, got {describe(x)}")
+    return _operator(x)
+
+
+def gelu_reference(x: Tensor) -> Tensor:
+    """Eager reference; see :func:`gelu`. torch computes half precision in fp32 and rounds once."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of x: ``grad (s + x s (1 - s) (2 u)')`` with ``s = sigmoid(2 u)``."""
+    check_same_shape(_OP, "grad", grad, x, "x")
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
+_operator = Operator(
+    _OP,
+    "(Tensor x) -> Tensor",
+    reference=gelu_reference,
+    fake=lambda x: empty_like(x),
+    unsupported=lambda x: unsupported_dtype(x),
+    backends=("native",),
+)
+_operator.register_backward(
+    "(Tensor grad, Tensor x) -> Tensor",
+    reference=gelu_backward_reference,
+    fake=lambda grad, x: empty_like(x),
+    unsupported=lambda grad, x: unsupported_dtype(x),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    return torch.ops.anyflow.gelu_backward(grad, *ctx.saved_tensors)
+
+
+_operator.register_autograd(_setup_context, _backward)
