@@ -50,9 +50,9 @@ def pypi_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of a copy of the sources, so that no build folder is left in the repository."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for folder in ("anyflow", "kernels", "tests"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for folder in ("anyflow", "kernels", "tests", "csrc", "cmake"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for file in ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
     done = pip("wheel", ".", "--no-build-isolation", "--no-deps", "--wheel-dir", out, cwd=source)
     assert done.returncode == 0, done.stderr
@@ -146,6 +146,9 @@ def test_wheel_holds_one_top_level_package(wheel):
     tops = {n.partition("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"anyflow"}
     assert {"anyflow/py.typed", "anyflow/kernels/__init__.py"} <= set(names)
+    assert [n for n in names if n.startswith("anyflow/_C.") and n.endswith(".so")]
+    assert not [n for n in names if n.endswith((".cpp", ".cu", ".h", ".cuh"))]
+    assert "-linux_" in wheel.name or sys.platform != "linux"  # the extension makes it a wheel of one platform
     templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "anyflow").rglob("*.j2")}
     assert templates <= set(names)
 
@@ -159,3 +162,25 @@ def test_wheel_serves_anyflow_kernels(wheel, tmp_path):
         "import anyflow, anyflow.kernels as k; print(anyflow.__file__, k.__file__)", cwd=tmp_path, path=target
     )
     assert all(Path(f).is_relative_to(target) for f in files.split())
+
+
+@pytest.mark.slow
+def test_wheel_passes_the_doctor_in_a_fresh_environment(wheel, tmp_path):
+    """In another folder, with the dependencies of this environment, and the program that pip makes."""
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    done = pip("--python", environment / "bin" / "python", "install", "--no-deps", wheel, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text("\n".join(p for p in sys.path if Path(p).name == "site-packages"))
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "ANYFLOW"))}
+    done = subprocess.run(
+        [environment / "bin" / "anyflow", "doctor", "--device", "cpu"],
+        cwd=tmp_path,
+        env=inherited | {"COLUMNS": "500"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(site) in done.stdout and str(ROOT / "anyflow") not in done.stdout
