@@ -6,7 +6,7 @@ import os
 import sys
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -70,7 +70,24 @@ def demo(
         webbrowser.open((out / REPORT_FILE).resolve().as_uri())
 
 
-def _fail(message: str) -> None:
+@app.command()
+def doctor(
+    device: Annotated[
+        str | None, typer.Option(help="Torch device to check; CUDA if there is one, else the CPU.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Show what is installed, built and would run, and check every operator; exit status 1 if not all is well."""
+    from anyflow.doctor import run
+
+    try:
+        well = run(device, as_json=as_json)
+    except ValueError as error:
+        _fail(str(error))
+    raise typer.Exit(0 if well else 1)
+
+
+def _fail(message: str) -> NoReturn:
     typer.echo(f"anyflow: {' '.join(message.split())}", err=True)
     raise typer.Exit(2)
 

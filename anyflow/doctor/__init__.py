@@ -1,0 +1,100 @@
+"""``anyflow doctor``: what is installed and built, what would run where, and whether it computes the right numbers.
+
+``anyflow.ops`` is imported late: without the native extension that import is an error, which belongs on the page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import torch
+
+from anyflow.doctor.environment import environment, load_operators
+from anyflow.doctor.page import Page
+
+
+def run(device: str | None = None, *, as_json: bool = False) -> bool:
+    """Examine this machine and print what is found, section by section or as one JSON object.
+
+    Args:
+        device: torch device to check; None means CUDA where there is a CUDA device, else the CPU.
+        as_json: print one JSON object instead of the page.
+
+    Returns:
+        Whether all is well: the extension loads, every operator can run, and every check passes.
+
+    Raises:
+        ValueError: the device cannot be used, or an environment variable names an unknown backend.
+    """
+    target = _device(device)
+    page = Page(sys.stdout, quiet=as_json)
+    problems: list[str] = []
+
+    found = environment()
+    page.environment(found)
+    extension = load_operators()
+    page.extension(extension)
+    if extension.problem is not None:
+        problems.append(extension.problem)
+
+    attention, problem = _attention(target)
+    page.attention(target, attention, problem)
+    if problem is not None:
+        problems.append(problem)
+
+    from anyflow.doctor.self_check import Check, self_check
+    from anyflow.ops import backend_report
+
+    operators = backend_report(target)
+    page.operators(target, operators, extension)
+    unavailable: dict[str, list[str]] = {}
+    for op, choice in operators.items():
+        if choice.backend == "unavailable":
+            unavailable.setdefault(choice.reason, []).append(op)
+    problems += [f"{', '.join(names)} cannot run: {reason}" for reason, names in unavailable.items()]
+
+    page.begin_self_check(target)
+    results = list(self_check(target))
+    checks = [result for result in results if isinstance(result, Check)]
+    skipped = [result for result in results if not isinstance(result, Check)]
+    page.self_check(checks, skipped)
+    problems += [f"{c.op} on {c.backend} in {c.dtype}: {c.problem}" for c in checks if c.problem is not None]
+
+    page.verdict(problems, len(extension.warnings))
+    if as_json:
+        everything = {
+            "ok": not problems,
+            "problems": problems,
+            "device": str(target),
+            "environment": dataclasses.asdict(found),
+            "extension": dataclasses.asdict(extension),
+            "attention": {name: dataclasses.asdict(choice) for name, choice in attention.items()},
+            "operators": {op: dataclasses.asdict(choice) for op, choice in operators.items()},
+            "checks": [dataclasses.asdict(check) for check in checks],
+            "skipped": [dataclasses.asdict(entry) for entry in skipped],
+        }
+        print(json.dumps(everything, indent=1, allow_nan=False))
+    return not problems
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=name).item()  # a meta tensor has no value
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name!r} cannot be used here: {reason}") from None
+
+
+def _attention(device: torch.device) -> tuple[dict[str, Any], str | None]:
+    """The report on attention; or why there is none: the models need packages that may not fit together."""
+    try:
+        from anyflow.models import attention_report
+    except (ImportError, RuntimeError) as error:
+        return {}, f"anyflow.models does not import: {error}"
+    return attention_report(device), None

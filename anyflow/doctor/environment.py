@@ -1,0 +1,211 @@
+"""What is installed here: versions, devices, compilers, and the native extension."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import anyflow
+
+_VERSION = re.compile(r"(?:\brelease |\bversion |\) |^)(\d+(?:\.\d+)+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that was found: where, and the version it names, or None where it names none."""
+
+    path: str
+    version: str | None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA (or ROCm) device; memory in GiB."""
+
+    name: str
+    capability: str
+    memory: float
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Versions and tools.
+
+    Attributes:
+        anyflow, python, torch: versions.
+        location: folder of the package.
+        platform: operating system and processor.
+        torch_built_for: such as ``CUDA 13.0``, ``ROCm 6.4`` or ``CPU``.
+        threads: that torch computes with.
+        triton: version, or None where it is not installed.
+        driver: version of the NVIDIA driver, or None where there is none.
+        gpus: the devices that torch finds.
+        programs: ``c`` (Triton needs it at run time), ``c++``, ``nvcc``, ``cmake`` and ``ninja`` (for building);
+            None for what is missing.
+    """
+
+    anyflow: str
+    location: str
+    python: str
+    platform: str
+    torch: str
+    torch_built_for: str
+    threads: int
+    triton: str | None
+    driver: str | None
+    gpus: tuple[Gpu, ...]
+    programs: dict[str, Program | None]
+
+
+@dataclass(frozen=True)
+class NativeExtension:
+    """The extension module ``anyflow._C``.
+
+    Attributes:
+        file: where it is, or None where it is not built.
+        problem: why it cannot be used and what to do, or None.
+        build_info: what it says of its build.
+        instruction_set: that its CPU kernels use on this machine.
+        warnings: what will work, but not as it should.
+    """
+
+    file: str | None
+    problem: str | None
+    build_info: dict[str, str]
+    instruction_set: str | None
+    warnings: tuple[str, ...]
+
+
+def environment() -> Environment:
+    """Look around; nothing is changed, and programs are only asked for their versions."""
+    smi = shutil.which("nvidia-smi")
+    driver = None if smi is None else _output(smi, "--query-gpu=driver_version", "--format=csv,noheader")
+    return Environment(
+        anyflow=anyflow.__version__,
+        location=str(Path(anyflow.__file__).parent),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        torch=torch.__version__,
+        torch_built_for=_built_for(),
+        threads=torch.get_num_threads(),
+        triton=_triton_version(),
+        driver=driver.splitlines()[0] if driver else None,
+        gpus=_gpus(),
+        programs={
+            # As Triton looks for it: CC, else these in this order.
+            "c": _program(os.environ.get("CC"), "gcc", "clang"),
+            "c++": _program(os.environ.get("CXX"), "c++", "g++", "clang++"),
+            "nvcc": _nvcc(),
+            # As setup.py looks for them: beside Python first.
+            "cmake": _program("cmake", folder=Path(sys.executable).parent),
+            "ninja": _program("ninja", folder=Path(sys.executable).parent),
+        },
+    )
+
+
+def load_operators() -> NativeExtension:
+    """Import ``anyflow.ops`` and describe its extension; without a usable one, as ``ANYFLOW_BACKEND=eager`` does it."""
+    variable = os.environ.pop("ANYFLOW_BACKEND", None)
+    problem = None
+    try:
+        try:
+            from anyflow.ops.native import load
+
+            load()  # in case anyflow.ops was imported before, where the variable made do without
+        except ImportError as error:
+            problem = str(error)
+            os.environ["ANYFLOW_BACKEND"] = "eager"
+            importlib.import_module("anyflow.ops")
+    finally:
+        os.environ.pop("ANYFLOW_BACKEND", None)
+        if variable is not None:
+            os.environ["ANYFLOW_BACKEND"] = variable
+    spec = importlib.util.find_spec("anyflow._C")
+    file = None if spec is None else spec.origin
+    if problem is not None:
+        return NativeExtension(file, problem, {}, None, ())
+    module = importlib.import_module("anyflow._C")
+    info = module.build_info()
+    return NativeExtension(file, None, info, module.cpu_instruction_set(), extension_warnings(info))
+
+
+def extension_warnings(build_info: dict[str, str]) -> tuple[str, ...]:
+    """What does not fit between a build of the extension and what runs here."""
+    from anyflow.ops.backend import OPERATORS, missing
+
+    warnings = []
+    if build_info["torch"] != torch.__version__:
+        warnings.append(
+            f"the extension was built for torch {build_info['torch']}, and torch {torch.__version__} runs: rebuild it"
+        )
+    without = [op for op in sorted(OPERATORS) if missing("native", torch.device("cpu"), op) is not None]
+    if without:
+        warnings.append(
+            f"the extension has no CPU kernel of {', '.join(without)}: it is older than this anyflow, rebuild it"
+        )
+    return tuple(warnings)
+
+
+def _built_for() -> str:
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
+    return "CPU" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+
+
+def _triton_version() -> str | None:
+    """Without importing it, which takes a second."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    if not torch.cuda.is_available():
+        return ()
+    found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return tuple(Gpu(p.name, f"{p.major}.{p.minor}", round(p.total_memory / 2**30, 1)) for p in found)
+
+
+def _nvcc() -> Program | None:
+    """As the build looks for it (cmake/AnyflowCuda.cmake)."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [os.environ.get("CUDACXX"), *(Path(home, "bin", "nvcc") for home in homes if home), "nvcc"]
+    return _program(*places, "/usr/local/cuda/bin/nvcc")
+
+
+def _program(*names: str | Path | None, folder: Path | None = None) -> Program | None:
+    """The first of the names that is a program, in a folder or else in PATH."""
+    search = os.environ.get("PATH", os.defpath)
+    if folder is not None:
+        search = f"{folder}{os.pathsep}{search}"
+    for name in names:
+        path = shutil.which(name, path=search) if name else None
+        if path is not None:
+            version = _VERSION.search(_output(path, "--version"))
+            return Program(path, None if version is None else version[1])
+    return None
+
+
+def _output(*command: str) -> str:
+    """What a program prints, or nothing where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "" if done.returncode else done.stdout.strip()

@@ -1,0 +1,156 @@
+"""The page that ``anyflow doctor`` prints: plain text, with colors on a terminal only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TextIO
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from anyflow.doctor.environment import Environment, NativeExtension
+
+if TYPE_CHECKING:
+    from anyflow.doctor.self_check import Check, Skipped
+    from anyflow.models import AttentionChoice
+    from anyflow.ops import BackendChoice
+
+_PROGRAMS = {"c": "C compiler", "c++": "C++ compiler"}
+_NEEDED_FOR = {"c": "Triton needs one at run time", "nvcc": "CUDA kernels cannot be built"}
+_STYLES = {"ok": "green", "FAIL": "bold red", "taken": "green", "unavailable": "bold red"}
+_SHOWN_PROBLEMS = 3  # in the verdict, which is one line
+
+
+class Page:
+    """Prints one section per method, in the order of the methods.
+
+    Args:
+        file: to print to.
+        quiet: print nothing.
+    """
+
+    def __init__(self, file: TextIO, *, quiet: bool = False) -> None:
+        self._console = Console(file=file, quiet=quiet, highlight=False, markup=False, emoji=False)
+
+    def environment(self, found: Environment) -> None:
+        """Versions, devices and compilers."""
+        gpus = [f"{gpu.name}, capability {gpu.capability}, {gpu.memory} GiB" for gpu in found.gpus]
+        if found.driver is not None:
+            gpus.append(f"driver {found.driver}")
+        rows = [
+            ("anyflow", f"{found.anyflow} in {found.location}"),
+            ("python", f"{found.python} on {found.platform}"),
+            ("torch", f"{found.torch}, built for {found.torch_built_for}, {found.threads} threads"),
+            ("triton", "missing" if found.triton is None else found.triton),
+            ("CUDA", "\n".join([*([] if found.gpus else ["no CUDA device"]), *gpus])),
+        ]
+        for name, program in found.programs.items():
+            if program is None:
+                text = f"missing{': ' + _NEEDED_FOR[name] if name in _NEEDED_FOR else ''}"
+            else:
+                text = f"{program.path}{'' if program.version is None else ' ' + program.version}"
+            rows.append((_PROGRAMS.get(name, name), text))
+        self._section("Environment", rows)
+
+    def extension(self, extension: NativeExtension) -> None:
+        """What was built, and what does not fit."""
+        if extension.problem is None:
+            info = dict(extension.build_info)
+            info["instruction set here"] = str(extension.instruction_set)
+            rows = [(name.replace("_", " "), text) for name, text in info.items() if text]
+        else:
+            rows = [("problem", extension.problem)]
+        rows = [("file", "not built" if extension.file is None else extension.file), *rows]
+        self._section("Native extension", [*rows, *(("WARNING", text) for text in extension.warnings)])
+
+    def attention(self, device: torch.device, report: Mapping[str, AttentionChoice], problem: str | None) -> None:
+        """Which attention backends are usable; those that are not say why."""
+        rows = [
+            (choice.name, "taken" if choice.chosen else "usable" if choice.available else "no", choice.reason)
+            for choice in report.values()
+        ]
+        title = f"Attention on {device} (bfloat16, heads of 128)"
+        self._section(title, rows if problem is None else [("problem", problem)])
+
+    def operators(self, device: torch.device, report: Mapping[str, BackendChoice], extension: NativeExtension) -> None:
+        """Which backend each operator takes, and why."""
+        title = f"Operators on {device}"
+        if extension.problem is not None:
+            title += " with ANYFLOW_BACKEND=eager, without which anyflow.ops does not import"
+        self._section(title, [(op, choice.backend, choice.reason) for op, choice in report.items()])
+
+    def begin_self_check(self, device: torch.device) -> None:
+        """The heading, before what takes a while."""
+        self._heading(f"Self-check on {device}: largest relative error against the reference in fp64")
+
+    def self_check(self, checks: Sequence[Check], skipped: Sequence[Skipped]) -> None:
+        """One row per operator and backend, below the tolerances; what failed and what did not run follow."""
+        from anyflow.doctor.self_check import TOLERANCE, tolerance
+
+        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
+        rows: dict[tuple[str, str], list[str]] = {}
+        for check in checks:
+            rows.setdefault((check.op, check.backend), []).extend(
+                [_number(check.forward_error), _number(check.backward_error)]
+            )
+        failed = {(check.op, check.backend) for check in checks if check.problem is not None}
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+        for header in ("", "", *(h for name in dtypes for h in (name, "gradients")), ""):
+            table.add_column(header, justify="right" if header else "left", overflow="fold")
+        limits = (_number(tolerance(dtype, backward)) for dtype in dtypes.values() for backward in (False, True))
+        table.add_row("tolerance", "", *limits, "")
+        for key, numbers in rows.items():
+            table.add_row(*key, *numbers, _styled("FAIL" if key in failed else "ok"))
+        self._console.print(table)
+        for check in checks:
+            if check.problem is not None:
+                self._line(f"FAIL {check.op} on {check.backend} in {check.dtype}: {check.problem}")
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for entry in skipped:
+            reasons.setdefault((entry.backend, entry.reason), []).append(entry.op)
+        for (backend, reason), operators in reasons.items():
+            which = ", ".join(operators) if len(operators) < 4 else f"{len(operators)} operators"
+            self._line(f"{backend} not run for {which}: {reason}")
+
+    def verdict(self, problems: Sequence[str], warnings: int) -> None:
+        """The last line."""
+        if problems:
+            more = len(problems) - _SHOWN_PROBLEMS
+            shown = "; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+            text = Text(f"{_count(len(problems), 'problem')}: {' '.join(shown.split())}", style="bold red")
+        else:
+            text = Text(f"All is well{', with ' + _count(warnings, 'warning') if warnings else ''}.", style="green")
+        self._console.print()
+        self._console.print(text, soft_wrap=True)
+
+    def _section(self, title: str, rows: Iterable[Sequence[str]]) -> None:
+        """Columns of text, of which the last one wraps."""
+        rows = list(rows)
+        self._heading(title)
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for column in range(len(rows[0])):
+            table.add_column(no_wrap=column < len(rows[0]) - 1, overflow="fold")
+        for row in rows:
+            table.add_row(*map(_styled, row))
+        self._console.print(table)
+
+    def _heading(self, title: str) -> None:
+        self._console.print()
+        self._console.print(Text(title, style="bold"))
+
+    def _line(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True)
+
+
+def _styled(text: str) -> Text:
+    return Text(text, style=_STYLES.get(text, "yellow" if text == "WARNING" else ""))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
