@@ -123,6 +123,17 @@ def embedding_case(rows: int, dim: int) -> Case:
     return Case("dual_timestep_embedding", "gated", rows, dim, rows, build, 4 * size, 6 * size)
 
 
+def gelu_case(tokens: int, dim: int) -> Case:
+    """The tanh-GELU of a feed-forward layer on ``[1, L, D]``; native on the CPU, torch's elsewhere."""
+
+    def build(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
+        inputs = [_leaf(device, 1, tokens, dim, dtype=dtype)]
+        return Call(ops.gelu, inputs, inputs)
+
+    pass_ = tokens * dim * DTYPE.itemsize
+    return Case("gelu", "tanh", tokens, dim, 1, build, 2 * pass_, 3 * pass_)
+
+
 def flow_map_cases(batch: int, latents: tuple[int, ...]) -> list[Case]:
     """The two operators of the pretrain loss on ``[B, F, C, H, W]`` in fp32, half of the samples with r != t."""
     shape, rows = (batch, *latents), batch // 2
