@@ -1,5 +1,6 @@
 """What every test has: two threads, a seeded generator, no network, the same random examples each time."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub when it is imported
@@ -16,6 +17,12 @@ SEED = 20260513
 torch.set_num_threads(2)
 hypothesis.settings.register_profile("anyflow", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("anyflow")
+
+
+def pytest_report_header() -> str:
+    """Which build is tested: an installed one, this checkout's, or the one of ``make sanitize``."""
+    spec = importlib.util.find_spec("anyflow._C")
+    return f"anyflow._C: {'not built' if spec is None else spec.origin}"
 
 
 @pytest.fixture

@@ -118,9 +118,7 @@ def _backward(ctx: Any, grad_emb: Tensor, grad_activated: Tensor) -> tuple[Tenso
     # The gate of the model is a constant: its gradient is a reduction more, and only taken where needed. Autograd
     # hands in zeros for a result that nothing read.
     needed = ctx.needs_input_grad[2]
-    dt, dr, dgate = torch.ops.anyflow.dual_timestep_embedding_backward(
-        grad_emb, grad_activated, *ctx.saved_tensors, ctx.fusion, needed
-    )
+    dt, dr, dgate = _operator.backward(grad_emb, grad_activated, *ctx.saved_tensors, ctx.fusion, needed)
     return dt, dr, dgate if needed else None, None
 
 

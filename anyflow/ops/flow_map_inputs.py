@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.ops._common import accumulation_dtype, check_same_shape, describe, lead, unsupported_dtype
+from anyflow.ops._common import KERNEL_DTYPES, accumulation_dtype, check_same_shape, describe, lead, unsupported_dtype
 from anyflow.ops._frames import clamp_indices, constant_times, sample_indices
 from anyflow.ops.library import Operator, empty_like
 
@@ -184,8 +184,8 @@ def _unsupported(
     dtype: torch.dtype,
     with_x_t: bool,
 ) -> str | None:
-    if dtype == torch.float64:
-        return "x_t in float64"
+    if dtype not in KERNEL_DTYPES:
+        return f"x_t in {str(dtype).removeprefix('torch.')}"
     return unsupported_dtype(latents, noise)
 
 
@@ -212,7 +212,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, grad_batch: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.anyflow.flow_map_inputs_backward(grad, grad_batch, *ctx.saved_tensors, ctx.with_x_t)
+    grads = _operator.backward(grad, grad_batch, *ctx.saved_tensors, ctx.with_x_t)
     return *grads, *[None] * 6
 
 

@@ -179,7 +179,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.need_grad:
         raise RuntimeError(f"anyflow::{_OP} ran without need_grad, so it has no gradient")
     residual, weight = ctx.saved_tensors
-    return torch.ops.anyflow.flow_map_loss_backward(grad, residual, weight, ctx.guidance), *[None] * 12
+    return _operator.backward(grad, residual, weight, ctx.guidance), *[None] * 12
 
 
 _operator.register_autograd(_setup_context, _backward)

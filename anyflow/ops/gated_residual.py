@@ -87,7 +87,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return grad, *torch.ops.anyflow.gated_residual_backward(grad, *ctx.saved_tensors)
+    return grad, *_operator.backward(grad, *ctx.saved_tensors)
 
 
 _operator.register_autograd(_setup_context, _backward)

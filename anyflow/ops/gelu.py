@@ -67,7 +67,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
-    return torch.ops.anyflow.gelu_backward(grad, *ctx.saved_tensors)
+    return _operator.backward(grad, *ctx.saved_tensors)
 
 
 _operator.register_autograd(_setup_context, _backward)

@@ -96,7 +96,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.anyflow.layer_norm_modulate_backward(grad, *ctx.saved_tensors, ctx.eps), None
+    return *_operator.backward(grad, *ctx.saved_tensors, ctx.eps), None
 
 
 _operator.register_autograd(_setup_context, _backward)

@@ -62,7 +62,11 @@ class Operator:
         self, signature: str, *, reference: Function, fake: Function, unsupported: Unsupported
     ) -> None:
         """Define ``<name>_backward``, with the same four things; it has no derivative of its own, and says so."""
-        self._define(f"{self.name}_backward", signature, "backward", reference, fake, unsupported)
+        name = f"{self.name}_backward"
+        self._define(name, signature, "backward", reference, fake, unsupported)
+        self.backward_unsupported = unsupported
+        self.backward_overload = getattr(torch.ops.anyflow, name).default
+        self.backward_native = getattr(torch.ops.anyflow, f"{name}_native").default
 
         def no_second_derivative(ctx: Any, *grads: Any) -> None:
             raise RuntimeError(
@@ -83,6 +87,13 @@ class Operator:
         if backend == "native" and _no_derivative():
             return self.native(*args)  # past a second dispatch, which costs as much as a small kernel
         return self.overload(*args)
+
+    def backward(self, *args: Any) -> Any:
+        """The gradients, by ``<name>_backward``: what the backward given to :meth:`register_autograd` calls."""
+        backend = choose(self.name, _device(args), self.backward_unsupported, args, "backward")
+        if backend == "native" and _no_derivative():
+            return self.backward_native(*args)
+        return self.backward_overload(*args)
 
     def _define(
         self,

@@ -188,7 +188,7 @@ def _backward(ctx: Any, dh: Tensor | None, dn: Tensor | None) -> tuple[Tensor | 
     y, h, *operands = ctx.saved_tensors
     gate = operands[0]
     if dn is not None:
-        dx, dy, *sums = torch.ops.anyflow.residual_layer_norm_backward(dh, dn, y, h, *operands, ctx.eps)
+        dx, dy, *sums = _operator.backward(dh, dn, y, h, *operands, ctx.eps)
         present = (None if operand is None else s for operand, s in zip(operands, sums, strict=True))
         return dx, dx if y is None else dy, *present, None
     if dh is None:

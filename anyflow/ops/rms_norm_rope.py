@@ -141,7 +141,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.anyflow.rms_norm_rope_backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.eps)
+    gradients = _operator.backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.eps)
     return *gradients, None, None, None, None
 
 

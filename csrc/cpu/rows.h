@@ -26,7 +26,7 @@ struct RowSums {
 };
 
 // Where the row of `token` goes, as seen from the chunk [begin, end): 2 for the totals, else the partial.
-inline int row_part(int64_t token, int64_t tokens, int64_t begin, int64_t end) {
+static inline int row_part(int64_t token, int64_t tokens, int64_t begin, int64_t end) {
   const int64_t first = token / tokens * tokens;
   return first < begin ? 0 : first + tokens > end ? 1 : 2;
 }

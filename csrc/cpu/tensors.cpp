@@ -12,7 +12,7 @@ at::Tensor result_like(const at::Tensor& x) {
   at::Tensor result = at::empty(x.sizes(), x.options());
 #ifdef __linux__
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  if (result.nbytes() >= 4 * kPage) {
+  if (result.nbytes() >= 2 * kPage) {
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(result.data_ptr()) + kPage - 1) / kPage * kPage;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(result.data_ptr()) + result.nbytes()) / kPage * kPage;
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
