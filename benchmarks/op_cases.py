@@ -134,6 +134,17 @@ def gelu_case(tokens: int, dim: int) -> Case:
     return Case("gelu", "tanh", tokens, dim, 1, build, 2 * pass_, 3 * pass_)
 
 
+def attention_case(tokens: int, dim: int, head_dim: int) -> Case:
+    """Self-attention over ``[1, L, H, Dh]``, native on the CPU; bytes are not what it is bound by."""
+
+    def build(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
+        inputs = [_leaf(device, 1, tokens, dim // head_dim, head_dim, dtype=dtype) for _ in range(3)]
+        return Call(ops.attention, inputs, inputs)
+
+    pass_ = tokens * dim * DTYPE.itemsize
+    return Case("attention", f"Dh={head_dim}", tokens, dim, 1, build, 4 * pass_, 8 * pass_)
+
+
 def flow_map_cases(batch: int, latents: tuple[int, ...]) -> list[Case]:
     """The two operators of the pretrain loss on ``[B, F, C, H, W]`` in fp32, half of the samples with r != t."""
     shape, rows = (batch, *latents), batch // 2

@@ -21,6 +21,8 @@
 namespace anyflow {
 
 TORCH_LIBRARY_IMPL(anyflow, CPU, m) {
+  m.impl("attention_native", &attention);
+  m.impl("attention_backward_native", &attention_backward);
   m.impl("dual_timestep_embedding_native", &dual_timestep_embedding);
   m.impl("dual_timestep_embedding_backward_native", &dual_timestep_embedding_backward);
   m.impl("gelu_native", &gelu);

@@ -208,8 +208,13 @@ def _gelu(draw: Draw) -> Call:
     return ops.gelu, [draw(3, 7, _DIM)]
 
 
+def _attention(draw: Draw) -> Call:
+    return ops.attention, [draw(2, 13, 3, 24), draw(2, 9, 3, 24), draw(2, 9, 3, 24)]
+
+
 # Small, with odd numbers of everything else; each makes a function and its inputs from draws in the dtype under check.
 CASES: dict[str, tuple[Build, ...]] = {
+    "attention": (_attention,),
     "dual_timestep_embedding": tuple(map(_dual_timestep_embedding, ("gated", "additive"))),
     "flow_map_inputs": (_flow_map_inputs,),
     "flow_map_loss": (_flow_map_loss,),

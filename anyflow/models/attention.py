@@ -18,6 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
 
+from anyflow.ops.attention import attention as native_attention
+from anyflow.ops.attention import unsupported_kind
+from anyflow.ops.backend import forced_backend, missing
+
 _KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -40,7 +44,8 @@ _INSTALLED = {
     # Not "flash_attn": FlashAttention-4 installs a package of that name too, without this extension.
     "flash_attn_2": importlib.util.find_spec("flash_attn_2_cuda") is not None,
 }
-ATTENTION_BACKENDS = (*_MODULES, *_KERNELS)
+ATTENTION_BACKENDS = (*_MODULES, "native", *_KERNELS)
+_OURS = (*_MODULES, "native")  # those that torch does not know
 
 _CUDNN_PREFERRED = 90900  # the cuDNN from which torch itself prefers it on Hopper and Blackwell
 
@@ -66,7 +71,7 @@ class AttentionChoice:
 
 
 class _Call(NamedTuple):
-    """All that the choice depends on: what the tensors are (keys: 1, or 8 for more), and the switches of torch."""
+    """All that the choice depends on: what the tensors are (keys: 1, or 8 for more), and the switches."""
 
     device: torch.device
     dtype: torch.dtype
@@ -74,6 +79,7 @@ class _Call(NamedTuple):
     grad: bool
     keys: int
     compiling: bool
+    operators: tuple[str, str] | None  # what anyflow.ops is forced onto, and by whom
     deterministic: bool
     enabled: frozenset[str]
 
@@ -107,15 +113,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, attention_backend: s
 
     A backend is forced by, nearest first: ``attention_backend``, :class:`use_attention_backend`, the environment
     variable ``ANYFLOW_ATTENTION``. Otherwise the fastest one that supports the tensors runs, among those that
-    ``torch.nn.attention.sdpa_kernel`` leaves enabled; off CUDA devices torch chooses.
+    ``torch.nn.attention.sdpa_kernel`` leaves enabled: on a CPU ``"native"``, unless ``anyflow.ops.use_backend`` or
+    ``ANYFLOW_BACKEND`` names another backend than that; else, and on other devices than CPU and CUDA, torch chooses.
     Under ``torch.compile`` the environment variable and the ``sdpa_kernel`` in force are those of the compilation.
 
     Args:
         query: ``[B, L, H, Dh]``.
         key: ``[B, S, H, Dh]``, in query's dtype (any under autocast).
         value: ``[B, S, H, Dh]``, likewise.
-        attention_backend: ``"flash_attn_3"``, ``"flash_attn_2"`` (those two packages), ``"cudnn"``, ``"flash"``,
-            ``"efficient"``, ``"math"`` (torch's kernels), or None.
+        attention_backend: ``"flash_attn_3"``, ``"flash_attn_2"`` (those two packages), ``"native"``
+            (:func:`anyflow.ops.attention`), ``"cudnn"``, ``"flash"``, ``"efficient"``, ``"math"`` (torch's kernels), or
+            None.
 
     Returns:
         ``[B, L, H * Dh]`` in query's dtype, or in autocast's where it is enabled.
@@ -128,16 +136,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, attention_backend: s
     query, key, value = _autocast(query, key, value)
     _check(query, key, value)
     forced, by = _forced_backend(attention_backend)
-    if forced is None and query.device.type != "cuda":
+    if forced is None and query.device.type not in ("cpu", "cuda"):
         return _sdpa(query, key, value)
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     head_dim = operator.index(query.shape[3])  # a plain int under torch.compile(dynamic=True) as well
     keys = 1 if key.shape[1] == 1 else 8  # all that a choice depends on
-    name, exact = _select(forced, by, query.device, query.dtype, head_dim, grad, keys, torch.compiler.is_compiling())
+    kind = query.device, query.dtype, head_dim, grad, keys
+    name, exact = _select(forced, by, *kind, torch.compiler.is_compiling(), forced_backend())
 
     if query.numel() == 0 or key.numel() == 0:
         name, exact = "math", True  # nothing to compute, and the kernels refuse empty tensors
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))  # kernels need it
+    if name == "native":
+        return native_attention(query, key, value).flatten(2)
     if name in _MODULES:
         return _packaged(name, query, key, value).flatten(2)
     if not exact:  # torch would choose the same: its process-wide switches stay untouched
@@ -167,19 +178,20 @@ def attention_report(
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    call = _Call(device, dtype, head_dim, requires_grad, 8, False, _deterministic(), _enabled())
+    call = _Call(device, dtype, head_dim, requires_grad, 8, False, forced_backend(), _deterministic(), _enabled())
     forced, by = _forced_backend(None)
     chosen = forced if forced is not None else _automatic(call)
     report = {}
     for name in ATTENTION_BACKENDS:
-        problem = _missing(name, device) or _unsupported(name, call)
+        problem = _unavailable(name, call) or _unsupported(name, call)
         available, is_chosen = problem is None, name == chosen and problem is None
         if name == forced:
             reason = by if problem is None else f"{by}: {problem}"
         elif problem is not None:
             reason = problem
         elif is_chosen:
-            reason = "first choice that takes the tensors" if device.type == "cuda" else "torch's own choice off CUDA"
+            ours = device.type == "cuda" or name == "native"
+            reason = "first choice that takes the tensors" if ours else "torch's own choice off CUDA"
         elif forced is not None:
             reason = f"{forced} is {by}"
         elif not _allowed(name, call.enabled):
@@ -259,7 +271,7 @@ def _select(forced: str | None, by: str, *tensors: Any) -> tuple[str, bool]:
     if forced is None:
         name = _automatic(call)
         return name, name in _KERNELS and _torch_choice(call) != name
-    problem = _missing(forced, call.device)
+    problem = _unavailable(forced, call)
     if problem is not None:
         raise RuntimeError(f"attention: backend {forced!r} ({by}) is not available: {problem}")
     problem = _unsupported(forced, call)
@@ -273,7 +285,7 @@ def _enabled() -> frozenset[str]:
 
 
 def _allowed(name: str, enabled: frozenset[str]) -> bool:
-    return ("flash" if name in _MODULES else name) in enabled  # who disables flash attention means the packages too
+    return ("flash" if name in _OURS else name) in enabled  # who disables flash attention means all of it
 
 
 def _deterministic() -> bool:
@@ -284,8 +296,9 @@ def _deterministic() -> bool:
 def _automatic(call: _Call) -> str:
     gpu = call.device.type == "cuda" and torch.cuda.is_available()
     capability = torch.cuda.get_device_capability(call.device) if gpu and torch.version.hip is None else (0, 0)
-    for name in preference(capability, torch.backends.cudnn.version() or 0) if gpu else ():
-        if _allowed(name, call.enabled) and _missing(name, call.device) is None and _unsupported(name, call) is None:
+    for name in preference(capability, torch.backends.cudnn.version() or 0) if gpu else ("native",):
+        problem = _unavailable(name, call) or _unsupported(name, call)
+        if _allowed(name, call.enabled) and problem is None:
             return name
     return _torch_choice(call)
 
@@ -300,11 +313,20 @@ def preference(capability: tuple[int, int], cudnn: int) -> tuple[str, ...]:
     return (*(newest if capability >= (9, 0) else ()), "flash_attn_2", "flash", "efficient", "math")
 
 
+def _unavailable(name: str, call: _Call) -> str | None:
+    """Why a backend cannot run here, or None: there is none, or the user wants no native kernels."""
+    if name == "native" and call.operators is not None and call.operators[0] != "native":
+        return "anyflow.ops runs on {!r}, {}".format(*call.operators)
+    return _missing(name, call.device)
+
+
 @functools.cache
 def _missing(name: str, device: torch.device) -> str | None:
     """Why a backend does not exist on a device, or None if it does."""
     if name in _MODULES and not _INSTALLED[name]:
         return f"not installed: {_INSTALL[name]}"
+    if name == "native":
+        return missing(name, device, "attention")
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA device"
     if name == "math" or (name == "flash" and device.type == "cpu"):
@@ -341,6 +363,9 @@ def _unsupported(name: str, call: _Call) -> str | None:
     if name == "math":
         return None
     what = f"query of dtype {call.dtype} with head_dim {call.head_dim}"
+    if name == "native":
+        problem = unsupported_kind(call.dtype, call.head_dim)
+        return None if problem is None else f"{what}: {problem}"
     if name in _KERNELS:
         what += f"{', a gradient' if call.grad else ''}{', one key' if call.keys == 1 else ''}"
         problem = _kernel_problem(name, call)

@@ -3,6 +3,7 @@
 Import operators from here; which implementation runs is decided in :mod:`anyflow.ops.backend`.
 """
 
+from anyflow.ops.attention import attention
 from anyflow.ops.backend import BackendChoice, backend_report, use_backend
 from anyflow.ops.dual_timestep_embedding import dual_timestep_embedding
 from anyflow.ops.flow_map_inputs import flow_map_batch, flow_map_inputs
@@ -15,6 +16,7 @@ from anyflow.ops.rms_norm_rope import rms_norm_rope
 
 __all__ = [
     "BackendChoice",
+    "attention",
     "backend_report",
     "dual_timestep_embedding",
     "flow_map_batch",

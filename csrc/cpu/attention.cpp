@@ -7,7 +7,7 @@
 //     S^T = K Q^T        O^T = V^T P^T                                            (forward)
 //     S^T = K Q^T        dP^T = V dO^T       dQ^T = K^T dS^T      dV = P^T dO      dK = dS^T Q      (backward)
 //
-// Exponents are in units of log2, which goes into the scaling of the queries.
+// Scores are scaled, in units of log2, where they enter the exponential: rounding scaled queries would cost a bit.
 #include "cpu/dispatch.h"
 
 namespace anyflow {
@@ -57,7 +57,7 @@ constexpr int64_t kKeys = 120;
 #endif
 constexpr int64_t kPanel = kN * kLanes;  // queries side by side
 constexpr int64_t kForwardQueries = 8 * kPanel, kBackwardQueries = 6 * kPanel, kRowUnit = kGradN * 16;
-constexpr float kLog2e = 1.44269504088896341f;
+constexpr double kLog2e = 1.44269504088896341;  // twice rounded, it would show in the gradients
 static_assert(kKeys % kM == 0 && kKeys % kGradM == 0 && 8 % kM == 0);
 
 // A column of vectors whose rows are a power of two apart would fall into few sets of the cache.
@@ -69,11 +69,14 @@ inline T* head_rows(const AttentionTensor& t, int64_t batch, int64_t head, int64
   return static_cast<T*>(t.data) + batch * t.batch + head * t.head + first * t.row;
 }
 
-// to[ld][kPanel] = factor * from[kPanel][ld]^T
-inline void transpose_queries(const float* from, int64_t ld, int64_t dim, float* to, float factor) {
+// What takes scores to exponents of 2.
+inline float log2_scale(const Attention& a) { return static_cast<float>(a.scale * kLog2e); }
+
+// to[ld][kPanel] = from[kPanel][ld]^T
+inline void transpose_queries(const float* from, int64_t ld, int64_t dim, float* to) {
   for (int64_t q = 0; q < kPanel; q += kLanes) {
     for (int64_t d = 0; d < dim; d += kLanes) {
-      transpose(from + q * ld + d, ld, to + d * kPanel + q, kPanel, broadcast(factor));
+      transpose(from + q * ld + d, ld, to + d * kPanel + q, kPanel, broadcast(1));
     }
   }
 }
@@ -87,7 +90,7 @@ inline void transpose_back(const float* from, int64_t dim, float* to, int64_t ld
   }
 }
 
-// 2^x for x <= 0, to 1.7e-7; a positive x is taken for a rounding error of 0, below -126 the result is 0, NaN stays.
+// 2^x for x <= 0, to 1e-7; a positive x is taken for a rounding error of 0, below -126 the result is 0, NaN stays.
 inline Vector exp2_of_negative(Vector x) {
   x = minimum(Vector{}, maximum(broadcast(-126.0f), x));
   // The low bits of x + magic are round(x) + 126, the exponent of 2^(round(x) - 1): zero, and so 0.0, at x = -126.
@@ -95,10 +98,11 @@ inline Vector exp2_of_negative(Vector x) {
   const Vector shifted = x + magic;
   const Vector f = x - (shifted - magic);
   const Vector half_power = reinterpret_cast<Vector>(reinterpret_cast<IntVector>(shifted) << 23);
-  Vector p = f * 2.6529454494123193e-3f + 1.9343025376302777e-2f;  // minimax for 2^(1 + f), |f| <= 1/2
-  p = p * f + 1.1101467487148838e-1f;
-  p = p * f + 4.8044484169270213e-1f;
-  p = p * f + 1.386293955197434f;
+  Vector p = f * 3.0706724e-4f + 2.6797750e-3f;  // minimax for 2^(1 + f), |f| <= 1/2
+  p = p * f + 1.9236874e-2f;
+  p = p * f + 1.1100665e-1f;
+  p = p * f + 4.8045295e-1f;
+  p = p * f + 1.3862944f;
   p = p * f + 2.0f;
   return p * half_power;
 }
@@ -157,7 +161,7 @@ __attribute__((noinline)) void score_tile(const float* keys, int64_t ld, const f
 
 // One block of keys for one panel of queries.
 void forward_panel(const ForwardBuffers& buffers, const float* queries, int64_t keys, int64_t ld, int64_t dim,
-                   Softmax& state, float* result) {
+                   float scale, Softmax& state, float* result) {
   Vector top[kN], correction[kN], sum[kN] = {};
   for (int n = 0; n < kN; ++n) {
     top[n] = state.top[n];
@@ -166,14 +170,14 @@ void forward_panel(const ForwardBuffers& buffers, const float* queries, int64_t 
     score_tile(buffers.keys + s * ld, ld, queries, dim, keys - s, buffers.scores + s * kPanel, top);
   }
   for (int n = 0; n < kN; ++n) {
-    correction[n] = exp2_of_negative(state.top[n] - top[n]);
+    correction[n] = exp2_of_negative((state.top[n] - top[n]) * scale);
     state.top[n] = top[n];
   }
   for (int64_t s = 0; s < keys; ++s) {
 #pragma GCC unroll 16
     for (int n = 0; n < kN; ++n) {
       float* score = buffers.scores + s * kPanel + n * kLanes;
-      const Vector p = exp2_of_negative(load(score) - top[n]);
+      const Vector p = exp2_of_negative((load(score) - top[n]) * scale);
       sum[n] += p;
       store(score, p);
     }
@@ -191,13 +195,14 @@ void forward_block(const Attention& a, int64_t task, Scratch scratch) {
   const int64_t head = task / blocks % a.heads, batch = task / blocks / a.heads;
   const int64_t queries = smaller(a.queries - first, kForwardQueries), panels = round_up(queries, kPanel) / kPanel;
   const int64_t dim = a.head_dim, ld = round_up(dim, kRowUnit);
+  const float scale = log2_scale(a);
   const ForwardBuffers buffers(scratch, ld);
   Softmax state[kForwardQueries / kPanel];
 
   for (int64_t p = 0; p < panels; ++p) {
     load_rows(head_rows<T>(a.q, batch, head, first + p * kPanel), a.q.row, queries - p * kPanel, dim, buffers.rows, ld,
               kPanel);
-    transpose_queries(buffers.rows, ld, dim, buffers.queries + p * kPanel * ld, a.scale * kLog2e);
+    transpose_queries(buffers.rows, ld, dim, buffers.queries + p * kPanel * ld);
     for (int n = 0; n < kN; ++n) {
       state[p].top[n] = broadcast(-__builtin_inff());
       state[p].sum[n] = Vector{};
@@ -211,7 +216,7 @@ void forward_block(const Attention& a, int64_t task, Scratch scratch) {
     load_rows(head_rows<T>(a.k, batch, head, s), a.k.row, keys, dim, buffers.keys, ld, padded);
     load_rows(head_rows<T>(a.v, batch, head, s), a.v.row, keys, dim, buffers.values, ld, keys);
     for (int64_t p = 0; p < panels; ++p) {
-      forward_panel(buffers, buffers.queries + p * kPanel * ld, keys, ld, dim, state[p],
+      forward_panel(buffers, buffers.queries + p * kPanel * ld, keys, ld, dim, scale, state[p],
                     buffers.results + p * kPanel * ld);
     }
   }
@@ -224,7 +229,8 @@ void forward_block(const Attention& a, int64_t task, Scratch scratch) {
     }
     for (int64_t q = 0; q < rows; ++q) {
       const int64_t n = q / kLanes, lane = q % kLanes;
-      logsumexp[q] = state[p].top[n][lane] / kLog2e + __builtin_logf(state[p].sum[n][lane]);
+      const double top = state[p].top[n][lane] * (scale / kLog2e);
+      logsumexp[q] = static_cast<float>(top + __builtin_logf(state[p].sum[n][lane]));
     }
     transpose_back(buffers.results + p * kPanel * ld, dim, buffers.rows, ld, inverse);
     store_rows(buffers.rows, ld, 1.0f, head_rows<T>(a.out, batch, head, start), a.out.row, rows, dim);
@@ -232,9 +238,9 @@ void forward_block(const Attention& a, int64_t task, Scratch scratch) {
 }
 
 struct BackwardBuffers {
-  float *q, *grad_out, *q_t, *grad_out_t, *grad_q_t, *logsumexp, *delta;  // of a block of queries
-  float *keys, *values, *p, *grad_s;                                       // of a block of keys
-  float *grad_k, *grad_v;                                                  // of all keys
+  float *q, *grad_out, *q_t, *grad_out_t, *grad_q_t, *logsumexp, *rounding, *delta;  // of a block of queries
+  float *keys, *values, *p, *grad_s;                                                   // of a block of keys
+  float *grad_k, *grad_v;                                                              // of all keys
 
   BackwardBuffers(Scratch& scratch, int64_t ld, int64_t keys)
       : q(scratch.take(kBackwardQueries * (ld + kSpread))),
@@ -243,6 +249,7 @@ struct BackwardBuffers {
         grad_out_t(scratch.take(kBackwardQueries * ld)),
         grad_q_t(scratch.take(kBackwardQueries * ld)),
         logsumexp(scratch.take(kBackwardQueries)),
+        rounding(scratch.take(kBackwardQueries)),
         delta(scratch.take(kBackwardQueries)),
         keys(scratch.take(kKeys * ld)),
         values(scratch.take(kKeys * ld)),
@@ -253,7 +260,7 @@ struct BackwardBuffers {
 };
 
 // P^T and dS^T of one block of keys and panel of queries, [kKeys][kPanel] both.
-void backward_panel(const BackwardBuffers& b, int64_t panel, int64_t keys, int64_t ld, int64_t dim) {
+void backward_panel(const BackwardBuffers& b, int64_t panel, int64_t keys, int64_t ld, int64_t dim, float scale) {
   const int64_t offset = panel * kPanel;
   for (int64_t s = 0; s < keys; s += kM) {
     float* p = b.p + offset * kKeys + s * kPanel;
@@ -262,9 +269,10 @@ void backward_panel(const BackwardBuffers& b, int64_t panel, int64_t keys, int64
 #pragma GCC unroll 16
     for (int n = 0; n < kN; ++n) {
       const Vector logsumexp = load(b.logsumexp + offset + n * kLanes);
+      const Vector rounding = load(b.rounding + offset + n * kLanes);
 #pragma GCC unroll 16
       for (int m = 0; m < kM; ++m) {
-        store(p + m * kPanel + n * kLanes, exp2_of_negative(c[m][n] - logsumexp));
+        store(p + m * kPanel + n * kLanes, exp2_of_negative(c[m][n] * scale - logsumexp - rounding));
       }
     }
     Vector g[kM][kN] = {};
@@ -314,11 +322,13 @@ void backward_queries(const Attention& a, const BackwardBuffers& b, int64_t batc
       total += to_float(from[d]) * b.grad_out[q * row + d];
     }
     b.delta[q] = total;
-    b.logsumexp[q] = q < queries ? logsumexp[q] * kLog2e : 0;
+    const double exact = q < queries ? logsumexp[q] * kLog2e : 0;
+    b.logsumexp[q] = static_cast<float>(exact);
+    b.rounding[q] = static_cast<float>(exact - b.logsumexp[q]);
   }
   for (int64_t p = 0; p < padded; p += kPanel) {
-    transpose_queries(b.q + p * row, row, dim, b.q_t + p * ld, a.scale * kLog2e);
-    transpose_queries(b.grad_out + p * row, row, dim, b.grad_out_t + p * ld, 1.0f);
+    transpose_queries(b.q + p * row, row, dim, b.q_t + p * ld);
+    transpose_queries(b.grad_out + p * row, row, dim, b.grad_out_t + p * ld);
   }
   for (int64_t i = 0; i < padded * ld; ++i) {
     b.grad_q_t[i] = 0;
@@ -346,7 +356,7 @@ void backward_head(const Attention& a, int64_t task, Scratch scratch) {
       load_rows(head_rows<T>(a.k, batch, head, s), a.k.row, keys, dim, b.keys, ld, kKeys);
       load_rows(head_rows<T>(a.v, batch, head, s), a.v.row, keys, dim, b.values, ld, kKeys);
       for (int64_t p = 0; p < panels; ++p) {
-        backward_panel(b, p, keys, ld, dim);
+        backward_panel(b, p, keys, ld, dim, log2_scale(a));
         accumulate_transposed(b.keys, ld, b.grad_s + p * kPanel * kKeys, keys, dim, one,
                               b.grad_q_t + p * kPanel * ld);
       }
@@ -389,5 +399,99 @@ void attention_backward(const Attention& args, int64_t begin, int64_t end, void*
 }
 
 }  // namespace anyflow::ANYFLOW_ISA
+#else
+#include <c10/core/CPUAllocator.h>
 
+#include <cmath>
+
+#include "cpu/operators.h"
+#include "cpu/tensors.h"
+
+namespace anyflow {
+namespace {
+
+AttentionTensor view(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// What forward and backward share; q, k and v have contiguous rows.
+Attention arguments(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "expected [B, L, H, Dh] and [B, S, H, Dh], got ", q.sizes(), " and ",
+              k.sizes());
+  const int64_t batch = q.size(0), heads = q.size(2), head_dim = q.size(3);
+  TORCH_CHECK(k.size(0) == batch && k.size(2) == heads && k.size(3) == head_dim && v.sizes() == k.sizes(),
+              "the shapes of q, k and v do not fit: ", q.sizes(), ", ", k.sizes(), ", ", v.sizes());
+  TORCH_CHECK(head_dim % 8 == 0 && head_dim > 0 && head_dim <= 256, "Dh must be a multiple of 8 up to 256, got ",
+              head_dim);
+  const Type type = type_of(q);
+  TORCH_CHECK(type != Type::f16 && type_of(k) == type && type_of(v) == type,
+              "q, k and v must be float32 or bfloat16 together, got ", q.scalar_type(), ", ", k.scalar_type(), ", ",
+              v.scalar_type());
+  Attention a{};
+  a.batch = batch;
+  a.queries = q.size(1);
+  a.keys = k.size(1);
+  a.heads = heads;
+  a.head_dim = head_dim;
+  a.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
+  a.type = type;
+  a.q = view(q);
+  a.k = view(k);
+  a.v = view(v);
+  return a;
+}
+
+AttentionPlan plan_of(const Attention& a) {
+  AttentionPlan plan;
+  ANYFLOW_SELECT(attention_plan)(a, &plan);
+  return plan;
+}
+
+// kernel(a, begin, end, scratch) over all tasks, in parallel: results do not depend on the split.
+template <class Kernel>
+void for_tasks(const Attention& a, int64_t tasks, int64_t bytes, Kernel kernel) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(bytes);  // aligned to 64
+    kernel(a, begin, end, scratch.get());
+  });
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_) {
+  const at::Tensor q = contiguous_rows(q_), k = contiguous_rows(k_), v = contiguous_rows(v_);
+  Attention a = arguments(q, k, v);
+  at::Tensor out = result_like(q);
+  at::Tensor logsumexp = at::empty({a.batch, a.heads, a.queries}, q.options().dtype(at::kFloat));
+  a.out = view(out);
+  a.logsumexp = logsumexp.data_ptr<float>();
+  const AttentionPlan plan = plan_of(a);
+  for_tasks(a, plan.forward_tasks, plan.forward_scratch, ANYFLOW_SELECT(attention_forward));
+  return {out, logsumexp};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(const at::Tensor& grad_, const at::Tensor& q_,
+                                                                  const at::Tensor& k_, const at::Tensor& v_,
+                                                                  const at::Tensor& out_,
+                                                                  const at::Tensor& logsumexp_) {
+  const at::Tensor q = contiguous_rows(q_), k = contiguous_rows(k_), v = contiguous_rows(v_);
+  const at::Tensor grad = contiguous_rows(grad_), out = contiguous_rows(out_), logsumexp = logsumexp_.contiguous();
+  Attention a = arguments(q, k, v);
+  TORCH_CHECK(grad.sizes() == q.sizes() && out.sizes() == q.sizes() && type_of(grad) == a.type &&
+                  type_of(out) == a.type,
+              "grad and out must have the shape ", q.sizes(), " and the dtype of q, got ", grad.sizes(), " and ",
+              out.sizes());
+  TORCH_CHECK(logsumexp.sizes() == at::IntArrayRef({a.batch, a.heads, a.queries}) && type_of(logsumexp) == Type::f32,
+              "logsumexp must be float32 [B, H, L], got ", logsumexp.sizes());
+  at::Tensor grad_q = result_like(q), grad_k = result_like(k), grad_v = result_like(v);
+  a.out = view(out);
+  a.logsumexp = logsumexp.data_ptr<float>();
+  a.grad_out = view(grad);
+  a.grad_q = view(grad_q);
+  a.grad_k = view(grad_k);
+  a.grad_v = view(grad_v);
+  const AttentionPlan plan = plan_of(a);
+  for_tasks(a, plan.backward_tasks, plan.backward_scratch, ANYFLOW_SELECT(attention_backward));
+  return {grad_q, grad_k, grad_v};
+}
+
+}  // namespace anyflow
 #endif  // ANYFLOW_ISA

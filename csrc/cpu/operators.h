@@ -15,6 +15,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dual_timestep_embedding_backward(
     const at::Tensor& grad_emb, const at::Tensor& grad_activated, const at::Tensor& t_emb, const at::Tensor& r_emb,
     const at::Tensor& gate, c10::string_view fusion, bool gate_gradient);
 
+std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(const at::Tensor& grad, const at::Tensor& q,
+                                                                  const at::Tensor& k, const at::Tensor& v,
+                                                                  const at::Tensor& out, const at::Tensor& logsumexp);
+
 at::Tensor gelu(const at::Tensor& x);
 at::Tensor gelu_backward(const at::Tensor& grad, const at::Tensor& x);
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyflow.models import use_attention_backend
+from anyflow.ops.native import EXTENSION
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -115,10 +116,18 @@ def operators_of() -> Callable[..., list[str]]:
 
 
 @pytest.fixture
+def automatic() -> str:
+    """The backend of attention that nobody forces, for fp32 on this CPU."""
+    return "flash" if EXTENSION is None or EXTENSION.cpu_instruction_set() == "generic" else "native"
+
+
+@pytest.fixture
 def kernel_among() -> Callable[[list[str]], str]:
-    """``kernel_among(operators)``: which of torch's CPU kernels for attention they hold."""
+    """``kernel_among(operators)``: which of the CPU kernels for attention they hold, ours or torch's."""
 
     def kernel(names: list[str]) -> str:
+        if any(name.removeprefix("anyflow.").startswith("attention") for name in names):
+            return "native"
         if any("flash_attention_for_cpu" in name for name in names):
             return "flash"
         return "math" if any("softmax" in name for name in names) else "none"
@@ -128,5 +137,5 @@ def kernel_among() -> Callable[[list[str]], str]:
 
 @pytest.fixture
 def kernel_of(operators_of: Callable[..., list[str]], kernel_among: Callable[[list[str]], str]) -> Callable[..., str]:
-    """``kernel_of(function, *args, **kwargs)``: which of torch's CPU kernels for attention really runs."""
+    """``kernel_of(function, *args, **kwargs)``: which of the CPU kernels for attention really runs."""
     return lambda *args, **kwargs: kernel_among(operators_of(*args, **kwargs))

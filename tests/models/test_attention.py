@@ -9,10 +9,14 @@ from torch import Tensor
 
 from anyflow.models import attention_report, use_attention_backend
 from anyflow.models.attention import ATTENTION_BACKENDS, attention
+from anyflow.ops import use_backend
+from anyflow.ops.native import EXTENSION
 
-ON_CPU = ("flash", "math")
+NATIVE = EXTENSION is not None and EXTENSION.cpu_instruction_set() != "generic"
+ON_CPU = ("native", "flash", "math") if NATIVE else ("flash", "math")
 FP32 = torch.float32
 NOT_ON_CPU = tuple(name for name in ATTENTION_BACKENDS if name not in ON_CPU)
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 SHAPES = {  # B, L, S, H, Dh
     "self": (2, 37, 37, 3, 64),
@@ -45,6 +49,8 @@ def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", [None, *ON_CPU])
 def test_values_and_gradients(backend, shape, dtype, qkv, generator, relative) -> None:
     tensors = qkv(shape, dtype, grad=True)
+    if backend == "native" and (dtype not in NATIVE_DTYPES or shape[4] % 8):
+        pytest.skip("the native kernel does not take them, and says so: test_forced_native_kernel_does_not_take_these")
     out = attention(*tensors, attention_backend=backend)
     assert out.shape == (shape[0], shape[1], shape[3] * shape[4]) and out.dtype == dtype
     expected = reference(*tensors)
@@ -60,11 +66,15 @@ def test_values_and_gradients(backend, shape, dtype, qkv, generator, relative) -
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("grad", [False, True])
-def test_automatic_choice_on_the_cpu_is_torchs_bit_for_bit(dtype, grad, qkv, kernel_of) -> None:
+def test_automatic_choice_on_the_cpu(dtype, grad, qkv, kernel_of, automatic) -> None:
+    """The native kernel where it takes the tensors, else torch's choice bit for bit."""
     for shape in SHAPES.values():
         tensors = qkv(shape, dtype, grad)
-        assert torch.equal(attention(*tensors), plain(*tensors))
-        assert kernel_of(attention, *tensors) == kernel_of(plain, *tensors) == "flash"
+        native = dtype in NATIVE_DTYPES and shape[4] % 8 == 0 and automatic == "native"
+        assert kernel_of(attention, *tensors) == ("native" if native else "flash")
+        with use_backend(None if not native else "eager"):
+            assert torch.equal(attention(*tensors), plain(*tensors))
+            assert kernel_of(attention, *tensors) == kernel_of(plain, *tensors) == "flash"
 
 
 @pytest.mark.parametrize("backend", [None, *ON_CPU])
@@ -115,14 +125,14 @@ def test_meta_device(qkv) -> None:
 # ---- errors
 
 
-@pytest.mark.parametrize("name", ["sdpa", "FLASH", "native", "_native_math", ""])
-def test_unknown_names(name, qkv, monkeypatch, kernel_of) -> None:
-    listed = "expected one of flash_attn_3, flash_attn_2, cudnn, flash, efficient, math"
+@pytest.mark.parametrize("name", ["sdpa", "FLASH", "_native", "_native_math", ""])
+def test_unknown_names(name, qkv, monkeypatch, kernel_of, automatic) -> None:
+    listed = "expected one of flash_attn_3, flash_attn_2, native, cudnn, flash, efficient, math"
     with pytest.raises(ValueError, match=f"attention_backend: unknown attention backend '{name}'; {listed}"):
         attention(*qkv(), attention_backend=name)
     with pytest.raises(ValueError, match=listed):
         use_attention_backend(name)
-    assert kernel_of(attention, *qkv()) == "flash"
+    assert kernel_of(attention, *qkv()) == automatic
     monkeypatch.setenv("ANYFLOW_ATTENTION", name)
     if name:  # an empty variable is an unset one
         with pytest.raises(ValueError, match=f"ANYFLOW_ATTENTION: unknown attention backend '{name}'"):
@@ -159,6 +169,43 @@ def test_forced_but_not_for_these_tensors() -> None:
     )
     with pytest.raises(ValueError, match=message):
         attention(x, x, x, attention_backend="flash")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "why"),
+    [(torch.float64, 64, "float64"), (torch.float16, 64, "float16"), (FP32, 12, "Dh=12"), (FP32, 264, "Dh=264")],
+)
+def test_forced_native_kernel_does_not_take_these(dtype, head_dim, why, qkv) -> None:
+    message = rf"'native' \(forced by .*\) does not support query of dtype {dtype} with head_dim {head_dim}: {why} \("
+    with pytest.raises(ValueError, match=message):
+        attention(*qkv((1, 5, 3, 2, head_dim), dtype), attention_backend="native")
+    assert attention(*qkv((1, 5, 3, 2, head_dim), dtype)).shape == (1, 5, 2 * head_dim)
+
+
+@pytest.mark.parametrize("operators", ["eager", "triton"])
+def test_no_native_kernel_where_the_operators_are_forced_elsewhere(operators, qkv, monkeypatch, kernel_of) -> None:
+    tensors = qkv()
+    with use_backend(operators):
+        assert kernel_of(attention, *tensors) == "flash"
+        assert not attention_report("cpu", dtype=FP32)["native"].available
+        message = f"'native' .* is not available: anyflow.ops runs on '{operators}', forced by use_backend"
+        with pytest.raises(RuntimeError, match=message):
+            attention(*tensors, attention_backend="native")
+    monkeypatch.setenv("ANYFLOW_BACKEND", operators)
+    assert kernel_of(attention, *tensors) == "flash"
+    with use_backend("native"):
+        assert kernel_of(attention, *tensors) == "native"
+
+
+def test_derivatives_that_the_native_kernel_does_not_have(qkv) -> None:
+    tensors = qkv(grad=True)
+    out = attention(*tensors, attention_backend="native")
+    gradient = torch.autograd.grad(out.sum(), tensors, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="a fused kernel has no second derivative"):
+        torch.autograd.grad(gradient.sum(), tensors[0])
+    values = tuple(t.detach() for t in tensors)
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*use_attention_backend\('math'\)"):
+        torch.func.jvp(attention, values, values)
 
 
 Q, K = (2, 5, 3, 8), (2, 7, 3, 8)

@@ -15,8 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import anyflow.models.attention as module
 from anyflow.models import AnyFlowTransformer3DModel, attention_report, use_attention_backend
 from anyflow.models.attention import ATTENTION_BACKENDS, _unsupported, attention, preference
+from anyflow.ops.native import EXTENSION
 
-ON_CPU = ("flash", "math")
+NATIVE = EXTENSION is not None and EXTENSION.cpu_instruction_set() != "generic"
+ON_CPU = ("native", "flash", "math") if NATIVE else ("flash", "math")
 NOT_ON_CPU = tuple(name for name in ATTENTION_BACKENDS if name not in ON_CPU)
 
 
@@ -47,18 +49,18 @@ def test_the_nearest_override_wins(qkv, monkeypatch, kernel_of) -> None:
     assert kernel_of(attention, *tensors) == "math"
 
 
-def test_use_attention_backend_sets_and_restores(qkv, kernel_of) -> None:
+def test_use_attention_backend_sets_and_restores(qkv, kernel_of, automatic) -> None:
     tensors = qkv()
     with pytest.raises(KeyError), use_attention_backend("math"):
         raise KeyError
-    assert kernel_of(attention, *tensors) == "flash"
+    assert kernel_of(attention, *tensors) == automatic
     use_attention_backend("math")
     assert kernel_of(attention, *tensors) == "math"
     use_attention_backend(None)
-    assert kernel_of(attention, *tensors) == "flash"
+    assert kernel_of(attention, *tensors) == automatic
 
 
-def test_an_automatic_choice_keeps_to_sdpa_kernel_and_a_forced_one_does_not(qkv, kernel_of) -> None:
+def test_an_automatic_choice_keeps_to_sdpa_kernel_and_a_forced_one_does_not(qkv, kernel_of, automatic) -> None:
     tensors = qkv()
     with sdpa_kernel(SDPBackend.MATH):
         assert kernel_of(attention, *tensors) == "math"
@@ -70,7 +72,7 @@ def test_an_automatic_choice_keeps_to_sdpa_kernel_and_a_forced_one_does_not(qkv,
         assert kernel_of(attention, *tensors) == "math"
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
-    assert kernel_of(attention, *tensors) == "flash"
+    assert kernel_of(attention, *tensors) == automatic
 
 
 @pytest.mark.parametrize(
@@ -151,9 +153,16 @@ def unforced(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     ("function", "outer"),
-    [(unforced, None), (unforced, "math"), (unforced, "flash"), (by_argument, None), (by_inner_block, "flash")],
+    [
+        (unforced, None),
+        (unforced, "math"),
+        (unforced, "flash"),
+        (unforced, "native"),
+        (by_argument, None),
+        (by_inner_block, "flash"),
+    ],
 )
-def test_compile(function, outer, dynamic, qkv, kernel_of, kernel_among) -> None:
+def test_compile(function, outer, dynamic, qkv, kernel_of, kernel_among, automatic) -> None:
     torch._dynamo.reset()
     compiler = Compiler(kernel_among)
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=compiler)
@@ -165,7 +174,7 @@ def test_compile(function, outer, dynamic, qkv, kernel_of, kernel_among) -> None
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
         ours, theirs = (torch.autograd.grad(x.square().sum(), tensors) for x in (out, expected))
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    assert kernel_of(attention, *tensors) == "flash"
+    assert kernel_of(attention, *tensors) == automatic
 
 
 def test_compile_with_inductor(qkv) -> None:
@@ -178,7 +187,7 @@ def test_compile_with_inductor(qkv) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_code_follows_use_attention_backend(qkv, kernel_among) -> None:
+def test_compiled_code_follows_use_attention_backend(qkv, kernel_among, automatic) -> None:
     torch._dynamo.reset()
     compiler = Compiler(kernel_among)
     compiled = torch.compile(unforced, fullgraph=True, backend=compiler)
@@ -186,7 +195,7 @@ def test_compiled_code_follows_use_attention_backend(qkv, kernel_among) -> None:
     for backend in (None, "math", "flash", None, "math"):
         with use_attention_backend(backend):
             compiled(*tensors)
-    assert compiler.kernels == ["flash", "math", "flash"]  # and each is reused
+    assert compiler.kernels == [automatic, "math", "flash"]  # and each is reused
 
 
 def test_compile_reports_a_missing_backend(qkv) -> None:
@@ -198,13 +207,13 @@ def test_compile_reports_a_missing_backend(qkv) -> None:
 # ---- the report
 
 
-def test_report_on_the_cpu(monkeypatch) -> None:
+def test_report_on_the_cpu(monkeypatch, automatic) -> None:
     report = attention_report("cpu")
     assert tuple(report) == ATTENTION_BACKENDS and all(row.name == name for name, row in report.items())
-    assert [name for name, row in report.items() if row.chosen] == ["flash"]
+    assert [name for name, row in report.items() if row.chosen] == [automatic]
     assert [name for name, row in report.items() if row.available] == list(ON_CPU)
     assert report["cudnn"].reason == "runs on CUDA devices only, not on cpu"
-    assert report["math"].reason == "flash is preferred"
+    assert report["math"].reason == f"{automatic} is preferred"
     monkeypatch.setenv("ANYFLOW_ATTENTION", "math")
     report = attention_report("cpu")
     assert report["math"].chosen and report["math"].reason == "forced by ANYFLOW_ATTENTION"
@@ -236,28 +245,28 @@ def test_the_submodule_is_not_shadowed() -> None:
 # ---- the model
 
 
-def test_set_attention_backend(tiny, make_inputs, kernel_of, operators_of) -> None:
+def test_set_attention_backend(tiny, make_inputs, kernel_of, operators_of, automatic) -> None:
     model, other = (AnyFlowTransformer3DModel(**tiny).eval() for _ in range(2))
     x = make_inputs(per_sample=True)
     arguments = (x.x, x.t[:, 0], x.r[:, 0], x.text)
-    assert kernel_of(model, *arguments) == "flash"
+    assert kernel_of(model, *arguments) == automatic
     model.set_attention_backend("math")
     names = operators_of(model, *arguments)
-    assert not any("flash" in name for name in names)
+    assert not any("flash" in name or name.startswith("attention") for name in names)
     assert sum("softmax" in name for name in names) == 2 * tiny["num_layers"]
     with use_attention_backend("flash"):
         assert kernel_of(model, *arguments) == "math"
-    assert kernel_of(other, *arguments) == "flash"
+    assert kernel_of(other, *arguments) == automatic
     for reset in (lambda: model.set_attention_backend("auto"), model.reset_attention_backend):
         model.set_attention_backend("math")
         reset()
-        assert kernel_of(model, *arguments) == "flash"
+        assert kernel_of(model, *arguments) == automatic
 
 
 def test_set_attention_backend_is_validated_at_once(tiny) -> None:
     model = AnyFlowTransformer3DModel(**tiny)
     model.set_attention_backend("math")
-    for diffusers_name in ("native", "_native_cudnn", "sage"):
+    for diffusers_name in ("_native", "_native_cudnn", "sage"):
         with pytest.raises(ValueError, match="set_attention_backend: .*expected one of flash_attn_3, "):
             model.set_attention_backend(diffusers_name)
     if not torch.cuda.is_available():

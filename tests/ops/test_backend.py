@@ -14,6 +14,7 @@ from anyflow.ops import backend_report, use_backend
 from anyflow.ops.backend import BACKENDS
 
 OPS = {
+    "attention",
     "dual_timestep_embedding",
     "flow_map_inputs",
     "flow_map_loss",
@@ -196,15 +197,16 @@ class TestNative:
             ops.layer_norm_modulate(x, row, row)
 
 
-def test_operator_without_a_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is eager where Triton is forced, whether or not Triton could run."""
+def test_operators_without_a_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are eager where Triton is forced, whether or not Triton could run."""
+    without = ("attention", "gelu")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert backend_report("meta")["gelu"].backend == "eager"
+    assert {backend_report("meta")[op].backend for op in without} == {"eager"}
     with use_backend("triton"):
         report = backend_report("cpu")
         assert ops.gelu(X).equal(X)
-    assert report["gelu"].backend == "eager" and "gelu has no Triton kernel" in report["gelu"].reason
-    assert {c.backend for op, c in report.items() if op != "gelu"} == {"unavailable"}
+    assert all(report[op].backend == "eager" and f"{op} has no Triton kernel" in report[op].reason for op in without)
+    assert {c.backend for op, c in report.items() if op not in without} == {"unavailable"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,0 +1,155 @@
+"""Softmax attention without a mask, in the model's ``[B, L, H, Dh]`` layout."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from anyflow.ops._common import accumulation_dtype, check_device, check_same_shape, describe
+from anyflow.ops.backend import choose, forced_backend
+from anyflow.ops.library import Operator, empty_like
+from anyflow.ops.native import EXTENSION
+
+_OP = "attention"
+_DTYPES = (torch.float32, torch.bfloat16)
+_MAX_HEAD_DIM = 256
+_GENERIC = EXTENSION is not None and EXTENSION.cpu_instruction_set() == "generic"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``softmax(q k^T / sqrt(Dh)) v`` per sample and head; without keys it is 0.
+
+    The native kernel (CPU) keeps no matrix of scores; scores must stay below 1e9, where the log-sum-exp that the
+    backward starts from resolves no differences any more. Gradients have the same bits in every call, and for every
+    number of threads. What the kernel does not take runs on torch's ``scaled_dot_product_attention``, which rounds the
+    weights of half-precision tensors once more; forcing ``"eager"`` runs the reference, which has derivatives of any
+    order. There is no Triton kernel: :func:`anyflow.models.attention.attention` chooses among those for a GPU.
+
+    Args:
+        q: ``[B, L, H, Dh]``. Dh: for the kernel, a multiple of 8 up to 256. The last dimension is copied if it is not
+            contiguous; the strides of the others are free.
+        k: ``[B, S, H, Dh]``, in q's dtype.
+        v: ``[B, S, H, Dh]``, in q's dtype.
+
+    Returns:
+        ``[B, L, H, Dh]`` in q's dtype, rounded once from an fp32 accumulation (fp64 for fp64).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a forced backend does not support the tensors.
+        RuntimeError: a forward-mode or second derivative is taken through the kernel.
+    """
+    _check(q, k, v)
+    if choose(_OP, q.device, _unsupported, (q, k, v)) != "eager":
+        _check_no_tangents(q, k, v)
+        return _operator(q, k, v)[0]
+    if forced_backend() is not None:
+        return attention_reference(q, k, v)[0]
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Eager reference; the result of :func:`attention`, and ``logsumexp[B, H, L]`` of the scores in fp32."""
+    acc = accumulation_dtype(q)
+    scores = _scores(q, k, acc)
+    out = torch.einsum("bhls,bshd->blhd", scores.softmax(-1), v.to(acc)).to(q.dtype)
+    return out, scores.detach().logsumexp(-1).float()
+
+
+def attention_backward_reference(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v: with the weights ``P = exp(scores - logsumexp)``, those of the scores are
+    ``P (grad v^T - sum(grad * out))``. For fp64 the log-sum-exp, which is fp32, is taken again."""
+    check_same_shape(_OP, "grad", grad, q, "q")
+    acc = accumulation_dtype(q)
+    scores = _scores(q, k, acc)
+    total = logsumexp if acc == torch.float32 else scores.logsumexp(-1)
+    weights = (scores - total.unsqueeze(-1)).exp()
+    grad, wide_q, wide_k, wide_v = (t.to(acc) for t in (grad, q, k, v))
+    mean = (grad * out).sum(-1).transpose(1, 2).unsqueeze(-1)
+    slope = weights * (torch.einsum("blhd,bshd->bhls", grad, wide_v) - mean) / math.sqrt(q.shape[-1])
+    grad_q = torch.einsum("bhls,bshd->blhd", slope, wide_k)
+    grad_k = torch.einsum("bhls,blhd->bshd", slope, wide_q)
+    grad_v = torch.einsum("bhls,blhd->bshd", weights, grad)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def unsupported_kind(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the native kernel does not take tensors of this kind, or None if it does."""
+    if dtype not in _DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} (the kernel takes float32 and bfloat16)"
+    if head_dim % 8 or not 0 < head_dim <= _MAX_HEAD_DIM:
+        return f"Dh={head_dim} (the kernel takes multiples of 8 up to {_MAX_HEAD_DIM})"
+    if _GENERIC:
+        return "this processor: without AVX2 or AVX-512 torch's attention is faster"
+    return None
+
+
+def _scores(q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.einsum("blhd,bshd->bhls", q.to(dtype) / math.sqrt(q.shape[-1]), k.to(dtype))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 4 or not q.is_floating_point():
+        raise ValueError(f"{_OP}: q must be a floating-point [B, L, H, Dh], got {describe(q)}")
+    b, _, h, d = q.shape
+    if k.ndim != 4 or k.shape[0] != b or k.shape[2:] != q.shape[2:]:
+        raise ValueError(f"{_OP}: k must be [B={b}, S, H={h}, Dh={d}] for q {tuple(q.shape)}, got {describe(k)}")
+    check_same_shape(_OP, "v", v, k, "k")
+    check_device(_OP, "k", k, q)
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"{_OP}: k and v must have the dtype of q, {q.dtype}, got {k.dtype} and {v.dtype}")
+
+
+def _check_no_tangents(*tensors: Tensor) -> None:
+    """torch would drop them, and the derivative would be 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"anyflow.ops.{_OP}: the kernel has no forward-mode derivative; the reference has one, under "
+            "use_backend('eager'), and in a model use_attention_backend('math')"
+        )
+
+
+def _unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    return unsupported_kind(q.dtype, q.shape[-1])
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    b, length, h, _ = q.shape
+    return empty_like(q), q.new_empty((b, h, length), dtype=torch.float32)
+
+
+_operator = Operator(
+    _OP,
+    "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)",
+    reference=attention_reference,
+    fake=_fake,
+    unsupported=_unsupported,
+    backends=("native",),
+)
+_operator.register_backward(
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp) -> (Tensor, Tensor, Tensor)",
+    reference=attention_backward_reference,
+    fake=lambda grad, q, k, v, out, logsumexp: (empty_like(q), empty_like(k), empty_like(v)),
+    unsupported=lambda grad, q, k, v, out, logsumexp: _unsupported(q, k, v),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _operator.backward(grad, *ctx.saved_tensors)
+    return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+_operator.register_autograd(_setup_context, _backward)
