@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from anyflow.ops._common import accumulation_dtype, check_device, check_same_shape, describe
 from anyflow.ops.backend import choose, forced_backend
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops.library import Operator, empty_like, has_tangent
 from anyflow.ops.native import EXTENSION
 
 _OP = "attention"
@@ -41,11 +40,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a forced backend does not support the tensors.
-        RuntimeError: a forward-mode or second derivative is taken through the kernel.
+        RuntimeError: a second derivative is taken through the kernel, or a forward-mode one through a forced one.
     """
     _check(q, k, v)
-    if choose(_OP, q.device, _unsupported, (q, k, v)) != "eager":
-        _check_no_tangents(q, k, v)
+    if has_tangent(q, k, v) or choose(_OP, q.device, _unsupported, (q, k, v)) != "eager":
         return _operator(q, k, v)[0]
     if forced_backend() is not None:
         return attention_reference(q, k, v)[0]
@@ -104,17 +102,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_device(_OP, "k", k, q)
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"{_OP}: k and v must have the dtype of q, {q.dtype}, got {k.dtype} and {v.dtype}")
-
-
-def _check_no_tangents(*tensors: Tensor) -> None:
-    """torch would drop them, and the derivative would be 0."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(
-            f"anyflow.ops.{_OP}: the kernel has no forward-mode derivative; the reference has one, under "
-            "use_backend('eager'), and in a model use_attention_backend('math')"
-        )
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:

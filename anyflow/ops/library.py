@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from anyflow.ops.backend import OPERATORS, choose
+from anyflow.ops.backend import OPERATORS, choose, forced_backend
 from anyflow.ops.native import register as register_native
 
 _LIBRARY = torch.library.Library("anyflow", "FRAGMENT")
@@ -29,7 +30,7 @@ Unsupported = Callable[..., "str | None"]
 
 class Operator:
     """One operator: calling it runs the eager reference directly, where autograd and compilers see through it, or
-    ``torch.ops.anyflow.<name>`` when a kernel is chosen.
+    ``torch.ops.anyflow.<name>`` when a kernel is chosen. Forward-mode derivatives (jvp) are the reference's.
 
     Args:
         name: of the operator and of its module in ``anyflow.kernels``.
@@ -81,6 +82,14 @@ class Operator:
         torch.library.register_autograd(f"anyflow::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
+        if has_tangent(*args):  # torch would drop it, and the derivative would be 0
+            forced = forced_backend()
+            if forced is not None and forced[0] != "eager":
+                raise RuntimeError(
+                    f"anyflow.ops.{self.name}: backend {forced[0]!r} ({forced[1]}) has no forward-mode derivative; the "
+                    "reference has one: use_backend('eager')"
+                )
+            return self.reference(*args)
         backend = choose(self.name, _device(args), self.unsupported, args)
         if backend == "eager":
             return self.reference(*args)
@@ -121,11 +130,16 @@ class Operator:
             torch.library.register_fake(f"anyflow::{registered}", fake, lib=_LIBRARY)
 
 
+def has_tangent(*args: Any) -> bool:
+    """Whether a forward-mode derivative is being taken through one of the arguments."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args)
+
+
 def _no_derivative() -> bool:
     """Whether nobody asks for one: no autograd, no forward mode, no compiler that would trace the call."""
-    return not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0
-    )
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0)
 
 
 def _device(args: Sequence[Any]) -> torch.device:

@@ -10,19 +10,11 @@
 #include <immintrin.h>
 #endif
 
-#include <cstdint>
+#include "cpu/vector.h"
 
 namespace anyflow::ANYFLOW_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
+using Vector = Vec;
 typedef uint32_t IntVector __attribute__((vector_size(4 * kLanes)));
 
 namespace {

@@ -15,7 +15,8 @@ from anyflow.ops.native import EXTENSION
 NATIVE = EXTENSION is not None and EXTENSION.cpu_instruction_set() != "generic"
 ON_CPU = ("native", "flash", "math") if NATIVE else ("flash", "math")
 FP32 = torch.float32
-NOT_ON_CPU = tuple(name for name in ATTENTION_BACKENDS if name not in ON_CPU)
+NOT_ON_CPU = tuple(name for name in ATTENTION_BACKENDS if name not in ("native", *ON_CPU))
+needs_native = pytest.mark.skipif(not NATIVE, reason="needs the native kernel, and AVX2 for it")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 SHAPES = {  # B, L, S, H, Dh
@@ -182,6 +183,7 @@ def test_forced_native_kernel_does_not_take_these(dtype, head_dim, why, qkv) -> 
     assert attention(*qkv((1, 5, 3, 2, head_dim), dtype)).shape == (1, 5, 2 * head_dim)
 
 
+@needs_native
 @pytest.mark.parametrize("operators", ["eager", "triton"])
 def test_no_native_kernel_where_the_operators_are_forced_elsewhere(operators, qkv, monkeypatch, kernel_of) -> None:
     tensors = qkv()
@@ -197,6 +199,7 @@ def test_no_native_kernel_where_the_operators_are_forced_elsewhere(operators, qk
         assert kernel_of(attention, *tensors) == "native"
 
 
+@needs_native
 def test_derivatives_that_the_native_kernel_does_not_have(qkv) -> None:
     tensors = qkv(grad=True)
     out = attention(*tensors, attention_backend="native")

@@ -19,7 +19,7 @@ from anyflow.ops.native import EXTENSION
 
 NATIVE = EXTENSION is not None and EXTENSION.cpu_instruction_set() != "generic"
 ON_CPU = ("native", "flash", "math") if NATIVE else ("flash", "math")
-NOT_ON_CPU = tuple(name for name in ATTENTION_BACKENDS if name not in ON_CPU)
+NOT_ON_CPU = tuple(name for name in ATTENTION_BACKENDS if name not in ("native", *ON_CPU))
 
 
 # ---- the choice and its overrides
@@ -156,8 +156,7 @@ def unforced(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     [
         (unforced, None),
         (unforced, "math"),
-        (unforced, "flash"),
-        (unforced, "native"),
+        *((unforced, name) for name in ON_CPU if name != "math"),
         (by_argument, None),
         (by_inner_block, "flash"),
     ],

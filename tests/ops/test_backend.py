@@ -4,7 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -207,6 +207,30 @@ def test_operators_without_a_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> N
         assert ops.gelu(X).equal(X)
     assert all(report[op].backend == "eager" and f"{op} has no Triton kernel" in report[op].reason for op in without)
     assert {c.backend for op, c in report.items() if op not in without} == {"unavailable"}
+
+
+def _jvp(function: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return torch.func.jvp(function, (x,), (x.sin(),))[1]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        ops.gelu,
+        lambda x: ops.layer_norm_modulate(x, ROW + 1, ROW),
+        lambda x: ops.gated_residual(x, x, ROW + 1),
+        lambda x: ops.attention(*[x.unflatten(2, (1, 8))] * 3),
+    ],
+)
+def test_forward_mode_derivative_is_the_references(function, generator) -> None:
+    """A kernel has none: torch would drop the tangent without a word."""
+    x = torch.randn(1, 2, 8, generator=generator)
+    with use_backend("eager"):
+        expected = _jvp(function, x)
+    assert expected.abs().max() > 0.1
+    assert torch.equal(_jvp(function, x), expected)
+    with use_backend("native"), pytest.raises(RuntimeError, match="no forward-mode derivative.*use_backend"):
+        _jvp(function, x)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
