@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from anyflow.ops.attention import attention as native_attention
 from anyflow.ops.attention import unsupported_kind
 from anyflow.ops.backend import forced_backend, missing
+from anyflow.ops.library import has_tangent
 
 _KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -148,6 +149,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, attention_backend: s
         name, exact = "math", True  # nothing to compute, and the kernels refuse empty tensors
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))  # kernels need it
     if name == "native":
+        if forced is not None and has_tangent(query, key, value):
+            problem = "it has no forward-mode derivative: use_attention_backend('math')"
+            raise RuntimeError(f"attention: backend {forced!r} ({by}) is not available: {problem}")
         return native_attention(query, key, value).flatten(2)
     if name in _MODULES:
         return _packaged(name, query, key, value).flatten(2)
