@@ -51,6 +51,7 @@ def test_every_operator_has_a_case() -> None:
     assert set(CASES) == set(OPERATORS)
 
 
+@pytest.mark.slow
 def test_a_sound_installation_passes(tmp_path: Path) -> None:
     result = python(*DOCTOR, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -63,6 +64,7 @@ def test_a_sound_installation_passes(tmp_path: Path) -> None:
         assert len(row) <= 80
 
 
+@pytest.mark.slow
 def test_wrong_numbers_fail(tmp_path: Path) -> None:
     """Kernels of the extension are replaced where torch finds them, by ones that are wrong in three ways."""
     code = f"""
@@ -104,6 +106,7 @@ main()
     assert not wrong
 
 
+@pytest.mark.slow
 def test_without_the_extension(package: Path) -> None:
     result = python_on(package, *DOCTOR)
     assert result.returncode == 1 and "Traceback" not in result.stderr

@@ -104,6 +104,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 @every_source
 @pytest.mark.parametrize("arch", ARCHS)
 @needs_nvcc
+@pytest.mark.slow
 def test_compiles_without_spills_or_local_memory(source: Path, arch: str, compiled: Compiled) -> None:
     _, report = compiled(source, arch)
     print(report)
@@ -138,6 +139,7 @@ def test_a_report_without_kernels_is_a_defect() -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 @needs_nvcc
 @needs_nvdisasm
+@pytest.mark.slow
 def test_memory_is_accessed_by_16_bytes(source: Path, arch: str, compiled: Compiled) -> None:
     """Every store, and every load but those of the tables of a rotation, which may be unaligned or of odd width."""
     cubin, _ = compiled(source, arch)

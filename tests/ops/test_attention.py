@@ -402,6 +402,7 @@ def test_bad_dtypes_and_devices() -> None:
         attention(q, k.to("meta"), k.to("meta"))
 
 
+@pytest.mark.slow
 def test_every_instruction_set() -> None:
     """Also those that are not the choice here; the generic kernels are compiled, if not offered."""
     code = (
