@@ -28,7 +28,7 @@ at::Tensor Sums::result() {
   float* totals = totals_.data_ptr<float>();
   const float* partials = partials_.data_ptr<float>();
   const int64_t d = shape_.d;
-  for (int64_t chunk = 0; chunk < chunk_count(shape_); ++chunk) {
+  for (int64_t chunk = 0; chunk < shape_.chunks; ++chunk) {
     const int64_t begin = chunk_begin(shape_, chunk), end = chunk_begin(shape_, chunk + 1);
     if (row_part(begin, tokens_, begin, end) == 0) {
       float* total = totals + begin / tokens_ * d;

@@ -41,11 +41,14 @@ at::Tensor result_like(const at::Tensor& x);
 // Tokens [B, L, D].
 struct Shape {
   int64_t batch = 0, length = 0, d = 0;
+  int64_t chunks = 0;  // of consecutive tokens, one for each thread: what sums are split into
 
   Shape() = default;
 
   explicit Shape(const at::Tensor& x) : batch(x.size(0)), length(x.size(1)), d(x.size(2)) {
     TORCH_CHECK(d > 0 && d <= kMaxRow, "the native CPU kernels take rows of 1 to ", kMaxRow, " elements, got ", d);
+    // Asked here, once: inside a parallel region a thread may answer for itself.
+    chunks = std::min<int64_t>({at::get_num_threads(), tokens(), tokens() * d / kGrain + 1});
   }
 
   int64_t tokens() const { return batch * length; }
@@ -71,18 +74,12 @@ void for_tokens(const Shape& shape, const Work& work) {
   at::parallel_for(0, shape.tokens(), grain, work);
 }
 
-// One chunk of consecutive tokens for each thread: the split that sums depend on, the same in every call.
-inline int64_t chunk_count(const Shape& shape) {
-  const int64_t worthwhile = shape.tokens() * shape.d / kGrain + 1;
-  return std::min<int64_t>({at::get_num_threads(), shape.tokens(), worthwhile});
-}
-
-inline int64_t chunk_begin(const Shape& shape, int64_t chunk) { return shape.tokens() * chunk / chunk_count(shape); }
+inline int64_t chunk_begin(const Shape& shape, int64_t chunk) { return shape.tokens() * chunk / shape.chunks; }
 
 // work(begin, end, chunk) for every chunk, in parallel.
 template <class Work>
 void for_chunks(const Shape& shape, const Work& work) {
-  at::parallel_for(0, chunk_count(shape), 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, shape.chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
       work(chunk_begin(shape, chunk), chunk_begin(shape, chunk + 1), chunk);
     }
@@ -98,7 +95,7 @@ class Sums {
     tokens_ = like.dim() == 1 ? shape.tokens() : shape.rows(like).tokens;
     const auto options = like.options().dtype(at::kFloat);
     totals_ = shape.tokens() == 0 ? at::zeros(like.sizes(), options) : at::empty(like.sizes(), options);
-    partials_ = at::empty({chunk_count(shape), 2, shape.d}, options);
+    partials_ = at::empty({shape.chunks, 2, shape.d}, options);
   }
 
   RowSums rows() const {
