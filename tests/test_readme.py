@@ -28,7 +28,8 @@ def test_sampling_and_training_snippets(tmp_path: Path, monkeypatch: pytest.Monk
     exec(sampling, scope)
     latents = scope["latents"]
     assert isinstance(latents, torch.Tensor) and latents.shape == (1, 4, 8, 6, 6) and latents.isfinite().all()
-    exec(training, scope)
+    for _ in range(3):  # gradients add up: one sample whose time falls on an end of the grid has weight 0
+        exec(training, scope)
     model = scope["model"]
     assert isinstance(model, torch.nn.Module)
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
