@@ -1,0 +1,339 @@
+"""The recipe of a training run, as frozen dataclasses: what a YAML file says, typed and with defaults.
+
+The defaults are those of the published Wan2.1-1.3B recipe (SPEC B and C) where it has them. A value that cannot work is
+a ValueError when the dataclass is built; what needs a file or the other processes is checked by the trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from anyflow.methods import OnPolicyConfig, PretrainConfig
+
+Stage = Literal["teacher", "pretrain", "on_policy"]
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """A transformer with random weights; the arguments are those of ``AnyFlowTransformer3DModel``, for Wan2.1-1.3B."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 12
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 8960
+    num_layers: int = 30
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+
+
+@dataclass(frozen=True)
+class FlowMapConfig:
+    """The second timestep branch: arguments of ``enable_flow_map``."""
+
+    gate_value: float = 0.25
+    deltatime_type: Literal["r", "t-r"] = "r"
+    fusion: Literal["gated", "additive"] = "gated"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters by PEFT in place of full fine-tuning.
+
+    Args:
+        rank: r of each adapter.
+        alpha: scale is alpha / rank.
+        target_modules: ends of the names of the linear layers that get an adapter.
+        trained_modules: ends of the names of modules that are trained in full beside the adapters.
+    """
+
+    rank: int = 256
+    alpha: float = 256.0
+    target_modules: tuple[str, ...] = (
+        "attn1.to_q",
+        "attn1.to_k",
+        "attn1.to_v",
+        "attn1.to_out.0",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    )
+    trained_modules: tuple[str, ...] = ("condition_embedder.time_embedder", "condition_embedder.delta_embedder")
+
+    def __post_init__(self) -> None:
+        _positive("lora.rank", self.rank)
+        _positive("lora.alpha", self.alpha)
+        if not self.target_modules:
+            raise ValueError("lora.target_modules must name at least one linear layer")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and the clipping of one network.
+
+    Args:
+        lr: peak learning rate.
+        betas: of AdamW.
+        eps: of AdamW.
+        weight_decay: of AdamW.
+        schedule: after the warm-up, ``"constant"`` or ``"cosine"`` down to ``min_lr_ratio`` at the last step.
+        warmup_steps: linear warm-up; the first step has ``lr / warmup_steps``.
+        min_lr_ratio: end of the cosine, as a share of lr.
+        clip_norm: largest norm of this network's gradient.
+    """
+
+    lr: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "clip_norm"):
+            _positive(f"optimizer.{name}", getattr(self, name))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must be in [0, 1), got {self.betas}")
+        for name in ("weight_decay", "warmup_steps", "min_lr_ratio"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"optimizer.{name} must be >= 0, got {getattr(self, name)}")
+        if self.min_lr_ratio > 1:
+            raise ValueError(f"optimizer.min_lr_ratio must be <= 1, got {self.min_lr_ratio}")
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """The average of the student that is sampled from and exported.
+
+    Args:
+        decay: in [0, 1).
+        start_step: up to this step the average is a copy of the parameters.
+    """
+
+    decay: float = 0.999
+    start_step: int = 1000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay must be in [0, 1), got {self.decay}")
+        if self.start_step < 0:
+            raise ValueError(f"ema.start_step must be >= 0, got {self.start_step}")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Where a network comes from and what of it is trained.
+
+    Args:
+        path: a diffusers folder with a transformer in it (or in its ``transformer`` subfolder), relative to where the
+            command runs; None builds ``architecture`` with random weights.
+        architecture: of the random weights; with a path it must be None.
+        seed: of the random weights.
+        lora: adapters in place of full fine-tuning.
+    """
+
+    path: str | None = None
+    architecture: ArchitectureConfig | None = None
+    seed: int = 0
+    lora: LoRAConfig | None = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("a network needs either path or architecture, and not both")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Arguments of ``FlowMapEulerDiscreteScheduler``."""
+
+    num_train_timesteps: int = 1000
+    shift: float = 5.0
+    weight_type: Literal["beta08", "gaussian", "uniform"] = "beta08"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The dataset and its loader.
+
+    Args:
+        kind: ``"latents"``, written by ``anyflow preprocess``; or ``"synthetic"``, the moving shapes of the quickstart.
+        path: folder of the latents.
+        batch_size: samples per step and data-parallel rank, before gradient accumulation.
+        num_workers: processes that read ahead; 0 reads in the training process.
+        seed: of the order of the samples.
+    """
+
+    kind: Literal["latents", "synthetic"] = "latents"
+    path: str | None = None
+    batch_size: int = 1
+    num_workers: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("data.batch_size", self.batch_size)
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must be >= 0, got {self.num_workers}")
+        if (self.kind == "latents") != (self.path is not None):
+            raise ValueError("data.path is required with data.kind=latents, and only then")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The device mesh: replicate x shard x sequence processes.
+
+    Args:
+        replicate: copies of the parameters (HSDP); 1 is plain FSDP.
+        shard: processes that parameters are sharded over; None takes what the other two leave.
+        sequence: processes that share the tokens of a sample (Ulysses); it divides the number of heads.
+        timeout_s: seconds without an answer after which the other ranks are given up.
+    """
+
+    replicate: int = 1
+    shard: int | None = None
+    sequence: int = 1
+    timeout_s: int = 600
+
+    def __post_init__(self) -> None:
+        for name in ("replicate", "sequence", "timeout_s"):
+            _positive(f"parallel.{name}", getattr(self, name))
+        if self.shard is not None:
+            _positive("parallel.shard", self.shard)
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Videos sampled from the average during training.
+
+    Args:
+        every: steps between previews; 0 turns them off.
+        step_counts: numbers of sampling steps, one row of the grid each.
+        num_samples: prompts, one column of the grid each.
+    """
+
+    every: int = 0
+    step_counts: tuple[int, ...] = (1, 2, 4, 8)
+    num_samples: int = 4
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"preview.every must be >= 0, got {self.every}")
+        if not self.step_counts or min(self.step_counts) < 1:
+            raise ValueError(f"preview.step_counts must hold positive step counts, got {self.step_counts}")
+        _positive("preview.num_samples", self.num_samples)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints to resume from.
+
+    Args:
+        every: steps between checkpoints; the last step always has one.
+        keep: newest ones kept.
+    """
+
+    every: int = 500
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint.every", self.every)
+        _positive("checkpoint.keep", self.keep)
+
+
+@dataclass(frozen=True)
+class OnPolicyStageConfig:
+    """What only stage 2 has.
+
+    Args:
+        teacher: the real score.
+        method: rollout, scores and co-training; its ``pretrain`` must be left alone, the recipe's own counts.
+        critic: where the critic starts; None means the teacher's weights.
+        critic_lora: adapters of the critic in place of full fine-tuning.
+        critic_optimizer: of the critic.
+        generator_update_interval: the student is updated every so many steps, the critic at every one.
+    """
+
+    teacher: NetworkConfig
+    method: OnPolicyConfig = field(default_factory=lambda: OnPolicyConfig(cotrain_pretrain=True))
+    critic: NetworkConfig | None = None
+    critic_lora: LoRAConfig | None = None
+    critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6, betas=(0.0, 0.999)))
+    generator_update_interval: int = 1
+
+    def __post_init__(self) -> None:
+        _positive("on_policy.generator_update_interval", self.generator_update_interval)
+        if self.teacher.lora is not None:
+            raise ValueError("on_policy.teacher.lora: the teacher is not trained")
+        if self.critic is not None and self.critic.lora is not None:
+            raise ValueError("on_policy.critic.lora: give the critic's adapters as on_policy.critic_lora")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run.
+
+    Args:
+        stage: ``"teacher"`` (plain flow matching), ``"pretrain"`` or ``"on_policy"``.
+        out: folder of the run: metrics, checkpoints, previews, and the exported model at the end.
+        student: the network that is trained.
+        data: the videos.
+        steps: optimizer steps of the student's loop.
+        flow_map: second timestep branch, added to a student that has none (not in the teacher stage).
+        scheduler: shift, timestep range, training weight.
+        pretrain: the pretrain loss, also of stage 2's co-training; the teacher stage uses its ``prompt_dropout`` and
+            ``i2v_prob`` only.
+        on_policy: required in stage 2, and only there.
+        optimizer: of the student.
+        ema: of the student.
+        parallel: how the processes share the work.
+        checkpoint: when to save.
+        preview: when to sample.
+        gradient_accumulation: loss evaluations per optimizer step.
+        precision: ``"bf16"`` runs the networks under autocast; parameters and optimizer state are fp32 always.
+        activation_checkpointing: recompute the blocks in backward.
+        compile: ``torch.compile`` of each block.
+        device: ``"cuda"``, ``"cpu"``, or None for CUDA where there is a GPU.
+        seed: of every random draw of the training itself.
+        log_every: steps between lines of metrics.
+        loggers: beside the JSONL file, if installed.
+    """
+
+    stage: Stage
+    out: str
+    student: NetworkConfig
+    data: DataConfig
+    steps: int = 6000
+    flow_map: FlowMapConfig = field(default_factory=FlowMapConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    pretrain: PretrainConfig = field(default_factory=lambda: PretrainConfig(prompt_dropout=0.1))
+    on_policy: OnPolicyStageConfig | None = None
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(warmup_steps=1000))
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    gradient_accumulation: int = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    activation_checkpointing: bool = True
+    compile: bool = False
+    device: str | None = None
+    seed: int = 0
+    log_every: int = 10
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "gradient_accumulation", "log_every"):
+            _positive(name, getattr(self, name))
+        if (self.stage == "on_policy") != (self.on_policy is not None):
+            raise ValueError("on_policy is required with stage=on_policy, and only then")
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, got {value}")
