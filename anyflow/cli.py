@@ -87,9 +87,109 @@ def doctor(
     raise typer.Exit(0 if well else 1)
 
 
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"anyflow: {' '.join(message.split())}", err=True)
-    raise typer.Exit(2)
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
+    overrides: Annotated[
+        list[str], typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of the file's.", show_default=False)
+    ] = [],  # noqa: B006 (typer makes a new one)
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and exit.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of the run.")] = True,
+) -> None:
+    """Train a model by a recipe, on many GPUs under torchrun; the same command goes on where it was stopped."""
+    try:
+        from anyflow.training.recipe import dump_recipe, load_recipe
+
+        settings = load_recipe(recipe, overrides)
+        if print_config:
+            typer.echo(dump_recipe(settings), nl=False)
+            return
+
+        from rich.console import Console
+
+        from anyflow.training.trainer import train
+
+        train(settings, resume=resume, console=Console(highlight=False, soft_wrap=True))
+    except (ValueError, ImportError) as error:
+        _fail(str(error))
+    except FloatingPointError as error:  # the training's own doing, not the user's
+        _fail(str(error), status=1)
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. The same command goes on after the newest checkpoint.", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="New folder for the model.", show_default=False)],
+    weights: Annotated[str, typer.Option(help="'ema' (the average) or 'raw'.")] = "ema",
+    lora: Annotated[str, typer.Option(help="Adapters 'merged' into the weights, or 'separate'.")] = "merged",
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if left out.")] = None,
+) -> None:
+    """Write the model of a training checkpoint as a folder for diffusers."""
+    from anyflow.training.export import export
+
+    try:
+        typer.echo(f"The model is {export(run, out, weights=weights, lora=lora, step=step)}")  # type: ignore[arg-type]
+    except (ValueError, ImportError) as error:
+        _fail(str(error))
+
+
+@app.command()
+def preprocess(
+    videos: Annotated[Path, typer.Argument(help="Folder of the video files.", show_default=False)],
+    captions: Annotated[Path, typer.Argument(help="CSV or JSONL with file and caption.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(help="Diffusers folder with vae, text_encoder and tokenizer.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder of the dataset; a killed run in it goes on.", show_default=False)],
+    num_frames: Annotated[int, typer.Option(help="Frames of each video, 4k + 1.")] = 81,
+    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,
+    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 832,
+    fps: Annotated[float, typer.Option(help="Frames per second that videos are sampled at.")] = 16,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What stands for no prompt; Wan's own if left out.")
+    ] = None,
+    text_length: Annotated[int, typer.Option(help="Tokens that prompts are cut off or padded to.")] = 512,
+    dtype: Annotated[str, typer.Option(help="Of the text encoder, 'bf16' or 'fp32'.")] = "bf16",
+    device: Annotated[str, typer.Option(help="Torch device to encode on.")] = "cpu",
+    num_workers: Annotated[int, typer.Option(help="Threads that decode ahead.")] = 2,
+) -> None:
+    """Encode videos and captions into a dataset of latents for training."""
+    from rich.console import Console
+
+    try:
+        from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, preprocess
+
+        console = Console(highlight=False, soft_wrap=True)
+        report = preprocess(
+            videos,
+            captions,
+            model,
+            out,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fps=fps,
+            negative_prompt=WAN_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt,
+            text_length=text_length,
+            dtype=dtype,  # type: ignore[arg-type]
+            device=device,
+            num_workers=num_workers,
+            console=console,
+        )
+    except (ValueError, ImportError) as error:
+        _fail(str(error))
+    console.print(f"{out}: {report.done} videos encoded, {report.skipped} were there")
+    for line in report.broken:
+        console.print(f"line {line.line} of {captions} ({line.file}) was left out: {line.reason}", markup=False)
+
+
+def _fail(message: str, status: int = 2) -> NoReturn:
+    for line in message.splitlines():
+        typer.echo(f"anyflow: {' '.join(line.split())}", err=True)
+    raise typer.Exit(status)
 
 
 def _has_browser() -> bool:

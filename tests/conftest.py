@@ -2,6 +2,11 @@
 
 import importlib.util
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub when it is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # by OpenMP: idle threads of one worker leave the cores to another
@@ -35,3 +40,36 @@ def generator() -> torch.Generator:
 def _seed_weights() -> None:
     """PyTorch initializes weights from its global generator; nothing else may draw from it."""
     torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """A port that nobody listens on."""
+
+    def find() -> int:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return s.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def process_environment(free_port: Callable[[], int]) -> Callable[[], dict[str, str]]:
+    """The environment of processes that meet on this machine: one thread each, this checkout, a port of their own."""
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "GLOO_SOCKET_IFNAME": "lo"}
+    return lambda: {**os.environ, **own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+@pytest.fixture(scope="session")
+def torchrun(process_environment: Callable[[], dict[str, str]]) -> Callable[..., subprocess.Popen[str]]:
+    """``torchrun(processes, script, *arguments)``: real processes under torchrun, started; for ``communicate()``."""
+
+    def start(processes: int, script: Path, *arguments: object) -> subprocess.Popen[str]:
+        env = process_environment()
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        address = ["--master-addr", env["MASTER_ADDR"], "--master-port", env["MASTER_PORT"]]
+        command = [*launch, *address, str(script), *map(str, arguments)]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return start

@@ -7,22 +7,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) without torch.distributed."""
+def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+    """This process's rank in the group (None: of all processes) and its size; (0, 1) without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
+        return dist.get_rank(group), dist.get_world_size(group)
     return 0, 1
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over all ranks, in place on a tensor that needs no gradient."""
-    if rank_and_world()[1] > 1:
-        dist.all_reduce(values)
+def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum over the ranks of the group, in place on a tensor that needs no gradient."""
+    if rank_and_world(group)[1] > 1:
+        dist.all_reduce(values, group=group)
     return values
 
 
 def broadcast_from_rank_zero(values: list[float], device: torch.device) -> list[float]:
-    """Rank 0's numbers on every rank, so that draws which must agree do."""
+    """Rank 0's numbers on every rank of the whole world, so that draws which must agree do."""
     if rank_and_world()[1] == 1:
         return values
     on_device = device if dist.get_backend() != "gloo" else torch.device("cpu")

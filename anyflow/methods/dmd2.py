@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from anyflow.methods.collectives import broadcast_from_rank_zero
@@ -65,16 +66,24 @@ class DMD2Method:
         critic: the fake score; trained by :meth:`critic_loss`.
         scheduler: gives the shift and the timestep range; its sampling state is not used.
         config: settings.
+        process_group: the ranks with samples of their own; None for all processes.
 
     Raises:
         ValueError: the settings do not fit the scheduler or the networks.
     """
 
     def __init__(
-        self, student: Any, teacher: Any, critic: Any, scheduler: FlowMapEulerDiscreteScheduler, config: DMD2Config
+        self,
+        student: Any,
+        teacher: Any,
+        critic: Any,
+        scheduler: FlowMapEulerDiscreteScheduler,
+        config: DMD2Config,
+        *,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.student, self.teacher, self.critic = student, teacher, critic
-        self.scheduler, self.config = scheduler, config
+        self.scheduler, self.config, self.process_group = scheduler, config, process_group
         n = scheduler.config.num_train_timesteps
         if config.max_timestep > n:
             raise ValueError(f"max_timestep={config.max_timestep} exceeds num_train_timesteps={n}")

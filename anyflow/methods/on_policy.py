@@ -8,11 +8,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from anyflow.methods.dmd2 import DMD2Config, DMD2Method
 from anyflow.methods.output import LossOutput
 from anyflow.methods.pretrain import AnyFlowPretrainMethod, PretrainConfig
+from anyflow.methods.time_pairs import TimePairs
 from anyflow.rng import resolve_generator
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
@@ -49,10 +51,21 @@ class AnyFlowOnPolicyMethod(DMD2Method):
     config: OnPolicyConfig
 
     def __init__(
-        self, student: Any, teacher: Any, critic: Any, scheduler: FlowMapEulerDiscreteScheduler, config: OnPolicyConfig
+        self,
+        student: Any,
+        teacher: Any,
+        critic: Any,
+        scheduler: FlowMapEulerDiscreteScheduler,
+        config: OnPolicyConfig,
+        *,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(student, teacher, critic, scheduler, config)
-        self.pretrain = AnyFlowPretrainMethod(student, scheduler, config.pretrain) if config.cotrain_pretrain else None
+        super().__init__(student, teacher, critic, scheduler, config, process_group=process_group)
+        self.pretrain = (
+            AnyFlowPretrainMethod(student, scheduler, config.pretrain, process_group=self.process_group)
+            if config.cotrain_pretrain
+            else None
+        )
 
     def rollout(
         self,
@@ -101,6 +114,11 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         *,
         latents: Tensor | None = None,
         data_prompt_embeds: Tensor | None = None,
+        steps: tuple[int, int] | None = None,
+        t: Tensor | None = None,
+        score_noise: Tensor | None = None,
+        data_noise: Tensor | None = None,
+        time_pairs: TimePairs | None = None,
         generator: torch.Generator | None = None,
         offset: int = 0,
     ) -> LossOutput:
@@ -112,6 +130,11 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             negative_prompt_embeds: ``[B or 1, S, text_dim]``.
             latents: ``[B', F, C, H, W]`` data batch; required with ``cotrain_pretrain``.
             data_prompt_embeds: prompts of ``latents``; required with ``cotrain_pretrain``.
+            steps: number of steps and gradient step of the rollout; drawn when None.
+            t: of :meth:`generator_loss`.
+            score_noise: noise of :meth:`generator_loss`.
+            data_noise: noise of the pretrain loss.
+            time_pairs: of the pretrain loss.
             generator: source of every draw.
             offset: passed on to the pretrain loss.
 
@@ -119,15 +142,23 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             ValueError: an input that the configuration needs is missing.
         """
         generator = resolve_generator(generator, noise.device)
-        num_steps, grad_step = self.draw_steps(generator, noise.device)
+        num_steps, grad_step = self.draw_steps(generator, noise.device) if steps is None else steps
         samples = self.rollout(noise, prompt_embeds, num_steps=num_steps, grad_step=grad_step, generator=generator)
-        output = self.generator_loss(samples, prompt_embeds, negative_prompt_embeds, generator=generator)
+        output = self.generator_loss(
+            samples, prompt_embeds, negative_prompt_embeds, t=t, noise=score_noise, generator=generator
+        )
         if self.pretrain is None:
             return output
         if latents is None or data_prompt_embeds is None:
             raise ValueError("cotrain_pretrain=True needs latents and data_prompt_embeds")
         data = self.pretrain.loss(
-            latents, data_prompt_embeds, negative_prompt_embeds, generator=generator, offset=offset
+            latents,
+            data_prompt_embeds,
+            negative_prompt_embeds,
+            noise=data_noise,
+            time_pairs=time_pairs,
+            generator=generator,
+            offset=offset,
         )
         metrics = {**output.metrics, **data.metrics, "loss_dmd": output.loss.detach(), "loss_data": data.loss.detach()}
         return LossOutput(output.loss + data.loss, metrics)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -96,15 +97,25 @@ class AnyFlowPretrainMethod:
             trained by flow matching.
         scheduler: gives the shift, the timestep range and the training weight.
         config: settings.
+        process_group: the ranks with samples of their own, over which kinds are shared out and means are taken; None
+            for all processes.
 
     Raises:
         ValueError: the settings do not fit the scheduler or the student.
     """
 
-    def __init__(self, student: Any, scheduler: FlowMapEulerDiscreteScheduler, config: PretrainConfig) -> None:
+    def __init__(
+        self,
+        student: Any,
+        scheduler: FlowMapEulerDiscreteScheduler,
+        config: PretrainConfig,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         self.student = student
         self.scheduler = scheduler
         self.config = config
+        self.process_group = process_group
         if config.epsilon >= scheduler.config.num_train_timesteps / 2:
             raise ValueError(
                 f"PretrainConfig.epsilon={config.epsilon} timesteps must be below half of "
@@ -183,7 +194,7 @@ class AnyFlowPretrainMethod:
             width,
             rows=batch.rows,
         )
-        return _balanced(per_sample, batch.is_diffusion)
+        return _balanced(per_sample, batch.is_diffusion, self.process_group)
 
     def _prepare(
         self,
@@ -205,7 +216,7 @@ class AnyFlowPretrainMethod:
         require_same_shape("noise", noise, "latents", latents)
         require_finite("noise", noise)
         if pairs is None:
-            rank, world = rank_and_world()
+            rank, world = rank_and_world(self.process_group)
             pairs = sample_time_pairs(
                 b,
                 diffusion_ratio=config.diffusion_ratio,
@@ -337,10 +348,11 @@ class AnyFlowPretrainMethod:
         return weight * ~batch.context * (frames / (frames - 1))  # the mean runs over the frames that are denoised
 
 
-def _balanced(per_sample: Tensor, is_diffusion: Tensor) -> LossOutput:
+def _balanced(per_sample: Tensor, is_diffusion: Tensor, group: dist.ProcessGroup | None) -> LossOutput:
     """Scale each flow-map loss to the mean diffusion loss of all ranks (SPEC B7); no scaling where there is none."""
     detached = per_sample.detach()
-    totals = all_reduce_sum(torch.stack([(detached * is_diffusion).sum(), is_diffusion.sum().to(detached.dtype)]))
+    sums = torch.stack([(detached * is_diffusion).sum(), is_diffusion.sum().to(detached.dtype)])
+    totals = all_reduce_sum(sums, group)
     mean = totals[0] / totals[1].clamp(min=1)
     scale = torch.where(is_diffusion | (totals[1] == 0), torch.ones_like(detached), mean / (detached + 1e-5))
     others = (~is_diffusion).sum().clamp(min=1)

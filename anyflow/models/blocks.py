@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow.models.attention import attention
+from anyflow.models.sequence_parallel import TokenSplit
 from anyflow.ops import gated_residual, gelu, layer_norm_modulate, residual_layer_norm, rms_norm_rope
 
 Rotary = tuple[Tensor, Tensor]
@@ -45,11 +46,19 @@ class Attention(nn.Module):
         """``context[B, S, D] -> (key, value)``, both ``[B, S, H, Dh]``; worth caching for a fixed context."""
         return self.norm_k(self.to_k(context), rotary), self.to_v(context).unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, x: Tensor, context: Tensor | KeyValue, rotary: Rotary | None = None) -> Tensor:
-        """``x[B, L, D]`` attends to ``context[B, S, D]``, or to cached keys and values; returns ``[B, L, D]``."""
+    def forward(
+        self, x: Tensor, context: Tensor | KeyValue, rotary: Rotary | None = None, split: TokenSplit | None = None
+    ) -> Tensor:
+        """``x[B, L, D]`` attends to ``context[B, S, D]``, or to cached keys and values; returns ``[B, L, D]``.
+
+        With a split, x and context are this rank's tokens, and attention is among those of all ranks.
+        """
         query = self.norm_q(self.to_q(x), rotary)
         key, value = context if isinstance(context, tuple) else self.key_value(context, rotary)
-        out = attention(query, key, value, attention_backend=self.attention_backend)
+        if split is None:
+            out = attention(query, key, value, attention_backend=self.attention_backend)
+        else:
+            out = split.attention(query, key, value, self.attention_backend)
         for module in self.to_out:
             out = module(out)
         return out
@@ -146,7 +155,13 @@ class AnyFlowTransformerBlock(nn.Module):
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, context: Tensor | KeyValue, modulation: Tensor, rotary: Rotary) -> Tensor:
+    def text_key_value(self, tokens: Tensor) -> KeyValue:
+        """Keys and values of cross-attention, to be given to many calls: ``[B, S, D]`` to two ``[B, S, H, Dh]``."""
+        return self.attn2.key_value(tokens)
+
+    def forward(
+        self, x: Tensor, context: Tensor | KeyValue, modulation: Tensor, rotary: Rotary, split: TokenSplit | None = None
+    ) -> Tensor:
         """Run the block.
 
         Args:
@@ -154,6 +169,7 @@ class AnyFlowTransformerBlock(nn.Module):
             context: ``[B, S, D]`` text tokens, or their cached keys and values.
             modulation: ``[B, R, 6, D]`` projection of the time embedding, R = 1 or one row per frame.
             rotary: ``(cos, sin)``, each ``[L, Dh / 2]``.
+            split: with sequence parallelism, where the tokens of x are among those of all ranks.
 
         Returns:
             ``[B, L, D]``.
@@ -162,7 +178,7 @@ class AnyFlowTransformerBlock(nn.Module):
         shift, scale, gate, c_shift, c_scale, c_gate = (self.scale_shift_table + modulation.to(wide)).unbind(2)
 
         n = layer_norm_modulate(x, shift, scale, self.eps)
-        a = self.attn1(n, n, rotary)
+        a = self.attn1(n, n, rotary, split)
         if self.norm2 is None:
             x = n = gated_residual(x, a, gate)
         else:

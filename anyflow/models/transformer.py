@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -24,6 +25,7 @@ from anyflow.models.embeddings import (
     RotaryEmbedding,
     TimestepEmbedding,
 )
+from anyflow.models.sequence_parallel import SequenceGroup, TokenSplit
 from anyflow.ops import layer_norm_modulate
 
 
@@ -130,6 +132,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.proj_out = OutputProjection(dim, channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
+        self._sequence: SequenceGroup | None = None
 
     def enable_flow_map(
         self, gate_value: float = 0.25, deltatime_type: str = "r", fusion: str = "gated"
@@ -179,6 +182,26 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """As ``set_attention_backend(None)``."""
         self.set_attention_backend(None)
 
+    def set_sequence_parallel(self, group: dist.ProcessGroup | None) -> None:
+        """Share every sample's tokens among the ranks of a group, which call the model with the same arguments.
+
+        Each rank gets the whole velocity. Its gradients are those of the sum of all ranks' losses with respect to what
+        the rank computed, so their mean over the group is the gradient. None, or a group of one, turns it off. It is
+        neither in the config nor in the state dict.
+
+        Raises:
+            ValueError: the number of ranks does not divide the number of heads, or this process is not one of them.
+        """
+        sequence = None if group is None else SequenceGroup(group)
+        if sequence is not None and sequence.rank < 0:
+            raise ValueError("set_sequence_parallel: this process is not in the group")
+        if sequence is not None and self.config.num_attention_heads % sequence.degree:
+            raise ValueError(
+                f"sequence parallelism over {sequence.degree} ranks needs a number of attention heads that it divides, "
+                f"got {self.config.num_attention_heads}"
+            )
+        self._sequence = None if sequence is None or sequence.degree == 1 else sequence
+
     def embed_time(self, timestep: Tensor, r_timestep: Tensor | None = None) -> TimeEmbedding:
         """Embed times in [0, num_train_timesteps] once, to be reused by many forward calls.
 
@@ -189,6 +212,10 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Returns:
             :class:`TimeEmbedding` with R = 1 or R = F rows.
         """
+        return self._embed_time(timestep, r_timestep)
+
+    def _embed_time(self, timestep: Tensor, r_timestep: Tensor | None) -> TimeEmbedding:
+        """Of forward's own: FSDP gathers parameters around the public method, and frees them after it."""
         rows = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
         r = None if r_timestep is None else r_timestep.flatten()
         emb, modulation = self.condition_embedder.embed_time(rows.flatten(), r, self._compute_dtype(timestep.device))
@@ -200,7 +227,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Project ``[B, S, text_dim]`` text states to every block's keys and values, to be reused by many calls."""
         dtype = self._compute_dtype(encoder_hidden_states.device)
         tokens = self.condition_embedder.embed_text(encoder_hidden_states, encoder_hidden_states_image, dtype)
-        return TextContext(tuple(cast(AnyFlowTransformerBlock, b).attn2.key_value(tokens) for b in self.blocks))
+        return TextContext(tuple(cast(AnyFlowTransformerBlock, b).text_key_value(tokens) for b in self.blocks))
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -240,7 +267,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if time_embedding is None:
             self._check_times(hidden_states, grid[0], timestep, r_timestep)
             assert timestep is not None
-            time_embedding = self.embed_time(timestep, r_timestep)
+            time_embedding = self._embed_time(timestep, r_timestep)
         context: Tensor | None = None
         if text_context is None:
             self._check_text(encoder_hidden_states, batch_size)
@@ -249,18 +276,23 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         x = self.patch_embedding(hidden_states.transpose(1, 2)).flatten(2).transpose(1, 2).to(dtype)
         rotary = self.rope(grid, x.device, torch.promote_types(dtype, torch.float32))
+        split = None if self._sequence is None else TokenSplit(self._sequence, grid[0], grid[1] * grid[2])
+        if split is not None:
+            x, rotary = split.scatter(x), (split.scatter(rotary[0][None])[0], split.scatter(rotary[1][None])[0])
         for index, block in enumerate(self.blocks):
             arguments = (x, context if text_context is None else text_context.key_values[index])
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, *arguments, time_embedding.modulation, rotary)
+                x = self._gradient_checkpointing_func(block, *arguments, time_embedding.modulation, rotary, split)
             else:
-                x = block(*arguments, time_embedding.modulation, rotary)
+                x = block(*arguments, time_embedding.modulation, rotary, split)
 
         # In fp32 whatever the latents: a bf16 norm and projection would be 4 % of a bf16 model's error.
         wide = torch.promote_types(torch.promote_types(hidden_states.dtype, dtype), torch.float32)
         shift, scale = (self.scale_shift_table + time_embedding.emb.to(wide).unsqueeze(2)).unbind(2)
         x = x.to(wide)
         x = self.proj_out(layer_norm_modulate(x, shift, scale, self.config.eps))
+        if split is not None:
+            x = split.gather(x)
         sample = self._unpatchify(x, grid).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 

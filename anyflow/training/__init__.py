@@ -1,5 +1,32 @@
-"""Training building blocks. The engine that runs recipes on many GPUs is not here yet."""
+"""The training engine: recipes, the loop, checkpoints, distribution over GPUs. Its names load on first use."""
 
-from anyflow.training.ema import EMA
+from __future__ import annotations
 
-__all__ = ["EMA"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
+    from anyflow.training.ema import EMA
+    from anyflow.training.optimization import TrainingError
+    from anyflow.training.recipe import RecipeError, dump_recipe, load_recipe
+    from anyflow.training.trainer import train
+
+_MODULES = {
+    "EMA": "ema",
+    "Recipe": "config",
+    "RecipeError": "recipe",
+    "TrainingError": "optimization",
+    "dump_recipe": "recipe",
+    "load_recipe": "recipe",
+    "train": "trainer",
+}
+
+# `export` is the name of a module too, which would replace the function when it is imported.
+__all__ = ["EMA", "Recipe", "RecipeError", "TrainingError", "dump_recipe", "load_recipe", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"anyflow.training.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'anyflow.training' has no attribute {name!r}")

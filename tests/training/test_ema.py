@@ -114,3 +114,53 @@ def test_another_module_is_refused() -> None:
     for call in (ema.update, ema.copy_to):
         with pytest.raises(ValueError, match=r"lacks the averaged parameters 1\.0\.weight"):
             call(nn.Sequential(nn.Linear(3, 4)))
+
+
+def test_up_to_the_start_step_the_average_is_a_copy(generator: torch.Generator) -> None:
+    module = _module()
+    ema = EMA(module, 0.9, warmup=False, start_step=3)
+    for update in range(1, 6):
+        _train(module, generator)
+        before = {name: average.clone() for name, average in ema.state_dict().items()}
+        ema.update(module)
+        for name, p in module.named_parameters():
+            want = p.detach() if update <= 3 else before[name].lerp(p.detach(), 1 - 0.9)
+            assert torch.equal(ema.state_dict()[name], want)
+
+
+def test_an_average_resumes_bit_for_bit(generator: torch.Generator) -> None:
+    module = _module()
+    ema = EMA(module, 0.9, start_step=2)
+    for _ in range(4):
+        _train(module, generator)
+        ema.update(module)
+    again = EMA(module, 0.9, start_step=2)
+    for name, average in again.state_dict().items():
+        average.copy_(ema.state_dict()[name])
+    again.updates = 4
+    _train(module, generator)
+    for each in (ema, again):
+        each.update(module)
+    assert all(torch.equal(average, again.state_dict()[name]) for name, average in ema.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_applied_for_a_while_and_the_parameters_come_back_bit_for_bit(
+    dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    module = _module(dtype)
+    ema = EMA(module, 0.5)
+    _train(module, generator)
+    ema.update(module)
+    trained = {name: p.detach().clone() for name, p in module.named_parameters()}
+    averages = {name: average.clone() for name, average in ema.state_dict().items()}
+    with pytest.raises(KeyError), ema.applied(module):  # also when what is done with it fails
+        assert all(torch.equal(p, averages[name].to(dtype)) for name, p in module.named_parameters())
+        raise KeyError
+    assert all(torch.equal(p, trained[name]) and p.requires_grad for name, p in module.named_parameters())
+    assert all(torch.equal(average, averages[name]) for name, average in ema.state_dict().items())
+
+
+def test_impossible_start_step() -> None:
+    with pytest.raises(ValueError, match="start_step must be >= 0"):
+        EMA(_module(), 0.9, start_step=-1)

@@ -1,0 +1,159 @@
+"""Batches of a dataset in an order that depends on a seed and a position, and on nothing else.
+
+The samples of a run form one global stream, epoch after epoch, each a permutation of its own. A batch of all ranks
+together is the stream's next stretch, whatever the number of ranks and of workers, so a run is resumed exactly from the
+number of samples it has used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from anyflow.data.sample import Batch, Sample, VideoDataset
+
+if TYPE_CHECKING:
+    from anyflow.training.config import DataConfig
+
+__all__ = ["Batch", "Sample", "TrainingData", "VideoDataset", "open_dataset"]
+
+
+def open_dataset(config: DataConfig) -> VideoDataset:
+    """The dataset a recipe names.
+
+    Raises:
+        ValueError: nothing usable at ``config.path``; the message names the folder, and the row if one is at fault.
+        ImportError: a package of ``anyflow[train]`` is missing.
+    """
+    if config.kind == "synthetic":
+        from anyflow.data.synthetic import SyntheticVideos
+
+        return SyntheticVideos()
+    from anyflow.data.latent_dataset import LatentDataset
+
+    assert config.path is not None
+    return LatentDataset(Path(config.path))
+
+
+class TrainingData:
+    """An infinite iterator of :class:`Batch` for one data-parallel rank.
+
+    Sample b of a batch is at position ``consumed + b * data_world + data_rank`` of the global stream. Epochs follow one
+    another without a gap, also inside a batch. Draws come from generators of its own.
+
+    Args:
+        dataset: what to read.
+        batch_size: samples per batch of this rank.
+        data_rank: this rank among those that read different samples.
+        data_world: how many there are.
+        num_workers: processes that read ahead; 0 reads in this one.
+        seed: of the order.
+        consumed: samples that all ranks together have used already.
+
+    Raises:
+        ValueError: an argument out of range, an empty dataset; while iterating, whatever the dataset finds wrong.
+    """
+
+    def __init__(
+        self,
+        dataset: VideoDataset,
+        *,
+        batch_size: int,
+        data_rank: int = 0,
+        data_world: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+        consumed: int = 0,
+    ) -> None:
+        if len(dataset) < 1:
+            raise ValueError("the dataset holds no videos")
+        if min(batch_size, data_world) < 1:
+            raise ValueError(f"batch_size and data_world must be >= 1, got {batch_size} and {data_world}")
+        if min(num_workers, consumed) < 0:
+            raise ValueError(f"num_workers and consumed must be >= 0, got {num_workers} and {consumed}")
+        if not 0 <= data_rank < data_world:
+            raise ValueError(f"data_rank must be in 0..{data_world - 1}, got {data_rank}")
+        self._consumed = consumed
+        self._stride = batch_size * data_world
+        loader: DataLoader[Batch | ValueError] = DataLoader(
+            _Batches(dataset),
+            sampler=_Rows(len(dataset), batch_size, data_rank, data_world, seed, consumed),
+            batch_size=None,
+            num_workers=num_workers,
+            generator=torch.Generator().manual_seed(0),  # else it draws the workers' seeds from the global one
+        )
+        self._batches: Iterator[Batch | ValueError] = iter(loader)
+
+    @property
+    def consumed(self) -> int:
+        """Samples that all ranks together have been handed so far; what is read ahead does not count."""
+        return self._consumed
+
+    def __iter__(self) -> TrainingData:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        if isinstance(batch, ValueError):
+            self.close()
+            raise ValueError(str(batch))  # anew: an error that its own traceback refers to keeps the workers alive
+        self._consumed += self._stride
+        return batch
+
+    def close(self) -> None:
+        """End the iteration and the processes that read ahead, which otherwise go with the last reference."""
+        self._batches = iter(())
+
+
+class _Rows(Sampler[tuple[int, ...]]):
+    """The rows of each batch of one rank, without end."""
+
+    def __init__(self, length: int, batch_size: int, rank: int, world: int, seed: int, consumed: int) -> None:
+        self._length = length
+        self._batch_size = batch_size
+        self._rank = rank
+        self._world = world
+        self._seed = seed
+        self._consumed = consumed
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        start, epoch, order = self._consumed, -1, torch.empty(0, dtype=torch.int64)
+        while True:
+            rows = []
+            for b in range(self._batch_size):
+                position = start + b * self._world + self._rank
+                if position // self._length != epoch:
+                    epoch = position // self._length
+                    order = _permutation(self._length, self._seed, epoch)
+                rows.append(int(order[position % self._length]))
+            yield tuple(rows)
+            start += self._batch_size * self._world
+
+
+def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
+    digest = hashlib.blake2b(f"order of epoch {epoch}, seed {seed}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.randperm(length, generator=generator)
+
+
+class _Batches(Dataset["Batch | ValueError"]):
+    """Reads whole batches. An error is handed over as a value: a worker would bury its message in a traceback."""
+
+    def __init__(self, dataset: VideoDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, rows: tuple[int, ...]) -> Batch | ValueError:
+        try:
+            samples = [self._dataset[row] for row in rows]
+        except ValueError as error:
+            return error
+        return Batch(
+            torch.stack([sample.latents for sample in samples]),
+            torch.stack([sample.prompt_embeds for sample in samples]),
+            rows,
+        )

@@ -1,0 +1,225 @@
+"""Videos and captions to a latent dataset: `anyflow preprocess`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from anyflow.data.captions import Caption, read_captions
+from anyflow.data.encoders import TextEncoder, VideoEncoder, model_identity
+from anyflow.data.latent_dataset import INFO_FILE, DatasetInfo, LatentWriter, check_same, read_info, written_rows
+from anyflow.data.video import VideoError, read_video
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BROKEN_FILE = "broken.jsonl"
+# What Wan's own code and examples use.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A line of the captions that gave no row, and why."""
+
+    line: int
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PreprocessReport:
+    """What a run did.
+
+    Args:
+        done: rows it wrote.
+        skipped: rows that an earlier run had written.
+        broken: lines it could not use; ``broken.jsonl`` has them too.
+    """
+
+    done: int
+    skipped: int
+    broken: tuple[Broken, ...]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What decides the numbers of a dataset beside the videos and the model."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    negative_prompt: str
+    text_length: int
+    dtype: Literal["bf16", "fp32"]
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "height", "width", "fps", "text_length"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, got {value}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+
+
+def preprocess(
+    videos: Path,
+    captions: Path,
+    model: Path,
+    out: Path,
+    *,
+    num_frames: int = 81,
+    height: int = 480,
+    width: int = 832,
+    fps: float = 16,
+    negative_prompt: str = WAN_NEGATIVE_PROMPT,
+    text_length: int = 512,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    device: torch.device | str = "cpu",
+    num_workers: int = 2,
+    rows_per_shard: int = 32,
+    console: Console | None = None,
+) -> PreprocessReport:
+    """Encode every captioned video into the latent dataset ``out``: one row per line of ``captions``, in its order.
+
+    Killed and run again it goes on after the last shard written, and ends with the same dataset. Lines that cannot be
+    used are listed in ``broken.jsonl`` and tried again by the next run. Videos and prompts are encoded one at a time:
+    a video fills a GPU, and the numbers do not depend on what is encoded beside it.
+
+    Args:
+        videos: folder of the video files.
+        captions: ``.csv`` or ``.jsonl`` with ``file`` (relative to ``videos``) and ``caption``; a file may stand on
+            several lines.
+        model: diffusers folder with ``vae``, ``text_encoder`` and ``tokenizer``.
+        out: folder of the dataset.
+        num_frames: 4k + 1 frames from the start of each video.
+        height, width: in pixels, multiples of 16 (twice the VAE's spatial factor).
+        fps: frames per second that videos are sampled at.
+        negative_prompt: what stands for no prompt.
+        text_length: tokens after which prompts are cut off, and padded to in training.
+        dtype: of the text encoder; the VAE runs in fp32.
+        device: of both.
+        num_workers: threads that decode ahead.
+        rows_per_shard: rows that a kill can cost.
+        console: gets a progress bar.
+
+    Raises:
+        ValueError: unusable arguments, captions or model, or ``out`` was made with other settings.
+    """
+    settings = _Settings(num_frames, height, width, fps, negative_prompt, text_length, dtype)
+    if not videos.is_dir():
+        raise ValueError(f"there is no folder of videos {videos}")
+    if num_workers < 1:
+        raise ValueError(f"num_workers must be >= 1, got {num_workers}")
+    lines = read_captions(captions)
+    source = {**asdict(settings), "model": model_identity(model)}
+    written, finished = _earlier_run(out, source)
+    broken = _unusable(lines, videos)
+    faulty = {entry.line for entry in broken}
+    todo = [line for line in lines if line.line not in faulty and (line.file, line.caption) not in written]
+    skipped = len(lines) - len(broken) - len(todo)
+    if todo or not finished:
+        video_encoder = VideoEncoder(model, torch.device(device))
+        text_encoder = TextEncoder(model, torch.device(device), dtype=_DTYPES[dtype], text_length=text_length)
+        info = _info(settings, source, video_encoder, text_encoder)
+        decode = partial(read_video, num_frames=num_frames, height=height, width=width, fps=fps)
+        with (
+            LatentWriter(out, info, text_encoder(negative_prompt), rows_per_shard=rows_per_shard) as writer,
+            ThreadPoolExecutor(num_workers) as pool,
+        ):
+            for line, video in _with_progress(_decoded_ahead(pool, todo, videos, decode, num_workers), todo, console):
+                try:
+                    latents = _finite(video_encoder(video.result()), "latents")
+                    writer.add(line.file, line.caption, latents, _finite(text_encoder(line.caption), "prompt"))
+                except VideoError as error:
+                    broken.append(Broken(line.line, line.file, str(error)))
+            writer.finish()
+    broken.sort(key=lambda entry: entry.line)
+    rows = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in broken)
+    (out / BROKEN_FILE).write_text(rows, encoding="utf-8")
+    return PreprocessReport(len(lines) - len(broken) - skipped, skipped, tuple(broken))
+
+
+def _earlier_run(out: Path, source: dict[str, Any]) -> tuple[set[tuple[str, str]], bool]:
+    """The rows that ``out`` holds already, and whether its last run came to its end."""
+    if not (out / INFO_FILE).exists():
+        return set(), False
+    info, rows = read_info(out)
+    check_same(out, info.source, source)
+    return set(written_rows(out)), rows is not None
+
+
+def _unusable(lines: Sequence[Caption], videos: Path) -> list[Broken]:
+    """The lines that can be seen to be of no use without opening a video."""
+    broken = []
+    first: dict[tuple[str, str], int] = {}
+    for line in lines:
+        earlier = first.setdefault((line.file, line.caption), line.line)
+        if earlier != line.line:
+            broken.append(Broken(line.line, line.file, f"the same file and caption as line {earlier}"))
+        elif not line.caption.strip():
+            broken.append(Broken(line.line, line.file, "the caption is empty"))
+        elif not (videos / line.file).is_file():
+            broken.append(Broken(line.line, line.file, f"there is no such file in {videos}"))
+    return broken
+
+
+def _info(
+    settings: _Settings, source: dict[str, Any], video_encoder: VideoEncoder, text_encoder: TextEncoder
+) -> DatasetInfo:
+    time, space = video_encoder.temporal_factor, video_encoder.spatial_factor
+    if settings.num_frames % time != 1:
+        raise ValueError(f"num_frames must be {time}k + 1, got {settings.num_frames}")
+    for name, size in (("height", settings.height), ("width", settings.width)):
+        if size % (2 * space):  # the transformer's patches are 2 x 2
+            raise ValueError(f"{name} must be a multiple of {2 * space}, got {size}")
+    shape = (settings.num_frames // time + 1, video_encoder.channels, settings.height // space, settings.width // space)
+    normalization = {"latents_mean": video_encoder.latents_mean, "latents_std": video_encoder.latents_std}
+    return DatasetInfo(shape, settings.text_length, text_encoder.text_dim, {**source, **normalization})
+
+
+def _decoded_ahead(
+    pool: ThreadPoolExecutor, lines: Sequence[Caption], videos: Path, decode: Callable[[Path], Tensor], ahead: int
+) -> Iterator[tuple[Caption, Future[Tensor]]]:
+    """Every line with its video, while the next ``ahead`` are decoded."""
+    rest = iter(lines)
+    pending: deque[tuple[Caption, Future[Tensor]]] = deque()
+    while True:
+        pending.extend(
+            (line, pool.submit(decode, videos / line.file)) for line in islice(rest, 1 + ahead - len(pending))
+        )
+        if not pending:
+            return
+        yield pending.popleft()
+
+
+def _finite(values: Tensor, name: str) -> Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise VideoError(f"its {name} come out as NaN or infinity")
+    return values
+
+
+def _with_progress(
+    items: Iterator[tuple[Caption, Future[Tensor]]], todo: Sequence[Caption], console: Console | None
+) -> Iterator[tuple[Caption, Future[Tensor]]]:
+    """The items, with a bar that knows how many there are."""
+    from rich.progress import track
+
+    yield from track(items, "encoding", total=len(todo), console=console, disable=console is None)

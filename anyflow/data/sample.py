@@ -1,0 +1,64 @@
+"""What a training dataset is and what it yields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One video, fp32 on the CPU.
+
+    Args:
+        latents: ``[F, C, H, W]``.
+        prompt_embeds: ``[S, text_dim]``, zero-padded after encoding.
+    """
+
+    latents: Tensor
+    prompt_embeds: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several videos, fp32 on the CPU.
+
+    Args:
+        latents: ``[B, F, C, H, W]``.
+        prompt_embeds: ``[B, S, text_dim]``.
+        index: the rows of the dataset they are.
+    """
+
+    latents: Tensor
+    prompt_embeds: Tensor
+    index: tuple[int, ...]
+
+
+class VideoDataset(Protocol):
+    """Videos as latents, with their prompts encoded."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+    @property
+    def negative_prompt_embeds(self) -> Tensor:
+        """``[1, S, text_dim]`` of the prompt that stands for no prompt."""
+        ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """``(F, C, H, W)`` of every video."""
+        ...
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """``(S, text_dim)`` of every prompt."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same samples in the same order, so that a run resumes on no other dataset."""
+        ...

@@ -1,0 +1,62 @@
+"""The moving shapes of the quickstart as a training dataset: no file, no download, no text encoder."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from anyflow.data.moving_shapes import MovingShapes
+from anyflow.data.sample import Sample
+from anyflow.data.space_time import pixel_unshuffle_3d
+
+_TOKENS = 4
+_TEXT_DIM = 32
+_SEED = 7
+
+
+class SyntheticVideos:
+    """Every video of :class:`MovingShapes`, folded into latents; row i is of class ``i // (size * size)``.
+
+    The prompt of a class is fixed random tokens, the negative prompt is zeros: a prompt that no class has. Latents and
+    prompts are those of the quickstart (``test_the_videos_and_prompts_are_those_of_the_quickstart``).
+    """
+
+    def __init__(self) -> None:
+        shapes = MovingShapes()
+        bank = shapes.templates()
+        self._latents = pixel_unshuffle_3d(bank.flatten(0, 1))
+        self._per_class = bank.shape[1]
+        generator = torch.Generator().manual_seed(_SEED)
+        self._prompts = torch.randn(shapes.num_classes, _TOKENS, _TEXT_DIM, generator=generator)
+        # Of what defines the values, not of the values: another machine may round one of them differently.
+        facts = f"moving shapes 1: {shapes.config}, {_TOKENS} x {_TEXT_DIM} tokens of seed {_SEED}"
+        self._fingerprint = hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._latents)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        return Sample(self._latents[index], self._prompts[index // self._per_class])
+
+    @property
+    def negative_prompt_embeds(self) -> Tensor:
+        """``[1, 4, 32]`` zeros."""
+        return torch.zeros(1, _TOKENS, _TEXT_DIM)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """``(4, 8, 6, 6)``."""
+        frames, channels, height, width = self._latents.shape[1:]
+        return frames, channels, height, width
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """``(4, 32)``."""
+        return _TOKENS, _TEXT_DIM
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the videos or the prompts do."""
+        return self._fingerprint

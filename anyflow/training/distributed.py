@@ -1,0 +1,203 @@
+"""Processes and devices: FSDP2, HSDP and sequence parallelism as free functions; on one process they change nothing.
+
+A world is replicate x shard x sequence processes; neighbors share a sample. Parameters are sharded over shard x
+sequence, and gradients are averaged over all ranks: with s ranks to a sample, each computes s times its tokens' part of
+the gradient (:meth:`~anyflow.models.AnyFlowTransformer3DModel.set_sequence_parallel`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.training.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place among all.
+
+    Args:
+        device: where this process computes.
+        rank: of all processes.
+        world_size: number of processes.
+        data_rank: of the ranks with samples of their own; those that share samples have the same.
+        data_world: number of such ranks, replicate x shard.
+        sequence_degree: processes that share the tokens of a sample.
+        mesh: of the parameters, ``("shard",)`` or ``("replicate", "shard")``; None on one process.
+        data_group: the processes with other samples, one for each data rank; None on one process.
+        sequence_group: the processes that share this one's samples; None on one process.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    data_rank: int = 0
+    data_world: int = 1
+    sequence_degree: int = 1
+    mesh: DeviceMesh | None = None
+    data_group: dist.ProcessGroup | None = None
+    sequence_group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what only one should."""
+        return self.rank == 0
+
+
+def setup(parallel: ParallelConfig, device: str | None) -> Mesh:
+    """Join the processes that torchrun has started (RANK, WORLD_SIZE and LOCAL_RANK); without torchrun, a world of one.
+
+    Args:
+        parallel: the sizes of the mesh, and the timeout of every collective.
+        device: ``"cpu"`` (gloo), ``"cuda"`` (nccl, the GPU of LOCAL_RANK), or None for CUDA where there is a GPU.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of processes, or this process has no such device.
+    """
+    rank, world_size, local_rank = (int(os.environ.get(n, d)) for n, d in _TORCHRUN)
+    shard = _shard_degree(parallel, world_size)
+    place = _device(device, local_rank, world_size)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if world_size == 1:
+        return Mesh(place)
+    timeout = timedelta(seconds=parallel.timeout_s)
+    on_gpu = place.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=place if on_gpu else None)
+
+    def group(rows: Tensor) -> dist.ProcessGroup:
+        """The row with this rank; init_device_mesh would give its groups the default timeout."""
+        return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)[0]
+
+    ranks = torch.arange(world_size)
+    copies = ranks.view(parallel.replicate, shard * parallel.sequence)
+    samples = ranks.view(world_size // parallel.sequence, parallel.sequence)
+    if parallel.replicate == 1:
+        mesh = DeviceMesh.from_group(group(copies), place.type, mesh_dim_names=("shard",))
+    else:
+        both = [group(copies.T), group(copies)]
+        mesh = DeviceMesh.from_group(both, place.type, mesh=copies, mesh_dim_names=("replicate", "shard"))
+    return Mesh(
+        device=place,
+        rank=rank,
+        world_size=world_size,
+        data_rank=rank // parallel.sequence,
+        data_world=world_size // parallel.sequence,
+        sequence_degree=parallel.sequence,
+        mesh=mesh,
+        data_group=group(samples.T),
+        sequence_group=group(samples),
+    )
+
+
+_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def _shard_degree(parallel: ParallelConfig, world_size: int) -> int:
+    others = parallel.replicate * parallel.sequence
+    shard = world_size // others if parallel.shard is None else parallel.shard
+    if others * shard != world_size:
+        given = "what is left" if parallel.shard is None else shard
+        raise ValueError(
+            f"parallel: replicate {parallel.replicate} x shard {given} x sequence {parallel.sequence} does not make "
+            f"{world_size}, the number of processes (torchrun's --nnodes x --nproc-per-node)"
+        )
+    return shard
+
+
+def _device(name: str | None, local_rank: int, world_size: int) -> torch.device:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown to PyTorch") from error
+    if world_size > 1 and name not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda' with {world_size} processes, got {name!r}")
+    if device.type != "cuda":
+        return device
+    index = local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: this process needs GPU {index}, but there are {torch.cuda.device_count()}")
+    return torch.device("cuda", index)
+
+
+def teardown(mesh: Mesh) -> None:
+    """Leave the processes that :func:`setup` joined."""
+    if mesh.mesh is not None:
+        dist.destroy_process_group()
+
+
+def shard_network(network: AnyFlowTransformer3DModel, mesh: Mesh, *, trains: bool) -> None:
+    """Move a network to the mesh's device, sharded block by block, with sequence parallelism; in place.
+
+    No rank ever holds more than its shards and one whole block on the device. Parameters are whole only inside forward
+    and backward; elsewhere they are DTensors. Optimizers are built afterwards.
+
+    Args:
+        network: whole, with the same weights on every rank, on the CPU or the mesh's device; adapters already added.
+        mesh: from :func:`setup`.
+        trains: False freezes it.
+
+    Raises:
+        ValueError: the sequence degree does not divide the number of attention heads.
+    """
+    if not trains:
+        network.requires_grad_(False)
+    network.set_sequence_parallel(mesh.sequence_group)
+    if mesh.mesh is None:
+        network.to(mesh.device)
+        return
+    # It warns of a later write into a block's or network's output, which is a view on some paths; nothing here writes.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    # The root too: after a forward without backward, as a teacher's, its parameters must be DTensors again.
+    for module in (*network.blocks, network):
+        fully_shard(module, mesh=mesh.mesh, reshard_after_forward=True)
+    for block in network.blocks:
+        register_fsdp_forward_method(block, "text_key_value")
+    for method in ("embed_time", "encode_text"):
+        register_fsdp_forward_method(network, method)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients, sharded or not, so that their common norm is at most ``max_norm``; returns the norm before.
+
+    As ``torch.nn.utils.clip_grad_norm_``: a norm that is not finite makes the gradients NaN. Collective over the mesh.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    for grad in grads:
+        by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
+    norms = [_plain(torch.nn.utils.get_total_norm(group)) for group in by_mesh.values()]
+    norm = torch.nn.utils.get_total_norm(norms)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if grads:
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in grads], scale)
+    return norm
+
+
+def full_state(module_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole copies of the tensors on rank 0's CPU, an empty dict on other ranks. Collective, one tensor at a time."""
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    whole = {}
+    for name, tensor in module_tensors.items():
+        gathered = _plain(tensor.detach())
+        if is_main:
+            whole[name] = gathered.to("cpu", copy=True)
+    return whole
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,164 @@
+"""From a run to a diffusers folder: the trained student and its scheduler, with or without its adapters merged in."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.training.checkpoint import Checkpointer, CheckpointError, complete_checkpoints
+
+if TYPE_CHECKING:
+    from anyflow.models import AnyFlowTransformer3DModel
+
+Weights = Literal["ema", "raw"]
+LoRA = Literal["merged", "separate"]
+
+_ADAPTER = "default"
+_PREFIXES = {"ema": "ema/", "raw": "student/"}
+
+
+def export(run: Path, out: Path, *, weights: Weights = "ema", lora: LoRA = "merged", step: int | None = None) -> Path:
+    """Write the student of a run's checkpoint as ``out/transformer`` and ``out/scheduler``, in one process.
+
+    Args:
+        run: folder of the run, with ``recipe.yaml`` and ``checkpoints``.
+        out: as for :func:`write_model`.
+        weights: the average, or the parameters themselves.
+        lora: as for :func:`write_model`.
+        step: of the checkpoint; None takes the newest.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: an option or the recipe is wrong, there is no such checkpoint, or it is damaged; or as
+            :func:`write_model`.
+    """
+    from anyflow.training.networks import build_student
+    from anyflow.training.recipe import load_recipe
+
+    run, out = Path(run), Path(out)
+    if weights not in _PREFIXES:
+        raise ValueError(f"weights must be {' or '.join(_PREFIXES)}, got {weights!r}")
+    _check_target(out, lora)
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run} is not the folder of a run: it has no recipe.yaml")
+    checkpoint = _choose_checkpoint(run / "checkpoints", step)
+    recipe = load_recipe(run / "recipe.yaml")
+    student = build_student(recipe)
+
+    prefix = _PREFIXES[weights]
+    tensors = {f"{prefix}{name}": torch.empty_like(p) for name, p in _trained(student).items()}
+    Checkpointer(checkpoint.parent, keep=1).load(checkpoint, tensors, prefix=prefix)
+    scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))
+    trained = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return write_model(student, trained, scheduler, out, lora=lora)
+
+
+def write_model(
+    student: AnyFlowTransformer3DModel,
+    tensors: Mapping[str, Tensor],
+    scheduler: FlowMapEulerDiscreteScheduler,
+    out: Path,
+    lora: LoRA = "merged",
+) -> Path:
+    """Write a model as a diffusers folder, completely or not at all.
+
+    ``out/transformer`` loads as our transformer or diffusers' own, and ``out/scheduler`` beside it. With
+    ``lora="separate"``, ``out/lora`` has the adapters, for ``load_lora_adapter(folder, use_safetensors=True)`` or a
+    pipeline's ``load_lora_weights``, and ``out/transformer`` the base weights with the modules trained in full.
+
+    Args:
+        student: whole, on the CPU, as ``build_student`` makes it; **used up**: it is filled, and loses its adapters.
+        tensors: full tensors for the parameters that are trained, by their names in the student.
+        scheduler: whose settings are written.
+        out: a new or empty folder.
+        lora: what becomes of adapters: ``"merged"`` into the weights, or ``"separate"``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: ``out`` is not empty, lora is unknown or ``"separate"`` for a student without adapters, or a name or
+            shape of the tensors is not that of a trained parameter.
+    """
+    out = Path(out)
+    _check_target(out, lora)
+    adapters = _ADAPTER in getattr(student, "peft_config", {})
+    if lora == "separate" and not adapters:
+        raise ValueError("lora='separate' needs a student with adapters; this one was trained in full")
+    _fill(student, tensors)
+
+    partial = out.with_name(f".{out.name}.tmp")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    if adapters:
+        if lora == "separate":
+            _save_adapters(student, partial / "lora")
+        else:
+            student.fuse_lora(adapter_names=[_ADAPTER])
+        student.unload_lora()
+    student.save_pretrained(partial / "transformer")
+    scheduler.save_pretrained(partial / "scheduler")
+    os.replace(partial, out)
+    return out
+
+
+def _check_target(out: Path, lora: str) -> None:
+    if lora not in ("merged", "separate"):
+        raise ValueError(f"lora must be merged or separate, got {lora!r}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; name another one")
+
+
+def _choose_checkpoint(folder: Path, step: int | None) -> Path:
+    complete = complete_checkpoints(folder)
+    if not complete:
+        raise CheckpointError(f"{folder} has no complete checkpoint")
+    if step is None:
+        return complete[max(complete)]
+    if step not in complete:
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, complete))}")
+    return complete[step]
+
+
+def _trained(student: AnyFlowTransformer3DModel) -> dict[str, Tensor]:
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _fill(student: AnyFlowTransformer3DModel, tensors: Mapping[str, Tensor]) -> None:
+    trained = _trained(student)
+    lines = [f"missing: {name}" for name in trained if name not in tensors]
+    lines += [f"not a trained parameter: {name}" for name in tensors if name not in trained]
+    lines += [
+        f"{name}: got {tuple(tensors[name].shape)}, the parameter is {tuple(p.shape)}"
+        for name, p in trained.items()
+        if name in tensors and tensors[name].shape != p.shape
+    ]
+    if lines:
+        listed = "\n  ".join(lines)
+        raise ValueError(f"the tensors are not the student's trained parameters:\n  {listed}")
+    for name, p in trained.items():
+        p.copy_(tensors[name])
+
+
+def _save_adapters(student: AnyFlowTransformer3DModel, folder: Path) -> None:
+    """With the names that pipelines expect (``transformer.blocks…``), and rank and alpha in the file's metadata."""
+    from diffusers.loaders import WanLoraLoaderMixin
+    from peft import get_peft_model_state_dict
+
+    WanLoraLoaderMixin.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(student, adapter_name=_ADAPTER),
+        transformer_lora_adapter_metadata=student.peft_config[_ADAPTER].to_dict(),
+    )

@@ -1,0 +1,117 @@
+"""What a checkpoint folder says about itself: ``manifest.json``, with the size and hash of every file, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or not the one that was asked for."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file's size in bytes and SHA-256, in hexadecimal."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, file: Path) -> FileRecord:
+        """Of a file on disk, read in pieces."""
+        digest, size = hashlib.sha256(), 0
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
+                size += len(piece)
+        return cls(size, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of ``manifest.json``.
+
+    Args:
+        step: of the checkpoint.
+        world_size: processes that wrote it.
+        files: every other file of the folder, by name.
+        info: JSON values of the caller.
+    """
+
+    step: int
+    world_size: int
+    files: dict[str, FileRecord]
+    info: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write it durably, with a hash of its own contents."""
+        contents = {"format": FORMAT, **asdict(self)}
+        write_durably(folder / MANIFEST, json.dumps({**contents, "sha256": _digest(contents)}, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read it back.
+
+        Raises:
+            CheckpointError: it is missing or damaged, or has another format.
+        """
+        file = folder / MANIFEST
+        if not file.is_file():
+            raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}")
+        try:
+            contents = json.loads(file.read_bytes())
+            recorded = contents.pop("sha256")
+            if contents["format"] != FORMAT:
+                raise CheckpointError(f"{file} has format {contents['format']!r}; this version reads {FORMAT}")
+            if _digest(contents) != recorded:
+                raise CheckpointError(f"{file} is damaged: its hash differs from the one recorded in it")
+            files = {name: FileRecord(**record) for name, record in contents["files"].items()}
+            manifest = cls(contents["step"], contents["world_size"], files, contents["info"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+        if outside := [name for name in files if Path(name).name != name]:
+            raise CheckpointError(f"{file} names files outside its folder: {', '.join(outside)}")
+        return manifest
+
+    def problems(self, folder: Path, names: Iterable[str]) -> list[str]:
+        """What is wrong with some of the files, one sentence for each damaged one."""
+        found = []
+        for name in names:
+            record, file = self.files[name], folder / name
+            if not file.is_file():
+                found.append(f"{name} is missing")
+            elif (size := file.stat().st_size) != record.size:
+                found.append(f"{name} has {size} bytes, {record.size} were written")
+            elif FileRecord.of(file) != record:
+                found.append(f"{name} is corrupted: its SHA-256 differs from the one recorded")
+        return found
+
+
+def write_durably(file: Path, text: str) -> None:
+    """Write a file and wait until the disk has it."""
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the folder's entries."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(contents: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()

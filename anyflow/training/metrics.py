@@ -1,0 +1,159 @@
+"""What a run reports while it runs: ``metrics.jsonl``, TensorBoard or Weights & Biases, and a progress bar."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+FILE = "metrics.jsonl"
+
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def check_loggers(loggers: Sequence[str]) -> None:
+    """ValueError if the package of a logger is not installed."""
+    for logger in loggers:
+        if importlib.util.find_spec(_PACKAGES[logger]) is None:
+            raise ValueError(f"loggers: {logger} is not installed: pip install {_PACKAGES[logger]}")
+
+
+def rank_mean(scalars: Mapping[str, Tensor | float], device: torch.device) -> dict[str, float]:
+    """Scalars averaged over all ranks, on the CPU. Collective, and the only read of the device beside the guard's."""
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in scalars.values()])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    plain = values.tolist()
+    floats = {name: value for name, value in scalars.items() if isinstance(value, float)}  # exactly, not through fp32
+    return {**dict(zip(scalars, plain, strict=True)), **floats}
+
+
+class Metrics:
+    """Rank 0's reports, a context manager; on other ranks it does nothing.
+
+    ``metrics.jsonl`` has one object per reported step: ``step`` (from 1), the losses, the gradients' norms before
+    clipping, the learning rates, ``samples_per_second`` of all ranks and ``seconds`` of training in this process. A run
+    that is resumed drops the lines after the checkpoint, so that the file is that of an uninterrupted run.
+
+    Args:
+        folder: of the run.
+        loggers: beside the file.
+        start: updates done before.
+        total: updates of the whole run.
+        enabled: False on all ranks but one.
+        console: where the bar goes; None for the terminal.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        loggers: Sequence[Literal["tensorboard", "wandb"]],
+        *,
+        start: int,
+        total: int,
+        enabled: bool,
+        console: Console | None,
+    ) -> None:
+        self._enabled = enabled
+        self._begin = self._last = time.monotonic()
+        if not enabled:
+            return
+        keep_until(folder / FILE, start)
+        self._file = (folder / FILE).open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard(folder, start) if "tensorboard" in loggers else None
+        self._wandb = _wandb(folder) if "wandb" in loggers else None
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            speed_estimate_period=120,
+        )
+        self._task = self._bar.add_task("training", total=total, completed=start, note="")
+
+    def __enter__(self) -> Metrics:
+        if self._enabled:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if not self._enabled:
+            return
+        self._bar.stop()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def advance(self, step: int) -> None:
+        """Show that ``step`` updates are done."""
+        if self._enabled:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, values: Mapping[str, float], samples: int) -> None:
+        """Write the values of update ``step`` (from 1); ``samples`` are those of all ranks since the last report."""
+        if not self._enabled:
+            return
+        now = time.monotonic()
+        rate = samples / (now - self._last)
+        self._last = now
+        line = {"step": step, **values, "samples_per_second": rate, "seconds": now - self._begin}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in line.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(line, step=step)
+        loss = values.get("loss", values.get("critic_loss", math.nan))
+        self._bar.update(self._task, note=f"loss {loss:.4f}  {rate:.3g} samples/s")
+        if not self._bar.console.is_terminal:
+            self._bar.console.print(f"step {step}: loss {loss:.4f}, {rate:.3g} samples/s")
+
+
+def keep_until(file: Path, step: int) -> None:
+    """Cut off the lines of updates after ``step``, and one that a kill has torn."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            reported = json.loads(line)["step"]
+        except (json.JSONDecodeError, TypeError, KeyError):
+            break
+        if reported > step:
+            break
+        kept.append(line + "\n")
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _tensorboard(folder: Path, start: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+
+
+def _wandb(folder: Path) -> Any:
+    import wandb  # type: ignore[import-not-found,unused-ignore]
+
+    return wandb.init(dir=folder, name=folder.name, resume="allow")

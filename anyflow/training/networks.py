@@ -1,0 +1,165 @@
+"""The networks of a recipe, on the CPU in fp32: from a folder or from random weights, and what of them is trained."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.training.config import FlowMapConfig, LoRAConfig, NetworkConfig, Recipe
+from anyflow.training.draws import draw_seed
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_FLOW_MAP_KEYS = "condition_embedder.delta_embedder."
+
+
+def build_student(recipe: Recipe) -> AnyFlowTransformer3DModel:
+    """The network that is trained: a plain Wan model in the teacher stage, else with ``recipe.flow_map``.
+
+    Raises:
+        ValueError: the folder does not hold such a network, its flow map is another one than the recipe's, or
+            ``student.lora`` names what the network does not have.
+    """
+    student = _build(recipe.student, "student")
+    _set_flow_map(student, None if recipe.stage == "teacher" else recipe.flow_map)
+    _choose_trained(student, recipe.student.lora, recipe.student.seed, "student.lora")
+    return _with_options(student, recipe)
+
+
+def build_teacher(recipe: Recipe) -> AnyFlowTransformer3DModel:
+    """The real score of stage 2, frozen; a plain Wan model or a flow map, as its folder has it.
+
+    Raises:
+        ValueError: the folder does not hold a network.
+    """
+    assert recipe.on_policy is not None
+    teacher = _build(recipe.on_policy.teacher, "on_policy.teacher").requires_grad_(False)
+    return _with_options(teacher, recipe)
+
+
+def build_critic(recipe: Recipe, teacher: AnyFlowTransformer3DModel) -> AnyFlowTransformer3DModel:
+    """The fake score of stage 2: its own folder, or a copy of the teacher (before that is sharded).
+
+    Raises:
+        ValueError: the folder does not hold a network, or ``critic_lora`` names what it does not have.
+    """
+    assert recipe.on_policy is not None
+    config = recipe.on_policy.critic
+    critic = copy.deepcopy(teacher) if config is None else _build(config, "on_policy.critic")
+    seed = recipe.on_policy.teacher.seed if config is None else config.seed
+    _choose_trained(critic, recipe.on_policy.critic_lora, seed, "on_policy.critic_lora")
+    return _with_options(critic, recipe)
+
+
+def _build(config: NetworkConfig, name: str) -> AnyFlowTransformer3DModel:
+    if config.path is not None:
+        return _load(Path(config.path), f"{name}.path")
+    assert config.architecture is not None
+    with _seeded(config.seed):
+        return AnyFlowTransformer3DModel(**dataclasses.asdict(config.architecture), r_embedder=False)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Module constructors draw from the global CPU generator: seed it and put it back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _load(path: Path, name: str) -> AnyFlowTransformer3DModel:
+    """A diffusers folder, in fp32; what its weights are decides whether it is a flow map, not what its config says."""
+    folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{name}: no config.json in {path} or {path / 'transformer'}")
+    keys = _weight_keys(folder, name)
+    with _seeded(0):  # the constructor's draws are overwritten by the weights
+        network, info = AnyFlowTransformer3DModel.from_pretrained(
+            folder,
+            r_embedder=any(key.startswith(_FLOW_MAP_KEYS) for key in keys),
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    wrong = [f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])))}" for kind in info if info[kind]]
+    if wrong:
+        raise ValueError(f"{name}: {folder} does not hold this architecture's weights; {'; '.join(wrong)}")
+    return network
+
+
+def _weight_keys(folder: Path, name: str) -> list[str]:
+    index = folder / f"{_WEIGHTS}.index.json"
+    if index.is_file():
+        return list(json.loads(index.read_text())["weight_map"])
+    if not (folder / _WEIGHTS).is_file():
+        raise ValueError(f"{name}: no {_WEIGHTS} or {index.name} in {folder}")
+    with safe_open(folder / _WEIGHTS, "pt") as file:
+        return list(file.keys())
+
+
+def _set_flow_map(network: AnyFlowTransformer3DModel, wanted: FlowMapConfig | None) -> None:
+    if not network.config.r_embedder:
+        if wanted is not None:
+            network.enable_flow_map(wanted.gate_value, wanted.deltatime_type, wanted.fusion)
+        return
+    config = network.config
+    found = FlowMapConfig(config.gate_value, config.deltatime_type, config.r_embedder_fusion)
+    if wanted is None:
+        raise ValueError("student.path: stage=teacher trains a plain model, but this one is a flow map")
+    if found != wanted:
+        raise ValueError(f"student.path holds a flow map of {found}, but the recipe's flow_map is {wanted}")
+
+
+def _choose_trained(network: AnyFlowTransformer3DModel, lora: LoRAConfig | None, seed: int, name: str) -> None:
+    """Set ``requires_grad``: everywhere, or of adapters and the modules trained beside them."""
+    network.requires_grad_(True)
+    if lora is None:
+        return
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(f"{name} needs the package peft: pip install anyflow[train]") from error
+    targets = _matching(network, lora.target_modules, f"{name}.target_modules")
+    for target, module in targets.items():
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"{name}.target_modules: {target} is not a linear layer but {type(module).__name__}")
+    trained = _matching(network, lora.trained_modules, f"{name}.trained_modules")
+    for module_name in trained:
+        inside = [t for t in targets if t == module_name or t.startswith(f"{module_name}.")]
+        if inside:
+            raise ValueError(f"{name}: {inside[0]} cannot have an adapter and be trained in full by {module_name}")
+    with _seeded(draw_seed(seed, "adapters")):
+        network.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules)))
+    for module in trained.values():
+        module.requires_grad_(True)
+
+
+def _matching(network: nn.Module, ends: tuple[str, ...], name: str) -> dict[str, nn.Module]:
+    """The modules whose names are, or end after a dot in, one of ``ends``."""
+    found: dict[str, nn.Module] = {}
+    for end in ends:
+        modules = {n: m for n, m in network.named_modules() if n == end or n.endswith(f".{end}")}
+        if not modules:
+            raise ValueError(f"{name}: {end!r} is the end of no module's name in this network")
+        found.update(modules)
+    return found
+
+
+def _with_options(network: AnyFlowTransformer3DModel, recipe: Recipe) -> AnyFlowTransformer3DModel:
+    trains = any(p.requires_grad for p in network.parameters())
+    if recipe.activation_checkpointing and trains:
+        # Nothing in a block is random, so the generators' states need not be kept.
+        network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+    if recipe.compile:
+        network.compile_repeated_blocks()
+    return network.train(trains)

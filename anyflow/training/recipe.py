@@ -1,0 +1,180 @@
+"""Recipes: YAML files and command-line overrides, checked against :class:`~anyflow.training.config.Recipe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from anyflow.methods import PretrainConfig
+from anyflow.training.config import Recipe
+from anyflow.training.yaml_source import Located, RecipeError, read_file, read_override, write_yaml
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+try:
+    from pydantic import TypeAdapter, ValidationError
+except ImportError as error:
+    raise ImportError("recipes need the package pydantic: pip install anyflow[train]", name="pydantic") from error
+
+__all__ = ["RecipeError", "dump_recipe", "load_recipe", "print_config"]
+
+_Path = tuple[int | str, ...]
+
+_MISPLACED = ("on_policy", "method", "pretrain")
+_EXPECTED = {
+    "int_type": "must be an integer",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "dataclass_type": "must be a mapping",
+    "too_long": "has too many items",
+}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Each of these is laid over the one before, mappings key by key: the defaults, the file named by ``base:`` (relative
+    to the file that names it), the file itself, the overrides in their order. A section that is given in part keeps the
+    recipe's defaults for the rest: with ``optimizer: {lr: 1e-4}`` the warm-up stays.
+
+    Args:
+        path: YAML file.
+        overrides: ``key.key=value``, the value as YAML.
+
+    Raises:
+        RecipeError: a file cannot be read, an override is malformed, a key is unknown or missing, a value has the wrong
+            type or cannot work. All problems of keys and values are listed, a line each: place, key, what is wrong.
+    """
+    tree = read_file(path)
+    for text in overrides:
+        tree = tree.merged(read_override(text))
+    tree = dataclasses.replace(tree, place=str(path))
+    problems: list[str] = []
+    values = _with_defaults(tree, Recipe, None, (), problems)
+    try:
+        # JSON, because only there does pydantic's strict mode take mappings and lists for dataclasses and tuples.
+        recipe = _adapter().validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        problems += [_problem(tree, details) for details in error.errors(include_url=False)]
+    if problems:
+        raise RecipeError("\n".join(dict.fromkeys(problems)))
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """A recipe as YAML with every value; :func:`load_recipe` reads an equal one from it.
+
+    Raises:
+        RecipeError: ``on_policy.method.pretrain`` was changed, which a recipe has no place for.
+    """
+    values = dataclasses.asdict(recipe)
+    if recipe.on_policy is not None:
+        if recipe.on_policy.method.pretrain != PretrainConfig():
+            raise RecipeError(f"{'.'.join(_MISPLACED)} must be left alone; the recipe's own pretrain counts")
+        del values["on_policy"]["method"]["pretrain"]
+    return write_yaml(values)
+
+
+def print_config(path: Path, overrides: Sequence[str] = ()) -> str:
+    """What a recipe with overrides amounts to, as YAML with every value; errors as :func:`load_recipe`."""
+    return dump_recipe(load_recipe(path, overrides))
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Recipe]:
+    return TypeAdapter(Recipe)
+
+
+@functools.cache
+def _sections(cls: type) -> dict[str, type]:
+    """The fields that are dataclasses themselves, or None."""
+    found: dict[str, type] = {}
+    for name, hint in get_type_hints(cls).items():
+        for candidate in (hint, *get_args(hint)):
+            if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+                found[name] = candidate
+    return found
+
+
+def _with_defaults(tree: Located, cls: type, default: Any, path: _Path, problems: list[str]) -> Any:
+    """Plain values of a section laid over ``default``, an instance of ``cls`` or None; notes and drops unknown keys."""
+    if not isinstance(tree.value, dict):
+        return tree.plain()
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {} if default is None else dataclasses.asdict(default)
+    for name, entry in tree.value.items():
+        here = (*path, name)
+        if name not in fields:
+            problems.append(_line(entry.place, here, _unknown(name, list(fields))))
+        elif here == _MISPLACED:
+            problems.append(_line(entry.place, here, "give these keys in the recipe's own top-level pretrain"))
+        elif name in _sections(cls):
+            inner = _default(fields[name]) if default is None else getattr(default, name)
+            values[name] = _with_defaults(entry, _sections(cls)[name], inner, here, problems)
+        else:
+            values[name] = entry.plain()
+    return values
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return None if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _unknown(name: str, allowed: list[str]) -> str:
+    near = difflib.get_close_matches(name, allowed, n=1)
+    return f"unknown key; did you mean {near[0]}?" if near else f"unknown key; allowed are {', '.join(allowed)}"
+
+
+def _problem(tree: Located, details: ErrorDetails) -> str:
+    path, kind = details["loc"], details["type"]
+    if kind == "value_error":
+        path, text = _broken_rule(path, str(details["ctx"]["error"]))
+    elif kind == "missing" and isinstance(path[-1], int):
+        path, text = path[:-1], f"has too few items, got {_shown(details['input'])}"
+    elif kind == "missing":
+        text = "is required"
+    elif kind == "literal_error":
+        text = f"must be {details['ctx']['expected']}, got {_shown(details['input'])}"
+    else:
+        text = f"{_EXPECTED.get(kind, details['msg'])}, got {_shown(details['input'])}"
+    return _line(tree.place_of(path), path, text)
+
+
+def _broken_rule(path: _Path, message: str) -> tuple[_Path, str]:
+    """The path of the key that a dataclass's own message starts with, if it does, and the message without it."""
+    words = re.match(r"[\w.]*", message)
+    assert words is not None
+    names = words[0].split(".")
+    for start in range(len(names)):
+        if _is_key((*path, *names[start:])):
+            rest = message[words.end() :]
+            stripped = re.fullmatch(r"(?:: | (?=must |is ))(.*)", rest, re.DOTALL)
+            return (*path, *names[start:]), message if stripped is None else stripped[1]
+    return path, message
+
+
+def _is_key(path: _Path) -> bool:
+    cls: type | None = Recipe
+    for name in path:
+        if cls is None or str(name) not in (field.name for field in dataclasses.fields(cls)):
+            return False
+        cls = _sections(cls).get(str(name))
+    return True
+
+
+def _line(place: str, path: _Path, text: str) -> str:
+    key = ".".join(map(str, path))
+    return f"{place}: {key}: {text}" if key else f"{place}: {text}"
+
+
+def _shown(value: Any) -> str:
+    return "a mapping" if isinstance(value, dict) else json.dumps(value, ensure_ascii=False)

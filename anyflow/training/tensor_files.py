@@ -1,0 +1,117 @@
+"""The files of torch.distributed.checkpoint (DCP) with their index in JSON, in place of DCP's pickle.
+
+``tensors.json`` maps each name to its dtype, its shape and the chunks that ranks wrote: offsets and sizes in the
+tensor, and the file, position and length in bytes of the chunk's ``torch.save``, which is read with ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from anyflow.training.manifest import CheckpointError, write_durably
+
+INDEX = "tensors.json"
+
+
+class TensorWriter(FileSystemWriter):
+    """DCP's writer, of tensors only."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index; runs on rank 0, after every rank has written its chunks."""
+        stored = {(result.index.fqn, result.index.offset): result.storage_data for rank in results for result in rank}
+        index = {}
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            index[name] = {
+                "dtype": str(tensor.properties.dtype).removeprefix("torch."),
+                "shape": list(tensor.size),
+                "chunks": [_chunk_entry(chunk, stored[name, chunk.offsets]) for chunk in tensor.chunks],
+            }
+        write_durably(Path(self.path) / INDEX, json.dumps(index))
+
+
+class TensorReader(FileSystemReader):
+    """DCP's reader, with an index that :func:`read_index` has read."""
+
+    def __init__(self, folder: Path, index: Metadata) -> None:
+        super().__init__(folder)
+        self._index = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._index
+
+
+def read_index(folder: Path, files: Collection[str]) -> Metadata:
+    """The index in DCP's types.
+
+    Raises:
+        CheckpointError: it is damaged, or refers to something else than ``files``.
+    """
+    file = folder / INDEX
+    tensors: dict[str, Any] = {}
+    stored: dict[MetadataIndex, _StorageInfo] = {}
+    try:
+        for name, entry in json.loads(file.read_bytes()).items():
+            chunks = []
+            for chunk in entry["chunks"]:
+                if chunk["file"] not in files:
+                    raise CheckpointError(f"{file}: {name} is in {chunk['file']!r}, which the manifest does not list")
+                chunks.append(ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])))
+                where = _StorageInfo(chunk["file"], chunk["position"], chunk["length"])
+                stored[MetadataIndex(name, chunks[-1].offsets)] = where
+            properties = TensorProperties(_dtype(entry["dtype"]))
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+    return Metadata(tensors, storage_data=stored)
+
+
+def difference(index: Metadata, tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """Every name under ``prefix`` by which a checkpoint and the tensors to fill differ, one line each."""
+    saved = {name: entry for name, entry in index.state_dict_metadata.items() if name.startswith(prefix)}
+    lines = [f"missing in the checkpoint: {name}" for name in tensors if name not in saved]
+    lines += [f"only in the checkpoint: {name}" for name in saved if name not in tensors]
+    for name in sorted(saved.keys() & tensors.keys()):
+        entry, tensor = saved[name], tensors[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        has, wanted = (entry.properties.dtype, tuple(entry.size)), (tensor.dtype, tuple(tensor.shape))
+        if has != wanted:
+            lines.append(f"{name}: the checkpoint has {_describe(*has)}, wanted is {_describe(*wanted)}")
+    return lines
+
+
+def _chunk_entry(chunk: ChunkStorageMetadata, where: _StorageInfo) -> dict[str, Any]:
+    return {
+        "offsets": list(chunk.offsets),
+        "sizes": list(chunk.sizes),
+        "file": where.relative_path,
+        "position": where.offset,
+        "length": where.length,
+    }
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r} is not a dtype")
+    return dtype
+
+
+def _describe(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

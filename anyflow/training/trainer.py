@@ -1,0 +1,308 @@
+"""The loop: from a recipe to a trained model, through any number of interruptions."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from anyflow.data import TrainingData, VideoDataset, open_dataset
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.training.checkpoint import Checkpointer
+from anyflow.training.config import Recipe
+from anyflow.training.distributed import Mesh, full_state, setup, shard_network, teardown
+from anyflow.training.export import write_model
+from anyflow.training.manifest import Manifest
+from anyflow.training.metrics import Metrics, check_loggers, rank_mean
+from anyflow.training.networks import build_critic, build_student, build_teacher
+from anyflow.training.preview import preview
+from anyflow.training.recipe import dump_recipe, load_recipe
+from anyflow.training.steps import OnPolicyStep, PretrainStep, Step, build_scheduler
+
+RECIPE_FILE = "recipe.yaml"
+
+# What may differ when a run goes on: where and how it runs, what it reports, when it ends.
+_FREE = (
+    *("out", "steps", "parallel", "device", "activation_checkpointing", "compile"),
+    *("checkpoint", "preview", "log_every", "loggers"),
+    *("data.num_workers", "data.batch_size", "gradient_accumulation"),
+)
+
+
+def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None) -> None:
+    """Run a recipe to its end in the folder ``recipe.out``, from the newest checkpoint there if there is one.
+
+    The folder gets ``recipe.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``previews/`` and, at the end, the averaged
+    student as ``model/transformer`` and ``model/scheduler``. On SIGTERM or SIGINT the update in progress is finished, a
+    checkpoint is written and the function returns; a second signal is obeyed at once. A run that goes on ends as if it
+    had never stopped, bit for bit, given the same number of processes. Called on every process of torchrun.
+
+    Args:
+        recipe: the run. If the folder holds one already, it must be the same but for ``out``, ``steps``, ``parallel``,
+            ``checkpoint``, ``preview``, ``device``, ``log_every``, ``loggers``, ``activation_checkpointing``,
+            ``compile``, ``data.num_workers`` and, to keep the global batch on other hardware, ``data.batch_size`` and
+            ``gradient_accumulation``.
+        resume: False refuses a folder that has a checkpoint.
+        console: where messages go; None for the terminal.
+
+    Raises:
+        ValueError: the recipe does not fit its files, the processes or the run in the folder; nothing has been written.
+        TrainingError: a loss or a gradient is not finite. The newest checkpoint is from before.
+    """
+    console = Console() if console is None else console
+    mesh = setup(recipe.parallel, recipe.device)
+    try:
+        _train(recipe, mesh, resume, console if mesh.is_main else Console(quiet=True))
+    finally:
+        teardown(mesh)
+
+
+def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
+    out = Path(recipe.out)
+    _check_folder(recipe)
+    check_loggers(recipe.loggers)
+    dataset = open_dataset(recipe.data)
+    checkpointer = Checkpointer(out / "checkpoints", keep=recipe.checkpoint.keep)
+    latest = checkpointer.latest()
+    at = _Position() if latest is None else _position(latest, recipe, dataset, resume)
+    if at.step == recipe.steps and (out / "model").is_dir():
+        console.print(f"{out} holds this run, finished after {at.step} steps; its model is {out / 'model'}")
+        return
+
+    step = _build_step(recipe, mesh, dataset)
+    if latest is not None:
+        checkpointer.load(latest, step.tensors())
+        step.resume_at(at.step)
+        console.print(f"Going on after step {at.step} of {latest}")
+        _note_global_batch(recipe, mesh, at, console)
+    with _signals() as signals:  # before the data has workers, which would die of a Ctrl-C
+        data = TrainingData(
+            dataset,
+            batch_size=recipe.data.batch_size,
+            data_rank=mesh.data_rank,
+            data_world=mesh.data_world,
+            num_workers=recipe.data.num_workers,
+            seed=recipe.data.seed,
+            consumed=at.consumed,
+        )
+        if mesh.is_main:
+            _start_folder(recipe, at.step)
+        run = _Run(recipe, mesh, dataset, step, data, checkpointer, signals)
+        finished = run.loop(at, console)
+    if finished:
+        run.finish(console)
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Updates done, and samples that all ranks together have used for them."""
+
+    step: int = 0
+    consumed: int = 0
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything the loop needs."""
+
+    recipe: Recipe
+    mesh: Mesh
+    dataset: VideoDataset
+    step: Step
+    data: TrainingData
+    checkpointer: Checkpointer
+    signals: list[int]  # received so far
+
+    def loop(self, at: _Position, console: Console) -> bool:
+        """Train up to the last step, or to a signal; returns whether the last step is done. There is a checkpoint."""
+        recipe, reported = self.recipe, at.consumed
+        metrics = Metrics(
+            Path(recipe.out),
+            recipe.loggers,
+            start=at.step,
+            total=recipe.steps,
+            enabled=self.mesh.is_main,
+            console=console,
+        )
+        with metrics:
+            for index in range(at.step, recipe.steps):
+                done = index + 1
+                batches = [next(self.data) for _ in range(recipe.gradient_accumulation)]
+                scalars = self.step.update(batches, index)
+                metrics.advance(done)
+                if index % recipe.log_every == 0:
+                    values = rank_mean(scalars, self.mesh.device)
+                    metrics.report(done, values, self.data.consumed - reported)
+                    reported = self.data.consumed
+                stop = self._on_any_rank(bool(self.signals))
+                if stop or done == recipe.steps or done % recipe.checkpoint.every == 0:
+                    self._save(done)
+                if stop and done < recipe.steps:
+                    console.print(f"Stopped after step {done}; the same command goes on from there")
+                    return False
+                if recipe.preview.every and (done % recipe.preview.every == 0 or done == recipe.steps):
+                    file = Path(recipe.out) / "previews" / f"step-{done:08d}.gif"
+                    preview(recipe, self.mesh, self.dataset, self.step, file)
+        return True
+
+    def finish(self, console: Console) -> None:
+        """Write the averaged student as a model."""
+        tensors = full_state(self.step.ema.state_dict())
+        if self.mesh.is_main:
+            model = Path(self.recipe.out) / "model"
+            write_model(build_student(self.recipe), tensors, build_scheduler(self.recipe), model)
+            console.print(f"Finished {self.recipe.steps} steps; the model is {model}")
+        if dist.is_initialized():
+            dist.barrier()
+
+    def _save(self, done: int) -> None:
+        info = {
+            "step": done,
+            "consumed": self.data.consumed,
+            "fingerprint": self.dataset.fingerprint,
+            "recipe": dump_recipe(self.recipe),
+        }
+        self.checkpointer.save(done, self.step.tensors(), info)
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        """A signal may reach one rank before another, or only one of them."""
+        if self.mesh.world_size == 1:
+            return flag
+        flags = torch.tensor(int(flag), device=self.mesh.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags)
+
+
+def _build_step(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> Step:
+    """Build, check and shard the networks, one after another, and what updates them."""
+    student = build_student(recipe)
+    _check_data(student, dataset, "student")
+    negative = dataset.negative_prompt_embeds
+    if recipe.on_policy is None:
+        shard_network(student, mesh, trains=True)
+        return PretrainStep(recipe, mesh, student, negative)
+    teacher = build_teacher(recipe)
+    critic = build_critic(recipe, teacher)
+    for name, network in (("on_policy.teacher", teacher), ("on_policy.critic", critic)):
+        _check_data(network, dataset, name)
+    for network, trains in ((student, True), (teacher, False), (critic, True)):
+        shard_network(network, mesh, trains=trains)
+    return OnPolicyStep(recipe, mesh, student, teacher, critic, negative)
+
+
+def _check_data(network: AnyFlowTransformer3DModel, dataset: VideoDataset, name: str) -> None:
+    config = network.config
+    frames, channels, height, width = dataset.latent_shape
+    out_channels = config.in_channels if config.out_channels is None else config.out_channels
+    if not channels == config.in_channels == out_channels:
+        raise ValueError(
+            f"the data's latents have {channels} channels, "
+            f"the {name} takes {config.in_channels} and gives {out_channels}"
+        )
+    for axis, size, patch in zip(
+        ("frames", "rows", "columns"), (frames, height, width), config.patch_size, strict=True
+    ):
+        if size % patch or size // patch > config.rope_max_seq_len:
+            raise ValueError(
+                f"the data's latents have {size} {axis}; the {name} takes multiples of {patch} up to "
+                f"{patch * config.rope_max_seq_len}"
+            )
+    if dataset.text_shape[1] != config.text_dim:
+        raise ValueError(
+            f"the data's prompts have width {dataset.text_shape[1]}, the {name} takes text_dim={config.text_dim}"
+        )
+
+
+def _check_folder(recipe: Recipe) -> None:
+    """ValueError unless the folder is new, or of the same recipe but for what may differ."""
+    out = Path(recipe.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is not a folder")
+    file = out / RECIPE_FILE
+    if not file.is_file():
+        if (out / "checkpoints").exists():
+            raise ValueError(f"out: {out} has checkpoints but no {RECIPE_FILE}; name another folder")
+        return
+    before, now = _flat(load_recipe(file)), _flat(recipe)
+    changed = [
+        f"{name} ({before.get(name)!r} there, {now.get(name)!r} here)"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(f"out: {out} holds a run of another recipe; it differs in {', '.join(changed)}")
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """The settings that make a run what it is, by dotted name."""
+
+    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if name in _FREE:
+            return
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(inner, f"{name}.{key}" if name else key)
+        else:
+            yield name, value
+
+    return dict(walk(dataclasses.asdict(recipe), ""))
+
+
+def _position(checkpoint: Path, recipe: Recipe, dataset: VideoDataset, resume: bool) -> _Position:
+    info = Manifest.read(checkpoint).info
+    if not resume:
+        raise ValueError(
+            f"out: {recipe.out} has the checkpoint {checkpoint.name}; go on with --resume or name another folder"
+        )
+    if info["fingerprint"] != dataset.fingerprint:
+        raise ValueError(f"data: these are not the videos that the run in {recipe.out} has been trained on")
+    if info["step"] > recipe.steps:
+        raise ValueError(f"steps={recipe.steps}, but the run in {recipe.out} has done {info['step']}")
+    return _Position(info["step"], info["consumed"])
+
+
+def _note_global_batch(recipe: Recipe, mesh: Mesh, at: _Position, console: Console) -> None:
+    now = recipe.data.batch_size * mesh.data_world * recipe.gradient_accumulation
+    if at.consumed != at.step * now:
+        before = at.consumed / at.step
+        console.print(f"A step now takes {now} samples; so far it took {before:g} on average")
+
+
+def _start_folder(recipe: Recipe, done: int) -> None:
+    out = Path(recipe.out)
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f".{RECIPE_FILE}.tmp"
+    temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+    os.replace(temporary, out / RECIPE_FILE)
+    if (out / "model").is_dir():  # of a run that had ended here and goes on
+        (out / "model").rename(out / f"model-step-{done:08d}")
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT; after the first, the old handlers are back."""
+    received: list[int] = []
+
+    def handler(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        restore()

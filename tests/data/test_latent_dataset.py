@@ -1,0 +1,236 @@
+"""The format of latents on disk: exact, checked when opened, never half written."""
+
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anyflow.data import TrainingData, open_dataset
+from anyflow.data.latent_dataset import SCHEMA, DatasetInfo, LatentDataset, LatentWriter, shards, written_rows
+from anyflow.training.config import DataConfig
+
+INFO = DatasetInfo((3, 4, 2, 2), text_length=6, text_dim=5, source={"by": "a test", "mean": [0.5]})
+NEGATIVE = torch.arange(10.0).view(2, 5)
+Row = tuple[str, str, Tensor, Tensor]
+
+
+@pytest.fixture
+def rows(generator: torch.Generator) -> list[Row]:
+    """Seven rows whose prompts have one to six tokens."""
+    return [
+        (
+            f"{i}.mp4",
+            f"caption {i}, “ü”",
+            torch.randn(3, 4, 2, 2, generator=generator),
+            torch.randn(1 + i % 6, 5, generator=generator),
+        )
+        for i in range(7)
+    ]
+
+
+@pytest.fixture
+def folder(rows: list[Row], tmp_path: Path) -> Path:
+    return write(tmp_path / "data", rows)
+
+
+def write(folder: Path, rows: list[Row], info: DatasetInfo = INFO, rows_per_shard: int = 3) -> Path:
+    with LatentWriter(folder, info, NEGATIVE, rows_per_shard=rows_per_shard) as writer:
+        for row in rows:
+            writer.add(*row)
+        writer.finish()
+    return folder
+
+
+def test_everything_written_is_read_back_bit_for_bit(folder: Path, rows: list[Row]) -> None:
+    dataset = LatentDataset(folder)
+    assert len(dataset) == 7 and dataset.info == INFO
+    assert dataset.latent_shape == (3, 4, 2, 2) and dataset.text_shape == (6, 5)
+    for i, (file, caption, latents, prompt) in enumerate(rows):
+        sample = dataset[i]
+        assert (dataset.file(i), dataset.caption(i)) == (file, caption)
+        assert torch.equal(sample.latents, latents)
+        assert torch.equal(sample.prompt_embeds[: len(prompt)], prompt)
+        assert not sample.prompt_embeds[len(prompt) :].any() and sample.prompt_embeds.shape == (6, 5)
+    assert torch.equal(dataset.negative_prompt_embeds[0, :2], NEGATIVE)
+    assert dataset.negative_prompt_embeds.shape == (1, 6, 5) and not dataset.negative_prompt_embeds[0, 2:].any()
+
+
+def test_a_sample_is_the_callers_to_change(folder: Path, rows: list[Row]) -> None:
+    dataset = LatentDataset(folder)
+    dataset[0].latents.zero_()
+    dataset.negative_prompt_embeds.zero_()
+    assert torch.equal(dataset[0].latents, rows[0][2])
+    assert torch.equal(dataset.negative_prompt_embeds[0, :2], NEGATIVE)
+
+
+@pytest.mark.parametrize("index", [-1, 7])
+def test_a_row_that_does_not_exist_is_an_index_error(folder: Path, index: int) -> None:
+    with pytest.raises(IndexError, match=r"0\.\.6"):
+        LatentDataset(folder)[index]
+
+
+def test_workers_read_the_dataset_by_its_path(folder: Path) -> None:
+    content = pickle.dumps(LatentDataset(folder))
+    assert len(content) < 1000 and len(pickle.loads(content)) == 7
+    here, ahead = (
+        next(TrainingData(open_dataset(DataConfig(path=str(folder))), batch_size=7, num_workers=n)) for n in (0, 2)
+    )
+    assert sorted(here.index) == list(range(7)) and torch.equal(here.latents, ahead.latents)
+
+
+def test_the_datasets_library_reads_a_shard(folder: Path, rows: list[Row]) -> None:
+    parts = [datasets.Dataset.from_file(str(path)) for path in shards(folder)]
+    table = datasets.concatenate_datasets(parts)
+    assert table["caption"][:] == [caption for _, caption, _, _ in rows]
+    assert table[5]["latents"] == rows[5][2].flatten().tolist()
+
+
+def test_the_fingerprint_follows_content_and_order(rows: list[Row], folder: Path, tmp_path: Path) -> None:
+    fingerprint = LatentDataset(folder).fingerprint
+    changed = [*rows[:6], (*rows[6][:2], rows[6][2] + 1e-6, rows[6][3])]
+    assert LatentDataset(write(tmp_path / "same", rows, rows_per_shard=2)).fingerprint == fingerprint
+    for name, others in (("order", rows[::-1]), ("less", rows[:6]), ("changed", changed)):
+        assert LatentDataset(write(tmp_path / name, others)).fingerprint != fingerprint
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 2, 2), (2, 4, 2, 2), (3, 4, 2, 4)])
+def test_a_row_of_another_shape_is_named_when_the_dataset_is_opened(
+    rows: list[Row], tmp_path: Path, shape: tuple[int, int, int, int]
+) -> None:
+    folder = write(tmp_path / "data", rows[:3])
+    odd = replace(INFO, latent_shape=shape)
+    shard = shards(write(tmp_path / "odd", [("odd.mp4", "odd", torch.ones(shape), torch.ones(1, 5))], odd))[0]
+    shard.rename(folder / "shard-000001.arrow")
+    set_rows(folder, 4)
+    with pytest.raises(ValueError) as caught:
+        LatentDataset(folder)
+    assert all(part in str(caught.value) for part in ("row 3", "odd.mp4", str(folder), str(shape), "(3, 4, 2, 2)"))
+
+
+@pytest.mark.parametrize("tokens", [0, 7])
+def test_a_prompt_of_no_or_too_many_tokens_is_named_when_the_dataset_is_opened(
+    rows: list[Row], tmp_path: Path, tokens: int
+) -> None:
+    folder = write(tmp_path, [rows[0], ("odd.mp4", "odd", rows[1][2], torch.ones(tokens, 5))])
+    with pytest.raises(ValueError, match=r"row 1 \(odd\.mp4\).*prompt"):
+        LatentDataset(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("column", ["latents", "prompt_embeds"])
+def test_a_row_that_is_not_finite_is_named_when_it_is_read(
+    rows: list[Row], tmp_path: Path, column: str, value: float
+) -> None:
+    file, caption, latents, prompt = rows[4]
+    (latents if column == "latents" else prompt).view(-1)[2] = value
+    dataset = LatentDataset(write(tmp_path, [*rows[:4], (file, caption, latents, prompt)]))
+    assert len([dataset[i] for i in range(4)]) == 4
+    with pytest.raises(ValueError, match=rf"row 4 \(4\.mp4\) of .*{column} hold NaN"):
+        dataset[4]
+
+
+def test_the_writer_refuses_another_shape(rows: list[Row], tmp_path: Path) -> None:
+    with LatentWriter(tmp_path, INFO, NEGATIVE) as writer, pytest.raises(ValueError, match=r"a\.mp4.*\[3, 4, 2, 2\]"):
+        writer.add("a.mp4", "", torch.ones(3, 5, 2, 2), rows[0][3])
+
+
+def test_a_writer_that_fails_leaves_whole_shards_and_is_resumed(rows: list[Row], tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with pytest.raises(KeyboardInterrupt), LatentWriter(folder, INFO, NEGATIVE, rows_per_shard=3) as writer:
+        for row in rows[:5]:
+            writer.add(*row)
+        raise KeyboardInterrupt
+    assert written_rows(folder) == [row[:2] for row in rows[:3]]
+    with pytest.raises(ValueError, match="not finished"):
+        LatentDataset(folder)
+    write(folder, rows[3:])
+    assert contents(folder) == contents(write(tmp_path / "at once", rows))
+
+
+def test_a_writer_refuses_a_folder_of_another_source(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"other settings.*text_length: 6 there, 8 now"):
+        LatentWriter(folder, replace(INFO, text_length=8), NEGATIVE)
+
+
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no latent dataset.*dataset\.json"):
+        open_dataset(DataConfig(path=str(tmp_path / "nothing")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "anyflow-latents 1, not anyflow-latents 2"),
+        ({"latent_shape": [3, 4, 2]}, "four positive sizes"),
+        ({"extra": 1}, "keys"),
+        ({"rows": 0}, "should have 0 rows, not 7"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(folder: Path, change: dict[str, object], message: str) -> None:
+    path = folder / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        LatentDataset(folder)
+
+
+def test_damaged_shards_are_refused(folder: Path) -> None:
+    last = shards(folder)[-1]
+    content = last.read_bytes()
+    for damaged in (content[:-200], content[:100], b"", b"not arrow" * 9):
+        last.write_bytes(damaged)
+        with pytest.raises(ValueError, match="shard"):
+            LatentDataset(folder)
+    last.unlink()
+    with pytest.raises(ValueError, match="should have 7 rows, not 6"):
+        LatentDataset(folder)
+
+
+def test_a_negative_prompt_that_is_damaged_or_missing_is_refused(folder: Path) -> None:
+    path = folder / "negative_prompt.safetensors"
+    for embeds in (torch.ones(7, 5), torch.ones(2, 4), torch.ones(5)):
+        save_file({"prompt_embeds": embeds}, path)
+        with pytest.raises(ValueError, match=r"negative_prompt\.safetensors must hold prompt_embeds \[1\.\.6, 5\]"):
+            LatentDataset(folder)
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"negative_prompt\.safetensors cannot be read"):
+        LatentDataset(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"negative_prompt\.safetensors cannot be read"):
+        LatentDataset(folder)
+
+
+def test_a_missing_package_is_named_with_what_installs_it() -> None:
+    program = (
+        "import sys; sys.modules.update({'pyarrow': None, 'av': None}); import anyflow.data, importlib\n"
+        "for module in ('latent_dataset', 'video'):\n"
+        "    try: importlib.import_module('anyflow.data.' + module)\n"
+        "    except ImportError as error: print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.count("pip install 'anyflow[train]'") == 2
+
+
+def test_a_shard_of_another_schema_is_refused(folder: Path) -> None:
+    table = pa.table({name: [""] for name in SCHEMA.names})
+    with pa.ipc.new_stream(str(shards(folder)[0]), table.schema) as stream:
+        stream.write_table(table)
+    with pytest.raises(ValueError, match=r"shard-000000\.arrow has columns"):
+        LatentDataset(folder)
+
+
+def set_rows(folder: Path, rows: int) -> None:
+    path = folder / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

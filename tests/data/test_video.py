@@ -1,0 +1,101 @@
+"""Decoding, against videos whose every frame is known."""
+
+import struct
+from collections.abc import Callable
+from math import floor
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from anyflow.data.video import VideoError, read_video
+
+WriteVideo = Callable[..., Path]
+GRAYS = [20 + 6 * i for i in range(36)]
+
+
+def read(path: Path, num_frames: int, fps: float = 16, height: int = 32, width: int = 32) -> Tensor:
+    return read_video(path, num_frames=num_frames, height=height, width=width, fps=fps)
+
+
+def seen(video: Tensor) -> list[int]:
+    """Which of ``GRAYS`` each frame shows."""
+    return [round((level - 20) / 6) for level in video.float().mean((1, 2, 3)).tolist()]
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])  # mkv rounds times to milliseconds
+@pytest.mark.parametrize("fps", [8, 16, 24, 25, 30, 32])
+def test_frames_are_those_on_the_screen_at_the_times_asked_for(
+    write_video: WriteVideo, tmp_path: Path, fps: int, container: str
+) -> None:
+    path = write_video(tmp_path / f"video.{container}", GRAYS, fps=fps)
+    assert seen(read(path, 17)) == [floor(k * fps / 16) for k in range(17)]
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+@pytest.mark.parametrize(("fps", "frames", "enough"), [(16, 9, 9), (24, 13, 9), (24, 12, 8), (8, 4, 8)])
+def test_a_video_is_as_long_as_its_last_frame_is_shown(
+    write_video: WriteVideo, tmp_path: Path, fps: int, frames: int, enough: int, container: str
+) -> None:
+    path = write_video(tmp_path / f"video.{container}", GRAYS[:frames], fps=fps)
+    assert len(read(path, enough)) == enough
+    with pytest.raises(VideoError, match=f"too short: {enough} frames at 16 fps, and {enough + 1} are needed"):
+        read(path, enough + 1)
+
+
+def test_frames_are_resized_to_cover_and_their_middle_is_cut_out(write_video: WriteVideo, tmp_path: Path) -> None:
+    image = np.full((64, 192, 3), 30, np.uint8)
+    image[:, 64:128] = 200
+    wide = write_video(tmp_path / "wide.mp4", [image] * 2, size=(64, 192))
+    tall = write_video(tmp_path / "tall.mp4", [image.swapaxes(0, 1)] * 2, size=(192, 64))
+    for path in (wide, tall):
+        for size in (16, 64, 96):
+            video = read(path, 1, height=size, width=size)
+            assert video.shape == (1, 3, size, size) and video.dtype == torch.uint8
+            edge = size // 8  # resizing blurs over the borders
+            torch.testing.assert_close(
+                video[..., edge:-edge, edge:-edge],
+                torch.full_like(video, 200)[..., edge:-edge, edge:-edge],
+                atol=6,
+                rtol=0,
+            )
+    everything = read(wide, 1, height=64, width=192)[0, 0]
+    assert abs(int(everything[32, 10]) - 30) < 6 and abs(int(everything[32, 180]) - 30) < 6
+
+
+def test_a_phones_rotation_is_applied(write_video: WriteVideo, tmp_path: Path) -> None:
+    image = np.full((64, 96, 3), 20, np.uint8)
+    image[:32, :48] = 220  # a bright top left corner
+    path = write_video(tmp_path / "video.mp4", [image], size=(64, 96))
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 4 + 40  # ISO 14496-12: (x, y) -> (-y, x), a quarter turn clockwise
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    video = read(path, 1, height=96, width=64)[0, 0]
+    corners = [int(video[y, x]) // 100 for y in (10, 86) for x in (10, 54)]
+    assert corners == [0, 2, 0, 0]
+
+
+def test_files_that_are_no_video_say_what_is_wrong(write_video: WriteVideo, tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "whole.mp4", GRAYS).read_bytes()
+    contents = {"cut.mp4": whole[: len(whole) // 2], "text.mp4": b"not a video\n" * 50, "empty.mp4": b""}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(VideoError, match="^cannot be decoded: Invalid data"):
+            read(tmp_path / name, 5)
+    with pytest.raises(VideoError, match="^cannot be decoded: No such file"):
+        read(tmp_path / "absent.mp4", 5)
+
+
+def test_a_file_with_sound_only_has_no_video_stream(tmp_path: Path) -> None:
+    path = tmp_path / "sound.wav"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(VideoError, match="no video stream"):
+        read(path, 1)

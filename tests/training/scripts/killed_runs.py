@@ -1,0 +1,63 @@
+"""Run by test_faults.py: trains a recipe in forked children, each killed at a random moment, then to the end.
+
+    killed_runs.py RECIPE KILLS
+
+Prints one JSON line per kill: the steps of the complete checkpoints, the step that the metrics had reached, the child's
+status, and whether it was writing a checkpoint.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from anyflow.training.checkpoint import complete_checkpoints
+from anyflow.training.recipe import load_recipe
+from anyflow.training.trainer import train
+
+
+def run(recipe_file: Path) -> int:
+    """A child process that trains; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        train(load_recipe(recipe_file))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def reached(out: Path) -> int:
+    """The last whole line of the metrics."""
+    file = out / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def main() -> None:
+    recipe_file, kills = Path(sys.argv[1]), int(sys.argv[2])
+    out = Path(load_recipe(recipe_file).out)
+    moments, longest, before = random.Random(0), 1.0, 0
+    for _ in range(kills):
+        child = run(recipe_file)
+        time.sleep(moments.uniform(0.05, longest))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        writing = any(out.glob("checkpoints/.step-*.tmp"))
+        steps = list(complete_checkpoints(out / "checkpoints"))
+        if steps and steps[-1] > before:
+            before = steps[-1]
+        else:  # on a slow machine every child would die before its first checkpoint
+            longest *= 1.2
+        print(json.dumps({"steps": steps, "reached": reached(out), "writing": writing, "status": status}), flush=True)
+    child = run(recipe_file)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+if __name__ == "__main__":
+    main()

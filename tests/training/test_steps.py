@@ -1,0 +1,319 @@
+"""One update of each stage: against the reference's numbers, and what it does to whom and when."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from anyflow.data import Batch, SyntheticVideos
+from anyflow.methods import OnPolicyConfig, PretrainConfig, TimePairs
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.training.config import OnPolicyStageConfig, OptimizerConfig, Recipe, SchedulerConfig
+from anyflow.training.distributed import Mesh
+from anyflow.training.draws import draw_generator, draw_seed
+from anyflow.training.networks import build_critic, build_student, build_teacher
+from anyflow.training.optimization import TrainingError
+from anyflow.training.steps import OnPolicyStep, PretrainStep, _MicroSteps
+
+Make = Callable[..., Recipe]
+
+CPU = Mesh(torch.device("cpu"))
+REFERENCE = Path(__file__).parents[1] / "data" / "anyflow_reference_c.safetensors"
+TOLERANCE = 1e-4
+# The first moment is then the gradient, and fp32 parameters do not move.
+STANDING_STILL = OptimizerConfig(lr=1e-30, betas=(0.0, 0.999), clip_norm=1e9)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double().reshape(b.shape), b.double()
+    return ((a - b).norm() / b.norm()).item()
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _gradients(step: PretrainStep | OnPolicyStep, network: str = "student") -> dict[str, Tensor]:
+    """Of an update that stood still."""
+    prefix, suffix = f"optimizer/{network}/", "/exp_avg"
+    return {
+        name.removeprefix(prefix).removesuffix(suffix): tensor
+        for name, tensor in step.tensors().items()
+        if name.startswith(prefix) and name.endswith(suffix)
+    }
+
+
+def _batches(count: int = 1, size: int = 4) -> list[Batch]:
+    data = SyntheticVideos()
+    rows = [tuple(37 * (i * size + b) % len(data) for b in range(size)) for i in range(count)]
+    return [
+        Batch(torch.stack([data[i].latents for i in row]), torch.stack([data[i].prompt_embeds for i in row]), row)
+        for row in rows
+    ]
+
+
+def _pretrain_step(recipe: Recipe) -> PretrainStep:
+    return PretrainStep(recipe, CPU, build_student(recipe), SyntheticVideos().negative_prompt_embeds)
+
+
+def _on_policy_step(recipe: Recipe) -> OnPolicyStep:
+    teacher = build_teacher(recipe)
+    critic = build_critic(recipe, teacher)
+    return OnPolicyStep(recipe, CPU, build_student(recipe), teacher, critic, SyntheticVideos().negative_prompt_embeds)
+
+
+# Parity ------------------------------------------------------------------------------------------------------------
+
+
+class _Reference:
+    """The reference's numbers, networks and batch."""
+
+    def __init__(self) -> None:
+        with safe_open(REFERENCE, "pt") as file:
+            self.values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            self.variant = json.loads(file.metadata()["variant"])
+        latents = self.values["latents_bcfhw"].transpose(1, 2).contiguous()
+        self.batch = Batch(latents, self.values["prompt_embeds"], tuple(range(len(latents))))
+        self.time_pairs = TimePairs(self["pre.t_unit"], self["pre.r_unit"], self["pre.is_diffusion"])
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.values[key]
+
+    def network(self, name: str) -> AnyFlowTransformer3DModel:
+        config, gate, deltatime = (self.variant[key] for key in ("config", "gate", "dt"))
+        model = AnyFlowTransformer3DModel(**config, gate_value=gate, deltatime_type=deltatime)
+        weights = {k.removeprefix(f"{name}."): v for k, v in self.values.items() if k.startswith(f"{name}.")}
+        model.load_state_dict(weights)
+        return model
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "scheduler": SchedulerConfig(shift=self.variant["shift"]),
+            "pretrain": PretrainConfig(epsilon=self.variant["eps"], fuse_guidance_scale=self.variant["g"]),
+            "optimizer": STANDING_STILL,
+        }
+
+
+@pytest.fixture(scope="module")
+def reference() -> _Reference:
+    return _Reference()
+
+
+def test_the_pretrain_update_has_the_references_loss_and_gradients(
+    reference: _Reference, small_recipe: Make, tmp_path: Path
+) -> None:
+    recipe = small_recipe(tmp_path, **reference.settings())
+    step = PretrainStep(recipe, CPU, reference.network("student"), reference["negative_prompt_embeds"])
+    scalars = step.update([reference.batch], 0, noise=reference["pre.noise_bfchw"], time_pairs=reference.time_pairs)
+    assert _relative(scalars["loss"], reference["pre.loss"]) <= TOLERANCE
+    gradients = _gradients(step)
+    keys = [key for key in reference.values if key.startswith("pre.grad.")]
+    assert len(keys) == 10
+    for key in keys:
+        assert _relative(gradients[key.removeprefix("pre.grad.")], reference[key]) <= TOLERANCE, key
+
+
+@pytest.mark.parametrize("cotrain", [False, True])
+def test_the_on_policy_update_has_the_references_losses_and_gradients(
+    cotrain: bool, reference: _Reference, small_recipe: Make, tmp_path: Path
+) -> None:
+    small = small_recipe(tmp_path, stage="on_policy")
+    stage = OnPolicyStageConfig(
+        teacher=small.on_policy.teacher,
+        method=OnPolicyConfig(cotrain_pretrain=cotrain),
+        critic_optimizer=STANDING_STILL,
+    )
+    recipe = dataclasses.replace(small, **reference.settings(), on_policy=stage)
+    networks = [reference.network(name) for name in ("student", "real", "fake")]
+    step = OnPolicyStep(recipe, CPU, *networks, reference["negative_prompt_embeds"])
+    data = {"data_noise": reference["pre.noise_bfchw"], "time_pairs": reference.time_pairs} if cotrain else {}
+    scalars = step.update(
+        [reference.batch],
+        0,
+        student_draws={
+            "noise": reference["roll.noise_bfchw"],
+            "steps": (4, 1),
+            "t": reference["dmd.t_unit"],
+            "score_noise": reference["dmd.noise_bfchw"],
+            **data,
+        },
+        critic_draws={
+            "rollout_noise": reference["roll.noise_bfchw"],
+            "steps": (4, 1),
+            "t": reference["critic.t_unit"],
+            "noise": reference["critic.noise_bfchw"],
+        },
+    )
+    assert _relative(scalars["loss_dmd" if cotrain else "loss"], reference["dmd.loss"]) <= TOLERANCE
+    assert _relative(scalars["critic_loss"], reference["critic.loss"]) <= TOLERANCE
+    gradients = _gradients(step)
+    for key in (key for key in reference.values if key.startswith("dmd.grad.")):
+        name, want = key.removeprefix("dmd.grad."), reference[key]
+        if cotrain:  # one gradient of both losses
+            assert _relative(scalars["loss_data"], reference["pre.loss"]) <= TOLERANCE
+            alone = PretrainStep(recipe, CPU, reference.network("student"), reference["negative_prompt_embeds"])
+            alone.update([reference.batch], 0, noise=data["data_noise"], time_pairs=data["time_pairs"])
+            want = want + _gradients(alone)[name]
+        assert _relative(gradients[name], want) <= TOLERANCE, key
+
+
+# Draws -------------------------------------------------------------------------------------------------------------
+
+
+def test_draws_differ_by_every_argument_and_repeat() -> None:
+    arguments = list(itertools.product((0, 1), ("student", "critic"), (0, 1), (0, 1), (0, 1)))
+    draws = [tuple(torch.rand(2, generator=draw_generator(*a)).tolist()) for a in arguments]
+    assert len(set(draws)) == len(arguments)
+    assert draws == [tuple(torch.rand(2, generator=draw_generator(*a)).tolist()) for a in arguments]
+    assert draw_seed(0, "student", 1, 0, 0) == 11705185558200858141  # of this and every later release
+
+
+@pytest.mark.parametrize(("size", "world", "micros"), [(1, 1, 4), (1, 2, 4), (2, 1, 2), (1, 4, 1)])
+def test_kinds_of_samples_are_shared_out_over_ranks_and_micro_steps(
+    size: int, world: int, micros: int, small_recipe: Make, tmp_path: Path
+) -> None:
+    recipe = small_recipe(tmp_path, gradient_accumulation=micros)
+    batch = _batches(size=size)[0]
+    for step in range(3):
+        pairs = [
+            [
+                _MicroSteps(recipe, Mesh(CPU.device, data_rank=rank, data_world=world), torch.zeros(1)).time_pairs(
+                    batch, step, micro, PretrainConfig()
+                )
+                for rank in range(world)
+            ]
+            for micro in range(micros)
+        ]
+        total = size * world * micros
+        assert sum(int(p.is_diffusion.sum()) for row in pairs for p in row) == total // 2
+        assert sum(int((p.r == 0).sum()) for row in pairs for p in row) == total // 4
+        if size * world > 1:  # each micro-step has both, so that one can be balanced by the other
+            assert all(0 < sum(int(p.is_diffusion.sum()) for p in row) < size * world for row in pairs)
+
+
+@pytest.mark.parametrize("stage", ["teacher", "pretrain", "on_policy"])
+def test_an_update_is_a_function_of_its_number_and_the_state(stage: str, small_recipe: Make, tmp_path: Path) -> None:
+    build = _on_policy_step if stage == "on_policy" else _pretrain_step
+    recipe = small_recipe(tmp_path, stage=stage)
+    before = torch.get_rng_state()
+    steps = [build(recipe), build(recipe)]
+    scalars = [step.update(_batches(), 3) for step in steps]
+    assert scalars[0] == scalars[1]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert _same(steps[0].tensors(), steps[1].tensors())
+    other = build(dataclasses.replace(recipe, seed=1)).update(_batches(), 3)
+    assert other["loss"] != scalars[0]["loss"]
+
+
+# What an update does -----------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_stage_is_flow_matching_of_a_plain_model(small_recipe: Make, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, stage="teacher", optimizer=STANDING_STILL)
+    step, batch = _pretrain_step(recipe), _batches()[0]
+    t = torch.tensor([0.1, 0.4, 0.6, 0.9])
+    noise = torch.randn(batch.latents.shape, generator=draw_generator(0, "test"))
+    pairs = TimePairs(t, t, torch.ones(4, dtype=torch.bool))
+    loss = step.update([batch], 0, noise=noise, time_pairs=pairs)["loss"]
+
+    scheduler = step.method.scheduler
+    s = scheduler.apply_shift(t).reshape(-1, 1, 1, 1, 1)
+    x_t = (1 - s) * batch.latents + s * noise
+    with torch.no_grad():
+        v = step.student(x_t, s.flatten() * 1000, None, batch.prompt_embeds).sample
+    error = (v - (noise - batch.latents)).square().mean((1, 2, 3, 4))
+    torch.testing.assert_close(loss, (scheduler.get_train_weight(s.flatten() * 1000) * error).mean(), rtol=1e-4, atol=0)
+
+
+def test_micro_steps_add_up_to_the_mean(small_recipe: Make, tmp_path: Path) -> None:
+    settings = {"optimizer": STANDING_STILL, "pretrain": PretrainConfig(prompt_dropout=0.0)}
+    batch = _batches()[0]
+    noise = torch.randn(batch.latents.shape, generator=draw_generator(0, "test"))
+    t, r = torch.tensor([0.2, 0.5, 0.7, 0.9]), torch.tensor([0.2, 0.5, 0.3, 0.0])
+    draws = {"noise": noise, "time_pairs": TimePairs(t, r, t == r)}
+    once, thrice = (_pretrain_step(small_recipe(tmp_path, gradient_accumulation=n, **settings)) for n in (1, 3))
+    one, three = once.update([batch], 0, **draws), thrice.update([batch] * 3, 0, **draws)
+    torch.testing.assert_close(one["loss"], three["loss"])
+    for name, gradient in _gradients(once).items():
+        torch.testing.assert_close(_gradients(thrice)[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_gradients_agree_with_fp32_and_parameters_stay_fp32(small_recipe: Make, tmp_path: Path) -> None:
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        step = _pretrain_step(small_recipe(tmp_path, precision=precision, optimizer=STANDING_STILL))
+        step.update(_batches(), 0)
+        assert all(tensor.dtype == torch.float32 for tensor in step.tensors().values())
+        gradients.append(torch.cat([g.flatten() for g in _gradients(step).values()]))
+    assert 0 < _relative(gradients[1], gradients[0]) < 0.05
+
+
+def test_the_critic_sees_a_rollout_of_the_student_after_its_update(small_recipe: Make, tmp_path: Path) -> None:
+    small = small_recipe(tmp_path, stage="on_policy", optimizer=OptimizerConfig(lr=0.05))
+    stage = dataclasses.replace(small.on_policy, critic_optimizer=STANDING_STILL)
+    step, batch = _on_policy_step(dataclasses.replace(small, on_policy=stage)), _batches()[0]
+    noise = torch.randn(batch.latents.shape, generator=draw_generator(0, "test"))
+    t = torch.tensor([0.1, 0.4, 0.6, 0.9])
+
+    def critic_loss() -> Tensor:
+        with torch.no_grad():
+            samples = step.method.rollout(noise, batch.prompt_embeds, num_steps=4, grad_step=1)
+            return step.method.critic_loss(samples, batch.prompt_embeds, t=t, noise=noise).loss
+
+    before = critic_loss()
+    draws = {"rollout_noise": noise, "steps": (4, 1), "t": t, "noise": noise}
+    loss = step.update([batch], 0, critic_draws=draws)["critic_loss"]
+    torch.testing.assert_close(loss, critic_loss())
+    assert abs(loss - before) > 1e-3 * before
+
+
+def test_student_and_critic_draw_their_rollouts_apart(small_recipe: Make, tmp_path: Path) -> None:
+    micro = _on_policy_step(small_recipe(tmp_path, stage="on_policy"))._micro
+    assert micro.generator("student", 0, 0).initial_seed() != micro.generator("critic", 0, 0).initial_seed()
+
+
+def test_the_student_is_updated_at_its_interval_and_the_critic_always(small_recipe: Make, tmp_path: Path) -> None:
+    small = small_recipe(tmp_path, stage="on_policy")
+    stage = dataclasses.replace(small.on_policy, generator_update_interval=2)
+    step = _on_policy_step(dataclasses.replace(small, on_policy=stage))
+    for index in range(4):
+        networks = (step.student, step.method.critic, step.method.teacher)
+        before = [_parameters(network) for network in networks]
+        average = {name: tensor.clone() for name, tensor in step.ema.state_dict().items()}
+        scalars = step.update(_batches(), index)
+        moved = [not _same(_parameters(network), old) for network, old in zip(networks, before, strict=True)]
+        assert moved == [index % 2 == 0, True, False]
+        assert ("loss" in scalars) == (not _same(step.ema.state_dict(), average)) == (index % 2 == 0)
+    assert step.ema.updates == 2
+    resumed = _on_policy_step(dataclasses.replace(small, on_policy=stage))
+    resumed.resume_at(4)
+    assert resumed.ema.updates == 2
+
+
+def test_a_network_that_yields_nan_stops_the_update(small_recipe: Make, tmp_path: Path) -> None:
+    step = _pretrain_step(small_recipe(tmp_path))
+    with torch.no_grad():
+        step.student.blocks[1].attn1.to_q.weight[0, 0] = torch.nan
+    before = {name: tensor.clone() for name, tensor in step.tensors().items()}
+    with pytest.raises(TrainingError, match="step 3: loss of the student is not finite"):
+        step.update(_batches(), 2)
+    for name, tensor in step.tensors().items():
+        assert torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+
+
+def test_a_second_pretrain_config_is_refused(small_recipe: Make, tmp_path: Path) -> None:
+    small = small_recipe(tmp_path, stage="on_policy")
+    method = dataclasses.replace(small.on_policy.method, pretrain=PretrainConfig(epsilon=2.0))
+    with pytest.raises(ValueError, match=r"on_policy\.method\.pretrain must be left alone"):
+        _on_policy_step(dataclasses.replace(small, on_policy=dataclasses.replace(small.on_policy, method=method)))

@@ -1,0 +1,388 @@
+"""Whole runs: finished, killed, stopped, gone on with, refused."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from anyflow.data import SyntheticVideos, open_dataset
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.training.checkpoint import Checkpointer
+from anyflow.training.config import (
+    ArchitectureConfig,
+    CheckpointConfig,
+    DataConfig,
+    LoRAConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    PreviewConfig,
+    Recipe,
+)
+from anyflow.training.distributed import Mesh
+from anyflow.training.manifest import Manifest
+from anyflow.training.metrics import keep_until
+from anyflow.training.optimization import TrainingError
+from anyflow.training.preview import sample_previews
+from anyflow.training.recipe import dump_recipe
+from anyflow.training.trainer import _build_step, train
+
+Make = Callable[..., Recipe]
+TIMING = ("seconds", "samples_per_second")
+
+
+def _command(file: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "anyflow", "train", str(file), *arguments]
+
+
+def _write(recipe: Recipe, file: Path) -> Path:
+    file.write_text(dump_recipe(recipe))
+    return file
+
+
+def _metrics(out: Path) -> list[dict[str, float]]:
+    """The lines without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def _reported(out: Path) -> int:
+    file = out / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def _checkpoint(recipe: Recipe, step: int) -> dict[str, Tensor]:
+    """Everything in a checkpoint of a run."""
+    tensors = _build_step(recipe, Mesh(torch.device("cpu")), open_dataset(recipe.data)).tensors()
+    path = Path(recipe.out) / "checkpoints" / f"step-{step:08d}"
+    Checkpointer(path.parent, keep=1).load(path, tensors)
+    return tensors
+
+
+def _files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+# Going on ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "on_policy"])
+def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
+    stage: str, small_recipe: Make, tmp_path: Path
+) -> None:
+    recipes = [
+        small_recipe(
+            tmp_path / name,
+            stage=stage,
+            steps=20,
+            checkpoint=CheckpointConfig(every=10),
+            gradient_accumulation=2,
+            data=DataConfig(kind="synthetic", batch_size=2, num_workers=1),
+            optimizer=OptimizerConfig(lr=1e-3, schedule="cosine", warmup_steps=4),
+        )
+        for name in ("straight", "killed")
+    ]
+    straight, killed = recipes
+    subprocess.run(_command(_write(straight, tmp_path / "straight.yaml")), check=True, capture_output=True)
+
+    file = _write(killed, tmp_path / "killed.yaml")
+    process = subprocess.Popen(_command(file), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _wait_for(lambda: _reported(tmp_path / "killed") >= 13, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model").exists()
+    resumed = subprocess.run(_command(file), check=True, capture_output=True, text=True)
+    assert "Going on after step 10" in resumed.stdout
+
+    assert [line["step"] for line in _metrics(tmp_path / "straight")] == list(range(1, 21))
+    assert _metrics(tmp_path / "killed") == _metrics(tmp_path / "straight")
+    infos = [Manifest.read(Path(r.out) / "checkpoints" / "step-00000020").info for r in recipes]
+    assert infos[0]["consumed"] == infos[1]["consumed"] == 20 * 2 * 2
+    one, other = (_checkpoint(recipe, 20) for recipe in recipes)
+    assert {name.split("/")[0] for name in one} >= {"student", "optimizer", "ema"}
+    assert any(name.startswith("critic/") for name in one) == (stage == "on_policy")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    models = [
+        AnyFlowTransformer3DModel.from_pretrained(Path(r.out) / "model" / "transformer").state_dict() for r in recipes
+    ]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert all(torch.equal(models[0][n.removeprefix("ema/")], t) for n, t in one.items() if n.startswith("ema/"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_status_zero(
+    number: signal.Signals, small_recipe: Make, tmp_path: Path
+) -> None:
+    """A Ctrl-C reaches the workers of the data too."""
+    out = tmp_path / "run"
+    recipe = small_recipe(
+        out,
+        steps=100_000,
+        checkpoint=CheckpointConfig(every=100_000),
+        data=DataConfig(kind="synthetic", batch_size=4, num_workers=2),
+    )
+    file = _write(recipe, tmp_path / "recipe.yaml")
+    process = subprocess.Popen(
+        _command(file), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    _wait_for(lambda: _reported(out) >= 3, process)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0 and "Traceback" not in stderr, (stdout, stderr)
+    done = Checkpointer(out / "checkpoints", keep=1).steps()
+    assert done == [_reported(out)] and f"Stopped after step {done[0]}" in stdout
+    assert not (out / "model").exists()
+
+    train(dataclasses.replace(recipe, steps=done[0] + 2))
+    assert [line["step"] for line in _metrics(out)] == list(range(1, done[0] + 3))
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model_and_one_process_goes_on_with_it(small_recipe: Make, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    recipe = small_recipe(
+        out,
+        steps=2,
+        data=DataConfig(kind="synthetic", batch_size=2, num_workers=0),
+        preview=PreviewConfig(every=2, step_counts=(1,), num_samples=1),
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    file = _write(recipe, tmp_path / "recipe.yaml")
+    result = subprocess.run([*torchrun, *_command(file)[1:]], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Finished 2 steps") == 1
+    assert (out / "previews" / "step-00000002.gif").is_file()
+    average = {k.removeprefix("ema/"): v for k, v in _checkpoint(recipe, 2).items() if k.startswith("ema/")}
+    model = AnyFlowTransformer3DModel.from_pretrained(out / "model" / "transformer").state_dict()
+    assert average and all(torch.equal(model[name], tensor) for name, tensor in average.items())
+
+    alone = dataclasses.replace(recipe, steps=3, data=dataclasses.replace(recipe.data, batch_size=4))
+    train(alone)
+    assert [line["step"] for line in _metrics(out)] == [1, 2, 3]
+    assert Manifest.read(out / "checkpoints" / "step-00000003").info["consumed"] == 3 * 4
+
+
+def test_a_finished_run_says_so_and_one_with_more_steps_goes_on(
+    small_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small_recipe(tmp_path / "run", steps=2)
+    train(recipe)
+    files = {path: path.stat().st_mtime_ns for path in _files(tmp_path / "run")}
+    capsys.readouterr()
+    train(recipe)
+    assert "finished after 2 steps" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in _files(tmp_path / "run")} == files
+
+    longer = dataclasses.replace(recipe, steps=3, log_every=1, device=None)
+    train(longer)
+    assert (tmp_path / "run" / "model").is_dir() and (tmp_path / "run" / "model-step-00000002").is_dir()
+    straight = small_recipe(tmp_path / "straight", steps=3)
+    train(straight)
+    assert _metrics(tmp_path / "run") == _metrics(tmp_path / "straight")
+    assert "steps: 3" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+    with pytest.raises(ValueError, match=r"steps=2, but the run in .* has done 3"):
+        train(recipe)
+
+
+def test_a_run_killed_before_its_export_exports_when_started_again(small_recipe: Make, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, steps=1)
+    train(recipe)
+    model = tmp_path / "model"
+    before = (model / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    model.rename(tmp_path / "elsewhere")
+    train(recipe)
+    assert (model / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_metrics_after_the_step_and_torn_lines_are_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": NaN}\n{"step": 11}\n{"step": 21}\n{"step": 3')
+    keep_until(file, 20)
+    assert file.read_text() == '{"step": 1, "loss": NaN}\n{"step": 11}\n'
+    keep_until(tmp_path / "missing.jsonl", 20)
+    assert not (tmp_path / "missing.jsonl").exists()
+
+
+# What is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_checkpoint_is_not_written_over_without_resume(small_recipe: Make, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, steps=1)
+    train(recipe)
+    files = _files(tmp_path)
+    with pytest.raises(ValueError, match="has the checkpoint step-00000001; go on with --resume"):
+        train(dataclasses.replace(recipe, steps=2), resume=False)
+    assert _files(tmp_path) == files
+
+
+def test_another_recipe_and_other_data_are_refused(small_recipe: Make, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, steps=1)
+    train(recipe)
+    changed = dataclasses.replace(recipe, seed=1, optimizer=OptimizerConfig(lr=2e-3), log_every=5)
+    with pytest.raises(ValueError, match=r"differs in optimizer\.lr \(0\.001 there, 0\.002 here\), seed \(0 there"):
+        train(changed)
+    manifest = tmp_path / "checkpoints" / "step-00000001"
+    saved = Manifest.read(manifest)
+    dataclasses.replace(saved, info={**saved.info, "fingerprint": "other"}).write(manifest)
+    with pytest.raises(ValueError, match="these are not the videos that the run .* has been trained on"):
+        train(dataclasses.replace(recipe, steps=2))
+
+
+def _architecture(recipe: Recipe, **changes: object) -> NetworkConfig:
+    assert isinstance(recipe.student.architecture, ArchitectureConfig)
+    return NetworkConfig(architecture=dataclasses.replace(recipe.student.architecture, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_channels": 16, "out_channels": 16}, "latents have 8 channels, the student takes 16 and gives 16"),
+        ({"text_dim": 64}, "prompts have width 32, the student takes text_dim=64"),
+        ({"patch_size": (1, 4, 4)}, "latents have 6 rows; the student takes multiples of 4"),
+        ({"rope_max_seq_len": 2}, "latents have 4 frames; the student takes multiples of 1 up to 2"),
+    ],
+)
+def test_data_that_do_not_fit_the_network_are_refused(
+    changes: dict[str, object], message: str, small_recipe: Make, tmp_path: Path
+) -> None:
+    recipe = small_recipe(tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(recipe, student=_architecture(recipe, **changes)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_critic_that_does_not_fit_the_data_is_refused(small_recipe: Make, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "run", stage="on_policy")
+    stage = dataclasses.replace(recipe.on_policy, critic=_architecture(recipe, text_dim=64))
+    with pytest.raises(ValueError, match=r"the on_policy\.critic takes text_dim=64"):
+        train(dataclasses.replace(recipe, on_policy=stage))
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_without_a_recipe_are_not_touched(small_recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"has checkpoints but no recipe\.yaml"):
+        train(small_recipe(tmp_path))
+
+
+def test_weights_that_are_not_finite_stop_the_run_before_its_first_update(small_recipe: Make, tmp_path: Path) -> None:
+    """Real ones: a folder whose weights overflow."""
+    sizes = dataclasses.asdict(small_recipe(tmp_path).student.architecture)
+    model = AnyFlowTransformer3DModel(**sizes)
+    with torch.no_grad():
+        model.proj_out.weight[3, 3] = torch.inf
+    model.save_pretrained(tmp_path / "model")
+    recipe = small_recipe(tmp_path / "run", student=NetworkConfig(path=str(tmp_path / "model")))
+    with pytest.raises(TrainingError, match="step 1: loss of the student is not finite"):
+        train(recipe)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*")) and _reported(tmp_path / "run") == 0
+
+
+def test_a_rate_that_is_far_too_large_stops_the_run(small_recipe: Make, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "run", steps=50, optimizer=OptimizerConfig(lr=1e30))
+    with pytest.raises(TrainingError, match=r"step [2-9]: loss of the student is not finite"):
+        train(recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("steps=ten",), "steps"),
+        (("stpes=10",), "steps"),
+        (("student.lora={target_modules: [attn9]}",), "attn9"),
+        (("parallel.shard=4",), "parallel"),
+        (("student={path: missing, architecture: null}",), "no config.json in missing"),
+        (("loggers=[wandb]",), "pip install wandb"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_two_and_writes_nothing(
+    arguments: tuple[str, ...], message: str, small_recipe: Make, tmp_path: Path
+) -> None:
+    if "wandb" in message and importlib.util.find_spec("wandb") is not None:
+        pytest.skip("wandb is installed")
+    file = _write(small_recipe(tmp_path / "run"), tmp_path / "recipe.yaml")
+    result = subprocess.run(_command(file, *arguments), cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
+    assert result.stdout == "" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_can_be_printed(small_recipe: Make, tmp_path: Path) -> None:
+    file = _write(small_recipe(tmp_path / "run"), tmp_path / "recipe.yaml")
+    result = subprocess.run(_command(file, "steps=7", "--print-config"), capture_output=True, text=True, check=True)
+    assert result.stdout == dump_recipe(small_recipe(tmp_path / "run", steps=7))
+    assert not (tmp_path / "run").exists()
+
+
+# What a run leaves -------------------------------------------------------------------------------------------------
+
+
+def test_lora_checkpoints_hold_what_trains_and_the_model_has_it_merged(small_recipe: Make, tmp_path: Path) -> None:
+    architecture = small_recipe(tmp_path).student.architecture
+    student = NetworkConfig(architecture=architecture, lora=LoRAConfig(rank=2, alpha=4.0))
+    recipe = small_recipe(tmp_path, stage="pretrain", student=student, steps=2)
+    train(recipe)
+    names = {name for name in _checkpoint(recipe, 2) if name.startswith(("student/", "ema/"))}
+    assert names and all("lora_" in name or "_embedder." in name for name in names)
+    model = AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model" / "transformer")
+    assert not any("lora" in name for name in model.state_dict())
+
+
+def test_previews_are_animated_grids_and_change_nothing(small_recipe: Make, tmp_path: Path) -> None:
+    preview = PreviewConfig(every=2, step_counts=(1, 3), num_samples=3)
+    train(small_recipe(tmp_path / "with", steps=3, preview=preview))
+    train(small_recipe(tmp_path / "without", steps=3))
+    previews = sorted(path.name for path in (tmp_path / "with" / "previews").iterdir())
+    assert previews == ["step-00000002.gif", "step-00000003.gif"]
+    with Image.open(tmp_path / "with" / "previews" / previews[0]) as image:
+        assert image.n_frames == 8 and image.size == (3 * 96 + 2 * 4, 2 * 96 + 4)  # three prompts, two step counts
+    assert _metrics(tmp_path / "with") == _metrics(tmp_path / "without")
+
+
+def test_a_preview_samples_the_average_in_a_plain_model_too(small_recipe: Make, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, stage="teacher", preview=PreviewConfig(step_counts=(2,), num_samples=2))
+    data, mesh = SyntheticVideos(), Mesh(torch.device("cpu"))
+    step = _build_step(recipe, mesh, data)
+    before = {name: p.detach().clone() for name, p in step.student.named_parameters()}
+    first = sample_previews(recipe, mesh, data, step.student, step.ema)
+    assert first.shape == (1, 2, *data.latent_shape)
+    for average in step.ema.state_dict().values():
+        average.mul_(0.5)
+    second = sample_previews(recipe, mesh, data, step.student, step.ema)
+    assert not torch.equal(first, second)
+    assert all(torch.equal(p, before[name]) for name, p in step.student.named_parameters())
+
+
+def test_tensorboard_gets_the_scalars(small_recipe: Make, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(small_recipe(tmp_path, steps=2, loggers=("tensorboard",)))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2]
+    assert events.Scalars("loss")[1].value == pytest.approx(_metrics(tmp_path)[1]["loss"])
