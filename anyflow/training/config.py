@@ -332,6 +332,8 @@ class Recipe:
             _positive(name, getattr(self, name))
         if (self.stage == "on_policy") != (self.on_policy is not None):
             raise ValueError("on_policy is required with stage=on_policy, and only then")
+        if self.pretrain.derivative == "jvp" and self.parallel.sequence > 1:
+            raise ValueError("pretrain.derivative=jvp does not go through parallel.sequence > 1; take 'central'")
 
 
 def _positive(name: str, value: float) -> None:

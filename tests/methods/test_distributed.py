@@ -1,9 +1,7 @@
 """Two real processes under torchrun: global balance, choices that agree, and as many network calls on every rank."""
 
-import os
-import socket
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +9,20 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "scripts" / "distributed_losses.py"
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 CASES = [(kinds, g) for kinds in ("mixed", "one_rank_without", "none", "all") for g in (1.0, 3.0)]
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(
+    tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., subprocess.Popen[str]]
+) -> list[dict[str, Any]]:
     """What both ranks wrote."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    address = ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*launch, *address, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=240, env=env
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    job = torchrun(2, SCRIPT, folder)
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, output[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

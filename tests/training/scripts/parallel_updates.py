@@ -1,0 +1,259 @@
+"""Two updates of both stages: ``parallel_updates.py FOLDER PORT...`` writes ``rank<i>-of-<n>.pt``.
+
+One mesh after another, each with a port to meet at: a store remembers those who met before.
+
+Run plainly it is the reference, on the global batch; under torchrun every data rank takes its part of that batch. With
+samples drawn inside a loss, the reference makes each data rank's draws in turn.
+"""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anyflow.methods import (
+    AnyFlowOnPolicyMethod,
+    AnyFlowPretrainMethod,
+    OnPolicyConfig,
+    PretrainConfig,
+    TimePairs,
+    sample_time_pairs,
+)
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.rng import rand, randn_like
+from anyflow.sampling import sample
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.training.config import ParallelConfig
+from anyflow.training.distributed import Mesh, clip_gradients, full_state, setup, shard_network, teardown
+
+GLOBAL_BATCH, STEPS, FRAMES, SIZE = 4, 2, 3, 6  # 9 tokens a frame: no degree divides them
+MESHES = {  # by the number of processes
+    1: {"single": ParallelConfig()},
+    2: {"fsdp2": ParallelConfig(), "sequence2": ParallelConfig(sequence=2)},
+    4: {
+        "fsdp4": ParallelConfig(),
+        "hsdp2x2": ParallelConfig(replicate=2),
+        "shard2_sequence2": ParallelConfig(sequence=2),
+        "replicate2_sequence2": ParallelConfig(replicate=2, shard=1, sequence=2),
+        "sequence4": ParallelConfig(sequence=4),
+    },
+}
+# LoRA, checkpointing, and [B, F] timesteps (image-to-video) or [B].
+VARIANTS = {
+    "full": (False, False, False),
+    "full_per_frame_checkpointing": (False, True, True),
+    "lora_checkpointing": (True, True, False),
+    "lora_per_frame": (True, False, True),
+}
+CLIP = 0.05  # well below the norms, so that every update is clipped
+
+
+def network(seed: int, *, lora: bool = False, checkpointing: bool = False) -> AnyFlowTransformer3DModel:
+    torch.manual_seed(seed)
+    model = AnyFlowTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=12,
+        in_channels=3,
+        out_channels=3,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=8,
+    )
+    if lora:
+        from peft import LoraConfig
+
+        model.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["attn1.to_q", "ffn.net.2"]))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zeros would give lora_A no gradient
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.condition_embedder.time_embedder.requires_grad_(True)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.double()
+
+
+def data() -> dict[str, Tensor]:
+    """The global batch."""
+    g = torch.Generator().manual_seed(1)
+    video, text = (GLOBAL_BATCH, FRAMES, 3, SIZE, SIZE), (GLOBAL_BATCH, 5, 8)
+    shapes = {"latents": video, "noise": video, "prompt": text, "data_prompt": text, "negative": (1, 5, 8)}
+    return {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def generator(step: int, data_rank: int) -> torch.Generator:
+    return torch.Generator().manual_seed(100 * step + data_rank)
+
+
+def own(batch: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    size = GLOBAL_BATCH // mesh.data_world
+    rows = slice(mesh.data_rank * size, (mesh.data_rank + 1) * size)
+    return {name: x if name == "negative" else x[rows] for name, x in batch.items()}
+
+
+def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def update(loss: Tensor, model: torch.nn.Module, adamw: torch.optim.Optimizer) -> float:
+    loss.backward()
+    norm = clip_gradients(model.parameters(), CLIP).item()
+    adamw.step()
+    adamw.zero_grad()
+    return norm
+
+
+def mean(loss: Tensor, mesh: Mesh) -> float:
+    """Over the data ranks."""
+    loss = loss.detach().clone()
+    if mesh.data_group is not None:
+        dist.all_reduce(loss, group=mesh.data_group)
+    return loss.item() / mesh.data_world
+
+
+def trained(model: torch.nn.Module) -> dict[str, Tensor]:
+    return full_state({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+def pretrain(mesh: Mesh, variant: str) -> dict[str, Any]:
+    """Explicit times, of another kind on every rank."""
+    lora, checkpointing, per_frame = VARIANTS[variant]
+    student = network(0, lora=lora, checkpointing=checkpointing)
+    shard_network(student, mesh, trains=True)
+    calls: list[bool] = []
+    student.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    adamw = optimizer(student)
+    config = PretrainConfig(fuse_guidance_scale=1.0 if lora else 3.0, i2v_prob=float(per_frame))
+    scheduler = FlowMapEulerDiscreteScheduler(shift=3.0)
+    method = AnyFlowPretrainMethod(student, scheduler, config, process_group=mesh.data_group)
+    t, r = torch.tensor([0.9, 0.7, 0.6, 0.8]), torch.tensor([0.9, 0.0, 0.2, 0.8])
+    batch = own({**data(), "t": t, "r": r}, mesh)
+    pairs = TimePairs(batch["t"], batch["r"], batch["t"] == batch["r"])
+    results: dict[str, Any] = {"losses": [], "norms": [], "own": []}
+    for _ in range(STEPS):
+        output = method.loss(
+            batch["latents"], batch["prompt"], batch["negative"], noise=batch["noise"], time_pairs=pairs
+        )
+        results["own"].append(output.loss.item())
+        results["losses"].append(mean(output.loss, mesh))
+        results["norms"].append(update(output.loss, student, adamw))
+    return {**results, "parameters": trained(student), "calls": calls}
+
+
+def on_policy(mesh: Mesh, variant: str, data_worlds: int) -> dict[str, Any]:
+    """The student with co-training, then the critic, with the draws of so many data ranks."""
+    lora, checkpointing, per_frame = VARIANTS[variant]
+    student = network(0, lora=lora, checkpointing=checkpointing)
+    critic, teacher = network(1, lora=lora, checkpointing=checkpointing), network(2)
+    calls: list[tuple[str, bool]] = []
+    for name, model in (("student", student), ("teacher", teacher), ("critic", critic)):
+        shard_network(model, mesh, trains=name != "teacher")
+        model.register_forward_pre_hook(lambda *_, name=name: calls.append((name, torch.is_grad_enabled())))
+    config = OnPolicyConfig(
+        num_steps=(4,), cotrain_pretrain=True, pretrain=PretrainConfig(i2v_prob=float(per_frame), epsilon=20.0)
+    )
+    scheduler = FlowMapEulerDiscreteScheduler(shift=3.0)
+    method = AnyFlowOnPolicyMethod(student, teacher, critic, scheduler, config, process_group=mesh.data_group)
+    networks = {"student": (student, optimizer(student)), "critic": (critic, optimizer(critic))}
+    batch = own(data(), mesh)
+    results: dict[str, Any] = {"losses": [], "norms": [], "own": []}
+    for step in range(STEPS):
+        for name, (model, adamw) in networks.items():
+            if mesh.world_size == 1:
+                loss = reference_loss(method, name, batch, step, data_worlds)
+            elif name == "student":
+                loss = method.student_loss(
+                    batch["noise"],
+                    batch["prompt"],
+                    batch["negative"],
+                    latents=batch["latents"],
+                    data_prompt_embeds=batch["data_prompt"],
+                    generator=generator(step, mesh.data_rank),
+                    offset=step,
+                ).loss
+            else:
+                g = generator(step + 50, mesh.data_rank)
+                with torch.no_grad():
+                    num_steps, grad_step = method.draw_steps(g)
+                    samples = method.rollout(batch["noise"], batch["prompt"], num_steps=num_steps, grad_step=grad_step)
+                loss = method.critic_loss(samples, batch["prompt"], generator=g).loss
+            results["own"].append(loss.item())
+            results["losses"].append(mean(loss, mesh))
+            results["norms"].append(update(loss, model, adamw))
+    parameters = {f"{name}/{key}": x for name, (m, _) in networks.items() for key, x in trained(m).items()}
+    return {**results, "parameters": parameters, "calls": calls}
+
+
+def reference_loss(
+    method: AnyFlowOnPolicyMethod, name: str, batch: dict[str, Tensor], step: int, data_worlds: int
+) -> Tensor:
+    """The loss of the global batch, with each data rank's draws in the order in which the losses make them."""
+    generators = [generator(step + (0 if name == "student" else 50), rank) for rank in range(data_worlds)]
+    parts = [x.chunk(data_worlds) for x in (batch["noise"], batch["latents"])]
+    num_steps, grad_step = method.draw_steps(generators[0])
+    for g in generators[1:]:
+        rand((2,), g)
+    with torch.set_grad_enabled(name == "student"):
+        samples = method.rollout(batch["noise"], batch["prompt"], num_steps=num_steps, grad_step=grad_step)
+    if name == "critic":
+        t = torch.cat([randn_like(x[:, 0, 0, 0, 0], g) for x, g in zip(parts[0], generators, strict=True)]).sigmoid()
+        noise = torch.cat([randn_like(x, g) for x, g in zip(parts[0], generators, strict=True)])
+        return method.critic_loss(samples, batch["prompt"], t=t, noise=noise).loss
+    t = torch.cat([rand((len(x),), g) for x, g in zip(parts[0], generators, strict=True)])
+    noise = torch.cat([randn_like(x, g) for x, g in zip(parts[0], generators, strict=True)])
+    loss = method.generator_loss(samples, batch["prompt"], batch["negative"], t=t, noise=noise).loss
+    noise = torch.cat([randn_like(x, g) for x, g in zip(parts[1], generators, strict=True)])
+    size = GLOBAL_BATCH // data_worlds
+    drawn = [
+        sample_time_pairs(size, rank=rank, world_size=data_worlds, generator=g, offset=step)
+        for rank, g in enumerate(generators)
+    ]
+    pairs = TimePairs(*(torch.cat([getattr(p, field) for p in drawn]) for field in ("t", "r", "is_diffusion")))
+    assert method.pretrain is not None
+    pretrained = method.pretrain.loss(
+        batch["latents"], batch["data_prompt"], batch["negative"], noise=noise, time_pairs=pairs
+    )
+    return loss + pretrained.loss
+
+
+def sampled(mesh: Mesh) -> dict[str, Any]:
+    """Sampling first thing after sharding, with cached text and times, and the buffer that no checkpoint holds."""
+    model = network(0)
+    shard_network(model, mesh, trains=False)
+    batch = data()
+    latents = sample(model, FlowMapEulerDiscreteScheduler(shift=3.0), batch["noise"], batch["prompt"])
+    gate = model.condition_embedder.delta_emb_gate
+    return {
+        "latents": latents,
+        "gate": gate.clone(),
+        "sharded": [type(p).__name__ == "DTensor" for p in model.parameters()],
+    }
+
+
+def main(folder: Path, ports: list[str]) -> None:
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    results: dict[str, Any] = {}
+    for (name, parallel), port in zip(MESHES[world].items(), ports, strict=True):
+        os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
+        mesh = setup(parallel, "cpu")
+        results[name] = {"sample": sampled(mesh), "mesh": {k: getattr(mesh, k) for k in PLACE}}
+        for variant in VARIANTS:
+            results[name]["pretrain", variant] = pretrain(mesh, variant)
+        for variant, d in itertools.product(VARIANTS, (1, 2, 4) if world == 1 else (mesh.data_world,)):
+            results[name]["on_policy", variant, d] = on_policy(mesh, variant, d)
+        teardown(mesh)
+    torch.save(results, folder / f"rank{mesh.rank}-of-{world}.pt")
+
+
+PLACE = ("rank", "world_size", "data_rank", "data_world", "sequence_degree", "is_main")
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
