@@ -138,12 +138,12 @@ def export(
 
 @app.command()
 def preprocess(
-    videos: Annotated[Path, typer.Argument(help="Folder of the video files.", show_default=False)],
-    captions: Annotated[Path, typer.Argument(help="CSV or JSONL with file and caption.", show_default=False)],
+    videos: Annotated[Path, typer.Option(help="Folder of the video files.", show_default=False)],
+    captions: Annotated[Path, typer.Option(help="CSV or JSONL with file and caption.", show_default=False)],
     model: Annotated[
-        Path, typer.Argument(help="Diffusers folder with vae, text_encoder and tokenizer.", show_default=False)
+        Path, typer.Option(help="Diffusers folder with vae, text_encoder and tokenizer.", show_default=False)
     ],
-    out: Annotated[Path, typer.Argument(help="Folder of the dataset; a killed run in it goes on.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the dataset; a killed run in it goes on.", show_default=False)],
     num_frames: Annotated[int, typer.Option(help="Frames of each video, 4k + 1.")] = 81,
     height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,
     width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 832,
@@ -153,10 +153,13 @@ def preprocess(
     ] = None,
     text_length: Annotated[int, typer.Option(help="Tokens that prompts are cut off or padded to.")] = 512,
     dtype: Annotated[str, typer.Option(help="Of the text encoder, 'bf16' or 'fp32'.")] = "bf16",
-    device: Annotated[str, typer.Option(help="Torch device to encode on.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="Torch device to encode on; CUDA if there is one, else the CPU.")
+    ] = None,
     num_workers: Annotated[int, typer.Option(help="Threads that decode ahead.")] = 2,
 ) -> None:
     """Encode videos and captions into a dataset of latents for training."""
+    import torch
     from rich.console import Console
 
     try:
@@ -175,12 +178,15 @@ def preprocess(
             negative_prompt=WAN_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt,
             text_length=text_length,
             dtype=dtype,  # type: ignore[arg-type]
-            device=device,
+            device=("cuda" if torch.cuda.is_available() else "cpu") if device is None else device,
             num_workers=num_workers,
             console=console,
         )
     except (ValueError, ImportError) as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. The same command goes on after the last finished shard.", err=True)
+        raise typer.Exit(130) from None
     console.print(f"{out}: {report.done} videos encoded, {report.skipped} were there")
     for line in report.broken:
         console.print(f"line {line.line} of {captions} ({line.file}) was left out: {line.reason}", markup=False)

@@ -19,7 +19,9 @@ from diffusers import AnyFlowPipeline, AutoencoderKLWan
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
+from typer.testing import CliRunner
 
+from anyflow.cli import app
 from anyflow.data.encoders import TextEncoder, VideoEncoder
 from anyflow.data.latent_dataset import LatentDataset, shards
 from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, Broken, PreprocessReport, preprocess
@@ -307,3 +309,25 @@ def test_a_run_that_is_killed_and_run_again_gives_the_dataset_of_one_that_was_no
     assert contents(killed)["shard-000000.arrow"] == first
     dataset = LatentDataset(killed)
     assert [dataset.file(row) for row in range(len(dataset))] == [f"{i}.mp4" for i in range(12)]
+
+
+def test_the_command_makes_a_dataset_that_the_training_command_takes(
+    videos: Path, wan_model: Path, tmp_path: Path
+) -> None:
+    runner, captions = CliRunner(), table(tmp_path / "c.csv", {**CAPTIONS, "none.mp4": "nothing"})
+    places = ["--videos", videos, "--captions", captions, "--model", wan_model, "--out", tmp_path / "data"]
+    size = ["--num-frames", 9, "--height", 64, "--width", 64, "--text-length", 12, "--dtype", "fp32", "--device", "cpu"]
+    result = runner.invoke(app, ["preprocess", *map(str, [*places, *size])])
+    assert result.exit_code == 0, result.output
+    assert "3 videos encoded" in result.output and "none.mp4" in result.output
+    text_dim = LatentDataset(tmp_path / "data").text_shape[1]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"stage: pretrain\nout: {tmp_path / 'run'}\nsteps: 2\ndevice: cpu\nprecision: fp32\n"
+        f"data: {{path: {tmp_path / 'data'}, batch_size: 2, num_workers: 0}}\n"
+        "student: {architecture: {num_attention_heads: 2, attention_head_dim: 12, num_layers: 1, ffn_dim: 32, "
+        f"freq_dim: 16, text_dim: {text_dim}}}}}\n"
+    )
+    result = runner.invoke(app, ["train", str(recipe)])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "model" / "transformer" / "config.json").is_file()
