@@ -13,9 +13,14 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AnyFlowTransformer3DModel": "anyflow.models",
     "FlowMapEulerDiscreteScheduler": "anyflow.schedulers",
+    "accelerate": "anyflow.acceleration",
+    "restore": "anyflow.acceleration",
     "sample": "anyflow.sampling",
 }
-_SUBMODULES = ("data", "evaluation", "kernels", "methods", "models", "ops", "sampling", "schedulers", "training")
+_SUBMODULES = (
+    *("checkpoints", "data", "evaluation", "kernels", "methods", "models", "ops", "pipelines"),
+    *("sampling", "schedulers", "training"),
+)
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 

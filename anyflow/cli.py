@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import webbrowser
@@ -190,6 +191,114 @@ def preprocess(
     console.print(f"{out}: {report.done} videos encoded, {report.skipped} were there")
     for line in report.broken:
         console.print(f"line {line.line} of {captions} ({line.file}) was left out: {line.reason}", markup=False)
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str, typer.Option(help="Diffusers folder, or a name on the Hugging Face Hub.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the videos; what it has is skipped.", show_default=False)],
+    prompt: Annotated[list[str], typer.Option(help="May be given several times.", show_default=False)] = [],  # noqa: B006 (typer makes a new one)
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt on each line.")] = None,
+    steps: Annotated[str, typer.Option(help="Step counts, with commas between them.")] = "1,2,4,8,16,32",
+    transformer: Annotated[
+        str | None, typer.Option(help="Folder with another transformer and its scheduler, as training leaves it.")
+    ] = None,
+    lora: Annotated[str | None, typer.Option(help="LoRA file or folder to merge.")] = None,
+    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,
+    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 832,
+    num_frames: Annotated[int, typer.Option(help="4k + 1.")] = 81,
+    seed: Annotated[int, typer.Option(help="Of the noise, the same at each step count.")] = 0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
+    negative_prompt: Annotated[str | None, typer.Option(help="Needed for guidance.")] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second of the files.")] = 16,
+    memory: Annotated[str, typer.Option(help="'fast' (all on the device), 'low' (in turns) or 'auto'.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="'bf16', 'fp16' or 'fp32'.")] = "bf16",
+    device: Annotated[str | None, typer.Option(help="Torch device; a GPU if there is one.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the transformer's blocks.")] = False,
+) -> None:
+    """Make videos of prompts at several step counts from the same noise, and show them side by side."""
+    from rich.console import Console
+
+    try:
+        from anyflow.pipelines.render import SampleSettings, parse_steps, read_prompts, sample_command
+
+        settings = SampleSettings(
+            model, transformer, lora, height, width, num_frames, seed, guidance, negative_prompt, fps, dtype
+        )
+        report = sample_command(
+            settings,
+            [*prompt, *(read_prompts(prompts) if prompts is not None else [])],
+            parse_steps(steps),
+            out,
+            memory=memory,  # type: ignore[arg-type]
+            device=device,
+            compile=compile,
+            console=Console(highlight=False, soft_wrap=True),
+        )
+    except (ValueError, ImportError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. The same command goes on where it was.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{out}: {report.done} videos made, {report.skipped} were there")
+    for failure in report.failed:
+        what = "comparison" if failure.steps is None else f"{failure.steps} steps"
+        typer.echo(f"failed: {failure.prompt} ({what}): {failure.reason}", err=True)
+    raise typer.Exit(1 if report.failed else 0)
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        Path, typer.Option(help="Diffusers folder of a transformer, or of a pipeline.", show_default=False)
+    ],
+    against: Annotated[str, typer.Option(help="The other implementation; 'diffusers' is the only one.")] = "diffusers",
+    dtype: Annotated[str, typer.Option(help="Of the weights, 'fp32' or 'bf16'.")] = "fp32",
+    device: Annotated[str, typer.Option(help="Torch device to run on.")] = "cpu",
+    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 256,
+    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 256,
+    num_frames: Annotated[int, typer.Option(help="Frames of the video, 4k + 1.")] = 17,
+    steps: Annotated[int, typer.Option(help="Steps of the sampling.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    max_forward: Annotated[
+        float | None, typer.Option(help="Allowed mean relative difference of forwards; by dtype if left out.")
+    ] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Allowed relative difference of the training loss.")] = None,
+    max_sample: Annotated[
+        float | None, typer.Option(help="Allowed mean relative difference of the sampled latents.")
+    ] = None,
+) -> None:
+    """Compare the network with diffusers' on the same weights; exit status 1 if they differ by more than rounding."""
+    import torch
+
+    from anyflow.pipelines.loading import resolve_device
+    from anyflow.verify import Thresholds, verify
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    given = {"forward": max_forward, "loss": max_loss, "sample": max_sample}
+    try:
+        if dtype not in dtypes:
+            raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+        thresholds = Thresholds.for_dtype(dtypes[dtype])
+        thresholds = dataclasses.replace(thresholds, **{k: v for k, v in given.items() if v is not None})
+        report = verify(
+            model,
+            against=against,
+            dtype=dtypes[dtype],
+            device=resolve_device(device),
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            steps=steps,
+            seed=seed,
+            thresholds=thresholds,
+        )
+    except ValueError as error:
+        _fail(str(error))
+    typer.echo(report)
+    raise typer.Exit(0 if report.passed else 1)
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

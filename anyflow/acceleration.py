@@ -1,0 +1,230 @@
+"""Put our transformer in the place of diffusers' in a pipeline, on the very same weights, and back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models.wan import WanTransformer3DModel
+
+T = TypeVar("T", DiffusionPipeline, nn.Module)
+
+_SUPPORTED = "supported are diffusers' AnyFlowTransformer3DModel and WanTransformer3DModel, and pipelines with one"
+_ADAPTER_STATE = ("peft_config", "_hf_peft_config_loaded")  # where PEFT and diffusers note what is loaded
+
+
+@dataclass(frozen=True)
+class _Original:
+    """What ours stands for; in a dataclass, so that it is no child module of ours.
+
+    Args:
+        transformer: diffusers'.
+        layers: names of the linear layers, which both have as one module.
+        owners: the other modules with parameters, bare of adapters; ours are of other classes.
+    """
+
+    transformer: ModelMixin
+    layers: tuple[str, ...]
+    owners: Mapping[str, nn.Module]
+
+
+def accelerate(pipe_or_transformer: T) -> T:
+    """Run a diffusers pipeline, or a bare transformer, on anyflow's transformer.
+
+    The pipelines are those around diffusers' ``AnyFlowTransformer3DModel`` or ``WanTransformer3DModel``, Wan 2.2's
+    ``transformer_2`` included. Ours gets the very parameters and linear layers of theirs: nothing is copied, dtypes and
+    devices stay, adapters (LoRA) stay loaded, and CPU offloading that is on stays on. Results are the same within
+    rounding (``tests/test_accelerate.py``). A second call changes nothing; :func:`restore` undoes the first.
+
+    Args:
+        pipe_or_transformer: a pipeline is changed in place; a transformer is left as it is.
+
+    Returns:
+        The pipeline itself, or our transformer. Saved, both load in diffusers.
+
+    Raises:
+        TypeError: neither such a pipeline nor such a transformer.
+        ValueError: the transformer cannot be replaced without loss: image attention, fused projections, other
+            attention processors, quantized weights, hooks that ours would not have, a device map.
+    """
+    if not isinstance(pipe_or_transformer, DiffusionPipeline):
+        if isinstance(pipe_or_transformer, AnyFlowTransformer3DModel):
+            return pipe_or_transformer
+        return _accelerated(pipe_or_transformer)
+    pipe = pipe_or_transformer
+    transformers = _transformers(pipe)
+    if not transformers:
+        raise TypeError(f"accelerate: {type(pipe).__name__} has no transformer; {_SUPPORTED}")
+    theirs = {n: t for n, t in transformers.items() if not isinstance(t, AnyFlowTransformer3DModel)}
+    for transformer in theirs.values():
+        _our_class(transformer)
+    if theirs:
+        with _without_offloading(pipe):
+            ours = {name: _accelerated(transformer) for name, transformer in theirs.items()}
+            for name, transformer in ours.items():
+                library_and_class = pipe.config[name]
+                setattr(pipe, name, transformer)
+                pipe.register_to_config(**{name: library_and_class})  # so that a saved pipeline loads without anyflow
+    return pipe
+
+
+def restore(pipe_or_transformer: T) -> T:
+    """Undo :func:`accelerate`: diffusers' own transformer again, with the weights and adapters as they are now.
+
+    Returns:
+        The pipeline itself, or diffusers' transformer.
+
+    Raises:
+        ValueError: nothing here was accelerated.
+    """
+    if not isinstance(pipe_or_transformer, DiffusionPipeline):
+        return _restored(pipe_or_transformer)
+    pipe = pipe_or_transformer
+    ours = {name: t for name, t in _transformers(pipe).items() if hasattr(t, "_accelerated_from")}
+    if not ours:
+        raise ValueError(f"restore: this {type(pipe).__name__} was not accelerated")
+    with _without_offloading(pipe):
+        for name, transformer in ours.items():
+            setattr(pipe, name, _restored(transformer))
+    return pipe
+
+
+def _accelerated(theirs: ModelMixin) -> AnyFlowTransformer3DModel:
+    cls = _our_class(theirs)
+    settings = inspect.signature(type(theirs).__init__).parameters
+    with torch.device("meta"):
+        ours = cls(**{name: value for name, value in theirs.config.items() if name in settings})
+    layers = tuple(name for name, module in ours.named_modules() if type(module) is nn.Linear)
+    owners = {n: m for n, m in ours.named_modules() if m._parameters and n not in layers}
+    _check(theirs, layers, owners)
+    original = _Original(theirs, layers, {name: _bare(theirs.get_submodule(name)) for name in owners})
+
+    _hand_over(theirs, ours, layers, owners)
+    embedder = ours.condition_embedder
+    if embedder.delta_embedder is not None:
+        embedder.delta_emb_gate = embedder.delta_emb_gate.to(embedder.delta_embedder.linear_1.weight.device)
+    if theirs.is_gradient_checkpointing:
+        ours.enable_gradient_checkpointing(theirs._gradient_checkpointing_func)
+    ours.train(theirs.training)
+    ours._accelerated_from = original
+    return ours
+
+
+def _restored(ours: nn.Module) -> ModelMixin:
+    original: _Original | None = getattr(ours, "_accelerated_from", None)
+    if original is None:
+        raise ValueError(f"restore: this {type(ours).__name__} was not made by accelerate")
+    _hand_over(ours, original.transformer, original.layers, original.owners)
+    return original.transformer
+
+
+def _hand_over(source: nn.Module, target: nn.Module, layers: Iterable[str], owners: Mapping[str, nn.Module]) -> None:
+    """Give target the linear layers of source, and its modules ``owners`` the parameters, with the adapters on both."""
+    for name in layers:
+        target.set_submodule(name, source.get_submodule(name))
+    for name, owner in owners.items():
+        module = source.get_submodule(name)
+        owner._parameters.update(_bare(module)._parameters)
+        if module is not _bare(module):
+            module.base_layer = owner
+            target.set_submodule(name, module)
+        elif target.get_submodule(name) is not owner:  # its adapter has been unloaded
+            target.set_submodule(name, owner)
+    for name in _ADAPTER_STATE:
+        target.__dict__.pop(name, None)
+        if name in source.__dict__:
+            target.__dict__[name] = source.__dict__[name]
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The module without the adapter around it, which PEFT calls its base layer."""
+    return getattr(module, "base_layer", module)
+
+
+def _our_class(theirs: object) -> type[AnyFlowTransformer3DModel]:
+    if type(theirs) is diffusers.AnyFlowTransformer3DModel:
+        return AnyFlowTransformer3DModel
+    if type(theirs) is diffusers.WanTransformer3DModel:
+        return WanTransformer3DModel
+    raise TypeError(f"accelerate: {type(theirs).__name__} cannot be replaced; {_SUPPORTED}")
+
+
+def _check(theirs: ModelMixin, layers: Iterable[str], owners: Mapping[str, nn.Module]) -> None:
+    """A ValueError about what of theirs would be lost in ours."""
+    shared = {id(m) for name in layers for m in theirs.get_submodule(name).modules()}
+    for name, module in theirs.named_modules():
+        problem = None if id(module) in shared else _problem(module)
+        if hasattr(module, "_hf_hook"):
+            problem = "a hook of the package accelerate (offloading, a device map); remove it first"
+        if problem is not None:
+            raise ValueError(f"accelerate: {name if name else 'the transformer'} has {problem}")
+
+    reached = {id(p) for name in layers for p in theirs.get_submodule(name).parameters()}
+    for name, owner in owners.items():
+        module = theirs.get_submodule(name)
+        bare = _bare(module)
+        for key in owner._parameters:
+            parameter = bare._parameters[key]
+            if type(parameter) is not nn.Parameter:
+                raise ValueError(f"accelerate: {name}.{key} is a {type(parameter).__name__} (quantized or sharded)")
+            reached.add(id(parameter))
+        if module is not bare:
+            reached.update(id(p) for p in module.parameters() if not any(p is q for q in bare.parameters()))
+    unexpected = [name for name, p in theirs.named_parameters() if id(p) not in reached]
+    if unexpected:
+        raise ValueError(f"accelerate: {type(theirs).__name__} has parameters of no use here: {', '.join(unexpected)}")
+
+
+def _problem(module: Any) -> str | None:
+    """What a module has that ours would not have, or None."""
+    if getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
+        return "a hook of diffusers (a cache, group offloading, layerwise casting); remove it first"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "a forward hook; remove it first"
+    if getattr(module, "fused_projections", False):
+        return "fused projections; call unfuse_qkv_projections() first"
+    processor = getattr(module, "processor", None)
+    if processor is not None and type(processor) not in type(module)._available_processors:
+        return f"the attention processor {type(processor).__name__}; only diffusers' own can be replaced"
+    return None
+
+
+def _transformers(pipe: DiffusionPipeline) -> dict[str, ModelMixin]:
+    found = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+    return {name: transformer for name, transformer in found.items() if transformer is not None}
+
+
+@contextmanager
+def _without_offloading(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Take the pipeline's offloading off for a moment, and put it on whatever the pipeline then consists of."""
+    if pipe._is_pipeline_device_mapped():
+        raise ValueError("accelerate: the pipeline has a device map; call reset_device_map() first")
+    enable = _offloading(pipe)
+    if enable is None:
+        yield
+        return
+    pipe.remove_all_hooks()
+    try:
+        yield
+    finally:
+        enable(device=pipe._offload_device)
+
+
+def _offloading(pipe: DiffusionPipeline) -> Callable[..., None] | None:
+    """The method that has put the pipeline's offloading on, if it is on."""
+    from accelerate.hooks import AlignDevicesHook
+
+    if getattr(pipe, "_all_hooks", None):
+        return pipe.enable_model_cpu_offload
+    hooks = [t._hf_hook for t in _transformers(pipe).values() if hasattr(t, "_hf_hook")]
+    hooks = [inner for hook in hooks for inner in getattr(hook, "hooks", (hook,))]  # several are one SequentialHook
+    return pipe.enable_sequential_cpu_offload if any(isinstance(hook, AlignDevicesHook) for hook in hooks) else None

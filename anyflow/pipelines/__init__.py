@@ -1,0 +1,28 @@
+"""From a text to a video. Its names load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anyflow.pipelines.pipeline import AnyFlowPipeline, VideoOutput
+    from anyflow.pipelines.request import ModelLayout, VideoRequest
+    from anyflow.pipelines.video import write_comparison, write_video
+
+_MODULES = {
+    "AnyFlowPipeline": "pipeline",
+    "ModelLayout": "request",
+    "VideoOutput": "pipeline",
+    "VideoRequest": "request",
+    "write_comparison": "video",
+    "write_video": "video",
+}
+
+__all__ = ["AnyFlowPipeline", "ModelLayout", "VideoOutput", "VideoRequest", "write_comparison", "write_video"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"anyflow.pipelines.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'anyflow.pipelines' has no attribute {name!r}")

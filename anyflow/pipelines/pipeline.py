@@ -1,0 +1,419 @@
+"""From a text to a video: encode, sample, decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anyflow.pipelines.frames import context_pixels, frames_of_type
+from anyflow.pipelines.loading import (
+    ModelPaths,
+    fits,
+    load_transformer,
+    place,
+    resolve_device,
+)
+from anyflow.pipelines.request import ModelLayout, VideoRequest
+from anyflow.pipelines.wan import (
+    decode_latents,
+    encode_prompt,
+    encode_video,
+    load_text_encoder,
+    load_tokenizer,
+    load_vae,
+)
+from anyflow.rng import randn_like
+from anyflow.sampling import Callback, Schedule, sample
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from anyflow.models import AnyFlowTransformer3DModel
+
+Memory = Literal["auto", "fast", "low"]
+
+
+@dataclass(frozen=True)
+class VideoOutput:
+    """What a call of the pipeline gives.
+
+    Args:
+        frames: by ``output_type``: ``"pil"`` a list of images for each prompt, ``"np"`` ``[B, F, H, W, 3]`` and
+            ``"pt"`` ``[B, F, 3, H, W]`` fp32 in [0, 1], ``"latent"`` ``[B, F', C, h, w]``.
+        seconds: of ``encode`` (loading the text encoder included where it is not kept), ``sample`` and ``decode``.
+    """
+
+    frames: list[list[Image]] | np.ndarray | Tensor
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class AnyFlowPipeline:
+    """A text-to-video model: ``pipe = AnyFlowPipeline.from_pretrained(path); pipe("a red panda").frames[0]``.
+
+    The same latents and frames as diffusers' pipeline of the same name (``tests/pipelines/test_pipeline.py``), except
+    that latents are frames-first, as everywhere in this library, that custom timesteps are used verbatim, and that
+    noise and latents stay fp32 between the steps of a bf16 model.
+
+    ``transformer``, ``vae``, ``scheduler``, ``tokenizer`` and ``text_encoder`` are ordinary modules, to be looked at
+    and replaced. With ``low_memory`` the large ones take turns on the device: the text encoder is loaded for each call
+    and freed again (the attribute is None), the transformer is loaded when it is first needed and waits in the main
+    memory while the others are at work, and the VAE works in tiles that bound its memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        transformer: AnyFlowTransformer3DModel | Callable[[], AnyFlowTransformer3DModel],
+        vae: Any,
+        text_encoder: nn.Module | Callable[[], nn.Module],
+        tokenizer: Any,
+        scheduler: FlowMapEulerDiscreteScheduler,
+        layout: ModelLayout,
+        device: torch.device | str = "cpu",
+        low_memory: bool = False,
+    ) -> None:
+        """Put parts together; :meth:`from_pretrained` does it for a folder.
+
+        Args:
+            transformer, text_encoder: modules, or functions that load them on the CPU when they are needed.
+            vae: ``AutoencoderKLWan``.
+            tokenizer: of the text encoder.
+            scheduler: gives the schedule.
+            layout: of the model.
+            device: to run on.
+            low_memory: as above.
+        """
+        self.device, self.low_memory, self.layout = torch.device(device), low_memory, layout
+        self.vae, self.tokenizer, self.scheduler = vae, tokenizer, scheduler
+        self._transformer, self._text_encoder = transformer, text_encoder
+        vae.use_slicing = True  # one video fills a GPU, and its numbers do not depend on others
+        if low_memory:
+            vae.enable_tiling()
+        else:
+            place(self.transformer, self.device)
+            place(self._loaded_text_encoder(), self.device)
+        place(vae, self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        memory: Memory = "auto",
+        transformer: AnyFlowTransformer3DModel | str | Path | None = None,
+        vae_dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+    ) -> AnyFlowPipeline:
+        """Load a diffusers folder with ``transformer``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``.
+
+        Args:
+            path: the folder, or the name of a model on the Hugging Face Hub.
+            dtype: of the transformer and the text encoder.
+            device: to run on; None takes a GPU if there is one.
+            memory: ``"fast"`` keeps everything on the device, ``"low"`` one part at a time (see the class; above 256
+                pixels its tiles change the decoded video slightly); ``"auto"`` is fast where everything fits.
+            transformer: in place of the folder's: a model, or a folder with ``transformer`` and, if it has one,
+                ``scheduler``, as a training run leaves it.
+            vae_dtype: of the VAE. bf16 halves its time and memory, and shows.
+            compile: compile the transformer's blocks with ``torch.compile``.
+
+        Raises:
+            ValueError: no such model, parts are missing or do not fit together, or an argument cannot be.
+        """
+        if memory not in ("auto", "fast", "low"):
+            raise ValueError(f"memory must be auto, fast or low, got {memory!r}")
+        target = resolve_device(device)
+        paths = ModelPaths.find(path, transformer)
+        given = transformer if isinstance(transformer, nn.Module) else None
+        layout = paths.layout(given)
+        scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(paths.scheduler, subfolder="scheduler")
+        low = memory == "low" or (memory == "auto" and not fits(paths, given, target, dtype, vae_dtype))
+
+        def load() -> AnyFlowTransformer3DModel:
+            network = load_transformer(paths.transformer, dtype) if given is None else given
+            if compile:
+                network.compile_repeated_blocks()
+            return network
+
+        return cls(
+            transformer=load if low else load(),
+            vae=load_vae(paths.model, vae_dtype),
+            text_encoder=(lambda: load_text_encoder(paths.model, dtype))
+            if low
+            else load_text_encoder(paths.model, dtype),
+            tokenizer=load_tokenizer(paths.model),
+            scheduler=scheduler,
+            layout=layout,
+            device=target,
+            low_memory=low,
+        )
+
+    @property
+    def transformer(self) -> AnyFlowTransformer3DModel:
+        """The network; loaded now if it was not yet."""
+        if not isinstance(self._transformer, nn.Module):
+            self._transformer = self._transformer()
+        return cast("AnyFlowTransformer3DModel", self._transformer)
+
+    @transformer.setter
+    def transformer(self, transformer: AnyFlowTransformer3DModel) -> None:
+        self._transformer = transformer
+
+    @property
+    def text_encoder(self) -> nn.Module | None:
+        """The text encoder; None where it is loaded for each call."""
+        return self._text_encoder if isinstance(self._text_encoder, nn.Module) else None
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Merge a LoRA into the transformer; see :func:`anyflow.pipelines.lora.merge_lora`."""
+        from anyflow.pipelines.lora import merge_lora
+
+        merge_lora(self.transformer, path, scale)
+
+    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int = 512) -> list[Tensor]:
+        """``[1, max_sequence_length, text_dim]`` fp32 on the CPU for each prompt, zero-padded after encoding."""
+        self._rest_transformer()
+        text_encoder = place(self._loaded_text_encoder(), self.device)
+        encoded = [encode_prompt(text_encoder, self.tokenizer, p, max_sequence_length) for p in prompts]
+        return [nn.functional.pad(e, (0, 0, 0, max_sequence_length - len(e)))[None] for e in encoded]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """``latents[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1] on the device, in the VAE's dtype."""
+        self._rest_transformer()
+        return decode_latents(self.vae, latents)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        num_inference_steps: int | None = 4,
+        timesteps: Schedule | None = None,
+        guidance_scale: float = 1.0,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        image: Any = None,
+        video: Any = None,
+        output_type: str = "pil",
+        callback: Callback | None = None,
+        progress: bool = False,
+        max_sequence_length: int = 512,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        use_mean_velocity: bool = True,
+    ) -> VideoOutput:
+        """Make one video for each prompt.
+
+        Args:
+            prompt: one or several texts.
+            negative_prompt: one, or one for each prompt; needed, and used, only when guidance_scale is not 1.
+            height, width: pixels, multiples of 16.
+            num_frames: 4k + 1.
+            num_inference_steps: network evaluations; ignored when timesteps are given.
+            timesteps: custom schedule in [0, 1000], used verbatim.
+            guidance_scale: 1 (no guidance) for checkpoints with guidance distilled in.
+            seed: of the noise, on any device the same; with neither seed nor generator it is fresh.
+            generator: draws the noise, ``[B, C, F', h, w]`` as diffusers' pipelines do.
+            image, video: first frames to keep, 4k + 1 of them; see :func:`anyflow.pipelines.frames.context_pixels`.
+            output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``; see :class:`VideoOutput`.
+            callback: of :func:`anyflow.sampling.sample`.
+            progress: show a bar of the steps.
+            max_sequence_length: tokens after which prompts are cut off; trained models expect 512.
+            latents: noise, ``[B, F', C, h, w]``, in place of seed and generator. Never written.
+            prompt_embeds: ``[B, S, text_dim]`` in place of prompt, as :meth:`encode_prompts` gives them.
+            negative_prompt_embeds: ``[B or 1, S, text_dim]`` in place of negative_prompt.
+            use_mean_velocity: False for plain Euler steps, and for models without a flow map.
+
+        Raises:
+            ValueError: something cannot work; raised before any network runs.
+        """
+        batch_size = _count("prompt", prompt, prompt_embeds, self.layout.text_dim)
+        if batch_size is None:
+            raise ValueError("give prompt or prompt_embeds")
+        request = VideoRequest(
+            height,
+            width,
+            num_frames,
+            num_inference_steps,
+            timesteps,
+            guidance_scale,
+            max_sequence_length,
+            output_type,
+            negatives=_count("negative_prompt", negative_prompt, negative_prompt_embeds, self.layout.text_dim),
+        )
+        request.check(self.layout, self.scheduler, batch_size=batch_size)
+        context = context_pixels(image, video, height, width)
+        if context is not None:
+            replace(request, context_frames=context.shape[1]).check(self.layout, batch_size=batch_size)
+            if context.shape[0] not in (1, batch_size):
+                raise ValueError(f"video must be one or as many as the {batch_size} prompts, got {context.shape[0]}")
+        if guidance_scale == 1:
+            negative_prompt = negative_prompt_embeds = None
+        _require_one_length(prompt_embeds, negative_prompt, negative_prompt_embeds, max_sequence_length)
+        noise = self._noise(batch_size, num_frames, height, width, seed, generator, latents)
+
+        seconds: dict[str, float] = {}
+        with self.timed("encode", seconds):
+            text, negative = self._texts(
+                prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, max_sequence_length
+            )
+            context = None if context is None else self._encode_context(context)
+        with (
+            self.timed("sample", seconds),
+            _bar(progress, num_inference_steps if timesteps is None else len(timesteps)) as step,
+        ):
+            result = sample(
+                place(self.transformer, self.device),
+                self.scheduler,
+                noise,
+                text,
+                num_inference_steps=num_inference_steps,
+                timesteps=timesteps,
+                guidance_scale=guidance_scale,
+                negative_prompt_embeds=negative,
+                context_latents=context,
+                use_mean_velocity=use_mean_velocity,
+                callback=_both(callback, step),
+            )
+        if output_type == "latent":
+            return VideoOutput(result, seconds)
+        with self.timed("decode", seconds):
+            frames = frames_of_type(self.decode(result), output_type)
+        return VideoOutput(frames, seconds)
+
+    def _noise(
+        self,
+        batch_size: int,
+        num_frames: int,
+        height: int,
+        width: int,
+        seed: int | None,
+        generator: torch.Generator | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        if sum(given is not None for given in (seed, generator, latents)) > 1:
+            raise ValueError("give one of seed, generator and latents")
+        layout = self.layout
+        sizes = (height // layout.spatial_factor, width // layout.spatial_factor)
+        shape = (batch_size, layout.channels, layout.latent_frames(num_frames), *sizes)
+        if latents is None:
+            drawn_by = torch.Generator().manual_seed(seed) if seed is not None else generator
+            return randn_like(torch.empty(shape, device=self.device), drawn_by).transpose(1, 2)
+        expected = torch.Size((shape[0], shape[2], shape[1], *sizes))
+        if latents.shape != expected or not latents.is_floating_point():
+            raise ValueError(
+                f"latents must be [B, F', C, h, w] = {tuple(expected)} (frames first) floating point, "
+                f"got {tuple(latents.shape)} {latents.dtype}"
+            )
+        return latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
+
+    def _texts(
+        self,
+        prompt: str | Sequence[str] | None,
+        embeds: Tensor | None,
+        negative_prompt: str | Sequence[str] | None,
+        negative_embeds: Tensor | None,
+        max_sequence_length: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the network reads, with the text encoder loaded once at most."""
+        prompts, negatives = _listed(prompt), _listed(negative_prompt)
+        encoded = self.encode_prompts([*prompts, *negatives], max_sequence_length) if prompts or negatives else []
+        text = torch.cat(encoded[: len(prompts)]) if prompts else embeds
+        negative = torch.cat(encoded[len(prompts) :]) if negatives else negative_embeds
+        assert text is not None
+        return text.to(self.device), None if negative is None else negative.to(self.device)
+
+    def _loaded_text_encoder(self) -> nn.Module:
+        return self._text_encoder if isinstance(self._text_encoder, nn.Module) else self._text_encoder()
+
+    def _encode_context(self, pixels: Tensor) -> Tensor:
+        self._rest_transformer()
+        return encode_video(self.vae, pixels)
+
+    def _rest_transformer(self) -> None:
+        """In low memory, leave the device to another part."""
+        if self.low_memory and isinstance(self._transformer, nn.Module):
+            place(self._transformer, torch.device("cpu"))
+
+    @contextmanager
+    def timed(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
+        """Add the time that a block takes, until the device has done its work, to ``seconds``."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds[name] = time.perf_counter() - start
+
+
+def _listed(texts: str | Sequence[str] | None) -> list[str]:
+    return [] if texts is None else [texts] if isinstance(texts, str) else list(texts)
+
+
+def _count(name: str, texts: str | Sequence[str] | None, embeds: Tensor | None, text_dim: int) -> int | None:
+    """Number of texts or embeddings; None without any."""
+    if texts is not None and embeds is not None:
+        raise ValueError(f"give either {name} or {name}_embeds, not both")
+    if embeds is not None:
+        if embeds.ndim != 3 or embeds.shape[0] == 0 or embeds.shape[2] != text_dim:
+            raise ValueError(f"{name}_embeds must be [B, S, {text_dim}], got {tuple(embeds.shape)}")
+        return embeds.shape[0]
+    if texts is None:
+        return None
+    listed = _listed(texts)
+    if not listed or not all(isinstance(text, str) for text in listed):
+        raise ValueError(f"{name} must be a text or a list of texts, got {texts!r}")
+    return len(listed)
+
+
+def _require_one_length(
+    embeds: Tensor | None, negative: str | Sequence[str] | None, negative_embeds: Tensor | None, encoded: int
+) -> None:
+    """Prompts and negative prompts go through the network as one batch; texts are ``encoded`` tokens long."""
+    length = encoded if embeds is None else embeds.shape[1]
+    other = encoded if negative is not None else length if negative_embeds is None else negative_embeds.shape[1]
+    if length != other:
+        raise ValueError(f"prompts are {length} tokens long, but negative prompts {other}; make them equal")
+
+
+@contextmanager
+def _bar(show: bool, steps: int | None) -> Iterator[Callback | None]:
+    """A callback that moves a bar in the terminal."""
+    if not show:
+        yield None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("sampling", total=steps)
+
+        def step(index: int, timestep: float, latents: Tensor) -> None:
+            bar.advance(task)
+
+        yield step
+
+
+def _both(first: Callback | None, second: Callback | None) -> Callback | None:
+    if first is None or second is None:
+        return second if first is None else first
+
+    def callback(index: int, timestep: float, latents: Tensor) -> Tensor | None:
+        second(index, timestep, latents)
+        return first(index, timestep, latents)
+
+    return callback

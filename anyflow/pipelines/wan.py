@@ -1,0 +1,112 @@
+"""The Wan VAE and the UMT5 text encoder: loading them, and what goes in and comes out of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def load_vae(model: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """``AutoencoderKLWan`` of a diffusers folder, on the CPU in eval mode.
+
+    Raises:
+        ValueError: there is no such part, or weights are missing or left over.
+    """
+    from diffusers import AutoencoderKLWan
+
+    return load_module(AutoencoderKLWan, part_folder(model, "vae"), dtype)
+
+
+def load_text_encoder(model: Path, dtype: torch.dtype) -> Any:
+    """``UMT5EncoderModel`` of a diffusers folder; as :func:`load_vae`."""
+    from transformers import UMT5EncoderModel
+
+    return load_module(UMT5EncoderModel, part_folder(model, "text_encoder"), dtype)
+
+
+def load_tokenizer(model: Path) -> Any:
+    """The tokenizer of a diffusers folder.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = part_folder(model, "tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be loaded as a tokenizer: {error}") from error
+
+
+def part_folder(model: Path, name: str) -> Path:
+    """``model/name``; ValueError if there is no such folder."""
+    folder = model / name
+    if not folder.is_dir():
+        raise ValueError(f"{model} is not a diffusers model folder: it has no {name}/")
+    return folder
+
+
+@torch.no_grad()
+def encode_prompt(text_encoder: Any, tokenizer: Any, prompt: str, max_sequence_length: int) -> Tensor:
+    """The tokens of a prompt, ``[S, text_dim]`` fp32 on the CPU, without padding; S is at most max_sequence_length.
+
+    Encoded beside masked padding, as diffusers' pipelines do (``test_prompts_are_those_of_the_anyflow_pipeline``), and
+    alone, so that the numbers do not depend on other prompts.
+    """
+    from diffusers.pipelines.anyflow.pipeline_anyflow import prompt_clean
+
+    tokens = tokenizer(
+        [prompt_clean(prompt)],
+        padding="max_length",
+        max_length=max_sequence_length,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    ).to(text_encoder.device)
+    embeds = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    return embeds[0, : int(tokens.attention_mask.sum())].float().cpu()
+
+
+@torch.no_grad()
+def encode_video(vae: Any, pixels: Tensor) -> Tensor:
+    """``pixels[B, F, 3, H, W]`` in [-1, 1] to normalized latents ``[B, 1 + (F-1)/4, C, H/8, W/8]``.
+
+    The mean of the posterior, minus ``latents_mean`` and over ``latents_std`` of each channel, as diffusers' Wan
+    and AnyFlow pipelines do (``test_stored_latents_are_those_of_the_anyflow_pipeline``).
+    """
+    latents = vae.encode(pixels.to(vae.device, vae.dtype).transpose(1, 2)).latent_dist.mode()
+    mean, std = _statistics(vae, latents)
+    return ((latents - mean) * (1 / std)).transpose(1, 2)
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """The inverse: normalized latents ``[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1], VAE's dtype."""
+    latents = latents.to(vae.device, vae.dtype).transpose(1, 2)
+    mean, std = _statistics(vae, latents)
+    video = vae.decode(latents * std + mean, return_dict=False)[0]
+    return (video * 0.5 + 0.5).clamp(0, 1).transpose(1, 2)
+
+
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = (latents.new_tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return mean, std
+
+
+def load_module(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A pretrained module in eval mode, with exactly the weights of its folder; the global generator is left alone."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # constructors draw weights that the files then replace
+            module, info = kind.from_pretrained(
+                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {error}") from error
+    faults = [f"{what}: {sorted(map(str, info[what]))}" for what in info if info[what]]
+    if faults:
+        raise ValueError(f"{folder} does not hold the weights of {kind.__name__}: {'; '.join(faults)}")
+    return module.eval()

@@ -1,0 +1,384 @@
+"""Our pipeline against diffusers' on the same folder of tiny real parts, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from anyflow.pipelines import AnyFlowPipeline, ModelLayout, VideoRequest
+
+TOLERANCE = 1e-5
+PROMPTS = ["a red disc moves slowly", "a blue cross stops"]
+CALL: dict[str, Any] = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 12}
+GUIDED = {"guidance_scale": 3.0, "negative_prompt": "bad quality"}
+LATENT_SHAPE = (2, 2, 16, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def pipe(model: Path) -> AnyFlowPipeline:
+    return AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def peer(model: Path) -> diffusers.AnyFlowPipeline:
+    pipe = diffusers.AnyFlowPipeline.from_pretrained(model)
+    pipe.transformer = diffusers.AnyFlowTransformer3DModel.from_pretrained(model, subfolder="transformer")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def noise(generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(LATENT_SHAPE, generator=generator)
+
+
+def steps_of_peer(peer: diffusers.AnyFlowPipeline, noise: torch.Tensor, **call: Any) -> list[torch.Tensor]:
+    """diffusers' latents after each step, frames first."""
+    seen: list[torch.Tensor] = []
+
+    def watch(pipe: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(tensors["latents"].clone())
+        return {}
+
+    channels_first = noise.transpose(1, 2).clone()
+    peer(**{**CALL, **call}, latents=channels_first, output_type="latent", callback_on_step_end=watch)
+    return seen
+
+
+def steps_of_ours(pipe: AnyFlowPipeline, noise: torch.Tensor, **call: Any) -> list[torch.Tensor]:
+    seen: list[torch.Tensor] = []
+    pipe(**{**CALL, **call}, latents=noise, output_type="latent", callback=lambda i, t, x: seen.append(x.clone()))
+    return seen
+
+
+@pytest.mark.parametrize("guidance", [{}, GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_every_step_has_diffusers_latents(steps, guidance, pipe, peer, noise) -> None:
+    call = {"prompt": PROMPTS, "num_inference_steps": steps, **guidance}
+    if guidance:
+        call["negative_prompt"] = [guidance["negative_prompt"]] * 2  # diffusers wants one for each prompt
+    expected, actual = steps_of_peer(peer, noise, **call), steps_of_ours(pipe, noise, **call)
+    assert len(actual) == len(expected) == steps
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+    assert (actual[-1] - noise).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("guidance", [{}, GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("frames", [1, 5])
+def test_a_context_gives_diffusers_latents(frames, guidance, pipe, peer, generator) -> None:
+    video = torch.rand(1, frames, 3, 16, 32, generator=generator)
+    noise = torch.randn(1, 3, 16, 2, 4, generator=generator)
+    call = {"prompt": PROMPTS[0], "num_frames": 9, "num_inference_steps": 4, **guidance, "video": video}
+    expected, actual = steps_of_peer(peer, noise, **call), steps_of_ours(pipe, noise, **call)
+    kept = (frames - 1) // 4 + 1
+    for ours, theirs in zip(actual, expected, strict=True):
+        # Between the steps theirs has context frames that went astray (they are put back before each call); ours not.
+        torch.testing.assert_close(ours[:, kept:], theirs[:, kept:], rtol=0, atol=TOLERANCE)
+        assert torch.equal(ours[:, :kept], actual[0][:, :kept])
+    last = peer(**{**CALL, **call}, latents=noise.transpose(1, 2).clone(), output_type="latent").frames.transpose(1, 2)
+    torch.testing.assert_close(actual[-1], last, rtol=0, atol=TOLERANCE)
+
+
+def test_image_is_the_first_frame_of_a_context(pipe, noise) -> None:
+    """The same as a PIL image, an array and a tensor; a PIL image of another size is cut to fit."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
+    images = [Image.fromarray(pixels), pixels, torch.from_numpy(pixels).permute(2, 0, 1)]
+    call = {**CALL, "prompt": PROMPTS, "latents": noise, "output_type": "pt"}
+    results = [pipe(**call, image=image).frames for image in images]
+    results.append(pipe(**call, video=[Image.fromarray(pixels)]).frames)
+    results.append(pipe(**call, video=pixels[None].astype(np.float32) / 255).frames)
+    assert all(torch.equal(result, results[0]) for result in results[:4])
+    torch.testing.assert_close(results[4], results[0], rtol=0, atol=TOLERANCE)
+    assert not torch.equal(results[0], pipe(**call).frames)
+    wide = Image.fromarray(np.concatenate([pixels[:, :4] * 0, pixels, pixels[:, :4] * 0], axis=1))
+    assert torch.equal(pipe(**call, image=wide).frames, results[0])
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
+def test_frames_are_diffusers(output_type, pipe, peer) -> None:
+    seeded = [{"generator": torch.Generator().manual_seed(3)} for _ in range(2)]
+    expected = peer(PROMPTS, **CALL, **seeded[0], num_inference_steps=2, output_type=output_type).frames
+    output = pipe(PROMPTS, **CALL, **seeded[1], num_inference_steps=2, output_type=output_type)
+    assert len(output.frames) == 2 and len(output.frames[0]) == 5
+    if output_type == "pil":
+        ours, theirs = (
+            np.array([[np.asarray(f) for f in video] for video in v], int) for v in (output.frames, expected)
+        )
+        assert ours.shape == (2, 5, 16, 32, 3) and np.abs(ours - theirs).max() <= 1
+    else:
+        np.testing.assert_allclose(output.frames, expected, rtol=0, atol=TOLERANCE)
+        assert output.frames.std() > 0.01
+    assert set(output.seconds) == {"encode", "sample", "decode"} and min(output.seconds.values()) > 0
+
+
+def test_a_seed_is_a_generator(pipe) -> None:
+    call = {**CALL, "prompt": PROMPTS[0], "output_type": "latent"}
+    seeded = pipe(**call, seed=5).frames
+    assert torch.equal(seeded, pipe(**call, generator=torch.Generator().manual_seed(5)).frames)
+    assert not torch.equal(seeded, pipe(**call, seed=6).frames)
+    assert not torch.equal(pipe(**call).frames, pipe(**call).frames)
+
+
+def test_custom_timesteps_are_verbatim(pipe, noise) -> None:
+    """diffusers shifts them a second time (D7)."""
+    seen: list[float] = []
+    pipe(**CALL, prompt=PROMPTS, latents=noise, timesteps=[999, 937, 833, 624, 0], output_type="latent",
+         num_inference_steps=None, callback=lambda i, t, x: seen.append(t))  # fmt: skip
+    assert seen == pytest.approx([999, 937, 833, 624])
+
+
+def test_embeddings_stand_for_prompts(pipe, noise) -> None:
+    call = {**CALL, "latents": noise, "output_type": "latent", "guidance_scale": 2.0}
+    expected = pipe(PROMPTS, negative_prompt="bad quality", **call).frames
+    *prompts, negative = pipe.encode_prompts([*PROMPTS, "bad quality"], 12)
+    assert prompts[0].shape == (1, 12, 16) and prompts[0][0, -1].abs().max() == 0
+    assert torch.equal(expected, pipe(prompt_embeds=torch.cat(prompts), negative_prompt_embeds=negative, **call).frames)
+
+
+def test_a_negative_prompt_without_guidance_changes_nothing(pipe, noise) -> None:
+    call = {**CALL, "latents": noise, "output_type": "latent"}
+    assert torch.equal(pipe(PROMPTS, **call).frames, pipe(PROMPTS, negative_prompt="bad", **call).frames)
+
+
+def test_arguments_are_not_written_and_the_global_generator_is_not_drawn_from(model, noise) -> None:
+    state = torch.get_rng_state()
+    pipe = AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu")
+    before, context = noise.clone(), np.zeros((1, 16, 32, 3), np.float32)
+    with torch.inference_mode():
+        inference = pipe(PROMPTS, **CALL, latents=noise, video=context, output_type="latent").frames
+    assert torch.equal(noise, before) and not context.any()
+    assert torch.equal(inference, pipe(PROMPTS, **CALL, latents=noise, video=context, output_type="latent").frames)
+    assert torch.equal(torch.get_rng_state(), state)
+    loss = pipe.transformer(noise, torch.ones(2), torch.zeros(2), torch.randn(2, 12, 16)).sample.sum()
+    loss.backward()  # nothing that inference mode made is kept
+
+
+def test_low_memory_is_bit_for_bit_the_same_and_keeps_no_text_encoder(model, pipe) -> None:
+    low = AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu", memory="low")
+    assert not isinstance(low._transformer, torch.nn.Module) and low.vae.use_tiling and low.vae.use_slicing
+    for call in ({}, {**GUIDED, "image": Image.new("RGB", (32, 16), "red")}):
+        fast = pipe(PROMPTS, **CALL, **call, seed=1, output_type="pt").frames
+        assert torch.equal(low(PROMPTS, **CALL, **call, seed=1, output_type="pt").frames, fast)
+        assert low.text_encoder is None and pipe.text_encoder is not None
+        assert isinstance(low._transformer, torch.nn.Module)
+
+
+def test_low_memory_encodes_all_prompts_before_the_transformer_is_loaded(model) -> None:
+    low = AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu", memory="low")
+    assert len(low.encode_prompts(PROMPTS, 12)) == 2
+    assert not isinstance(low._transformer, torch.nn.Module)
+
+
+def test_bf16_stays_near_fp32_and_has_fp32_latents(model, pipe, noise) -> None:
+    half = AnyFlowPipeline.from_pretrained(model, device="cpu")
+    assert half.transformer.patch_embedding.weight.dtype == torch.bfloat16 and half.vae.dtype == torch.float32
+    call = {**CALL, "prompt": PROMPTS, "latents": noise, "output_type": "latent"}
+    actual, expected = half(**call).frames, pipe(**call).frames
+    assert actual.dtype == torch.float32
+    assert (actual - expected).norm() < 0.05 * (expected - noise).norm()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same(model, pipe, noise) -> None:
+    compiled = AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu", compile=True)
+    call = {**CALL, "prompt": PROMPTS, "latents": noise, "output_type": "latent", "num_inference_steps": 2}
+    torch.testing.assert_close(compiled(**call).frames, pipe(**call).frames, rtol=0, atol=TOLERANCE)
+
+
+def test_transformer_in_place_of_the_folders_own(model, pipe, noise, tmp_path: Path) -> None:
+    """A model, or a folder with its own scheduler, as training leaves it."""
+    call = {**CALL, "prompt": PROMPTS, "latents": noise, "output_type": "latent"}
+    other = diffusers.AnyFlowTransformer3DModel.from_pretrained(model, subfolder="transformer")
+    with torch.no_grad():
+        other.proj_out.weight.mul_(2)
+    other.save_pretrained(tmp_path / "transformer")
+    pipe.scheduler.from_config(pipe.scheduler.config, shift=2.0).save_pretrained(tmp_path / "scheduler")
+    by_folder = AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu", transformer=tmp_path)
+    assert by_folder.scheduler.config.shift == 2.0
+    by_model = AnyFlowPipeline.from_pretrained(
+        model, dtype=torch.float32, device="cpu", transformer=by_folder.transformer, memory="low"
+    )
+    assert by_model.scheduler.config.shift == 5.0
+    by_model.scheduler = by_folder.scheduler
+    assert torch.equal(by_folder(**call).frames, by_model(**call).frames)
+    assert not torch.equal(by_folder(**call).frames, pipe(**call).frames)
+
+
+def adapters(model: Path) -> tuple[torch.nn.Module, LoraConfig]:
+    """diffusers' transformer with an adapter that changes it."""
+    torch.manual_seed(1)
+    transformer = diffusers.AnyFlowTransformer3DModel.from_pretrained(model, subfolder="transformer")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_out.0", "net.2"], init_lora_weights=False)
+    transformer.add_adapter(config)
+    return transformer, config
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "diffusers-file", "peft"])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_lora_is_that_of_diffusers(scale, kind, model, peer, noise, tmp_path: Path) -> None:
+    transformer, config = adapters(model)
+    layers = get_peft_model_state_dict(transformer)
+    if kind == "peft":
+        plain = diffusers.AnyFlowTransformer3DModel.from_pretrained(model, subfolder="transformer")
+        wrapped = get_peft_model(plain, config)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                saved = name.removeprefix("base_model.model.").replace(".default.", ".")
+                parameter.data.copy_(layers[saved])
+        wrapped.save_pretrained(tmp_path)
+    else:
+        diffusers.loaders.WanLoraLoaderMixin.save_lora_weights(
+            tmp_path,
+            transformer_lora_layers=layers,
+            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        )
+    call = {**CALL, "prompt": PROMPTS, "num_inference_steps": 2}
+    merged = AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu")
+    names = list(merged.transformer.state_dict())
+    merged.load_lora(tmp_path / "pytorch_lora_weights.safetensors" if kind == "diffusers-file" else tmp_path, scale)
+    assert list(merged.transformer.state_dict()) == names
+    transformer.fuse_lora(lora_scale=scale)
+    transformer.unload_lora()
+    theirs = diffusers.AnyFlowPipeline(**{**peer.components, "transformer": transformer})
+    theirs.set_progress_bar_config(disable=True)
+    expected = steps_of_peer(theirs, noise, **call)
+    torch.testing.assert_close(steps_of_ours(merged, noise, **call)[-1], expected[-1], rtol=0, atol=TOLERANCE)
+    assert (expected[-1] - steps_of_peer(peer, noise, **call)[-1]).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"transformer.blocks.0.attn1.to_q.lora_A.weight": (4, 24)}, "missing: blocks.0.attn1.to_q.lora_B.weight"),
+        ({"transformer.blocks.9.attn1.to_q.lora_A.weight": (4, 24),
+          "transformer.blocks.9.attn1.to_q.lora_B.weight": (24, 4)}, "no linear layer.*blocks.9.attn1.to_q"),
+        ({"transformer.blocks.0.attn1.to_q.lora_A.weight": (4, 7),
+          "transformer.blocks.0.attn1.to_q.lora_B.weight": (24, 4)}, r"A \(4, 7\) and B \(24, 4\) do not make"),
+        ({"transformer.blocks.0.attn1.to_q.weight": (24, 24)}, "not understood"),
+    ],
+)  # fmt: skip
+def test_a_lora_that_does_not_fit_changes_nothing(tensors, message, model, tmp_path: Path) -> None:
+    pipe = AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu")
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    file = tmp_path / "lora.safetensors"
+    save_file({name: torch.ones(shape) for name, shape in tensors.items()}, file)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        pipe.load_lora(file)
+    after = pipe.transformer.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_missing_lora_is_named(pipe, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}/none"):
+        pipe.load_lora(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"height": 24}, "height must be a multiple of 16, got 24; the nearest are 16 and 32"),
+        ({"width": 0}, "width must be a whole number >= 1, got 0"),
+        ({"width": 32.0}, "width must be a whole number"),
+        ({"num_frames": 6}, r"num_frames must be 4k \+ 1, got 6; the nearest are 5 and 9"),
+        ({"num_frames": 4 * 40 + 1}, "num_frames=161 makes 41 latents.* up to 32"),
+        ({"width": 16 * 33}, "width=528 makes 66 latents"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number >= 1, got 0"),
+        ({"num_inference_steps": None}, "num_inference_steps"),
+        ({"timesteps": [500, 600]}, "descending"),
+        ({"guidance_scale": 3.0}, "needs a negative_prompt"),
+        ({"guidance_scale": 0.0}, "guidance_scale must be > 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be > 0"),
+        ({"guidance_scale": 3.0, "negative_prompt": ["a"] * 3}, "one or as many as the 2 prompts, got 3"),
+        ({"output_type": "gif"}, "output_type must be one of pil, np, pt, latent, got 'gif'"),
+        ({"max_sequence_length": 0}, "max_sequence_length"),
+        ({"prompt": []}, "prompt must be a text or a list of texts"),
+        ({"prompt": [1]}, "prompt must be a text or a list of texts"),
+        ({"prompt": None}, "give prompt or prompt_embeds"),
+        ({"prompt_embeds": torch.zeros(1, 12, 16)}, "either prompt or prompt_embeds"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(2, 12, 8)}, r"prompt_embeds must be \[B, S, 16\]"),
+        ({"guidance_scale": 2.0, "negative_prompt_embeds": torch.zeros(1, 9, 16)}, "12 tokens long.* 9"),
+        ({"seed": 1, "latents": torch.zeros(LATENT_SHAPE)}, "one of seed, generator and latents"),
+        ({"latents": torch.zeros(2, 16, 2, 2, 4)}, r"frames first"),
+        ({"video": np.zeros((5, 16, 32, 3), np.uint8)}, "context has 5 frames, and must be shorter than num_frames=5"),
+        ({"video": np.zeros((3, 16, 32, 3), np.uint8)}, r"context frames must be 4k \+ 1, got 3"),
+        ({"video": np.zeros((3, 1, 16, 32, 3), np.uint8)}, "video must be one or as many as the 2 prompts, got 3"),
+        ({"video": np.zeros((1, 16, 16, 3), np.uint8)}, r"an array \[.., 16, 32, 3\]"),
+        ({"video": torch.zeros(1, 16, 32, 3)}, r"tensor \[.., 3, 16, 32\], got Tensor \(1, 16, 32, 3\)"),
+        ({"video": torch.full((1, 3, 16, 32), 255.0)}, r"float values must be in \[0, 1\], got 255 to 255"),
+        ({"video": torch.zeros(1, 3, 16, 32, dtype=torch.int64)}, "uint8 in"),
+        ({"video": []}, "video must be PIL images"),
+        ({"video": "a.mp4"}, "got str"),
+        ({"image": 3}, "image must be PIL images"),
+        ({"image": np.zeros((16, 32, 3)), "video": np.zeros((1, 16, 32, 3))}, "not both"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_any_network_runs(wrong, message, model) -> None:
+    """In low memory no network but the VAE is even loaded."""
+    low = AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu", memory="low")
+    with pytest.raises(ValueError, match=message):
+        low(**{**CALL, "prompt": PROMPTS, **wrong})
+    assert not isinstance(low._transformer, torch.nn.Module)
+
+
+def test_a_request_is_checked_without_a_model_in_memory(model) -> None:
+    layout = ModelLayout.read(model)
+    assert layout == ModelLayout(16, 4, 8, (1, 2, 2), 32, 16)
+    VideoRequest(height=16, width=32, num_frames=5, context_frames=1).check(layout)
+    with pytest.raises(ValueError, match="width=832 makes 104"):
+        VideoRequest().check(layout)
+
+
+def edited(model: Path, out: Path, file: str, **settings: Any) -> Path:
+    """A copy of a model with another configuration."""
+    shutil.copytree(model, out)
+    config = json.loads((out / file).read_text())
+    (out / file).write_text(json.dumps(config | settings))
+    return out
+
+
+def test_parts_that_do_not_fit_together_are_refused(model, tmp_path: Path) -> None:
+    for name, file, settings, message in (
+        ("a", "text_encoder/config.json", {"d_model": 8}, "text_encoder has 8 text dimensions, .* takes 16"),
+        ("b", "vae/config.json", {"z_dim": 48}, "vae has 48 channels, but the transformer takes 16"),
+        ("c", "scheduler/scheduler_config.json", {"solver_order": 2}, "unknown scheduler settings solver_order"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AnyFlowPipeline.from_pretrained(edited(model, tmp_path / name, file, **settings), device="cpu")
+
+
+def test_missing_parts_and_weights_are_named(model, tmp_path: Path) -> None:
+    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+        copy = tmp_path / part
+        shutil.copytree(model, copy, ignore=shutil.ignore_patterns(part))
+        with pytest.raises(ValueError, match=f"{part}"):
+            AnyFlowPipeline.from_pretrained(copy, device="cpu")
+    copy = tmp_path / "weights"
+    shutil.copytree(model, copy)
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["stray"] = tensors.pop("proj_out.bias")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="(?s)does not hold.*proj_out.bias.*stray|stray.*proj_out.bias"):
+        AnyFlowPipeline.from_pretrained(copy, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["runs/no-such-model", "/no/such/folder"])
+def test_a_model_that_is_nowhere_is_one_clear_error(name: str) -> None:
+    with pytest.raises(ValueError, match=f"there is no folder {name}, and no model of this name"):
+        AnyFlowPipeline.from_pretrained(name)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("memory", "tiny"), ("device", "cuda:99"), ("device", "toaster")])
+def test_an_argument_that_cannot_be_is_refused(argument: str, value: str, model) -> None:
+    with pytest.raises(ValueError, match=value.split(":")[0]):
+        AnyFlowPipeline.from_pretrained(model, **{argument: value})

@@ -1,0 +1,187 @@
+"""`anyflow sample` as a function: real files from a tiny model, resuming, failures, and what it refuses."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from anyflow.pipelines import AnyFlowPipeline
+from anyflow.pipelines.render import SampleReport, SampleSettings, parse_steps, read_prompts, sample_command
+
+PROMPTS = ["a red disc moves slowly", "a blue cross: stops!"]
+STEPS = (1, 2, 4)
+
+
+@pytest.fixture
+def settings(model: Path) -> SampleSettings:
+    return SampleSettings(str(model), height=32, width=48, num_frames=9, fps=8, dtype="fp32", seed=3)
+
+
+def run(settings: SampleSettings, out: Path, prompts=PROMPTS, steps=STEPS, **options: Any) -> SampleReport:
+    return sample_command(settings, prompts, steps, out, device="cpu", **options)
+
+
+def folder_of(out: Path, start: str) -> Path:
+    (folder,) = out.glob(f"{start}-*")
+    return folder
+
+
+def probe(path: Path) -> tuple[int, int, int, float]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        return len(frames), stream.height, stream.width, float(stream.average_rate)
+
+
+def test_every_prompt_at_every_step_count_and_a_comparison(settings, tmp_path: Path) -> None:
+    report = run(settings, tmp_path / "out")
+    assert (report.done, report.skipped, report.failed) == (6, 0, ())
+    entries = json.loads((tmp_path / "out" / "results.json").read_text())["videos"]
+    assert [(e["prompt"], e["steps"]) for e in entries] == [(p, s) for p in PROMPTS for s in STEPS]
+    for entry in entries:
+        assert probe(tmp_path / "out" / entry["file"]) == (9, 32, 48, 8)
+        assert set(entry["seconds"]) == {"encode", "sample", "decode"} and min(entry["seconds"].values()) > 0
+        assert entry["peak_memory_bytes"] > 2**20
+    folder = folder_of(tmp_path / "out", "a-blue-cross-stops")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "comparison.mp4", "steps-01.mp4", "steps-02.mp4", "steps-04.mp4",
+    ]  # fmt: skip
+    scale = 4  # to be at least 160 pixels wide
+    assert probe(folder / "comparison.mp4") == (9, 2 * (32 * scale + 32) + 8, 2 * (48 * scale + 8) + 8, 8)
+
+
+def test_a_file_is_what_the_pipeline_makes(settings, model, tmp_path: Path) -> None:
+    """In brightness: H.264 halves the resolution of colors, and these are noise."""
+    run(settings, tmp_path / "out", PROMPTS[:1])
+    pipe = AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu")
+    folder = folder_of(tmp_path / "out", "a-red")
+    errors = {}
+    for steps in STEPS:
+        (images,) = pipe(PROMPTS[0], height=32, width=48, num_frames=9, num_inference_steps=steps, seed=3).frames
+        expected = np.stack([np.asarray(image, np.float32) for image in images])
+        for written in STEPS:
+            with av.open(str(folder / f"steps-{written:02d}.mp4")) as container:
+                pixels = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+            errors[steps, written] = float(np.abs((pixels - expected) @ [0.2126, 0.7152, 0.0722]).mean())
+    assert all(errors[s, s] < 2 and errors[s, s] == min(errors[s, w] for w in STEPS) for s in STEPS), errors
+
+
+def test_what_is_there_is_skipped_and_the_rest_made(settings, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(settings, out, PROMPTS[:1], (1, 2))
+    folder = folder_of(out, "a-red")
+    times = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    report = run(settings, out)
+    assert (report.done, report.skipped, report.failed) == (4, 2, ())
+    again = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert all(again[name] == times[name] for name in ("steps-01.mp4", "steps-02.mp4"))
+    assert again["comparison.mp4"] > times["comparison.mp4"]  # it has three now
+    assert len(json.loads((out / "results.json").read_text())["videos"]) == 6
+
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.mp4")}
+    report = run(settings, out, [*PROMPTS, PROMPTS[0]])
+    assert (report.done, report.skipped) == (0, 6)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.mp4")} == before
+
+
+def test_one_failure_does_not_stop_the_others(settings, tmp_path: Path) -> None:
+    """A file stands where the folder of a prompt should be."""
+    out = tmp_path / "out"
+    run(settings, out, PROMPTS[:1], (1,))
+    folder = folder_of(out, "a-red")
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    report = run(settings, out)
+    assert report.done == 3 and [(f.prompt, f.steps) for f in report.failed] == [(PROMPTS[0], s) for s in STEPS]
+    assert all("FileExistsError" in failure.reason for failure in report.failed)
+    folder.unlink()
+    report = run(settings, out)
+    assert (report.done, report.skipped, report.failed) == (3, 3, ())
+
+
+def test_low_memory_gives_the_same_files(settings, tmp_path: Path) -> None:
+    for memory in ("fast", "low"):
+        run(settings, tmp_path / memory, memory=memory)
+    files = sorted(p.relative_to(tmp_path / "fast") for p in (tmp_path / "fast").rglob("*.mp4"))
+    assert len(files) == 8
+    assert all((tmp_path / "fast" / f).read_bytes() == (tmp_path / "low" / f).read_bytes() for f in files)
+    entries = json.loads((tmp_path / "low" / "results.json").read_text())["videos"]
+    assert all(entry["low_memory"] for entry in entries)
+
+
+def test_guidance_changes_the_video(settings, tmp_path: Path) -> None:
+    guided = dataclasses.replace(settings, guidance_scale=4.0, negative_prompt="bad quality")
+    for name, one in (("plain", settings), ("guided", guided)):
+        assert run(one, tmp_path / name, PROMPTS[:1], (2,)).done == 1
+    files = [folder_of(tmp_path / name, "a-red") / "steps-02.mp4" for name in ("plain", "guided")]
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 40}, "height must be a multiple of 16, got 40"),
+        ({"num_frames": 8}, r"num_frames must be 4k \+ 1, got 8"),
+        ({"width": 16 * 40}, "makes 80 latents"),
+        ({"guidance_scale": 3.0}, "needs a negative_prompt"),
+        ({"dtype": "int8"}, "dtype must be one of bf16, fp16, fp32, got 'int8'"),
+        ({"fps": 0}, "fps must be > 0"),
+        ({"seed": -1}, "seed must be >= 0"),
+        ({"lora": "/no/such/lora"}, "there is no LoRA /no/such/lora"),
+        ({"model": "/no/such/model"}, "there is no folder /no/such/model"),
+        ({"transformer": "/no/such/model"}, "there is no folder /no/such/model"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_loading(change, message, settings, tmp_path: Path) -> None:
+    """The weights of this copy are gone: loading them would be another error."""
+    copy = tmp_path / "model"
+    shutil.copytree(settings.model, copy)
+    for file in copy.rglob("*.safetensors"):
+        file.unlink()
+    wrong = dataclasses.replace(settings, **{"model": str(copy), **change})
+    with pytest.raises(ValueError, match=message):
+        run(wrong, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_and_prompts_are_checked_before_loading(settings, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        run(settings, tmp_path / "out", steps=(0,))
+    with pytest.raises(ValueError, match="no prompts"):
+        run(settings, tmp_path / "out", prompts=[])
+
+
+def test_a_folder_of_other_settings_is_refused(settings, tmp_path: Path) -> None:
+    run(settings, tmp_path / "out", PROMPTS[:1], (1,))
+    with pytest.raises(ValueError, match=r"other settings \(seed 3 is now 4\)"):
+        run(dataclasses.replace(settings, seed=4), tmp_path / "out")
+    (tmp_path / "out" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="no results file"):
+        run(settings, tmp_path / "out")
+
+
+def test_prompts_are_lines_and_steps_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffa red disc\r\n\n  熊猫  \n", encoding="utf-8")
+    assert read_prompts(file) == ["a red disc", "熊猫"]
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="has no prompts"):
+        read_prompts(file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_prompts(tmp_path / "none.txt")
+    assert parse_steps("8, 1,2,2") == (1, 2, 8)
+    for wrong in ("", "0", "1,,2", "-1", "two"):
+        with pytest.raises(ValueError, match="steps must be whole numbers"):
+            parse_steps(wrong)
+
+
+def test_prompts_in_any_script_have_their_own_folders(settings, tmp_path: Path) -> None:
+    prompts = ["熊猫吃竹子", "熊猫吃竹子。", "!!!", "a " * 200]
+    assert run(settings, tmp_path / "out", prompts, (1,)).done == 4
+    assert len([p for p in (tmp_path / "out").iterdir() if p.is_dir()]) == 4
