@@ -301,6 +301,61 @@ def verify(
     raise typer.Exit(0 if report.passed else 1)
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint of any format: a folder or a file.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", show_default=False)],
+    to: Annotated[str, typer.Option(help="Format to write; 'diffusers' is the only one.")] = "diffusers",
+    dtype: Annotated[str | None, typer.Option(help="'fp32', 'bf16' or 'fp16'; the stored one if left out.")] = None,
+    weights: Annotated[str | None, typer.Option(help="'ema' or 'raw' of a training file.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Alpha of adapters to merge, where no file says it.")] = None,
+    flow_map: Annotated[bool, typer.Option("--flow-map", help="Make a plain Wan model a flow map.")] = False,
+    gate: Annotated[float, typer.Option(help="Gate of the flow map, with --flow-map.")] = 0.25,
+    bidirectional: Annotated[
+        bool, typer.Option("--bidirectional", help="Take a causal model without its causal tensors.")
+    ] = False,
+    shift: Annotated[float | None, typer.Option(help="Of a scheduler to write; the checkpoint's if left out.")] = None,
+) -> None:
+    """Write a checkpoint of any known format as a folder for diffusers."""
+    import torch
+
+    from anyflow.checkpoints import FlowMap, convert
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    try:
+        if dtype is not None and dtype not in dtypes:
+            raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+        folder = convert(
+            source,
+            out,
+            to=to,  # type: ignore[arg-type]
+            dtype=None if dtype is None else dtypes[dtype],
+            weights=weights,
+            lora_alpha=lora_alpha,
+            flow_map=FlowMap(gate_value=gate) if flow_map else None,
+            bidirectional=bidirectional,
+            shift=shift,
+        )
+    except ValueError as error:
+        _fail(str(error))
+    typer.echo(f"Written to {folder}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint of any format: a folder or a file.", show_default=False)],
+) -> None:
+    """Say what a checkpoint is: format, size, types, sizes of the model; exit status 1 if it is not complete."""
+    from anyflow.checkpoints import inspect
+
+    try:
+        info = inspect(path)
+    except ValueError as error:
+        _fail(str(error))
+    typer.echo(info)
+    raise typer.Exit(1 if info.problems else 0)
+
+
 def _fail(message: str, status: int = 2) -> NoReturn:
     for line in message.splitlines():
         typer.echo(f"anyflow: {' '.join(line.split())}", err=True)

@@ -23,7 +23,7 @@ def test_sampling_and_training_snippets(tmp_path: Path, monkeypatch: pytest.Monk
     world.model().enable_flow_map().save_pretrained(folder / "transformer")
     world.scheduler().save_pretrained(folder / "scheduler")
     monkeypatch.chdir(tmp_path)
-    sampling, _, training, operator = snippets()
+    _, sampling, _, training, operator = snippets()
     scope: dict[str, object] = {}
     exec(sampling, scope)
     latents = scope["latents"]

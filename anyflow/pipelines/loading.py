@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from anyflow.pipelines.request import ModelLayout
-from anyflow.pipelines.wan import load_module, part_folder
+from anyflow.pipelines.wan import part_folder
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
@@ -50,14 +50,14 @@ class ModelPaths:
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> AnyFlowTransformer3DModel:
-    """The ``transformer`` of a folder, on the CPU in eval mode.
+    """The ``transformer`` of a folder of any format, on the CPU in eval mode.
 
     Raises:
         ValueError: weights are missing or left over.
     """
-    from anyflow.models import AnyFlowTransformer3DModel
+    from anyflow.checkpoints import load_transformer
 
-    return load_module(AnyFlowTransformer3DModel, part_folder(folder, "transformer"), dtype)
+    return load_transformer(part_folder(folder, "transformer"), dtype=dtype)
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:

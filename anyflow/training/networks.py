@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from anyflow.checkpoints import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.config import FlowMapConfig, LoRAConfig, NetworkConfig, Recipe
 from anyflow.training.draws import draw_seed
-
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_FLOW_MAP_KEYS = "condition_embedder.delta_embedder."
 
 
 def build_student(recipe: Recipe) -> AnyFlowTransformer3DModel:
@@ -78,33 +74,11 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _load(path: Path, name: str) -> AnyFlowTransformer3DModel:
-    """A diffusers folder, in fp32; what its weights are decides whether it is a flow map, not what its config says."""
-    folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{name}: no config.json in {path} or {path / 'transformer'}")
-    keys = _weight_keys(folder, name)
-    with _seeded(0):  # the constructor's draws are overwritten by the weights
-        network, info = AnyFlowTransformer3DModel.from_pretrained(
-            folder,
-            r_embedder=any(key.startswith(_FLOW_MAP_KEYS) for key in keys),
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    wrong = [f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])))}" for kind in info if info[kind]]
-    if wrong:
-        raise ValueError(f"{name}: {folder} does not hold this architecture's weights; {'; '.join(wrong)}")
-    return network
-
-
-def _weight_keys(folder: Path, name: str) -> list[str]:
-    index = folder / f"{_WEIGHTS}.index.json"
-    if index.is_file():
-        return list(json.loads(index.read_text())["weight_map"])
-    if not (folder / _WEIGHTS).is_file():
-        raise ValueError(f"{name}: no {_WEIGHTS} or {index.name} in {folder}")
-    with safe_open(folder / _WEIGHTS, "pt") as file:
-        return list(file.keys())
+    """A checkpoint of any format, in fp32; what its weights are decides whether it is a flow map."""
+    try:
+        return load_transformer(path, dtype=torch.float32)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _set_flow_map(network: AnyFlowTransformer3DModel, wanted: FlowMapConfig | None) -> None:

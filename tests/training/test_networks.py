@@ -116,19 +116,19 @@ def test_weights_that_do_not_fit_are_all_named(small_recipe: Make, tmp_path: Pat
     recipe = small_recipe(tmp_path, student=_from(tmp_path))
 
     def rename(weights: dict[str, Tensor]) -> None:
-        weights["blocks.0.attn1.to_q.base_layer.weight"] = weights.pop("blocks.0.attn1.to_q.weight")
+        weights["blocks.0.attn1.to_query.weight"] = weights.pop("blocks.0.attn1.to_q.weight")
 
     _edit_weights(tmp_path, rename)
-    with pytest.raises(
-        ValueError, match=r"missing keys: blocks\.0\.attn1\.to_q\.weight; unexpected keys: .*base_layer"
-    ):
+    with pytest.raises(ValueError, match=r"^student\.path: ") as caught:
         build_student(recipe)
+    assert "missing: blocks.0.attn1.to_q.weight" in str(caught.value)
+    assert "unexpected: blocks.0.attn1.to_query.weight" in str(caught.value)
 
 
 def test_half_a_second_timestep_branch_is_refused(small_recipe: Make, tmp_path: Path) -> None:
     AnyFlowTransformer3DModel(**SIZES).save_pretrained(tmp_path)
     _edit_weights(tmp_path, lambda weights: weights.pop("condition_embedder.delta_embedder.linear_1.weight"))
-    with pytest.raises(ValueError, match=r"missing keys: condition_embedder\.delta_embedder\.linear_1\.weight"):
+    with pytest.raises(ValueError, match=r"missing: condition_embedder\.delta_embedder\.linear_1\.weight"):
         build_student(small_recipe(tmp_path, student=_from(tmp_path)))
 
 
@@ -141,10 +141,10 @@ def test_a_sharded_folder_is_read(small_recipe: Make, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_network_is_named(small_recipe: Make, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"student\.path: no config\.json in"):
+    with pytest.raises(ValueError, match=r"student\.path: .*nothing does not exist"):
         build_student(small_recipe(tmp_path, student=_from(tmp_path / "nothing")))
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
-    with pytest.raises(ValueError, match=r"student\.path: no diffusion_pytorch_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"student\.path: .*safetensors"):
         build_student(small_recipe(tmp_path, student=_from(tmp_path)))
 
 

@@ -319,7 +319,7 @@ def test_a_rate_that_is_far_too_large_stops_the_run(small_recipe: Make, tmp_path
         (("pretrain={diffusion_ratio: 0.8, consistency_ratio: 0.4}",), "consistency_ratio"),
         (("pretrain.epsilon=0",), "pretrain.epsilon"),
         (("data={kind: latents, path: nowhere}",), "nowhere"),
-        (("student={path: missing, architecture: null}",), "no config.json in missing"),
+        (("student={path: missing, architecture: null}",), "missing does not exist"),
         (("loggers=[wandb]",), "pip install wandb"),
     ],
 )

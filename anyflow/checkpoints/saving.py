@@ -1,0 +1,146 @@
+"""Writing a transformer as a folder for diffusers, and converting any format to one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from anyflow.checkpoints.architecture import ANYFLOW, WAN, FlowMap
+from anyflow.checkpoints.errors import CheckpointFormatError
+from anyflow.checkpoints.files import CONFIG, find_files, read_json
+from anyflow.checkpoints.loading import load_transformer
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+
+# The older class differs in the name, and in the default of a setting that it always writes.
+_SCHEDULERS = ("FlowMapEulerDiscreteScheduler", "FlowMapDiscreteScheduler")
+
+
+def save(
+    model: AnyFlowTransformer3DModel,
+    out: Path | str,
+    *,
+    scheduler: FlowMapEulerDiscreteScheduler | None = None,
+    max_shard_size: int | str = "10GB",
+) -> Path:
+    """Write ``out/transformer``, and ``out/scheduler`` if there is one, completely or not at all.
+
+    A flow map is written for diffusers' ``AnyFlowTransformer3DModel``, a plain model for its ``WanTransformer3DModel``;
+    both load it bit for bit (``tests/checkpoints/test_saving.py``), and so does :func:`load_transformer`.
+
+    Args:
+        model: without adapters.
+        out: a new or empty folder.
+        scheduler: whose settings are written.
+        max_shard_size: of one file, in bytes or as ``"10GB"``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: ``out`` is not empty, or diffusers has no such model.
+    """
+    out = Path(out)
+    _check_target(out)
+    config = _diffusers_config(model)
+    partial = out.with_name(f".{out.name}.tmp")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial / "transformer", max_shard_size=max_shard_size)
+    (partial / "transformer" / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if scheduler is not None:
+        scheduler.save_pretrained(partial / "scheduler")
+    os.replace(partial, out)
+    return out
+
+
+def convert(
+    path: Path | str,
+    out: Path | str,
+    *,
+    to: Literal["diffusers"] = "diffusers",
+    dtype: torch.dtype | None = None,
+    subfolder: str | None = None,
+    flow_map: FlowMap | None = None,
+    weights: str | None = None,
+    lora_alpha: float | None = None,
+    attention_head_dim: int | None = None,
+    bidirectional: bool = False,
+    shift: float | None = None,
+    max_shard_size: int | str = "10GB",
+) -> Path:
+    """Write a checkpoint of any format as :func:`save` does.
+
+    Args:
+        path: as for :func:`load_transformer`, like the arguments that are not listed here.
+        out: a new or empty folder.
+        to: the format to write.
+        shift: of the scheduler that is written. None takes over the flow-map scheduler of the pipeline that the
+            checkpoint is part of, and writes none if there is no such thing.
+        max_shard_size: of one file, in bytes or as ``"10GB"``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: as :func:`load_transformer` and :func:`save`.
+    """
+    if to != "diffusers":
+        raise ValueError(f"to must be diffusers, got {to!r}")
+    _check_target(Path(out))
+    scheduler = load_scheduler(path, subfolder) if shift is None else FlowMapEulerDiscreteScheduler(shift=shift)
+    model = load_transformer(
+        path,
+        dtype=dtype,
+        subfolder=subfolder,
+        flow_map=flow_map,
+        weights=weights,
+        lora_alpha=lora_alpha,
+        attention_head_dim=attention_head_dim,
+        bidirectional=bidirectional,
+    )
+    return save(model, out, scheduler=scheduler, max_shard_size=max_shard_size)
+
+
+def load_scheduler(path: Path | str, subfolder: str | None = None) -> FlowMapEulerDiscreteScheduler | None:
+    """The flow-map scheduler of the pipeline that a checkpoint is part of, or None where it has another or none.
+
+    Raises:
+        CheckpointFormatError: its file is damaged, or a setting is not possible.
+    """
+    file = find_files(Path(path), subfolder).scheduler
+    if file is None:
+        return None
+    config = read_json(file)
+    if config.get("_class_name") not in _SCHEDULERS:
+        return None
+    try:
+        return FlowMapEulerDiscreteScheduler.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise CheckpointFormatError(f"{file}: {error}") from error
+
+
+def _check_target(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; name another one")
+
+
+def _diffusers_config(model: AnyFlowTransformer3DModel) -> dict[str, Any]:
+    if getattr(model, "peft_config", None):
+        raise ValueError("this model has adapters; merge them first (fuse_lora, unload_lora)")
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    fusion, is_flow_map = config.pop("r_embedder_fusion"), config.pop("r_embedder")
+    if is_flow_map:
+        if fusion != "gated":
+            raise ValueError(f"diffusers has no model whose times are fused as {fusion!r}, only 'gated'")
+        return {"_class_name": ANYFLOW, **config}
+    del config["gate_value"], config["deltatime_type"]
+    if config["image_dim"] is not None:
+        raise ValueError("diffusers' plain Wan model with an image branch has attention that this one does not have")
+    return {"_class_name": WAN, **config, "qk_norm": "rms_norm_across_heads"}
