@@ -307,7 +307,9 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", show_default=False)],
     to: Annotated[str, typer.Option(help="Format to write; 'diffusers' is the only one.")] = "diffusers",
     dtype: Annotated[str | None, typer.Option(help="'fp32', 'bf16' or 'fp16'; the stored one if left out.")] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Of the folder, in place of 'transformer'.")] = None,
     weights: Annotated[str | None, typer.Option(help="'ema' or 'raw' of a training file.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Alpha of adapters to merge, where no file says it.")] = None,
     flow_map: Annotated[bool, typer.Option("--flow-map", help="Make a plain Wan model a flow map.")] = False,
     gate: Annotated[float, typer.Option(help="Gate of the flow map, with --flow-map.")] = 0.25,
@@ -330,7 +332,9 @@ def convert(
             out,
             to=to,  # type: ignore[arg-type]
             dtype=None if dtype is None else dtypes[dtype],
+            subfolder=subfolder,
             weights=weights,
+            attention_head_dim=head_dim,
             lora_alpha=lora_alpha,
             flow_map=FlowMap(gate_value=gate) if flow_map else None,
             bidirectional=bidirectional,
@@ -344,12 +348,15 @@ def convert(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Checkpoint of any format: a folder or a file.", show_default=False)],
+    subfolder: Annotated[str | None, typer.Option(help="Of the folder, in place of 'transformer'.")] = None,
+    weights: Annotated[str | None, typer.Option(help="'ema' or 'raw' of a training file.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")] = None,
 ) -> None:
     """Say what a checkpoint is: format, size, types, sizes of the model; exit status 1 if it is not complete."""
     from anyflow.checkpoints import inspect
 
     try:
-        info = inspect(path)
+        info = inspect(path, subfolder=subfolder, weights=weights, attention_head_dim=head_dim)
     except ValueError as error:
         _fail(str(error))
     typer.echo(info)
