@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,18 +48,41 @@ def save(
         ValueError: ``out`` is not empty, or diffusers has no such model.
     """
     out = Path(out)
-    _check_target(out)
+    _diffusers_config(model)  # before anything is written
+    with new_folder(out) as partial:
+        write_transformer(model, partial / "transformer", max_shard_size=max_shard_size)
+        if scheduler is not None:
+            scheduler.save_pretrained(partial / "scheduler")
+    return out
+
+
+def write_transformer(model: AnyFlowTransformer3DModel, folder: Path, *, max_shard_size: int | str = "10GB") -> None:
+    """Write a model with the ``config.json`` of diffusers' class for it; ValueError if diffusers has no such model."""
     config = _diffusers_config(model)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder to write to, which becomes ``out`` when nothing has failed.
+
+    Raises:
+        ValueError: ``out`` is not empty.
+    """
+    require_empty(out)
     partial = out.with_name(f".{out.name}.tmp")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial / "transformer", max_shard_size=max_shard_size)
-    (partial / "transformer" / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    if scheduler is not None:
-        scheduler.save_pretrained(partial / "scheduler")
+    yield partial
     os.replace(partial, out)
-    return out
+
+
+def require_empty(out: Path) -> None:
+    """ValueError unless there is nothing at ``out`` but perhaps an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; name another one")
 
 
 def convert(
@@ -93,7 +118,7 @@ def convert(
     """
     if to != "diffusers":
         raise ValueError(f"to must be diffusers, got {to!r}")
-    _check_target(Path(out))
+    require_empty(Path(out))
     scheduler = load_scheduler(path, subfolder) if shift is None else FlowMapEulerDiscreteScheduler(shift=shift)
     model = load_transformer(
         path,
@@ -126,11 +151,6 @@ def load_scheduler(path: Path | str, subfolder: str | None = None) -> FlowMapEul
         raise CheckpointFormatError(f"{file}: {error}") from error
 
 
-def _check_target(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; name another one")
-
-
 def _diffusers_config(model: AnyFlowTransformer3DModel) -> dict[str, Any]:
     if getattr(model, "peft_config", None):
         raise ValueError("this model has adapters; merge them first (fuse_lora, unload_lora)")
@@ -143,4 +163,5 @@ def _diffusers_config(model: AnyFlowTransformer3DModel) -> dict[str, Any]:
     del config["gate_value"], config["deltatime_type"]
     if config["image_dim"] is not None:
         raise ValueError("diffusers' plain Wan model with an image branch has attention that this one does not have")
-    return {"_class_name": WAN, **config, "qk_norm": "rms_norm_across_heads"}
+    # The last is for our own class, whose default is True; diffusers says that it ignores it.
+    return {"_class_name": WAN, **config, "qk_norm": "rms_norm_across_heads", "r_embedder": False}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from anyflow.checkpoints.saving import new_folder, require_empty, write_transformer
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.checkpoint import Checkpointer, CheckpointError, complete_checkpoints
 
@@ -48,7 +47,8 @@ def export(run: Path, out: Path, *, weights: Weights = "ema", lora: LoRA = "merg
     run, out = Path(run), Path(out)
     if weights not in _PREFIXES:
         raise ValueError(f"weights must be {' or '.join(_PREFIXES)}, got {weights!r}")
-    _check_target(out, lora)
+    _check_lora(lora)
+    require_empty(out)  # before anything large is read
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run} is not the folder of a run: it has no recipe.yaml")
     checkpoint = _choose_checkpoint(run / "checkpoints", step)
@@ -72,7 +72,8 @@ def write_model(
 ) -> Path:
     """Write a model as a diffusers folder, completely or not at all.
 
-    ``out/transformer`` loads as our transformer or diffusers' own, and ``out/scheduler`` beside it. With
+    ``out/transformer`` loads as our transformer or diffusers' own (the teacher stage's as its Wan model; not with
+    ``fusion="additive"``, which diffusers does not know), and ``out/scheduler`` beside it. With
     ``lora="separate"``, ``out/lora`` has the adapters, for ``load_lora_adapter(folder, use_safetensors=True)`` or a
     pipeline's ``load_lora_weights``, and ``out/transformer`` the base weights with the modules trained in full.
 
@@ -91,33 +92,30 @@ def write_model(
             shape of the tensors is not that of a trained parameter.
     """
     out = Path(out)
-    _check_target(out, lora)
+    _check_lora(lora)
     adapters = _ADAPTER in getattr(student, "peft_config", {})
     if lora == "separate" and not adapters:
         raise ValueError("lora='separate' needs a student with adapters; this one was trained in full")
     _fill(student, tensors)
 
-    partial = out.with_name(f".{out.name}.tmp")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    if adapters:
-        if lora == "separate":
-            _save_adapters(student, partial / "lora")
-        else:
-            student.fuse_lora(adapter_names=[_ADAPTER])
-        student.unload_lora()
-    student.save_pretrained(partial / "transformer")
-    scheduler.save_pretrained(partial / "scheduler")
-    os.replace(partial, out)
+    with new_folder(out) as partial:
+        if adapters:
+            if lora == "separate":
+                _save_adapters(student, partial / "lora")
+            else:
+                student.fuse_lora(adapter_names=[_ADAPTER])
+            student.unload_lora()
+        if student.config.r_embedder_fusion == "gated":
+            write_transformer(student, partial / "transformer")
+        else:  # diffusers has no such model; ours has
+            student.save_pretrained(partial / "transformer")
+        scheduler.save_pretrained(partial / "scheduler")
     return out
 
 
-def _check_target(out: Path, lora: str) -> None:
+def _check_lora(lora: str) -> None:
     if lora not in ("merged", "separate"):
         raise ValueError(f"lora must be merged or separate, got {lora!r}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; name another one")
 
 
 def _choose_checkpoint(folder: Path, step: int | None) -> Path:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from anyflow.checkpoints import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.checkpoint import Checkpointer, CheckpointError
@@ -123,7 +124,7 @@ def test_a_checkpoint_loads_in_diffusers_to_the_bit(
 
 def test_settings_of_flow_map_and_scheduler_are_exported(run: Callable[..., Path], tmp_path: Path) -> None:
     export(run(lora=False), tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "transformer" / "config.json").read_text())
+    config = AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model", subfolder="transformer").config
     wanted = {"r_embedder": True, "gate_value": 0.4, "deltatime_type": "t-r", "r_embedder_fusion": "gated"}
     assert {key: config[key] for key in wanted} == wanted
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["scheduler", "transformer"]
@@ -132,6 +133,25 @@ def test_settings_of_flow_map_and_scheduler_are_exported(run: Callable[..., Path
 
 
 # Adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_is_written_as_a_wan_model(tmp_path: Path) -> None:
+    """diffusers' AnyFlow class would fill the second timestep branch, which it has not, with random weights."""
+    plain = dataclasses.replace(recipe(lora=False), stage="teacher")
+    want = trained(build_student(plain), 3)
+    write_model(build_student(plain), want, SCHEDULER, tmp_path / "model")
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "model" / "transformer")
+    ours = AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model" / "transformer")
+    assert json.loads((tmp_path / "model/transformer/config.json").read_text())["_class_name"] == type(theirs).__name__
+    for model in (ours, theirs):
+        state = model.state_dict()
+        assert state.keys() == want.keys() and all(torch.equal(state[name], want[name]) for name in want)
+
+
+def test_a_flow_map_that_diffusers_does_not_have_is_written_for_our_class(tmp_path: Path) -> None:
+    additive = dataclasses.replace(recipe(lora=False), flow_map=FlowMapConfig(fusion="additive"))
+    write_model(build_student(additive), trained(build_student(additive), 3), SCHEDULER, tmp_path / "model")
+    assert load_transformer(tmp_path / "model").config.r_embedder_fusion == "additive"
 
 
 def test_merged_adapters_compute_what_the_adapters_did(run: Callable[..., Path], tmp_path: Path) -> None:
