@@ -13,8 +13,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from anyflow.checkpoints import load_transformer
 from anyflow.methods import AnyFlowPretrainMethod, PretrainConfig
-from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.network import evaluate
 from anyflow.sampling import sample
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
@@ -135,8 +135,8 @@ def verify(
     thresholds = Thresholds.for_dtype(dtype) if thresholds is None else thresholds
     source = _Source.of(Path(path))
     case = _Case(source, dtype, torch.device(device), ((num_frames - 1) // 4 + 1, height // 8, width // 8), steps, seed)
-    theirs = _Measured.of(case, _Diffusers(source.load(source.theirs, dtype).to(device)))
-    ours = _Measured.of(case, source.load(AnyFlowTransformer3DModel, dtype, r_embedder=not source.plain).to(device))
+    theirs = _Measured.of(case, _Diffusers(source.load_theirs(dtype).to(device)))
+    ours = _Measured.of(case, load_transformer(source.folder, dtype=dtype, device=device))
     return VerifyReport(
         f"{source.folder}: anyflow against diffusers {diffusers.__version__}, {dtype}, {device}, "
         f"{num_frames} frames of {height} x {width}",
@@ -162,21 +162,17 @@ class _Source:
             raise ValueError(f"{folder / 'config.json'} is of a {name}; allowed are {', '.join(_CLASSES)}")
         return cls(folder, name == "WanTransformer3DModel" or not config.get("r_embedder", True))
 
-    @property
-    def theirs(self) -> type:
-        """diffusers' class for it."""
-        return diffusers.WanTransformer3DModel if self.plain else diffusers.AnyFlowTransformer3DModel
-
-    def load(self, cls: Any, dtype: torch.dtype, **settings: Any) -> Any:
-        """A network of the class with every weight of the folder."""
+    def load_theirs(self, dtype: torch.dtype) -> Any:
+        """diffusers' network for it, with every weight of the folder."""
+        cls = diffusers.WanTransformer3DModel if self.plain else diffusers.AnyFlowTransformer3DModel
         with torch.random.fork_rng(devices=[]):
             network, info = cls.from_pretrained(
-                self.folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True, **settings
+                self.folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
             )
         wrong = [f"{kind.replace('_', ' ')}: {', '.join(map(str, info[kind]))}" for kind in info if info[kind]]
         if wrong:
-            raise ValueError(f"{self.folder} does not fit {cls.__module__}.{cls.__name__}: {'; '.join(wrong)}")
-        return network.eval().requires_grad_(False)
+            raise ValueError(f"{self.folder} does not fit diffusers' {cls.__name__}: {'; '.join(wrong)}")
+        return network.eval()
 
 
 @dataclass(frozen=True)
