@@ -7,11 +7,14 @@ import os
 import sys
 import webbrowser
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 import anyflow
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     name="anyflow",
@@ -160,11 +163,11 @@ def preprocess(
     num_workers: Annotated[int, typer.Option(help="Threads that decode ahead.")] = 2,
 ) -> None:
     """Encode videos and captions into a dataset of latents for training."""
-    import torch
     from rich.console import Console
 
     try:
         from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, preprocess
+        from anyflow.pipelines.loading import resolve_device
 
         console = Console(highlight=False, soft_wrap=True)
         report = preprocess(
@@ -179,7 +182,7 @@ def preprocess(
             negative_prompt=WAN_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt,
             text_length=text_length,
             dtype=dtype,  # type: ignore[arg-type]
-            device=("cuda" if torch.cuda.is_available() else "cpu") if device is None else device,
+            device=str(resolve_device(device)),
             num_workers=num_workers,
             console=console,
         )
@@ -271,22 +274,18 @@ def verify(
     ] = None,
 ) -> None:
     """Compare the network with diffusers' on the same weights; exit status 1 if they differ by more than rounding."""
-    import torch
-
     from anyflow.pipelines.loading import resolve_device
     from anyflow.verify import Thresholds, verify
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     given = {"forward": max_forward, "loss": max_loss, "sample": max_sample}
     try:
-        if dtype not in dtypes:
-            raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
-        thresholds = Thresholds.for_dtype(dtypes[dtype])
+        torch_dtype = _torch_dtype(dtype)
+        thresholds = Thresholds.for_dtype(torch_dtype)
         thresholds = dataclasses.replace(thresholds, **{k: v for k, v in given.items() if v is not None})
         report = verify(
             model,
             against=against,
-            dtype=dtypes[dtype],
+            dtype=torch_dtype,
             device=resolve_device(device),
             height=height,
             width=width,
@@ -319,19 +318,14 @@ def convert(
     shift: Annotated[float | None, typer.Option(help="Of a scheduler to write; the checkpoint's if left out.")] = None,
 ) -> None:
     """Write a checkpoint of any known format as a folder for diffusers."""
-    import torch
-
     from anyflow.checkpoints import FlowMap, convert
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     try:
-        if dtype is not None and dtype not in dtypes:
-            raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
         folder = convert(
             source,
             out,
             to=to,  # type: ignore[arg-type]
-            dtype=None if dtype is None else dtypes[dtype],
+            dtype=None if dtype is None else _torch_dtype(dtype),
             subfolder=subfolder,
             weights=weights,
             attention_head_dim=head_dim,
@@ -361,6 +355,15 @@ def inspect(
         _fail(str(error))
     typer.echo(info)
     raise typer.Exit(1 if info.problems else 0)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

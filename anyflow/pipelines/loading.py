@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 # Of a call beside the weights: the VAE at 832 x 480 in fp32, or 33 000 tokens through a feed-forward layer of 14B.
 _WORKSPACE = 12 * 2**30
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,6 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
         raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
     return torch.device(device)
-
-
-def place(module: Module, device: torch.device) -> Module:
-    """Move a module and return it."""
-    return module.to(device)
 
 
 def fits(

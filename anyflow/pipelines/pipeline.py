@@ -18,7 +18,6 @@ from anyflow.pipelines.loading import (
     ModelPaths,
     fits,
     load_transformer,
-    place,
     resolve_device,
 )
 from anyflow.pipelines.request import ModelLayout, VideoRequest
@@ -99,9 +98,9 @@ class AnyFlowPipeline:
         if low_memory:
             vae.enable_tiling()
         else:
-            place(self.transformer, self.device)
-            place(self._loaded_text_encoder(), self.device)
-        place(vae, self.device)
+            self.transformer.to(self.device)
+            self._loaded_text_encoder().to(self.device)
+        vae.to(self.device)
 
     @classmethod
     def from_pretrained(
@@ -184,7 +183,7 @@ class AnyFlowPipeline:
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int = 512) -> list[Tensor]:
         """``[1, max_sequence_length, text_dim]`` fp32 on the CPU for each prompt, zero-padded after encoding."""
         self._rest_transformer()
-        text_encoder = place(self._loaded_text_encoder(), self.device)
+        text_encoder = self._loaded_text_encoder().to(self.device)
         encoded = [encode_prompt(text_encoder, self.tokenizer, p, max_sequence_length) for p in prompts]
         return [nn.functional.pad(e, (0, 0, 0, max_sequence_length - len(e)))[None] for e in encoded]
 
@@ -279,7 +278,7 @@ class AnyFlowPipeline:
             _bar(progress, num_inference_steps if timesteps is None else len(timesteps)) as step,
         ):
             result = sample(
-                place(self.transformer, self.device),
+                self.transformer.to(self.device),
                 self.scheduler,
                 noise,
                 text,
@@ -349,7 +348,7 @@ class AnyFlowPipeline:
     def _rest_transformer(self) -> None:
         """In low memory, leave the device to another part."""
         if self.low_memory and isinstance(self._transformer, nn.Module):
-            place(self._transformer, torch.device("cpu"))
+            self._transformer.to(torch.device("cpu"))
 
     @contextmanager
     def timed(self, name: str, seconds: dict[str, float]) -> Iterator[None]:

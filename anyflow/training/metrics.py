@@ -20,14 +20,12 @@ from torch import Tensor
 
 FILE = "metrics.jsonl"
 
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-
 
 def check_loggers(loggers: Sequence[str]) -> None:
     """ValueError if the package of a logger is not installed."""
     for logger in loggers:
-        if importlib.util.find_spec(_PACKAGES[logger]) is None:
-            raise ValueError(f"loggers: {logger} is not installed: pip install {_PACKAGES[logger]}")
+        if importlib.util.find_spec(logger) is None:  # the packages have the loggers' names
+            raise ValueError(f"loggers: {logger} is not installed: pip install {logger}")
 
 
 def rank_mean(scalars: Mapping[str, Tensor | float], device: torch.device) -> dict[str, float]:
