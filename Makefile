@@ -40,7 +40,7 @@ demo: $(STAMP) ## see the any-step property in minutes, on a CPU
 	@$(BIN)/anyflow demo $(ARGS)
 
 test: $(STAMP) ## run every test
-	$(BIN)/pytest -n 2 --dist loadscope $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: lint ## lint, type check and the fast tests
 	$(BIN)/pytest -m "not slow" -n 2 $(ARGS)

@@ -30,6 +30,12 @@ def pytest_report_header() -> str:
     return f"anyflow._C: {'not built' if spec is None else spec.origin}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with slow tests first: the last one should not keep one worker busy when the other has finished."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """A CPU generator in the same state at the start of every test."""

@@ -9,7 +9,6 @@ import resource
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -360,27 +359,37 @@ def test_kills_at_random_moments_of_many_saves_leave_complete_checkpoints(tmp_pa
 # World sizes ---------------------------------------------------------------------------------------------------------
 
 
-def torchrun(world: int, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What every rank of checkpoint_ranks.py wrote."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
-    address = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    command = [*launch, *address, str(SCRIPTS / "checkpoint_ranks.py"), str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    files = [folder / f"{arguments[0]}{world}_rank{rank}.pt" for rank in range(world)]
-    return [torch.load(file, weights_only=True) for file in files]
+Ranks = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def ranks_of(torchrun: Callable[..., subprocess.Popen[str]]) -> Ranks:
+    """``ranks_of(world, folder, *arguments)``: what every rank of checkpoint_ranks.py wrote."""
+
+    def run(world: int, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+        job = torchrun(world, SCRIPTS / "checkpoint_ranks.py", folder, *arguments)
+        output, _ = job.communicate(timeout=400)
+        assert job.returncode == 0, output[-4000:]
+        files = [folder / f"{arguments[0]}{world}_rank{rank}.pt" for rank in range(world)]
+        return [torch.load(file, weights_only=True) for file in files]
+
+    return run
+
+
+def training_state(seed: int) -> dict[str, Tensor]:
+    """That of checkpoint_ranks.py, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        return runpy.run_path(str(SCRIPTS / "checkpoint_ranks.py"))["training_state"](seed, sharded=False)
+
+
+@pytest.fixture(scope="module")
+def worlds(ranks_of: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A folder with checkpoints that one process (``plain``) and two (``sharded``) wrote, and what they hold."""
     folder = tmp_path_factory.mktemp("worlds")
-    plain = runpy.run_path(str(SCRIPTS / "checkpoint_ranks.py"))["training_state"](3, sharded=False)
+    plain = training_state(3)
     Checkpointer(folder / "plain", keep=1).save(10, plain, {"consumed": 70})
-    ranks = torchrun(2, folder, "save")
+    ranks = ranks_of(2, folder, "save")
     for results in ranks:
         assert results["steps"] == [20, 30] and results["latest"] == results["path"]
     assert Manifest.read(folder / "sharded" / "step-00000030").world_size == 2
@@ -390,7 +399,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 @pytest.mark.slow
 def test_two_ranks_to_one(worlds: tuple[Path, dict[str, Any]]) -> None:
     folder, saved = worlds
-    tensors = runpy.run_path(str(SCRIPTS / "checkpoint_ranks.py"))["training_state"](2, sharded=False)
+    tensors = training_state(2)
     checkpointer = Checkpointer(folder / "sharded", keep=1)
     newest = checkpointer.latest()
     assert newest is not None
@@ -401,12 +410,12 @@ def test_two_ranks_to_one(worlds: tuple[Path, dict[str, Any]]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_rank_and_two_to_more_and_errors_on_all(
-    worlds: tuple[Path, dict[str, Any]], world: int, tmp_path: Path
+    worlds: tuple[Path, dict[str, Any]], ranks_of: Ranks, world: int, tmp_path: Path
 ) -> None:
     folder, saved = worlds
     for name in saved:
         shutil.copytree(folder / name, tmp_path / name)
-    ranks = torchrun(world, tmp_path, "load", *saved)
+    ranks = ranks_of(world, tmp_path, "load", *saved)
     for results in ranks:
         for name, info in (("plain", {"consumed": 70}), ("sharded", {"consumed": 210})):
             assert results[name]["info"] == info

@@ -10,33 +10,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tiny import tiny_model
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.checkpoint import Checkpointer, CheckpointError
-
-
-def model() -> AnyFlowTransformer3DModel:
-    """Its tables have one row, so that ranks but the first hold nothing of them."""
-    return AnyFlowTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=3,
-        out_channels=3,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=8,
-    )
 
 
 def training_state(seed: int, *, sharded: bool) -> dict[str, Tensor]:
     """Parameters and the AdamW state after a step on random gradients, equal for a seed however it is sharded."""
-    torch.manual_seed(seed)
-    network = model()
+    network = tiny_model(seed)  # tables of one row: ranks but the first hold nothing of them
     gradients = [torch.randn_like(p) for p in network.parameters()]
     if sharded:
         for block in network.blocks:

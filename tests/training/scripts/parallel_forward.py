@@ -11,26 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tiny import tiny_model
 from torch import Tensor
 
 from anyflow.models import AnyFlowTransformer3DModel
 
 SHAPES = {"odd": (3, 6, 6), "even": (2, 4, 8), "one_token": (5, 2, 2)}  # F, H, W; 9, 8 and 1 tokens a frame
-
-
-def network(heads: int = 4) -> AnyFlowTransformer3DModel:
-    torch.manual_seed(0)
-    return AnyFlowTransformer3DModel(
-        num_attention_heads=heads,
-        attention_head_dim=12,
-        in_channels=3,
-        out_channels=3,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=8,
-    ).double()
 
 
 def inputs(shape: tuple[int, int, int], per_frame: bool) -> dict[str, Tensor]:
@@ -76,7 +62,7 @@ def main(folder: Path) -> None:
     group, world = dist.group.WORLD, dist.get_world_size()
     assert group is not None
     results: dict[str, Any] = {"whole": {}, "shared": {}}
-    model, shared = network(), network()
+    model, shared = tiny_model().double(), tiny_model().double()
     before = set(shared.state_dict()), dict(shared.config)
     shared.set_sequence_parallel(group)
     results["unchanged"] = (set(shared.state_dict()), dict(shared.config)) == before
@@ -96,7 +82,7 @@ def main(folder: Path) -> None:
         text = shared.encode_text(arguments["encoder_hidden_states"])
         results["cached"] = shared(arguments["hidden_states"], time_embedding=time, text_context=text)[0], whole
 
-    one, compiled = network(), network()
+    one, compiled = tiny_model().double(), tiny_model().double()
     one.blocks, compiled.blocks = one.blocks[:1], compiled.blocks[:1]
     compiled.set_sequence_parallel(group)
     compiled.blocks[0].compile(backend="aot_eager", fullgraph=True)  # the trace; the code of inductor is not ours
@@ -108,7 +94,7 @@ def main(folder: Path) -> None:
     shared.set_sequence_parallel(None)
     results["off"] = shared(**narrow(arguments))[0].detach(), model(**narrow(arguments))[0].detach()
     try:
-        network(heads=world + 1).set_sequence_parallel(group)
+        tiny_model(num_heads=world + 1).set_sequence_parallel(group)
     except ValueError as error:
         results["error"] = str(error)
     torch.save(results, folder / f"rank{dist.get_rank()}-of-{world}.pt")

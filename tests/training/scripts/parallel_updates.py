@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tiny import tiny_model
 from torch import Tensor
 
 from anyflow.methods import (
@@ -54,18 +55,7 @@ CLIP = 0.05  # well below the norms, so that every update is clipped
 
 
 def network(seed: int, *, lora: bool = False, checkpointing: bool = False) -> AnyFlowTransformer3DModel:
-    torch.manual_seed(seed)
-    model = AnyFlowTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=12,
-        in_channels=3,
-        out_channels=3,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=8,
-    )
+    model = tiny_model(seed)
     if lora:
         from peft import LoraConfig
 
