@@ -40,7 +40,8 @@ def run(block: Any, inputs: tuple[Any, ...], parameters: list[Tensor]) -> list[T
         ("aot_eager", torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+# the interpreter takes its time as well
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
 def test_block_compiles_in_one_graph(backend, compiler, dtype, generator) -> None:
     """Forward and backward."""
     if backend == "triton":

@@ -141,7 +141,7 @@ def block_arguments(generator: torch.Generator, dim: int, length: int, rows: int
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
 def test_modulation_is_never_expanded_to_tokens(backend, rows, generator) -> None:
     """With a narrow feed-forward layer nothing in a block is wider than 2 D, forward or backward."""
     dim, length = 64, 128

@@ -55,6 +55,7 @@ def check(entries: list[dict[str, Any]], capabilities: set[int], dims: set[int])
     assert not spilling, spilling
 
 
+@pytest.mark.slow
 def test_kernels_of_the_small_model() -> None:
     check(compiled("--dims", "1536", "--dtypes", "bfloat16", "--capabilities", "90"), {90}, {1536})
 

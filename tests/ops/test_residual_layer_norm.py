@@ -119,6 +119,7 @@ def test_real_sizes(variant, length, d, r, backend, draw, check) -> None:
     check(inputs(draw, MODEL[variant], 1, length, d, r, x=torch.bfloat16, y=torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_many_tokens(backend, draw, assert_matches) -> None:
     named = inputs(draw, VARIANTS["gate-modulation"], 1, 1023, 16, 31)
     named64 = doubled(named)

@@ -15,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
+from anyflow.cli import app
 from anyflow.data import SyntheticVideos, open_dataset
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.checkpoint import Checkpointer
@@ -308,7 +310,6 @@ def test_a_rate_that_is_far_too_large_stops_the_run(small_recipe: Make, tmp_path
         train(recipe)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -324,13 +325,15 @@ def test_a_rate_that_is_far_too_large_stops_the_run(small_recipe: Make, tmp_path
     ],
 )
 def test_a_mistake_is_one_line_and_status_two_and_writes_nothing(
-    arguments: tuple[str, ...], message: str, small_recipe: Make, tmp_path: Path
+    arguments: tuple[str, ...], message: str, small_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "wandb" in message and importlib.util.find_spec("wandb") is not None:
         pytest.skip("wandb is installed")
     file = _write(small_recipe(tmp_path / "run"), tmp_path / "recipe.yaml")
-    result = subprocess.run(_command(file, *arguments), cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["train", str(file), *arguments])
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.exception
+    assert result.stderr.count("\n") == 1 and message in result.stderr
     assert result.stdout == "" and not (tmp_path / "run").exists()
 
 
