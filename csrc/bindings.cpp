@@ -27,6 +27,8 @@ TORCH_LIBRARY_IMPL(anyflow, CPU, m) {
   m.impl("dual_timestep_embedding_backward_native", &dual_timestep_embedding_backward);
   m.impl("gelu_native", &gelu);
   m.impl("gelu_backward_native", &gelu_backward);
+  m.impl("linear_native", &linear);
+  m.impl("linear_backward_native", &linear_backward);
   m.impl("rms_norm_rope_native", &rms_norm_rope);
   m.impl("rms_norm_rope_backward_native", &rms_norm_rope_backward);
   m.impl("gated_residual_native", &gated_residual);
@@ -164,4 +166,5 @@ PYBIND11_MODULE(_C, m) {
   }, "What was built, from what; every value a string.");
   m.def("cpu_instruction_set", [] { return std::string(anyflow::isa_name()); },
         "The instruction set that the CPU kernels use on this machine.");
+  m.def("cpu_is_intel", &anyflow::is_intel, "Whether the processor is one of Intel's.");
 }

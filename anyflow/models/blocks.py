@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
 from anyflow.models.attention import attention
+from anyflow.models.linear import apply_linear, fuses_gelu, linear_gelu
 from anyflow.models.sequence_parallel import TokenSplit
 from anyflow.ops import gated_residual, gelu, layer_norm_modulate, residual_layer_norm, rms_norm_rope
 
@@ -44,7 +43,10 @@ class Attention(nn.Module):
 
     def key_value(self, context: Tensor, rotary: Rotary | None = None) -> KeyValue:
         """``context[B, S, D] -> (key, value)``, both ``[B, S, H, Dh]``; worth caching for a fixed context."""
-        return self.norm_k(self.to_k(context), rotary), self.to_v(context).unflatten(-1, (self.num_heads, -1))
+        return (
+            self.norm_k(apply_linear(self.to_k, context), rotary),
+            apply_linear(self.to_v, context).unflatten(-1, (self.num_heads, -1)),
+        )
 
     def forward(
         self, x: Tensor, context: Tensor | KeyValue, rotary: Rotary | None = None, split: TokenSplit | None = None
@@ -53,55 +55,15 @@ class Attention(nn.Module):
 
         With a split, x and context are this rank's tokens, and attention is among those of all ranks.
         """
-        query = self.norm_q(self.to_q(x), rotary)
+        query = self.norm_q(apply_linear(self.to_q, x), rotary)
         key, value = context if isinstance(context, tuple) else self.key_value(context, rotary)
         if split is None:
             out = attention(query, key, value, attention_backend=self.attention_backend)
         else:
             out = split.attention(query, key, value, self.attention_backend)
         for module in self.to_out:
-            out = module(out)
+            out = apply_linear(module, out)
         return out
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is nothing but ``F.linear`` with its own parameters.
-
-    Not so for a LoRA or quantized layer (another class), a quantized or sharded weight (another tensor type), hooks,
-    or a ``forward`` replaced on the instance, as accelerate's offloading and diffusers' layerwise casting do.
-    """
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and type(module.bias) is nn.Parameter
-        and "forward" not in module.__dict__
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-    )
-
-
-def no_derivative_needed(*tensors: Tensor) -> bool:
-    """Whether an operator without a derivative may take the tensors: no autograd, no forward mode (jvp)."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-
-
-def fuses_gelu(proj: nn.Module, x: Tensor) -> bool:
-    """Whether ``torch._addmm_activation`` may compute ``gelu(proj(x))``."""
-    if not x.is_cuda or torch.version.hip is not None:  # on a CPU it is the erf GELU; AMD's is not measured
-        return False
-    if not is_plain_linear(proj) or torch.is_autocast_enabled(x.device.type):  # it would skip their work
-        return False
-    weight, bias = cast(Tensor, proj.weight), cast(Tensor, proj.bias)
-    alike = all(t.dtype == x.dtype and t.device == x.device for t in (weight, bias))  # it neither casts nor moves
-    return alike and x.numel() > 0 and no_derivative_needed(x, weight, bias)
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``gelu(x weight^T + bias)`` in one kernel, ``[..., D] -> [..., N]``; no derivative; tanh-GELU on CUDA only."""
-    out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-    return out.unflatten(0, x.shape[:-1])
 
 
 class GELUProjection(nn.Module):
@@ -114,7 +76,7 @@ class GELUProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if fuses_gelu(self.proj, x):
             return linear_gelu(x, self.proj.weight, self.proj.bias)
-        return gelu(self.proj(x))
+        return gelu(apply_linear(self.proj, x))
 
 
 class FeedForward(nn.Module):
@@ -126,7 +88,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self.net:
-            x = module(x)
+            x = apply_linear(module, x)
         return x
 
 

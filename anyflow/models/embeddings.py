@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyflow.ops import dual_timestep_embedding, gelu
+from anyflow.models.linear import apply_linear
+from anyflow.ops import dual_timestep_embedding, gelu, linear
 from anyflow.ops.dual_timestep_embedding import FUSIONS
 
 DELTATIME_TYPES = ("r", "t-r")
@@ -43,7 +44,7 @@ def linear_wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` in the wider of the two dtypes, with autocast off."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 class RotaryEmbedding(nn.Module):
@@ -112,7 +113,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, sinusoid: Tensor) -> Tensor:
         """``[N, freq_dim] -> [N, D]``."""
-        return self.linear_2(F.silu(self.linear_1(sinusoid)))
+        return apply_linear(self.linear_2, F.silu(apply_linear(self.linear_1, sinusoid)))
 
 
 class TextProjection(nn.Module):
@@ -125,7 +126,7 @@ class TextProjection(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """``[B, S, text_dim] -> [B, S, D]``."""
-        return self.linear_2(gelu(self.linear_1(text)))
+        return apply_linear(self.linear_2, gelu(apply_linear(self.linear_1, text)))
 
 
 class ImageProjection(nn.Module):
@@ -231,7 +232,7 @@ class ConditionEmbedder(nn.Module):
             delta = r_timestep if self.deltatime_type == "r" else timestep - r_timestep
             remb = self._embed(self.delta_embedder, delta, dtype)
             temb, activated = dual_timestep_embedding(temb, remb, self.delta_emb_gate, self.fusion)
-        return temb, self.time_proj(activated.to(self.time_proj.weight.dtype)).unflatten(-1, (6, -1))
+        return temb, apply_linear(self.time_proj, activated.to(self.time_proj.weight.dtype)).unflatten(-1, (6, -1))
 
     def _embed(self, embedder: TimestepEmbedding, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         sinusoid = sinusoidal_embedding(timestep, self.freq_dim)

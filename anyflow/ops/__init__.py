@@ -11,6 +11,7 @@ from anyflow.ops.flow_map_loss import flow_map_loss
 from anyflow.ops.gated_residual import gated_residual
 from anyflow.ops.gelu import gelu
 from anyflow.ops.layer_norm_modulate import layer_norm_modulate
+from anyflow.ops.linear import linear
 from anyflow.ops.residual_layer_norm import residual_layer_norm
 from anyflow.ops.rms_norm_rope import rms_norm_rope
 
@@ -25,6 +26,7 @@ __all__ = [
     "gated_residual",
     "gelu",
     "layer_norm_modulate",
+    "linear",
     "residual_layer_norm",
     "rms_norm_rope",
     "use_backend",

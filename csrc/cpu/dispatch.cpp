@@ -43,6 +43,15 @@ Isa isa() {
   return value;
 }
 
+bool is_intel() {
+#if ANYFLOW_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 const char* isa_name() { return kNames[static_cast<int>(isa())]; }
 
 }  // namespace anyflow

@@ -45,6 +45,9 @@ Isa isa();
 // Its name, as in ANYFLOW_CPU_ISA.
 const char* isa_name();
 
+// Whether MKL, which is Intel's, uses all that this processor has.
+bool is_intel();
+
 template <class Function>
 Function select(Function generic, Function avx2, Function avx512) {
   return isa() == Isa::avx512 ? avx512 : isa() == Isa::avx2 ? avx2 : generic;

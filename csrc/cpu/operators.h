@@ -20,6 +20,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(const at::Tens
                                                                   const at::Tensor& k, const at::Tensor& v,
                                                                   const at::Tensor& out, const at::Tensor& logsumexp);
 
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                               const at::Tensor& weight, bool x_gradient,
+                                                               bool weight_gradient, bool bias_gradient);
+
 at::Tensor gelu(const at::Tensor& x);
 at::Tensor gelu_backward(const at::Tensor& grad, const at::Tensor& x);
 

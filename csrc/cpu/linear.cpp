@@ -1,0 +1,78 @@
+// A linear layer's matrix products: anyflow/ops/linear.py. No kernel of ours: the choice between the two libraries that
+// torch brings. In fp32 torch takes MKL, which on processors that are not Intel's stays with AVX2; oneDNN uses what there
+// is. Small products stay with MKL, whose calls cost less.
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+
+#include <optional>
+
+#include "cpu/dispatch.h"
+#include "cpu/operators.h"
+
+namespace anyflow {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+// Multiplications, from which oneDNN is faster (two cores, Zen 5): of a product in which depth is contiguous in both
+// factors or one, and of the weight's gradient, where it is contiguous in neither.
+constexpr int64_t kWorthIt = int64_t{1} << 22, kWorthItTransposed = int64_t{1} << 25;
+
+// torch's operator of a linear layer by oneDNN, which inductor uses; null in a torch that was built without oneDNN.
+const c10::OperatorHandle* onednn_linear() {
+  static const std::optional<c10::OperatorHandle> handle =
+      c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  return handle ? &*handle : nullptr;
+}
+
+// a[M, K] b[N, K]^T + bias, both by any strides.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, const Optional& bias, int64_t worth_it) {
+  const int64_t size = a.size(0) * a.size(1) * b.size(0);
+  const c10::OperatorHandle* onednn = onednn_linear();
+  if (onednn == nullptr || size < worth_it || a.scalar_type() != at::kFloat) {
+    return at::linear(a, b, bias);
+  }
+  torch::jit::Stack stack{a,
+                          b,
+                          bias ? c10::IValue(*bias) : c10::IValue(),
+                          std::string("none"),
+                          c10::List<std::optional<at::Scalar>>(),
+                          c10::IValue()};
+  onednn->callBoxed(stack);
+  return std::move(stack.front()).toTensor();
+}
+
+at::Tensor matrix(const at::Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
+
+}  // namespace
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const Optional& bias) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  return product(matrix(x), weight, bias, kWorthIt).view(sizes);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& grad_, const at::Tensor& x_,
+                                                               const at::Tensor& weight, bool x_gradient,
+                                                               bool weight_gradient, bool bias_gradient) {
+  const at::Tensor grad = matrix(grad_);
+  at::Tensor dx, dweight, dbias;
+  if (x_gradient) {
+    dx = product(grad, weight.t(), std::nullopt, kWorthIt).view(x_.sizes());
+  }
+  if (weight_gradient) {
+    const at::Tensor x = matrix(x_);
+    // With AVX2 MKL is as fast where the depth is contiguous in neither factor.
+    const bool with_onednn = isa() == Isa::avx512 && x.size(1) >= 128 && grad.size(1) >= 128;
+    dweight = with_onednn ? product(grad.t(), x.t(), std::nullopt, kWorthItTransposed) : at::mm(grad.t(), x);
+  }
+  if (bias_gradient) {
+    dbias = grad.sum(0);
+  }
+  return {dx, dweight, dbias};
+}
+
+}  // namespace anyflow
