@@ -1,4 +1,4 @@
-"""How the model runs its linear layers: by the operators where nothing stands between, else by the module's own call."""
+"""How the model runs its linear layers: by the operator where nothing stands between, else as the module does."""
 
 from __future__ import annotations
 

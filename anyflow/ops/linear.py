@@ -15,9 +15,17 @@ from anyflow.ops.native import EXTENSION
 
 _OP = "linear"
 _WORTH_IT = 2**22  # multiplications; as in csrc/cpu/linear.cpp
-# torch takes MKL for fp32, which on other processors than Intel's does not go beyond AVX2.
-_ONEDNN_IS_FASTER = EXTENSION is not None and not EXTENSION.cpu_is_intel() and torch.backends.mkldnn.is_available()
-_ONEDNN_IS_FASTER = _ONEDNN_IS_FASTER and EXTENSION.cpu_instruction_set() != "generic"
+
+
+def _onednn_is_faster() -> bool:
+    """Whether torch's own choice for fp32 on this processor, MKL, is the slower one: MKL is held at AVX2 on any
+    processor that is not Intel's."""
+    if EXTENSION is None or not torch.backends.mkldnn.is_available():
+        return False
+    return not EXTENSION.cpu_is_intel() and EXTENSION.cpu_instruction_set() != "generic"
+
+
+_ONEDNN_IS_FASTER = _onednn_is_faster()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

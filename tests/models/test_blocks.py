@@ -12,8 +12,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from anyflow.models.blocks import FeedForward, GELUProjection
-from anyflow.models.linear import apply_linear, fuses_gelu, is_plain_linear, linear_gelu
-from anyflow.models.blocks import no_derivative_needed as underived
+from anyflow.models.linear import fuses_gelu, is_plain_linear, linear_gelu
+from anyflow.models.linear import no_derivative_needed as underived
 from anyflow.ops import gelu
 
 DIM, FFN = 16, 40
