@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def velocity(model: Any, x: Tensor, timestep: Tensor, r_timestep: Tensor | None, prompt_embeds: Tensor) -> Tensor:
@@ -24,6 +24,15 @@ def has_flow_map(model: Any) -> bool:
     """Whether a network takes ``r_timestep``: everything but a transformer built with ``r_embedder=False``."""
     config = getattr(getattr(model, "module", model), "config", None)
     return True if config is None else bool(getattr(config, "r_embedder", True))
+
+
+def has_hooks(model: Any) -> bool:
+    """Whether accelerate or diffusers bring weights to the device around module calls: no other method can use them."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(
+        hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+        for module in modules
+    )
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anyflow.network import evaluate, has_flow_map
+from anyflow.network import evaluate, has_flow_map, has_hooks
 from anyflow.rng import randn_like
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.validation import batched_embeds, require_finite, require_latents
@@ -63,10 +64,10 @@ def sample(
     )
 
     latents = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    for i, sigma in enumerate(sigmas[:-1].tolist()):
+    for i, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
         latents = _with_context(latents, context)
         velocity = network(latents.to(noise.dtype), i)
-        latents = latents - (sigma - float(sigmas[i + 1])) * velocity.to(latents.dtype)
+        latents = latents - (sigma - following) * velocity.to(latents.dtype)
         if callback is not None:
             replaced = callback(i, times[i], _with_context(latents, context).to(noise.dtype))
             latents = latents if replaced is None else replaced.to(latents)
@@ -96,9 +97,8 @@ def sample_consistency(
     network.embed_times(times[:-1], [0.0] * (len(times) - 1), 0)
 
     latents = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    for i, sigma in enumerate(sigmas[:-1].tolist()):
+    for i, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
         clean = latents - sigma * network(latents.to(noise.dtype), i).to(latents.dtype)
-        following = float(sigmas[i + 1])
         latents = clean
         if following > 0:
             fresh = randn_like(clean, generator)
@@ -125,7 +125,8 @@ class _Network:
             text = torch.cat([batched_embeds("negative_prompt_embeds", negative, noise.shape[0]), text])
         self.model, self.text, self.batch_size = model, text, len(text)
         self.frames, self.device = noise.shape[1], noise.device
-        self.cached = hasattr(model, "embed_time") and hasattr(model, "encode_text")
+        # What is offloaded is on the device during a module's own call only.
+        self.cached = hasattr(model, "embed_time") and hasattr(model, "encode_text") and not has_hooks(model)
         self.context = model.encode_text(text) if self.cached else None
         self.r: Tensor | None = None
 
@@ -178,10 +179,11 @@ def _context(context: Tensor | None, noise: Tensor) -> Tensor | None:
             f"context_latents must be [B={b} or 1, fewer than F={f}, {', '.join(map(str, noise.shape[2:]))}], "
             f"got {tuple(context.shape)}"
         )
-    return context.expand(b, -1, -1, -1, -1)
+    dtype = torch.promote_types(noise.dtype, torch.float32)  # the latents': each step would wait for a copy otherwise
+    return context.to(noise.device, dtype).expand(b, -1, -1, -1, -1)
 
 
 def _with_context(latents: Tensor, context: Tensor | None) -> Tensor:
     if context is None:
         return latents
-    return torch.cat([context.to(latents), latents[:, context.shape[1] :]], dim=1)
+    return torch.cat([context, latents[:, context.shape[1] :]], dim=1)
