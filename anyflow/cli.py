@@ -216,10 +216,13 @@ def sample(
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
     negative_prompt: Annotated[str | None, typer.Option(help="Needed for guidance.")] = None,
     fps: Annotated[float, typer.Option(help="Frames per second of the files.")] = 16,
-    memory: Annotated[str, typer.Option(help="'fast' (all on the device), 'low' (in turns) or 'auto'.")] = "auto",
+    memory: Annotated[
+        str, typer.Option(help="'fast' (all on the device), 'low' (in turns), 'stream' or 'auto'.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="'bf16', 'fp16' or 'fp32'.")] = "bf16",
     device: Annotated[str | None, typer.Option(help="Torch device; a GPU if there is one.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the transformer's blocks.")] = False,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay evaluations from a CUDA graph.")] = False,
 ) -> None:
     """Make videos of prompts at several step counts from the same noise, and show them side by side."""
     from rich.console import Console
@@ -238,6 +241,7 @@ def sample(
             memory=memory,  # type: ignore[arg-type]
             device=device,
             compile=compile,
+            cuda_graph=cuda_graph,
             console=Console(highlight=False, soft_wrap=True),
         )
     except (ValueError, ImportError) as error:

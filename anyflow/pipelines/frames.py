@@ -57,10 +57,14 @@ def frames_of_type(video: Tensor, output_type: str) -> Any:
     from PIL import Image
 
     if output_type == "pil":
-        pixels = (video.float() * 255).round().to(torch.uint8).movedim(2, -1).cpu().numpy()
-        return [[Image.fromarray(frame) for frame in frames] for frames in pixels]
+        return [[Image.fromarray(frame) for frame in frames] for frames in uint8_pixels(video).cpu().numpy()]
     video = video.float().cpu()
     return video if output_type == "pt" else video.movedim(2, -1).numpy()
+
+
+def uint8_pixels(video: Tensor) -> Tensor:
+    """``video[B, F, 3, H, W]`` in [0, 1] as ``[B, F, H, W, 3]`` uint8, on its device."""
+    return (video.float() * 255).round().to(torch.uint8).movedim(2, -1)
 
 
 def uint8_frames(frames: Any) -> Iterator[np.ndarray]:

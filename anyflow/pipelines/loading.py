@@ -1,8 +1,7 @@
-"""Where the parts of a model lie, how large they are, and onto which device they go."""
+"""Where the parts of a model lie, and onto which device they go."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-# Of a call beside the weights: the VAE at 832 x 480 in fp32, or 33 000 tokens through a feed-forward layer of 14B.
-_WORKSPACE = 12 * 2**30
 
 
 @dataclass(frozen=True)
@@ -48,54 +45,25 @@ class ModelPaths:
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> AnyFlowTransformer3DModel:
-    """The ``transformer`` of a folder of any format, on the CPU in eval mode.
+    """The ``transformer`` of a folder of any format, on the CPU in eval mode; under inference mode an ordinary one too.
 
     Raises:
         ValueError: weights are missing or left over.
     """
     from anyflow.checkpoints import load_transformer
 
-    return load_transformer(part_folder(folder, "transformer"), dtype=dtype)
+    with torch.inference_mode(False):
+        return load_transformer(part_folder(folder, "transformer"), dtype=dtype)
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device named, or a GPU if there is one; ValueError for one that is not there."""
+    """The device named, or a GPU if there is one, as tensors on it name it; ValueError for one that is not there."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
         raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    return torch.device(device)
-
-
-def fits(
-    paths: ModelPaths,
-    transformer: nn.Module | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    vae_dtype: torch.dtype,
-) -> bool:
-    """Whether all parts fit into the free memory of the device beside what a call needs; always on a CPU."""
-    if device.type != "cuda":
-        return True
-    weights = _num_parameters(paths.transformer / "transformer") * dtype.itemsize
-    if transformer is not None:
-        weights = sum(p.nbytes for p in transformer.parameters() if p.device != device)
-    weights += _num_parameters(paths.model / "text_encoder") * dtype.itemsize
-    weights += _num_parameters(paths.model / "vae") * vae_dtype.itemsize
-    return torch.cuda.mem_get_info(device)[0] >= weights + _WORKSPACE
-
-
-def _num_parameters(folder: Path) -> int:
-    """Numbers in the safetensors files of a folder, of which only the headers are read."""
-    from safetensors import safe_open
-
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total
 
 
 def _local_folder(path: str | Path) -> Path:

@@ -7,20 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from anyflow.pipelines.frames import context_pixels, frames_of_type
-from anyflow.pipelines.loading import (
-    ModelPaths,
-    fits,
-    load_transformer,
-    resolve_device,
-)
-from anyflow.pipelines.request import ModelLayout, VideoRequest
+from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_device
+from anyflow.pipelines.memory import Memory, Plan, Sizes, Turns, check_options, choose_plan, free_memory
+from anyflow.pipelines.progress import both, progress_bar
+from anyflow.pipelines.request import ModelLayout, VideoRequest, count_texts, listed, require_one_length
 from anyflow.pipelines.wan import (
     decode_latents,
     encode_prompt,
@@ -37,8 +34,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from anyflow.models import AnyFlowTransformer3DModel
-
-Memory = Literal["auto", "fast", "low"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +58,11 @@ class AnyFlowPipeline:
     noise and latents stay fp32 between the steps of a bf16 model.
 
     ``transformer``, ``vae``, ``scheduler``, ``tokenizer`` and ``text_encoder`` are ordinary modules, to be looked at
-    and replaced. With ``low_memory`` the large ones take turns on the device: the text encoder is loaded for each call
-    and freed again (the attribute is None), the transformer is loaded when it is first needed and waits in the main
-    memory while the others are at work, and the VAE works in tiles that bound its memory.
+    and replaced. Where ``memory`` is ``"low"`` the large ones take turns on the device: the text encoder is loaded for
+    each call and freed again (the attribute is None), the transformer is loaded when it is first needed and is on the
+    device while it samples, and the VAE works in tiles that bound its memory. Where it is ``"stream"``, the weights of
+    the transformer, and of a text encoder that does not fit, come to the device block by block, from pinned main memory
+    and while the block before is at work.
     """
 
     def __init__(
@@ -78,7 +75,8 @@ class AnyFlowPipeline:
         scheduler: FlowMapEulerDiscreteScheduler,
         layout: ModelLayout,
         device: torch.device | str = "cpu",
-        low_memory: bool = False,
+        memory: Plan = "fast",
+        cuda_graph: bool = False,
     ) -> None:
         """Put parts together; :meth:`from_pretrained` does it for a folder.
 
@@ -89,17 +87,23 @@ class AnyFlowPipeline:
             scheduler: gives the schedule.
             layout: of the model.
             device: to run on.
-            low_memory: as above.
+            memory: as above.
+            cuda_graph: see :meth:`from_pretrained`.
+
+        Raises:
+            ValueError: the device cannot do that.
         """
-        self.device, self.low_memory, self.layout = torch.device(device), low_memory, layout
+        self.device, self.memory, self.layout = torch.device(device), memory, layout
+        check_options(memory, self.device, compile=False, cuda_graph=cuda_graph)
+        self._turns = Turns(memory, self.device, cuda_graph)
         self.vae, self.tokenizer, self.scheduler = vae, tokenizer, scheduler
         self._transformer, self._text_encoder = transformer, text_encoder
         vae.use_slicing = True  # one video fills a GPU, and its numbers do not depend on others
-        if low_memory:
-            vae.enable_tiling()
-        else:
+        if memory == "fast":
             self.transformer.to(self.device)
             self._loaded_text_encoder().to(self.device)
+        else:
+            vae.enable_tiling()
         vae.to(self.device)
 
     @classmethod
@@ -113,6 +117,7 @@ class AnyFlowPipeline:
         transformer: AnyFlowTransformer3DModel | str | Path | None = None,
         vae_dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        cuda_graph: bool = False,
     ) -> AnyFlowPipeline:
         """Load a diffusers folder with ``transformer``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``.
 
@@ -120,24 +125,28 @@ class AnyFlowPipeline:
             path: the folder, or the name of a model on the Hugging Face Hub.
             dtype: of the transformer and the text encoder.
             device: to run on; None takes a GPU if there is one.
-            memory: ``"fast"`` keeps everything on the device, ``"low"`` one part at a time (see the class; above 256
-                pixels its tiles change the decoded video slightly); ``"auto"`` is fast where everything fits.
+            memory: ``"fast"`` keeps everything on the device, ``"low"`` one part at a time, ``"stream"`` two blocks of
+                one part (see the class; above 256 pixels the VAE's tiles change the decoded video slightly). ``"auto"``
+                takes the first that fits, and ``"low"`` streams if a part alone does not.
             transformer: in place of the folder's: a model, or a folder with ``transformer`` and, if it has one,
                 ``scheduler``, as a training run leaves it.
             vae_dtype: of the VAE. bf16 halves its time and memory, and shows.
-            compile: compile the transformer's blocks with ``torch.compile``.
+            compile: compile the transformer's blocks with ``torch.compile``; not while they stream.
+            cuda_graph: replay the transformer's evaluations from a graph; see
+                :class:`anyflow.cuda_graph.CudaGraphTransformer`. Not while its blocks stream.
 
         Raises:
-            ValueError: no such model, parts are missing or do not fit together, or an argument cannot be.
+            ValueError: no such model, parts are missing or do not fit together, or an argument cannot be, which is
+                found before any weight is loaded.
         """
-        if memory not in ("auto", "fast", "low"):
-            raise ValueError(f"memory must be auto, fast or low, got {memory!r}")
         target = resolve_device(device)
+        check_options(memory, target, compile=compile, cuda_graph=cuda_graph)
         paths = ModelPaths.find(path, transformer)
         given = transformer if isinstance(transformer, nn.Module) else None
         layout = paths.layout(given)
         scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(paths.scheduler, subfolder="scheduler")
-        low = memory == "low" or (memory == "auto" and not fits(paths, given, target, dtype, vae_dtype))
+        sizes = Sizes.read(paths, given, dtype, vae_dtype)
+        plan = choose_plan(memory, sizes, free_memory(target, given), compile=compile, cuda_graph=cuda_graph)
 
         def load() -> AnyFlowTransformer3DModel:
             network = load_transformer(paths.transformer, dtype) if given is None else given
@@ -146,16 +155,17 @@ class AnyFlowPipeline:
             return network
 
         return cls(
-            transformer=load if low else load(),
+            transformer=load() if plan == "fast" else load,
             vae=load_vae(paths.model, vae_dtype),
-            text_encoder=(lambda: load_text_encoder(paths.model, dtype))
-            if low
-            else load_text_encoder(paths.model, dtype),
+            text_encoder=load_text_encoder(paths.model, dtype)
+            if plan == "fast"
+            else lambda: load_text_encoder(paths.model, dtype),
             tokenizer=load_tokenizer(paths.model),
             scheduler=scheduler,
             layout=layout,
             device=target,
-            low_memory=low,
+            memory=plan,
+            cuda_graph=cuda_graph,
         )
 
     @property
@@ -178,18 +188,17 @@ class AnyFlowPipeline:
         """Merge a LoRA into the transformer; see :func:`anyflow.pipelines.lora.merge_lora`."""
         from anyflow.pipelines.lora import merge_lora
 
+        self._turns.release(self.transformer)
         merge_lora(self.transformer, path, scale)
 
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int = 512) -> list[Tensor]:
         """``[1, max_sequence_length, text_dim]`` fp32 on the CPU for each prompt, zero-padded after encoding."""
-        self._rest_transformer()
-        text_encoder = self._loaded_text_encoder().to(self.device)
+        text_encoder = self._turns.text_encoder(self._loaded_text_encoder())
         encoded = [encode_prompt(text_encoder, self.tokenizer, p, max_sequence_length) for p in prompts]
         return [nn.functional.pad(e, (0, 0, 0, max_sequence_length - len(e)))[None] for e in encoded]
 
     def decode(self, latents: Tensor) -> Tensor:
         """``latents[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1] on the device, in the VAE's dtype."""
-        self._rest_transformer()
         return decode_latents(self.vae, latents)
 
     @torch.no_grad()
@@ -242,7 +251,7 @@ class AnyFlowPipeline:
         Raises:
             ValueError: something cannot work; raised before any network runs.
         """
-        batch_size = _count("prompt", prompt, prompt_embeds, self.layout.text_dim)
+        batch_size = count_texts("prompt", prompt, prompt_embeds, self.layout.text_dim)
         if batch_size is None:
             raise ValueError("give prompt or prompt_embeds")
         request = VideoRequest(
@@ -254,7 +263,7 @@ class AnyFlowPipeline:
             guidance_scale,
             max_sequence_length,
             output_type,
-            negatives=_count("negative_prompt", negative_prompt, negative_prompt_embeds, self.layout.text_dim),
+            negatives=count_texts("negative_prompt", negative_prompt, negative_prompt_embeds, self.layout.text_dim),
         )
         request.check(self.layout, self.scheduler, batch_size=batch_size)
         context = context_pixels(image, video, height, width)
@@ -264,7 +273,7 @@ class AnyFlowPipeline:
                 raise ValueError(f"video must be one or as many as the {batch_size} prompts, got {context.shape[0]}")
         if guidance_scale == 1:
             negative_prompt = negative_prompt_embeds = None
-        _require_one_length(prompt_embeds, negative_prompt, negative_prompt_embeds, max_sequence_length)
+        require_one_length(prompt_embeds, negative_prompt, negative_prompt_embeds, max_sequence_length)
         noise = self._noise(batch_size, num_frames, height, width, seed, generator, latents)
 
         seconds: dict[str, float] = {}
@@ -272,13 +281,11 @@ class AnyFlowPipeline:
             text, negative = self._texts(
                 prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, max_sequence_length
             )
-            context = None if context is None else self._encode_context(context)
-        with (
-            self.timed("sample", seconds),
-            _bar(progress, num_inference_steps if timesteps is None else len(timesteps)) as step,
-        ):
+            context = None if context is None else encode_video(self.vae, context)
+        steps = num_inference_steps if timesteps is None else len(timesteps)
+        with self.timed("sample", seconds), self._sampling() as network, progress_bar(progress, steps) as advance:
             result = sample(
-                self.transformer.to(self.device),
+                network,
                 self.scheduler,
                 noise,
                 text,
@@ -288,7 +295,7 @@ class AnyFlowPipeline:
                 negative_prompt_embeds=negative,
                 context_latents=context,
                 use_mean_velocity=use_mean_velocity,
-                callback=_both(callback, step),
+                callback=both(callback, advance),
             )
         if output_type == "latent":
             return VideoOutput(result, seconds)
@@ -331,7 +338,7 @@ class AnyFlowPipeline:
         max_sequence_length: int,
     ) -> tuple[Tensor, Tensor | None]:
         """What the network reads, with the text encoder loaded once at most."""
-        prompts, negatives = _listed(prompt), _listed(negative_prompt)
+        prompts, negatives = listed(prompt), listed(negative_prompt)
         encoded = self.encode_prompts([*prompts, *negatives], max_sequence_length) if prompts or negatives else []
         text = torch.cat(encoded[: len(prompts)]) if prompts else embeds
         negative = torch.cat(encoded[len(prompts) :]) if negatives else negative_embeds
@@ -341,14 +348,14 @@ class AnyFlowPipeline:
     def _loaded_text_encoder(self) -> nn.Module:
         return self._text_encoder if isinstance(self._text_encoder, nn.Module) else self._text_encoder()
 
-    def _encode_context(self, pixels: Tensor) -> Tensor:
-        self._rest_transformer()
-        return encode_video(self.vae, pixels)
-
-    def _rest_transformer(self) -> None:
-        """In low memory, leave the device to another part."""
-        if self.low_memory and isinstance(self._transformer, nn.Module):
-            self._transformer.to(torch.device("cpu"))
+    @contextmanager
+    def _sampling(self) -> Iterator[Any]:
+        """The transformer, or its graph, on the device."""
+        transformer = self.transformer
+        try:
+            yield self._turns.transformer(transformer)
+        finally:
+            self._turns.rest(transformer)
 
     @contextmanager
     def timed(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
@@ -358,61 +365,3 @@ class AnyFlowPipeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds[name] = time.perf_counter() - start
-
-
-def _listed(texts: str | Sequence[str] | None) -> list[str]:
-    return [] if texts is None else [texts] if isinstance(texts, str) else list(texts)
-
-
-def _count(name: str, texts: str | Sequence[str] | None, embeds: Tensor | None, text_dim: int) -> int | None:
-    """Number of texts or embeddings; None without any."""
-    if texts is not None and embeds is not None:
-        raise ValueError(f"give either {name} or {name}_embeds, not both")
-    if embeds is not None:
-        if embeds.ndim != 3 or embeds.shape[0] == 0 or embeds.shape[2] != text_dim:
-            raise ValueError(f"{name}_embeds must be [B, S, {text_dim}], got {tuple(embeds.shape)}")
-        return embeds.shape[0]
-    if texts is None:
-        return None
-    listed = _listed(texts)
-    if not listed or not all(isinstance(text, str) for text in listed):
-        raise ValueError(f"{name} must be a text or a list of texts, got {texts!r}")
-    return len(listed)
-
-
-def _require_one_length(
-    embeds: Tensor | None, negative: str | Sequence[str] | None, negative_embeds: Tensor | None, encoded: int
-) -> None:
-    """Prompts and negative prompts go through the network as one batch; texts are ``encoded`` tokens long."""
-    length = encoded if embeds is None else embeds.shape[1]
-    other = encoded if negative is not None else length if negative_embeds is None else negative_embeds.shape[1]
-    if length != other:
-        raise ValueError(f"prompts are {length} tokens long, but negative prompts {other}; make them equal")
-
-
-@contextmanager
-def _bar(show: bool, steps: int | None) -> Iterator[Callback | None]:
-    """A callback that moves a bar in the terminal."""
-    if not show:
-        yield None
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as bar:
-        task = bar.add_task("sampling", total=steps)
-
-        def step(index: int, timestep: float, latents: Tensor) -> None:
-            bar.advance(task)
-
-        yield step
-
-
-def _both(first: Callback | None, second: Callback | None) -> Callback | None:
-    if first is None or second is None:
-        return second if first is None else first
-
-    def callback(index: int, timestep: float, latents: Tensor) -> Tensor | None:
-        second(index, timestep, latents)
-        return first(index, timestep, latents)
-
-    return callback

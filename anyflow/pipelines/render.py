@@ -19,7 +19,8 @@ from torch import Tensor
 
 from anyflow.pipelines.frames import frames_of_type
 from anyflow.pipelines.loading import ModelPaths, resolve_device
-from anyflow.pipelines.pipeline import AnyFlowPipeline, Memory
+from anyflow.pipelines.memory import Memory, check_options
+from anyflow.pipelines.pipeline import AnyFlowPipeline
 from anyflow.pipelines.request import VideoRequest
 from anyflow.pipelines.video import write_comparison, write_video
 
@@ -132,6 +133,7 @@ def sample_command(
     memory: Memory = "auto",
     device: str | None = None,
     compile: bool = False,
+    cuda_graph: bool = False,
     console: Console | None = None,
 ) -> SampleReport:
     """Make every prompt at every step count from the same noise, and a comparison of them for each prompt.
@@ -145,7 +147,7 @@ def sample_command(
         prompts: each is made once, however often it is given.
         steps: network evaluations of each video.
         out: folder; one that was made with other settings is refused.
-        memory, device, compile: of :meth:`AnyFlowPipeline.from_pretrained`.
+        memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
         console: gets a line for each video and a progress bar.
 
     Raises:
@@ -155,7 +157,7 @@ def sample_command(
     import av  # noqa: F401  (missing, it would cost a video to find out)
 
     settings.check()
-    resolve_device(device)
+    check_options(memory, resolve_device(device), compile=compile, cuda_graph=cuda_graph)
     for count in steps:
         VideoRequest(num_inference_steps=count).check_steps()
     folders = {prompt: out / _folder_name(prompt) for prompt in prompts}
@@ -176,6 +178,7 @@ def sample_command(
             memory=memory,
             transformer=settings.transformer,
             compile=compile,
+            cuda_graph=cuda_graph,
         )
         renderer = _Renderer(pipe, settings, missing, results, console)
         for prompt in missing:
@@ -258,7 +261,7 @@ class _Renderer:
             "seconds": seconds,
             "peak_memory_bytes": _peak_memory(pipe.device),
             "device": torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else pipe.device.type,
-            "low_memory": pipe.low_memory,
+            "memory": pipe.memory,
             "torch": torch.__version__,
         }
 

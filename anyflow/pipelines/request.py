@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from anyflow.sampling import Schedule
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
@@ -154,6 +156,37 @@ class VideoRequest:
                     f"{name}={getattr(self, name)} makes {size} latents, and the transformer takes multiples of "
                     f"{patch} up to {patch * layout.max_positions}"
                 )
+
+
+def listed(texts: str | Sequence[str] | None) -> list[str]:
+    """A text, several or none as a list."""
+    return [] if texts is None else [texts] if isinstance(texts, str) else list(texts)
+
+
+def count_texts(name: str, texts: str | Sequence[str] | None, embeds: Tensor | None, text_dim: int) -> int | None:
+    """Number of texts, or of embeddings ``[B, S, text_dim]``; None without any. ValueError for anything else."""
+    if texts is not None and embeds is not None:
+        raise ValueError(f"give either {name} or {name}_embeds, not both")
+    if embeds is not None:
+        if embeds.ndim != 3 or embeds.shape[0] == 0 or embeds.shape[2] != text_dim:
+            raise ValueError(f"{name}_embeds must be [B, S, {text_dim}], got {tuple(embeds.shape)}")
+        return embeds.shape[0]
+    if texts is None:
+        return None
+    several = listed(texts)
+    if not several or not all(isinstance(text, str) for text in several):
+        raise ValueError(f"{name} must be a text or a list of texts, got {texts!r}")
+    return len(several)
+
+
+def require_one_length(
+    embeds: Tensor | None, negative: str | Sequence[str] | None, negative_embeds: Tensor | None, encoded: int
+) -> None:
+    """ValueError if prompts and negative prompts cannot be one batch; texts are ``encoded`` tokens long."""
+    length = encoded if embeds is None else embeds.shape[1]
+    other = encoded if negative is not None else length if negative_embeds is None else negative_embeds.shape[1]
+    if length != other:
+        raise ValueError(f"prompts are {length} tokens long, but negative prompts {other}; make them equal")
 
 
 def _nearest(size: int, multiple: int, offset: int) -> str:

@@ -112,7 +112,7 @@ def test_low_memory_gives_the_same_files(settings, tmp_path: Path) -> None:
     assert len(files) == 8
     assert all((tmp_path / "fast" / f).read_bytes() == (tmp_path / "low" / f).read_bytes() for f in files)
     entries = json.loads((tmp_path / "low" / "results.json").read_text())["videos"]
-    assert all(entry["low_memory"] for entry in entries)
+    assert {entry["memory"] for entry in entries} == {"low"}
 
 
 def test_guidance_changes_the_video(settings, tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+"""Which parts of a model are on the device when: all, one at a time, or one at a time with its weights streaming in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from anyflow.network import has_hooks
+from anyflow.pipelines.loading import ModelPaths
+
+if TYPE_CHECKING:
+    from anyflow.models import AnyFlowTransformer3DModel
+
+Memory = Literal["auto", "fast", "low", "stream"]
+Plan = Literal["fast", "low", "stream"]
+MEMORY: tuple[Memory, ...] = ("auto", "fast", "low", "stream")
+# Of a call beside the weights at 480 x 832 x 81, rounded up from tests/pipelines/test_memory_budget.py: the VAE in fp32
+# or 33 000 tokens through a block of 14B, and a prompt through UMT5-XXL.
+WORKSPACE, TEXT_WORKSPACE = 12 * 2**30, 2**30
+
+
+def check_options(memory: str, device: torch.device, *, compile: bool, cuda_graph: bool) -> None:
+    """ValueError for a memory plan and speed options that cannot go together on a device; nothing is loaded."""
+    if memory not in MEMORY:
+        raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
+    if memory == "stream" and device.type != "cuda":
+        raise ValueError(f"memory='stream' copies weights to a CUDA device, but the device is {device}; use 'low'")
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph needs a CUDA device, but the device is {device}")
+    if memory == "stream":
+        _check_fixed_weights(compile, cuda_graph, "memory='stream' was asked for")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the weights of each part on the device."""
+
+    transformer: int
+    text_encoder: int
+    vae: int
+
+    @classmethod
+    def read(
+        cls, paths: ModelPaths, transformer: nn.Module | None, dtype: torch.dtype, vae_dtype: torch.dtype
+    ) -> Sizes:
+        """From the headers of a model's safetensors files; ``transformer`` is a model in place of the folder's."""
+        return cls(
+            transformer=_num_parameters(paths.transformer / "transformer") * dtype.itemsize
+            if transformer is None
+            else sum(p.nbytes for p in transformer.parameters()),
+            text_encoder=_num_parameters(paths.model / "text_encoder") * dtype.itemsize,
+            vae=_num_parameters(paths.model / "vae") * vae_dtype.itemsize,
+        )
+
+
+def choose_plan(
+    memory: Memory, sizes: Sizes, free: int | None, *, compile: bool = False, cuda_graph: bool = False
+) -> Plan:
+    """The plan for ``memory``.
+
+    Args:
+        memory: ``"auto"`` takes the first of fast, low and stream that fits; ``"low"`` streams if it does not fit.
+        sizes: of the model.
+        free: bytes that the device has for it, or None where everything fits.
+        compile, cuda_graph: need weights that do not stream.
+
+    Raises:
+        ValueError: they must.
+    """
+    if memory in ("fast", "stream"):
+        return cast(Plan, memory)
+    if free is None:
+        return "low" if memory == "low" else "fast"
+    room = free - sizes.vae
+    workspace = WORKSPACE * (2 if cuda_graph else 1)  # a graph keeps its own
+    if memory == "auto" and room >= sizes.transformer + sizes.text_encoder + workspace:
+        return "fast"
+    if room >= max(sizes.transformer + workspace, sizes.text_encoder + TEXT_WORKSPACE):
+        return "low"
+    _check_fixed_weights(compile, cuda_graph, f"{free / 1e9:.0f} GB are free on the device")
+    return "stream"
+
+
+def free_memory(device: torch.device, transformer: nn.Module | None = None) -> int | None:
+    """Bytes that a CUDA device has for a model, what the process keeps for later included; None for other devices.
+
+    Args:
+        device: asked.
+        transformer: of the model; where it is on the device already, its memory counts as free.
+    """
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    there = 0 if transformer is None else sum(p.nbytes for p in transformer.parameters() if p.device == device)
+    return torch.cuda.mem_get_info(device)[0] + kept + there
+
+
+class Turns:
+    """Brings the transformer and the text encoder to the device when it is their turn, by a plan.
+
+    Args:
+        plan: ``"fast"`` leaves both there; ``"low"`` takes the transformer away for the others; ``"stream"`` lets its
+            weights stream in, and those of a text encoder that does not fit.
+        device: to run on.
+        cuda_graph: evaluate the transformer by a CUDA graph.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, cuda_graph: bool) -> None:
+        self.plan, self.device, self._cuda_graph = plan, device, cuda_graph
+        self._graph: Any = None
+        self._homes: list[tuple[nn.Parameter, Tensor]] = []
+
+    def text_encoder(self, module: nn.Module) -> nn.Module:
+        """Ready to run; streaming if it must, and not only because the transformer must."""
+        size = sum(p.nbytes for p in module.parameters()) + TEXT_WORKSPACE
+        free = free_memory(self.device) if self.plan == "stream" else None
+        return module.to(self.device) if free is None or free >= size else stream(module, self.device)
+
+    def transformer(self, module: AnyFlowTransformer3DModel) -> Any:
+        """What to sample with: the module, ready to run, or its graph."""
+        with torch.inference_mode(False):  # weights that inference mode moves can never be trained again
+            if self.plan == "stream":
+                return stream(module, self.device)
+            if self.plan == "low" and not self._homes:
+                self._homes = [(p, p.data) for p in module.parameters()]
+            module.to(self.device)
+        if not self._cuda_graph:
+            return module
+        if self._graph is None or self._graph.transformer is not module:
+            from anyflow.cuda_graph import CudaGraphTransformer
+
+            self._graph = CudaGraphTransformer(module)
+        return self._graph
+
+    def rest(self, module: nn.Module) -> None:
+        """With the plan ``"low"``, leave the device to the others; weights are not copied back, as they have stayed."""
+        if self.plan == "low":
+            self._graph = None
+            with torch.inference_mode(False):
+                for parameter, home in self._homes:
+                    parameter.data = home
+                self._homes = []
+                module.to(torch.device("cpu"))  # the buffers
+
+    def release(self, module: nn.Module) -> None:
+        """Before weights are changed: nothing knows where they are after this but the module."""
+        self._graph = None
+        self.rest(module)
+        stop_streaming(module)
+
+
+def stream(module: nn.Module, device: torch.device) -> nn.Module:
+    """Let a module's weights wait in pinned main memory, and come to the device while the weights before them work.
+
+    By diffusers' group offloading: a transformer's blocks one by one, so that two are on the device at a time, other
+    modules layer by layer. The module must then be run by its own call. Nothing is done to a module that streams.
+
+    Raises:
+        ValueError: the device has no streams.
+    """
+    from diffusers.hooks import apply_group_offloading
+
+    if not has_hooks(module):
+        blocks = isinstance(getattr(module, "blocks", None), nn.ModuleList)
+        apply_group_offloading(
+            module,
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="block_level" if blocks else "leaf_level",
+            num_blocks_per_group=1 if blocks else None,
+            use_stream=True,
+            # Waiting for a block before its weights are freed is what bounds the memory: copies are faster than blocks.
+            record_stream=False,
+        )
+    return module
+
+
+def stop_streaming(module: nn.Module) -> None:
+    """Undo :func:`stream`; the weights are in main memory then, and may be changed."""
+    from diffusers.hooks import HookRegistry
+
+    if has_hooks(module):
+        registry = HookRegistry.check_if_exists_or_initialize(module)
+        for name in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
+            registry.remove_hook(name, recurse=True)
+
+
+def _check_fixed_weights(compile: bool, cuda_graph: bool, why: str) -> None:
+    if compile or cuda_graph:
+        option = "compile" if compile else "cuda_graph"
+        raise ValueError(f"{option} needs weights that stay where they are, but they must stream: {why}")
+
+
+def _num_parameters(folder: Path) -> int:
+    """Numbers in the safetensors files of a folder, of which only the headers are read."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
