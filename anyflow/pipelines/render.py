@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,16 +171,17 @@ def sample_command(
     missing = [prompt for prompt, counts in todo.items() if counts]
     failed: list[Failure] = []
     if missing:
-        pipe = AnyFlowPipeline.from_pretrained(
-            settings.model,
-            dtype=DTYPES[settings.dtype],
-            device=device,
-            memory=memory,
-            transformer=settings.transformer,
-            compile=compile,
-            cuda_graph=cuda_graph,
-        )
-        renderer = _Renderer(pipe, settings, missing, results, console)
+        with _status(console, f"loading {settings.model}, encoding {len(missing)} prompts"):
+            pipe = AnyFlowPipeline.from_pretrained(
+                settings.model,
+                dtype=DTYPES[settings.dtype],
+                device=device,
+                memory=memory,
+                transformer=settings.transformer,
+                compile=compile,
+                cuda_graph=cuda_graph,
+            )
+            renderer = _Renderer(pipe, settings, missing, results, console)
         for prompt in missing:
             failed += [
                 f for count in todo[prompt] if (f := renderer.render(prompt, count, folders[prompt])) is not None
@@ -215,9 +216,8 @@ class _Renderer:
 
     def render(self, prompt: str, steps: int, folder: Path) -> Failure | None:
         """Make and write one video and its line of the results."""
-        waiting = nullcontext() if self.console is None else self.console.status(f"{prompt[:60]}: {steps} steps")
         try:
-            with waiting:
+            with _status(self.console, f"{prompt[:60]}: {steps} steps"):
                 entry = self._render(prompt, steps, folder)
         except (RuntimeError, ValueError, OSError) as error:  # out of memory, a full disk: the next may still work
             if self.pipe.device.type == "cuda":
@@ -306,6 +306,13 @@ class _Results:
         content = {"settings": self.settings, "videos": self.videos}
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(partial, self.file)
+
+
+def _status(console: Console | None, text: str) -> AbstractContextManager[Any]:
+    """Shown while something runs."""
+    from rich.markup import escape
+
+    return nullcontext() if console is None else console.status(escape(text))
 
 
 def _compare(prompt: str, folder: Path) -> Failure | None:

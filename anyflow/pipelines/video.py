@@ -81,7 +81,7 @@ class _Grid:
 
         self.scale = math.ceil(_MIN_WIDTH / width)
         height, width = height * self.scale, width * self.scale
-        columns = math.ceil(math.sqrt(len(labels)))
+        columns = math.ceil(len(labels) / math.isqrt(len(labels)))  # three in a row, not two and a hole
         rows = math.ceil(len(labels) / columns)
         bar = max(24, height // 20 * 2)
         image = Image.new(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +99,25 @@ def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without transformers' bar, which is of one part of a model and would lie across the lines of a command."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
 def load_module(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A pretrained module in eval mode, with exactly the weights of its folder; the global generator is left alone."""
     try:
-        with torch.random.fork_rng(devices=[]):  # constructors draw weights that the files then replace
+        # Constructors draw weights that the files then replace.
+        with torch.random.fork_rng(devices=[]), _no_progress_bar():
             module, info = kind.from_pretrained(
                 folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
