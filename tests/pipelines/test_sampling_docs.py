@@ -1,0 +1,73 @@
+"""Every command and every piece of Python of docs/sampling.md runs, on a tiny model and small videos."""
+
+import functools
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from typer.testing import CliRunner
+
+from anyflow.cli import app
+
+PAGE = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+OPTION = r"--[a-z][a-z-]+"
+NAME = "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers"
+SMALL: dict[str, Any] = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 12}
+
+
+@pytest.fixture
+def workplace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the page's commands name, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(model)
+    (tmp_path / "prompts.txt").write_text("a red disc\na blue cross\n")
+    transformer = diffusers.AnyFlowTransformer3DModel.from_pretrained(model, subfolder="transformer")
+    adapted = get_peft_model(transformer, LoraConfig(r=2, target_modules=["to_q"]), adapter_name="real")
+    torch.save({"ema": adapted.state_dict()}, "anyflow.pt")
+    layers = get_peft_model_state_dict(adapted, adapter_name="real")
+    layers = {name.removeprefix("base_model.model."): tensor for name, tensor in layers.items()}
+    diffusers.loaders.WanLoraLoaderMixin.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "lora.safetensors")
+    return tmp_path
+
+
+def test_the_python(workplace: Path) -> None:
+    """One piece after the other, as a reader runs them; only paths, and the size of videos, are other ones."""
+    pieces = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert len(pieces) == 8
+    scope: dict[str, Any] = {"path": workplace / "model", "small": lambda pipe: functools.partial(pipe, **SMALL)}
+    for piece in pieces:
+        piece = piece.replace(f'"{NAME}"', 'str(path), device="cpu"').replace("compile=True", "compile=False")
+        exec(re.sub(r"\b(pipe|theirs)\(", r"small(\1)(", piece), scope)
+    assert len(scope["video"]) == 5 and (workplace / "panda.mp4").stat().st_size > 500
+    assert scope["latents"].shape == (1, 3, 16, 8, 12) and scope["frames"].shape == (1, 9, 3, 64, 96)
+    assert type(scope["theirs"].transformer) is diffusers.AnyFlowTransformer3DModel
+
+
+def test_the_commands(workplace: Path) -> None:
+    """With small videos; the untrained model has another head dimension than Wan's."""
+    commands = re.findall(r"^    anyflow (.*)$", PAGE, flags=re.MULTILINE)
+    small = ["--height", "16", "--width", "32", "--num-frames", "5", "--device", "cpu"]
+    more = {"sample": small, "verify": small, "convert": ["--head-dim", "12"], "inspect": []}
+    assert {command.split()[0] for command in commands} == set(more)
+    for command in commands:
+        arguments = shlex.split(command.replace(NAME, "model"))
+        result = CliRunner().invoke(app, [*arguments, *more[arguments[0]]])
+        assert result.exit_code == 0, (command, result.output)
+    assert len(list((workplace / "videos").rglob("steps-*.mp4"))) == 6
+    assert (workplace / "converted" / "scheduler" / "scheduler_config.json").is_file()
+
+
+def test_every_option_that_the_page_names_is_one() -> None:
+    named = set(re.findall(OPTION, PAGE))
+    known: set[str] = set()
+    for name in ("sample", "inspect", "convert", "verify"):
+        known |= set(re.findall(OPTION, CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output))
+    assert {"--prompt", "--shift", "--max-loss"} <= known
+    assert named and named <= known
