@@ -249,7 +249,8 @@ def sample(
     except KeyboardInterrupt:
         typer.echo("\nStopped. The same command goes on where it was.", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"{out}: {report.done} videos made, {report.skipped} were there")
+    made = "1 video" if report.done == 1 else f"{report.done} videos"
+    typer.echo(f"{out}: {made} made, {report.skipped} there already")
     for failure in report.failed:
         what = "comparison" if failure.steps is None else f"{failure.steps} steps"
         typer.echo(f"failed: {failure.prompt} ({what}): {failure.reason}", err=True)

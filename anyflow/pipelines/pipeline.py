@@ -145,6 +145,7 @@ class AnyFlowPipeline:
         given = transformer if isinstance(transformer, nn.Module) else None
         layout = paths.layout(given)
         scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(paths.scheduler, subfolder="scheduler")
+        tokenizer = load_tokenizer(paths.model)
         sizes = Sizes.read(paths, given, dtype, vae_dtype)
         plan = choose_plan(memory, sizes, free_memory(target, given), compile=compile, cuda_graph=cuda_graph)
 
@@ -160,7 +161,7 @@ class AnyFlowPipeline:
             text_encoder=load_text_encoder(paths.model, dtype)
             if plan == "fast"
             else lambda: load_text_encoder(paths.model, dtype),
-            tokenizer=load_tokenizer(paths.model),
+            tokenizer=tokenizer,
             scheduler=scheduler,
             layout=layout,
             device=target,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -74,12 +75,13 @@ def test_every_step_has_diffusers_latents(steps, guidance, pipe, peer, noise) ->
 
 
 @pytest.mark.parametrize("guidance", [{}, GUIDED], ids=["plain", "guided"])
-@pytest.mark.parametrize("frames", [1, 5])
-def test_a_context_gives_diffusers_latents(frames, guidance, pipe, peer, generator) -> None:
+@pytest.mark.parametrize(("frames", "steps"), [(1, 1), (1, 2), (1, 4), (1, 8), (5, 4)])
+def test_a_context_gives_diffusers_latents(frames, steps, guidance, pipe, peer, generator) -> None:
     video = torch.rand(1, frames, 3, 16, 32, generator=generator)
     noise = torch.randn(1, 3, 16, 2, 4, generator=generator)
-    call = {"prompt": PROMPTS[0], "num_frames": 9, "num_inference_steps": 4, **guidance, "video": video}
+    call = {"prompt": PROMPTS[0], "num_frames": 9, "num_inference_steps": steps, **guidance, "video": video}
     expected, actual = steps_of_peer(peer, noise, **call), steps_of_ours(pipe, noise, **call)
+    assert len(actual) == len(expected) == steps
     kept = (frames - 1) // 4 + 1
     for ours, theirs in zip(actual, expected, strict=True):
         # Between the steps theirs has context frames that went astray (they are put back before each call); ours not.
@@ -362,6 +364,10 @@ def test_missing_parts_and_weights_are_named(model, tmp_path: Path) -> None:
         shutil.copytree(model, copy, ignore=shutil.ignore_patterns(part))
         with pytest.raises(ValueError, match=f"{part}"):
             AnyFlowPipeline.from_pretrained(copy, device="cpu")
+    copy = tmp_path / "tokenizer-first"  # 40 GB are not loaded to find out
+    shutil.copytree(model, copy, ignore=shutil.ignore_patterns("tokenizer*", "*.safetensors"))
+    with pytest.raises(ValueError, match="no tokenizer"):
+        AnyFlowPipeline.from_pretrained(copy, device="cpu")
     copy = tmp_path / "weights"
     shutil.copytree(model, copy)
     file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -370,6 +376,25 @@ def test_missing_parts_and_weights_are_named(model, tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ValueError, match="(?s)does not hold.*proj_out.bias.*stray|stray.*proj_out.bias"):
         AnyFlowPipeline.from_pretrained(copy, device="cpu")
+
+
+def test_a_name_of_the_hub_is_found_in_its_cache(model, pipe, noise, tmp_path: Path, monkeypatch) -> None:
+    """As the hub's own client lays it out: links to content by its hash."""
+    repository = tmp_path / "models--someone--anyflow"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    for number, file in enumerate(f for f in model.rglob("*") if f.is_file()):
+        blob = repository / "blobs" / f"{number:040x}"
+        shutil.copy(file, blob)
+        link = snapshot / file.relative_to(model)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = AnyFlowPipeline.from_pretrained("someone/anyflow", dtype=torch.float32, device="cpu")
+    call = {**CALL, "prompt": PROMPTS, "latents": noise, "output_type": "latent"}
+    assert torch.equal(cached(**call).frames, pipe(**call).frames)
 
 
 @pytest.mark.parametrize("name", ["runs/no-such-model", "/no/such/folder"])

@@ -10,9 +10,18 @@ import av
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from anyflow.cli import app
 from anyflow.pipelines import AnyFlowPipeline
-from anyflow.pipelines.render import SampleReport, SampleSettings, parse_steps, read_prompts, sample_command
+from anyflow.pipelines.render import (
+    SampleReport,
+    SampleSettings,
+    _folder_name,
+    parse_steps,
+    read_prompts,
+    sample_command,
+)
 
 PROMPTS = ["a red disc moves slowly", "a blue cross: stops!"]
 STEPS = (1, 2, 4)
@@ -103,6 +112,35 @@ def test_one_failure_does_not_stop_the_others(settings, tmp_path: Path) -> None:
     folder.unlink()
     report = run(settings, out)
     assert (report.done, report.skipped, report.failed) == (3, 3, ())
+
+
+def test_the_command_goes_on_and_tells_what_failed(model: Path, tmp_path: Path) -> None:
+    """Exit status 0 with nothing left to do, 1 with a list of what failed, 2 for a mistake."""
+
+    def command(*more: str) -> tuple[int, str, str]:
+        size = ["--height", "16", "--width", "32", "--num-frames", "5", "--dtype", "fp32", "--device", "cpu"]
+        fixed = ["sample", "--model", str(model), "--out", str(tmp_path / "out"), *size, "--prompt", PROMPTS[0]]
+        result = CliRunner().invoke(app, [*fixed, *more])
+        return result.exit_code, result.stdout, result.stderr
+
+    status, out, _ = command("--steps", "1,2")
+    assert status == 0 and "2 videos made, 0 there already" in out and out.count(" s to sample") == 2
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPTS[1]}\n")
+    assert command("--steps", "1,2")[1].endswith("0 videos made, 2 there already\n")
+
+    in_the_way = tmp_path / "out" / _folder_name(PROMPTS[1])
+    in_the_way.write_text("a file")
+    status, out, err = command("--steps", "1,2,4", "--prompts", str(prompts))
+    assert status == 1 and "1 video made, 2 there already" in out
+    assert [line.split(": File")[0] for line in err.splitlines() if line.startswith("failed")] == [
+        f"failed: {PROMPTS[1]} ({steps} steps)" for steps in (1, 2, 4)
+    ]
+    in_the_way.unlink()
+    status, out, _ = command("--steps", "1,2,4", "--prompts", str(prompts))
+    assert status == 0 and "3 videos made, 3 there already" in out
+    status, _, err = command("--seed", "1")
+    assert status == 2 and "seed 0 is now 1" in err and err.count("\n") == 1
 
 
 def pixels_of(path: Path) -> np.ndarray:
