@@ -98,6 +98,7 @@ def restore(pipe_or_transformer: T) -> T:
     return pipe
 
 
+@torch.inference_mode(False)  # the gate, made there, could never be trained with
 def _accelerated(theirs: ModelMixin) -> AnyFlowTransformer3DModel:
     cls = _our_class(theirs)
     settings = inspect.signature(type(theirs).__init__).parameters

@@ -14,6 +14,7 @@ from anyflow.checkpoints.readers import FLOATS
 from anyflow.models import AnyFlowTransformer3DModel
 
 
+@torch.inference_mode(False)  # what is made there can never be trained
 def load_transformer(
     path: Path | str,
     *,
@@ -26,7 +27,7 @@ def load_transformer(
     attention_head_dim: int | None = None,
     bidirectional: bool = False,
 ) -> AnyFlowTransformer3DModel:
-    """Load the transformer of a checkpoint: all of it, or an error.
+    """Load the transformer of a checkpoint: all of it, or an error. Under inference mode it is an ordinary one too.
 
     Memory: the model, one tensor (three in fp64 where an adapter is merged) and some tens of MB of the mapped file.
 

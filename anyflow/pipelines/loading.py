@@ -45,15 +45,14 @@ class ModelPaths:
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> AnyFlowTransformer3DModel:
-    """The ``transformer`` of a folder of any format, on the CPU in eval mode; under inference mode an ordinary one too.
+    """The ``transformer`` of a folder of any format, on the CPU in eval mode.
 
     Raises:
         ValueError: weights are missing or left over.
     """
     from anyflow.checkpoints import load_transformer
 
-    with torch.inference_mode(False):
-        return load_transformer(part_folder(folder, "transformer"), dtype=dtype)
+    return load_transformer(part_folder(folder, "transformer"), dtype=dtype)
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:

@@ -100,8 +100,8 @@ class AnyFlowPipeline:
         self._transformer, self._text_encoder = transformer, text_encoder
         vae.use_slicing = True  # one video fills a GPU, and its numbers do not depend on others
         if memory == "fast":
-            self.transformer.to(self.device)
-            self._loaded_text_encoder().to(self.device)
+            self._turns.transformer(self.transformer)
+            self._turns.text_encoder(self._loaded_text_encoder())
         else:
             vae.enable_tiling()
         vae.to(self.device)

@@ -12,6 +12,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import anyflow
+from anyflow.checkpoints import load_transformer
 from anyflow.cli import app
 from anyflow.network import has_hooks
 from anyflow.pipelines import AnyFlowPipeline
@@ -83,10 +85,20 @@ def test_a_pipeline_first_used_in_inference_mode_can_be_trained(memory: str, mod
         assert torch.equal(video(pipe), after)
 
 
-def test_loading_in_inference_mode_gives_an_ordinary_transformer(model: Path) -> None:
+@pytest.mark.parametrize("made_by", ["from_pretrained", "load_transformer", "accelerate"])
+def test_a_transformer_made_in_inference_mode_can_be_trained(made_by: str, model: Path, generator) -> None:
+    theirs = diffusers.AnyFlowTransformer3DModel.from_pretrained(model, subfolder="transformer")
     with torch.inference_mode():
-        pipe = load(model, "fast")
-    assert not any(p.is_inference() for p in pipe.transformer.parameters())
+        if made_by == "from_pretrained":
+            network = load(model, "fast").transformer
+        else:
+            network = load_transformer(model) if made_by == "load_transformer" else anyflow.accelerate(theirs)
+        x, text = torch.randn(1, 2, 16, 2, 4, generator=generator), torch.randn(1, 12, 16, generator=generator)
+        t = torch.full((1, 2), 700.0)
+        before = network(x, t, t / 2, text).sample
+    after = network(*(tensor.clone() for tensor in (x, t, t / 2, text))).sample
+    after.square().mean().backward()
+    assert torch.equal(before, after) and all(p.grad is not None for p in network.parameters())
 
 
 def adapter(model: Path, folder: Path) -> Path:
