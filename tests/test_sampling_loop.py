@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyflow.cuda_graph import CudaGraphTransformer
@@ -199,3 +200,15 @@ def test_what_inference_mode_has_run_can_be_trained(graph: bool, model, inputs, 
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert not torch.equal(guided(network, placed, 2), before)
+
+
+def test_blocks_are_compiled_once_for_all_of_them_and_every_step(model, inputs) -> None:
+    """In one graph each, without inductor here: tests/pipelines/test_pipeline.py has it."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    expected = guided(model, inputs, 4)
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    for case in (inputs, inputs | {"noise": -inputs["noise"]}):
+        compiled = guided(model, case, 4)
+        assert counter.frame_count == 1
+        assert torch.equal(compiled, expected) == (case is inputs)

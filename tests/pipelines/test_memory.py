@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from anyflow.checkpoints import load_transformer
 from anyflow.cli import app
 from anyflow.network import has_hooks
 from anyflow.pipelines import AnyFlowPipeline
+from anyflow.pipelines.memory import stop_streaming, stream
+from anyflow.pipelines.wan import encode_prompt, load_text_encoder, load_tokenizer
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CALL: dict[str, Any] = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 12, "seed": 1}
@@ -170,7 +173,41 @@ def test_a_transformer_of_40_blocks_streams_in_the_memory_of_a_few(model: Path) 
     assert torch.cuda.max_memory_allocated() - start < weights - 40 * block + 4 * block + 100e6
 
 
-def test_a_low_pipeline_replaced_transformer_is_used(model: Path) -> None:
+@needs_cuda
+def test_a_text_encoder_streams_layer_by_layer(model: Path) -> None:
+    text_encoder, tokenizer = load_text_encoder(model, torch.float32), load_tokenizer(model)
+    expected = encode_prompt(text_encoder, tokenizer, PROMPT, 12)
+    stream(text_encoder, torch.device("cuda"))
+    for _ in range(2):
+        torch.testing.assert_close(encode_prompt(text_encoder, tokenizer, PROMPT, 12), expected, rtol=0, atol=1e-4)
+        assert not any(p.is_cuda for p in text_encoder.parameters())
+    stop_streaming(text_encoder)
+    assert not has_hooks(text_encoder)
+    torch.testing.assert_close(encode_prompt(text_encoder, tokenizer, PROMPT, 12), expected, rtol=0, atol=1e-5)
+
+
+def test_hooks_come_off_and_leave_the_weights(model: Path, tmp_path: Path) -> None:
+    """Those of a transformer whose weights wait on a disk, as a CPU has no streams."""
+    transformer = load_transformer(model)
+    names, weights = list(transformer.state_dict()), [p.detach().clone() for p in transformer.parameters()]
+    x, t, text = torch.zeros(1, 2, 16, 2, 4), torch.full((1,), 700.0), torch.zeros(1, 12, 16)
+    with torch.no_grad():
+        expected = transformer(x, t, t / 2, text).sample
+        cpu = torch.device("cpu")
+        apply_group_offloading(transformer, cpu, cpu, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path))
+        assert has_hooks(transformer)
+        torch.testing.assert_close(transformer(x, t, t / 2, text).sample, expected, rtol=0, atol=1e-5)
+        stop_streaming(transformer)
+        for parameter, weight in zip(transformer.parameters(), weights, strict=True):
+            parameter.copy_(2 * weight)
+    assert not has_hooks(transformer) and list(transformer.state_dict()) == names
+    with torch.no_grad():
+        assert (transformer(x, t, t / 2, text).sample - expected).abs().max() > 0.1
+    with pytest.raises(ValueError, match="streams"):
+        stream(transformer, cpu)
+
+
+def test_a_transformer_put_in_place_of_the_own_is_used(model: Path) -> None:
     pipe = load(model, "low")
     before = video(pipe)
     other = type(pipe.transformer)(**{k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")})
