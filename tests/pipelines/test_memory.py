@@ -1,5 +1,6 @@
 """The memory plans and the speed options of the pipeline: what they give, what they leave behind, what they refuse."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,18 @@ def adapter(model: Path, folder: Path) -> Path:
         folder, transformer_lora_layers=get_peft_model_state_dict(transformer)
     )
     return folder
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_the_command_merges_a_lora(memory: str, model: Path, tmp_path: Path) -> None:
+    size = ["--height", "16", "--width", "32", "--num-frames", "5", "--device", "cpu", "--memory", memory]
+    command = ["sample", "--model", str(model), "--prompt", PROMPT, "--steps", "2", "--dtype", "fp32", *size]
+    for out, more in (("plain", []), ("merged", ["--lora", str(adapter(model, tmp_path / "lora"))])):
+        result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / out), *more])
+        assert result.exit_code == 0, result.output
+    plain, merged = (next((tmp_path / out).rglob("steps-02.mp4")).read_bytes() for out in ("plain", "merged"))
+    assert plain != merged
+    assert json.loads((tmp_path / "merged" / "results.json").read_text())["settings"]["lora"] == str(tmp_path / "lora")
 
 
 PLANS: dict[str, dict[str, Any]] = {
