@@ -3,6 +3,7 @@
 // is. Small products stay with MKL, whose calls cost less.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
@@ -59,7 +60,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
                                                                const at::Tensor& weight, bool x_gradient,
                                                                bool weight_gradient, bool bias_gradient) {
   const at::Tensor grad = matrix(grad_);
-  at::Tensor dx, dweight, dbias;
+  const auto none = [&] { return at::empty({0}, grad.options()); };
+  at::Tensor dx = none(), dweight = none(), dbias = none();
   if (x_gradient) {
     dx = product(grad, weight.t(), std::nullopt, kWorthIt).view(x_.sizes());
   }
