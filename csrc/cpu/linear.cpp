@@ -67,8 +67,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
   }
   if (weight_gradient) {
     const at::Tensor x = matrix(x_);
-    // With AVX2 MKL is as fast where the depth is contiguous in neither factor.
-    const bool with_onednn = isa() == Isa::avx512 && x.size(1) >= 128 && grad.size(1) >= 128;
+    // Where the depth is contiguous in neither factor, oneDNN copies: only a wider multiplication makes up for that.
+    static const bool wide = has_full_width_avx512();
+    const bool with_onednn = wide && x.size(1) >= 128 && grad.size(1) >= 128;
     dweight = with_onednn ? product(grad.t(), x.t(), std::nullopt, kWorthItTransposed) : at::mm(grad.t(), x);
   }
   if (bias_gradient) {
