@@ -208,6 +208,10 @@ def _gelu(draw: Draw) -> Call:
     return ops.gelu, [draw(3, 7, _DIM)]
 
 
+def _linear(draw: Draw) -> Call:
+    return ops.linear, [draw(2, 300, _DIM), draw(96, _DIM), draw(96)]  # enough of them for oneDNN
+
+
 def _attention(draw: Draw) -> Call:
     return ops.attention, [draw(2, 13, 3, 24), draw(2, 9, 3, 24), draw(2, 9, 3, 24)]
 
@@ -221,6 +225,7 @@ CASES: dict[str, tuple[Build, ...]] = {
     "gated_residual": (_gated_residual,),
     "gelu": (_gelu,),
     "layer_norm_modulate": (_layer_norm_modulate,),
+    "linear": (_linear,),
     "residual_layer_norm": (_residual_affine, _residual_modulated),
     "rms_norm_rope": (_rms_norm_rope,),
 }

@@ -15,6 +15,7 @@ from anyflow.ops.native import missing_kernel
 
 BACKENDS = ("eager", "triton", "native")
 OPERATORS: dict[str, tuple[str, ...]] = {}  # and the backends with kernels for it; filled by anyflow.ops.library
+LEFT_TO_TORCH: dict[str, str] = {}  # operators whose native kernel is not the faster one on this processor, and why
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton compiles a launcher for each kernel on first use, with the first of these that it finds.
@@ -102,7 +103,7 @@ def choose(
     forced = forced_backend()
     if forced is None:
         name = _AUTOMATIC.get(device.type, "triton")
-        if missing(name, device, op, direction) is not None:
+        if missing(name, device, op, direction) is not None or (name == "native" and op in LEFT_TO_TORCH):
             return "eager"
         problem = unsupported(*args)
         if problem is None:
@@ -181,6 +182,8 @@ def backend_report(device: torch.device | str | None = None) -> dict[str, Backen
 def _automatic(op: str, device: torch.device) -> tuple[str, str]:
     name = _AUTOMATIC.get(device.type, "triton")
     reason = missing(name, device, op)
+    if reason is None and name == "native":
+        reason = LEFT_TO_TORCH.get(op)
     if reason is not None:
         return "eager", reason
     return name, "fused kernel; what it does not support runs on the eager reference"

@@ -9,23 +9,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyflow.ops._common import check_device, describe, unsupported_dtype
-from anyflow.ops.backend import forced_backend
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops.backend import LEFT_TO_TORCH, forced_backend
+from anyflow.ops.library import Operator
 from anyflow.ops.native import EXTENSION
 
 _OP = "linear"
 _WORTH_IT = 2**22  # multiplications; as in csrc/cpu/linear.cpp
 
 
-def _onednn_is_faster() -> bool:
-    """Whether torch's own choice for fp32 on this processor, MKL, is the slower one: MKL is held at AVX2 on any
-    processor that is not Intel's."""
-    if EXTENSION is None or not torch.backends.mkldnn.is_available():
-        return False
-    return not EXTENSION.cpu_is_intel() and EXTENSION.cpu_instruction_set() != "generic"
+def _left_to_torch() -> str | None:
+    """Why torch's own choice for fp32 on this processor is as good, or None.
+
+    Its choice is MKL, which is held at AVX2 on any processor that is not Intel's.
+    """
+    if EXTENSION is None:
+        return "the native extension is not built"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch is without oneDNN"
+    if EXTENSION.cpu_is_intel():
+        return "torch's MKL is as fast on this processor"
+    return "oneDNN needs AVX2 to be faster" if EXTENSION.cpu_instruction_set() == "generic" else None
 
 
-_ONEDNN_IS_FASTER = _onednn_is_faster()
+if (_reason := _left_to_torch()) is not None:
+    LEFT_TO_TORCH[_OP] = _reason
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,7 +68,7 @@ def _takes_operator(x: Tensor, weight: Tensor) -> bool:
     forced = forced_backend()
     if forced is not None:
         return forced[0] == "native"
-    if not (_ONEDNN_IS_FASTER and x.is_cpu and x.dtype == weight.dtype == torch.float32):
+    if _OP in LEFT_TO_TORCH or not (x.is_cpu and x.dtype == weight.dtype == torch.float32):
         return False
     return x.numel() * weight.shape[0] >= _WORTH_IT
 
@@ -86,22 +93,24 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def linear_backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor, x_gradient: bool, weight_gradient: bool, bias_gradient: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias: ``grad weight``, ``grad^T x``, and ``grad`` summed over its rows."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, each empty unless asked for.
+
+    They are ``grad weight``, ``grad^T x``, and ``grad`` summed over its rows.
+    """
     rows = grad.flatten(0, -2) if grad.ndim > 1 else grad.unsqueeze(0)
-    dx = grad @ weight if x_gradient else None
-    dweight = rows.t() @ x.reshape(rows.shape[0], -1) if weight_gradient else None
-    return dx, dweight, rows.sum(0) if bias_gradient else None
+    dx = grad @ weight if x_gradient else grad.new_empty(0)
+    dweight = rows.t() @ x.reshape(rows.shape[0], -1) if weight_gradient else grad.new_empty(0)
+    return dx, dweight, rows.sum(0) if bias_gradient else grad.new_empty(0)
 
 
 def _fake_backward(
     grad: Tensor, x: Tensor, weight: Tensor, x_gradient: bool, weight_gradient: bool, bias_gradient: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (
-        empty_like(x) if x_gradient else None,
-        empty_like(weight) if weight_gradient else None,
-        weight.new_empty(weight.shape[:1]) if bias_gradient else None,
-    )
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    wanted = (x_gradient, weight_gradient, bias_gradient)
+    dx, dweight, dbias = (grad.new_empty(shape if w else 0) for shape, w in zip(shapes, wanted, strict=True))
+    return dx, dweight, dbias
 
 
 _operator = Operator(
@@ -126,7 +135,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _operator.backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
+    gradients = _operator.backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
+    return tuple(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
 _operator.register_autograd(_setup_context, _backward)

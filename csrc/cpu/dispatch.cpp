@@ -1,5 +1,9 @@
 #include "cpu/dispatch.h"
 
+#if ANYFLOW_X86
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -47,6 +51,18 @@ bool is_intel() {
 #if ANYFLOW_X86
   __builtin_cpu_init();
   return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+bool has_full_width_avx512() {
+#if ANYFLOW_X86
+  __builtin_cpu_init();
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+  const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+  return isa() == Isa::avx512 && __builtin_cpu_is("amd") && family >= 0x1a;
 #else
   return false;
 #endif

@@ -3,6 +3,7 @@
 // is. Small products stay with MKL, whose calls cost less.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
@@ -59,14 +60,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
                                                                const at::Tensor& weight, bool x_gradient,
                                                                bool weight_gradient, bool bias_gradient) {
   const at::Tensor grad = matrix(grad_);
-  at::Tensor dx, dweight, dbias;
+  const auto none = [&] { return at::empty({0}, grad.options()); };
+  at::Tensor dx = none(), dweight = none(), dbias = none();
   if (x_gradient) {
     dx = product(grad, weight.t(), std::nullopt, kWorthIt).view(x_.sizes());
   }
   if (weight_gradient) {
     const at::Tensor x = matrix(x_);
-    // With AVX2 MKL is as fast where the depth is contiguous in neither factor.
-    const bool with_onednn = isa() == Isa::avx512 && x.size(1) >= 128 && grad.size(1) >= 128;
+    // Where the depth is contiguous in neither factor, oneDNN copies: only a wider multiplication makes up for that.
+    static const bool wide = has_full_width_avx512();
+    const bool with_onednn = wide && x.size(1) >= 128 && grad.size(1) >= 128;
     dweight = with_onednn ? product(grad.t(), x.t(), std::nullopt, kWorthItTransposed) : at::mm(grad.t(), x);
   }
   if (bias_gradient) {

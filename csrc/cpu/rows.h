@@ -107,7 +107,8 @@ inline void store(const float* values, void* data, Type type, int64_t offset, in
   }
 }
 
-// Reads the rows of one operand; `at` gives the row of a token as fp32. An absent operand reads as a constant.
+// Reads the rows of one operand; `at` gives the row of a token as fp32. An absent operand reads as a constant. A row
+// that many tokens share is found again without a division, of which one costs as much as a pass over a short row.
 class RowReader {
  public:
   RowReader(const Rows& rows, int64_t d, float absent = 0) : rows_(rows), d_(d) {
@@ -120,18 +121,22 @@ class RowReader {
     if (rows_.data == nullptr) {
       return buffer_;
     }
-    const int64_t offset = batch * rows_.batch + token / rows_.tokens * rows_.row;
-    if (offset == last_) {
-      return row_;
+    if (rows_.tokens == 1) {
+      return load(rows_.data, rows_.type, batch * rows_.batch + token * rows_.row, d_, buffer_);
     }
-    last_ = offset;
-    return row_ = load(rows_.data, rows_.type, offset, d_, buffer_);
+    if (batch != batch_ || token < first_ || token >= first_ + rows_.tokens) {
+      const int64_t index = token / rows_.tokens;
+      batch_ = batch;
+      first_ = index * rows_.tokens;
+      row_ = load(rows_.data, rows_.type, batch * rows_.batch + index * rows_.row, d_, buffer_);
+    }
+    return row_;
   }
 
  private:
   const Rows& rows_;
   const int64_t d_;
-  int64_t last_ = -1;
+  int64_t batch_ = -1, first_ = 0;  // of the tokens that share row_
   const float* row_ = nullptr;
   alignas(64) float buffer_[kMaxRow];
 };
@@ -158,17 +163,18 @@ class RowWriter {
 class RowSum {
  public:
   RowSum(const RowSums& to, int64_t begin, int64_t end, int64_t chunk, int64_t d)
-      : to_(to), begin_(begin), end_(end), chunk_(chunk), d_(d) {}
+      : to_(to), begin_(begin), end_(end), chunk_(chunk), d_(d), next_(begin / to.tokens * to.tokens) {}
 
   float* at(int64_t token) {
-    if (token == begin_ || token % to_.tokens == 0) {
+    if (token == begin_ || token == next_) {
+      next_ = (token / to_.tokens + 1) * to_.tokens;
       __builtin_memset(sum_, 0, sizeof(float) * d_);
     }
     return sum_;
   }
 
   void done(int64_t token) {
-    if (to_.totals == nullptr || (token + 1 != end_ && (token + 1) % to_.tokens != 0)) {
+    if (to_.totals == nullptr || (token + 1 != end_ && token + 1 != next_)) {
       return;
     }
     const int part = row_part(token, to_.tokens, begin_, end_);
@@ -179,6 +185,7 @@ class RowSum {
  private:
   const RowSums& to_;
   const int64_t begin_, end_, chunk_, d_;
+  int64_t next_;  // the token at which another row begins
   alignas(64) float sum_[kMaxRow];
 };
 

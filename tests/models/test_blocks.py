@@ -1,4 +1,4 @@
-"""The fused GELU of the feed-forward: when it may run, and what it computes."""
+"""How a block runs its linear layers and the GELU: when a faster way may be taken, and what it computes."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,13 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from anyflow.models.blocks import FeedForward, GELUProjection
-from anyflow.models.linear import fuses_gelu, is_plain_linear, linear_gelu
+from anyflow.models.blocks import AnyFlowTransformerBlock, FeedForward, GELUProjection
+from anyflow.models.linear import apply_linear, fuses_gelu, is_plain_linear, linear_gelu
 from anyflow.models.linear import no_derivative_needed as underived
 from anyflow.ops import gelu
+from anyflow.ops.backend import LEFT_TO_TORCH
 
 DIM, FFN = 16, 40
 
@@ -94,6 +96,28 @@ def test_only_a_plain_linear_is_fused(wrap: Callable[[FeedForward], None]) -> No
     assert is_plain_linear(ffn.net[0].proj)
     wrap(ffn)
     assert not is_plain_linear(ffn.net[0].proj)
+
+
+@pytest.mark.parametrize("wrap", [lambda ffn: None, *WRAPPED], ids=lambda wrap: wrap.__name__)
+@torch.no_grad()
+def test_a_layer_gives_what_its_call_gives(wrap: Callable[[FeedForward], None], generator) -> None:
+    """For large products too, where a plain one goes through the operator."""
+    ffn = FeedForward(DIM, FFN)
+    wrap(ffn)
+    proj, x = ffn.net[0].proj, torch.randn(2, 2**13, DIM, generator=generator)
+    torch.testing.assert_close(apply_linear(proj, x), proj(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_models_layers_take_the_operator(generator) -> None:
+    """All four of self-attention, those of cross-attention that see tokens, and both of the feed-forward."""
+    block = AnyFlowTransformerBlock(64, 128, 2, cross_attn_norm=True, eps=1e-6)
+    x, text = torch.randn(1, 1024, 64, generator=generator), torch.randn(1, 4, 64, generator=generator)
+    angle, modulation = torch.rand(1024, 16, generator=generator), torch.randn(1, 1, 6, 64, generator=generator)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        block(x, text, modulation, (angle.cos(), angle.sin())).sum().backward()
+    runs = {event.key: event.count for event in seen.key_averages()}
+    expected = 0 if "linear" in LEFT_TO_TORCH else 4 + 2 + 2
+    assert runs.get("anyflow::linear", 0) == expected and runs.get("anyflow::linear_backward_native", 0) == expected
 
 
 def test_a_removed_hook_is_no_hook() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from anyflow import ops
 from anyflow.ops import backend_report, use_backend
-from anyflow.ops.backend import BACKENDS
+from anyflow.ops.backend import BACKENDS, LEFT_TO_TORCH
 
 OPS = {
     "attention",
@@ -21,9 +21,11 @@ OPS = {
     "gated_residual",
     "gelu",
     "layer_norm_modulate",
+    "linear",
     "residual_layer_norm",
     "rms_norm_rope",
 }
+WITHOUT_TRITON = ("attention", "gelu", "linear")
 X, ROW = torch.zeros(1, 2, 8), torch.zeros(1, 1, 8)
 
 
@@ -171,7 +173,10 @@ class TestNative:
     """The native kernels as seen from the CPU."""
 
     def test_are_automatic_on_a_cpu(self) -> None:
-        assert {op: c.backend for op, c in backend_report("cpu").items()} == dict.fromkeys(OPS, "native")
+        expected = dict.fromkeys(OPS, "native") | dict.fromkeys(LEFT_TO_TORCH, "eager")
+        report = backend_report("cpu")
+        assert {op: c.backend for op, c in report.items()} == expected
+        assert set(LEFT_TO_TORCH) <= {"linear"} and all(report[op].reason == why for op, why in LEFT_TO_TORCH.items())
 
     def test_run_by_default(self) -> None:
         """The bits are those of the native kernels, not those of the reference."""
@@ -199,7 +204,7 @@ class TestNative:
 
 def test_operators_without_a_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are eager where Triton is forced, whether or not Triton could run."""
-    without = ("attention", "gelu")
+    without = WITHOUT_TRITON
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert {backend_report("meta")[op].backend for op in without} == {"eager"}
     with use_backend("triton"):
@@ -237,8 +242,9 @@ def test_forward_mode_derivative_is_the_references(function, generator) -> None:
 class TestAutomaticOnCuda:
     def test_kernels_run_by_default(self) -> None:
         report = backend_report("cuda")
-        assert {c.backend for op, c in report.items() if op != "gelu"} == {"triton"}
-        assert report["gelu"].backend == "eager" and "torch's is as fast" in report["gelu"].reason
+        assert {c.backend for op, c in report.items() if op not in WITHOUT_TRITON} == {"triton"}
+        for op in WITHOUT_TRITON:
+            assert report[op].backend == "eager" and "torch's is as fast" in report[op].reason
 
     def test_unsupported_shapes_fall_back_visibly(self) -> None:
         x, row = torch.zeros(1, 2, 12, device="cuda"), torch.zeros(1, 1, 12, device="cuda")
