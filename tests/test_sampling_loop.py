@@ -130,7 +130,7 @@ def test_no_step_waits_for_a_gpu(graph: bool, model, inputs) -> None:
     torch.testing.assert_close(latents.cpu(), guided(model.cpu(), inputs, 4), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["group", "sequential"])
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level", "sequential"])
 def test_weights_that_come_for_a_call_only_are_used_in_calls_only(kind: str, model, inputs, tmp_path: Path) -> None:
     """Between calls they are on a disk, or nowhere: a step that reads them outside of a call is wrong or an error."""
     expected = guided(model, inputs, 3)
@@ -139,12 +139,11 @@ def test_weights_that_come_for_a_call_only_are_used_in_calls_only(kind: str, mod
         accelerate.cpu_offload(model, cpu, offload_buffers=True)
         assert all(p.is_meta for p in model.parameters())
     else:
-        apply_group_offloading(
-            model, cpu, cpu, "block_level", num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
-        )
+        blocks = 1 if kind == "block_level" else None
+        apply_group_offloading(model, cpu, cpu, kind, num_blocks_per_group=blocks, offload_to_disk_path=str(tmp_path))
         with torch.no_grad():  # what an offloaded weight holds is undefined
-            for parameter in model.parameters():
-                parameter.fill_(float("nan"))
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.fill_(float("nan"))
     torch.testing.assert_close(guided(model, inputs, 3), expected, rtol=0, atol=1e-5)
 
 

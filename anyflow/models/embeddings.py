@@ -218,8 +218,12 @@ class ConditionEmbedder(nn.Module):
             self.delta_emb_gate = self._gate(self.delta_emb_gate.device)
         return self
 
-    def embed_time(self, timestep: Tensor, r_timestep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``t[N]``, ``r[N]`` or None ``-> (emb[N, D], projection[N, 6, D])``, embeddings rounded to ``dtype``."""
+    def forward(self, timestep: Tensor, r_timestep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``t[N]``, ``r[N]`` or None ``-> (emb[N, D], projection[N, 6, D])``, embeddings rounded to ``dtype``.
+
+        The times are what the module's call embeds because they read its own tensor, the gate, which hooks of
+        offloading bring to the device around calls only.
+        """
         temb = self._embed(self.time_embedder, timestep, dtype)
         if r_timestep is None:
             activated = F.silu(temb)

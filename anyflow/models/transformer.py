@@ -218,7 +218,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Of forward's own: FSDP gathers parameters around the public method, and frees them after it."""
         rows = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
         r = None if r_timestep is None else r_timestep.flatten()
-        emb, modulation = self.condition_embedder.embed_time(rows.flatten(), r, self._compute_dtype(timestep.device))
+        emb, modulation = self.condition_embedder(rows.flatten(), r, self._compute_dtype(timestep.device))
         return TimeEmbedding(emb.unflatten(0, rows.shape), modulation.unflatten(0, rows.shape))
 
     def encode_text(
