@@ -119,17 +119,39 @@ def sampling_floor_s(size: Size, steps: int, limits: Limits) -> float:
     return sum(c.floor_s(limits) * (1 if c.name in once else steps) for c in parts)
 
 
-# Of a training step per sample, in units of a forward: a gradient costs two more, checkpointing repeats one.
-GRADIENT_WITH_CHECKPOINTING = 4
+# Training -----------------------------------------------------------------------------------------------------------
 
 
-def pretrain_forwards(batch: int, flow_map_rows: int) -> dict[str, int]:
-    """Forward-equivalents of a pretrain step with guidance: ours evaluates t+- for the samples with r != t alone."""
-    gradient = GRADIENT_WITH_CHECKPOINTING * batch
-    return {"ours": gradient + batch + 2 * flow_map_rows, "peers": gradient + 3 * batch}
+@dataclass(frozen=True)
+class Evaluations:
+    """Of the network in one training step, counted in samples: without a gradient, and with one."""
+
+    plain: int
+    graded: int
 
 
-def on_policy_forwards(batch: int, segments: int = 3) -> dict[str, int]:
-    """Forward-equivalents of a generator step and of a critic step with guidance of the teacher."""
-    generator = (segments * GRADIENT_WITH_CHECKPOINTING + 3) * batch
-    return {"generator": generator, "critic": (segments + GRADIENT_WITH_CHECKPOINTING) * batch}
+def pretrain_evaluations(batch: int, flow_map_rows: int) -> dict[str, Evaluations]:
+    """With guidance: ours evaluates t+- for the samples with r != t alone, the peers for the whole batch."""
+    return {"ours": Evaluations(batch + 2 * flow_map_rows, batch), "peers' formulation": Evaluations(3 * batch, batch)}
+
+
+def on_policy_evaluations(batch: int, segments: int = 3) -> dict[str, Evaluations]:
+    """A generator step (rollout with gradient, three scores) and a critic step (rollout without, one score with)."""
+    both = Evaluations((3 + segments) * batch, (segments + 1) * batch)
+    return {"ours": both, "peers' formulation": both}
+
+
+def training_floor_s(size: Size, evaluations: Evaluations, limits: Limits, rank: int = 256) -> float:
+    """Seconds of a step with adapters on a frozen network and every block checkpointed.
+
+    With a gradient, everything runs forward twice. Backward is two more of attention (gradients of queries and keys,
+    and of weights and values), of norms and of the adapters, but one of the frozen linear layers, whose weights get no
+    gradient.
+    """
+    adapters = 2.0 * size.layers * size.tokens * rank * (8 * size.dim + 2 * (size.dim + size.ffn_dim))
+    seconds = adapters / limits.flops * (evaluations.plain + 4 * evaluations.graded)
+    for component in forward(size):
+        frozen = component.name.startswith(("linear", "embeddings"))
+        count = evaluations.plain + (3 if frozen else 4) * evaluations.graded
+        seconds += component.floor_s(limits) * count
+    return seconds
