@@ -12,11 +12,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check sanitize lint format perf-docs clean
+.PHONY: help venv demo test check sanitize bench bench-quick lint format perf-docs clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS='more arguments for demo and test'"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS='more arguments for demo, test and bench'"
 
 venv: $(STAMP) ## create .venv with everything that is needed for development
 
@@ -52,6 +52,12 @@ sanitize: $(STAMP) ## the operator tests of the C++ kernels under AddressSanitiz
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/pytest tests/ops -k "native and not compiles" -p no:cacheprovider $(ARGS)
+
+bench: $(STAMP) ## every benchmark against its peers; fails where a ratio is below its gate
+	$(BIN)/pytest benchmarks $(ARGS)
+
+bench-quick: $(STAMP) ## the gates that CI checks: short shapes on the CPU, a few minutes
+	$(BIN)/pytest benchmarks --device cpu --quick $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy; changes nothing
 	$(BIN)/ruff check .
