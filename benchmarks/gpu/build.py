@@ -50,13 +50,18 @@ def _path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
-def find_package() -> None:
-    """Make ``anyflow`` importable from the checkout, with its kernels and with the extension that was built here."""
+def forget_extension() -> None:
+    """Remove what was built here, for it may be of other sources."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+def find_package(device: str) -> None:
+    """Make ``anyflow`` importable from the checkout, with its kernels, and on a GPU with the extension built here."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     import anyflow
 
-    if any((FOLDER / "anyflow").glob("_C.*")):
+    if device == "cuda" and any((FOLDER / "anyflow").glob("_C.*")):
         anyflow.__path__.insert(0, str(FOLDER / "anyflow"))
     if importlib.util.find_spec("anyflow.kernels") is None:  # a checkout that is not installed: the folder is kernels/
         anyflow.__path__.append(str(ROOT))

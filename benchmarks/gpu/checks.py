@@ -12,7 +12,6 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from gpu.build import FOLDER
 from gpu.context import Context
 from gpu.state import ROOT
 
@@ -60,8 +59,8 @@ def _pytest(context: Context) -> dict[str, Any]:
     limit = TEST_LIMIT_S if context.tiny else min(TEST_LIMIT_S * context.slowness, context.remaining() / 3)
     # As the worker finds the package. Without the project's settings, which ask for plugins that may not be installed.
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from gpu import build; build.find_package(); "
-        "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from gpu import build; "
+        f"build.find_package({context.device.type!r}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     )
     selected = TINY_TESTS if context.tiny else ("tests/ops",)
     with tempfile.TemporaryDirectory() as folder:
@@ -102,5 +101,4 @@ def read_report(xml: str) -> dict[str, Any]:
         "skipped_tests": skipped,
         "failures": [f"{case.get('classname')}::{case.get('name')}" for case in failures[:40]],
         "wrong": {op: sorted(backends) for op, backends in wrong.items()},
-        "extension": str(FOLDER) if any((FOLDER / "anyflow").glob("_C.*")) else None,
     }

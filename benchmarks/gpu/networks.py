@@ -55,13 +55,20 @@ def build(context: Context, size: Size, dtype: torch.dtype | None = None) -> Any
 
 
 def build_peer(context: Context, size: Size, ours: nn.Module) -> Any:
-    """diffusers' model whose parameters are the memory of ours: the same weights, and no second copy of them."""
+    """diffusers' model whose parameters are the memory of ours: the same weights, and no second copy of them.
+
+    All but the few that it does not keep in fp32 as ours does (``delta_embedder``), as ``from_pretrained`` has them.
+    """
     from diffusers import AnyFlowTransformer3DModel as Peer
 
     dtype = ours.patch_embedding.weight.dtype  # type: ignore[union-attr]
     with _made_in(dtype, context.device):  # type: ignore[arg-type]
         peer = Peer(**size.config())
     peer.load_state_dict(ours.state_dict(), assign=True)
+    kept = set(Peer._keep_in_fp32_modules)
+    for name, parameter in peer.named_parameters():
+        if not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)  # the same memory where it has that dtype
     return peer.eval().requires_grad_(False)
 
 

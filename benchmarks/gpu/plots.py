@@ -72,7 +72,7 @@ def device(results: Results) -> Callable[[Path, str], None]:
             for row, variant in enumerate(VARIANTS):
                 known = variant in times
                 axes.barh(row, times.get(variant, 0.0), height=0.62, color=VARIANTS[variant])
-                text = f" {times[variant]:.3f} s" if known else f" {results.why(section, variant)}"
+                text = f" {times[variant]:.3f} s" if known else f" {results.why(section, variant)[:28]}"
                 axes.text(times.get(variant, 0.0), row, text, va="center", fontsize=8.5, color=INK if known else FAINT)
             _bare(axes, list(VARIANTS))
             axes.set_xlim(0, max(times.values()) * 1.35)

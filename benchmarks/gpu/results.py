@@ -57,6 +57,8 @@ class Results:
         if reason is None and self.data is not None:
             found = self.data["sections"].get(section, {})
             reason = None if found.get("status") == DONE else found.get("reason")
+        if reason is not None and str(reason).startswith("OutOfMemoryError"):
+            return "out of memory"
         return NOT_MEASURED if reason is None else _short(str(reason).removeprefix("not measured: "))
 
     @property

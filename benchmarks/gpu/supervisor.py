@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from gpu.build import build_extension
+from gpu.build import build_extension, forget_extension
 from gpu.state import FAILED, RUNNING, SCHEMA, SKIPPED, RunFile, slug, source_digest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "run_gpu.py"
@@ -60,6 +60,10 @@ def supervise(options: Options, names: list[str]) -> int:
         _build(file, options, deadline)
     remaining = [name for name in names if file.status(name) is None]
     while remaining:
+        if time.monotonic() >= deadline:
+            for name in remaining:
+                file.mark(name, SKIPPED, "budget: used up")
+            break
         running = _work(options, file.path, deadline, remaining)
         file = RunFile.load(file.path)
         left = [name for name in remaining if file.status(name) in (None, RUNNING)]
@@ -69,11 +73,7 @@ def supervise(options: Options, names: list[str]) -> int:
         for name in crashed:
             file.mark(name, FAILED, running)
         left = [name for name in left if name not in crashed]
-        if time.monotonic() > deadline + GRACE_S:
-            for name in left:
-                file.mark(name, SKIPPED, "budget: used up")
-            break
-        if not crashed and len(left) == len(remaining):  # it does not even start
+        if not crashed and len(left) == len(remaining) and time.monotonic() < deadline:  # it does not even start
             for name in left:
                 file.mark(name, FAILED, running)
             break
@@ -113,6 +113,8 @@ def _open(options: Options, machine: dict[str, Any], names: list[str]) -> RunFil
         file = RunFile(path, {})
     if options.fresh or any(file.data.get(key) != value for key, value in identity.items()):
         file = RunFile(path, {**identity, "runs": [], "sections": {}})
+        if options.device == "cuda":
+            forget_extension()
     sections: dict[str, dict[str, Any]] = file.data["sections"]
     kept = {n: s for n, s in sections.items() if s["status"] == "done" and not (options.only and n in names)}
     file.data["sections"] = kept
@@ -137,6 +139,7 @@ def _build(file: RunFile, options: Options, deadline: float) -> None:
         file.mark("build", SKIPPED, reason, run=run)
         return
     file.mark("build", RUNNING, title="the native extension, with its CUDA kernels", run=run)
+    forget_extension()
     status, reason, data = build_extension(limit)
     file.mark("build", status, reason, data=data)
     print(f"build: {status}{f', {reason}' if reason else ''}", flush=True)

@@ -99,7 +99,7 @@ def _network(context: Context, size: Size, peers: bool, trained: bool = True) ->
 
 
 def _autocast(context: Context) -> AbstractContextManager[Any]:
-    return torch.autocast(context.device.type, torch.bfloat16, enabled=context.cuda)
+    return torch.autocast(context.device.type, torch.bfloat16, enabled=context.cuda, cache_enabled=False)
 
 
 # Pretrain -----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def work(path: Path, device: str, tiny: bool, deadline: float, names: list[str])
     """Run the named sections that have no status yet; the file is what the processes of a run share."""
     _die_with_parent()
     stand_in = without_diffusers.install()
-    build.find_package()
+    build.find_package(device)
     without_extension = build.load_operators()
     from gpu.sections import SECTIONS  # what is measured imports the package, which had to be found first
 
