@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from interleave import Step
 
-_REPEATS = 7
+_REPEATS = 15
 _SMALLEST_COPY = 2**16
 _LARGEST_COPY = {"cpu": 2**27, "cuda": 2**30}
-_MATRIX = {"cpu": 1536, "cuda": 8192}
+_MATRIX = {"cpu": 1024, "cuda": 8192}
 
 
 class Limits:

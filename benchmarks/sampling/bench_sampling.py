@@ -47,18 +47,19 @@ def _pipeline(transformer: nn.Module, size: Size, data: Batch, steps: int, accel
     if accelerated:
         anyflow.accelerate(pipe)
     _, frames, _, height, width = size.latents
+    noise = data.noise.to(size.dtype).transpose(1, 2).contiguous()  # the pipeline's latents are [B, C, F, H, W]
 
     def step() -> Tensor:
         latents = pipe(
             prompt_embeds=data.prompt,
-            latents=data.noise.to(size.dtype),
+            latents=noise,
             height=8 * height,
             width=8 * width,
             num_frames=4 * (frames - 1) + 1,
             num_inference_steps=steps,
             output_type="latent",
         ).frames
-        return latents.transpose(1, 2)  # the pipeline's are [B, C, F, H, W]
+        return latents.transpose(1, 2)
 
     return step
 
