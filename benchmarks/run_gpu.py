@@ -1,4 +1,4 @@
-"""The GPU evidence in one command: ``python benchmarks/run_gpu.py --out DIR`` from a checkout.
+"""The GPU evidence in one command: ``python benchmarks/run_gpu.py [--out DIR]`` from a checkout.
 
 Needs PyTorch >= 2.9 and Triton >= 3.4; what diffusers, pytest, nvcc or FlashAttention would add is left out, and said
 so, where they are not installed. In order of importance, each section isolated from the others and only started while
@@ -45,7 +45,7 @@ ORDER = (
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results; default benchmarks/results")
     parser.add_argument("--budget-s", type=float, default=540.0, help="seconds after which no section is started")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to prove the code")
@@ -57,8 +57,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu needs --tiny: the published sizes take hours there")
-    if options.out is None and options.worker is None:
-        parser.error("--out DIR is required")
+    if options.out is None:
+        if options.tiny and options.worker is None:
+            parser.error("--tiny needs --out DIR: its times are no results")
+        options.out = Path(__file__).resolve().parent / "results"
     if not any(options.only in name for name in ORDER):
         parser.error(f"--only {options.only!r} is in the name of no section: {', '.join(ORDER)}")
     return options

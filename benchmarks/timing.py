@@ -95,14 +95,19 @@ def kernels(steps: dict[str, Step], device: torch.device, rounds: int = ROUNDS) 
     return samples
 
 
-def _capture(step: Step) -> torch.cuda.CUDAGraph:
+def captured(step: Step) -> Step:
+    """The replay of a CUDA graph of one call, which writes the result where the captured call did."""
+    return _capture(step, calls=1).replay
+
+
+def _capture(step: Step, calls: int = CALLS) -> torch.cuda.CUDAGraph:
     with torch.cuda.stream(_stream()):
-        for _ in range(3):  # compiles, autotunes, fills the allocator
+        for _ in range(min(calls, 3)):  # compiles, autotunes, fills the allocator
             step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=_stream()):
-        for _ in range(CALLS):
+        for _ in range(calls):
             step()
     for _ in range(2):
         graph.replay()

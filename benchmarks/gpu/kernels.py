@@ -54,9 +54,9 @@ def run_operators(context: Context) -> None:
 
 def run_native(context: Context) -> None:
     """Native CUDA kernels against Triton's, forward (backward is Triton's), with more rounds than the table's."""
-    with_kernel = [case for case in cases(context) if _runs(context, case, "native") is None]
+    with_kernel = [case for case in cases(context) if _problem(context, case, "native") is None]
     if not with_kernel:
-        raise Skip(_runs(context, cases(context)[0], "native") or "no native kernels")
+        raise Skip(_problem(context, cases(context)[0], "native") or "no native kernels")
     _measure_cases(context, with_kernel, ("triton", "native"), None, directions=("forward",), rounds=40)
 
 
@@ -75,20 +75,16 @@ def _measure_cases(
             context.put(case.name, {"skipped": "budget"})
             continue
         compiled = compiler if context.remaining() > compile_until else None
-        entry: dict[str, Any] = {
-            "op": case.op,
-            "bytes": {"forward": case.forward_bytes, "backward": case.backward_bytes},
-        }
-        reasons = {name: _runs(context, case, name) for name in backends if name != "eager"}
-        entry["not_timed"] = {name: reason for name, reason in reasons.items() if reason is not None}
-        if compiler is not None and compiled is None:
-            entry["not_timed"]["compile"] = "budget"
-        able = tuple(name for name in backends if reasons.get(name) is None)
+        entry: dict[str, Any] = {"op": case.op}
+        entry["bytes"] = {"forward": case.forward_bytes, "backward": case.backward_bytes}
         try:
-            call = case.build(context.device, torch.float32) if not context.cuda else case.build(context.device)
+            call = case.build(context.device) if context.cuda else case.build(context.device, torch.float32)
             for direction in directions:
+                able, reasons = _able(context, case, backends, direction)
+                if compiler is not None and compiled is None:
+                    reasons["compile"] = "budget"
                 samples = timing.kernels(timing.variants(call, direction, able, compiled), context.device, rounds)
-                entry[direction] = {"ms": timing.medians(samples), "samples_ms": samples}
+                entry[direction] = {"ms": timing.medians(samples), "samples_ms": samples, "not_timed": reasons}
         except Exception as error:
             entry["error"] = last_line(error)
             failed.append(case.name)
@@ -101,13 +97,22 @@ def _measure_cases(
         )
 
 
-def _runs(context: Context, case: Case, backend: str) -> str | None:
+def _able(
+    context: Context, case: Case, backends: tuple[str, ...], direction: str
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The backends that are timed, and why the others are not."""
+    reasons = {name: _problem(context, case, name, direction) for name in backends}
+    known = {name: reason for name, reason in reasons.items() if reason is not None}
+    return tuple(name for name in backends if name not in known), known
+
+
+def _problem(context: Context, case: Case, backend: str, direction: str = "forward") -> str | None:
     """Why a backend is not timed, or None."""
     from anyflow.ops.backend import missing
 
     if backend in context.wrong_kernels().get(case.op, []):
         return "its tests failed"
-    return missing(backend, context.device, case.op)
+    return missing(backend, context.device, case.op, direction)
 
 
 # Attention ----------------------------------------------------------------------------------------------------------

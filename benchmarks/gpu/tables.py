@@ -177,7 +177,7 @@ def operators(results: Results) -> list[str]:
 def _operator_cells(results: Results, entry: dict[str, Any], direction: str) -> list[str]:
     timed = entry.get(direction, {}).get("ms", {})
     ours = timed.get("triton")
-    reasons = entry.get("not_timed", {})
+    reasons = entry.get(direction, {}).get("not_timed", {})
     if ours is None:
         return [reasons.get("triton", NOT_MEASURED), "", "", "", "", ""]
     share = share_of_copy(results, entry, direction)
@@ -216,4 +216,5 @@ def profile(results: Results) -> list[str]:
     rows = [[name, f"{ms:.1f}", f"{ms / whole:.1%}"] for name, ms in sorted(shares.items(), key=lambda kv: -kv[1])]
     wall = results.entry("profile_1.3b", "wall_ms")
     rows.append(["all kernels", f"{whole:.1f}", f"{whole / wall:.1%} of {wall:.1f} ms" if wall else ""])
-    return table(headings, rows)
+    graph = f"as a CUDA graph: {seconds(results, 'profile_1.3b', 'CUDA graph')}, launched one by one: "
+    return [*table(headings, rows), "", f"The same forward {graph}{seconds(results, 'profile_1.3b', 'launched')}."]

@@ -27,8 +27,10 @@ def results() -> dict[str, Any]:
     operator = {
         "op": "layer_norm_modulate",
         "bytes": {"forward": 2**30, "backward": 2**30},
-        "not_timed": {"native": "no native CUDA kernel"},
-        "forward": {"ms": {"triton": 0.25, "eager": 1.0, "compile": 0.5}},
+        "forward": {
+            "ms": {"triton": 0.25, "eager": 1.0, "compile": 0.5},
+            "not_timed": {"native": "no native CUDA kernel"},
+        },
         "backward": {"ms": {"triton": 0.5, "eager": 1.0, "compile": 0.5}},
     }
     data = {
@@ -105,6 +107,9 @@ def test_cells_hold_what_was_measured(tmp_path: Path) -> None:
     assert row(page, "1.3B pretrain step").endswith("| budget: about 50 s are needed, 7 s left |")
     assert row(page, "fused operators, forward").endswith("| 86%, reached |")  # 2^30 bytes in 0.25 ms of 5 TB/s
     assert row(page, "fused operators, backward").endswith("| 43%, **missed** |")
+    operator = "| layer_norm_modulate[bf16] L=32760 D=1536 R=1"
+    assert f"{operator} | forward | 0.2500 | 4295 | 86% | 4.00x | 2.00x | no native CUDA kernel |" in page
+    assert f"{operator} | backward | 0.5000 | 2147 | 43% | 2.00x | 1.00x |  |" in page
     assert "| 14B | 2.500 s | out of memory | out of memory |" in page
     assert "ours runs attention on `cudnn`, diffusers on torch's choice, `flash`" in page
     assert "700 TFLOP/s" in page and "5.00 TB/s" in page

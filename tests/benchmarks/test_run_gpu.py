@@ -178,5 +178,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert run(tmp_path, "--device", "cpu")[0] == 2  # the published sizes
+    without_out = subprocess.run([sys.executable, str(SCRIPT), *TINY], capture_output=True, text=True)
+    assert without_out.returncode == 2 and "--tiny needs --out DIR" in without_out.stderr
     code, output = run(tmp_path, *TINY, "--only", "forwards")
     assert code == 2 and output.splitlines()[-1].startswith("run_gpu.py: error: --only 'forwards'")

@@ -51,30 +51,38 @@ def test_an_exception_is_recorded_and_the_next_section_goes_on(context: Context)
 
 
 def test_a_wrong_kernel_is_not_timed(context: Context) -> None:
-    context.file.section("tests")["data"] = {"wrong": {"gated_residual": ["triton", "native"]}}
-    with pytest.raises(Skip, match="gated_residual failed"):
+    accused = {"gated_residual": ["triton", "native"]}
+    context.file.section("tests")["data"] = {"wrong": accused, "wrong_numbers": {}}
+    context.require_right_kernels()  # a test failed, but of something else than numbers
+    context.file.section("tests")["data"]["wrong_numbers"] = accused
+    with pytest.raises(Skip, match="wrong numbers of gated_residual"):
         context.require_right_kernels()
     cases = {case.op: case for case in kernels.cases(context)}
-    assert kernels._runs(context, cases["gated_residual"], "triton") == "its tests failed"
-    assert kernels._runs(context, cases["layer_norm_modulate"], "native") is None
+    assert kernels._problem(context, cases["gated_residual"], "triton") == "its tests failed"
+    assert kernels._problem(context, cases["layer_norm_modulate"], "native") is None
     context.name = "ops"
     kernels._measure_cases(context, [cases["gated_residual"]], ("native", "eager"), None)
     entry = context.file.get("ops", cases["gated_residual"].name)
-    assert entry["not_timed"] == {"native": "its tests failed"} and set(entry["forward"]["ms"]) == {"eager"}
+    assert entry["forward"]["not_timed"] == {"native": "its tests failed"}
+    assert set(entry["forward"]["ms"]) == set(entry["backward"]["ms"]) == {"eager"}
 
 
 def test_failures_of_pytest_accuse_operators_and_backends() -> None:
+    numbers, other = '<failure message="AssertionError: not close"/>', '<failure message="RuntimeError: no compiler"/>'
     cases = [
-        ("tests/ops/test_gelu.py", "test_values[native-float32]", "<failure/>"),
-        ("tests/ops/test_gated_residual.py", "test_compiles", "<failure/>"),  # names no backend
+        ("tests/ops/test_gelu.py", "test_values[native-float32]", numbers),
+        ("tests/ops/test_gated_residual.py", "test_compiles", other),  # names no backend
         ("tests/ops/test_rms_norm_rope.py", "test_values[eager-float16]", "<error/>"),  # the reference itself
+        ("tests/ops/test_ahead_of_time.py", "test_values[triton]", numbers),  # no operator
         ("tests/ops/test_rms_norm_rope.py", "test_values[triton-float16]", ""),
         ("tests/ops/test_gelu.py", "test_values[triton-float32]", "<skipped/>"),
     ]
     xml = "".join(f'<testcase classname="c" file="{file}" name="{name}">{x}</testcase>' for file, name, x in cases)
     report = checks.read_report(f"<testsuites><testsuite>{xml}</testsuite></testsuites>")
-    assert (report["passed"], report["failed"], report["skipped_tests"]) == (1, 3, 1)
+    assert (report["passed"], report["failed"], report["skipped_tests"]) == (1, 4, 1)
     assert report["wrong"] == {"gelu": ["native"], "gated_residual": ["native", "triton"]}
+    assert report["wrong_numbers"] == {"gelu": ["native"]}
+    assert report["failures"][0] == "c::test_values[native-float32]: AssertionError: not close"
 
 
 def test_a_wrong_operator_fails_the_section(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +90,8 @@ def test_a_wrong_operator_fails_the_section(context: Context, monkeypatch: pytes
     from anyflow.doctor import self_check
 
     monkeypatch.setattr(self_check, "TOLERANCE", {torch.float32: 1e-12})
-    wrong = checks._self_check(context)
-    assert wrong["layer_norm_modulate"] == ["native"] and "native" in wrong["attention"]
+    wrong, wrong_numbers = checks._self_check(context)
+    assert wrong == wrong_numbers and "native" in wrong["layer_norm_modulate"] and "native" in wrong["attention"]
 
 
 def test_fifty_steps_are_extrapolated_from_measured_ones_and_labelled(context: Context) -> None:
