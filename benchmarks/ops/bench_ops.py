@@ -110,7 +110,7 @@ def _all() -> list[Workload]:
     for size in (SMALL, LARGE):
         for case in _cpu_cases(*size):
             found += _workloads(case, "cpu", "native", torch.float32, quick=size == SMALL)
-            if not case.op.startswith("flow_map"):  # which run in fp32 in a model of any dtype
+            if not case.op.startswith(("flow_map", "linear")):  # of fp32 alone: in any model, or where a choice is made
                 found += _workloads(case, "cpu", "native", torch.bfloat16, quick=False)
     for case in op_cases.model_cases():
         found += _workloads(case, "cuda", "triton", case.dtype, quick=False)
