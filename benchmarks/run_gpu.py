@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help=f"sections whose name contains this; of {', '.join(ORDER)}")
     parser.add_argument("--skip-tests", action="store_true", help="leave out the operator tests")
     parser.add_argument("--fresh", action="store_true", help="keep nothing of an earlier run of the same sources")
-    for internal in ("--worker", "--deadline", "--sections"):  # what a run starts itself with
+    for internal in ("--worker", "--deadline", "--sections", "--parent"):  # what a run starts itself with
         parser.add_argument(internal, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.tiny:
@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         from gpu.worker import work
 
         names = options.sections.split(",")
-        return work(Path(options.worker), options.device, options.tiny, float(options.deadline), names)
+        deadline, parent = float(options.deadline), int(options.parent)
+        return work(Path(options.worker), options.device, options.tiny, deadline, names, parent)
     from gpu.supervisor import Options, supervise
 
     names = [name for name in ORDER if options.only in name and not (options.skip_tests and name == "tests")]

@@ -73,7 +73,8 @@ def _pytest(context: Context) -> dict[str, Any]:
         options += ["-p", "no:cacheprovider"]
         options += [f"--junitxml={report}", "-o", "junit_family=xunit1"]
         if context.cuda and importlib.util.find_spec("xdist") is not None:
-            options += ["-n", "4"]  # most of the time is the compiler's, on the CPU
+            workers = max(1, min(8, (os.cpu_count() or 1) // 2))  # most of the time is the compiler's, on the CPU
+            options += ["-n", str(workers)]
         path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
         variables = os.environ | {"ANYFLOW_TEST_DEVICE": context.device.type, "PYTHONPATH": path}
         command = [sys.executable, "-m", "pytest", *options, *selected]

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from gpu import build, without_diffusers
+from gpu.state import die_with_parent
 
 _DEVICE = os.environ.get("ANYFLOW_TEST_DEVICE", "cpu")
+die_with_parent()
 without_diffusers.install()
 build.find_package(_DEVICE)
 build.load_operators()

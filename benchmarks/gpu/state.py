@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +95,19 @@ def slug(device: str, tiny: bool) -> str:
     """The name of a device's file: ``nvidia-h200``; of the tiny shapes, ``nvidia-h200-tiny``."""
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return f"{name}-tiny" if tiny else name
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """A killed run leaves no process on the GPU (Linux; elsewhere this does nothing).
+
+    Args:
+        parent: the process that started this one, if known: it may be gone already.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)
 
 
 def nvidia_smi(*fields: str) -> dict[str, str] | None:

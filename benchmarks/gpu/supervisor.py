@@ -148,6 +148,7 @@ def _build(file: RunFile, options: Options, deadline: float) -> None:
 def _work(options: Options, path: Path, deadline: float, names: list[str]) -> str:
     """One worker, until it ends or is overdue; how it ended, in words."""
     command = [sys.executable, str(SCRIPT), "--worker", str(path), "--deadline", repr(deadline)]
+    command += ["--parent", str(os.getpid())]
     command += ["--device", options.device, "--sections", ",".join(names), *(["--tiny"] if options.tiny else [])]
     variables = dict(os.environ)
     if options.device == "cpu":

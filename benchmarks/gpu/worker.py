@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import os
 import platform
-import signal
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -18,14 +14,14 @@ import torch
 
 from gpu import build, without_diffusers
 from gpu.context import Context, Section, Skip, last_line
-from gpu.state import DONE, FAILED, RUNNING, SKIPPED, RunFile, clocks, commit, nvidia_smi
+from gpu.state import DONE, FAILED, RUNNING, SKIPPED, RunFile, clocks, commit, die_with_parent, nvidia_smi
 
 BROKEN_DEVICE = 70  # exit status: after such an error nothing on the device works any more in this process
 
 
-def work(path: Path, device: str, tiny: bool, deadline: float, names: list[str]) -> int:
+def work(path: Path, device: str, tiny: bool, deadline: float, names: list[str], parent: int) -> int:
     """Run the named sections that have no status yet; the file is what the processes of a run share."""
-    _die_with_parent()
+    die_with_parent(parent)
     stand_in = without_diffusers.install()
     build.find_package(device)
     without_extension = build.load_operators()
@@ -87,15 +83,6 @@ def _is_broken(device: torch.device) -> bool:
     except Exception:
         return True
     return False
-
-
-def _die_with_parent() -> None:
-    """A killed run leaves no process on the GPU (Linux; elsewhere this does nothing)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-        if os.getppid() == 1:
-            os._exit(1)  # it was killed before we got here
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

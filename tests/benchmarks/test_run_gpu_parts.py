@@ -115,6 +115,15 @@ def test_a_section_starts_only_while_it_fits(context: Context) -> None:
     assert context.affords(0.5)
 
 
+def test_what_still_runs_after_the_budget_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing torch alone takes longer than this budget."""
+    monkeypatch.setattr(supervisor, "GRACE_S", 0.0)
+    options = supervisor.Options(tmp_path, "cpu", True, 0.2, "", False, False)
+    started = time.monotonic()
+    ended = supervisor._work(options, tmp_path / "cpu-tiny.json", started + 0.2, ["limits"])
+    assert ended.startswith("stopped: it still ran") and time.monotonic() - started < 60
+
+
 def open_file(out: Path, names: list[str], only: str = "", **machine: Any) -> RunFile:
     options = supervisor.Options(out, "cpu", True, 10.0, only, False, False)
     return supervisor._open(options, {"device": "cpu", "torch": "2.9.0", **machine}, names)
