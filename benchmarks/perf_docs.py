@@ -129,6 +129,7 @@ def _device(results: Results) -> list[str]:
         tables.training(results),
         tables.attention(results),
         tables.operators(results),
+        tables.native(results),
         tables.profile(results),
     ):
         lines += [*part, ""]

@@ -189,6 +189,20 @@ def _operator_cells(results: Results, entry: dict[str, Any], direction: str) -> 
     return [f"{ours:.4f}", f"{rate:.0f}", "" if share is None else f"{share:.0%}", *ratios]
 
 
+def native(results: Results) -> list[str]:
+    """Native CUDA kernels against Triton's, forward: what would have to be above 1 for them to be the choice."""
+    headings = ["native CUDA kernel, forward", "ms", "Triton, ms", "Triton / native"]
+    rows = []
+    for name, entry in results.entries("native").items():
+        timed = entry.get("forward", {}).get("ms", {})
+        if "native" in timed and "triton" in timed:
+            ratio = f"{timed['triton'] / timed['native']:.2f}x"
+            rows.append([name, f"{timed['native']:.4f}", f"{timed['triton']:.4f}", ratio])
+        else:
+            rows.append([name, results.why("native", name), "", ""])
+    return table(headings, rows or [["all", results.why("native", ""), "", ""]])
+
+
 def attention(results: Results) -> list[str]:
     """TFLOP/s of every backend at the models' shapes."""
     entries = {name: e for name, e in results.entries("attention").items() if isinstance(e, dict) and "ms" in e}

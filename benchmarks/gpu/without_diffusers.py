@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -97,6 +98,7 @@ def install() -> bool:
     for name, content in names.items():
         module = ModuleType(name)
         module.__path__ = []  # a package, so that those below it are found
+        module.__spec__ = ModuleSpec(name, None, is_package=True)  # who looks for one finds something
         module.__dict__.update(content)
         sys.modules[name] = module
     return True

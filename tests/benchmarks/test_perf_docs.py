@@ -47,6 +47,7 @@ def results() -> dict[str, Any]:
             "ours NFE 4": timed(10.0, 30.0),
             "ours NFE 50": {**timed(125.0), "extrapolated": True, "source": "8 steps"},
         },
+        "native": {"rms_norm_rope[rotary] L=32760": {"forward": {"ms": {"triton": 0.3, "native": 0.2}}}},
         "ops": {"layer_norm_modulate[bf16] L=32760 D=1536 R=1": operator},
     }
     sections = {name: {"status": "done", "reason": None, "data": entries} for name, entries in data.items()}
@@ -110,6 +111,7 @@ def test_cells_hold_what_was_measured(tmp_path: Path) -> None:
     operator = "| layer_norm_modulate[bf16] L=32760 D=1536 R=1"
     assert f"{operator} | forward | 0.2500 | 4295 | 86% | 4.00x | 2.00x | no native CUDA kernel |" in page
     assert f"{operator} | backward | 0.5000 | 2147 | 43% | 2.00x | 1.00x |  |" in page
+    assert "| rms_norm_rope[rotary] L=32760 | 0.2000 | 0.3000 | 1.50x |" in page
     assert "| 14B | 2.500 s | out of memory | out of memory |" in page
     assert "ours runs attention on `cudnn`, diffusers on torch's choice, `flash`" in page
     assert "700 TFLOP/s" in page and "5.00 TB/s" in page
