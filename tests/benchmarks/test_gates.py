@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,24 +12,10 @@ from torch import Tensor
 pytest.importorskip("pytest_benchmark")
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("interleave", "limits", "workloads", "gates", "report")
 CPU = torch.device("cpu")
 NAME, PEER = "ops/sum/small", "twice"
 FIGURE = f"{NAME} vs {PEER}"
 CLASS = "cpu-avx2-amd"
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The modules of benchmarks/, which is no package."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    loaded: dict[str, ModuleType] = {name: __import__(name) for name in MODULES}
-    yield SimpleNamespace(**loaded)
-    for name in set(sys.modules) - before:  # so that another test gets its own
-        file = getattr(sys.modules[name], "__file__", None)
-        if file is not None and Path(file).is_relative_to(ROOT / "benchmarks"):
-            del sys.modules[name]
 
 
 def workload(bench: SimpleNamespace, wrong: float = 0.0) -> object:
