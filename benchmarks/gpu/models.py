@@ -13,6 +13,8 @@ import timing
 import torch
 from torch.nn.attention import SDPBackend
 
+from anyflow.models import attention_report, use_attention_backend
+from anyflow.models.attention import ATTENTION_BACKENDS
 from gpu import networks
 from gpu.context import Context, last_line
 from gpu.networks import Inputs
@@ -33,26 +35,30 @@ def run_forward(context: Context, name: str) -> None:
     steps: dict[str, timing.Step] = {"ours": _forward(ours, data.ours())}
     expected = steps["ours"]()
     timing.once(steps["ours"], context.device)
-    if chosen != default:
+    rounds = 2 if context.tiny else (8 if name == "1.3B" else 4)
+    _record(context, steps, min(rounds, 3))  # before anything of the others can go wrong; measured again beside them
+    if chosen != default and default in ATTENTION_BACKENDS:
         steps["ours, torch's attention"] = _forward(ours, data.ours(), attention=default)
-    problem = networks.peer_problem()
+    problem, problems = networks.peer_problem(), {}
+    if problem is None:
+        try:
+            _add_peers(context, size, ours, data, steps, chosen if chosen != default else None)
+        except Exception as error:
+            problem = problems["diffusers"] = last_line(error)
     if problem is not None:
         context.put("peers", problem)
-    else:
-        _add_peers(context, size, ours, data, steps, chosen if chosen != default else None)
-    rounds = 2 if context.tiny else (8 if name == "1.3B" else 4)
     compiling = {n: s for n, s in steps.items() if "compile" in n}
     measured = {n: s for n, s in steps.items() if n not in compiling}
-    problems = _warm_all(context, measured, expected)
+    problems |= _warm_all(context, measured, expected)
     _record(context, measured, rounds)
     for variant in compiling:  # each beside ours again: what is interleaved can be compared
         if not context.affords(60.0 if name == "1.3B" else 80.0):
             context.put(variant, {"skipped": "budget"})
             continue
-        pair = {"ours": steps["ours"], variant: compiling[variant]}
-        problems |= _warm_all(context, {variant: compiling[variant]}, expected)
-        if variant not in problems:
-            _record(context, pair, rounds, beside=variant)
+        beside = {variant: compiling[variant]}
+        problems |= _warm_all(context, beside, expected)
+        if beside:  # else it failed
+            _record(context, {"ours": steps["ours"], **beside}, rounds, beside=variant)
     own = {n: p for n, p in problems.items() if not p.startswith("OutOfMemoryError")}
     if own:
         context.fail("; ".join(f"{n}: {p}" for n, p in own.items()))
@@ -60,8 +66,6 @@ def run_forward(context: Context, name: str) -> None:
 
 def _attention_choices(context: Context, size: Size) -> tuple[str, str]:
     """The backend that our model runs, and the one that torch's own attention takes by itself."""
-    from anyflow.models import attention_report
-
     report = attention_report(context.device, dtype=context.dtype, head_dim=size.head_dim)
     chosen = next((name for name, choice in report.items() if choice.chosen), "none")
     probe = torch.zeros(1, size.heads, 64, size.head_dim, device=context.device, dtype=context.dtype)
@@ -70,8 +74,6 @@ def _attention_choices(context: Context, size: Size) -> tuple[str, str]:
 
 
 def _forward(model: Any, arguments: tuple[Any, ...], attention: str | None = None) -> timing.Step:
-    from anyflow.models import use_attention_backend
-
     def step() -> Any:
         with torch.no_grad(), use_attention_backend(attention):
             return model(*arguments, return_dict=False)[0]

@@ -56,21 +56,31 @@ def _compare(context: Context, size: Size, makers: dict[str, Callable[[Context, 
         try:
             step = make(context, size)
             context.put(f"{name}: losses", step())  # the first step warms up
+            _round(context, {name: step})  # before anything of the others can go wrong
             steps[name] = step
-        except torch.OutOfMemoryError as error:  # of a peer, that is a result
+        except Exception as error:
             context.put(name, {"error": last_line(error)})
-            if name == "ours":
-                context.fail(last_line(error))
-            torch.cuda.empty_cache()
+            if name == "ours" or not isinstance(error, torch.OutOfMemoryError):  # of a peer, that is a result
+                context.fail(f"{name}: {last_line(error)}")
+            if context.cuda:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+    for name in steps:
+        context.file.section(context.name)["data"].pop(name)  # what was not yet beside the others
     for index in range(1 if context.tiny else 3):
         if index and not context.affords(25.0):
             break
-        samples, peaks = timing.calls(steps, context.device, rounds=1)
-        for name, values in samples.items():
-            before = context.file.get(context.name, name) or {"samples_ms": []}
-            milliseconds = before["samples_ms"] + values
-            entry = {"ms": statistics.median(milliseconds), "peak_bytes": peaks.get(name), "samples_ms": milliseconds}
-            context.put(name, entry)
+        _round(context, steps)
+
+
+def _round(context: Context, steps: dict[str, timing.Step]) -> None:
+    """Each step once more, beside each other."""
+    samples, peaks = timing.calls(steps, context.device, rounds=1)
+    for name, values in samples.items():
+        before = context.file.get(context.name, name) or {"samples_ms": []}
+        milliseconds = before["samples_ms"] + values
+        entry = {"ms": statistics.median(milliseconds), "peak_bytes": peaks.get(name), "samples_ms": milliseconds}
+        context.put(name, entry)
 
 
 # Data and networks --------------------------------------------------------------------------------------------------
