@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -78,6 +81,43 @@ def test_norms_and_residuals_by_hand() -> None:
     token_pass = 32760 * 5120 * 2
     block = 19 * token_pass + 2 * (2 * 32760 * 64 * 4) + 2 * 512 * 5120 * 2
     assert norms.bytes == 40 * block + 3 * token_pass
+
+
+class _Bytes(TorchDispatchMode):
+    """Counts what operators other than products, attention and views read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        names = ("mm", "linear", "attention", "detach", "_unsafe_view", "empty")
+        if not is_view and not any(name in function.name() for name in names):
+            tensors = [t for t in tree_flatten((args, kwargs, result))[0] if isinstance(t, torch.Tensor)]
+            self.total += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+        return result
+
+
+@pytest.mark.parametrize(("name", "expected"), [("1.3B", 489), ("14B", 475)])
+def test_bytes_that_diffusers_moves_in_eager_mode(name: str, expected: float) -> None:
+    """Per element of [L, D], of a block in bf16, beside products and attention; it is in docs/performance-log.md."""
+    from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformerBlock
+
+    size, tokens = PUBLISHED[name], 256
+    block = AnyFlowTransformerBlock(size.dim, 64, size.heads, True).bfloat16()
+    for parameter_name, parameter in block.named_parameters():
+        if {"scale_shift_table", "norm2"} & set(parameter_name.split(".")):
+            parameter.data = parameter.data.float()
+    x, text = torch.randn(1, tokens, size.dim).bfloat16(), torch.randn(1, 1, size.dim).bfloat16()
+    modulation = torch.randn(1, tokens, 6, size.dim).bfloat16()
+    angles = torch.randn(1, 1, tokens, size.head_dim // 2, dtype=torch.float64)
+    rotary = torch.polar(torch.ones_like(angles), angles)
+    with torch.no_grad(), _Bytes() as counted:
+        block(x, text, modulation, {"query": rotary, "key": rotary}, None)
+    activation = 4 * (size.ffn_dim - 64) / size.dim  # GELU of the whole width, read and written in bf16
+    assert counted.total / (tokens * size.dim) + activation == pytest.approx(expected, rel=0.05)
 
 
 def test_floors_of_sampling_and_training() -> None:
