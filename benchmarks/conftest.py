@@ -110,8 +110,16 @@ def _workload(item: pytest.Item) -> Workload:
 def measured(workload: Workload, request: pytest.FixtureRequest, tmp_path: Path, benchmark: object) -> Line:
     """The workload's line, which becomes part of the table."""
     run = request.config.stash[_RUN]
-    setting = Setting(run.device, run.compile, tmp_path)
-    line = measure(workload, setting, run.limits, run.budget, run.gates.of(run.device_class), benchmark)
+
+    def once(name: str, recorder: object) -> Line:
+        folder = tmp_path / name
+        folder.mkdir()
+        setting = Setting(run.device, run.compile, folder)
+        return measure(workload, setting, run.limits, run.budget, run.gates.of(run.device_class), recorder)
+
+    line = once("first", benchmark)
+    if run.raises:  # what becomes a gate for good is what two measurements agree on, each with memory of its own
+        line = line.lower(once("second", None))
     run.lines.append(line)
     return line
 

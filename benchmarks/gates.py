@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from workloads import Line, figure
+from workloads import MEMORY, Line, figure
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,7 +41,7 @@ class Judgment:
     name: str
     ratio: float
     gate: float | None
-    busy: bool = False  # the machine: too much for the ratio to become a gate
+    busy: bool = False  # the machine, too much for a ratio of times to become a gate
 
     @property
     def missed(self) -> bool:
@@ -110,8 +110,12 @@ class Gates:
     def judge(self, device_class: str, lines: Iterable[Line]) -> list[Judgment]:
         """Every ratio of the lines beside its gate."""
         gates = self.of(device_class)
-        found = [(figure(line.name, peer), ratio, line.busy) for line in lines for peer, ratio in line.ratios.items()]
-        return [Judgment(name, ratio, gates.get(name), busy) for name, ratio, busy in found]
+        judgments = []
+        for line in lines:
+            for peer, ratio in line.ratios.items():
+                name, timed = figure(line.name, peer), not peer.endswith(MEMORY)
+                judgments.append(Judgment(name, ratio, gates.get(name), busy=line.busy and timed))
+        return judgments
 
     def not_run(self, device_class: str, selected: Iterable[str], judgments: Iterable[Judgment]) -> list[str]:
         """Gated figures of the benchmarks that were selected without a measurement."""

@@ -24,7 +24,7 @@ def table(lines: Sequence[Line], judgments: Iterable[Judgment]) -> str:
         first = (line.name, f"{line.milliseconds:.3f}", _rate(line), _percent(line.of_limit), _mebibytes(line.peak))
         for peer, ratio in line.ratios.items():
             judgment, goal = by_name[figure(line.name, peer)], line.goals.get(peer)
-            marks = ("*" if line.again else "") + ("~" if line.busy else "")
+            marks = ("*" if line.again else "") + ("~" if judgment.busy else "")
             rows.append((*first, peer, f"{ratio:.2f}x{marks}", _gate(judgment), _goal(goal, ratio)))
             first = ("", "", "", "", "")
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
@@ -49,7 +49,9 @@ def summary(device_class: str, judgments: Sequence[Judgment], not_run: Sequence[
             f"{sum(ratio >= goal for ratio, goal in goals)} of {len(goals)} goals are reached (they gate nothing)"
         )
     text += [f"NOT RUN, though it has a gate: {name}" for name in not_run]
-    text += [f"MISSED: {j.name} is {j.ratio:.2f}x, the gate is {j.gate:.2f}x" for j in missed]
+    for j in missed:
+        advice = "; the machine was busy: run it again with nothing beside it" if j.busy else ""
+        text.append(f"MISSED: {j.name} is {j.ratio:.2f}x, the gate is {j.gate:.2f}x{advice}")
     if missed:
         text.append(f"the {SLOWEST} slowest lines against their gates:")
         slowest = sorted(gated, key=lambda j: j.margin)[:SLOWEST]

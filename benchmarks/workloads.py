@@ -108,6 +108,11 @@ class Line:
     again: bool = False
     busy: bool = False
 
+    def lower(self, other: Line) -> Line:
+        """This line with the lower one of each ratio, and as busy as the busier one of both."""
+        ratios = {peer: min(ratio, other.ratios[peer]) for peer, ratio in self.ratios.items()}
+        return replace(self, ratios=ratios, again=self.again or other.again, busy=self.busy or other.busy)
+
 
 def figure(name: str, peer: str) -> str:
     """The name of a ratio: of a benchmark and a peer, as ``gates.toml`` spells it."""

@@ -101,7 +101,7 @@ def _workloads(size: Size, device: str) -> list[Workload]:
             size.dtype,
             quick=device == "cpu" and steps == QUICK_STEPS,
             goals=goals if device == "cpu" else {},
-            min_rounds=5 if steps < 50 else 3,
+            min_rounds=3,
         )
 
     found = [workload("loop", n, (DIFFUSERS, UNCACHED), _loop, {}) for n in STEPS]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,23 @@ def test_a_miss_is_measured_once_more(bench: SimpleNamespace, tmp_path: Path) ->
     text = bench.report.summary("cpu-avx512-intel", [ungated], [], [missed])
     assert "0 of 0 gates hold" in text and "1 ratios have no gate" in text
     assert "no gate" in bench.report.table([missed], [ungated])
+
+
+def test_the_lower_of_two_lines(bench: SimpleNamespace, tmp_path: Path) -> None:
+    """What ``--raise`` makes gates of: each ratio is one that both measurements reached."""
+    line = measure(bench, tmp_path, {})
+    first, second = (replace(line, ratios={"p": p, "q": 2.0}, busy=busy) for p, busy in ((3.0, False), (1.0, True)))
+    assert first.lower(second).ratios == {"p": 1.0, "q": 2.0} and first.lower(second).busy
+    assert not first.lower(first).busy
+
+
+def test_a_busy_machine_tells_nothing_of_time(bench: SimpleNamespace, tmp_path: Path) -> None:
+    """What is in memory is the same on it, and may become a gate."""
+    line = replace(measure(bench, tmp_path, {}), ratios={"p": 1.0, "p, memory": 1.0}, busy=True)
+    judgments = bench.gates.Gates({CLASS: {f"{NAME} vs p": 2.0}}).judge(CLASS, [line])
+    assert [j.busy for j in judgments] == [True, False]
+    assert "run it again" in bench.report.summary(CLASS, judgments, [], [line])
+    assert bench.gates.Gates({}).raise_to(CLASS, judgments) == [f"{NAME} vs p, memory: no gate -> 0.90"]
 
 
 def test_what_is_wrong_is_not_timed(bench: SimpleNamespace, tmp_path: Path) -> None:
