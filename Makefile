@@ -12,11 +12,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check sanitize lint format clean
+.PHONY: help venv demo test check sanitize bench bench-quick lint format perf-docs clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS='more arguments for demo and test'"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS='more arguments for demo, test and bench'"
 
 venv: $(STAMP) ## create .venv with everything that is needed for development
 
@@ -53,6 +53,12 @@ sanitize: $(STAMP) ## the operator tests of the C++ kernels under AddressSanitiz
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/pytest tests/ops -k "native and not compiles" -p no:cacheprovider $(ARGS)
 
+bench: $(STAMP) ## every benchmark against its peers; fails where a ratio is below its gate
+	$(BIN)/pytest benchmarks $(ARGS)
+
+bench-quick: $(STAMP) ## the gates that CI checks: short shapes on the CPU, a few minutes
+	$(BIN)/pytest benchmarks --device cpu --quick $(ARGS)
+
 lint: $(STAMP) ## ruff and mypy; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,6 +67,9 @@ lint: $(STAMP) ## ruff and mypy; changes nothing
 format: $(STAMP) ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+perf-docs: $(STAMP) ## docs/performance.md and its plots, from benchmarks/results
+	$(BIN)/python benchmarks/perf_docs.py $(ARGS)
 
 clean: ## remove builds and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,7 +1,8 @@
-"""The operators at the shapes of the 1.3B and 14B models, with the bytes that each must move.
+"""The operators at the shapes of the 1.3B and 14B models, with the bytes and FLOPs of each.
 
 The byte counts are lower bounds: every tensor of the size of the activations read once or written once, plus the
-modulation rows and tables. A kernel at the bandwidth of a copy takes exactly that long.
+modulation rows and tables. A kernel at the bandwidth of a copy takes exactly that long. FLOPs are those of matrix
+products, two per multiplication; what is done once per element is not what a kernel waits for, and not counted.
 """
 
 from __future__ import annotations
@@ -36,6 +37,25 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one direction of an operator cannot do without.
+
+    Attributes:
+        elements: read and written, of the dtype that the operator is given.
+        wide: read and written, of fp32 whatever that dtype is: modulation rows, weights, tables.
+        flops: of matrix products.
+    """
+
+    elements: int
+    wide: int = 0
+    flops: int = 0
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that must be moved."""
+        return self.elements * dtype.itemsize + 4 * self.wide
+
+
+@dataclass(frozen=True)
 class Case:
     """An operator at one shape.
 
@@ -43,9 +63,9 @@ class Case:
         op: operator.
         variant: which of its forms.
         tokens, dim, rows: L, D and R; for the flow-map operators B, numel of a sample and the rows with r != t.
-        build: makes the inputs on a device, in the dtype of the model unless told otherwise.
-        forward_bytes: bytes that forward must move.
-        backward_bytes: bytes that backward must move.
+        build: makes the inputs on a device, in ``dtype`` unless told otherwise.
+        forward, backward: what each direction must do.
+        dtype: in which the operator runs in a model.
     """
 
     op: str
@@ -54,13 +74,24 @@ class Case:
     dim: int
     rows: int
     build: Callable[..., Call]
-    forward_bytes: int
-    backward_bytes: int
+    forward: Work
+    backward: Work
+    dtype: torch.dtype = DTYPE
 
     @property
     def name(self) -> str:
         """Unique name: operator, variant and shape."""
         return f"{self.op}[{self.variant}] L={self.tokens} D={self.dim} R={self.rows}"
+
+    @property
+    def forward_bytes(self) -> int:
+        """Bytes that forward must move in ``dtype``."""
+        return self.forward.bytes(self.dtype)
+
+    @property
+    def backward_bytes(self) -> int:
+        """Bytes that backward must move in ``dtype``."""
+        return self.backward.bytes(self.dtype)
 
 
 def _leaf(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -71,9 +102,9 @@ def _leaf(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32)
 def row_cases(tokens: int, dim: int, rows: int) -> list[Case]:
     """The operators on ``[1, L, D]`` tokens with ``[1, R, D]`` modulation."""
     heads = max(dim // 128, 1)
-    pass_, row = tokens * dim * DTYPE.itemsize, rows * dim * 4
+    numel, row = tokens * dim, rows * dim
 
-    def case(op: str, variant: str, build: Callable[..., Call], forward: int, backward: int) -> Case:
+    def case(op: str, variant: str, build: Callable[..., Call], forward: Work, backward: Work) -> Case:
         return Case(op, variant, tokens, dim, rows, build, forward, backward)
 
     def modulated(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
@@ -101,13 +132,17 @@ def row_cases(tokens: int, dim: int, rows: int) -> list[Case]:
         function = lambda x, w, c, s: ops.rms_norm_rope(x, w, c, s, num_heads=heads)  # noqa: E731
         return Call(function, [x, weight, angle.cos(), angle.sin()], [x, weight])
 
-    tables = 2 * tokens * (dim // heads // 2) * 4
+    tables = 2 * tokens * (dim // heads // 2)
+
+    def passes(count: int, wide: int) -> Work:
+        return Work(count * numel, wide)
+
     return [
-        case("layer_norm_modulate", "bf16", modulated, 2 * pass_ + 2 * row, 3 * pass_ + 3 * row),
-        case("residual_layer_norm", "gate+affine", gated_affine, 4 * pass_ + row, 6 * pass_ + 2 * row),
-        case("residual_layer_norm", "modulation", residual_modulated, 4 * pass_ + 2 * row, 4 * pass_ + 3 * row),
-        case("gated_residual", "bf16", gated, 3 * pass_ + row, 3 * pass_ + 2 * row),
-        case("rms_norm_rope", "rotary", rotary, 2 * pass_ + tables, 3 * pass_ + tables),
+        case("layer_norm_modulate", "bf16", modulated, passes(2, 2 * row), passes(3, 3 * row)),
+        case("residual_layer_norm", "gate+affine", gated_affine, passes(4, row), passes(6, 2 * row)),
+        case("residual_layer_norm", "modulation", residual_modulated, passes(4, 2 * row), passes(4, 3 * row)),
+        case("gated_residual", "bf16", gated, passes(3, row), passes(3, 2 * row)),
+        case("rms_norm_rope", "rotary", rotary, passes(2, tables), passes(3, tables)),
     ]
 
 
@@ -119,8 +154,8 @@ def embedding_case(rows: int, dim: int) -> Case:
         gate = torch.tensor(0.25, device=device)
         return Call(lambda t, r: ops.dual_timestep_embedding(t, r, gate), inputs, inputs)
 
-    size = rows * dim * DTYPE.itemsize
-    return Case("dual_timestep_embedding", "gated", rows, dim, rows, build, 4 * size, 6 * size)
+    numel = rows * dim
+    return Case("dual_timestep_embedding", "gated", rows, dim, rows, build, Work(4 * numel), Work(6 * numel))
 
 
 def gelu_case(tokens: int, dim: int) -> Case:
@@ -130,19 +165,40 @@ def gelu_case(tokens: int, dim: int) -> Case:
         inputs = [_leaf(device, 1, tokens, dim, dtype=dtype)]
         return Call(ops.gelu, inputs, inputs)
 
-    pass_ = tokens * dim * DTYPE.itemsize
-    return Case("gelu", "tanh", tokens, dim, 1, build, 2 * pass_, 3 * pass_)
+    numel = tokens * dim
+    return Case("gelu", "tanh", tokens, dim, 1, build, Work(2 * numel), Work(3 * numel))
+
+
+def linear_case(tokens: int, dim: int, out: int) -> Case:
+    """A linear layer, ``[1, L, D]`` to ``[1, L, N]`` with a bias; oneDNN's on the CPU, torch's elsewhere.
+
+    Backward is two products of the size of forward's: the gradients of the input and of the weight.
+    """
+
+    def build(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
+        inputs = [_leaf(device, *shape, dtype=dtype) for shape in ((1, tokens, dim), (out, dim), (out,))]
+        return Call(ops.linear, inputs, inputs)
+
+    x, y, weight = tokens * dim, tokens * out, dim * out + out
+    flops = 2 * tokens * dim * out
+    forward, backward = Work(x + weight + y, flops=flops), Work(2 * (x + weight) + y, flops=2 * flops)
+    return Case("linear", f"N={out}", tokens, dim, 1, build, forward, backward)
 
 
 def attention_case(tokens: int, dim: int, head_dim: int) -> Case:
-    """Self-attention over ``[1, L, H, Dh]``, native on the CPU; bytes are not what it is bound by."""
+    """Self-attention over ``[1, L, H, Dh]``, native on the CPU; bytes are not what it is bound by.
+
+    Forward is two products of L x L x D. Backward has five: the scores again, and the gradients of the scores, of the
+    queries, of the keys and of the values.
+    """
 
     def build(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
         inputs = [_leaf(device, 1, tokens, dim // head_dim, head_dim, dtype=dtype) for _ in range(3)]
         return Call(ops.attention, inputs, inputs)
 
-    pass_ = tokens * dim * DTYPE.itemsize
-    return Case("attention", f"Dh={head_dim}", tokens, dim, 1, build, 4 * pass_, 8 * pass_)
+    numel, product = tokens * dim, 2 * tokens * tokens * dim
+    forward, backward = Work(4 * numel, flops=2 * product), Work(8 * numel, flops=5 * product)
+    return Case("attention", f"Dh={head_dim}", tokens, dim, 1, build, forward, backward)
 
 
 def flow_map_cases(batch: int, latents: tuple[int, ...]) -> list[Case]:
@@ -169,10 +225,14 @@ def flow_map_cases(batch: int, latents: tuple[int, ...]) -> list[Case]:
         )
         return Call(function, [pred], [pred], training=True)
 
-    whole, part = batch * size * 4, rows * size * 4
+    whole, part = batch * size, rows * size
+
+    def case(op: str, build: Callable[..., Call], forward: int, backward: int) -> Case:
+        return Case(op, "fp32", batch, size, rows, build, Work(forward), Work(backward), torch.float32)
+
     return [
-        Case("flow_map_inputs", "fp32", batch, size, rows, inputs, 3 * whole + 2 * part, 3 * whole + 2 * part),
-        Case("flow_map_loss", "fp32", batch, size, rows, loss, 5 * whole + 2 * part, 2 * whole),
+        case("flow_map_inputs", inputs, 3 * whole + 2 * part, 3 * whole + 2 * part),
+        case("flow_map_loss", loss, 5 * whole + 2 * part, 2 * whole),
     ]
 
 

@@ -1,0 +1,234 @@
+"""The tables of ``docs/performance.md`` that hold measurements; without a run, the same tables without numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpu import roofline
+from gpu.results import NOT_MEASURED, Results, gibibytes, seconds, table, times
+from gpu.sizes import PUBLISHED
+from gpu.targets import TARGETS, share_of_copy
+
+_PEERS = "peers' formulation"
+
+
+def targets(devices: list[Results]) -> list[str]:
+    """One row per goal, one column per device."""
+    rows = [[t.what, t.goal, *(t.cell(results) for results in devices)] for t in TARGETS]
+    optional = "14B with fp8 linears and fp8/int8 attention: a further factor, at ≤ 2 % relative output difference"
+    rows.append([optional, "≥ 1.3x (optional)", *("not built" for _ in devices)])
+    return table(["what", "target", *(results.name for results in devices)], rows)
+
+
+def run_of(results: Results) -> list[str]:
+    """Versions, clocks, commit and the state of every section."""
+    if results.data is None:
+        return []
+    env, sections = results.data.get("environment", {}), results.data["sections"]
+    packages = ", ".join(f"{name} {version}" for name, version in env.get("packages", {}).items() if version)
+    changed = {True: "", False: " with changes", None: " (as told)"}[env.get("clean")]
+    lines = [
+        f"Commit `{str(env.get('commit'))[:12]}`{changed}, {packages}, CUDA {env.get('cuda')}, "
+        f"driver {(env.get('gpu') or {}).get('driver')}, cuDNN {(env.get('gpu') or {}).get('cudnn')}. "
+        f"Runs: {', '.join(run['started'] for run in results.data['runs'])} (UTC).",
+    ]
+    if results.limits is not None:
+        lines[0] += (
+            f" Limits measured in the run: {results.limits.flops / 1e12:.0f} TFLOP/s (bf16 product of 8192 x 8192), "
+            f"{results.limits.bandwidth / 1e12:.2f} TB/s (copy, read plus written)."
+        )
+    rows = [
+        [
+            name,
+            section.get("status", "?"),
+            section.get("reason") or "",
+            (section.get("clocks_before") or {}).get("clocks.sm", ""),
+        ]
+        for name, section in sections.items()
+    ]
+    return [*lines, "", *table(["section", "status", "reason", "SM clock before"], rows, right=3)]
+
+
+def forwards(results: Results) -> list[str]:
+    """One forward of each network, against diffusers' in both modes, and against the floor."""
+    headings = ["one forward, 480x832, 81 frames", "ours", "diffusers", "ratio", "diffusers + compile", "ratio"]
+    headings += ["floor", "ours / floor", "peak, ours", "peak, diffusers"]
+    rows = []
+    for name, size in PUBLISHED.items():
+        section = f"forward_{name.lower()}"
+        compiled = "diffusers + compile"
+        rows.append(
+            [
+                name,
+                seconds(results, section, "ours"),
+                seconds(results, section, "diffusers"),
+                times(results, section, "diffusers", "ours"),
+                seconds(results, section, compiled),
+                times(results, section, compiled, f"ours, beside {compiled}"),
+                *_against_floor(roofline.forward_floor_s(size, _limits(results)), results.number(section, "ours")),
+                gibibytes(results, section, "ours"),
+                gibibytes(results, section, "diffusers"),
+            ]
+        )
+    lines = table(headings, rows)
+    for name in PUBLISHED:
+        chosen = results.entry(f"forward_{name.lower()}", "attention")
+        if chosen is not None:
+            lines += ["", _attention_note(results, name, chosen)]
+    return lines
+
+
+def _limits(results: Results) -> roofline.Limits:
+    return results.limits or roofline.H200
+
+
+def _against_floor(floor: float, milliseconds: float | None) -> list[str]:
+    distance = NOT_MEASURED if milliseconds is None else f"{milliseconds / 1e3 / floor:.2f}x"
+    return [f"{floor:.3f} s", distance]
+
+
+def _attention_note(results: Results, name: str, chosen: dict[str, str]) -> str:
+    section = f"forward_{name.lower()}"
+    if chosen["ours"] == chosen["torch"]:
+        return f"{name}: both run attention on `{chosen['ours']}`, which is torch's own choice too."
+    text = f"{name}: ours runs attention on `{chosen['ours']}`, diffusers on torch's choice, `{chosen['torch']}`."
+    ours, theirs = "ours, torch's attention", "diffusers, our attention"
+    text += f" Ours on `{chosen['torch']}` as well: {seconds(results, section, ours)};"
+    return text + f" diffusers on `{chosen['ours']}`: {seconds(results, section, theirs)}."
+
+
+def sampling(results: Results) -> list[str]:
+    """Transformer time by number of steps."""
+    headings = [
+        "sampling, transformer time",
+        "steps",
+        "ours",
+        "diffusers",
+        "ratio",
+        "floor",
+        "ours / floor",
+        "peak, ours",
+    ]
+    rows = []
+    for name, size in PUBLISHED.items():
+        section = f"sampling_{name.lower()}"
+        for steps in (1, 4, 8, 50):
+            key, peer = f"ours NFE {steps}", f"diffusers NFE {steps}"
+            skipped = "not run beyond 4 steps" if steps > 4 else None
+            rows.append(
+                [
+                    name,
+                    str(steps),
+                    seconds(results, section, key),
+                    skipped or seconds(results, section, peer),
+                    "" if skipped else times(results, section, peer, key),
+                    *_against_floor(
+                        roofline.sampling_floor_s(size, steps, _limits(results)), results.number(section, key)
+                    ),
+                    gibibytes(results, section, key),
+                ]
+            )
+    return table(headings, rows)
+
+
+def training(results: Results) -> list[str]:
+    """Training steps against the peers' formulation."""
+    headings = ["training step, 1.3B, LoRA, checkpointing", "ours", "peers' formulation", "time ratio"]
+    headings += ["floor, ours", "ours / floor", "peak, ours", "peak, peers'", "ours / peers' peak"]
+    rows = []
+    steps = {
+        "pretrain_1.3b": ("pretrain, batch 2", roofline.pretrain_evaluations(2, 1)),
+        "on_policy_1.3b": ("generator + critic, batch 1", roofline.on_policy_evaluations(1)),
+    }
+    for section, (name, evaluations) in steps.items():
+        floor = roofline.training_floor_s(PUBLISHED["1.3B"], evaluations["ours"], _limits(results))
+        share = results.ratio(section, "ours", _PEERS, "peak_bytes")
+        rows.append(
+            [
+                name,
+                seconds(results, section, "ours"),
+                seconds(results, section, _PEERS),
+                times(results, section, _PEERS, "ours"),
+                *_against_floor(floor, results.number(section, "ours")),
+                gibibytes(results, section, "ours"),
+                gibibytes(results, section, _PEERS),
+                results.why(section, _PEERS) if share is None else f"{share:.2f}x",
+            ]
+        )
+    return table(headings, rows)
+
+
+def operators(results: Results) -> list[str]:
+    """Every operator: Triton, against the copy, the eager and the compiled reference, and a native CUDA kernel."""
+    headings = ["operator", "direction", "ms", "GB/s", "of copy", "eager / ours", "compile / ours", "native / ours"]
+    entries = {name: e for name, e in results.entries("ops").items() if isinstance(e, dict)}
+    if not entries:
+        return table(headings, [["all", "forward, backward", *[results.why("ops", "")] * 6]], right=2)
+    rows = []
+    for name, entry in entries.items():
+        if "op" not in entry or "error" in entry:
+            rows.append([name, "", results.why("ops", name), "", "", "", "", ""])
+            continue
+        for direction in ("forward", "backward"):
+            rows.append([name, direction, *_operator_cells(results, entry, direction)])
+    return table(headings, rows, right=2)
+
+
+def _operator_cells(results: Results, entry: dict[str, Any], direction: str) -> list[str]:
+    timed = entry.get(direction, {}).get("ms", {})
+    ours = timed.get("triton")
+    reasons = entry.get(direction, {}).get("not_timed", {})
+    if ours is None:
+        return [reasons.get("triton", NOT_MEASURED), "", "", "", "", ""]
+    share = share_of_copy(results, entry, direction)
+    ratios = [
+        f"{timed[name] / ours:.2f}x" if name in timed else str(reasons.get(name, ""))[:60]
+        for name in ("eager", "compile", "native")
+    ]
+    rate = entry["bytes"][direction] / ours / 1e6
+    return [f"{ours:.4f}", f"{rate:.0f}", "" if share is None else f"{share:.0%}", *ratios]
+
+
+def native(results: Results) -> list[str]:
+    """Native CUDA kernels against Triton's, forward: what would have to be above 1 for them to be the choice."""
+    headings = ["native CUDA kernel, forward", "ms", "Triton, ms", "Triton / native"]
+    rows = []
+    for name, entry in results.entries("native").items():
+        timed = entry.get("forward", {}).get("ms", {})
+        if "native" in timed and "triton" in timed:
+            ratio = f"{timed['triton'] / timed['native']:.2f}x"
+            rows.append([name, f"{timed['native']:.4f}", f"{timed['triton']:.4f}", ratio])
+        else:
+            rows.append([name, results.why("native", name), "", ""])
+    return table(headings, rows or [["all", results.why("native", ""), "", ""]])
+
+
+def attention(results: Results) -> list[str]:
+    """TFLOP/s of every backend at the models' shapes."""
+    entries = {name: e for name, e in results.entries("attention").items() if isinstance(e, dict) and "ms" in e}
+    if not entries:
+        return table(["attention", "TFLOP/s by backend"], [["all shapes", results.why("attention", "")]])
+    backends = sorted({name for entry in entries.values() for name in entry["ms"]})
+    rows = []
+    for name, entry in entries.items():
+        cells = []
+        for backend in backends:
+            ms = entry["ms"].get(backend)
+            rate = "–" if ms is None else f"{entry['flops'] / ms / 1e9:.0f}"
+            cells.append(f"**{rate}**" if entry.get("chosen") == backend else rate)
+        rows.append([name, *cells])
+    return table(["attention, TFLOP/s (bold: our choice)", *backends], rows)
+
+
+def profile(results: Results) -> list[str]:
+    """Time of the kernels of a forward at 1.3B by category."""
+    shares = results.entry("profile_1.3b", "ms_by_category")
+    headings = ["where a forward at 1.3B goes", "ms", "share"]
+    if not shares:
+        return table(headings, [["all kernels", results.why("profile_1.3b", "ms_by_category"), ""]])
+    whole = sum(shares.values())
+    rows = [[name, f"{ms:.1f}", f"{ms / whole:.1%}"] for name, ms in sorted(shares.items(), key=lambda kv: -kv[1])]
+    wall = results.entry("profile_1.3b", "wall_ms")
+    rows.append(["all kernels", f"{whole:.1f}", f"{whole / wall:.1%} of {wall:.1f} ms" if wall else ""])
+    graph = f"as a CUDA graph: {seconds(results, 'profile_1.3b', 'CUDA graph')}, launched one by one: "
+    return [*table(headings, rows), "", f"The same forward {graph}{seconds(results, 'profile_1.3b', 'launched')}."]
