@@ -12,7 +12,7 @@ import gates
 import pytest
 import report
 import torch
-from interleave import Budget
+from interleave import Budget, keep_freed_memory
 from limits import Limits
 from workloads import Line, Setting, Workload, catalogue, measure
 
@@ -28,6 +28,7 @@ class Run:
         self.device = _device(option.device)
         if self.device.type == "cpu":
             torch.set_num_threads(option.threads)
+            keep_freed_memory()
         self.quick, self.compile = option.quick, not (option.quick or option.no_compile)
         seconds = option.seconds if option.seconds is not None else QUICK_SECONDS if option.quick else SECONDS
         self.budget = Budget(seconds)

@@ -148,6 +148,22 @@ def difference(ours: object, theirs: object) -> float:
     return 0.0
 
 
+def keep_freed_memory() -> None:
+    """Tell the C library to keep what is freed for the next allocation, as it does in long runs of one shape.
+
+    Otherwise it gives large pieces back and asks for them again when it pleases, and their first touch, page by page in
+    the kernel, is up to three times the time of a short operator: a ratio would tell whose turn that was. Above 32 MiB,
+    the most that the library can be told, it stays so. Without effect where the library is not glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    mallopt(mmap_threshold, 32 * 2**20)
+    mallopt(trim_threshold, 2**31 - 1)
+
+
 def peak_memory(step: Step, device: torch.device) -> int | None:
     """Bytes that a step needs at its peak beyond what is allocated before it; None where the system does not say.
 
