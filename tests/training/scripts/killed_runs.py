@@ -18,6 +18,8 @@ from anyflow.training.checkpoint import complete_checkpoints
 from anyflow.training.recipe import load_recipe
 from anyflow.training.trainer import train
 
+AHEAD = 9  # steps beyond the newest checkpoint at which a child is killed at the latest, so that no run ends
+
 
 def run(recipe_file: Path) -> int:
     """A child process that trains; returns its id."""
@@ -44,15 +46,16 @@ def main() -> None:
     out = Path(load_recipe(recipe_file).out)
     moments, longest, before = random.Random(0), 1.0, 0
     for _ in range(kills):
-        child = run(recipe_file)
-        time.sleep(moments.uniform(0.05, longest))
+        child, moment = run(recipe_file), time.monotonic() + moments.uniform(0.05, longest)
+        while time.monotonic() < moment and reached(out) < before + AHEAD:
+            time.sleep(0.01)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         writing = any(out.glob("checkpoints/.step-*.tmp"))
         steps = list(complete_checkpoints(out / "checkpoints"))
-        # On a slow machine every child would die before its first checkpoint, on a fast one the run would end.
+        # On a slow machine every child would die before its first checkpoint.
         newest = max(steps, default=0)
-        longest *= 1.2 if newest == before else 0.6 if newest > before + 9 else 1
+        longest *= 1.2 if newest == before else 0.6 if newest > before + 5 else 1
         before = newest
         print(json.dumps({"steps": steps, "reached": reached(out), "writing": writing, "status": status}), flush=True)
     child = run(recipe_file)
