@@ -10,7 +10,7 @@ import pytest
 from interleave import OURS, Step
 from peers import SMALL, WAN_1B, Batch, Size
 from torch import Tensor, nn
-from workloads import Contest, Line, Setting, Workload
+from workloads import COMPILED, Contest, Line, Setting, Workload
 
 import anyflow
 from anyflow.sampling import sample
@@ -77,6 +77,8 @@ def _loop(size: Size, steps: int, setting: Setting) -> Contest:
         UNCACHED: with_model(WithoutCaches(ours)),
         DIFFUSERS: _pipeline(peer.eval(), size, data, steps, accelerated=False),
     }
+    if setting.compile:
+        contest[COMPILED] = _pipeline(peers.compiled(peer), size, data, steps, accelerated=False)
     return Contest(contest, steps * size.forward_bytes(), steps * size.forward_flops())
 
 
@@ -104,7 +106,7 @@ def _workloads(size: Size, device: str) -> list[Workload]:
             min_rounds=3,
         )
 
-    found = [workload("loop", n, (DIFFUSERS, UNCACHED), _loop, {}) for n in STEPS]
+    found = [workload("loop", n, (DIFFUSERS, COMPILED, UNCACHED), _loop, {}) for n in STEPS]
     return [*found, workload("accelerate", QUICK_STEPS, (OWN_LOOP,), _accelerated, {OWN_LOOP: ACCELERATE_GOAL})]
 
 
