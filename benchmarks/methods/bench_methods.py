@@ -15,7 +15,7 @@ import torch
 from interleave import OURS, Step
 from peers import SHORT_BATCH, SMALL_BATCH, WAN_1B_BATCH, Batch, OnPolicy, Size
 from torch import Tensor
-from workloads import Contest, Line, Setting, Workload
+from workloads import COMPILED, Contest, Line, Setting, Workload
 
 from anyflow.methods import AnyFlowOnPolicyMethod, AnyFlowPretrainMethod, OnPolicyConfig, PretrainConfig, TimePairs
 
@@ -44,10 +44,12 @@ def _pretrain(size: Size, setting: Setting) -> Contest:
         output.loss.backward()
         return output.loss.detach()
 
-    theirs = peers.pretrain_step(peer, size, data, t, r, GUIDANCE, EPSILON)
+    steps = {OURS: step, FORMULATION: peers.pretrain_step(peer, size, data, t, r, GUIDANCE, EPSILON)}
+    if setting.compile:
+        steps[COMPILED] = peers.pretrain_step(peers.compiled(peer), size, data, t, r, GUIDANCE, EPSILON)
     b, flow_map = len(T), int((t != r).sum())
     evaluations = _gradient_passes(size) * b + 2 * flow_map + b  # with gradient; at t + and t -; unconditional
-    return Contest({OURS: step, FORMULATION: theirs}, flops=evaluations * size.forward_flops())
+    return Contest(steps, flops=evaluations * size.forward_flops())
 
 
 def _generator(size: Size, setting: Setting) -> Contest:
@@ -127,7 +129,7 @@ def _workloads(size: Size, device: str) -> list[Workload]:
     return [
         Workload(
             f"methods/{what}/{size.label}/{size.latents[0]}x{size.tokens} tokens",
-            (FORMULATION,),
+            (FORMULATION, COMPILED) if what == "pretrain" else (FORMULATION,),
             partial(build, size),
             device,
             size.dtype,
