@@ -2,7 +2,8 @@
 
 What is compiled is what would be launched: the wrappers run on meta tensors of the shapes of the 1.3B and 14B models
 (and of the widths between), their launches are recorded, and each goes through Triton and ptxas for sm_80, sm_90 and
-sm_100. The table shows registers per thread, shared memory per program and bytes of register spills.
+sm_100. The table shows registers per thread, shared memory per program and bytes of register spills. ``--report``
+prints what the machine code of sm_90 tells about speed (``anyflow.kernels.report`` has the columns).
 """
 
 from __future__ import annotations
@@ -66,10 +67,7 @@ class Compiled:
 
 def compile_launch(launch: Launch, capability: int) -> dict[str, int]:
     """Compile a recorded launch, specialized as the launcher would, and read the resources that it takes."""
-    signature, constants, attributes = _specialize(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages")}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = _compile(launch, capability)
     report = _assemble(compiled.asm["ptx"])
     registers = re.search(r"Used (\d+) registers", report)
     if registers is None or not compiled.asm["cubin"]:
@@ -80,6 +78,19 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, int]:
         "shared": compiled.metadata.shared,
         "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", report)),
     }
+
+
+def disassemble(launch: Launch, capability: int) -> str:
+    """Compile a recorded launch and return its machine code as text; sm_80 and sm_90 only."""
+    return str(_compile(launch, capability).asm["sass"])
+
+
+def _compile(launch: Launch, capability: int) -> Any:
+    """Return Triton's compiled kernel, from its cache on disk where it is there."""
+    signature, constants, attributes = _specialize(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages")}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def _specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[object]]]]:
@@ -120,27 +131,42 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def row_calls(
-    dim: int, dtype: torch.dtype, *, batch: int = 1, length: int = 32760, rows: int = 21
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    length: int = 32760,
+    rows: int = 21,
+    make: Callable[..., Tensor] = _meta,
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The kernels of a block as the model calls them; by default at 480 x 832 x 81, 32760 tokens in 21 frames."""
+    """Yield the kernels of a block as the model calls them; by default at 480 x 832 x 81, 32760 tokens in 21 frames.
+
+    Args:
+        dim: D, heads of 128.
+        dtype: of the tokens.
+        batch, length, rows: B, L and R.
+        make: ``make(*shape, dtype=torch.float32)`` makes a tensor.
+    """
     heads = max(dim // 128, 1)
-    x, weight = _meta(batch, length, dim, dtype=dtype), _meta(dim)
-    shift, scale, gate = _meta(batch, rows, 6, dim).unbind(2)[:3]
+    x, y, h, grad, grad_h = (make(batch, length, dim, dtype=dtype) for _ in range(5))
+    weight, bias = make(dim), make(dim)
+    shift, scale, gate = make(batch, rows, 6, dim).unbind(2)[:3]
     yield "", lambda: layer_norm_modulate.forward(x, shift, scale)
-    yield "", lambda: layer_norm_modulate.backward(x, x, shift, scale, 1e-6)
+    yield "", lambda: layer_norm_modulate.backward(grad, x, shift, scale, 1e-6)
     for variant, args in {
-        "gate, affine": (gate, weight, weight, None, None),
+        "gate, affine": (gate, weight, bias, None, None),
         "modulation": (None, None, None, shift, scale),
     }.items():
-        y = None if args[0] is None else x
-        yield variant, lambda args=args: residual_layer_norm.forward(x, x, *args)
-        yield variant, lambda args=args, y=y: residual_layer_norm.backward(x, x, y, x, *args, 1e-6)
-    yield "", lambda: gated_residual.forward(x, x, gate)
-    yield "", lambda: gated_residual.backward(x, x, gate)
-    grad = x.unflatten(2, (heads, -1))
-    for variant, table in {"rotary": _meta(length, dim // heads // 2), "no rotary": None}.items():
-        yield variant, lambda t=table: rms_norm_rope.forward(x, weight, t, t, heads)
-        yield variant, lambda t=table: rms_norm_rope.backward(grad, x, weight, t, t, heads, 1e-6)
+        read = None if args[0] is None else y
+        yield variant, lambda args=args: residual_layer_norm.forward(x, y, *args)
+        yield variant, lambda args=args, read=read: residual_layer_norm.backward(grad_h, grad, read, h, *args, 1e-6)
+    yield "", lambda: gated_residual.forward(x, y, gate)
+    yield "", lambda: gated_residual.backward(grad, y, gate)
+    of_heads = grad.unflatten(2, (heads, -1))
+    angle = (make(length, dim // heads // 2), make(length, dim // heads // 2))
+    for variant, (cos, sin) in {"rotary": angle, "no rotary": (None, None)}.items():
+        yield variant, lambda c=cos, s=sin: rms_norm_rope.forward(x, weight, c, s, heads)
+        yield variant, lambda c=cos, s=sin: rms_norm_rope.backward(of_heads, x, weight, c, s, heads, 1e-6)
 
 
 def embedding_calls(dim: int, dtype: torch.dtype, *, rows: int = 21) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -197,21 +223,34 @@ def compile_all(dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequen
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 if any kernel spills."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dims", type=int, nargs="+", default=DIMS)
+    parser.add_argument("--report", action="store_true", help="what the machine code tells about speed")
+    parser.add_argument("--dims", type=int, nargs="+", help="widths D, by default those of the models")
+    parser.add_argument("--rows", type=int, nargs="+", default=(1, 21), help="R, of the report")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
     parser.add_argument("--capabilities", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
     parser.add_argument("--json", action="store_true", help="one JSON object per line in place of the table")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
-    spilling = 0
-    if not options.json:
-        print(_HEADER)
-    for compiled in compile_all(options.dims, options.dtypes, options.capabilities):
-        print(json.dumps(asdict(compiled)) if options.json else _line(compiled), flush=True)
-        spilling += compiled.spills > 0
+    if options.report:
+        from anyflow.kernels.report import print_report
+
+        spilling = print_report(options.dims or (1536, 5120), options.rows, options.json)
+    else:
+        spilling = _print_table(options.dims or DIMS, options.dtypes, options.capabilities, options.json)
     print(f"{spilling} kernels spill registers", file=sys.stderr)
     return int(spilling > 0)
+
+
+def _print_table(dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequence[int], as_json: bool) -> int:
+    """Print the resources of every kernel; return how many spill registers."""
+    spilling = 0
+    if not as_json:
+        print(_HEADER)
+    for compiled in compile_all(dims, dtypes, capabilities):
+        print(json.dumps(asdict(compiled)) if as_json else _line(compiled), flush=True)
+        spilling += compiled.spills > 0
+    return spilling
 
 
 _HEADER = (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anyflow.kernels.launch import empty, launch
 from anyflow.kernels.numerics import cast
-from anyflow.kernels.rows import finish_sum, partial_sums
+from anyflow.kernels.rows import finish_sums, partial_sums
 
 # Two 16-byte vectors of bf16 per thread, in programs small enough to occupy the GPU with 21 frames of D = 1536.
 _OPTIONS = {"BLOCK": 1024, "num_warps": 4}
@@ -100,4 +100,4 @@ def backward(
         grad_emb, grad_activated, t_emb, r_emb, gate, dt, dr, dgate, size,
         GATED=fusion == "gated", GATE_GRADIENT=gate_gradient, **_OPTIONS,
     )  # fmt: skip
-    return dt, dr, finish_sum(dgate, gate) if gate_gradient else empty(gate, 0)
+    return dt, dr, *(finish_sums(dgate, (gate,)) if gate_gradient else (empty(gate, 0),))

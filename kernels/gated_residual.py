@@ -12,7 +12,15 @@ from torch import Tensor
 
 from anyflow.kernels.launch import contiguous_rows, empty, launch
 from anyflow.kernels.numerics import cast
-from anyflow.kernels.rows import BACKWARD_TOKENS, FORWARD_TOKENS, finish_sum, load_row, partial_sums, row_options
+from anyflow.kernels.rows import (
+    BACKWARD_TOKENS,
+    FORWARD_TOKENS,
+    MANY_TENSORS,
+    finish_sums,
+    load_row,
+    partial_sums,
+    row_options,
+)
 
 
 @triton.jit
@@ -20,7 +28,7 @@ def gated_residual_forward_kernel(
     x_ptr, y_ptr, gate_ptr, out_ptr,
     runs, rows, tokens,  # per gate row; per sample; per gate row
     x_batch, x_token, y_batch, y_token, gate_batch, gate_row,  # strides
-    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)  # over samples and their gate rows
@@ -31,7 +39,7 @@ def gated_residual_forward_kernel(
     x_ptr += batch * x_batch + (row % rows * tokens + first) * x_token
     y_ptr += batch * y_batch + (row % rows * tokens + first) * y_token
     out_ptr += (row * tokens + first) * D
-    for _ in range(min(TOKENS, tokens - first)):
+    for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
         out = load_row(x_ptr, columns, mask) + load_row(y_ptr, columns, mask) * gate
         tl.store(out_ptr + columns, cast(out, out_ptr.dtype.element_ty), mask=mask)
         x_ptr += x_token
@@ -44,7 +52,7 @@ def gated_residual_backward_kernel(
     grad_ptr, y_ptr, gate_ptr, dy_ptr, dgate_ptr,
     runs, rows, tokens,
     grad_batch, grad_token, y_batch, y_token, gate_batch, gate_row,
-    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)
@@ -56,7 +64,7 @@ def gated_residual_backward_kernel(
     grad_ptr += batch * grad_batch + (row % rows * tokens + first) * grad_token
     y_ptr += batch * y_batch + (row % rows * tokens + first) * y_token
     dy_ptr += (row * tokens + first) * D
-    for _ in range(min(TOKENS, tokens - first)):
+    for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
         grad = load_row(grad_ptr, columns, mask)
         y = load_row(y_ptr, columns, mask)
         tl.store(dy_ptr + columns, cast(grad * gate, dy_ptr.dtype.element_ty), mask=mask)
@@ -72,13 +80,14 @@ def forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     x, y, gate = contiguous_rows(x), contiguous_rows(y), contiguous_rows(gate)
     (b, length, d), rows = x.shape, gate.shape[1]
     out = empty(x)
-    runs = triton.cdiv(length // rows, FORWARD_TOKENS)
+    options = row_options(d, tokens=FORWARD_TOKENS, elements=MANY_TENSORS)
+    runs = triton.cdiv(length // rows, options["TOKENS"])
     launch(
         gated_residual_forward_kernel, (b * rows * runs,),
         x, y, gate, out,
         runs, rows, length // rows,
         *x.stride()[:2], *y.stride()[:2], *gate.stride()[:2],
-        TOKENS=FORWARD_TOKENS, **row_options(d),
+        **options,
     )  # fmt: skip
     return out
 
@@ -88,13 +97,14 @@ def backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     grad, y, gate = contiguous_rows(grad), contiguous_rows(y), contiguous_rows(gate)
     (b, length, d), rows = y.shape, gate.shape[1]
     dy = empty(y)
-    runs = triton.cdiv(length // rows, BACKWARD_TOKENS)
-    dgate = partial_sums(y, b * rows, runs, d)
+    options = row_options(d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS)
+    runs = triton.cdiv(length // rows, options["TOKENS"])
+    partial = partial_sums(y, 1, b * rows * runs, d)
     launch(
         gated_residual_backward_kernel, (b * rows * runs,),
-        grad, y, gate, dy, dgate,
+        grad, y, gate, dy, partial,
         runs, rows, length // rows,
         *grad.stride()[:2], *y.stride()[:2], *gate.stride()[:2],
-        TOKENS=BACKWARD_TOKENS, **row_options(d),
+        **options,
     )  # fmt: skip
-    return dy, finish_sum(dgate, gate)
+    return dy, *finish_sums(partial, (gate,))

@@ -10,13 +10,15 @@ from anyflow.kernels.launch import contiguous_rows, empty, launch
 from anyflow.kernels.numerics import cast
 from anyflow.kernels.rows import (
     BACKWARD_TOKENS,
+    FEW_TENSORS,
     FORWARD_TOKENS,
-    finish_sum,
+    FP32_BACKWARD,
+    finish_sums,
     load_row,
     partial_sums,
     row_options,
     standardize,
-    standardize_backward,
+    standardize_with_gradient,
 )
 
 
@@ -26,7 +28,7 @@ def layer_norm_modulate_forward_kernel(
     runs, rows, tokens,  # per modulation row; per sample; per modulation row
     x_batch, x_token, shift_batch, shift_row, scale_batch, scale_row,  # strides
     eps,
-    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)  # over samples and their modulation rows
@@ -37,8 +39,8 @@ def layer_norm_modulate_forward_kernel(
     scale = 1.0 + load_row(scale_ptr + batch * scale_batch + row % rows * scale_row, columns, mask)
     x_ptr += batch * x_batch + (row % rows * tokens + first) * x_token
     out_ptr += (row * tokens + first) * D
-    for _ in range(min(TOKENS, tokens - first)):
-        normal, _rstd = standardize(load_row(x_ptr, columns, mask), mask, eps, D)
+    for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
+        normal = standardize(load_row(x_ptr, columns, mask), mask, eps, D)
         tl.store(out_ptr + columns, cast(normal * scale + shift, out_ptr.dtype.element_ty), mask=mask)
         x_ptr += x_token
         out_ptr += D
@@ -50,7 +52,7 @@ def layer_norm_modulate_backward_kernel(
     runs, rows, tokens,
     grad_batch, grad_token, x_batch, x_token, scale_batch, scale_row,
     eps,
-    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)
@@ -63,12 +65,12 @@ def layer_norm_modulate_backward_kernel(
     grad_ptr += batch * grad_batch + (row % rows * tokens + first) * grad_token
     x_ptr += batch * x_batch + (row % rows * tokens + first) * x_token
     dx_ptr += (row * tokens + first) * D
-    for _ in range(min(TOKENS, tokens - first)):
+    for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
         grad = load_row(grad_ptr, columns, mask)
-        normal, rstd = standardize(load_row(x_ptr, columns, mask), mask, eps, D)
+        x = load_row(x_ptr, columns, mask)
+        normal, dx = standardize_with_gradient(x, grad * scale, mask, eps, D)
         dshift += grad
         dscale += grad * normal
-        dx = standardize_backward(grad * scale, normal, rstd, D)
         tl.store(dx_ptr + columns, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
         grad_ptr += grad_token
         x_ptr += x_token
@@ -83,14 +85,15 @@ def forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tenso
     x, shift, scale = contiguous_rows(x), contiguous_rows(shift), contiguous_rows(scale)
     (b, length, d), rows = x.shape, shift.shape[1]
     out = empty(x)
-    runs = triton.cdiv(length // rows, FORWARD_TOKENS)
+    options = row_options(d, tokens=FORWARD_TOKENS, elements=FEW_TENSORS, stages=3)
+    runs = triton.cdiv(length // rows, options["TOKENS"])
     launch(
         layer_norm_modulate_forward_kernel, (b * rows * runs,),
         x, shift, scale, out,
         runs, rows, length // rows,
         *x.stride()[:2], *shift.stride()[:2], *scale.stride()[:2],
         eps,
-        TOKENS=FORWARD_TOKENS, **row_options(d),
+        **options,
     )  # fmt: skip
     return out
 
@@ -100,14 +103,17 @@ def backward(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float) 
     grad, x, scale = contiguous_rows(grad), contiguous_rows(x), contiguous_rows(scale)
     (b, length, d), rows = x.shape, scale.shape[1]
     dx = empty(x)
-    runs = triton.cdiv(length // rows, BACKWARD_TOKENS)
-    dshift, dscale = (partial_sums(x, b * rows, runs, d) for _ in range(2))
+    half = x.element_size() == 2
+    elements = FEW_TENSORS if half else FP32_BACKWARD
+    options = row_options(d, tokens=BACKWARD_TOKENS, elements=elements, one_warp=half)
+    runs = triton.cdiv(length // rows, options["TOKENS"])
+    partial = partial_sums(x, 2, b * rows * runs, d)
     launch(
         layer_norm_modulate_backward_kernel, (b * rows * runs,),
-        grad, x, scale, dx, dshift, dscale,
+        grad, x, scale, dx, *partial,
         runs, rows, length // rows,
         *grad.stride()[:2], *x.stride()[:2], *scale.stride()[:2],
         eps,
-        TOKENS=BACKWARD_TOKENS, **row_options(d),
+        **options,
     )  # fmt: skip
-    return dx, finish_sum(dshift, shift), finish_sum(dscale, scale)
+    return dx, *finish_sums(partial, (shift, scale))

@@ -17,13 +17,15 @@ from anyflow.kernels.launch import contiguous_rows, empty, launch
 from anyflow.kernels.numerics import cast
 from anyflow.kernels.rows import (
     BACKWARD_TOKENS,
+    FEW_TENSORS,
     FORWARD_TOKENS,
-    finish_sum,
+    MANY_TENSORS,
+    finish_sums,
     load_row,
     partial_sums,
     row_options,
     standardize,
-    standardize_backward,
+    standardize_with_gradient,
 )
 
 
@@ -35,7 +37,7 @@ def residual_layer_norm_forward_kernel(
     gate_batch, gate_row, scale_batch, scale_row, shift_batch, shift_row,
     eps,
     HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, ONE_PLUS: tl.constexpr,
-    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)  # over samples and their modulation rows
@@ -54,14 +56,14 @@ def residual_layer_norm_forward_kernel(
     y_ptr += batch * y_batch + (row % rows * tokens + first) * y_token
     h_ptr += (row * tokens + first) * D
     n_ptr += (row * tokens + first) * D
-    for _ in range(min(TOKENS, tokens - first)):
+    for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
         x = load_row(x_ptr, columns, mask)
         y = load_row(y_ptr, columns, mask)
         if HAS_GATE:
             y *= gate
         h = cast(x + y, h_ptr.dtype.element_ty)
         tl.store(h_ptr + columns, h, mask=mask)
-        n, _rstd = standardize(h.to(tl.float32), mask, eps, D)  # the norm of what was returned
+        n = standardize(h.to(tl.float32), mask, eps, D)  # the norm of what was returned
         if HAS_SCALE:
             n *= scale
         if HAS_SHIFT:
@@ -83,7 +85,7 @@ def residual_layer_norm_backward_kernel(
     eps,
     HAS_DH: tl.constexpr, HAS_DY: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, ONE_PLUS: tl.constexpr,
-    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)
@@ -105,20 +107,21 @@ def residual_layer_norm_backward_kernel(
     h_ptr += batch * h_batch + (row % rows * tokens + first) * h_token
     dx_ptr += (row * tokens + first) * D
     dy_ptr += (row * tokens + first) * D
-    for _ in range(min(TOKENS, tokens - first)):
+    for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
         dn = load_row(dn_ptr, columns, mask)
         h = load_row(h_ptr, columns, mask)
         if HAS_DH:  # all loads come before the reductions, which would hold them back
             dh = load_row(dh_ptr, columns, mask)
         if HAS_GATE:
             y = load_row(y_ptr, columns, mask)
-        normal, rstd = standardize(h, mask, eps, D)
+        g = dn
+        if HAS_SCALE:
+            g *= scale
+        normal, dx = standardize_with_gradient(h, g, mask, eps, D)
         if HAS_SHIFT:
             dshift += dn
         if HAS_SCALE:
             dscale += dn * normal
-            dn *= scale
-        dx = standardize_backward(dn, normal, rstd, D)
         if HAS_DH:
             dx += dh
         tl.store(dx_ptr + columns, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
@@ -159,7 +162,8 @@ def forward(
     a = _rows(weight if scale is None else scale, b, rows)
     c = _rows(bias if shift is None else shift, b, rows)
     h, n = empty(x), empty(x)
-    runs = triton.cdiv(length // rows, FORWARD_TOKENS)
+    options = row_options(d, tokens=FORWARD_TOKENS, elements=FEW_TENSORS if gate is None else MANY_TENSORS)
+    runs = triton.cdiv(length // rows, options["TOKENS"])
     launch(
         residual_layer_norm_forward_kernel, (b * rows * runs,),
         x, y, _or(g, x), _or(a, x), _or(c, x), h, n,
@@ -167,7 +171,7 @@ def forward(
         *x.stride()[:2], *y.stride()[:2], *_strides(g), *_strides(a), *_strides(c),
         eps,
         HAS_GATE=g is not None, HAS_SCALE=a is not None, HAS_SHIFT=c is not None, ONE_PLUS=scale is not None,
-        TOKENS=FORWARD_TOKENS, **row_options(d),
+        **options,
     )  # fmt: skip
     return h, n
 
@@ -192,11 +196,14 @@ def backward(
     dh, z = (None if t is None else contiguous_rows(t) for t in (dh, y))
     (b, length, d), rows = h.shape, _common_rows(gate, scale)
     g, a = _rows(gate, b, rows), _rows(weight if scale is None else scale, b, rows)
-    runs = triton.cdiv(length // rows, BACKWARD_TOKENS)
+    options = row_options(d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS)
+    runs = triton.cdiv(length // rows, options["TOKENS"])
     dx, dy = empty(h), None if y is None else empty(y)
-    dgate, dweight, dbias, dshift, dscale = (
-        None if t is None else _partial_sums(t, b, rows, runs) for t in (gate, weight, bias, shift, scale)
-    )
+    parameters = (gate, weight, bias, shift, scale)
+    summed = [t for t in parameters if t is not None]
+    partial = partial_sums(h, len(summed), b * rows * runs, d)
+    unfinished = iter(partial)
+    dgate, dweight, dbias, dshift, dscale = (None if t is None else next(unfinished) for t in parameters)
     launch(
         residual_layer_norm_backward_kernel, (b * rows * runs,),
         _or(dh, h), dn, _or(z, h), h, _or(g, h), _or(a, h),
@@ -206,20 +213,14 @@ def backward(
         eps,
         HAS_DH=dh is not None, HAS_DY=dy is not None, HAS_GATE=g is not None,
         HAS_SCALE=a is not None, HAS_SHIFT=bias is not None or shift is not None, ONE_PLUS=scale is not None,
-        TOKENS=BACKWARD_TOKENS, **_backward_options(d),
+        **options,
     )  # fmt: skip
-    sums = zip((dgate, dweight, dbias, dshift, dscale), (gate, weight, bias, shift, scale), strict=True)
-    finished = (empty(h, 0) if s is None or t is None else finish_sum(s, t) for s, t in sums)
-    return dx, empty(h, 0) if dy is None else dy, *finished
-
-
-def _backward_options(d: int) -> dict[str, int]:
-    """As ``row_options``, but up to 24 elements per thread: three sums, the gate and the scale stay in registers.
-
-    Registers bound how many programs share a multiprocessor, and a thread with more elements needs fewer for each: 24
-    fit into the 255 of a thread. D = 5120 in 16 warps of at most 128 registers would spill, in 8 it does not.
-    """
-    return row_options(d) | {"num_warps": min(triton.next_power_of_2(triton.cdiv(d, 32 * 24)), 16)}
+    finished = iter(finish_sums(partial, summed) if summed else ())
+    return (
+        dx,
+        empty(h, 0) if dy is None else dy,
+        *(empty(h, 0) if t is None else next(finished) for t in parameters),
+    )
 
 
 def _common_rows(gate: Tensor | None, scale: Tensor | None) -> int:
@@ -236,13 +237,6 @@ def _rows(t: Tensor | None, b: int, rows: int) -> Tensor | None:
         return t.expand(b, rows, -1)
     repeats = rows // t.shape[1]
     return t if repeats == 1 else t.unsqueeze(2).expand(-1, -1, repeats, -1).flatten(1, 2)  # R = 1: a view
-
-
-def _partial_sums(like: Tensor, b: int, rows: int, runs: int) -> Tensor:
-    """For the gradient of ``[B, R, D]`` or ``[D]``, one partial sum per program, grouped by what is added up."""
-    r = 0 if like.ndim == 1 else like.shape[1]
-    groups, programs = (b * r, rows // r * runs) if r else (1, b * rows * runs)
-    return partial_sums(like, groups, programs, like.shape[-1])
 
 
 def _or(t: Tensor | None, stand_in: Tensor) -> Tensor:

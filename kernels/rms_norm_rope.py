@@ -12,7 +12,17 @@ from torch import Tensor
 
 from anyflow.kernels.launch import contiguous_rows, empty, launch
 from anyflow.kernels.numerics import cast
-from anyflow.kernels.rows import BACKWARD_TOKENS, FORWARD_TOKENS, finish_sum, load_row, partial_sums, row_options
+from anyflow.kernels.rows import (
+    BACKWARD_TOKENS,
+    FEW_TENSORS,
+    FORWARD_TOKENS,
+    FP32_BACKWARD,
+    add_pairs,
+    finish_sums,
+    load_row,
+    partial_sums,
+    row_options,
+)
 
 
 @triton.jit
@@ -45,7 +55,7 @@ def rms_norm_rope_forward_kernel(
     x_batch, x_token, cos_token, sin_token,  # strides
     eps,
     HAS_ROPE: tl.constexpr, HALF: tl.constexpr,  # pairs per head
-    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(0) // runs).to(tl.int64)
     run = tl.program_id(0) % runs
@@ -56,13 +66,14 @@ def rms_norm_rope_forward_kernel(
     weight = load_row(weight_ptr, columns, mask)
     x_ptr += batch * x_batch
     out_ptr += batch * tokens * D
-    for index in range(min(TOKENS, tokens - run * TOKENS)):
+    for index in tl.range(0, min(TOKENS, tokens - run * TOKENS), num_stages=STAGES):
         token = first + index
         x = load_row(x_ptr + token * x_token, columns, mask)
-        y = x * (inverse_rms(x, eps, D) * weight)  # in this order ptxas does not spill
-        if HAS_ROPE:
+        if HAS_ROPE:  # before the reduction, whose barriers would hold these loads back
             cos = tl.load(cos_ptr + token * cos_token + pairs).to(tl.float32)
             sin = tl.load(sin_ptr + token * sin_token + pairs).to(tl.float32)
+        y = x * (inverse_rms(x, eps, D) * weight)  # in this order ptxas does not spill
+        if HAS_ROPE:
             y = rotate(y, cos, sin, BLOCK_D)
         tl.store(out_ptr + token * D + columns, cast(y, out_ptr.dtype.element_ty), mask=mask)
 
@@ -74,7 +85,7 @@ def rms_norm_rope_backward_kernel(
     grad_batch, grad_token, x_batch, x_token, cos_token, sin_token,
     eps,
     HAS_ROPE: tl.constexpr, HALF: tl.constexpr,
-    TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(0) // runs).to(tl.int64)
     run = tl.program_id(0) % runs
@@ -87,20 +98,21 @@ def rms_norm_rope_backward_kernel(
     grad_ptr += batch * grad_batch
     x_ptr += batch * x_batch
     dx_ptr += batch * tokens * D
-    for index in range(min(TOKENS, tokens - run * TOKENS)):
+    for index in tl.range(0, min(TOKENS, tokens - run * TOKENS), num_stages=STAGES):
         token = first + index
         grad = load_row(grad_ptr + token * grad_token, columns, mask)
         x = load_row(x_ptr + token * x_token, columns, mask)
-        rstd = inverse_rms(x, eps, D)
-        normal = x * rstd
-        if HAS_ROPE:  # the transpose of a rotation turns back
+        if HAS_ROPE:  # before the reduction, whose barriers would hold these loads back
             cos = tl.load(cos_ptr + token * cos_token + pairs).to(tl.float32)
             sin = tl.load(sin_ptr + token * sin_token + pairs).to(tl.float32)
+        if HAS_ROPE:  # the transpose of a rotation turns back
             grad = rotate(grad, cos, -sin, BLOCK_D)
-        dweight += grad * normal
         g = grad * weight
-        # Factored this way ptxas does not spill.
-        dx = g * rstd - normal * (tl.sum(g * normal, 0) * (rstd / D))
+        square, product = tl.reduce((x * x, g * x), 0, add_pairs)
+        rstd = tl.rsqrt(square / D + eps)
+        normal = x * rstd
+        dweight += grad * normal
+        dx = g * rstd - normal * (product * rstd * (rstd / D))
         tl.store(dx_ptr + token * D + columns, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
     tl.store(dweight_ptr + tl.program_id(0).to(tl.int64) * D + columns, dweight, mask=mask)
 
@@ -112,15 +124,16 @@ def forward(
     x, weight = contiguous_rows(x), contiguous_rows(weight)
     b, length, d = x.shape
     out = empty(x, b, length, num_heads, d // num_heads)
-    cos, sin, options = _tables(cos, sin, weight, d // num_heads)
-    runs = triton.cdiv(length, FORWARD_TOKENS)
+    cos, sin, tables = _tables(cos, sin, weight, d // num_heads)
+    options = row_options(d, tokens=FORWARD_TOKENS, elements=FEW_TENSORS, one_warp=True)
+    runs = triton.cdiv(length, options["TOKENS"])
     launch(
         rms_norm_rope_forward_kernel, (b * runs,),
         x, weight, cos, sin, out,
         runs, length,
         *x.stride()[:2], cos.stride(0), sin.stride(0),
         eps,
-        TOKENS=FORWARD_TOKENS, **options, **row_options(d),
+        **tables, **options,
     )  # fmt: skip
     return out
 
@@ -133,18 +146,21 @@ def backward(
     x, weight = contiguous_rows(x), contiguous_rows(weight)
     b, length, d = x.shape
     dx = empty(x)
-    cos, sin, options = _tables(cos, sin, weight, d // num_heads)
-    runs = triton.cdiv(length, BACKWARD_TOKENS)
-    dweight = partial_sums(x, 1, b * runs, d)
+    cos, sin, tables = _tables(cos, sin, weight, d // num_heads)
+    half = x.element_size() == 2
+    elements = FEW_TENSORS if half else FP32_BACKWARD
+    options = row_options(d, tokens=BACKWARD_TOKENS, elements=elements, one_warp=half)
+    runs = triton.cdiv(length, options["TOKENS"])
+    partial = partial_sums(x, 1, b * runs, d)
     launch(
         rms_norm_rope_backward_kernel, (b * runs,),
-        grad, x, weight, cos, sin, dx, dweight,
+        grad, x, weight, cos, sin, dx, partial,
         runs, length,
         *grad.stride()[:2], *x.stride()[:2], cos.stride(0), sin.stride(0),
         eps,
-        TOKENS=BACKWARD_TOKENS, **options, **row_options(d),
+        **tables, **options,
     )  # fmt: skip
-    return dx, finish_sum(dweight, weight)
+    return dx, *finish_sums(partial, (weight,))
 
 
 def _tables(

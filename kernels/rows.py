@@ -3,32 +3,72 @@
 A program reads a run of consecutive tokens of one modulation row, so that the row is read once per run instead of once
 per token: in bf16, a token would otherwise read four times as many bytes of fp32 shift and scale as of x. Sums over
 tokens (gradients of shift, scale, gate, weight) stay in registers over the run, go to a row of a partial-sum buffer
-each, and are added up by one more reduction: no atomics, the same bits every time.
+each, and are added up by one more kernel: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from anyflow.kernels.launch import empty
+from anyflow.kernels.launch import empty, launch
+from anyflow.kernels.numerics import cast
 
 # Tokens per program. A backward program also writes a row of partial sums, which a longer run amortizes.
 FORWARD_TOKENS = 16
 BACKWARD_TOKENS = 32
+# Elements of a row per thread, at most. Few warps leave room for many programs on a multiprocessor,
+# whose loads overlap, and no lane idle: two at D = 1536 and four at D = 5120 read whole 16-byte
+# vectors in every lane. Kernels that keep many tensors and sums in registers would spill with 40.
+FEW_TENSORS, MANY_TENSORS = 40, 24
+FP32_BACKWARD = 16  # loaded rows take twice the registers, and ptxas spills sooner for sm_100
+# A row of up to so many elements can be held by one warp, which needs no barriers: 48 per thread.
+ONE_WARP = 1536
+
+_overridden: dict[str, int] = {}
 
 
-def row_options(d: int) -> dict[str, int]:
-    """``BLOCK_D`` and ``num_warps`` for a row of D elements.
+def row_options(d: int, *, tokens: int, elements: int, stages: int = 1, one_warp: bool = False) -> dict[str, int]:
+    """Return the constexpr arguments and the number of warps of a kernel over rows.
 
-    Sixteen elements per thread: two 16-byte vectors of bf16 each way, and with the fp32 intermediates of the backward
-    kernels about half of the 255 registers, so that several programs share a multiprocessor. From 8192 on the
-    16 warps of a program are as many as pay for their synchronization.
+    Args:
+        d: D, elements of a row.
+        tokens: of a program.
+        elements: of a row per thread, at most; up to 16 warps share a row.
+        stages: of the loop over tokens; from 3 on it copies ``stages - 2`` later rows to shared memory meanwhile.
+        one_warp: whether one warp holds a row where it can.
+
+    Returns:
+        ``TOKENS``, ``STAGES``, ``D``, ``BLOCK_D`` (the next power of two) and ``num_warps``.
     """
-    block = triton.next_power_of_2(d)
-    return {"D": d, "BLOCK_D": block, "num_warps": min(max(block // (32 * 16), 1), 16)}
+    warps = min(triton.next_power_of_2(triton.cdiv(d, 32 * elements)), 16)
+    if one_warp and d <= ONE_WARP:
+        warps = 1
+    options = {"TOKENS": tokens, "STAGES": stages, "D": d, "BLOCK_D": triton.next_power_of_2(d), "num_warps": warps}
+    return options | _overridden
+
+
+@contextmanager
+def override_options(**options: int) -> Iterator[None]:
+    """Launch the kernels over rows with other ``TOKENS``, ``STAGES`` or ``num_warps``, to time them.
+
+    Raises:
+        ValueError: another option is named.
+    """
+    unknown = sorted(set(options) - {"TOKENS", "STAGES", "num_warps"})
+    if unknown:
+        raise ValueError(f"override_options takes TOKENS, STAGES and num_warps, got {', '.join(unknown)}")
+    global _overridden
+    previous, _overridden = _overridden, options
+    try:
+        yield
+    finally:
+        _overridden = previous
 
 
 @triton.jit
@@ -39,23 +79,102 @@ def load_row(pointer, columns, mask):
 
 @triton.jit
 def standardize(x, mask, eps, D: tl.constexpr):
-    """``((x - mean) / std, 1 / std)`` of a row; the variance is that of the centered row, so that it cannot cancel."""
+    """Return ``(x - mean) / std`` of a row; the variance is that of the centered row, so that it cannot cancel."""
     centered = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
-    rstd = tl.rsqrt(tl.sum(centered * centered, 0) / D + eps)
-    return centered * rstd, rstd
+    return centered * tl.rsqrt(tl.sum(centered * centered, 0) / D + eps)
 
 
 @triton.jit
-def standardize_backward(g, normal, rstd, D: tl.constexpr):
-    """Gradient of x, given that of ``standardize(x)[0]``; all zero beyond D but the result."""
-    return rstd * (g - tl.sum(g, 0) / D - normal * (tl.sum(g * normal, 0) / D))
+def add_pairs(a0, a1, b0, b1):
+    """Add two pairs: the reduction of a pair has as many barriers as that of one number."""
+    return a0 + b0, a1 + b1
 
 
-def partial_sums(like: Tensor, groups: int, programs: int, d: int) -> Tensor:
-    """``[groups, programs, D]`` in fp32: one row for each program to write."""
-    return empty(like, groups, programs, d, dtype=torch.float32)
+@triton.jit
+def standardize_with_gradient(x, g, mask, eps, D: tl.constexpr):
+    """Return ``standardize(x)`` and the gradient of x, given the gradient g of that, which is zero beyond D.
+
+    The sums of g and of g * normal ride along with those of the statistics, as sum(g * normal) is
+    sum(g * centered) / std: two reductions in place of four.
+    """
+    sum_x, sum_g = tl.reduce((x, g), 0, add_pairs)
+    centered = tl.where(mask, x - sum_x / D, 0.0)
+    square, product = tl.reduce((centered * centered, g * centered), 0, add_pairs)
+    rstd = tl.rsqrt(square / D + eps)
+    normal = centered * rstd
+    return normal, rstd * (g - sum_g / D - normal * (product * rstd / D))
 
 
-def finish_sum(partial: Tensor, like: Tensor) -> Tensor:
-    """Second stage: the sum over programs, in like's shape and dtype."""
-    return partial.sum(1).to(like.dtype).reshape(like.shape)
+# Sums over tokens ---------------------------------------------------------------------------------------------------
+
+# A tile of partial sums per iteration: 32 columns, so that a few gradients of D = 1536 occupy the GPU.
+_SUM_OPTIONS = {"PROGRAMS": 128, "COLUMNS": 32, "num_warps": 4}
+
+
+def partial_sums(like: Tensor, count: int, programs: int, d: int) -> Tensor:
+    """Return ``[count, programs, D]`` in fp32, uninitialized: for each gradient one row from each program."""
+    return empty(like, count, programs, d, dtype=torch.float32)
+
+
+def finish_sums(partial: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Add up the programs' sums of up to three gradients in one launch.
+
+    Args:
+        partial: ``[count, programs, D]``, as :func:`partial_sums`; programs of one row of a gradient are adjacent.
+        like: what each is the gradient of, ``[..., D]``; its rows share the programs equally.
+
+    Returns:
+        The gradients, in the shapes and dtypes of ``like``.
+    """
+    count, programs, d = partial.shape
+    assert count == len(like) <= 3, f"{count} sums for {len(like)} gradients"
+    sums = [empty(t) for t in like]
+    groups = [t.numel() // max(d, 1) for t in like]
+    padded = [*sums, *[partial] * (3 - count)]
+    launch(
+        finish_sums_kernel, (sum(groups) * triton.cdiv(d, _SUM_OPTIONS["COLUMNS"]),),
+        partial, *padded,
+        programs, *groups, *[0] * (3 - count),
+        d,
+        **_SUM_OPTIONS,
+    )  # fmt: skip
+    return tuple(sums)
+
+
+@triton.jit
+def finish_sums_kernel(
+    partial_ptr, first_ptr, second_ptr, third_ptr,
+    programs, first_groups, second_groups, third_groups,
+    d,
+    PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(d, COLUMNS)
+    group = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * COLUMNS
+    if group < first_groups:
+        sum_programs(partial_ptr, first_ptr, 0, group, first_groups, column, programs, d, PROGRAMS, COLUMNS)
+    else:
+        group -= first_groups
+        if group < second_groups:
+            sum_programs(partial_ptr, second_ptr, 1, group, second_groups, column, programs, d, PROGRAMS, COLUMNS)
+        else:
+            group -= second_groups
+            sum_programs(partial_ptr, third_ptr, 2, group, third_groups, column, programs, d, PROGRAMS, COLUMNS)
+
+
+@triton.jit
+def sum_programs(
+    partial_ptr, sum_ptr, index, group, groups, column, programs, d, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Add up the rows of one group of gradient ``index``, in ``COLUMNS`` columns."""
+    of_group = programs // groups
+    rows = tl.arange(0, PROGRAMS)
+    columns = column + tl.arange(0, COLUMNS)
+    start = (tl.cast(index, tl.int64) * programs + tl.cast(group, tl.int64) * of_group) * d
+    offsets = rows[:, None].to(tl.int64) * d + columns[None, :]
+    total = tl.zeros([PROGRAMS, COLUMNS], tl.float32)
+    for first in range(0, of_group, PROGRAMS):
+        mask = (rows[:, None] < of_group - first) & (columns[None, :] < d)
+        total += tl.load(partial_ptr + start + tl.cast(first, tl.int64) * d + offsets, mask=mask, other=0.0)
+    result = cast(tl.sum(total, 0), sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + tl.cast(group, tl.int64) * d + columns, result, mask=columns < d)
