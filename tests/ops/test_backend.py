@@ -11,7 +11,7 @@ import torch
 
 from anyflow import ops
 from anyflow.ops import backend_report, use_backend
-from anyflow.ops.backend import BACKENDS, LEFT_TO_TORCH
+from anyflow.ops.backend import BACKENDS, LEFT_TO_TORCH, assume_capability
 
 OPS = {
     "attention",
@@ -250,3 +250,22 @@ class TestAutomaticOnCuda:
         x, row = torch.zeros(1, 2, 12, device="cuda"), torch.zeros(1, 1, 12, device="cuda")
         assert ops.layer_norm_modulate(x, row, row).shape == x.shape
         assert any("D=12" in reason for reason in backend_report("cuda")["layer_norm_modulate"].fallbacks)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+class TestWithoutADevice:
+    """Fake CUDA tensors are traced on machines without a GPU."""
+
+    def test_nothing_is_chosen(self) -> None:
+        report = backend_report("cuda")
+        assert {choice.backend for choice in report.values()} == {"eager"}
+        assert report["rms_norm_rope"].reason == "torch finds no CUDA device"
+
+    @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+    def test_the_choice_of_an_assumed_one(self) -> None:
+        with assume_capability(9, 0):
+            assert {c.backend for op, c in backend_report("cuda").items() if op not in WITHOUT_TRITON} == {"triton"}
+            with assume_capability(7, 5):
+                assert "(7, 5), the Triton kernels need (8, 0)" in backend_report("cuda")["rms_norm_rope"].reason
+            assert backend_report("cuda")["rms_norm_rope"].backend == "triton"
+        assert backend_report("cuda")["rms_norm_rope"].backend == "eager"
