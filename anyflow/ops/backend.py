@@ -170,11 +170,11 @@ def _missing_triton(device: torch.device) -> str | None:
     if not _HAS_TRITON:
         return "triton is not installed"
     if device.type == "cuda":
+        if not _HAS_COMPILER:
+            return "Triton needs a C compiler to launch kernels: install gcc or clang, or name one in the variable CC"
         capability = cuda_capability(device)
         if capability is None:
             return "torch finds no CUDA device"
-        if not _HAS_COMPILER:
-            return "Triton needs a C compiler to launch kernels: install gcc or clang, or name one in the variable CC"
         if torch.version.hip is None and capability < _MIN_CAPABILITY:
             return f"the GPU has compute capability {capability}, the Triton kernels need {_MIN_CAPABILITY}"
         return None

@@ -97,11 +97,15 @@ class Device(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
         leaves = tree_leaves((args, kwargs))
-        if func is aten._pin_memory.default:
+        if func is aten._pin_memory.default or kwargs.get("pin_memory"):  # the driver would
             with unset_fake_temporarily():
-                copy = args[0].clone()
-            self._pinned[copy.untyped_storage().data_ptr()] = copy
-            return copy
+                memory = (
+                    args[0].clone()
+                    if func is aten._pin_memory.default
+                    else func(*args, **{**kwargs, "pin_memory": False})
+                )
+            self._pinned[memory.untyped_storage().data_ptr()] = memory
+            return memory
         if not any(_on_device(leaf) for leaf in leaves):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
