@@ -17,6 +17,8 @@ import hypothesis
 import pytest
 import torch
 
+import anyflow
+
 SEED = 20260513
 
 torch.set_num_threads(2)
@@ -65,6 +67,27 @@ def process_environment(free_port: Callable[[], int]) -> Callable[[], dict[str, 
     """The environment of processes that meet on this machine: one thread each, this checkout, a port of their own."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "GLOO_SOCKET_IFNAME": "lo"}
     return lambda: {**os.environ, **own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., str]:
+    """``run_python(code, **environment)``: what a fresh process prints that has the anyflow of this one.
+
+    Its parts are where they are here: in a checkout that is not installed, not beside the package. The variables that
+    choose a backend are set only if they are given.
+    """
+
+    def run(code: str, **environment: str) -> str:
+        inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ANYFLOW_BACKEND", "CC")}
+        inherited["PYTHONPATH"] = str(Path(anyflow.__file__).parents[1])
+        code = f"import anyflow; anyflow.__path__[:] = {list(anyflow.__path__)!r}\n{code}"
+        process = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=inherited | environment
+        )
+        assert process.returncode == 0, process.stderr
+        return process.stdout.strip()
+
+    return run
 
 
 @pytest.fixture(scope="session")

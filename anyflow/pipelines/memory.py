@@ -105,9 +105,9 @@ class Turns:
     """Brings the transformer and the text encoder to the device when it is their turn, by a plan.
 
     Args:
-        plan: ``"fast"`` leaves both there; ``"low"`` takes the transformer away for the others, and from its second turn
-            on copies it from pinned memory; ``"stream"`` lets its weights stream in, and those of a text encoder that
-            does not fit.
+        plan: ``"fast"`` leaves both there; ``"low"`` takes the transformer away for the others, and from its second
+            turn on copies it from pinned memory; ``"stream"`` lets its weights stream in, and those of a text encoder
+            that does not fit.
         device: to run on.
         cuda_graph: evaluate the transformer by a CUDA graph.
     """

@@ -54,7 +54,7 @@ def pin_weights(module: nn.Module) -> int:
         problem = _pin([parameters[i] for i, _ in places], [start for _, start in places], offset + sizes[last])
         if problem is not None:
             warnings.warn(
-                f"{left / 1e9:.1f} GB of the weights stay in pageable memory, which a GPU copies more slowly: {problem}",
+                f"{left / 1e9:.1f} GB of the weights stay in pageable memory, which is slower to copy: {problem}",
                 stacklevel=2,
             )
             return left
