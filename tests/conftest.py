@@ -1,5 +1,6 @@
 """What every test has: two threads, a seeded generator, no network, the same random examples each time."""
 
+import importlib.metadata
 import importlib.util
 import os
 import socket
@@ -26,10 +27,22 @@ hypothesis.settings.register_profile("anyflow", derandomize=True, deadline=None,
 hypothesis.settings.load_profile("anyflow")
 
 
-def pytest_report_header() -> str:
-    """Which build is tested: an installed one, this checkout's, or the one of ``make sanitize``."""
+def pytest_report_header() -> list[str]:
+    """Which build is tested: an installed one, this checkout's, or that of ``make sanitize``; and what cannot be."""
     spec = importlib.util.find_spec("anyflow._C")
-    return f"anyflow._C: {'not built' if spec is None else spec.origin}"
+    lines = [f"anyflow._C: {'not built' if spec is None else spec.origin}"]
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+        if _minor(triton) < (3, 7) and _minor(numpy) >= (2, 4):
+            lines.append(
+                f"triton {triton} interprets no kernel with numpy {numpy}: install numpy < 2.4 or triton >= 3.7"
+            )
+    return lines
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
