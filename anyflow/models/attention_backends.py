@@ -1,7 +1,8 @@
 """The kernels for attention (torch's, the FlashAttention packages', ours): which of them run, and which is best.
 
 torch's flash kernel can be replaced by FlashAttention-3 or 4, from torch 2.11 on, by
-``torch.nn.attention.activate_flash_attention_impl``. That holds for the whole process and is never done here. Where the user has done it, it comes first.
+``torch.nn.attention.activate_flash_attention_impl``. That holds for the whole process and is never done here. Where the
+user has done it, it comes first.
 """
 
 from __future__ import annotations
