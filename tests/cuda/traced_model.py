@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from anyflow.kernels.launch import record
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models.blocks import AnyFlowTransformerBlock
 from anyflow.models.linear import linear_gelu
 from anyflow.ops import backend_report
 from anyflow.ops.backend import choose
@@ -174,3 +177,25 @@ def test_gelu_is_in_the_epilogue_of_the_product(device: Any) -> None:
     assert linear_gelu(x, weight, bias).shape == (1, TOKENS, 8960)
     assert device.counts("aten")["_addmm_activation"] == 1
     assert not [call for call in device.calls if call.operator.startswith(COPIES[:4])]
+
+
+def test_a_compiled_block_keeps_the_operators(device: Any) -> None:
+    """One graph forward and one backward, by torch.compile on the fakes, with the same operators in them."""
+    with torch.device("meta"), device.fakes:
+        block = AnyFlowTransformerBlock(DIM, 8960, HEADS, cross_attn_norm=True, eps=1e-6)
+    device.parameters(block, BF16)
+    graphs: list[Counter[str]] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        names = (str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        graphs.append(Counter(name.split(".")[1] for name in names if name.startswith("anyflow.")))
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(block, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    with _disable_current_modes(), device.fakes:  # torch.compile takes no modes but the fakes'
+        x = torch.empty(1, 42, DIM, dtype=BF16, device="cuda", requires_grad=True)
+        text, modulation = torch.empty(1, 5, DIM, dtype=BF16, device="cuda"), torch.empty(1, 21, 6, DIM, device="cuda")
+        table = torch.empty(42, HEAD_DIM // 2, device="cuda")
+        out = compiled(x, text, modulation, (table, table))
+        out.backward(torch.empty_like(out))
+    assert graphs == [Counter(PER_BLOCK), Counter({f"{op}_backward": n for op, n in PER_BLOCK.items()})]
