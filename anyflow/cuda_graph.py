@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ class CudaGraphTransformer:
     The first evaluation of a shape runs as ever and is recorded; the others, in this call of the sampler and in later
     ones, replay the recording. That saves the time to launch kernels one by one, which counts where they are short:
     small models, few frames. The recording keeps the memory of one evaluation until :meth:`reset`. Another shape, or
-    weights that have moved, are recorded anew; forced attention and operator backends are those of the recording.
+    weights that have moved, are recorded anew; forced attention and operator backends, and the adapters that are
+    switched on, are those of the recording.
 
     Raises:
         ValueError: the transformer is not on a CUDA device, or its weights come and go (offloading).
@@ -120,14 +122,21 @@ def _record(
         return evaluate(model, inputs[0], time_embedding=inputs[1], text_context=inputs[2])
 
     with torch.cuda.device(x.device):
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), _side_stream(x.device)
         side.wait_stream(current)
-        with torch.cuda.stream(side):  # a recording must not begin on a stream that has never run these kernels
+        with torch.cuda.stream(side):  # compiles the kernels, chooses among them, gives cuBLAS its workspace
             velocity = run()
         current.wait_stream(side)
         velocity.record_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What other threads ask of the driver meanwhile is no part of the recording and need not fail.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             output = run()
     rotary = tuple(model.rope._cache.values())
     return _Recording(graph, key, inputs, text, output, rotary), velocity
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of a device for recordings: cuBLAS keeps a workspace for every stream that it has met."""
+    return torch.cuda.Stream(device)

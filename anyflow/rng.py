@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from anyflow.transfer import to_device
+
 
 def resolve_generator(generator: torch.Generator | None, device: torch.device | str | None = None) -> torch.Generator:
     """The generator given, or a fresh one on ``device`` seeded from the operating system."""
@@ -20,10 +22,10 @@ def resolve_generator(generator: torch.Generator | None, device: torch.device | 
 def randn_like(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal of the shape, dtype and device of ``like``, drawn on the generator's device."""
     g = resolve_generator(generator, like.device)
-    return torch.randn(like.shape, generator=g, device=g.device, dtype=like.dtype).to(like.device)
+    return to_device(torch.randn(like.shape, generator=g, device=g.device, dtype=like.dtype), like.device)
 
 
 def rand(shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str | None = None) -> Tensor:
     """Uniform fp32 in [0, 1) on ``device``, drawn on the generator's device."""
     g = resolve_generator(generator, device)
-    return torch.rand(tuple(shape), generator=g, device=g.device).to(device or g.device)
+    return to_device(torch.rand(tuple(shape), generator=g, device=g.device), device or g.device)

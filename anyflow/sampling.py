@@ -12,6 +12,7 @@ from torch import Tensor
 from anyflow.network import evaluate, has_flow_map, has_hooks
 from anyflow.rng import randn_like
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.transfer import device_tensor, to_device
 from anyflow.validation import batched_embeds, require_finite, require_latents
 
 Callback = Callable[[int, float, Tensor], Tensor | None]
@@ -70,7 +71,7 @@ def sample(
         latents = latents - (sigma - following) * velocity.to(latents.dtype)
         if callback is not None:
             replaced = callback(i, times[i], _with_context(latents, context).to(noise.dtype))
-            latents = latents if replaced is None else replaced.to(latents)
+            latents = latents if replaced is None else to_device(replaced, latents.device, latents.dtype)
     return _with_context(latents, context).to(noise.dtype)
 
 
@@ -139,8 +140,8 @@ class _Network:
             raise ValueError(
                 "this model has no second timestep branch: pass use_mean_velocity=False for plain Euler steps"
             )
-        self.t = torch.tensor(times, dtype=torch.float32, device=self.device)
-        self.r = self.t if targets is None else torch.tensor(targets, dtype=torch.float32, device=self.device)
+        self.t = device_tensor(times, torch.float32, self.device)
+        self.r = self.t if targets is None else device_tensor(targets, torch.float32, self.device)
         if context_frames:
             frame = torch.arange(self.frames, device=self.device)
             self.t = torch.where(frame < context_frames, 0.0, self.t[:, None])
@@ -180,7 +181,7 @@ def _context(context: Tensor | None, noise: Tensor) -> Tensor | None:
             f"got {tuple(context.shape)}"
         )
     dtype = torch.promote_types(noise.dtype, torch.float32)  # the latents': each step would wait for a copy otherwise
-    return context.to(noise.device, dtype).expand(b, -1, -1, -1, -1)
+    return to_device(context, noise.device, dtype).expand(b, -1, -1, -1, -1)
 
 
 def _with_context(latents: Tensor, context: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """What every test has: two threads, a seeded generator, no network, the same random examples each time."""
 
+import importlib.metadata
 import importlib.util
 import os
 import socket
@@ -17,6 +18,8 @@ import hypothesis
 import pytest
 import torch
 
+import anyflow
+
 SEED = 20260513
 
 torch.set_num_threads(2)
@@ -24,10 +27,22 @@ hypothesis.settings.register_profile("anyflow", derandomize=True, deadline=None,
 hypothesis.settings.load_profile("anyflow")
 
 
-def pytest_report_header() -> str:
-    """Which build is tested: an installed one, this checkout's, or the one of ``make sanitize``."""
+def pytest_report_header() -> list[str]:
+    """Which build is tested: an installed one, this checkout's, or that of ``make sanitize``; and what cannot be."""
     spec = importlib.util.find_spec("anyflow._C")
-    return f"anyflow._C: {'not built' if spec is None else spec.origin}"
+    lines = [f"anyflow._C: {'not built' if spec is None else spec.origin}"]
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+        if _minor(triton) < (3, 7) and _minor(numpy) >= (2, 4):
+            lines.append(
+                f"triton {triton} interprets no kernel with numpy {numpy}: install numpy < 2.4 or triton >= 3.7"
+            )
+    return lines
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,6 +80,27 @@ def process_environment(free_port: Callable[[], int]) -> Callable[[], dict[str, 
     """The environment of processes that meet on this machine: one thread each, this checkout, a port of their own."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "GLOO_SOCKET_IFNAME": "lo"}
     return lambda: {**os.environ, **own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., str]:
+    """``run_python(code, **environment)``: what a fresh process prints that has the anyflow of this one.
+
+    Its parts are where they are here: in a checkout that is not installed, not beside the package. The variables that
+    choose a backend are set only if they are given.
+    """
+
+    def run(code: str, **environment: str) -> str:
+        inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ANYFLOW_BACKEND", "CC")}
+        inherited["PYTHONPATH"] = str(Path(anyflow.__file__).parents[1])
+        code = f"import anyflow; anyflow.__path__[:] = {list(anyflow.__path__)!r}\n{code}"
+        process = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=inherited | environment
+        )
+        assert process.returncode == 0, process.stderr
+        return process.stdout.strip()
+
+    return run
 
 
 @pytest.fixture(scope="session")

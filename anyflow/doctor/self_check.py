@@ -14,8 +14,9 @@ from anyflow import ops
 from anyflow.ops import use_backend
 from anyflow.ops.backend import BACKENDS, OPERATORS, missing
 
-# Relative to the largest element: fp32 accumulates in another order; one rounding to bf16 is up to 2^-8, and some
-# results have two, such as the norm of a sum that is rounded first.
+# Relative to the largest element: fp32 accumulates in another order, and a GPU's roots, exponentials and divisions are
+# approximate, each by up to 2^-22 (PTX ISA 9.1, section 9.7.3), of which no operator has more than three; one rounding
+# to bf16 is up to 2^-8, and some results have two, such as the norm of a sum that is rounded first.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2**-7}
 GRADIENT_SLACK = 3.0  # gradients are rounded more than once on their way
 

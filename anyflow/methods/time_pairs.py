@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anyflow.rng import rand, resolve_generator
+from anyflow.transfer import device_tensor
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TimePairs:
         """``[n]`` indices of the samples with r != t by kind, on t's device."""
         if self._rows is None:
             return (~self.is_diffusion).nonzero().flatten()
-        return torch.tensor(self._rows, dtype=torch.long).to(self.t.device, non_blocking=True)
+        return device_tensor(self._rows, torch.long, self.t.device)
 
 
 def sample_time_pairs(
@@ -83,14 +84,13 @@ def sample_time_pairs(
     diffusion = round(diffusion_ratio * total)
     consistency = min(round(consistency_ratio * total), total - diffusion)
     index = [(b * world_size + rank + offset) % total for b in range(batch_size)]
-    is_diffusion = torch.tensor([i < diffusion for i in index])
-    is_consistency = torch.tensor([diffusion <= i < diffusion + consistency for i in index])
 
     generator = resolve_generator(generator, device)
     target = device or generator.device
     uniforms = rand((2, batch_size), generator, target)
     t, r = uniforms.amax(0), uniforms.amin(0)
-    is_diffusion, is_consistency = is_diffusion.to(target), is_consistency.to(target)
+    is_diffusion = device_tensor([i < diffusion for i in index], torch.bool, target)
+    is_consistency = device_tensor([diffusion <= i < diffusion + consistency for i in index], torch.bool, target)
     r = torch.where(is_diffusion, t, torch.where(is_consistency, torch.zeros_like(r), r))
     rows = tuple(b for b, i in enumerate(index) if i >= diffusion)
     pairs = TimePairs(t, r, is_diffusion)

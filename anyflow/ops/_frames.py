@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from anyflow.ops._common import check_device, check_indices, check_times, describe
+from anyflow.transfer import to_device
 
 
 def constant_times(op: str, name: str, times: float | Tensor, like: Tensor, *, scalar: bool = False) -> Tensor:
@@ -18,7 +19,7 @@ def constant_times(op: str, name: str, times: float | Tensor, like: Tensor, *, s
     if not times.is_floating_point():
         raise ValueError(f"{op}: {name} must be floating-point, got {describe(times)}")
     if scalar and times.ndim == 0:
-        times = times.to(like.device) if times.device.type == "cpu" else times
+        times = to_device(times, like.device) if times.device.type == "cpu" else times
         check_device(op, name, times, like)
     else:
         check_times(op, name, times, like)

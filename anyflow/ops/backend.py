@@ -29,6 +29,7 @@ _AUTOMATIC = {"cpu": "native", "cuda": "triton"}
 _MAX_FALLBACKS = 16  # reasons kept per operator: they name shapes, of which a long run may see many
 
 _forced: str | None = None
+_assumed: tuple[int, int] | None = None  # compute capability
 _fallbacks: dict[str, dict[str, None]] = {}  # operator -> reasons, in order of appearance
 
 
@@ -53,6 +54,33 @@ class use_backend:
     def __exit__(self, *exc: object) -> None:
         global _forced
         _forced = self._previous
+
+
+class assume_capability:
+    """Choose as on a CUDA device of a compute capability such as ``(9, 0)``, while a ``with`` block lasts.
+
+    Fake CUDA tensors (``torch.compile``, ``torch.export``, ``FakeTensorMode``) are traced on machines without a GPU
+    too. Nothing can run there, and so nothing is chosen, unless the device that will run it is named.
+    """
+
+    def __init__(self, major: int, minor: int) -> None:
+        self.capability = (major, minor)
+
+    def __enter__(self) -> assume_capability:
+        global _assumed
+        self._previous, _assumed = _assumed, self.capability
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _assumed
+        _assumed = self._previous
+
+
+def cuda_capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a CUDA device, or the assumed one; None where torch finds no such device."""
+    if _assumed is not None:
+        return _assumed
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 @dataclass(frozen=True)
@@ -144,7 +172,9 @@ def _missing_triton(device: torch.device) -> str | None:
     if device.type == "cuda":
         if not _HAS_COMPILER:
             return "Triton needs a C compiler to launch kernels: install gcc or clang, or name one in the variable CC"
-        capability = torch.cuda.get_device_capability(device)
+        capability = cuda_capability(device)
+        if capability is None:
+            return "torch finds no CUDA device"
         if torch.version.hip is None and capability < _MIN_CAPABILITY:
             return f"the GPU has compute capability {capability}, the Triton kernels need {_MIN_CAPABILITY}"
         return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from anyflow.network import has_hooks
 from anyflow.pipelines.loading import ModelPaths
+from anyflow.pipelines.pinning import pin_weights
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
@@ -104,8 +105,9 @@ class Turns:
     """Brings the transformer and the text encoder to the device when it is their turn, by a plan.
 
     Args:
-        plan: ``"fast"`` leaves both there; ``"low"`` takes the transformer away for the others; ``"stream"`` lets its
-            weights stream in, and those of a text encoder that does not fit.
+        plan: ``"fast"`` leaves both there; ``"low"`` takes the transformer away for the others, and from its second
+            turn on copies it from pinned memory; ``"stream"`` lets its weights stream in, and those of a text encoder
+            that does not fit.
         device: to run on.
         cuda_graph: evaluate the transformer by a CUDA graph.
     """
@@ -114,6 +116,7 @@ class Turns:
         self.plan, self.device, self._cuda_graph = plan, device, cuda_graph
         self._graph: Any = None
         self._homes: list[tuple[nn.Parameter, Tensor]] = []
+        self._returns = False  # the transformer has had a turn
 
     def text_encoder(self, module: nn.Module) -> nn.Module:
         """Ready to run; streaming if it must, and not only because the transformer must."""
@@ -127,8 +130,10 @@ class Turns:
             if self.plan == "stream":
                 return stream(module, self.device)
             if self.plan == "low" and not self._homes:
+                if self._returns and self.device.type == "cuda":  # pinning takes longer than one copy without it
+                    pin_weights(module)
                 self._homes = [(p, p.data) for p in module.parameters()]
-            module.to(self.device)
+            module.to(self.device, non_blocking=True)
         if not self._cuda_graph:
             return module
         if self._graph is None or self._graph.transformer is not module:
@@ -140,7 +145,7 @@ class Turns:
     def rest(self, module: nn.Module) -> None:
         """With the plan ``"low"``, leave the device to the others; weights are not copied back, as they have stayed."""
         if self.plan == "low":
-            self._graph = None
+            self._graph, self._returns = None, True
             with torch.inference_mode(False):
                 for parameter, home in self._homes:
                     parameter.data = home

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anyflow.schedulers.shift import WEIGHT_TYPES, invert_shift, nearest_weight, shift_times, train_weight_grid
+from anyflow.transfer import to_device
 
 CONFIG_NAME = "scheduler_config.json"
 _ON_SCHEDULE = 1e-3  # a timestep this close to an entry of the schedule is that entry (in timesteps, as in diffusers)
@@ -298,7 +299,7 @@ class FlowMapEulerDiscreteScheduler:
         if device not in self._weights:
             tau, weight = train_weight_grid(self.config.weight_type, self.config.shift)
             dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
-            self._weights[device] = (tau.to(device, dtype), weight.to(device, dtype))
+            self._weights[device] = (to_device(tau, device, dtype), to_device(weight, device, dtype))
         tau, weight = self._weights[device]
         return nearest_weight(timesteps.to(tau.dtype) / self._n, tau, weight).to(torch.float32)
 
@@ -312,7 +313,10 @@ class FlowMapEulerDiscreteScheduler:
             if not bool(((host >= 0) & (host <= self._n)).all()):  # also catches NaN
                 raise ValueError(f"{name} must be in [0, {self._n}], got {value}")
         dtype = torch.float32 if like.device.type in ("mps", "npu") else torch.float64
-        times = torch.as_tensor(value).to(device=like.device, dtype=dtype)
+        if isinstance(value, Tensor):
+            times = to_device(value, like.device, dtype)
+        else:
+            times = torch.full((), float(value), dtype=dtype, device=like.device)  # filled there, not copied
         if times.ndim and times.shape != like.shape[: times.ndim] and times.numel() != 1:
             raise ValueError(f"{name} {tuple(times.shape)} must be a number, [B] or [B, F] of {tuple(like.shape)}")
         return times.reshape(times.shape + (1,) * (like.ndim - times.ndim))

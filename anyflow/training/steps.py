@@ -26,6 +26,7 @@ from anyflow.training.distributed import Mesh
 from anyflow.training.draws import draw_generator
 from anyflow.training.ema import EMA
 from anyflow.training.optimization import NetworkOptimizer
+from anyflow.transfer import to_device
 
 
 class Step(Protocol):
@@ -181,7 +182,9 @@ class OnPolicyStep:
         noise = randn_like(batch.latents, generator) if noise is None else noise
         num_steps, grad_step = self.method.draw_steps(generator, noise.device) if steps is None else steps
         with torch.no_grad():
-            samples = self.method.rollout(noise, batch.prompt_embeds, num_steps=num_steps, grad_step=grad_step)
+            samples = self.method.rollout(
+                noise, batch.prompt_embeds, num_steps=num_steps, grad_step=grad_step, generator=generator
+            )
         return self.method.critic_loss(samples, batch.prompt_embeds, generator=generator, **given)
 
 
@@ -217,8 +220,8 @@ class _MicroSteps:
         for micro, batch in enumerate(batches):
             on_device = dataclasses.replace(
                 batch,
-                latents=batch.latents.to(device, non_blocking=True),
-                prompt_embeds=batch.prompt_embeds.to(device, non_blocking=True),
+                latents=to_device(batch.latents, device),
+                prompt_embeds=to_device(batch.prompt_embeds, device),
             )
             # Without its cache, which would hold a second copy of all weights, sharded ones too.
             with torch.autocast(

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import anyflow.models.attention as module
 from anyflow.models import AnyFlowTransformer3DModel, attention_report, use_attention_backend
-from anyflow.models.attention import ATTENTION_BACKENDS, _unsupported, attention, preference
+from anyflow.models.attention import ATTENTION_BACKENDS, attention
+from anyflow.models.attention_backends import flash_implementation, preference, unsupported
 from anyflow.ops.native import EXTENSION
 
 NATIVE = EXTENSION is not None and EXTENSION.cpu_instruction_set() != "generic"
@@ -92,6 +93,36 @@ def test_order_of_preference(capability, cudnn, first) -> None:
     assert list(preference(capability, cudnn)) == first
 
 
+def test_an_implementation_that_the_user_has_activated_comes_first() -> None:
+    for capability in ((9, 0), (10, 0)):
+        for name in ("FA3", "FA4"):
+            order = preference(capability, 91002, name)
+            assert order[0] == "flash" and sorted(order) == sorted(preference(capability, 91002))
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.attention, "activate_flash_attention_impl"), reason="needs torch 2.11")
+def test_an_activated_implementation_is_noticed_and_named() -> None:
+    """By torch's own registry, with an implementation that registers no kernel."""
+    registry, removed = torch.nn.attention, []
+
+    class Handle:
+        def remove(self) -> None:
+            removed.append(True)
+
+    registry.register_flash_attention_impl("ours", register_fn=Handle)
+    before = registry.current_flash_attention_impl()
+    assert flash_implementation() == before is None
+    registry.activate_flash_attention_impl("ours")
+    try:
+        assert flash_implementation() == "ours"
+        assert "the kernel is ours's, activated" in attention_report("cuda")["flash"].reason
+        assert "activated" not in attention_report("cpu")["flash"].reason  # which it does not replace
+    finally:
+        registry.restore_flash_attention_impl()
+    assert flash_implementation() is None and removed == [True]
+    assert "activated" not in attention_report("cuda")["flash"].reason
+
+
 def test_forward_mode_derivative(qkv, relative) -> None:
     tensors = qkv(dtype=torch.float64)
     twice_reverse = torch.autograd.functional.jvp  # the same derivative without forward mode
@@ -104,7 +135,7 @@ def test_forward_mode_derivative(qkv, relative) -> None:
 
 def test_a_fake_call_does_not_spoil_the_choice_for_real_ones(qkv, kernel_of) -> None:
     """Support is probed once per kind of tensor, with real tensors: a fake CPU tensor only has the math kernel."""
-    _unsupported.cache_clear()
+    unsupported.cache_clear()
     with FakeTensorMode():
         fake = torch.empty(1, 4, 2, 56)
         assert attention(fake, fake, fake, attention_backend="flash").shape == (1, 4, 112)
@@ -112,10 +143,10 @@ def test_a_fake_call_does_not_spoil_the_choice_for_real_ones(qkv, kernel_of) -> 
 
 
 def test_support_is_probed_once(qkv) -> None:
-    _unsupported.cache_clear()
+    unsupported.cache_clear()
     for length in (3, 4, 5):
         attention(*qkv((1, length, length, 2, 8)), attention_backend="flash")
-    assert _unsupported.cache_info().misses == 1
+    assert unsupported.cache_info().misses == 1
 
 
 # ---- torch.compile

@@ -1,9 +1,6 @@
 """attention against the textbook formula in fp64: values, gradients, bits, and what it refuses."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -403,7 +400,7 @@ def test_bad_dtypes_and_devices() -> None:
 
 
 @pytest.mark.slow
-def test_every_instruction_set() -> None:
+def test_every_instruction_set(run_python) -> None:
     """Also those that are not the choice here; the generic kernels are compiled, if not offered."""
     code = (
         "import torch, anyflow.ops as ops\n"
@@ -421,7 +418,4 @@ def test_every_instruction_set() -> None:
         pytest.skip("the native extension is not built")
     names = EXTENSION.build_info()["cpu_instruction_sets"].split(",")
     for name in names[: names.index(EXTENSION.cpu_instruction_set()) + 1]:
-        environment = os.environ | {"ANYFLOW_CPU_ISA": name}
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        assert run.returncode == 0, run.stderr
-        assert float(run.stdout.split()[-1]) <= 3e-6, name
+        assert float(run_python(code, ANYFLOW_CPU_ISA=name).split()[-1]) <= 3e-6, name

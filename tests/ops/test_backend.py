@@ -1,9 +1,6 @@
 """Which implementation runs: the automatic choice, the two ways to force one, and the errors."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,7 +8,7 @@ import torch
 
 from anyflow import ops
 from anyflow.ops import backend_report, use_backend
-from anyflow.ops.backend import BACKENDS, LEFT_TO_TORCH
+from anyflow.ops.backend import BACKENDS, LEFT_TO_TORCH, assume_capability
 
 OPS = {
     "attention",
@@ -41,15 +38,6 @@ def missing_backend(monkeypatch: pytest.MonkeyPatch) -> str:
     """A real backend name that cannot run here: Triton on CPU tensors, without its interpreter."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return "triton"
-
-
-def run_python(code: str, **environment: str) -> str:
-    """What a fresh process prints; without TRITON_INTERPRET unless given."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ANYFLOW_BACKEND", "CC")}
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
 
 
 def test_report_covers_every_operator() -> None:
@@ -115,7 +103,7 @@ def test_unknown_name_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
         ops.layer_norm_modulate(X, ROW, ROW)
 
 
-def test_ops_load_neither_diffusers_nor_triton() -> None:
+def test_ops_load_neither_diffusers_nor_triton(run_python) -> None:
     code = "import sys, anyflow.ops; print([m for m in ('diffusers', 'transformers', 'triton') if m in sys.modules])"
     assert run_python(code) == "[]"
 
@@ -124,12 +112,12 @@ def test_ops_load_neither_diffusers_nor_triton() -> None:
 class TestTriton:
     """The Triton backend as seen from the CPU, and what it refuses."""
 
-    def test_is_never_automatic_on_a_cpu(self) -> None:
+    def test_is_never_automatic_on_a_cpu(self, run_python) -> None:
         """Not even where its interpreter is on."""
         code = "from anyflow.ops import backend_report; print({c.backend for c in backend_report('cpu').values()})"
         assert "triton" not in run_python(code, TRITON_INTERPRET="1")
 
-    def test_needs_a_gpu_or_the_interpreter(self) -> None:
+    def test_needs_a_gpu_or_the_interpreter(self, run_python) -> None:
         code = (
             "import torch, anyflow.ops as ops\n"
             "ops.use_backend('triton')\n"
@@ -142,7 +130,7 @@ class TestTriton:
         assert "TRITON_INTERPRET=1" in out and "use 'eager'" in out
         assert "not available" not in run_python(code, TRITON_INTERPRET="1")
 
-    def test_needs_a_c_compiler(self, tmp_path) -> None:
+    def test_needs_a_c_compiler(self, tmp_path, run_python) -> None:
         """Without one, launching would fail inside Triton at the first call."""
         code = (
             "import torch; from anyflow.ops.backend import missing\n"
@@ -250,3 +238,22 @@ class TestAutomaticOnCuda:
         x, row = torch.zeros(1, 2, 12, device="cuda"), torch.zeros(1, 1, 12, device="cuda")
         assert ops.layer_norm_modulate(x, row, row).shape == x.shape
         assert any("D=12" in reason for reason in backend_report("cuda")["layer_norm_modulate"].fallbacks)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+class TestWithoutADevice:
+    """Fake CUDA tensors are traced on machines without a GPU."""
+
+    def test_nothing_is_chosen(self) -> None:
+        report = backend_report("cuda")
+        assert {choice.backend for choice in report.values()} == {"eager"}
+        assert report["rms_norm_rope"].reason == "torch finds no CUDA device"
+
+    @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+    def test_the_choice_of_an_assumed_one(self) -> None:
+        with assume_capability(9, 0):
+            assert {c.backend for op, c in backend_report("cuda").items() if op not in WITHOUT_TRITON} == {"triton"}
+            with assume_capability(7, 5):
+                assert "(7, 5), the Triton kernels need (8, 0)" in backend_report("cuda")["rms_norm_rope"].reason
+            assert backend_report("cuda")["rms_norm_rope"].backend == "triton"
+        assert backend_report("cuda")["rms_norm_rope"].backend == "eager"

@@ -53,7 +53,7 @@ def tables(draw, length: int, head_dim: int, dtype: torch.dtype = torch.float32)
     ("b", "length", "heads", "head_dim"), [(2, 6, 3, 8), (1, 35, 4, 14), (3, 1, 4, 2), (1, 7, 12, 6), (2, 17, 1, 24)]
 )
 def test_values_and_gradients(
-    b, length, heads, head_dim, rotate, backend, dtype, draw, assert_matches, assert_gradients
+    b, length, heads, head_dim, rotate, backend, dtype, draw, assert_gradients, approximation
 ) -> None:
     args = inputs(draw, b, length, heads, head_dim, dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -65,6 +65,8 @@ def test_values_and_gradients(
     error = (out.double() - expected).unflatten(-1, (-1, 2)).norm(dim=-1)
     length_of_pair = expected.unflatten(-1, (-1, 2)).norm(dim=-1)
     limit = {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 2**-10, torch.bfloat16: 2**-8}[dtype]
+    if dtype != torch.float64:  # the root of a mean, which halves what its division is off by
+        limit += approximation("rsqrt") + approximation("division") / 2
     assert (error <= limit * length_of_pair).all()
     assert_gradients([out], args, [expected], args64)
 
