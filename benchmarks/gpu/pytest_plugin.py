@@ -1,4 +1,4 @@
-"""``pytest -p gpu.pytest_plugin``: the tests, and the workers of pytest-xdist, find the package as the runner does.
+"""Lets tests, and the workers of pytest-xdist, find the package as the runner does: ``pytest -p gpu.pytest_plugin``.
 
 What a backend does not have on the device is skipped: forced onto it, an operator refuses, which is no wrong kernel.
 """
@@ -15,8 +15,8 @@ from gpu.state import die_with_parent
 
 _DEVICE = os.environ.get("ANYFLOW_TEST_DEVICE", "cpu")
 die_with_parent()
-without_diffusers.install()
 build.find_package(_DEVICE)
+without_diffusers.install()
 build.load_operators()
 
 
