@@ -368,15 +368,15 @@ def run_part(names: list[str], device: torch.device, tiny: bool, deadline: float
     """Run checks by name; each one is noted in ``out`` before and after, a line of JSON. Returns how many failed."""
     checks = {check.name: check for check in catalogue(device, tiny)}
     failed = 0
-    for name in names or list(checks):
+    for check in [checks[name] for name in names] or checks.values():
         if time.monotonic() >= deadline:
             break
-        _note(out, {"started": name})
-        outcome = evaluate(checks[name])
+        _note(out, {"started": check.name})
+        outcome = evaluate(check)
         failed += not outcome.ok
         _note(out, asdict(outcome))
         shown = outcome.problem or f"{outcome.error:.1e} of {outcome.limit:.1e}"
-        print(f"{'ok  ' if outcome.ok else 'FAIL'} {outcome.seconds:5.1f} s  {name}: {shown}", flush=True)
+        print(f"{'ok  ' if outcome.ok else 'FAIL'} {outcome.seconds:5.1f} s  {check.name}: {shown}", flush=True)
         if device.type == "cuda":
             torch.cuda.synchronize()  # raises where the check has broken the device: this process is of no more use
             torch.cuda.empty_cache()

@@ -5,7 +5,9 @@ What a backend does not have on the device is skipped: forced onto it, an operat
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from gpu.state import die_with_parent
 
 _DEVICE = os.environ.get("ANYFLOW_TEST_DEVICE", "cpu")
 die_with_parent()
+with contextlib.suppress(ValueError):  # a run in the background of a script ignores the interrupt that ends the tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 build.find_package(_DEVICE)
 without_diffusers.install()
 build.load_operators()
