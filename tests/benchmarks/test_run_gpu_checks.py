@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import op_cases
-from gpu import checks, device_checks, kernels, operator_tests, worker
+from gpu import checks, device_checks, external, kernels, operator_tests, worker
 from gpu.context import Context, Section, Skip
 from gpu.device_checks import NETWORKS, OPERATOR, RECORD, Backends, DeviceCheck, Outcome
 from gpu.sections import FORWARD, PRETRAIN
@@ -187,3 +187,24 @@ def test_tests_that_are_interrupted_report_what_they_have(tmp_path: Path) -> Non
     assert (report["passed"], report["failed"]) == (1, 1), report  # and not the one that was interrupted
     report = operator_tests.pytest([str(tmp_path)], "cpu", limit_s=1.0, stop_s=10.0)  # it has not even started
     assert report["stopped"] and report["seconds"] < 60
+
+
+@pytest.mark.slow
+def test_what_the_tuner_has_written_is_kept_when_it_is_killed(context: Context, tmp_path: Path) -> None:
+    with pytest.raises(Skip, match=r"^no .*tune_rows.py$"):
+        external.run_tuner(context, tmp_path / "tune_rows.py")
+    script = tmp_path / "tuner.py"
+    script.write_text(
+        "import argparse, os, pathlib\n"
+        "import anyflow.kernels.rows as rows\n"
+        "parser = argparse.ArgumentParser()\n"
+        "for name in ('seconds', 'out', 'device'): parser.add_argument(f'--{name}')\n"
+        "parser.add_argument('--tiny', action='store_true')\n"
+        "options = parser.parse_args()\n"
+        "assert options.device == 'cpu' and options.tiny and float(options.seconds) == 60\n"
+        "pathlib.Path(options.out).write_text('{\"rows\": 1}')\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    with pytest.raises(RuntimeError, match="exit status -9"):
+        external.run_tuner(context, script)
+    assert context.file.get("checks", "tune_rows") == {"rows": 1}
