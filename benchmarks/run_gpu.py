@@ -1,7 +1,7 @@
 """Measures the library on a GPU in one command: ``python benchmarks/run_gpu.py [--plan short] [--out DIR]``.
 
-It runs from a checkout, which need not be installed and is not written to, and needs PyTorch >= 2.9 and Triton >= 3.4.
-What diffusers, pytest, nvcc or FlashAttention would add is left out, and said so, where they are missing.
+It runs from a checkout, which need not be installed and where only build/ is written to. It needs PyTorch >= 2.9 and
+Triton >= 3.4; what diffusers, pytest, nvcc or FlashAttention would add is left out, and said so, where it is missing.
 
 The short plan is for a card that is lent for a quarter of an hour, in two calls on one machine, and takes the place of
 scripts written for the occasion:
