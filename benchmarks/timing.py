@@ -21,6 +21,7 @@ CALLS = 10  # per graph: the launch of a graph costs as much as a small kernel
 ROUNDS = 15
 
 Step = Callable[[], object]
+OnError = Callable[[str, Exception], None]
 Samples = dict[str, list[float]]  # milliseconds of every round, by variant
 
 
@@ -78,11 +79,28 @@ def _stream() -> torch.cuda.Stream:
     return _streams[0]
 
 
-def kernels(steps: dict[str, Step], device: torch.device, rounds: int = ROUNDS) -> Samples:
-    """Milliseconds of one call of each step, all of them measured in every round."""
+def kernels(
+    steps: dict[str, Step], device: torch.device, rounds: int = ROUNDS, on_error: OnError | None = None
+) -> Samples:
+    """Measure milliseconds of one call of each step, all of them in every round.
+
+    Args:
+        steps: by variant.
+        device: they run on.
+        rounds: of measurements.
+        on_error: told of a step that raises, which is then left out; without it, the exception goes on.
+    """
     if device.type != "cuda":
-        return calls(steps, device, rounds=min(rounds, 3))[0]
-    graphs = {name: _capture(step) for name, step in steps.items()}
+        return calls(steps, device, rounds=min(rounds, 3), on_error=on_error)[0]
+    graphs = {}
+    for name, step in steps.items():
+        try:
+            graphs[name] = _capture(step)
+        except Exception as error:
+            if on_error is None:
+                raise
+            on_error(name, error)
+    steps = {name: steps[name] for name in graphs}
     samples: Samples = {name: [] for name in steps}
     for _ in range(rounds):
         for name, graph in graphs.items():
@@ -119,15 +137,20 @@ def _capture(step: Step, calls: int = CALLS) -> torch.cuda.CUDAGraph:
 
 
 def calls(
-    steps: dict[str, Step], device: torch.device, rounds: int, goes_on: Callable[[], bool] = lambda: True
+    steps: dict[str, Step],
+    device: torch.device,
+    rounds: int,
+    goes_on: Callable[[], bool] = lambda: True,
+    on_error: OnError | None = None,
 ) -> tuple[Samples, dict[str, int]]:
-    """Milliseconds and peak bytes of every step, called once in each round; steps must be warm.
+    """Measure milliseconds and peak bytes of every step, called once in each round; steps must be warm.
 
     Args:
         steps: by variant.
         device: they run on.
         rounds: at most; the first one is always finished.
         goes_on: asked before each further round.
+        on_error: told of a step that raises, which is then left out; without it, the exception goes on.
 
     Returns:
         The samples, and on a GPU the most memory that was allocated during a call, weights included.
@@ -137,8 +160,15 @@ def calls(
     for index in range(rounds):
         if index and not goes_on():
             break
-        for name, step in steps.items():
-            milliseconds, peak = once(step, device)
+        for name in list(samples):
+            try:
+                milliseconds, peak = once(steps[name], device)
+            except Exception as error:
+                if on_error is None:
+                    raise
+                del samples[name]
+                on_error(name, error)
+                continue
             samples[name].append(milliseconds)
             if peak is not None:
                 peaks[name] = max(peaks.get(name, 0), peak)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from anyflow.doctor.environment import environment, load_operators
-from anyflow.doctor.page import Page
 
 
 def run(device: str | None = None, *, as_json: bool = False) -> bool:
@@ -29,6 +28,8 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
     Raises:
         ValueError: the device cannot be used, or an environment variable names an unknown backend.
     """
+    from anyflow.doctor.page import Page  # needs rich, which the self-check does not
+
     target = _device(device)
     page = Page(sys.stdout, quiet=as_json)
     problems: list[str] = []

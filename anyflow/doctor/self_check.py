@@ -55,10 +55,12 @@ class Skipped:
     reason: str
 
 
-def self_check(device: torch.device) -> Iterator[Check | Skipped]:
-    """Check all operators on a device; an error in one is its result, and the others go on."""
-    for op in sorted(OPERATORS):
-        for backend in BACKENDS:
+def self_check(
+    device: torch.device, operators: Sequence[str] | None = None, backends: Sequence[str] = BACKENDS
+) -> Iterator[Check | Skipped]:
+    """Check operators on a device, None for all of them; an error in one is its result, and the others go on."""
+    for op in sorted(OPERATORS) if operators is None else operators:
+        for backend in backends:
             reason = missing(backend, device, op)
             if reason is None and backend == "triton" and device.type == "cpu":
                 reason = "interpreted on a CPU, which is for tests of the kernels"

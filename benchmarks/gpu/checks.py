@@ -1,128 +1,161 @@
-"""Which kernels are right on this device: the operators' self-check, then their tests in a process of its own."""
+"""Runs the device checks in processes beside each other, and keeps what they accuse."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
+import json
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ET
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gpu.context import Context
-from gpu.state import ROOT
+from gpu import build
+from gpu.context import Context, Skip, merged
+from gpu.device_checks import NETWORKS, RECORD, DeviceCheck, Outcome, catalogue
 
-TEST_LIMIT_S = 150.0
-KERNELS = ("triton", "native")
-# A part of the tests, for --tiny: every kind of answer that a run can get, in seconds.
-TINY_TESTS = ("tests/ops/test_dual_timestep_embedding.py", "-k", "empty or bad_input")
-
-
-Backends = dict[str, list[str]]  # by operator
+LIMIT_S = 100.0
+GRACE_S = 15.0  # for the check that runs at the end of the limit
+PROCESSES, TINY_PROCESSES = 6, 2
+WARNINGS = "warnings"  # of the file: what readers of any number must know
 
 
 def run_checks(context: Context) -> None:
-    """Record two lists of kernels by operator: ``wrong``, of which a test failed, and ``wrong_numbers`` among them."""
-    wrong, wrong_numbers = _self_check(context)
-    context.put("wrong_numbers", wrong_numbers)  # at once: a stop during the tests must not lose it
-    context.put("wrong", wrong)
-    tests = _pytest(context)
-    context.put("pytest", tests)
-    wrong = _merged(wrong, tests.get("wrong", {}))
-    context.put("wrong_numbers", _merged(wrong_numbers, tests.get("wrong_numbers", {})))
-    context.put("wrong", wrong)
-    if wrong:
-        names = ", ".join(f"{op} ({', '.join(backends)})" for op, backends in sorted(wrong.items()))
-        context.fail(f"tests failed: {names}")
-    elif tests.get("exit_status", 0):
-        context.fail(f"pytest ended with exit status {tests['exit_status']}")
+    """Record the outcome of every check, ``wrong`` kernels by operator, and ``wrong_numbers`` among them.
 
-
-def _merged(*lists: Backends) -> Backends:
-    operators = sorted({op for found in lists for op in found})
-    return {op: sorted({backend for found in lists for backend in found.get(op, [])}) for op in operators}
-
-
-def _self_check(context: Context) -> tuple[Backends, Backends]:
-    """``anyflow doctor``'s check of every operator on every backend against its reference in fp64."""
-    from anyflow.doctor.self_check import CASES, Check, self_check
-
-    results = [result for result in self_check(context.device) if isinstance(result, Check)]
-    checks = [check for check in results if check.op in CASES]  # one without a case says nothing of its kernel
-    bad = [check for check in checks if check.problem is not None and check.backend in KERNELS]
-    numbers = [check for check in bad if (check.problem or "").startswith(("values", "gradients"))]
-    fields = ("op", "backend", "dtype", "forward_error", "backward_error", "problem")
-    context.put("self_check", [{name: getattr(check, name) for name in fields} for check in checks])
-    wrong, wrong_numbers = (_merged(*({check.op: [check.backend]} for check in found)) for found in (bad, numbers))
-    return wrong, wrong_numbers
-
-
-def _pytest(context: Context) -> dict[str, Any]:
-    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
-    if missing:
-        return {"skipped": f"not installed: {', '.join(missing)}; the self-check alone has looked at the kernels"}
-    limit = TEST_LIMIT_S if context.tiny else min(TEST_LIMIT_S * context.slowness, context.remaining() / 3)
-    selected = TINY_TESTS if context.tiny else ("tests/ops",)
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        # Without the project's settings, which ask for plugins that may not be installed.
-        options = ["-p", "gpu.pytest_plugin", "-c", os.devnull, "--rootdir=.", "--import-mode=importlib", "-q"]
-        options += ["-p", "no:cacheprovider"]
-        options += [f"--junitxml={report}", "-o", "junit_family=xunit1"]
-        if context.cuda and importlib.util.find_spec("xdist") is not None:
-            workers = max(1, min(8, (os.cpu_count() or 1) // 2))  # most of the time is the compiler's, on the CPU
-            options += ["-n", str(workers)]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-        variables = os.environ | {"ANYFLOW_TEST_DEVICE": context.device.type, "PYTHONPATH": path}
-        command = [sys.executable, "-m", "pytest", *options, *selected]
-        try:
-            done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=limit)
-        except subprocess.TimeoutExpired:
-            return {"skipped": f"stopped after {limit:.0f} s; the self-check alone has looked at the kernels"}
-        if not report.exists():
-            return {"exit_status": done.returncode, "output": (done.stdout + done.stderr)[-4000:], "wrong": {}}
-        return {"exit_status": done.returncode, "output": done.stdout[-4000:], **read_report(report.read_text())}
-
-
-def read_report(xml: str) -> dict[str, Any]:
-    """Counts of a JUnit report, and the operators and backends that its failures accuse.
-
-    A failure that names no backend accuses all of the operator's kernels. One by an assertion is of wrong numbers, any
-    other exception may be of the installation.
+    The section is done when every check has an outcome, right or wrong; outcomes of an earlier run are kept.
     """
-    from anyflow.ops.backend import OPERATORS
+    checks = {check.name: check for check in catalogue(context.device, context.tiny)}
+    outcomes = {n: o for n, o in (context.file.get(context.name, "outcomes") or {}).items() if n in checks}
+    conclude(context, outcomes.values())  # at once: what an earlier run found is not forgotten meanwhile
+    remaining = [check for name, check in checks.items() if name not in outcomes]
+    seconds = LIMIT_S * context.slowness
+    deadline = time.monotonic() + min(seconds, context.remaining() - GRACE_S)
+    with tempfile.TemporaryDirectory() as folder:
+        count = TINY_PROCESSES if context.tiny else PROCESSES
+        shares = [remaining[index::count] for index in range(count)]
+        parts = [Part(context, Path(folder) / str(i), share, deadline) for i, share in enumerate(shares) if share]
+        try:
+            while any(part.runs() for part in parts):
+                time.sleep(0.1)
+                found = {name: outcome for part in parts for name, outcome in part.outcomes.items()}
+                if not found.keys() <= outcomes.keys():
+                    outcomes |= found
+                    context.put("outcomes", outcomes, quiet=True)
+        finally:
+            for part in parts:
+                part.stop()
+    outcomes |= {name: outcome for part in parts for name, outcome in part.outcomes.items()}
+    context.put("outcomes", outcomes, quiet=True)
+    conclude(context, outcomes.values())
+    failed = [outcome for outcome in outcomes.values() if not outcome["ok"]]
+    for outcome in failed:
+        print(f"{context.name}: FAIL {outcome['name']}: {outcome['problem']}", flush=True)
+    context.put("counts", {"passed": len(outcomes) - len(failed), "failed": len(failed)})
+    if failed:
+        context.note(f"{len(failed)} of {len(outcomes)} checks failed")
+    problems = [part.problem for part in parts if part.problem is not None]
+    if problems:
+        raise RuntimeError(problems[0])
+    if len(outcomes) < len(checks):
+        raise Skip(f"budget: {len(checks) - len(outcomes)} of {len(checks)} checks have no outcome yet")
 
-    cases = list(ET.fromstring(xml).iter("testcase"))
-    failures = [(case, found) for case in cases if (found := _failure(case)) is not None]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    wrong, wrong_numbers = [], []
-    for case, message in failures:
-        module = re.search(r"test_(\w+?)(?:\.py)?$", case.get("file") or case.get("classname") or "")
-        name = case.get("name") or ""
-        op = "" if module is None else module.group(1)
-        named = [backend for backend in KERNELS if re.search(rf"\b{backend}\b", name)]
-        if op not in OPERATORS or (not named and re.search(r"\beager\b", name)):
-            continue  # of no operator, or of the reference itself: torch's on this device, not a kernel of ours
-        wrong.append({op: named or list(KERNELS)})
-        if message.startswith(("AssertionError", "assert")):
-            wrong_numbers.append(wrong[-1])
-    return {
-        "passed": len(cases) - len(failures) - skipped,
-        "failed": len(failures),
-        "skipped_tests": skipped,
-        "failures": [f"{c.get('classname')}::{c.get('name')}: {message[:160]}" for c, message in failures[:60]],
-        "wrong": _merged(*wrong),
-        "wrong_numbers": _merged(*wrong_numbers),
-    }
+
+class Part:
+    """Runs some of the checks in a process; where a check takes the process down, the others run in another one.
+
+    Args:
+        context: of the run.
+        folder: of its own.
+        checks: to run, in order.
+        deadline: after which no check is started.
+
+    Attributes:
+        outcomes: so far, by name.
+        problem: why the process does not even start, or None.
+    """
+
+    def __init__(self, context: Context, folder: Path, checks: list[DeviceCheck], deadline: float) -> None:
+        self.checks, self.outcomes = {check.name: check for check in checks}, dict[str, dict[str, Any]]()
+        self._context, self._folder, self._deadline = context, folder, deadline
+        folder.mkdir()
+        self._out, self._log, self._read = folder / "out", folder / "log", 0
+        self.problem: str | None = None
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        left = [name for name in self.checks if name not in self.outcomes]
+        names = self._folder / "names"
+        names.write_text(json.dumps(left))
+        self._before, self._started = len(self.outcomes), ""
+        seconds = max(self._deadline - time.monotonic(), 0.0)
+        command = [sys.executable, "-m", "gpu.child", "gpu.device_checks", "--device", self._context.device.type]
+        command += ["--names", str(names), "--out", str(self._out), "--seconds", f"{seconds:.1f}"]
+        command += ["--tiny"] if self._context.tiny else []
+        with self._log.open("wb") as log:
+            return subprocess.Popen(
+                command, cwd=build.workplace(), env=build.environment(), stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def runs(self) -> bool:
+        """Read what is new, start another process where this one has crashed, and tell whether one runs."""
+        status = self._process.poll()
+        self._collect()
+        if status is None:
+            if time.monotonic() < self._deadline + GRACE_S:
+                return True
+            self.stop()
+            self._blame(f"it still ran {GRACE_S:.0f} s after the end of the time for checks")
+            return False
+        if len(self.outcomes) == len(self.checks) or (not self._started and time.monotonic() >= self._deadline):
+            return False
+        log = self._log.read_text(errors="replace").strip().splitlines()
+        ended = f"its process ended with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
+        ended += f": {log[-1][:200] if log else 'it said nothing'}"
+        if not self._started and len(self.outcomes) == self._before:
+            self.problem = ended
+            return False
+        self._blame(ended)
+        if len(self.outcomes) == len(self.checks):
+            return False
+        self._process = self._start()
+        return True
+
+    def stop(self) -> None:
+        """End the process, if it runs."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._collect()
+
+    def _collect(self) -> None:
+        text = self._out.read_text() if self._out.exists() else ""
+        complete = text[self._read : text.rfind("\n") + 1]
+        self._read += len(complete)
+        for line in complete.splitlines():
+            entry = json.loads(line)
+            if "started" in entry:
+                self._started = entry["started"]
+            else:
+                self.outcomes[entry["name"]] = entry
+                self._started = ""
+
+    def _blame(self, problem: str) -> None:
+        """Let the check that had started fail, if one had."""
+        if self._started:
+            check = self.checks[self._started]
+            outcome = Outcome(check.name, False, None, check.limit, problem, False, 0.0, check.accuses, check.stops)
+            self.outcomes[check.name] = asdict(outcome)
 
 
-def _failure(case: ET.Element) -> str | None:
-    """The message of a test that failed, else None."""
-    for tag in ("failure", "error"):
-        found = case.find(tag)
-        if found is not None:
-            return found.get("message") or ""
-    return None
+def conclude(context: Context, outcomes: Iterable[dict[str, Any]]) -> None:
+    """Keep what failures mean for the other sections, and the warnings that stand above all numbers."""
+    failed = [outcome for outcome in outcomes if not outcome["ok"]]
+    stopping = [outcome for outcome in failed if outcome["stops"] != RECORD]
+    numbers = [outcome for outcome in failed if outcome["stops"] == NETWORKS and outcome["numbers"]]
+    context.put("wrong_numbers", merged(*(outcome["accuses"] for outcome in numbers)))
+    context.put("wrong", merged(*(outcome["accuses"] for outcome in stopping)))
+    context.file.data[WARNINGS] = [f"{outcome['name']}: {outcome['problem']}" for outcome in failed]
+    context.file.save()

@@ -1,4 +1,4 @@
-"""One forward of a network, sampling with it, and where its time goes; ours and diffusers' on the same weights."""
+"""Measures one forward of a network, sampling, and where its time goes; ours and diffusers' on the same weights."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # relative difference o
 
 
 def run_forward(context: Context, name: str) -> None:
-    """Ours, then diffusers' eager and compiled: with its own attention, with the best it can use, with the same."""
-    context.require_right_kernels()
+    """Time ours, then diffusers' eager and compiled: with its own attention, with the best it can use, with the same.
+
+    The short plan leaves out the compiled one at 14B, which takes longer to compile than all else.
+    """
     size = context.sizes[name]
     ours = networks.build(context, size)
     data = networks.inputs(context, size)
@@ -39,33 +41,33 @@ def run_forward(context: Context, name: str) -> None:
     _record(context, steps, min(rounds, 3))  # before anything of the others can go wrong; measured again beside them
     if chosen != default and default in ATTENTION_BACKENDS:
         steps["ours, torch's attention"] = _forward(ours, data.ours(), attention=default)
-    problem, problems = networks.peer_problem(), {}
+    problem, problems = networks.peer_problem(), dict[str, str]()
     if problem is None:
-        try:
-            _add_peers(context, size, ours, data, steps, chosen if chosen != default else None)
-        except Exception as error:
-            problem = problems["diffusers"] = last_line(error)
-    if problem is not None:
+        problems = _add_peers(context, size, ours, data, steps, chosen if chosen != default else None)
+    else:
         context.put("peers", problem)
     compiling = {n: s for n, s in steps.items() if "compile" in n}
     measured = {n: s for n, s in steps.items() if n not in compiling}
     problems |= _warm_all(context, measured, expected)
-    _record(context, measured, rounds)
+    problems |= _record(context, measured, rounds)
     for variant in compiling:  # each beside ours again: what is interleaved can be compared
+        if context.short and name == "14B":
+            context.put(variant, {"skipped": "not in the short plan"})
+            continue
         if not context.affords(60.0 if name == "1.3B" else 80.0):
             context.put(variant, {"skipped": "budget"})
             continue
         beside = {variant: compiling[variant]}
         problems |= _warm_all(context, beside, expected)
         if beside:  # else it failed
-            _record(context, {"ours": steps["ours"], **beside}, rounds, beside=variant)
+            problems |= _record(context, {"ours": steps["ours"], **beside}, rounds, beside=variant)
     own = {n: p for n, p in problems.items() if not p.startswith("OutOfMemoryError")}
     if own:
         context.fail("; ".join(f"{n}: {p}" for n, p in own.items()))
 
 
 def _attention_choices(context: Context, size: Size) -> tuple[str, str]:
-    """The backend that our model runs, and the one that torch's own attention takes by itself."""
+    """Return the backend that our model runs, and the one that torch's own attention takes by itself."""
     report = attention_report(context.device, dtype=context.dtype, head_dim=size.head_dim)
     chosen = next((name for name, choice in report.items() if choice.chosen), "none")
     probe = torch.zeros(1, size.heads, 64, size.head_dim, device=context.device, dtype=context.dtype)
@@ -83,9 +85,18 @@ def _forward(model: Any, arguments: tuple[Any, ...], attention: str | None = Non
 
 def _add_peers(
     context: Context, size: Size, ours: Any, data: Inputs, steps: dict[str, timing.Step], other: str | None
-) -> None:
-    """diffusers' model with torch's own choice of attention, and with ``other`` where ours runs on another one."""
-    peer = networks.build_peer(context, size, ours)
+) -> dict[str, str]:
+    """Add diffusers' model with torch's own choice of attention, and with ``other`` where ours runs on another one.
+
+    Returns:
+        The problems of those that cannot be made, which are recorded.
+    """
+    try:
+        peer = networks.build_peer(context, size, ours)
+    except Exception as error:
+        context.put("peers", last_line(error))
+        _free(context)
+        return {"diffusers": last_line(error)}
     shared = {id(tensor): tensor for tensor in (*peer.parameters(), *peer.buffers())}
 
     def variant(attention: str | None, compiled: bool) -> timing.Step:
@@ -95,11 +106,25 @@ def _add_peers(
             model.compile_repeated_blocks(backend="aot_eager" if context.tiny else "inductor")
         return _forward(model, data.peers())
 
-    steps["diffusers"] = variant(None, compiled=False)
-    steps["diffusers + compile"] = variant(None, compiled=True)
+    wanted: dict[str, tuple[str | None, bool]] = {"diffusers": (None, False), "diffusers + compile": (None, True)}
     if other in networks.DIFFUSERS_ATTENTION:
-        steps["diffusers, our attention"] = variant(other, compiled=False)
-        steps["diffusers + compile, our attention"] = variant(other, compiled=True)
+        wanted["diffusers, our attention"] = (other, False)
+        wanted["diffusers + compile, our attention"] = (other, True)
+    problems = {}
+    for name, (attention, compiled) in wanted.items():
+        try:
+            steps[name] = variant(attention, compiled)
+        except Exception as error:
+            problems[name] = last_line(error)
+            context.put(name, {"error": problems[name]})
+    return problems
+
+
+def _free(context: Context) -> None:
+    """Give memory back after an error; raise if the error has broken the device."""
+    if context.cuda:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def _warm_all(context: Context, steps: dict[str, timing.Step], expected: torch.Tensor) -> dict[str, str]:
@@ -118,17 +143,24 @@ def _warm_all(context: Context, steps: dict[str, timing.Step], expected: torch.T
             problems[name] = last_line(error)
             del steps[name]
             context.put(name, {"error": problems[name]})
-            if context.cuda:
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
+            _free(context)
     return problems
 
 
-def _record(context: Context, steps: dict[str, timing.Step], rounds: int, beside: str | None = None) -> None:
-    samples, peaks = timing.calls(steps, context.device, rounds, lambda: context.affords(5.0))
+def _record(context: Context, steps: dict[str, timing.Step], rounds: int, beside: str | None = None) -> dict[str, str]:
+    """Time steps beside each other; one that raises is recorded as its error, and returned."""
+    problems: dict[str, str] = {}
+
+    def failed(name: str, error: Exception) -> None:
+        problems[name] = last_line(error)
+        context.put(name, {"error": problems[name]})
+        _free(context)
+
+    samples, peaks = timing.calls(steps, context.device, rounds, lambda: context.affords(5.0), failed)
     for name, values in samples.items():
         key = name if beside is None or name == beside else f"{name}, beside {beside}"
         context.put(key, {"ms": statistics.median(values), "peak_bytes": peaks.get(name), "samples_ms": values})
+    return problems
 
 
 RESERVED_S = 150.0  # for the sections that follow: 50 steps are measured only with so much to spare
@@ -138,12 +170,15 @@ RESERVED_S = 150.0  # for the sections that follow: 50 steps are measured only w
 
 
 def run_sampling(context: Context, name: str) -> None:
-    """Transformer time of whole samples at 1, 4, 8 and 50 steps; 50 from the steps measured where they do not fit."""
-    context.require_right_kernels()
+    """Time the transformer in whole samples at 1, 4, 8 and 50 steps; 50 from the steps measured if they do not fit."""
     size = context.sizes[name]
     ours, data = networks.build(context, size), networks.inputs(context, size)
-    problem = networks.peer_problem()
-    peer = None if problem is not None else networks.build_peer(context, size, ours)
+    problem, peer = networks.peer_problem(), None
+    if problem is None:
+        try:
+            peer = networks.build_peer(context, size, ours)
+        except Exception as error:
+            problem = _peer_failed(context, error)
     if problem is not None:
         context.put("peers", problem)
     _sample(context, ours, data, 1)  # warm
@@ -154,11 +189,24 @@ def run_sampling(context: Context, name: str) -> None:
             continue
         _record_sample(context, f"ours NFE {steps}", *_sample(context, ours, data, steps))
         if peer is not None and steps <= 4 and context.affords(2 * seconds + 2):
-            _record_sample(context, f"diffusers NFE {steps}", *_peer_sample(context, peer, data, steps))
+            try:
+                _record_sample(context, f"diffusers NFE {steps}", *_peer_sample(context, peer, data, steps))
+            except Exception as error:
+                context.put(f"diffusers NFE {steps}", {"error": _peer_failed(context, error)})
+                peer = None
+
+
+def _peer_failed(context: Context, error: Exception) -> str:
+    """Let the section fail unless the peer was out of memory, which is a result; return the error's text."""
+    problem = last_line(error)
+    if not isinstance(error, torch.OutOfMemoryError):
+        context.fail(f"diffusers: {problem}")
+    _free(context)
+    return problem
 
 
 def _sample(context: Context, model: Any, data: Inputs, steps: int) -> tuple[list[float], int | None]:
-    """Milliseconds at which each step ended, the last one that of the whole call; the peak memory."""
+    """Return the milliseconds at which each step ended, the last one that of the whole call, and the peak memory."""
     from anyflow.sampling import sample
     from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
@@ -171,7 +219,7 @@ def _sample(context: Context, model: Any, data: Inputs, steps: int) -> tuple[lis
 
 
 def _peer_sample(context: Context, model: Any, data: Inputs, steps: int) -> tuple[list[float], int | None]:
-    """The loop of diffusers' pipeline without guidance: a whole forward each step, text included."""
+    """Run the loop of diffusers' pipeline without guidance: a whole forward each step, text included."""
     from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
     sigmas = FlowMapEulerDiscreteScheduler(shift=5.0).schedule(steps).tolist()
@@ -217,7 +265,7 @@ def _record_sample(context: Context, key: str, marks: list[float], peak: int | N
 
 
 def _extrapolate(context: Context, steps: int) -> None:
-    """First step and overhead as measured, the others at the median of the measured steps; labelled so."""
+    """Take first step and overhead as measured, the others at the median of the measured steps; label it so."""
     measured = [n for n in (50, 8, 4) if (context.file.get(context.name, f"ours NFE {n}") or {}).get("marks_ms")]
     if not measured or context.file.get(context.name, f"ours NFE {measured[0]}")["extrapolated"]:
         context.put(f"ours NFE {steps}", {"skipped": "budget"})
@@ -241,11 +289,10 @@ CATEGORIES = (
 
 
 def run_profile(context: Context) -> None:
-    """Self time of every kernel of one forward at 1.3B, by category; the largest by name; the same as a CUDA graph."""
+    """Measure the time of every kernel of one forward at 1.3B, by category and by name; the same as a CUDA graph."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    context.require_right_kernels()
     size = context.sizes["1.3B"]
     ours, data = networks.build(context, size), networks.inputs(context, size)
     step = _forward(ours, data.ours())
@@ -267,9 +314,17 @@ def run_profile(context: Context) -> None:
     if not context.cuda:
         context.put("CUDA graph", {"skipped": "needs a GPU"})
         return
-    _record(context, {"launched": step, "CUDA graph": timing.captured(step)}, rounds=8)
+    steps = {"launched": step}
+    try:
+        steps["CUDA graph"] = timing.captured(step)
+    except Exception as error:
+        context.put("CUDA graph", {"error": last_line(error)})
+        context.fail(f"CUDA graph: {last_line(error)}")
+        _free(context)
+    for name, problem in _record(context, steps, rounds=8).items():
+        context.fail(f"{name}: {problem}")
 
 
 def categorize(kernel: str) -> str:
-    """The category of a kernel's name."""
+    """Return the category of a kernel's name."""
     return next((name for name, pattern in CATEGORIES if re.search(pattern, kernel, re.IGNORECASE)), "other")

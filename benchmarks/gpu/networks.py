@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
 
-from gpu.context import Context
+from gpu.context import Context, last_line
 from gpu.sizes import Size
 
 # Our names of attention backends in diffusers'.
@@ -35,12 +36,16 @@ LORA_TARGETS = (
 
 
 def peer_problem() -> str | None:
-    """Why diffusers' model is not measured, or None."""
+    """Return why diffusers' model is not measured, or None."""
     from gpu import without_diffusers
 
-    if without_diffusers.is_installed():
-        return None
-    return "not measured: diffusers is not installed"
+    problem = without_diffusers.problem()
+    if problem is None:
+        try:
+            from diffusers import AnyFlowTransformer3DModel  # noqa: F401
+        except Exception as error:  # one that is too old, or whose own dependencies are missing
+            problem = f"diffusers has no AnyFlowTransformer3DModel that imports: {last_line(error)}"
+    return None if problem is None else f"not measured: {problem}"
 
 
 def build(context: Context, size: Size, dtype: torch.dtype | None = None) -> Any:
@@ -55,14 +60,14 @@ def build(context: Context, size: Size, dtype: torch.dtype | None = None) -> Any
 
 
 def build_peer(context: Context, size: Size, ours: nn.Module) -> Any:
-    """diffusers' model whose parameters are the memory of ours: the same weights, and no second copy of them.
+    """Build diffusers' model on the memory of our parameters: the same weights, and never a second copy of them.
 
     All but the few that it does not keep in fp32 as ours does (``delta_embedder``), as ``from_pretrained`` has them.
     """
     from diffusers import AnyFlowTransformer3DModel as Peer
 
     dtype = ours.patch_embedding.weight.dtype  # type: ignore[union-attr]
-    with _made_in(dtype, context.device):  # type: ignore[arg-type]
+    with _made_in(dtype, context.device), _without_parameters():  # type: ignore[arg-type]
         peer = Peer(**size.config())
     peer.load_state_dict(ours.state_dict(), assign=True)
     kept = set(Peer._keep_in_fp32_modules)
@@ -81,6 +86,23 @@ def _made_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def _without_parameters() -> Iterator[None]:
+    """Make parameters that have no memory, each from the moment that it belongs to a module; buffers keep theirs.
+
+    A model on the meta device would lose the buffers that no state dict has.
+    """
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(on_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _keep_in_fp32(model: nn.Module, parts: list[str]) -> nn.Module:

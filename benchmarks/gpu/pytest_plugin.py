@@ -1,11 +1,13 @@
-"""``pytest -p gpu.pytest_plugin``: the tests, and the workers of pytest-xdist, find the package as the runner does.
+"""Lets tests, and the workers of pytest-xdist, find the package as the runner does: ``pytest -p gpu.pytest_plugin``.
 
 What a backend does not have on the device is skipped: forced onto it, an operator refuses, which is no wrong kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from gpu.state import die_with_parent
 
 _DEVICE = os.environ.get("ANYFLOW_TEST_DEVICE", "cpu")
 die_with_parent()
-without_diffusers.install()
+with contextlib.suppress(ValueError):  # a run in the background of a script ignores the interrupt that ends the tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 build.find_package(_DEVICE)
+without_diffusers.install()
 build.load_operators()
 
 

@@ -1,4 +1,4 @@
-"""The file of a run: one JSON per device, rewritten after every measurement, so that a kill loses nothing."""
+"""Keeps what a run has measured: a JSON per device, rewritten after every measurement, so that a kill loses nothing."""
 
 from __future__ import annotations
 
@@ -17,45 +17,73 @@ from typing import Any
 SCHEMA = "anyflow-gpu-run-1"
 ROOT = Path(__file__).resolve().parents[2]
 DONE, FAILED, SKIPPED, RUNNING = "done", "failed", "skipped", "running"
+# The runner's own folder, which stays between two calls where --out is emptied: results, the extension, caches.
+FOLDER = Path(os.environ.get("ANYFLOW_GPU_RUNNER") or ROOT / "build" / "gpu-runner").resolve()
 
 
 class RunFile:
-    """Sections by name, each with a status, and beside a status that is not ``done`` the reason.
+    """Holds sections by name, each with a status, and beside a status that is not ``done`` the reason.
 
     Args:
         path: of the JSON file.
         data: its content.
+        copy: a second file with the same content, in the runner's own folder; None for no copy.
     """
 
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
-        self.path, self.data = path, data
+    def __init__(self, path: Path, data: dict[str, Any], copy: Path | None = None) -> None:
+        self.path, self.data, self.copy = path, data, copy
 
     @classmethod
-    def load(cls, path: Path) -> RunFile:
-        """From disk; an empty one where there is none."""
-        return cls(path, json.loads(path.read_text()) if path.exists() else {"schema": SCHEMA, "sections": {}})
+    def load(cls, path: Path, copy: Path | None = None) -> RunFile:
+        """Read a file; the result is empty where there is none."""
+        data = json.loads(path.read_text()) if path.exists() else {"runs": [{}], "sections": {}}
+        return cls(path, data, copy)
+
+    @classmethod
+    def open(cls, path: Path, copy: Path, identity: dict[str, Any], fresh: bool) -> RunFile:
+        """Continue the later one of two files that have this identity; without one, or if ``fresh``, start anew."""
+        known = []
+        for candidate in (path, copy):
+            try:
+                data = cls.load(candidate).data
+            except (json.JSONDecodeError, OSError):
+                continue
+            if not fresh and all(data.get(key) == value for key, value in identity.items()):
+                known.append(data)
+        latest = max(known, key=lambda data: data.get("revision", 0), default=None)
+        return cls(path, {**identity, "runs": [], "sections": {}} if latest is None else latest, copy)
 
     def save(self) -> None:
-        """Write beside it and rename: a reader, or a kill, never meets half a file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=1) + "\n")
-        with partial.open() as file:
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        """Write both files, each beside itself and renamed: a reader, or a kill, never meets half a file."""
+        self.data["revision"] = self.data.get("revision", 0) + 1
+        text = json.dumps(self.data, indent=1, default=str) + "\n"
+        for path in (self.copy, self.path):
+            if path is None:
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(text)
+            with partial.open() as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
 
     def section(self, name: str) -> dict[str, Any]:
-        """What is known of a section, empty at first; a part of :attr:`data`."""
+        """Return what is known of a section, empty at first; it is a part of :attr:`data`."""
         sections: dict[str, dict[str, Any]] = self.data["sections"]
         return sections.setdefault(name, {})
 
     def status(self, name: str) -> str | None:
-        """``done``, ``failed``, ``skipped``, ``running``, or None."""
-        return self.data["sections"].get(name, {}).get("status")
+        """Return ``done``, ``failed``, ``skipped`` or ``running`` in the latest run, or None: it has yet to run there.
+
+        What an earlier run finished, and this one keeps, counts as done.
+        """
+        section, runs = self.data["sections"].get(name, {}), self.data["runs"]
+        kept = name in runs[-1].get("kept", ())
+        return section.get("status") if kept or section.get("run") == len(runs) - 1 else None
 
     def mark(self, name: str, status: str, reason: str | None = None, **more: Any) -> None:
-        """Set a section's status, and save."""
-        self.section(name).update(status=status, reason=reason, **more)
+        """Set a section's status in the latest run, and save."""
+        self.section(name).update(status=status, reason=reason, run=len(self.data["runs"]) - 1, **more)
         self.save()
 
     def put(self, name: str, key: str, value: Any) -> None:
@@ -64,22 +92,27 @@ class RunFile:
         self.save()
 
     def get(self, name: str, key: str) -> Any:
-        """A measurement, or None."""
+        """Return a measurement, or None."""
         return self.data["sections"].get(name, {}).get("data", {}).get(key)
 
 
 def source_digest() -> str:
-    """Of every file that a measurement depends on: results of other sources are not added to."""
+    """Digest every file that a measurement depends on: results of other sources are not added to."""
+    return digest_of("anyflow", "kernels", "csrc", "benchmarks", "cmake", "CMakeLists.txt", "setup.py")
+
+
+def digest_of(*names: str) -> str:
+    """Digest the sources below folders, or in files, of the checkout: their names and contents."""
     digest = hashlib.sha256()
-    for folder in ("anyflow", "kernels", "csrc", "benchmarks"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
+    for name in names:
+        for path in sorted([ROOT / name, *(ROOT / name).rglob("*")]):
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".cmake", ".txt") and path.is_file():
                 digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def commit() -> dict[str, Any]:
-    """The commit checked out, or the one that ``ANYFLOW_COMMIT`` names where there is no repository."""
+    """Return the commit checked out, or the one that ``ANYFLOW_COMMIT`` names where there is no repository."""
     try:
         head, changed = (
             subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -92,13 +125,13 @@ def commit() -> dict[str, Any]:
 
 
 def slug(device: str, tiny: bool) -> str:
-    """The name of a device's file: ``nvidia-h200``; of the tiny shapes, ``nvidia-h200-tiny``."""
+    """Name a device's file: ``nvidia-h200``; for the tiny shapes, ``nvidia-h200-tiny``."""
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return f"{name}-tiny" if tiny else name
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """A killed run leaves no process on the GPU (Linux; elsewhere this does nothing).
+    """Kill this process when its parent ends: a killed run leaves none on the GPU (Linux; elsewhere nothing happens).
 
     Args:
         parent: the process that started this one, if known: it may be gone already.
@@ -111,7 +144,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def nvidia_smi(*fields: str) -> dict[str, str] | None:
-    """The first GPU's fields, such as ``clocks.sm``; None without the tool."""
+    """Return the first GPU's fields, such as ``clocks.sm``; None without the tool."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -124,7 +157,7 @@ def nvidia_smi(*fields: str) -> dict[str, str] | None:
 
 
 def clocks() -> dict[str, str] | None:
-    """What says whether the GPU ran as fast as it can."""
+    """Return what says whether the GPU ran as fast as it can."""
     return nvidia_smi(
         "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu", "clocks_throttle_reasons.active"
     )

@@ -1,4 +1,4 @@
-"""The process that the user starts: it measures nothing, so that nothing that is measured can take the run down."""
+"""Starts and watches the processes of a run; it measures nothing, so that no measurement can take the run down."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from gpu.build import build_extension, forget_extension
-from gpu.state import FAILED, RUNNING, SCHEMA, SKIPPED, RunFile, slug, source_digest
+from gpu.build import environment, lay_out, prepare_extension
+from gpu.state import DONE, FAILED, FOLDER, RUNNING, SCHEMA, SKIPPED, RunFile, slug, source_digest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "run_gpu.py"
 GRACE_S = 15.0  # a section that still runs so long after the budget is stopped
@@ -22,15 +22,15 @@ BUILD_LIMIT_S = 180.0
 
 @dataclass(frozen=True)
 class Options:
-    """The command line.
+    """Holds the command line.
 
     Attributes:
         out: folder of the results.
         device: ``"cuda"`` or ``"cpu"``.
         tiny: tiny shapes.
         budget_s: seconds after which no section is started.
-        only: part of the names of the sections to run.
-        skip_tests: leave out the operator tests.
+        only: part of the names of the sections to run again, or empty.
+        short: whether the plan is the short one.
         fresh: keep nothing of an earlier run of the same sources.
     """
 
@@ -38,13 +38,13 @@ class Options:
     device: str
     tiny: bool
     budget_s: float
-    only: str
-    skip_tests: bool
-    fresh: bool
+    only: str = ""
+    short: bool = False
+    fresh: bool = False
 
 
 def supervise(options: Options, names: list[str]) -> int:
-    """Run the sections in processes of their own; 1 if one failed, 2 without a GPU.
+    """Run the sections in processes of their own; 1 if one failed or found something wrong, 2 without a GPU.
 
     Args:
         options: of the command line.
@@ -55,17 +55,18 @@ def supervise(options: Options, names: list[str]) -> int:
     if machine["device"] is None:
         print(f"no CUDA device: {machine['problem']}", file=sys.stderr)
         return 2
+    lay_out()
     file = _open(options, machine, names)
     if "build" in names and file.status("build") is None:
         _build(file, options, deadline)
-    remaining = [name for name in names if file.status(name) is None]
+    remaining = [name for name in _order(file, names) if file.status(name) is None]
     while remaining:
         if time.monotonic() >= deadline:
             for name in remaining:
                 file.mark(name, SKIPPED, "budget: used up")
             break
-        running = _work(options, file.path, deadline, remaining)
-        file = RunFile.load(file.path)
+        running = _work(options, file, deadline, remaining)
+        file = RunFile.load(file.path, file.copy)
         left = [name for name in remaining if file.status(name) in (None, RUNNING)]
         if not left:
             break
@@ -82,7 +83,7 @@ def supervise(options: Options, names: list[str]) -> int:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    """The device's name and torch's version, from a process of its own."""
+    """Ask a process of its own for the device's name and torch's version."""
     code = (
         "import json, torch; ok = torch.cuda.is_available(); print(json.dumps({'torch': torch.__version__, "
         "'device': torch.cuda.get_device_name(0) if ok else None, "
@@ -97,8 +98,12 @@ def _machine(device: str) -> dict[str, Any]:
 
 
 def _open(options: Options, machine: dict[str, Any], names: list[str]) -> RunFile:
-    """The device's file; what an earlier run of the same sources finished is kept unless it is asked for by name."""
-    path = options.out / f"{slug(machine['device'], options.tiny)}.json"
+    """Open the device's file, in ``--out`` or the runner's own copy of it, and begin a run.
+
+    What an earlier run of the same sources finished is kept unless it is asked for by name. A build that failed has
+    failed for these sources: it is not tried again by itself. Other sections keep their data until they run again.
+    """
+    name = f"{slug(machine['device'], options.tiny)}.json"
     identity = {
         "schema": SCHEMA,
         "device": machine["device"],
@@ -107,53 +112,62 @@ def _open(options: Options, machine: dict[str, Any], names: list[str]) -> RunFil
         "torch": machine["torch"],
         "source": source_digest(),
     }
-    try:
-        file = RunFile.load(path)
-    except json.JSONDecodeError:
-        file = RunFile(path, {})
-    if options.fresh or any(file.data.get(key) != value for key, value in identity.items()):
-        file = RunFile(path, {**identity, "runs": [], "sections": {}})
-        if options.device == "cuda":
-            forget_extension()
+    file = RunFile.open(options.out / name, FOLDER / "results" / name, identity, options.fresh)
     sections: dict[str, dict[str, Any]] = file.data["sections"]
-    kept = {n: s for n, s in sections.items() if s["status"] == "done" and not (options.only and n in names)}
-    file.data["sections"] = kept
+    asked = names if options.only else []
+    kept, again = [], []
+    for section_name, section in sections.items():
+        finished = section["status"] == DONE or (section_name == "build" and section["status"] == FAILED)
+        if finished and section_name not in asked:
+            kept.append(section_name)
+            continue
+        if section["status"] == FAILED:
+            again.append(section_name)
     file.data["runs"].append(
         {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "budget_s": options.budget_s,
+            "plan": "short" if options.short else "full",
             "only": options.only,
             "kept": sorted(kept),
+            "again": sorted(again),
         }
     )
     file.save()
-    print(f"results: {path}" + (f"; kept from earlier runs: {', '.join(kept)}" if kept else ""), flush=True)
+    print(f"results: {file.path}" + (f"; kept from earlier runs: {', '.join(kept)}" if kept else ""), flush=True)
     return file
+
+
+def _order(file: RunFile, names: list[str]) -> list[str]:
+    """Sort by the plan, but what failed before comes after what has never run, and the tests last in any case."""
+    again = file.data["runs"][-1]["again"]
+    return sorted((name for name in names if name != "build"), key=lambda name: (name == "tests", name in again))
 
 
 def _build(file: RunFile, options: Options, deadline: float) -> None:
     limit = min(BUILD_LIMIT_S, (deadline - time.monotonic()) / 2)
-    run = len(file.data["runs"]) - 1
-    if options.device == "cpu" or limit < 1:
-        reason = "budget: used up" if limit < 1 else "a CPU's kernels come with the installation"
-        file.mark("build", SKIPPED, reason, run=run)
+    if limit < 1:
+        file.mark("build", SKIPPED, "budget: used up")
         return
-    file.mark("build", RUNNING, title="the native extension, with its CUDA kernels", run=run)
-    forget_extension()
-    status, reason, data = build_extension(limit)
-    file.mark("build", status, reason, data=data)
+    started = time.monotonic()
+    file.mark("build", RUNNING, title="the native extension, with its CUDA kernels")
+    status, reason, data = prepare_extension(options.device, limit)
+    file.mark("build", status, reason, data=data, seconds=round(time.monotonic() - started, 2))
     print(f"build: {status}{f', {reason}' if reason else ''}", flush=True)
 
 
-def _work(options: Options, path: Path, deadline: float, names: list[str]) -> str:
-    """One worker, until it ends or is overdue; how it ended, in words."""
-    command = [sys.executable, str(SCRIPT), "--worker", str(path), "--deadline", repr(deadline)]
-    command += ["--parent", str(os.getpid())]
+def _work(options: Options, file: RunFile, deadline: float, names: list[str]) -> str:
+    """Run one worker until it ends or is overdue; the result says in words how it ended."""
+    command = [sys.executable, str(SCRIPT), "--worker", str(file.path), "--copy", str(file.copy)]
+    command += ["--deadline", repr(deadline), "--parent", str(os.getpid()), "--out", str(options.out)]
     command += ["--device", options.device, "--sections", ",".join(names), *(["--tiny"] if options.tiny else [])]
-    variables = dict(os.environ)
+    command += ["--plan", "short" if options.short else "full"]
+    variables = environment()
     if options.device == "cpu":
-        variables["TRITON_INTERPRET"] = "1"  # read when triton is imported
         variables.setdefault("OMP_WAIT_POLICY", "passive")
+    else:  # what one call has compiled is there in the next one
+        variables.setdefault("TRITON_CACHE_DIR", str(FOLDER / "cache" / "triton"))
+        variables.setdefault("TORCHINDUCTOR_CACHE_DIR", str(FOLDER / "cache" / "inductor"))
     process = subprocess.Popen(command, env=variables)
     try:
         status = process.wait(timeout=max(deadline + GRACE_S - time.monotonic(), 0.1))
@@ -175,7 +189,11 @@ def _summary(file: RunFile, names: list[str], deadline: float) -> int:
         took = "" if seconds is None else f"{seconds:.1f}"
         print(f"{name:18s} {section.get('status') or '-':8s} {took:7s} {section.get('reason') or ''}")
     failed = [name for name in names if sections.get(name, {}).get("status") == FAILED]
+    noted = [name for name in names if "note" in sections.get(name, {})]
     file.data["runs"][-1]["seconds"] = round(file.data["runs"][-1]["budget_s"] - (deadline - time.monotonic()), 1)
     file.save()
-    print(f"{file.path}: {len(failed)} failed")
-    return 1 if failed else 0
+    warnings = file.data.get("warnings", [])
+    for warning in warnings:
+        print(f"WRONG: {warning}")
+    print(f"{file.path}: {len(failed)} failed" + (f", {len(warnings)} things WRONG" if warnings else ""))
+    return 1 if failed or noted or warnings else 0

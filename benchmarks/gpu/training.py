@@ -1,6 +1,6 @@
 """Training steps at 1.3B, adapters and gradient checkpointing: ours, and the peers' formulation on diffusers' model.
 
-The peers' trainers (SPEC B and C) evaluate the network four times on the whole batch in a pretrain step, with one
+The peers' trainers evaluate the network four times on the whole batch in a pretrain step, with one
 modulation row per token, and each score of an on-policy step in a call of its own. A step is loss and backward.
 """
 
@@ -46,7 +46,6 @@ def run_on_policy(context: Context) -> None:
 
 
 def _compare(context: Context, size: Size, makers: dict[str, Callable[[Context, Size], Losses]]) -> None:
-    context.require_right_kernels()
     problem = networks.peer_problem()
     steps: dict[str, timing.Step] = {}
     for name, make in makers.items():
@@ -56,29 +55,39 @@ def _compare(context: Context, size: Size, makers: dict[str, Callable[[Context, 
         try:
             step = make(context, size)
             context.put(f"{name}: losses", step())  # the first step warms up
-            _round(context, {name: step})  # before anything of the others can go wrong
-            steps[name] = step
+            alone = {name: step}
+            _round(context, alone, {})  # before anything of the others can go wrong
+            steps |= alone
         except Exception as error:
-            context.put(name, {"error": last_line(error)})
-            if name == "ours" or not isinstance(error, torch.OutOfMemoryError):  # of a peer, that is a result
-                context.fail(f"{name}: {last_line(error)}")
-            if context.cuda:
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-    for name in steps:
-        context.file.section(context.name)["data"].pop(name)  # what was not yet beside the others
+            _failed(context, name, error)
+    beside: dict[str, list[float]] = {}
     for index in range(1 if context.tiny else 3):
         if index and not context.affords(25.0):
             break
-        _round(context, steps)
+        _round(context, steps, beside)
 
 
-def _round(context: Context, steps: dict[str, timing.Step]) -> None:
-    """Each step once more, beside each other."""
-    samples, peaks = timing.calls(steps, context.device, rounds=1)
+def _failed(context: Context, name: str, error: Exception) -> None:
+    """Record why a variant is not measured; of a peer, that it is out of memory is a result."""
+    if "ms" not in (context.file.get(context.name, name) or {}):  # else it ran alone, which is kept
+        context.put(name, {"error": last_line(error)})
+    if name == "ours" or not isinstance(error, torch.OutOfMemoryError):
+        context.fail(f"{name}: {last_line(error)}")
+    if context.cuda:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def _round(context: Context, steps: dict[str, timing.Step], before: dict[str, list[float]]) -> None:
+    """Time each step once more, beside each other, and add it to the milliseconds ``before``."""
+
+    def failed(name: str, error: Exception) -> None:
+        _failed(context, name, error)
+        del steps[name]
+
+    samples, peaks = timing.calls(dict(steps), context.device, rounds=1, on_error=failed)
     for name, values in samples.items():
-        before = context.file.get(context.name, name) or {"samples_ms": []}
-        milliseconds = before["samples_ms"] + values
+        before[name] = milliseconds = before.get(name, []) + values
         entry = {"ms": statistics.median(milliseconds), "peak_bytes": peaks.get(name), "samples_ms": milliseconds}
         context.put(name, entry)
 

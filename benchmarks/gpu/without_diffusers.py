@@ -6,6 +6,7 @@ No loading, no saving, no adapters: names and attributes alone. Nothing of it is
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -17,6 +18,15 @@ from typing import Any
 
 import torch
 from torch import nn
+
+# The modules of diffusers that anyflow.models imports from.
+_NEEDED = (
+    "diffusers.configuration_utils",
+    "diffusers.loaders",
+    "diffusers.models.modeling_outputs",
+    "diffusers.models.modeling_utils",
+    "diffusers.utils",
+)
 
 
 class ConfigMixin:
@@ -74,20 +84,30 @@ def apply_lora_scale(_: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     return lambda forward: forward
 
 
-def is_installed() -> bool:
-    """Whether ``import diffusers`` gives diffusers, and not what is here."""
+def problem() -> str | None:
+    """Return why ``import diffusers`` does not give what the model needs of diffusers, or None where it does."""
     module = sys.modules.get("diffusers")
-    if module is not None:
-        return not hasattr(module, "_ANYFLOW_STAND_IN")
-    return importlib.util.find_spec("diffusers") is not None
+    if module is not None and hasattr(module, "_ANYFLOW_STAND_IN"):
+        return str(module._ANYFLOW_STAND_IN)
+    try:
+        if importlib.util.find_spec("diffusers") is None:
+            return "diffusers is not installed"
+        for name in _NEEDED:
+            importlib.import_module(name)
+    except Exception as error:  # a package of its own that is missing or of another version
+        return f"diffusers does not import: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+    return None
 
 
-def install() -> bool:
-    """Put the stand-in where ``import diffusers`` finds it, unless diffusers is installed; whether it was needed."""
-    if is_installed():
-        return False
+def install() -> str | None:
+    """Put the stand-in where ``import diffusers`` finds it, unless diffusers imports; return why it was needed."""
+    reason = problem()
+    if reason is None:
+        return None
+    for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers"]:
+        del sys.modules[name]
     names: dict[str, dict[str, Any]] = {
-        "diffusers": {"_ANYFLOW_STAND_IN": True},
+        "diffusers": {"_ANYFLOW_STAND_IN": reason},
         "diffusers.configuration_utils": {"ConfigMixin": ConfigMixin, "register_to_config": register_to_config},
         "diffusers.loaders": {"PeftAdapterMixin": PeftAdapterMixin},
         "diffusers.models": {},
@@ -101,4 +121,4 @@ def install() -> bool:
         module.__spec__ = ModuleSpec(name, None, is_package=True)  # who looks for one finds something
         module.__dict__.update(content)
         sys.modules[name] = module
-    return True
+    return reason

@@ -1,4 +1,4 @@
-"""The process that measures: section after section, each isolated from the others' exceptions."""
+"""Measures, in a process of its own: section after section, each isolated from the others' exceptions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,27 @@ from gpu.state import DONE, FAILED, RUNNING, SKIPPED, RunFile, clocks, commit, d
 BROKEN_DEVICE = 70  # exit status: after such an error nothing on the device works any more in this process
 
 
-def work(path: Path, device: str, tiny: bool, deadline: float, names: list[str], parent: int) -> int:
-    """Run the named sections that have no status yet; the file is what the processes of a run share."""
+def work(
+    path: Path, copy: Path, device: str, tiny: bool, deadline: float, names: list[str], parent: int, short: bool
+) -> int:
+    """Run the named sections that have no status yet, in this order; the processes of a run share the file.
+
+    Args:
+        path, copy: of the results, and of the runner's own copy.
+        device: ``"cuda"`` or ``"cpu"``.
+        tiny: tiny shapes.
+        deadline: on ``time.monotonic()``.
+        names: of the sections.
+        parent: the process that this one must not outlive.
+        short: whether the plan is the short one.
+    """
     die_with_parent(parent)
-    stand_in = without_diffusers.install()
     build.find_package(device)
+    stand_in = without_diffusers.install()
     without_extension = build.load_operators()
     from gpu.sections import SECTIONS  # what is measured imports the package, which had to be found first
 
-    context = Context(torch.device(device), tiny, RunFile.load(path), deadline)
+    context = Context(torch.device(device), tiny, RunFile.load(path, copy), deadline, short=short)
     if device == "cpu":
         torch.set_num_threads(1)  # tiny networks, and a machine that may do other things
     else:
@@ -36,29 +49,33 @@ def work(path: Path, device: str, tiny: bool, deadline: float, names: list[str],
     environment = _environment(context.device) | {"diffusers_stand_in": stand_in, "extension": without_extension}
     context.file.data["environment"] = environment
     context.file.save()
-    for section in SECTIONS:
-        if section.name in names and context.file.status(section.name) is None:
-            _run(section, context)
+    sections = {section.name: section for section in SECTIONS}
+    for name in names:
+        if context.file.status(name) is None:
+            _run(sections[name], context)
     return 0
 
 
 def _run(section: Section, context: Context) -> None:
     file, context.name = context.file, section.name
-    run = len(file.data["runs"]) - 1
-    file.data["sections"].pop(section.name, None)
     if not context.affords(section.seconds):
         left = f"about {section.seconds * context.slowness:.0f} s are needed, {max(context.remaining(), 0):.0f} s left"
-        file.mark(section.name, SKIPPED, f"budget: {left}", title=section.title, run=run)
+        file.mark(section.name, SKIPPED, f"budget: {left}", title=section.title)
         print(f"{section.name}: skipped, {left}", flush=True)
         return
     started = time.monotonic()
-    file.mark(section.name, RUNNING, title=section.title, run=run, clocks_before=clocks())
+    earlier = file.data["sections"].pop(section.name, {})
+    if section.resumes and "data" in earlier:
+        file.section(section.name)["data"] = earlier["data"]
+    file.mark(section.name, RUNNING, title=section.title, clocks_before=clocks())
     print(f"--- {section.name}: {section.title}", flush=True)
     broken = False
     try:
+        context.require_right_kernels(section.operators)
         section.run(context)
         reason = file.section(section.name).get("problem")
         status = FAILED if reason else DONE
+        reason = reason or file.section(section.name).get("note")
     except Skip as skip:
         status, reason = SKIPPED, str(skip)
     except Exception as error:
@@ -74,7 +91,7 @@ def _run(section: Section, context: Context) -> None:
 
 
 def _is_broken(device: torch.device) -> bool:
-    """Whether an error such as an illegal memory access has taken the device away from this process."""
+    """Tell whether an error such as an illegal memory access has taken the device away from this process."""
     if device.type != "cuda":
         return False
     try:
@@ -86,7 +103,7 @@ def _is_broken(device: torch.device) -> bool:
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    """What is measured, on what."""
+    """Describe what is measured, on what; a part that cannot be had is its problem, not the run's."""
     from importlib.metadata import PackageNotFoundError, version
 
     import anyflow
@@ -98,6 +115,16 @@ def _environment(device: torch.device) -> dict[str, Any]:
             return version(name)
         except PackageNotFoundError:
             return None
+
+    def backends() -> dict[str, Any]:
+        return {op: f"{choice.backend}: {choice.reason}" for op, choice in backend_report(device).items()}
+
+    def attention() -> dict[str, Any]:
+        report = attention_report(device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return {
+            name: {"available": choice.available, "chosen": choice.chosen, "reason": choice.reason}
+            for name, choice in report.items()
+        }
 
     gpu: dict[str, Any] = {}
     if device.type == "cuda":
@@ -118,12 +145,15 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "anyflow": anyflow.__version__,
         "gpu": gpu or None,
-        "backends": {op: f"{choice.backend}: {choice.reason}" for op, choice in backend_report(device).items()},
-        "attention": {
-            name: {"available": choice.available, "chosen": choice.chosen, "reason": choice.reason}
-            for name, choice in attention_report(
-                device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
-            ).items()
-        },
+        "backends": _attempt(backends),
+        "attention": _attempt(attention),
         **commit(),
     }
+
+
+def _attempt(describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return describe()
+    except Exception as error:
+        traceback.print_exc()
+        return {"problem": last_line(error)}

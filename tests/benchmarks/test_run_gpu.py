@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,45 +18,48 @@ import torch
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "run_gpu.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "run_gpu.py"
 TINY = ("--device", "cpu", "--tiny")
-SECTIONS = (
-    *("build", "tests", "limits", "forward_1.3b", "attention", "ops", "forward_14b", "sampling_1.3b", "sampling_14b"),
-    *("pretrain_1.3b", "on_policy_1.3b", "profile_1.3b", "native"),
+SHORT = (
+    *("build", "checks", "limits", "forward_1.3b", "attention", "sampling_14b", "forward_14b", "pretrain_1.3b"),
+    *("ops", "profile_1.3b", "native", "tune_rows", "probes", "tests"),
 )
+SECTIONS = {*SHORT, "sampling_1.3b", "on_policy_1.3b"}
 
 
-def start(out: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    """From another folder, as a checkout that is not installed would be used."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
-    command = [sys.executable, str(SCRIPT), "--out", str(out), *arguments]
+def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """Start a run from another folder than the checkout, with a runner's folder of its own."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    environment |= {"ANYFLOW_GPU_RUNNER": str(folder / "runner"), **variables}
+    command = [sys.executable, str(SCRIPT), "--out", str(folder / "out"), *arguments]
     return subprocess.Popen(
         command, cwd="/", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def run(out: Path, *arguments: str, **variables: str) -> tuple[int, str]:
+def run(folder: Path, *arguments: str, **variables: str) -> tuple[int, str]:
     """Exit status and output."""
-    process = start(out, *arguments, **variables)
+    process = start(folder, *arguments, **variables)
     output = process.communicate()[0]
     return process.returncode, output
 
 
-def result(out: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((out / "cpu-tiny.json").read_text())
+def result(folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / "out" / "cpu-tiny.json").read_text())
     return data
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 180.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {seconds} s"
         time.sleep(0.02)
 
 
-def status(out: Path, section: str) -> str | None:
-    path = out / "cpu-tiny.json"
-    return result(out)["sections"].get(section, {}).get("status") if path.exists() else None
+def status(folder: Path, section: str) -> str | None:
+    path = folder / "out" / "cpu-tiny.json"
+    return result(folder)["sections"].get(section, {}).get("status") if path.exists() else None
 
 
 def children(pid: int) -> list[int]:
@@ -75,9 +79,10 @@ def test_every_section_runs(tmp_path: Path) -> None:
     code, output = run(tmp_path, *TINY)
     assert code == 0, output
     data = result(tmp_path)
-    assert tuple(data["sections"]) == SECTIONS
-    assert {name: s["status"] for name, s in data["sections"].items() if s["status"] != "done"} == {"build": "skipped"}
+    assert set(data["sections"]) == SECTIONS and data["warnings"] == []
+    assert all(s["status"] == "done" or s["reason"].startswith("no benchmarks/") for s in data["sections"].values())
     found = {name: section.get("data", {}) for name, section in data["sections"].items()}
+    assert found["checks"]["wrong"] == {} and found["checks"]["counts"]["passed"] > 30
     assert found["tests"]["wrong"] == {} and found["tests"]["pytest"]["passed"] > 5
     assert found["limits"]["matmul_flops"] > 0 and found["limits"]["copy"]["samples_ms"]
 
@@ -105,30 +110,14 @@ def test_every_section_runs(tmp_path: Path) -> None:
     assert found["profile_1.3b"]["ms_by_category"]["matrix products"] > 0
     environment = data["environment"]
     assert environment["packages"]["torch"] == torch.__version__ and environment["gpu"] is None
-    assert not environment["diffusers_stand_in"] and len(environment["commit"]) == 40
-
-
-@pytest.mark.slow
-def test_without_diffusers_and_pytest_ours_is_measured(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nfor name in ('diffusers', 'pytest'):\n    sys.modules[name] = None  # as if not installed\n"
-    )
-    code, output = run(tmp_path, *TINY, "--only", "1.3b", PYTHONPATH=str(tmp_path))
-    assert code == 0, output
-    code, output = run(tmp_path, *TINY, "--only", "tests", PYTHONPATH=str(tmp_path))
-    assert code == 0, output
-    found = {name: section["data"] for name, section in result(tmp_path)["sections"].items()}
-    assert result(tmp_path)["environment"]["diffusers_stand_in"]
-    assert found["forward_1.3b"]["ours"]["ms"] > 0
-    assert found["forward_1.3b"]["peers"] == "not measured: diffusers is not installed"
-    assert found["pretrain_1.3b"]["peers' formulation"] == {"skipped": "not measured: diffusers is not installed"}
-    assert found["tests"]["pytest"]["skipped"].startswith("not installed: pytest") and found["tests"]["self_check"]
+    assert environment["diffusers_stand_in"] is None and len(environment["commit"]) == 40
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_killed_run_keeps_what_it_has_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    process = start(tmp_path, *TINY, "--skip-tests")
+def test_the_short_plan_goes_on_after_kills_and_an_emptied_folder(tmp_path: Path) -> None:
+    plan = (*TINY, "--plan", "short", "--skip", "checks", "--skip", "tests")
+    process = start(tmp_path, *plan)
     wait_for(lambda: status(tmp_path, "attention") is not None, "attention")
     (worker,) = children(process.pid)
     process.send_signal(signal.SIGKILL)
@@ -137,37 +126,61 @@ def test_a_killed_run_keeps_what_it_has_and_the_next_one_goes_on(tmp_path: Path)
     left = result(tmp_path)["sections"]
     assert left["limits"]["status"] == left["forward_1.3b"]["status"] == "done"
     assert left["attention"]["status"] in ("running", "done") and "native" not in left
+    shutil.rmtree(tmp_path / "out")
 
-    code, output = run(tmp_path, *TINY, "--skip-tests")
-    assert code == 0, output
-    data = result(tmp_path)
-    assert "limits" in data["runs"][1]["kept"] and data["sections"]["limits"] == left["limits"]
-    assert all(section["status"] in ("done", "skipped") for section in data["sections"].values())
-    assert data["sections"]["native"]["run"] == 1 and data["sections"]["limits"]["run"] == 0
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_crash_costs_one_section(tmp_path: Path) -> None:
-    """The process that measures is killed, as a driver's error would: the rest runs in another one."""
-    process = start(tmp_path, *TINY, "--only", "s")  # tests, limits, ops, sampling
+    # The process that measures is killed, as a driver's error would: that costs one section.
+    process = start(tmp_path, *plan)
     wait_for(lambda: status(tmp_path, "ops") == "running", "ops")
     os.kill(children(process.pid)[0], signal.SIGKILL)
     output = process.communicate()[0]
-    assert process.returncode == 1, output
+    assert process.returncode == 1 and "1 failed" in output, output
+    data = result(tmp_path)
+    assert "limits" in data["runs"][1]["kept"] and data["sections"]["limits"] == left["limits"]
+    assert data["sections"]["ops"]["status"] == "failed"
+    assert data["sections"]["ops"]["reason"] == "its process ended with signal 9"
+    assert data["sections"]["native"]["run"] == 1 and data["sections"]["limits"]["run"] == 0
+    assert data["sections"]["forward_14b"]["data"]["diffusers + compile"] == {"skipped": "not in the short plan"}
+    shutil.rmtree(tmp_path / "out")
+
+    code, output = run(tmp_path, *plan)
+    assert code == 0, output
+    data = result(tmp_path)
+    assert [
+        name for name, section in data["sections"].items() if section["run"] == 2 and section["status"] == "done"
+    ] == ["ops"]
+    reasons = {name: s["reason"] for name, s in data["sections"].items() if s["status"] != "done"}
+    assert all(reason.startswith("no benchmarks/") for reason in reasons.values())
+
+
+@pytest.mark.slow
+def test_without_diffusers_and_pytest_ours_is_measured(tmp_path: Path) -> None:
+    """One of them is not there, the other one does not import."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['pytest'] = None  # as if not installed\n")
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers" / "__init__.py").write_text("raise RuntimeError('needs another torch')\n")
+    wanted = ("forward_1.3b", "pretrain_1.3b", "tests")
+    skipped = [argument for name in SHORT if name not in wanted for argument in ("--skip", name)]
+    code, output = run(tmp_path, *TINY, "--plan", "short", *skipped, PYTHONPATH=str(tmp_path))
+    assert code == 0, output
     sections = result(tmp_path)["sections"]
-    assert sections["ops"]["status"] == "failed" and sections["ops"]["reason"] == "its process ended with signal 9"
-    others = {name: section["status"] for name, section in sections.items() if name != "ops"}
-    assert set(others.values()) == {"done"} and "sampling_14b" in others
-    assert "1 failed" in output
+    assert list(sections) == list(wanted)
+    problem = "diffusers does not import: RuntimeError: needs another torch"
+    assert result(tmp_path)["environment"]["diffusers_stand_in"] == problem
+    assert sections["forward_1.3b"]["data"]["ours"]["ms"] > 0
+    assert sections["forward_1.3b"]["data"]["peers"] == f"not measured: {problem}"
+    assert sections["pretrain_1.3b"]["data"]["peers' formulation"] == {"skipped": f"not measured: {problem}"}
+    assert sections["tests"]["status"] == "skipped" and sections["tests"]["reason"] == "not installed: pytest"
 
 
 def test_without_budget_everything_is_skipped_with_the_reason(tmp_path: Path) -> None:
-    code, output = run(tmp_path, *TINY, "--budget-s", "0")
+    code, output = run(tmp_path, *TINY, "--plan", "short", "--budget-s", "0")
     assert code == 0, output
     sections = result(tmp_path)["sections"]
-    assert set(sections) == set(SECTIONS) and all(s["status"] == "skipped" for s in sections.values())
+    assert tuple(sections) == SHORT and all(s["status"] == "skipped" for s in sections.values())
     assert {s["reason"] for s in sections.values()} == {"budget: used up"}
+    assert (tmp_path / "runner" / "results" / "cpu-tiny.json").read_text() == json.dumps(
+        result(tmp_path), indent=1
+    ) + "\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -182,3 +195,5 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert without_out.returncode == 2 and "--tiny needs --out DIR" in without_out.stderr
     code, output = run(tmp_path, *TINY, "--only", "forwards")
     assert code == 2 and output.splitlines()[-1].startswith("run_gpu.py: error: --only 'forwards'")
+    code, output = run(tmp_path, *TINY, "--skip", "test")
+    assert code == 2 and output.splitlines()[-1].startswith("run_gpu.py: error: --skip 'test' is no section")
