@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """A transformer and the video it is run on (SPEC A).
+    """Describes a transformer and the video it is run on.
 
     Attributes:
         name: as published.
