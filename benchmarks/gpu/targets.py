@@ -160,8 +160,10 @@ def _near_floor(network: str) -> Target:
         return None if floor is None or ours is None else ours / 1e3 / floor
 
     def beside(results: Results) -> str:
-        floor = measured_floor_s(results, network)
-        return "" if floor is None else f" (floor {floor:.3f} s)"
+        floor, goal = measured_floor_s(results, network), FORWARD_GOAL_S[network]
+        if floor is None:
+            return ""
+        return f" (floor {floor:.3f} s{'' if floor > goal else f': {goal:g} s is possible, the row before counts'})"
 
     return Target(
         f"{network}, one forward / its floor by the rates measured in the run",
