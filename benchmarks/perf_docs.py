@@ -1,4 +1,4 @@
-"""``make perf-docs``: writes ``docs/performance.md`` and its plots from ``benchmarks/results/*.json``, never by hand.
+"""Writes ``docs/performance.md`` and its plots from ``benchmarks/results/*.json``: ``make perf-docs``.
 
 ``--check`` writes nothing and ends with exit status 1 where the page or a plot is not what the results give.
 """

@@ -9,28 +9,28 @@ from gpu import tiles
 from gpu.results import NOT_MEASURED, Results, short, table
 from gpu.sizes import PUBLISHED
 
-_NETWORK = re.compile(r"transformer|network|block", re.IGNORECASE)  # in a check's name
+_NETWORK = re.compile(r"network|transformer", re.IGNORECASE)  # in the name of a check of more than one kernel
 
 
 def _checks(results: Results) -> dict[str, dict[str, Any]]:
-    """Return the checks by name; the section holds them directly or under one key."""
-    entries = results.entries("checks")
-    entries = entries.get("checks", entries)
-    return {name: found for name, found in entries.items() if isinstance(found, dict) and "ok" in found}
+    """Return the outcomes of the device checks by name."""
+    return results.entry("checks", "outcomes") or {}
 
 
 def alarms(results: Results) -> list[str]:
-    """Say loudly which checks failed; nothing where none did."""
-    failed = {name: found for name, found in _checks(results).items() if not found["ok"]}
+    """Say loudly which checks failed, by their outcomes and by the warnings of the file; nothing where none did."""
+    warnings = [] if results.data is None else results.data.get("warnings", [])
+    failed = dict(warning.split(": ", 1) if ": " in warning else (warning, "") for warning in warnings)
+    failed |= {name: _problem(found) for name, found in _checks(results).items() if not found["ok"]}
     networks = [name for name in failed if _NETWORK.search(name)]
     others = [name for name in failed if name not in networks]
     lines = []
     if networks:
-        listed = "; ".join(f"{name}: {_problem(failed[name])}" for name in networks)
+        listed = "; ".join(f"{name}: {short(failed[name])}" for name in networks)
         lines += [f"> **WRONG: a network computed something else on this device ({listed}).**"]
         lines += ["> **The networks' times below are not evidence of anything.**", ""]
     if others:
-        lines += [f"> **Failed checks of operators: {'; '.join(others)}. Their times below mean nothing.**", ""]
+        lines += [f"> **Failed checks of kernels: {'; '.join(others)}. No time of these kernels is evidence.**", ""]
     return lines
 
 
@@ -62,9 +62,10 @@ def _power(value: float | None) -> str:
 def tune_rows(results: Results) -> list[str]:
     """List the row kernels with their launch options of today and with the best ones found on the device."""
     headings = ["row kernel, launch options", "today, ms", "of copy", "best, ms", "of copy", "today / best", "best"]
-    tasks = results.entry("tune_rows", "tasks") or {}
+    found = results.entries("tune_rows")
+    found = found.get("tune_rows", found)  # the file that the tuner wrote, under one key
     rows = []
-    for name, task in tasks.items():
+    for name, task in found.get("tasks", {}).items():
         today, best = task.get("today_ms"), task.get("best_ms")
         if today is None or best is None:
             reason = task.get("error") or task.get("skipped") or NOT_MEASURED

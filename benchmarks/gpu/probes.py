@@ -246,7 +246,7 @@ def _host(context: Context) -> None:
         context.put(family, {"skipped": "budget"})
         return
     try:
-        context.require_right_kernels()
+        _require_right_kernels(context)
         model, data = networks.build(context, size), networks.inputs(context, size)
         step = partial(_call, model, data.ours())
         launched, graph = f"{family}: launched", f"{family}: CUDA graph"
@@ -264,6 +264,13 @@ def _host(context: Context) -> None:
     except Exception as error:
         context.put(family, {"error": last_line(error)})
         _recover(context)
+
+
+def _require_right_kernels(context: Context) -> None:
+    backend = "triton" if context.cuda else "native"
+    wrong = sorted(op for op, backends in context.wrong_kernels().items() if backend in backends)
+    if wrong:
+        raise Skip(f"a wrong kernel is not timed: {', '.join(wrong)}")
 
 
 def _call(model: Any, arguments: tuple[Tensor, ...]) -> Tensor:

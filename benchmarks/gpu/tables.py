@@ -47,7 +47,7 @@ def run_of(results: Results) -> list[str]:
         [
             name,
             section.get("status", "?"),
-            section.get("reason") or "",
+            section.get("reason") or section.get("note") or "",
             (section.get("clocks_before") or {}).get("clocks.sm", ""),
         ]
         for name, section in sections.items()

@@ -72,3 +72,12 @@ def test_what_the_budget_does_not_allow_is_skipped(context: Context) -> None:
         probes.run_probes(context)
     assert all(entry == {"skipped": "budget"} for entry in context.file.section("probes")["data"].values())
     assert len(context.file.section("probes")["data"]) == 8  # groups
+
+
+def test_a_wrong_kernel_is_not_timed(context: Context) -> None:
+    wrong = {"gated_residual": ["native"], "rms_norm_rope": ["triton"]}
+    for section in ("tests", "checks"):
+        context.file.section(section)["data"] = {"wrong": wrong, "wrong_numbers": wrong}
+    probes._host(context)
+    reason = "a wrong kernel is not timed: gated_residual"
+    assert context.file.section("probes")["data"] == {"host 1.3B, one frame": {"skipped": reason}}

@@ -132,26 +132,31 @@ def test_a_plot_without_limits_has_no_floor(tmp_path: Path) -> None:
 CHECKS = {
     "layer_norm_modulate 32760x1536 R=1": {"ok": True, "error": 1e-3, "limit": 4e-3, "problem": None},
     "gated_residual 32760x5120 R=1": {"ok": False, "error": 8e-3, "limit": 4e-3, "problem": None},
-    "a transformer, bf16 against fp32": {"ok": False, "error": None, "limit": 2e-2, "problem": "NaN | in\nthe output"},
+    "a network, bf16 against fp32": {"ok": False, "error": None, "limit": 2e-2, "problem": "NaN | in\nthe output"},
 }
 
 
-@pytest.mark.parametrize("data", [CHECKS, {"checks": CHECKS}], ids=["directly", "under a key"])
-def test_checks_and_their_alarm(data: dict[str, Any]) -> None:
-    device = results("NVIDIA H200", {"checks": data})
+def test_checks_and_their_alarm() -> None:
+    device = results("NVIDIA H200", {"checks": {"outcomes": CHECKS, "wrong": {"gated_residual": ["triton"]}}})
     lines = device_tables.checks(device)
     assert lines[0] == "1 of 3 checks passed."
     assert lines[4:] == [
         "| gated_residual 32760x5120 R=1 | **failed**: over its limit | 8.0e-03 | 4.0e-03 | 2.00 |",
-        "| a transformer, bf16 against fp32 | **failed**: NaN / in the output |  | 2.0e-02 |  |",
+        "| a network, bf16 against fp32 | **failed**: NaN / in the output |  | 2.0e-02 |  |",
         "| layer_norm_modulate 32760x1536 R=1 | ok | 1.0e-03 | 4.0e-03 | 0.25 |",
     ]
     page = perf_docs.page([device])
     top = page[page.index("## NVIDIA H200") :].splitlines()[2]
-    assert top.startswith("> **WRONG: a network computed something else on this device (a transformer, bf16")
-    assert "> **Failed checks of operators: gated_residual 32760x5120 R=1." in page
-    right = results("NVIDIA H200", {"checks": {"a transformer": {"ok": True, "error": 0.0, "limit": 1.0}}})
+    assert top.startswith("> **WRONG: a network computed something else on this device (a network, bf16")
+    assert "> **Failed checks of kernels: gated_residual 32760x5120 R=1." in page
+    right = results("NVIDIA H200", {"checks": {"outcomes": {"a network": {"ok": True, "error": 0.0, "limit": 1.0}}}})
     assert device_tables.alarms(right) == [] and device_tables.alarms(results("NVIDIA H200", {})) == []
+    assert right.data is not None
+    right.data["warnings"] = ["gradients of a network: NaN"]  # of an earlier run of the section
+    assert (
+        "**WRONG: a network computed something else on this device (gradients of a network: NaN).**"
+        in (device_tables.alarms(right)[0])
+    )
 
 
 def test_launch_options() -> None:
@@ -165,6 +170,7 @@ def test_launch_options() -> None:
     }
     data = {"copy_bytes_per_s": 2.5e12, "tasks": {"rms_norm_rope backward": task, "gelu": {"error": "no | launch"}}}
     lines = device_tables.tune_rows(results("NVIDIA H200", {"tune_rows": data}))
+    assert lines == device_tables.tune_rows(results("NVIDIA H200", {"tune_rows": {"tune_rows": data}}))
     assert lines[2] == "| rms_norm_rope backward | 0.2000 | 60% | 0.1600 | 75% | 1.25x | pair 4 64 |"
     assert lines[3] == "| gelu | no / launch |  |  |  |  |  |"
 
