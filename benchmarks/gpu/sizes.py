@@ -1,4 +1,4 @@
-"""Defines the networks that are measured: the published ones at 480x832, 81 frames, and tiny ones of the same structure."""
+"""Defines the networks that are measured: the published ones at 480x832, 81 frames, and tiny ones like them."""
 
 from __future__ import annotations
 
