@@ -107,7 +107,9 @@ def padding(results: Results) -> list[str]:
     rows = []
     for name, entry in results.entries("probes").items():
         against = entry.get("against") if isinstance(entry, dict) else None
-        other = results.entry("probes", against) if against else None
+        if against is None:
+            continue
+        other = results.entry("probes", against)
         if not isinstance(other, dict) or entry.get("tokens") == other.get("tokens"):
             continue
         ratio = results.ratio("probes", name, against)

@@ -179,7 +179,7 @@ def _feed_forward(context: Context, size: Size) -> list[Probe]:
         x, flops = _draw(context, rows, size.dim), 2.0 * rows * size.dim * size.ffn_dim
         variants: dict[str, timing.Step] = {
             "product": partial(F.linear, x, weight, bias),
-            "product, then GELU": lambda x=x: F.gelu(F.linear(x, weight, bias), approximate="tanh"),
+            "product, then GELU": partial(_then_gelu, x, weight, bias),
             "GELU in the epilogue": partial(torch._addmm_activation, bias, x, weight.t(), use_gelu=True),
         }
         beside = {"GELU in the epilogue": "product, then GELU"}
@@ -196,11 +196,19 @@ def _queries_keys_values(context: Context, size: Size) -> list[Probe]:
     for rows in (size.tokens, padded(size.tokens)):
         x, flops = _draw(context, rows, size.dim), 6.0 * rows * size.dim**2
         variants: dict[str, timing.Step] = {
-            "apart": lambda x=x: [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)],
+            "apart": partial(_apart, x, weights, biases),
             "in one": partial(F.linear, x, joined, joined_bias),
         }
         probes += _products(f"q, k, v {size.name}", size.tokens, rows, variants, {"in one": "apart"}, flops)
     return probes
+
+
+def _then_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def _apart(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def _products(
