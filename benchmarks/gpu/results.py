@@ -1,4 +1,4 @@
-"""Committed results of GPU runs, as the page reads them: a number, or why there is none."""
+"""Reads the committed results of GPU runs for the page: a number, or why there is none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu.roofline import Limits
+from gpu.roofline import Limits, card
 from gpu.state import DONE, SCHEMA
 
 NOT_MEASURED = "not measured yet"
@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Results:
-    """A device's file, or nothing at all for a device that nobody has run yet.
+    """Holds a device's file, or nothing at all for a device that nobody has run yet.
 
     Attributes:
         name: of the device.
@@ -27,28 +27,28 @@ class Results:
     data: dict[str, Any] | None = None
 
     def entry(self, section: str, key: str) -> Any:
-        """A measurement, or None."""
+        """Return a measurement, or None."""
         if self.data is None:
             return None
         return self.data["sections"].get(section, {}).get("data", {}).get(key)
 
     def entries(self, section: str) -> dict[str, Any]:
-        """All measurements of a section."""
+        """Return all measurements of a section."""
         return {} if self.data is None else self.data["sections"].get(section, {}).get("data", {})
 
     def number(self, section: str, key: str, field: str = "ms") -> float | None:
-        """A field of a measurement, or None."""
+        """Return a field of a measurement, or None."""
         entry = self.entry(section, key)
         value = entry.get(field) if isinstance(entry, dict) else None
         return float(value) if isinstance(value, int | float) else None
 
     def ratio(self, section: str, over: str, under: str, field: str = "ms") -> float | None:
-        """One measurement over another."""
+        """Return one measurement over another, or None."""
         a, b = self.number(section, over, field), self.number(section, under, field)
         return None if a is None or b is None else a / b
 
     def why(self, section: str, key: str) -> str:
-        """Why there is no number, in a few words."""
+        """Say why there is no number, in a few words."""
         entry = self.entry(section, key)
         if isinstance(entry, dict):
             reason = entry.get("error") or entry.get("skipped")
@@ -59,17 +59,27 @@ class Results:
             reason = None if found.get("status") == DONE else found.get("reason")
         if reason is not None and str(reason).startswith("OutOfMemoryError"):
             return "out of memory"
-        return NOT_MEASURED if reason is None else _short(str(reason).removeprefix("not measured: "))
+        return NOT_MEASURED if reason is None else short(str(reason).removeprefix("not measured: "))
+
+    @property
+    def measured(self) -> Limits | None:
+        """Return what the device reached in this run, or None."""
+        flops, bandwidth = self.entry("limits", "matmul_flops"), self.entry("limits", "copy_bytes_per_s")
+        return None if not flops or not bandwidth else Limits(self.name, flops, bandwidth, "measured in this run")
 
     @property
     def limits(self) -> Limits | None:
-        """What the device reached in its run."""
-        flops, bandwidth = self.entry("limits", "matmul_flops"), self.entry("limits", "copy_bytes_per_s")
-        return None if not flops or not bandwidth else Limits(self.name, flops, bandwidth)
+        """Return what the run measured, else what its card is known for; None for an unknown card without limits."""
+        return self.measured or card(self.name)
+
+    @property
+    def file_name(self) -> str:
+        """Return the device's name as a part of file names."""
+        return self.name.lower().replace(" ", "_")
 
 
 def load(folder: Path) -> list[Results]:
-    """Every real GPU's results in a folder; tiny runs, and other files, are not evidence."""
+    """Read every real GPU's results in a folder; tiny runs, and other files, are not evidence."""
     found = []
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text())
@@ -78,7 +88,8 @@ def load(folder: Path) -> list[Results]:
     return found
 
 
-def _short(text: str, limit: int = 70) -> str:
+def short(text: str, limit: int = 70) -> str:
+    """Cut a reason to what a cell of a table takes."""
     text = text.replace("|", "/").replace("\n", " ")
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -87,7 +98,7 @@ def _short(text: str, limit: int = 70) -> str:
 
 
 def seconds(results: Results, section: str, key: str) -> str:
-    """``0.412 s``, with a mark where it is extrapolated, or why there is no number."""
+    """Write ``0.412 s``, with a mark where it is extrapolated, or why there is no number."""
     value = results.number(section, key)
     if value is None:
         return results.why(section, key)
@@ -96,7 +107,7 @@ def seconds(results: Results, section: str, key: str) -> str:
 
 
 def times(results: Results, section: str, over: str, under: str, field: str = "ms") -> str:
-    """``1.84x``, or why there is no number."""
+    """Write ``1.84x``, or why there is no number."""
     value = results.ratio(section, over, under, field)
     if value is not None:
         return f"{value:.2f}x"
@@ -105,12 +116,12 @@ def times(results: Results, section: str, over: str, under: str, field: str = "m
 
 
 def gibibytes(results: Results, section: str, key: str) -> str:
-    """``31.2 GiB``, or why there is no number."""
+    """Write ``31.2 GiB``, or why there is no number."""
     value = results.number(section, key, "peak_bytes")
     return results.why(section, key) if value is None else f"{value / GIB:.1f} GiB"
 
 
 def table(headings: list[str], rows: list[list[str]], right: int = 1) -> list[str]:
-    """Markdown; the columns from number ``right`` on are right-aligned."""
+    """Write Markdown; the columns from number ``right`` on are right-aligned."""
     rule = ["---" if i < right else "---:" for i in range(len(headings))]
     return [f"| {' | '.join(row)} |" for row in (headings, rule, *rows)]

@@ -1,13 +1,15 @@
-"""The least work of one forward pass, component by component, and the time that it takes at a machine's limits.
+"""Counts the least work of one forward pass, component by component, and its time at a card's limits.
 
 FLOPs count a multiplication and an addition as two. Bytes are the least for kernels at today's borders: every weight
 read once, every activation that goes from one kernel to the next written once and read once. A component takes at least
 the longer of its FLOPs at the rate of a matrix product and its bytes at the bandwidth of a copy; components follow one
-another, so a forward takes at least the sum. Nothing here is measured.
+another, so a forward takes at least the sum. The limits of a card were measured where :class:`Limits` says; nothing
+else here is measured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gpu.sizes import Size
@@ -18,40 +20,75 @@ WIDE = 4  # of an fp32 one: the residual's end, the rotary tables
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device reaches: bf16 matrix products in FLOP/s, and a copy in bytes/s, read plus written."""
+    """Holds the two rates that a device reaches.
+
+    Attributes:
+        name: the card, for headings.
+        flops: rate of a large bf16 matrix product, in FLOP/s.
+        bandwidth: rate of a large copy, read plus written, in bytes/s.
+        source: where and how both were measured, in words that can be repeated.
+    """
 
     name: str
     flops: float
     bandwidth: float
+    source: str = ""
 
 
-# Measured with a product of 8192 x 8192 matrices of random numbers, and a copy of some GiB; not the data sheet.
-H200 = Limits("H200", 790e12, 4.3e12)
+H100 = Limits(
+    "H100 SXM 80 GB",
+    800e12,
+    3.0e12,
+    "measured on one H100 SXM 80 GB with driver 580 and torch 2.11+cu130: a product of 8192 x 8192 random bf16 "
+    "matrices ran at 798 TFLOP/s; a device-to-device copy, read plus written",
+)
+H200 = Limits(
+    "H200",
+    790e12,
+    4.3e12,
+    "measured on H200s: products of 8192 x 8192 random bf16 matrices ran at 769 to 798 TFLOP/s, 788 in one run; a "
+    "device-to-device copy of some GiB, read plus written",
+)
+# By the name that CUDA gives the device. The PCIe and NVL forms of these cards are slower, so names match as a whole.
+CARDS = {"NVIDIA H100 80GB HBM3": H100, "NVIDIA H200": H200}
+
+
+def card(device: str) -> Limits | None:
+    """Return the limits of a device by CUDA's name for it or by the card's; None for a card that nobody measured."""
+    return next((limits for name, limits in CARDS.items() if device in (name, limits.name)), None)
 
 
 @dataclass(frozen=True)
 class Component:
-    """A part of the forward pass: FLOPs and least bytes, of all blocks together."""
+    """Holds the FLOPs and the least bytes of one part of the forward pass, all blocks together."""
 
     name: str
     flops: float
     bytes: float
 
-    def floor_s(self, limits: Limits) -> float:
-        """Seconds that it takes at least."""
-        return max(self.flops / limits.flops, self.bytes / limits.bandwidth)
+    def floor_s(self, limits: Limits, rate: float | None = None) -> float:
+        """Return the seconds that the part takes at least.
+
+        Args:
+            limits: the card's.
+            rate: FLOP/s that the part's own kernel reaches, where that is known; a matrix product's otherwise.
+        """
+        return max(self.flops / (limits.flops if rate is None else rate), self.bytes / limits.bandwidth)
 
     def bound(self, limits: Limits) -> str:
-        """What it is bound by."""
+        """Return the limit that decides: "arithmetic" or "memory"."""
         return "arithmetic" if self.flops / limits.flops >= self.bytes / limits.bandwidth else "memory"
 
 
+SELF_ATTENTION, CROSS_ATTENTION = "self-attention", "cross-attention"
+
+
 def forward(size: Size) -> list[Component]:
-    """The components of one forward pass of one sample, text and times included."""
+    """List the components of one forward pass of one sample, text and times included."""
     n, tokens, text, d, f = size.layers, size.tokens, size.text_tokens, size.dim, size.ffn_dim
     activation, prompt = tokens * d * WIDTH, text * d * WIDTH
-    self_attention = Component("self-attention", n * 4.0 * tokens**2 * d, n * 4.0 * activation)
-    cross_attention = Component("cross-attention", n * 4.0 * tokens * text * d, n * (2.0 * activation + 2.0 * prompt))
+    self_attention = Component(SELF_ATTENTION, n * 4.0 * tokens**2 * d, n * 4.0 * activation)
+    cross_attention = Component(CROSS_ATTENTION, n * 4.0 * tokens * text * d, n * (2.0 * activation + 2.0 * prompt))
     return [
         self_attention,
         cross_attention,
@@ -65,14 +102,14 @@ def forward(size: Size) -> list[Component]:
 
 
 def _linear(name: str, size: Size, products: tuple[tuple[int, int, int], ...]) -> Component:
-    """Of (rows, in, out) products in each block; the GELU is in the product before it."""
+    """Count (rows, in, out) products in each block; the GELU is in the product before it."""
     flops = sum(2.0 * rows * i * o for rows, i, o in products)
     moved = sum(WIDTH * (rows * i + i * o + o + rows * o) for rows, i, o in products)
     return Component(name, size.layers * flops, size.layers * float(moved))
 
 
 def _norms_and_residuals(size: Size) -> Component:
-    """The fused kernels of a block, by the passes over [L, D] that each needs, and the norm at the end in fp32.
+    """Count the fused kernels of a block, by the passes over [L, D] that each needs, and the last norm in fp32.
 
     Norm and modulation 2, queries and keys normalized and rotated 2 + 2, residual and affine norm 4, queries of
     cross-attention 2, residual and modulated norm 4, gated residual 3; rotary tables twice; keys of the text.
@@ -87,7 +124,7 @@ def _norms_and_residuals(size: Size) -> Component:
 
 
 def _embeddings(size: Size) -> Component:
-    """Patches in and out, the text's projection, and the times: two embedders and the modulation's projection."""
+    """Count patches in and out, the text's projection, and the times: two embedders, the modulation's projection."""
     tokens, text, d, values = size.tokens, size.text_tokens, size.dim, size.patch_values
     products = [(tokens, values, d, WIDTH), (tokens, d, values, WIDE)]
     products += [(text, size.text_dim, d, WIDTH), (text, d, d, WIDTH)]
@@ -98,22 +135,23 @@ def _embeddings(size: Size) -> Component:
 
 
 def total(components: list[Component]) -> Component:
-    """All of them; its own floor is lower than their sum, which :func:`floor_s` takes."""
+    """Add the components up; :func:`floor_s` takes the sum of their floors, which is more than this one's floor."""
     return Component("total", sum(c.flops for c in components), sum(c.bytes for c in components))
 
 
-def floor_s(components: list[Component], limits: Limits) -> float:
-    """Seconds of components that follow one another."""
-    return sum(c.floor_s(limits) for c in components)
+def floor_s(components: list[Component], limits: Limits, rates: Mapping[str, float] | None = None) -> float:
+    """Return the seconds of components that follow one another; ``rates`` has FLOP/s by name where they are known."""
+    known = {} if rates is None else rates
+    return sum(c.floor_s(limits, known.get(c.name)) for c in components)
 
 
-def forward_floor_s(size: Size, limits: Limits) -> float:
-    """Seconds of one forward pass."""
-    return floor_s(forward(size), limits)
+def forward_floor_s(size: Size, limits: Limits, rates: Mapping[str, float] | None = None) -> float:
+    """Return the seconds of one forward pass."""
+    return floor_s(forward(size), limits, rates)
 
 
 def sampling_floor_s(size: Size, steps: int, limits: Limits) -> float:
-    """Seconds of so many steps: text and times once, the rest at every step."""
+    """Return the seconds of so many steps: text and times once, the rest at every step."""
     once = ("linear: text keys and values", "embeddings and projection out")
     parts = forward(size)
     return sum(c.floor_s(limits) * (1 if c.name in once else steps) for c in parts)
@@ -124,25 +162,25 @@ def sampling_floor_s(size: Size, steps: int, limits: Limits) -> float:
 
 @dataclass(frozen=True)
 class Evaluations:
-    """Of the network in one training step, counted in samples: without a gradient, and with one."""
+    """Counts the network's evaluations in one training step, in samples: without a gradient, and with one."""
 
     plain: int
     graded: int
 
 
 def pretrain_evaluations(batch: int, flow_map_rows: int) -> dict[str, Evaluations]:
-    """With guidance: ours evaluates t+- for the samples with r != t alone, the peers for the whole batch."""
+    """Count with guidance: ours evaluates t+- for the samples with r != t alone, the peers for the whole batch."""
     return {"ours": Evaluations(batch + 2 * flow_map_rows, batch), "peers' formulation": Evaluations(3 * batch, batch)}
 
 
 def on_policy_evaluations(batch: int, segments: int = 3) -> dict[str, Evaluations]:
-    """A generator step (rollout with gradient, three scores) and a critic step (rollout without, one score with)."""
+    """Count a generator step (rollout with gradient, three scores) and a critic step (rollout without, one score)."""
     both = Evaluations((3 + segments) * batch, (segments + 1) * batch)
     return {"ours": both, "peers' formulation": both}
 
 
 def training_floor_s(size: Size, evaluations: Evaluations, limits: Limits, rank: int = 256) -> float:
-    """Seconds of a step with adapters on a frozen network and every block checkpointed.
+    """Return the seconds of a step with adapters on a frozen network and every block checkpointed.
 
     With a gradient, everything runs forward twice. Backward is two more of attention (gradients of queries and keys,
     and of weights and values), of norms and of the adapters, but one of the frozen linear layers, whose weights get no

@@ -1,4 +1,4 @@
-"""The networks that are measured: the published ones at 480x832, 81 frames, and tiny ones of the same structure."""
+"""Defines the networks that are measured: the published ones at 480x832, 81 frames, and tiny ones like them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """A transformer and the video it is run on (SPEC A).
+    """Describes a transformer and the video it is run on.
 
     Attributes:
         name: as published.
@@ -34,28 +34,28 @@ class Size:
 
     @property
     def dim(self) -> int:
-        """D."""
+        """Return D."""
         return self.heads * self.head_dim
 
     @property
     def frames(self) -> int:
-        """Of the latents."""
+        """Return the number of latent frames."""
         return self.latents[0]
 
     @property
     def tokens(self) -> int:
-        """L: patches of a sample."""
+        """Return L, the patches of a sample."""
         frames, _, height, width = self.latents
         return frames * height * width // math.prod(self.patch)
 
     @property
     def patch_values(self) -> int:
-        """Numbers in a patch."""
+        """Return how many numbers a patch has."""
         return self.latents[1] * math.prod(self.patch)
 
     @property
     def parameters(self) -> int:
-        """Of all linear layers with their biases, norms and tables."""
+        """Count the parameters of all linear layers with their biases, norms and tables."""
         d, f = self.dim, self.ffn_dim
         block = 8 * d * d + 8 * d + 2 * d * f + f + d + 4 * d + 2 * d + 6 * d
         times = 2 * (self.freq_dim * d + d + d * d + d) + 6 * d * d + 6 * d
@@ -64,7 +64,7 @@ class Size:
         return self.layers * block + times + text + ends
 
     def config(self) -> dict[str, int | tuple[int, int, int]]:
-        """Arguments of the model's class, ours and diffusers'."""
+        """Return the arguments of the model's class, ours and diffusers'."""
         return {
             "patch_size": self.patch,
             "num_attention_heads": self.heads,
@@ -88,5 +88,5 @@ TINY = {
 
 
 def sizes(tiny: bool) -> dict[str, Size]:
-    """By published name."""
+    """Return the networks by published name."""
     return TINY if tiny else PUBLISHED

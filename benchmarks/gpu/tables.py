@@ -1,7 +1,9 @@
-"""The tables of ``docs/performance.md`` that hold measurements; without a run, the same tables without numbers."""
+"""Makes the tables of ``docs/performance.md`` that hold measurements; without a run, the same without numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gpu import roofline
@@ -13,7 +15,7 @@ _PEERS = "peers' formulation"
 
 
 def targets(devices: list[Results]) -> list[str]:
-    """One row per goal, one column per device."""
+    """Make a row for each goal, a column for each device."""
     rows = [[t.what, t.goal, *(t.cell(results) for results in devices)] for t in TARGETS]
     optional = "14B with fp8 linears and fp8/int8 attention: a further factor, at ≤ 2 % relative output difference"
     rows.append([optional, "≥ 1.3x (optional)", *("not built" for _ in devices)])
@@ -21,7 +23,7 @@ def targets(devices: list[Results]) -> list[str]:
 
 
 def run_of(results: Results) -> list[str]:
-    """Versions, clocks, commit and the state of every section."""
+    """Write versions, clocks, commit and the state of every section."""
     if results.data is None:
         return []
     env, sections = results.data.get("environment", {}), results.data["sections"]
@@ -32,16 +34,20 @@ def run_of(results: Results) -> list[str]:
         f"driver {(env.get('gpu') or {}).get('driver')}, cuDNN {(env.get('gpu') or {}).get('cudnn')}. "
         f"Runs: {', '.join(run['started'] for run in results.data['runs'])} (UTC).",
     ]
-    if results.limits is not None:
+    if results.measured is not None:
         lines[0] += (
-            f" Limits measured in the run: {results.limits.flops / 1e12:.0f} TFLOP/s (bf16 product of 8192 x 8192), "
-            f"{results.limits.bandwidth / 1e12:.2f} TB/s (copy, read plus written)."
+            f" Limits measured in the run: {results.measured.flops / 1e12:.0f} TFLOP/s (bf16 product of 8192 x 8192), "
+            f"{results.measured.bandwidth / 1e12:.2f} TB/s (copy, read plus written); the floors below are at these."
         )
+    elif results.limits is not None:
+        lines[0] += f" This run measured no limits; the floors below are at those of an {results.limits.name} above."
+    else:
+        lines[0] += " This run measured no limits and the card is not known: there are no floors."
     rows = [
         [
             name,
             section.get("status", "?"),
-            section.get("reason") or "",
+            section.get("reason") or section.get("note") or "",
             (section.get("clocks_before") or {}).get("clocks.sm", ""),
         ]
         for name, section in sections.items()
@@ -50,7 +56,7 @@ def run_of(results: Results) -> list[str]:
 
 
 def forwards(results: Results) -> list[str]:
-    """One forward of each network, against diffusers' in both modes, and against the floor."""
+    """Compare one forward of each network with diffusers' in both modes, and with the floor."""
     headings = ["one forward, 480x832, 81 frames", "ours", "diffusers", "ratio", "diffusers + compile", "ratio"]
     headings += ["floor", "ours / floor", "peak, ours", "peak, diffusers"]
     rows = []
@@ -65,7 +71,7 @@ def forwards(results: Results) -> list[str]:
                 times(results, section, "diffusers", "ours"),
                 seconds(results, section, compiled),
                 times(results, section, compiled, f"ours, beside {compiled}"),
-                *_against_floor(roofline.forward_floor_s(size, _limits(results)), results.number(section, "ours")),
+                *_against_floor(results, partial(roofline.forward_floor_s, size), section, "ours"),
                 gibibytes(results, section, "ours"),
                 gibibytes(results, section, "diffusers"),
             ]
@@ -78,13 +84,13 @@ def forwards(results: Results) -> list[str]:
     return lines
 
 
-def _limits(results: Results) -> roofline.Limits:
-    return results.limits or roofline.H200
-
-
-def _against_floor(floor: float, milliseconds: float | None) -> list[str]:
-    distance = NOT_MEASURED if milliseconds is None else f"{milliseconds / 1e3 / floor:.2f}x"
-    return [f"{floor:.3f} s", distance]
+def _against_floor(results: Results, floor: Callable[[roofline.Limits], float], section: str, key: str) -> list[str]:
+    """Write the floor at the limits that hold for a device, and a measurement over it."""
+    limits, milliseconds = results.limits, results.number(section, key)
+    if limits is None:
+        return [results.why("limits", "matmul_flops"), ""]
+    distance = NOT_MEASURED if milliseconds is None else f"{milliseconds / 1e3 / floor(limits):.2f}x"
+    return [f"{floor(limits):.3f} s", distance]
 
 
 def _attention_note(results: Results, name: str, chosen: dict[str, str]) -> str:
@@ -98,7 +104,7 @@ def _attention_note(results: Results, name: str, chosen: dict[str, str]) -> str:
 
 
 def sampling(results: Results) -> list[str]:
-    """Transformer time by number of steps."""
+    """List the transformer's time by number of steps."""
     headings = [
         "sampling, transformer time",
         "steps",
@@ -122,9 +128,7 @@ def sampling(results: Results) -> list[str]:
                     seconds(results, section, key),
                     skipped or seconds(results, section, peer),
                     "" if skipped else times(results, section, peer, key),
-                    *_against_floor(
-                        roofline.sampling_floor_s(size, steps, _limits(results)), results.number(section, key)
-                    ),
+                    *_against_floor(results, partial(roofline.sampling_floor_s, size, steps), section, key),
                     gibibytes(results, section, key),
                 ]
             )
@@ -132,7 +136,7 @@ def sampling(results: Results) -> list[str]:
 
 
 def training(results: Results) -> list[str]:
-    """Training steps against the peers' formulation."""
+    """Compare training steps with the peers' formulation."""
     headings = ["training step, 1.3B, LoRA, checkpointing", "ours", "peers' formulation", "time ratio"]
     headings += ["floor, ours", "ours / floor", "peak, ours", "peak, peers'", "ours / peers' peak"]
     rows = []
@@ -141,7 +145,7 @@ def training(results: Results) -> list[str]:
         "on_policy_1.3b": ("generator + critic, batch 1", roofline.on_policy_evaluations(1)),
     }
     for section, (name, evaluations) in steps.items():
-        floor = roofline.training_floor_s(PUBLISHED["1.3B"], evaluations["ours"], _limits(results))
+        floor = partial(roofline.training_floor_s, PUBLISHED["1.3B"], evaluations["ours"])
         share = results.ratio(section, "ours", _PEERS, "peak_bytes")
         rows.append(
             [
@@ -149,7 +153,7 @@ def training(results: Results) -> list[str]:
                 seconds(results, section, "ours"),
                 seconds(results, section, _PEERS),
                 times(results, section, _PEERS, "ours"),
-                *_against_floor(floor, results.number(section, "ours")),
+                *_against_floor(results, floor, section, "ours"),
                 gibibytes(results, section, "ours"),
                 gibibytes(results, section, _PEERS),
                 results.why(section, _PEERS) if share is None else f"{share:.2f}x",
@@ -159,7 +163,7 @@ def training(results: Results) -> list[str]:
 
 
 def operators(results: Results) -> list[str]:
-    """Every operator: Triton, against the copy, the eager and the compiled reference, and a native CUDA kernel."""
+    """List every operator: Triton, against the copy, the eager and the compiled reference, and a native CUDA kernel."""
     headings = ["operator", "direction", "ms", "GB/s", "of copy", "eager / ours", "compile / ours", "native / ours"]
     entries = {name: e for name, e in results.entries("ops").items() if isinstance(e, dict)}
     if not entries:
@@ -190,7 +194,7 @@ def _operator_cells(results: Results, entry: dict[str, Any], direction: str) -> 
 
 
 def native(results: Results) -> list[str]:
-    """Native CUDA kernels against Triton's, forward: what would have to be above 1 for them to be the choice."""
+    """Compare native CUDA kernels with Triton's, forward: what would have to be above 1 for them to be the choice."""
     headings = ["native CUDA kernel, forward", "ms", "Triton, ms", "Triton / native"]
     rows = []
     for name, entry in results.entries("native").items():
@@ -204,7 +208,7 @@ def native(results: Results) -> list[str]:
 
 
 def attention(results: Results) -> list[str]:
-    """TFLOP/s of every backend at the models' shapes."""
+    """List the TFLOP/s of every backend at the models' shapes."""
     entries = {name: e for name, e in results.entries("attention").items() if isinstance(e, dict) and "ms" in e}
     if not entries:
         return table(["attention", "TFLOP/s by backend"], [["all shapes", results.why("attention", "")]])
@@ -221,7 +225,7 @@ def attention(results: Results) -> list[str]:
 
 
 def profile(results: Results) -> list[str]:
-    """Time of the kernels of a forward at 1.3B by category."""
+    """List the time of the kernels of a forward at 1.3B by category."""
     shares = results.entry("profile_1.3b", "ms_by_category")
     headings = ["where a forward at 1.3B goes", "ms", "share"]
     if not shares:

@@ -74,6 +74,30 @@ def test_a_component_takes_the_longer_of_its_two_limits() -> None:
     assert roofline.floor_s(both, limits) == 30.0  # one after the other
 
 
+def test_a_card_is_found_by_its_whole_name() -> None:
+    """The PCIe and NVL forms, a Grace Hopper and a part of a card are slower than what was measured."""
+    assert roofline.card("NVIDIA H100 80GB HBM3") is roofline.H100 is roofline.card(roofline.H100.name)
+    assert roofline.card("NVIDIA H200") is roofline.H200 is roofline.card("H200")
+    others = ["NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""]
+    assert [roofline.card(name) for name in others] == [None] * len(others)
+    assert all(limits.source for limits in roofline.CARDS.values())
+
+
+def test_a_components_own_rate_takes_the_place_of_a_products() -> None:
+    limits = roofline.Limits("toy", flops=10.0, bandwidth=2.0)
+    parts = [roofline.Component("a", 100.0, 4.0), roofline.Component("b", 10.0, 40.0)]
+    assert roofline.floor_s(parts, limits, {"a": 5.0, "b": 1e9}) == 20.0 + 20.0  # b stays bound by memory
+    # 14B on an H100: 40 blocks of 4 L^2 D, 879.2 TFLOP of attention at 600 instead of 800 TFLOP/s are 366.3 ms more.
+    size, attention = PUBLISHED["14B"], 40 * 4 * 32760**2 * 5120
+    slower = roofline.forward_floor_s(size, roofline.H100, {roofline.SELF_ATTENTION: 600e12})
+    gained = attention / 600e12 - attention / 800e12
+    assert (
+        slower - roofline.forward_floor_s(size, roofline.H100)
+        == pytest.approx(gained)
+        == pytest.approx(0.3663, abs=1e-4)
+    )
+
+
 def test_norms_and_residuals_by_hand() -> None:
     """14B: 19 passes over [32760, 5120] in bf16, cosines and sines for q and k, the text's keys, in 40 blocks."""
     size = PUBLISHED["14B"]
@@ -120,8 +144,9 @@ def test_bytes_that_diffusers_moves_in_eager_mode(name: str, expected: float) ->
     assert counted.total / (tokens * size.dim) + activation == pytest.approx(expected, rel=0.05)
 
 
-def test_floors_of_sampling_and_training() -> None:
-    size, limits = PUBLISHED["1.3B"], roofline.H200
+@pytest.mark.parametrize("limits", roofline.CARDS.values(), ids=lambda card: card.name)
+def test_floors_of_sampling_and_training(limits: roofline.Limits) -> None:
+    size = PUBLISHED["1.3B"]
     one = roofline.forward_floor_s(size, limits)
     assert roofline.sampling_floor_s(size, 1, limits) == pytest.approx(one)
     assert 49 * one < roofline.sampling_floor_s(size, 50, limits) < 50 * one  # text and times once
