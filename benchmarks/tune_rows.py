@@ -75,7 +75,7 @@ def tasks(device: Any, tiny: bool) -> Iterator[Task]:
     from anyflow.kernels.ahead_of_time import row_calls
     from anyflow.kernels.report import token_bytes
 
-    tokens, dtype = (24, torch.float32) if tiny else (TOKENS, torch.bfloat16)
+    tokens, dtype = (5, torch.float32) if tiny else (TOKENS, torch.bfloat16)
 
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
@@ -232,8 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     from gpu import build, without_diffusers
 
+    build.find_package(options.device)  # before diffusers, which imports triton where it is there
     without_diffusers.install()
-    build.find_package(options.device)
     import timing
     import torch
     import triton

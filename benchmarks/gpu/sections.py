@@ -49,7 +49,7 @@ SECTIONS = (
     Section("ops", "every operator", 45, _late("kernels.run_operators"), resumes=True),
     Section("profile_1.3b", "where the time of a forward at 1.3B goes", 15, _late("models.run_profile"), FORWARD),
     Section("native", "native CUDA kernels against Triton's", 10, _late("kernels.run_native")),
-    Section("tune_rows", "launch options of the row kernels", 40, _late("external.run_tuner"), resumes=True),
-    Section("probes", "single questions to the device", 40, _late("external.run_probes")),
+    Section("tune_rows", "launch options of the row kernels", 40, _late("tuner.run_tuner"), resumes=True),
+    Section("probes", "single questions to the device", 40, _late("probes.run_probes")),
     Section("tests", "the operators' tests on this device", 30, _late("operator_tests.run_tests")),
 )

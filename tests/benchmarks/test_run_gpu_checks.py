@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import op_cases
-from gpu import checks, device_checks, external, kernels, operator_tests, worker
+from gpu import checks, device_checks, kernels, operator_tests, tuner, worker
 from gpu.context import Context, Section, Skip
 from gpu.device_checks import NETWORKS, OPERATOR, RECORD, Backends, DeviceCheck, Outcome
 from gpu.sections import FORWARD, PRETRAIN
@@ -192,7 +192,7 @@ def test_tests_that_are_interrupted_report_what_they_have(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_what_the_tuner_has_written_is_kept_when_it_is_killed(context: Context, tmp_path: Path) -> None:
     with pytest.raises(Skip, match=r"^no .*tune_rows.py$"):
-        external.run_tuner(context, tmp_path / "tune_rows.py")
+        tuner.run_tuner(context, tmp_path / "tune_rows.py")
     script = tmp_path / "tuner.py"
     script.write_text(
         "import argparse, os, pathlib\n"
@@ -206,5 +206,5 @@ def test_what_the_tuner_has_written_is_kept_when_it_is_killed(context: Context, 
         "os.kill(os.getpid(), 9)\n"
     )
     with pytest.raises(RuntimeError, match="exit status -9"):
-        external.run_tuner(context, script)
+        tuner.run_tuner(context, script)
     assert context.file.get("checks", "tune_rows") == {"rows": 1}

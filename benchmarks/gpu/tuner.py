@@ -1,4 +1,4 @@
-"""Runs what stands beside the sections: the tuner of the row kernels, and single questions to the device."""
+"""Runs the tuner of the kernels over rows, a program of its own, as a section."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from gpu.context import Context, Skip
 from gpu.state import FOLDER, ROOT
 
 TUNER = ROOT / "benchmarks" / "tune_rows.py"
-PROBES = ROOT / "benchmarks" / "gpu" / "probes.py"
 TUNER_S = 60.0
 TUNER_SHARE = 0.45  # at most, of the time that is left: probes and tests follow
 TUNER_GRACE_S = 25.0  # for the kernel that it measures at the end of its time
@@ -58,12 +57,3 @@ def _keep(context: Context, out: Path, written: float) -> float:
     except (OSError, json.JSONDecodeError):  # not there yet, or half written
         pass
     return written
-
-
-def run_probes(context: Context) -> None:
-    """Run the probes of :mod:`gpu.probes`."""
-    if not PROBES.exists():
-        raise Skip(f"no {PROBES.relative_to(ROOT)}")
-    from gpu.probes import run_probes
-
-    run_probes(context)
