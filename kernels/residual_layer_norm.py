@@ -196,7 +196,8 @@ def backward(
     dh, z = (None if t is None else contiguous_rows(t) for t in (dh, y))
     (b, length, d), rows = h.shape, _common_rows(gate, scale)
     g, a = _rows(gate, b, rows), _rows(weight if scale is None else scale, b, rows)
-    options = row_options(d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS)
+    stages = 3 if gate is None and h.element_size() == 2 else 1  # more tensors, or wider ones, would spill
+    options = row_options(d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS, stages=stages)
     runs = triton.cdiv(length // rows, options["TOKENS"])
     dx, dy = empty(h), None if y is None else empty(y)
     parameters = (gate, weight, bias, shift, scale)

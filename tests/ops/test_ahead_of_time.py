@@ -69,11 +69,6 @@ def check(entries: list[dict[str, Any]], capabilities: set[int], dims: set[int])
 
 
 @pytest.mark.slow
-def test_kernels_of_the_small_model() -> None:
-    check(compiled("--dims", "1536", "--dtypes", "bfloat16", "--capabilities", "90"), {90}, {1536})
-
-
-@pytest.mark.slow
 def test_every_kernel_everywhere() -> None:
     check(compiled(), {80, 90, 100}, {1536, 2048, 3072, 5120})
 
@@ -94,7 +89,7 @@ def test_the_machine_code_gets_no_worse() -> None:
     late = {key for key, e in over_rows.items() if e["late_loads"]}
     assert late <= {
         ("layer_norm_modulate_backward", "", 1536),
-        *(("residual_layer_norm_backward", v, d) for v in ("gate, affine", "modulation") for d in (1536, 5120)),
+        *(("residual_layer_norm_backward", "gate, affine", dim) for dim in (1536, 5120)),
         ("rms_norm_rope_forward", "rotary", 5120),
     }
 
