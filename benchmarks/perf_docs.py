@@ -28,7 +28,8 @@ What the library measures on GPUs, against what it set out to reach and against 
 measures all of it on one GPU in one run, peers interleaved on the same weights, and writes the file this page is made
 from:
 
-    python benchmarks/run_gpu.py     # about ten minutes; goes on where it was stopped
+    python benchmarks/run_gpu.py                                # everything; goes on where it was stopped
+    python benchmarks/run_gpu.py --plan short --budget-s 345    # what matters most, in two such calls
     make perf-docs
 
 On a CPU, `make bench` measures ratios against diffusers and holds them to the gates in

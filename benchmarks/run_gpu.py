@@ -9,10 +9,9 @@ scripts written for the occasion:
     python benchmarks/run_gpu.py --plan short --budget-s 345 --out DIR
     python benchmarks/run_gpu.py --plan short --budget-s 330 --out DIR
 
-The first call does, in order of importance: build the extension, where there is an nvcc; check on the device, in half a
-minute and by processes side by side, that kernels, attention and a small network are right; measure what the device
-reaches in products and copies; 1.3B against diffusers, eager and compiled; attention; sampling at 14B; one forward at
-14B. The second call goes on: a pretrain step, every operator, where the time goes, native kernels against Triton's,
+The first call does, in order of importance: build the extension, where there is an nvcc; check on the device, by
+processes side by side, that kernels, attention and a small network are right; measure what the device reaches in
+products and copies; 1.3B against diffusers, eager and compiled; attention; sampling at 14B; one forward at 14B. The second call goes on: a pretrain step, every operator, where the time goes, native kernels against Triton's,
 launch options of the row kernels (benchmarks/tune_rows.py), single questions to the device, and the operators' tests
 last. What did not fit the first call is done in the second. The full plan adds sampling and on-policy steps at 1.3B and
 diffusers' compiled transformer at 14B.
