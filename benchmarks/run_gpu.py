@@ -11,9 +11,10 @@ scripts written for the occasion:
 
 The first call does, in order of importance: build the extension, where there is an nvcc; check on the device, by
 processes side by side, that kernels, attention and a small network are right; measure what the device reaches in
-products and copies; 1.3B against diffusers, eager and compiled; attention; sampling at 14B; one forward at 14B. The second call goes on: a pretrain step, every operator, where the time goes, native kernels against Triton's,
-launch options of the row kernels (benchmarks/tune_rows.py), single questions to the device, and the operators' tests
-last. What did not fit the first call is done in the second. The full plan adds sampling and on-policy steps at 1.3B and
+products and copies; 1.3B against diffusers, eager and compiled; attention; sampling at 14B; one forward at 14B. The
+second call goes on: a pretrain step, every operator, where the time goes, native kernels against Triton's, launch
+options of the row kernels (benchmarks/tune_rows.py), single questions to the device, and the operators' tests last.
+What did not fit the first call is done in the second. The full plan adds sampling and on-policy steps at 1.3B and
 diffusers' compiled transformer at 14B.
 
 A kernel with wrong numbers is not timed, and a network that runs it is not either; everything else is. What the checks
