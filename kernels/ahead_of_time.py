@@ -52,7 +52,7 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """Resources of one kernel on one architecture; ``spills`` are bytes stored and loaded."""
+    """Holds the resources of one kernel on one architecture; ``spills`` are bytes stored and loaded."""
 
     kernel: str
     variant: str
@@ -94,7 +94,7 @@ def _compile(launch: Launch, capability: int) -> Any:
 
 
 def _specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[object]]]]:
-    """Signature, constants and alignment hints, by the launcher's rules: 1 is a constant, multiples of 16 are known."""
+    """Return signature, constants and alignment hints: 1 is a constant, multiples of 16 are known."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.args[index] if index < len(launch.args) else launch.options[parameter.name]
@@ -113,7 +113,7 @@ def _specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
 
 
 def _assemble(ptx: str) -> str:
-    """What ``ptxas -v`` says about a kernel."""
+    """Return what ``ptxas -v`` says about a kernel."""
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None
     tools = triton.knobs.nvidia
@@ -170,7 +170,7 @@ def row_calls(
 
 
 def embedding_calls(dim: int, dtype: torch.dtype, *, rows: int = 21) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The fusion of the embeddings of 21 times."""
+    """Yield the fusion of the embeddings of 21 times."""
     emb, gate = _meta(rows, dim, dtype=dtype), _meta()
     for fusion in ("gated", "additive"):
         yield fusion, lambda f=fusion: dual_timestep_embedding.forward(emb, emb, gate, f)
@@ -180,7 +180,7 @@ def embedding_calls(dim: int, dtype: torch.dtype, *, rows: int = 21) -> Iterator
 def frame_calls(
     dtype: torch.dtype, *, shape: Sequence[int] = (4, 21, 16, 60, 104), slots: int = 2
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The kernels of the pretrain loss: a batch of four latents, two of them with r != t."""
+    """Yield the kernels of the pretrain loss: a batch of four latents, two of them with r != t."""
     samples, *frame = shape
     x, part = _meta(*shape, dtype=dtype), _meta(slots, *frame)
     t, step, indices = (_meta(n, dtype=torch.float64) for n in (samples, slots, slots))
@@ -196,7 +196,7 @@ def frame_calls(
 
 
 def edge_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Sizes of one, which Triton compiles into the kernel as constants: other code than for all other sizes."""
+    """Yield calls with sizes of one, which Triton compiles into the kernel as constants: other code than for others."""
     for length, rows in ((1, 1), (7, 1), (7, 7)):
         yield from row_calls(8, dtype, length=length, rows=rows)
     yield from embedding_calls(8, dtype, rows=1)

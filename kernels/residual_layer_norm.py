@@ -225,12 +225,12 @@ def backward(
 
 
 def _common_rows(gate: Tensor | None, scale: Tensor | None) -> int:
-    """Rows per sample that serve gate and modulation alike; without either, a sample is one row."""
+    """Return rows per sample that serve gate and modulation alike; without either, a sample is one row."""
     return math.lcm(*(t.shape[1] for t in (gate, scale) if t is not None))
 
 
 def _rows(t: Tensor | None, b: int, rows: int) -> Tensor | None:
-    """A gate or modulation ``[B, R, D]``, or an affine ``[D]``, as ``[B, rows, D]``: itself, a view or a small copy."""
+    """Expand ``[B, R, D]``, or an affine ``[D]``, to ``[B, rows, D]``: itself, a view or a small copy."""
     if t is None:
         return None
     t = contiguous_rows(t)

@@ -27,7 +27,7 @@ from anyflow.kernels.rows import (
 
 @triton.jit
 def table_columns(x_ptr, HALF: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Columns of cos and sin for each pair of a row; every head reads the same ones."""
+    """Return the columns of cos and sin for each pair of a row; every head reads the same ones."""
     columns = tl.arange(0, BLOCK_D // 2) % HALF
     if x_ptr.dtype.element_ty.primitive_bitwidth == 32 and HALF % 2 == 0:
         # A thread holds 16 bytes of x, so two pairs; longer vectors of the table would have to be exchanged.
@@ -44,7 +44,7 @@ def rotate(x, cos, sin, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def inverse_rms(x, eps, D: tl.constexpr):
-    """``1 / sqrt(mean(x^2) + eps)`` of a row that is zero beyond D."""
+    """Return ``1 / sqrt(mean(x^2) + eps)`` of a row that is zero beyond D."""
     return tl.rsqrt(tl.sum(x * x, 0) / D + eps)
 
 
@@ -166,7 +166,7 @@ def backward(
 def _tables(
     cos: Tensor | None, sin: Tensor | None, unread: Tensor, head_dim: int
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """The tables, or where there are none an unread tensor in place of each, and what the kernels must know of them."""
+    """Return the tables and their constexpr arguments; where there are none, an unread tensor stands for each."""
     if cos is None or sin is None:
         return unread, unread, {"HAS_ROPE": False, "HALF": 1}
     return contiguous_rows(cos), contiguous_rows(sin), {"HAS_ROPE": True, "HALF": head_dim // 2}

@@ -1,4 +1,4 @@
-"""What the kernels that hold whole rows of D in registers share: configuration, statistics, two-stage sums.
+"""Serves the kernels that hold whole rows of D in registers: launch options, statistics, two-stage sums.
 
 A program reads a run of consecutive tokens of one modulation row, so that the row is read once per run instead of once
 per token: in bf16, a token would otherwise read four times as many bytes of fp32 shift and scale as of x. Sums over
@@ -73,7 +73,7 @@ def override_options(**options: int) -> Iterator[None]:
 
 @triton.jit
 def load_row(pointer, columns, mask):
-    """A row in fp32, zero beyond D."""
+    """Load a row in fp32, zero beyond D."""
     return tl.load(pointer + columns, mask=mask, other=0.0).to(tl.float32)
 
 
