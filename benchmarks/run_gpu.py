@@ -47,11 +47,11 @@ SHORT = (
     *("build", "checks", "limits", "forward_1.3b", "attention", "sampling_14b", "forward_14b"),
     *("pretrain_1.3b", "ops", "profile_1.3b", "native", "tune_rows", "probes", "tests"),
 )
-FULL = (
+ORDER = (
     *("build", "checks", "limits", "forward_1.3b", "attention", "ops", "sampling_1.3b", "sampling_14b"),
     *("forward_14b", "pretrain_1.3b", "profile_1.3b", "native", "on_policy_1.3b", "tune_rows", "probes", "tests"),
 )
-PLANS = {"short": SHORT, "full": FULL}
+PLANS = {"short": SHORT, "full": ORDER}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=540.0, help="seconds after which no section is started")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to prove the code")
-    parser.add_argument("--only", default="", help=f"sections whose name contains this; of {', '.join(FULL)}")
+    parser.add_argument("--only", default="", help=f"sections whose name contains this; of {', '.join(ORDER)}")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a section; repeatable")
     parser.add_argument("--fresh", action="store_true", help="keep nothing of an earlier run of the same sources")
     for internal in ("--worker", "--copy", "--deadline", "--sections", "--parent"):  # what a run starts itself with
@@ -74,13 +74,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if options.tiny:
             parser.error("--tiny needs --out DIR: its times are no results")
         options.out = Path(__file__).resolve().parent / "results"
-    unknown = [name for name in options.skip if name not in FULL]
+    unknown = [name for name in options.skip if name not in ORDER]
     if unknown:
-        parser.error(f"--skip {unknown[0]!r} is no section: {', '.join(FULL)}")
-    plan = FULL if options.only else PLANS[options.plan]  # what is asked for by name is in any plan
+        parser.error(f"--skip {unknown[0]!r} is no section: {', '.join(ORDER)}")
+    plan = ORDER if options.only else PLANS[options.plan]  # what is asked for by name is in any plan
     options.names = [name for name in plan if options.only in name and name not in options.skip]
     if not options.names:
-        parser.error(f"--only {options.only!r} is in the name of no section that is left: {', '.join(FULL)}")
+        parser.error(f"--only {options.only!r} is in the name of no section that is left: {', '.join(ORDER)}")
     return options
 
 
