@@ -185,6 +185,7 @@ def test_tests_that_are_interrupted_report_what_they_have(tmp_path: Path) -> Non
         signal.signal(signal.SIGINT, before)
     assert report["exit_status"] == 2 and not report["stopped"]
     assert (report["passed"], report["failed"]) == (1, 1), report  # and not the one that was interrupted
+    (tmp_path / "test_gelu.py").write_text("import time\ndef test_hangs(): time.sleep(1000)\n")
     report = operator_tests.pytest([str(tmp_path)], "cpu", limit_s=1.0, stop_s=10.0)  # it has not even started
     assert report["stopped"] and report["seconds"] < 60
 
