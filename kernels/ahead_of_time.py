@@ -205,7 +205,8 @@ def edge_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]
 
 
 def compile_all(dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequence[int]) -> Iterator[Compiled]:
-    """Compile every kernel; those that hold no row do not depend on D and are compiled once."""
+    """Compile every kernel; what would be the same machine code again is compiled once."""
+    seen = set()
     for dtype, (index, dim) in product(dtypes, enumerate(dims)):
         calls = list(row_calls(dim, DTYPES[dtype]))
         if index == 0:
@@ -215,6 +216,10 @@ def compile_all(dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequen
             with record() as launches:
                 call()
             for launch, capability in product(launches, capabilities):
+                identity = (launch.kernel.fn.__name__, capability, *map(repr, (*_specialize(launch), launch.options)))
+                if identity in seen:
+                    continue
+                seen.add(identity)
                 name = launch.kernel.fn.__name__.removesuffix("_kernel")
                 width = launch.options.get("D", 0)
                 yield Compiled(name, variant, dtype, width, capability, **compile_launch(launch, capability))

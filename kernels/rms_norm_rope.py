@@ -17,11 +17,11 @@ from anyflow.kernels.rows import (
     FEW_TENSORS,
     FORWARD_TOKENS,
     FP32_BACKWARD,
-    add_pairs,
     finish_sums,
     load_row,
     partial_sums,
     row_options,
+    sum_pair,
 )
 
 
@@ -108,7 +108,7 @@ def rms_norm_rope_backward_kernel(
         if HAS_ROPE:  # the transpose of a rotation turns back
             grad = rotate(grad, cos, -sin, BLOCK_D)
         g = grad * weight
-        square, product = tl.reduce((x * x, g * x), 0, add_pairs)
+        square, product = sum_pair(x * x, g * x)
         rstd = tl.rsqrt(square / D + eps)
         normal = x * rstd
         dweight += grad * normal

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anyflow.kernels.launch import empty, launch
-from anyflow.kernels.numerics import cast
+from anyflow.kernels.numerics import INTERPRETED, cast
 
 # Tokens per program. A backward program also writes a row of partial sums, which a longer run amortizes.
 FORWARD_TOKENS = 16
@@ -91,15 +91,26 @@ def add_pairs(a0, a1, b0, b1):
 
 
 @triton.jit
+def sum_pair(a, b):
+    """Return the sums of two rows, in one reduction.
+
+    Interpreted they are two: the interpreter calls ``add_pairs`` for every element.
+    """
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0)
+    return tl.reduce((a, b), 0, add_pairs)
+
+
+@triton.jit
 def standardize_with_gradient(x, g, mask, eps, D: tl.constexpr):
     """Return ``standardize(x)`` and the gradient of x, given the gradient g of that, which is zero beyond D.
 
     The sums of g and of g * normal ride along with those of the statistics, as sum(g * normal) is
     sum(g * centered) / std: two reductions in place of four.
     """
-    sum_x, sum_g = tl.reduce((x, g), 0, add_pairs)
+    sum_x, sum_g = sum_pair(x, g)
     centered = tl.where(mask, x - sum_x / D, 0.0)
-    square, product = tl.reduce((centered * centered, g * centered), 0, add_pairs)
+    square, product = sum_pair(centered * centered, g * centered)
     rstd = tl.rsqrt(square / D + eps)
     normal = centered * rstd
     return normal, rstd * (g - sum_g / D - normal * (product * rstd / D))

@@ -66,14 +66,14 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_a_tiny_run_times_every_candidate(tmp_path: Path) -> None:
     command = [sys.executable, tune_rows.__file__, "--device", "cpu", "--tiny"]
-    command += ["--only", "gated_residual_forward", "--out", str(tmp_path / "tuned.json")]
+    command += ["--only", "layer_norm_modulate_forward", "--out", str(tmp_path / "tuned.json")]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "tuned.json").read_text())
     (name,) = found["tasks"]
     entry = found["tasks"][name]
-    assert name == "gated_residual_forward D=64" and found["copy_bytes_per_s"] > 0
-    assert entry["bytes"] == 3 * 2 * 64 * 5
+    assert name == "layer_norm_modulate_forward D=64" and found["copy_bytes_per_s"] > 0
+    assert entry["bytes"] == 2 * 2 * 64 * 5
     assert len(entry["candidates"]) == 3 + 4 and all(isinstance(t, float) for t in entry["candidates"].values())
     assert entry["best_ms"] == min(entry["candidates"].values()) <= entry["today_ms"]
     assert run.stdout.startswith(name)

@@ -7,6 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from anyflow.kernels import layer_norm_modulate, machine_code, rows
 from anyflow.kernels.launch import record
 from anyflow.kernels.machine_code import MachineCode, Traffic
@@ -147,6 +150,22 @@ def test_options_are_overridden_and_come_back() -> None:
         rows.override_options(warps=1),
     ):
         pass
+
+
+@triton.jit
+def reduce_pairs(a_ptr, b_ptr, sums_ptr, N: tl.constexpr):
+    columns = tl.arange(0, N)
+    a, b = tl.reduce((tl.load(a_ptr + columns), tl.load(b_ptr + columns)), 0, rows.add_pairs)
+    tl.store(sums_ptr, a)
+    tl.store(sums_ptr + 1, b)
+
+
+@INTERPRETS
+def test_a_reduction_of_pairs_is_two_sums(generator: torch.Generator) -> None:
+    """The compiled kernels reduce pairs, the interpreted ones sum twice."""
+    a, b, sums = (*torch.randn(2, 16, generator=generator), torch.empty(2))
+    reduce_pairs[(1,)](a, b, sums, N=16)
+    torch.testing.assert_close(sums, torch.stack([a.sum(), b.sum()]))
 
 
 @INTERPRETS
