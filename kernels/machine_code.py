@@ -49,7 +49,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the part of a kernel that is repeated does, or all of a kernel without a loop.
+    """Counts what the repeated part of a kernel does, or all of a kernel without a loop.
 
     Attributes:
         loop: whether there is a loop.

@@ -55,7 +55,7 @@ def test_every_process_finds_this_checkout_and_no_other_one(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_an_extension_of_the_same_sources_is_kept(tmp_path: Path) -> None:
-    """Of other sources it is forgotten; without a record it is used if it loads. Nothing is built here."""
+    """An extension of other sources is forgotten; one without a record is used if it loads."""
     built = tmp_path / "anyflow" / EXTENSION.name
     record = tmp_path / "extension.json"
     built.parent.mkdir()

@@ -77,7 +77,7 @@ class Device(TorchDispatchMode):
         self.calls, self.waits = [], []
 
     def counts(self, namespace: str = "anyflow") -> Counter[str]:
-        """How often each operator of a namespace ran."""
+        """Count how often each operator of a namespace ran."""
         names = (call.operator for call in self.calls)
         return Counter(n.split(".")[1] for n in names if n.startswith(f"{namespace}."))
 

@@ -1,4 +1,4 @@
-"""What a CUDA graph records: an evaluation after another of the same shape, as ``anyflow.cuda_graph`` makes them."""
+"""Traces what a CUDA graph records: an evaluation after another of the same shape, as ``anyflow.cuda_graph`` makes them."""
 
 from typing import Any
 
