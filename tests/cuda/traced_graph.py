@@ -1,4 +1,4 @@
-"""Traces what a CUDA graph records: an evaluation after another of the same shape, as ``anyflow.cuda_graph`` makes them."""
+"""Traces what a CUDA graph records: one evaluation after another, as ``anyflow.cuda_graph`` makes them."""
 
 from typing import Any
 
