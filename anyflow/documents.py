@@ -1,0 +1,142 @@
+"""Reading small files that a user wrote or downloaded: bounded, regular files, and errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 64 * 2**20
+MAX_DEPTH = 64
+
+
+def require_regular_file(path: Path | str) -> Path:
+    """Return ``path`` if it is a regular file or a link to one, without opening it.
+
+    Opening a FIFO waits for a writer and reading ``/dev/zero`` never ends, so the kind of the file is looked at first.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: there is no such file, the system cannot look it up, or it is a folder, device, FIFO or socket.
+    """
+    path = Path(path)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise ValueError(f"{shortened(path)} does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise ValueError(f"{shortened(path)} cannot be read: {system_reason(error)}") from error
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{shortened(path)} is {kind_of_file(mode)}, not a regular file")
+    return path
+
+
+def read_bytes(path: Path | str, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """Read a whole regular file of at most ``max_bytes`` bytes.
+
+    Raises:
+        ValueError: the file is not a regular file, cannot be read, or is larger.
+    """
+    path = require_regular_file(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ValueError(f"{shortened(path)} cannot be read: {system_reason(error)}") from error
+    if len(content) > max_bytes:
+        raise ValueError(f"{shortened(path)} is larger than the {max_bytes} bytes allowed for such a file")
+    return content
+
+
+def read_text(path: Path | str, *, max_bytes: int = MAX_BYTES) -> str:
+    """Read a text file in UTF-8; a byte order mark at its start, as spreadsheets write it, is left out.
+
+    Raises:
+        ValueError: see :func:`read_bytes`; or the file is not UTF-8, which is said with the line.
+    """
+    content = read_bytes(path, max_bytes=max_bytes)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{shortened(path)}, line {line}: byte {content[error.start]:#04x} is not UTF-8; save the file as UTF-8"
+        ) from error
+
+
+def read_json(path: Path | str, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: see :func:`read_text` and :func:`parse_json`.
+    """
+    return parse_json(read_text(path, max_bytes=max_bytes), shortened(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse a JSON document whose nesting is at most ``MAX_DEPTH`` deep and whose keys occur once in an object.
+
+    Args:
+        text: the document.
+        where: names the document in errors, such as a file and a line.
+
+    Raises:
+        ValueError: the text is not JSON, is nested too deeply, names a key twice, or has a lone surrogate.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+        _require_depth(value)
+        text.encode()
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} has a lone surrogate, which is no character") from None
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be read as JSON: {error}") from error
+    return value
+
+
+def system_reason(error: BaseException) -> str:
+    """Say the operating system's reason of an error without the path, which the caller names."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def shortened(path: Path | str, length: int = 200) -> str:
+    """Return a path for a message; the middle of a path that is longer than ``length`` is left out."""
+    text = str(path).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0").replace("\n", "\\n")
+    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}"
+
+
+def kind_of_file(mode: int) -> str:
+    """Name the kind of a file by the mode that ``os.stat`` tells."""
+    kinds = {
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a FIFO",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+    }
+    return next((kind for test, kind in kinds.items() if test(mode)), "a regular file")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"the keys {twice} occur more than once in one object")
+    return value
+
+
+def _require_depth(value: Any) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        inner = [x for outer in level for x in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [x for x in inner if isinstance(x, (dict, list))]
+    if level:
+        raise RecursionError
