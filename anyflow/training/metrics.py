@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from anyflow.network import widest_float
+
 FILE = "metrics.jsonl"
 
 
@@ -30,12 +32,13 @@ def check_loggers(loggers: Sequence[str]) -> None:
 
 def rank_mean(scalars: Mapping[str, Tensor | float], device: torch.device) -> dict[str, float]:
     """Scalars averaged over all ranks, on the CPU. Collective, and the only read of the device beside the guard's."""
-    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in scalars.values()])
+    dtype = widest_float(device)
+    values = torch.stack([torch.as_tensor(v, dtype=dtype, device=device).detach() for v in scalars.values()])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
     plain = values.tolist()
-    floats = {name: value for name, value in scalars.items() if isinstance(value, float)}  # exactly, not through fp32
+    floats = {name: value for name, value in scalars.items() if isinstance(value, float)}  # exactly, not through a mean
     return {**dict(zip(scalars, plain, strict=True)), **floats}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from anyflow.data import MovingShapes, VideoDataset, pixel_shuffle_3d
@@ -22,8 +23,10 @@ _MIN_HEIGHT = 96  # pixels of a cell
 _GAP = 4
 
 
-def preview(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, step: Step, file: Path) -> None:
+def preview(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, step: Step, file: Path, console: Console) -> None:
     """Sample and write a GIF: one row per step count, one column per prompt. Collective; rank 0 writes.
+
+    Latents that are not finite would be shown as black: in place of the file, a line says so.
 
     The prompts are those of rows spread evenly over the dataset. The synthetic videos are shown as they are; latents of
     a VAE in false colors, their first three channels as red, green and blue (no VAE is loaded in training). Training is
@@ -35,9 +38,16 @@ def preview(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, step: Step, file:
         dataset: for prompts and shapes.
         step: whose average is sampled.
         file: to write, ``.gif``.
+        console: where messages go.
     """
     rows = sample_previews(recipe, mesh, dataset, step.student, step.ema)
     if not mesh.is_main:
+        return
+    finite = torch.isfinite(rows).flatten(1).all(1).tolist()
+    if not all(finite):
+        counts = ", ".join(str(n) for n, good in zip(recipe.preview.step_counts, finite, strict=True) if not good)
+        hint = "" if recipe.precision == "fp32" else "; precision=fp32 may keep them finite"
+        console.print(f"The preview {file} was not written: latents of {counts} steps hold NaN or infinity{hint}")
         return
     synthetic = recipe.data.kind == "synthetic"
     videos = _gray(rows.flatten(0, 1)) if synthetic else _false_colors(rows.flatten(0, 1))

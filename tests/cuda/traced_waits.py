@@ -36,7 +36,7 @@ ARCHITECTURE = ArchitectureConfig(
     rope_max_seq_len=8,
 )
 # The guard of an update: its only wait, so that no update is made of gradients that are not finite.
-GUARD = {"training/optimization.py:check_finite"}
+GUARD = {"training/guard.py:_anywhere"}
 
 
 def recipe(stage: str, **changes: Any) -> Recipe:
