@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
+import warnings
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -27,7 +29,17 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of the ``anyflow`` command."""
+    """Run the ``anyflow`` command; a warning is one line, and a terminal of any encoding can show every name."""
+    standard = warnings.formatwarning
+
+    def one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
+        ours = category is UserWarning and "\n" not in str(message)
+        return f"anyflow: warning: {message}\n" if ours else standard(message, category, *where, **more)
+
+    warnings.formatwarning = one_line
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 
@@ -179,7 +191,7 @@ def preprocess(
         return
     for name, value in (("videos", videos), ("captions", captions), ("model", model)):
         if value is None:
-            raise typer.BadParameter(f"Missing option '--{name}'.")
+            _fail(f"--{name} is missing; only --verify does without it")
     assert videos is not None and captions is not None and model is not None
     try:
         from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, preprocess

@@ -196,7 +196,7 @@ def test_page_with_gpus_and_without_programs() -> None:
     gpus = (Gpu("Some GPU", "9.0", 79.6), Gpu("Another [GPU]", "8.0", 39.5))
     out = io.StringIO()
     Page(out).environment(
-        Environment("1.0", "/somewhere", "3.11", "Linux", "2.13", "CUDA 13.0", 4, None, "580.95", gpus, programs)
+        Environment("1.0", "/somewhere", "3.11", "Linux", "2.13", "CUDA 13.0", 4, None, "580.95", gpus, programs, {})
     )
     text = [line.rstrip() for line in out.getvalue().splitlines()]
     assert "CUDA          Some GPU, capability 9.0, 79.6 GiB" in text

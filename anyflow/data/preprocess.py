@@ -24,6 +24,7 @@ from anyflow.data.latent_dataset import INFO_FILE, DatasetInfo, LatentWriter, ch
 from anyflow.data.latent_format import write_atomically
 from anyflow.data.video import VideoError, color_conversion, read_video
 from anyflow.documents import require_regular_file, shortened, text_problem
+from anyflow.pipelines.wan import clean_prompt
 from anyflow.versions import differences, installed_versions
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ def preprocess(
         ):
             for line, video in _with_progress(_decoded_ahead(pool, todo, videos, decode, num_workers), todo, console):
                 try:
+                    if not clean_prompt(line.caption):
+                        raise VideoError("the caption is empty once it is cleaned")
                     latents = _finite(video_encoder(video.result()), "latents")
                     writer.add(line.file, line.caption, latents, _finite(text_encoder(line.caption), "prompt"))
                 except VideoError as error:
@@ -221,12 +224,11 @@ def _misplaced(videos: Path, root: str, file: str, allow_outside: bool) -> str |
     path = videos / file
     if not allow_outside and os.path.commonpath([root, os.path.realpath(path)]) != root:
         return f"it lies outside the folder {videos} (--allow-outside takes such files)"
-    if not os.path.lexists(path):
-        return f"there is no such file in {videos}"
     try:
         require_regular_file(path)
     except ValueError as error:
-        return str(error).removeprefix(f"{shortened(path)} ")
+        reason = str(error).removeprefix(f"{shortened(path)} ")
+        return f"there is no such file in {videos}" if reason == "does not exist" else reason
     return None
 
 
