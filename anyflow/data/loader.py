@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from anyflow.data.sample import Batch, Sample, VideoDataset
@@ -43,7 +44,7 @@ def open_dataset(config: DataConfig) -> VideoDataset:
     assert config.path is not None
     dataset = LatentDataset(Path(config.path))
     doubt = _doubt(dataset.record.packages)
-    if doubt is not None:
+    if doubt is not None and not (dist.is_initialized() and dist.get_rank() > 0):
         warnings.warn(f"{config.path}: {doubt}", stacklevel=2)
     return dataset
 

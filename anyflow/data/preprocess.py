@@ -20,8 +20,16 @@ from torch import Tensor
 
 from anyflow.data.captions import MAX_CAPTION, Broken, Caption, scan_captions
 from anyflow.data.encoders import TextEncoder, VideoEncoder, model_identity
-from anyflow.data.latent_dataset import INFO_FILE, DatasetInfo, LatentWriter, check_same, read_record, written_rows
-from anyflow.data.latent_format import write_atomically
+from anyflow.data.latent_dataset import LatentWriter
+from anyflow.data.latent_format import (
+    INFO_FILE,
+    DatasetInfo,
+    DatasetRecord,
+    check_same,
+    read_record,
+    write_atomically,
+    written_rows,
+)
 from anyflow.data.video import VideoError, color_conversion, read_video
 from anyflow.documents import require_regular_file, shortened, text_problem
 from anyflow.pipelines.wan import clean_prompt
@@ -137,12 +145,14 @@ def preprocess(
     lines = [row for row in table if isinstance(row, Caption)]
     source = {**asdict(settings), "model": model_identity(model)}
     packages = {**installed_versions(), **color_conversion()}
-    written, finished = _earlier_run(out, source, packages)
+    earlier, written = _earlier_run(out, source)
     broken += _unusable(lines, videos, allow_outside)
     faulty = {entry.line for entry in broken}
     todo = [line for line in lines if line.line not in faulty and (line.file, line.caption) not in written]
     skipped = len(table) - len(broken) - len(todo)
-    if todo or not finished:
+    if todo or earlier is None or earlier.rows is None:
+        if todo and written and earlier is not None:
+            _warn_of_versions(out, earlier.packages, packages)
         video_encoder = VideoEncoder(model, torch.device(device))
         text_encoder = TextEncoder(model, torch.device(device), dtype=_DTYPES[dtype], text_length=text_length)
         info = _info(settings, source, video_encoder, text_encoder)
@@ -167,38 +177,29 @@ def preprocess(
     return PreprocessReport(len(table) - len(broken) - skipped, skipped, tuple(broken))
 
 
-def _earlier_run(
-    out: Path, source: dict[str, Any], packages: dict[str, str | None]
-) -> tuple[set[tuple[str, str]], bool]:
-    """Return the rows that ``out`` holds already, and whether its last run came to its end."""
-    if not (out / INFO_FILE).exists():
-        return set(), False
+def _earlier_run(out: Path, source: dict[str, Any]) -> tuple[DatasetRecord | None, set[tuple[str, str]]]:
+    """Return what ``out`` says of itself, and the rows that it holds already."""
+    if not os.path.lexists(out / INFO_FILE):
+        return None, set()
     record = read_record(out)
     check_same(out, record.info.source, source)
-    rows = set(written_rows(out))
-    if rows:
-        _warn_of_versions(out, record.packages, packages)
-    return rows, record.rows is not None
+    return record, set(written_rows(out))
 
 
 def _warn_of_versions(
     out: Path, before: Mapping[str, list[str | None]] | None, packages: dict[str, str | None]
 ) -> None:
     if before is None:
-        warnings.warn(
-            f"{out} does not say which versions made its rows; if ftfy or others were missing or different, "
-            "new rows differ from them: choose another folder to be sure",
-            stacklevel=3,
-        )
-        return
-    last = {name: versions for name, versions in before.items() if name in packages}
-    changed = [line for name in last for line in _changes(name, last[name], packages[name])]
-    if changed:
-        warnings.warn(
-            f"{out} was begun with other versions ({'; '.join(changed)}): new rows may differ from those that are "
-            "there; choose another folder to keep them alike",
-            stacklevel=3,
-        )
+        what = "does not say which versions made its rows, nor whether ftfy cleaned its prompts"
+    else:
+        changed = [line for name in before if name in packages for line in _changes(name, before[name], packages[name])]
+        if not changed:
+            return
+        what = f"was begun with other versions ({'; '.join(changed)})"
+    warnings.warn(
+        f"{out} {what}: new rows may differ from those that are there; choose another folder to keep them alike",
+        stacklevel=3,
+    )
 
 
 def _changes(name: str, before: list[str | None], now: str | None) -> list[str]:

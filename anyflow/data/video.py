@@ -115,6 +115,8 @@ def _covering(image: np.ndarray, height: int, width: int) -> Tensor:
     h, w = pixels.shape[1:]
     scale = max(Fraction(height, h), Fraction(width, w))
     size = [max(height, round(h * scale)), max(width, round(w * scale))]
+    if size[0] * size[1] > MAX_PIXELS:
+        raise VideoError(f"its frames of {w} x {h} are too narrow for {width} x {height}")
     if size != [h, w]:
         pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2

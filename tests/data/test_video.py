@@ -103,6 +103,12 @@ def test_a_file_with_sound_only_has_no_video_stream(tmp_path: Path) -> None:
         read(path, 1)
 
 
+def test_frames_that_would_be_resized_to_gigabytes_are_refused(write_video: WriteVideo, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "narrow.mp4", [100], size=(4, 1024))
+    with pytest.raises(VideoError, match="frames of 1024 x 4 are too narrow for 832 x 1200"):
+        read(path, 1, height=1200, width=832)
+
+
 def test_metadata_that_is_not_utf8_does_not_matter(write_video: WriteVideo, tmp_path: Path) -> None:
     file = write_video(tmp_path / "tagged.mp4", GRAYS)
     with av.open(str(file)) as source, av.open(str(tmp_path / "title.mkv"), "w") as tagged:
