@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
+import warnings
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -27,7 +29,17 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of the ``anyflow`` command."""
+    """Run the ``anyflow`` command; a warning is one line, and a terminal of any encoding can show every name."""
+    standard = warnings.formatwarning
+
+    def one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
+        ours = category is UserWarning and "\n" not in str(message)
+        return f"anyflow: warning: {message}\n" if ours else standard(message, category, *where, **more)
+
+    warnings.formatwarning = one_line
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 
@@ -142,12 +154,14 @@ def export(
 
 @app.command()
 def preprocess(
-    videos: Annotated[Path, typer.Option(help="Folder of the video files.", show_default=False)],
-    captions: Annotated[Path, typer.Option(help="CSV or JSONL with file and caption.", show_default=False)],
-    model: Annotated[
-        Path, typer.Option(help="Diffusers folder with vae, text_encoder and tokenizer.", show_default=False)
-    ],
     out: Annotated[Path, typer.Option(help="Folder of the dataset; a killed run in it goes on.", show_default=False)],
+    videos: Annotated[Path | None, typer.Option(help="Folder of the video files.", show_default=False)] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="CSV or JSONL with file and caption.", show_default=False)
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Diffusers folder with vae, text_encoder and tokenizer.", show_default=False)
+    ] = None,
     num_frames: Annotated[int, typer.Option(help="Frames of each video, 4k + 1.")] = 81,
     height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,
     width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 832,
@@ -161,12 +175,27 @@ def preprocess(
         str | None, typer.Option(help="Torch device to encode on; CUDA if there is one, else the CPU.")
     ] = None,
     num_workers: Annotated[int, typer.Option(help="Threads that decode ahead.")] = 2,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Take files outside the folder of videos, also through links.")
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Only compare every row of --out with its digest; exit status 1 if one differs."),
+    ] = False,
 ) -> None:
-    """Encode videos and captions into a dataset of latents for training."""
+    """Encode videos and captions into a dataset of latents for training, or verify one."""
     from rich.console import Console
 
+    if verify:
+        _verify_dataset(out)
+        return
+    for name, value in (("videos", videos), ("captions", captions), ("model", model)):
+        if value is None:
+            _fail(f"--{name} is missing; only --verify does without it")
+    assert videos is not None and captions is not None and model is not None
     try:
         from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, preprocess
+        from anyflow.documents import shortened
         from anyflow.pipelines.loading import resolve_device
 
         console = Console(highlight=False, soft_wrap=True)
@@ -184,6 +213,7 @@ def preprocess(
             dtype=dtype,  # type: ignore[arg-type]
             device=str(resolve_device(device)),
             num_workers=num_workers,
+            allow_outside=allow_outside,
             console=console,
         )
     except (ValueError, ImportError) as error:
@@ -193,7 +223,8 @@ def preprocess(
         raise typer.Exit(130) from None
     console.print(f"{out}: {report.done} videos encoded, {report.skipped} were there")
     for line in report.broken:
-        console.print(f"line {line.line} of {captions} ({line.file}) was left out: {line.reason}", markup=False)
+        name = f" ({shortened(line.file)})" if line.file else ""
+        console.print(f"line {line.line} of {captions}{name} was left out: {line.reason}", markup=False)
 
 
 @app.command()
@@ -360,6 +391,20 @@ def inspect(
         _fail(str(error))
     typer.echo(info)
     raise typer.Exit(1 if info.problems else 0)
+
+
+def _verify_dataset(folder: Path) -> NoReturn:
+    try:
+        from anyflow.data.latent_dataset import damages
+
+        found = damages(folder)
+    except (ValueError, ImportError) as error:
+        _fail(str(error), status=1 if (folder / "dataset.json").is_file() else 2)
+    for damage in found:
+        typer.echo(f"damaged: {damage}", err=True)
+    if not found:
+        typer.echo(f"{folder}: every row is what was written")
+    raise typer.Exit(1 if found else 0)
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -68,30 +68,32 @@ def read_text(path: Path | str, *, max_bytes: int = MAX_BYTES) -> str:
         ) from error
 
 
-def read_json(path: Path | str, *, max_bytes: int = MAX_BYTES) -> Any:
-    """Read a JSON file.
+def read_json(path: Path | str, *, max_bytes: int = MAX_BYTES, finite: bool = False) -> Any:
+    """Read a JSON file; ``finite`` is that of :func:`parse_json`.
 
     Raises:
         ValueError: see :func:`read_text` and :func:`parse_json`.
     """
-    return parse_json(read_text(path, max_bytes=max_bytes), shortened(path))
+    return parse_json(read_text(path, max_bytes=max_bytes), shortened(path), finite=finite)
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, *, finite: bool = False) -> Any:
     """Parse a JSON document whose nesting is at most ``MAX_DEPTH`` deep and whose keys occur once in an object.
 
     Args:
         text: the document.
         where: names the document in errors, such as a file and a line.
+        finite: refuse NaN and infinity, which JSON does not have and Python reads and writes.
 
     Raises:
-        ValueError: the text is not JSON, is nested too deeply, names a key twice, or has a lone surrogate.
+        ValueError: the text is not JSON, is nested too deeply, names a key twice, has a lone surrogate or, with
+            ``finite``, a number that is not finite.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object)
         _require_depth(value)
         text.encode()
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=not finite).encode()
     except RecursionError:
         raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep") from None
     except UnicodeEncodeError:
@@ -99,6 +101,24 @@ def parse_json(text: str, where: str) -> Any:
     except ValueError as error:
         raise ValueError(f"{where} cannot be read as JSON: {error}") from error
     return value
+
+
+def text_problem(text: str, *, max_characters: int) -> str | None:
+    """Say why a text cannot be a prompt, a caption or a name, or return None where it can.
+
+    Args:
+        text: to look at.
+        max_characters: that are allowed.
+    """
+    if len(text) > max_characters:
+        return f"has {len(text)} characters, at most {max_characters} are allowed"
+    if "\0" in text:
+        return "has a null character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "has a lone surrogate, which is no character"
+    return None
 
 
 def system_reason(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from anyflow.demo.progress import DemoProgress
 from anyflow.demo.results import write_results
 from anyflow.demo.stages import train_flow_matching, train_on_policy, train_pretrain
 from anyflow.demo.world import World
+from anyflow.documents import read_json
 from anyflow.evaluation import EvaluationResults, Metrics
 from anyflow.models import AnyFlowTransformer3DModel
 
@@ -168,13 +169,18 @@ def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
             raise ValueError(f"--out {out} is not empty and holds no demo run; name another folder")
         return {"config": settings, "finished": {}}
     try:
-        state = json.loads(file.read_text())
-        other = state["config"]
-        finished = dict(state["finished"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{file} is damaged; delete {out} or name another --out") from None
+        state = read_json(file, finite=True)
+        if not isinstance(state, dict) or set(state) != {"config", "finished"}:
+            raise ValueError("it must be an object with 'config' and 'finished'")
+        other, finished = state["config"], state["finished"]
+        if not isinstance(other, dict) or not isinstance(finished, dict):
+            raise ValueError("'config' and 'finished' must be objects")
+        if not all(type(seconds) in (int, float) and seconds >= 0 for seconds in finished.values()):
+            raise ValueError("'finished' must have the seconds of each stage")
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete {out} or name another --out") from None
     if other != settings:
-        changed = ", ".join(sorted(k for k in settings if other.get(k) != settings[k]))
+        changed = ", ".join(sorted(k for k in {**settings, **other} if other.get(k) != settings.get(k)))
         raise ValueError(f"--out {out} holds a run with other settings ({changed}); name another --out or delete it")
     return {"config": settings, "finished": finished}
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyflow.versions import require_ftfy
+
 
 def load_vae(model: Path, dtype: torch.dtype = torch.float32) -> Any:
     """``AutoencoderKLWan`` of a diffusers folder, on the CPU in eval mode.
@@ -52,17 +54,32 @@ def part_folder(model: Path, name: str) -> Path:
     return folder
 
 
+def clean_prompt(prompt: str) -> str:
+    """Clean a prompt as those of the published models were: ``ftfy.fix_text``, HTML entities, whitespace.
+
+    diffusers does the same where ftfy is installed, and leaves its part out where it is not.
+
+    Raises:
+        ImportError: ftfy is missing.
+    """
+    require_ftfy()
+    from diffusers.pipelines.anyflow.pipeline_anyflow import prompt_clean
+
+    return prompt_clean(prompt)
+
+
 @torch.no_grad()
 def encode_prompt(text_encoder: Any, tokenizer: Any, prompt: str, max_sequence_length: int) -> Tensor:
     """The tokens of a prompt, ``[S, text_dim]`` fp32 on the CPU, without padding; S is at most max_sequence_length.
 
-    Encoded beside masked padding, as diffusers' pipelines do (``test_prompts_are_those_of_the_anyflow_pipeline``), and
-    alone, so that the numbers do not depend on other prompts.
-    """
-    from diffusers.pipelines.anyflow.pipeline_anyflow import prompt_clean
+    Cleaned first, and encoded beside masked padding, as diffusers' pipelines do
+    (``test_prompts_are_those_of_the_anyflow_pipeline``), and alone, so that the numbers do not depend on other prompts.
 
+    Raises:
+        ImportError: ftfy is missing.
+    """
     tokens = tokenizer(
-        [prompt_clean(prompt)],
+        [clean_prompt(prompt)],
         padding="max_length",
         max_length=max_sequence_length,
         truncation=True,

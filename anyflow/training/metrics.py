@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from anyflow.documents import parse_json, read_text
 from anyflow.network import widest_float
 
 FILE = "metrics.jsonl"
+_MAX_BYTES = 4 * 2**30
 
 
 def check_loggers(loggers: Sequence[str]) -> None:
@@ -131,21 +133,35 @@ class Metrics:
 
 
 def keep_until(file: Path, step: int) -> None:
-    """Cut off the lines of updates after ``step``, and one that a kill has torn."""
-    if not file.exists():
+    """Cut off the lines of updates after ``step``, and a last one that a kill has torn.
+
+    Raises:
+        ValueError: it is not a file in UTF-8, or a line before the last is none of a run; the message names the line.
+    """
+    if not os.path.lexists(file):
         return
+    lines = read_text(file, max_bytes=_MAX_BYTES).splitlines()
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines, start=1):
         try:
-            reported = json.loads(line)["step"]
-        except (json.JSONDecodeError, TypeError, KeyError):
-            break
+            reported = _step_of(line, f"{file}, line {number}")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{error}; delete the line, or the file, to go on") from None
         if reported > step:
             break
         kept.append(line + "\n")
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, file)
+
+
+def _step_of(line: str, where: str) -> int:
+    values = parse_json(line, where)
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise ValueError(f"{where} is no object with a whole number 'step'")
+    return values["step"]
 
 
 def _tensorboard(folder: Path, start: int) -> Any:

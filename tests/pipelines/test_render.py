@@ -1,8 +1,10 @@
 """`anyflow sample` as a function: real files from a tiny model, resuming, failures, and what it refuses."""
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -208,18 +210,54 @@ def test_a_folder_of_other_settings_is_refused(settings, tmp_path: Path) -> None
     run(settings, tmp_path / "out", PROMPTS[:1], (1,))
     with pytest.raises(ValueError, match=r"other settings \(seed 3 is now 4\)"):
         run(dataclasses.replace(settings, seed=4), tmp_path / "out")
-    (tmp_path / "out" / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="no results file"):
+    file = tmp_path / "out" / "results.json"
+    sound = json.loads(file.read_text())
+    broken = ["{}", "[]", "", '{"settings": {}, "videos": [], "videos": []}', json.dumps(sound | {"more": 1})]
+    broken += [json.dumps(sound | change) for change in ({"videos": [{"steps": 1}]}, {"videos": {}}, {"settings": []})]
+    for content in broken:
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"results\.json is no results file"):
+            run(settings, tmp_path / "out")
+    file.write_text(json.dumps(sound | {"settings": sound["settings"] | {"cfg": 2}}))
+    with pytest.raises(ValueError, match=r"other settings \(cfg 2 is now None\)"):
         run(settings, tmp_path / "out")
+
+
+def test_videos_have_the_versions_that_made_them_and_a_change_is_said(settings, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(settings, out, PROMPTS[:1], (1,))
+    results = json.loads((out / "results.json").read_text())
+    (entry,) = results["videos"]
+    assert entry["packages"]["ftfy"] == importlib.metadata.version("ftfy")
+    assert entry["packages"]["torch"] == torch.__version__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(settings, out, PROMPTS[:1], (1,))
+    entry["packages"]["diffusers"] = "0.30.0"
+    old = {name: value for name, value in entry.items() if name != "packages"} | {"file": "old/steps-01.mp4"}
+    (out / "results.json").write_text(json.dumps(results | {"videos": [entry, old]}))
+    with pytest.warns(UserWarning, match=r"other versions \(diffusers 0\.30\.0, here .*; unknown versions\)") as said:
+        run(settings, out, PROMPTS[:1], (1,))
+    assert len(said) == 1 and "\n" not in str(said[0].message)
 
 
 def test_prompts_are_lines_and_steps_are_numbers(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffa red disc\r\n\n  熊猫  \n", encoding="utf-8")
     assert read_prompts(file) == ["a red disc", "熊猫"]
-    file.write_text("\n")
-    with pytest.raises(ValueError, match="has no prompts"):
-        read_prompts(file)
+    file.write_bytes(b"one\rtwo\rthree")
+    assert read_prompts(file) == ["one", "two", "three"]
+    wrong_files = {
+        b"\n": "has no prompts",
+        "sch\u00f6n\n".encode("latin-1"): "line 1: byte 0xf6 is not UTF-8",
+        "a red disc\n".encode("utf-16"): "not UTF-8",
+        "a\nb\n".encode("utf-16-le"): "line 1: the prompt has a null character",
+        b"a\n" + b"x" * 200_000: "line 2: the prompt has 200000 characters",
+    }
+    for content, message in wrong_files.items():
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"prompts: .*prompts\.txt.*{message}"):
+            read_prompts(file)
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts(tmp_path / "none.txt")
     assert parse_steps("8, 1,2,2") == (1, 2, 8)

@@ -232,6 +232,21 @@ def test_metrics_after_the_step_and_torn_lines_are_cut_off(tmp_path: Path) -> No
     assert not (tmp_path / "missing.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "line", ["", "{", "[1]", '{"loss": 1}', '{"step": "3"}', '{"step": true}', '{"step": NaN}', "\0\0"]
+)
+def test_a_line_of_metrics_that_is_none_is_named_unless_it_is_the_last(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 21}}\n')
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        keep_until(file, 30)
+    assert file.read_bytes() == before
+    file.write_text(f'{{"step": 1}}\n{line or " "}\n')
+    keep_until(file, 30)
+    assert file.read_text() == '{"step": 1}\n'
+
+
 # What is refused ---------------------------------------------------------------------------------------------------
 
 
