@@ -17,6 +17,8 @@ from anyflow.checkpoints.readers import Reader, TensorInfo
 
 _ADAPTER_ROLES = (Role.DOWN, Role.UP, Role.UP_BIAS, Role.MAGNITUDE)
 _BASE = re.compile(r"(.+)\.base_layer\.(weight|bias)")
+_SAVED = re.compile(r"(.+?)\.modules_to_save\.[^.]+\.(.+)")
+_ORIGINAL = re.compile(r"(.+?)\.original_module\.(.+)")
 
 
 def has_adapters(names: Iterable[str]) -> bool:
@@ -53,6 +55,7 @@ class MergedReader:
         plan = Plan()
         parsed = {name: parse_key(name) for name in reader.infos}
         adapted = {key.layer for key in parsed.values() if key is not None and key.role in _ADAPTER_ROLES}
+        replaced = {f"{m[1]}.{m[2]}" for name in reader.infos if (m := _SAVED.fullmatch(name))}
         for name, info in reader.infos.items():
             key = parsed[name]
             is_alpha = key is not None and key.role is Role.ALPHA and key.layer in adapted
@@ -62,8 +65,10 @@ class MergedReader:
                 if before is not key:
                     plan.lines.append(f"{kinds}two keys for one tensor: {before.key} and {name}")
                 continue
-            match = _BASE.fullmatch(name)
+            match = _BASE.fullmatch(name) or _SAVED.fullmatch(name)
             plain = name if match is None else f"{match[1]}.{match[2]}"
+            if (original := _ORIGINAL.fullmatch(name)) and f"{original[1]}.{original[2]}" in replaced:
+                continue  # what PEFT has put another module in the place of
             if plain in self.infos:
                 raise CheckpointFormatError(f"both {plain} and {name} are in the checkpoint")
             self.infos[plain], self._stored[plain] = info, name

@@ -134,8 +134,9 @@ def _find(path: Path) -> Path:
         raise CheckpointFormatError(f"LoRA: {shortened(path)} cannot be read: {system_reason(error)}") from error
     known = [f"{stem}{suffix}" for stem in (_DIFFUSERS_STEM, _PEFT_STEM) for suffix in _SUFFIXES]
     files = [name for name in names if name in known] or [name for name in names if name.endswith(".safetensors")]
-    if any(name.endswith(".index.json") for name in names) or len(files) != 1:
-        which = f"more than one file or an index; name a file:{listed(files)}" if files else "none"
+    has_index = any(name.endswith(".index.json") for name in names)
+    if has_index or len(files) != 1:
+        which = "none" if not files else "an index" if has_index else f"more than one file; name one:{listed(files)}"
         raise CheckpointFormatError(
             f"LoRA: {shortened(path)} should hold one .safetensors file, {_DIFFUSERS_STEM} or {_PEFT_STEM}, but has "
             f"{which}"

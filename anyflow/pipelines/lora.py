@@ -69,8 +69,12 @@ def _checked_scale(scale: float) -> float:
 
 
 def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by name, under layers of PEFT those of the layers themselves."""
-    return {name.replace(".base_layer.", "."): p for name, p in transformer.named_parameters() if ".lora_" not in name}
+    """Return the parameters by name, as if nothing were compiled, and under layers of PEFT those of the layers."""
+    return {
+        name.replace("_orig_mod.", "").replace(".base_layer.", "."): p
+        for name, p in transformer.named_parameters()
+        if ".lora_" not in name
+    }
 
 
 def _require_linear(plan: Plan, path: Path, strength: float) -> None:
