@@ -141,15 +141,19 @@ def export(
     out: Annotated[Path, typer.Argument(help="New folder for the model.", show_default=False)],
     weights: Annotated[str, typer.Option(help="'ema' (the average) or 'raw'.")] = "ema",
     lora: Annotated[str, typer.Option(help="Adapters 'merged' into the weights, or 'separate'.")] = "merged",
+    format: Annotated[
+        str | None, typer.Option(help="Of separate adapters, 'diffusers' or 'comfyui'; diffusers if left out.")
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if left out.")] = None,
 ) -> None:
     """Write the model of a training checkpoint as a folder for diffusers."""
     from anyflow.training.export import export
 
     try:
-        typer.echo(f"The model is {export(run, out, weights=weights, lora=lora, step=step)}")  # type: ignore[arg-type]
+        folder = export(run, out, weights=weights, lora=lora, format=format, step=step)  # type: ignore[arg-type]
     except (ValueError, ImportError) as error:
         _fail(str(error))
+    typer.echo(f"The model is {folder}")
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from anyflow.checkpoints.adapters import MergedReader
+from anyflow.checkpoints.adapters import MergedReader, has_adapters
 from anyflow.checkpoints.architecture import (
     FAR_WAN,
     FLOW_MAP_KEYS,
@@ -27,6 +26,7 @@ from anyflow.checkpoints.architecture import (
 )
 from anyflow.checkpoints.errors import CheckpointFormatError, listed
 from anyflow.checkpoints.files import TORCH_SUFFIXES, CheckpointFiles, find_files, read_json
+from anyflow.checkpoints.lora_file import adapter_config_beside
 from anyflow.checkpoints.names import DIFFUSERS, FASTVIDEO, ORIGINAL, Naming, common_prefix, naming_of
 from anyflow.checkpoints.readers import FLOATS, SECTIONS, Reader, SafetensorsReader, TorchReader
 
@@ -126,7 +126,7 @@ def open_checkpoint(path: Path | str, options: ReadOptions, merge_on: str = "cpu
     files = find_files(path, options.subfolder)
     config = _read_config(files)
     raw = _reader_of(files, options.weights)
-    reader = MergedReader(raw, _alpha(files, options), torch.device(merge_on))
+    reader = _with_adapters(raw, files, options, merge_on)
     prefix = common_prefix(reader.infos)
     stripped = {own.removeprefix(prefix): own for own in reader.infos}
     naming = naming_of(stripped)
@@ -197,15 +197,13 @@ def _read_config(files: CheckpointFiles) -> Config | None:
     return parse_config(raw, str(files.config))
 
 
-def _alpha(files: CheckpointFiles, options: ReadOptions) -> float | None:
-    """The user's, or that of PEFT's ``adapter_config.json`` beside the weights."""
-    beside = files.weights[0].parent / "adapter_config.json"
-    if options.lora_alpha is not None or not beside.is_file():
-        return options.lora_alpha
-    alpha = read_json(beside).get("lora_alpha")
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise CheckpointFormatError(f"{beside}: lora_alpha should be a number, not {json.dumps(alpha)}")
-    return float(alpha)
+def _with_adapters(raw: Reader, files: CheckpointFiles, options: ReadOptions, merge_on: str) -> MergedReader:
+    """Merge adapters by the user's alpha, or by PEFT's ``adapter_config.json`` beside the weights."""
+    config = adapter_config_beside(files.weights[0]) if has_adapters(raw.infos) else None
+    given, said = options.lora_alpha, None if config is None else config.lora_alpha
+    if config is not None and given is not None and said is not None and given != said:
+        raise CheckpointFormatError(f"lora_alpha={given:g} was given, but {config.where} has {said:g}")
+    return MergedReader(raw, given, torch.device(merge_on), config)
 
 
 def _format_of(

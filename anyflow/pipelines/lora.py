@@ -1,97 +1,112 @@
-"""Adapters of others, merged into a transformer's weights."""
+"""LoRA files of all origins, merged into a transformer's weights."""
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
+
+from anyflow.checkpoints.adapter_updates import LowRank, Plan, Replacement, Update
+from anyflow.checkpoints.errors import listed
+from anyflow.checkpoints.lora_file import open_lora
+from anyflow.checkpoints.readers import FLOATS
+from anyflow.network import widest_float
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
-
-_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-_PREFIX = "transformer."
-_PEFT_PREFIX = "base_model.model."
-_ADAPTER = "loaded"
 
 
 def merge_lora(transformer: AnyFlowTransformer3DModel, path: str | Path, scale: float = 1.0) -> None:
     """Add ``scale alpha / rank B A`` to the weights of every layer that a LoRA has; sampling then costs nothing more.
 
+    Names are read as PEFT, diffusers, kohya and musubi, ComfyUI, diffusion-pipe and DiffSynth write them
+    (:mod:`anyflow.checkpoints.adapter_keys`), with alphas, ranks by layer, rsLoRA, DoRA, biases of B, and differences
+    of weights, biases, norms and modulations. Everything in the file and in its configuration is applied, or the file
+    is refused. Results are computed in fp64, where the device has it, and rounded once to the dtype of the weights.
+
     Args:
-        transformer: changed in place; several may be merged one after the other.
-        path: a ``.safetensors`` file or a folder with one: diffusers' (``pytorch_lora_weights``; the names of the
-            original Wan code too) or PEFT's (``adapter_model`` beside ``adapter_config.json``).
-        scale: of what is added.
+        transformer: changed in place, and only if everything is well; several may be merged one after the other.
+        path: a file or a folder, as for :func:`anyflow.checkpoints.lora_file.open_lora`.
+        scale: of what is added; for a LoRA with magnitudes (DoRA) or with whole modules it must be 1.
 
     Raises:
-        ValueError: no such file, or it holds anything but complete pairs for linear layers of this transformer.
-        ImportError: PEFT is missing.
+        ValueError: no such file, or it is damaged; a tensor or a setting has no place in this transformer, or is not
+            supported; a value is not finite, before or after merging; the weights are quantized or offloaded in a way
+            that does not let them be changed. Files are refused with their own keys, and nothing is changed.
     """
+    strength = _checked_scale(scale)
+    lora = open_lora(path)
+    parameters = _parameters(transformer)
+    plan = lora.plan({name: tuple(p.shape) for name, p in parameters.items()})
+    if strength != 1:
+        _require_linear(plan, lora.path, strength)
+    _require_changeable({name: parameters[name] for name in plan.updates})
+    tensors = lora.read_all()
+    with torch.no_grad():
+        for name, update in plan.updates.items():  # a result that cannot be is found before the first is written
+            if not torch.isfinite(_merged(parameters[name], update, tensors, strength)).all():
+                raise ValueError(
+                    f"LoRA {lora.path}: merged, {name} is not finite in {parameters[name].dtype}: "
+                    f"{', '.join(update.keys)}; nothing was changed"
+                )
+        for name, update in plan.updates.items():
+            parameter = parameters[name]
+            with torch.inference_mode() if parameter.is_inference() else torch.no_grad():
+                parameter.copy_(_merged(parameter, update, tensors, strength))
+
+
+def _checked_scale(scale: float) -> float:
     try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise ImportError("LoRA needs PEFT: pip install 'anyflow[train]'") from error
-    file = _find(Path(path))
-    state, metadata = _read(file)
-    _check(transformer, state, file)
-    try:
-        transformer.load_lora_adapter(state, prefix=None, adapter_name=_ADAPTER, metadata=metadata)
-        transformer.fuse_lora(lora_scale=scale, safe_fusing=True)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{file} does not fit the transformer: {error}") from error
-    finally:
-        if _ADAPTER in getattr(transformer, "peft_config", {}):
-            transformer.unload_lora()
+        strength = float(scale)
+    except (TypeError, ValueError, OverflowError):
+        strength = math.nan
+    if isinstance(scale, (str, bool)) or not math.isfinite(strength):
+        raise ValueError(f"LoRA: scale must be a finite number, got {scale!r}")
+    return strength
 
 
-def _find(path: Path) -> Path:
-    found = [path / name for name in _FILES if (path / name).is_file()] if path.is_dir() else [path]
-    if len(found) != 1 or not found[0].is_file() or found[0].suffix != ".safetensors":
-        raise ValueError(f"LoRA: {path} is no .safetensors file and no folder with {' or '.join(_FILES)}")
-    return found[0]
+def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by name, as if nothing were compiled, and under layers of PEFT those of the layers."""
+    return {
+        name.replace("_orig_mod.", "").replace(".base_layer.", "."): p
+        for name, p in transformer.named_parameters()
+        if ".lora_" not in name
+    }
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors as ``<module>.lora_A.weight``, and the arguments of PEFT's ``LoraConfig`` if the file has them."""
-    from diffusers.loaders import WanLoraLoaderMixin
-    from safetensors.torch import load_file
-
-    if file.name == "adapter_model.safetensors":
-        config = file.with_name("adapter_config.json")
-        if not config.is_file():
-            raise ValueError(f"LoRA: there is no {config.name} beside {file}, which has its rank and alpha")
-        state = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
-        return state, json.loads(config.read_text(encoding="utf-8"))
-    state, metadata = WanLoraLoaderMixin.lora_state_dict(
-        str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True, return_lora_metadata=True
-    )
-    if metadata is not None:
-        metadata = {name.removeprefix(_PREFIX): value for name, value in metadata.items()}
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}, metadata
+def _require_linear(plan: Plan, path: Path, strength: float) -> None:
+    """Refuse a scale for what is no sum: trainers disagree on what a part of DoRA is."""
+    keys = [
+        key
+        for update in plan.updates.values()
+        if isinstance(update, Replacement) or (isinstance(update, LowRank) and update.magnitude is not None)
+        for key in update.keys[-1:]
+    ]
+    if keys:
+        raise ValueError(
+            f"LoRA {path}: scale must be 1, got {strength:g}, as it replaces or has magnitudes:{listed(keys)}"
+        )
 
 
-def _check(transformer: nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    """What diffusers leaves out with a warning, or not even that, is an error."""
-    linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-    lines = []
-    for name in sorted(state):
-        module, _, side = name.rpartition(".lora_")
-        other = f"{module}.lora_{'B' if side.startswith('A') else 'A'}.weight"
-        if side not in ("A.weight", "B.weight"):
-            lines.append(f"not understood: {name}")
-        elif module not in linear:
-            lines.append(f"no linear layer of this transformer: {module}")
-        elif other not in state:
-            lines.append(f"missing: {other}")
-        elif side == "A.weight":
-            a, b, weight = (tuple(t.shape) for t in (state[name], state[other], linear[module].weight))
-            if (*b[:1], *a[1:]) != weight or b[1:] != a[:1]:
-                lines.append(f"{module}: A {a} and B {b} do not make {weight}")
-    if not state:
-        lines.append("it is empty")
-    if lines:
-        listed = "\n  ".join(lines)
-        raise ValueError(f"LoRA {file} does not fit the transformer:\n  {listed}")
+def _require_changeable(parameters: dict[str, nn.Parameter]) -> None:
+    for name, p in parameters.items():
+        if p.is_meta:
+            raise ValueError(f"LoRA: the weights are offloaded, and {name} is not in memory; merge before offloading")
+        if type(p.data) is not Tensor or p.dtype not in FLOATS.values():
+            kind = f"{type(p.data).__name__} of {p.dtype}"
+            raise ValueError(
+                f"LoRA: {name} is {kind}, and cannot be changed: merge into weights of {', '.join(FLOATS)}"
+            )
+
+
+def _merged(parameter: nn.Parameter, update: Update, tensors: dict[str, Tensor], strength: float) -> Tensor:
+    """Compute a parameter's new value, rounded once to its dtype."""
+    wide = widest_float(parameter.device)
+
+    def read(key: str) -> Tensor:
+        return tensors[key].to(parameter.device).to(wide)
+
+    return update.apply(parameter.to(wide), read, strength).to(parameter.dtype)

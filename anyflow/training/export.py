@@ -5,33 +5,46 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
 
+from anyflow.checkpoints.names import ORIGINAL
 from anyflow.checkpoints.saving import new_folder, require_empty, write_transformer
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.checkpoint import Checkpointer, CheckpointError, complete_checkpoints
 
 if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
     from anyflow.models import AnyFlowTransformer3DModel
 
 Weights = Literal["ema", "raw"]
 LoRA = Literal["merged", "separate"]
+LoRAFormat = Literal["diffusers", "comfyui"]
 
 _ADAPTER = "default"
+_COMFYUI_FILE = "comfyui_lora.safetensors"
 _PREFIXES = {"ema": "ema/", "raw": "student/"}
 
 
-def export(run: Path, out: Path, *, weights: Weights = "ema", lora: LoRA = "merged", step: int | None = None) -> Path:
+def export(
+    run: Path,
+    out: Path,
+    *,
+    weights: Weights = "ema",
+    lora: LoRA = "merged",
+    format: LoRAFormat | None = None,
+    step: int | None = None,
+) -> Path:
     """Write the student of a run's checkpoint as ``out/transformer`` and ``out/scheduler``, in one process.
 
     Args:
         run: folder of the run, with ``recipe.yaml`` and ``checkpoints``.
         out: as for :func:`write_model`.
         weights: the average, or the parameters themselves.
-        lora: as for :func:`write_model`.
+        lora, format: as for :func:`write_model`.
         step: of the checkpoint; None takes the newest.
 
     Returns:
@@ -47,7 +60,7 @@ def export(run: Path, out: Path, *, weights: Weights = "ema", lora: LoRA = "merg
     run, out = Path(run), Path(out)
     if weights not in _PREFIXES:
         raise ValueError(f"weights must be {' or '.join(_PREFIXES)}, got {weights!r}")
-    _check_lora(lora)
+    _check_lora(lora, format)
     require_empty(out)  # before anything large is read
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run} is not the folder of a run: it has no recipe.yaml")
@@ -60,7 +73,7 @@ def export(run: Path, out: Path, *, weights: Weights = "ema", lora: LoRA = "merg
     Checkpointer(checkpoint.parent, keep=1).load(checkpoint, tensors, prefix=prefix)
     scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))
     trained = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return write_model(student, trained, scheduler, out, lora=lora)
+    return write_model(student, trained, scheduler, out, lora=lora, format=format)
 
 
 def write_model(
@@ -69,13 +82,14 @@ def write_model(
     scheduler: FlowMapEulerDiscreteScheduler,
     out: Path,
     lora: LoRA = "merged",
+    format: LoRAFormat | None = None,
 ) -> Path:
     """Write a model as a diffusers folder, completely or not at all.
 
     ``out/transformer`` loads as our transformer or diffusers' own (the teacher stage's as its Wan model; not with
     ``fusion="additive"``, which diffusers does not know), and ``out/scheduler`` beside it. With
-    ``lora="separate"``, ``out/lora`` has the adapters, for ``load_lora_adapter(folder, use_safetensors=True)`` or a
-    pipeline's ``load_lora_weights``, and ``out/transformer`` the base weights with the modules trained in full.
+    ``lora="separate"``, ``out/lora`` has the adapters, and ``out/transformer`` the base weights with the modules
+    trained in full: the adapters alone are not the model.
 
     Args:
         student: whole, on the CPU, as ``build_student`` makes it; **used up**: it is filled, and loses its adapters.
@@ -83,16 +97,20 @@ def write_model(
         scheduler: whose settings are written.
         out: a new or empty folder.
         lora: what becomes of adapters: ``"merged"`` into the weights, or ``"separate"``.
+        format: of separate adapters. ``"diffusers"``, which None means, is for a pipeline's ``load_lora_weights`` or
+            ``load_lora_adapter(folder, use_safetensors=True)``; ``"comfyui"`` is one file in the original Wan's names,
+            with an alpha for each layer. :func:`anyflow.pipelines.lora.merge_lora` reads both.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: ``out`` is not empty, lora is unknown or ``"separate"`` for a student without adapters, or a name or
-            shape of the tensors is not that of a trained parameter.
+        ValueError: ``out`` is not empty, lora or format is unknown, lora is ``"separate"`` for a student without
+            adapters, a layer with an adapter has no name in the format, or a name or shape of the tensors is not that
+            of a trained parameter.
     """
     out = Path(out)
-    _check_lora(lora)
+    _check_lora(lora, format)
     adapters = _ADAPTER in getattr(student, "peft_config", {})
     if lora == "separate" and not adapters:
         raise ValueError("lora='separate' needs a student with adapters; this one was trained in full")
@@ -101,7 +119,8 @@ def write_model(
     with new_folder(out) as partial:
         if adapters:
             if lora == "separate":
-                _save_adapters(student, partial / "lora")
+                save_adapters = _save_for_comfyui if format == "comfyui" else _save_for_diffusers
+                save_adapters(student, partial / "lora")
             else:
                 student.fuse_lora(adapter_names=[_ADAPTER])
             student.unload_lora()
@@ -113,9 +132,13 @@ def write_model(
     return out
 
 
-def _check_lora(lora: str) -> None:
+def _check_lora(lora: str, format: str | None) -> None:
     if lora not in ("merged", "separate"):
         raise ValueError(f"lora must be merged or separate, got {lora!r}")
+    if format not in (None, "diffusers", "comfyui"):
+        raise ValueError(f"format must be diffusers or comfyui, got {format!r}")
+    if format is not None and lora != "separate":
+        raise ValueError(f"format={format!r} is of adapters in a file of their own: it needs lora='separate'")
 
 
 def _choose_checkpoint(folder: Path, step: int | None) -> Path:
@@ -150,8 +173,8 @@ def _fill(student: AnyFlowTransformer3DModel, tensors: Mapping[str, Tensor]) -> 
         p.copy_(tensors[name])
 
 
-def _save_adapters(student: AnyFlowTransformer3DModel, folder: Path) -> None:
-    """With the names that pipelines expect (``transformer.blocks…``), and rank and alpha in the file's metadata."""
+def _save_for_diffusers(student: AnyFlowTransformer3DModel, folder: Path) -> None:
+    """Write names that pipelines expect (``transformer.blocks…``), and rank and alpha in the file's metadata."""
     from diffusers.loaders import WanLoraLoaderMixin
     from peft import get_peft_model_state_dict
 
@@ -160,3 +183,22 @@ def _save_adapters(student: AnyFlowTransformer3DModel, folder: Path) -> None:
         transformer_lora_layers=get_peft_model_state_dict(student, adapter_name=_ADAPTER),
         transformer_lora_adapter_metadata=student.peft_config[_ADAPTER].to_dict(),
     )
+
+
+def _save_for_comfyui(student: AnyFlowTransformer3DModel, folder: Path) -> None:
+    """Write ``diffusion_model.<layer of the original Wan>.lora_A.weight``, ``.lora_B.weight`` and ``.alpha``."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state: dict[str, Tensor] = {}
+    for name, tensor in get_peft_model_state_dict(student, adapter_name=_ADAPTER).items():
+        ours, _, factor = name.rpartition(".lora_")
+        layer = ORIGINAL.theirs(ours)
+        if layer is None or factor not in ("A.weight", "B.weight"):
+            raise ValueError(f"format='comfyui': {name} has no name in the original Wan; use lora='merged'")
+        state[f"diffusion_model.{layer}.lora_{factor}"] = tensor.contiguous()
+        if factor == "A.weight":
+            alpha = cast("LoraLayer", student.get_submodule(ours)).scaling[_ADAPTER] * tensor.shape[0]
+            state[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(alpha))
+    folder.mkdir()
+    save_file(state, folder / _COMFYUI_FILE, metadata={"format": "pt"})

@@ -11,10 +11,12 @@ import diffusers
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from anyflow.checkpoints import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.pipelines.lora import merge_lora
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.checkpoint import Checkpointer, CheckpointError
 from anyflow.training.config import (
@@ -202,6 +204,51 @@ def test_separate_adapters_load_in_pipelines(run: Callable[..., Path], tmp_path:
         assert all(name.startswith("transformer.blocks.") for name in adapters.keys())  # noqa: SIM118
 
 
+@pytest.mark.parametrize("format", ["diffusers", "comfyui"])
+def test_a_separate_lora_is_right_in_every_reader(format: Any, run: Callable[..., Path], tmp_path: Path) -> None:
+    """In diffusers' pipeline, in ours, and by the factors as PEFT has them."""
+    export(run(lora=True), tmp_path / "model", lora="separate", format=format)
+    student = build_student(recipe(lora=True))
+    student = filled(student, trained(student, 12))
+    (file,) = (tmp_path / "model" / "lora").iterdir()
+    state = load_file(file)
+    layer = "blocks.0.attn1.to_q"
+    name = {"diffusers": f"transformer.{layer}", "comfyui": "diffusion_model.blocks.0.self_attn.q"}[format]
+    parts = {"A": student.get_submodule(layer).lora_A, "B": student.get_submodule(layer).lora_B}
+    assert all(torch.equal(state[f"{name}.lora_{half}.weight"], p["default"].weight) for half, p in parts.items())
+    if format == "comfyui":
+        assert state[f"{name}.alpha"] == 6 and all(key.startswith("diffusion_model.blocks.") for key in state)
+        assert len(state) == 3 * len({key.split(".lora_")[0] for key in state if ".lora_" in key})
+    student.fuse_lora()
+    student.unload_lora()
+    want = student.state_dict()
+
+    def plain() -> AnyFlowTransformer3DModel:
+        return AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model", subfolder="transformer")
+
+    ours, pipeline = (
+        plain(),
+        diffusers.AnyFlowPipeline(
+            transformer=plain(), scheduler=SCHEDULER, vae=None, text_encoder=None, tokenizer=None
+        ),
+    )
+    merge_lora(ours, tmp_path / "model" / "lora")
+    pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    for state in (ours.state_dict(), pipeline.transformer.state_dict()):
+        assert state.keys() == want.keys() and max(float((state[n] - want[n]).abs().max()) for n in want) < 1e-6
+
+
+def test_a_layer_that_the_format_has_no_name_for(tmp_path: Path) -> None:
+    lora = LoRAConfig(rank=2, target_modules=("delta_embedder.linear_1",), trained_modules=())
+    other = dataclasses.replace(recipe(lora=True), student=NetworkConfig(architecture=TINY, lora=lora))
+    student = build_student(other)
+    with pytest.raises(ValueError, match=r"delta_embedder\.linear_1.*no name in the original Wan"):
+        write_model(student, trained(student, 1), SCHEDULER, tmp_path / "model", lora="separate", format="comfyui")
+    assert not (tmp_path / "model").exists()
+
+
 # Mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +257,8 @@ def test_mistakes_say_what_is_wrong_and_leave_nothing_behind(run: Callable[..., 
     for options, message in (
         ({"weights": "both"}, "weights must be ema or raw, got 'both'"),
         ({"lora": "both"}, "lora must be merged or separate, got 'both'"),
+        ({"lora": "separate", "format": "kohya"}, "format must be diffusers or comfyui, got 'kohya'"),
+        ({"format": "comfyui"}, "format='comfyui'.*needs lora='separate'"),
         ({"lora": "separate"}, "needs a student with adapters"),
         ({"step": 7}, "has no checkpoint of step 7; it has 1, 2"),
     ):
