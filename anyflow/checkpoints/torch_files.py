@@ -391,6 +391,7 @@ class _Unpickler(pickle.Unpickler):
         self._seen = seen
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "builtins" if module == "__builtin__" else module  # as protocol 2 writes it
         full = f"{module}.{name}"
         if full in _CALLS:
             return _CALLS[full]
