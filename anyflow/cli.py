@@ -356,6 +356,9 @@ def convert(
         bool, typer.Option("--bidirectional", help="Take a causal model without its causal tensors.")
     ] = False,
     shift: Annotated[float | None, typer.Option(help="Of a scheduler to write; the checkpoint's if left out.")] = None,
+    strict_values: Annotated[
+        bool, typer.Option("--strict-values", help="Refuse weights with NaN or infinity, of which a warning tells.")
+    ] = False,
 ) -> None:
     """Write a checkpoint of any known format as a folder for diffusers."""
     from anyflow.checkpoints import FlowMap, convert
@@ -373,6 +376,7 @@ def convert(
             flow_map=FlowMap(gate_value=gate) if flow_map else None,
             bidirectional=bidirectional,
             shift=shift,
+            strict_values=strict_values,
         )
     except ValueError as error:
         _fail(str(error))
@@ -385,12 +389,17 @@ def inspect(
     subfolder: Annotated[str | None, typer.Option(help="Of the folder, in place of 'transformer'.")] = None,
     weights: Annotated[str | None, typer.Option(help="'ema' or 'raw' of a training file.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")] = None,
+    strict_values: Annotated[
+        bool, typer.Option("--strict-values", help="Read every tensor, and count NaN and infinity as a problem.")
+    ] = False,
 ) -> None:
-    """Say what a checkpoint is: format, size, types, sizes of the model; exit status 1 if it is not complete."""
+    """Say what a checkpoint is: format, size, types, sizes of the model; exit status 1 if it cannot be loaded."""
     from anyflow.checkpoints import inspect
 
     try:
-        info = inspect(path, subfolder=subfolder, weights=weights, attention_head_dim=head_dim)
+        info = inspect(
+            path, subfolder=subfolder, weights=weights, attention_head_dim=head_dim, strict_values=strict_values
+        )
     except ValueError as error:
         _fail(str(error))
     typer.echo(info)

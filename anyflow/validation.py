@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_LARGEST_FP32 = torch.finfo(torch.float32).max
+
+
+def is_finite_number(value: Any) -> bool:
+    """Return whether ``value`` is a real number (no bool) that is finite in fp32, too."""
+    number: Any = value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return bool(abs(number) <= _LARGEST_FP32)  # false for NaN, and exact for an int of any size
+
+
+def require_whole_number(name: str, value: Any, lowest: int, highest: int) -> int:
+    """Return ``value`` as an int; ValueError unless it is a whole number (no bool) in [lowest, highest]."""
+    number: Any = value
+    if isinstance(value, bool) or not isinstance(value, Integral) or not lowest <= number <= highest:
+        raise ValueError(f"{name} must be a whole number from {lowest} to {highest}, got {shown(value)}")
+    return int(value)
+
+
+def shown(value: object, length: int = 80) -> str:
+    """Return the ``repr`` of a value for a message, cut to ``length`` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def require_latents(name: str, latents: Tensor) -> None:

@@ -99,6 +99,7 @@ def convert(
     bidirectional: bool = False,
     shift: float | None = None,
     max_shard_size: int | str = "10GB",
+    strict_values: bool = False,
 ) -> Path:
     """Write a checkpoint of any format as :func:`save` does.
 
@@ -129,6 +130,7 @@ def convert(
         lora_alpha=lora_alpha,
         attention_head_dim=attention_head_dim,
         bidirectional=bidirectional,
+        strict_values=strict_values,
     )
     return save(model, out, scheduler=scheduler, max_shard_size=max_shard_size)
 
@@ -147,7 +149,7 @@ def load_scheduler(path: Path | str, subfolder: str | None = None) -> FlowMapEul
         return None
     try:
         return FlowMapEulerDiscreteScheduler.from_config(config)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise CheckpointFormatError(f"{file}: {error}") from error
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from anyflow.documents import read_json, shortened
 from anyflow.sampling import Schedule
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.validation import require_whole_number, shown
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -53,21 +55,37 @@ class ModelLayout:
         if transformer is None:
             transformer = model / "transformer"
         config = _config(transformer) if isinstance(transformer, Path) else transformer
+        patch: Any = config.get("patch_size", (1, 2, 2))
         layout = cls(
             channels=config.get("in_channels", 16),
             temporal_factor=vae.get("scale_factor_temporal", 4),
             spatial_factor=vae.get("scale_factor_spatial", 8),
-            patch_size=tuple(config.get("patch_size", (1, 2, 2))),
+            patch_size=tuple(patch) if isinstance(patch, (list, tuple)) else patch,
             max_positions=config.get("rope_max_seq_len", 1024),
             text_dim=config.get("text_dim", 4096),
         )
+        layout._check(model)
         for part, given, wanted, name in (
             ("vae", vae.get("z_dim", 16), layout.channels, "channels"),
             ("text_encoder", text_encoder.get("d_model"), layout.text_dim, "text dimensions"),
         ):
             if given != wanted:
-                raise ValueError(f"{model}: {part} has {given} {name}, but the transformer takes {wanted}")
+                raise ValueError(
+                    f"{shortened(model)}: {part} has {shown(given)} {name}, but the transformer takes {wanted}"
+                )
         return layout
+
+    def _check(self, model: Path) -> None:
+        """ValueError unless every size is a whole number that is possible."""
+        try:
+            if not isinstance(self.patch_size, tuple) or len(self.patch_size) != 3:
+                raise ValueError(f"patch_size must be three positive integers, got {shown(self.patch_size)}")
+            for name in ("channels", "temporal_factor", "spatial_factor", "max_positions", "text_dim"):
+                require_whole_number(name, getattr(self, name), 1, 2**20)
+            for size in self.patch_size:
+                require_whole_number("patch_size", size, 1, 2**20)
+        except ValueError as error:
+            raise ValueError(f"the configuration files of {shortened(model)}: {error}") from None
 
     @property
     def pixel_multiple(self) -> tuple[int, int]:
@@ -201,9 +219,11 @@ def _require_positive_int(name: str, value: Any) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder.parent} is not a diffusers model folder: it has no {folder.name}/{file.name}")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not os.path.lexists(file):
+        raise ValueError(
+            f"{shortened(folder.parent)} is not a diffusers model folder: it has no {folder.name}/{file.name}"
+        )
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{shortened(file)} must hold a JSON object, not {type(config).__name__}")
+    return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyflow.documents import read_json, shortened
 from anyflow.schedulers.shift import WEIGHT_TYPES, invert_shift, nearest_weight, shift_times, train_weight_grid
 from anyflow.transfer import to_device
+from anyflow.validation import is_finite_number, require_whole_number, shown
 
 CONFIG_NAME = "scheduler_config.json"
+MAX_TIMESTEPS = 1_000_000  # a schedule of all of them is in memory
+MIN_SHIFT, MAX_SHIFT = 1e-6, 1e6  # beyond, neighbors on the schedule are one number
 _ON_SCHEDULE = 1e-3  # a timestep this close to an entry of the schedule is that entry (in timesteps, as in diffusers)
 
 
@@ -61,8 +65,8 @@ class FlowMapEulerDiscreteScheduler:
     Works as the ``scheduler`` of ``diffusers.AnyFlowPipeline``.
 
     Args:
-        num_train_timesteps: N, the timestep of pure noise.
-        shift: s > 0 of the schedule shift ``S(u) = s u / (1 + (s - 1) u)``; Wan uses 5.
+        num_train_timesteps: N, the timestep of pure noise, at most ``MAX_TIMESTEPS``.
+        shift: s in [1e-6, 1e6] of the schedule shift ``S(u) = s u / (1 + (s - 1) u)``; Wan uses 5.
         weight_type: training weight, ``"beta08"``, ``"gaussian"`` or ``"uniform"``.
 
     Raises:
@@ -78,10 +82,9 @@ class FlowMapEulerDiscreteScheduler:
     num_inference_steps: int
 
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0, weight_type: str = "beta08") -> None:
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+        num_train_timesteps = require_whole_number("num_train_timesteps", num_train_timesteps, 1, MAX_TIMESTEPS)
         if weight_type not in WEIGHT_TYPES:
-            raise ValueError(f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {weight_type!r}")
+            raise ValueError(f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {shown(weight_type)}")
         self._configure(num_train_timesteps=num_train_timesteps, shift=_valid_shift(shift), weight_type=weight_type)
         self.set_timesteps(num_train_timesteps)
 
@@ -101,12 +104,14 @@ class FlowMapEulerDiscreteScheduler:
         """Build from a configuration; keys that start with an underscore (diffusers' bookkeeping) are skipped.
 
         Raises:
-            ValueError: the configuration has a key this scheduler does not know.
+            ValueError: the configuration is no mapping, or has a key this scheduler does not know.
         """
-        settings = {k: v for k, v in {**dict(config.items()), **overrides}.items() if not k.startswith("_")}
+        if not isinstance(config, (Mapping, SchedulerConfig)):
+            raise ValueError(f"a scheduler's configuration must be a mapping of settings, got {shown(config)}")
+        settings = {k: v for k, v in {**dict(config.items()), **overrides}.items() if not str(k).startswith("_")}
         known = ("num_train_timesteps", "shift", "weight_type")
-        if unknown := sorted(set(settings) - set(known)):
-            raise ValueError(f"unknown scheduler settings {', '.join(unknown)}; expected {', '.join(known)}")
+        if unknown := sorted(str(name)[:80] for name in settings if name not in known):
+            raise ValueError(f"unknown scheduler settings {', '.join(unknown[:12])}; expected {', '.join(known)}")
         return cls(**settings)
 
     @classmethod
@@ -116,13 +121,17 @@ class FlowMapEulerDiscreteScheduler:
         """Load from a folder (or its ``subfolder``) that holds ``scheduler_config.json``, or from the file itself.
 
         Raises:
-            ValueError: there is no such file, or it holds a setting this scheduler does not know.
+            ValueError: there is no such file, it cannot be read, or it holds a setting this scheduler does not know.
         """
         file = Path(path) if subfolder is None else Path(path) / subfolder
-        file = file / CONFIG_NAME if file.is_dir() else file
-        if not file.is_file():
-            raise ValueError(f"no {CONFIG_NAME} at {file}")
-        return cls.from_config(json.loads(file.read_text()), **overrides)
+        file = file / CONFIG_NAME if os.path.isdir(file) else file
+        if not os.path.lexists(file):
+            raise ValueError(f"no {CONFIG_NAME} at {shortened(file)}")
+        config = read_json(file)
+        try:
+            return cls.from_config(config, **overrides)
+        except ValueError as error:
+            raise ValueError(f"{shortened(file)}: {error}") from None
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``scheduler_config.json`` into a folder, which is created if needed."""
@@ -170,8 +179,7 @@ class FlowMapEulerDiscreteScheduler:
         if sigmas is None and timesteps is None:
             if num_inference_steps is None:
                 raise ValueError("num_inference_steps is required unless sigmas or timesteps are given")
-            if num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+            num_inference_steps = require_whole_number("num_inference_steps", num_inference_steps, 1, MAX_TIMESTEPS)
             return self.apply_shift(torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64))
         if sigmas is not None:
             name, values, top = "sigmas", torch.as_tensor(sigmas, dtype=torch.float64), 1.0
@@ -359,8 +367,10 @@ def _ascends(t: Tensor, r: Tensor) -> bool:
 
 
 def _valid_shift(shift: float) -> float:
-    if not (math.isfinite(shift) and shift > 0):
-        raise ValueError(f"shift must be a positive finite number, got {shift}")
+    if not is_finite_number(shift) or not MIN_SHIFT <= shift <= MAX_SHIFT:
+        raise ValueError(
+            f"shift must be a positive finite number, from {MIN_SHIFT:g} to {MAX_SHIFT:g}, got {shown(shift)}"
+        )
     return float(shift)
 
 
