@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 import anyflow
+from anyflow.command_errors import Commands, finish_streams, prepare_streams
 
 if TYPE_CHECKING:
     import torch
 
 app = typer.Typer(
     name="anyflow",
+    cls=Commands,
     help="Any-step video diffusion with flow maps.",
     no_args_is_help=True,
     add_completion=False,
@@ -27,8 +29,13 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of the ``anyflow`` command."""
-    app()
+    """Run the ``anyflow`` command and exit with its status."""
+    prepare_streams()
+    try:
+        app()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise SystemExit(finish_streams(status)) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -70,7 +77,7 @@ def demo(
     except KeyboardInterrupt:
         typer.echo("\nStopped. The same command goes on after the last finished stage.", err=True)
         raise typer.Exit(130) from None
-    if open_report and sys.stdout.isatty() and _has_browser():
+    if open_report and sys.stdout is not None and sys.stdout.isatty() and _has_browser():
         webbrowser.open((out / REPORT_FILE).resolve().as_uri())
 
 
@@ -102,12 +109,12 @@ def train(
 ) -> None:
     """Train a model by a recipe, on many GPUs under torchrun; the same command goes on where it was stopped."""
     try:
-        from anyflow.training.recipe import dump_recipe, load_recipe
+        from anyflow.training import recipe as recipes
 
-        settings = load_recipe(recipe, overrides)
         if print_config:
-            typer.echo(dump_recipe(settings), nl=False)
+            typer.echo(recipes.print_config(recipe, overrides), nl=False)
             return
+        settings = recipes.load_recipe(recipe, overrides)
 
         from rich.console import Console
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from anyflow.data.sample import Sample
+from anyflow.writing import write_bytes, writing
 
 try:
     import pyarrow as pa
@@ -256,9 +258,10 @@ class LatentWriter:
         digest = hashlib.blake2b(values.tobytes() + tokens.tobytes(), digest_size=16).hexdigest()
         columns = [[file], [caption], [values.reshape(-1)], [values.shape], [tokens.reshape(-1)], [digest]]
         arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-        if self._stream is None:
-            self._stream = pa.ipc.new_stream(str(self._temporary), SCHEMA)
-        self._stream.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+        with writing(self._temporary):
+            if self._stream is None:
+                self._stream = pa.ipc.new_stream(str(self._temporary), SCHEMA)
+            self._stream.write_batch(pa.record_batch(arrays, schema=SCHEMA))
         self._in_shard += 1
         if self._in_shard == self._rows_per_shard:
             self._close_shard()
@@ -274,17 +277,19 @@ class LatentWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._stream is not None:
-            self._stream.close()
-            self._temporary.unlink()
+            with suppress(OSError):  # on a full disk, closing fails as writing did
+                self._stream.close()
+        self._temporary.unlink(missing_ok=True)
 
     @property
     def _temporary(self) -> Path:
         return self._folder / f".shard-{self._shard:06d}.arrow.tmp"
 
     def _close_shard(self) -> None:
-        self._stream.close()
-        self._stream = None
-        _publish(self._temporary, self._folder / f"shard-{self._shard:06d}.arrow")
+        with writing(self._temporary):
+            self._stream.close()
+            self._stream = None
+            _publish(self._temporary, self._folder / f"shard-{self._shard:06d}.arrow")
         self._rows += self._in_shard
         self._shard += 1
         self._in_shard = 0
@@ -327,9 +332,8 @@ def _map_shard(path: Path) -> Any:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    _publish(temporary, path)
+    write_bytes(path, content)
+    _sync(path.parent)
 
 
 def _publish(temporary: Path, path: Path) -> None:

@@ -20,6 +20,8 @@ from anyflow.data.captions import Caption, read_captions
 from anyflow.data.encoders import TextEncoder, VideoEncoder, model_identity
 from anyflow.data.latent_dataset import INFO_FILE, DatasetInfo, LatentWriter, check_same, read_info, written_rows
 from anyflow.data.video import VideoError, read_video
+from anyflow.locking import locks_folder
+from anyflow.writing import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,6 +81,7 @@ class _Settings:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
 
 
+@locks_folder("out")
 def preprocess(
     videos: Path,
     captions: Path,
@@ -121,7 +124,8 @@ def preprocess(
         console: gets a progress bar.
 
     Raises:
-        ValueError: unusable arguments, captions or model, or ``out`` was made with other settings.
+        ValueError: unusable arguments, captions or model, or ``out`` is in use or was made with other settings.
+        OSError: the system refuses to write, such as on a full disk; the shards that were finished are there.
     """
     settings = _Settings(num_frames, height, width, fps, negative_prompt, text_length, dtype)
     if not videos.is_dir():
@@ -153,7 +157,7 @@ def preprocess(
             writer.finish()
     broken.sort(key=lambda entry: entry.line)
     rows = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in broken)
-    (out / BROKEN_FILE).write_text(rows, encoding="utf-8")
+    write_text(out / BROKEN_FILE, rows)
     return PreprocessReport(len(lines) - len(broken) - skipped, skipped, tuple(broken))
 
 

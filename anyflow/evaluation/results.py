@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.evaluation.metrics import Metrics
+from anyflow.writing import write_text
 
 METRIC_NAMES = ("fd", "template_mse", "coverage_tv")
 
@@ -80,8 +81,8 @@ class EvaluationResults:
             raise ValueError(f"metrics are malformed: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write ``metrics.json``."""
-        Path(path).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write ``metrics.json``, completely or not at all; OSError that names it."""
+        write_text(Path(path), json.dumps(self.as_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationResults:

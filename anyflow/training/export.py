@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from anyflow.checkpoints.saving import new_folder, require_empty, write_transformer
+from anyflow.locking import locks_folder
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.checkpoint import Checkpointer, CheckpointError, complete_checkpoints
 
@@ -24,6 +25,7 @@ _ADAPTER = "default"
 _PREFIXES = {"ema": "ema/", "raw": "student/"}
 
 
+@locks_folder("out", beside=True)
 def export(run: Path, out: Path, *, weights: Weights = "ema", lora: LoRA = "merged", step: int | None = None) -> Path:
     """Write the student of a run's checkpoint as ``out/transformer`` and ``out/scheduler``, in one process.
 
@@ -38,8 +40,9 @@ def export(run: Path, out: Path, *, weights: Weights = "ema", lora: LoRA = "merg
         ``out``.
 
     Raises:
-        ValueError: an option or the recipe is wrong, there is no such checkpoint, or it is damaged; or as
-            :func:`write_model`.
+        ValueError: an option or the recipe is wrong, ``out`` is in use, there is no such checkpoint, or it is
+            damaged; or as :func:`write_model`.
+        OSError: as :func:`write_model`.
     """
     from anyflow.training.networks import build_student
     from anyflow.training.recipe import load_recipe
@@ -90,6 +93,7 @@ def write_model(
     Raises:
         ValueError: ``out`` is not empty, lora is unknown or ``"separate"`` for a student without adapters, or a name or
             shape of the tensors is not that of a trained parameter.
+        OSError: the system refuses to write, such as on a full disk; ``out`` is as before.
     """
     out = Path(out)
     _check_lora(lora)

@@ -22,15 +22,23 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from anyflow.training.manifest import CheckpointError, write_durably
+from anyflow.writing import writing
 
 INDEX = "tensors.json"
 
 
 class TensorWriter(FileSystemWriter):
-    """DCP's writer, of tensors only."""
+    """DCP's writer, of tensors only; what the system refuses is an OSError, which reaches rank 0 with its number."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's chunks."""
+        with writing(Path(self.path)):
+            return super().write_data(plan, planner)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index; runs on rank 0, after every rank has written its chunks."""
