@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import sys
 import warnings
@@ -14,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import anyflow
+from anyflow.command_errors import Commands, finish_streams, prepare_streams
 
 if TYPE_CHECKING:
     import torch
 
 app = typer.Typer(
     name="anyflow",
+    cls=Commands,
     help="Any-step video diffusion with flow maps.",
     no_args_is_help=True,
     add_completion=False,
@@ -29,7 +30,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the ``anyflow`` command; a warning is one line, and a terminal of any encoding can show every name."""
+    """Run the ``anyflow`` command and exit with its status; a warning is one line."""
     standard = warnings.formatwarning
 
     def one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
@@ -37,10 +38,12 @@ def main() -> None:
         return f"anyflow: warning: {message}\n" if ours else standard(message, category, *where, **more)
 
     warnings.formatwarning = one_line
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    app()
+    prepare_streams()
+    try:
+        app()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise SystemExit(finish_streams(status)) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -82,7 +85,7 @@ def demo(
     except KeyboardInterrupt:
         typer.echo("\nStopped. The same command goes on after the last finished stage.", err=True)
         raise typer.Exit(130) from None
-    if open_report and sys.stdout.isatty() and _has_browser():
+    if open_report and sys.stdout is not None and sys.stdout.isatty() and _has_browser():
         webbrowser.open((out / REPORT_FILE).resolve().as_uri())
 
 
@@ -114,12 +117,12 @@ def train(
 ) -> None:
     """Train a model by a recipe, on many GPUs under torchrun; the same command goes on where it was stopped."""
     try:
-        from anyflow.training.recipe import dump_recipe, load_recipe
+        from anyflow.training import recipe as recipes
 
-        settings = load_recipe(recipe, overrides)
         if print_config:
-            typer.echo(dump_recipe(settings), nl=False)
+            typer.echo(recipes.print_config(recipe, overrides), nl=False)
             return
+        settings = recipes.load_recipe(recipe, overrides)
 
         from rich.console import Console
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -38,12 +39,12 @@ from anyflow.data.latent_format import (
     row_digest,
     shard_digest,
     shards,
-    write_atomically,
     write_record,
     written_rows,
 )
 from anyflow.data.sample import Sample
 from anyflow.documents import require_regular_file
+from anyflow.writing import write_bytes, writing
 
 __all__ = [
     "INFO_FILE",
@@ -243,7 +244,7 @@ class LatentWriter:
             raise ValueError(f"{folder} has shards but no {INFO_FILE}")
         else:
             embeds = negative_prompt_embeds.float().contiguous()
-            write_atomically(folder / NEGATIVE_FILE, save({"prompt_embeds": embeds}))
+            write_bytes(folder / NEGATIVE_FILE, save({"prompt_embeds": embeds}))
         self._negative = file_digest(require_regular_file(folder / NEGATIVE_FILE))
         self._write_record(rows=None)
         self._shard = max((int(path.stem.removeprefix("shard-")) + 1 for path in shards(folder)), default=0)
@@ -259,9 +260,10 @@ class LatentWriter:
         digest = row_digest(file, caption, (values.reshape(-1), tokens.reshape(-1)))
         columns = [[file], [caption], [values.reshape(-1)], [values.shape], [tokens.reshape(-1)], [digest]]
         arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-        if self._stream is None:
-            self._stream = pa.ipc.new_stream(str(self._temporary), SCHEMA)
-        self._stream.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+        with writing(self._temporary):
+            if self._stream is None:
+                self._stream = pa.ipc.new_stream(str(self._temporary), SCHEMA)
+            self._stream.write_batch(pa.record_batch(arrays, schema=SCHEMA))
         self._digests.append(digest)
         if len(self._digests) == self._rows_per_shard:
             self._close_shard()
@@ -277,8 +279,9 @@ class LatentWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._stream is not None:
-            self._stream.close()
-            self._temporary.unlink()
+            with suppress(OSError):  # on a full disk, closing fails as writing did
+                self._stream.close()
+        self._temporary.unlink(missing_ok=True)
 
     def _go_on(self, record: DatasetRecord) -> None:
         """Take over what an earlier run wrote, if it is sound."""
@@ -304,10 +307,11 @@ class LatentWriter:
         return self._folder / f".shard-{self._shard:06d}.arrow.tmp"
 
     def _close_shard(self) -> None:
-        self._stream.close()
-        self._stream = None
         name = f"shard-{self._shard:06d}.arrow"
-        publish(self._temporary, self._folder / name)
+        with writing(self._temporary):
+            self._stream.close()
+            self._stream = None
+            publish(self._temporary, self._folder / name)
         self._shards[name] = shard_digest(self._digests)
         self._rows += len(self._digests)
         self._shard += 1

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.documents import read_json, require_regular_file
+from anyflow.writing import write_bytes
 
 try:
     import pyarrow as pa
@@ -133,7 +134,7 @@ def write_record(folder: Path, record: DatasetRecord) -> None:
     facts = {"format": FORMAT, "version": VERSION, "rows": content.pop("rows"), **content.pop("info"), **content}
     facts = json.loads(json.dumps(facts))
     facts["digest"] = _record_digest(facts)
-    write_atomically(folder / INFO_FILE, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(folder / INFO_FILE, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def row_digest(file: str, caption: str, numbers: Iterable[Any]) -> str:
@@ -220,13 +221,6 @@ def check_shard(path: Path, table: Any, record: DatasetRecord) -> None:
 def file_digest(path: Path) -> str:
     """Return the digest of a small file's bytes."""
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    publish(temporary, path)
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -27,13 +27,14 @@ from anyflow.data.latent_format import (
     DatasetRecord,
     check_same,
     read_record,
-    write_atomically,
     written_rows,
 )
 from anyflow.data.video import VideoError, color_conversion, read_video
 from anyflow.documents import require_regular_file, shortened, text_problem
+from anyflow.locking import locks_folder
 from anyflow.pipelines.wan import clean_prompt
 from anyflow.versions import differences, installed_versions
+from anyflow.writing import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,6 +88,7 @@ class _Settings:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
 
 
+@locks_folder("out")
 def preprocess(
     videos: Path,
     captions: Path,
@@ -132,8 +134,9 @@ def preprocess(
         console: gets a progress bar.
 
     Raises:
-        ValueError: unusable arguments, model or table of captions as a whole, or ``out`` was made with other settings
-            or is damaged.
+        ValueError: unusable arguments, model or table of captions as a whole, or ``out`` is in use, was made with
+            other settings or is damaged.
+        OSError: the system refuses to write, such as on a full disk; the shards that were finished are there.
     """
     settings = _Settings(num_frames, height, width, fps, negative_prompt, text_length, dtype)
     if not videos.is_dir():
@@ -173,7 +176,7 @@ def preprocess(
             writer.finish()
     broken.sort(key=lambda entry: entry.line)
     rows = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in broken)
-    write_atomically(out / BROKEN_FILE, rows.encode())
+    write_text(out / BROKEN_FILE, rows)
     return PreprocessReport(len(table) - len(broken) - skipped, skipped, tuple(broken))
 
 

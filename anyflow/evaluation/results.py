@@ -11,6 +11,7 @@ from typing import Any
 
 from anyflow.documents import read_json
 from anyflow.evaluation.metrics import Metrics
+from anyflow.writing import write_text
 
 METRIC_NAMES = ("fd", "template_mse", "coverage_tv")
 
@@ -96,8 +97,8 @@ class EvaluationResults:
         return cls(floor, curves, seconds, seed, budget)
 
     def save(self, path: str | Path) -> None:
-        """Write ``metrics.json``."""
-        Path(path).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write ``metrics.json``, completely or not at all; OSError that names it."""
+        write_text(Path(path), json.dumps(self.as_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationResults:

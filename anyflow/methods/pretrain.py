@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,14 @@ from anyflow.network import has_flow_map, velocity, widest_float
 from anyflow.ops import flow_map_batch, flow_map_loss, use_backend
 from anyflow.rng import rand, randn_like, resolve_generator
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.validation import batched_embeds, require_finite, require_latents, require_same_shape
+from anyflow.validation import (
+    batched_embeds,
+    require_finite,
+    require_latents,
+    require_number,
+    require_positive,
+    require_same_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -53,15 +59,22 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_ratios(self.diffusion_ratio, self.consistency_ratio)
         for name in ("epsilon", "fuse_guidance_scale"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"PretrainConfig.{name} must be a positive number, got {value}")
+            require_positive(f"PretrainConfig.{name}", getattr(self, name))
         for name, allowed in (("boundary", ("one_sided", "extrapolate")), ("derivative", ("central", "jvp"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"PretrainConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("prompt_dropout", "i2v_prob"):
+            require_number(f"PretrainConfig.{name}", getattr(self, name))
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"PretrainConfig.{name} must be in [0, 1], got {getattr(self, name)}")
+
+    def check_timesteps(self, num_train_timesteps: int) -> None:
+        """Raise a ValueError unless ``epsilon`` fits a scheduler's range of timesteps."""
+        if self.epsilon >= num_train_timesteps / 2:
+            raise ValueError(
+                f"PretrainConfig.epsilon={self.epsilon} timesteps must be below half of "
+                f"num_train_timesteps={num_train_timesteps}"
+            )
 
     @property
     def is_flow_matching(self) -> bool:
@@ -117,11 +130,7 @@ class AnyFlowPretrainMethod:
         self.scheduler = scheduler
         self.config = config
         self.process_group = process_group
-        if config.epsilon >= scheduler.config.num_train_timesteps / 2:
-            raise ValueError(
-                f"PretrainConfig.epsilon={config.epsilon} timesteps must be below half of "
-                f"num_train_timesteps={scheduler.config.num_train_timesteps}"
-            )
+        config.check_timesteps(scheduler.config.num_train_timesteps)
         self._plain = not has_flow_map(student)
         if self._plain and not config.is_flow_matching:
             raise ValueError(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from anyflow.documents import read_json, read_text, shortened, text_problem
+from anyflow.locking import locks_folder
 from anyflow.pipelines.frames import frames_of_type
 from anyflow.pipelines.loading import ModelPaths, resolve_device
 from anyflow.pipelines.memory import Memory, check_options
@@ -27,6 +28,7 @@ from anyflow.pipelines.pipeline import AnyFlowPipeline
 from anyflow.pipelines.request import VideoRequest
 from anyflow.pipelines.video import write_comparison, write_video
 from anyflow.versions import differences, installed_versions
+from anyflow.writing import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -144,6 +146,7 @@ def parse_steps(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(word) for word in words}))
 
 
+@locks_folder("out")
 def sample_command(
     settings: SampleSettings,
     prompts: Sequence[str],
@@ -171,7 +174,9 @@ def sample_command(
         console: gets a line for each video and a progress bar.
 
     Raises:
-        ValueError: before any weight is loaded, for what cannot work; then for weights that do not fit.
+        ValueError: before any weight is loaded, for what cannot work or a folder in use; then for weights that do not
+            fit.
+        OSError: the system refuses to write into the folder, such as on a full disk.
         ImportError: PyAV or, for a LoRA, PEFT is missing.
     """
     import av  # noqa: F401  (missing, it would cost a video to find out)
@@ -322,10 +327,8 @@ class _Results:
 
     def _write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_name(f".{RESULTS_FILE}.partial")
         content = {"settings": self.settings, "videos": self.videos}
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.file)
+        write_text(self.file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

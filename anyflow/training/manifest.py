@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.documents import read_json
+from anyflow.writing import writing
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -101,15 +102,20 @@ class Manifest:
 
 
 def write_durably(file: Path, text: str) -> None:
-    """Write a file and wait until the disk has it."""
-    with file.open("w", encoding="utf-8") as stream:
+    """Write a file and wait until the disk has it; OSError that names it."""
+    with writing(file), file.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the folder's entries."""
+    """Wait until the disk has the folder's entries; OSError that names it."""
+    with writing(folder):
+        _sync(folder)
+
+
+def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

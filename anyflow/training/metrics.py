@@ -20,6 +20,7 @@ from torch import Tensor
 
 from anyflow.documents import parse_json, read_text
 from anyflow.network import widest_float
+from anyflow.writing import write_text, writing
 
 FILE = "metrics.jsonl"
 _MAX_BYTES = 4 * 2**30
@@ -74,8 +75,9 @@ class Metrics:
         self._begin = self._last = time.monotonic()
         if not enabled:
             return
-        keep_until(folder / FILE, start)
-        self._file = (folder / FILE).open("a", encoding="utf-8")
+        self._path = folder / FILE
+        keep_until(self._path, start)
+        self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = _tensorboard(folder, start) if "tensorboard" in loggers else None
         self._wandb = _wandb(folder) if "wandb" in loggers else None
         self._bar = Progress(
@@ -100,7 +102,8 @@ class Metrics:
         if not self._enabled:
             return
         self._bar.stop()
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -119,8 +122,9 @@ class Metrics:
         rate = samples / (now - self._last)
         self._last = now
         line = {"step": step, **values, "samples_per_second": rate, "seconds": now - self._begin}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in line.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -152,9 +156,7 @@ def keep_until(file: Path, step: int) -> None:
         if reported > step:
             break
         kept.append(line + "\n")
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, "".join(kept))
 
 
 def _step_of(line: str, where: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from anyflow.training.distributed import Mesh
 from anyflow.training.draws import draw_generator
 from anyflow.training.ema import EMA
 from anyflow.training.steps import Step, build_scheduler
+from anyflow.writing import write_bytes
 
 _FRAME_MS = 125
 _MIN_HEIGHT = 96  # pixels of a cell
@@ -90,8 +92,10 @@ def write_grid(videos: Tensor, file: Path) -> None:
             top, left = i * (height + _GAP), j * (width + _GAP)
             canvas[:, top : top + height, left : left + width] = videos[i, j]
     images = [Image.fromarray(frame.numpy()) for frame in canvas]
+    buffer = BytesIO()
+    images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=_FRAME_MS, loop=0)
     file.parent.mkdir(parents=True, exist_ok=True)
-    images[0].save(file, save_all=True, append_images=images[1:], duration=_FRAME_MS, loop=0)
+    write_bytes(file, buffer.getvalue())
 
 
 def _gray(latents: Tensor) -> Tensor:

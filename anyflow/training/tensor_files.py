@@ -22,17 +22,25 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from anyflow.documents import read_json
 from anyflow.training.manifest import CheckpointError, write_durably
+from anyflow.writing import writing
 
 INDEX = "tensors.json"
 MAX_INDEX_BYTES = 2**30  # 14B parameters in pieces of hundreds of ranks
 
 
 class TensorWriter(FileSystemWriter):
-    """DCP's writer, of tensors only."""
+    """DCP's writer, of tensors only; what the system refuses is an OSError, which reaches rank 0 with its number."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's chunks."""
+        with writing(Path(self.path)):
+            return super().write_data(plan, planner)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index; runs on rank 0, after every rank has written its chunks."""

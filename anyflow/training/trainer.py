@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from anyflow.data import TrainingData, VideoDataset, open_dataset
+from anyflow.locking import folder_lock
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import Recipe
@@ -29,6 +29,7 @@ from anyflow.training.networks import build_critic, build_student, build_teacher
 from anyflow.training.preview import preview
 from anyflow.training.recipe import dump_recipe, load_recipe
 from anyflow.training.steps import OnPolicyStep, PretrainStep, Step, build_scheduler
+from anyflow.writing import write_text
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -63,16 +64,38 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
         console: where messages go; None for the terminal.
 
     Raises:
-        ValueError: the recipe does not fit its files, the processes or the run in the folder; nothing has been written.
+        ValueError: the recipe does not fit its files, the processes or the run in the folder, or another process trains
+            there; nothing has been written.
+        OSError: the system refuses to write, such as on a full disk. The newest checkpoint is from before.
         TrainingError: a loss, a gradient, a network's output or its state is not finite. The newest checkpoint is from
             before, and the message says which settings can be tried from there.
     """
     console = Console() if console is None else console
     mesh = setup(recipe.parallel, recipe.device)
     try:
-        _train(recipe, mesh, resume, console if mesh.is_main else Console(quiet=True))
+        with _run_lock(mesh, Path(recipe.out)):
+            _train(recipe, mesh, resume, console if mesh.is_main else Console(quiet=True))
     finally:
         teardown(mesh)
+
+
+@contextmanager
+def _run_lock(mesh: Mesh, out: Path) -> Iterator[None]:
+    """Hold the folder on rank 0; every rank raises where that one cannot."""
+    with ExitStack() as stack:
+        failure: Exception | None = None
+        if mesh.is_main:
+            try:
+                stack.enter_context(folder_lock(out))
+            except (ValueError, OSError) as error:
+                failure = error
+        if mesh.world_size > 1:
+            failures = [failure]
+            dist.broadcast_object_list(failures, src=0)
+            failure = failures[0]
+        if failure is not None:
+            raise failure
+        yield
 
 
 def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
@@ -336,9 +359,7 @@ def _note_global_batch(recipe: Recipe, mesh: Mesh, at: _Position, console: Conso
 def _start_folder(recipe: Recipe, done: int) -> None:
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".{RECIPE_FILE}.tmp"
-    temporary.write_text(dump_recipe(recipe), encoding="utf-8")
-    os.replace(temporary, out / RECIPE_FILE)
+    write_text(out / RECIPE_FILE, dump_recipe(recipe))
     if (out / "model").is_dir():  # of a run that had ended here and goes on
         (out / "model").rename(out / f"model-step-{done:08d}")
 
