@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyflow.documents import read_json
 from anyflow.schedulers.shift import WEIGHT_TYPES, invert_shift, nearest_weight, shift_times, train_weight_grid
 from anyflow.transfer import to_device
+from anyflow.validation import brief, finite_number, whole_number
 
+MAX_STEPS = 10_000  # of a schedule: more are a mistake, and would only fill the memory
+MAX_TRAIN_TIMESTEPS = 10**6
 CONFIG_NAME = "scheduler_config.json"
 _ON_SCHEDULE = 1e-3  # a timestep this close to an entry of the schedule is that entry (in timesteps, as in diffusers)
 
@@ -78,12 +82,11 @@ class FlowMapEulerDiscreteScheduler:
     num_inference_steps: int
 
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0, weight_type: str = "beta08") -> None:
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+        num_train_timesteps = whole_number("num_train_timesteps", num_train_timesteps, high=MAX_TRAIN_TIMESTEPS)
         if weight_type not in WEIGHT_TYPES:
             raise ValueError(f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {weight_type!r}")
         self._configure(num_train_timesteps=num_train_timesteps, shift=_valid_shift(shift), weight_type=weight_type)
-        self.set_timesteps(num_train_timesteps)
+        self.set_timesteps(min(num_train_timesteps, MAX_STEPS))
 
     def _configure(self, **settings: Any) -> None:
         self.config = SchedulerConfig(**settings)
@@ -101,8 +104,10 @@ class FlowMapEulerDiscreteScheduler:
         """Build from a configuration; keys that start with an underscore (diffusers' bookkeeping) are skipped.
 
         Raises:
-            ValueError: the configuration has a key this scheduler does not know.
+            ValueError: the configuration is no mapping, or has a key this scheduler does not know.
         """
+        if not isinstance(config, (Mapping, SchedulerConfig)):
+            raise ValueError(f"a scheduler's configuration must be an object of settings, got {brief(config)}")
         settings = {k: v for k, v in {**dict(config.items()), **overrides}.items() if not k.startswith("_")}
         known = ("num_train_timesteps", "shift", "weight_type")
         if unknown := sorted(set(settings) - set(known)):
@@ -122,7 +127,10 @@ class FlowMapEulerDiscreteScheduler:
         file = file / CONFIG_NAME if file.is_dir() else file
         if not file.is_file():
             raise ValueError(f"no {CONFIG_NAME} at {file}")
-        return cls.from_config(json.loads(file.read_text()), **overrides)
+        try:
+            return cls.from_config(read_json(file), **overrides)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``scheduler_config.json`` into a folder, which is created if needed."""
@@ -170,20 +178,15 @@ class FlowMapEulerDiscreteScheduler:
         if sigmas is None and timesteps is None:
             if num_inference_steps is None:
                 raise ValueError("num_inference_steps is required unless sigmas or timesteps are given")
-            if num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-            return self.apply_shift(torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64))
-        if sigmas is not None:
-            name, values, top = "sigmas", torch.as_tensor(sigmas, dtype=torch.float64), 1.0
-        else:
-            name, values, top = "timesteps", torch.as_tensor(timesteps, dtype=torch.float64), self._n
-        values = _valid_schedule(name, values.cpu(), top)
+            steps = whole_number("num_inference_steps", num_inference_steps, high=MAX_STEPS)
+            return self.apply_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+        name, top = ("sigmas", 1.0) if sigmas is not None else ("timesteps", self._n)
+        given = _numbers(name, sigmas if sigmas is not None else timesteps)
+        values = _valid_schedule(name, given, top)
         steps = len(values) - 1
-        if num_inference_steps is not None and num_inference_steps != steps:
-            # A caller that counted the terminal 0 it passed means the same schedule.
-            given = len(sigmas) if sigmas is not None else len(timesteps)  # type: ignore[arg-type]
-            if num_inference_steps != given:
-                raise ValueError(f"num_inference_steps={num_inference_steps}, but {name} has {steps} steps")
+        # A caller that counted the terminal 0 it passed means the same schedule.
+        if num_inference_steps not in (None, steps, len(given)):
+            raise ValueError(f"num_inference_steps={num_inference_steps}, but {name} has {steps} steps")
         return values / top
 
     def set_timesteps(
@@ -359,9 +362,27 @@ def _ascends(t: Tensor, r: Tensor) -> bool:
 
 
 def _valid_shift(shift: float) -> float:
-    if not (math.isfinite(shift) and shift > 0):
+    if not finite_number("shift", shift) > 0:
         raise ValueError(f"shift must be a positive finite number, got {shift}")
     return float(shift)
+
+
+def _numbers(name: str, values: Any) -> Tensor:
+    """A sequence, array or tensor of real numbers as fp64 ``[n]`` on the CPU; ValueError for anything else."""
+    problem = f"{name} must be a sequence of at most {MAX_STEPS} numbers, got {brief(values)}"
+    if isinstance(values, Tensor):
+        if values.ndim != 1 or values.is_complex() or values.dtype == torch.bool or len(values) > MAX_STEPS:
+            raise ValueError(f"{problem}, of shape {tuple(values.shape)}")
+        return values.detach().to("cpu", torch.float64)
+    if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not isinstance(values, Iterable):
+        raise ValueError(problem)
+    listed = list(islice(iter(values), MAX_STEPS + 1))
+    if len(listed) > MAX_STEPS or any(isinstance(value, (str, bytes, bool, complex)) for value in listed):
+        raise ValueError(problem)
+    try:
+        return torch.tensor([float(value) for value in listed], dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(problem) from error
 
 
 def _valid_schedule(name: str, values: Tensor, top: float) -> Tensor:

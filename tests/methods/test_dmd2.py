@@ -384,7 +384,7 @@ def test_bad_rollout_inputs_are_named(networks: list[Any], prompt: Tensor, gener
     for arguments, message in (
         ({"noise": noise[0]}, "noise must be"),
         ({"noise": noise * float("nan")}, "noise holds NaN"),
-        ({"num_steps": 0}, "num_inference_steps must be at least 1"),
+        ({"num_steps": 0}, "num_inference_steps must be a whole number from 1"),
         ({"grad_step": 4}, r"grad_step must be in \[0, 3\]"),
         ({"grad_step": -1}, r"grad_step must be in \[0, 3\]"),
         ({"prompt_embeds": prompt[:3]}, "prompt_embeds must be"),
