@@ -25,8 +25,9 @@ from anyflow.pipelines.frames import frames_of_type
 from anyflow.pipelines.loading import ModelPaths, resolve_device
 from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.pipeline import AnyFlowPipeline
-from anyflow.pipelines.request import VideoRequest
+from anyflow.pipelines.request import MAX_SEED, VideoRequest
 from anyflow.pipelines.video import write_comparison, write_video
+from anyflow.validation import finite_number, whole_number
 from anyflow.versions import differences, installed_versions
 from anyflow.writing import write_text
 
@@ -72,10 +73,9 @@ class SampleSettings:
         """ValueError if the model is missing or cannot make such videos; no weight is loaded."""
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if not 0 < self.fps < 1000:
-            raise ValueError(f"fps must be > 0 and < 1000, got {self.fps}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if not 0.01 <= finite_number("fps", self.fps) < 1000:
+            raise ValueError(f"fps must be >= 0.01 and < 1000, got {self.fps}")
+        whole_number("seed", self.seed, 0, MAX_SEED)
         if self.lora is not None and not Path(self.lora).exists():
             raise ValueError(f"there is no LoRA {self.lora}")
         _check_prompt(self.negative_prompt or "", "negative_prompt")
@@ -141,7 +141,7 @@ def _check_prompt(prompt: str, what: str) -> None:
 def parse_steps(text: str) -> tuple[int, ...]:
     """``"1,2,4"`` in ascending order; ValueError for anything else."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) >= 1 for word in words):
+    if not all(word.isdecimal() and len(word) < 10 and int(word) >= 1 for word in words):
         raise ValueError(f"steps must be whole numbers >= 1 with commas between them, as 1,2,4, got {text!r}")
     return tuple(sorted({int(word) for word in words}))
 
@@ -184,7 +184,7 @@ def sample_command(
     settings.check()
     check_options(memory, resolve_device(device), compile=compile, cuda_graph=cuda_graph)
     for count in steps:
-        VideoRequest(num_inference_steps=count).check_steps()
+        VideoRequest(num_inference_steps=count)
     for prompt in prompts:
         _check_prompt(prompt, f"the prompt {shortened(prompt)!r}")
     folders = {prompt: out / _folder_name(prompt) for prompt in prompts}
@@ -246,7 +246,12 @@ class _Renderer:
         try:
             with _status(self.console, f"{prompt[:60]}: {steps} steps"):
                 entry = self._render(prompt, steps, folder)
-        except (RuntimeError, ValueError, OSError) as error:  # out of memory, a full disk: the next may still work
+        except (
+            RuntimeError,
+            ValueError,
+            OSError,
+            FloatingPointError,
+        ) as error:  # of memory, disk, NaN: the next may work
             if self.pipe.device.type == "cuda":
                 torch.cuda.empty_cache()
             return Failure(prompt, steps, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anyflow.documents import require_content, shortened
-from anyflow.validation import shown
+from anyflow.validation import FiniteCheck, numbered, overflow_advice, shown
 from anyflow.versions import require_ftfy
 
 
@@ -110,10 +110,21 @@ def encode_video(vae: Any, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """The inverse: normalized latents ``[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1], VAE's dtype."""
+    """Decode normalized latents ``[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1], in the VAE's dtype.
+
+    Raises:
+        FloatingPointError: what the VAE returns holds NaN or infinity, or the latents do; the host waits for it.
+    """
     latents = latents.to(vae.device, vae.dtype).transpose(1, 2)
     mean, std = _statistics(vae, latents)
+    finite = FiniteCheck()
+    finite.note("latents to be decoded", latents)
     video = vae.decode(latents * std + mean, return_dict=False)[0]
+    finite.note("decoded frames", video)  # before the clamp, which makes infinity a 1
+    if (found := finite.first()) is not None:
+        name, rows, count = found
+        advice = overflow_advice(vae, option="vae_dtype=torch.bfloat16") + ", or fp32"
+        raise FloatingPointError(f"the {name} are not finite (NaN or infinity) in {numbered(rows, count)}: {advice}")
     return (video * 0.5 + 0.5).clamp(0, 1).transpose(1, 2)
 
 

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from anyflow.cli import app
@@ -25,6 +26,7 @@ from anyflow.pipelines.render import (
     sample_command,
 )
 
+WORDS = ["a", "red", "blue", "disc", "cross"]  # as the model's vocabulary begins, after three special tokens
 PROMPTS = ["a red disc moves slowly", "a blue cross: stops!"]
 STEPS = (1, 2, 4)
 
@@ -145,6 +147,42 @@ def test_the_command_goes_on_and_tells_what_failed(model: Path, tmp_path: Path) 
     assert status == 2 and "seed 0 is now 1" in err and err.count("\n") == 1
 
 
+def test_nan_is_a_failure_of_its_videos_only(settings, tmp_path: Path) -> None:
+    """The text encoder gives NaN for a word that only one of the prompts has."""
+    model = tmp_path / "model"
+    shutil.copytree(settings.model, model)
+    file = model / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    weights["shared.weight"][3 + WORDS.index("cross")] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    broken = dataclasses.replace(settings, model=str(model))
+    out = tmp_path / "out"
+    report = run(broken, out, steps=(1, 2))
+    assert (report.done, report.skipped) == (2, 0)
+    assert [(f.prompt, f.steps) for f in report.failed] == [(PROMPTS[1], 1), (PROMPTS[1], 2)]
+    assert all("prompt_embeds holds NaN" in f.reason and "bf16" in f.reason for f in report.failed)
+    assert sorted(p.parent.name[:5] for p in out.glob("*/steps-*.mp4")) == ["a-red", "a-red"]
+    assert [e["prompt"] for e in json.loads((out / "results.json").read_text())["videos"]] == [PROMPTS[0]] * 2
+    report = run(broken, out, steps=(1, 2))
+    assert (report.done, report.skipped, len(report.failed)) == (0, 2, 2)
+
+
+def test_latents_that_overflow_in_fp16_write_no_video(settings, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(settings.model, model)
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["blocks.0.ffn.net.0.proj.weight"] *= 1e3
+    weights["blocks.0.ffn.net.2.weight"] *= 1e6
+    save_file(weights, file, {"format": "pt"})
+    half = dataclasses.replace(settings, model=str(model), dtype="fp16")
+    report = run(half, tmp_path / "fp16", PROMPTS[:1], (2,))
+    assert report.done == 0 and "step 1 of 2" in report.failed[0].reason and "use bf16" in report.failed[0].reason
+    assert not list((tmp_path / "fp16").rglob("*.mp4"))
+    for dtype in ("bf16", "fp32"):
+        assert run(dataclasses.replace(half, dtype=dtype), tmp_path / dtype, PROMPTS[:1], (2,)).failed == ()
+
+
 def pixels_of(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(np.float32)
@@ -180,8 +218,13 @@ def test_guidance_changes_the_video(settings, tmp_path: Path) -> None:
         ({"width": 16 * 40}, "makes 80 latents"),
         ({"guidance_scale": 3.0}, "needs a negative_prompt"),
         ({"dtype": "int8"}, "dtype must be one of bf16, fp16, fp32, got 'int8'"),
-        ({"fps": 0}, "fps must be > 0"),
-        ({"seed": -1}, "seed must be >= 0"),
+        ({"fps": 0}, "fps must be >= 0.01"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"fps": 1e-9}, "fps must be >= 0.01"),
+        ({"fps": float("nan")}, "fps must be a finite number, got nan"),
+        ({"seed": 2**63}, "seed must be a whole number from 0 to 9223372036854775807"),
+        ({"height": 10**9}, "height=1000000000 makes 125000000 latents"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
         ({"lora": "/no/such/lora"}, "there is no LoRA /no/such/lora"),
         ({"model": "/no/such/model"}, "there is no folder /no/such/model"),
         ({"transformer": "/no/such/model"}, "there is no folder /no/such/model"),
