@@ -206,7 +206,7 @@ def test_a_description_that_does_not_fit_is_refused(folder: Path, change: dict[s
         (b'{"rows": NaN}', "JSON"),
         (b"[" * 1000, "nested"),
         ('{"ü": 1}'.encode("latin-1"), "not UTF-8"),
-        (b"", "JSON"),
+        (b"", "empty file"),
     ],
 )
 def test_a_description_that_cannot_be_read_names_the_file(folder: Path, content: bytes, message: str) -> None:
