@@ -1,5 +1,6 @@
 """The command line itself: entry points, version, help."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,3 +21,15 @@ def test_version_and_help(tmp_path: Path) -> None:
 def test_unknown_command_is_a_usage_error(tmp_path: Path) -> None:
     result = anyflow_command("fly", cwd=tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr and "fly" in result.stderr
+
+
+def test_a_warning_is_one_line_and_names_can_be_shown_in_any_encoding() -> None:
+    program = (
+        "import sys, warnings; from anyflow.cli import main; sys.argv = ['anyflow', '--version']\n"
+        "try: main()\n"
+        "except SystemExit: warnings.warn('one thing'); print('熊猫', '\\udcff')\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stderr == "anyflow: warning: one thing\n"
+    assert done.stdout.splitlines()[1] == "\\u718a\\u732b \\udcff"

@@ -43,6 +43,7 @@ SCHEMA = pa.schema(
         ("digest", pa.string()),  # of the row: row_digest
     ]
 )
+_AGAIN = "delete it and run the same `anyflow preprocess` again, which encodes its videos anew"
 _WHOLE_ROW = "row:"  # in front of a digest that covers the names, too; older datasets have one of the numbers
 
 
@@ -197,11 +198,11 @@ def map_shard(path: Path) -> Any:
         if table.schema == SCHEMA:
             table.validate(full=True)  # offsets out of bounds would be read
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged: {_one_line(error)}") from None
+        raise ValueError(f"{path} is damaged: {_one_line(error)}; {_AGAIN}") from None
     if table.schema != SCHEMA:
         raise ValueError(f"{path} has columns {table.schema.names} of other types or names than {SCHEMA.names}")
     if any(column.null_count for column in table.columns):
-        raise ValueError(f"{path} is damaged: a row of it lacks a value")
+        raise ValueError(f"{path} is damaged: a row of it lacks a value; {_AGAIN}")
     return table
 
 
@@ -212,10 +213,7 @@ def check_shard(path: Path, table: Any, record: DatasetRecord) -> None:
     if path.name not in record.shards:
         raise ValueError(f"{path} is not of this dataset: {INFO_FILE} does not have it")
     if shard_digest(table["digest"].to_pylist()) != record.shards[path.name]:
-        raise ValueError(
-            f"{path} is damaged or of another dataset: its rows are not those that were written; delete it and run "
-            "the same `anyflow preprocess` again, which encodes its videos anew"
-        )
+        raise ValueError(f"{path} is damaged or of another dataset: its rows are not those that were written; {_AGAIN}")
 
 
 def file_digest(path: Path) -> str:

@@ -383,7 +383,8 @@ def _status(console: Console | None, text: str) -> AbstractContextManager[Any]:
 
 def _compare(prompt: str, folder: Path) -> Failure | None:
     """Write the comparison of all step counts in a folder, unless it is there or there is nothing to compare."""
-    videos = {int(p.stem.removeprefix("steps-")): p for p in sorted(folder.glob("steps-*.mp4"))}
+    named = {path: re.fullmatch(r"steps-(\d+)\.mp4", path.name) for path in sorted(folder.glob("steps-*.mp4"))}
+    videos = {int(match[1]): path for path, match in named.items() if match is not None and path.is_file()}
     if len(videos) < 2 or (folder / COMPARISON_FILE).is_file():
         return None
     labeled = {f"{steps} step{'s' if steps > 1 else ''}": videos[steps] for steps in sorted(videos)}

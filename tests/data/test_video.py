@@ -138,6 +138,26 @@ def test_what_is_not_a_video_file_is_not_waited_for(write_video: WriteVideo, tmp
             read(tmp_path / f"{name}.mp4", 5)
 
 
+def test_frames_that_the_decoder_only_guesses_are_refused(write_video: WriteVideo, tmp_path: Path) -> None:
+    blocks = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    content = write_video(tmp_path / "whole.mp4", list(blocks)).read_bytes()
+    start, draw, guessed = content.index(b"mdat"), random.Random(0), 0
+    for _ in range(20):
+        damaged, at = bytearray(content), draw.randrange(start + 1000, len(content) - 1000)
+        damaged[at : at + 32] = draw.randbytes(32)
+        (tmp_path / "damaged.mp4").write_bytes(damaged)
+        try:
+            with av.open(str(tmp_path / "damaged.mp4")) as container:
+                frames = list(container.decode(video=0))
+        except av.FFmpegError:
+            continue
+        if len(frames) == 5 and any(frame.is_corrupt for frame in frames):
+            guessed += 1
+            with pytest.raises(VideoError, match="is damaged: the decoder marks the frame at .* as corrupt"):
+                read(tmp_path / "damaged.mp4", 5)
+    assert guessed > 0
+
+
 def test_damage_anywhere_in_a_file_is_a_video_error(write_video: WriteVideo, tmp_path: Path) -> None:
     """Half of the places are in the first and last kilobyte, where a file has its tables; some damage does no harm."""
     content = write_video(tmp_path / "whole.mp4", GRAYS).read_bytes()
