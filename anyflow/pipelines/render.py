@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anyflow.checkpoints.lora_file import open_lora
 from anyflow.pipelines.frames import frames_of_type
 from anyflow.pipelines.loading import ModelPaths, resolve_device
 from anyflow.pipelines.memory import Memory, check_options
@@ -69,8 +70,8 @@ class SampleSettings:
             raise ValueError(f"fps must be > 0 and < 1000, got {self.fps}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
-        if self.lora is not None and not Path(self.lora).exists():
-            raise ValueError(f"there is no LoRA {self.lora}")
+        if self.lora is not None:
+            open_lora(self.lora)
         VideoRequest(
             height=self.height,
             width=self.width,
@@ -152,7 +153,7 @@ def sample_command(
 
     Raises:
         ValueError: before any weight is loaded, for what cannot work; then for weights that do not fit.
-        ImportError: PyAV or, for a LoRA, PEFT is missing.
+        ImportError: PyAV is missing.
     """
     import av  # noqa: F401  (missing, it would cost a video to find out)
 

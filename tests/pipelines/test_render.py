@@ -180,7 +180,7 @@ def test_guidance_changes_the_video(settings, tmp_path: Path) -> None:
         ({"dtype": "int8"}, "dtype must be one of bf16, fp16, fp32, got 'int8'"),
         ({"fps": 0}, "fps must be > 0"),
         ({"seed": -1}, "seed must be >= 0"),
-        ({"lora": "/no/such/lora"}, "there is no LoRA /no/such/lora"),
+        ({"lora": "/no/such/lora"}, "LoRA: /no/such/lora does not exist"),
         ({"model": "/no/such/model"}, "there is no folder /no/such/model"),
         ({"transformer": "/no/such/model"}, "there is no folder /no/such/model"),
     ],
