@@ -460,6 +460,8 @@ def test_files_that_are_none(generator: torch.Generator, tmp_path: Path) -> None
     refused(model, file, "device")
     for missing in (tmp_path / "none.safetensors", tmp_path / ("a" * 300), Path("\0")):
         refused(model, missing, "LoRA")
+    for odd in (3, None, b"x"):
+        refused(model, odd, "the path should be")  # type: ignore[arg-type]
     save_file({}, tmp_path / "empty.safetensors")
     refused(model, tmp_path / "empty.safetensors", "empty")
     (tmp_path / "lora.txt").write_text("")
