@@ -54,26 +54,24 @@ def accelerate(pipe_or_transformer: T) -> T:
     Raises:
         TypeError: neither such a pipeline nor such a transformer.
         ValueError: the transformer cannot be replaced without loss: image attention, fused projections, other
-            attention processors, quantized weights, hooks that ours would not have, a device map.
+            attention processors, quantized weights, hooks that ours would not have, a device map, ``torch.compile``.
     """
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
-        if isinstance(pipe_or_transformer, AnyFlowTransformer3DModel):
+        if _is_ours(pipe_or_transformer):
             return pipe_or_transformer
         return _accelerated(pipe_or_transformer)
     pipe = pipe_or_transformer
     transformers = _transformers(pipe)
     if not transformers:
         raise TypeError(f"accelerate: {type(pipe).__name__} has no transformer; {_SUPPORTED}")
-    theirs = {n: t for n, t in transformers.items() if not isinstance(t, AnyFlowTransformer3DModel)}
+    theirs = {n: t for n, t in transformers.items() if not _is_ours(t)}
     for transformer in theirs.values():
         _our_class(transformer)
     if theirs:
         with _without_offloading(pipe):
             ours = {name: _accelerated(transformer) for name, transformer in theirs.items()}
             for name, transformer in ours.items():
-                library_and_class = pipe.config[name]
                 setattr(pipe, name, transformer)
-                pipe.register_to_config(**{name: library_and_class})  # so that a saved pipeline loads without anyflow
     return pipe
 
 
@@ -84,7 +82,7 @@ def restore(pipe_or_transformer: T) -> T:
         The pipeline itself, or diffusers' transformer.
 
     Raises:
-        ValueError: nothing here was accelerated.
+        ValueError: nothing here was accelerated, or ours has hooks that theirs would not have.
     """
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
         return _restored(pipe_or_transformer)
@@ -93,8 +91,9 @@ def restore(pipe_or_transformer: T) -> T:
     if not ours:
         raise ValueError(f"restore: this {type(pipe).__name__} was not accelerated")
     with _without_offloading(pipe):
-        for name, transformer in ours.items():
-            setattr(pipe, name, _restored(transformer))
+        restored = {name: _restored(transformer) for name, transformer in ours.items()}
+        for name, transformer in restored.items():
+            setattr(pipe, name, transformer)
     return pipe
 
 
@@ -117,13 +116,17 @@ def _accelerated(theirs: ModelMixin) -> AnyFlowTransformer3DModel:
         ours.enable_gradient_checkpointing(theirs._gradient_checkpointing_func)
     ours.train(theirs.training)
     ours._accelerated_from = original
+    # diffusers writes an instance's module into model_index.json: saved pipelines load without anyflow.
+    ours.__dict__["__module__"] = type(theirs).__module__
     return ours
 
 
 def _restored(ours: nn.Module) -> ModelMixin:
+    ours = _uncompiled(ours)
     original: _Original | None = getattr(ours, "_accelerated_from", None)
     if original is None:
         raise ValueError(f"restore: this {type(ours).__name__} was not made by accelerate")
+    _check_hooks("restore", ours, original.layers)
     _hand_over(ours, original.transformer, original.layers, original.owners)
     return original.transformer
 
@@ -151,7 +154,19 @@ def _bare(module: nn.Module) -> nn.Module:
     return getattr(module, "base_layer", module)
 
 
+def _is_ours(transformer: object) -> bool:
+    """Whether a transformer is ours, compiled by ``torch.compile`` or not."""
+    return isinstance(_uncompiled(transformer), AnyFlowTransformer3DModel)
+
+
+def _uncompiled(module: Any) -> Any:
+    """The module inside of what ``torch.compile`` returns, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
 def _our_class(theirs: object) -> type[AnyFlowTransformer3DModel]:
+    if _uncompiled(theirs) is not theirs:
+        raise ValueError("accelerate: the transformer is compiled by torch.compile; accelerate first, then compile")
     if type(theirs) is diffusers.AnyFlowTransformer3DModel:
         return AnyFlowTransformer3DModel
     if type(theirs) is diffusers.WanTransformer3DModel:
@@ -161,14 +176,7 @@ def _our_class(theirs: object) -> type[AnyFlowTransformer3DModel]:
 
 def _check(theirs: ModelMixin, layers: Iterable[str], owners: Mapping[str, nn.Module]) -> None:
     """A ValueError about what of theirs would be lost in ours."""
-    shared = {id(m) for name in layers for m in theirs.get_submodule(name).modules()}
-    for name, module in theirs.named_modules():
-        problem = None if id(module) in shared else _problem(module)
-        if hasattr(module, "_hf_hook"):
-            problem = "a hook of the package accelerate (offloading, a device map); remove it first"
-        if problem is not None:
-            raise ValueError(f"accelerate: {name if name else 'the transformer'} has {problem}")
-
+    _check_hooks("accelerate", theirs, layers)
     reached = {id(p) for name in layers for p in theirs.get_submodule(name).parameters()}
     for name, owner in owners.items():
         module = theirs.get_submodule(name)
@@ -183,6 +191,17 @@ def _check(theirs: ModelMixin, layers: Iterable[str], owners: Mapping[str, nn.Mo
     unexpected = [name for name, p in theirs.named_parameters() if id(p) not in reached]
     if unexpected:
         raise ValueError(f"accelerate: {type(theirs).__name__} has parameters of no use here: {', '.join(unexpected)}")
+
+
+def _check_hooks(action: str, network: nn.Module, layers: Iterable[str]) -> None:
+    """A ValueError about what of a network's modules the other would not have; ``layers`` it will have."""
+    shared = {id(m) for name in layers for m in network.get_submodule(name).modules()}
+    for name, module in network.named_modules():
+        problem = None if id(module) in shared else _problem(module)
+        if hasattr(module, "_hf_hook"):
+            problem = "a hook of the package accelerate (offloading, a device map); remove it first"
+        if problem is not None:
+            raise ValueError(f"{action}: {name if name else 'the transformer'} has {problem}")
 
 
 def _problem(module: Any) -> str | None:

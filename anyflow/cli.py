@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import warnings
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 import anyflow
+from anyflow.command_errors import Commands, finish_streams, prepare_streams
 
 if TYPE_CHECKING:
     import torch
 
 app = typer.Typer(
     name="anyflow",
+    cls=Commands,
     help="Any-step video diffusion with flow maps.",
     no_args_is_help=True,
     add_completion=False,
@@ -27,8 +30,20 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of the ``anyflow`` command."""
-    app()
+    """Run the ``anyflow`` command and exit with its status; a warning is one line."""
+    standard = warnings.formatwarning
+
+    def one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
+        ours = category is UserWarning and "\n" not in str(message)
+        return f"anyflow: warning: {message}\n" if ours else standard(message, category, *where, **more)
+
+    warnings.formatwarning = one_line
+    prepare_streams()
+    try:
+        app()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise SystemExit(finish_streams(status)) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -70,7 +85,7 @@ def demo(
     except KeyboardInterrupt:
         typer.echo("\nStopped. The same command goes on after the last finished stage.", err=True)
         raise typer.Exit(130) from None
-    if open_report and sys.stdout.isatty() and _has_browser():
+    if open_report and sys.stdout is not None and sys.stdout.isatty() and _has_browser():
         webbrowser.open((out / REPORT_FILE).resolve().as_uri())
 
 
@@ -102,12 +117,12 @@ def train(
 ) -> None:
     """Train a model by a recipe, on many GPUs under torchrun; the same command goes on where it was stopped."""
     try:
-        from anyflow.training.recipe import dump_recipe, load_recipe
+        from anyflow.training import recipe as recipes
 
-        settings = load_recipe(recipe, overrides)
         if print_config:
-            typer.echo(dump_recipe(settings), nl=False)
+            typer.echo(recipes.print_config(recipe, overrides), nl=False)
             return
+        settings = recipes.load_recipe(recipe, overrides)
 
         from rich.console import Console
 
@@ -146,12 +161,14 @@ def export(
 
 @app.command()
 def preprocess(
-    videos: Annotated[Path, typer.Option(help="Folder of the video files.", show_default=False)],
-    captions: Annotated[Path, typer.Option(help="CSV or JSONL with file and caption.", show_default=False)],
-    model: Annotated[
-        Path, typer.Option(help="Diffusers folder with vae, text_encoder and tokenizer.", show_default=False)
-    ],
     out: Annotated[Path, typer.Option(help="Folder of the dataset; a killed run in it goes on.", show_default=False)],
+    videos: Annotated[Path | None, typer.Option(help="Folder of the video files.", show_default=False)] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="CSV or JSONL with file and caption.", show_default=False)
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Diffusers folder with vae, text_encoder and tokenizer.", show_default=False)
+    ] = None,
     num_frames: Annotated[int, typer.Option(help="Frames of each video, 4k + 1.")] = 81,
     height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,
     width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 832,
@@ -165,12 +182,27 @@ def preprocess(
         str | None, typer.Option(help="Torch device to encode on; CUDA if there is one, else the CPU.")
     ] = None,
     num_workers: Annotated[int, typer.Option(help="Threads that decode ahead.")] = 2,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Take files outside the folder of videos, also through links.")
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Only compare every row of --out with its digest; exit status 1 if one differs."),
+    ] = False,
 ) -> None:
-    """Encode videos and captions into a dataset of latents for training."""
+    """Encode videos and captions into a dataset of latents for training, or verify one."""
     from rich.console import Console
 
+    if verify:
+        _verify_dataset(out)
+        return
+    for name, value in (("videos", videos), ("captions", captions), ("model", model)):
+        if value is None:
+            _fail(f"--{name} is missing; only --verify does without it")
+    assert videos is not None and captions is not None and model is not None
     try:
         from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, preprocess
+        from anyflow.documents import shortened
         from anyflow.pipelines.loading import resolve_device
 
         console = Console(highlight=False, soft_wrap=True)
@@ -188,6 +220,7 @@ def preprocess(
             dtype=dtype,  # type: ignore[arg-type]
             device=str(resolve_device(device)),
             num_workers=num_workers,
+            allow_outside=allow_outside,
             console=console,
         )
     except (ValueError, ImportError) as error:
@@ -197,7 +230,8 @@ def preprocess(
         raise typer.Exit(130) from None
     console.print(f"{out}: {report.done} videos encoded, {report.skipped} were there")
     for line in report.broken:
-        console.print(f"line {line.line} of {captions} ({line.file}) was left out: {line.reason}", markup=False)
+        name = f" ({shortened(line.file)})" if line.file else ""
+        console.print(f"line {line.line} of {captions}{name} was left out: {line.reason}", markup=False)
 
 
 @app.command()
@@ -325,6 +359,9 @@ def convert(
         bool, typer.Option("--bidirectional", help="Take a causal model without its causal tensors.")
     ] = False,
     shift: Annotated[float | None, typer.Option(help="Of a scheduler to write; the checkpoint's if left out.")] = None,
+    strict_values: Annotated[
+        bool, typer.Option("--strict-values", help="Refuse weights with NaN or infinity, of which a warning tells.")
+    ] = False,
 ) -> None:
     """Write a checkpoint of any known format as a folder for diffusers."""
     from anyflow.checkpoints import FlowMap, convert
@@ -342,6 +379,7 @@ def convert(
             flow_map=FlowMap(gate_value=gate) if flow_map else None,
             bidirectional=bidirectional,
             shift=shift,
+            strict_values=strict_values,
         )
     except ValueError as error:
         _fail(str(error))
@@ -354,16 +392,35 @@ def inspect(
     subfolder: Annotated[str | None, typer.Option(help="Of the folder, in place of 'transformer'.")] = None,
     weights: Annotated[str | None, typer.Option(help="'ema' or 'raw' of a training file.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")] = None,
+    strict_values: Annotated[
+        bool, typer.Option("--strict-values", help="Read every tensor, and count NaN and infinity as a problem.")
+    ] = False,
 ) -> None:
-    """Say what a checkpoint is: format, size, types, sizes of the model; exit status 1 if it is not complete."""
+    """Say what a checkpoint is: format, size, types, sizes of the model; exit status 1 if it cannot be loaded."""
     from anyflow.checkpoints import inspect
 
     try:
-        info = inspect(path, subfolder=subfolder, weights=weights, attention_head_dim=head_dim)
+        info = inspect(
+            path, subfolder=subfolder, weights=weights, attention_head_dim=head_dim, strict_values=strict_values
+        )
     except ValueError as error:
         _fail(str(error))
     typer.echo(info)
     raise typer.Exit(1 if info.problems else 0)
+
+
+def _verify_dataset(folder: Path) -> NoReturn:
+    try:
+        from anyflow.data.latent_dataset import damages
+
+        found = damages(folder)
+    except (ValueError, ImportError) as error:
+        _fail(str(error), status=1 if (folder / "dataset.json").is_file() else 2)
+    for damage in found:
+        typer.echo(f"damaged: {damage}", err=True)
+    if not found:
+        typer.echo(f"{folder}: every row is what was written")
+    raise typer.Exit(1 if found else 0)
 
 
 def _torch_dtype(name: str) -> torch.dtype:

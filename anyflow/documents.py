@@ -27,12 +27,42 @@ def require_regular_file(path: Path | str) -> Path:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise ValueError(f"{shortened(path)} does not exist") from None
+        what = f"is a link to {shortened(os.readlink(path))}, which" if path.is_symlink() else ""
+        raise ValueError(" ".join(filter(None, (shortened(path), what, "does not exist")))) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise ValueError(f"{shortened(path)} cannot be read: {system_reason(error)}") from error
     if not stat.S_ISREG(mode):
         raise ValueError(f"{shortened(path)} is {kind_of_file(mode)}, not a regular file")
     return path
+
+
+def require_content(path: Path | str) -> Path:
+    """Return ``path`` if it is a regular file with a content of its own, of which the first bytes are looked at.
+
+    Raises:
+        ValueError: see :func:`require_regular_file`; or the file cannot be read, is empty, or is what an incomplete
+            download leaves in its place: a pointer of git-lfs, or a web page.
+    """
+    path = require_regular_file(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)
+    except OSError as error:
+        raise ValueError(f"{shortened(path)} cannot be read: {system_reason(error)}") from error
+    if (placeholder := _placeholder(start)) is not None:
+        raise ValueError(f"{shortened(path)} is {placeholder}")
+    return path
+
+
+def _placeholder(start: bytes) -> str | None:
+    """Say what stands in a file in place of its content, by its first bytes."""
+    if not start:
+        return "an empty file; download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs, not the file itself; run `git lfs pull` in its folder, or download it again"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page (HTML) saved under this name; download the file itself"
+    return None
 
 
 def read_bytes(path: Path | str, *, max_bytes: int = MAX_BYTES) -> bytes:
@@ -68,30 +98,33 @@ def read_text(path: Path | str, *, max_bytes: int = MAX_BYTES) -> str:
         ) from error
 
 
-def read_json(path: Path | str, *, max_bytes: int = MAX_BYTES) -> Any:
-    """Read a JSON file.
+def read_json(path: Path | str, *, max_bytes: int = MAX_BYTES, finite: bool = False) -> Any:
+    """Read a JSON file; ``finite`` is that of :func:`parse_json`.
 
     Raises:
-        ValueError: see :func:`read_text` and :func:`parse_json`.
+        ValueError: see :func:`read_text`, :func:`require_content` and :func:`parse_json`.
     """
-    return parse_json(read_text(path, max_bytes=max_bytes), shortened(path))
+    require_content(path)
+    return parse_json(read_text(path, max_bytes=max_bytes), shortened(path), finite=finite)
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, *, finite: bool = False) -> Any:
     """Parse a JSON document whose nesting is at most ``MAX_DEPTH`` deep and whose keys occur once in an object.
 
     Args:
         text: the document.
         where: names the document in errors, such as a file and a line.
+        finite: refuse NaN and infinity, which JSON does not have and Python reads and writes.
 
     Raises:
-        ValueError: the text is not JSON, is nested too deeply, names a key twice, or has a lone surrogate.
+        ValueError: the text is not JSON, is nested too deeply, names a key twice, has a lone surrogate or, with
+            ``finite``, a number that is not finite.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object)
         _require_depth(value)
         text.encode()
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=not finite).encode()
     except RecursionError:
         raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep") from None
     except UnicodeEncodeError:
@@ -99,6 +132,24 @@ def parse_json(text: str, where: str) -> Any:
     except ValueError as error:
         raise ValueError(f"{where} cannot be read as JSON: {error}") from error
     return value
+
+
+def text_problem(text: str, *, max_characters: int) -> str | None:
+    """Say why a text cannot be a prompt, a caption or a name, or return None where it can.
+
+    Args:
+        text: to look at.
+        max_characters: that are allowed.
+    """
+    if len(text) > max_characters:
+        return f"has {len(text)} characters, at most {max_characters} are allowed"
+    if "\0" in text:
+        return "has a null character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "has a lone surrogate, which is no character"
+    return None
 
 
 def system_reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,14 @@ from anyflow.network import evaluate, has_flow_map, has_hooks
 from anyflow.rng import randn_like
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.transfer import device_tensor, to_device
-from anyflow.validation import batched_embeds, require_finite, require_latents
+from anyflow.validation import (
+    FiniteCheck,
+    batched_embeds,
+    numbered,
+    overflow_advice,
+    require_finite,
+    require_latents,
+)
 
 Callback = Callable[[int, float, Tensor], Tensor | None]
 Schedule = Sequence[float] | Tensor
@@ -27,6 +35,7 @@ def sample(
     prompt_embeds: Tensor,
     *,
     num_inference_steps: int | None = 4,
+    sigmas: Schedule | None = None,
     timesteps: Schedule | None = None,
     guidance_scale: float = 1.0,
     negative_prompt_embeds: Tensor | None = None,
@@ -42,7 +51,8 @@ def sample(
         scheduler: gives the schedule; its state is not changed.
         noise: ``[B, F, C, H, W]`` standard normal; its dtype is the one the model sees. Never written.
         prompt_embeds: ``[B, S, text_dim]``.
-        num_inference_steps: network evaluations; ignored when ``timesteps`` is given.
+        num_inference_steps: network evaluations; ignored when ``sigmas`` or ``timesteps`` are given.
+        sigmas: custom schedule in [0, 1], used verbatim.
         timesteps: custom schedule in [0, num_train_timesteps], used verbatim.
         guidance_scale: s of ``u_neg + s (u - u_neg)``; 1 (no guidance) for checkpoints with guidance distilled in.
         negative_prompt_embeds: ``[B or 1, S, text_dim]``; required, and used, only when guidance_scale is not 1.
@@ -54,15 +64,18 @@ def sample(
         ``[B, F, C, H, W]`` clean latents in noise's dtype.
 
     Raises:
-        ValueError: shapes do not fit, values are out of range, or noise holds NaN.
+        ValueError: shapes do not fit, values are out of range, or a tensor given holds NaN or infinity.
+        FloatingPointError: the latents do so after a step, which is named with the videos; found at the end, where the
+            host waits for the device once.
     """
+    sigmas = _schedule(scheduler, num_inference_steps, sigmas, timesteps)
     network = _Network(model, noise, prompt_embeds, guidance_scale, negative_prompt_embeds)
     context = _context(context_latents, noise)
-    sigmas = scheduler.schedule(None if timesteps is not None else num_inference_steps, timesteps=timesteps)
+    kept = 0 if context is None else context.shape[1]
     times = (sigmas * scheduler.config.num_train_timesteps).tolist()
-    network.embed_times(
-        times[:-1], times[1:] if use_mean_velocity else None, 0 if context is None else context.shape[1]
-    )
+    network.embed_times(times[:-1], times[1:] if use_mean_velocity else None, kept)
+    if context is not None:
+        network.finite.note("context_latents", context)
 
     latents = noise.to(torch.promote_types(noise.dtype, torch.float32))
     for i, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
@@ -71,8 +84,9 @@ def sample(
         latents = latents - (sigma - following) * velocity.to(latents.dtype)
         if callback is not None:
             replaced = callback(i, times[i], _with_context(latents, context).to(noise.dtype))
-            latents = latents if replaced is None else to_device(replaced, latents.device, latents.dtype)
-    return _with_context(latents, context).to(noise.dtype)
+            latents = latents if replaced is None else _replacement(replaced, latents)
+        network.note(latents[:, kept:])
+    return network.checked(_with_context(latents, context).to(noise.dtype))
 
 
 @torch.no_grad()
@@ -83,6 +97,7 @@ def sample_consistency(
     prompt_embeds: Tensor,
     *,
     num_inference_steps: int | None = 4,
+    sigmas: Schedule | None = None,
     timesteps: Schedule | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -92,8 +107,8 @@ def sample_consistency(
     not improve with them; it is here for comparison. Arguments, result and errors are those of :func:`sample`;
     ``generator`` draws the noise that is added.
     """
+    sigmas = _schedule(scheduler, num_inference_steps, sigmas, timesteps)
     network = _Network(model, noise, prompt_embeds, 1.0, None)
-    sigmas = scheduler.schedule(None if timesteps is not None else num_inference_steps, timesteps=timesteps)
     times = (sigmas * scheduler.config.num_train_timesteps).tolist()
     network.embed_times(times[:-1], [0.0] * (len(times) - 1), 0)
 
@@ -104,7 +119,8 @@ def sample_consistency(
         if following > 0:
             fresh = randn_like(clean, generator)
             latents = (1 - following) * clean + following * fresh
-    return latents.to(noise.dtype)
+        network.note(latents)
+    return network.checked(latents.to(noise.dtype))
 
 
 class _Network:
@@ -115,21 +131,54 @@ class _Network:
     ) -> None:
         require_latents("noise", noise)
         require_finite("noise", noise)
-        if not guidance_scale > 0:
-            raise ValueError(f"guidance_scale must be > 0 (1 means no guidance), got {guidance_scale}")
-        text = batched_embeds("prompt_embeds", prompt_embeds, noise.shape[0])
+        if not 0 < guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale must be > 0 and finite (1 means no guidance), got {guidance_scale}")
+        self.finite = FiniteCheck()
+        self.finite.note("noise", noise)
+        text = self._embeds("prompt_embeds", prompt_embeds, noise)
         self.guidance_scale = guidance_scale
         self.guided = guidance_scale != 1
         if self.guided:
             if negative is None:
                 raise ValueError(f"guidance_scale={guidance_scale} needs negative_prompt_embeds")
-            text = torch.cat([batched_embeds("negative_prompt_embeds", negative, noise.shape[0]), text])
+            text = torch.cat([self._embeds("negative_prompt_embeds", negative, noise), text])
         self.model, self.text, self.batch_size = model, text, len(text)
         self.frames, self.device = noise.shape[1], noise.device
         # What is offloaded is on the device during a module's own call only.
         self.cached = hasattr(model, "embed_time") and hasattr(model, "encode_text") and not has_hooks(model)
         self.context = model.encode_text(text) if self.cached else None
         self.r: Tensor | None = None
+        self.steps = 0
+
+    def _embeds(self, name: str, embeds: Tensor, noise: Tensor) -> Tensor:
+        embeds = batched_embeds(name, embeds, noise.shape[0])
+        require_finite(name, embeds)
+        self.finite.note(name, embeds)
+        return embeds
+
+    def note(self, latents: Tensor) -> None:
+        """Note the latents after the next step."""
+        self.steps += 1
+        self.finite.note(str(self.steps), latents)
+
+    def checked(self, result: Tensor) -> Tensor:
+        """Return the result if nothing that was noted, nor the result itself, holds NaN or infinity.
+
+        Raises:
+            ValueError: what was given to the sampler does.
+            FloatingPointError: the latents do after a step, or overflow when they are rounded to the result's dtype.
+        """
+        self.finite.note(str(self.steps), result)
+        found = self.finite.first()
+        if found is None:
+            return result
+        name, rows, count = found
+        if not name.isdecimal():
+            raise ValueError(f"{name} holds NaN or infinite values ({numbered(rows, count)})")
+        raise FloatingPointError(
+            f"the latents of {numbered(rows, count)} are not finite (NaN or infinity) after step {name} of "
+            f"{self.steps}: {overflow_advice(self.model, result)}"
+        )
 
     def embed_times(self, times: list[float], targets: list[float] | None, context_frames: int) -> None:
         """Prepare all steps: one row per step, or one per frame when context frames stay at t = 0.
@@ -170,10 +219,26 @@ class _Network:
         return negative + self.guidance_scale * (positive - negative)
 
 
+def _schedule(
+    scheduler: FlowMapEulerDiscreteScheduler, steps: int | None, sigmas: Schedule | None, timesteps: Schedule | None
+) -> Tensor:
+    custom = sigmas is not None or timesteps is not None
+    return scheduler.schedule(None if custom else steps, sigmas=sigmas, timesteps=timesteps)
+
+
+def _replacement(latents: Any, like: Tensor) -> Tensor:
+    """Latents that a callback returned, for the next step; ValueError for anything else."""
+    if not isinstance(latents, Tensor) or latents.shape != like.shape or latents.is_complex():
+        got = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(f"callback must return None or latents {tuple(like.shape)}, got {got}")
+    return to_device(latents, like.device, like.dtype)
+
+
 def _context(context: Tensor | None, noise: Tensor) -> Tensor | None:
     if context is None:
         return None
     require_latents("context_latents", context)
+    require_finite("context_latents", context)
     b, f = noise.shape[:2]
     if context.shape[0] not in (1, b) or context.shape[2:] != noise.shape[2:] or context.shape[1] >= f:
         raise ValueError(

@@ -1,9 +1,80 @@
-"""Checks of user-supplied tensors, shared by the samplers and the training methods."""
+"""Checks of user-supplied numbers and tensors, shared by configurations, samplers and training methods."""
 
 from __future__ import annotations
 
+import math
+import operator
+import reprlib
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_LARGEST_FP32 = torch.finfo(torch.float32).max
+
+
+def is_finite_number(value: Any) -> bool:
+    """Return whether ``value`` is a real number (no bool) that is finite in fp32, too."""
+    number: Any = value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return bool(abs(number) <= _LARGEST_FP32)  # false for NaN, and exact for an int of any size
+
+
+def require_whole_number(name: str, value: Any, lowest: int, highest: int) -> int:
+    """Return ``value`` as an int; ValueError unless it is a whole number (no bool) in [lowest, highest]."""
+    number: Any = value
+    if isinstance(value, bool) or not isinstance(value, Integral) or not lowest <= number <= highest:
+        raise ValueError(f"{name} must be a whole number from {lowest} to {highest}, got {shown(value)}")
+    return int(value)
+
+
+def shown(value: object, length: int = 80) -> str:
+    """Return the ``repr`` of a value for a message, cut to ``length`` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def whole_number(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
+    """Return a whole number of Python, NumPy or torch (0-d) as an ``int``.
+
+    Raises:
+        ValueError: something else, truth values and floats among it, or a number outside [low, high].
+    """
+    try:
+        number = None if _is_truth_value(value) else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
+        number = None
+    if number is None or number < low or (high is not None and number > high):
+        allowed = f">= {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be a whole number {allowed}, got {brief(value)}")
+    return number
+
+
+def finite_number(name: str, value: Any) -> float:
+    """Return a finite real number of Python, NumPy or torch (0-d) as a ``float``; ValueError for anything else."""
+    try:
+        number = math.nan if _is_truth_value(value) or isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {brief(value)}")
+    return number
+
+
+def brief(value: Any, length: int = 100) -> str:
+    """Return ``repr(value)`` in one line of at most ``length`` characters."""
+    digits = isinstance(value, int) and value.bit_length() > 2000  # Python refuses to write those out
+    text = f"an integer of {value.bit_length()} bits" if digits else " ".join(repr(value).split())
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _is_truth_value(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def require_latents(name: str, latents: Tensor) -> None:
@@ -27,8 +98,93 @@ def require_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} holds NaN or infinite values; check the data that produced it")
 
 
+class FiniteCheck:
+    """Finds the first tensor of a sampling that holds NaN or infinity, without a wait until the end.
+
+    Each tensor is reduced once, to its largest magnitude in each video, which stays on the device: a maximum keeps NaN
+    and cannot overflow. All are read together in :meth:`first`.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._magnitudes: list[Tensor] = []
+
+    def note(self, name: str, tensor: Tensor) -> None:
+        """Reduce ``tensor[B, ...]``, which ``name`` describes in errors."""
+        self._names.append(name)
+        self._magnitudes.append(torch.linalg.vector_norm(tensor, math.inf, tuple(range(1, tensor.ndim))))
+
+    def first(self) -> tuple[str, list[int], int] | None:
+        """Return the first name with values that are not finite, their rows and the number of rows; waits once."""
+        sizes = [len(magnitude) for magnitude in self._magnitudes]
+        bad = ~torch.isfinite(torch.cat(self._magnitudes))
+        if bad.is_meta:  # sizes without values
+            return None
+        flags = iter(bad.cpu().tolist())
+        for name, size in zip(self._names, sizes, strict=True):
+            rows = [row for row in range(size) if next(flags)]
+            if rows:
+                return name, rows, size
+        return None
+
+
+def numbered(rows: list[int], count: int) -> str:
+    """Name videos of a batch: ``video 2 of 4``, or ``videos 1, 3 of 4``."""
+    return f"video{'s' if len(rows) > 1 else ''} {', '.join(str(row + 1) for row in rows)} of {count}"
+
+
+def overflow_advice(*parts: Any, option: str = "dtype=torch.bfloat16, --dtype bf16") -> str:
+    """Say what to do about NaN, by the dtypes of the parts (tensors, modules) that it may come from."""
+    if any(getattr(part, "dtype", None) == torch.float16 for part in parts):
+        return f"float16 overflows above 65504 and bfloat16 does not: use bf16 ({option})"
+    return "look for NaN in the weights and adapters; what runs in float16 may overflow, and should run in bf16"
+
+
 def batched_embeds(name: str, embeds: Tensor, batch_size: int) -> Tensor:
-    """Prompt embeddings ``[B or 1, S, D]`` as ``[B, S, D]``; a single one is repeated, never broadcast in attention."""
-    if embeds.ndim != 3 or embeds.shape[0] not in (1, batch_size):
-        raise ValueError(f"{name} must be [B={batch_size} or 1, S, text_dim], got {tuple(embeds.shape)}")
+    """Return prompt embeddings ``[B or 1, S, D]`` as ``[B, S, D]``; attention never has to broadcast a single one."""
+    if embeds.ndim != 3 or embeds.shape[0] not in (1, batch_size) or not embeds.is_floating_point():
+        got = f"{tuple(embeds.shape)} {embeds.dtype}"
+        raise ValueError(f"{name} must be floating-point [B={batch_size} or 1, S, text_dim], got {got}")
     return embeds if embeds.shape[0] == batch_size else embeds.repeat(batch_size, 1, 1)
+
+
+def require_whole(name: str, value: object, *, least: int = 1, most: int = 2**31 - 1) -> None:
+    """Raise a ValueError unless ``value`` is a whole number in ``least``..``most``; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be a whole number, got {reprlib.repr(value)}")
+    number = int(value)
+    if number < least:
+        wanted = "a positive number" if least == 1 else f">= {least}"
+        raise ValueError(f"{name} must be {wanted}, got {_shortened(number)}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, got {_shortened(number)}")
+
+
+def require_number(name: str, value: object, *, least: float | None = None) -> None:
+    """Raise a ValueError unless ``value`` is a finite number, at least ``least``; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {reprlib.repr(value)}")
+    if not _is_finite(value):
+        raise ValueError(f"{name} must be a finite number, got {_shortened(value)}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be >= {least:g}, got {value}")
+
+
+def require_positive(name: str, value: object) -> None:
+    """Raise a ValueError unless ``value`` is a finite number > 0; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value) or value <= 0:
+        raise ValueError(f"{name} must be a positive number, got {_shortened(value)}")
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def _shortened(value: object) -> str:
+    """Return a value for a message; Python refuses to print integers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    return reprlib.repr(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,16 @@ import torch
 from torch import Tensor
 
 from anyflow.checkpoints import load_transformer
+from anyflow.checkpoints.checkpoint import ReadOptions, open_checkpoint
+from anyflow.checkpoints.errors import listed
+from anyflow.checkpoints.files import read_json
+from anyflow.checkpoints.problems import problems_of
+from anyflow.documents import shortened
 from anyflow.methods import AnyFlowPretrainMethod, PretrainConfig
 from anyflow.network import evaluate
 from anyflow.sampling import sample
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.validation import shown
 
 AGAINST = ("diffusers",)
 SHIFT = 5.0  # Wan's
@@ -134,6 +140,7 @@ def verify(
         raise ValueError(f"steps must be at least 1, got {steps}")
     thresholds = Thresholds.for_dtype(dtype) if thresholds is None else thresholds
     source = _Source.of(Path(path))
+    source.require_loadable(dtype)
     case = _Case(source, dtype, torch.device(device), ((num_frames - 1) // 4 + 1, height // 8, width // 8), steps, seed)
     theirs = _Measured.of(case, _Diffusers(source.load_theirs(dtype).to(device)))
     ours = _Measured.of(case, load_transformer(source.folder, dtype=dtype, device=device))
@@ -153,22 +160,31 @@ class _Source:
 
     @classmethod
     def of(cls, path: Path) -> _Source:
-        folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"no config.json in {path} or {path / 'transformer'}")
-        config = json.loads((folder / "config.json").read_text())
+        folder = path / "transformer" if os.path.isfile(path / "transformer" / "config.json") else path
+        if not os.path.isfile(folder / "config.json"):
+            raise ValueError(f"no config.json in {shortened(path)} or its folder transformer")
+        config = read_json(folder / "config.json")
         name = config.get("_class_name")
         if name not in _CLASSES:
-            raise ValueError(f"{folder / 'config.json'} is of a {name}; allowed are {', '.join(_CLASSES)}")
+            raise ValueError(f"{folder / 'config.json'} is of a {shown(name)}; allowed are {', '.join(_CLASSES)}")
         return cls(folder, name == "WanTransformer3DModel" or not config.get("r_embedder", True))
+
+    def require_loadable(self, dtype: torch.dtype) -> None:
+        """ValueError unless our own reader, which looks at every file first, takes the folder."""
+        checkpoint = open_checkpoint(self.folder, ReadOptions())
+        if lines := problems_of(checkpoint, checkpoint.architecture.build_empty(), dtype=dtype):
+            raise ValueError(f"{self.folder} cannot be loaded:{listed(lines)}")
 
     def load_theirs(self, dtype: torch.dtype) -> Any:
         """diffusers' network for it, with every weight of the folder."""
         cls = diffusers.WanTransformer3DModel if self.plain else diffusers.AnyFlowTransformer3DModel
         with torch.random.fork_rng(devices=[]):
-            network, info = cls.from_pretrained(
-                self.folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
+            try:
+                network, info = cls.from_pretrained(
+                    self.folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+                )
+            except (OSError, TypeError, RuntimeError) as error:
+                raise ValueError(f"{self.folder} cannot be loaded by diffusers: {str(error)[:1000]}") from error
         wrong = [f"{kind.replace('_', ' ')}: {', '.join(map(str, info[kind]))}" for kind in info if info[kind]]
         if wrong:
             raise ValueError(f"{self.folder} does not fit diffusers' {cls.__name__}: {'; '.join(wrong)}")

@@ -1,7 +1,9 @@
 """accelerate() and restore() on diffusers' own pipelines, with real (tiny) parts."""
 
+import copy
 import gc
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import AnyFlowPipeline, AutoencoderKLWan, DiffusionPipeline, ModelMixin, WanPipeline
 from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -85,7 +88,8 @@ def latents(pipe: DiffusionPipeline, **arguments: Any) -> Tensor:
         "generator": generator,
         "output_type": "latent",
     }
-    return pipe(**(settings | arguments)).frames
+    settings |= arguments
+    return pipe(**{name: value for name, value in settings.items() if value is not None}).frames
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -255,6 +259,116 @@ def test_a_second_accelerate_changes_nothing(kind) -> None:
         anyflow.restore(pipe)
     with pytest.raises(ValueError, match="not made by accelerate"):
         anyflow.restore(pipe.transformer)
+
+
+ONE_STEP: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0}
+
+
+def test_torch_compile_between_two_calls_and_restore_with_adapters() -> None:
+    pipe = build("anyflow", num_layers=1)
+    add_adapter(pipe.transformer, [*TARGETS, "proj_out"])
+    before, index = latents(pipe, **ONE_STEP), pipe.config["transformer"]
+    anyflow.accelerate(pipe)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    compiled = pipe.transformer
+    assert anyflow.accelerate(pipe).transformer is compiled and anyflow.accelerate(compiled) is compiled
+    assert pipe.config["transformer"] == index  # what is saved loads without anyflow
+    assert_same(latents(pipe, **ONE_STEP), before)
+    anyflow.restore(pipe)
+    assert pipe.get_list_adapters() == {"transformer": ["style"]} and pipe.config["transformer"] == index
+    assert torch.equal(latents(pipe, **ONE_STEP), before)
+
+
+@pytest.mark.parametrize("compile", ["compile", "compile_repeated_blocks"])
+def test_modules_compiled_in_place_before_give_the_same(compile) -> None:
+    pipe = build("wan", num_layers=1)
+    before = latents(pipe, **ONE_STEP)
+    getattr(pipe.transformer, compile)(backend="eager")
+    anyflow.accelerate(anyflow.accelerate(pipe))
+    assert_same(latents(pipe, **ONE_STEP), before)
+    assert_same(latents(anyflow.restore(pipe), **ONE_STEP), before)
+
+
+@pytest.mark.parametrize("adapters", [None, [*TARGETS, "proj_out", "patch_embedding"]], ids=["plain", "adapters"])
+@pytest.mark.parametrize("kind", ["anyflow", "wan-2.2"])
+def test_from_pipe_shares_what_was_accelerated(kind, adapters, tmp_path: Path) -> None:
+    """Each pipeline is restored for itself, and the other goes on."""
+    pipe = build(kind)
+    if adapters is not None:
+        add_adapter(pipe.transformer, adapters)
+    before, index = latents(pipe), pipe.config["transformer"]
+    anyflow.accelerate(pipe)
+    other = type(pipe).from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert transformers(other) == transformers(pipe) and other.config["transformer"] == index
+    for both in (pipe, other):
+        assert_same(latents(both), before)
+    anyflow.restore(other)
+    assert torch.equal(latents(other), before)
+    assert_same(latents(pipe), before)
+    anyflow.restore(pipe)
+    assert transformers(pipe) == transformers(other) and torch.equal(latents(pipe), before)
+
+
+def test_from_pipe_to_another_pipeline_of_wan() -> None:
+    """Video-to-video, whose signature wants diffusers' own class."""
+    pipe, results = build("wan"), []
+    call = {"video": [Image.new("RGB", (48, 32), "red")] * 9, "strength": 0.8, "num_frames": None}
+    for step in (None, anyflow.accelerate):
+        if step is not None:
+            step(pipe)
+        other = diffusers.WanVideoToVideoPipeline.from_pipe(pipe)
+        other.set_progress_bar_config(disable=True)
+        results.append(latents(other, **call))
+    assert type(other.transformer) is WanTransformer3DModel
+    assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
+)
+def test_copies_have_weights_of_their_own_and_can_be_restored(copied) -> None:
+    pipe = build("anyflow")
+    before = latents(pipe)
+    other = copied(anyflow.accelerate(pipe))
+    assert_same(latents(other), before)
+    with torch.no_grad():
+        other.transformer.proj_out.bias += 1
+    changed = latents(other)
+    assert (changed - before).abs().max() > 0.1
+    assert_same(latents(anyflow.restore(other)), changed)
+    assert torch.equal(latents(anyflow.restore(pipe)), before)
+
+
+def test_a_transformer_replaced_afterwards_is_accelerated_too() -> None:
+    pipe = anyflow.accelerate(build("anyflow"))
+    pipe.transformer = build("anyflow").transformer
+    with pytest.raises(ValueError, match="was not accelerated"):
+        anyflow.restore(pipe)
+    before = latents(pipe)
+    assert_same(latents(anyflow.accelerate(pipe)), before)
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_restore_is_refused_while_weights_are_offloaded_by_groups(level) -> None:
+    pipe = anyflow.accelerate(build("anyflow"))
+    expected, cpu = latents(pipe), torch.device("cpu")
+    blocks = {"num_blocks_per_group": 1} if level == "block_level" else {}
+    pipe.transformer.enable_group_offload(cpu, cpu, level, **blocks)
+    ours = pipe.transformer
+    with pytest.raises(ValueError, match="restore: the transformer has a hook of diffusers"):
+        anyflow.restore(pipe)
+    assert anyflow.accelerate(pipe).transformer is ours
+    assert torch.equal(latents(pipe), expected)
+
+
+def test_restore_is_refused_where_another_pipeline_offloads() -> None:
+    pipe = build("anyflow")
+    pipe.enable_model_cpu_offload(device="cpu")
+    other = type(pipe).from_pipe(anyflow.accelerate(pipe))
+    with pytest.raises(ValueError, match="restore: the transformer has a hook of the package accelerate"):
+        anyflow.restore(other)
+    anyflow.restore(pipe)
 
 
 @pytest.mark.parametrize("targets", [TARGETS, [*TARGETS, "proj_out", "patch_embedding", "linear_1"]], ids=len)
@@ -436,6 +550,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: refused(lambda t: t.blocks[1].attn2.set_processor(OtherProcessor())),
         ValueError,
         "blocks.1.attn2 has the attention processor OtherProcessor",
+    ),
+    "compiled": (
+        lambda: torch.compile(refused(lambda t: None)), ValueError, "compiled by torch.compile; accelerate first"
     ),
     "offloaded": (lambda: refused(lambda t: cpu_offload(t, "cpu")), ValueError, "the transformer has a hook"),
     "cache": (

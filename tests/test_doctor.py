@@ -1,5 +1,6 @@
 """``anyflow doctor``: the real command, on this installation and on broken ones."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 import anyflow
 from anyflow.cli import app
-from anyflow.doctor.environment import Environment, Gpu, Program, environment, extension_warnings
+from anyflow.doctor.environment import Environment, Gpu, Program, environment, extension_warnings, package_problems
 from anyflow.doctor.page import Page
 from anyflow.doctor.self_check import CASES
 from anyflow.ops.backend import OPERATORS
@@ -47,6 +48,15 @@ def package(tmp_path: Path) -> Path:
     return Path(shutil.copytree(PACKAGE, tmp_path / "site" / "anyflow", ignore=ignored))
 
 
+def test_what_decides_numbers_is_listed_and_must_be_there() -> None:
+    found = environment().numbers
+    assert {"ftfy", "av", "transformers", "diffusers", "torch"} <= set(found) and package_problems(found) == []
+    (missing,) = package_problems({**found, "ftfy": None, "av": None})
+    assert missing == "ftfy is not installed, and numbers depend on it: pip install ftfy"
+    (old,) = package_problems({**found, "torch": "2.8.1"})
+    assert old == "torch 2.8.1 is older than 2.9, and may give other numbers"
+
+
 def test_every_operator_has_a_case() -> None:
     assert set(CASES) == set(OPERATORS)
 
@@ -59,6 +69,7 @@ def test_a_sound_installation_passes(tmp_path: Path) -> None:
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert f"anyflow       {anyflow.__version__} in {PACKAGE}" in lines
     assert lines[-1].startswith("All is well")
+    assert f"ftfy          {importlib.metadata.version('ftfy')}" in lines
     for op in OPERATORS:
         (row,) = (line for line in lines if line.startswith(f"{op} ") and " eager " in line and line.endswith(" ok"))
         assert len(row) <= 80
@@ -196,7 +207,7 @@ def test_page_with_gpus_and_without_programs() -> None:
     gpus = (Gpu("Some GPU", "9.0", 79.6), Gpu("Another [GPU]", "8.0", 39.5))
     out = io.StringIO()
     Page(out).environment(
-        Environment("1.0", "/somewhere", "3.11", "Linux", "2.13", "CUDA 13.0", 4, None, "580.95", gpus, programs)
+        Environment("1.0", "/somewhere", "3.11", "Linux", "2.13", "CUDA 13.0", 4, None, "580.95", gpus, programs, {})
     )
     text = [line.rstrip() for line in out.getvalue().splitlines()]
     assert "CUDA          Some GPU, capability 9.0, 79.6 GiB" in text

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from anyflow.documents import MAX_DEPTH, parse_json, read_json, read_text, require_regular_file
+from anyflow.documents import MAX_DEPTH, parse_json, read_json, read_text, require_regular_file, text_problem
 
 
 def test_text_is_utf8_with_or_without_a_mark(tmp_path):
@@ -70,3 +70,17 @@ def test_json_is_read(tmp_path):
     file.write_text('{"a": [1, {"b": null}]}')
     assert read_json(file) == {"a": [1, {"b": None}]}
     assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH, "here")
+
+
+def test_numbers_that_json_does_not_have_are_refused_on_request():
+    for text in ('{"a": NaN}', "[-Infinity]", "1e999"):
+        parse_json(text, "it")
+        with pytest.raises(ValueError, match="it cannot be read as JSON"):
+            parse_json(text, "it", finite=True)
+
+
+def test_texts_that_can_be_no_prompt_say_why():
+    assert text_problem("熊猫 \U0001f43c", max_characters=4) is None
+    assert text_problem("abc", max_characters=2) == "has 3 characters, at most 2 are allowed"
+    assert "null character" in text_problem("a\0", max_characters=9)
+    assert "lone surrogate" in text_problem("\udcff", max_characters=9)

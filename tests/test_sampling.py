@@ -134,6 +134,11 @@ def test_custom_timesteps_are_what_the_model_sees(timesteps, field, noise, sched
     assert [c["r"].tolist() for c in field.calls] == [[r] * B for r in ends[1:]]
 
 
+def test_sigmas_are_timesteps_in_their_own_unit(field, noise, scheduler) -> None:
+    expected = sample(field, scheduler, noise, TEXT, timesteps=[1000, 750, 250])
+    assert torch.equal(sample(field, scheduler, noise, TEXT, sigmas=[1.0, 0.75, 0.25, 0.0]), expected)
+
+
 def test_two_steps_compose(field, noise, scheduler) -> None:
     """From the middle: a schedule that starts at 600 carries on what ended there."""
     middle = field.at(noise, *(torch.full((1, 1, 1, 1, 1), v, dtype=torch.float64) for v in (1.0, 0.6)), field.mean)
@@ -215,7 +220,7 @@ def test_guidance_without_negatives(guidance, field, noise, scheduler) -> None:
         sample(field, scheduler, noise, TEXT, guidance_scale=guidance)
 
 
-@pytest.mark.parametrize("guidance", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("guidance", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_guidance(guidance, field, noise, scheduler) -> None:
     with pytest.raises(ValueError, match="guidance_scale must be > 0"):
         sample(field, scheduler, noise, TEXT, guidance_scale=guidance, negative_prompt_embeds=TEXT)
@@ -418,6 +423,80 @@ def test_consistency_of_one_data_point_is_exact(field, noise, scheduler) -> None
     torch.testing.assert_close(out, field.mean.expand_as(out), rtol=1e-5, atol=1e-5)
 
 
+# NaN and infinity ------------------------------------------------------------------------------------------------
+
+
+class Spoiled(nn.Module):
+    """A field whose output holds a value in one element from one evaluation on."""
+
+    def __init__(self, field: nn.Module, call: int, value: float, row: int, frame: int = 2) -> None:
+        super().__init__()
+        self.field, self.call, self.value, self.place, self.calls = field, call, value, (row, frame, 1, 2, 3), 0
+
+    def forward(self, **arguments: Any) -> tuple[Tensor]:
+        self.calls += 1
+        (out,) = self.field(**arguments)
+        if self.calls == self.call:
+            out[self.place] = self.value
+        return (out,)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("call", "row"), [(1, 0), (2, 1), (4, 0), (4, 1)])
+@pytest.mark.parametrize("sampler", [sample, sample_consistency])
+def test_the_step_and_video_where_nan_began_are_named(sampler, call, row, value, field, noise, scheduler) -> None:
+    network = Spoiled(field, call, value, row)
+    with pytest.raises(FloatingPointError, match=f"video {row + 1} of 2 .* after step {call} of 4: .*bf16"):
+        sampler(network, scheduler, noise, TEXT)
+    assert network.calls == 4  # nothing is read before the end
+
+
+def test_nan_in_a_context_frame_is_no_nan(field, noise, scheduler) -> None:
+    """What the network gives for frames that are kept is not used."""
+    context = torch.zeros(1, 1, C, H, W, dtype=torch.float64)
+    assert (
+        sample(Spoiled(field, 2, math.nan, 0, frame=0), scheduler, noise, TEXT, context_latents=context)
+        .isfinite()
+        .all()
+    )
+
+
+def test_nan_of_a_callback_is_named_too(field, noise, scheduler) -> None:
+    def spoil(index: int, timestep: float, latents: Tensor) -> Tensor | None:
+        return torch.full_like(latents, math.nan) if index == 2 else None
+
+    with pytest.raises(FloatingPointError, match="videos 1, 2 of 2 .* after step 3 of 4"):
+        sample(field, scheduler, noise, TEXT, callback=spoil)
+    for wrong in ({}, torch.zeros(B, F, C, H), 3.0):
+        with pytest.raises(ValueError, match="callback must return None or latents"):
+            sample(field, scheduler, noise, TEXT, callback=lambda i, t, x, wrong=wrong: wrong)
+
+
+def test_latents_that_overflow_when_rounded_to_fp16_are_named(field, scheduler) -> None:
+    """They are carried in fp32, where they are finite."""
+    field.mean = torch.full_like(field.mean, 1e5)
+    noise = torch.zeros(B, F, C, H, W, dtype=torch.float16)
+    with pytest.raises(FloatingPointError, match="after step 1 of 1: float16 overflows above 65504"):
+        sample(Rounded(field), scheduler, noise, TEXT, num_inference_steps=1)
+
+
+class Rounded(nn.Module):
+    """A field in fp32, whatever the latents are in."""
+
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> tuple[Tensor]:
+        return self.field(hidden_states=hidden_states.float(), **arguments)
+
+
+def test_huge_but_finite_latents_are_no_error(field, scheduler) -> None:
+    """A sum of them would overflow."""
+    noise = torch.full((B, F, C, H, W), 3e38, dtype=torch.float32)
+    assert sample(field, scheduler, noise, TEXT, timesteps=[1e-3]).isfinite().all()
+
+
 # Bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -432,10 +511,14 @@ def test_consistency_of_one_data_point_is_exact(field, noise, scheduler) -> None
         ({"noise": torch.zeros(B, F, C, H, W, dtype=torch.long)}, "noise must be"),
         ({"prompt_embeds": torch.zeros(B + 1, 5, 8)}, "prompt_embeds must be"),
         ({"prompt_embeds": torch.zeros(B, 8)}, "prompt_embeds must be"),
+        ({"prompt_embeds": torch.zeros(B, 5, 8, dtype=torch.long)}, "prompt_embeds must be"),
+        ({"prompt_embeds": torch.full((1, 5, 8), math.nan)}, "prompt_embeds holds NaN"),
         ({"num_inference_steps": 0}, "num_inference_steps must be"),
         ({"num_inference_steps": None}, "num_inference_steps is required"),
         ({"timesteps": [500, 1000]}, "timesteps must be"),
         ({"timesteps": [1000, math.nan]}, "timesteps must be"),
+        ({"sigmas": [1, 2]}, "sigmas must be"),
+        ({"sigmas": [1], "timesteps": [1000]}, "not both"),
     ],
 )
 def test_bad_input(sampler, changes, message, field, scheduler) -> None:

@@ -12,7 +12,7 @@ from anyflow.checkpoints.adapter_config import AdapterConfig
 from anyflow.checkpoints.adapter_keys import AdapterKey, Role, parse_key
 from anyflow.checkpoints.adapter_updates import Layer, LowRank, Plan, Update, add_layer, require_finite
 from anyflow.checkpoints.errors import CheckpointFormatError, listed
-from anyflow.checkpoints.names import common_prefix
+from anyflow.checkpoints.names import prefix_of
 from anyflow.checkpoints.readers import Reader, TensorInfo
 
 _ADAPTER_ROLES = (Role.DOWN, Role.UP, Role.UP_BIAS, Role.MAGNITUDE)
@@ -109,7 +109,7 @@ class MergedReader:
             raise CheckpointFormatError(
                 f"a LoRA without the weights that it changes, as {keys[0].key}; give it as the LoRA of a pipeline"
             )
-        prefix = common_prefix(self._reader.infos)
+        prefix = prefix_of({name: info.shape for name, info in self.infos.items()})
         for name, tensors in grouped.items():
             names = tuple(dict.fromkeys((name.removeprefix(prefix), name)))
             parameters = {Role.DOWN: f"{name}.weight", Role.UP_BIAS: f"{name}.bias"}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anyflow.checkpoints.errors import CheckpointFormatError, listed
+from anyflow.validation import is_finite_number, shown
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
@@ -73,7 +74,7 @@ class Architecture:
         try:
             with torch.device("meta"):
                 return AnyFlowTransformer3DModel(**self.sizes(), **options).eval()
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise CheckpointFormatError(f"no model has the settings of this checkpoint: {error}") from error
 
 
@@ -115,12 +116,10 @@ _OTHER = (
     "compressed_patch_size",
     "full_chunk_limit",
     "chunk_partition",
-    "init_far_model",
-    "init_flowmap_model",
     "text_len",
-    "r_embedder",
     "dim",
 )
+_FLAGS = ("init_far_model", "init_flowmap_model", "r_embedder")
 _SIZES = tuple(f.name for f in dataclasses.fields(Architecture) if f.name != "flow_map")
 
 
@@ -132,29 +131,34 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Config:
     """
     kind = raw.get("_class_name")
     if kind not in KINDS:
-        raise CheckpointFormatError(f"{where} is of {kind!r}; understood are {', '.join(KINDS)}")
-    renamed = {_ORIGINAL_FIELDS.get(k, k) if kind == ORIGINAL_WAN else k: v for k, v in raw.items() if k[:1] != "_"}
-    lines = []
+        raise CheckpointFormatError(f"{where} is of {shown(kind)}; understood are {', '.join(KINDS)}")
+    fields = {k: _ORIGINAL_FIELDS.get(k, k) if kind == ORIGINAL_WAN else k for k in raw if k[:1] != "_"}
+    renamed = {name: raw[k] for k, name in fields.items()}
+    lines = [f"{k} and {name} are one setting" for k, name in fields.items() if k != name and name in raw]
     for name, value in renamed.items():
         if name in _FIXED:
             if value not in _FIXED[name]:
-                lines.append(f"{name}={value!r} is not supported, only {_FIXED[name][0]!r}")
+                lines.append(f"{name}={shown(value)} is not supported, only {_FIXED[name][0]!r}")
         elif name in _SIZES or name in _FLOW_MAP_FIELDS:
             if not _POSSIBLE[name](value):
-                lines.append(f"{name}={value!r} is not possible")
+                lines.append(f"{name}={shown(value)} is not possible")
+        elif name in _FLAGS:
+            if not isinstance(value, bool):
+                lines.append(f"{name}={shown(value)} should be true or false")
         elif name not in _OTHER:
-            near = difflib.get_close_matches(name, (*_SIZES, *_FLOW_MAP_FIELDS, *_FIXED, *_OTHER), 1)
-            lines.append(f"{name} is unknown{f'; did you mean {near[0]}?' if near else ''}")
-    dim, heads = renamed.get("dim"), renamed.get("num_attention_heads")
-    whole = isinstance(dim, int) and isinstance(heads, int) and dim > 0 and heads > 0 and dim % heads == 0
+            near = difflib.get_close_matches(name[:80], (*_SIZES, *_FLOW_MAP_FIELDS, *_FIXED, *_FLAGS, *_OTHER), 1)
+            lines.append(f"{name[:80]} is unknown{f'; did you mean {near[0]}?' if near else ''}")
+    dim: Any = renamed.get("dim")
+    heads: Any = renamed.get("num_attention_heads")
+    whole = _positive(dim) and _positive(heads) and dim % heads == 0
     if kind == ORIGINAL_WAN and not whole:
-        lines.append(f"dim={dim!r} should be a multiple of num_heads={heads!r}")
+        lines.append(f"dim={shown(dim)} should be a multiple of num_heads={shown(heads)}")
     if lines:
         raise CheckpointFormatError(f"{where} does not describe a model that can be loaded:{listed(lines)}")
 
     sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in renamed.items() if k in _SIZES}
     if kind == ORIGINAL_WAN:
-        sizes["attention_head_dim"] = raw["dim"] // raw["num_heads"]
+        sizes["attention_head_dim"] = renamed["dim"] // renamed["num_attention_heads"]
     if sizes.get("out_channels", 0) is None:  # diffusers: as many as go in
         sizes["out_channels"] = sizes.get("in_channels")
     default = True if kind in (ANYFLOW, ANYFLOW_FAR) else None
@@ -202,7 +206,7 @@ def resolve(
             lines.append(f"width: {heads} heads of {head}, but {width} by the tensors{hint}")
         said = {"num_attention_heads": heads, "attention_head_dim": head, **said}
     sizes = {**said, **seen}
-    absent = [name for name in _REQUIRED if name not in sizes]
+    absent = [name for name in _REQUIRED if name not in sizes or (name == "num_layers" and sizes[name] == 0)]
     lines += [f"{name}: neither in a config nor told by a tensor ({_TELLING.get(name, 'blocks.*')})" for name in absent]
     has_flow_map = any(name.startswith(FLOW_MAP_KEYS) for name in shapes)
     if config is not None and config.flow_map is False and has_flow_map:
@@ -228,12 +232,8 @@ def _flow_map(config: Config | None, given: FlowMap | None) -> tuple[FlowMap, li
     return FlowMap(**said), []
 
 
-def _positive(value: object) -> bool:
+def _positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _POSSIBLE: dict[str, Callable[[Any], bool]] = {
@@ -242,8 +242,8 @@ _POSSIBLE: dict[str, Callable[[Any], bool]] = {
     "cross_attn_norm": lambda v: isinstance(v, bool),
     "image_dim": lambda v: v is None or _positive(v),
     "out_channels": lambda v: v is None or _positive(v),
-    "eps": lambda v: _number(v) and v > 0,
-    "gate_value": _number,
+    "eps": lambda v: is_finite_number(v) and v > 0,
+    "gate_value": is_finite_number,
     "deltatime_type": lambda v: isinstance(v, str),
     "r_embedder_fusion": lambda v: isinstance(v, str),
 }
@@ -278,8 +278,8 @@ def _sizes_of(shapes: Mapping[str, _Shape], where: str) -> dict[str, Any]:
         rows = sizes.pop("out_channels")
         if patch is not None and rows % patch == 0:
             sizes["out_channels"] = rows // patch
-    if (layers := _count_blocks(shapes, where)) > 0:
-        sizes["num_layers"] = layers
+    sizes["num_layers"] = _count_blocks(shapes, where)
+    if sizes["num_layers"] > 0:
         sizes["cross_attn_norm"] = any(re.fullmatch(r"blocks\.\d+\.norm2\.\w+", name) for name in shapes)
     return sizes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -27,8 +26,10 @@ from anyflow.checkpoints.architecture import (
 from anyflow.checkpoints.errors import CheckpointFormatError, listed
 from anyflow.checkpoints.files import TORCH_SUFFIXES, CheckpointFiles, find_files, read_json
 from anyflow.checkpoints.lora_file import adapter_config_beside
-from anyflow.checkpoints.names import DIFFUSERS, FASTVIDEO, ORIGINAL, Naming, common_prefix, naming_of
+from anyflow.checkpoints.names import DIFFUSERS, FASTVIDEO, ORIGINAL, Located, Naming, locate, naming_of
 from anyflow.checkpoints.readers import FLOATS, SECTIONS, Reader, SafetensorsReader, TorchReader
+from anyflow.documents import shortened
+from anyflow.validation import is_finite_number, require_whole_number, shown
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
@@ -58,12 +59,12 @@ class ReadOptions:
     flow_map: FlowMap | None = None
 
     def __post_init__(self) -> None:
-        if self.weights is not None and self.weights not in SECTIONS:
-            raise ValueError(f"weights must be {' or '.join(SECTIONS)}, got {self.weights!r}")
-        if self.lora_alpha is not None and not math.isfinite(self.lora_alpha):
-            raise ValueError(f"lora_alpha must be finite, got {self.lora_alpha}")
-        if self.attention_head_dim is not None and self.attention_head_dim < 2:
-            raise ValueError(f"attention_head_dim must be at least 2, got {self.attention_head_dim}")
+        if self.weights is not None and self.weights not in tuple(SECTIONS):
+            raise ValueError(f"weights must be {' or '.join(SECTIONS)}, got {shown(self.weights)}")
+        if self.lora_alpha is not None and not is_finite_number(self.lora_alpha):
+            raise ValueError(f"lora_alpha must be finite, got {shown(self.lora_alpha)}")
+        if self.attention_head_dim is not None:
+            require_whole_number("attention_head_dim", self.attention_head_dim, 2, 1024)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Checkpoint:
         names: from our name of a tensor to its own.
         naming: the table between the two.
         prefix: before every name of its own.
+        others: the number of tensors of each other model in its file, by the first part of their names; left out.
         unknown: tensors without a name of ours.
         causal: the tensors that the causal model has beyond ours.
         is_causal: whether it is a checkpoint of the causal model.
@@ -91,6 +93,7 @@ class Checkpoint:
     names: Mapping[str, str]
     naming: Naming
     prefix: str
+    others: Mapping[str, int]
     unknown: tuple[str, ...]
     causal: tuple[str, ...]
     is_causal: bool
@@ -127,15 +130,11 @@ def open_checkpoint(path: Path | str, options: ReadOptions, merge_on: str = "cpu
     config = _read_config(files)
     raw = _reader_of(files, options.weights)
     reader = _with_adapters(raw, files, options, merge_on)
-    prefix = common_prefix(reader.infos)
-    stripped = {own.removeprefix(prefix): own for own in reader.infos}
-    naming = naming_of(stripped)
-    if naming is None:
-        raise CheckpointFormatError(f"{path}: these names are of no format that is understood:{listed(list(stripped))}")
+    located, naming = _recognized(reader, path)
 
     names: dict[str, str] = {}
     unknown, causal = [], []
-    for name, own in stripped.items():
+    for name, own in located.names.items():
         ours = naming.ours(name)
         if name.startswith(_CAUSAL_KEYS):
             causal.append(own)
@@ -151,11 +150,12 @@ def open_checkpoint(path: Path | str, options: ReadOptions, merge_on: str = "cpu
         reader=reader,
         names=names,
         naming=naming,
-        prefix=prefix,
+        prefix=located.prefix,
+        others=located.others,
         unknown=tuple(unknown),
         causal=tuple(causal),
         is_causal=bool(causal) or (config is not None and config.causal),
-        architecture=resolve(shapes, config, options.attention_head_dim, options.flow_map, str(path)),
+        architecture=resolve(shapes, config, options.attention_head_dim, options.flow_map, shortened(path)),
     )
 
 
@@ -166,13 +166,20 @@ def detect(path: Path | str, subfolder: str | None = None) -> CheckpointFormat:
         CheckpointFormatError: it is damaged, or of no format that is understood.
     """
     files = find_files(Path(path), subfolder)
-    infos = _reader_of(files, None).infos
-    prefix = common_prefix(infos)
-    names = {name.removeprefix(prefix): info.shape for name, info in infos.items()}
-    naming = naming_of(names)
+    located, naming = _recognized(_reader_of(files, None), Path(path))
+    return _format_of(naming, _read_config(files), files, located.names)
+
+
+def _recognized(reader: Reader, path: Path) -> tuple[Located, Naming]:
+    """Return where the transformer is among the tensors, and whose names it has."""
+    where = shortened(path)
+    located = locate({name: info.shape for name, info in reader.infos.items()}, where)
+    naming = naming_of(located.names)
     if naming is None:
-        raise CheckpointFormatError(f"{path}: these names are of no format that is understood:{listed(list(names))}")
-    return _format_of(naming, _read_config(files), files, names)
+        raise CheckpointFormatError(
+            f"{where}: these names are of no format that is understood:{listed(list(located.names))}"
+        )
+    return located, naming
 
 
 def _reader_of(files: CheckpointFiles, weights: str | None) -> Reader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _LISTED = 12
+_LINE_LENGTH = 400
 
 
 class CheckpointFormatError(ValueError):
@@ -12,8 +13,8 @@ class CheckpointFormatError(ValueError):
 
 
 def listed(lines: Sequence[str]) -> str:
-    """One indented line each, up to a number that can be read, and how many more there are."""
-    shown = [f"\n  {line}" for line in lines[:_LISTED]]
+    """List one indented line each, up to a number and a length that can be read, and how many more there are."""
+    shown = [f"\n  {line[:_LINE_LENGTH]}" for line in lines[:_LISTED]]
     if len(lines) > _LISTED:
         shown.append(f"\n  and {len(lines) - _LISTED} more")
     return "".join(shown)

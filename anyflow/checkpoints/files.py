@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from anyflow import documents
 from anyflow.checkpoints.errors import CheckpointFormatError, listed
+from anyflow.documents import shortened
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -44,18 +47,30 @@ def find_files(path: Path, subfolder: str | None) -> CheckpointFiles:
     Raises:
         CheckpointFormatError: there is nothing there, or more than one set of weights.
     """
-    if not path.exists():
-        raise CheckpointFormatError(f"{path} does not exist; a model of the hub is downloaded first")
-    if path.is_file():
+    if not _is_folder(path):
         if subfolder is not None:
-            raise CheckpointFormatError(f"subfolder={subfolder!r} is of a folder, but {path} is a file")
+            raise CheckpointFormatError(f"subfolder={subfolder!r} is of a folder, but {shortened(path)} is a file")
         return _of_folder(path.parent, path)
     if subfolder is not None:
-        if not (path / subfolder).is_dir():
-            raise CheckpointFormatError(f"{path} has no folder {subfolder}")
+        if not os.path.isdir(path / subfolder):
+            raise CheckpointFormatError(f"{shortened(path)} has no folder {shortened(subfolder)}")
         return _of_folder(path / subfolder, None)
     inner = path / "transformer"
-    return _of_folder(inner if inner.is_dir() and not _candidates(path) else path, None)
+    return _of_folder(inner if os.path.isdir(inner) and not _candidates(path) else path, None)
+
+
+def regular_file(path: Path) -> Path | None:
+    """Return ``path`` if it is a regular file, and None if there is nothing of this name.
+
+    Raises:
+        CheckpointFormatError: it is something else, or a link to nothing.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        return documents.require_regular_file(path)
+    except ValueError as error:
+        raise CheckpointFormatError(str(error)) from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -65,9 +80,9 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointFormatError: it cannot be read, or is not an object.
     """
     try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointFormatError(f"{file} cannot be read as JSON: {error}") from error
+        value = documents.read_json(file)
+    except ValueError as error:
+        raise CheckpointFormatError(str(error)) from None
     if not isinstance(value, dict):
         raise CheckpointFormatError(f"{file} must hold a JSON object, not {type(value).__name__}")
     return value
@@ -84,19 +99,42 @@ def _of_folder(folder: Path, named: Path | None) -> CheckpointFiles:
         files = tuple(folder / name for name in dict.fromkeys(index.values()))
     else:
         files = (weights,)
-    config = folder / CONFIG
-    scheduler = folder.parent / "scheduler" / "scheduler_config.json"
+    in_pipeline = folder.name.startswith("transformer")
     return CheckpointFiles(
         weights=files,
         index=index,
-        config=config if config.is_file() else None,
-        scheduler=scheduler if folder.name.startswith("transformer") and scheduler.is_file() else None,
+        config=regular_file(folder / CONFIG),
+        scheduler=regular_file(folder.parent / "scheduler" / "scheduler_config.json") if in_pipeline else None,
         named=named is not None,
     )
 
 
+def _is_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder and no file; CheckpointFormatError where there is neither."""
+    try:
+        if stat.S_ISDIR(os.stat(path).st_mode):
+            return True
+        documents.require_regular_file(path)
+    except FileNotFoundError:
+        raise CheckpointFormatError(
+            f"{shortened(path)} does not exist; a model of the hub is downloaded first"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = documents.system_reason(error)
+        named = reason if isinstance(error, ValueError) else f"{shortened(path)} cannot be read: {reason}"
+        raise CheckpointFormatError(named) from None
+    return False
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise CheckpointFormatError(f"{shortened(folder)} cannot be read: {documents.system_reason(error)}") from None
+
+
 def _candidates(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix == ".safetensors" or f.name.endswith(INDEX_SUFFIX))
+    return [f for f in _entries(folder) if f.suffix == ".safetensors" or f.name.endswith(INDEX_SUFFIX)]
 
 
 def _choose(folder: Path) -> Path | tuple[Path, ...]:
@@ -114,7 +152,7 @@ def _choose(folder: Path) -> Path | tuple[Path, ...]:
         return folder / WEIGHTS
     if found:
         return tuple(found)
-    torch_files = sorted(f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES)
+    torch_files = [f for f in _entries(folder) if f.suffix in TORCH_SUFFIXES]
     if len(torch_files) != 1:
         what = f"several of torch's files; name one:{listed([f.name for f in torch_files])}" if torch_files else "none"
         raise CheckpointFormatError(
@@ -127,10 +165,10 @@ def _read_index(file: Path) -> dict[str, str]:
     index = read_json(file).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointFormatError(f"{file} has no weight_map of tensors to files")
-    wrong = sorted({repr(name) for name in index.values() if not _is_file_name(name)})
+    wrong = sorted({repr(name)[:200] for name in index.values() if not _is_file_name(name)})
     if wrong:
         raise CheckpointFormatError(f"{file} refers to what is not a .safetensors file beside it:{listed(wrong)}")
-    absent = sorted({name for name in index.values() if not (file.parent / name).is_file()})
+    absent = sorted({name for name in index.values() if not os.path.isfile(file.parent / name)})
     if absent:
         raise CheckpointFormatError(f"{file} refers to files that are absent:{listed(absent)}")
     return index

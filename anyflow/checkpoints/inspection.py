@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers alone."""
+"""What a checkpoint is, from its headers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyflow.checkpoints.architecture import Architecture
-from anyflow.checkpoints.checkpoint import CheckpointFormat, ReadOptions, open_checkpoint
+from anyflow.checkpoints.checkpoint import Checkpoint, CheckpointFormat, ReadOptions, open_checkpoint
 from anyflow.checkpoints.errors import listed
+from anyflow.checkpoints.problems import FiniteCheck, problems_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class CheckpointInfo:
         architecture: of the model; ``architecture.flow_map`` is None for a plain Wan model.
         is_causal: whether it is the causal model's.
         adapter_ranks: of the adapters that it has; empty without.
-        problems: every tensor that is missing, unexpected, or of a wrong shape or type; empty for a sound checkpoint.
+        left_out: the number of tensors of other models in its file, by the first part of their names.
+        problems: everything for which :func:`load_transformer` would refuse it; empty for a sound checkpoint.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class CheckpointInfo:
     architecture: Architecture
     is_causal: bool
     adapter_ranks: tuple[int, ...]
+    left_out: dict[str, int]
     problems: tuple[str, ...]
 
     @property
@@ -49,7 +52,7 @@ class CheckpointInfo:
 
     def __str__(self) -> str:
         flow_map = self.architecture.flow_map
-        types = ", ".join(f"{n / self.num_parameters:.1%} {dtype}" for dtype, n in self.dtypes.items())
+        types = ", ".join(f"{n / max(1, self.num_parameters):.1%} {dtype}" for dtype, n in self.dtypes.items())
         rows = [
             ("path", str(self.path)),
             ("format", self.format.value),
@@ -61,6 +64,8 @@ class CheckpointInfo:
             ("flow map", "no" if flow_map is None else ", ".join(f"{k} {v}" for k, v in vars(flow_map).items())),
             ("causal", "yes" if self.is_causal else "no"),
             ("adapters", f"rank {', '.join(map(str, self.adapter_ranks))}" if self.adapter_ranks else "no"),
+            *[("left out", ", ".join(f"{n} tensors of {part}" for part, n in self.left_out.items()))]
+            * bool(self.left_out),
             *((name.replace("_", " "), str(value)) for name, value in self.architecture.sizes().items()),
             ("complete", f"no:{listed(self.problems)}" if self.problems else "yes"),
         ]
@@ -74,18 +79,26 @@ def inspect(
     subfolder: str | None = None,
     weights: str | None = None,
     attention_head_dim: int | None = None,
+    strict_values: bool = False,
 ) -> CheckpointInfo:
-    """Summarize a checkpoint without reading its tensors; the arguments are those of ``load_transformer``.
+    """Summarize a checkpoint; the arguments are those of ``load_transformer``, whose other ones have their defaults.
+
+    Args:
+        path, subfolder, weights, attention_head_dim: see :func:`load_transformer`.
+        strict_values: read every tensor, and count NaN and infinity among the problems. False reads no tensor.
 
     Raises:
         CheckpointFormatError: it is damaged, contradicts itself, or is of no format that is understood.
     """
     options = ReadOptions(subfolder=subfolder, weights=weights, attention_head_dim=attention_head_dim)
     checkpoint = open_checkpoint(path, options)
-    infos = checkpoint.reader.infos
+    infos = {own: checkpoint.reader.infos[own] for own in _own_names(checkpoint)}
     dtypes: Counter[str] = Counter()
     for info in infos.values():
         dtypes[info.dtype] += math.prod(info.shape)
+    problems = problems_of(checkpoint, checkpoint.architecture.build_empty())
+    if strict_values and not problems:
+        problems = [f"NaN or infinity: {own}" for own in _not_finite(checkpoint)]
     return CheckpointInfo(
         path=checkpoint.path,
         format=checkpoint.format,
@@ -97,8 +110,20 @@ def inspect(
         architecture=checkpoint.architecture,
         is_causal=checkpoint.is_causal,
         adapter_ranks=tuple(sorted({a.rank for a in checkpoint.reader.adapters.values()})),
-        problems=tuple(checkpoint.differences(checkpoint.architecture.build_empty())),
+        left_out=dict(checkpoint.others),
+        problems=tuple(problems),
     )
+
+
+def _own_names(checkpoint: Checkpoint) -> list[str]:
+    return [*checkpoint.names.values(), *checkpoint.unknown, *checkpoint.causal]
+
+
+def _not_finite(checkpoint: Checkpoint) -> list[str]:
+    values = FiniteCheck()
+    for own in checkpoint.names.values():
+        values.add(own, checkpoint.reader.read(own))
+    return values.not_finite()
 
 
 def _readable(num_bytes: int) -> str:

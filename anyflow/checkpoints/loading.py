@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 from anyflow.checkpoints.architecture import FlowMap
 from anyflow.checkpoints.checkpoint import Checkpoint, ReadOptions, open_checkpoint
 from anyflow.checkpoints.errors import CheckpointFormatError, listed
+from anyflow.checkpoints.problems import FiniteCheck, names_in_fp32, others_left_out, problems_of, stored_dtypes
 from anyflow.checkpoints.readers import FLOATS
+from anyflow.documents import shortened
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.validation import shown
 
 
 @torch.inference_mode(False)  # what is made there can never be trained
@@ -26,6 +30,7 @@ def load_transformer(
     lora_alpha: float | None = None,
     attention_head_dim: int | None = None,
     bidirectional: bool = False,
+    strict_values: bool = False,
 ) -> AnyFlowTransformer3DModel:
     """Load the transformer of a checkpoint: all of it, or an error. Under inference mode it is an ordinary one too.
 
@@ -43,70 +48,66 @@ def load_transformer(
         lora_alpha: of adapters that are to be merged, where no ``adapter_config.json`` says it.
         attention_head_dim: where there is no ``config.json`` and it is not Wan's 128.
         bidirectional: take a causal model without its two causal tensors, as a bidirectional one.
+        strict_values: refuse weights with NaN or infinity, as they are stored or in ``dtype``. False warns of them.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         CheckpointFormatError: the checkpoint is damaged, incomplete, contradicts itself or an argument, or is not
-            understood. The message lists what is wrong.
+            understood. The message lists what is wrong, as ``inspect`` does.
         ValueError: an argument is not possible.
     """
     if dtype is not None and dtype not in FLOATS.values():
         raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype}")
-    device = torch.device(device)
+    device = _device(device)
     options = ReadOptions(subfolder, weights, lora_alpha, attention_head_dim, flow_map)
     # Adapters are merged in fp64, which not every other device has.
     checkpoint = open_checkpoint(path, options, merge_on=str(device) if device.type == "cuda" else "cpu")
     if lora_alpha is not None and not checkpoint.reader.adapters:
         raise CheckpointFormatError(f"lora_alpha={lora_alpha} was given, but {path} has no adapters")
-    model = _empty_model(checkpoint, bidirectional)
-    wide = _names_in_fp32(model)
-    dtype = _stored_dtype(checkpoint, wide) if dtype is None else dtype
+    model = _empty_model(checkpoint, dtype, bidirectional)
+    wide = names_in_fp32(model)
+    dtype = FLOATS[stored_dtypes(checkpoint, wide)[0]] if dtype is None else dtype
 
-    parameters = dict(model.named_parameters())
+    parameters, values = dict(model.named_parameters()), FiniteCheck()
     for name, own in checkpoint.names.items():
-        target = torch.promote_types(dtype, torch.float32) if name in wide else dtype
-        _assign(
-            model, name, torch.empty(parameters[name].shape, dtype=target, device=device), checkpoint.reader.read(own)
-        )
+        kept = torch.promote_types(dtype, torch.float32) if name in wide else dtype
+        target = torch.empty(parameters[name].shape, dtype=kept, device=device)
+        _assign(model, name, target, checkpoint.reader.read(own))
+        values.add(own, target)
+    _report(checkpoint, values.not_finite(), strict_values)
     model.to(device)  # the gate, which no file holds
     if flow_map is not None and checkpoint.architecture.flow_map is None:
         model.enable_flow_map(flow_map.gate_value, flow_map.deltatime_type, flow_map.fusion)
     return model
 
 
-def _empty_model(checkpoint: Checkpoint, bidirectional: bool) -> AnyFlowTransformer3DModel:
-    path = checkpoint.path
-    if checkpoint.is_causal and not bidirectional:
-        raise CheckpointFormatError(
-            f"{path} is a causal model, and this class is bidirectional; bidirectional=True loads it without"
-            f"{listed(checkpoint.causal) if checkpoint.causal else ' its causal parts'}"
-        )
-    if bidirectional and not checkpoint.is_causal:
-        raise CheckpointFormatError(f"bidirectional=True is for causal models, but {path} is not one")
-    adapters = checkpoint.reader.adapters
-    if adapters and checkpoint.reader.alpha is None:
-        ranks = ", ".join(str(r) for r in sorted({a.rank for a in adapters.values()}))
-        raise CheckpointFormatError(
-            f"{path} has {len(adapters)} adapters of rank {ranks}, but not their alpha; give lora_alpha"
-        )
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {shown(device)} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None, bidirectional: bool) -> AnyFlowTransformer3DModel:
     model = checkpoint.architecture.build_empty()
-    if lines := checkpoint.differences(model):
-        raise CheckpointFormatError(f"{path} does not hold the tensors of its model:{listed(lines)}")
+    if lines := problems_of(checkpoint, model, dtype=dtype, bidirectional=bidirectional):
+        raise CheckpointFormatError(f"{shortened(checkpoint.path)} cannot be loaded:{listed(lines)}")
     return model
 
 
-def _names_in_fp32(model: AnyFlowTransformer3DModel) -> set[str]:
-    kept = set(model._keep_in_fp32_modules)
-    return {name for name, _ in model.named_parameters() if kept & set(name.split("."))}
-
-
-def _stored_dtype(checkpoint: Checkpoint, wide: set[str]) -> torch.dtype:
-    stored = {checkpoint.reader.infos[own].dtype for name, own in checkpoint.names.items() if name not in wide}
-    if len(stored) != 1:
-        raise CheckpointFormatError(f"{checkpoint.path} is stored in {' and '.join(sorted(stored))}; give dtype")
-    return FLOATS[stored.pop()]
+def _report(checkpoint: Checkpoint, not_finite: list[str], strict_values: bool) -> None:
+    """Refuse or warn of values that are not finite, and say what of a file was left out."""
+    path = shortened(checkpoint.path)
+    if not_finite:
+        count = "1 tensor has" if len(not_finite) == 1 else f"{len(not_finite)} tensors have"
+        message = f"{path}: {count} NaN or infinity as loaded:{listed(not_finite)}"
+        if strict_values:
+            raise CheckpointFormatError(message)
+        warnings.warn(f"{message}\nstrict_values=True refuses such weights", stacklevel=4)
+    if checkpoint.others:
+        warnings.warn(f"{path}: left out are {others_left_out(checkpoint)}", stacklevel=4)
 
 
 @torch.no_grad()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+from anyflow.checkpoints.errors import CheckpointFormatError, listed
 
 _NAME = re.compile(r"(?P<block>blocks\.\d+\.)?(?P<module>.+?)(?P<leaf>\.weight|\.bias)?")
 _EMBEDDER = "condition_embedder"
@@ -113,18 +116,105 @@ FASTVIDEO = Naming(
 
 NAMINGS = (ORIGINAL, FASTVIDEO, DIFFUSERS)
 
-# What PEFT and ComfyUI put before every name.
-_PREFIXES = ("base_model.model.", "model.diffusion_model.")
+# Modules that torch puts around others (torch.compile, FSDP, activation checkpointing), wherever they are.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Of every transformer one, told from an image encoder's by its axes; then others, should it be absent.
+_ANCHORS = (
+    (re.compile(r"(?P<prefix>(?:.+\.)?)patch_embedding\.(?:proj\.)?weight"), 5),
+    (re.compile(r"(?P<prefix>(?:.+\.)?)(?:condition_embedder\.time_embedder\.\w|time_embedding\.0\.weight).*"), 2),
+    (re.compile(r"(?P<prefix>(?:.+\.)?)blocks\.\d+\.(?:attn1|self_attn|ffn)\..+"), 2),
+)
+# First parts of names of a pipeline's other models, in single files of ComfyUI and others.
+_OTHER_PARTS = (
+    "audio_encoder",
+    "clip",
+    "clip_vision",
+    "cond_stage_model",
+    "conditioner",
+    "first_stage_model",
+    "image_encoder",
+    "text_encoder",
+    "text_encoders",
+    "vae",
+)
 
 
 def naming_of(names: Iterable[str]) -> Naming | None:
-    """The naming that one of the names tells, or None."""
+    """Return the naming that one of the names tells, or None."""
     names = tuple(names)
     found = (naming for naming in NAMINGS if any(mark in name for mark in naming.marks for name in names))
     return next(found, None)
 
 
-def common_prefix(names: Iterable[str]) -> str:
-    """The known prefix that every one of the names has, or an empty string."""
-    names = tuple(names)
-    return next((prefix for prefix in _PREFIXES if names and all(name.startswith(prefix) for name in names)), "")
+@dataclass(frozen=True)
+class Located:
+    """Where the transformer is among the tensors of a file.
+
+    Attributes:
+        names: from the names without prefix and wrappers to the file's own.
+        prefix: before every name of the transformer: ``module.``, ``model.diffusion_model.``.
+        others: the number of tensors of each other model that the file has, by the first part of their names.
+    """
+
+    names: Mapping[str, str]
+    prefix: str
+    others: Mapping[str, int]
+
+
+def locate(shapes: Mapping[str, tuple[int, ...]], where: str) -> Located:
+    """Find the one transformer among the tensors of a file, under whatever prefix.
+
+    Args:
+        shapes: of the tensors by their own names.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointFormatError: there are several transformers; a tensor is neither the transformer's nor of another
+            model of a pipeline; or two names are one without wrappers.
+    """
+    unwrapped: dict[str, str] = {}
+    for own in shapes:
+        name = _WRAPPERS.sub("", own)
+        if name in unwrapped:
+            raise CheckpointFormatError(f"{where}: {unwrapped[name]} and {own} are one tensor of the model")
+        unwrapped[name] = own
+    prefixes = _prefixes({name: shapes[own] for name, own in unwrapped.items()})
+    if len(prefixes) > 1:
+        raise CheckpointFormatError(
+            f"{where} holds {len(prefixes)} transformers, under {', '.join(p or 'no prefix' for p in prefixes)}; "
+            f"save one of them to a file of its own"
+        )
+    prefix = prefixes[0] if prefixes else ""
+    outside = [name for name in unwrapped if not name.startswith(prefix) or (prefixes and _is_of_other_part(name))]
+    left_out = set(outside)
+    inside = {name.removeprefix(prefix): own for name, own in unwrapped.items() if name not in left_out}
+    if strange := [unwrapped[name] for name in outside if not _is_of_other_part(name)]:
+        raise CheckpointFormatError(
+            f"{where}: the transformer is under {prefix}, and these tensors are neither of it nor of another model "
+            f"that is known:{listed(strange)}"
+        )
+    return Located(inside, prefix, Counter(name.partition(".")[0] + "." for name in outside))
+
+
+def prefix_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return what stands before every name of the one transformer; nothing where there is none or more than one.
+
+    Args:
+        shapes: of the tensors by their own names.
+    """
+    prefixes = _prefixes(shapes)
+    return prefixes[0] if len(prefixes) == 1 else ""
+
+
+def _is_of_other_part(name: str) -> bool:
+    return name.partition(".")[0] in _OTHER_PARTS
+
+
+def _prefixes(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    own = {name: shape for name, shape in shapes.items() if not _is_of_other_part(name)}
+    for pattern, axes in _ANCHORS:
+        matches = (pattern.fullmatch(name) for name, shape in own.items() if len(shape) == axes)
+        found = {match["prefix"] for match in matches if match is not None}
+        if found:
+            return sorted(found)
+    return []

@@ -1,10 +1,8 @@
-"""Tensors of a checkpoint's files by name, one at a time: safetensors, and torch's files without their pickled code."""
+"""Tensors of a checkpoint's files by name, one at a time: safetensors, and files of ``torch.save``."""
 
 from __future__ import annotations
 
 import math
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from anyflow.checkpoints.errors import CheckpointFormatError, listed
+from anyflow.checkpoints.torch_files import TensorRecord, TorchFile
+from anyflow.documents import require_content, shortened
 
 FLOATS: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -48,7 +48,7 @@ class Reader(Protocol):
     def infos(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU, possibly a view of the file: copy it, do not write to it."""
+        """The tensor on the CPU, perhaps a view of the file: copy it, do not write to it."""
         ...
 
 
@@ -63,7 +63,7 @@ class SafetensorsReader:
         self.infos: dict[str, TensorInfo] = {}
         self._files: dict[str, Path] = {}
         for file in files:
-            for name, info in _read_header(file).items():
+            for name, info in read_header(file).items():
                 if name in self._files:
                     raise CheckpointFormatError(f"{name} is in both {self._files[name]} and {file}; name one file")
                 self.infos[name], self._files[name] = info, file
@@ -95,7 +95,7 @@ class SafetensorsReader:
 class TorchReader:
     """The tensors of a file of ``torch.save``: a state dict, or a training file with ``ema`` or ``model_state_dict_g``.
 
-    Nothing in the file is executed (``weights_only=True``).
+    Nothing in the file is executed, and each storage has the size that its tensors need (:class:`TorchFile`).
 
     Args:
         file: path.
@@ -106,62 +106,55 @@ class TorchReader:
     """
 
     def __init__(self, file: Path, weights: str | None) -> None:
-        self._file, self._weights = file, weights
-        self._tensors = self._load()
-        self.infos = {
-            name: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape), t.numel() * t.element_size())
-            for name, t in self._tensors.items()
-        }
-        self._count = 0
-
-    def read(self, name: str) -> Tensor:
-        if self._count > _REMAP_BYTES:
-            self._tensors, self._count = {}, 0
-            self._tensors = self._load()
-        tensor = self._tensors[name]
-        self._count += tensor.nbytes
-        return tensor
-
-    def _load(self) -> dict[str, Tensor]:
-        file = self._file
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except pickle.UnpicklingError as error:
-            raise CheckpointFormatError(
-                f"{file} is damaged, or needs Python code to be unpickled, which is refused: save a dictionary of "
-                f"tensors alone. ({str(error).splitlines()[0]})"
-            ) from error
-        except Exception as error:  # a damaged pickle can raise anything
-            raise CheckpointFormatError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
-        tensors = self._section(content)
-        wrong = [f"{name}: {_what(value)}" for name, value in tensors.items() if not _is_plain(name, value)]
-        if wrong or not tensors:
+        require_weights_file(file)
+        self._file = TorchFile(file)
+        content = self._section(self._file.content, weights)
+        wrong = [f"{str(name)[:200]}: {what}" for name, value in content.items() if (what := _problem(name, value))]
+        if wrong or not content:
             raise CheckpointFormatError(
                 f"{file} should hold tensors by name, but has{listed(wrong) if wrong else ' none'}"
             )
-        return tensors
+        self._tensors: dict[str, TensorRecord] = content
+        self.infos = {
+            name: TensorInfo(str(t.dtype).removeprefix("torch."), t.shape, t.numel * t.dtype.itemsize)
+            for name, t in self._tensors.items()
+        }
 
-    def _section(self, content: object) -> dict[str, Tensor]:
+    def read(self, name: str) -> Tensor:
+        return self._file.read(self._tensors[name])
+
+    def _section(self, content: object, weights: str | None) -> dict[str, Any]:
+        path = self._file.path
         if not isinstance(content, dict):
-            raise CheckpointFormatError(f"{self._file} should hold a dictionary, not {type(content).__name__}")
+            raise CheckpointFormatError(f"{path} should hold a dictionary, not {_kind(content)}")
         present = [kind for kind, key in SECTIONS.items() if isinstance(content.get(key), dict)]
-        if self._weights is None:
+        if weights is None:
             return content[SECTIONS[present[0]]] if present else content
-        if self._weights not in present:
+        if weights not in present:
             has = " and ".join(present) if present else "one set of weights only"
-            raise CheckpointFormatError(f"weights={self._weights!r}: {self._file} has {has}")
-        return content[SECTIONS[self._weights]]
+            raise CheckpointFormatError(f"weights={weights!r}: {path} has {has}")
+        return content[SECTIONS[weights]]
 
 
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def require_weights_file(file: Path) -> None:
+    """Refuse what cannot be weights by its kind or its first bytes, before anything else opens it.
+
+    Raises:
+        CheckpointFormatError: the file is absent, a folder, FIFO or device, empty, a pointer of git-lfs or a web page.
+    """
     try:
-        yield
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointFormatError(f"{file} is not a complete safetensors file: {error}") from error
+        require_content(file)
+    except ValueError as error:
+        raise CheckpointFormatError(str(error)) from None
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file by name, of which only the header is read.
+
+    Raises:
+        CheckpointFormatError: the file is not a complete safetensors file; the message says what it is.
+    """
+    require_weights_file(file)
     infos = {}
     with _reading(file), safe_open(file, "pt") as handle:
         for name in handle.offset_keys():
@@ -173,12 +166,25 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _is_plain(name: object, value: object) -> bool:
-    """A dense tensor whose elements are all in the file, and not repeated by strides."""
-    if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-        return False
-    return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # safetensors raises errors of many kinds
+        raise CheckpointFormatError(
+            f"{shortened(file)} is not a complete safetensors file: {str(error)[:200]}"
+        ) from error
 
 
-def _what(value: object) -> str:
-    return f"a tensor of {tuple(value.shape)} that is not dense" if isinstance(value, Tensor) else type(value).__name__
+def _problem(name: object, value: object) -> str | None:
+    if isinstance(name, str) and isinstance(value, TensorRecord):
+        return value.problem()
+    return f"{_kind(value)} under a name that is {_kind(name)}" if isinstance(value, TensorRecord) else _kind(value)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, TensorRecord):
+        return "a tensor"
+    if isinstance(value, dict):
+        return "a dictionary"
+    return type(value).__name__ if type(value).__module__ == "builtins" else "another value"

@@ -16,13 +16,17 @@ from anyflow.checkpoints.architecture import ANYFLOW, WAN, FlowMap
 from anyflow.checkpoints.errors import CheckpointFormatError
 from anyflow.checkpoints.files import CONFIG, find_files, read_json
 from anyflow.checkpoints.loading import load_transformer
+from anyflow.documents import shortened
+from anyflow.locking import locks_folder
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.writing import writing
 
 # The older class differs in the name, and in the default of a setting that it always writes.
 _SCHEDULERS = ("FlowMapEulerDiscreteScheduler", "FlowMapDiscreteScheduler")
 
 
+@locks_folder("out", beside=True)
 def save(
     model: AnyFlowTransformer3DModel,
     out: Path | str,
@@ -45,9 +49,18 @@ def save(
         ``out``.
 
     Raises:
-        ValueError: ``out`` is not empty, or diffusers has no such model.
+        ValueError: ``out`` is not empty or in use, or diffusers has no such model.
+        OSError: the system refuses to write, such as on a full disk; ``out`` is as before.
     """
-    out = Path(out)
+    return _save(model, Path(out), scheduler, max_shard_size)
+
+
+def _save(
+    model: AnyFlowTransformer3DModel,
+    out: Path,
+    scheduler: FlowMapEulerDiscreteScheduler | None,
+    max_shard_size: int | str,
+) -> Path:
     _diffusers_config(model)  # before anything is written
     with new_folder(out) as partial:
         write_transformer(model, partial / "transformer", max_shard_size=max_shard_size)
@@ -65,26 +78,36 @@ def write_transformer(model: AnyFlowTransformer3DModel, folder: Path, *, max_sha
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder to write to, which becomes ``out`` when nothing has failed.
+    """Yield a temporary folder to write to, which becomes ``out`` when nothing has failed, and goes otherwise.
 
     Raises:
         ValueError: ``out`` is not empty.
+        OSError: the system refuses to write; the error names a path.
     """
     require_empty(out)
-    partial = out.with_name(f".{out.name}.tmp")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    yield partial
-    os.replace(partial, out)
+    target = Path(os.path.realpath(out))
+    partial = target.with_name(f".{target.name}.tmp")
+    with writing(out):
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            os.replace(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # half a model would keep a full disk full
+            raise
 
 
 def require_empty(out: Path) -> None:
-    """ValueError unless there is nothing at ``out`` but perhaps an empty folder."""
+    """Raise a ValueError unless there is nothing at ``out`` but perhaps an empty folder."""
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{shortened(out)} is a link to nothing; name another folder")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; name another one")
 
 
+@locks_folder("out", beside=True)
 def convert(
     path: Path | str,
     out: Path | str,
@@ -99,6 +122,7 @@ def convert(
     bidirectional: bool = False,
     shift: float | None = None,
     max_shard_size: int | str = "10GB",
+    strict_values: bool = False,
 ) -> Path:
     """Write a checkpoint of any format as :func:`save` does.
 
@@ -115,6 +139,7 @@ def convert(
 
     Raises:
         ValueError: as :func:`load_transformer` and :func:`save`.
+        OSError: as :func:`save`.
     """
     if to != "diffusers":
         raise ValueError(f"to must be diffusers, got {to!r}")
@@ -129,8 +154,9 @@ def convert(
         lora_alpha=lora_alpha,
         attention_head_dim=attention_head_dim,
         bidirectional=bidirectional,
+        strict_values=strict_values,
     )
-    return save(model, out, scheduler=scheduler, max_shard_size=max_shard_size)
+    return _save(model, Path(out), scheduler, max_shard_size)
 
 
 def load_scheduler(path: Path | str, subfolder: str | None = None) -> FlowMapEulerDiscreteScheduler | None:
@@ -147,7 +173,7 @@ def load_scheduler(path: Path | str, subfolder: str | None = None) -> FlowMapEul
         return None
     try:
         return FlowMapEulerDiscreteScheduler.from_config(config)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise CheckpointFormatError(f"{file}: {error}") from error
 
 

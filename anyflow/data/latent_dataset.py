@@ -1,13 +1,7 @@
-"""Videos as latents on disk: the format, its writer and its reader.
+"""Videos as latents on disk: the reader and the writer of the files that ``latent_format`` describes.
 
-A folder holds
-
-    dataset.json                  a :class:`DatasetInfo`, and the number of rows once all are written
-    negative_prompt.safetensors   ``prompt_embeds`` [S, text_dim] fp32, unpadded
-    shard-000000.arrow, ...       the rows, in order; the schema is ``SCHEMA``
-
-A shard is an Arrow stream with one record batch per row (``datasets.Dataset.from_file`` opens one too). Numbers are
-fp32 and come back bit for bit. Reading maps the shards into memory: opening costs no more than their headers.
+Numbers are fp32 and come back bit for bit. Reading maps the shards into memory: opening costs their headers, their
+digests and a few rows; every row that is read is compared with its digest.
 """
 
 from __future__ import annotations
@@ -15,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,104 +22,79 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from anyflow.data.sample import Sample
-
-try:
-    import pyarrow as pa
-    import pyarrow.compute
-except ImportError as error:
-    raise ImportError("latent datasets need pyarrow: pip install 'anyflow[train]'") from error
-
-FORMAT = "anyflow-latents"
-VERSION = 1
-INFO_FILE = "dataset.json"
-NEGATIVE_FILE = "negative_prompt.safetensors"
-SCHEMA = pa.schema(
-    [
-        ("file", pa.string()),
-        ("caption", pa.string()),
-        ("latents", pa.large_list(pa.float32())),
-        ("latents_shape", pa.list_(pa.int32(), 4)),  # F, C, H, W
-        ("prompt_embeds", pa.large_list(pa.float32())),  # [tokens, text_dim], unpadded
-        ("digest", pa.string()),  # of the row's numbers
-    ]
+from anyflow.data.latent_format import (
+    INFO_FILE,
+    NEGATIVE_FILE,
+    SCHEMA,
+    DatasetInfo,
+    DatasetRecord,
+    check_same,
+    check_shard,
+    file_digest,
+    map_shard,
+    matches_digest,
+    pa,
+    publish,
+    read_record,
+    row_digest,
+    shard_digest,
+    shards,
+    write_record,
+    written_rows,
 )
+from anyflow.data.sample import Sample
+from anyflow.documents import require_regular_file
+from anyflow.writing import write_bytes, writing
 
+__all__ = [
+    "INFO_FILE",
+    "NEGATIVE_FILE",
+    "SCHEMA",
+    "DatasetInfo",
+    "DatasetRecord",
+    "LatentDataset",
+    "LatentWriter",
+    "check_same",
+    "damages",
+    "read_record",
+    "shards",
+    "written_rows",
+]
 
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What all rows of a dataset share.
-
-    Args:
-        latent_shape: ``(F, C, H, W)``.
-        text_length: tokens that prompts are zero-padded to when they are read.
-        text_dim: width of a token.
-        source: what made the numbers, as JSON values; two datasets with equal sources were made alike.
-    """
-
-    latent_shape: tuple[int, int, int, int]
-    text_length: int
-    text_dim: int
-    source: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        if len(self.latent_shape) != 4 or min(*self.latent_shape, self.text_length, self.text_dim) < 1:
-            raise ValueError(
-                "latent_shape must be four positive sizes (F, C, H, W), text_length and text_dim positive, got "
-                f"{self.latent_shape}, {self.text_length}, {self.text_dim}"
-            )
-
-
-def read_info(folder: Path) -> tuple[DatasetInfo, int | None]:
-    """``dataset.json`` of a folder: its facts, and the number of rows or None while they are being written.
-
-    Raises:
-        ValueError: there is none, it is damaged, or of another version.
-    """
-    path = folder / INFO_FILE
-    names = {field.name for field in fields(DatasetInfo)}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict) or set(raw) != {"format", "version", "rows"} | names:
-            raise ValueError(f"expected an object with the keys {sorted({'format', 'version', 'rows'} | names)}")
-        if (raw["format"], raw["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"this release reads {FORMAT} {VERSION}, not {raw['format']} {raw['version']}")
-        values = {name: raw[name] for name in names}
-        return DatasetInfo(**values | {"latent_shape": tuple(values["latent_shape"])}), raw["rows"]
-    except FileNotFoundError:
-        raise ValueError(
-            f"no latent dataset at {folder}: it has no {INFO_FILE} (`anyflow preprocess` writes one)"
-        ) from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not usable: {error}") from None
+_SAMPLED_ROWS = 4  # that opening reads whole
 
 
 class LatentDataset:
-    """The reader.
+    """Reads a dataset.
 
     Args:
         folder: written by :class:`LatentWriter`.
+        sampled_rows: rows, evenly spaced, that are compared with their digests at once; all others when they are read.
 
     Raises:
-        ValueError: the folder is no finished dataset, a shard is damaged or missing, or a row has a shape of its own;
-            when a row is read, it holds NaN or infinity. The message names the row and the video.
+        ValueError: the folder is no finished dataset, a shard is damaged, missing, exchanged or of another dataset, or
+            a row has a shape of its own; when a row is read, its content is not what was written, or holds NaN or
+            infinity. The message names the row and the video.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, sampled_rows: int = _SAMPLED_ROWS) -> None:
         self.folder = folder
-        self.info, rows = read_info(folder)
+        self.record = read_record(folder)
+        self.info, rows = self.record.info, self.record.rows
         if rows is None:
             raise ValueError(f"{folder} is not finished: run the same `anyflow preprocess` again")
-        self._table = pa.concat_tables([_map_shard(path) for path in shards(folder)] or [SCHEMA.empty_table()])
+        self._table = pa.concat_tables([*self._checked_shards()] or [SCHEMA.empty_table()])
         if len(self._table) != rows:
             raise ValueError(f"{folder} should have {rows} rows, not {len(self._table)}: a shard is missing or cut off")
         if rows == 0:
             raise ValueError(f"{folder} holds no videos")
         self._check_shapes()
-        self._negative = self._read_negative()
+        self._negative = _read_negative(folder, self.record)
+        for row in sorted({*np.linspace(0, rows - 1, num=sampled_rows, dtype=int).tolist()}):
+            self._numbers(row)
 
-    def __reduce__(self) -> tuple[type[LatentDataset], tuple[Path]]:
-        return type(self), (self.folder,)  # to a worker process goes the path, not the data
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return _reopened, (self.folder,)  # to a worker process goes the path, not the data
 
     def __len__(self) -> int:
         return len(self._table)
@@ -133,16 +102,24 @@ class LatentDataset:
     def __getitem__(self, index: int, /) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"row must be in 0..{len(self) - 1}, got {index}")
-        latents = self._numbers("latents", index).view(self.info.latent_shape)
-        return Sample(latents, self._padded(self._numbers("prompt_embeds", index).view(-1, self.info.text_dim)))
+        latents, embeds = (torch.from_numpy(values.copy()) for values in self._numbers(index))
+        return Sample(latents.view(self.info.latent_shape), self._padded(embeds.view(-1, self.info.text_dim)))
 
     def file(self, index: int) -> str:
-        """The video a row was made from, relative to the folder of videos."""
+        """Return the video a row was made from, relative to the folder of videos."""
         return str(self._table["file"][index])
 
     def caption(self, index: int) -> str:
-        """The caption of a row, as written by its author."""
+        """Return the caption of a row, as written by its author."""
         return str(self._table["caption"][index])
+
+    def check_row(self, index: int) -> None:
+        """Compare a row with its digest.
+
+        Raises:
+            ValueError: it is damaged, or holds NaN or infinity.
+        """
+        self._numbers(index)
 
     @property
     def negative_prompt_embeds(self) -> Tensor:
@@ -161,29 +138,44 @@ class LatentDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Of ``dataset.json`` and of the numbers of every row, in order."""
+        """Identify the facts of ``dataset.json`` and the rows that were written, in order, by their digests.
+
+        A row that was damaged later has the same digest; reading it is an error, and so is opening a dataset whose
+        digests are not those recorded of its shards.
+        """
         content = hashlib.blake2b(json.dumps(asdict(self.info), sort_keys=True).encode(), digest_size=16)
         content.update(self._negative.numpy().tobytes())
         for digest in self._table["digest"].to_pylist():
             content.update(digest.encode())
         return content.hexdigest()
 
-    def _read_negative(self) -> Tensor:
-        path = self.folder / NEGATIVE_FILE
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-        embeds = tensors.get("prompt_embeds", torch.empty(0))
-        if embeds.ndim != 2 or embeds.shape[1] != self.info.text_dim or not 1 <= len(embeds) <= self.info.text_length:
-            raise ValueError(f"{path} must hold prompt_embeds [1..{self.info.text_length}, {self.info.text_dim}]")
-        return embeds
+    def _checked_shards(self) -> Iterator[Any]:
+        found = shards(self.folder)
+        missing = sorted(set(self.record.shards or {}) - {path.name for path in found})
+        if missing:
+            raise ValueError(
+                f"{self.folder} should have {self.record.rows} rows, not {sum(len(map_shard(path)) for path in found)}:"
+                f" {', '.join(missing)} is missing"
+            )
+        for path in found:
+            table = map_shard(path)
+            check_shard(path, table, self.record)
+            yield table
 
-    def _numbers(self, column: str, index: int) -> Tensor:
-        values = torch.from_numpy(self._table[column][index].values.to_numpy().copy())
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"{self._name(index)}: its {column} hold NaN or infinite values")
-        return values
+    def _numbers(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return latents and prompt of a row as flat views of the mapped file, once they match their digest."""
+        try:
+            latents, embeds = (self._table[name][index].values.to_numpy() for name in ("latents", "prompt_embeds"))
+            digest = str(self._table["digest"][index])
+            sound = matches_digest(digest, self.file(index), self.caption(index), (latents, embeds))
+        except (pa.ArrowException, UnicodeDecodeError):
+            sound = False
+        if not sound:
+            raise ValueError(f"{self._name(index)} is damaged: its content is not what was written")
+        for name, values in (("latents", latents), ("prompt_embeds", embeds)):
+            if not np.isfinite(values).all():
+                raise ValueError(f"{self._name(index)}: its {name} hold NaN or infinite values")
+        return latents, embeds
 
     def _padded(self, embeds: Tensor) -> Tensor:
         return torch.nn.functional.pad(embeds, (0, 0, 0, self.info.text_length - len(embeds)))
@@ -205,7 +197,9 @@ class LatentDataset:
             )
 
     def _lengths(self, column: str) -> np.ndarray:
-        return pa.compute.list_value_length(self._table[column]).to_numpy()
+        import pyarrow.compute
+
+        return pyarrow.compute.list_value_length(self._table[column]).to_numpy()
 
     def _name(self, row: int) -> str:
         return f"row {row} ({self.file(row)}) of {self.folder}"
@@ -222,30 +216,40 @@ class LatentWriter:
         info: of the dataset; the same as in the earlier run.
         negative_prompt_embeds: ``[S, text_dim]`` fp32, unpadded.
         rows_per_shard: rows that a kill can cost.
+        packages: the versions that make the rows, by package, for the record; those of earlier runs stay in it.
 
     Raises:
-        ValueError: the folder holds a dataset that was made otherwise.
+        ValueError: the folder holds a dataset that was made otherwise, or a damaged one.
     """
 
     def __init__(
-        self, folder: Path, info: DatasetInfo, negative_prompt_embeds: Tensor, *, rows_per_shard: int = 32
+        self,
+        folder: Path,
+        info: DatasetInfo,
+        negative_prompt_embeds: Tensor,
+        *,
+        rows_per_shard: int = 32,
+        packages: Mapping[str, str | None] | None = None,
     ) -> None:
         if rows_per_shard < 1:
             raise ValueError(f"rows_per_shard must be >= 1, got {rows_per_shard}")
         self._folder, self._info, self._rows_per_shard = folder, info, rows_per_shard
         folder.mkdir(parents=True, exist_ok=True)
+        self._packages = None if packages is None else {name: [version] for name, version in packages.items()}
+        self._shards: dict[str, str] = {}
+        self._rows = 0
         if (folder / INFO_FILE).exists():
-            check_same(folder, asdict(read_info(folder)[0]), asdict(info))
+            self._go_on(read_record(folder))
         elif shards(folder):
             raise ValueError(f"{folder} has shards but no {INFO_FILE}")
         else:
             embeds = negative_prompt_embeds.float().contiguous()
-            _write_atomically(folder / NEGATIVE_FILE, save({"prompt_embeds": embeds}))
-        self._write_info(rows=None)
-        self._rows = len(written_rows(folder))
+            write_bytes(folder / NEGATIVE_FILE, save({"prompt_embeds": embeds}))
+        self._negative = file_digest(require_regular_file(folder / NEGATIVE_FILE))
+        self._write_record(rows=None)
         self._shard = max((int(path.stem.removeprefix("shard-")) + 1 for path in shards(folder)), default=0)
         self._stream: Any = None
-        self._in_shard = 0
+        self._digests: list[str] = []
 
     def add(self, file: str, caption: str, latents: Tensor, prompt_embeds: Tensor) -> None:
         """Append a row: ``latents[F, C, H, W]`` and ``prompt_embeds[S, text_dim]``, unpadded."""
@@ -253,95 +257,134 @@ class LatentWriter:
             raise ValueError(f"{file}: latents must be {list(self._info.latent_shape)}, got {list(latents.shape)}")
         values = latents.float().contiguous().numpy()
         tokens = prompt_embeds.float().contiguous().numpy()
-        digest = hashlib.blake2b(values.tobytes() + tokens.tobytes(), digest_size=16).hexdigest()
+        digest = row_digest(file, caption, (values.reshape(-1), tokens.reshape(-1)))
         columns = [[file], [caption], [values.reshape(-1)], [values.shape], [tokens.reshape(-1)], [digest]]
         arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-        if self._stream is None:
-            self._stream = pa.ipc.new_stream(str(self._temporary), SCHEMA)
-        self._stream.write_batch(pa.record_batch(arrays, schema=SCHEMA))
-        self._in_shard += 1
-        if self._in_shard == self._rows_per_shard:
+        with writing(self._temporary):
+            if self._stream is None:
+                self._stream = pa.ipc.new_stream(str(self._temporary), SCHEMA)
+            self._stream.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+        self._digests.append(digest)
+        if len(self._digests) == self._rows_per_shard:
             self._close_shard()
 
     def finish(self) -> None:
         """Write what is left and declare the dataset complete."""
         if self._stream is not None:
             self._close_shard()
-        self._write_info(rows=self._rows)
+        self._write_record(rows=self._rows)
 
     def __enter__(self) -> LatentWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._stream is not None:
-            self._stream.close()
-            self._temporary.unlink()
+            with suppress(OSError):  # on a full disk, closing fails as writing did
+                self._stream.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _go_on(self, record: DatasetRecord) -> None:
+        """Take over what an earlier run wrote, if it is sound."""
+        check_same(self._folder, asdict(record.info), asdict(self._info))
+        _read_negative(self._folder, record)
+        for path in shards(self._folder):
+            table = map_shard(path)
+            if path.name in (record.shards or {}):  # a run that was killed may not have recorded its last one
+                check_shard(path, table, record)
+            self._shards[path.name] = shard_digest(table["digest"].to_pylist())
+            self._rows += len(table)
+        if self._packages is not None and self._shards:
+            before = {name: [None] for name in self._packages} if record.packages is None else record.packages
+            names = {**before, **self._packages}
+            self._packages = {
+                name: sorted({*before.get(name, [None]), *self._packages.get(name, [])}, key=str) for name in names
+            }
+        elif self._packages is None and record.packages is not None:
+            self._packages = dict(record.packages)
 
     @property
     def _temporary(self) -> Path:
         return self._folder / f".shard-{self._shard:06d}.arrow.tmp"
 
     def _close_shard(self) -> None:
-        self._stream.close()
-        self._stream = None
-        _publish(self._temporary, self._folder / f"shard-{self._shard:06d}.arrow")
-        self._rows += self._in_shard
+        name = f"shard-{self._shard:06d}.arrow"
+        with writing(self._temporary):
+            self._stream.close()
+            self._stream = None
+            publish(self._temporary, self._folder / name)
+        self._shards[name] = shard_digest(self._digests)
+        self._rows += len(self._digests)
         self._shard += 1
-        self._in_shard = 0
+        self._digests = []
+        self._write_record(rows=None)
 
-    def _write_info(self, rows: int | None) -> None:
-        facts = {"format": FORMAT, "version": VERSION, "rows": rows, **asdict(self._info)}
-        _write_atomically(self._folder / INFO_FILE, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def shards(folder: Path) -> list[Path]:
-    """The shards of a dataset, in order."""
-    return sorted(folder.glob("shard-*.arrow"))
+    def _write_record(self, rows: int | None) -> None:
+        write_record(self._folder, DatasetRecord(self._info, rows, self._packages, self._shards, self._negative))
 
 
-def written_rows(folder: Path) -> list[tuple[str, str]]:
-    """``(file, caption)`` of every row in a finished shard, in order."""
-    rows: list[tuple[str, str]] = []
-    for path in shards(folder):
-        table = _map_shard(path)
-        rows += zip(table["file"].to_pylist(), table["caption"].to_pylist(), strict=True)
-    return rows
+def damages(folder: Path) -> list[str]:
+    """Read a whole dataset and describe what is damaged in it, by shard and row; an empty list for a sound one.
 
+    A dataset that is not finished is examined as far as it goes.
 
-def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """ValueError that lists every fact in which a dataset differs from what is about to be added to it."""
-    before, now = (json.loads(json.dumps(facts)) for facts in (before, now))
-    changes = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in now if before.get(key) != now[key]]
-    if changes:
-        raise ValueError(f"{folder} was made with other settings ({'; '.join(changes)}); choose another folder")
-
-
-def _map_shard(path: Path) -> Any:
+    Raises:
+        ValueError: the folder holds no dataset, or its ``dataset.json`` is damaged.
+    """
+    record = read_record(folder)
+    found: list[str] = []
     try:
-        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if table.schema != SCHEMA:
-        raise ValueError(f"{path} has columns {table.schema.names} of other types or names than {SCHEMA.names}")
-    return table
+        _read_negative(folder, record)
+    except ValueError as error:
+        found.append(str(error))
+    there = shards(folder)
+    absent = sorted(set(record.shards or {}) - {path.name for path in there})
+    found += [f"{folder / name} is missing" for name in absent]
+    rows = 0
+    for path in there:
+        try:
+            table = map_shard(path)
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        rows += len(table)
+        found += _shard_damages(path, table, record)
+    if record.rows is not None and not found and rows != record.rows:
+        found.append(f"{folder} should have {record.rows} rows, not {rows}: a shard is missing or cut off")
+    return found
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    _publish(temporary, path)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Rename a finished file, with its content on the disk before and its name after."""
-    _sync(temporary)
-    temporary.rename(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _shard_damages(path: Path, table: Any, record: DatasetRecord) -> list[str]:
+    found = []
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if record.rows is not None or path.name in (record.shards or {}):  # a killed run may not have recorded its last
+            check_shard(path, table, record)
+    except ValueError as error:
+        found.append(str(error))
+    for row in range(len(table)):
+        file, caption, digest = (str(table[name][row]) for name in ("file", "caption", "digest"))
+        numbers = [table[name][row].values.to_numpy() for name in ("latents", "prompt_embeds")]
+        if not matches_digest(digest, file, caption, numbers):
+            found.append(f"{path}, row {row} of it ({file}) is damaged: its content is not what was written")
+    return found
+
+
+def _reopened(folder: Path) -> LatentDataset:
+    return LatentDataset(folder, sampled_rows=0)
+
+
+def _read_negative(folder: Path, record: DatasetRecord) -> Tensor:
+    path, info = folder / NEGATIVE_FILE, record.info
+    try:
+        tensors = load_file(require_regular_file(path))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    embeds = tensors.get("prompt_embeds", torch.empty(0))
+    if embeds.ndim != 2 or embeds.shape[1] != info.text_dim or not 1 <= len(embeds) <= info.text_length:
+        raise ValueError(f"{path} must hold prompt_embeds [1..{info.text_length}, {info.text_dim}]")
+    if embeds.dtype != torch.float32:
+        raise ValueError(f"{path} must hold prompt_embeds in float32, not {embeds.dtype}")
+    if record.negative is not None and file_digest(path) != record.negative:
+        raise ValueError(f"{path} is damaged: its content is not what was written")
+    if not bool(torch.isfinite(embeds).all()):
+        raise ValueError(f"{path}: its prompt_embeds hold NaN or infinite values")
+    return embeds

@@ -8,14 +8,17 @@ number of samples it has used.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from anyflow.data.sample import Batch, Sample, VideoDataset
+from anyflow.versions import TEXT_PACKAGES, differences, installed_versions
 
 if TYPE_CHECKING:
     from anyflow.training.config import DataConfig
@@ -24,7 +27,9 @@ __all__ = ["Batch", "Sample", "TrainingData", "VideoDataset", "open_dataset"]
 
 
 def open_dataset(config: DataConfig) -> VideoDataset:
-    """The dataset a recipe names.
+    """Open the dataset that a recipe names.
+
+    A ``UserWarning`` says where its prompts may not be those that this installation would encode.
 
     Raises:
         ValueError: nothing usable at ``config.path``; the message names the folder, and the row if one is at fault.
@@ -37,7 +42,24 @@ def open_dataset(config: DataConfig) -> VideoDataset:
     from anyflow.data.latent_dataset import LatentDataset
 
     assert config.path is not None
-    return LatentDataset(Path(config.path))
+    dataset = LatentDataset(Path(config.path))
+    doubt = _doubt(dataset.record.packages)
+    if doubt is not None and not (dist.is_initialized() and dist.get_rank() > 0):
+        warnings.warn(f"{config.path}: {doubt}", stacklevel=2)
+    return dataset
+
+
+def _doubt(packages: Mapping[str, list[str | None]] | None) -> str | None:
+    """Say why the prompts of a dataset may not be those of this installation, or return None."""
+    again = "`anyflow preprocess` into another folder makes them anew"
+    if packages is None:
+        return f"its prompts may have been encoded without ftfy, as the dataset does not say what made it; {again}"
+    if None in packages.get("ftfy", [None]):
+        return f"some of its prompts may have been encoded without ftfy, unlike those of the published models; {again}"
+    here = installed_versions(TEXT_PACKAGES)
+    made = [(name, version) for name in TEXT_PACKAGES for version in packages.get(name, [])]
+    changed = [line for name, version in made for line in differences({name: version}, here)]
+    return f"its prompts were encoded with other versions ({'; '.join(changed)})" if changed else None
 
 
 class TrainingData:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,10 +18,23 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from anyflow.data.captions import Caption, read_captions
+from anyflow.data.captions import MAX_CAPTION, Broken, Caption, scan_captions
 from anyflow.data.encoders import TextEncoder, VideoEncoder, model_identity
-from anyflow.data.latent_dataset import INFO_FILE, DatasetInfo, LatentWriter, check_same, read_info, written_rows
-from anyflow.data.video import VideoError, read_video
+from anyflow.data.latent_dataset import LatentWriter
+from anyflow.data.latent_format import (
+    INFO_FILE,
+    DatasetInfo,
+    DatasetRecord,
+    check_same,
+    read_record,
+    written_rows,
+)
+from anyflow.data.video import VideoError, color_conversion, read_video
+from anyflow.documents import require_regular_file, shortened, text_problem
+from anyflow.locking import locks_folder
+from anyflow.pipelines.wan import clean_prompt
+from anyflow.versions import differences, installed_versions
+from anyflow.writing import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,15 +47,6 @@ WAN_NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A line of the captions that gave no row, and why."""
-
-    line: int
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,14 @@ class _Settings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")
+        problem = text_problem(self.negative_prompt, max_characters=MAX_CAPTION)
+        if problem is not None:
+            raise ValueError(f"negative_prompt {problem}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
 
 
+@locks_folder("out")
 def preprocess(
     videos: Path,
     captions: Path,
@@ -95,13 +105,15 @@ def preprocess(
     device: torch.device | str = "cpu",
     num_workers: int = 2,
     rows_per_shard: int = 32,
+    allow_outside: bool = False,
     console: Console | None = None,
 ) -> PreprocessReport:
     """Encode every captioned video into the latent dataset ``out``: one row per line of ``captions``, in its order.
 
     Killed and run again it goes on after the last shard written, and ends with the same dataset. Lines that cannot be
     used are listed in ``broken.jsonl`` and tried again by the next run. Videos and prompts are encoded one at a time:
-    a video fills a GPU, and the numbers do not depend on what is encoded beside it.
+    a video fills a GPU, and the numbers do not depend on what is encoded beside it. The dataset records the versions of
+    the packages that made it; a run that goes on with other ones warns.
 
     Args:
         videos: folder of the video files.
@@ -118,34 +130,45 @@ def preprocess(
         device: of both.
         num_workers: threads that decode ahead.
         rows_per_shard: rows that a kill can cost.
+        allow_outside: take files that lie outside ``videos``, by their name or through a symbolic link.
         console: gets a progress bar.
 
     Raises:
-        ValueError: unusable arguments, captions or model, or ``out`` was made with other settings.
+        ValueError: unusable arguments, model or table of captions as a whole, or ``out`` is in use, was made with
+            other settings or is damaged.
+        OSError: the system refuses to write, such as on a full disk; the shards that were finished are there.
     """
     settings = _Settings(num_frames, height, width, fps, negative_prompt, text_length, dtype)
     if not videos.is_dir():
         raise ValueError(f"there is no folder of videos {videos}")
     if num_workers < 1:
         raise ValueError(f"num_workers must be >= 1, got {num_workers}")
-    lines = read_captions(captions)
+    table = scan_captions(captions)
+    broken = [row for row in table if isinstance(row, Broken)]
+    lines = [row for row in table if isinstance(row, Caption)]
     source = {**asdict(settings), "model": model_identity(model)}
-    written, finished = _earlier_run(out, source)
-    broken = _unusable(lines, videos)
+    packages = {**installed_versions(), **color_conversion()}
+    earlier, written = _earlier_run(out, source)
+    broken += _unusable(lines, videos, allow_outside)
     faulty = {entry.line for entry in broken}
     todo = [line for line in lines if line.line not in faulty and (line.file, line.caption) not in written]
-    skipped = len(lines) - len(broken) - len(todo)
-    if todo or not finished:
+    skipped = len(table) - len(broken) - len(todo)
+    if todo or earlier is None or earlier.rows is None:
+        if todo and written and earlier is not None:
+            _warn_of_versions(out, earlier.packages, packages)
         video_encoder = VideoEncoder(model, torch.device(device))
         text_encoder = TextEncoder(model, torch.device(device), dtype=_DTYPES[dtype], text_length=text_length)
         info = _info(settings, source, video_encoder, text_encoder)
         decode = partial(read_video, num_frames=num_frames, height=height, width=width, fps=fps)
+        negative = text_encoder(negative_prompt)
         with (
-            LatentWriter(out, info, text_encoder(negative_prompt), rows_per_shard=rows_per_shard) as writer,
+            LatentWriter(out, info, negative, rows_per_shard=rows_per_shard, packages=packages) as writer,
             ThreadPoolExecutor(num_workers) as pool,
         ):
             for line, video in _with_progress(_decoded_ahead(pool, todo, videos, decode, num_workers), todo, console):
                 try:
+                    if not clean_prompt(line.caption):
+                        raise VideoError("the caption is empty once it is cleaned")
                     latents = _finite(video_encoder(video.result()), "latents")
                     writer.add(line.file, line.caption, latents, _finite(text_encoder(line.caption), "prompt"))
                 except VideoError as error:
@@ -153,32 +176,64 @@ def preprocess(
             writer.finish()
     broken.sort(key=lambda entry: entry.line)
     rows = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in broken)
-    (out / BROKEN_FILE).write_text(rows, encoding="utf-8")
-    return PreprocessReport(len(lines) - len(broken) - skipped, skipped, tuple(broken))
+    write_text(out / BROKEN_FILE, rows)
+    return PreprocessReport(len(table) - len(broken) - skipped, skipped, tuple(broken))
 
 
-def _earlier_run(out: Path, source: dict[str, Any]) -> tuple[set[tuple[str, str]], bool]:
-    """The rows that ``out`` holds already, and whether its last run came to its end."""
-    if not (out / INFO_FILE).exists():
-        return set(), False
-    info, rows = read_info(out)
-    check_same(out, info.source, source)
-    return set(written_rows(out)), rows is not None
+def _earlier_run(out: Path, source: dict[str, Any]) -> tuple[DatasetRecord | None, set[tuple[str, str]]]:
+    """Return what ``out`` says of itself, and the rows that it holds already."""
+    if not os.path.lexists(out / INFO_FILE):
+        return None, set()
+    record = read_record(out)
+    check_same(out, record.info.source, source)
+    return record, set(written_rows(out))
 
 
-def _unusable(lines: Sequence[Caption], videos: Path) -> list[Broken]:
-    """The lines that can be seen to be of no use without opening a video."""
+def _warn_of_versions(
+    out: Path, before: Mapping[str, list[str | None]] | None, packages: dict[str, str | None]
+) -> None:
+    if before is None:
+        what = "does not say which versions made its rows, nor whether ftfy cleaned its prompts"
+    else:
+        changed = [line for name in before if name in packages for line in _changes(name, before[name], packages[name])]
+        if not changed:
+            return
+        what = f"was begun with other versions ({'; '.join(changed)})"
+    warnings.warn(
+        f"{out} {what}: new rows may differ from those that are there; choose another folder to keep them alike",
+        stacklevel=3,
+    )
+
+
+def _changes(name: str, before: list[str | None], now: str | None) -> list[str]:
+    return [line for version in before for line in differences({name: version}, {name: now})]
+
+
+def _unusable(lines: Sequence[Caption], videos: Path, allow_outside: bool) -> list[Broken]:
+    """Return the lines that can be seen to be of no use without opening a video."""
     broken = []
     first: dict[tuple[str, str], int] = {}
+    root = os.path.realpath(videos)
     for line in lines:
         earlier = first.setdefault((line.file, line.caption), line.line)
         if earlier != line.line:
             broken.append(Broken(line.line, line.file, f"the same file and caption as line {earlier}"))
-        elif not line.caption.strip():
-            broken.append(Broken(line.line, line.file, "the caption is empty"))
-        elif not (videos / line.file).is_file():
-            broken.append(Broken(line.line, line.file, f"there is no such file in {videos}"))
+        elif (reason := _misplaced(videos, root, line.file, allow_outside)) is not None:
+            broken.append(Broken(line.line, line.file, reason))
     return broken
+
+
+def _misplaced(videos: Path, root: str, file: str, allow_outside: bool) -> str | None:
+    """Say why a file is not one of the folder's, or return None where it is."""
+    path = videos / file
+    if not allow_outside and os.path.commonpath([root, os.path.realpath(path)]) != root:
+        return f"it lies outside the folder {videos} (--allow-outside takes such files)"
+    try:
+        require_regular_file(path)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{shortened(path)} ")
+        return f"there is no such file in {videos}" if reason == "does not exist" else reason
+    return None
 
 
 def _info(

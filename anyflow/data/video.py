@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -11,24 +12,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyflow.documents import require_regular_file, shortened
+
 try:
     import av
 except ImportError as error:
     raise ImportError("decoding videos needs PyAV: pip install 'anyflow[train]'") from error
+
+MAX_PIXELS = 2**26  # of a frame: twice 8K
+_OPTIONS = {"pattern_type": "none"}
+_PLAYLISTS = {"hls", "concat", "dash", "sdp", "rtsp", "imf"}
 
 
 class VideoError(ValueError):
     """A file that gives no usable video; the message says why."""
 
 
+def color_conversion() -> dict[str, str]:
+    """Return the version of the library that turns a video's colors into RGB, as ``{"libswscale": "9.5.102"}``."""
+    return {"libswscale": ".".join(map(str, av.library_versions["libswscale"]))}
+
+
 def read_video(path: Path, *, num_frames: int, height: int, width: int, fps: float) -> Tensor:
-    """The first ``num_frames`` frames at ``fps`` frames a second, as ``[num_frames, 3, height, width]`` uint8 RGB.
+    """Decode the first ``num_frames`` frames at ``fps`` frames a second, ``[num_frames, 3, height, width]`` uint8 RGB.
 
     Frame k is what is on the screen k / fps seconds after the first frame. It is turned as the file says, resized
     (bicubic, antialiased) until it just covers the size, and its middle is cut out.
 
     Raises:
-        VideoError: not a video, damaged, or too short.
+        VideoError: not a regular file, not a video, damaged in what is read of it, or too short.
     """
     rate = Fraction(fps).limit_denominator(1_000_000)
     frames: list[Tensor] = []
@@ -41,26 +53,42 @@ def read_video(path: Path, *, num_frames: int, height: int, width: int, fps: flo
                 frames += [_covering(_upright(frame), height, width)] * count
             if len(frames) == num_frames:
                 return torch.stack(frames)
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"cannot be decoded: {error.strerror}") from None
+    except VideoError:
+        raise
+    except Exception as error:  # a damaged file can make any part of the decoder fail, and is one bad file
+        reason = (getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__)[:300]
+        raise VideoError(f"cannot be decoded: {reason}") from None
     raise VideoError(f"too short: {len(frames)} frames at {fps:g} fps, and {num_frames} are needed")
 
 
 def _decoded(path: Path) -> Iterator[tuple[av.VideoFrame, Fraction]]:
-    """Every frame, with the end of its time on the screen in seconds after the first frame.
+    """Yield every frame, with the end of its time on the screen in seconds after the first frame.
 
     Ends are half a tick of the file's clock early: a container rounds times to its ticks.
     """
-    with av.open(str(path)) as container:
+    try:
+        require_regular_file(path)
+    except ValueError as error:
+        raise VideoError(str(error).removeprefix(f"{shortened(path)} ")) from None
+    # An absolute path: FFmpeg takes "data:..." for a protocol. Its image reader takes "%d" for a sequence of files.
+    with av.open(os.path.abspath(path), metadata_errors="replace", container_options=_OPTIONS) as container:
+        if _PLAYLISTS & set(container.format.name.split(",")):
+            raise VideoError(f"is a list of other files ({container.format.name}), not a video")
         if not container.streams.video:
             raise VideoError("has no video stream")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise VideoError("has a video stream of a codec that is unknown here")
+        _check_size(stream.width, stream.height)
         stream.thread_type = "AUTO"
         tick = Fraction(stream.time_base)
         frame, start = None, Fraction(0)
         for following in container.decode(stream):
             if following.pts is None:
                 raise VideoError("has a frame without a time stamp")
+            if following.is_corrupt:
+                raise VideoError(f"is damaged: the decoder marks the frame at {following.time:.3f} s as corrupt")
+            _check_size(following.width, following.height)
             if frame is None:
                 start = following.pts * tick + tick / 2
             else:
@@ -69,6 +97,11 @@ def _decoded(path: Path) -> Iterator[tuple[av.VideoFrame, Fraction]]:
         if frame is not None:
             duration = 1 / Fraction(stream.average_rate) if stream.average_rate else tick
             yield frame, frame.pts * tick + duration - start
+
+
+def _check_size(width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise VideoError(f"has frames of {width} x {height}; 1 to {MAX_PIXELS} pixels are allowed")
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:
@@ -82,6 +115,8 @@ def _covering(image: np.ndarray, height: int, width: int) -> Tensor:
     h, w = pixels.shape[1:]
     scale = max(Fraction(height, h), Fraction(width, w))
     size = [max(height, round(h * scale)), max(width, round(w * scale))]
+    if size[0] * size[1] > MAX_PIXELS:
+        raise VideoError(f"its frames of {w} x {h} are too narrow for {width} x {height}")
     if size != [h, w]:
         pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2

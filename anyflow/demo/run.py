@@ -20,8 +20,11 @@ from anyflow.demo.progress import DemoProgress
 from anyflow.demo.results import write_results
 from anyflow.demo.stages import train_flow_matching, train_on_policy, train_pretrain
 from anyflow.demo.world import World
+from anyflow.documents import read_json
 from anyflow.evaluation import EvaluationResults, Metrics
+from anyflow.locking import locks_folder
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.writing import write_text, writing
 
 STATE_FILE = "state.json"
 REPORT_FILE = "report.html"
@@ -38,6 +41,7 @@ _CHECKPOINT_OF = {
 }
 
 
+@locks_folder("out")
 def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> EvaluationResults:
     """Train, evaluate and report into ``out``; stages that a killed run has finished are not run again.
 
@@ -45,7 +49,8 @@ def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> Evaluatio
     ``samples/*.gif``, ``curve.png`` and ``report.html``.
 
     Raises:
-        ValueError: ``out`` is a file, or holds something else than a run of this configuration.
+        ValueError: ``out`` is a file, is in use, or holds something else than a run of this configuration.
+        OSError: the system refuses to write, such as on a full disk; what was finished is as before.
     """
     return _Run(config, out, progress).run()
 
@@ -135,11 +140,16 @@ class _Run:
         """Write a checkpoint completely or not at all: a run may be killed at any moment."""
         final = self.out / "checkpoints" / name
         partial = final.with_name(f".{name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial / "transformer")
-        self.world.scheduler().save_pretrained(partial / "scheduler")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        with writing(final):
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                model.save_pretrained(partial / "transformer")
+                self.world.scheduler().save_pretrained(partial / "scheduler")
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(partial, final)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)  # half a model would keep a full disk full
+                raise
 
     def _load(self, name: str) -> AnyFlowTransformer3DModel:
         folder = self.out / "checkpoints" / name / "transformer"
@@ -147,34 +157,33 @@ class _Run:
 
     def _finish(self, name: str, seconds: float) -> None:
         self.state["finished"][name] = seconds
-        partial = self.out / f".{STATE_FILE}.partial"
-        partial.write_text(json.dumps(self.state, indent=2) + "\n")
-        os.replace(partial, self.out / STATE_FILE)
+        write_text(self.out / STATE_FILE, json.dumps(self.state, indent=2) + "\n")
 
 
 def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
-    """What a run in ``out`` has finished, by stage in seconds; creates the folder of a new run."""
+    """Return the settings of a run in ``out`` and what it has finished, by stage in seconds."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     _check_device(config.device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be created: {error.strerror}") from None
     settings = json.loads(json.dumps(asdict(config)))
     file = out / STATE_FILE
     if not file.exists():
-        if any(p for p in out.iterdir() if not p.name.startswith(".")):
+        if out.exists() and any(p for p in out.iterdir() if not p.name.startswith(".")):
             raise ValueError(f"--out {out} is not empty and holds no demo run; name another folder")
         return {"config": settings, "finished": {}}
     try:
-        state = json.loads(file.read_text())
-        other = state["config"]
-        finished = dict(state["finished"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{file} is damaged; delete {out} or name another --out") from None
+        state = read_json(file, finite=True)
+        if not isinstance(state, dict) or set(state) != {"config", "finished"}:
+            raise ValueError("it must be an object with 'config' and 'finished'")
+        other, finished = state["config"], state["finished"]
+        if not isinstance(other, dict) or not isinstance(finished, dict):
+            raise ValueError("'config' and 'finished' must be objects")
+        if not all(type(seconds) in (int, float) and seconds >= 0 for seconds in finished.values()):
+            raise ValueError("'finished' must have the seconds of each stage")
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete {out} or name another --out") from None
     if other != settings:
-        changed = ", ".join(sorted(k for k in settings if other.get(k) != settings[k]))
+        changed = ", ".join(sorted(k for k in {**settings, **other} if other.get(k) != settings.get(k)))
         raise ValueError(f"--out {out} holds a run with other settings ({changed}); name another --out or delete it")
     return {"config": settings, "finished": finished}
 

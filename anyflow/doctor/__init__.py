@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from anyflow.doctor.environment import environment, load_operators
+from anyflow.doctor.environment import environment, load_operators, package_problems
 
 
 def run(device: str | None = None, *, as_json: bool = False) -> bool:
@@ -23,7 +23,8 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
         as_json: print one JSON object instead of the page.
 
     Returns:
-        Whether all is well: the extension loads, every operator can run, and every check passes.
+        Whether all is well: the packages that decide numbers are there, the extension loads, every operator can run,
+        and every check passes.
 
     Raises:
         ValueError: the device cannot be used, or an environment variable names an unknown backend.
@@ -36,6 +37,8 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
 
     found = environment()
     page.environment(found)
+    page.numbers(found)
+    problems += package_problems(found.numbers)
     extension = load_operators()
     page.extension(extension)
     if extension.problem is not None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import anyflow
+from anyflow.versions import installed_versions, is_below, required_floors
 
 _VERSION = re.compile(r"(?:\brelease |\bversion |\) |^)(\d+(?:\.\d+)+)", re.MULTILINE)
 
@@ -53,6 +54,7 @@ class Environment:
         gpus: the devices that torch finds.
         programs: ``c`` (Triton needs it at run time), ``c++``, ``nvcc``, ``cmake`` and ``ninja`` (for building);
             None for what is missing.
+        numbers: versions of the packages that decide numbers (``anyflow.versions``), None for what is missing.
     """
 
     anyflow: str
@@ -66,6 +68,7 @@ class Environment:
     driver: str | None
     gpus: tuple[Gpu, ...]
     programs: dict[str, Program | None]
+    numbers: dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,23 @@ def environment() -> Environment:
             "cmake": _program("cmake", folder=Path(sys.executable).parent),
             "ninja": _program("ninja", folder=Path(sys.executable).parent),
         },
+        numbers=installed_versions(),
     )
+
+
+def package_problems(numbers: dict[str, str | None]) -> list[str]:
+    """Say which of the packages that decide numbers are missing, or older than what anyflow requires.
+
+    PyAV may be missing: sampling and training on latents do without it.
+    """
+    floors = required_floors()
+    problems = []
+    for name, version in numbers.items():
+        if version is None and name != "av":
+            problems.append(f"{name} is not installed, and numbers depend on it: pip install {name}")
+        elif version is not None and name in floors and is_below(version, floors[name]):
+            problems.append(f"{name} {version} is older than {floors[name]}, and may give other numbers")
+    return problems
 
 
 def load_operators() -> NativeExtension:

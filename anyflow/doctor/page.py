@@ -54,6 +54,11 @@ class Page:
             rows.append((_PROGRAMS.get(name, name), text))
         self._section("Environment", rows)
 
+    def numbers(self, found: Environment) -> None:
+        """Print the versions of the packages that decide numbers, which datasets and results record."""
+        rows = [(name, "missing" if version is None else version) for name, version in found.numbers.items()]
+        self._section("What decides numbers", rows)
+
     def extension(self, extension: NativeExtension) -> None:
         """What was built, and what does not fit."""
         if extension.problem is None:

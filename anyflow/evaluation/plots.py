@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from anyflow.writing import write_bytes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -116,8 +118,10 @@ def figure_svg(figure: Figure, *, salt: str = "anyflow") -> str:
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 200) -> None:
-    """Write the figure to ``path`` on white; the ending (.png, .svg, .pdf) sets the format."""
-    figure.savefig(path, dpi=dpi, facecolor="white")
+    """Write the figure on white, completely or not at all; the ending of ``path`` (.png, .svg, .pdf) is the format."""
+    path, buffer = Path(path), io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or None, dpi=dpi, facecolor="white")
+    write_bytes(path, buffer.getvalue())
 
 
 def tile_videos(
@@ -173,9 +177,9 @@ def encode_animation(frames: Tensor, *, format: str = "webp", fps: float = 8.0) 
 
 
 def save_animation(path: str | Path, frames: Tensor, *, fps: float = 8.0) -> None:
-    """Write ``frames[F, H, W]`` uint8 gray (see :func:`tile_videos`) to a ``.webp`` or ``.gif`` file."""
+    """Write ``frames[F, H, W]`` uint8 gray (see :func:`tile_videos`) to a whole ``.webp`` or ``.gif`` file."""
     path = Path(path)
-    path.write_bytes(encode_animation(frames, format=path.suffix.lower().lstrip("."), fps=fps))
+    write_bytes(path, encode_animation(frames, format=path.suffix.lower().lstrip("."), fps=fps))
 
 
 def _check_curves(curves: Mapping[str, Mapping[int, float]], floor: float | None) -> None:

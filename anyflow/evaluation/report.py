@@ -25,6 +25,7 @@ from anyflow.evaluation.plots import (
     tile_videos,
 )
 from anyflow.evaluation.results import EvaluationResults
+from anyflow.writing import write_text
 
 _METRIC_TITLES = {
     "fd": "Fréchet distance",
@@ -94,7 +95,7 @@ def write_report(path: str | Path, data: ReportData) -> Path:
     environment.filters.update(number=number, figures=figures, duration=duration)
     html = environment.get_template("report.html.j2").render(_context(data))
     path = Path(path)
-    path.write_text(html, encoding="utf-8")
+    write_text(path, html)
     return path
 
 

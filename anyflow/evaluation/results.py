@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anyflow.documents import read_json
 from anyflow.evaluation.metrics import Metrics
+from anyflow.writing import write_text
 
 METRIC_NAMES = ("fd", "template_mse", "coverage_tv")
 
@@ -70,20 +72,76 @@ class EvaluationResults:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvaluationResults:
-        """Inverse of :meth:`as_dict`; ``ValueError`` naming what is missing or malformed."""
-        try:
-            curves = {m: {int(n): Metrics(**s) for n, s in c.items()} for m, c in data["curves"].items()}
-            return cls(Metrics(**data["floor"]), curves, dict(data["seconds"]), data["seed"], data["budget"])
-        except KeyError as error:
-            raise ValueError(f"metrics lack the key {error}") from error
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"metrics are malformed: {error}") from error
+        """Return the inverse of :meth:`as_dict`.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value is not of its type; the message names it.
+        """
+        names = ("floor", "curves", "seconds", "seed", "budget")
+        _require_keys("metrics", data, names)
+        floor = _metrics("floor", data["floor"])
+        curves = {}
+        for method, curve in _object("curves", data["curves"]).items():
+            where = f"curves of {method!r}"
+            curves[method] = {
+                _step_count(where, n): _metrics(f"{where} at {n}", score) for n, score in _object(where, curve).items()
+            }
+        seconds = {
+            stage: _number(f"seconds of {stage!r}", v) for stage, v in _object("seconds", data["seconds"]).items()
+        }
+        seed, budget = data["seed"], data["budget"]
+        if type(seed) is not int or not isinstance(budget, str):
+            raise ValueError(
+                f"metrics are malformed: seed must be an integer and budget a text, got {seed!r}, {budget!r}"
+            )
+        return cls(floor, curves, seconds, seed, budget)
 
     def save(self, path: str | Path) -> None:
-        """Write ``metrics.json``."""
-        Path(path).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write ``metrics.json``, completely or not at all; OSError that names it."""
+        write_text(Path(path), json.dumps(self.as_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationResults:
-        """Read ``metrics.json``."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read ``metrics.json``.
+
+        Raises:
+            ValueError: it cannot be read, or see :meth:`from_dict`; the message names the file.
+        """
+        data = read_json(path, finite=True)
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _object(where: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"metrics are malformed: {where} must be an object, got {value!r}")
+    return value
+
+
+def _require_keys(where: str, value: Any, names: Sequence[str]) -> None:
+    value = _object(where, value)
+    for name in names:
+        if name not in value:
+            raise ValueError(f"{where} lack the key {name!r}")
+    unknown = sorted(set(value) - set(names))
+    if unknown:
+        raise ValueError(f"{where} have the unknown keys {unknown}")
+
+
+def _number(where: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"metrics are malformed: {where} must be a number, got {value!r}")
+    return value
+
+
+def _metrics(where: str, value: Any) -> Metrics:
+    _require_keys(where, value, METRIC_NAMES)
+    return Metrics(**{name: _number(f"{name} of {where}", value[name]) for name in METRIC_NAMES})
+
+
+def _step_count(where: str, text: str) -> int:
+    if not text.isdecimal() or str(int(text)) != text:
+        raise ValueError(f"metrics are malformed: {where} must have step counts such as '4', got {text!r}")
+    return int(text)

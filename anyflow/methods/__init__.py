@@ -1,5 +1,6 @@
 """Training methods: losses and rollouts as pure maths, without I/O, optimizer or global randomness."""
 
+from anyflow.methods.balance import DiffusionBalance
 from anyflow.methods.dmd2 import DMD2Config, DMD2Method, dmd_gradient
 from anyflow.methods.on_policy import AnyFlowOnPolicyMethod, OnPolicyConfig
 from anyflow.methods.output import LossOutput
@@ -11,6 +12,7 @@ __all__ = [
     "AnyFlowPretrainMethod",
     "DMD2Config",
     "DMD2Method",
+    "DiffusionBalance",
     "LossOutput",
     "OnPolicyConfig",
     "PretrainConfig",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,14 @@ from anyflow.methods.output import LossOutput
 from anyflow.network import has_flow_map, velocity
 from anyflow.rng import rand, randn_like, resolve_generator
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.validation import batched_embeds, require_finite, require_latents, require_same_shape
+from anyflow.validation import (
+    batched_embeds,
+    require_finite,
+    require_latents,
+    require_number,
+    require_same_shape,
+    require_whole,
+)
 
 _TINY = 1e-6  # keeps the gradient finite where the teacher already agrees with the sample
 
@@ -45,16 +51,24 @@ class DMD2Config:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if not (math.isfinite(self.real_guidance_scale) and self.real_guidance_scale >= 0):
-            raise ValueError(f"{name}.real_guidance_scale must be finite and >= 0, got {self.real_guidance_scale}")
+        require_number(f"{name}.real_guidance_scale", self.real_guidance_scale, least=0)
+        for timestep in (self.min_timestep, self.max_timestep, *(self.timesteps or ())):
+            require_number(f"{name}: a timestep", timestep)
         if not 0 <= self.min_timestep < self.max_timestep:
             raise ValueError(
                 f"{name}: need 0 <= min_timestep < max_timestep, got {self.min_timestep} and {self.max_timestep}"
             )
         if not self.num_steps or min(self.num_steps) < 1:
             raise ValueError(f"{name}.num_steps must hold positive step counts, got {self.num_steps}")
+        for count in self.num_steps:
+            require_whole(f"{name}.num_steps", count, most=10**6)
         if self.dmd_score_r not in ("t", "zero"):
             raise ValueError(f"{name}.dmd_score_r must be 't' or 'zero', got {self.dmd_score_r!r}")
+
+    def check_timesteps(self, num_train_timesteps: int) -> None:
+        """Raise a ValueError unless ``max_timestep`` is in a scheduler's range of timesteps."""
+        if self.max_timestep > num_train_timesteps:
+            raise ValueError(f"max_timestep={self.max_timestep} exceeds num_train_timesteps={num_train_timesteps}")
 
 
 class DMD2Method:
@@ -84,9 +98,7 @@ class DMD2Method:
     ) -> None:
         self.student, self.teacher, self.critic = student, teacher, critic
         self.scheduler, self.config, self.process_group = scheduler, config, process_group
-        n = scheduler.config.num_train_timesteps
-        if config.max_timestep > n:
-            raise ValueError(f"max_timestep={config.max_timestep} exceeds num_train_timesteps={n}")
+        config.check_timesteps(scheduler.config.num_train_timesteps)
         if not has_flow_map(student):
             raise ValueError("the student has no second timestep branch (r_embedder=False): call enable_flow_map()")
         for name, network in (("teacher", teacher), ("critic", critic)):
@@ -207,7 +219,12 @@ class DMD2Method:
             sigma = timestep.to(x0.dtype) / self.scheduler.config.num_train_timesteps
             gradient = dmd_gradient(x0, noise, sigma, real, fake)
         loss = (samples.to(x0.dtype) - (x0 - gradient)).square().mean()
-        return LossOutput(loss, {"dmd_gradient": gradient.abs().mean(), "dmd_distance": (real - fake).abs().mean()})
+        norms = {"rollout of the student": x0, "score of the teacher": real, "score of the critic": fake}
+        return LossOutput(
+            loss,
+            {"dmd_gradient": gradient.abs().mean(), "dmd_distance": (real - fake).abs().mean()},
+            {name: torch.linalg.vector_norm(x) for name, x in norms.items()},
+        )
 
     def critic_loss(
         self,
@@ -232,7 +249,12 @@ class DMD2Method:
         t = randn_like(x0[:, 0, 0, 0, 0], generator).sigmoid() if t is None else t
         x_t, timestep, noise = self._noised(x0, t, noise, generator)
         text = batched_embeds("prompt_embeds", prompt_embeds, samples.shape[0])
-        return LossOutput((self._score(self.critic, x_t, timestep, text) - (noise - x0)).square().mean())
+        score = self._score(self.critic, x_t, timestep, text)
+        norms = {"rollout of the student": x0, "score of the critic": score.detach()}
+        return LossOutput(
+            (score - (noise - x0)).square().mean(),
+            norms={name: torch.linalg.vector_norm(x) for name, x in norms.items()},
+        )
 
     def _noised(
         self, x0: Tensor, t: Tensor, noise: Tensor | None, generator: torch.Generator
@@ -267,8 +289,7 @@ class DMD2Method:
 
 
 def _clean(samples: Tensor) -> Tensor:
-    require_latents("samples", samples)
-    require_finite("samples", samples)
+    require_latents("samples", samples)  # not that they are finite: a network has made them, see LossOutput.norms
     return samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anyflow.methods.balance import DiffusionBalance
 from anyflow.methods.dmd2 import DMD2Config, DMD2Method
 from anyflow.methods.output import LossOutput
 from anyflow.methods.pretrain import AnyFlowPretrainMethod, PretrainConfig
@@ -119,10 +120,13 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         score_noise: Tensor | None = None,
         data_noise: Tensor | None = None,
         time_pairs: TimePairs | None = None,
+        dropped_prompts: Tensor | None = None,
+        image_to_video: bool | None = None,
+        balance: DiffusionBalance | None = None,
         generator: torch.Generator | None = None,
         offset: int = 0,
     ) -> LossOutput:
-        """One student step's whole loss: rollout, generator loss and, if configured, the pretrain loss on data.
+        """Compute one student step's whole loss: rollout, generator loss and, if configured, the pretrain loss on data.
 
         Args:
             noise: ``[B, F, C, H, W]`` start of the rollout.
@@ -135,6 +139,9 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             score_noise: noise of :meth:`generator_loss`.
             data_noise: noise of the pretrain loss.
             time_pairs: of the pretrain loss.
+            dropped_prompts: of the pretrain loss.
+            image_to_video: of the pretrain loss.
+            balance: of the pretrain loss.
             generator: source of every draw.
             offset: passed on to the pretrain loss.
 
@@ -157,8 +164,11 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             negative_prompt_embeds,
             noise=data_noise,
             time_pairs=time_pairs,
+            dropped_prompts=dropped_prompts,
+            image_to_video=image_to_video,
+            balance=balance,
             generator=generator,
             offset=offset,
         )
         metrics = {**output.metrics, **data.metrics, "loss_dmd": output.loss.detach(), "loss_data": data.loss.detach()}
-        return LossOutput(output.loss + data.loss, metrics)
+        return LossOutput(output.loss + data.loss, metrics, output.norms)

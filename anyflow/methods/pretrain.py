@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +10,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from anyflow.methods.collectives import all_reduce_sum, broadcast_from_rank_zero, rank_and_world
+from anyflow.methods.balance import DiffusionBalance
+from anyflow.methods.collectives import broadcast_from_rank_zero, rank_and_world
 from anyflow.methods.output import LossOutput
 from anyflow.methods.time_pairs import TimePairs, check_ratios, sample_time_pairs
 from anyflow.network import has_flow_map, velocity, widest_float
 from anyflow.ops import flow_map_batch, flow_map_loss, use_backend
 from anyflow.rng import rand, randn_like, resolve_generator
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.validation import batched_embeds, require_finite, require_latents, require_same_shape
+from anyflow.validation import (
+    batched_embeds,
+    require_finite,
+    require_latents,
+    require_number,
+    require_positive,
+    require_same_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -52,15 +59,22 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_ratios(self.diffusion_ratio, self.consistency_ratio)
         for name in ("epsilon", "fuse_guidance_scale"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"PretrainConfig.{name} must be a positive number, got {value}")
+            require_positive(f"PretrainConfig.{name}", getattr(self, name))
         for name, allowed in (("boundary", ("one_sided", "extrapolate")), ("derivative", ("central", "jvp"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"PretrainConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("prompt_dropout", "i2v_prob"):
+            require_number(f"PretrainConfig.{name}", getattr(self, name))
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"PretrainConfig.{name} must be in [0, 1], got {getattr(self, name)}")
+
+    def check_timesteps(self, num_train_timesteps: int) -> None:
+        """Raise a ValueError unless ``epsilon`` fits a scheduler's range of timesteps."""
+        if self.epsilon >= num_train_timesteps / 2:
+            raise ValueError(
+                f"PretrainConfig.epsilon={self.epsilon} timesteps must be below half of "
+                f"num_train_timesteps={num_train_timesteps}"
+            )
 
     @property
     def is_flow_matching(self) -> bool:
@@ -116,11 +130,7 @@ class AnyFlowPretrainMethod:
         self.scheduler = scheduler
         self.config = config
         self.process_group = process_group
-        if config.epsilon >= scheduler.config.num_train_timesteps / 2:
-            raise ValueError(
-                f"PretrainConfig.epsilon={config.epsilon} timesteps must be below half of "
-                f"num_train_timesteps={scheduler.config.num_train_timesteps}"
-            )
+        config.check_timesteps(scheduler.config.num_train_timesteps)
         self._plain = not has_flow_map(student)
         if self._plain and not config.is_flow_matching:
             raise ValueError(
@@ -136,10 +146,13 @@ class AnyFlowPretrainMethod:
         *,
         noise: Tensor | None = None,
         time_pairs: TimePairs | None = None,
+        dropped_prompts: Tensor | None = None,
+        image_to_video: bool | None = None,
+        balance: DiffusionBalance | None = None,
         generator: torch.Generator | None = None,
         offset: int = 0,
     ) -> LossOutput:
-        """The pretrain loss of one batch.
+        """Compute the pretrain loss of one batch, or of one micro-step of an update.
 
         Args:
             latents: ``[B, F, C, H, W]`` clean data.
@@ -148,17 +161,31 @@ class AnyFlowPretrainMethod:
                 ``prompt_dropout`` is 0.
             noise: the shape of latents; drawn when None.
             time_pairs: unshifted times; drawn for this rank when None.
+            dropped_prompts: ``[B]`` booleans, whose prompts the negative one replaces; drawn when None.
+            image_to_video: whether frame 0 is kept clean, the same on all ranks; drawn when None.
+            balance: of the update that the batch is a part of; None makes the batch a whole update.
             generator: source of every draw; None seeds a fresh one from the operating system.
             offset: rotates the kinds of samples over the ranks; pass the step number.
 
         Returns:
-            ``loss`` and the metrics ``loss_diffusion`` (weighted, mean over all ranks), ``loss_flow_map`` (weighted, of
-            this rank's samples with r != t, before balancing).
+            ``loss`` and the metrics ``loss_diffusion`` and ``loss_flow_map``: means of the weighted losses before
+            balancing, over the samples of that kind of all ranks and of the update so far.
 
         Raises:
             ValueError: shapes do not fit, a needed input is missing, or a CPU input holds NaN.
         """
-        batch = self._prepare(latents, prompt_embeds, negative_prompt_embeds, noise, time_pairs, generator, offset)
+        generator = resolve_generator(generator, latents.device)
+        batch = self._prepare(
+            latents,
+            prompt_embeds,
+            negative_prompt_embeds,
+            noise,
+            time_pairs,
+            dropped_prompts,
+            image_to_video,
+            generator,
+            offset,
+        )
         plus, minus = self._half_widths(batch)
         central = self.config.derivative == "central" and not self.config.is_flow_matching
         x_t, x_no_grad = flow_map_batch(
@@ -194,7 +221,9 @@ class AnyFlowPretrainMethod:
             width,
             rows=batch.rows,
         )
-        return _balanced(per_sample, batch.is_diffusion, self.process_group)
+        balance = DiffusionBalance(self.process_group) if balance is None else balance
+        scales = balance.scales(per_sample, batch.is_diffusion)
+        return LossOutput((per_sample * scales).mean(), balance.metrics())
 
     def _prepare(
         self,
@@ -203,14 +232,15 @@ class AnyFlowPretrainMethod:
         negative: Tensor | None,
         noise: Tensor | None,
         pairs: TimePairs | None,
-        generator: torch.Generator | None,
+        dropped: Tensor | None,
+        image_to_video: bool | None,
+        generator: torch.Generator,
         offset: int,
     ) -> _Batch:
         require_latents("latents", latents)
         require_finite("latents", latents)
         config, b, device = self.config, latents.shape[0], latents.device
         text = batched_embeds("prompt_embeds", prompt_embeds, b)
-        generator = resolve_generator(generator, device)
         x0 = latents.to(torch.promote_types(latents.dtype, torch.float32))
         noise = randn_like(x0, generator) if noise is None else noise.to(x0.dtype)
         require_same_shape("noise", noise, "latents", latents)
@@ -231,29 +261,32 @@ class AnyFlowPretrainMethod:
             raise ValueError(f"time_pairs hold {pairs.t.shape[0]} samples, latents hold {b}")
         elif config.is_flow_matching and len(pairs.flow_map_rows()):
             raise ValueError("time_pairs hold samples with r != t, but the settings are those of flow matching")
-        if config.fuse_guidance_scale != 1 or config.prompt_dropout > 0:
+        if dropped is None and config.prompt_dropout > 0:
+            dropped = rand((b,), generator, device) < config.prompt_dropout
+        if config.fuse_guidance_scale != 1 or dropped is not None:
             if negative is None:
                 raise ValueError(
                     f"negative_prompt_embeds is required with fuse_guidance_scale={config.fuse_guidance_scale} and "
                     f"prompt_dropout={config.prompt_dropout}"
                 )
             negative = batched_embeds("negative_prompt_embeds", negative, b)
-            if config.prompt_dropout > 0:
-                dropped = rand((b,), generator, device) < config.prompt_dropout
+            if dropped is not None:
                 text = torch.where(dropped[:, None, None], negative.to(text.dtype), text)  # a copy, never in place
-        context = self._context_frames(latents, generator)
+        context = self._context_frames(latents, image_to_video, generator)
         return self._times(x0, noise, text, negative, pairs, context)
 
-    def _context_frames(self, latents: Tensor, generator: torch.Generator) -> Tensor | None:
+    def _context_frames(
+        self, latents: Tensor, image_to_video: bool | None, generator: torch.Generator
+    ) -> Tensor | None:
         frames = latents.shape[1]
-        if self.config.i2v_prob == 0:
+        if self.config.i2v_prob == 0 and not image_to_video:
             return None
         if frames < 2:
             raise ValueError("i2v_prob > 0 needs at least two latent frames")
-        coin = broadcast_from_rank_zero(rand((1,), generator).tolist(), latents.device)[0]
-        if coin >= self.config.i2v_prob:
-            return None
-        return torch.arange(frames, device=latents.device) == 0
+        if image_to_video is None:
+            coin = broadcast_from_rank_zero(rand((1,), generator).tolist(), latents.device)[0]
+            image_to_video = coin < self.config.i2v_prob
+        return torch.arange(frames, device=latents.device) == 0 if image_to_video else None
 
     def _times(
         self, x0: Tensor, noise: Tensor, text: Tensor, negative: Tensor | None, pairs: TimePairs, context: Tensor | None
@@ -346,15 +379,3 @@ class AnyFlowPretrainMethod:
             return weight
         frames = batch.context.shape[0]
         return weight * ~batch.context * (frames / (frames - 1))  # the mean runs over the frames that are denoised
-
-
-def _balanced(per_sample: Tensor, is_diffusion: Tensor, group: dist.ProcessGroup | None) -> LossOutput:
-    """Scale each flow-map loss to the mean diffusion loss of all ranks (SPEC B7); no scaling where there is none."""
-    detached = per_sample.detach()
-    sums = torch.stack([(detached * is_diffusion).sum(), is_diffusion.sum().to(detached.dtype)])
-    totals = all_reduce_sum(sums, group)
-    mean = totals[0] / totals[1].clamp(min=1)
-    scale = torch.where(is_diffusion | (totals[1] == 0), torch.ones_like(detached), mean / (detached + 1e-5))
-    others = (~is_diffusion).sum().clamp(min=1)
-    metrics = {"loss_diffusion": mean, "loss_flow_map": (detached * ~is_diffusion).sum() / others}
-    return LossOutput((per_sample * scale).mean(), metrics)

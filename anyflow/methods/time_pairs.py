@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from anyflow.rng import rand, resolve_generator
-from anyflow.transfer import device_tensor
+from anyflow.transfer import device_tensor, to_device
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,23 @@ class TimePairs:
             return (~self.is_diffusion).nonzero().flatten()
         return device_tensor(self._rows, torch.long, self.t.device)
 
+    def select(self, samples: Sequence[int], device: torch.device | str) -> TimePairs:
+        """Return the pairs of these samples, in this order, on ``device``."""
+        index = device_tensor(samples, torch.long, self.t.device)
+        kinds = self.is_diffusion[index]
+        chosen = TimePairs(*(to_device(x, device) for x in (self.t[index], self.r[index], kinds)))
+        chosen._know_rows(kinds.tolist())
+        return chosen
+
+    def diffusion_first(self) -> list[int]:
+        """Return the indices of all samples: those of plain diffusion, then the others, each in their order."""
+        kinds = self.is_diffusion.tolist()
+        return sorted(range(len(kinds)), key=lambda i: not kinds[i])
+
+    def _know_rows(self, kinds: Sequence[bool]) -> None:
+        """Keep ``flow_map_rows`` on the host; no argument, which dataclasses.replace() would carry over."""
+        object.__setattr__(self, "_rows", tuple(b for b, is_diffusion in enumerate(kinds) if not is_diffusion))
+
 
 def sample_time_pairs(
     batch_size: int,
@@ -54,6 +72,7 @@ def sample_time_pairs(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     offset: int = 0,
+    uniforms: Tensor | None = None,
 ) -> TimePairs:
     """Draw ``t, r = max, min`` of two uniforms, then fix r for two kinds of samples (SPEC B1).
 
@@ -70,6 +89,7 @@ def sample_time_pairs(
         generator: explicit source; None seeds a fresh one from the operating system.
         device: where the result goes.
         offset: rotates i, so that with one sample per rank no rank is stuck with one kind; pass the step number.
+        uniforms: ``[2, B]`` in [0, 1), of which t is the larger and r the smaller; drawn when None.
 
     Raises:
         ValueError: a ratio is outside [0, 1] or they sum to more than 1, or sizes are not positive.
@@ -87,14 +107,13 @@ def sample_time_pairs(
 
     generator = resolve_generator(generator, device)
     target = device or generator.device
-    uniforms = rand((2, batch_size), generator, target)
+    uniforms = rand((2, batch_size), generator, target) if uniforms is None else to_device(uniforms, target)
     t, r = uniforms.amax(0), uniforms.amin(0)
     is_diffusion = device_tensor([i < diffusion for i in index], torch.bool, target)
     is_consistency = device_tensor([diffusion <= i < diffusion + consistency for i in index], torch.bool, target)
     r = torch.where(is_diffusion, t, torch.where(is_consistency, torch.zeros_like(r), r))
-    rows = tuple(b for b, i in enumerate(index) if i >= diffusion)
     pairs = TimePairs(t, r, is_diffusion)
-    object.__setattr__(pairs, "_rows", rows)  # not an argument: dataclasses.replace() must not carry it over
+    pairs._know_rows([i < diffusion for i in index])
     return pairs
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from anyflow.models.linear import apply_linear
 from anyflow.ops import dual_timestep_embedding, gelu, linear
 from anyflow.ops.dual_timestep_embedding import FUSIONS
+from anyflow.validation import is_finite_number, shown
 
 DELTATIME_TYPES = ("r", "t-r")
 
@@ -192,14 +193,14 @@ class ConditionEmbedder(nn.Module):
         """Install the second timestep branch.
 
         Raises:
-            ValueError: an unknown deltatime type or fusion, or a gate that is not finite.
+            ValueError: an unknown deltatime type or fusion, or a gate that is not finite in fp32.
         """
         if deltatime not in DELTATIME_TYPES:
-            raise ValueError(f"deltatime_type must be one of {', '.join(DELTATIME_TYPES)}, got {deltatime!r}")
+            raise ValueError(f"deltatime_type must be one of {', '.join(DELTATIME_TYPES)}, got {shown(deltatime)}")
         if fusion not in FUSIONS:
-            raise ValueError(f"r_embedder_fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
-        if not math.isfinite(gate_value):
-            raise ValueError(f"gate_value must be finite, got {gate_value}")
+            raise ValueError(f"r_embedder_fusion must be one of {', '.join(FUSIONS)}, got {shown(fusion)}")
+        if not is_finite_number(gate_value):
+            raise ValueError(f"gate_value must be a number that is finite in fp32, got {shown(gate_value)}")
         self.delta_embedder = delta_embedder
         self.deltatime_type, self.fusion = deltatime, fusion
         self.gate_value = gate_value

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from anyflow.models.attention import require_backend, validated_backend
 from anyflow.models.blocks import AnyFlowTransformerBlock, Attention, KeyValue
+from anyflow.models.configuration import require_settings, require_sizes
 from anyflow.models.embeddings import (
     ConditionEmbedder,
     OutputProjection,
@@ -55,7 +56,21 @@ class TextContext:
     key_values: tuple[KeyValue, ...]
 
 
-class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class _EqualToPeer(type):
+    """Makes a class equal to diffusers' class of its name.
+
+    ``DiffusionPipeline.from_pipe`` hands a component over only where its exact class is that of the new pipeline's
+    signature, and otherwise leaves it out with a warning.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        is_peer = isinstance(other, type) and other.__module__.startswith("diffusers.models.transformers.")
+        return cls is other or (is_peer and getattr(other, "__name__", None) == cls.__name__)
+
+    __hash__ = type.__hash__
+
+
+class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metaclass=_EqualToPeer):
     """Bidirectional flow-map video transformer (AnyFlow, arXiv 2605.13724; architecture Wan2.1).
 
     Parameter names and positional arguments are those of diffusers' class of the same name (proven by
@@ -83,6 +98,10 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         deltatime_type: what the second branch embeds, ``"r"`` or ``"t-r"``.
         r_embedder: False builds the plain Wan model, without the second branch.
         r_embedder_fusion: ``"gated"``: ``(1 - g) t + g r``; ``"additive"``: ``t + g r``.
+
+    Raises:
+        ValueError: a size is no whole number within ``anyflow.models.configuration.LIMITS``, or another setting is not
+            possible.
     """
 
     _supports_gradient_checkpointing = True
@@ -113,10 +132,20 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         r_embedder_fusion: str = "gated",
     ) -> None:
         super().__init__()
-        if len(patch_size) != 3 or min(patch_size) < 1:
-            raise ValueError(f"patch_size must be three positive integers, got {patch_size}")
-        if attention_head_dim % 2:
-            raise ValueError(f"attention_head_dim must be even for the rotary embedding, got {attention_head_dim}")
+        require_sizes(
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=num_layers,
+            image_dim=image_dim,
+            rope_max_seq_len=rope_max_seq_len,
+        )
+        require_settings(eps=eps, cross_attn_norm=cross_attn_norm, r_embedder=r_embedder)
         dim = num_attention_heads * attention_head_dim
         channels = in_channels if out_channels is None else out_channels
 

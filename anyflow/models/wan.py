@@ -10,6 +10,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from anyflow.models.transformer import AnyFlowTransformer3DModel
+from anyflow.validation import shown
 
 
 class WanTransformer3DModel(AnyFlowTransformer3DModel):
@@ -19,7 +20,8 @@ class WanTransformer3DModel(AnyFlowTransformer3DModel):
     ``tests/test_accelerate.py``), so folders interchange both ways.
 
     Raises:
-        ValueError: ``added_kv_proj_dim`` or ``pos_embed_seq_len`` is set (image-to-video with image tokens).
+        ValueError: ``added_kv_proj_dim`` or ``pos_embed_seq_len`` is set (image-to-video with image tokens),
+            ``qk_norm`` is another one, or a size is not possible.
     """
 
     @register_to_config
@@ -44,7 +46,11 @@ class WanTransformer3DModel(AnyFlowTransformer3DModel):
     ) -> None:
         for name, value in (("added_kv_proj_dim", added_kv_proj_dim), ("pos_embed_seq_len", pos_embed_seq_len)):
             if value is not None:
-                raise ValueError(f"{name}={value}: Wan models with image attention are not supported, only {name}=None")
+                raise ValueError(
+                    f"{name}={shown(value)}: Wan models with image attention are not supported, only {name}=None"
+                )
+        if qk_norm != "rms_norm_across_heads":
+            raise ValueError(f"qk_norm must be 'rms_norm_across_heads', got {shown(qk_norm)}")
         super().__init__(
             patch_size=patch_size,
             num_attention_heads=num_attention_heads,

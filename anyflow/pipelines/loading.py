@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from anyflow.documents import shortened
 from anyflow.pipelines.request import ModelLayout
 from anyflow.pipelines.wan import part_folder
 
@@ -36,7 +38,7 @@ class ModelPaths:
         model = _local_folder(path)
         own = transformer is None or isinstance(transformer, nn.Module)
         other = model if own else _local_folder(transformer)  # type: ignore[arg-type]
-        return cls(model, other, other if (other / "scheduler").is_dir() else model)
+        return cls(model, other, other if os.path.isdir(other / "scheduler") else model)
 
     def layout(self, transformer: nn.Module | None = None) -> ModelLayout:
         """See :meth:`ModelLayout.read`; ``transformer`` is a model in place of the folder's."""
@@ -66,15 +68,18 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
 
 
 def _local_folder(path: str | Path) -> Path:
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return Path(path)
+    if os.path.lexists(path):
+        raise ValueError(f"{shortened(path)} is not a folder of a model")
     from huggingface_hub import snapshot_download
 
     patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except (OSError, ValueError) as error:  # all of the hub's, and names that cannot be
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
         raise ValueError(
-            f"there is no folder {path}, and no model of this name could be had from the Hugging Face Hub: {reason}"
+            f"there is no folder {shortened(path)}, and no model of this name could be had from the Hugging Face Hub: "
+            f"{reason}"
         ) from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,8 +17,17 @@ from torch import Tensor, nn
 from anyflow.pipelines.frames import context_pixels, frames_of_type
 from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_device
 from anyflow.pipelines.memory import Memory, Plan, Sizes, Turns, check_options, choose_plan, free_memory
-from anyflow.pipelines.progress import both, progress_bar
-from anyflow.pipelines.request import ModelLayout, VideoRequest, count_texts, listed, require_one_length
+from anyflow.pipelines.progress import both, progress_bar, step_end_callback
+from anyflow.pipelines.request import (
+    Generators,
+    ModelLayout,
+    VideoRequest,
+    context_latents,
+    count_texts,
+    initial_noise,
+    listed,
+    require_one_length,
+)
 from anyflow.pipelines.wan import (
     decode_latents,
     encode_prompt,
@@ -26,9 +36,9 @@ from anyflow.pipelines.wan import (
     load_tokenizer,
     load_vae,
 )
-from anyflow.rng import randn_like
 from anyflow.sampling import Callback, Schedule, sample
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.validation import brief
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -212,14 +222,21 @@ class AnyFlowPipeline:
         width: int = 832,
         num_frames: int = 81,
         num_inference_steps: int | None = 4,
+        sigmas: Schedule | None = None,
         timesteps: Schedule | None = None,
         guidance_scale: float = 1.0,
+        num_videos_per_prompt: int = 1,
         seed: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
         image: Any = None,
         video: Any = None,
+        video_latents: Tensor | None = None,
         output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: Mapping[str, Any] | None = None,
         callback: Callback | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         progress: bool = False,
         max_sequence_length: int = 512,
         latents: Tensor | None = None,
@@ -227,21 +244,29 @@ class AnyFlowPipeline:
         negative_prompt_embeds: Tensor | None = None,
         use_mean_velocity: bool = True,
     ) -> VideoOutput:
-        """Make one video for each prompt.
+        """Make one video for each prompt, or several.
+
+        The arguments are those of diffusers' pipeline and some more; numbers may be of NumPy or torch.
 
         Args:
             prompt: one or several texts.
             negative_prompt: one, or one for each prompt; needed, and used, only when guidance_scale is not 1.
             height, width: pixels, multiples of 16.
             num_frames: 4k + 1.
-            num_inference_steps: network evaluations; ignored when timesteps are given.
+            num_inference_steps: network evaluations; ignored when sigmas or timesteps are given.
+            sigmas: custom schedule in [0, 1], used verbatim.
             timesteps: custom schedule in [0, 1000], used verbatim.
             guidance_scale: 1 (no guidance) for checkpoints with guidance distilled in.
+            num_videos_per_prompt: videos of a prompt come one behind another.
             seed: of the noise, on any device the same; with neither seed nor generator it is fresh.
-            generator: draws the noise, ``[B, C, F', h, w]`` as diffusers' pipelines do.
+            generator: draws the noise as diffusers' pipelines do; or a list with one for each video.
             image, video: first frames to keep, 4k + 1 of them; see :func:`anyflow.pipelines.frames.context_pixels`.
+            video_latents: their normalized latents ``[B or 1, F'', C, h, w]`` in place of them.
             output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``; see :class:`VideoOutput`.
+            return_dict: False returns a tuple of the frames.
+            attention_kwargs: None; LoRAs are merged, with their scale, by :meth:`load_lora`.
             callback: of :func:`anyflow.sampling.sample`.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: diffusers' form of it; it can replace latents.
             progress: show a bar of the steps.
             max_sequence_length: tokens after which prompts are cut off; trained models expect 512.
             latents: noise, ``[B, F', C, h, w]``, in place of seed and generator. Never written.
@@ -251,84 +276,86 @@ class AnyFlowPipeline:
 
         Raises:
             ValueError: something cannot work; raised before any network runs.
+            FloatingPointError: NaN or infinity came up, as float16 makes it: in the embeddings of a prompt, in the
+                latents after a step, which is named, or in the decoded frames.
         """
-        batch_size = count_texts("prompt", prompt, prompt_embeds, self.layout.text_dim)
-        if batch_size is None:
+        prompts = count_texts("prompt", prompt, prompt_embeds, self.layout.text_dim)
+        if prompts is None:
             raise ValueError("give prompt or prompt_embeds")
         request = VideoRequest(
             height,
             width,
             num_frames,
             num_inference_steps,
+            sigmas,
             timesteps,
             guidance_scale,
+            num_videos_per_prompt,
             max_sequence_length,
             output_type,
             negatives=count_texts("negative_prompt", negative_prompt, negative_prompt_embeds, self.layout.text_dim),
         )
-        request.check(self.layout, self.scheduler, batch_size=batch_size)
-        context = context_pixels(image, video, height, width)
-        if context is not None:
-            replace(request, context_frames=context.shape[1]).check(self.layout, batch_size=batch_size)
-            if context.shape[0] not in (1, batch_size):
-                raise ValueError(f"video must be one or as many as the {batch_size} prompts, got {context.shape[0]}")
-        if guidance_scale == 1:
+        request.check(self.layout, batch_size=prompts)
+        schedule = request.schedule(self.scheduler)
+        if attention_kwargs:
+            raise ValueError(
+                f"attention_kwargs must be None, got {attention_kwargs}: load_lora(path, scale) sets a LoRA's scale"
+            )
+        context, given_latents = self._context(request, prompts, image, video, video_latents)
+        if request.guidance_scale == 1:
             negative_prompt = negative_prompt_embeds = None
-        require_one_length(prompt_embeds, negative_prompt, negative_prompt_embeds, max_sequence_length)
-        noise = self._noise(batch_size, num_frames, height, width, seed, generator, latents)
+        require_one_length(prompt_embeds, negative_prompt, negative_prompt_embeds, request.max_sequence_length)
+        several = request.num_videos_per_prompt
+        noise = initial_noise(
+            request.latent_shape(self.layout, prompts * several), self.device, seed, generator, latents
+        )
+        after_step = partial(
+            step_end_callback, self, callback_on_step_end, callback_on_step_end_tensor_inputs, callback
+        )
+        after_step({})  # refuses what cannot be
 
         seconds: dict[str, float] = {}
         with self.timed("encode", seconds):
-            text, negative = self._texts(
-                prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, max_sequence_length
+            texts = self._texts(
+                prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, request.max_sequence_length
             )
-            context = None if context is None else encode_video(self.vae, context)
-        steps = num_inference_steps if timesteps is None else len(timesteps)
+            given_latents = given_latents if context is None else encode_video(self.vae, context)
+        text, negative, given_latents = (_repeated(x, prompts, several) for x in (*texts, given_latents))
+        assert text is not None
+        embeds = {"prompt_embeds": text, "negative_prompt_embeds": negative}
+        steps = len(schedule) - 1
         with self.timed("sample", seconds), self._sampling() as network, progress_bar(progress, steps) as advance:
             result = sample(
                 network,
                 self.scheduler,
                 noise,
                 text,
-                num_inference_steps=num_inference_steps,
-                timesteps=timesteps,
-                guidance_scale=guidance_scale,
+                sigmas=schedule,
+                guidance_scale=request.guidance_scale,
                 negative_prompt_embeds=negative,
-                context_latents=context,
+                context_latents=given_latents,
                 use_mean_velocity=use_mean_velocity,
-                callback=both(callback, advance),
+                callback=both(after_step(embeds), advance),
             )
-        if output_type == "latent":
-            return VideoOutput(result, seconds)
-        with self.timed("decode", seconds):
-            frames = frames_of_type(self.decode(result), output_type)
-        return VideoOutput(frames, seconds)
+        frames: Any = result
+        if output_type != "latent":
+            with self.timed("decode", seconds):
+                frames = frames_of_type(self.decode(result), output_type)
+        return VideoOutput(frames, seconds) if return_dict else cast(Any, (frames,))
 
-    def _noise(
-        self,
-        batch_size: int,
-        num_frames: int,
-        height: int,
-        width: int,
-        seed: int | None,
-        generator: torch.Generator | None,
-        latents: Tensor | None,
-    ) -> Tensor:
-        if sum(given is not None for given in (seed, generator, latents)) > 1:
-            raise ValueError("give one of seed, generator and latents")
-        layout = self.layout
-        sizes = (height // layout.spatial_factor, width // layout.spatial_factor)
-        shape = (batch_size, layout.channels, layout.latent_frames(num_frames), *sizes)
-        if latents is None:
-            drawn_by = torch.Generator().manual_seed(seed) if seed is not None else generator
-            return randn_like(torch.empty(shape, device=self.device), drawn_by).transpose(1, 2)
-        expected = torch.Size((shape[0], shape[2], shape[1], *sizes))
-        if latents.shape != expected or not latents.is_floating_point():
-            raise ValueError(
-                f"latents must be [B, F', C, h, w] = {tuple(expected)} (frames first) floating point, "
-                f"got {tuple(latents.shape)} {latents.dtype}"
-            )
-        return latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
+    def _context(
+        self, request: VideoRequest, prompts: int, image: Any, video: Any, latents: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The pixels of first frames, or their latents; None for what is not given."""
+        if latents is not None and not (image is None and video is None):
+            raise ValueError("give either video_latents or image or video, not both")
+        shape = request.latent_shape(self.layout, prompts)
+        pixels = context_pixels(image, video, request.height, request.width)
+        if pixels is not None:
+            replace(request, context_frames=pixels.shape[1]).check(self.layout, batch_size=prompts)
+            if pixels.shape[0] not in (1, prompts):
+                raise ValueError(f"video must be one or as many as the {prompts} prompts, got {pixels.shape[0]}")
+        return pixels, context_latents(latents, shape, prompts)
 
     def _texts(
         self,
@@ -341,6 +368,12 @@ class AnyFlowPipeline:
         """What the network reads, with the text encoder loaded once at most."""
         prompts, negatives = listed(prompt), listed(negative_prompt)
         encoded = self.encode_prompts([*prompts, *negatives], max_sequence_length) if prompts or negatives else []
+        for text_given, embeds_made in zip([*prompts, *negatives], encoded, strict=True):
+            if not bool(torch.isfinite(embeds_made).all()):
+                raise FloatingPointError(
+                    f"the text encoder gives NaN or infinity for {brief(text_given)}: UMT5 overflows in float16, use "
+                    "bf16 (dtype=torch.bfloat16, --dtype bf16)"
+                )
         text = torch.cat(encoded[: len(prompts)]) if prompts else embeds
         negative = torch.cat(encoded[len(prompts) :]) if negatives else negative_embeds
         assert text is not None
@@ -366,3 +399,8 @@ class AnyFlowPipeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds[name] = time.perf_counter() - start
+
+
+def _repeated(rows: Tensor | None, prompts: int, several: int) -> Tensor | None:
+    """Repeat the row of each prompt for its videos; what is one for all prompts stays one."""
+    return rows if rows is None or len(rows) < prompts else rows.repeat_interleave(several, 0)

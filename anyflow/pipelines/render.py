@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import resource
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -18,18 +20,24 @@ import torch
 from torch import Tensor
 
 from anyflow.checkpoints.lora_file import open_lora
+from anyflow.documents import read_json, read_text, shortened, text_problem
+from anyflow.locking import locks_folder
 from anyflow.pipelines.frames import frames_of_type
 from anyflow.pipelines.loading import ModelPaths, resolve_device
 from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.pipeline import AnyFlowPipeline
-from anyflow.pipelines.request import VideoRequest
+from anyflow.pipelines.request import MAX_SEED, VideoRequest
 from anyflow.pipelines.video import write_comparison, write_video
+from anyflow.validation import finite_number, whole_number
+from anyflow.versions import differences, installed_versions
+from anyflow.writing import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 RESULTS_FILE = "results.json"
 COMPARISON_FILE = "comparison.mp4"
+MAX_PROMPT = 2**17  # characters; a text encoder takes 512 tokens
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -66,12 +74,12 @@ class SampleSettings:
         """ValueError if the model is missing or cannot make such videos; no weight is loaded."""
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if not 0 < self.fps < 1000:
-            raise ValueError(f"fps must be > 0 and < 1000, got {self.fps}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if not 0.01 <= finite_number("fps", self.fps) < 1000:
+            raise ValueError(f"fps must be >= 0.01 and < 1000, got {self.fps}")
+        whole_number("seed", self.seed, 0, MAX_SEED)
         if self.lora is not None:
             open_lora(self.lora)
+        _check_prompt(self.negative_prompt or "", "negative_prompt")
         VideoRequest(
             height=self.height,
             width=self.width,
@@ -106,25 +114,40 @@ class SampleReport:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty; ValueError if there are none."""
+    """Read the lines of a text file that are not empty.
+
+    Raises:
+        ValueError: it is not a regular file in UTF-8, has none, or has a line that can be no prompt, which is named.
+    """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts: {path} cannot be read: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"prompts: {shortened(path)} cannot be read: {error}") from None
+    prompts = []
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if line.strip():
+            _check_prompt(line.strip(), f"prompts: {shortened(path)}, line {number}: the prompt")
+            prompts.append(line.strip())
     if not prompts:
-        raise ValueError(f"prompts: {path} has no prompts, one on each line")
+        raise ValueError(f"prompts: {shortened(path)} has no prompts, one on each line")
     return prompts
+
+
+def _check_prompt(prompt: str, what: str) -> None:
+    problem = text_problem(prompt, max_characters=MAX_PROMPT)
+    if problem is not None:
+        raise ValueError(f"{what} {problem}")
 
 
 def parse_steps(text: str) -> tuple[int, ...]:
     """``"1,2,4"`` in ascending order; ValueError for anything else."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) >= 1 for word in words):
+    if not all(word.isdecimal() and len(word) < 10 and int(word) >= 1 for word in words):
         raise ValueError(f"steps must be whole numbers >= 1 with commas between them, as 1,2,4, got {text!r}")
     return tuple(sorted({int(word) for word in words}))
 
 
+@locks_folder("out")
 def sample_command(
     settings: SampleSettings,
     prompts: Sequence[str],
@@ -152,7 +175,9 @@ def sample_command(
         console: gets a line for each video and a progress bar.
 
     Raises:
-        ValueError: before any weight is loaded, for what cannot work; then for weights that do not fit.
+        ValueError: before any weight is loaded, for what cannot work or a folder in use; then for weights that do not
+            fit.
+        OSError: the system refuses to write into the folder, such as on a full disk.
         ImportError: PyAV is missing.
     """
     import av  # noqa: F401  (missing, it would cost a video to find out)
@@ -160,7 +185,9 @@ def sample_command(
     settings.check()
     check_options(memory, resolve_device(device), compile=compile, cuda_graph=cuda_graph)
     for count in steps:
-        VideoRequest(num_inference_steps=count).check_steps()
+        VideoRequest(num_inference_steps=count)
+    for prompt in prompts:
+        _check_prompt(prompt, f"the prompt {shortened(prompt)!r}")
     folders = {prompt: out / _folder_name(prompt) for prompt in prompts}
     if not folders or not steps:
         raise ValueError("there are no prompts or no step counts")
@@ -220,7 +247,12 @@ class _Renderer:
         try:
             with _status(self.console, f"{prompt[:60]}: {steps} steps"):
                 entry = self._render(prompt, steps, folder)
-        except (RuntimeError, ValueError, OSError) as error:  # out of memory, a full disk: the next may still work
+        except (
+            RuntimeError,
+            ValueError,
+            OSError,
+            FloatingPointError,
+        ) as error:  # of memory, disk, NaN: the next may work
             if self.pipe.device.type == "cuda":
                 torch.cuda.empty_cache()
             return Failure(prompt, steps, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
@@ -263,7 +295,7 @@ class _Renderer:
             "peak_memory_bytes": _peak_memory(pipe.device),
             "device": torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else pipe.device.type,
             "memory": pipe.memory,
-            "torch": torch.__version__,
+            "packages": installed_versions(),
         }
 
 
@@ -279,19 +311,17 @@ class _Results:
     def open(cls, out: Path, settings: SampleSettings) -> _Results:
         file = out / RESULTS_FILE
         results = cls(file, asdict(settings), [])
-        if file.exists():
-            try:
-                earlier = json.loads(file.read_text(encoding="utf-8"))
-                before, results.videos = earlier["settings"], earlier["videos"]
-            except (ValueError, KeyError, OSError) as error:
-                raise ValueError(f"{file} is no results file of this command: {error}") from None
+        if os.path.lexists(file):
+            before, results.videos = _read_results(file)
+            names = {**results.settings, **before}
             changed = [
-                f"{name} {before.get(name)!r} is now {value!r}"
-                for name, value in results.settings.items()
-                if before.get(name) != value
+                f"{name} {before.get(name)!r} is now {results.settings.get(name)!r}"
+                for name in names
+                if before.get(name) != results.settings.get(name)
             ]
             if changed:
                 raise ValueError(f"{out} holds videos of other settings ({'; '.join(changed)}); name another folder")
+            _warn_of_versions(out, results.videos)
         elif out.exists() and not out.is_dir():
             raise ValueError(f"{out} is not a folder")
         results._write()
@@ -303,10 +333,46 @@ class _Results:
 
     def _write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_name(f".{RESULTS_FILE}.partial")
         content = {"settings": self.settings, "videos": self.videos}
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.file)
+        write_text(self.file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read the settings and the videos of a results file.
+
+    Raises:
+        ValueError: it is none, or is damaged.
+    """
+    try:
+        content = read_json(file, finite=True)
+        if not isinstance(content, dict) or set(content) != {"settings", "videos"}:
+            raise ValueError("it must be an object with 'settings' and 'videos'")
+        settings, videos = content["settings"], content["videos"]
+        if not isinstance(settings, dict) or not isinstance(videos, list):
+            raise ValueError("'settings' must be an object and 'videos' a list")
+        for number, video in enumerate(videos):
+            if not isinstance(video, dict) or not isinstance(video.get("file"), str):
+                raise ValueError(f"video {number} must be an object with the text 'file'")
+            if not isinstance(video.get("packages", {}), dict):
+                raise ValueError(f"the 'packages' of video {number} must be an object")
+    except ValueError as error:
+        raise ValueError(f"{file} is no results file of this command: {error}") from None
+    return settings, videos
+
+
+def _warn_of_versions(out: Path, videos: Sequence[dict[str, Any]]) -> None:
+    """Warn, in one line, that videos in a folder were made by other versions than new ones would be."""
+    here = installed_versions()
+    made = [video["packages"] for video in videos if "packages" in video]
+    changed = sorted({line for packages in made for line in differences(packages, here)})
+    if len(made) < len(videos):
+        changed.append("unknown versions")
+    if changed:
+        warnings.warn(
+            f"{out} holds videos made with other versions ({'; '.join(changed)}): new ones may differ from them; "
+            "name another folder to compare like with like",
+            stacklevel=4,
+        )
 
 
 def _status(console: Console | None, text: str) -> AbstractContextManager[Any]:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from anyflow.documents import read_json, shortened
+from anyflow.rng import randn_like
 from anyflow.sampling import Schedule
-from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.schedulers import MAX_STEPS, FlowMapEulerDiscreteScheduler
+from anyflow.validation import brief, finite_number, whole_number
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MAX_SEQUENCE_LENGTH = 4096  # the encoder's attention takes memory by the square of it; trained models know 512
+MAX_SEED = 2**63 - 1
+_LARGEST_SIZE = 2**20  # that a configuration file may say
+
+Generators = torch.Generator | Sequence[torch.Generator]
 
 
 @dataclass(frozen=True)
@@ -53,20 +61,28 @@ class ModelLayout:
         if transformer is None:
             transformer = model / "transformer"
         config = _config(transformer) if isinstance(transformer, Path) else transformer
+        patch_size = config.get("patch_size", (1, 2, 2))
+        if not isinstance(patch_size, Sequence) or len(patch_size) != 3:
+            raise ValueError(f"{model}: patch_size of the transformer must be three numbers, got {brief(patch_size)}")
+        frames, rows, columns = (
+            whole_number(f"{model}: patch_size of the transformer", p, high=_LARGEST_SIZE) for p in patch_size
+        )
         layout = cls(
-            channels=config.get("in_channels", 16),
-            temporal_factor=vae.get("scale_factor_temporal", 4),
-            spatial_factor=vae.get("scale_factor_spatial", 8),
-            patch_size=tuple(config.get("patch_size", (1, 2, 2))),
-            max_positions=config.get("rope_max_seq_len", 1024),
-            text_dim=config.get("text_dim", 4096),
+            channels=_size(model, "transformer", config, "in_channels", 16),
+            temporal_factor=_size(model, "vae", vae, "scale_factor_temporal", 4),
+            spatial_factor=_size(model, "vae", vae, "scale_factor_spatial", 8),
+            patch_size=(frames, rows, columns),
+            max_positions=_size(model, "transformer", config, "rope_max_seq_len", 1024),
+            text_dim=_size(model, "transformer", config, "text_dim", 4096),
         )
         for part, given, wanted, name in (
             ("vae", vae.get("z_dim", 16), layout.channels, "channels"),
             ("text_encoder", text_encoder.get("d_model"), layout.text_dim, "text dimensions"),
         ):
             if given != wanted:
-                raise ValueError(f"{model}: {part} has {given} {name}, but the transformer takes {wanted}")
+                raise ValueError(
+                    f"{shortened(model)}: {part} has {brief(given)} {name}, but the transformer takes {wanted}"
+                )
         return layout
 
     @property
@@ -83,43 +99,57 @@ class ModelLayout:
 class VideoRequest:
     """One call of the pipeline, without its prompts; fields as :meth:`AnyFlowPipeline.__call__` has them.
 
+    Numbers of NumPy and torch become Python's.
+
     Args:
         negatives: number of negative prompts; None if there are none.
         context_frames: frames given to go on from.
+
+    Raises:
+        ValueError: a field is no such number.
     """
 
     height: int = 480
     width: int = 832
     num_frames: int = 81
     num_inference_steps: int | None = 4
+    sigmas: Schedule | None = None
     timesteps: Schedule | None = None
     guidance_scale: float = 1.0
+    num_videos_per_prompt: int = 1
     max_sequence_length: int = 512
     output_type: str = "pil"
     negatives: int | None = None
     context_frames: int = 0
 
-    def check(
-        self, layout: ModelLayout, scheduler: FlowMapEulerDiscreteScheduler | None = None, *, batch_size: int = 1
-    ) -> None:
-        """Whether a model can do it.
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_frames", "num_videos_per_prompt"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        length = whole_number("max_sequence_length", self.max_sequence_length, high=MAX_SEQUENCE_LENGTH)
+        object.__setattr__(self, "max_sequence_length", length)
+        object.__setattr__(self, "guidance_scale", finite_number("guidance_scale", self.guidance_scale))
+        if self.sigmas is None and self.timesteps is None:
+            steps = whole_number("num_inference_steps", self.num_inference_steps, high=MAX_STEPS)
+            object.__setattr__(self, "num_inference_steps", steps)
+
+    def schedule(self, scheduler: FlowMapEulerDiscreteScheduler) -> Tensor:
+        """Return the sigmas, fp64 ``[n + 1]`` with the terminal 0; ValueError for a custom schedule that cannot be."""
+        custom = self.sigmas is not None or self.timesteps is not None
+        steps = None if custom else self.num_inference_steps
+        return scheduler.schedule(steps, sigmas=self.sigmas, timesteps=self.timesteps)
+
+    def check(self, layout: ModelLayout, *, batch_size: int = 1) -> None:
+        """Check that a model can do it.
 
         Args:
             layout: of the model.
-            scheduler: checks a custom schedule too.
             batch_size: number of prompts.
 
         Raises:
             ValueError: it cannot.
         """
-        for name in ("height", "width", "num_frames", "max_sequence_length"):
-            _require_positive_int(name, getattr(self, name))
         self._check_size(layout)
-        if self.timesteps is None:
-            self.check_steps()
-        elif scheduler is not None:
-            scheduler.schedule(timesteps=self.timesteps)
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale > 0):
+        if not self.guidance_scale > 0:
             raise ValueError(f"guidance_scale must be > 0 (1 means no guidance), got {self.guidance_scale}")
         if self.guidance_scale != 1 and self.negatives is None:
             raise ValueError(f"guidance_scale={self.guidance_scale:g} needs a negative_prompt; '' is one")
@@ -127,12 +157,13 @@ class VideoRequest:
             raise ValueError(
                 f"negative_prompt must be one or as many as the {batch_size} prompts, got {self.negatives}"
             )
-        if self.output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {self.output_type!r}")
+        if not isinstance(self.output_type, str) or self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {brief(self.output_type)}")
 
-    def check_steps(self) -> None:
-        """ValueError unless ``num_inference_steps`` is a whole number >= 1."""
-        _require_positive_int("num_inference_steps", self.num_inference_steps)
+    def latent_shape(self, layout: ModelLayout, batch_size: int) -> tuple[int, int, int, int, int]:
+        """Return the shape ``[B, F', C, h, w]`` of the latents of so many videos."""
+        size = (self.height // layout.spatial_factor, self.width // layout.spatial_factor)
+        return (batch_size, layout.latent_frames(self.num_frames), layout.channels, *size)
 
     def _check_size(self, layout: ModelLayout) -> None:
         for name, size, multiple in zip(
@@ -159,24 +190,111 @@ class VideoRequest:
 
 
 def listed(texts: str | Sequence[str] | None) -> list[str]:
-    """A text, several or none as a list."""
+    """Return a text, several or none as a list."""
     return [] if texts is None else [texts] if isinstance(texts, str) else list(texts)
 
 
 def count_texts(name: str, texts: str | Sequence[str] | None, embeds: Tensor | None, text_dim: int) -> int | None:
-    """Number of texts, or of embeddings ``[B, S, text_dim]``; None without any. ValueError for anything else."""
+    """Count texts, or embeddings ``[B, S, text_dim]``; None without any. ValueError for anything else."""
     if texts is not None and embeds is not None:
         raise ValueError(f"give either {name} or {name}_embeds, not both")
     if embeds is not None:
-        if embeds.ndim != 3 or embeds.shape[0] == 0 or embeds.shape[2] != text_dim:
-            raise ValueError(f"{name}_embeds must be [B, S, {text_dim}], got {tuple(embeds.shape)}")
+        expected = f"{name}_embeds must be a floating-point tensor [B, S, {text_dim}]"
+        if not isinstance(embeds, Tensor):
+            raise ValueError(f"{expected}, got {brief(embeds)}")
+        if embeds.ndim != 3 or embeds.numel() == 0 or embeds.shape[2] != text_dim or not embeds.is_floating_point():
+            raise ValueError(f"{expected}, got {tuple(embeds.shape)} {embeds.dtype}")
+        require_finite_rows(f"{name}_embeds", embeds)
         return embeds.shape[0]
     if texts is None:
         return None
-    several = listed(texts)
+    several = texts if isinstance(texts, (list, tuple)) else [texts]
     if not several or not all(isinstance(text, str) for text in several):
-        raise ValueError(f"{name} must be a text or a list of texts, got {texts!r}")
+        raise ValueError(f"{name} must be a text or a list of texts, got {brief(texts)}")
+    for text in several:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{name} has a lone surrogate, which is no character: {brief(text)}")
     return len(several)
+
+
+def require_finite_rows(name: str, tensor: Tensor) -> None:
+    """ValueError if a tensor, on any device, holds NaN or infinity; the host waits for it."""
+    bad = (~torch.isfinite(tensor)).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{name} holds NaN or infinity in row {bad[0] + 1} of {len(tensor)}; encoders overflow in float16: use bf16"
+        )
+
+
+def initial_noise(
+    shape: tuple[int, int, int, int, int],
+    device: torch.device,
+    seed: int | None,
+    generator: Generators | None,
+    latents: Tensor | None,
+) -> Tensor:
+    """Draw or take the noise ``[B, F', C, h, w]`` that sampling starts from, fp32 at least.
+
+    Args:
+        shape: of the result.
+        device: of the result.
+        seed: of one generator for the batch.
+        generator: one for the batch, or a list with one for each video, whose draws do not depend on the others. They
+            draw on their own devices, ``[B, C, F', h, w]`` as diffusers' pipelines do.
+        latents: taken in place of a draw.
+
+    Raises:
+        ValueError: more than one of them is given, a list has another length, or one is not what it should be.
+    """
+    if sum(given is not None for given in (seed, generator, latents)) > 1:
+        raise ValueError("give one of seed, generator and latents")
+    if latents is not None:
+        if not isinstance(latents, Tensor) or latents.shape != shape or not latents.is_floating_point():
+            got = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else brief(latents)
+            raise ValueError(f"latents must be [B, F', C, h, w] = {shape} (frames first) floating point, got {got}")
+        return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+    batch_size, frames, *rest = shape
+    channels_first = (rest[0], frames, *rest[1:])
+    if isinstance(generator, (list, tuple)):
+        if not all(isinstance(g, torch.Generator) for g in generator):
+            raise ValueError(f"generator must be a torch.Generator or a list of them, got {brief(generator)}")
+        if len(generator) != batch_size:
+            raise ValueError(
+                f"generator is a list of {len(generator)}, but there are {batch_size} videos: give one for each"
+            )
+        like = torch.empty(1, *channels_first, device=device)
+        return torch.cat([randn_like(like, g) for g in generator]).transpose(1, 2)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(whole_number("seed", seed, 0, MAX_SEED))
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator or a list of them, got {brief(generator)}")
+    return randn_like(torch.empty(batch_size, *channels_first, device=device), generator).transpose(1, 2)
+
+
+def context_latents(latents: Tensor | None, shape: tuple[int, ...], batch_size: int) -> Tensor | None:
+    """Check the latents of first frames, ``[B or 1, fewer than F', C, h, w]`` for videos of a shape; None without any.
+
+    Args:
+        latents: given.
+        shape: of the videos' latents.
+        batch_size: number of prompts, B.
+
+    Raises:
+        ValueError: they are something else, or hold NaN or infinity.
+    """
+    if latents is None:
+        return None
+    fits = isinstance(latents, Tensor) and latents.ndim == 5 and latents.is_floating_point() and latents.numel() > 0
+    if not fits or latents.shape[0] not in (1, batch_size) or latents.shape[2:] != shape[2:]:
+        got = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else brief(latents)
+        raise ValueError(
+            f"video_latents must be [B={batch_size} or 1, fewer than F'={shape[1]}, "
+            f"{', '.join(map(str, shape[2:]))}] floating point, got {got}"
+        )
+    if latents.shape[1] >= shape[1]:
+        raise ValueError(f"video_latents must have fewer than the {shape[1]} latent frames, got {latents.shape[1]}")
+    require_finite_rows("video_latents", latents)
+    return latents
 
 
 def require_one_length(
@@ -194,16 +312,17 @@ def _nearest(size: int, multiple: int, offset: int) -> str:
     return "; the nearest are " + " and ".join(str(n) for n in (lower, lower + multiple) if n > 0)
 
 
-def _require_positive_int(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+def _size(model: Path, part: str, config: Mapping[str, Any], name: str, default: int) -> int:
+    return whole_number(f"{model}: {name} of the {part}", config.get(name, default), high=_LARGEST_SIZE)
 
 
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder.parent} is not a diffusers model folder: it has no {folder.name}/{file.name}")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not os.path.lexists(file):
+        raise ValueError(
+            f"{shortened(folder.parent)} is not a diffusers model folder: it has no {folder.name}/{file.name}"
+        )
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{shortened(file)} must hold a JSON object, not {type(config).__name__}")
+    return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from anyflow.documents import require_content, shortened
+from anyflow.validation import FiniteCheck, numbered, overflow_advice, shown
+from anyflow.versions import require_ftfy
 
 
 def load_vae(model: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -38,31 +43,49 @@ def load_tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = part_folder(model, "tokenizer")
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".model", ".txt"):
+            require_content(file)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be loaded as a tokenizer: {error}") from error
+    except Exception as error:  # the package tokenizers raises Exception itself
+        raise ValueError(f"{folder} cannot be loaded as a tokenizer: {str(error)[:300]}") from error
 
 
 def part_folder(model: Path, name: str) -> Path:
     """``model/name``; ValueError if there is no such folder."""
     folder = model / name
-    if not folder.is_dir():
-        raise ValueError(f"{model} is not a diffusers model folder: it has no {name}/")
+    if not os.path.isdir(folder):
+        raise ValueError(f"{shortened(model)} is not a diffusers model folder: it has no {name}/")
     return folder
+
+
+def clean_prompt(prompt: str) -> str:
+    """Clean a prompt as those of the published models were: ``ftfy.fix_text``, HTML entities, whitespace.
+
+    diffusers does the same where ftfy is installed, and leaves its part out where it is not.
+
+    Raises:
+        ImportError: ftfy is missing.
+    """
+    require_ftfy()
+    from diffusers.pipelines.anyflow.pipeline_anyflow import prompt_clean
+
+    return prompt_clean(prompt)
 
 
 @torch.no_grad()
 def encode_prompt(text_encoder: Any, tokenizer: Any, prompt: str, max_sequence_length: int) -> Tensor:
     """The tokens of a prompt, ``[S, text_dim]`` fp32 on the CPU, without padding; S is at most max_sequence_length.
 
-    Encoded beside masked padding, as diffusers' pipelines do (``test_prompts_are_those_of_the_anyflow_pipeline``), and
-    alone, so that the numbers do not depend on other prompts.
-    """
-    from diffusers.pipelines.anyflow.pipeline_anyflow import prompt_clean
+    Cleaned first, and encoded beside masked padding, as diffusers' pipelines do
+    (``test_prompts_are_those_of_the_anyflow_pipeline``), and alone, so that the numbers do not depend on other prompts.
 
+    Raises:
+        ImportError: ftfy is missing.
+    """
     tokens = tokenizer(
-        [prompt_clean(prompt)],
+        [clean_prompt(prompt)],
         padding="max_length",
         max_length=max_sequence_length,
         truncation=True,
@@ -87,10 +110,21 @@ def encode_video(vae: Any, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """The inverse: normalized latents ``[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1], VAE's dtype."""
+    """Decode normalized latents ``[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1], in the VAE's dtype.
+
+    Raises:
+        FloatingPointError: what the VAE returns holds NaN or infinity, or the latents do; the host waits for it.
+    """
     latents = latents.to(vae.device, vae.dtype).transpose(1, 2)
     mean, std = _statistics(vae, latents)
+    finite = FiniteCheck()
+    finite.note("latents to be decoded", latents)
     video = vae.decode(latents * std + mean, return_dict=False)[0]
+    finite.note("decoded frames", video)  # before the clamp, which makes infinity a 1
+    if (found := finite.first()) is not None:
+        name, rows, count = found
+        advice = overflow_advice(vae, option="vae_dtype=torch.bfloat16") + ", or fp32"
+        raise FloatingPointError(f"the {name} are not finite (NaN or infinity) in {numbered(rows, count)}: {advice}")
     return (video * 0.5 + 0.5).clamp(0, 1).transpose(1, 2)
 
 
@@ -113,16 +147,56 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def require_sound_folder(folder: Path) -> None:
+    """Look at the configuration and the headers of the weights of a model's part, before a library reads them.
+
+    Raises:
+        ValueError: a file is absent, cut off, empty, a pointer of git-lfs, a web page or no regular file; an index and
+            its files do not agree; or the configuration has more layers than there are tensors.
+    """
+    from anyflow.checkpoints.files import find_files, read_json
+    from anyflow.checkpoints.readers import SafetensorsReader
+
+    files = find_files(chosen_weights(folder), None)
+    tensors = SafetensorsReader(files.weights, files.index).infos
+    config = read_json(folder / "config.json")
+    for name, value in config.items():
+        counts = name.startswith("num_") and name.endswith(("_layers", "_blocks"))
+        if counts and isinstance(value, int) and not 0 <= value <= len(tensors):
+            raise ValueError(f"{folder / 'config.json'}: {name}={shown(value)}, but there are {len(tensors)} tensors")
+
+
+def chosen_weights(folder: Path) -> Path:
+    """Return the file of weights, or the index, that diffusers and transformers read in a folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for stem in ("diffusion_pytorch_model", "model"):
+        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+            if os.path.lexists(folder / name):
+                return folder / name
+    raise ValueError(f"{shortened(folder)} has no file of weights (.safetensors)")
+
+
 def load_module(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A pretrained module in eval mode, with exactly the weights of its folder; the global generator is left alone."""
+    """Load a pretrained module in eval mode, with exactly the weights of its folder.
+
+    The global generator is left alone.
+
+    Raises:
+        ValueError: a file of the folder is damaged or is none, which is said with its name, or weights are missing or
+            left over.
+    """
+    require_sound_folder(folder)
     try:
         # Constructors draw weights that the files then replace.
         with torch.random.fork_rng(devices=[]), _no_progress_bar():
             module, info = kind.from_pretrained(
                 folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {error}") from error
+    except Exception as error:  # constructors raise anything for values that they do not check
+        raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {str(error)[:1000]}") from error
     faults = [f"{what}: {sorted(map(str, info[what]))}" for what in info if info[what]]
     if faults:
         raise ValueError(f"{folder} does not hold the weights of {kind.__name__}: {'; '.join(faults)}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyflow.documents import read_json, shortened
 from anyflow.schedulers.shift import WEIGHT_TYPES, invert_shift, nearest_weight, shift_times, train_weight_grid
 from anyflow.transfer import to_device
+from anyflow.validation import brief, is_finite_number, shown, whole_number
 
+MAX_STEPS = 10_000  # of a schedule: more are a mistake, and would only fill the memory
+MAX_TRAIN_TIMESTEPS = 10**6
 CONFIG_NAME = "scheduler_config.json"
+MIN_SHIFT, MAX_SHIFT = 1e-6, 1e6  # beyond, neighbors on the schedule are one number
 _ON_SCHEDULE = 1e-3  # a timestep this close to an entry of the schedule is that entry (in timesteps, as in diffusers)
 
 
@@ -61,8 +67,8 @@ class FlowMapEulerDiscreteScheduler:
     Works as the ``scheduler`` of ``diffusers.AnyFlowPipeline``.
 
     Args:
-        num_train_timesteps: N, the timestep of pure noise.
-        shift: s > 0 of the schedule shift ``S(u) = s u / (1 + (s - 1) u)``; Wan uses 5.
+        num_train_timesteps: N, the timestep of pure noise, at most ``MAX_TRAIN_TIMESTEPS``.
+        shift: s in [1e-6, 1e6] of the schedule shift ``S(u) = s u / (1 + (s - 1) u)``; Wan uses 5.
         weight_type: training weight, ``"beta08"``, ``"gaussian"`` or ``"uniform"``.
 
     Raises:
@@ -78,12 +84,11 @@ class FlowMapEulerDiscreteScheduler:
     num_inference_steps: int
 
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0, weight_type: str = "beta08") -> None:
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+        num_train_timesteps = whole_number("num_train_timesteps", num_train_timesteps, high=MAX_TRAIN_TIMESTEPS)
         if weight_type not in WEIGHT_TYPES:
-            raise ValueError(f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {weight_type!r}")
+            raise ValueError(f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {shown(weight_type)}")
         self._configure(num_train_timesteps=num_train_timesteps, shift=_valid_shift(shift), weight_type=weight_type)
-        self.set_timesteps(num_train_timesteps)
+        self.set_timesteps(min(num_train_timesteps, MAX_STEPS))
 
     def _configure(self, **settings: Any) -> None:
         self.config = SchedulerConfig(**settings)
@@ -101,12 +106,14 @@ class FlowMapEulerDiscreteScheduler:
         """Build from a configuration; keys that start with an underscore (diffusers' bookkeeping) are skipped.
 
         Raises:
-            ValueError: the configuration has a key this scheduler does not know.
+            ValueError: the configuration is no mapping, or has a key this scheduler does not know.
         """
-        settings = {k: v for k, v in {**dict(config.items()), **overrides}.items() if not k.startswith("_")}
+        if not isinstance(config, (Mapping, SchedulerConfig)):
+            raise ValueError(f"a scheduler's configuration must be a mapping of settings, got {shown(config)}")
+        settings = {k: v for k, v in {**dict(config.items()), **overrides}.items() if not str(k).startswith("_")}
         known = ("num_train_timesteps", "shift", "weight_type")
-        if unknown := sorted(set(settings) - set(known)):
-            raise ValueError(f"unknown scheduler settings {', '.join(unknown)}; expected {', '.join(known)}")
+        if unknown := sorted(str(name)[:80] for name in settings if name not in known):
+            raise ValueError(f"unknown scheduler settings {', '.join(unknown[:12])}; expected {', '.join(known)}")
         return cls(**settings)
 
     @classmethod
@@ -116,13 +123,17 @@ class FlowMapEulerDiscreteScheduler:
         """Load from a folder (or its ``subfolder``) that holds ``scheduler_config.json``, or from the file itself.
 
         Raises:
-            ValueError: there is no such file, or it holds a setting this scheduler does not know.
+            ValueError: there is no such file, it cannot be read, or it holds a setting this scheduler does not know.
         """
         file = Path(path) if subfolder is None else Path(path) / subfolder
-        file = file / CONFIG_NAME if file.is_dir() else file
-        if not file.is_file():
-            raise ValueError(f"no {CONFIG_NAME} at {file}")
-        return cls.from_config(json.loads(file.read_text()), **overrides)
+        file = file / CONFIG_NAME if os.path.isdir(file) else file
+        if not os.path.lexists(file):
+            raise ValueError(f"no {CONFIG_NAME} at {shortened(file)}")
+        config = read_json(file)
+        try:
+            return cls.from_config(config, **overrides)
+        except ValueError as error:
+            raise ValueError(f"{shortened(file)}: {error}") from None
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``scheduler_config.json`` into a folder, which is created if needed."""
@@ -170,20 +181,15 @@ class FlowMapEulerDiscreteScheduler:
         if sigmas is None and timesteps is None:
             if num_inference_steps is None:
                 raise ValueError("num_inference_steps is required unless sigmas or timesteps are given")
-            if num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-            return self.apply_shift(torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64))
-        if sigmas is not None:
-            name, values, top = "sigmas", torch.as_tensor(sigmas, dtype=torch.float64), 1.0
-        else:
-            name, values, top = "timesteps", torch.as_tensor(timesteps, dtype=torch.float64), self._n
-        values = _valid_schedule(name, values.cpu(), top)
+            steps = whole_number("num_inference_steps", num_inference_steps, high=MAX_STEPS)
+            return self.apply_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+        name, top = ("sigmas", 1.0) if sigmas is not None else ("timesteps", self._n)
+        given = _numbers(name, sigmas if sigmas is not None else timesteps)
+        values = _valid_schedule(name, given, top)
         steps = len(values) - 1
-        if num_inference_steps is not None and num_inference_steps != steps:
-            # A caller that counted the terminal 0 it passed means the same schedule.
-            given = len(sigmas) if sigmas is not None else len(timesteps)  # type: ignore[arg-type]
-            if num_inference_steps != given:
-                raise ValueError(f"num_inference_steps={num_inference_steps}, but {name} has {steps} steps")
+        # A caller that counted the terminal 0 it passed means the same schedule.
+        if num_inference_steps not in (None, steps, len(given)):
+            raise ValueError(f"num_inference_steps={num_inference_steps}, but {name} has {steps} steps")
         return values / top
 
     def set_timesteps(
@@ -359,9 +365,29 @@ def _ascends(t: Tensor, r: Tensor) -> bool:
 
 
 def _valid_shift(shift: float) -> float:
-    if not (math.isfinite(shift) and shift > 0):
-        raise ValueError(f"shift must be a positive finite number, got {shift}")
+    if not is_finite_number(shift) or not MIN_SHIFT <= shift <= MAX_SHIFT:
+        raise ValueError(
+            f"shift must be a positive finite number, from {MIN_SHIFT:g} to {MAX_SHIFT:g}, got {shown(shift)}"
+        )
     return float(shift)
+
+
+def _numbers(name: str, values: Any) -> Tensor:
+    """A sequence, array or tensor of real numbers as fp64 ``[n]`` on the CPU; ValueError for anything else."""
+    problem = f"{name} must be a sequence of at most {MAX_STEPS} numbers, got {brief(values)}"
+    if isinstance(values, Tensor):
+        if values.ndim != 1 or values.is_complex() or values.dtype == torch.bool or len(values) > MAX_STEPS:
+            raise ValueError(f"{problem}, of shape {tuple(values.shape)}")
+        return values.detach().to("cpu", torch.float64)
+    if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not isinstance(values, Iterable):
+        raise ValueError(problem)
+    listed = list(islice(iter(values), MAX_STEPS + 1))
+    if len(listed) > MAX_STEPS or any(isinstance(value, (str, bytes, bool, complex)) for value in listed):
+        raise ValueError(problem)
+    try:
+        return torch.tensor([float(value) for value in listed], dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(problem) from error
 
 
 def _valid_schedule(name: str, values: Tensor, top: float) -> Tensor:

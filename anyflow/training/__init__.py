@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anyflow.training.config import Recipe
     from anyflow.training.ema import EMA
-    from anyflow.training.optimization import TrainingError
+    from anyflow.training.guard import TrainingError
     from anyflow.training.recipe import RecipeError, dump_recipe, load_recipe
     from anyflow.training.trainer import train
 
@@ -16,7 +16,7 @@ _MODULES = {
     "EMA": "ema",
     "Recipe": "config",
     "RecipeError": "recipe",
-    "TrainingError": "optimization",
+    "TrainingError": "guard",
     "dump_recipe": "recipe",
     "load_recipe": "recipe",
     "train": "trainer",

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from anyflow.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest, sync_folder
 from anyflow.training.tensor_files import INDEX, TensorReader, TensorWriter, difference, read_index
+from anyflow.writing import system_error, writing
 
 __all__ = ["CheckpointError", "Checkpointer", "complete_checkpoints"]
 
@@ -82,7 +83,8 @@ class Checkpointer:
 
         Raises:
             ValueError: the step is negative, a value is no tensor, or info is not JSON.
-            CheckpointError: a rank could not write.
+            OSError: the system refuses to write, such as on a full disk; earlier checkpoints are as before.
+            CheckpointError: another rank could not write.
         """
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}")
@@ -96,18 +98,23 @@ class Checkpointer:
         final = self.folder / f"step-{step:08d}"
         partial = _hidden(final, "tmp")
         self._on_rank_zero(lambda: self._prepare(partial))
-        with _dcp_errors(f"{partial} cannot be written"):
-            dcp.save(
-                dict(tensors),
-                storage_writer=TensorWriter(partial),  # waits for the disk after each file
-                planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
-                process_group=self._group,
-                no_dist=not self._distributed,
-            )
-        records = self._gather(self._everywhere(lambda: self._own_records(partial)))
-        files = {name: record for own in records for name, record in own.items()}
-        manifest = Manifest(step, self._world_size, files, info)
-        self._on_rank_zero(lambda: self._commit(manifest, partial, final))
+        try:
+            with _dcp_errors(f"{partial} cannot be written"):
+                dcp.save(
+                    dict(tensors),
+                    storage_writer=TensorWriter(partial),  # waits for the disk after each file
+                    planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
+                    process_group=self._group,
+                    no_dist=not self._distributed,
+                )
+            records = self._gather(self._everywhere(lambda: self._own_records(partial)))
+            files = {name: record for own in records for name, record in own.items()}
+            manifest = Manifest(step, self._world_size, files, info)
+            self._on_rank_zero(lambda: self._commit(manifest, partial, final))
+        except Exception:
+            if self._rank == 0:  # half a checkpoint would keep a full disk full
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         return final
 
     def load(self, path: Path, tensors: dict[str, Tensor], *, prefix: str = "") -> dict[str, Any]:
@@ -150,6 +157,10 @@ class Checkpointer:
 
     def _prepare(self, partial: Path) -> None:
         """Make the folder to write to, and clear what killed runs have left."""
+        with writing(self.folder):
+            self._clear(partial)
+
+    def _clear(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob(".step-*.old"):
             final = self.folder / old.name.removeprefix(".").removesuffix(".old")
@@ -237,7 +248,7 @@ def _hidden(path: Path, suffix: str) -> Path:
 
 @contextmanager
 def _dcp_errors(what: str) -> Iterator[None]:
-    """DCP's failures of any rank as one error; its exception is no ``Exception``."""
+    """Raise DCP's failures of all ranks as one error; its own exception is no ``Exception``."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
@@ -247,5 +258,8 @@ def _dcp_errors(what: str) -> Iterator[None]:
             for failure in failures:
                 if not isinstance(failure, Exception):
                     raise failure from error  # an interrupt of the user
+            refusals = [found for failure in failures if (found := system_error(failure)) is not None]
+            if len(refusals) == len(failures):
+                raise refusals[0] from error
             reasons = {f"{type(failure).__name__}: {failure}" for failure in failures}
             raise CheckpointError(f"{what}: {'; '.join(sorted(reasons))}") from error

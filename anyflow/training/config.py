@@ -6,18 +6,31 @@ a ValueError when the dataclass is built; what needs a file or the other process
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from anyflow.methods import OnPolicyConfig, PretrainConfig
+from anyflow.validation import require_number, require_positive, require_whole
+
+# More than any machine holds; a number beyond them is a mistake that would end in an error of the allocator, or never.
+MAX_LAYERS = 1000
+MAX_SIZE = 2**20
+MAX_BATCH = 2**16
+MAX_SEED = 2**63 - 1
+MAX_TIMESTEPS = 10**6
+_MAX_WORKERS = 1024
+_MAX_TIMEOUT = 30 * 24 * 3600
 
 Stage = Literal["teacher", "pretrain", "on_policy"]
 
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """A transformer with random weights; the arguments are those of ``AnyFlowTransformer3DModel``, for Wan2.1-1.3B."""
+    """A transformer with random weights; the arguments are those of ``AnyFlowTransformer3DModel``, for Wan2.1-1.3B.
+
+    Raises:
+        ValueError: a size is no whole number from 1 to ``MAX_SIZE``, or ``num_layers`` is above ``MAX_LAYERS``.
+    """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 12
@@ -32,6 +45,19 @@ class ArchitectureConfig:
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
 
+    def __post_init__(self) -> None:
+        for name in (
+            *("num_attention_heads", "attention_head_dim", "in_channels", "out_channels"),
+            *("text_dim", "freq_dim", "ffn_dim", "rope_max_seq_len"),
+        ):
+            require_whole(f"architecture.{name}", getattr(self, name), most=MAX_SIZE)
+        require_whole("architecture.num_layers", self.num_layers, most=MAX_LAYERS)
+        require_positive("architecture.eps", self.eps)
+        if len(self.patch_size) != 3:
+            raise ValueError(f"architecture.patch_size must be three whole numbers, got {self.patch_size}")
+        for size in self.patch_size:
+            require_whole("architecture.patch_size", size, most=MAX_SIZE)
+
 
 @dataclass(frozen=True)
 class FlowMapConfig:
@@ -40,6 +66,9 @@ class FlowMapConfig:
     gate_value: float = 0.25
     deltatime_type: Literal["r", "t-r"] = "r"
     fusion: Literal["gated", "additive"] = "gated"
+
+    def __post_init__(self) -> None:
+        require_number("flow_map.gate_value", self.gate_value)
 
 
 @dataclass(frozen=True)
@@ -66,8 +95,10 @@ class LoRAConfig:
     trained_modules: tuple[str, ...] = ("condition_embedder.time_embedder", "condition_embedder.delta_embedder")
 
     def __post_init__(self) -> None:
-        _positive("lora.rank", self.rank)
-        _positive("lora.alpha", self.alpha)
+        require_whole("lora.rank", self.rank, most=MAX_SIZE)
+        require_positive("lora.alpha", self.alpha)
+        _require_names("lora.target_modules", self.target_modules)
+        _require_names("lora.trained_modules", self.trained_modules)
         if not self.target_modules:
             raise ValueError("lora.target_modules must name at least one linear layer")
 
@@ -98,12 +129,14 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "clip_norm"):
-            _positive(f"optimizer.{name}", getattr(self, name))
-        if not all(0 <= beta < 1 for beta in self.betas):
+            require_positive(f"optimizer.{name}", getattr(self, name))
+        for beta in self.betas:
+            require_number("optimizer.betas", beta)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be in [0, 1), got {self.betas}")
-        for name in ("weight_decay", "warmup_steps", "min_lr_ratio"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"optimizer.{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "min_lr_ratio"):
+            require_number(f"optimizer.{name}", getattr(self, name), least=0)
+        require_whole("optimizer.warmup_steps", self.warmup_steps, least=0)
         if self.min_lr_ratio > 1:
             raise ValueError(f"optimizer.min_lr_ratio must be <= 1, got {self.min_lr_ratio}")
 
@@ -121,10 +154,10 @@ class EMAConfig:
     start_step: int = 1000
 
     def __post_init__(self) -> None:
+        require_number("ema.decay", self.decay)
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay must be in [0, 1), got {self.decay}")
-        if self.start_step < 0:
-            raise ValueError(f"ema.start_step must be >= 0, got {self.start_step}")
+        require_whole("ema.start_step", self.start_step, least=0)
 
 
 @dataclass(frozen=True)
@@ -147,6 +180,9 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if (self.path is None) == (self.architecture is None):
             raise ValueError("a network needs either path or architecture, and not both")
+        if self.path is not None:
+            _require_text("path", self.path)
+        require_whole("seed", self.seed, least=0, most=MAX_SEED)
 
 
 @dataclass(frozen=True)
@@ -156,6 +192,10 @@ class SchedulerConfig:
     num_train_timesteps: int = 1000
     shift: float = 5.0
     weight_type: Literal["beta08", "gaussian", "uniform"] = "beta08"
+
+    def __post_init__(self) -> None:
+        require_whole("scheduler.num_train_timesteps", self.num_train_timesteps, most=MAX_TIMESTEPS)
+        require_positive("scheduler.shift", self.shift)
 
 
 @dataclass(frozen=True)
@@ -177,9 +217,11 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive("data.batch_size", self.batch_size)
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers must be >= 0, got {self.num_workers}")
+        require_whole("data.batch_size", self.batch_size, most=MAX_BATCH)
+        require_whole("data.num_workers", self.num_workers, least=0, most=_MAX_WORKERS)
+        require_whole("data.seed", self.seed, least=0, most=MAX_SEED)
+        if self.path is not None:
+            _require_text("data.path", self.path)
         if (self.kind == "latents") != (self.path is not None):
             raise ValueError("data.path is required with data.kind=latents, and only then")
 
@@ -201,10 +243,11 @@ class ParallelConfig:
     timeout_s: int = 600
 
     def __post_init__(self) -> None:
-        for name in ("replicate", "sequence", "timeout_s"):
-            _positive(f"parallel.{name}", getattr(self, name))
+        for name in ("replicate", "sequence"):
+            require_whole(f"parallel.{name}", getattr(self, name), most=MAX_SIZE)
+        require_whole("parallel.timeout_s", self.timeout_s, most=_MAX_TIMEOUT)
         if self.shard is not None:
-            _positive("parallel.shard", self.shard)
+            require_whole("parallel.shard", self.shard, most=MAX_SIZE)
 
 
 @dataclass(frozen=True)
@@ -222,11 +265,12 @@ class PreviewConfig:
     num_samples: int = 4
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"preview.every must be >= 0, got {self.every}")
+        require_whole("preview.every", self.every, least=0)
         if not self.step_counts or min(self.step_counts) < 1:
             raise ValueError(f"preview.step_counts must hold positive step counts, got {self.step_counts}")
-        _positive("preview.num_samples", self.num_samples)
+        for count in self.step_counts:
+            require_whole("preview.step_counts", count, most=MAX_TIMESTEPS)
+        require_whole("preview.num_samples", self.num_samples, most=MAX_BATCH)
 
 
 @dataclass(frozen=True)
@@ -242,8 +286,8 @@ class CheckpointConfig:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        _positive("checkpoint.every", self.every)
-        _positive("checkpoint.keep", self.keep)
+        require_whole("checkpoint.every", self.every)
+        require_whole("checkpoint.keep", self.keep)
 
 
 @dataclass(frozen=True)
@@ -267,7 +311,7 @@ class OnPolicyStageConfig:
     generator_update_interval: int = 1
 
     def __post_init__(self) -> None:
-        _positive("on_policy.generator_update_interval", self.generator_update_interval)
+        require_whole("on_policy.generator_update_interval", self.generator_update_interval)
         if self.teacher.lora is not None:
             raise ValueError("on_policy.teacher.lora: the teacher is not trained")
         if self.critic is not None and self.critic.lora is not None:
@@ -328,14 +372,48 @@ class Recipe:
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "gradient_accumulation", "log_every"):
-            _positive(name, getattr(self, name))
+        for name in ("steps", "log_every"):
+            require_whole(name, getattr(self, name))
+        require_whole("gradient_accumulation", self.gradient_accumulation, most=MAX_BATCH)
+        require_whole("seed", self.seed, least=0, most=MAX_SEED)
+        _require_text("out", self.out)
         if (self.stage == "on_policy") != (self.on_policy is not None):
             raise ValueError("on_policy is required with stage=on_policy, and only then")
         if self.pretrain.derivative == "jvp" and self.parallel.sequence > 1:
             raise ValueError("pretrain.derivative=jvp does not go through parallel.sequence > 1; take 'central'")
+        self._check_timesteps()
+        self._check_heads()
+
+    def _check_timesteps(self) -> None:
+        """Raise a ValueError where a setting in timesteps does not fit the scheduler's range."""
+        timesteps = self.scheduler.num_train_timesteps
+        if self.stage != "teacher":
+            self.pretrain.check_timesteps(timesteps)
+        if self.on_policy is not None:
+            self.on_policy.method.check_timesteps(timesteps)
+
+    def _check_heads(self) -> None:
+        """Raise a ValueError where a sequence cannot be shared out by heads; networks of a folder are seen later."""
+        networks = [("student", self.student)]
+        if self.on_policy is not None:
+            networks.append(("on_policy.teacher", self.on_policy.teacher))
+            networks += [] if self.on_policy.critic is None else [("on_policy.critic", self.on_policy.critic)]
+        for name, network in networks:
+            if network.architecture is not None and network.architecture.num_attention_heads % self.parallel.sequence:
+                raise ValueError(
+                    f"parallel.sequence must divide the {network.architecture.num_attention_heads} attention heads of "
+                    f"{name}, got {self.parallel.sequence}"
+                )
 
 
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive number, got {value}")
+def _require_text(name: str, value: object) -> None:
+    """Raise a ValueError unless ``value`` is text that can stand for a path or a name."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise ValueError(f"{name} must be text that is not empty, got {value!r}")
+
+
+def _require_names(name: str, value: object) -> None:
+    if not isinstance(value, tuple | list):
+        raise ValueError(f"{name} must be a list of names, got {value!r}")
+    for item in value:
+        _require_text(name, item)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+
+from anyflow.transfer import to_device
 
 
 def draw_seed(*parts: int | str) -> int:
@@ -13,6 +17,35 @@ def draw_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def draw_generator(seed: int, purpose: str, step: int = 0, micro: int = 0, data_rank: int = 0) -> torch.Generator:
-    """The generator of one purpose, update (from 0), micro-step and data rank; on the CPU, so that devices agree."""
-    return torch.Generator().manual_seed(draw_seed(seed, purpose, step, micro, data_rank))
+def draw_generator(seed: int, purpose: str, step: int = 0, sample: int = 0) -> torch.Generator:
+    """Make the generator of one purpose, update (from 0) and sample of its global batch.
+
+    The generator is on the CPU, so that devices agree, and knows neither ranks nor micro-steps, so that layouts do.
+    """
+    return torch.Generator().manual_seed(draw_seed(seed, purpose, step, sample))
+
+
+class SampleDraws:
+    """The draws of some samples of an update, from a generator for each sample and purpose.
+
+    Args:
+        seed: of the run.
+        step: number of the update, from 0.
+        samples: places in the update's global batch.
+        device: where draws go.
+    """
+
+    def __init__(self, seed: int, step: int, samples: Sequence[int], device: torch.device) -> None:
+        self._seed, self._step, self._samples, self._device = seed, step, tuple(samples), device
+
+    def normal(self, purpose: str, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal draws ``[B, *shape]``."""
+        return self._stack(purpose, lambda g: torch.randn(tuple(shape), generator=g, dtype=dtype))
+
+    def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
+        """Uniform fp32 draws in [0, 1), ``[B, *shape]``."""
+        return self._stack(purpose, lambda g: torch.rand(tuple(shape), generator=g))
+
+    def _stack(self, purpose: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        drawn = [draw(draw_generator(self._seed, purpose, self._step, sample)) for sample in self._samples]
+        return to_device(torch.stack(drawn), self._device)

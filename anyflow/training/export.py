@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anyflow.checkpoints.names import ORIGINAL
 from anyflow.checkpoints.saving import new_folder, require_empty, write_transformer
+from anyflow.locking import locks_folder
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.checkpoint import Checkpointer, CheckpointError, complete_checkpoints
 
@@ -29,6 +30,7 @@ _COMFYUI_FILE = "comfyui_lora.safetensors"
 _PREFIXES = {"ema": "ema/", "raw": "student/"}
 
 
+@locks_folder("out", beside=True)
 def export(
     run: Path,
     out: Path,
@@ -51,8 +53,9 @@ def export(
         ``out``.
 
     Raises:
-        ValueError: an option or the recipe is wrong, there is no such checkpoint, or it is damaged; or as
-            :func:`write_model`.
+        ValueError: an option or the recipe is wrong, ``out`` is in use, there is no such checkpoint, or it is
+            damaged; or as :func:`write_model`.
+        OSError: as :func:`write_model`.
     """
     from anyflow.training.networks import build_student
     from anyflow.training.recipe import load_recipe
@@ -108,6 +111,7 @@ def write_model(
         ValueError: ``out`` is not empty, lora or format is unknown, lora is ``"separate"`` for a student without
             adapters, a layer with an adapter has no name in the format, or a name or shape of the tensors is not that
             of a trained parameter.
+        OSError: the system refuses to write, such as on a full disk; ``out`` is as before.
     """
     out = Path(out)
     _check_lora(lora, format)

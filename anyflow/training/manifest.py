@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from anyflow.documents import read_json
+from anyflow.writing import writing
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 
@@ -65,10 +68,10 @@ class Manifest:
             CheckpointError: it is missing or damaged, or has another format.
         """
         file = folder / MANIFEST
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}")
         try:
-            contents = json.loads(file.read_bytes())
+            contents = read_json(file)
             recorded = contents.pop("sha256")
             if contents["format"] != FORMAT:
                 raise CheckpointError(f"{file} has format {contents['format']!r}; this version reads {FORMAT}")
@@ -76,9 +79,11 @@ class Manifest:
                 raise CheckpointError(f"{file} is damaged: its hash differs from the one recorded in it")
             files = {name: FileRecord(**record) for name, record in contents["files"].items()}
             manifest = cls(contents["step"], contents["world_size"], files, contents["info"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from error
-        if outside := [name for name in files if Path(name).name != name]:
+        if outside := [name for name in files if name == ".." or Path(name).name != name]:
             raise CheckpointError(f"{file} names files outside its folder: {', '.join(outside)}")
         return manifest
 
@@ -87,7 +92,7 @@ class Manifest:
         found = []
         for name in names:
             record, file = self.files[name], folder / name
-            if not file.is_file():
+            if not os.path.isfile(file):
                 found.append(f"{name} is missing")
             elif (size := file.stat().st_size) != record.size:
                 found.append(f"{name} has {size} bytes, {record.size} were written")
@@ -97,15 +102,20 @@ class Manifest:
 
 
 def write_durably(file: Path, text: str) -> None:
-    """Write a file and wait until the disk has it."""
-    with file.open("w", encoding="utf-8") as stream:
+    """Write a file and wait until the disk has it; OSError that names it."""
+    with writing(file), file.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the folder's entries."""
+    """Wait until the disk has the folder's entries; OSError that names it."""
+    with writing(folder):
+        _sync(folder)
+
+
+def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,7 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from anyflow.documents import parse_json, read_text
+from anyflow.network import widest_float
+from anyflow.writing import write_text, writing
+
 FILE = "metrics.jsonl"
+_MAX_BYTES = 4 * 2**30
 
 
 def check_loggers(loggers: Sequence[str]) -> None:
@@ -30,12 +35,13 @@ def check_loggers(loggers: Sequence[str]) -> None:
 
 def rank_mean(scalars: Mapping[str, Tensor | float], device: torch.device) -> dict[str, float]:
     """Scalars averaged over all ranks, on the CPU. Collective, and the only read of the device beside the guard's."""
-    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in scalars.values()])
+    dtype = widest_float(device)
+    values = torch.stack([torch.as_tensor(v, dtype=dtype, device=device).detach() for v in scalars.values()])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
     plain = values.tolist()
-    floats = {name: value for name, value in scalars.items() if isinstance(value, float)}  # exactly, not through fp32
+    floats = {name: value for name, value in scalars.items() if isinstance(value, float)}  # exactly, not through a mean
     return {**dict(zip(scalars, plain, strict=True)), **floats}
 
 
@@ -69,8 +75,9 @@ class Metrics:
         self._begin = self._last = time.monotonic()
         if not enabled:
             return
-        keep_until(folder / FILE, start)
-        self._file = (folder / FILE).open("a", encoding="utf-8")
+        self._path = folder / FILE
+        keep_until(self._path, start)
+        self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = _tensorboard(folder, start) if "tensorboard" in loggers else None
         self._wandb = _wandb(folder) if "wandb" in loggers else None
         self._bar = Progress(
@@ -95,7 +102,8 @@ class Metrics:
         if not self._enabled:
             return
         self._bar.stop()
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -114,8 +122,9 @@ class Metrics:
         rate = samples / (now - self._last)
         self._last = now
         line = {"step": step, **values, "samples_per_second": rate, "seconds": now - self._begin}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in line.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -128,21 +137,33 @@ class Metrics:
 
 
 def keep_until(file: Path, step: int) -> None:
-    """Cut off the lines of updates after ``step``, and one that a kill has torn."""
-    if not file.exists():
+    """Cut off the lines of updates after ``step``, and a last one that a kill has torn.
+
+    Raises:
+        ValueError: it is not a file in UTF-8, or a line before the last is none of a run; the message names the line.
+    """
+    if not os.path.lexists(file):
         return
+    lines = read_text(file, max_bytes=_MAX_BYTES).splitlines()
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines, start=1):
         try:
-            reported = json.loads(line)["step"]
-        except (json.JSONDecodeError, TypeError, KeyError):
-            break
+            reported = _step_of(line, f"{file}, line {number}")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{error}; delete the line, or the file, to go on") from None
         if reported > step:
             break
         kept.append(line + "\n")
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, "".join(kept))
+
+
+def _step_of(line: str, where: str) -> int:
+    values = parse_json(line, where)
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise ValueError(f"{where} is no object with a whole number 'step'")
+    return values["step"]
 
 
 def _tensorboard(folder: Path, start: int) -> Any:

@@ -57,6 +57,22 @@ def build_critic(recipe: Recipe, teacher: AnyFlowTransformer3DModel) -> AnyFlowT
     return _with_options(critic, recipe)
 
 
+def check_networks(recipe: Recipe) -> None:
+    """Build the networks that the recipe describes itself, without memory for their weights.
+
+    Raises:
+        ValueError: as :func:`build_student`, :func:`build_teacher` and :func:`build_critic`; networks of a folder are
+            not looked at.
+    """
+    with torch.device("meta"):
+        if recipe.student.path is None:
+            build_student(recipe)
+        if recipe.on_policy is not None and recipe.on_policy.teacher.path is None:
+            teacher = build_teacher(recipe)
+            if recipe.on_policy.critic is None or recipe.on_policy.critic.path is None:
+                build_critic(recipe, teacher)
+
+
 def _build(config: NetworkConfig, name: str) -> AnyFlowTransformer3DModel:
     if config.path is not None:
         return _load(Path(config.path), f"{name}.path")

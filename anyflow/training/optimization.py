@@ -6,16 +6,14 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from anyflow.training.config import OptimizerConfig
 from anyflow.training.distributed import clip_gradients
 from anyflow.training.ema import local_parts
+from anyflow.training.guard import TrainingError, check_finite
 
-
-class TrainingError(FloatingPointError):
-    """A loss or a gradient is NaN or infinite."""
+__all__ = ["NetworkOptimizer", "TrainingError", "check_finite", "lr_factor"]
 
 
 def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -68,17 +66,23 @@ class NetworkOptimizer:
         """Learning rate of update ``step`` (from 0)."""
         return self.config.lr * lr_factor(self.config, step, self.total_steps)
 
-    def update(self, step: int, losses: Mapping[str, Tensor]) -> Tensor:
+    def update(self, step: int, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor] | None = None) -> Tensor:
         """Guard, clip and apply the gradients of update ``step`` (from 0), then drop them; returns their norm.
 
+        Args:
+            step: number of the update.
+            losses: scalars that must be finite.
+            norms: of networks' outputs, by phrases such as ``"score of the teacher"``; suspected before the losses.
+
         Raises:
-            TrainingError: the norm or one of the losses (scalars) is not finite; parameters and state are untouched.
+            TrainingError: one of these or the gradients' norm is not finite; parameters and state are untouched.
         """
         gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         # Before clipping: a norm that is not finite spoils every gradient.
-        norms = dict(zip(gradients, torch._foreach_norm(local_parts(list(gradients.values()))), strict=True))
+        parts = dict(zip(gradients, torch._foreach_norm(local_parts(list(gradients.values()))), strict=True))
         norm = clip_gradients(self.parameters.values(), self.config.clip_norm)
-        check_finite(self.name, step, {**losses, "gradient norm": norm}, norms)
+        own = {f"{name} of the {self.name}": value for name, value in {**losses, "gradient norm": norm}.items()}
+        check_finite(step, {**({} if norms is None else norms), **own}, parts)
         for group in self._adamw.param_groups:
             group["lr"] = self.lr(step)
         self._adamw.step()
@@ -94,36 +98,3 @@ class NetworkOptimizer:
                 {f"optimizer/{self.name}/{n}/{key}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
             )
         return tensors
-
-
-def check_finite(network: str, step: int, values: Mapping[str, Tensor], gradient_norms: Mapping[str, Tensor]) -> None:
-    """Raise on every rank if a value is NaN or infinite on any; one synchronization with the device.
-
-    Args:
-        network: named in the error.
-        step: number of the update, from 0; reported from 1.
-        values: scalars, in the order in which they are suspected.
-        gradient_norms: of each parameter (this rank's part), read only to report.
-
-    Raises:
-        TrainingError: naming the first value that is not finite and, if there is one, the first such gradient.
-    """
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    bad = ~torch.isfinite(torch.stack([v.detach().float() for v in values.values()]))
-    if several:
-        bad = bad.to(torch.uint8)
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    flags = [bool(flag) for flag in bad.tolist()]
-    if not any(flags):
-        return
-    found = [(i, name) for i, (name, norm) in enumerate(gradient_norms.items()) if not math.isfinite(norm.item())][:1]
-    if several:
-        everywhere: list[list[tuple[int, str]]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everywhere, found)
-        found = sorted(item for rank in everywhere for item in rank)
-    value = next(name for name, flag in zip(values, flags, strict=True) if flag)
-    gradient = f"; the first such gradient is that of {found[0][1]}" if found else ""
-    raise TrainingError(
-        f"step {step + 1}: {value} of the {network} is not finite{gradient}. Nothing was updated by it; "
-        "try a lower learning rate, a longer warm-up or precision=fp32"
-    )

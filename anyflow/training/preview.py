@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from anyflow.data import MovingShapes, VideoDataset, pixel_shuffle_3d
@@ -16,14 +18,17 @@ from anyflow.training.distributed import Mesh
 from anyflow.training.draws import draw_generator
 from anyflow.training.ema import EMA
 from anyflow.training.steps import Step, build_scheduler
+from anyflow.writing import write_bytes
 
 _FRAME_MS = 125
 _MIN_HEIGHT = 96  # pixels of a cell
 _GAP = 4
 
 
-def preview(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, step: Step, file: Path) -> None:
+def preview(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, step: Step, file: Path, console: Console) -> None:
     """Sample and write a GIF: one row per step count, one column per prompt. Collective; rank 0 writes.
+
+    Latents that are not finite would be shown as black: in place of the file, a line says so.
 
     The prompts are those of rows spread evenly over the dataset. The synthetic videos are shown as they are; latents of
     a VAE in false colors, their first three channels as red, green and blue (no VAE is loaded in training). Training is
@@ -35,9 +40,16 @@ def preview(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, step: Step, file:
         dataset: for prompts and shapes.
         step: whose average is sampled.
         file: to write, ``.gif``.
+        console: where messages go.
     """
     rows = sample_previews(recipe, mesh, dataset, step.student, step.ema)
     if not mesh.is_main:
+        return
+    finite = torch.isfinite(rows).flatten(1).all(1).tolist()
+    if not all(finite):
+        counts = ", ".join(str(n) for n, good in zip(recipe.preview.step_counts, finite, strict=True) if not good)
+        hint = "" if recipe.precision == "fp32" else "; precision=fp32 may keep them finite"
+        console.print(f"The preview {file} was not written: latents of {counts} steps hold NaN or infinity{hint}")
         return
     synthetic = recipe.data.kind == "synthetic"
     videos = _gray(rows.flatten(0, 1)) if synthetic else _false_colors(rows.flatten(0, 1))
@@ -80,8 +92,10 @@ def write_grid(videos: Tensor, file: Path) -> None:
             top, left = i * (height + _GAP), j * (width + _GAP)
             canvas[:, top : top + height, left : left + width] = videos[i, j]
     images = [Image.fromarray(frame.numpy()) for frame in canvas]
+    buffer = BytesIO()
+    images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=_FRAME_MS, loop=0)
     file.parent.mkdir(parents=True, exist_ok=True)
-    images[0].save(file, save_all=True, append_images=images[1:], duration=_FRAME_MS, loop=0)
+    write_bytes(file, buffer.getvalue())
 
 
 def _gray(latents: Tensor) -> Tensor:

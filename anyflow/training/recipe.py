@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from anyflow.documents import shortened
 from anyflow.methods import PretrainConfig
 from anyflow.training.config import Recipe
 from anyflow.training.yaml_source import Located, RecipeError, read_file, read_override, write_yaml
@@ -27,6 +28,7 @@ __all__ = ["RecipeError", "dump_recipe", "load_recipe", "print_config"]
 
 _Path = tuple[int | str, ...]
 
+_LISTED = 30  # problems
 _MISPLACED = ("on_policy", "method", "pretrain")
 _EXPECTED = {
     "int_type": "must be an integer",
@@ -66,7 +68,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         problems += [_problem(tree, details) for details in error.errors(include_url=False)]
     if problems:
-        raise RecipeError("\n".join(dict.fromkeys(problems)))
+        lines = list(dict.fromkeys(problems))
+        more = [f"{tree.place}: {len(lines) - _LISTED} more problems"] if len(lines) > _LISTED else []
+        raise RecipeError("\n".join(lines[:_LISTED] + more))
     return recipe
 
 
@@ -85,8 +89,17 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def print_config(path: Path, overrides: Sequence[str] = ()) -> str:
-    """What a recipe with overrides amounts to, as YAML with every value; errors as :func:`load_recipe`."""
-    return dump_recipe(load_recipe(path, overrides))
+    """Return what a recipe with overrides amounts to, as YAML with every value.
+
+    Raises:
+        RecipeError: as :func:`load_recipe`.
+        ValueError: training would refuse the architecture or the adapters that the recipe describes.
+    """
+    from anyflow.training.networks import check_networks
+
+    recipe = load_recipe(path, overrides)
+    check_networks(recipe)
+    return dump_recipe(recipe)
 
 
 @functools.cache
@@ -114,7 +127,8 @@ def _with_defaults(tree: Located, cls: type, default: Any, path: _Path, problems
     for name, entry in tree.value.items():
         here = (*path, name)
         if name not in fields:
-            problems.append(_line(entry.place, here, _unknown(name, list(fields))))
+            suggested = len(problems) < _LISTED  # a search in every field's name is not cheap
+            problems.append(_line(entry.place, here, _unknown(name, list(fields)) if suggested else "unknown key"))
         elif here == _MISPLACED:
             problems.append(_line(entry.place, here, "give these keys in the recipe's own top-level pretrain"))
         elif name in _sections(cls):
@@ -130,7 +144,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _unknown(name: str, allowed: list[str]) -> str:
-    near = difflib.get_close_matches(name, allowed, n=1)
+    near = difflib.get_close_matches(name[:100], allowed, n=1)
     return f"unknown key; did you mean {near[0]}?" if near else f"unknown key; allowed are {', '.join(allowed)}"
 
 
@@ -172,9 +186,9 @@ def _is_key(path: _Path) -> bool:
 
 
 def _line(place: str, path: _Path, text: str) -> str:
-    key = ".".join(map(str, path))
+    key = shortened(".".join(map(str, path)))
     return f"{place}: {key}: {text}" if key else f"{place}: {text}"
 
 
 def _shown(value: Any) -> str:
-    return "a mapping" if isinstance(value, dict) else json.dumps(value, ensure_ascii=False)
+    return "a mapping" if isinstance(value, dict) else shortened(json.dumps(value, ensure_ascii=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,18 +15,14 @@ from anyflow.methods import (
     AnyFlowPretrainMethod,
     LossOutput,
     PretrainConfig,
-    TimePairs,
-    sample_time_pairs,
 )
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.rng import randn_like
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.training.accumulation import Accumulation, Losses, MicroBatch
 from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
-from anyflow.training.draws import draw_generator
 from anyflow.training.ema import EMA
 from anyflow.training.optimization import NetworkOptimizer
-from anyflow.transfer import to_device
 
 
 class Step(Protocol):
@@ -61,7 +57,7 @@ class PretrainStep:
 
     def __init__(self, recipe: Recipe, mesh: Mesh, student: AnyFlowTransformer3DModel, negative: Tensor) -> None:
         self.student = student
-        self._micro = _MicroSteps(recipe, mesh, negative)
+        self._accumulation = Accumulation(recipe, mesh, negative)
         self.method = AnyFlowPretrainMethod(
             student, build_scheduler(recipe), pretrain_config(recipe), process_group=mesh.data_group
         )
@@ -69,19 +65,26 @@ class PretrainStep:
         self.ema = _ema(recipe, student)
 
     def update(self, batches: Sequence[Batch], step: int, **draws: Any) -> dict[str, Tensor | float]:
-        """See :class:`Step`; ``draws`` are arguments of the method's loss, in place of random ones."""
+        """See :class:`Step`; ``draws`` are arguments of the method's loss, in place of random ones.
 
-        def loss(micro: int, batch: Batch) -> LossOutput:
-            generator = self._micro.generator("student", step, micro)
-            given = {"time_pairs": self._micro.time_pairs(batch, step, micro, self.method.config), **draws}
-            return self.method.loss(
-                batch.latents, batch.prompt_embeds, self._micro.negative, generator=generator, **given
-            )
+        A draw is that of every micro-step, or a list with one for each.
+        """
+        config = self.method.config
+        shared = {
+            **self._accumulation.pretrain(config, step),
+            "generator": self._accumulation.generator("student", step),
+        }
+        pairs = self._accumulation.time_pairs(batches, step, config, draws.pop("time_pairs", None))
 
-        losses = self._micro.backward(batches, loss)
-        norm = self.optimizer.update(step, losses)
+        def loss(micro: MicroBatch) -> LossOutput:
+            arguments = {**shared, **self._accumulation.pretrain_draws(micro, config), **micro.given}
+            return self.method.loss(micro.latents, micro.prompt_embeds, self._accumulation.negative, **arguments)
+
+        losses = self._accumulation.backward(batches, step, loss, pairs=pairs, given=draws)
+        scalars = losses.means | shared["balance"].metrics()  # means over kinds of samples, not over micro-steps
+        norm = self.optimizer.update(step, scalars, losses.norms)
         self.ema.update(self.student)
-        return {**losses, "grad_norm": norm, "lr": self.optimizer.lr(step)}
+        return {**scalars, "grad_norm": norm, "lr": self.optimizer.lr(step)}
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`Step`."""
@@ -120,7 +123,7 @@ class OnPolicyStep:
         if recipe.on_policy.method.pretrain != PretrainConfig():
             raise ValueError("on_policy.method.pretrain must be left alone: co-training takes the recipe's pretrain")
         self.student, self.critic = student, critic
-        self._micro = _MicroSteps(recipe, mesh, negative)
+        self._accumulation, self._device = Accumulation(recipe, mesh, negative), mesh.device
         self._interval = recipe.on_policy.generator_update_interval
         config = dataclasses.replace(recipe.on_policy.method, pretrain=pretrain_config(recipe))
         self.method = AnyFlowOnPolicyMethod(
@@ -141,13 +144,13 @@ class OnPolicyStep:
         """See :class:`Step`; the draws are arguments of the two losses below, in place of random ones."""
         scalars: dict[str, Tensor | float] = {}
         if step % self._interval == 0:
-            losses = self._micro.backward(batches, lambda m, b: self._student_loss(step, m, b, student_draws))
-            norm = self.optimizer.update(step, losses)
-            scalars = {**losses, "grad_norm": norm, "lr": self.optimizer.lr(step)}
+            means, norms = self._student_losses(batches, step, {} if student_draws is None else dict(student_draws))
+            norm = self.optimizer.update(step, means, norms)
+            scalars = {**means, "grad_norm": norm, "lr": self.optimizer.lr(step)}
             self.ema.update(self.student)
-        losses = self._micro.backward(batches, lambda m, b: self._critic_loss(step, m, b, critic_draws))
-        norm = self.critic_optimizer.update(step, losses)
-        scalars |= {f"critic_{name}": value for name, value in {**losses, "grad_norm": norm}.items()}
+        losses = self._critic_losses(batches, step, {} if critic_draws is None else dict(critic_draws))
+        norm = self.critic_optimizer.update(step, losses.means, losses.norms)
+        scalars |= {f"critic_{name}": value for name, value in {**losses.means, "grad_norm": norm}.items()}
         return {**scalars, "critic_lr": self.critic_optimizer.lr(step)}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -158,81 +161,66 @@ class OnPolicyStep:
         """See :class:`Step`."""
         self.ema.updates = _ceil_div(step, self._interval)
 
-    def _student_loss(self, step: int, micro: int, batch: Batch, draws: Mapping[str, Any] | None) -> LossOutput:
-        """The arguments of ``student_loss`` but for the batch; rollout and data have the same prompts."""
-        generator = self._micro.generator("student", step, micro)
-        given: dict[str, Any] = {}
-        if self.method.pretrain is not None:
-            pairs = self._micro.time_pairs(batch, step, micro, self.method.pretrain.config)
-            given = {"latents": batch.latents, "data_prompt_embeds": batch.prompt_embeds, "time_pairs": pairs}
-        given = {"noise": randn_like(batch.latents, generator), **given, **({} if draws is None else draws)}
-        return self.method.student_loss(
-            prompt_embeds=batch.prompt_embeds,
-            negative_prompt_embeds=self._micro.negative,
-            generator=generator,
-            **given,
-        )
+    def _student_losses(
+        self, batches: Sequence[Batch], step: int, draws: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Means and norms of the student's loss; rollout and data have the same prompts."""
+        config = None if self.method.pretrain is None else self.method.pretrain.config
+        given_pairs = draws.pop("time_pairs", None)
+        pairs = None if config is None else self._accumulation.time_pairs(batches, step, config, given_pairs)
+        steps = draws.pop("steps", None)
+        shared: dict[str, Any] = {} if config is None else self._accumulation.pretrain(config, step)
+        shared["steps"] = self._draw_steps("student", step) if steps is None else steps
+        shared["generator"] = self._accumulation.generator("student", step)
 
-    def _critic_loss(self, step: int, micro: int, batch: Batch, draws: Mapping[str, Any] | None) -> LossOutput:
+        def loss(micro: MicroBatch) -> LossOutput:
+            drawn: dict[str, Any] = {
+                "noise": micro.noise("rollout"),
+                "t": micro.draws.uniform("score time"),
+                "score_noise": micro.noise("score noise"),
+            }
+            if config is not None:
+                of_data = self._accumulation.pretrain_draws(micro, config)
+                drawn |= {"data_noise": of_data.pop("noise"), **of_data}
+                drawn |= {"latents": micro.latents, "data_prompt_embeds": micro.prompt_embeds}
+            return self.method.student_loss(
+                prompt_embeds=micro.prompt_embeds,
+                negative_prompt_embeds=self._accumulation.negative,
+                **{**shared, **drawn, **micro.given},
+            )
+
+        losses = self._accumulation.backward(batches, step, loss, pairs=pairs, given=draws)
+        means = losses.means if config is None else losses.means | shared["balance"].metrics()
+        return means, losses.norms
+
+    def _critic_losses(self, batches: Sequence[Batch], step: int, draws: dict[str, Any]) -> Losses:
         """``rollout_noise``, ``steps`` of a fresh rollout of the student as it is now; ``t``, ``noise`` of the loss."""
-        generator = self._micro.generator("critic", step, micro)
-        given = {} if draws is None else dict(draws)
-        noise = given.pop("rollout_noise", None)
-        steps = given.pop("steps", None)
-        noise = randn_like(batch.latents, generator) if noise is None else noise
-        num_steps, grad_step = self.method.draw_steps(generator, noise.device) if steps is None else steps
-        with torch.no_grad():
-            samples = self.method.rollout(
-                noise, batch.prompt_embeds, num_steps=num_steps, grad_step=grad_step, generator=generator
-            )
-        return self.method.critic_loss(samples, batch.prompt_embeds, generator=generator, **given)
+        steps = draws.pop("steps", None)
+        num_steps, grad_step = self._draw_steps("critic", step) if steps is None else steps
+        generator = self._accumulation.generator("critic", step)
 
+        def loss(micro: MicroBatch) -> LossOutput:
+            drawn = {
+                "rollout_noise": micro.noise("critic rollout"),
+                "t": micro.draws.normal("critic time").sigmoid(),
+                "noise": micro.noise("critic noise"),
+                **micro.given,
+            }
+            with torch.no_grad():
+                samples = self.method.rollout(
+                    drawn.pop("rollout_noise"),
+                    micro.prompt_embeds,
+                    num_steps=num_steps,
+                    grad_step=grad_step,
+                    generator=generator,
+                )
+            return self.method.critic_loss(samples, micro.prompt_embeds, generator=generator, **drawn)
 
-class _MicroSteps:
-    """What the loss evaluations of one update share: seeds, precision, accumulation."""
+        return self._accumulation.backward(batches, step, loss, given=draws)
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, negative: Tensor) -> None:
-        self._recipe, self._mesh = recipe, mesh
-        self.negative = negative.to(mesh.device)
-
-    def generator(self, purpose: str, step: int, micro: int) -> torch.Generator:
-        """Of this data rank; the ranks that share a sample draw alike."""
-        return draw_generator(self._recipe.seed, purpose, step, micro, self._mesh.data_rank)
-
-    def time_pairs(self, batch: Batch, step: int, micro: int, config: PretrainConfig) -> TimePairs:
-        """The kinds of samples are shared out over ranks *and* micro-steps, whatever is how large."""
-        micros = self._recipe.gradient_accumulation
-        return sample_time_pairs(
-            len(batch.latents),
-            diffusion_ratio=config.diffusion_ratio,
-            consistency_ratio=config.consistency_ratio,
-            rank=self._mesh.data_rank * micros + micro,
-            world_size=self._mesh.data_world * micros,
-            generator=self.generator("times", step, micro),
-            device=batch.latents.device,
-            offset=step,
-        )
-
-    def backward(self, batches: Sequence[Batch], loss: Callable[[int, Batch], LossOutput]) -> dict[str, Tensor]:
-        """Gradients of the mean loss of the batches; returns the means of the loss and of its metrics."""
-        device, count = self._mesh.device, len(batches)
-        means: dict[str, Tensor] = {}
-        for micro, batch in enumerate(batches):
-            on_device = dataclasses.replace(
-                batch,
-                latents=to_device(batch.latents, device),
-                prompt_embeds=to_device(batch.prompt_embeds, device),
-            )
-            # Without its cache, which would hold a second copy of all weights, sharded ones too.
-            with torch.autocast(
-                device.type, torch.bfloat16, enabled=self._recipe.precision == "bf16", cache_enabled=False
-            ):
-                output = loss(micro, on_device)
-            (output.loss / count).backward()
-            for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
-                share = value.float() / count
-                means[name] = means[name] + share if name in means else share
-        return means
+    def _draw_steps(self, purpose: str, step: int) -> tuple[int, int]:
+        """Length and gradient step of an update's rollouts."""
+        return self.method.draw_steps(self._accumulation.generator(f"{purpose} steps", step), self._device)
 
 
 def build_scheduler(recipe: Recipe) -> FlowMapEulerDiscreteScheduler:

@@ -22,15 +22,25 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
+from anyflow.documents import read_json
 from anyflow.training.manifest import CheckpointError, write_durably
+from anyflow.writing import writing
 
 INDEX = "tensors.json"
+MAX_INDEX_BYTES = 2**30  # 14B parameters in pieces of hundreds of ranks
 
 
 class TensorWriter(FileSystemWriter):
-    """DCP's writer, of tensors only."""
+    """DCP's writer, of tensors only; what the system refuses is an OSError, which reaches rank 0 with its number."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's chunks."""
+        with writing(Path(self.path)):
+            return super().write_data(plan, planner)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index; runs on rank 0, after every rank has written its chunks."""
@@ -67,7 +77,7 @@ def read_index(folder: Path, files: Collection[str]) -> Metadata:
     tensors: dict[str, Any] = {}
     stored: dict[MetadataIndex, _StorageInfo] = {}
     try:
-        for name, entry in json.loads(file.read_bytes()).items():
+        for name, entry in read_json(file, max_bytes=MAX_INDEX_BYTES).items():
             chunks = []
             for chunk in entry["chunks"]:
                 if chunk["file"] not in files:
@@ -77,7 +87,9 @@ def read_index(folder: Path, files: Collection[str]) -> Metadata:
                 stored[MetadataIndex(name, chunks[-1].offsets)] = where
             properties = TensorProperties(_dtype(entry["dtype"]))
             tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     return Metadata(tensors, storage_data=stored)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,17 +16,20 @@ import torch.distributed as dist
 from rich.console import Console
 
 from anyflow.data import TrainingData, VideoDataset, open_dataset
+from anyflow.locking import folder_lock
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh, full_state, setup, shard_network, teardown
 from anyflow.training.export import write_model
+from anyflow.training.guard import TrainingError, check_state
 from anyflow.training.manifest import Manifest
 from anyflow.training.metrics import Metrics, check_loggers, rank_mean
 from anyflow.training.networks import build_critic, build_student, build_teacher
 from anyflow.training.preview import preview
 from anyflow.training.recipe import dump_recipe, load_recipe
 from anyflow.training.steps import OnPolicyStep, PretrainStep, Step, build_scheduler
+from anyflow.writing import write_text
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -36,6 +38,11 @@ _FREE = (
     *("out", "steps", "parallel", "device", "activation_checkpointing", "compile"),
     *("checkpoint", "preview", "log_every", "loggers"),
     *("data.num_workers", "data.batch_size", "gradient_accumulation"),
+)
+# What the guard's advice changes; a run records it.
+_ADVISED = (
+    *("optimizer.lr", "optimizer.warmup_steps", "precision"),
+    *("on_policy.critic_optimizer.lr", "on_policy.critic_optimizer.warmup_steps"),
 )
 
 
@@ -51,25 +58,49 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
         recipe: the run. If the folder holds one already, it must be the same but for ``out``, ``steps``, ``parallel``,
             ``checkpoint``, ``preview``, ``device``, ``log_every``, ``loggers``, ``activation_checkpointing``,
             ``compile``, ``data.num_workers`` and, to keep the global batch on other hardware, ``data.batch_size`` and
-            ``gradient_accumulation``.
+            ``gradient_accumulation``; and for what a :class:`TrainingError` advises, which the checkpoints record: the
+            learning rates and warm-ups, ``precision``.
         resume: False refuses a folder that has a checkpoint.
         console: where messages go; None for the terminal.
 
     Raises:
-        ValueError: the recipe does not fit its files, the processes or the run in the folder; nothing has been written.
-        TrainingError: a loss or a gradient is not finite. The newest checkpoint is from before.
+        ValueError: the recipe does not fit its files, the processes or the run in the folder, or another process trains
+            there; nothing has been written.
+        OSError: the system refuses to write, such as on a full disk. The newest checkpoint is from before.
+        TrainingError: a loss, a gradient, a network's output or its state is not finite. The newest checkpoint is from
+            before, and the message says which settings can be tried from there.
     """
     console = Console() if console is None else console
     mesh = setup(recipe.parallel, recipe.device)
     try:
-        _train(recipe, mesh, resume, console if mesh.is_main else Console(quiet=True))
+        with _run_lock(mesh, Path(recipe.out)):
+            _train(recipe, mesh, resume, console if mesh.is_main else Console(quiet=True))
     finally:
         teardown(mesh)
 
 
+@contextmanager
+def _run_lock(mesh: Mesh, out: Path) -> Iterator[None]:
+    """Hold the folder on rank 0; every rank raises where that one cannot."""
+    with ExitStack() as stack:
+        failure: Exception | None = None
+        if mesh.is_main:
+            try:
+                stack.enter_context(folder_lock(out))
+            except (ValueError, OSError) as error:
+                failure = error
+        if mesh.world_size > 1:
+            failures = [failure]
+            dist.broadcast_object_list(failures, src=0)
+            failure = failures[0]
+        if failure is not None:
+            raise failure
+        yield
+
+
 def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
     out = Path(recipe.out)
-    _check_folder(recipe)
+    changes = _check_folder(recipe)
     check_loggers(recipe.loggers)
     dataset = open_dataset(recipe.data)
     checkpointer = Checkpointer(out / "checkpoints", keep=recipe.checkpoint.keep)
@@ -80,6 +111,10 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         return
 
     step = _build_step(recipe, mesh, dataset)
+    if changes:
+        given = ", ".join(f"{name}={now} ({before} before)" for name, (before, now) in changes.items())
+        console.print(f"The run goes on with {given}", markup=False)
+        at = dataclasses.replace(at, changes=(*at.changes, {"step": at.step, "settings": changes}))
     if latest is not None:
         checkpointer.load(latest, step.tensors())
         step.resume_at(at.step)
@@ -98,17 +133,21 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         if mesh.is_main:
             _start_folder(recipe, at.step)
         run = _Run(recipe, mesh, dataset, step, data, checkpointer, signals)
-        finished = run.loop(at, console)
+        try:
+            finished = run.loop(at, console)
+        except TrainingError as error:
+            raise TrainingError(f"{error}. {run.advice(error)}", error.step, error.network) from None
     if finished:
         run.finish(console)
 
 
 @dataclass(frozen=True)
 class _Position:
-    """Updates done, and samples that all ranks together have used for them."""
+    """Updates done, samples that all ranks together have used for them, and settings that were changed since."""
 
     step: int = 0
     consumed: int = 0
+    changes: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,17 +185,18 @@ class _Run:
                     reported = self.data.consumed
                 stop = self._on_any_rank(bool(self.signals))
                 if stop or done == recipe.steps or done % recipe.checkpoint.every == 0:
-                    self._save(done)
+                    self._save(done, at.changes)
                 if stop and done < recipe.steps:
                     console.print(f"Stopped after step {done}; the same command goes on from there")
                     return False
                 if recipe.preview.every and (done % recipe.preview.every == 0 or done == recipe.steps):
                     file = Path(recipe.out) / "previews" / f"step-{done:08d}.gif"
-                    preview(recipe, self.mesh, self.dataset, self.step, file)
+                    preview(recipe, self.mesh, self.dataset, self.step, file, console)
         return True
 
     def finish(self, console: Console) -> None:
         """Write the averaged student as a model."""
+        check_state(self.recipe.steps, self.step.tensors())  # a checkpoint may be older than its own check
         tensors = full_state(self.step.ema.state_dict())
         if self.mesh.is_main:
             model = Path(self.recipe.out) / "model"
@@ -165,14 +205,35 @@ class _Run:
         if dist.is_initialized():
             dist.barrier()
 
-    def _save(self, done: int) -> None:
+    def advice(self, error: TrainingError) -> str:
+        """Name settings to try, as arguments of the command, and say where it goes on. Collective."""
+        tries = _settings_to_try(self.recipe, error)
+        if not tries:
+            return (
+                "The teacher does not train: give other weights as on_policy.teacher.path=... and a new folder out=..."
+            )
+        saved = self.checkpointer.steps()
+        command = f"The same command with {' or '.join(tries)}"
+        if not saved:
+            return f"{command} starts anew"
+        folder = self.checkpointer.folder / f"step-{saved[-1]:08d}"
+        earlier = f"after step {saved[-2]}" if len(saved) > 1 else "at the start"
+        return (
+            f"{command} goes on after step {saved[-1]}; "
+            f"if that fails at once, delete {folder}, and it goes on {earlier}"
+        )
+
+    def _save(self, done: int, changes: Sequence[dict[str, Any]]) -> None:
+        tensors = self.step.tensors()
+        check_state(done, tensors)
         info = {
             "step": done,
             "consumed": self.data.consumed,
             "fingerprint": self.dataset.fingerprint,
             "recipe": dump_recipe(self.recipe),
+            "changes": list(changes),
         }
-        self.checkpointer.save(done, self.step.tensors(), info)
+        self.checkpointer.save(done, tensors, info)
 
     def _on_any_rank(self, flag: bool) -> bool:
         """A signal may reach one rank before another, or only one of them."""
@@ -181,6 +242,20 @@ class _Run:
         flags = torch.tensor(int(flag), device=self.mesh.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags)
+
+
+def _settings_to_try(recipe: Recipe, error: TrainingError) -> list[str]:
+    """Settings that may keep a network finite; all of them are in ``_ADVISED``."""
+    tries = []
+    if error.network != "teacher":
+        config, name = recipe.optimizer, "optimizer"
+        if error.network == "critic" and recipe.on_policy is not None:
+            config, name = recipe.on_policy.critic_optimizer, "on_policy.critic_optimizer"
+        tries = [
+            f"{name}.lr={config.lr / 10:g}",
+            f"{name}.warmup_steps={max(2 * config.warmup_steps, 2 * error.step, 100)}",
+        ]
+    return tries if recipe.precision == "fp32" else [*tries, "precision=fp32"]
 
 
 def _build_step(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> Step:
@@ -223,8 +298,12 @@ def _check_data(network: AnyFlowTransformer3DModel, dataset: VideoDataset, name:
         )
 
 
-def _check_folder(recipe: Recipe) -> None:
-    """ValueError unless the folder is new, or of the same recipe but for what may differ."""
+def _check_folder(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Settings, with their values before and now, that a run in the folder goes on with; most may not change.
+
+    Raises:
+        ValueError: the folder is not new, and its run differs in more than what may differ.
+    """
     out = Path(recipe.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is not a folder")
@@ -232,15 +311,14 @@ def _check_folder(recipe: Recipe) -> None:
     if not file.is_file():
         if (out / "checkpoints").exists():
             raise ValueError(f"out: {out} has checkpoints but no {RECIPE_FILE}; name another folder")
-        return
+        return {}
     before, now = _flat(load_recipe(file)), _flat(recipe)
-    changed = [
-        f"{name} ({before.get(name)!r} there, {now.get(name)!r} here)"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise ValueError(f"out: {out} holds a run of another recipe; it differs in {', '.join(changed)}")
+    changed = {
+        name: (before.get(name), now.get(name)) for name in sorted({*before, *now}) if before.get(name) != now.get(name)
+    }
+    if refused := [f"{name} ({a!r} there, {b!r} here)" for name, (a, b) in changed.items() if name not in _ADVISED]:
+        raise ValueError(f"out: {out} holds a run of another recipe; it differs in {', '.join(refused)}")
+    return changed
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
@@ -268,7 +346,7 @@ def _position(checkpoint: Path, recipe: Recipe, dataset: VideoDataset, resume: b
         raise ValueError(f"data: these are not the videos that the run in {recipe.out} has been trained on")
     if info["step"] > recipe.steps:
         raise ValueError(f"steps={recipe.steps}, but the run in {recipe.out} has done {info['step']}")
-    return _Position(info["step"], info["consumed"])
+    return _Position(info["step"], info["consumed"], tuple(info.get("changes", ())))
 
 
 def _note_global_batch(recipe: Recipe, mesh: Mesh, at: _Position, console: Console) -> None:
@@ -281,9 +359,7 @@ def _note_global_batch(recipe: Recipe, mesh: Mesh, at: _Position, console: Conso
 def _start_folder(recipe: Recipe, done: int) -> None:
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".{RECIPE_FILE}.tmp"
-    temporary.write_text(dump_recipe(recipe), encoding="utf-8")
-    os.replace(temporary, out / RECIPE_FILE)
+    write_text(out / RECIPE_FILE, dump_recipe(recipe))
     if (out / "model").is_dir():  # of a run that had ended here and goes on
         (out / "model").rename(out / f"model-step-{done:08d}")
 

@@ -1,22 +1,34 @@
 """YAML in which every value knows where it was written, inheritance by ``base:``, and overrides from the command line.
 
 Plain scalars follow the core schema of YAML 1.2, less its hexadecimal, octal and non-finite numbers: ``5e-5`` is a
-number, ``no`` and ``off`` are text, ``010`` is ten.
+number, ``no`` and ``off`` are text, ``010`` is ten. A document is bounded in bytes, in depth and in the number of its
+values, those that aliases repeat included, and so is the chain of ``base:``.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anyflow.documents import read_text, shortened
+
 try:
     import yaml
 except ImportError as error:
     raise ImportError("recipes need the package pyyaml: pip install anyflow[train]", name="yaml") from error
+
+
+MAX_BYTES = 2**16
+MAX_DEPTH = 32
+MAX_VALUES = 2000
+MAX_FILES = 16
+_INT64 = range(-(2**63), 2**63)
 
 
 class RecipeError(ValueError):
@@ -67,7 +79,8 @@ def read_file(path: Path) -> Located:
     """The mapping in a file, laid over that of its ``base:``, which is a path relative to the file.
 
     Raises:
-        RecipeError: a file is missing, not YAML or not a mapping, has a key twice, or is its own base.
+        RecipeError: a file is missing, no regular file, too large, not YAML or not a mapping, has a key twice, or is
+            its own base; or the chain of bases is longer than ``MAX_FILES``.
     """
     return _read_file(path, f"{path}: ", ())
 
@@ -78,15 +91,19 @@ def read_override(text: str) -> Located:
     Raises:
         RecipeError: the text has another form, or its value is not YAML.
     """
-    place = f"override {' '.join(text.split())}"
+    place = f"override {shortened(' '.join(text.split()), 100)}"
     key, equals, value = text.partition("=")
     names = key.strip().split(".")
     if not (equals and value.strip() and all(re.fullmatch(r"\w+", name) for name in names)):
         raise RecipeError(f"{place}: must have the form key.key=value, with null as the empty value")
+    if len(names) > MAX_DEPTH:
+        raise RecipeError(f"{place}: its key is nested more than {MAX_DEPTH} deep")
+    if len(value.encode("utf-8", "replace")) > MAX_BYTES:
+        raise RecipeError(f"{place}: its value is larger than the {MAX_BYTES} bytes allowed")
     node = _compose(value, lambda line: place)
     if node is None:
         raise RecipeError(f"{place}: has no value; write null for the empty one")
-    tree = _located(node, lambda line: place, ".".join(names), ())
+    tree = _Document(lambda line: place).located(node, ".".join(names), ())
     for name in reversed(names):
         tree = Located({name: tree}, place)
     return tree
@@ -99,13 +116,13 @@ def write_yaml(values: Mapping[str, Any]) -> str:
 
 def _read_file(path: Path, asked_by: str, below: tuple[Path, ...]) -> Located:
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise RecipeError(f"{asked_by}no such file" + (f": {path}" if below else "")) from None
-    except OSError as error:
-        raise RecipeError(f"{asked_by}cannot read {path}: {error.strerror}") from error
+        content = read_text(path, max_bytes=MAX_BYTES)
+    except ValueError as error:
+        if isinstance(error.__context__, FileNotFoundError):
+            raise RecipeError(f"{asked_by}no such file" + (f": {shortened(path)}" if below else "")) from None
+        raise RecipeError(f"{asked_by if below else ''}{error}") from error
     node = _compose(content, lambda line: f"{path}:{line}")
-    tree = None if node is None else _located(node, lambda line: f"{path}:{line}", "", ())
+    tree = None if node is None else _Document(lambda line: f"{path}:{line}").located(node, "", ())
     if tree is None or not isinstance(tree.value, dict):
         raise RecipeError(f"{path}: must hold a mapping of keys to values")
     tree = Located(tree.value, str(path))
@@ -115,8 +132,10 @@ def _read_file(path: Path, asked_by: str, below: tuple[Path, ...]) -> Located:
     if not isinstance(base.value, str):
         raise RecipeError(f"{base.place}: base: must be the path of a recipe, relative to this one")
     parent, chain = path.parent / base.value, (*below, path)
-    if parent.resolve() in [file.resolve() for file in chain]:
+    if os.path.realpath(parent) in map(os.path.realpath, chain):  # of a loop of links it makes a path, not an error
         raise RecipeError(f"{base.place}: base: goes in a circle: {' -> '.join(map(str, (*chain, parent)))}")
+    if len(chain) == MAX_FILES:
+        raise RecipeError(f"{base.place}: base: more than {MAX_FILES} files in a chain")
     return _read_file(parent, f"{base.place}: base: ", chain).merged(tree)
 
 
@@ -134,7 +153,18 @@ class _CoreSchema:
 
 
 class _Loader(_CoreSchema, yaml.SafeLoader):
-    pass
+    """Composes nodes down to a depth: PyYAML's composer is recursive."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 class _Dumper(_CoreSchema, yaml.SafeDumper):
@@ -154,7 +184,7 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _compose(content: bytes | str, place: Callable[[int], str]) -> Any:
+def _compose(content: str, place: Callable[[int], str]) -> Any:
     """The document's root node, or None if there is none."""
     try:
         return yaml.compose(content, Loader=_Loader)
@@ -167,33 +197,57 @@ def _compose(content: bytes | str, place: Callable[[int], str]) -> Any:
         raise RecipeError(f"{place(1)}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _located(node: Any, place: Callable[[int], str], path: str, around: tuple[Any, ...]) -> Located:
-    """A node's value; ``path`` names it in errors, ``around`` holds the nodes it is inside of."""
-    here = place(node.start_mark.line + 1)
-    prefix = f"{here}: {path}: " if path else f"{here}: "
-    if node in around:
-        raise RecipeError(f"{prefix}contains itself")
-    around = (*around, node)
-    if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+class _Document:
+    """The values of one document, counted as they are read.
+
+    Args:
+        place: of a line of it.
+    """
+
+    def __init__(self, place: Callable[[int], str]) -> None:
+        self._place = place
+        self._values = 0
+
+    def located(self, node: Any, path: str, around: tuple[Any, ...]) -> Located:
+        """Read a node; ``path`` names it in errors, ``around`` holds the nodes it is inside of."""
+        here = self._place(node.start_mark.line + 1)
+        prefix = f"{here}: {shortened(path)}: " if path else f"{here}: "
+        if node in around:
+            raise RecipeError(f"{prefix}contains itself")
+        self._values += 1
+        if self._values > MAX_VALUES or len(around) > MAX_DEPTH:  # aliases make both larger than the text shows
+            raise RecipeError(f"{prefix}the document has more than {MAX_VALUES} values or {MAX_DEPTH} levels")
+        around = (*around, node)
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            return Located(self._items(node, path, around), here)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            return Located([self.located(item, path, around) for item in node.value], here)
+        if node.tag not in _SCALARS or not isinstance(node, yaml.ScalarNode):
+            raise RecipeError(f"{prefix}the tag {shortened(node.tag.removeprefix(_TAG))!r} is not allowed")
+        return Located(_scalar(node, prefix), here)
+
+    def _items(self, mapping: Any, path: str, around: tuple[Any, ...]) -> dict[str, Located]:
         items: dict[str, Located] = {}
-        for key_node, value_node in node.value:
-            line = place(key_node.start_mark.line + 1)
+        for key_node, value_node in mapping.value:
+            line = self._place(key_node.start_mark.line + 1)
             if not isinstance(key_node, yaml.ScalarNode):
                 raise RecipeError(f"{line}: {path + ': ' if path else ''}keys must be names")
             key = key_node.value
             key_path = f"{path}.{key}" if path else key
             if key in items:
-                raise RecipeError(f"{line}: {key_path}: is given twice, first at {items[key].place}")
-            items[key] = Located(_located(value_node, place, key_path, around).value, line)
-        return Located(items, here)
-    if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-        return Located([_located(item, place, path, around) for item in node.value], here)
-    if node.tag not in _SCALARS or not isinstance(node, yaml.ScalarNode):
-        raise RecipeError(f"{prefix}the tag {node.tag.removeprefix(_TAG)!r} is not allowed")
+                raise RecipeError(f"{line}: {shortened(key_path)}: is given twice, first at {items[key].place}")
+            items[key] = Located(self.located(value_node, key_path, around).value, line)
+        return items
+
+
+def _scalar(node: Any, prefix: str) -> Any:
     try:
         value = _SCALARS[node.tag](node.value)
     except (ValueError, KeyError):
-        raise RecipeError(f"{prefix}not a valid {node.tag.removeprefix(_TAG)}: {node.value!r}") from None
+        shown = reprlib.repr(node.value)
+        raise RecipeError(f"{prefix}not a valid {node.tag.removeprefix(_TAG)}: {shown}") from None
     if isinstance(value, float) and not math.isfinite(value):
-        raise RecipeError(f"{prefix}{node.value} is too large for a number")
-    return Located(value, here)
+        raise RecipeError(f"{prefix}{shortened(node.value, 40)} is too large for a number")
+    if isinstance(value, int) and value not in _INT64:
+        raise RecipeError(f"{prefix}{shortened(node.value, 40)} is too large for a whole number")
+    return value

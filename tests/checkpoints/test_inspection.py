@@ -37,9 +37,11 @@ def test_the_summary_of_plain_causal_and_adapted_models(
     causal_model.save_pretrained(tmp_path / "causal")
     causal = inspect(tmp_path / "causal")
     assert causal.is_causal and causal.is_flow_map and causal.num_tensors == plain.num_tensors + 6
+    assert len(causal.problems) == 1 and "far_patch_embedding.weight" in causal.problems[0]
     torch.save({"ema": lora_state[0]}, tmp_path / "lora.pt")
     adapted = inspect(tmp_path / "lora.pt", attention_head_dim=24)
-    assert adapted.adapter_ranks == (4,) and adapted.format is CheckpointFormat.TRAINING and not adapted.problems
+    assert adapted.adapter_ranks == (4,) and adapted.format is CheckpointFormat.TRAINING
+    assert adapted.problems == ("it has 12 adapters of rank 4, but not their alpha; give lora_alpha (--lora-alpha)",)
     assert adapted.num_parameters == sum(t.numel() for t in lora_state[1].values())
 
 

@@ -1,8 +1,11 @@
 """The tables of names go both ways."""
 
+import re
+
 import pytest
 
-from anyflow.checkpoints.names import DIFFUSERS, FASTVIDEO, NAMINGS, ORIGINAL, Naming, common_prefix, naming_of
+from anyflow.checkpoints import CheckpointFormatError
+from anyflow.checkpoints.names import DIFFUSERS, FASTVIDEO, NAMINGS, ORIGINAL, Naming, locate, naming_of
 from anyflow.models import AnyFlowTransformer3DModel
 
 
@@ -25,6 +28,32 @@ def test_what_a_table_does_not_have_has_no_name() -> None:
     assert naming_of(["vae.weight"]) is None and naming_of([]) is None
 
 
-def test_a_prefix_counts_only_before_every_name() -> None:
-    assert common_prefix(["base_model.model.a", "base_model.model.b"]) == "base_model.model."
-    assert common_prefix(["base_model.model.a", "b"]) == common_prefix([]) == ""
+PATCH = "patch_embedding.weight"
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "model.diffusion_model.",
+     "diffusion_model.", "base_model.model.", "_fsdp_wrapped_module.", "generator.model._fsdp_wrapped_module."],
+)  # fmt: skip
+def test_the_transformer_is_found_under_any_prefix(prefix: str) -> None:
+    feed_forward = f"{prefix}blocks.0._orig_mod.ffn.0.weight"
+    shapes = {f"{prefix}{PATCH}": (8, 2, 1, 2, 2), feed_forward: (4, 8)}
+    located = locate(shapes | {"vae.conv1.weight": (3,), "clip_vision.patch_embedding.weight": (8, 3, 2, 2)}, "file")
+    assert located.names == {
+        PATCH: f"{prefix}{PATCH}",
+        "blocks.0.ffn.0.weight": f"{prefix}blocks.0._orig_mod.ffn.0.weight",
+    }
+    assert located.others == {"vae.": 1, "clip_vision.": 1}
+
+
+def test_several_transformers_strange_tensors_and_doubles_are_refused() -> None:
+    patch = (8, 2, 1, 2, 2)
+    for names, message in (
+        ((f"ema.{PATCH}", f"model.{PATCH}"), "holds 2 transformers, under ema., model."),
+        ((PATCH, f"ema.{PATCH}"), "holds 2 transformers, under no prefix, ema."),
+        ((f"model.{PATCH}", "optimizer.state"), "neither of it nor of another model that is known:\n  optimizer.state"),
+        ((PATCH, f"_orig_mod.{PATCH}"), "are one tensor of the model"),
+    ):
+        with pytest.raises(CheckpointFormatError, match=re.escape(message)):
+            locate(dict.fromkeys(names, patch), "file")

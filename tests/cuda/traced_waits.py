@@ -36,7 +36,8 @@ ARCHITECTURE = ArchitectureConfig(
     rope_max_seq_len=8,
 )
 # The guard of an update: its only wait, so that no update is made of gradients that are not finite.
-GUARD = {"training/optimization.py:check_finite"}
+GUARD = {"training/guard.py:_anywhere"}
+END = ["validation.py:first"]  # of a sampling: whether all was finite is read once, after the last step
 
 
 def recipe(stage: str, **changes: Any) -> Recipe:
@@ -89,7 +90,7 @@ def student(device: Any) -> AnyFlowTransformer3DModel:
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0}, {"context": True}, {"callback": True}], ids=str)
-def test_the_sampler_waits_for_nothing(options: dict[str, Any], student: Any, device: Any) -> None:
+def test_the_sampler_waits_once_at_its_end(options: dict[str, Any], student: Any, device: Any) -> None:
     """With what it is given in host memory too: context frames, and latents that a callback returns."""
     noise, text = torch.empty(2, 3, 8, 4, 4, device=CUDA), torch.empty(1, 4, 32, device=CUDA)
     options = dict(options)
@@ -101,17 +102,17 @@ def test_the_sampler_waits_for_nothing(options: dict[str, Any], student: Any, de
         options["negative_prompt_embeds"] = text
     device.clear()
     sample(student, FlowMapEulerDiscreteScheduler(), noise, text, num_inference_steps=3, **options)
-    assert device.counts()["gated_residual"] == 3 and device.waits == []
+    assert device.counts()["gated_residual"] == 3 and [wait.where for wait in device.waits] == END
 
 
-def test_the_consistency_sampler_waits_for_nothing(student: Any, device: Any) -> None:
+def test_the_consistency_sampler_waits_once_at_its_end(student: Any, device: Any) -> None:
     noise, text = torch.empty(2, 3, 8, 4, 4, device=CUDA), torch.empty(1, 4, 32, device=CUDA)
     generator = torch.Generator().manual_seed(1)  # in host memory
     device.clear()
     sample_consistency(
         student, FlowMapEulerDiscreteScheduler(), noise, text, num_inference_steps=3, generator=generator
     )
-    assert device.counts()["gated_residual"] == 3 and device.waits == []
+    assert device.counts()["gated_residual"] == 3 and [wait.where for wait in device.waits] == END
 
 
 @pytest.mark.parametrize("t", [500.0, torch.tensor(500.0), torch.tensor([500.0, 400.0])], ids=["float", "0-d", "[B]"])

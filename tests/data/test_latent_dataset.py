@@ -1,13 +1,18 @@
 """The format of latents on disk: exact, checked when opened, never half written."""
 
+import hashlib
 import json
 import pickle
+import random
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -15,10 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyflow.data import TrainingData, open_dataset
-from anyflow.data.latent_dataset import SCHEMA, DatasetInfo, LatentDataset, LatentWriter, shards, written_rows
+from anyflow.data.latent_dataset import SCHEMA, DatasetInfo, LatentDataset, LatentWriter, damages, shards, written_rows
+from anyflow.data.latent_format import map_shard, read_record, shard_digest, write_record
 from anyflow.training.config import DataConfig
 
 INFO = DatasetInfo((3, 4, 2, 2), text_length=6, text_dim=5, source={"by": "a test", "mean": [0.5]})
+NUMBERS = ("latents", "prompt_embeds")
 NEGATIVE = torch.arange(10.0).view(2, 5)
 Row = tuple[str, str, Tensor, Tensor]
 
@@ -110,7 +117,7 @@ def test_a_row_of_another_shape_is_named_when_the_dataset_is_opened(
     odd = replace(INFO, latent_shape=shape)
     shard = shards(write(tmp_path / "odd", [("odd.mp4", "odd", torch.ones(shape), torch.ones(1, 5))], odd))[0]
     shard.rename(folder / "shard-000001.arrow")
-    set_rows(folder, 4)
+    record_shards(folder)
     with pytest.raises(ValueError) as caught:
         LatentDataset(folder)
     assert all(part in str(caught.value) for part in ("row 3", "odd.mp4", str(folder), str(shape), "(3, 4, 2, 2)"))
@@ -132,10 +139,12 @@ def test_a_row_that_is_not_finite_is_named_when_it_is_read(
 ) -> None:
     file, caption, latents, prompt = rows[4]
     (latents if column == "latents" else prompt).view(-1)[2] = value
-    dataset = LatentDataset(write(tmp_path, [*rows[:4], (file, caption, latents, prompt)]))
+    folder = write(tmp_path, [*rows[:4], (file, caption, latents, prompt)])
+    dataset = LatentDataset(folder, sampled_rows=0)
     assert len([dataset[i] for i in range(4)]) == 4
-    with pytest.raises(ValueError, match=rf"row 4 \(4\.mp4\) of .*{column} hold NaN"):
-        dataset[4]
+    for read in (lambda: dataset[4], lambda: LatentDataset(folder)):  # opening reads the last row, among others
+        with pytest.raises(ValueError, match=rf"row 4 \(4\.mp4\) of .*{column} hold NaN"):
+            read()
 
 
 def test_the_writer_refuses_another_shape(rows: list[Row], tmp_path: Path) -> None:
@@ -171,8 +180,15 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
     [
         ({"version": 2}, "anyflow-latents 1, not anyflow-latents 2"),
         ({"latent_shape": [3, 4, 2]}, "four positive sizes"),
+        ({"latent_shape": "3422"}, "four positive sizes"),
+        ({"latent_shape": None}, "not usable"),
+        ({"text_length": 6.0}, "text_length"),
+        ({"text_length": True}, "text_length"),
+        ({"source": [1]}, "source must be an object"),
+        ({"rows": "7"}, "rows must be a number"),
         ({"extra": 1}, "keys"),
-        ({"rows": 0}, "should have 0 rows, not 7"),
+        ({"rows": 0}, "damaged or edited"),
+        ({"text_length": 7}, "damaged or edited"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(folder: Path, change: dict[str, object], message: str) -> None:
@@ -180,6 +196,135 @@ def test_a_description_that_does_not_fit_is_refused(folder: Path, change: dict[s
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         LatentDataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[]", "keys"),
+        (b'{"rows": 1, "rows": 2}', "more than once"),
+        (b'{"rows": NaN}', "JSON"),
+        (b"[" * 1000, "nested"),
+        ('{"ü": 1}'.encode("latin-1"), "not UTF-8"),
+        (b"", "JSON"),
+    ],
+)
+def test_a_description_that_cannot_be_read_names_the_file(folder: Path, content: bytes, message: str) -> None:
+    (folder / "dataset.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"dataset\.json.*{message}"):
+        LatentDataset(folder)
+
+
+def test_a_dataset_of_an_earlier_release_is_read_and_added_to(folder: Path, rows: list[Row], tmp_path: Path) -> None:
+    """Its digests are of the numbers alone, and dataset.json has none; a changed number is found all the same."""
+    for path in shards(folder):
+        table = pa.ipc.open_stream(path.read_bytes()).read_all()
+        numbers = [[np.float32(table[name][i].as_py()).tobytes() for name in NUMBERS] for i in range(len(table))]
+        digests = [hashlib.blake2b(b"".join(row), digest_size=16).hexdigest() for row in numbers]
+        with pa.ipc.new_stream(str(path), SCHEMA) as stream:
+            stream.write_table(table.set_column(5, SCHEMA.field("digest"), pa.array(digests)), max_chunksize=1)
+    facts = json.loads((folder / "dataset.json").read_text())
+    old = {name: facts[name] for name in facts if name not in ("packages", "shards", "negative", "digest")}
+    (folder / "dataset.json").write_text(json.dumps(old))
+    assert torch.equal(LatentDataset(folder)[6].latents, rows[6][2]) and damages(folder) == []
+
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    flip(shards(damaged)[0], rows[0][2].numpy().tobytes())
+    with pytest.raises(ValueError, match=r"row 0 \(0\.mp4\).*damaged"):
+        LatentDataset(damaged)
+
+    with LatentWriter(folder, INFO, NEGATIVE, packages={"ftfy": "6.3.1"}) as writer:
+        writer.add("new.mp4", "new", rows[0][2], rows[0][3])
+        writer.finish()
+    dataset = LatentDataset(folder)
+    assert len(dataset) == 8 and dataset.record.packages == {"ftfy": ["6.3.1", None]}
+
+
+@pytest.mark.parametrize("part", ["latents", "prompt", "file", "caption"])
+def test_a_flipped_bit_is_found_when_the_row_is_read_and_when_all_are_verified(
+    folder: Path, rows: list[Row], part: str
+) -> None:
+    file, caption, latents, prompt = rows[1]
+    content = {
+        "latents": latents.numpy().tobytes(),
+        "prompt": prompt.numpy().tobytes(),
+        "file": file.encode(),
+        "caption": caption.encode(),
+    }[part]
+    flip(shards(folder)[0], content)
+    dataset = LatentDataset(folder, sampled_rows=2)  # the first and the last
+    assert torch.equal(dataset[0].latents, rows[0][2])
+    with pytest.raises(ValueError, match=r"row 1 \(.*\) of .* is damaged"):
+        dataset[1]
+    (damage,) = damages(folder)
+    assert "shard-000000.arrow, row 1 of it" in damage and "is damaged" in damage
+    with pytest.raises(ValueError, match="row 1"):
+        LatentDataset(folder, sampled_rows=7)
+
+
+def test_any_flipped_bit_is_an_error_or_changes_nothing(folder: Path, rows: list[Row]) -> None:
+    files = [*shards(folder), folder / "negative_prompt.safetensors", folder / "dataset.json"]
+    draw, found = random.Random(0), 0
+    for _ in range(150):
+        path = draw.choice(files)
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            dataset = LatentDataset(folder)
+            for i, (file, caption, latents, _) in enumerate(rows):
+                assert torch.equal(dataset[i].latents, latents)
+                assert (dataset.file(i), dataset.caption(i)) == (file, caption)
+            assert torch.equal(dataset.negative_prompt_embeds[0, :2], NEGATIVE) and dataset.info == INFO
+        except ValueError:
+            found += 1
+        path.write_bytes(content)
+    assert found > 100
+
+
+def test_shards_that_are_exchanged_missing_or_of_another_dataset_are_found(
+    folder: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    other = write(tmp_path / "other", [(f"other {i}", "", *row[2:]) for i, row in enumerate(rows)])
+    first, second, third = shards(folder)
+    contents = {path: path.read_bytes() for path in (first, second, third)}
+
+    def exchange() -> None:
+        first.write_bytes(contents[second])
+        second.write_bytes(contents[first])
+
+    changes = {
+        "exchange": (exchange, "shard-000000.arrow is damaged or of another dataset"),
+        "foreign": (lambda: shutil.copy(shards(other)[1], second), "shard-000001.arrow is damaged or of another"),
+        "missing": (second.unlink, "shard-000001.arrow is missing"),
+        "more": (lambda: shutil.copy(third, folder / "shard-000003.arrow"), "shard-000003.arrow is not of this"),
+        "cut off": (lambda: third.write_bytes(contents[third][:-300]), "shard-000002.arrow is damaged"),
+    }
+    for change, message in changes.values():
+        change()
+        with pytest.raises(ValueError, match=message):
+            LatentDataset(folder)
+        assert any(re.search(message, damage) for damage in damages(folder))
+        for path, content in contents.items():
+            path.write_bytes(content)
+        (folder / "shard-000003.arrow").unlink(missing_ok=True)
+    assert damages(folder) == [] and len(LatentDataset(folder)) == 7
+
+
+def test_a_damaged_shard_is_refused_by_a_writer_and_made_anew_when_deleted(folder: Path, rows: list[Row]) -> None:
+    first = shards(folder)[0]
+    shutil.copy(shards(folder)[1], first)
+    with pytest.raises(ValueError, match=r"shard-000000\.arrow is damaged.*delete it"):
+        LatentWriter(folder, INFO, NEGATIVE)
+    first.unlink()
+    assert written_rows(folder) == [row[:2] for row in rows[3:]]
+    with LatentWriter(folder, INFO, NEGATIVE) as writer:
+        for row in rows[:3]:
+            writer.add(*row)
+        writer.finish()
+    dataset = LatentDataset(folder)
+    assert damages(folder) == [] and sorted(dataset.file(i) for i in range(7)) == [row[0] for row in rows]
 
 
 def test_damaged_shards_are_refused(folder: Path) -> None:
@@ -190,7 +335,7 @@ def test_damaged_shards_are_refused(folder: Path) -> None:
         with pytest.raises(ValueError, match="shard"):
             LatentDataset(folder)
     last.unlink()
-    with pytest.raises(ValueError, match="should have 7 rows, not 6"):
+    with pytest.raises(ValueError, match="should have 7 rows, not 6: shard-000002.arrow is missing"):
         LatentDataset(folder)
 
 
@@ -227,9 +372,19 @@ def test_a_shard_of_another_schema_is_refused(folder: Path) -> None:
         LatentDataset(folder)
 
 
-def set_rows(folder: Path, rows: int) -> None:
-    path = folder / "dataset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}))
+def flip(path: Path, part: bytes) -> None:
+    """Flip a bit of the part of a file that is ``part``."""
+    content = bytearray(path.read_bytes())
+    at = content.index(part)
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def record_shards(folder: Path) -> None:
+    """Let dataset.json have the shards that are there, as if they had been written so."""
+    digests = {path.name: map_shard(path)["digest"].to_pylist() for path in shards(folder)}
+    recorded = {name: shard_digest(rows) for name, rows in digests.items()}
+    write_record(folder, replace(read_record(folder), rows=sum(map(len, digests.values())), shards=recorded))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

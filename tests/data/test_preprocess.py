@@ -1,7 +1,10 @@
 """From video files and captions to a dataset, with a real (tiny) Wan model, against diffusers' own pipeline."""
 
 import csv
+import dataclasses
+import importlib.metadata
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -22,10 +25,14 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from typer.testing import CliRunner
 
 from anyflow.cli import app
+from anyflow.data import open_dataset
 from anyflow.data.encoders import TextEncoder, VideoEncoder
 from anyflow.data.latent_dataset import LatentDataset, shards
+from anyflow.data.latent_format import read_record, write_record
 from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, Broken, PreprocessReport, preprocess
 from anyflow.data.video import read_video
+from anyflow.pipelines.wan import clean_prompt
+from anyflow.training.config import DataConfig
 
 WriteVideo = Callable[..., Path]
 SIZE: dict[str, Any] = {"num_frames": 9, "height": 64, "width": 64, "text_length": 12, "dtype": "fp32"}
@@ -150,6 +157,126 @@ def test_videos_that_cannot_be_used_are_listed_and_stop_nothing(
     again = preprocess(folder, tmp_path / "c.csv", wan_model, out, **SIZE)
     assert (again.done, again.skipped, len(again.broken)) == (2, 2, 3)
     assert [LatentDataset(out).file(row) for row in range(4)] == ["0.mp4", "1.mp4", "cut.mp4", "absent.mp4"]
+
+
+def test_odd_files_and_lines_of_captions_are_one_line_each_and_stop_nothing(
+    videos: Path, wan_model: Path, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    for name in ("0.mp4", "new\nline.mp4", "ü" * 100 + ".mp4", "../outside.mp4"):
+        shutil.copy(videos / "0.mp4", folder / name)
+    os.mkfifo(folder / "fifo.mp4")
+    (folder / "folder.mp4").mkdir()
+    (folder / "loop.mp4").symlink_to("loop.mp4")
+    (folder / "inside.mp4").symlink_to("0.mp4")
+    (folder / "link.mp4").symlink_to(tmp_path / "outside.mp4")
+    outside = "it lies outside the folder"
+    sound = ["0.mp4", "new\nline.mp4", "ü" * 100 + ".mp4", "inside.mp4"]
+    odd = {
+        "fifo.mp4": "is a FIFO",
+        "folder.mp4": "is a folder",
+        "loop.mp4": "cannot be read: ",
+        "x" * 300: "cannot be read: ",
+        "../outside.mp4": outside,
+        str(tmp_path / "outside.mp4"): outside,
+        "link.mp4": outside,
+        "/dev/zero": outside,
+        "..": outside,
+    }
+    lines = [json.dumps({"file": name, "caption": "a red disc"}) for name in (*sound, *odd)]
+    lines += ['{"file": "0.mp4", "caption": "\\ud800"}', "[" * 10_000, '{"file": "0.mp4", "caption": "&nbsp;"}']
+    captions = tmp_path / "c.jsonl"
+    captions.write_text("\n".join(lines), encoding="utf-8")
+    report = preprocess(folder, captions, wan_model, out, **SIZE)
+    dataset = LatentDataset(out)
+    assert [dataset.file(row) for row in range(len(dataset))] == sound and report.done == 4
+    reasons = [*odd.values(), "the line has a lone surrogate", "the line is nested", "the caption is empty once"]
+    assert [entry.line for entry in report.broken] == list(range(5, len(lines) + 1))
+    for entry, reason in zip(report.broken, reasons, strict=True):
+        assert entry.reason.startswith(reason)
+    listed = [Broken(**json.loads(line)) for line in (out / "broken.jsonl").read_text("utf-8").split("\n")[:-1]]
+    assert tuple(listed) == report.broken
+
+    again = preprocess(folder, captions, wan_model, out, allow_outside=True, **SIZE)
+    assert (again.done, again.skipped) == (3, 4)
+    assert "is a device" in next(entry.reason for entry in again.broken if entry.file == "/dev/zero")
+
+
+def test_a_caption_with_a_comma_without_quotes_is_left_out_and_named(
+    videos: Path, wan_model: Path, tmp_path: Path
+) -> None:
+    captions = tmp_path / "c.csv"
+    captions.write_text("file,caption\n0.mp4,a disc, red\n1.mp4,a cross\n")
+    report = preprocess(videos, captions, wan_model, tmp_path / "out", **SIZE)
+    assert [(entry.line, entry.file) for entry in report.broken] == [(2, "0.mp4")]
+    dataset = LatentDataset(tmp_path / "out")
+    assert [(dataset.file(row), dataset.caption(row)) for row in range(len(dataset))] == [("1.mp4", "a cross")]
+
+
+def test_a_dataset_has_the_versions_that_made_it_and_a_change_is_said_once(
+    videos: Path, wan_model: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    out, captions = tmp_path / "out", table(tmp_path / "c.csv", {"0.mp4": "a"})
+    preprocess(videos, captions, wan_model, out, **SIZE)
+    record = read_record(out)
+    assert record.packages is not None
+    assert record.packages["ftfy"] == [importlib.metadata.version("ftfy")]
+    assert {"av", "libswscale", "transformers", "diffusers", "tokenizers", "torch"} <= set(record.packages)
+    open_dataset(DataConfig(path=str(out)))
+    assert not [warning for warning in recwarn if str(out) in str(warning.message)]
+
+    write_record(out, dataclasses.replace(record, packages={**record.packages, "ftfy": [None], "av": ["9.0"]}))
+    with pytest.warns(UserWarning, match="may have been encoded without ftfy"):
+        open_dataset(DataConfig(path=str(out)))
+    with pytest.warns(
+        UserWarning, match=rf"{out} was begun with other versions \(ftfy not installed, here .*; av 9\.0"
+    ) as said:
+        preprocess(videos, table(captions, {"0.mp4": "a", "1.mp4": "b"}), wan_model, out, **SIZE)
+    assert len(said) == 1 and "\n" not in str(said[0].message)
+    mixed = read_record(out).packages
+    assert mixed is not None and mixed["ftfy"] == [importlib.metadata.version("ftfy"), None]
+
+    packages = {**record.packages, "transformers": ["4.50.0"]}
+    write_record(out, dataclasses.replace(read_record(out), packages=packages))
+    with pytest.warns(UserWarning, match=r"encoded with other versions \(transformers 4\.50\.0, here"):
+        open_dataset(DataConfig(path=str(out)))
+    write_record(out, dataclasses.replace(read_record(out), packages=None))
+    with pytest.warns(UserWarning, match="does not say what made it"):
+        open_dataset(DataConfig(path=str(out)))
+
+
+def test_prompts_are_cleaned_as_those_of_the_published_models(wan_model: Path) -> None:
+    """The right sides are what ftfy 6.3.1 documents: curly quotes, ligatures, full-width commas, mojibake."""
+    pairs = {
+        "a man\u2019s \u201cred\u201d disc": 'a man\'s "red" disc',
+        "a \ufb01ne disc": "a fine disc",
+        "sch\u00c3\u00b6n": "sch\u00f6n",
+        "静态\uff0c静止": "静态,静止",
+        " the  blue\ncross &amp;amp; a disc ": "the blue cross & a disc",
+    }
+    assert {raw: clean_prompt(raw) for raw in pairs} == pairs
+    encoder = TextEncoder(wan_model, torch.device("cpu"), dtype=torch.float32, text_length=12)
+    for raw, clean in pairs.items():
+        assert torch.equal(encoder(raw), encoder(clean))
+
+
+def test_the_command_verifies_every_row(videos: Path, wan_model: Path, tmp_path: Path) -> None:
+    out, runner = tmp_path / "out", CliRunner()
+    preprocess(videos, table(tmp_path / "c.csv", CAPTIONS), wan_model, out, **SIZE)
+    verify = ["preprocess", "--verify", "--out", str(out)]
+    result = runner.invoke(app, verify)
+    assert result.exit_code == 0 and "every row is what was written" in result.output
+    (shard,) = shards(out)
+    content = bytearray(shard.read_bytes())
+    content[content.index(LatentDataset(out)[1].latents.numpy().tobytes())] ^= 1
+    shard.write_bytes(content)
+    result = runner.invoke(app, verify)
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert "shard-000000.arrow, row 1 of it (1.mp4) is damaged" in result.stderr
+    assert runner.invoke(app, [*verify[:-1], str(tmp_path / "none")]).exit_code == 2
+    result = runner.invoke(app, ["preprocess", "--out", str(out)])
+    assert result.exit_code == 2 and "--videos is missing" in result.stderr
 
 
 def test_a_video_may_have_several_captions_but_not_one_twice(videos: Path, wan_model: Path, tmp_path: Path) -> None:

@@ -123,6 +123,25 @@ def test_killed_run_resumes_after_the_last_finished_stage(finished: Path, tmp_pa
     assert resumed.curves == EvaluationResults.load(finished / "metrics.json").curves
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[]",
+        b"\xff\xfe{\x00",
+        b"[" * 1000,
+        b'{"config": {}}',
+        b'{"config": {}, "finished": []}',
+        b'{"config": {}, "finished": {"pretrain": "1"}}',
+        b'{"config": {}, "finished": {"pretrain": NaN}}',
+    ],
+)
+def test_a_state_that_is_none_names_the_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "state.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.json is damaged.*delete"):
+        finished_report(tiny_config(), tmp_path)
+
+
 def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "anyflow", *arguments], cwd=cwd, capture_output=True, text=True, timeout=900

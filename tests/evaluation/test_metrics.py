@@ -1,5 +1,6 @@
 """Metrics against closed forms, independent formulas, and sets of known quality."""
 
+import json
 import math
 import subprocess
 import sys
@@ -285,6 +286,39 @@ def test_results_errors() -> None:
         EvaluationResults.from_dict({k: v for k, v in _results().as_dict().items() if k != "seed"})
     with pytest.raises(ValueError, match="metric must be"):
         _results().values("psnr")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra": 1}, r"unknown keys \['extra'\]"),
+        ({"seed": "0"}, "seed must be an integer"),
+        ({"seed": True}, "seed must be an integer"),
+        ({"budget": None}, "budget a text"),
+        ({"seconds": {"a": "1"}}, "seconds of 'a' must be a number"),
+        ({"seconds": [1]}, "seconds must be an object"),
+        ({"floor": {"fd": 1, "template_mse": 0}}, "floor lack the key 'coverage_tv'"),
+        ({"floor": {"fd": "1", "template_mse": 0, "coverage_tv": 0}}, "fd of floor must be a number"),
+        ({"curves": {"a": {"01": {}}}}, "step counts such as '4', got '01'"),
+        ({"curves": {"a": {"1_0": {}}}}, "step counts such as '4', got '1_0'"),
+        ({"curves": {"a": [1]}}, "curves of 'a' must be an object"),
+        ({"curves": {"a": {"1": {"fd": 1, "template_mse": 0, "coverage_tv": 0, "psnr": 1}}}}, "unknown keys"),
+    ],
+)
+def test_results_that_are_not_exactly_results_are_refused(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    file = tmp_path / "metrics.json"
+    file.write_text(json.dumps(_results().as_dict() | change))
+    with pytest.raises(ValueError, match=rf"metrics\.json: .*{message}"):
+        EvaluationResults.load(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"seed": NaN}', b'{"seed": 1, "seed": 2}', b"\xff\xfe{\x00"])
+def test_results_that_cannot_be_read_name_the_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "metrics.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.json"):
+        EvaluationResults.load(tmp_path / "metrics.json")
 
 
 def test_import_is_light() -> None:

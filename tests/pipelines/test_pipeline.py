@@ -123,6 +123,117 @@ def test_frames_are_diffusers(output_type, pipe, peer) -> None:
     assert set(output.seconds) == {"encode", "sample", "decode"} and min(output.seconds.values()) > 0
 
 
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_a_generator_for_each_video_gives_diffusers_latents_and_those_of_videos_alone(pipe, peer) -> None:
+    call = {**CALL, "num_inference_steps": 2, "output_type": "latent"}
+    together = pipe(PROMPTS, **call, generator=generators(11, 12)).frames
+    theirs = peer(PROMPTS, **call, generator=generators(11, 12)).frames.transpose(1, 2)
+    torch.testing.assert_close(together, theirs, rtol=0, atol=TOLERANCE)
+    for video, prompt, generator in zip(together, PROMPTS, generators(11, 12), strict=True):
+        torch.testing.assert_close(video, pipe(prompt, **call, generator=[generator]).frames[0], rtol=0, atol=TOLERANCE)
+
+
+def test_several_videos_of_a_prompt_are_diffusers(pipe, peer) -> None:
+    call = {
+        **CALL,
+        "num_inference_steps": 2,
+        "output_type": "latent",
+        "num_videos_per_prompt": 2,
+        "guidance_scale": 3.0,
+    }
+    negative = ["bad quality", "a disc"]
+    for draws in (generators(1)[0], generators(1, 2, 3, 4)):
+        drawn_again = generators(1)[0] if isinstance(draws, torch.Generator) else generators(1, 2, 3, 4)
+        ours = pipe(PROMPTS, **call, negative_prompt=negative, generator=draws).frames
+        theirs = peer(PROMPTS, **call, negative_prompt=negative, generator=drawn_again).frames.transpose(1, 2)
+        assert ours.shape == (4, 2, 16, 2, 4)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+    one = pipe(tuple(PROMPTS), **call, negative_prompt="bad quality", seed=1).frames
+    assert torch.equal(one, pipe(PROMPTS, **call, negative_prompt=["bad quality"] * 2, seed=1).frames)
+    embeds = {"prompt_embeds": torch.cat(pipe.encode_prompts(PROMPTS, 12)), "negative_prompt": "bad quality"}
+    assert torch.equal(one, pipe(**embeds, **call, seed=1).frames)
+    assert len(pipe(PROMPTS, **{**call, "output_type": "pil"}, negative_prompt="", seed=1).frames) == 4
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(pipe) -> None:
+    plain = {**CALL, "prompt": PROMPTS[0], "seed": 3, "num_inference_steps": 2, "guidance_scale": 2.0}
+    plain |= {"output_type": "latent", "negative_prompt": ""}
+    expected = pipe(**plain).frames
+    for kind in (np.int64, torch.tensor):
+        sizes = {name: kind(plain[name]) for name in (*CALL, "seed", "num_inference_steps")}
+        assert torch.equal(pipe(**plain | sizes | {"guidance_scale": np.float32(2)}).frames, expected)
+
+
+def test_calls_of_diffusers_are_served_with_all_their_values(pipe, peer, noise) -> None:
+    """Context latents, sigmas (verbatim here), tuples for results, callbacks and what they may replace."""
+    seen: list[tuple[int, float, set[str]]] = []
+
+    def halve(pipeline: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((index, float(timestep), set(tensors)))
+        return {"latents": 0.5 * tensors["latents"], "prompt_embeds": tensors["prompt_embeds"]}
+
+    call = {**CALL, "num_frames": 9, "num_inference_steps": 3, "output_type": "latent", "return_dict": False}
+    call |= {"video_latents": noise[:, :1], "attention_kwargs": None, "callback_on_step_end": halve}
+    call |= {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    (ours,) = pipe(PROMPTS, **call, generator=generators(5)[0])
+    (theirs,) = peer(PROMPTS, **call, generator=generators(5)[0])
+    torch.testing.assert_close(ours, theirs.transpose(1, 2), rtol=0, atol=TOLERANCE)
+    assert seen[:3] == seen[3:] and torch.equal(ours[:, :1], noise[:, :1])
+
+    plain = {**CALL, "prompt": PROMPTS, "latents": noise, "output_type": "latent"}
+    by_times = pipe(**plain, timesteps=(1000, 750, 250)).frames
+    assert torch.equal(pipe(**plain, sigmas=np.array([1, 0.75, 0.25])).frames, by_times)
+    assert torch.equal(pipe(**plain, timesteps=torch.tensor([1000, 750, 250])).frames, by_times)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [({"prompt_embeds": torch.ones(2, 12, 16)}, "replace latents only, not prompt_embeds"),
+     (torch.ones(2), "must return a dict or None, got Tensor"),
+     ({"latents": torch.ones(3)}, "callback must return None or latents")],
+)  # fmt: skip
+def test_what_a_callback_of_diffusers_cannot_do_is_said(returned, message, pipe, noise) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe(PROMPTS, **CALL, latents=noise, output_type="latent", callback_on_step_end=lambda *_: returned)
+
+
+def spoiled(model: Path, folder: Path, part: str, name: str) -> Path:
+    """A copy of a model with NaN in a tensor of a part."""
+    shutil.copytree(model, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[name].view(-1)[-1] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "message"),
+    [
+        ("transformer", "blocks.1.ffn.net.2.bias", "video 1 of 1 are not finite .* after step 1 of 4"),
+        (
+            "text_encoder",
+            "encoder.final_layer_norm.weight",
+            "text encoder gives NaN .* 'a red disc moves slowly'.*bf16",
+        ),
+        ("vae", "decoder.conv_out.bias", "decoded frames are not finite .* in video 1 of 1.*bf16"),
+    ],
+)
+def test_nan_of_any_part_is_named(part, name, message, model, tmp_path: Path) -> None:
+    folder = spoiled(model, tmp_path / "model", part, name)
+    pipe = AnyFlowPipeline.from_pretrained(folder, dtype=torch.float32, device="cpu")
+    with pytest.raises(FloatingPointError, match=message):
+        pipe(PROMPTS[0], **CALL, seed=1)
+
+
+def test_infinite_pixels_are_not_clamped_away(pipe) -> None:
+    with pytest.raises(FloatingPointError, match="latents to be decoded are not finite .* in video 2 of 2"):
+        pipe.decode(torch.tensor([0.0, float("inf")]).view(2, 1, 1, 1, 1).expand(2, 1, 16, 2, 4))
+
+
 def test_a_seed_is_a_generator(pipe) -> None:
     call = {**CALL, "prompt": PROMPTS[0], "output_type": "latent"}
     seeded = pipe(**call, seed=5).frames
@@ -294,20 +405,56 @@ def test_a_missing_lora_is_named(pipe, tmp_path: Path) -> None:
         ({"num_frames": 6}, r"num_frames must be 4k \+ 1, got 6; the nearest are 5 and 9"),
         ({"num_frames": 4 * 40 + 1}, "num_frames=161 makes 41 latents.* up to 32"),
         ({"width": 16 * 33}, "width=528 makes 66 latents"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number >= 1, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 10000, got 0"),
         ({"num_inference_steps": None}, "num_inference_steps"),
         ({"timesteps": [500, 600]}, "descending"),
         ({"guidance_scale": 3.0}, "needs a negative_prompt"),
         ({"guidance_scale": 0.0}, "guidance_scale must be > 0"),
-        ({"guidance_scale": float("nan")}, "guidance_scale must be > 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
         ({"guidance_scale": 3.0, "negative_prompt": ["a"] * 3}, "one or as many as the 2 prompts, got 3"),
         ({"output_type": "gif"}, "output_type must be one of pil, np, pt, latent, got 'gif'"),
         ({"max_sequence_length": 0}, "max_sequence_length"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be a whole number >= 1, got 0"),
+        ({"num_inference_steps": 10**9}, "from 1 to 10000"),
+        ({"max_sequence_length": 10**9}, "max_sequence_length must be a whole number from 1 to 4096"),
+        ({"height": True}, "height must be a whole number"),
+        ({"height": "16"}, "height must be a whole number >= 1, got '16'"),
+        ({"timesteps": "999, 500"}, "timesteps must be a sequence"),
+        ({"sigmas": [0.5, 0.7]}, "descending"),
+        ({"sigmas": [0.5], "timesteps": [500]}, "not both"),
+        ({"guidance_scale": "3"}, "guidance_scale must be a finite number, got '3'"),
+        ({"generator": generators(1)}, "list of 1, but there are 2 videos"),
+        ({"generator": []}, "list of 0, but there are 2 videos"),
+        ({"generator": 5}, "generator must be a torch.Generator or a list of them, got 5"),
+        ({"generator": [1, 2]}, "generator must be a torch.Generator or a list of them"),
+        ({"generator": generators(1, 2), "num_videos_per_prompt": 2}, "list of 2, but there are 4 videos"),
+        ({"generator": generators(1, 2), "seed": 1}, "one of seed, generator and latents"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"seed": 2**64}, "seed must be a whole number from 0"),
+        ({"seed": 1.5}, "seed must be a whole number from 0"),
+        ({"latents": np.zeros(LATENT_SHAPE)}, "latents must be .* floating point"),
+        ({"latents": torch.zeros(LATENT_SHAPE, dtype=torch.int64)}, "latents must be .* floating point, got .*int64"),
+        ({"attention_kwargs": {"scale": 0.5}}, r"load_lora\(path, scale\)"),
+        ({"callback": 3}, "callback must be a function, got 3"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end must be a function, got 3"),
+        ({"callback": print, "callback_on_step_end": print}, "either callback or callback_on_step_end"),
+        ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["x"]}, "inputs must be of latents"),
+        ({"video_latents": torch.zeros(2, 2, 16, 2, 4)}, "fewer than the 2 latent frames, got 2"),
+        ({"video_latents": torch.zeros(2, 1, 16, 2, 3)}, r"video_latents must be \[B=2 or 1"),
+        ({"video_latents": torch.full((1, 1, 16, 2, 4), float("nan"))}, "video_latents holds NaN"),
+        ({"video_latents": torch.zeros(1, 1, 16, 2, 4), "image": 3}, "not both"),
+        ({"prompt": 5}, "prompt must be a text or a list of texts, got 5"),
+        ({"prompt": {"a": 1}}, "prompt must be a text or a list of texts"),
+        ({"prompt": "a \ud800"}, "lone surrogate"),
+        ({"prompt": None, "prompt_embeds": np.zeros((2, 12, 16))}, "prompt_embeds must be a floating-point tensor"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(2, 12, 16).long()}, "prompt_embeds must be a floating-point"),
+        ({"prompt": None, "prompt_embeds": torch.full((2, 12, 16), float("inf"))}, "row 1 of 2"),
+        ({"output_type": 3}, "output_type must be one of pil"),
         ({"prompt": []}, "prompt must be a text or a list of texts"),
         ({"prompt": [1]}, "prompt must be a text or a list of texts"),
         ({"prompt": None}, "give prompt or prompt_embeds"),
         ({"prompt_embeds": torch.zeros(1, 12, 16)}, "either prompt or prompt_embeds"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(2, 12, 8)}, r"prompt_embeds must be \[B, S, 16\]"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(2, 12, 8)}, r"prompt_embeds must be .* \[B, S, 16\]"),
         ({"guidance_scale": 2.0, "negative_prompt_embeds": torch.zeros(1, 9, 16)}, "12 tokens long.* 9"),
         ({"seed": 1, "latents": torch.zeros(LATENT_SHAPE)}, "one of seed, generator and latents"),
         ({"latents": torch.zeros(2, 16, 2, 2, 4)}, r"frames first"),
@@ -356,6 +503,18 @@ def test_parts_that_do_not_fit_together_are_refused(model, tmp_path: Path) -> No
     ):
         with pytest.raises(ValueError, match=message):
             AnyFlowPipeline.from_pretrained(edited(model, tmp_path / name, file, **settings), device="cpu")
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "3", "null", '"text"', "{", '{"in_channels": "16", "d_model": "16"}'])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "scheduler"])
+def test_configurations_that_cannot_be_are_refused(part, content, model, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    file = copy / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    file.write_text(content if part != "vae" else content.replace("in_channels", "z_dim"))
+    with pytest.raises(ValueError, match=str(copy)) as error:
+        AnyFlowPipeline.from_pretrained(copy, device="cpu")
+    assert "\n" not in str(error.value)
 
 
 def test_missing_parts_and_weights_are_named(model, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """`anyflow sample` as a function: real files from a tiny model, resuming, failures, and what it refuses."""
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from anyflow.cli import app
@@ -23,6 +26,7 @@ from anyflow.pipelines.render import (
     sample_command,
 )
 
+WORDS = ["a", "red", "blue", "disc", "cross"]  # as the model's vocabulary begins, after three special tokens
 PROMPTS = ["a red disc moves slowly", "a blue cross: stops!"]
 STEPS = (1, 2, 4)
 
@@ -143,6 +147,42 @@ def test_the_command_goes_on_and_tells_what_failed(model: Path, tmp_path: Path) 
     assert status == 2 and "seed 0 is now 1" in err and err.count("\n") == 1
 
 
+def test_nan_is_a_failure_of_its_videos_only(settings, tmp_path: Path) -> None:
+    """The text encoder gives NaN for a word that only one of the prompts has."""
+    model = tmp_path / "model"
+    shutil.copytree(settings.model, model)
+    file = model / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    weights["shared.weight"][3 + WORDS.index("cross")] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    broken = dataclasses.replace(settings, model=str(model))
+    out = tmp_path / "out"
+    report = run(broken, out, steps=(1, 2))
+    assert (report.done, report.skipped) == (2, 0)
+    assert [(f.prompt, f.steps) for f in report.failed] == [(PROMPTS[1], 1), (PROMPTS[1], 2)]
+    assert all("prompt_embeds holds NaN" in f.reason and "bf16" in f.reason for f in report.failed)
+    assert sorted(p.parent.name[:5] for p in out.glob("*/steps-*.mp4")) == ["a-red", "a-red"]
+    assert [e["prompt"] for e in json.loads((out / "results.json").read_text())["videos"]] == [PROMPTS[0]] * 2
+    report = run(broken, out, steps=(1, 2))
+    assert (report.done, report.skipped, len(report.failed)) == (0, 2, 2)
+
+
+def test_latents_that_overflow_in_fp16_write_no_video(settings, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(settings.model, model)
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["blocks.0.ffn.net.0.proj.weight"] *= 1e3
+    weights["blocks.0.ffn.net.2.weight"] *= 1e6
+    save_file(weights, file, {"format": "pt"})
+    half = dataclasses.replace(settings, model=str(model), dtype="fp16")
+    report = run(half, tmp_path / "fp16", PROMPTS[:1], (2,))
+    assert report.done == 0 and "step 1 of 2" in report.failed[0].reason and "use bf16" in report.failed[0].reason
+    assert not list((tmp_path / "fp16").rglob("*.mp4"))
+    for dtype in ("bf16", "fp32"):
+        assert run(dataclasses.replace(half, dtype=dtype), tmp_path / dtype, PROMPTS[:1], (2,)).failed == ()
+
+
 def pixels_of(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(np.float32)
@@ -178,8 +218,13 @@ def test_guidance_changes_the_video(settings, tmp_path: Path) -> None:
         ({"width": 16 * 40}, "makes 80 latents"),
         ({"guidance_scale": 3.0}, "needs a negative_prompt"),
         ({"dtype": "int8"}, "dtype must be one of bf16, fp16, fp32, got 'int8'"),
-        ({"fps": 0}, "fps must be > 0"),
-        ({"seed": -1}, "seed must be >= 0"),
+        ({"fps": 0}, "fps must be >= 0.01"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"fps": 1e-9}, "fps must be >= 0.01"),
+        ({"fps": float("nan")}, "fps must be a finite number, got nan"),
+        ({"seed": 2**63}, "seed must be a whole number from 0 to 9223372036854775807"),
+        ({"height": 10**9}, "height=1000000000 makes 125000000 latents"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
         ({"lora": "/no/such/lora"}, "LoRA: /no/such/lora does not exist"),
         ({"model": "/no/such/model"}, "there is no folder /no/such/model"),
         ({"transformer": "/no/such/model"}, "there is no folder /no/such/model"),
@@ -208,18 +253,54 @@ def test_a_folder_of_other_settings_is_refused(settings, tmp_path: Path) -> None
     run(settings, tmp_path / "out", PROMPTS[:1], (1,))
     with pytest.raises(ValueError, match=r"other settings \(seed 3 is now 4\)"):
         run(dataclasses.replace(settings, seed=4), tmp_path / "out")
-    (tmp_path / "out" / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="no results file"):
+    file = tmp_path / "out" / "results.json"
+    sound = json.loads(file.read_text())
+    broken = ["{}", "[]", "", '{"settings": {}, "videos": [], "videos": []}', json.dumps(sound | {"more": 1})]
+    broken += [json.dumps(sound | change) for change in ({"videos": [{"steps": 1}]}, {"videos": {}}, {"settings": []})]
+    for content in broken:
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"results\.json is no results file"):
+            run(settings, tmp_path / "out")
+    file.write_text(json.dumps(sound | {"settings": sound["settings"] | {"cfg": 2}}))
+    with pytest.raises(ValueError, match=r"other settings \(cfg 2 is now None\)"):
         run(settings, tmp_path / "out")
+
+
+def test_videos_have_the_versions_that_made_them_and_a_change_is_said(settings, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(settings, out, PROMPTS[:1], (1,))
+    results = json.loads((out / "results.json").read_text())
+    (entry,) = results["videos"]
+    assert entry["packages"]["ftfy"] == importlib.metadata.version("ftfy")
+    assert entry["packages"]["torch"] == torch.__version__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(settings, out, PROMPTS[:1], (1,))
+    entry["packages"]["diffusers"] = "0.30.0"
+    old = {name: value for name, value in entry.items() if name != "packages"} | {"file": "old/steps-01.mp4"}
+    (out / "results.json").write_text(json.dumps(results | {"videos": [entry, old]}))
+    with pytest.warns(UserWarning, match=r"other versions \(diffusers 0\.30\.0, here .*; unknown versions\)") as said:
+        run(settings, out, PROMPTS[:1], (1,))
+    assert len(said) == 1 and "\n" not in str(said[0].message)
 
 
 def test_prompts_are_lines_and_steps_are_numbers(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffa red disc\r\n\n  熊猫  \n", encoding="utf-8")
     assert read_prompts(file) == ["a red disc", "熊猫"]
-    file.write_text("\n")
-    with pytest.raises(ValueError, match="has no prompts"):
-        read_prompts(file)
+    file.write_bytes(b"one\rtwo\rthree")
+    assert read_prompts(file) == ["one", "two", "three"]
+    wrong_files = {
+        b"\n": "has no prompts",
+        "sch\u00f6n\n".encode("latin-1"): "line 1: byte 0xf6 is not UTF-8",
+        "a red disc\n".encode("utf-16"): "not UTF-8",
+        "a\nb\n".encode("utf-16-le"): "line 1: the prompt has a null character",
+        b"a\n" + b"x" * 200_000: "line 2: the prompt has 200000 characters",
+    }
+    for content, message in wrong_files.items():
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"prompts: .*prompts\.txt.*{message}"):
+            read_prompts(file)
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts(tmp_path / "none.txt")
     assert parse_steps("8, 1,2,2") == (1, 2, 8)

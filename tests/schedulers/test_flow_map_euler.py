@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -127,17 +128,52 @@ def test_bad_schedules(values) -> None:
     ("arguments", "message"),
     [
         ({}, "num_inference_steps is required"),
-        ({"num_inference_steps": 0}, "at least 1"),
-        ({"num_inference_steps": -3}, "at least 1"),
+        ({"num_inference_steps": 0}, "a whole number from 1 to 10000"),
+        ({"num_inference_steps": -3}, "a whole number from 1 to 10000"),
         ({"num_inference_steps": 3, "timesteps": TURBO}, "num_inference_steps=3, but timesteps has 4 steps"),
         ({"num_inference_steps": 5, "timesteps": TURBO}, "num_inference_steps=5, but timesteps has 4 steps"),
         ({"num_inference_steps": 2, "sigmas": [1.0]}, "num_inference_steps=2, but sigmas has 1 steps"),
         ({"sigmas": [1.0], "timesteps": [1000]}, "not both"),
+        ({"num_inference_steps": 10**9}, "from 1 to 10000, got 1000000000"),
+        ({"num_inference_steps": 2.0}, "a whole number"),
+        ({"num_inference_steps": True}, "a whole number"),
+        ({"timesteps": "999, 500"}, "timesteps must be a sequence of at most 10000 numbers, got '999, 500'"),
+        ({"timesteps": ["999", "500"]}, "a sequence of at most 10000 numbers"),
+        ({"timesteps": {999: 1, 500: 2}}, "a sequence of at most 10000 numbers"),
+        ({"timesteps": 999}, "a sequence of at most 10000 numbers, got 999"),
+        ({"timesteps": [None]}, "a sequence of at most 10000 numbers"),
+        ({"timesteps": [1j]}, "a sequence of at most 10000 numbers"),
+        ({"sigmas": torch.tensor(0.5)}, "a sequence of at most 10000 numbers"),
+        ({"sigmas": torch.tensor([0.5 + 0j])}, "a sequence of at most 10000 numbers"),
     ],
 )
 def test_bad_set_timesteps(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         FlowMapEulerDiscreteScheduler().set_timesteps(**arguments)
+
+
+@pytest.mark.parametrize(
+    "kind", [tuple, np.array, np.float32, torch.tensor, lambda v: torch.tensor(v).bfloat16(), iter], ids=str
+)
+def test_schedules_of_any_sequence_of_numbers(kind) -> None:
+    values = [992.0, 752.0, 500.0]
+    given = kind(values)
+    assert FlowMapEulerDiscreteScheduler().schedule(timesteps=given).tolist() == [0.992, 0.752, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("number", [np.int64(4), np.uint8(4), np.array(4), torch.tensor(4)], ids=repr)
+def test_step_counts_of_numpy_and_torch(number) -> None:
+    scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
+    assert torch.equal(scheduler.schedule(number), scheduler.schedule(4))
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "3", "null", '"shift"', "{", '{"shift": "5"}', '{"shift": NaN}',
+                                     '{"num_train_timesteps": 1e12}', '{"num_train_timesteps": 1000000000000}',
+                                     '{"num_train_timesteps": true}', '{"weight_type": []}'])  # fmt: skip
+def test_a_configuration_that_cannot_be_is_refused_with_its_file(content, tmp_path: Path) -> None:
+    (tmp_path / "scheduler_config.json").write_text(content)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        FlowMapEulerDiscreteScheduler.from_pretrained(tmp_path)
 
 
 # Steps -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from anyflow.training.config import OptimizerConfig
+from anyflow.training.guard import check_state
 from anyflow.training.optimization import NetworkOptimizer, TrainingError, lr_factor
 
 
@@ -114,3 +115,33 @@ def test_a_loss_that_is_not_finite_is_named(generator: torch.Generator) -> None:
     losses = {**_backward(network, generator), "loss_data": torch.tensor(math.inf)}
     with pytest.raises(TrainingError, match="step 1: loss_data of the critic is not finite"):
         optimizer.update(0, losses)
+
+
+def test_an_output_of_another_network_is_suspected_first(generator: torch.Generator) -> None:
+    network = _network()
+    optimizer = NetworkOptimizer("student", network, OptimizerConfig(), 10)
+    losses = {**_backward(network, generator), "loss_data": torch.tensor(math.inf)}
+    norms = {"rollout of the student": torch.tensor(1.0), "score of the teacher": torch.tensor(math.nan)}
+    with pytest.raises(TrainingError, match="step 3: score of the teacher is not finite") as error:
+        optimizer.update(2, losses, norms)
+    assert (error.value.network, error.value.step) == ("teacher", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "network"),
+    [
+        ("student/a.weight", math.nan, "student"),
+        ("student/a.weight", 1e20, "student"),  # finite, but every loss with it overflows
+        ("critic/b", math.inf, "critic"),
+        ("optimizer/critic/b/exp_avg_sq", math.inf, "critic"),
+        ("ema/a.weight", math.nan, "student"),
+    ],
+)
+def test_state_that_is_not_finite_is_named(name: str, value: float, network: str) -> None:
+    names = ("student/a.weight", "critic/b", "optimizer/critic/b/exp_avg_sq", "optimizer/critic/b/step", "ema/a.weight")
+    tensors = {n: torch.ones(3) for n in names} | {"optimizer/critic/b/exp_avg": torch.full((3,), 1e30)}
+    check_state(4, tensors)
+    tensors[name] = torch.tensor([1.0, value, 1.0])
+    with pytest.raises(TrainingError, match=f"step 4: {name} of the {network} is not finite") as error:
+        check_state(4, tensors)
+    assert error.value.network == network

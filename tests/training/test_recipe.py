@@ -132,7 +132,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     child = _write(tmp_path, "base: 3\n")
     assert _errors(child) == ["recipe.yaml:1: base: must be the path of a recipe, relative to this one"]
     (tmp_path / "folder.yaml").mkdir()
-    assert _errors(tmp_path / "folder.yaml") == ["folder.yaml: cannot read folder.yaml: Is a directory"]
+    assert _errors(tmp_path / "folder.yaml") == ["folder.yaml is a folder, not a regular file"]
 
 
 def test_a_recipe_that_is_its_own_base_is_an_error(tmp_path: Path) -> None:

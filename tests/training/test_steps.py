@@ -20,7 +20,7 @@ from anyflow.training.distributed import Mesh
 from anyflow.training.draws import draw_generator, draw_seed
 from anyflow.training.networks import build_critic, build_student, build_teacher
 from anyflow.training.optimization import TrainingError
-from anyflow.training.steps import OnPolicyStep, PretrainStep, _MicroSteps
+from anyflow.training.steps import OnPolicyStep, PretrainStep
 
 Make = Callable[..., Recipe]
 
@@ -172,34 +172,11 @@ def test_the_on_policy_update_has_the_references_losses_and_gradients(
 
 
 def test_draws_differ_by_every_argument_and_repeat() -> None:
-    arguments = list(itertools.product((0, 1), ("student", "critic"), (0, 1), (0, 1), (0, 1)))
+    arguments = list(itertools.product((0, 1), ("student", "critic"), (0, 1), (0, 1)))
     draws = [tuple(torch.rand(2, generator=draw_generator(*a)).tolist()) for a in arguments]
     assert len(set(draws)) == len(arguments)
     assert draws == [tuple(torch.rand(2, generator=draw_generator(*a)).tolist()) for a in arguments]
     assert draw_seed(0, "student", 1, 0, 0) == 11705185558200858141  # of this and every later release
-
-
-@pytest.mark.parametrize(("size", "world", "micros"), [(1, 1, 4), (1, 2, 4), (2, 1, 2), (1, 4, 1)])
-def test_kinds_of_samples_are_shared_out_over_ranks_and_micro_steps(
-    size: int, world: int, micros: int, small_recipe: Make, tmp_path: Path
-) -> None:
-    recipe = small_recipe(tmp_path, gradient_accumulation=micros)
-    batch = _batches(size=size)[0]
-    for step in range(3):
-        pairs = [
-            [
-                _MicroSteps(recipe, Mesh(CPU.device, data_rank=rank, data_world=world), torch.zeros(1)).time_pairs(
-                    batch, step, micro, PretrainConfig()
-                )
-                for rank in range(world)
-            ]
-            for micro in range(micros)
-        ]
-        total = size * world * micros
-        assert sum(int(p.is_diffusion.sum()) for row in pairs for p in row) == total // 2
-        assert sum(int((p.r == 0).sum()) for row in pairs for p in row) == total // 4
-        if size * world > 1:  # each micro-step has both, so that one can be balanced by the other
-            assert all(0 < sum(int(p.is_diffusion.sum()) for p in row) < size * world for row in pairs)
 
 
 @pytest.mark.parametrize("stage", ["teacher", "pretrain", "on_policy"])
@@ -279,8 +256,16 @@ def test_the_critic_sees_a_rollout_of_the_student_after_its_update(small_recipe:
 
 
 def test_student_and_critic_draw_their_rollouts_apart(small_recipe: Make, tmp_path: Path) -> None:
-    micro = _on_policy_step(small_recipe(tmp_path, stage="on_policy"))._micro
-    assert micro.generator("student", 0, 0).initial_seed() != micro.generator("critic", 0, 0).initial_seed()
+    step = _on_policy_step(small_recipe(tmp_path, stage="on_policy"))
+    starts: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        if bool((keywords["timestep"] == 1000).all()):
+            starts.append(keywords["hidden_states"])
+
+    step.student.register_forward_pre_hook(keep, with_kwargs=True)
+    step.update(_batches(), 0)
+    assert len(starts) == 2 and not torch.isclose(*starts).any()
 
 
 def test_the_student_is_updated_at_its_interval_and_the_critic_always(small_recipe: Make, tmp_path: Path) -> None:

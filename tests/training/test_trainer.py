@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
 from anyflow.cli import app
-from anyflow.data import SyntheticVideos, open_dataset
+from anyflow.data import Batch, SyntheticVideos, open_dataset
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import (
@@ -35,7 +38,7 @@ from anyflow.training.distributed import Mesh
 from anyflow.training.manifest import Manifest
 from anyflow.training.metrics import keep_until
 from anyflow.training.optimization import TrainingError
-from anyflow.training.preview import sample_previews
+from anyflow.training.preview import preview, sample_previews
 from anyflow.training.recipe import dump_recipe
 from anyflow.training.trainer import _build_step, train
 
@@ -229,6 +232,21 @@ def test_metrics_after_the_step_and_torn_lines_are_cut_off(tmp_path: Path) -> No
     assert not (tmp_path / "missing.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "line", ["", "{", "[1]", '{"loss": 1}', '{"step": "3"}', '{"step": true}', '{"step": NaN}', "\0\0"]
+)
+def test_a_line_of_metrics_that_is_none_is_named_unless_it_is_the_last(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 21}}\n')
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        keep_until(file, 30)
+    assert file.read_bytes() == before
+    file.write_text(f'{{"step": 1}}\n{line or " "}\n')
+    keep_until(file, 30)
+    assert file.read_text() == '{"step": 1}\n'
+
+
 # What is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -244,8 +262,8 @@ def test_an_existing_checkpoint_is_not_written_over_without_resume(small_recipe:
 def test_another_recipe_and_other_data_are_refused(small_recipe: Make, tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, steps=1)
     train(recipe)
-    changed = dataclasses.replace(recipe, seed=1, optimizer=OptimizerConfig(lr=2e-3), log_every=5)
-    with pytest.raises(ValueError, match=r"differs in optimizer\.lr \(0\.001 there, 0\.002 here\), seed \(0 there"):
+    changed = dataclasses.replace(recipe, seed=1, optimizer=OptimizerConfig(lr=2e-3, eps=1e-7), log_every=5)
+    with pytest.raises(ValueError, match=r"differs in optimizer\.eps \(1e-08 there, 1e-07 here\), seed \(0 there"):
         train(changed)
     manifest = tmp_path / "checkpoints" / "step-00000001"
     saved = Manifest.read(manifest)
@@ -308,6 +326,117 @@ def test_a_rate_that_is_far_too_large_stops_the_run(small_recipe: Make, tmp_path
     recipe = small_recipe(tmp_path / "run", steps=50, optimizer=OptimizerConfig(lr=1e30))
     with pytest.raises(TrainingError, match=r"step [2-9]: loss of the student is not finite"):
         train(recipe)
+
+
+ADVICE = re.compile(r"[\w.]+=[\w.+-]+")
+
+
+def _train(file: Path, *arguments: str) -> tuple[int, str]:
+    """The command: exit status and everything printed."""
+    result = CliRunner().invoke(app, ["train", str(file), *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_what_the_guard_advises_can_be_done_in_the_same_folder(small_recipe: Make, tmp_path: Path) -> None:
+    """A run into infinity; every setting that its error names is taken, and one after another leads to the end."""
+    file = _write(small_recipe(tmp_path / "run", precision="bf16", optimizer=OptimizerConfig(lr=1e25)), tmp_path / "r")
+    status, printed = _train(file)
+    assert status == 1 and "step 2: loss of the student is not finite" in printed and "starts anew" in printed
+    advised = ADVICE.findall(printed.partition("The same command")[2])
+    assert advised == ["optimizer.lr=1e+24", "optimizer.warmup_steps=100", "precision=fp32"]
+    for number, advice in enumerate(advised, 1):  # still far too large a rate: the same error, not a refusal
+        status, printed = _train(file, *advised[:number])
+        assert status == 1 and f"The run goes on with {advice}" in printed.replace("e24", "e+24"), printed
+    settings = ["precision=fp32", "optimizer.warmup_steps=100", "optimizer.lr=1e-3"]
+    assert _train(file, *settings)[0] == 0
+    assert [line["step"] for line in _metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_that_is_past_help_is_left_as_advised(small_recipe: Make, tmp_path: Path) -> None:
+    """Its weights are finite, and so large that every loss is not."""
+    recipe = small_recipe(tmp_path / "run", checkpoint=CheckpointConfig(every=1), optimizer=OptimizerConfig(lr=1e-3))
+    file = _write(recipe, tmp_path / "r.yaml")
+    assert _train(file, "steps=1")[0] == 0
+    status, printed = _train(file, "optimizer.lr=1e15")
+    assert status == 1 and "step 3: loss of the student is not finite" in printed and "goes on after step 2" in printed
+    status, printed = _train(file, "optimizer.lr=1e-3")
+    assert status == 1 and "step 3: loss" in printed
+    delete = Path(re.search(r"delete (\S+), and it goes on after step 1", printed)[1])
+    shutil.rmtree(delete)
+    status, printed = _train(file, "optimizer.lr=1e-4")
+    assert status == 0 and "Going on after step 1" in printed
+    info = Manifest.read(delete.parent / "step-00000004").info
+    assert info["changes"] == [{"step": 1, "settings": {"optimizer.lr": [1e-3, 1e-4]}}]
+
+
+@pytest.mark.parametrize("network", ["student", "teacher", "critic"])
+def test_a_network_of_stage_two_that_is_not_finite_is_named(network: str, small_recipe: Make, tmp_path: Path) -> None:
+    """Real weights that overflow; the data are not blamed, and the settings are those of that network."""
+    small = small_recipe(tmp_path / "run", stage="on_policy")
+    model = AnyFlowTransformer3DModel(**dataclasses.asdict(small.student.architecture))
+    with torch.no_grad():
+        model.proj_out.weight[3, 3] = 1e38
+        model.proj_out.bias[3] = 1e38
+    model.save_pretrained(tmp_path / "model")
+    broken = NetworkConfig(path=str(tmp_path / "model"))
+    parts = {"student": {"student": broken}, "teacher": {"teacher": broken}, "critic": {"critic": broken}}[network]
+    stage = dataclasses.replace(small.on_policy, **({} if network == "student" else parts))
+    if network == "teacher":
+        stage = dataclasses.replace(stage, critic=small.on_policy.teacher)
+    recipe = dataclasses.replace(small, on_policy=stage, **(parts if network == "student" else {}))
+    status, printed = _train(_write(recipe, tmp_path / "r.yaml"))
+    phrase = "rollout of the student" if network == "student" else f"score of the {network}"
+    assert status == 1 and f"step 1: {phrase} is not finite" in printed, printed
+    advice = {
+        "student": "with optimizer.lr=0.0001 or optimizer.warmup_steps=100 starts anew",
+        "teacher": "The teacher does not train: give other weights as on_policy.teacher.path=",
+        "critic": "with on_policy.critic_optimizer.lr=0.0001 or on_policy.critic_optimizer.warmup_steps=100 starts",
+    }
+    assert advice[network] in printed and "data" not in printed and "first such gradient" not in printed
+
+
+def test_a_student_that_diverges_in_stage_two_is_named_and_not_kept(small_recipe: Make, tmp_path: Path) -> None:
+    recipe = small_recipe(
+        tmp_path / "run", stage="on_policy", optimizer=OptimizerConfig(lr=1e36), checkpoint=CheckpointConfig(every=1)
+    )
+    status, printed = _train(_write(recipe, tmp_path / "r.yaml"))
+    assert status == 1 and "step 1: rollout of the student is not finite" in printed and "data" not in printed, printed
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(("lr", "kept"), [(1e-3, 1), (1e25, 0), (1e39, 0)])
+def test_no_checkpoint_has_weights_that_are_not_finite(
+    lr: float, kept: int, small_recipe: Make, tmp_path: Path
+) -> None:
+    """The rate of the first update decides whether its weights are, have a norm that is not, or are not."""
+    file = _write(small_recipe(tmp_path / "run", optimizer=OptimizerConfig(lr=lr), steps=1), tmp_path / "r.yaml")
+    status, printed = _train(file)
+    assert status == (0 if kept else 1)
+    assert ("of the student is not finite, or its norm is not. No checkpoint was written" in printed) == (not kept)
+    assert len(list((tmp_path / "run").glob("checkpoints/step-*"))) == kept
+    assert (tmp_path / "run" / "model").is_dir() == bool(kept)
+
+
+def test_data_that_are_not_finite_are_to_blame_and_not_a_network(small_recipe: Make, tmp_path: Path) -> None:
+    step = _build_step(small_recipe(tmp_path), Mesh(torch.device("cpu")), SyntheticVideos())
+    data = SyntheticVideos()
+    latents, prompts = (torch.stack([getattr(data[i], n) for i in (5, 6)]) for n in ("latents", "prompt_embeds"))
+    latents[1, 0, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"the data's rows \[5, 6\]: latents holds NaN or infinite values"):
+        step.update([Batch(latents, prompts, (5, 6))], 0)
+
+
+def test_a_preview_that_is_not_finite_is_said_and_not_written(
+    small_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small_recipe(tmp_path, preview=PreviewConfig(step_counts=(1, 2), num_samples=2))
+    data, mesh = SyntheticVideos(), Mesh(torch.device("cpu"))
+    step = _build_step(recipe, mesh, data)
+    next(iter(step.ema.state_dict().values())).fill_(3e38)
+    preview(recipe, mesh, data, step, tmp_path / "p.gif", Console(soft_wrap=True))
+    assert "p.gif was not written: latents of 1, 2 steps hold NaN" in capsys.readouterr().out
+    assert not (tmp_path / "p.gif").exists()
 
 
 @pytest.mark.parametrize(

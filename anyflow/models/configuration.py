@@ -1,0 +1,55 @@
+"""The settings that a transformer can have: limits that are far from every published model, checked before building."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anyflow.validation import is_finite_number, require_whole_number, shown
+
+# Smallest and largest value of each size. A width of 2^16 is 13 times that of the published 14B model.
+LIMITS: dict[str, tuple[int, int]] = {
+    "num_attention_heads": (1, 1024),
+    "attention_head_dim": (2, 1024),
+    "in_channels": (1, 2**16),
+    "out_channels": (1, 2**16),
+    "text_dim": (1, 2**18),
+    "freq_dim": (1, 2**16),
+    "ffn_dim": (1, 2**20),
+    "num_layers": (1, 1000),
+    "image_dim": (1, 2**18),
+    "rope_max_seq_len": (1, 2**20),
+}
+OPTIONAL = ("out_channels", "image_dim")  # None has a meaning
+MAX_WIDTH, MAX_PATCH = 2**16, 64
+
+
+def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
+    """ValueError unless every size of a transformer is a whole number within its limits.
+
+    Args:
+        patch_size: three numbers.
+        sizes: by the names in ``LIMITS``; ``out_channels`` and ``image_dim`` may be None.
+    """
+    if not isinstance(patch_size, (tuple, list)) or len(patch_size) != 3:
+        raise ValueError(f"patch_size must be three positive integers, got {shown(patch_size)}")
+    for axis, size in zip(("frames", "rows", "columns"), patch_size, strict=True):
+        require_whole_number(f"patch_size ({axis})", size, 1, MAX_PATCH)
+    for name, size in sizes.items():
+        if size is not None or name not in OPTIONAL:
+            require_whole_number(name, size, *LIMITS[name])
+    heads, head_dim = sizes["num_attention_heads"], sizes["attention_head_dim"]
+    if head_dim % 2:
+        raise ValueError(f"attention_head_dim must be even for the rotary embedding, got {head_dim}")
+    if heads * head_dim > MAX_WIDTH:
+        raise ValueError(
+            f"num_attention_heads * attention_head_dim must be at most {MAX_WIDTH}, got {heads} * {head_dim}"
+        )
+
+
+def require_settings(*, eps: Any, **flags: Any) -> None:
+    """ValueError unless ``eps`` is a number in (0, 1] and every flag is True or False."""
+    if not is_finite_number(eps) or not 0 < eps <= 1:
+        raise ValueError(f"eps must be a number in (0, 1], got {shown(eps)}")
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, got {shown(flag)}")

@@ -1,0 +1,143 @@
+"""Updates of one global batch in several layouts: ``layout_updates.py FOLDER PORT...`` writes ``rank<i>-of-<n>.pt``.
+
+Rank 0 makes the reference too: one process, one micro-step, before it joins the others.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow.data import SyntheticVideos, TrainingData
+from anyflow.data.sample import Batch
+from anyflow.methods import OnPolicyConfig, PretrainConfig
+from anyflow.training.config import (
+    ArchitectureConfig,
+    DataConfig,
+    EMAConfig,
+    NetworkConfig,
+    OnPolicyStageConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+)
+from anyflow.training.distributed import Mesh, full_state, setup, shard_network, teardown
+from anyflow.training.metrics import rank_mean
+from anyflow.training.networks import build_critic, build_student, build_teacher
+from anyflow.training.steps import OnPolicyStep, PretrainStep
+
+GLOBAL_BATCH, UPDATES = 8, 3
+LAYOUTS = {  # by the number of processes: the mesh, and samples in a micro-step
+    1: {"8": (ParallelConfig(), 8), "2": (ParallelConfig(), 2), "1": (ParallelConfig(), 1)},
+    2: {"fsdp2": (ParallelConfig(), 1), "sequence2": (ParallelConfig(sequence=2), 1)},
+    4: {"replicate2_sequence2": (ParallelConfig(replicate=2, shard=1, sequence=2), 2)},
+    8: {"sequence8": (ParallelConfig(sequence=8), 1)},  # run by hand: it needs as many cores
+}
+CASES = {  # image-to-video and dropped prompts in some updates; without flow matching; without co-training
+    "pretrain": PretrainConfig(prompt_dropout=0.5, i2v_prob=0.5),
+    "few_diffusion": PretrainConfig(diffusion_ratio=0.2, fuse_guidance_scale=1.0),
+    "no_diffusion": PretrainConfig(diffusion_ratio=0.0, fuse_guidance_scale=1.0),
+    "on_policy": PretrainConfig(i2v_prob=0.5, epsilon=20.0),
+}
+ON_RANKS = ("pretrain", "on_policy")
+OPTIMIZER = OptimizerConfig(lr=1e-2, clip_norm=0.05)  # below the norms, so that every update is clipped
+
+
+def make_recipe(case: str, parallel: ParallelConfig, batch_size: int, accumulation: int) -> Recipe:
+    sizes = ArchitectureConfig(
+        num_attention_heads=8,
+        attention_head_dim=6,
+        in_channels=8,
+        out_channels=8,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=8,
+    )
+    on_policy = OnPolicyStageConfig(
+        teacher=NetworkConfig(architecture=sizes, seed=1),
+        method=OnPolicyConfig(cotrain_pretrain=True, num_steps=(2, 4)),
+        critic_optimizer=OPTIMIZER,
+    )
+    return Recipe(
+        stage="on_policy" if case == "on_policy" else "pretrain",
+        out="unused",
+        student=NetworkConfig(architecture=sizes),
+        data=DataConfig(kind="synthetic", batch_size=batch_size),
+        pretrain=CASES[case],
+        on_policy=on_policy if case == "on_policy" else None,
+        optimizer=OPTIMIZER,
+        ema=EMAConfig(decay=0.9, start_step=1),
+        parallel=parallel,
+        gradient_accumulation=accumulation,
+        precision="fp32",
+        activation_checkpointing=False,
+        device="cpu",
+    )
+
+
+def make_step(recipe: Recipe, mesh: Mesh) -> PretrainStep | OnPolicyStep:
+    """In fp64."""
+    negative = SyntheticVideos().negative_prompt_embeds.double()
+    student = build_student(recipe).double()
+    shard_network(student, mesh, trains=True)
+    if recipe.on_policy is None:
+        return PretrainStep(recipe, mesh, student, negative)
+    teacher = build_teacher(recipe).double()
+    critic = build_critic(recipe, teacher)
+    shard_network(teacher, mesh, trains=False)
+    shard_network(critic, mesh, trains=True)
+    return OnPolicyStep(recipe, mesh, student, teacher, critic, negative)
+
+
+def updates(case: str, mesh: Mesh, parallel: ParallelConfig, batch_size: int) -> dict[str, Any]:
+    """All metrics of the updates, and everything that a checkpoint would hold after them."""
+    accumulation = GLOBAL_BATCH // (batch_size * mesh.data_world)
+    step = make_step(make_recipe(case, parallel, batch_size, accumulation), mesh)
+    calls: list[bool] = []
+    step.student.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    data = TrainingData(
+        SyntheticVideos(), batch_size=batch_size, data_rank=mesh.data_rank, data_world=mesh.data_world, seed=3
+    )
+    metrics = []
+    for index in range(UPDATES):
+        batches = [_double(next(data)) for _ in range(accumulation)]
+        metrics.append(rank_mean(step.update(batches, index), mesh.device))
+    return {"metrics": metrics, "tensors": full_state(step.tensors()), "calls": calls}
+
+
+def _double(batch: Batch) -> Batch:
+    return Batch(batch.latents.double(), batch.prompt_embeds.double(), batch.index)
+
+
+def main(folder: Path, ports: list[str]) -> None:
+    torch.set_num_threads(1)
+    world = int(os.environ["WORLD_SIZE"])
+    results: dict[str, dict[str, Any]] = {}
+    if os.environ["RANK"] == "0":
+        results["reference"] = {case: updates(case, Mesh(torch.device("cpu")), *LAYOUTS[1]["8"]) for case in ON_RANKS}
+    for (name, (parallel, batch_size)), port in zip(LAYOUTS[world].items(), ports, strict=True):
+        os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
+        mesh = setup(parallel, "cpu")
+        results[name] = {case: updates(case, mesh, parallel, batch_size) for case in ON_RANKS}
+        teardown(mesh)
+    torch.save(results, folder / f"rank{mesh.rank}-of-{world}.pt")
+
+
+def same(got: dict[str, Any], want: dict[str, Any]) -> None:
+    """Assert equality up to rounding in fp64."""
+    for a, b in zip(got["metrics"], want["metrics"], strict=True):
+        assert a.keys() == b.keys()
+        for name, value in b.items():
+            assert abs(a[name] - value) <= 1e-9 * abs(value), (name, a[name], value)
+    tensors: dict[str, Tensor] = got["tensors"]
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, want["tensors"][name], rtol=1e-9, atol=1e-11, msg=name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
