@@ -19,6 +19,8 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 # These leave the base weights as they are; pissa, olora, corda, loftq and lora_ga take a part out of them.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Python's search takes time exponential in nested repeats, and a power of the name's length in others.
+_MAX_REPEATS, _REPEAT, _REPEATED_GROUP = 4, re.compile(r"(?<!\\)[*+{]"), re.compile(r"\)[*+{]")
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -86,7 +88,7 @@ class AdapterConfig:
             target_modules=fields.names_or_pattern("target_modules"),
             exclude_modules=fields.names_or_pattern("exclude_modules"),
             layers_to_transform=fields.numbers("layers_to_transform"),
-            layers_pattern=fields.names("layers_pattern"),
+            layers_pattern=fields.list_of_patterns("layers_pattern"),
         )
 
     def rank_of(self, names: Sequence[str]) -> int | None:
@@ -206,6 +208,12 @@ class _Fields:
             self._require_pattern(name, pattern)
         return value or {}
 
+    def list_of_patterns(self, name: str) -> tuple[str, ...]:
+        patterns = self.names(name)
+        for pattern in patterns:
+            self._require_pattern(name, pattern)
+        return patterns
+
     def numbers(self, name: str) -> tuple[int, ...] | None:
         value = self._raw.get(name)
         value = [value] if isinstance(value, int) else value
@@ -219,6 +227,8 @@ class _Fields:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise self._wrong(name, pattern, f"a regular expression ({error})") from error
+        if len(_REPEAT.findall(pattern)) > _MAX_REPEATS or _REPEATED_GROUP.search(pattern):
+            raise self._wrong(name, pattern, f"a regular expression with up to {_MAX_REPEATS} repeats, none of a group")
 
     def _wrong(self, name: str, value: object, allowed: str) -> CheckpointFormatError:
         return CheckpointFormatError(f"{self._where}: {name} should be {allowed}, not {_shown(value)}")

@@ -106,6 +106,8 @@ def open_lora(path: Path | str) -> LoRAFile:
             wrong or asks for what is not supported, or it has keys of another method or of another part than the
             transformer.
     """
+    if not isinstance(path, (str, Path)):
+        raise CheckpointFormatError(f"LoRA: the path should be a text or a Path, got {path!r}")
     file = _find(Path(path))
     reader: Reader = SafetensorsReader((file,), None) if file.suffix == ".safetensors" else TorchReader(file, None)
     infos = reader.infos

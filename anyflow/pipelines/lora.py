@@ -43,7 +43,7 @@ def merge_lora(transformer: AnyFlowTransformer3DModel, path: str | Path, scale: 
     plan = lora.plan({name: tuple(p.shape) for name, p in parameters.items()})
     if strength != 1:
         _require_linear(plan, lora.path, strength)
-    _require_changeable({name: parameters[name] for name in plan.updates})
+    _require_changeable(transformer, {name: parameters[name] for name in plan.updates})
     tensors = lora.read_all()
     with torch.no_grad():
         for name, update in plan.updates.items():  # a result that cannot be is found before the first is written
@@ -91,7 +91,10 @@ def _require_linear(plan: Plan, path: Path, strength: float) -> None:
         )
 
 
-def _require_changeable(parameters: dict[str, nn.Parameter]) -> None:
+def _require_changeable(transformer: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    for module in transformer.modules():  # the copy that is changed may not be the one that stays
+        if "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", ()):
+            raise ValueError("LoRA: the weights are offloaded by groups; merge before offloading")
     for name, p in parameters.items():
         if p.is_meta:
             raise ValueError(f"LoRA: the weights are offloaded, and {name} is not in memory; merge before offloading")

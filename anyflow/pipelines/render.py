@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anyflow.checkpoints.lora_file import open_lora
 from anyflow.documents import read_json, read_text, shortened, text_problem
 from anyflow.locking import locks_folder
 from anyflow.pipelines.frames import frames_of_type
@@ -76,8 +77,8 @@ class SampleSettings:
         if not 0.01 <= finite_number("fps", self.fps) < 1000:
             raise ValueError(f"fps must be >= 0.01 and < 1000, got {self.fps}")
         whole_number("seed", self.seed, 0, MAX_SEED)
-        if self.lora is not None and not Path(self.lora).exists():
-            raise ValueError(f"there is no LoRA {self.lora}")
+        if self.lora is not None:
+            open_lora(self.lora)
         _check_prompt(self.negative_prompt or "", "negative_prompt")
         VideoRequest(
             height=self.height,
@@ -177,7 +178,7 @@ def sample_command(
         ValueError: before any weight is loaded, for what cannot work or a folder in use; then for weights that do not
             fit.
         OSError: the system refuses to write into the folder, such as on a full disk.
-        ImportError: PyAV or, for a LoRA, PEFT is missing.
+        ImportError: PyAV is missing.
     """
     import av  # noqa: F401  (missing, it would cost a video to find out)
 

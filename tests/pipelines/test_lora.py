@@ -265,6 +265,8 @@ def test_metadata_of_diffusers_is_obeyed(name: str, generator: torch.Generator, 
         ({"modules_to_save": ["proj_out"]}, "proj_out"), ({"peft_type": "LOHA"}, "peft_type should be LORA"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"), ({"init_lora_weights": "olora"}, "olora"),
         ({"exclude_modules": ["to_q"]}, "a layer without adapters"), ({"target_modules": ["to_k"]}, "a layer without"),
+        ({"layers_to_transform": [1], "layers_pattern": "("}, "layers_pattern"),
+        ({"rank_pattern": {"(.*)*x": 1}}, "repeats"), ({"target_modules": ".*.*.*.*.*x"}, "repeats"),
         ({"layers_to_transform": [1]}, "a layer without"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"use_qalora": True}, "use_qalora"), ({"a_new_field": 2}, "a_new_field"), ({"target_modules": 3}, "target"),
     ],
@@ -458,6 +460,8 @@ def test_files_that_are_none(generator: torch.Generator, tmp_path: Path) -> None
     refused(model, file, "device")
     for missing in (tmp_path / "none.safetensors", tmp_path / ("a" * 300), Path("\0")):
         refused(model, missing, "LoRA")
+    for odd in (3, None, b"x"):
+        refused(model, odd, "the path should be")  # type: ignore[arg-type]
     save_file({}, tmp_path / "empty.safetensors")
     refused(model, tmp_path / "empty.safetensors", "empty")
     (tmp_path / "lora.txt").write_text("")

@@ -225,7 +225,7 @@ def test_guidance_changes_the_video(settings, tmp_path: Path) -> None:
         ({"seed": 2**63}, "seed must be a whole number from 0 to 9223372036854775807"),
         ({"height": 10**9}, "height=1000000000 makes 125000000 latents"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
-        ({"lora": "/no/such/lora"}, "there is no LoRA /no/such/lora"),
+        ({"lora": "/no/such/lora"}, "LoRA: /no/such/lora does not exist"),
         ({"model": "/no/such/model"}, "there is no folder /no/such/model"),
         ({"transformer": "/no/such/model"}, "there is no folder /no/such/model"),
     ],
