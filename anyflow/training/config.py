@@ -17,7 +17,11 @@ Stage = Literal["teacher", "pretrain", "on_policy"]
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """A transformer with random weights; the arguments are those of ``AnyFlowTransformer3DModel``, for Wan2.1-1.3B."""
+    """A transformer with random weights; the arguments are those of ``AnyFlowTransformer3DModel``, for Wan2.1-1.3B.
+
+    Raises:
+        ValueError: a size is not within ``anyflow.models.configuration.LIMITS``, or ``eps`` is not possible.
+    """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 12
@@ -31,6 +35,16 @@ class ArchitectureConfig:
     cross_attn_norm: bool = True
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
+
+    def __post_init__(self) -> None:
+        from anyflow.models.configuration import require_settings, require_sizes  # loads diffusers
+
+        settings = {"eps": self.eps, "cross_attn_norm": self.cross_attn_norm}
+        try:
+            require_sizes(**{name: size for name, size in vars(self).items() if name not in settings})
+            require_settings(**settings)
+        except ValueError as error:
+            raise ValueError(f"architecture.{error}") from None
 
 
 @dataclass(frozen=True)

@@ -376,7 +376,7 @@ def test_a_single_file_gives_the_transformers_part_and_names_what_is_left_out(
     all_in_one |= {"vae.decoder.conv1.weight": torch.ones(3), "text_encoders.umt5xxl.shared.weight": torch.ones(3)}
     file = folder.parent / f"all{suffix}"
     save_file(all_in_one, file) if suffix != ".pt" else torch.save(all_in_one, file)
-    with pytest.warns(UserWarning, match=r"left out are 1 tensors of vae., 1 tensors of text_encoders."):
+    with pytest.warns(UserWarning, match=r"left out are 1 tensors of text_encoders., 1 tensors of vae."):
         assert same_weights(load_transformer(file, attention_head_dim=24), sound)
     summary = inspect(file, attention_head_dim=24)
     assert summary.left_out == {"vae.": 1, "text_encoders.": 1} and summary.num_tensors == len(sound)
