@@ -23,7 +23,6 @@ from anyflow.methods import AnyFlowPretrainMethod, PretrainConfig
 from anyflow.network import evaluate
 from anyflow.sampling import sample
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.validation import shown
 
 AGAINST = ("diffusers",)
 SHIFT = 5.0  # Wan's
@@ -166,7 +165,7 @@ class _Source:
         config = read_json(folder / "config.json")
         name = config.get("_class_name")
         if name not in _CLASSES:
-            raise ValueError(f"{folder / 'config.json'} is of a {shown(name)}; allowed are {', '.join(_CLASSES)}")
+            raise ValueError(f"{folder / 'config.json'} is of a {str(name)[:80]}; allowed are {', '.join(_CLASSES)}")
         return cls(folder, name == "WanTransformer3DModel" or not config.get("r_embedder", True))
 
     def require_loadable(self, dtype: torch.dtype) -> None:

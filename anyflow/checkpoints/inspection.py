@@ -10,7 +10,9 @@ from pathlib import Path
 from anyflow.checkpoints.architecture import Architecture
 from anyflow.checkpoints.checkpoint import Checkpoint, CheckpointFormat, ReadOptions, open_checkpoint
 from anyflow.checkpoints.errors import listed
+from anyflow.checkpoints.files import TORCH_SUFFIXES
 from anyflow.checkpoints.problems import FiniteCheck, problems_of
+from anyflow.checkpoints.readers import TorchReader
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def inspect(
 
     Args:
         path, subfolder, weights, attention_head_dim: see :func:`load_transformer`.
-        strict_values: read every tensor, and count NaN and infinity among the problems. False reads no tensor.
+        strict_values: read every tensor, and count NaN and infinity among the problems. False reads no tensor, but for
+            the comparison of torch's files with their checksums.
 
     Raises:
         CheckpointFormatError: it is damaged, contradicts itself, or is of no format that is understood.
@@ -97,6 +100,8 @@ def inspect(
     for info in infos.values():
         dtypes[info.dtype] += math.prod(info.shape)
     problems = problems_of(checkpoint, checkpoint.architecture.build_empty())
+    if not problems and checkpoint.files.weights[0].suffix in TORCH_SUFFIXES:
+        TorchReader(checkpoint.files.weights[0], weights).verify()
     if strict_values and not problems:
         problems = [f"NaN or infinity: {own}" for own in _not_finite(checkpoint)]
     return CheckpointInfo(

@@ -193,7 +193,8 @@ def locate(shapes: Mapping[str, tuple[int, ...]], where: str) -> Located:
             f"{where}: the transformer is under {prefix}, and these tensors are neither of it nor of another model "
             f"that is known:{listed(strange)}"
         )
-    return Located(inside, prefix, Counter(name.partition(".")[0] + "." for name in outside))
+    others = Counter(name.partition(".")[0] + "." for name in outside)
+    return Located(inside, prefix, dict(sorted(others.items())))
 
 
 def prefix_of(shapes: Mapping[str, tuple[int, ...]]) -> str:

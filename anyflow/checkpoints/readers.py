@@ -123,6 +123,12 @@ class TorchReader:
     def read(self, name: str) -> Tensor:
         return self._file.read(self._tensors[name])
 
+    def verify(self) -> None:
+        """Compare every tensor's bytes with the checksums in the file; CheckpointFormatError where they differ."""
+        for record in self._tensors.values():
+            if record.numel:
+                self._file.verify(record)
+
     def _section(self, content: object, weights: str | None) -> dict[str, Any]:
         path = self._file.path
         if not isinstance(content, dict):

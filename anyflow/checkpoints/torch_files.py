@@ -32,6 +32,7 @@ MAX_DIRECTORY_BYTES = 16 * 2**20
 MAX_TUPLE_DEPTH = 32  # hashing a nested tuple takes C stack
 MAX_EXPANSION = 20  # of compressed entries
 _MAX_AXES = 64
+_PIECE = 2**22
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = pickle.dumps(_LEGACY_MAGIC, protocol=2)
 
@@ -127,10 +128,20 @@ class TorchFile:
             return torch.empty(record.shape, dtype=record.dtype)
         width = record.dtype.itemsize
         with _described(self.path):
+            self._source.verify(record.storage)
             raw = self._source.read(record.storage, record.offset * width, record.span * width)
             if not self._source.little_endian:
                 raw = bytearray(torch.frombuffer(raw, dtype=torch.uint8).view(-1, width).flip(1).numpy().tobytes())
         return torch.frombuffer(raw, dtype=record.dtype).as_strided(record.shape, record.stride)
+
+    def verify(self, record: TensorRecord) -> None:
+        """Compare a tensor's storage with the checksum that the file has of it, if any; once for each storage.
+
+        Raises:
+            CheckpointFormatError: they differ.
+        """
+        with _described(self.path):
+            self._source.verify(record.storage)
 
 
 class _Unreadable(Exception):
@@ -165,6 +176,8 @@ class _Source(Protocol):
 
     def read(self, storage: StorageRecord, start: int, length: int) -> bytearray: ...
 
+    def verify(self, storage: StorageRecord) -> None: ...
+
 
 class _Archive:
     """A zip archive, as torch writes since version 1.6."""
@@ -188,6 +201,7 @@ class _Archive:
         if size > MAX_EXPANSION * room + MAX_PICKLE_BYTES:
             raise _Unreadable(f"its entries would unpack to {size} bytes, from {room}")
         self._unpacked: tuple[str, bytes] | None = None
+        self._verified: set[str] = set()
         order = f"{self._top}byteorder"
         self.little_endian = order not in self._entries or self._bytes_of(order, 16).strip() == b"little"
         self.content = _unpickled(self._bytes_of(pickles[0], MAX_PICKLE_BYTES), self._require_entry)
@@ -195,7 +209,7 @@ class _Archive:
     def read(self, storage: StorageRecord, start: int, length: int) -> bytearray:
         entry = self._entries[f"{self._top}data/{storage.key}"]
         if entry.compress_type == zipfile.ZIP_STORED:
-            return self._stored(entry, start, length)
+            return _read_range(self._path, self._starts[entry.filename] + start, length)
         if self._unpacked is None or self._unpacked[0] != entry.filename:
             self._unpacked = None
             self._unpacked = (entry.filename, self._bytes_of(entry.filename, entry.file_size))
@@ -206,19 +220,33 @@ class _Archive:
         if entry.file_size > limit:
             raise _Unreadable(f"{name} in it has {entry.file_size} bytes, and {limit} are allowed")
         if entry.compress_type == zipfile.ZIP_STORED:
-            return bytes(self._stored(entry, 0, entry.file_size))
+            self._verify(entry)
+            return bytes(_read_range(self._path, self._starts[name], entry.file_size))
         with self._zip.open(entry) as stream:  # which checks the CRC
             content = stream.read(limit + 1)
         if len(content) != entry.file_size:
             raise _Unreadable(f"{name} in it unpacks to {len(content)} bytes, and {entry.file_size} are declared")
         return content
 
-    def _stored(self, entry: zipfile.ZipInfo, start: int, length: int) -> bytearray:
-        content = _read_range(self._path, self._starts[entry.filename] + start, length)
-        whole = length == entry.file_size
-        if whole and entry.CRC != 0 and zlib.crc32(content) != entry.CRC:  # 0: torch was told not to compute it
+    def verify(self, storage: StorageRecord) -> None:
+        self._verify(self._entries[f"{self._top}data/{storage.key}"])
+
+    def _verify(self, entry: zipfile.ZipInfo) -> None:
+        """Compare an entry with its CRC-32, in pieces; 0 is what torch writes where it was told not to compute it."""
+        if entry.filename in self._verified or entry.CRC == 0:
+            return
+        crc = 0
+        if entry.compress_type == zipfile.ZIP_STORED:
+            start, end = self._starts[entry.filename], self._starts[entry.filename] + entry.file_size
+            for position in range(start, end, _PIECE):
+                crc = zlib.crc32(_read_range(self._path, position, min(_PIECE, end - position)), crc)
+        else:
+            with self._zip.open(entry) as stream:
+                while piece := stream.read(_PIECE):
+                    crc = zlib.crc32(piece, crc)
+        if crc != entry.CRC:
             raise _Unreadable(f"{entry.filename} in it is damaged: its CRC-32 is not the one recorded")
-        return content
+        self._verified.add(entry.filename)
 
     def _require_entry(self, storage: StorageRecord) -> None:
         name, size = f"{self._top}data/{storage.key}", storage.numel * storage.dtype.itemsize
@@ -267,6 +295,9 @@ class _Legacy:
 
     def read(self, storage: StorageRecord, start: int, length: int) -> bytearray:
         return _read_range(self._path, self._starts[storage.key] + start, length)
+
+    def verify(self, storage: StorageRecord) -> None:
+        """There is nothing to compare with."""
 
 
 def _read_range(path: Path, start: int, length: int) -> bytearray:

@@ -29,7 +29,7 @@ class ArchitectureConfig:
     """A transformer with random weights; the arguments are those of ``AnyFlowTransformer3DModel``, for Wan2.1-1.3B.
 
     Raises:
-        ValueError: a size is no whole number from 1 to ``MAX_SIZE``, or ``num_layers`` is above ``MAX_LAYERS``.
+        ValueError: a size is not within ``anyflow.models.configuration.LIMITS``, or ``eps`` is not possible.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -46,17 +46,14 @@ class ArchitectureConfig:
     rope_max_seq_len: int = 1024
 
     def __post_init__(self) -> None:
-        for name in (
-            *("num_attention_heads", "attention_head_dim", "in_channels", "out_channels"),
-            *("text_dim", "freq_dim", "ffn_dim", "rope_max_seq_len"),
-        ):
-            require_whole(f"architecture.{name}", getattr(self, name), most=MAX_SIZE)
-        require_whole("architecture.num_layers", self.num_layers, most=MAX_LAYERS)
-        require_positive("architecture.eps", self.eps)
-        if len(self.patch_size) != 3:
-            raise ValueError(f"architecture.patch_size must be three whole numbers, got {self.patch_size}")
-        for size in self.patch_size:
-            require_whole("architecture.patch_size", size, most=MAX_SIZE)
+        from anyflow.models.configuration import require_settings, require_sizes  # loads diffusers
+
+        settings = {"eps": self.eps, "cross_attn_norm": self.cross_attn_norm}
+        try:
+            require_sizes(**{name: size for name, size in vars(self).items() if name not in settings})
+            require_settings(**settings)
+        except ValueError as error:
+            raise ValueError(f"architecture.{error}") from None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -77,8 +78,16 @@ def _build(config: NetworkConfig, name: str) -> AnyFlowTransformer3DModel:
     if config.path is not None:
         return _load(Path(config.path), f"{name}.path")
     assert config.architecture is not None
+    settings = dataclasses.asdict(config.architecture)
+    with torch.device("meta"):
+        size = sum(p.nbytes for p in AnyFlowTransformer3DModel(**settings, r_embedder=False).parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise ValueError(
+            f"{name}.architecture has {size / 1e9:.0f} GB of weights in fp32, and this machine {memory / 1e9:.0f} GB"
+        )
     with _seeded(config.seed):
-        return AnyFlowTransformer3DModel(**dataclasses.asdict(config.architecture), r_embedder=False)
+        return AnyFlowTransformer3DModel(**settings, r_embedder=False)
 
 
 @contextmanager

@@ -347,3 +347,78 @@ def test_no_tensor_can_be_renamed_reshaped_retyped_dropped_or_added(data: st.Dat
         (folder / WEIGHTS).write_bytes(sound)
         if hidden.exists():
             hidden.rename(config)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=str)
+def test_values_that_are_not_finite_are_warned_of_and_refused_on_demand(value: float, folder: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["blocks.1.ffn.net.2.bias"][3] = value
+        tensors["proj_out.weight"][0, 0] = value
+
+    assert not inspect(folder, strict_values=True).problems
+    rewrite(folder, change)
+    dtype = torch.float16 if value == 1e30 else None  # to which it is infinity
+    with pytest.warns(UserWarning, match="2 tensors have NaN or infinity") as warned:
+        load_transformer(folder, dtype=dtype)
+    assert len(warned) == 1 and "blocks.1.ffn.net.2.bias" in str(warned[0].message)
+    assert "proj_out.weight" in refused(folder, dtype=dtype, strict_values=True)
+    assert not inspect(folder).problems
+    if value != 1e30:
+        assert "NaN or infinity: proj_out.weight" in inspect(folder, strict_values=True).problems
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_single_file_gives_the_transformers_part_and_names_what_is_left_out(
+    suffix: str, folder: Path, same_weights: Callable
+) -> None:
+    sound = load_file(folder / WEIGHTS)
+    all_in_one = {f"model.diffusion_model.{name}": tensor for name, tensor in sound.items()}
+    all_in_one |= {"vae.decoder.conv1.weight": torch.ones(3), "text_encoders.umt5xxl.shared.weight": torch.ones(3)}
+    file = folder.parent / f"all{suffix}"
+    save_file(all_in_one, file) if suffix != ".pt" else torch.save(all_in_one, file)
+    with pytest.warns(UserWarning, match=r"left out are 1 tensors of text_encoders., 1 tensors of vae."):
+        assert same_weights(load_transformer(file, attention_head_dim=24), sound)
+    summary = inspect(file, attention_head_dim=24)
+    assert summary.left_out == {"vae.": 1, "text_encoders.": 1} and summary.num_tensors == len(sound)
+    half = {f"ema.{name}": tensor for name, tensor in list(sound.items())[::2]}
+    both = sound | {name: tensor.clone() for name, tensor in half.items()}
+    save_file(both, file) if suffix != ".pt" else torch.save(both, file)
+    refused(file, attention_head_dim=24)
+
+
+@pytest.mark.parametrize(
+    "kind", ["folder", "fifo", "device", "loop", "link to nothing", "pointer", "web page", "empty", "absent", "long"]
+)
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+def test_what_is_no_file_of_weights_is_named_without_waiting(name: str, kind: str, folder: Path) -> None:
+    file = folder / name
+    file.unlink()
+    path = folder
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(file)
+    elif kind in ("device", "loop", "link to nothing"):
+        file.symlink_to({"device": "/dev/zero", "loop": file, "link to nothing": "/nowhere"}[kind])
+    elif kind in ("pointer", "web page", "empty"):
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+        file.write_text({"pointer": pointer, "web page": "\n<!DOCTYPE html><html>", "empty": ""}[kind])
+    else:
+        path = file if kind == "absent" else folder / ("x" * 300)
+    expected = {"folder": "is a folder", "fifo": "is a FIFO", "device": "is a device", "loop": "symbolic links",
+                "link to nothing": "is a link to /nowhere", "pointer": "git lfs pull", "web page": "a web page",
+                "empty": "an empty file", "absent": "does not exist", "long": "too long"}[kind]  # fmt: skip
+    for read in (load_transformer, inspect, detect):
+        with pytest.raises(CheckpointFormatError) as raised:
+            read(path)
+        assert expected in str(raised.value) and len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "field", ["num_layers", "ffn_dim", "num_attention_heads", "rope_max_seq_len", "freq_dim", "text_dim"]
+)
+def test_sizes_without_a_tensor_that_tells_them_are_bounded_before_anything_is_built(field: str, folder: Path) -> None:
+    kept = {"patch_embedding.weight", "proj_out.weight", "condition_embedder.time_proj.weight"}
+    rewrite(folder, lambda t: [t.pop(name) for name in list(t) if name not in kept])
+    rewrite_json(folder / "config.json", lambda c: c.update({field: 10**9}))
+    assert len(refused(folder)) < 2000

@@ -457,3 +457,28 @@ def test_copies_and_pickles() -> None:
         assert dict(twin.config) == dict(scheduler.config) and torch.equal(twin.timesteps, scheduler.timesteps)
         twin.set_shift(1.0)
         assert scheduler.config.shift == 5.0 and scheduler.timesteps[1] == 937.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_train_timesteps", 10**12), ("num_train_timesteps", 10**400), ("num_train_timesteps", 0),
+        ("num_train_timesteps", True), ("num_train_timesteps", 1000.0), ("num_train_timesteps", None),
+        ("shift", 10**400), ("shift", float("nan")), ("shift", "5"), ("shift", True), ("shift", 1e300), ("shift", 0),
+        ("weight_type", []), ("weight_type", None), ("weight_type", "x" * 5000),
+    ],
+)  # fmt: skip
+def test_a_file_with_a_setting_that_cannot_be_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    FlowMapEulerDiscreteScheduler(shift=5.0).save_pretrained(tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=name) as raised:
+        FlowMapEulerDiscreteScheduler.from_pretrained(tmp_path)
+    assert str(file) in str(raised.value) and len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "", "{", "[" * 10_000])
+def test_a_file_that_holds_no_settings_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "scheduler_config.json").write_text(content)
+    with pytest.raises(ValueError, match="scheduler_config.json"):
+        FlowMapEulerDiscreteScheduler.from_pretrained(tmp_path)

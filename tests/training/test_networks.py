@@ -206,3 +206,15 @@ def test_activation_checkpointing_changes_no_gradient(
         student(x, t, r, text).sample.square().mean().backward()
         gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
     assert _same(*gradients)
+
+
+def test_an_architecture_that_cannot_be_is_refused_before_it_is_built() -> None:
+    from anyflow.training.config import ArchitectureConfig, NetworkConfig
+    from anyflow.training.networks import _build
+
+    for name, size in (("num_layers", 10**9), ("num_layers", -1), ("ffn_dim", 10**400), ("eps", float("nan"))):
+        with pytest.raises(ValueError, match=f"architecture.{name}"):
+            ArchitectureConfig(**{name: size})
+    huge = ArchitectureConfig(num_attention_heads=512, ffn_dim=2**20, num_layers=1000)
+    with pytest.raises(ValueError, match="student.architecture has .* GB of weights"):
+        _build(NetworkConfig(architecture=huge), "student")
