@@ -353,6 +353,12 @@ def test_a_checkpoint_that_is_past_help_is_left_as_advised(small_recipe: Make, t
     assert status == 0 and "Going on after step 1" in printed
     info = Manifest.read(delete.parent / "step-00000004").info
     assert info["changes"] == [{"step": 1, "settings": {"optimizer.lr": [1e-3, 1e-4]}}]
+    assert info["settings"]["optimizer.lr"] == 1e-4
+
+    status, printed = _train(file, "optimizer.lr=1e-4", "precision=bf16", "steps=5")
+    assert status == 0 and "The run goes on with precision=bf16 (fp32 before)" in printed
+    changes = Manifest.read(delete.parent / "step-00000005").info["changes"]
+    assert changes[1:] == [{"step": 4, "settings": {"precision": ["fp32", "bf16"]}}]
 
 
 @pytest.mark.parametrize("network", ["student", "teacher", "critic"])
