@@ -71,7 +71,7 @@ def check_state(done: int, tensors: Mapping[str, Tensor]) -> None:
     norms = [
         norm
         for chosen, order in ((weights, 2.0), (state, math.inf))
-        for norm in torch._foreach_norm(local_parts([tensors[name] for name in chosen]), order)
+        for norm in torch._foreach_norm(_filled(local_parts([tensors[name] for name in chosen])), order)
     ]
     flags = _anywhere(~torch.isfinite(torch.stack([norm.float() for norm in norms])))
     if not any(flags):
@@ -80,6 +80,11 @@ def check_state(done: int, tensors: Mapping[str, Tensor]) -> None:
     network = next((part for part in name.split("/") if part in ("student", "critic")), "student")
     message = f"step {done}: {name} of the {network} is not finite, or its norm is not. No checkpoint was written of it"
     raise TrainingError(message, done, network)
+
+
+def _filled(parts: list[Tensor]) -> list[Tensor]:
+    """A zero in place of each empty part, as a rank has it of a small tensor: nothing has no largest value."""
+    return [part if part.numel() else part.new_zeros(1) for part in parts]
 
 
 def _several() -> bool:

@@ -42,14 +42,19 @@ def preview(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, step: Step, file:
         file: to write, ``.gif``.
         console: where messages go.
     """
-    rows = sample_previews(recipe, mesh, dataset, step.student, step.ema)
+    try:
+        rows = sample_previews(recipe, mesh, dataset, step.student, step.ema)
+    except FloatingPointError as error:  # of the sampler, on every rank alike
+        console.print(f"The preview {file} was not written: {error}", markup=False)
+        return
     if not mesh.is_main:
         return
     finite = torch.isfinite(rows).flatten(1).all(1).tolist()
     if not all(finite):
         counts = ", ".join(str(n) for n, good in zip(recipe.preview.step_counts, finite, strict=True) if not good)
         hint = "" if recipe.precision == "fp32" else "; precision=fp32 may keep them finite"
-        console.print(f"The preview {file} was not written: latents of {counts} steps hold NaN or infinity{hint}")
+        reason = f"the latents of {counts} steps hold NaN or infinity{hint}"
+        console.print(f"The preview {file} was not written: {reason}", markup=False)
         return
     synthetic = recipe.data.kind == "synthetic"
     videos = _gray(rows.flatten(0, 1)) if synthetic else _false_colors(rows.flatten(0, 1))

@@ -6,7 +6,7 @@ import dataclasses
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -111,10 +111,10 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         return
 
     step = _build_step(recipe, mesh, dataset)
+    changes = changes if latest is None else at.changed
     if changes:
         given = ", ".join(f"{name}={now} ({before} before)" for name, (before, now) in changes.items())
         console.print(f"The run goes on with {given}", markup=False)
-        at = dataclasses.replace(at, changes=(*at.changes, {"step": at.step, "settings": changes}))
     if latest is not None:
         checkpointer.load(latest, step.tensors())
         step.resume_at(at.step)
@@ -143,11 +143,19 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
 
 @dataclass(frozen=True)
 class _Position:
-    """Updates done, samples that all ranks together have used for them, and settings that were changed since."""
+    """Where a run begins.
+
+    Args:
+        step: updates done.
+        consumed: samples that all ranks together have used for them.
+        changed: settings with other values than the checkpoint's, before and now.
+        history: such changes of the whole run with their steps, these ones last.
+    """
 
     step: int = 0
     consumed: int = 0
-    changes: tuple[dict[str, Any], ...] = ()
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    history: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,7 +193,7 @@ class _Run:
                     reported = self.data.consumed
                 stop = self._on_any_rank(bool(self.signals))
                 if stop or done == recipe.steps or done % recipe.checkpoint.every == 0:
-                    self._save(done, at.changes)
+                    self._save(done, at.history)
                 if stop and done < recipe.steps:
                     console.print(f"Stopped after step {done}; the same command goes on from there")
                     return False
@@ -223,7 +231,7 @@ class _Run:
             f"if that fails at once, delete {folder}, and it goes on {earlier}"
         )
 
-    def _save(self, done: int, changes: Sequence[dict[str, Any]]) -> None:
+    def _save(self, done: int, history: Sequence[dict[str, Any]]) -> None:
         tensors = self.step.tensors()
         check_state(done, tensors)
         info = {
@@ -231,7 +239,8 @@ class _Run:
             "consumed": self.data.consumed,
             "fingerprint": self.dataset.fingerprint,
             "recipe": dump_recipe(self.recipe),
-            "changes": list(changes),
+            "settings": _advised(self.recipe),
+            "changes": list(history),
         }
         self.checkpointer.save(done, tensors, info)
 
@@ -336,6 +345,11 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
     return dict(walk(dataclasses.asdict(recipe), ""))
 
 
+def _advised(recipe: Recipe) -> dict[str, Any]:
+    """The settings of a recipe that a run may go on with in place of others."""
+    return {name: value for name, value in _flat(recipe).items() if name in _ADVISED}
+
+
 def _position(checkpoint: Path, recipe: Recipe, dataset: VideoDataset, resume: bool) -> _Position:
     info = Manifest.read(checkpoint).info
     if not resume:
@@ -346,7 +360,11 @@ def _position(checkpoint: Path, recipe: Recipe, dataset: VideoDataset, resume: b
         raise ValueError(f"data: these are not the videos that the run in {recipe.out} has been trained on")
     if info["step"] > recipe.steps:
         raise ValueError(f"steps={recipe.steps}, but the run in {recipe.out} has done {info['step']}")
-    return _Position(info["step"], info["consumed"], tuple(info.get("changes", ())))
+    now = _advised(recipe)
+    saved = info.get("settings", now)  # older checkpoints have none
+    changed = {name: (saved[name], value) for name, value in now.items() if saved.get(name, value) != value}
+    history = (*info.get("changes", ()), *([{"step": info["step"], "settings": changed}] if changed else ()))
+    return _Position(info["step"], info["consumed"], changed, history)
 
 
 def _note_global_batch(recipe: Recipe, mesh: Mesh, at: _Position, console: Console) -> None:

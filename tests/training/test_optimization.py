@@ -139,7 +139,8 @@ def test_an_output_of_another_network_is_suspected_first(generator: torch.Genera
 )
 def test_state_that_is_not_finite_is_named(name: str, value: float, network: str) -> None:
     names = ("student/a.weight", "critic/b", "optimizer/critic/b/exp_avg_sq", "optimizer/critic/b/step", "ema/a.weight")
-    tensors = {n: torch.ones(3) for n in names} | {"optimizer/critic/b/exp_avg": torch.full((3,), 1e30)}
+    tensors = {n: torch.ones(3) for n in names}
+    tensors |= {"optimizer/critic/b/exp_avg": torch.full((3,), 1e30), "optimizer/critic/c/exp_avg": torch.ones(0)}
     check_state(4, tensors)
     tensors[name] = torch.tensor([1.0, value, 1.0])
     with pytest.raises(TrainingError, match=f"step 4: {name} of the {network} is not finite") as error:

@@ -368,6 +368,12 @@ def test_a_checkpoint_that_is_past_help_is_left_as_advised(small_recipe: Make, t
     assert status == 0 and "Going on after step 1" in printed
     info = Manifest.read(delete.parent / "step-00000004").info
     assert info["changes"] == [{"step": 1, "settings": {"optimizer.lr": [1e-3, 1e-4]}}]
+    assert info["settings"]["optimizer.lr"] == 1e-4
+
+    status, printed = _train(file, "optimizer.lr=1e-4", "precision=bf16", "steps=5")
+    assert status == 0 and "The run goes on with precision=bf16 (fp32 before)" in printed
+    changes = Manifest.read(delete.parent / "step-00000005").info["changes"]
+    assert changes[1:] == [{"step": 4, "settings": {"precision": ["fp32", "bf16"]}}]
 
 
 @pytest.mark.parametrize("network", ["student", "teacher", "critic"])
@@ -396,12 +402,19 @@ def test_a_network_of_stage_two_that_is_not_finite_is_named(network: str, small_
     assert advice[network] in printed and "data" not in printed and "first such gradient" not in printed
 
 
-def test_a_student_that_diverges_in_stage_two_is_named_and_not_kept(small_recipe: Make, tmp_path: Path) -> None:
-    recipe = small_recipe(
-        tmp_path / "run", stage="on_policy", optimizer=OptimizerConfig(lr=1e36), checkpoint=CheckpointConfig(every=1)
-    )
-    status, printed = _train(_write(recipe, tmp_path / "r.yaml"))
-    assert status == 1 and "step 1: rollout of the student is not finite" in printed and "data" not in printed, printed
+@pytest.mark.parametrize(("network", "phrase"), [("student", "1: rollout"), ("critic", "2: score")])
+def test_a_network_that_diverges_in_stage_two_is_named_and_not_kept(
+    network: str, phrase: str, small_recipe: Make, tmp_path: Path
+) -> None:
+    """The student's rollouts for the critic come after its own update; the critic's scores in the next step."""
+    fast, small = OptimizerConfig(lr=1e36), small_recipe(tmp_path / "run", stage="on_policy")
+    stage = dataclasses.replace(small.on_policy, critic_optimizer=fast) if network == "critic" else small.on_policy
+    recipe = dataclasses.replace(small, on_policy=stage, optimizer=fast if network == "student" else small.optimizer)
+    file = _write(recipe, tmp_path / "r.yaml")
+    status, printed = _train(file)
+    assert status == 1 and f"step {phrase} of the {network} is not finite" in printed and "data" not in printed, printed
+    status, printed = _train(file, "checkpoint.every=1")
+    assert status == 1 and f"of the {network} is not finite" in printed and "starts anew" in printed
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
@@ -435,7 +448,7 @@ def test_a_preview_that_is_not_finite_is_said_and_not_written(
     step = _build_step(recipe, mesh, data)
     next(iter(step.ema.state_dict().values())).fill_(3e38)
     preview(recipe, mesh, data, step, tmp_path / "p.gif", Console(soft_wrap=True))
-    assert "p.gif was not written: latents of 1, 2 steps hold NaN" in capsys.readouterr().out
+    assert "p.gif was not written: the latents" in capsys.readouterr().out
     assert not (tmp_path / "p.gif").exists()
 
 
