@@ -261,7 +261,7 @@ def test_a_second_accelerate_changes_nothing(kind) -> None:
         anyflow.restore(pipe.transformer)
 
 
-ONE_STEP: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0}
+ONE_STEP: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "negative_prompt_embeds": None}
 
 
 def test_torch_compile_between_two_calls_and_restore_with_adapters() -> None:
