@@ -310,6 +310,14 @@ def test_from_pipe_shares_what_was_accelerated(kind, adapters, tmp_path: Path) -
     assert transformers(pipe) == transformers(other) and torch.equal(latents(pipe), before)
 
 
+def test_our_classes_equal_diffusers_of_their_name_only() -> None:
+    pairs = [(AnyFlowTransformer3DModel, diffusers.AnyFlowTransformer3DModel)]
+    pairs.append((WanTransformer3DModel, diffusers.WanTransformer3DModel))
+    for ours, theirs in pairs:
+        assert ours in (theirs,) and ours == theirs and theirs == ours and hash(ours) != hash(theirs)
+    assert AnyFlowTransformer3DModel not in (WanTransformer3DModel, diffusers.WanTransformer3DModel, type, int, 3)
+
+
 def test_from_pipe_to_another_pipeline_of_wan() -> None:
     """Video-to-video, whose signature wants diffusers' own class."""
     pipe, results = build("wan"), []
