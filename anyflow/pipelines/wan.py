@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.validation import FiniteCheck, numbered, overflow_advice
+from anyflow.validation import FiniteCheck, brief, numbered, overflow_advice
 
 
 def load_vae(model: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -42,8 +42,8 @@ def load_tokenizer(model: Path) -> Any:
     folder = part_folder(model, "tokenizer")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be loaded as a tokenizer: {error}") from error
+    except Exception as error:  # of any kind: tokenizers raises Exception itself
+        raise ValueError(f"{folder} cannot be loaded as a tokenizer: {brief(str(error), 300)}") from error
 
 
 def part_folder(model: Path, name: str) -> Path:
@@ -134,8 +134,9 @@ def load_module(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
             module, info = kind.from_pretrained(
                 folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {error}") from error
+    except Exception as error:  # of any kind: the libraries expect the files to be their own
+        reason = f"{type(error).__name__}: {brief(str(error), 500)}"
+        raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {reason}") from error
     faults = [f"{what}: {sorted(map(str, info[what]))}" for what in info if info[what]]
     if faults:
         raise ValueError(f"{folder} does not hold the weights of {kind.__name__}: {'; '.join(faults)}")
