@@ -82,6 +82,8 @@ def demo(
             console.print(f"\n{takeaway(results)}\nReport: {(out / REPORT_FILE).resolve()}")
     except ValueError as error:
         _fail(str(error))
+    except FloatingPointError as error:  # a student that diverged
+        _fail(str(error), status=1)
     except KeyboardInterrupt:
         typer.echo("\nStopped. The same command goes on after the last finished stage.", err=True)
         raise typer.Exit(130) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from anyflow.documents import shortened
 from anyflow.methods import AnyFlowPretrainMethod, PretrainConfig
 from anyflow.network import evaluate
 from anyflow.sampling import sample
-from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.schedulers import MAX_STEPS, FlowMapEulerDiscreteScheduler
+from anyflow.validation import brief, whole_number
 
 AGAINST = ("diffusers",)
 SHIFT = 5.0  # Wan's
@@ -70,8 +72,8 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the mean is within the threshold; NaN is not."""
-        return self.mean <= self.threshold
+        """Whether the mean is within the threshold; NaN and infinity never are."""
+        return math.isfinite(self.mean) and self.mean <= self.threshold
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,12 @@ def verify(
         raise ValueError(f"height and width must be positive multiples of 16, got {height} and {width}")
     if num_frames < 1 or num_frames % 4 != 1:
         raise ValueError(f"num_frames must be 4k + 1, got {num_frames}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    whole_number("steps", steps, high=MAX_STEPS)
+    whole_number("seed", seed, 0, 2**63 - 1)
     thresholds = Thresholds.for_dtype(dtype) if thresholds is None else thresholds
     source = _Source.of(Path(path))
     source.require_loadable(dtype)
+    source.require_positions((num_frames - 1) // 4 + 1, height // 16, width // 16)
     case = _Case(source, dtype, torch.device(device), ((num_frames - 1) // 4 + 1, height // 8, width // 8), steps, seed)
     theirs = _Measured.of(case, _Diffusers(source.load_theirs(dtype).to(device)))
     ours = _Measured.of(case, load_transformer(source.folder, dtype=dtype, device=device))
@@ -156,6 +159,7 @@ class _Source:
 
     folder: Path
     plain: bool
+    max_positions: int
 
     @classmethod
     def of(cls, path: Path) -> _Source:
@@ -165,8 +169,17 @@ class _Source:
         config = read_json(folder / "config.json")
         name = config.get("_class_name")
         if name not in _CLASSES:
-            raise ValueError(f"{folder / 'config.json'} is of a {str(name)[:80]}; allowed are {', '.join(_CLASSES)}")
-        return cls(folder, name == "WanTransformer3DModel" or not config.get("r_embedder", True))
+            raise ValueError(f"{folder / 'config.json'} is of a {brief(name)}; allowed are {', '.join(_CLASSES)}")
+        positions = whole_number(f"{folder}: rope_max_seq_len", config.get("rope_max_seq_len", 1024))
+        return cls(folder, name == "WanTransformer3DModel" or not config.get("r_embedder", True), positions)
+
+    def require_positions(self, *sizes: int) -> None:
+        """Raise a ValueError for more tokens along an axis than the network has positions for."""
+        if max(sizes) > self.max_positions:
+            raise ValueError(
+                f"{' x '.join(map(str, sizes))} tokens (frames, rows, columns) are more than the {self.max_positions} "
+                "that the network takes along an axis"
+            )
 
     def require_loadable(self, dtype: torch.dtype) -> None:
         """ValueError unless our own reader, which looks at every file first, takes the folder."""
@@ -177,13 +190,15 @@ class _Source:
     def load_theirs(self, dtype: torch.dtype) -> Any:
         """diffusers' network for it, with every weight of the folder."""
         cls = diffusers.WanTransformer3DModel if self.plain else diffusers.AnyFlowTransformer3DModel
-        with torch.random.fork_rng(devices=[]):
-            try:
+        try:
+            with torch.random.fork_rng(devices=[]):
                 network, info = cls.from_pretrained(
                     self.folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
                 )
-            except (OSError, TypeError, RuntimeError) as error:
-                raise ValueError(f"{self.folder} cannot be loaded by diffusers: {str(error)[:1000]}") from error
+        except Exception as error:  # diffusers and safetensors raise of every kind for files they did not expect
+            raise ValueError(
+                f"{self.folder} cannot be loaded by diffusers: {type(error).__name__}: {brief(str(error), 300)}"
+            ) from error
         wrong = [f"{kind.replace('_', ' ')}: {', '.join(map(str, info[kind]))}" for kind in info if info[kind]]
         if wrong:
             raise ValueError(f"{self.folder} does not fit diffusers' {cls.__name__}: {'; '.join(wrong)}")
@@ -282,15 +297,18 @@ def _sample(case: _Case, network: Any, inputs: dict[str, Tensor]) -> Tensor:
     flow_match = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     if not isinstance(network, _Diffusers):
         flow_match.set_timesteps(case.steps)
-        return sample(
-            network,
-            FlowMapEulerDiscreteScheduler(shift=SHIFT),
-            noise,
-            text,
-            num_inference_steps=case.steps,
-            timesteps=flow_match.timesteps.tolist() if case.source.plain else None,
-            use_mean_velocity=not case.source.plain,
-        )
+        try:
+            return sample(
+                network,
+                FlowMapEulerDiscreteScheduler(shift=SHIFT),
+                noise,
+                text,
+                num_inference_steps=case.steps,
+                timesteps=flow_match.timesteps.tolist() if case.source.plain else None,
+                use_mean_velocity=not case.source.plain,
+            )
+        except FloatingPointError:
+            return torch.full_like(noise, math.nan)  # differs from anything
     pipeline = diffusers.WanPipeline if case.source.plain else diffusers.AnyFlowPipeline
     scheduler = flow_match if case.source.plain else diffusers.FlowMapEulerDiscreteScheduler(shift=SHIFT)
     pipe = pipeline(tokenizer=None, text_encoder=None, vae=None, transformer=network.network, scheduler=scheduler)

@@ -261,7 +261,7 @@ def test_a_second_accelerate_changes_nothing(kind) -> None:
         anyflow.restore(pipe.transformer)
 
 
-ONE_STEP: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0}
+ONE_STEP: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "negative_prompt_embeds": None}
 
 
 def test_torch_compile_between_two_calls_and_restore_with_adapters() -> None:
@@ -308,6 +308,14 @@ def test_from_pipe_shares_what_was_accelerated(kind, adapters, tmp_path: Path) -
     assert_same(latents(pipe), before)
     anyflow.restore(pipe)
     assert transformers(pipe) == transformers(other) and torch.equal(latents(pipe), before)
+
+
+def test_our_classes_equal_diffusers_of_their_name_only() -> None:
+    pairs = [(AnyFlowTransformer3DModel, diffusers.AnyFlowTransformer3DModel)]
+    pairs.append((WanTransformer3DModel, diffusers.WanTransformer3DModel))
+    for ours, theirs in pairs:
+        assert ours in (theirs,) and ours == theirs and theirs == ours and hash(ours) != hash(theirs)
+    assert AnyFlowTransformer3DModel not in (WanTransformer3DModel, diffusers.WanTransformer3DModel, type, int, 3)
 
 
 def test_from_pipe_to_another_pipeline_of_wan() -> None:

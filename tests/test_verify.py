@@ -91,6 +91,20 @@ def test_weights_that_are_not_numbers_fail(flow_map) -> None:
     assert not any(c.passed for c in report.comparisons)
 
 
+def test_sizes_beyond_the_network_and_weights_cut_off_are_refused(flow_map) -> None:
+    with pytest.raises(ValueError, match="3 x 62500000 x 3 tokens .* more than the 32"):
+        verify(flow_map, **SIZES | {"height": 10**9})
+    weights = (flow_map / WEIGHTS).read_bytes()
+    (flow_map / WEIGHTS).write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match=f"{flow_map} cannot be loaded by diffusers"):
+        verify(flow_map, **SIZES)
+
+
+@pytest.mark.parametrize("mean", [float("nan"), float("inf")])
+def test_no_threshold_passes_what_is_not_finite(mean) -> None:
+    assert not Comparison("a", mean, mean, float("inf")).passed
+
+
 def test_table() -> None:
     report = VerifyReport("a title", (Comparison("one", 1e-7, 2e-7, 1e-5), Comparison("two", 3e-5, 4e-5, 1e-5)))
     assert str(report).splitlines() == [
@@ -128,7 +142,9 @@ def test_missing_and_unexpected_weights_are_listed(flow_map) -> None:
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "height": ({"height": 40}, "multiples of 16, got 40 and 48"),
     "frames": ({"num_frames": 8}, r"num_frames must be 4k \+ 1, got 8"),
-    "steps": ({"steps": 0}, "steps must be at least 1"),
+    "steps": ({"steps": 0}, "steps must be a whole number from 1"),
+    "many steps": ({"steps": 10**9}, "steps must be a whole number from 1"),
+    "seed": ({"seed": -1}, "seed must be a whole number from 0"),
     "dtype": ({"dtype": torch.float16}, "got torch.float16"),
     "against": ({"against": "fastvideo"}, "against must be one of diffusers, got 'fastvideo'"),
 }
@@ -145,6 +161,9 @@ def test_folders_that_hold_no_such_network(tmp_path: Path) -> None:
         verify(tmp_path, **SIZES)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(ValueError, match="is of a UNet2DModel; allowed are AnyFlowTransformer3DModel"):
+        verify(tmp_path, **SIZES)
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"must be a JSON object of settings, got \[1, 2\]"):
         verify(tmp_path, **SIZES)
     with pytest.raises(ValueError, match="Thresholds.loss must be >= 0, got -1"):
         Thresholds(0.0, -1.0, 0.0)

@@ -93,7 +93,7 @@ def _check(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> C
         if math.isfinite(error)
         else f"{'gradients' if backward else 'values'} are not finite"
         for backward, error in errors.items()
-        if error > tolerance(dtype, backward)
+        if not error <= tolerance(dtype, backward)  # NaN too
     ]
     finite = {direction: error for direction, error in errors.items() if math.isfinite(error)}
     return Check(op, backend, name, finite.get(False), finite.get(True), "; ".join(wrong) if wrong else None)

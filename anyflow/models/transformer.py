@@ -64,8 +64,10 @@ class _EqualToPeer(type):
     """
 
     def __eq__(cls, other: object) -> bool:
-        is_peer = isinstance(other, type) and other.__module__.startswith("diffusers.models.transformers.")
-        return cls is other or (is_peer and getattr(other, "__name__", None) == cls.__name__)
+        if cls is other or not isinstance(other, type):
+            return cls is other
+        module = str(getattr(other, "__module__", ""))  # of a metaclass it is a descriptor
+        return module.startswith("diffusers.models.transformers.") and other.__name__ == cls.__name__
 
     __hash__ = type.__hash__
 

@@ -28,7 +28,7 @@ from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.pipeline import AnyFlowPipeline
 from anyflow.pipelines.request import MAX_SEED, VideoRequest
 from anyflow.pipelines.video import write_comparison, write_video
-from anyflow.validation import finite_number, whole_number
+from anyflow.validation import brief, finite_number, whole_number
 from anyflow.versions import differences, installed_versions
 from anyflow.writing import write_text
 
@@ -143,7 +143,7 @@ def parse_steps(text: str) -> tuple[int, ...]:
     """``"1,2,4"`` in ascending order; ValueError for anything else."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and len(word) < 10 and int(word) >= 1 for word in words):
-        raise ValueError(f"steps must be whole numbers >= 1 with commas between them, as 1,2,4, got {text!r}")
+        raise ValueError(f"steps must be whole numbers >= 1 with commas between them, as 1,2,4, got {brief(text)}")
     return tuple(sorted({int(word) for word in words}))
 
 

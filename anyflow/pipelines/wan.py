@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anyflow.documents import require_content, shortened
-from anyflow.validation import FiniteCheck, numbered, overflow_advice, shown
+from anyflow.validation import FiniteCheck, brief, numbered, overflow_advice, shown
 from anyflow.versions import require_ftfy
 
 
@@ -48,8 +48,8 @@ def load_tokenizer(model: Path) -> Any:
             require_content(file)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the package tokenizers raises Exception itself
-        raise ValueError(f"{folder} cannot be loaded as a tokenizer: {str(error)[:300]}") from error
+    except Exception as error:  # of any kind: tokenizers raises Exception itself
+        raise ValueError(f"{folder} cannot be loaded as a tokenizer: {brief(str(error), 300)}") from error
 
 
 def part_folder(model: Path, name: str) -> Path:
@@ -195,8 +195,9 @@ def load_module(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
             module, info = kind.from_pretrained(
                 folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-    except Exception as error:  # constructors raise anything for values that they do not check
-        raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {str(error)[:1000]}") from error
+    except Exception as error:  # of any kind: the libraries expect the files to be their own
+        reason = f"{type(error).__name__}: {brief(str(error), 500)}"
+        raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {reason}") from error
     faults = [f"{what}: {sorted(map(str, info[what]))}" for what in info if info[what]]
     if faults:
         raise ValueError(f"{folder} does not hold the weights of {kind.__name__}: {'; '.join(faults)}")

@@ -517,6 +517,21 @@ def test_configurations_that_cannot_be_are_refused(part, content, model, tmp_pat
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("vae/config.json", '{"z_dim": 16, "base_dim": "4"}'), ("vae/config.json", '{"z_dim": 16, "dim_mult": null}'),
+     ("text_encoder/config.json", '{"d_model": 16, "num_layers": []}'),
+     ("tokenizer/tokenizer.json", "[]"), ("tokenizer/tokenizer.json", "{")],
+)  # fmt: skip
+def test_what_a_library_cannot_read_is_one_line(file, content, model, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    (copy / file).write_text(content)
+    with pytest.raises(ValueError, match=str(copy / Path(file).parent)) as error:
+        AnyFlowPipeline.from_pretrained(copy, device="cpu")
+    assert "\n" not in str(error.value)
+
+
 def test_missing_parts_and_weights_are_named(model, tmp_path: Path) -> None:
     for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
         copy = tmp_path / part
