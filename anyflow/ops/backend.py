@@ -29,7 +29,7 @@ _AUTOMATIC = {"cpu": "native", "cuda": "triton"}
 
 _MAX_FALLBACKS = 16  # reasons kept per operator: they name shapes, of which a long run may see many
 
-_fallbacks: dict[str, dict[str, None]] = {}  # operator -> reasons, in order of appearance
+_fallbacks: dict[str, tuple[str, ...]] = {}  # operator -> reasons, in order of appearance
 
 
 class use_backend(Use):
@@ -132,9 +132,9 @@ def choose(
         if problem is None:
             return name
         if not torch.compiler.is_compiling():
-            seen = _fallbacks.setdefault(op, {})
-            if len(seen) < _MAX_FALLBACKS:
-                seen[problem] = None
+            seen = _fallbacks.get(op, ())
+            if problem not in seen and len(seen) < _MAX_FALLBACKS:
+                _fallbacks[op] = (*seen, problem)  # replaced whole: another thread may be reading
         return "eager"
     name, by = forced
     if name not in OPERATORS[op]:
@@ -191,7 +191,7 @@ def backend_report(device: torch.device | str | None = None) -> dict[str, Backen
     forced = forced_backend()
     report = {}
     for op in sorted(OPERATORS):
-        fallbacks = tuple(_fallbacks.get(op, {}))
+        fallbacks = _fallbacks.get(op, ())
         if forced is None:
             report[op] = BackendChoice(*_automatic(op, device), fallbacks)
             continue
