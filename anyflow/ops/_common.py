@@ -23,7 +23,7 @@ def unsupported_dtype(*tensors: Tensor | None) -> str | None:
 def unsupported_row(*tensors: Tensor | None) -> str | None:
     """As :func:`unsupported_dtype`, for kernels that hold a whole row of the last dimension in registers."""
     for tensor in tensors:
-        d = 8 if tensor is None else tensor.shape[-1]
+        d = 8 if tensor is None else tensor.shape[-1] if tensor.ndim else 0
         if d % 8 or not 0 < d <= MAX_KERNEL_DIM:
             return f"D={d} (kernels take multiples of 8 up to {MAX_KERNEL_DIM})"
     return unsupported_dtype(*tensors)

@@ -116,7 +116,7 @@ def _check_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    return unsupported_kind(q.dtype, q.shape[-1])
+    return unsupported_kind(q.dtype, q.shape[-1] if q.ndim else 0)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,13 +132,13 @@ class Operator:
         unsupported: Unsupported,
     ) -> None:
         def implementation(*args: Any) -> Any:
+            backend = choose(self.name, _device(args), unsupported, args, direction)
+            if backend == "native":
+                return native(*args)  # which has its own checks
             for tensor in args:
                 if isinstance(tensor, Tensor):
                     check_dense(name, tensor)
             check(*args)
-            backend = choose(self.name, _device(args), unsupported, args, direction)
-            if backend == "native":
-                return native(*args)
             if backend == "triton":
                 return getattr(importlib.import_module(f"anyflow.kernels.{self.name}"), direction)(*args)
             return _contiguous(reference(*args))
