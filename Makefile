@@ -47,11 +47,13 @@ check: lint ## lint, type check and the fast tests
 
 # The package is built into a folder of its own; Python is not instrumented, so the sanitizer's library comes first.
 SANITIZED := build/sanitized
-sanitize: $(STAMP) ## the operator tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+FUZZ_CALLS ?= 5000
+sanitize: $(STAMP) ## the operators' tests and fuzzer under AddressSanitizer and UndefinedBehaviorSanitizer
 	ANYFLOW_CMAKE_ARGS=-DANYFLOW_SANITIZE=ON $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/pytest tests/ops -k "native and not compiles" -p no:cacheprovider $(ARGS)
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	sh -c '$(BIN)/pytest tests/ops -k "native and not compiles" -p no:cacheprovider $(ARGS) && \
+	$(BIN)/python tests/ops/scripts/fuzz_operators.py --calls $(FUZZ_CALLS)'
 
 bench: $(STAMP) ## every benchmark against its peers; fails where a ratio is below its gate
 	$(BIN)/pytest benchmarks $(ARGS)

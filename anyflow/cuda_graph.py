@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import threading
 from typing import NamedTuple
 
 import torch
@@ -34,10 +34,12 @@ class CudaGraphTransformer:
         self.transformer = transformer
         self.config = transformer.config
         self._recording: _Recording | None = None
+        self._lock = threading.Lock()
 
     def reset(self) -> None:
         """Drop the recording and free its memory."""
-        self._recording = None
+        with self._lock:
+            self._recording = None
 
     def embed_time(self, timestep: Tensor, r_timestep: Tensor | None = None) -> TimeEmbedding:
         """Of the transformer."""
@@ -58,11 +60,12 @@ class CudaGraphTransformer:
     ) -> tuple[Tensor]:
         """The velocity ``[B, F, C_out, H, W]`` of ``hidden_states[B, F, C, H, W]``, in a 1-tuple."""
         key = _Key.of(self.transformer, hidden_states, time_embedding, text_context)
-        if self._recording is None or self._recording.key != key:
-            self._recording = None  # frees its memory before the next one is made
-            self._recording, velocity = _record(self.transformer, key, hidden_states, time_embedding, text_context)
-            return (velocity,)
-        return (self._recording.replay(hidden_states, time_embedding, text_context),)
+        with self._lock:  # a recording has one set of inputs
+            if self._recording is None or self._recording.key != key:
+                self._recording = None  # frees its memory before the next one is made
+                self._recording, velocity = _record(self.transformer, key, hidden_states, time_embedding, text_context)
+                return (velocity,)
+            return (self._recording.replay(hidden_states, time_embedding, text_context),)
 
 
 class _Key(NamedTuple):
@@ -136,7 +139,13 @@ def _record(
     return _Recording(graph, key, inputs, text, output, rotary), velocity
 
 
-@functools.cache
+_side_streams: dict[torch.device, torch.cuda.Stream] = {}
+_side_streams_lock = threading.Lock()
+
+
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the one stream of a device for recordings: cuBLAS keeps a workspace for every stream that it has met."""
-    return torch.cuda.Stream(device)
+    with _side_streams_lock:
+        if device not in _side_streams:
+            _side_streams[device] = torch.cuda.Stream(device)
+        return _side_streams[device]

@@ -15,6 +15,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "checks.h"
 #include "cuda/launch.h"
 #endif
 
@@ -98,6 +99,7 @@ at::Tensor contiguous_like(const at::Tensor& x) { return at::empty(x.sizes(), x.
 
 at::Tensor layer_norm_modulate_cuda(const at::Tensor& x, const at::Tensor& shift, const at::Tensor& scale,
                                     double eps) {
+  check::layer_norm_modulate(x, shift, scale, eps);
   const int64_t batch = x.size(0);
   const CudaOperand xs = operand(x, batch), shifts = operand(shift, batch), scales = operand(scale, batch);
   at::Tensor out = contiguous_like(x);
@@ -112,6 +114,7 @@ std::tuple<at::Tensor, at::Tensor> residual_layer_norm_cuda(const at::Tensor& x,
                                                             const Optional& gate, const Optional& weight,
                                                             const Optional& bias, const Optional& shift,
                                                             const Optional& scale, double eps) {
+  check::residual_layer_norm(x, y, gate, weight, bias, shift, scale, eps);
   const int64_t batch = x.size(0);
   const CudaOperand xs = operand(x, batch), ys = operand(y, batch), gates = operand(gate, batch);
   const CudaOperand weights = operand(weight, batch), biases = operand(bias, batch);
@@ -127,6 +130,7 @@ std::tuple<at::Tensor, at::Tensor> residual_layer_norm_cuda(const at::Tensor& x,
 
 at::Tensor rms_norm_rope_cuda(const at::Tensor& x, const at::Tensor& weight, const Optional& cos, const Optional& sin,
                               int64_t num_heads, double eps) {
+  check::rms_norm_rope(x, weight, cos, sin, num_heads, eps);
   const int64_t batch = x.size(0);
   const CudaOperand xs = operand(x, batch), weights = operand(weight, batch);
   const CudaOperand cosines = operand(cos, batch, false), sines = operand(sin, batch, false);
@@ -147,9 +151,48 @@ TORCH_LIBRARY_IMPL(anyflow, CUDA, m) {
 }
 #endif
 
+namespace {
+
+// A Python object whose attribute `value` is what a function returns when it is read. To torch.compile that attribute is
+// one like any other, read while tracing and compared by the guards of every call; a property it would trace through.
+struct Evaluated {
+  PyObject_HEAD
+  PyObject* function;
+};
+
+PyObject* evaluated_value(PyObject* self, void*) {
+  return PyObject_CallNoArgs(reinterpret_cast<Evaluated*>(self)->function);
+}
+
+int evaluated_init(PyObject* self, PyObject* arguments, PyObject*) {
+  PyObject* function = nullptr;
+  if (!PyArg_ParseTuple(arguments, "O", &function)) {
+    return -1;
+  }
+  Py_XSETREF(reinterpret_cast<Evaluated*>(self)->function, Py_NewRef(function));
+  return 0;
+}
+
+// The objects live as long as the process, like the functions: no traversal, and nothing to free.
+PyObject* evaluated_type() {
+  static PyGetSetDef attributes[] = {{"value", &evaluated_value, nullptr, "What the function returns now.", nullptr},
+                                     {nullptr, nullptr, nullptr, nullptr, nullptr}};
+  static PyType_Slot slots[] = {{Py_tp_init, reinterpret_cast<void*>(&evaluated_init)},
+                                {Py_tp_getset, attributes},
+                                {0, nullptr}};
+  static PyType_Spec spec = {"anyflow._C.Evaluated", sizeof(Evaluated), 0, Py_TPFLAGS_DEFAULT, slots};
+  return PyType_FromSpec(&spec);
+}
+
+}  // namespace
 }  // namespace anyflow
 
 PYBIND11_MODULE(_C, m) {
+  PyObject* evaluated = anyflow::evaluated_type();
+  if (evaluated == nullptr) {
+    throw pybind11::error_already_set();
+  }
+  m.add_object("Evaluated", pybind11::reinterpret_steal<pybind11::object>(evaluated));
   m.doc() = "The native kernels of anyflow; they are called through anyflow.ops.";
   m.def("build_info", [] {
     pybind11::dict info;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ class Launch:
     options: dict[str, Any]  # constexpr arguments and num_warps, by name
 
 
-_recording: list[Launch] | None = None
+_recording: ContextVar[list[Launch] | None] = ContextVar("recording", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -29,8 +30,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
     Pointers, sizes and strides come first, in the order of the kernel; constexpr arguments and ``num_warps`` by name.
     """
-    if _recording is not None:
-        _recording.append(Launch(kernel, grid, args, options))
+    recording = _recording.get()
+    if recording is not None:
+        recording.append(Launch(kernel, grid, args, options))
     elif 0 not in grid:
         with torch.cuda.device_of(args[0]):
             kernel[grid](*args, **options)
@@ -39,12 +41,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 @contextmanager
 def record() -> Iterator[list[Launch]]:
     """Record launches in place of running them: on meta tensors this tells, without a GPU, exactly what would run."""
-    global _recording
-    previous, _recording = _recording, []
+    launches: list[Launch] = []
+    token = _recording.set(launches)
     try:
-        yield _recording
+        yield launches
     finally:
-        _recording = previous
+        _recording.reset(token)
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import triton
@@ -30,7 +31,7 @@ FP32_BACKWARD = 16  # loaded rows take twice the registers, and ptxas spills soo
 # A row of up to so many elements can be held by one warp, which needs no barriers: 48 per thread.
 ONE_WARP = 1536
 
-_overridden: dict[str, int] = {}
+_overridden: ContextVar[dict[str, int]] = ContextVar("overridden", default={})  # noqa: B039, never written to
 
 
 def row_options(d: int, *, tokens: int, elements: int, stages: int = 1, one_warp: bool = False) -> dict[str, int]:
@@ -50,7 +51,7 @@ def row_options(d: int, *, tokens: int, elements: int, stages: int = 1, one_warp
     if one_warp and d <= ONE_WARP:
         warps = 1
     options = {"TOKENS": tokens, "STAGES": stages, "D": d, "BLOCK_D": triton.next_power_of_2(d), "num_warps": warps}
-    return options | _overridden
+    return options | _overridden.get()
 
 
 @contextmanager
@@ -63,12 +64,11 @@ def override_options(**options: int) -> Iterator[None]:
     unknown = sorted(set(options) - {"TOKENS", "STAGES", "num_warps"})
     if unknown:
         raise ValueError(f"override_options takes TOKENS, STAGES and num_warps, got {', '.join(unknown)}")
-    global _overridden
-    previous, _overridden = _overridden, options
+    token = _overridden.set(options)
     try:
         yield
     finally:
-        _overridden = previous
+        _overridden.reset(token)
 
 
 @triton.jit

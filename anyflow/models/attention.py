@@ -31,8 +31,7 @@ from anyflow.models.attention_backends import (
 from anyflow.ops.attention import attention as native_attention
 from anyflow.ops.backend import forced_backend
 from anyflow.ops.library import has_tangent
-
-_forced: str | None = None
+from anyflow.ops.setting import ATTENTION_BACKEND, Use
 
 
 @dataclass(frozen=True)
@@ -52,28 +51,22 @@ class AttentionChoice:
     reason: str
 
 
-class use_attention_backend:
+class use_attention_backend(Use):
     """Force attention onto one backend, as a setter or as a context manager.
 
-    ``use_attention_backend("math")`` takes effect at once; used as ``with use_attention_backend("math"): ...`` the
-    previous choice comes back at the end of the block. ``use_attention_backend(None)`` returns to the automatic choice.
-    With gradient checkpointing the block must hold the backward pass too, which runs attention again.
+    ``use_attention_backend("math")`` takes effect at once; used as ``with use_attention_backend("math"): ...`` it ends
+    with the block. ``use_attention_backend(None)`` returns to the automatic choice. Either holds in the context that it
+    is called in, as :class:`anyflow.ops.use_backend`. The model's gradient checkpointing runs attention again as the
+    forward pass has; with a checkpoint of the user's own, the block must hold the backward pass too.
 
     Raises:
         ValueError: the name is not one of :data:`ATTENTION_BACKENDS`.
     """
 
+    setting = ATTENTION_BACKEND
+
     def __init__(self, name: str | None) -> None:
-        global _forced
-        self._previous = _forced
-        _forced = None if name is None else validated_backend(name)
-
-    def __enter__(self) -> use_attention_backend:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        global _forced
-        _forced = self._previous
+        super().__init__(None if name is None else validated_backend(name))
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, attention_backend: str | None = None) -> Tensor:
@@ -194,8 +187,9 @@ def require_backend(name: str, devices: tuple[torch.device, ...]) -> None:
 def _forced_backend(argument: str | None) -> tuple[str | None, str]:
     if argument is not None:
         return validated_backend(argument, "attention_backend: "), "forced by attention_backend="
-    if _forced is not None:
-        return _forced, "forced by use_attention_backend()"
+    forced = ATTENTION_BACKEND.get()
+    if forced is not None:
+        return forced, "forced by use_attention_backend()"
     name = os.environ.get("ANYFLOW_ATTENTION")
     if name:
         return validated_backend(name, "ANYFLOW_ATTENTION: "), "forced by ANYFLOW_ATTENTION"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ _OURS = (*PACKAGES, "native")  # those that torch does not know
 _CUDNN_PREFERRED = 90900  # the cuDNN from which torch itself prefers it on Hopper and Blackwell
 
 _functions: dict[str, Callable[..., Any]] = {}  # filled by _load
+_PROBING = threading.RLock()  # warnings' filters and torch's switches are those of the process
 
 
 class Call(NamedTuple):
@@ -193,7 +195,7 @@ def unsupported(name: str, call: Call) -> str | None:
 
 def _kernel_problem(name: str, call: Call) -> str | None:
     """Say why one of torch's kernels does not take such tensors, in the words of torch's warnings."""
-    with warnings.catch_warnings(record=True) as caught, sdpa_kernel(KERNELS[name]):
+    with _PROBING, warnings.catch_warnings(record=True) as caught, sdpa_kernel(KERNELS[name]):
         warnings.simplefilter("always")
         if _fused_choice(call) == name:
             return None
@@ -223,7 +225,7 @@ def _run_problem(run: Callable[..., Tensor], call: Call) -> str | None:
 @functools.cache
 def torch_choice(call: Call) -> str:
     """Return what torch itself would run."""
-    with warnings.catch_warnings():
+    with _PROBING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _fused_choice(call)
 

@@ -73,12 +73,14 @@ class RotaryEmbedding(nn.Module):
         if torch.compiler.is_compiling():  # a cache that changes between calls would force a recompilation
             return self._tables(grid, device, dtype)
         key = (grid, device, dtype)
-        if key not in self._cache:
-            if len(self._cache) >= 8:
-                self._cache.clear()
+        tables = self._cache.get(key)
+        if tables is None:
             with torch.inference_mode(False):
-                self._cache[key] = self._tables(grid, device, dtype)
-        return self._cache[key]
+                tables = self._tables(grid, device, dtype)
+            # A new dictionary: other threads read the old one meanwhile.
+            kept = self._cache if len(self._cache) < 8 else {}
+            self._cache = {**kept, key: tables}
+        return tables
 
     def _tables(self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         wide = torch.float32 if device.type in ("mps", "npu") else torch.float64

@@ -28,6 +28,7 @@ from anyflow.models.embeddings import (
 )
 from anyflow.models.sequence_parallel import SequenceGroup, TokenSplit
 from anyflow.ops import layer_norm_modulate
+from anyflow.ops.setting import hold
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,8 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         for index, block in enumerate(self.blocks):
             arguments = (x, context if text_context is None else text_context.key_values[index])
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, *arguments, time_embedding.modulation, rotary, split)
+                run = block if torch.compiler.is_compiling() else hold(block)  # recomputed on the same backends
+                x = self._gradient_checkpointing_func(run, *arguments, time_embedding.modulation, rotary, split)
             else:
                 x = block(*arguments, time_embedding.modulation, rotary, split)
 

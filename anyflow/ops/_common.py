@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,7 +23,7 @@ def unsupported_dtype(*tensors: Tensor | None) -> str | None:
 def unsupported_row(*tensors: Tensor | None) -> str | None:
     """As :func:`unsupported_dtype`, for kernels that hold a whole row of the last dimension in registers."""
     for tensor in tensors:
-        d = 8 if tensor is None else tensor.shape[-1]
+        d = 8 if tensor is None else tensor.shape[-1] if tensor.ndim else 0
         if d % 8 or not 0 < d <= MAX_KERNEL_DIM:
             return f"D={d} (kernels take multiples of 8 up to {MAX_KERNEL_DIM})"
     return unsupported_dtype(*tensors)
@@ -89,6 +92,46 @@ def check_indices(op: str, name: str, indices: Tensor, like: Tensor) -> None:
     if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
         raise ValueError(f"{op}: {name} must be [n] integer indices, got {describe(indices)}")
     check_device(op, name, indices, like)
+
+
+def check_dense(op: str, tensor: Tensor) -> None:
+    """Check that a tensor is dense and that its last element lies in its memory, which may have been freed."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        raise ValueError(f"{op}: takes dense tensors, got {describe(tensor)} of layout {tensor.layout}")
+    if tensor.device.type == "cpu" and tensor.numel():
+        last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        size = tensor.untyped_storage().nbytes()
+        if (last + 1) * tensor.element_size() > size:
+            raise ValueError(f"{op}: {describe(tensor)} is not within its memory of {size} bytes")
+
+
+def check_eps(op: str, eps: float) -> None:
+    """Check what is added to a variance or a mean square."""
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{op}: eps must be a finite number >= 0, got {eps}")
+
+
+def check_guidance(op: str, guidance: float) -> None:
+    """Check a guidance scale."""
+    if not (math.isfinite(guidance) and guidance > 0):
+        raise ValueError(f"{op}: guidance must be a finite number > 0, got {guidance}")
+
+
+def check_sizes(op: str, name: str, tensor: Tensor, sizes: Sequence[int], like: Tensor) -> None:
+    """Check that a floating-point tensor has certain sizes, and the device of another."""
+    if tuple(tensor.shape) != tuple(sizes) or not tensor.is_floating_point():
+        raise ValueError(f"{op}: {name} must be a floating-point {tuple(sizes)}, got {describe(tensor)}")
+    check_device(op, name, tensor, like)
+
+
+def check_number_or_times(op: str, name: str, times: Tensor, samples: int, like: Tensor) -> None:
+    """Check one time, ``[n]`` or ``[n, F]`` times of n samples ``[n, F, ...]`` like those of another tensor."""
+    allowed = ((), (samples,), (samples, like.shape[1]))
+    if times.ndim > 2 or tuple(times.shape) != allowed[times.ndim] or not times.is_floating_point():
+        raise ValueError(
+            f"{op}: {name} must be a floating-point [], [{samples}] or [{samples}, F], got {describe(times)}"
+        )
+    check_device(op, name, times, like)
 
 
 def describe(x: Tensor) -> str:

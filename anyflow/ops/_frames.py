@@ -26,6 +26,13 @@ def constant_times(op: str, name: str, times: float | Tensor, like: Tensor, *, s
     return times.detach().to(torch.promote_types(times.dtype, torch.float32))
 
 
+def check_index_operand(op: str, rows: Tensor, like: Tensor) -> None:
+    """Check the operand that :func:`sample_indices` has made; the kernels read int64."""
+    check_indices(op, "rows", rows, like)
+    if rows.dtype != torch.int64:
+        raise ValueError(f"{op}: rows must be int64, got {describe(rows)}")
+
+
 def sample_indices(op: str, rows: Tensor, like: Tensor) -> Tensor:
     """Check indices of the samples of ``like[B, ...]`` and return them as int64; the range only where that is free.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.ops._common import accumulation_dtype, check_device, check_same_shape, describe
+from anyflow.ops._common import accumulation_dtype, check_device, check_same_shape, check_sizes, describe
 from anyflow.ops.backend import choose, forced_backend
 from anyflow.ops.library import Operator, empty_like, has_tangent
 from anyflow.ops.native import EXTENSION
@@ -63,7 +63,6 @@ def attention_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v: with the weights ``P = exp(scores - logsumexp)``, those of the scores are
     ``P (grad v^T - sum(grad * out))``. For fp64 the log-sum-exp, which is fp32, is taken again."""
-    check_same_shape(_OP, "grad", grad, q, "q")
     acc = accumulation_dtype(q)
     scores = _scores(q, k, acc)
     total = logsumexp if acc == torch.float32 else scores.logsumexp(-1)
@@ -104,8 +103,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{_OP}: k and v must have the dtype of q, {q.dtype}, got {k.dtype} and {v.dtype}")
 
 
+def _check_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> None:
+    _check(q, k, v)
+    for name, tensor in (("grad", grad), ("out", out)):
+        check_same_shape(_OP, name, tensor, q, "q")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{_OP}: {name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+    b, length, h, _ = q.shape
+    check_sizes(_OP, "logsumexp", logsumexp, (b, h, length), q)
+    if logsumexp.dtype != torch.float32:
+        raise ValueError(f"{_OP}: logsumexp must be float32, got {logsumexp.dtype}")
+
+
 def _unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    return unsupported_kind(q.dtype, q.shape[-1])
+    return unsupported_kind(q.dtype, q.shape[-1] if q.ndim else 0)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,6 +129,7 @@ _operator = Operator(
     "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)",
     reference=attention_reference,
     fake=_fake,
+    check=_check,
     unsupported=_unsupported,
     backends=("native",),
 )
@@ -125,6 +137,7 @@ _operator.register_backward(
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp) -> (Tensor, Tensor, Tensor)",
     reference=attention_backward_reference,
     fake=lambda grad, q, k, v, out, logsumexp: (empty_like(q), empty_like(k), empty_like(v)),
+    check=_check_backward,
     unsupported=lambda grad, q, k, v, out, logsumexp: _unsupported(q, k, v),
 )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from anyflow.ops.native import missing_kernel
+from anyflow.ops.setting import ASSUMED_CAPABILITY, OPERATOR_BACKEND, Use
 
 BACKENDS = ("eager", "triton", "native")
 OPERATORS: dict[str, tuple[str, ...]] = {}  # and the backends with kernels for it; filled by anyflow.ops.library
@@ -28,32 +29,25 @@ _AUTOMATIC = {"cpu": "native", "cuda": "triton"}
 
 _MAX_FALLBACKS = 16  # reasons kept per operator: they name shapes, of which a long run may see many
 
-_forced: str | None = None
-_assumed: tuple[int, int] | None = None  # compute capability
-_fallbacks: dict[str, dict[str, None]] = {}  # operator -> reasons, in order of appearance
+_fallbacks: dict[str, tuple[str, ...]] = {}  # operator -> reasons, in order of appearance
 
 
-class use_backend:
+class use_backend(Use):
     """Force every operator onto one backend, as a setter or as a context manager.
 
-    ``use_backend("eager")`` takes effect at once; used as ``with use_backend("eager"): ...`` the previous choice comes
-    back at the end of the block. ``use_backend(None)`` returns to the automatic choice.
+    ``use_backend("eager")`` takes effect at once; used as ``with use_backend("eager"): ...`` it ends with the block.
+    ``use_backend(None)`` returns to the automatic choice. Either holds in the context that it is called in (a thread,
+    an asyncio task) and in copies of that context; other threads are left alone, and the variable ``ANYFLOW_BACKEND``
+    is for all of them. A backward pass runs, in whatever thread, on what its forward pass was forced onto.
 
     Raises:
         ValueError: the name is not one of ``"eager"``, ``"triton"``, ``"native"``.
     """
 
+    setting = OPERATOR_BACKEND
+
     def __init__(self, name: str | None) -> None:
-        global _forced
-        self._previous = _forced
-        _forced = None if name is None else _validated(name)
-
-    def __enter__(self) -> use_backend:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        global _forced
-        _forced = self._previous
+        super().__init__(None if name is None else _validated(name))
 
 
 class assume_capability:
@@ -65,21 +59,21 @@ class assume_capability:
 
     def __init__(self, major: int, minor: int) -> None:
         self.capability = (major, minor)
+        self._blocks: list[Any] = []
 
     def __enter__(self) -> assume_capability:
-        global _assumed
-        self._previous, _assumed = _assumed, self.capability
+        self._blocks.append(ASSUMED_CAPABILITY.enter(self.capability))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _assumed
-        _assumed = self._previous
+        ASSUMED_CAPABILITY.leave(self._blocks)
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int] | None:
     """Return the compute capability of a CUDA device, or the assumed one; None where torch finds no such device."""
-    if _assumed is not None:
-        return _assumed
+    assumed: tuple[int, int] | None = ASSUMED_CAPABILITY.get()
+    if assumed is not None:
+        return assumed
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
@@ -100,8 +94,9 @@ class BackendChoice:
 
 def forced_backend() -> tuple[str, str] | None:
     """The forced backend and who forced it, or None for the automatic choice."""
-    if _forced is not None:
-        return _forced, "forced by use_backend()"
+    forced = OPERATOR_BACKEND.get()
+    if forced is not None:
+        return forced, "forced by use_backend()"
     name = os.environ.get("ANYFLOW_BACKEND")
     if name:
         return _validated(name, "ANYFLOW_BACKEND: "), "forced by ANYFLOW_BACKEND"
@@ -137,9 +132,9 @@ def choose(
         if problem is None:
             return name
         if not torch.compiler.is_compiling():
-            seen = _fallbacks.setdefault(op, {})
-            if len(seen) < _MAX_FALLBACKS:
-                seen[problem] = None
+            seen = _fallbacks.get(op, ())
+            if problem not in seen and len(seen) < _MAX_FALLBACKS:
+                _fallbacks[op] = (*seen, problem)  # replaced whole: another thread may be reading
         return "eager"
     name, by = forced
     if name not in OPERATORS[op]:
@@ -196,7 +191,7 @@ def backend_report(device: torch.device | str | None = None) -> dict[str, Backen
     forced = forced_backend()
     report = {}
     for op in sorted(OPERATORS):
-        fallbacks = tuple(_fallbacks.get(op, {}))
+        fallbacks = _fallbacks.get(op, ())
         if forced is None:
             report[op] = BackendChoice(*_automatic(op, device), fallbacks)
             continue

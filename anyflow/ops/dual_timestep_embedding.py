@@ -33,16 +33,9 @@ def dual_timestep_embedding(
     Raises:
         ValueError: shapes or devices differ, the fusion is unknown, or a forced backend does not support dtypes.
     """
-    if t_emb.ndim != 2 or not t_emb.is_floating_point():
-        raise ValueError(f"{_OP}: t_emb must be a floating-point [N, D] tensor, got {describe(t_emb)}")
-    check_same_shape(_OP, "r_emb", r_emb, t_emb, "t_emb")
-    if fusion not in FUSIONS:
-        raise ValueError(f"{_OP}: unknown fusion {fusion!r}; expected one of {', '.join(FUSIONS)}")
     if not isinstance(gate, Tensor):
         gate = torch.full((), gate, dtype=accumulation_dtype(t_emb, r_emb), device=t_emb.device)
-    if gate.numel() != 1 or not gate.is_floating_point():
-        raise ValueError(f"{_OP}: gate must be a number or a one-element floating-point tensor, got {describe(gate)}")
-    check_device(_OP, "gate", gate, t_emb)
+    _check(t_emb, r_emb, gate, fusion)
     return _operator(t_emb, r_emb, gate, fusion)
 
 
@@ -81,6 +74,23 @@ def _fuse(t_emb: Tensor, r_emb: Tensor, gate: Tensor, fusion: str) -> Tensor:
     return ((1 - g) * t + g * r if fusion == "gated" else t + g * r).to(t_emb.dtype)
 
 
+def _check(t_emb: Tensor, r_emb: Tensor, gate: Tensor, fusion: str) -> None:
+    if t_emb.ndim != 2 or not t_emb.is_floating_point():
+        raise ValueError(f"{_OP}: t_emb must be a floating-point [N, D] tensor, got {describe(t_emb)}")
+    check_same_shape(_OP, "r_emb", r_emb, t_emb, "t_emb")
+    if fusion not in FUSIONS:
+        raise ValueError(f"{_OP}: unknown fusion {fusion!r}; expected one of {', '.join(FUSIONS)}")
+    if gate.numel() != 1 or not gate.is_floating_point():
+        raise ValueError(f"{_OP}: gate must be a number or a one-element floating-point tensor, got {describe(gate)}")
+    check_device(_OP, "gate", gate, t_emb)
+
+
+def _check_backward(grad_emb: Tensor, grad_activated: Tensor, t_emb: Tensor, *others: Any) -> None:
+    _check(t_emb, *others[:3])
+    check_same_shape(_OP, "grad_emb", grad_emb, t_emb, "t_emb")
+    check_same_shape(_OP, "grad_activated", grad_activated, t_emb, "t_emb")
+
+
 def _fake_backward(
     grad_emb: Tensor,
     grad_activated: Tensor,
@@ -98,6 +108,7 @@ _operator = Operator(
     "(Tensor t_emb, Tensor r_emb, Tensor gate, str fusion) -> (Tensor, Tensor)",
     reference=dual_timestep_embedding_reference,
     fake=lambda t_emb, r_emb, gate, fusion: (empty_like(t_emb), empty_like(t_emb)),
+    check=_check,
     unsupported=lambda t_emb, r_emb, gate, fusion: unsupported_dtype(t_emb, r_emb, gate),
 )
 _operator.register_backward(
@@ -105,7 +116,8 @@ _operator.register_backward(
     " -> (Tensor, Tensor, Tensor)",
     reference=dual_timestep_embedding_backward_reference,
     fake=_fake_backward,
-    unsupported=lambda grad_emb, grad_activated, t_emb, r_emb, gate, *_: unsupported_dtype(t_emb, r_emb, gate),
+    check=_check_backward,
+    unsupported=lambda *args: unsupported_dtype(*args[:5]),
 )
 
 

@@ -7,8 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.ops._common import KERNEL_DTYPES, accumulation_dtype, check_same_shape, describe, lead, unsupported_dtype
-from anyflow.ops._frames import clamp_indices, constant_times, sample_indices
+from anyflow.ops._common import (
+    KERNEL_DTYPES,
+    accumulation_dtype,
+    check_number_or_times,
+    check_same_shape,
+    check_sizes,
+    describe,
+    lead,
+    unsupported_dtype,
+)
+from anyflow.ops._frames import check_index_operand, clamp_indices, constant_times, sample_indices
 from anyflow.ops.library import Operator, empty_like
 
 _OP = "flow_map_inputs"
@@ -69,9 +78,7 @@ def flow_map_batch(
         ``(x_t, batch)``: ``[B, F, ...]`` and the network's batch ``[x_plus ; x_minus ; x_t]``, ``[2 n + B, F, ...]`` in
         fp32 at least; without its last part, which is the input of the unconditional evaluation, unless ``with_x_t``.
     """
-    if latents.ndim < 2 or not latents.is_floating_point():
-        raise ValueError(f"{_OP}: latents must be a floating-point [B, F, ...], got {describe(latents)}")
-    check_same_shape(_OP, "noise", noise, latents, "latents")
+    _check_data(latents, noise)
     dtype = latents.dtype if dtype is None else dtype
     if not dtype.is_floating_point:
         raise ValueError(f"{_OP}: dtype must be floating-point, got {dtype}")
@@ -152,6 +159,54 @@ def flow_map_inputs_backward_reference(
     return ((1 - sigma) * dx - slopes).to(latents.dtype), (sigma * dx + slopes).to(noise.dtype)
 
 
+def _check_data(latents: Tensor, noise: Tensor) -> None:
+    if latents.ndim < 2 or not latents.is_floating_point():
+        raise ValueError(f"{_OP}: latents must be a floating-point [B, F, ...], got {describe(latents)}")
+    check_same_shape(_OP, "noise", noise, latents, "latents")
+
+
+def _check_times(latents: Tensor, rows: Tensor | None, **times: Tensor) -> None:
+    for name, tensor in times.items():
+        check_number_or_times(_OP, name, tensor, latents.shape[0], latents)
+    if rows is not None:
+        check_index_operand(_OP, rows, latents)
+
+
+def _check(
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    epsilon_plus: Tensor,
+    epsilon_minus: Tensor,
+    rows: Tensor | None,
+    dtype: torch.dtype,
+    with_x_t: bool,
+) -> None:
+    _check_data(latents, noise)
+    _check_times(latents, rows, t=t, epsilon_plus=epsilon_plus, epsilon_minus=epsilon_minus)
+    if not dtype.is_floating_point:
+        raise ValueError(f"{_OP}: dtype must be floating-point, got {dtype}")
+
+
+def _check_backward(
+    grad: Tensor,
+    grad_batch: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    epsilon_plus: Tensor,
+    epsilon_minus: Tensor,
+    rows: Tensor | None,
+    with_x_t: bool,
+) -> None:
+    _check_data(latents, noise)
+    _check_times(latents, rows, t=t, epsilon_plus=epsilon_plus, epsilon_minus=epsilon_minus)
+    check_same_shape(_OP, "grad", grad, latents, "latents")
+    samples = latents.shape[0]
+    n = 2 * (samples if rows is None else rows.shape[0]) + (samples if with_x_t else 0)
+    check_sizes(_OP, "grad_batch", grad_batch, (n, *latents.shape[1:]), latents)
+
+
 def _side(epsilon: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
     if epsilon.ndim and rows is not None:
         epsilon = epsilon[rows]
@@ -195,6 +250,7 @@ _operator = Operator(
     "ScalarType dtype, bool with_x_t) -> (Tensor, Tensor)",
     reference=flow_map_inputs_reference,
     fake=_fake,
+    check=_check,
     unsupported=_unsupported,
 )
 _operator.register_backward(
@@ -202,6 +258,7 @@ _operator.register_backward(
     "Tensor epsilon_minus, Tensor? rows, bool with_x_t) -> (Tensor, Tensor)",
     reference=flow_map_inputs_backward_reference,
     fake=lambda grad, grad_batch, latents, noise, *_: (empty_like(latents), empty_like(noise)),
+    check=_check_backward,
     unsupported=lambda grad, grad_batch, latents, noise, *_: unsupported_dtype(grad, grad_batch, latents, noise),
 )
 

@@ -7,8 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.ops._common import accumulation_dtype, check_device, check_same_shape, describe, lead, unsupported_dtype
-from anyflow.ops._frames import clamp_indices, constant_times, sample_indices
+from anyflow.ops._common import (
+    accumulation_dtype,
+    check_device,
+    check_guidance,
+    check_number_or_times,
+    check_same_shape,
+    check_sizes,
+    describe,
+    lead,
+    unsupported_dtype,
+)
+from anyflow.ops._frames import check_index_operand, clamp_indices, constant_times, sample_indices
 from anyflow.ops.library import Operator, empty_like
 
 _OP = "flow_map_loss"
@@ -111,7 +121,7 @@ def flow_map_loss_reference(
             interval, valid = (t.to(torch.promote_types(t.dtype, acc)) - r).to(acc), None
             if rows is not None:
                 rows, valid = clamp_indices(rows, pred.shape[0])
-                interval = interval[rows]
+                interval = interval[rows] if interval.ndim else interval.expand(rows.shape)
             if valid is not None:
                 interval = interval.where(lead(valid, interval), torch.nan)
             slope = slope * (lead(interval, slope) / (lead(step.to(acc), slope) * guidance))
@@ -133,14 +143,52 @@ def flow_map_loss_backward_reference(grad: Tensor, residual: Tensor, weight: Ten
     return (residual.to(acc) * lead(factor, residual)).to(residual.dtype)
 
 
+def _check(
+    pred: Tensor,
+    uncond: Tensor | None,
+    u_plus: Tensor | None,
+    u_minus: Tensor | None,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    r: Tensor,
+    weight: Tensor,
+    step: Tensor,
+    rows: Tensor | None,
+    guidance: float,
+    need_grad: bool,
+) -> None:
+    _check_tensors(pred, uncond, latents, noise, guidance)
+    if (u_plus is None) != (u_minus is None) or (u_plus is None and rows is not None):
+        raise ValueError(f"{_OP}: u_plus and u_minus are given together or not at all, and rows with them only")
+    if rows is not None:
+        check_index_operand(_OP, rows, pred)
+    n = pred.shape[0] if rows is None else rows.shape[0]
+    for name, tensor in (("u_plus", u_plus), ("u_minus", u_minus)):
+        if tensor is not None:
+            check_sizes(_OP, name, tensor, (n, *pred.shape[1:]), pred)
+    for name, times in (("t", t), ("r", r), ("weight", weight)):
+        check_number_or_times(_OP, name, times, pred.shape[0], pred)
+    check_number_or_times(_OP, "step", step, n, pred)
+    if t.shape != r.shape:
+        raise ValueError(f"{_OP}: t {tuple(t.shape)} and r {tuple(r.shape)} must have one shape")
+
+
+def _check_backward(grad: Tensor, residual: Tensor, weight: Tensor, guidance: float) -> None:
+    if residual.ndim < 3 or not residual.is_floating_point():
+        raise ValueError(f"{_OP}: residual must be a floating-point [B, F, ...], got {describe(residual)}")
+    check_sizes(_OP, "grad", grad, residual.shape[:1], residual)
+    check_number_or_times(_OP, "weight", weight, residual.shape[0], residual)
+    check_guidance(_OP, guidance)
+
+
 def _check_tensors(pred: Tensor, uncond: Tensor | None, latents: Tensor, noise: Tensor, guidance: float) -> None:
     if pred.ndim < 3 or not pred.is_floating_point():
         raise ValueError(f"{_OP}: pred must be a floating-point [B, F, ...], got {describe(pred)}")
     for name, tensor in (("uncond", uncond), ("latents", latents), ("noise", noise)):
         if tensor is not None:
             check_same_shape(_OP, name, tensor, pred, "pred")
-    if not guidance > 0:
-        raise ValueError(f"{_OP}: guidance must be > 0, got {guidance}")
+    check_guidance(_OP, guidance)
     if uncond is None and guidance != 1:
         raise ValueError(f"{_OP}: guidance {guidance} needs the unconditional prediction, but uncond is None")
 
@@ -157,12 +205,14 @@ _operator = Operator(
     "Tensor weight, Tensor step, Tensor? rows, float guidance, bool need_grad) -> (Tensor, Tensor)",
     reference=flow_map_loss_reference,
     fake=_fake,
+    check=_check,
     unsupported=lambda *args: unsupported_dtype(*args[:6]),
 )
 _operator.register_backward(
     "(Tensor grad, Tensor residual, Tensor weight, float guidance) -> Tensor",
     reference=flow_map_loss_backward_reference,
     fake=lambda grad, residual, weight, guidance: empty_like(residual),
+    check=_check_backward,
     unsupported=lambda grad, residual, weight, guidance: unsupported_dtype(grad, residual),
 )
 

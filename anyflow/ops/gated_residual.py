@@ -39,8 +39,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes or devices do not fit together, or a forced backend does not support dtypes or D.
     """
-    check_tokens(_OP, x)
-    check_same_shape(_OP, "y", y, x, "x")
+    _check_branch(x, y)
     if gate is None:
         return gated_residual_reference(x, y)  # on every backend: torch's addition is as good as a kernel of ours
     check_rows(_OP, "gate", gate, x)
@@ -67,17 +66,29 @@ def gated_residual_backward_reference(grad: Tensor, y: Tensor, gate: Tensor) -> 
     return dy.to(y.dtype), sum_rows(wide * y.to(acc), rows).to(gate.dtype)
 
 
+def _check_branch(x: Tensor, y: Tensor) -> None:
+    check_tokens(_OP, x)
+    check_same_shape(_OP, "y", y, x, "x")
+
+
+def _check(x: Tensor, y: Tensor, gate: Tensor) -> None:
+    _check_branch(x, y)
+    check_rows(_OP, "gate", gate, x)
+
+
 _operator = Operator(
     _OP,
     "(Tensor x, Tensor y, Tensor gate) -> Tensor",
     reference=gated_residual_reference,
     fake=lambda x, y, gate: empty_like(x),
+    check=_check,
     unsupported=lambda x, y, gate: unsupported_row(x, y, gate),
 )
 _operator.register_backward(
     "(Tensor grad, Tensor y, Tensor gate) -> (Tensor, Tensor)",
     reference=gated_residual_backward_reference,
     fake=lambda grad, y, gate: (empty_like(y), empty_like(gate)),
+    check=_check,
     unsupported=lambda grad, y, gate: unsupported_row(grad, y, gate),
 )
 

@@ -30,8 +30,7 @@ def gelu(x: Tensor) -> Tensor:
     Raises:
         ValueError: x is not a floating-point tensor, or a forced backend does not support its dtype.
     """
-    if not x.is_floating_point():
-        raise ValueError(f"{_OP}: x must be a floating-point tensor, got {describe(x)}")
+    _check(x)
     return _operator(x)
 
 
@@ -42,8 +41,17 @@ def gelu_reference(x: Tensor) -> Tensor:
 
 def gelu_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of x: ``grad (s + x s (1 - s) (2 u)')`` with ``s = sigmoid(2 u)``."""
-    check_same_shape(_OP, "grad", grad, x, "x")
     return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
+def _check(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"{_OP}: x must be a floating-point tensor, got {describe(x)}")
+
+
+def _check_backward(grad: Tensor, x: Tensor) -> None:
+    _check(x)
+    check_same_shape(_OP, "grad", grad, x, "x")
 
 
 _operator = Operator(
@@ -51,6 +59,7 @@ _operator = Operator(
     "(Tensor x) -> Tensor",
     reference=gelu_reference,
     fake=lambda x: empty_like(x),
+    check=_check,
     unsupported=lambda x: unsupported_dtype(x),
     backends=("native",),
 )
@@ -58,7 +67,8 @@ _operator.register_backward(
     "(Tensor grad, Tensor x) -> Tensor",
     reference=gelu_backward_reference,
     fake=lambda grad, x: empty_like(x),
-    unsupported=lambda grad, x: unsupported_dtype(x),
+    check=_check_backward,
+    unsupported=lambda grad, x: unsupported_dtype(grad, x),
 )
 
 

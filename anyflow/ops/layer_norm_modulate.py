@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.ops._common import accumulation_dtype, check_rows, check_tokens, split_rows, sum_rows, unsupported_row
+from anyflow.ops._common import (
+    accumulation_dtype,
+    check_eps,
+    check_rows,
+    check_same_shape,
+    check_tokens,
+    split_rows,
+    sum_rows,
+    unsupported_row,
+)
 from anyflow.ops.library import Operator, empty_like
 
 _OP = "layer_norm_modulate"
@@ -32,11 +41,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
     Raises:
         ValueError: shapes or devices do not fit together, or a forced backend does not support dtypes or D.
     """
-    check_tokens(_OP, x)
-    check_rows(_OP, "shift", shift, x)
-    check_rows(_OP, "scale", scale, x)
-    if shift.shape != scale.shape:
-        raise ValueError(f"{_OP}: shift {tuple(shift.shape)} and scale {tuple(scale.shape)} must have one shape")
+    _check(x, shift, scale, eps)
     return _operator(x, shift, scale, eps)
 
 
@@ -75,18 +80,34 @@ def layer_norm_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
     return rstd * (grad - grad.mean(-1, keepdim=True) - n * (grad * n).mean(-1, keepdim=True))
 
 
+def _check(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> None:
+    check_tokens(_OP, x)
+    check_rows(_OP, "shift", shift, x)
+    check_rows(_OP, "scale", scale, x)
+    if shift.shape != scale.shape:
+        raise ValueError(f"{_OP}: shift {tuple(shift.shape)} and scale {tuple(scale.shape)} must have one shape")
+    check_eps(_OP, eps)
+
+
+def _check_backward(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
+    _check(x, shift, scale, eps)
+    check_same_shape(_OP, "grad", grad, x, "x")
+
+
 _operator = Operator(
     _OP,
     "(Tensor x, Tensor shift, Tensor scale, float eps=1e-6) -> Tensor",
     reference=layer_norm_modulate_reference,
     fake=lambda x, shift, scale, eps=1e-6: empty_like(x),
+    check=_check,
     unsupported=lambda x, shift, scale, eps=1e-6: unsupported_row(x, shift, scale),
 )
 _operator.register_backward(
     "(Tensor grad, Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
     reference=layer_norm_modulate_backward_reference,
     fake=lambda grad, x, shift, scale, eps: (empty_like(x), empty_like(shift), empty_like(scale)),
-    unsupported=lambda grad, x, shift, scale, eps: unsupported_row(x, shift, scale),
+    check=_check_backward,
+    unsupported=lambda grad, x, shift, scale, eps: unsupported_row(grad, x, shift, scale),
 )
 
 

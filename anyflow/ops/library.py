@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from anyflow.ops._common import check_dense
 from anyflow.ops.backend import OPERATORS, choose, forced_backend
 from anyflow.ops.native import register as register_native
+from anyflow.ops.setting import held, holding
 
 _LIBRARY = torch.library.Library("anyflow", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
+
+REFERENCES: dict[str, Callable[..., Any]] = {}  # operator, backward ones among them -> eager reference
 
 Function = Callable[..., Any]
 Unsupported = Callable[..., "str | None"]
@@ -37,6 +41,8 @@ class Operator:
         signature: arguments and results in the schema language, all positional.
         reference: eager implementation, differentiable.
         fake: results for fake tensors.
+        check: raises a ValueError about arguments that are none of the operator's; takes them all. The native kernels
+            have checks of their own (``csrc/checks.cpp``).
         unsupported: says of the arguments why the kernels do not take them, or None.
         backends: those that it has kernels for; forcing another one runs the reference.
     """
@@ -48,23 +54,25 @@ class Operator:
         *,
         reference: Function,
         fake: Function,
+        check: Function,
         unsupported: Unsupported,
         backends: tuple[str, ...] = ("triton", "native"),
     ) -> None:
         OPERATORS[name] = backends
         self.name = name
         self.reference = reference
+        self.check = check
         self.unsupported = unsupported
-        self._define(name, signature, "forward", reference, fake, unsupported)
+        self._define(name, signature, "forward", reference, fake, check, unsupported)
         self.overload = getattr(torch.ops.anyflow, name).default
         self.native = getattr(torch.ops.anyflow, f"{name}_native").default
 
     def register_backward(
-        self, signature: str, *, reference: Function, fake: Function, unsupported: Unsupported
+        self, signature: str, *, reference: Function, fake: Function, check: Function, unsupported: Unsupported
     ) -> None:
-        """Define ``<name>_backward``, with the same four things; it has no derivative of its own, and says so."""
+        """Define ``<name>_backward``, with the same five things; it has no derivative of its own, and says so."""
         name = f"{self.name}_backward"
-        self._define(name, signature, "backward", reference, fake, unsupported)
+        self._define(name, signature, "backward", reference, fake, check, unsupported)
         self.backward_unsupported = unsupported
         self.backward_overload = getattr(torch.ops.anyflow, name).default
         self.backward_native = getattr(torch.ops.anyflow, f"{name}_native").default
@@ -78,8 +86,17 @@ class Operator:
         torch.library.register_autograd(f"anyflow::{self.name}_backward", no_second_derivative, lib=_LIBRARY)
 
     def register_autograd(self, setup_context: Function, backward: Function) -> None:
-        """Connect the two, as ``torch.library.register_autograd``."""
-        torch.library.register_autograd(f"anyflow::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
+        """Connect the two, as ``torch.library.register_autograd``; the settings of the forward hold in the backward."""
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.held = held()
+            setup_context(ctx, inputs, output)
+
+        def run(ctx: Any, *grads: Any) -> Any:
+            with holding(ctx.held):
+                return backward(ctx, *grads)
+
+        torch.library.register_autograd(f"anyflow::{self.name}", run, setup_context=setup, lib=_LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
         if has_tangent(*args):  # torch would drop it, and the derivative would be 0
@@ -111,15 +128,24 @@ class Operator:
         direction: str,
         reference: Function,
         fake: Function,
+        check: Function,
         unsupported: Unsupported,
     ) -> None:
         def implementation(*args: Any) -> Any:
             backend = choose(self.name, _device(args), unsupported, args, direction)
             if backend == "native":
-                return native(*args)
+                return native(*args)  # which has its own checks
+            for tensor in args:
+                if isinstance(tensor, Tensor):
+                    check_dense(name, tensor)
+            check(*args)
             if backend == "triton":
                 return getattr(importlib.import_module(f"anyflow.kernels.{self.name}"), direction)(*args)
             return _contiguous(reference(*args))
+
+        def checked_fake(*args: Any) -> Any:
+            check(*args)
+            return fake(*args)
 
         _LIBRARY.define(f"{name}{signature}", tags=_TAGS)
         _LIBRARY.define(f"{name}_native{signature}")
@@ -127,7 +153,8 @@ class Operator:
         native = getattr(torch.ops.anyflow, f"{name}_native").default
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         for registered in (name, f"{name}_native"):
-            torch.library.register_fake(f"anyflow::{registered}", fake, lib=_LIBRARY)
+            torch.library.register_fake(f"anyflow::{registered}", checked_fake, lib=_LIBRARY)
+        REFERENCES[name] = reference
 
 
 def has_tangent(*args: Any) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.ops._common import check_device, describe, unsupported_dtype
+from anyflow.ops._common import check_device, check_sizes, describe, unsupported_dtype
 from anyflow.ops.backend import LEFT_TO_TORCH, forced_backend
 from anyflow.ops.library import Operator
 from anyflow.ops.native import EXTENSION
@@ -73,7 +73,7 @@ def _takes_operator(x: Tensor, weight: Tensor) -> bool:
     return x.numel() * weight.shape[0] >= _WORTH_IT
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"{_OP}: x must be a floating-point [..., K] tensor, got {describe(x)}")
     k, like_x = x.shape[-1], f"of x's dtype {x.dtype}"
@@ -100,8 +100,15 @@ def linear_backward_reference(
     """
     rows = grad.flatten(0, -2) if grad.ndim > 1 else grad.unsqueeze(0)
     dx = grad @ weight if x_gradient else grad.new_empty(0)
-    dweight = rows.t() @ x.reshape(rows.shape[0], -1) if weight_gradient else grad.new_empty(0)
+    dweight = rows.t() @ x.reshape(rows.shape[0], x.shape[-1]) if weight_gradient else grad.new_empty(0)
     return dx, dweight, rows.sum(0) if bias_gradient else grad.new_empty(0)
+
+
+def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: bool) -> None:
+    _check(x, weight)
+    check_sizes(_OP, "grad", grad, (*x.shape[:-1], weight.shape[0]), x)
+    if grad.dtype != x.dtype:
+        raise ValueError(f"{_OP}: grad must be of x's dtype {x.dtype}, got {describe(grad)}")
 
 
 def _fake_backward(
@@ -118,6 +125,7 @@ _operator = Operator(
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     reference=linear_reference,
     fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    check=_check,
     unsupported=lambda x, weight, bias: unsupported_dtype(x, weight, bias),
     backends=("native",),
 )
@@ -126,6 +134,7 @@ _operator.register_backward(
     "-> (Tensor, Tensor, Tensor)",
     reference=linear_backward_reference,
     fake=_fake_backward,
+    check=_check_backward,
     unsupported=lambda grad, x, weight, *_: unsupported_dtype(grad, x, weight),
 )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anyflow.ops._common import (
     accumulation_dtype,
+    check_eps,
     check_rows,
     check_same_shape,
     check_tokens,
@@ -56,7 +57,7 @@ def residual_layer_norm(
     Raises:
         ValueError: shapes or devices do not fit together, or affine and modulation are both given.
     """
-    _check(x, y, gate, weight, bias, shift, scale)
+    _check(x, y, gate, weight, bias, shift, scale, eps)
     h, n = _operator(x, y, gate, weight, bias, shift, scale, eps)
     return h, n
 
@@ -114,7 +115,7 @@ def residual_layer_norm_backward_reference(
         g = (split_rows(g, scale.shape[1]) * (1 + scale.to(acc)).unsqueeze(2)).flatten(1, 2)
     dx = layer_norm_backward(g, wide, eps)
     dx = dx if dh is None else dx + dh.to(acc)
-    dy, dgate = (None if y is None else dx.to(y.dtype)), None
+    dy, dgate = (None if y is None else dx.to(y.dtype, copy=True)), None  # results alias nothing
     if y is not None and gate is not None:
         dy, dgate = gated_residual_backward_reference(dx, y, gate)
     return tuple(h.new_empty(0) if t is None else t for t in (dx.to(h.dtype), dy, dgate, *affine))
@@ -134,14 +135,16 @@ def _sum_like(tokens: Tensor, like: Tensor | None) -> Tensor | None:
 def _check(
     x: Tensor,
     y: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> None:
     check_tokens(_OP, x)
     check_same_shape(_OP, "y", y, x, "x")
+    check_eps(_OP, eps)
     for name, rows in (("gate", gate), ("shift", shift), ("scale", scale)):
         if rows is not None:
             check_rows(_OP, name, rows, x)
@@ -158,12 +161,24 @@ def _check(
         raise ValueError(f"{_OP}: give either an affine (weight, bias) or a modulation (shift, scale), not both")
 
 
+def _check_backward(
+    dh: Tensor | None, dn: Tensor, y: Tensor | None, h: Tensor, gate: Tensor | None, *operands_eps: Any
+) -> None:
+    _check(h, h if y is None else y, gate, *operands_eps)
+    for name, grad in (("dh", dh), ("dn", dn)):
+        if grad is not None:
+            check_same_shape(_OP, name, grad, h, "h")
+    if gate is not None and y is None:
+        raise ValueError(f"{_OP}: gate needs y")
+
+
 _operator = Operator(
     _OP,
     "(Tensor x, Tensor y, Tensor? gate=None, Tensor? weight=None, Tensor? bias=None, Tensor? shift=None, "
     "Tensor? scale=None, float eps=1e-6) -> (Tensor, Tensor)",
     reference=residual_layer_norm_reference,
     fake=lambda x, *_: (empty_like(x), empty_like(x)),
+    check=_check,
     unsupported=lambda *args: unsupported_row(*args[:7]),
 )
 _operator.register_backward(
@@ -173,6 +188,7 @@ _operator.register_backward(
     fake=lambda dh, dn, y, h, *operands_eps: tuple(
         h.new_empty(0) if t is None else empty_like(t) for t in (h, y, *operands_eps[:5])
     ),
+    check=_check_backward,
     unsupported=lambda *args: unsupported_row(*args[:9]),
 )
 

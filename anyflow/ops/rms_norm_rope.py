@@ -11,6 +11,8 @@ from torch import Tensor
 from anyflow.ops._common import (
     accumulation_dtype,
     check_device,
+    check_eps,
+    check_sizes,
     check_tokens,
     check_vector,
     describe,
@@ -51,8 +53,18 @@ def rms_norm_rope(
     Raises:
         ValueError: shapes or devices do not fit together, or a forced backend does not support dtypes or D.
     """
-    _, length, d = check_tokens(_OP, x)
+    _check(x, weight, cos, sin, num_heads, eps)
+    if cos is not None and sin is not None:
+        cos, sin = cos.detach(), sin.detach()
+    return _operator(x, weight, cos, sin, num_heads, eps)
+
+
+def _check(
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float = 1e-6
+) -> None:
+    _, _, d = check_tokens(_OP, x)
     check_vector(_OP, "weight", weight, x)
+    check_eps(_OP, eps)
     if num_heads < 1 or d % num_heads:
         raise ValueError(f"{_OP}: num_heads={num_heads} must divide D={d}")
     if (cos is None) != (sin is None):
@@ -60,9 +72,13 @@ def rms_norm_rope(
     for name, table in (("cos", cos), ("sin", sin)):
         if table is not None:
             _check_table(name, table, x, d // num_heads)
-    if cos is not None and sin is not None:
-        cos, sin = cos.detach(), sin.detach()
-    return _operator(x, weight, cos, sin, num_heads, eps)
+
+
+def _check_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float
+) -> None:
+    _check(x, weight, cos, sin, num_heads, eps)
+    check_sizes(_OP, "grad", grad, (*x.shape[:2], num_heads, x.shape[2] // num_heads), x)
 
 
 def _check_table(name: str, table: Tensor, x: Tensor, head_dim: int) -> None:
@@ -125,13 +141,15 @@ _operator = Operator(
     "(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, int num_heads, float eps=1e-6) -> Tensor",
     reference=rms_norm_rope_reference,
     fake=lambda x, weight, cos, sin, num_heads, eps=1e-6: x.new_empty(*x.shape[:2], num_heads, x.shape[2] // num_heads),
+    check=_check,
     unsupported=_unsupported,
 )
 _operator.register_backward(
     "(Tensor grad, Tensor x, Tensor weight, Tensor? cos, Tensor? sin, int num_heads, float eps) -> (Tensor, Tensor)",
     reference=rms_norm_rope_backward_reference,
     fake=lambda grad, x, weight, cos, sin, num_heads, eps: (empty_like(x), empty_like(weight)),
-    unsupported=lambda grad, *args: _unsupported(*args),
+    check=_check_backward,
+    unsupported=lambda grad, *args: unsupported_dtype(grad) or _unsupported(*args),
 )
 
 

@@ -414,17 +414,7 @@ AttentionTensor view(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x
 
 // What forward and backward share; q, k and v have contiguous rows.
 Attention arguments(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "expected [B, L, H, Dh] and [B, S, H, Dh], got ", q.sizes(), " and ",
-              k.sizes());
   const int64_t batch = q.size(0), heads = q.size(2), head_dim = q.size(3);
-  TORCH_CHECK(k.size(0) == batch && k.size(2) == heads && k.size(3) == head_dim && v.sizes() == k.sizes(),
-              "the shapes of q, k and v do not fit: ", q.sizes(), ", ", k.sizes(), ", ", v.sizes());
-  TORCH_CHECK(head_dim % 8 == 0 && head_dim > 0 && head_dim <= 256, "Dh must be a multiple of 8 up to 256, got ",
-              head_dim);
-  const Type type = type_of(q);
-  TORCH_CHECK(type != Type::f16 && type_of(k) == type && type_of(v) == type,
-              "q, k and v must be float32 or bfloat16 together, got ", q.scalar_type(), ", ", k.scalar_type(), ", ",
-              v.scalar_type());
   Attention a{};
   a.batch = batch;
   a.queries = q.size(1);
@@ -432,7 +422,7 @@ Attention arguments(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
   a.heads = heads;
   a.head_dim = head_dim;
   a.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
-  a.type = type;
+  a.type = type_of(q);
   a.q = view(q);
   a.k = view(k);
   a.v = view(v);
@@ -457,6 +447,7 @@ void for_tasks(const Attention& a, int64_t tasks, int64_t bytes, Kernel kernel) 
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_) {
+  check::attention(q_, k_, v_);
   const at::Tensor q = contiguous_rows(q_), k = contiguous_rows(k_), v = contiguous_rows(v_);
   Attention a = arguments(q, k, v);
   at::Tensor out = result_like(q);
@@ -472,15 +463,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(const at::Tens
                                                                   const at::Tensor& k_, const at::Tensor& v_,
                                                                   const at::Tensor& out_,
                                                                   const at::Tensor& logsumexp_) {
+  check::attention_backward(grad_, q_, k_, v_, out_, logsumexp_);
   const at::Tensor q = contiguous_rows(q_), k = contiguous_rows(k_), v = contiguous_rows(v_);
-  const at::Tensor grad = contiguous_rows(grad_), out = contiguous_rows(out_), logsumexp = logsumexp_.contiguous();
+  const at::Tensor grad = contiguous_rows(grad_), out = contiguous_rows(out_), logsumexp = contiguous(logsumexp_);
   Attention a = arguments(q, k, v);
-  TORCH_CHECK(grad.sizes() == q.sizes() && out.sizes() == q.sizes() && type_of(grad) == a.type &&
-                  type_of(out) == a.type,
-              "grad and out must have the shape ", q.sizes(), " and the dtype of q, got ", grad.sizes(), " and ",
-              out.sizes());
-  TORCH_CHECK(logsumexp.sizes() == at::IntArrayRef({a.batch, a.heads, a.queries}) && type_of(logsumexp) == Type::f32,
-              "logsumexp must be float32 [B, H, L], got ", logsumexp.sizes());
   at::Tensor grad_q = result_like(q), grad_k = result_like(k), grad_v = result_like(v);
   a.out = view(out);
   a.logsumexp = logsumexp.data_ptr<float>();

@@ -107,21 +107,15 @@ namespace {
 
 Elements elements(const at::Tensor& x) { return {x.data_ptr(), type_of(x)}; }
 
-// Whether the fusion is "gated", not "additive".
-bool is_gated(c10::string_view fusion) {
-  TORCH_CHECK(fusion == "gated" || fusion == "additive", "unknown fusion '", fusion, "'");
-  return fusion == "gated";
-}
-
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> dual_timestep_embedding(const at::Tensor& t_, const at::Tensor& r_,
                                                            const at::Tensor& gate, c10::string_view fusion) {
-  TORCH_CHECK(r_.sizes() == t_.sizes() && gate.numel() == 1, "expected embeddings of one shape and one gate");
-  const at::Tensor t = t_.contiguous(), r = r_.contiguous(), emb = result_like(t), activated = result_like(t);
+  check::dual_timestep_embedding(t_, r_, gate, fusion);
+  const at::Tensor t = contiguous(t_), r = contiguous(r_), emb = result_like(t), activated = result_like(t);
   const float g = gate.item<float>();
   const DualTimestepEmbedding a{elements(t), elements(r), elements(emb), elements(activated),
-                                is_gated(fusion) ? 1.0f - g : 1.0f, g};
+                                fusion == "gated" ? 1.0f - g : 1.0f, g};
   at::parallel_for(
       0, t.numel(), kGrain, [&, kernel = ANYFLOW_SELECT(dual_timestep_embedding_forward)](int64_t begin, int64_t end) {
         kernel(a, begin, end);
@@ -132,13 +126,11 @@ std::tuple<at::Tensor, at::Tensor> dual_timestep_embedding(const at::Tensor& t_,
 std::tuple<at::Tensor, at::Tensor, at::Tensor> dual_timestep_embedding_backward(
     const at::Tensor& grad_emb_, const at::Tensor& grad_activated_, const at::Tensor& t_, const at::Tensor& r_,
     const at::Tensor& gate, c10::string_view fusion, bool gate_gradient) {
-  for (const at::Tensor& x : {grad_emb_, grad_activated_, r_}) {
-    TORCH_CHECK(x.sizes() == t_.sizes(), "expected embeddings and gradients of one shape");
-  }
-  const at::Tensor grad_emb = grad_emb_.contiguous(), grad_activated = grad_activated_.contiguous();
-  const at::Tensor t = t_.contiguous(), r = r_.contiguous(), dt = result_like(t), dr = result_like(r);
+  check::dual_timestep_embedding_backward(grad_emb_, grad_activated_, t_, r_, gate, fusion);
+  const at::Tensor grad_emb = contiguous(grad_emb_), grad_activated = contiguous(grad_activated_);
+  const at::Tensor t = contiguous(t_), r = contiguous(r_), dt = result_like(t), dr = result_like(r);
   const float g = gate.item<float>();
-  const bool gated = is_gated(fusion);
+  const bool gated = fusion == "gated";
   const int64_t size = t.numel(), runs = (size + kRun - 1) / kRun;
   std::vector<float> totals(gate_gradient ? runs : 0);
   const DualTimestepEmbeddingBackward a{elements(grad_emb), elements(grad_activated), elements(t), elements(r),

@@ -131,6 +131,7 @@ std::tuple<at::Tensor, at::Tensor> flow_map_inputs(const at::Tensor& latents_, c
                                                    const at::Tensor& epsilon_minus,
                                                    const std::optional<at::Tensor>& rows, at::ScalarType dtype,
                                                    bool with_x_t) {
+  check::flow_map_inputs(latents_, noise_, t, epsilon_plus, epsilon_minus, rows, dtype);
   const at::Tensor latents = contiguous_frames(latents_), noise = contiguous_frames(noise_);
   const FrameShape shape = frame_shape(latents);
   const SlotLists slots(rows, shape.samples);
@@ -161,6 +162,7 @@ std::tuple<at::Tensor, at::Tensor> flow_map_inputs_backward(
     const at::Tensor& grad_, const at::Tensor& grad_batch_, const at::Tensor& latents, const at::Tensor& noise,
     const at::Tensor& t, const at::Tensor& epsilon_plus, const at::Tensor& epsilon_minus,
     const std::optional<at::Tensor>& rows, bool with_x_t) {
+  check::flow_map_inputs_backward(grad_, grad_batch_, latents, noise, t, epsilon_plus, epsilon_minus, rows, with_x_t);
   const at::Tensor grad = contiguous_frames(grad_), grad_batch = contiguous_frames(grad_batch_);
   const FrameShape shape = frame_shape(latents);
   const SlotLists slots(rows, shape.samples);

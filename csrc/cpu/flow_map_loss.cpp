@@ -100,7 +100,7 @@ std::tuple<at::Tensor, at::Tensor> flow_map_loss(
     const std::optional<at::Tensor>& u_minus, const at::Tensor& latents_, const at::Tensor& noise_, const at::Tensor& t,
     const at::Tensor& r, const at::Tensor& weight, const at::Tensor& step, const std::optional<at::Tensor>& rows,
     double guidance, bool need_grad) {
-  TORCH_CHECK(u_plus.has_value() == u_minus.has_value(), "u_plus and u_minus are given together or not at all");
+  check::flow_map_loss(pred_, uncond_, u_plus, u_minus, latents_, noise_, t, r, weight, step, rows, guidance);
   const bool guided = uncond_.has_value(), sides = u_plus.has_value();
   const at::Tensor pred = contiguous_frames(pred_), latents = contiguous_frames(latents_);
   const at::Tensor noise = contiguous_frames(noise_), uncond = guided ? contiguous_frames(*uncond_) : at::Tensor();
@@ -140,6 +140,7 @@ std::tuple<at::Tensor, at::Tensor> flow_map_loss(
 
 at::Tensor flow_map_loss_backward(const at::Tensor& grad_, const at::Tensor& residual_, const at::Tensor& weight,
                                   double guidance) {
+  check::flow_map_loss_backward(grad_, residual_, weight, guidance);
   const at::Tensor residual = contiguous_frames(residual_), grad = grad_.to(at::kFloat);
   const FrameShape shape = frame_shape(residual);
   at::Tensor dpred = result_like(residual);

@@ -137,13 +137,12 @@ inline FrameShape frame_shape(const at::Tensor& x) {
 // x itself if each frame is contiguous in memory (the kernels take any other strides), else a copy.
 inline at::Tensor contiguous_frames(const at::Tensor& x) {
   int64_t expected = 1;
+  bool contiguous = true;
   for (int64_t i = x.dim() - 1; i >= 2; --i) {
-    if (x.size(i) != 1 && x.stride(i) != expected) {
-      return x.contiguous();
-    }
+    contiguous = contiguous && (x.size(i) == 1 || x.stride(i) == expected);
     expected *= x.size(i);
   }
-  return x;
+  return copy_unless(contiguous, x);
 }
 
 // A tensor with frames of `shape`, of any number of samples.
@@ -156,7 +155,7 @@ inline Frames frames(const at::Tensor& x, const FrameShape& shape, int64_t sampl
 
 inline Frames frames(const at::Tensor& x, const FrameShape& shape) { return frames(x, shape, shape.samples); }
 
-// 0-d, [samples] or [samples, F] times.
+// 0-d, [samples] or [samples, F] times; `x` is kept by the caller, and read where it is.
 inline Times times(const at::Tensor& x, const FrameShape& shape, int64_t samples) {
   TORCH_CHECK(x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
               "expected times in float32 or float64 on the CPU, got ", x.scalar_type(), " on ", x.device());
@@ -166,7 +165,7 @@ inline Times times(const at::Tensor& x, const FrameShape& shape, int64_t samples
 }
 
 // Which slots belong to a sample: those whose index in rows [n], counted from the end if negative, names it, or the
-// slot of its own number where there are no rows. An index that names no sample is listed with the nearest one.
+// slot of its own number where there are no rows. An index that names no sample is an error.
 class SlotLists {
  public:
   SlotLists(const std::optional<at::Tensor>& rows, int64_t samples) : count_(rows ? rows->numel() : samples) {
@@ -181,6 +180,8 @@ class SlotLists {
     first_.resize(samples + 2);  // counting sort: first_[b + 1] is where the next slot of b goes, then where b ends
     slots_.resize(count_);
     for (int64_t slot = 0; slot < count_; ++slot) {
+      TORCH_CHECK_VALUE(sample(slot) == index(slot), "rows must be in [", -samples, ", ", samples, "), got ",
+                        rows ? rows->const_data_ptr<int64_t>()[slot * rows->stride(0)] : slot);
       ++first_[sample(slot) + 2];
     }
     for (int64_t b = 0; b < samples; ++b) {

@@ -65,6 +65,7 @@ void gated_residual_backward(const GatedResidualBackward& a, int64_t begin, int6
 namespace anyflow {
 
 at::Tensor gated_residual(const at::Tensor& x_, const at::Tensor& y_, const at::Tensor& gate_) {
+  check::gated_residual(x_, y_, gate_);
   const at::Tensor x = contiguous_rows(x_), y = contiguous_rows(y_), gate = contiguous_rows(gate_);
   const Shape shape(x);
   at::Tensor out = result_like(x);
@@ -77,6 +78,7 @@ at::Tensor gated_residual(const at::Tensor& x_, const at::Tensor& y_, const at::
 
 std::tuple<at::Tensor, at::Tensor> gated_residual_backward(const at::Tensor& grad_, const at::Tensor& y_,
                                                            const at::Tensor& gate_) {
+  check::gated_residual_backward(grad_, y_, gate_);
   const at::Tensor grad = contiguous_rows(grad_), y = contiguous_rows(y_), gate = contiguous_rows(gate_);
   const Shape shape(grad);
   at::Tensor dy = result_like(y);

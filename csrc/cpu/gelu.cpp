@@ -49,7 +49,8 @@ void gelu_backward(const Elements& grad_, const Elements& x_, const Elements& dx
 namespace anyflow {
 
 at::Tensor gelu(const at::Tensor& x_) {
-  const at::Tensor x = x_.contiguous(), out = result_like(x);
+  check::gelu(x_);
+  const at::Tensor x = contiguous(x_), out = result_like(x);
   const Elements from{x.data_ptr(), type_of(x)}, to{out.data_ptr(), type_of(out)};
   at::parallel_for(0, x.numel(), kGrain, [&, kernel = ANYFLOW_SELECT(gelu_forward)](int64_t begin, int64_t end) {
     kernel(from, to, begin, end);
@@ -58,8 +59,8 @@ at::Tensor gelu(const at::Tensor& x_) {
 }
 
 at::Tensor gelu_backward(const at::Tensor& grad_, const at::Tensor& x_) {
-  TORCH_CHECK(grad_.sizes() == x_.sizes(), "expected a gradient of shape ", x_.sizes(), ", got ", grad_.sizes());
-  const at::Tensor grad = grad_.contiguous(), x = x_.contiguous(), dx = result_like(x);
+  check::gelu_backward(grad_, x_);
+  const at::Tensor grad = contiguous(grad_), x = contiguous(x_), dx = result_like(x);
   const Elements from{grad.data_ptr(), type_of(grad)}, at{x.data_ptr(), type_of(x)}, to{dx.data_ptr(), type_of(dx)};
   at::parallel_for(0, x.numel(), kGrain, [&, kernel = ANYFLOW_SELECT(gelu_backward)](int64_t begin, int64_t end) {
     kernel(from, at, to, begin, end);

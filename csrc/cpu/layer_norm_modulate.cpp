@@ -80,6 +80,7 @@ void layer_norm_modulate_backward(const LayerNormModulateBackward& a, int64_t be
 namespace anyflow {
 
 at::Tensor layer_norm_modulate(const at::Tensor& x_, const at::Tensor& shift_, const at::Tensor& scale_, double eps) {
+  check::layer_norm_modulate(x_, shift_, scale_, eps);
   const at::Tensor x = contiguous_rows(x_), shift = contiguous_rows(shift_), scale = contiguous_rows(scale_);
   const Shape shape(x);
   at::Tensor out = result_like(x);
@@ -93,6 +94,7 @@ at::Tensor layer_norm_modulate(const at::Tensor& x_, const at::Tensor& shift_, c
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_modulate_backward(
     const at::Tensor& grad_, const at::Tensor& x_, const at::Tensor& shift, const at::Tensor& scale_, double eps) {
+  check::layer_norm_modulate_backward(grad_, x_, shift, scale_, eps);
   const at::Tensor grad = contiguous_rows(grad_), x = contiguous_rows(x_), scale = contiguous_rows(scale_);
   const Shape shape(x);
   at::Tensor dx = result_like(x);

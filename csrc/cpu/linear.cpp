@@ -7,11 +7,13 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
+#include <c10/util/accumulate.h>
 
 #include <optional>
 
 #include "cpu/dispatch.h"
 #include "cpu/operators.h"
+#include "cpu/tensors.h"
 
 namespace anyflow {
 namespace {
@@ -29,16 +31,23 @@ const c10::OperatorHandle* onednn_linear() {
   return handle ? &*handle : nullptr;
 }
 
-// a[M, K] b[N, K]^T + bias, both by any strides.
+// Whether one dimension of a matrix is contiguous and the lines of the other do not overlap.
+bool is_plain(const at::Tensor& x) {
+  const auto along = [&](int64_t fast) { return x.stride(fast) == 1 && x.stride(1 - fast) >= x.size(fast); };
+  return along(0) || along(1);
+}
+
+// a[M, K] b[N, K]^T + bias, by any strides.
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, const Optional& bias, int64_t worth_it) {
-  const int64_t size = a.size(0) * a.size(1) * b.size(0);
+  const double size = static_cast<double>(a.numel()) * static_cast<double>(b.size(0));  // may pass 2^63
   const c10::OperatorHandle* onednn = onednn_linear();
-  if (onednn == nullptr || size < worth_it || a.scalar_type() != at::kFloat) {
+  if (onednn == nullptr || size < static_cast<double>(worth_it) || a.scalar_type() != at::kFloat) {
     return at::linear(a, b, bias);
   }
+  // It reads the bias as if it were contiguous, and a matrix by its strides only where it is one to BLAS.
   torch::jit::Stack stack{a,
-                          b,
-                          bias ? c10::IValue(*bias) : c10::IValue(),
+                          copy_unless(is_plain(b), b),
+                          bias ? c10::IValue(contiguous(*bias)) : c10::IValue(),
                           std::string("none"),
                           c10::List<std::optional<at::Scalar>>(),
                           c10::IValue()};
@@ -46,11 +55,15 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, const Optional& bia
   return std::move(stack.front()).toTensor();
 }
 
-at::Tensor matrix(const at::Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
+// [..., K] as [M, K]; -1 would name no size where K is 0.
+at::Tensor matrix(const at::Tensor& x) {
+  return x.dim() == 2 ? x : x.reshape({c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), x.size(-1)});
+}
 
 }  // namespace
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const Optional& bias) {
+  check::linear(x, weight, bias);
   auto sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
   return product(matrix(x), weight, bias, kWorthIt).view(sizes);
@@ -59,6 +72,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const Optional&
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& grad_, const at::Tensor& x_,
                                                                const at::Tensor& weight, bool x_gradient,
                                                                bool weight_gradient, bool bias_gradient) {
+  check::linear_backward(grad_, x_, weight);
   const at::Tensor grad = matrix(grad_);
   const auto none = [&] { return at::empty({0}, grad.options()); };
   at::Tensor dx = none(), dweight = none(), dbias = none();

@@ -109,7 +109,7 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-Optional contiguous(const Optional& x) { return x ? Optional(contiguous_rows(*x)) : x; }
+Optional readable(const Optional& x) { return x ? Optional(contiguous_rows(*x)) : x; }
 
 Rows rows(const Shape& shape, const Optional& x) { return x ? shape.rows(*x) : Rows{}; }
 
@@ -125,9 +125,10 @@ at::Tensor present(const at::Tensor& gradient, const at::Tensor& like) {
 std::tuple<at::Tensor, at::Tensor> residual_layer_norm(const at::Tensor& x_, const at::Tensor& y_, const Optional& gate_,
                                                        const Optional& weight, const Optional& bias,
                                                        const Optional& shift, const Optional& scale, double eps) {
+  check::residual_layer_norm(x_, y_, gate_, weight, bias, shift, scale, eps);
   const at::Tensor x = contiguous_rows(x_), y = contiguous_rows(y_);
-  const Optional gate = contiguous(gate_), scales = contiguous(weight ? weight : scale);
-  const Optional shifts = contiguous(weight ? bias : shift);
+  const Optional gate = readable(gate_), scales = readable(weight ? weight : scale);
+  const Optional shifts = readable(weight ? bias : shift);
   const Shape shape(x);
   at::Tensor h = result_like(x), n = result_like(x);
   const ResidualLayerNorm a{shape.rows(x),
@@ -151,9 +152,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 residual_layer_norm_backward(const Optional& dh_, const at::Tensor& dn_, const Optional& y_, const at::Tensor& h_,
                              const Optional& gate_, const Optional& weight, const Optional& bias, const Optional& shift,
                              const Optional& scale, double eps) {
+  check::residual_layer_norm_backward(dh_, dn_, y_, h_, gate_, weight, bias, shift, scale, eps);
   const at::Tensor dn = contiguous_rows(dn_), h = contiguous_rows(h_);
-  const Optional dh = contiguous(dh_), y = contiguous(y_), gate = contiguous(gate_);
-  const Optional scales = contiguous(weight ? weight : scale), shifts = weight ? bias : shift;
+  const Optional dh = readable(dh_), y = readable(y_), gate = readable(gate_);
+  const Optional scales = readable(weight ? weight : scale), shifts = weight ? bias : shift;
   const Shape shape(h);
   at::Tensor dx = result_like(h), dy = y ? result_like(*y) : at::Tensor();
   Sums dgate = sums(shape, y ? gate : std::nullopt), dscale = sums(shape, scales), dshift = sums(shape, shifts);

@@ -113,13 +113,7 @@ namespace anyflow {
 namespace {
 
 // A table [L, Dh / 2], which all samples share; `x` is kept by the caller.
-Rows table(const Shape& shape, const at::Tensor& x, int64_t head_dim) {
-  if (!x.defined()) {
-    return {};
-  }
-  TORCH_CHECK(head_dim % 2 == 0 && x.dim() == 2 && x.size(0) == shape.length && 2 * x.size(1) == head_dim,
-              "expected a table [", shape.length, ", ", head_dim, " / 2], got ", x.sizes());
-  return {x.data_ptr(), type_of(x), 0, x.stride(0), 1};
+Rows table(const at::Tensor& x) { return x.defined() ? Rows{x.data_ptr(), type_of(x), 0, x.stride(0), 1} : Rows{};
 }
 
 at::Tensor contiguous_table(const std::optional<at::Tensor>& x) { return x ? contiguous_rows(*x) : at::Tensor(); }
@@ -128,14 +122,13 @@ at::Tensor contiguous_table(const std::optional<at::Tensor>& x) { return x ? con
 
 at::Tensor rms_norm_rope(const at::Tensor& x_, const at::Tensor& weight_, const std::optional<at::Tensor>& cos_,
                          const std::optional<at::Tensor>& sin_, int64_t num_heads, double eps) {
+  check::rms_norm_rope(x_, weight_, cos_, sin_, num_heads, eps);
   const at::Tensor x = contiguous_rows(x_), weight = contiguous_rows(weight_);
   const at::Tensor cos = contiguous_table(cos_), sin = contiguous_table(sin_);
   const Shape shape(x);
-  TORCH_CHECK(cos.defined() == sin.defined() && num_heads > 0 && shape.d % num_heads == 0,
-              "expected cos and sin, or neither, and heads that divide ", shape.d);
   const int64_t head_dim = shape.d / num_heads;
   at::Tensor out = result_like(x);
-  const RmsNormRope a{shape.rows(x), shape.rows(weight), table(shape, cos, head_dim), table(shape, sin, head_dim),
+  const RmsNormRope a{shape.rows(x), shape.rows(weight), table(cos), table(sin),
                       out.data_ptr(), shape.length, shape.d, head_dim, static_cast<float>(eps)};
   for_tokens(shape, [&, kernel = ANYFLOW_SELECT(rms_norm_rope_forward)](int64_t begin, int64_t end) {
     kernel(a, begin, end);
@@ -146,19 +139,16 @@ at::Tensor rms_norm_rope(const at::Tensor& x_, const at::Tensor& weight_, const 
 std::tuple<at::Tensor, at::Tensor> rms_norm_rope_backward(
     const at::Tensor& grad_, const at::Tensor& x_, const at::Tensor& weight_, const std::optional<at::Tensor>& cos_,
     const std::optional<at::Tensor>& sin_, int64_t num_heads, double eps) {
+  check::rms_norm_rope_backward(grad_, x_, weight_, cos_, sin_, num_heads, eps);
   const at::Tensor grad = contiguous_rows(grad_), x = contiguous_rows(x_), weight = contiguous_rows(weight_);
   const at::Tensor cos = contiguous_table(cos_), sin = contiguous_table(sin_);
   const Shape shape(x);
-  TORCH_CHECK(cos.defined() == sin.defined() && num_heads > 0 && shape.d % num_heads == 0,
-              "expected cos and sin, or neither, and heads that divide ", shape.d);
   const int64_t head_dim = shape.d / num_heads;
-  TORCH_CHECK(grad.sizes() == at::IntArrayRef({shape.batch, shape.length, num_heads, head_dim}),
-              "expected a gradient of the result's shape, got ", grad.sizes());
   at::Tensor dx = result_like(x);
   Sums dweight(shape, weight);
   const RmsNormRopeBackward a{{grad.data_ptr(), type_of(grad), grad.stride(0), grad.stride(1), 1}, grad.stride(2),
-                              shape.rows(x), shape.rows(weight), table(shape, cos, head_dim),
-                              table(shape, sin, head_dim), dx.data_ptr(), dweight.rows(), shape.length, shape.d,
+                              shape.rows(x), shape.rows(weight), table(cos),
+                              table(sin), dx.data_ptr(), dweight.rows(), shape.length, shape.d,
                               head_dim, static_cast<float>(eps)};
   for_chunks(shape, [&, kernel = ANYFLOW_SELECT(rms_norm_rope_backward)](int64_t begin, int64_t end, int64_t i) {
     kernel(a, begin, end, i);

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "checks.h"
 #include "cpu/rows.h"
 
 namespace anyflow {
@@ -29,9 +30,21 @@ inline Type type_of(const at::Tensor& x) {
   }
 }
 
+// Whether the elements begin at multiples of their size: a view of a buffer need not.
+inline bool is_aligned(const at::Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % x.element_size() == 0;
+}
+
+// x itself if a kernel can read it and `readable` holds of its strides, else a contiguous copy.
+inline at::Tensor copy_unless(bool readable, const at::Tensor& x) {
+  return readable && is_aligned(x) ? x : x.clone(at::MemoryFormat::Contiguous);
+}
+
+inline at::Tensor contiguous(const at::Tensor& x) { return copy_unless(x.is_contiguous(), x); }
+
 // x itself if its last dimension is contiguous in memory (the kernels take any other strides), else a copy.
 inline at::Tensor contiguous_rows(const at::Tensor& x) {
-  return x.dim() == 0 || x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+  return copy_unless(x.dim() == 0 || x.stride(-1) == 1 || x.size(-1) == 1, x);
 }
 
 // An uninitialized contiguous tensor of x's shape and dtype, on huge pages where it is large: with pages of 4 KiB, the

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anyflow.models.linear import apply_linear
 from anyflow.ops import backend_report, linear, use_backend
 from anyflow.ops.backend import LEFT_TO_TORCH
 
@@ -209,3 +210,57 @@ def test_forced_kernel_refuses_fp64(native, draw) -> None:
     x, weight = draw(2, 3, dtype=torch.float64), draw(4, 3, dtype=torch.float64)
     with use_backend("native"), pytest.raises(ValueError, match=r"linear: .* does not support \(2, 3\) float64"):
         linear(x, weight)
+
+
+STRIDED = {
+    "every other": lambda n: torch.randn(2 * n)[::2],
+    "column": lambda n: torch.randn(n, 3)[:, 0],
+    "expanded": lambda n: torch.ones(1).expand(n),
+    "flipped copy": lambda n: torch.randn(n).flip(0),
+    "offset": lambda n: torch.randn(n + 3)[3:],
+    "negative bit": lambda n: torch.complex(torch.zeros(n), torch.randn(n)).conj().imag,
+    "misaligned": lambda n: torch.frombuffer(bytearray(4 * n + 1), dtype=torch.float32, count=n, offset=1).add_(
+        torch.randn(n)
+    ),
+}
+
+
+@pytest.mark.parametrize("bias", STRIDED.values(), ids=STRIDED)
+def test_bias_by_any_stride(native, bias) -> None:
+    """oneDNN reads a bias as contiguous memory; large enough for it to be chosen."""
+    x, weight, view = torch.randn(64, 512), torch.randn(512, 512), bias(512)
+    expected = F.linear(x.double(), weight.double(), view.double())
+    with use_backend("native"), torch.no_grad():
+        for left, right in ((x, weight), (x.t().contiguous().t(), weight), (x, weight.t().contiguous().t())):
+            torch.testing.assert_close(linear(left, right, view).double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("strides", [(0, 1), (1, 0), (1, 1), (3, 1)], ids=str)
+def test_weight_with_overlapping_rows(native, strides) -> None:
+    x, weight = torch.randn(64, 512), torch.randn(512 * 4).as_strided((512, 512), strides)
+    with use_backend("native"), torch.no_grad():
+        torch.testing.assert_close(linear(x, weight), F.linear(x, weight.contiguous()), rtol=1e-4, atol=1e-3)
+        out = torch.ops.anyflow.linear_backward(x, x, weight, True, True, True)
+    torch.testing.assert_close(out[0], x @ weight.contiguous(), rtol=1e-4, atol=1e-3)
+
+
+def test_layer_whose_parameters_are_views(native) -> None:
+    """As the model runs an ``nn.Linear``, whose parameters may lie in a larger buffer."""
+    layer = torch.nn.Linear(512, 512)
+    buffer = torch.randn(512, 1024)
+    layer.weight = torch.nn.Parameter(buffer[:, ::2])
+    layer.bias = torch.nn.Parameter(buffer[:, 1])
+    x = torch.randn(2, 32, 512)
+    with use_backend("native"):
+        out = apply_linear(layer, x)
+        expected = F.linear(x, layer.weight.contiguous(), layer.bias.contiguous())
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
+        gradients = torch.autograd.grad(out.sum(), list(layer.parameters()))
+    for a, e in zip(gradients, torch.autograd.grad(expected.sum(), list(layer.parameters())), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-2)
+
+
+def test_no_rows_of_no_elements(backend) -> None:
+    assert torch.equal(
+        torch.ops.anyflow.linear(torch.ones(2, 3, 0), torch.ones(4, 0), torch.ones(4)), torch.ones(2, 3, 4)
+    )

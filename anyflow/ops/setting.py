@@ -1,0 +1,175 @@
+"""Settings that hold in a context: a thread, an asyncio task, and what either copies its context to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from anyflow.ops.native import EXTENSION
+
+
+class _Block:
+    """One entered ``with`` block of a setting."""
+
+    __slots__ = ("open",)
+
+    def __init__(self) -> None:
+        self.open = True
+
+
+# What holds in a context, from the outermost block to the innermost; without a block, what was set by a plain call.
+_State = tuple[tuple[_Block | None, Any], ...]
+
+
+class Setting:
+    """A value that blocks and plain calls set; None where nothing has.
+
+    It is read from the context of the caller. Autograd's threads of a device have none of their own: they read that of
+    the thread that called ``backward``. In code that ``torch.compile`` traces, the value is a constant of the graph,
+    which the guards of every call compare with that of its context; blocks inside such code hold inside.
+
+    Args:
+        name: of the setting; unique.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._state: ContextVar[_State] = ContextVar(f"anyflow.{name}", default=())
+        self._key = f"anyflow.{name}"
+        self._traced = _Traced()
+        self._live = _Mirror() if EXTENSION is None else EXTENSION.Evaluated(self._read)
+
+    def get(self) -> Any:
+        """Return the value that holds here."""
+        if torch.compiler.is_compiling():
+            traced = self._traced.value
+            return self._live.value if traced is None else traced[0]
+        return self._read()
+
+    def set(self, value: Any) -> None:
+        """Set the value until the innermost block of this context ends; without one, for good."""
+        state = self._state.get()
+        block = state[-1][0] if state else None
+        self._put((*state[:-1], (block, value)))
+
+    def enter(self, value: Any, shared: bool = True) -> _Block:
+        """Begin a block with a value; ``shared``: autograd's threads are to read it, too."""
+        block = _Block()
+        self._put((*self._state.get(), (block, value)), shared)
+        return block
+
+    def leave(self, blocks: list[_Block], shared: bool = True) -> None:
+        """End the last begun of some blocks, wherever the blocks of others begin and end.
+
+        A block that another context began (a generator that one thread starts and another one ends) is over for all.
+        """
+        state = self._state.get()
+        for index in range(len(state) - 1, -1, -1):
+            block = state[index][0]
+            if block is not None and block in blocks:
+                blocks.remove(block)
+                self._put(state[:index] + state[index + 1 :], shared)
+                return
+        blocks.pop().open = False
+
+    def _read(self) -> Any:
+        state = self._state.get()
+        if state:
+            return next((value for block, value in reversed(state) if block is None or block.open), None)
+        if not torch._C._is_key_in_tls(self._key):
+            return None
+        thread, value = torch._C._get_obj_in_tls(self._key)
+        # The thread that has set it has its context; another one can only have it from autograd.
+        return None if thread == threading.get_ident() else value
+
+    def _put(self, state: _State, shared: bool = True) -> None:
+        self._state.set(state)
+        self._traced.value = None
+        if EXTENSION is None:
+            self._live.value = self._read()
+        if shared:
+            torch._C._stash_obj_in_tls(self._key, (threading.get_ident(), self._read()))
+
+
+class _Traced(threading.local):
+    """What a block inside traced code has set, as a 1-tuple."""
+
+    value: tuple[Any] | None = None
+
+
+class _Mirror(threading.local):
+    """The value of a thread's last context, where the extension that reads a context from a guard is not built."""
+
+    value: Any = None
+
+
+class Use:
+    """Sets a setting at once, or while a ``with`` block lasts; any number of times, in any number of threads."""
+
+    setting: Setting
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self._blocks: list[_Block] = []
+        self._previous: tuple[Any] | None = None
+        setting = self.setting
+        if torch.compiler.is_compiling():
+            self._previous = setting._traced.value
+            setting._traced.value = (value,)
+            return
+        self._before: _State | None = setting._state.get()
+        setting.set(value)
+        self._after = setting._state.get()
+
+    def __enter__(self) -> Use:
+        setting = self.setting
+        if torch.compiler.is_compiling():
+            setting._traced.value = (self._value,)
+            return self
+        if self._before is not None and setting._state.get() is self._after:
+            setting._put(self._before)  # the block is what sets it, not the call that has made this object
+        self._before = None
+        self._blocks.append(setting.enter(self._value))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if torch.compiler.is_compiling():
+            self.setting._traced.value = self._previous
+        else:
+            self.setting.leave(self._blocks)
+
+
+@contextmanager
+def holding(values: dict[Setting, Any]) -> Iterator[None]:
+    """Give settings the values that they had elsewhere, as :func:`held` has returned them."""
+    blocks = [(setting, [setting.enter(value, shared=False)]) for setting, value in values.items()]
+    try:
+        yield
+    finally:
+        for setting, block in blocks:
+            setting.leave(block, shared=False)
+
+
+OPERATOR_BACKEND = Setting("operator_backend")
+ATTENTION_BACKEND = Setting("attention_backend")
+ASSUMED_CAPABILITY = Setting("assumed_capability")
+
+
+def held() -> dict[Setting, Any]:
+    """Return what holds here, for work that is done later, in whatever thread: a backward, a recomputation."""
+    return {setting: setting.get() for setting in (OPERATOR_BACKEND, ATTENTION_BACKEND, ASSUMED_CAPABILITY)}
+
+
+def hold(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function as it would run here, for a later call in any thread."""
+    values = held()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with holding(values):
+            return function(*args, **kwargs)
+
+    return run
