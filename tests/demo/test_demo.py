@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +122,30 @@ def test_killed_run_resumes_after_the_last_finished_stage(finished: Path, tmp_pa
 
     resumed = run(tiny_config(), out)
     assert weights.stat().st_mtime_ns == written, "a finished stage was run again"
+    assert resumed.curves == EvaluationResults.load(finished / "metrics.json").curves
+
+
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room_again(finished: Path, tmp_path: Path) -> None:
+    """Refused in its first stage, and then in the results: what was there stays, to the byte."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "demo"
+    for folder in (out, Path(shutil.copytree(finished, tmp_path / "copy"))):
+        state = folder / "state.json"
+        if state.is_file():
+            content = json.loads(state.read_text())
+            del content["finished"]["report"]
+            state.write_text(json.dumps(content))
+        before = {file: file.read_bytes() for file in folder.rglob("*.*") if file.is_file()}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                run(tiny_config(), folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        after = {file: file.read_bytes() for file in folder.rglob("*.*") if file.is_file()}
+        assert set(after) - {out / "state.json"} == set(before)
+        assert all(after[file] == before[file] for file in before if file.suffix in (".gif", ".png", ".html"))
+    resumed = run(tiny_config(), out)
     assert resumed.curves == EvaluationResults.load(finished / "metrics.json").curves
 
 
