@@ -42,7 +42,7 @@ def describe(error: BaseException) -> str | None:
     assert found.errno is not None
     names = [shortened(os.fsdecode(n)) for n in (found.filename, found.filename2) if isinstance(n, str | bytes)]
     if not names:
-        names = [_unnamed()]
+        names = [_unnamed(error)]
     return ": ".join([" to ".join(names), os.strerror(found.errno)])
 
 
@@ -73,9 +73,9 @@ def finish_streams(status: int) -> int:
     return status
 
 
-def _unnamed() -> str:
-    """Say what a call without a file was most likely about."""
-    if _fails(sys.stdout):
+def _unnamed(error: BaseException) -> str:
+    """Say what a call without a file was about."""
+    if _is_of_output(error):
         return "standard output"
     try:
         os.getcwd()
@@ -95,4 +95,13 @@ def _fails(stream: TextIO | None) -> bool:
 
 def _reader_is_gone(error: BaseException) -> bool:
     """Tell whether the reader of a pipe has left, as ``head`` does: nobody asked for more, so nothing is said."""
-    return isinstance(error, BrokenPipeError) and _fails(sys.stdout)
+    return isinstance(error, BrokenPipeError) and _is_of_output(error)
+
+
+def _is_of_output(error: BaseException) -> bool:
+    """Tell whether an error was raised by what prints."""
+    trace, module = error.__traceback__, ""
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__"))
+        trace = trace.tb_next
+    return module.partition(".")[0] in ("click", "typer", "rich")

@@ -1,10 +1,9 @@
-"""Checks of user-supplied numbers and tensors, shared by configurations, samplers and training methods."""
+"""Checks of user-supplied tensors, shared by the samplers and the training methods."""
 
 from __future__ import annotations
 
 import math
 import operator
-import reprlib
 from numbers import Integral, Real
 from typing import Any
 
@@ -146,45 +145,3 @@ def batched_embeds(name: str, embeds: Tensor, batch_size: int) -> Tensor:
         got = f"{tuple(embeds.shape)} {embeds.dtype}"
         raise ValueError(f"{name} must be floating-point [B={batch_size} or 1, S, text_dim], got {got}")
     return embeds if embeds.shape[0] == batch_size else embeds.repeat(batch_size, 1, 1)
-
-
-def require_whole(name: str, value: object, *, least: int = 1, most: int = 2**31 - 1) -> None:
-    """Raise a ValueError unless ``value`` is a whole number in ``least``..``most``; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name} must be a whole number, got {reprlib.repr(value)}")
-    number = int(value)
-    if number < least:
-        wanted = "a positive number" if least == 1 else f">= {least}"
-        raise ValueError(f"{name} must be {wanted}, got {_shortened(number)}")
-    if number > most:
-        raise ValueError(f"{name} must be at most {most}, got {_shortened(number)}")
-
-
-def require_number(name: str, value: object, *, least: float | None = None) -> None:
-    """Raise a ValueError unless ``value`` is a finite number, at least ``least``; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name} must be a number, got {reprlib.repr(value)}")
-    if not _is_finite(value):
-        raise ValueError(f"{name} must be a finite number, got {_shortened(value)}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be >= {least:g}, got {value}")
-
-
-def require_positive(name: str, value: object) -> None:
-    """Raise a ValueError unless ``value`` is a finite number > 0; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value) or value <= 0:
-        raise ValueError(f"{name} must be a positive number, got {_shortened(value)}")
-
-
-def _is_finite(value: Real) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
-        return False
-
-
-def _shortened(value: object) -> str:
-    """Return a value for a message; Python refuses to print integers of thousands of digits."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"a number of {value.bit_length()} bits"
-    return reprlib.repr(value)

@@ -73,6 +73,7 @@ class _Run:
 
     def run(self) -> EvaluationResults:
         config, plan = self.config, self._plan()
+        self._write_state()  # a run that ends in its first stage can be told from another's folder
         self.progress.start(sum(cost for _, _, cost in plan))
         for name, _, cost in plan:
             if name in self.state["finished"]:
@@ -157,6 +158,9 @@ class _Run:
 
     def _finish(self, name: str, seconds: float) -> None:
         self.state["finished"][name] = seconds
+        self._write_state()
+
+    def _write_state(self) -> None:
         write_text(self.out / STATE_FILE, json.dumps(self.state, indent=2) + "\n")
 
 
@@ -164,6 +168,8 @@ def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
     """Return the settings of a run in ``out`` and what it has finished, by stage in seconds."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
+    if (file := next((parent for parent in out.parents if parent.is_file()), None)) is not None:
+        raise ValueError(f"--out {out} cannot be created: {file} is a file")
     _check_device(config.device)
     settings = json.loads(json.dumps(asdict(config)))
     file = out / STATE_FILE

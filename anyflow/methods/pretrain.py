@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from anyflow.limits import require_number, require_positive
 from anyflow.methods.balance import DiffusionBalance
 from anyflow.methods.collectives import broadcast_from_rank_zero, rank_and_world
 from anyflow.methods.output import LossOutput
@@ -18,14 +19,7 @@ from anyflow.network import has_flow_map, velocity, widest_float
 from anyflow.ops import flow_map_batch, flow_map_loss, use_backend
 from anyflow.rng import rand, randn_like, resolve_generator
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.validation import (
-    batched_embeds,
-    require_finite,
-    require_latents,
-    require_number,
-    require_positive,
-    require_same_shape,
-)
+from anyflow.validation import batched_embeds, require_finite, require_latents, require_same_shape
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from anyflow.limits import require_number, require_positive, require_whole
 from anyflow.methods import OnPolicyConfig, PretrainConfig
-from anyflow.validation import require_number, require_positive, require_whole
 
 # More than any machine holds; a number beyond them is a mistake that would end in an error of the allocator, or never.
 MAX_LAYERS = 1000
 MAX_SIZE = 2**20
 MAX_BATCH = 2**16
-MAX_SEED = 2**63 - 1
 MAX_TIMESTEPS = 10**6
 _MAX_WORKERS = 1024
 _MAX_TIMEOUT = 30 * 24 * 3600
@@ -179,7 +178,7 @@ class NetworkConfig:
             raise ValueError("a network needs either path or architecture, and not both")
         if self.path is not None:
             _require_text("path", self.path)
-        require_whole("seed", self.seed, least=0, most=MAX_SEED)
+        require_whole("seed", self.seed, least=-(2**63))
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_whole("data.batch_size", self.batch_size, most=MAX_BATCH)
         require_whole("data.num_workers", self.num_workers, least=0, most=_MAX_WORKERS)
-        require_whole("data.seed", self.seed, least=0, most=MAX_SEED)
+        require_whole("data.seed", self.seed, least=-(2**63))
         if self.path is not None:
             _require_text("data.path", self.path)
         if (self.kind == "latents") != (self.path is not None):
@@ -372,7 +371,7 @@ class Recipe:
         for name in ("steps", "log_every"):
             require_whole(name, getattr(self, name))
         require_whole("gradient_accumulation", self.gradient_accumulation, most=MAX_BATCH)
-        require_whole("seed", self.seed, least=0, most=MAX_SEED)
+        require_whole("seed", self.seed, least=-(2**63))
         _require_text("out", self.out)
         if (self.stage == "on_policy") != (self.on_policy is not None):
             raise ValueError("on_policy is required with stage=on_policy, and only then")

@@ -93,11 +93,21 @@ def print_config(path: Path, overrides: Sequence[str] = ()) -> str:
 
     Raises:
         RecipeError: as :func:`load_recipe`.
-        ValueError: training would refuse the architecture or the adapters that the recipe describes.
+        ValueError: training would refuse the schedule, the architecture or the adapters that the recipe describes.
     """
+    import torch
+
     from anyflow.training.networks import check_networks
+    from anyflow.training.steps import build_scheduler
 
     recipe = load_recipe(path, overrides)
+    try:
+        torch.device("cpu" if recipe.device is None else recipe.device)
+    except RuntimeError:
+        raise ValueError(f"device {recipe.device!r} is unknown to PyTorch") from None
+    scheduler = build_scheduler(recipe)
+    if recipe.on_policy is not None and recipe.on_policy.method.timesteps is not None:
+        scheduler.schedule(timesteps=recipe.on_policy.method.timesteps)
     check_networks(recipe)
     return dump_recipe(recipe)
 

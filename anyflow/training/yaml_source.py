@@ -250,4 +250,6 @@ def _scalar(node: Any, prefix: str) -> Any:
         raise RecipeError(f"{prefix}{shortened(node.value, 40)} is too large for a number")
     if isinstance(value, int) and value not in _INT64:
         raise RecipeError(f"{prefix}{shortened(node.value, 40)} is too large for a whole number")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise RecipeError(f"{prefix}{shortened(value, 40)} has a lone surrogate, which is no character")
     return value

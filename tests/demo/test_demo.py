@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +142,30 @@ def test_a_state_that_is_none_names_the_file(tmp_path: Path, content: bytes) -> 
     (tmp_path / "state.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"state\.json is damaged.*delete"):
         finished_report(tiny_config(), tmp_path)
+
+
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room_again(finished: Path, tmp_path: Path) -> None:
+    """Refused in its first stage, and then in the results: what was there stays, to the byte."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "demo"
+    for folder in (out, Path(shutil.copytree(finished, tmp_path / "copy"))):
+        state = folder / "state.json"
+        if state.is_file():
+            content = json.loads(state.read_text())
+            del content["finished"]["report"]
+            state.write_text(json.dumps(content))
+        before = {file: file.read_bytes() for file in folder.rglob("*.*") if file.is_file()}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                run(tiny_config(), folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        after = {file: file.read_bytes() for file in folder.rglob("*.*") if file.is_file()}
+        assert set(after) - {out / "state.json"} == set(before)
+        assert all(after[file] == before[file] for file in before if file.suffix in (".gif", ".png", ".html"))
+    resumed = run(tiny_config(), out)
+    assert resumed.curves == EvaluationResults.load(finished / "metrics.json").curves
 
 
 def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
