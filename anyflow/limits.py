@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from numbers import Integral, Real
+
+from anyflow.validation import brief
 
 
 def require_whole(name: str, value: object, *, least: int = 1, most: int = 2**63 - 1) -> None:
     """Raise a ValueError unless ``value`` is a whole number in ``least``..``most``; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name} must be a whole number, got {reprlib.repr(value)}")
+        raise ValueError(f"{name} must be a whole number, got {brief(value)}")
     number = int(value)
     if number < least:
         wanted = "a positive number" if least == 1 else f">= {least}"
-        raise ValueError(f"{name} must be {wanted}, got {_shortened(number)}")
+        raise ValueError(f"{name} must be {wanted}, got {brief(number)}")
     if number > most:
-        raise ValueError(f"{name} must be at most {most}, got {_shortened(number)}")
+        raise ValueError(f"{name} must be at most {most}, got {brief(number)}")
 
 
 def require_number(name: str, value: object, *, least: float | None = None) -> None:
     """Raise a ValueError unless ``value`` is a finite number, at least ``least``; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name} must be a number, got {reprlib.repr(value)}")
+        raise ValueError(f"{name} must be a number, got {brief(value)}")
     if not _is_finite(value):
-        raise ValueError(f"{name} must be a finite number, got {_shortened(value)}")
+        raise ValueError(f"{name} must be a finite number, got {brief(value)}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be >= {least:g}, got {value}")
 
@@ -32,7 +33,7 @@ def require_number(name: str, value: object, *, least: float | None = None) -> N
 def require_positive(name: str, value: object) -> None:
     """Raise a ValueError unless ``value`` is a finite number > 0; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value) or value <= 0:
-        raise ValueError(f"{name} must be a positive number, got {_shortened(value)}")
+        raise ValueError(f"{name} must be a positive number, got {brief(value)}")
 
 
 def _is_finite(value: Real) -> bool:
@@ -40,10 +41,3 @@ def _is_finite(value: Real) -> bool:
         return math.isfinite(value)
     except OverflowError:  # a whole number that no float can hold
         return False
-
-
-def _shortened(value: object) -> str:
-    """Return a value for a message; Python refuses to print integers of thousands of digits."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"a number of {value.bit_length()} bits"
-    return reprlib.repr(value)

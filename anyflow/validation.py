@@ -1,10 +1,10 @@
-"""Checks of user-supplied tensors, shared by the samplers and the training methods."""
+"""Checks of user-supplied numbers and tensors, shared by configurations, samplers and training methods."""
 
 from __future__ import annotations
 
 import math
 import operator
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,23 +19,6 @@ def is_finite_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     return bool(abs(number) <= _LARGEST_FP32)  # false for NaN, and exact for an int of any size
-
-
-def require_whole_number(name: str, value: Any, lowest: int, highest: int) -> int:
-    """Return ``value`` as an int; ValueError unless it is a whole number (no bool) in [lowest, highest]."""
-    number: Any = value
-    if isinstance(value, bool) or not isinstance(value, Integral) or not lowest <= number <= highest:
-        raise ValueError(f"{name} must be a whole number from {lowest} to {highest}, got {shown(value)}")
-    return int(value)
-
-
-def shown(value: object, length: int = 80) -> str:
-    """Return the ``repr`` of a value for a message, cut to ``length`` characters."""
-    try:
-        text = repr(value)
-    except ValueError:  # an int of more digits than Python writes
-        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def whole_number(name: str, value: Any, low: int = 1, high: int | None = None) -> int:

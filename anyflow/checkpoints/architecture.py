@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anyflow.checkpoints.errors import CheckpointFormatError, listed
-from anyflow.validation import is_finite_number, shown
+from anyflow.validation import brief, is_finite_number
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
@@ -131,20 +131,20 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Config:
     """
     kind = raw.get("_class_name")
     if kind not in KINDS:
-        raise CheckpointFormatError(f"{where} is of {shown(kind)}; understood are {', '.join(KINDS)}")
+        raise CheckpointFormatError(f"{where} is of {brief(kind)}; understood are {', '.join(KINDS)}")
     fields = {k: _ORIGINAL_FIELDS.get(k, k) if kind == ORIGINAL_WAN else k for k in raw if k[:1] != "_"}
     renamed = {name: raw[k] for k, name in fields.items()}
     lines = [f"{k} and {name} are one setting" for k, name in fields.items() if k != name and name in raw]
     for name, value in renamed.items():
         if name in _FIXED:
             if value not in _FIXED[name]:
-                lines.append(f"{name}={shown(value)} is not supported, only {_FIXED[name][0]!r}")
+                lines.append(f"{name}={brief(value)} is not supported, only {_FIXED[name][0]!r}")
         elif name in _SIZES or name in _FLOW_MAP_FIELDS:
             if not _POSSIBLE[name](value):
-                lines.append(f"{name}={shown(value)} is not possible")
+                lines.append(f"{name}={brief(value)} is not possible")
         elif name in _FLAGS:
             if not isinstance(value, bool):
-                lines.append(f"{name}={shown(value)} should be true or false")
+                lines.append(f"{name}={brief(value)} should be true or false")
         elif name not in _OTHER:
             near = difflib.get_close_matches(name[:80], (*_SIZES, *_FLOW_MAP_FIELDS, *_FIXED, *_FLAGS, *_OTHER), 1)
             lines.append(f"{name[:80]} is unknown{f'; did you mean {near[0]}?' if near else ''}")
@@ -152,7 +152,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Config:
     heads: Any = renamed.get("num_attention_heads")
     whole = _positive(dim) and _positive(heads) and dim % heads == 0
     if kind == ORIGINAL_WAN and not whole:
-        lines.append(f"dim={shown(dim)} should be a multiple of num_heads={shown(heads)}")
+        lines.append(f"dim={brief(dim)} should be a multiple of num_heads={brief(heads)}")
     if lines:
         raise CheckpointFormatError(f"{where} does not describe a model that can be loaded:{listed(lines)}")
 

@@ -29,7 +29,7 @@ from anyflow.checkpoints.lora_file import adapter_config_beside
 from anyflow.checkpoints.names import DIFFUSERS, FASTVIDEO, ORIGINAL, Located, Naming, locate, naming_of
 from anyflow.checkpoints.readers import FLOATS, SECTIONS, Reader, SafetensorsReader, TorchReader
 from anyflow.documents import shortened
-from anyflow.validation import is_finite_number, require_whole_number, shown
+from anyflow.validation import brief, is_finite_number, whole_number
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
@@ -60,11 +60,11 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.weights not in tuple(SECTIONS):
-            raise ValueError(f"weights must be {' or '.join(SECTIONS)}, got {shown(self.weights)}")
+            raise ValueError(f"weights must be {' or '.join(SECTIONS)}, got {brief(self.weights)}")
         if self.lora_alpha is not None and not is_finite_number(self.lora_alpha):
-            raise ValueError(f"lora_alpha must be finite, got {shown(self.lora_alpha)}")
+            raise ValueError(f"lora_alpha must be finite, got {brief(self.lora_alpha)}")
         if self.attention_head_dim is not None:
-            require_whole_number("attention_head_dim", self.attention_head_dim, 2, 1024)
+            whole_number("attention_head_dim", self.attention_head_dim, 2, 1024)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from anyflow.checkpoints.problems import FiniteCheck, names_in_fp32, others_left
 from anyflow.checkpoints.readers import FLOATS
 from anyflow.documents import shortened
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.validation import shown
+from anyflow.validation import brief
 
 
 @torch.inference_mode(False)  # what is made there can never be trained
@@ -87,7 +87,7 @@ def _device(device: torch.device | str) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device {shown(device)} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device {brief(device)} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None, bidirectional: bool) -> AnyFlowTransformer3DModel:

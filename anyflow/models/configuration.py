@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from anyflow.validation import is_finite_number, require_whole_number, shown
+from anyflow.validation import brief, is_finite_number, whole_number
 
 # Smallest and largest value of each size. A width of 2^16 is 13 times that of the published 14B model.
 LIMITS: dict[str, tuple[int, int]] = {
@@ -31,12 +31,12 @@ def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
         sizes: by the names in ``LIMITS``; ``out_channels`` and ``image_dim`` may be None.
     """
     if not isinstance(patch_size, (tuple, list)) or len(patch_size) != 3:
-        raise ValueError(f"patch_size must be three positive integers, got {shown(patch_size)}")
+        raise ValueError(f"patch_size must be three positive integers, got {brief(patch_size)}")
     for axis, size in zip(("frames", "rows", "columns"), patch_size, strict=True):
-        require_whole_number(f"patch_size ({axis})", size, 1, MAX_PATCH)
+        whole_number(f"patch_size ({axis})", size, 1, MAX_PATCH)
     for name, size in sizes.items():
         if size is not None or name not in OPTIONAL:
-            require_whole_number(name, size, *LIMITS[name])
+            whole_number(name, size, *LIMITS[name])
     heads, head_dim = sizes["num_attention_heads"], sizes["attention_head_dim"]
     if head_dim % 2:
         raise ValueError(f"attention_head_dim must be even for the rotary embedding, got {head_dim}")
@@ -49,7 +49,7 @@ def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
 def require_settings(*, eps: Any, **flags: Any) -> None:
     """ValueError unless ``eps`` is a number in (0, 1] and every flag is True or False."""
     if not is_finite_number(eps) or not 0 < eps <= 1:
-        raise ValueError(f"eps must be a number in (0, 1], got {shown(eps)}")
+        raise ValueError(f"eps must be a number in (0, 1], got {brief(eps)}")
     for name, flag in flags.items():
         if not isinstance(flag, bool):
-            raise ValueError(f"{name} must be True or False, got {shown(flag)}")
+            raise ValueError(f"{name} must be True or False, got {brief(flag)}")

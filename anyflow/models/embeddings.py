@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from anyflow.models.linear import apply_linear
 from anyflow.ops import dual_timestep_embedding, gelu, linear
 from anyflow.ops.dual_timestep_embedding import FUSIONS
-from anyflow.validation import is_finite_number, shown
+from anyflow.validation import brief, is_finite_number
 
 DELTATIME_TYPES = ("r", "t-r")
 
@@ -198,11 +198,11 @@ class ConditionEmbedder(nn.Module):
             ValueError: an unknown deltatime type or fusion, or a gate that is not finite in fp32.
         """
         if deltatime not in DELTATIME_TYPES:
-            raise ValueError(f"deltatime_type must be one of {', '.join(DELTATIME_TYPES)}, got {shown(deltatime)}")
+            raise ValueError(f"deltatime_type must be one of {', '.join(DELTATIME_TYPES)}, got {brief(deltatime)}")
         if fusion not in FUSIONS:
-            raise ValueError(f"r_embedder_fusion must be one of {', '.join(FUSIONS)}, got {shown(fusion)}")
+            raise ValueError(f"r_embedder_fusion must be one of {', '.join(FUSIONS)}, got {brief(fusion)}")
         if not is_finite_number(gate_value):
-            raise ValueError(f"gate_value must be a number that is finite in fp32, got {shown(gate_value)}")
+            raise ValueError(f"gate_value must be a number that is finite in fp32, got {brief(gate_value)}")
         self.delta_embedder = delta_embedder
         self.deltatime_type, self.fusion = deltatime, fusion
         self.gate_value = gate_value

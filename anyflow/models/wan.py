@@ -10,7 +10,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from anyflow.models.transformer import AnyFlowTransformer3DModel
-from anyflow.validation import shown
+from anyflow.validation import brief
 
 
 class WanTransformer3DModel(AnyFlowTransformer3DModel):
@@ -47,10 +47,10 @@ class WanTransformer3DModel(AnyFlowTransformer3DModel):
         for name, value in (("added_kv_proj_dim", added_kv_proj_dim), ("pos_embed_seq_len", pos_embed_seq_len)):
             if value is not None:
                 raise ValueError(
-                    f"{name}={shown(value)}: Wan models with image attention are not supported, only {name}=None"
+                    f"{name}={brief(value)}: Wan models with image attention are not supported, only {name}=None"
                 )
         if qk_norm != "rms_norm_across_heads":
-            raise ValueError(f"qk_norm must be 'rms_norm_across_heads', got {shown(qk_norm)}")
+            raise ValueError(f"qk_norm must be 'rms_norm_across_heads', got {brief(qk_norm)}")
         super().__init__(
             patch_size=patch_size,
             num_attention_heads=num_attention_heads,

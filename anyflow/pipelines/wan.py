@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anyflow.documents import require_content, shortened
-from anyflow.validation import FiniteCheck, brief, numbered, overflow_advice, shown
+from anyflow.validation import FiniteCheck, brief, numbered, overflow_advice
 from anyflow.versions import require_ftfy
 
 
@@ -163,7 +163,7 @@ def require_sound_folder(folder: Path) -> None:
     for name, value in config.items():
         counts = name.startswith("num_") and name.endswith(("_layers", "_blocks"))
         if counts and isinstance(value, int) and not 0 <= value <= len(tensors):
-            raise ValueError(f"{folder / 'config.json'}: {name}={shown(value)}, but there are {len(tensors)} tensors")
+            raise ValueError(f"{folder / 'config.json'}: {name}={brief(value)}, but there are {len(tensors)} tensors")
 
 
 def chosen_weights(folder: Path) -> Path:

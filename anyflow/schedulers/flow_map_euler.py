@@ -17,7 +17,7 @@ from torch import Tensor
 from anyflow.documents import read_json, shortened
 from anyflow.schedulers.shift import WEIGHT_TYPES, invert_shift, nearest_weight, shift_times, train_weight_grid
 from anyflow.transfer import to_device
-from anyflow.validation import brief, is_finite_number, shown, whole_number
+from anyflow.validation import brief, is_finite_number, whole_number
 
 MAX_STEPS = 10_000  # of a schedule: more are a mistake, and would only fill the memory
 MAX_TRAIN_TIMESTEPS = 10**6
@@ -86,7 +86,7 @@ class FlowMapEulerDiscreteScheduler:
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0, weight_type: str = "beta08") -> None:
         num_train_timesteps = whole_number("num_train_timesteps", num_train_timesteps, high=MAX_TRAIN_TIMESTEPS)
         if weight_type not in WEIGHT_TYPES:
-            raise ValueError(f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {shown(weight_type)}")
+            raise ValueError(f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {brief(weight_type)}")
         self._configure(num_train_timesteps=num_train_timesteps, shift=_valid_shift(shift), weight_type=weight_type)
         self.set_timesteps(min(num_train_timesteps, MAX_STEPS))
 
@@ -109,7 +109,7 @@ class FlowMapEulerDiscreteScheduler:
             ValueError: the configuration is no mapping, or has a key this scheduler does not know.
         """
         if not isinstance(config, (Mapping, SchedulerConfig)):
-            raise ValueError(f"a scheduler's configuration must be a mapping of settings, got {shown(config)}")
+            raise ValueError(f"a scheduler's configuration must be a mapping of settings, got {brief(config)}")
         settings = {k: v for k, v in {**dict(config.items()), **overrides}.items() if not str(k).startswith("_")}
         known = ("num_train_timesteps", "shift", "weight_type")
         if unknown := sorted(str(name)[:80] for name in settings if name not in known):
@@ -367,7 +367,7 @@ def _ascends(t: Tensor, r: Tensor) -> bool:
 def _valid_shift(shift: float) -> float:
     if not is_finite_number(shift) or not MIN_SHIFT <= shift <= MAX_SHIFT:
         raise ValueError(
-            f"shift must be a positive finite number, from {MIN_SHIFT:g} to {MAX_SHIFT:g}, got {shown(shift)}"
+            f"shift must be a positive finite number, from {MIN_SHIFT:g} to {MAX_SHIFT:g}, got {brief(shift)}"
         )
     return float(shift)
 
