@@ -32,7 +32,13 @@ DTYPES = (
 )  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 3, 7, 2**31, 2**62, -(2**63), 2**63 - 1)
 FLOATS = (0.0, -1.0, 1e-6, 1.0, math.nan, math.inf, -math.inf, 1e308, 1e-320)
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 2**-8, torch.bfloat16: 2**-5}
+TOLERANCES = {
+    torch.float8_e4m3fn: 2**-3,
+    torch.float64: 1e-6,
+    torch.float32: 2e-5,
+    torch.float16: 2**-8,
+    torch.bfloat16: 2**-5,
+}
 HUGE = 2**40
 REFUSED = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
 
