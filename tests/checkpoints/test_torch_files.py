@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from anyflow.checkpoints import CheckpointFormatError
 from anyflow.checkpoints.readers import TorchReader
-from anyflow.checkpoints.torch_files import MAX_TUPLE_DEPTH, TorchFile
+from anyflow.checkpoints.torch_files import TorchFile
+from anyflow.checkpoints.torch_pickle import MAX_TUPLE_DEPTH
 
 
 def refused(file: Path) -> str:
