@@ -153,7 +153,9 @@ def test_bad_set_timesteps(arguments, message) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [tuple, np.array, np.float32, torch.tensor, lambda v: torch.tensor(v).bfloat16(), iter], ids=str
+    "kind",
+    [tuple, np.array, np.float32, torch.tensor, lambda v: torch.tensor(v).bfloat16(), iter],
+    ids=["tuple", "array", "float32", "tensor", "bfloat16", "iterator"],
 )
 def test_schedules_of_any_sequence_of_numbers(kind) -> None:
     values = [992.0, 752.0, 500.0]
