@@ -43,7 +43,11 @@ def test_what_the_system_refuses_is_one_line_with_path_and_reason(tmp_path: Path
 
 
 def test_ctrl_c_ends_every_command_with_130() -> None:
-    assert _end_of(lambda: signal.raise_signal(signal.SIGINT)) == (130, "\nStopped.\n")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores Ctrl-C
+    try:
+        assert _end_of(lambda: signal.raise_signal(signal.SIGINT)) == (130, "\nStopped.\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_bug_stays_a_traceback() -> None:

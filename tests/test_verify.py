@@ -96,7 +96,7 @@ def test_sizes_beyond_the_network_and_weights_cut_off_are_refused(flow_map) -> N
         verify(flow_map, **SIZES | {"height": 10**9})
     weights = (flow_map / WEIGHTS).read_bytes()
     (flow_map / WEIGHTS).write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ValueError, match=f"{flow_map} cannot be loaded by diffusers"):
+    with pytest.raises(ValueError, match=f"{flow_map / WEIGHTS} is not a complete safetensors file"):
         verify(flow_map, **SIZES)
 
 
@@ -160,10 +160,10 @@ def test_folders_that_hold_no_such_network(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no config.json in"):
         verify(tmp_path, **SIZES)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(ValueError, match="is of a UNet2DModel; allowed are AnyFlowTransformer3DModel"):
+    with pytest.raises(ValueError, match="is of a 'UNet2DModel'; allowed are AnyFlowTransformer3DModel"):
         verify(tmp_path, **SIZES)
     (tmp_path / "config.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match=r"must be a JSON object of settings, got \[1, 2\]"):
+    with pytest.raises(ValueError, match="must hold a JSON object, not list"):
         verify(tmp_path, **SIZES)
     with pytest.raises(ValueError, match="Thresholds.loss must be >= 0, got -1"):
         Thresholds(0.0, -1.0, 0.0)

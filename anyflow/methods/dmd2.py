@@ -46,8 +46,10 @@ class DMD2Config:
     def __post_init__(self) -> None:
         name = type(self).__name__
         require_number(f"{name}.real_guidance_scale", self.real_guidance_scale, least=0)
-        for timestep in (self.min_timestep, self.max_timestep, *(self.timesteps or ())):
-            require_number(f"{name}: a timestep", timestep)
+        require_number(f"{name}.min_timestep", self.min_timestep)
+        require_number(f"{name}.max_timestep", self.max_timestep)
+        for timestep in self.timesteps or ():
+            require_number(f"{name}.timesteps", timestep)
         if not 0 <= self.min_timestep < self.max_timestep:
             raise ValueError(
                 f"{name}: need 0 <= min_timestep < max_timestep, got {self.min_timestep} and {self.max_timestep}"

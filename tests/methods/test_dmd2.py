@@ -326,7 +326,7 @@ def test_rollout_renoises_between_jumps(
         ({"real_guidance_scale": float("nan")}, "real_guidance_scale"),
         ({"min_timestep": 500.0, "max_timestep": 100.0}, "min_timestep"),
         ({"min_timestep": -1.0}, "min_timestep"),
-        ({"max_timestep": float("nan")}, "min_timestep"),
+        ({"max_timestep": float("nan")}, "max_timestep"),
         ({"num_steps": ()}, "num_steps"),
         ({"num_steps": (4, 0)}, "num_steps"),
         ({"dmd_score_r": "none"}, "dmd_score_r"),

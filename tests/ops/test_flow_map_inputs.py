@@ -270,6 +270,8 @@ def test_index_of_no_sample(backend, draw, device, monkeypatch) -> None:
     for rows in (bad, bad.neg()):
         with pytest.raises(ValueError, match=r"rows must be in \[-4, 4\)") if device.type == "cpu" else _nothing():
             flow_map_inputs(*args, t, 0.01, rows)
+    if backend == "native" and device.type == "cpu":
+        return  # its C++ looks at every index itself
     monkeypatch.setattr(_frames, "on_host", lambda rows: False)  # as on a GPU
     expected, out = flow_map_inputs(*args, t, 0.01, good), flow_map_inputs(*args, t, 0.01, bad)
     assert torch.equal(out[0], expected[0])

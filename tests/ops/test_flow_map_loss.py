@@ -293,6 +293,8 @@ def test_index_of_no_sample(backend, draw, device, monkeypatch) -> None:
         for rows in (bad["rows"], torch.tensor([-B - 1, 0, 0])):
             with pytest.raises(ValueError, match=r"rows must be in \[-4, 4\)"):
                 flow_map_loss(**(named | {"rows": rows}))
+    if backend == "native" and device.type == "cpu":
+        return  # its C++ looks at every index itself
     monkeypatch.setattr(_frames, "on_host", lambda rows: False)  # as on a GPU
     torch.testing.assert_close(flow_map_loss(**named), expected)
     loss = flow_map_loss(**(named | bad))
@@ -343,9 +345,9 @@ GOOD: dict[str, Any] = dict.fromkeys(TENSORS, X) | {
         ({"weight": T.bool()}, "weight must be"),
         ({"weight": T.to("meta")}, "weight is on meta"),
         ({"r": torch.zeros(B, F)}, "one shape"),
-        ({"guidance": 0.0}, "guidance must be > 0"),
-        ({"guidance": -1.0}, "guidance must be > 0"),
-        ({"guidance": float("nan")}, "guidance must be > 0"),
+        ({"guidance": 0.0}, "guidance must be a finite number > 0"),
+        ({"guidance": -1.0}, "guidance must be a finite number > 0"),
+        ({"guidance": float("nan")}, "guidance must be a finite number > 0"),
         ({"uncond": None}, "needs the unconditional prediction"),
         ({"u_minus": None}, "given together"),
         ({"u_plus": None}, "given together"),
