@@ -203,6 +203,7 @@ def test_hooks_come_off_and_leave_the_weights(model: Path, tmp_path: Path) -> No
     """Those of a transformer whose weights wait on a disk, as a CPU has no streams."""
     transformer = load_transformer(model)
     names, weights = list(transformer.state_dict()), [p.detach().clone() for p in transformer.parameters()]
+    buffers = [b.clone() for b in transformer.buffers()]
     x, t, text = torch.zeros(1, 2, 16, 2, 4), torch.full((1,), 700.0), torch.zeros(1, 12, 16)
     with torch.no_grad():
         expected = transformer(x, t, t / 2, text).sample
@@ -213,6 +214,8 @@ def test_hooks_come_off_and_leave_the_weights(model: Path, tmp_path: Path) -> No
         stop_streaming(transformer)
         for parameter, weight in zip(transformer.parameters(), weights, strict=True):
             parameter.copy_(2 * weight)
+        for buffer, value in zip(transformer.buffers(), buffers, strict=True):  # which wait on the disk, too
+            buffer.copy_(value)
     assert not has_hooks(transformer) and list(transformer.state_dict()) == names
     with torch.no_grad():
         assert (transformer(x, t, t / 2, text).sample - expected).abs().max() > 0.1
