@@ -155,12 +155,12 @@ def _bare(module: nn.Module) -> nn.Module:
 
 
 def _is_ours(transformer: object) -> bool:
-    """Whether a transformer is ours, compiled by ``torch.compile`` or not."""
+    """Tell whether a transformer is ours, compiled by ``torch.compile`` or not."""
     return isinstance(_uncompiled(transformer), AnyFlowTransformer3DModel)
 
 
 def _uncompiled(module: Any) -> Any:
-    """The module inside of what ``torch.compile`` returns, or the module itself."""
+    """Return the module inside of what ``torch.compile`` returns, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 
@@ -175,7 +175,7 @@ def _our_class(theirs: object) -> type[AnyFlowTransformer3DModel]:
 
 
 def _check(theirs: ModelMixin, layers: Iterable[str], owners: Mapping[str, nn.Module]) -> None:
-    """A ValueError about what of theirs would be lost in ours."""
+    """Make the ValueError about what of theirs would be lost in ours."""
     _check_hooks("accelerate", theirs, layers)
     reached = {id(p) for name in layers for p in theirs.get_submodule(name).parameters()}
     for name, owner in owners.items():
@@ -194,7 +194,7 @@ def _check(theirs: ModelMixin, layers: Iterable[str], owners: Mapping[str, nn.Mo
 
 
 def _check_hooks(action: str, network: nn.Module, layers: Iterable[str]) -> None:
-    """A ValueError about what of a network's modules the other would not have; ``layers`` it will have."""
+    """Make the ValueError about what of a network's modules the other would not have; ``layers`` it will have."""
     shared = {id(m) for name in layers for m in network.get_submodule(name).modules()}
     for name, module in network.named_modules():
         problem = None if id(module) in shared else _problem(module)

@@ -1,4 +1,4 @@
-"""How every command ends when the system refuses something: one line, exit status 1, nothing but a bug a traceback."""
+"""End of every command when the system refuses something: one line, exit status 1, nothing but a bug a traceback."""
 
 from __future__ import annotations
 

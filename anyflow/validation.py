@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -53,6 +53,41 @@ def brief(value: Any, length: int = 100) -> str:
     digits = isinstance(value, int) and value.bit_length() > 2000  # Python refuses to write those out
     text = f"an integer of {value.bit_length()} bits" if digits else " ".join(repr(value).split())
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def require_whole(name: str, value: object, *, least: int = 1, most: int = 2**63 - 1) -> None:
+    """Raise a ValueError unless ``value`` is a whole number in ``least``..``most``; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be a whole number, got {brief(value)}")
+    number = int(value)
+    if number < least:
+        wanted = "a positive number" if least == 1 else f">= {least}"
+        raise ValueError(f"{name} must be {wanted}, got {brief(number)}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, got {brief(number)}")
+
+
+def require_number(name: str, value: object, *, least: float | None = None) -> None:
+    """Raise a ValueError unless ``value`` is a finite number, at least ``least``; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {brief(value)}")
+    if not _is_finite(value):
+        raise ValueError(f"{name} must be a finite number, got {brief(value)}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be >= {least:g}, got {value}")
+
+
+def require_positive(name: str, value: object) -> None:
+    """Raise a ValueError unless ``value`` is a finite number > 0; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value) or value <= 0:
+        raise ValueError(f"{name} must be a positive number, got {brief(value)}")
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _is_truth_value(value: Any) -> bool:

@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the mean is within the threshold; NaN and infinity never are."""
+        """Tell whether the mean is within the threshold; NaN and infinity never are."""
         return math.isfinite(self.mean) and self.mean <= self.threshold
 
 

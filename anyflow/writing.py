@@ -73,9 +73,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     with writing(path):
         try:
             yield partial
-            _sync(partial)
-            os.replace(partial, path)
-            _sync(path.parent)
+            publish(partial, path)
         except BaseException:
             with suppress(OSError):
                 partial.unlink()
@@ -93,7 +91,15 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode())
 
 
-def _sync(path: Path) -> None:
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a finished file or folder, with its content on the disk before and its name after."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

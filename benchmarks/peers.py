@@ -154,7 +154,7 @@ def _network(model: Any, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor
 
 
 def pretrain_step(model: Any, size: Size, data: Batch, t: Tensor, r: Tensor, guidance: float, epsilon: float) -> Any:
-    """SPEC B as the peers write it: four evaluations of the whole batch, the difference multiplied by t - r = 0."""
+    """Compute the pretrain loss as the peers do: four evaluations of the batch, the difference times t - r = 0."""
     network, weights, is_diffusion = _network(model, size.dtype), scheduler().get_train_weight(t * TIMESTEPS), t == r
     weights = weights.to(t)
 
@@ -197,7 +197,7 @@ def _rollout(network: Any, x: Tensor, sigmas: tuple[float, ...], text: Tensor) -
 
 
 def generator_step(student: Any, teacher: Any, critic: Any, size: Size, data: Batch, draws: OnPolicy) -> Any:
-    """SPEC C as the peers write it: the scores of the teacher in two evaluations, differences of clean samples."""
+    """Compute the DMD2 loss as the peers do: the teacher's scores in two evaluations, clean differences."""
     networks = [_network(m, size.dtype) for m in (student, teacher, critic)]
     t, guidance = draws.t, draws.guidance
 
@@ -220,7 +220,7 @@ def generator_step(student: Any, teacher: Any, critic: Any, size: Size, data: Ba
 
 
 def critic_step(student: Any, critic: Any, size: Size, data: Batch, draws: OnPolicy) -> Any:
-    """SPEC C: flow matching of the critic on a fresh rollout."""
+    """Compute the flow matching loss of the critic on a fresh rollout."""
     rollout, score, t = _network(student, size.dtype), _network(critic, size.dtype), draws.t
 
     def step() -> Tensor:

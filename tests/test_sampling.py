@@ -196,7 +196,7 @@ def test_guidance_keeps_fp64(field, noise, scheduler) -> None:
 
 
 def test_negative_embeds_without_guidance_change_nothing(field, noise, scheduler, model, embeds) -> None:
-    """SPEC D12: the peer returns a batch of 2 for a batch of 1."""
+    """The peer returns a batch of 2 for a batch of 1."""
     out = sample(field, scheduler, noise[:1], TEXT[:1], negative_prompt_embeds=TEXT[:1] + 9)
     assert out.shape[0] == 1 and all(c["x"].shape[0] == 1 for c in field.calls)
     torch.testing.assert_close(out, sample(field, scheduler, noise[:1], TEXT[:1]))
@@ -206,7 +206,7 @@ def test_negative_embeds_without_guidance_change_nothing(field, noise, scheduler
 
 
 def test_single_embeds_are_expanded(field, noise, scheduler) -> None:
-    """SPEC D16: never left to broadcast inside attention."""
+    """Never left to broadcast inside attention."""
     arguments = {"guidance_scale": 2.0, "num_inference_steps": 2}
     one = sample(field, scheduler, noise, TEXT[:1], negative_prompt_embeds=TEXT[:1] + 1, **arguments)
     assert all(c["text"].shape == (2 * B, 5, 8) for c in field.calls)
@@ -245,7 +245,7 @@ def test_context_is_kept_and_seen_at_time_zero(guidance, n, batch, field, noise,
         assert call["t"].shape == (len(call["x"]), F)
         assert not call["t"][:, :2].any() and (call["t"][:, 2] > 0).all()
         assert torch.equal(call["x"][:B, :2], out[:, :2])
-    assert all(torch.equal(a, b) for a, b in zip((noise, context, TEXT), copies, strict=True))  # SPEC D13
+    assert all(torch.equal(a, b) for a, b in zip((noise, context, TEXT), copies, strict=True))
 
 
 def test_context_through_the_real_model(model, scheduler, embeds, generator) -> None:

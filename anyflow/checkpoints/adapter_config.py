@@ -26,7 +26,7 @@ _BIASES = ("none", "all", "lora_only")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What decides the numbers of a LoRA beside its tensors; the names of the fields are those of ``peft.LoraConfig``.
+    """Hold the settings that decide the numbers of a LoRA; the fields have the names of ``peft.LoraConfig``.
 
     Attributes:
         where: names the document in errors.

@@ -11,7 +11,7 @@ from anyflow.checkpoints.names import NAMINGS, ORIGINAL
 
 
 class Role(Enum):
-    """What a tensor is to its layer.
+    """Name the part of an adapter that a tensor is.
 
     ``DOWN[r, in]`` and ``UP[out, r]`` are the factors A and B; ``ALPHA`` is the numerator of their scale, and
     ``MAGNITUDE`` the norms of DoRA. The differences are added; ``WEIGHT`` and ``BIAS`` take the place of the model's.

@@ -1,4 +1,4 @@
-"""What an adapter does to a parameter, in exact formulas: a product of low rank, a difference, or another value."""
+"""Exact changes of parameters by adapters: a product of low rank, a difference, or another value."""
 
 from __future__ import annotations
 

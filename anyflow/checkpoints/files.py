@@ -110,7 +110,7 @@ def _of_folder(folder: Path, named: Path | None) -> CheckpointFiles:
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether ``path`` is a folder and no file; CheckpointFormatError where there is neither."""
+    """Tell whether ``path`` is a folder and no file; CheckpointFormatError where there is neither."""
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
             return True

@@ -1,4 +1,4 @@
-"""Why a checkpoint cannot be loaded: the one answer of ``load_transformer``, ``convert`` and ``inspect``."""
+"""Problems of a checkpoint: the one answer of ``load_transformer``, ``convert`` and ``inspect``."""
 
 from __future__ import annotations
 

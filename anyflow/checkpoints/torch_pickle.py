@@ -36,7 +36,7 @@ _STORAGES = {
 
 
 class Unreadable(Exception):
-    """Why a file cannot be read, without its name."""
+    """The reason for which a file cannot be read, without the name of the file."""
 
 
 class NeedsCode(Exception):

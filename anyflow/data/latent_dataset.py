@@ -34,7 +34,6 @@ from anyflow.data.latent_format import (
     map_shard,
     matches_digest,
     pa,
-    publish,
     read_record,
     row_digest,
     shard_digest,
@@ -44,7 +43,7 @@ from anyflow.data.latent_format import (
 )
 from anyflow.data.sample import Sample
 from anyflow.documents import require_regular_file
-from anyflow.writing import write_bytes, writing
+from anyflow.writing import publish, write_bytes, writing
 
 __all__ = [
     "INFO_FILE",

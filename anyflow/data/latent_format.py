@@ -221,13 +221,6 @@ def file_digest(path: Path) -> str:
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
-def publish(temporary: Path, path: Path) -> None:
-    """Rename a finished file, with its content on the disk before and its name after."""
-    _sync(temporary)
-    temporary.rename(path)
-    _sync(path.parent)
-
-
 def _record_digest(facts: Mapping[str, Any]) -> str:
     content = {name: value for name, value in facts.items() if name != "digest"}
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -235,11 +228,3 @@ def _record_digest(facts: Mapping[str, Any]) -> str:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,20 +9,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anyflow.limits import require_number, require_whole
 from anyflow.methods.collectives import broadcast_from_rank_zero
 from anyflow.methods.output import LossOutput
 from anyflow.network import has_flow_map, velocity
 from anyflow.rng import rand, randn_like, resolve_generator
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.validation import batched_embeds, require_finite, require_latents, require_same_shape
+from anyflow.validation import (
+    batched_embeds,
+    require_finite,
+    require_latents,
+    require_number,
+    require_same_shape,
+    require_whole,
+)
 
 _TINY = 1e-6  # keeps the gradient finite where the teacher already agrees with the sample
 
 
 @dataclass(frozen=True)
 class DMD2Config:
-    """Settings shared by the distribution-matching methods (SPEC C).
+    """Settings shared by the distribution-matching methods.
 
     Args:
         real_guidance_scale: s >= 0 of the teacher score, ``cond + s (cond - uncond)``; 0 runs no unconditional forward.

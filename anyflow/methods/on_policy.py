@@ -47,7 +47,7 @@ class OnPolicyConfig(DMD2Config):
 
 
 class AnyFlowOnPolicyMethod(DMD2Method):
-    """On-policy flow-map distillation (DESIGN section 5, SPEC C); arguments and errors as :class:`DMD2Method`."""
+    """On-policy flow-map distillation; arguments and errors as :class:`DMD2Method`."""
 
     config: OnPolicyConfig
 

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from anyflow.limits import require_number, require_positive
 from anyflow.methods.balance import DiffusionBalance
 from anyflow.methods.collectives import broadcast_from_rank_zero, rank_and_world
 from anyflow.methods.output import LossOutput
@@ -19,12 +18,19 @@ from anyflow.network import has_flow_map, velocity, widest_float
 from anyflow.ops import flow_map_batch, flow_map_loss, use_backend
 from anyflow.rng import rand, randn_like, resolve_generator
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.validation import batched_embeds, require_finite, require_latents, require_same_shape
+from anyflow.validation import (
+    batched_embeds,
+    require_finite,
+    require_latents,
+    require_number,
+    require_positive,
+    require_same_shape,
+)
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Settings of the pretrain loss; the defaults are the published ones (SPEC B).
+    """Settings of the pretrain loss; the defaults are the published ones.
 
     Args:
         diffusion_ratio: share of the global batch with r = t.
@@ -94,7 +100,7 @@ class _Batch:
 
 
 class AnyFlowPretrainMethod:
-    """Flow-map pretraining (DESIGN section 5, SPEC B).
+    """Flow-map pretraining.
 
     Two network calls per step, whatever the samples: one without gradient on the batch ``[x+ ; x- ; x_t uncond]`` (only
     samples with r != t have ``x+-``), one with gradient on ``x_t``. Flow matching proper (``diffusion_ratio=1`` and no
@@ -334,7 +340,7 @@ class AnyFlowPretrainMethod:
             t.append(batch.timestep)
             r.append(batch.r_timestep)
             text.append(batch.negative.to(batch.text.dtype))
-        elif n == 0:  # under FSDP every rank must call the network as often as the others (SPEC D27)
+        elif n == 0:  # under FSDP every rank must call the network as often as the others
             velocity(self.student, x_t[:1], batch.timestep[:1], batch.r_timestep[:1], batch.text[:1])
             return None, None, None
         out = velocity(self.student, x_no_grad, torch.cat(t), torch.cat(r), torch.cat(text))

@@ -74,7 +74,7 @@ def sample_time_pairs(
     offset: int = 0,
     uniforms: Tensor | None = None,
 ) -> TimePairs:
-    """Draw ``t, r = max, min`` of two uniforms, then fix r for two kinds of samples (SPEC B1).
+    """Draw ``t, r = max, min`` of two uniforms, then fix r for two kinds of samples.
 
     By global index ``i = (b * world_size + rank + offset) mod (world_size * batch_size)``, which interleaves ranks, the
     first ``round(diffusion_ratio * world_size * batch_size)`` get r = t, the next

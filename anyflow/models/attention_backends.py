@@ -116,7 +116,7 @@ def preference(capability: tuple[int, int], cudnn: int, flash: str | None = None
 
     An implementation that the user has activated in place of torch's flash kernel, ``"FA3"`` or ``"FA4"``, comes first.
 
-    Hopper: FlashAttention-3, then cuDNN, both far above FlashAttention-2 (SPEC D21). Blackwell: cuDNN alone has kernels
+    Hopper: FlashAttention-3, then cuDNN, both far above FlashAttention-2. Blackwell: cuDNN alone has kernels
     of its own. Ampere and Ada: FlashAttention-2 is written for them, and torch does not prefer cuDNN there either.
     """
     newest = ("flash_attn_3", "cudnn") if cudnn >= _CUDNN_PREFERRED else ("flash_attn_3",)

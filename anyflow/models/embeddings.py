@@ -21,7 +21,7 @@ class PatchEmbedding(nn.Conv3d):
     """Non-overlapping patch projection: a Conv3d by name and contract, one matrix product in execution.
 
     Runs in the wider of the input's and the weight's dtype, also under autocast: fp32 latents entering a bf16 model are
-    not rounded before they are projected, without which the central difference of x drowns (SPEC D1).
+    not rounded before they are projected, without which the central difference of x drowns.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class PatchEmbedding(nn.Conv3d):
 
 
 class OutputProjection(nn.Linear):
-    """A linear layer in the wider of the input's and the weight's dtype, also under autocast (SPEC D1)."""
+    """A linear layer in the wider of the input's and the weight's dtype, also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_wide(x, self.weight, self.bias)
@@ -99,7 +99,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """``[N] -> [N, dim]``: ``[cos | sin]`` of t times ``exp(-ln(1e4) i / (dim / 2))``, in fp32 (SPEC A)."""
+    """``[N] -> [N, dim]``: ``[cos | sin]`` of t times ``exp(-ln(1e4) i / (dim / 2))``, in fp32."""
     half = dim // 2
     exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
     angle = timestep.to(torch.float32)[:, None] * exponent.exp()
@@ -207,7 +207,7 @@ class ConditionEmbedder(nn.Module):
         self.deltatime_type, self.fusion = deltatime, fusion
         self.gate_value = gate_value
         device = delta_embedder.linear_1.weight.device
-        # No file fills this buffer, so it must not be left on the meta device that weights are loaded from (SPEC D24).
+        # No file fills this buffer, so it must not be left on the meta device that weights are loaded from.
         device = torch.device("cpu") if device.type == "meta" else device
         self.register_buffer("delta_emb_gate", self._gate(device), persistent=False)
 

@@ -18,7 +18,7 @@ FUSIONS = ("gated", "additive")
 def dual_timestep_embedding(
     t_emb: Tensor, r_emb: Tensor, gate: float | Tensor, fusion: str = "gated"
 ) -> tuple[Tensor, Tensor]:
-    """Fuse the embeddings of t and r: ``gated``: ``(1 - g) t + g r``; ``additive``: ``t + g r`` (SPEC A).
+    """Fuse the embeddings of t and r: ``gated``: ``(1 - g) t + g r``; ``additive``: ``t + g r``.
 
     Args:
         t_emb: ``[N, D]`` embedding of the timestep, any N and D; the kernel copies what is not contiguous.

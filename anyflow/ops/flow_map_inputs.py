@@ -50,7 +50,7 @@ def flow_map_inputs(
 
     Returns:
         ``(x_t, x_plus, x_minus)``: ``[B, F, ...]`` and twice ``[n, F, ...]``, the last two in fp32 at least: rounding
-        them to half precision would drown their difference (SPEC D1). On a GPU, where checking indices would stall it,
+        them to half precision would drown their difference. On a GPU, where checking indices would stall it,
         ``x_plus`` and ``x_minus`` of an index that names no sample are NaN.
 
     Raises:

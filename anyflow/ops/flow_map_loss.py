@@ -39,7 +39,7 @@ def flow_map_loss(
     *,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Flow-map regression loss (DESIGN section 5, SPEC B3-B6), differentiable with respect to ``pred`` only::
+    """Flow-map regression loss, differentiable with respect to ``pred`` only::
 
         p      = (pred - (1 - g) uncond) / g                 (p = pred when g is 1)
         dF/dt  = (u_plus - u_minus) / (step g)

@@ -22,7 +22,7 @@ _OP = "gated_residual"
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Gated residual: ``x + y * gate``, rounded once, to x's dtype (DESIGN section 3).
+    """Gated residual: ``x + y * gate``, rounded once, to x's dtype.
 
     Token ``l`` reads gate row ``l // (L // R)``, as in :func:`anyflow.ops.layer_norm_modulate`. This is the first
     result of :func:`anyflow.ops.residual_layer_norm`, for a residual that no norm follows.

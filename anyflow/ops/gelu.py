@@ -15,7 +15,7 @@ _OP = "gelu"
 
 
 def gelu(x: Tensor) -> Tensor:
-    """tanh-GELU: ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``, as in the feed-forward of the model (SPEC A).
+    """tanh-GELU: ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``, as in the feed-forward of the model.
 
     The native kernel computes it as ``x sigmoid(2 u)``, which does not cancel: results are good to a few units in the
     last place however small they are, and -inf gives -0. The reference is torch's, which has neither. There is no

@@ -24,7 +24,7 @@ _OP = "layer_norm_modulate"
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Modulated LayerNorm: ``LN(x) * (1 + scale) + shift``, LN over D without affine (DESIGN section 3).
+    """Modulated LayerNorm: ``LN(x) * (1 + scale) + shift``, LN over D without affine.
 
     Token ``l`` reads modulation row ``l // (L // R)``: R = 1 modulates a sample, R = F modulates each frame, and the
     rows are never expanded to tokens in memory.

@@ -37,7 +37,7 @@ def residual_layer_norm(
     scale: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Residual and norm: ``h = x + y * gate``, rounded to x's dtype, and ``n = LN(h)`` (DESIGN section 3).
+    """Residual and norm: ``h = x + y * gate``, rounded to x's dtype, and ``n = LN(h)``.
 
     LN takes either an affine (``weight``, ``bias``) or a modulation (``shift``, ``scale``), or neither.
 

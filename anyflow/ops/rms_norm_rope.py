@@ -33,7 +33,7 @@ def rms_norm_rope(
     num_heads: int,
     eps: float = 1e-6,
 ) -> Tensor:
-    """RMS norm over all of D, then rotation of interleaved pairs in each head (SPEC A, DESIGN section 3).
+    """RMS norm over all of D, then rotation of interleaved pairs in each head.
 
     ``y = x / sqrt(mean(x^2) + eps) * weight``; then for pair ``(2i, 2i + 1)`` of every head at token ``l``:
     ``(a cos - b sin, a sin + b cos)`` with ``cos[l, i]``, ``sin[l, i]``. Without ``cos`` and ``sin``, no rotation.

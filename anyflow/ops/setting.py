@@ -96,7 +96,7 @@ class Setting:
 
 
 class _Traced(threading.local):
-    """What a block inside traced code has set, as a 1-tuple."""
+    """The setting of a block inside traced code, as a 1-tuple."""
 
     value: tuple[Any] | None = None
 

@@ -297,7 +297,7 @@ class FlowMapEulerDiscreteScheduler:
         return self.scale_noise(original_samples, timesteps, noise)
 
     def get_train_weight(self, timesteps: Tensor) -> Tensor:
-        """Training weight of each timestep in [0, N] (any shape), fp32: nearest point of the shifted grid (SPEC B6).
+        """Training weight of each timestep in [0, N] (any shape), fp32: nearest point of the shifted grid.
 
         Normalized over the grid, never over the batch; see :func:`anyflow.schedulers.shift.train_weight_grid`.
         """
@@ -373,7 +373,7 @@ def _valid_shift(shift: float) -> float:
 
 
 def _numbers(name: str, values: Any) -> Tensor:
-    """A sequence, array or tensor of real numbers as fp64 ``[n]`` on the CPU; ValueError for anything else."""
+    """Convert a sequence, array or tensor of real numbers to fp64 ``[n]`` on the CPU; ValueError for anything else."""
     problem = f"{name} must be a sequence of at most {MAX_STEPS} numbers, got {brief(values)}"
     if isinstance(values, Tensor):
         if values.ndim != 1 or values.is_complex() or values.dtype == torch.bool or len(values) > MAX_STEPS:

@@ -24,7 +24,7 @@ def invert_shift(times: Times, shift: float) -> Times:
 
 
 def train_weight_grid(weight_type: str, shift: float) -> tuple[Tensor, Tensor]:
-    """The shifted 1001-point grid and its normalized training weights (SPEC B6), in fp64.
+    """The shifted 1001-point grid and its normalized training weights, in fp64.
 
     ``beta08``: ``y = tau sqrt(1 - tau)``; ``gaussian``: ``y = exp(-2 (tau - 1/2)^2)`` less its minimum; both are scaled
     to ``1000 y / sum(y)`` over the grid. ``uniform``: 1.

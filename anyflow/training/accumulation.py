@@ -218,7 +218,7 @@ class Accumulation:
 
 
 def _joined(value: Any, micro_steps: int) -> Any:
-    """A draw of all micro-steps in one tensor; what is not drawn for each sample stays as it is."""
+    """Join a draw of all micro-steps into one tensor; what is not drawn for each sample stays as it is."""
     if isinstance(value, Tensor):
         value = [value] * micro_steps
     return torch.cat(value) if isinstance(value, list) else value

@@ -1,6 +1,6 @@
 """The recipe of a training run, as frozen dataclasses: what a YAML file says, typed and with defaults.
 
-The defaults are those of the published Wan2.1-1.3B recipe (SPEC B and C) where it has them. A value that cannot work is
+The defaults are those of the published Wan2.1-1.3B recipe where it has them. A value that cannot work is
 a ValueError when the dataclass is built; what needs a file or the other processes is checked by the trainer.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from anyflow.limits import require_number, require_positive, require_whole
 from anyflow.methods import OnPolicyConfig, PretrainConfig
+from anyflow.validation import require_number, require_positive, require_whole
 
 # More than any machine holds; a number beyond them is a mistake that would end in an error of the allocator, or never.
 MAX_LAYERS = 1000

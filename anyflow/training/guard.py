@@ -83,7 +83,7 @@ def check_state(done: int, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _filled(parts: list[Tensor]) -> list[Tensor]:
-    """A zero in place of each empty part, as a rank has it of a small tensor: nothing has no largest value."""
+    """Put a zero in place of each empty part, as a rank has it of a small tensor: nothing has no largest value."""
     return [part if part.numel() else part.new_zeros(1) for part in parts]
 
 
@@ -92,7 +92,7 @@ def _several() -> bool:
 
 
 def _anywhere(flags: Tensor) -> list[bool]:
-    """Flags that are set on any rank, on the host."""
+    """Read the flags that are set on any rank; one wait for the device."""
     if _several():
         flags = flags.to(torch.uint8)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.documents import read_json
-from anyflow.writing import writing
+from anyflow.writing import sync, writing
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -112,15 +112,7 @@ def write_durably(file: Path, text: str) -> None:
 def sync_folder(folder: Path) -> None:
     """Wait until the disk has the folder's entries; OSError that names it."""
     with writing(folder):
-        _sync(folder)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(folder)
 
 
 def _digest(contents: dict[str, Any]) -> str:

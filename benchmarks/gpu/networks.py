@@ -27,7 +27,7 @@ DIFFUSERS_ATTENTION = {
     "efficient": "_native_efficient",
     "math": "_native_math",
 }
-# The published recipe's (SPEC B).
+# The published recipe's.
 LORA_RANK = 256
 LORA_TARGETS = (
     *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2"),

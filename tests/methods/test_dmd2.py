@@ -54,7 +54,7 @@ def negative(generator: torch.Generator) -> Tensor:
 
 
 def _x0_space_gradient(samples: Tensor, noise: Tensor, sigma: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """``(x0_fake - x0_real) / mean |x - x0_real|`` with both x0 predicted from the noised samples (SPEC C)."""
+    """``(x0_fake - x0_real) / mean |x - x0_real|`` with both x0 predicted from the noised samples."""
     sigma = sigma.reshape(-1, 1, 1, 1, 1)
     x_t = (1 - sigma) * samples + sigma * noise
     x0_real, x0_fake = x_t - sigma * real, x_t - sigma * fake
@@ -74,7 +74,7 @@ def test_gradient_is_the_difference_of_predicted_data(seed: int, sigma: float) -
 
 
 def test_gradient_of_bf16_velocities_does_not_cancel(generator: torch.Generator) -> None:
-    """Differencing bf16 data predictions loses 10 % and more where the two scores nearly agree (SPEC D5)."""
+    """Differencing bf16 data predictions loses 10 % and more where the two scores nearly agree."""
     samples, noise = (_normal(generator, *SHAPE, dtype=torch.bfloat16) for _ in range(2))
     sigma = torch.full(SHAPE[:1], 0.3, dtype=torch.bfloat16)
     real = (noise.double() - samples.double() + 0.3 * _normal(generator, *SHAPE)).bfloat16()

@@ -48,7 +48,7 @@ def _gradients(module: nn.Module, loss: Tensor) -> list[Tensor]:
 
 
 def _written_out(network: Any, scheduler: Any, config: PretrainConfig, data: dict[str, Tensor]) -> Tensor:
-    """DESIGN section 5, sample by sample, one network call at a time."""
+    """The loss sample by sample, one network call at a time."""
     g, e = config.fuse_guidance_scale, config.epsilon / N
     losses = []
     for i in range(SHAPE[0]):

@@ -75,7 +75,7 @@ def _exact(network: Any, latents: Tensor, noise: Tensor, t: Tensor, r: Tensor, p
 def test_target_of_the_exact_flow_map_is_the_average_velocity(
     seed: int, times: list[tuple[int, int]], gaussian: Factory, regression_target: Factory
 ) -> None:
-    """The identity ``u = v - (t - r) du/dt`` (DESIGN section 5), for any pair of times, ends included."""
+    """The identity ``u = v - (t - r) du/dt``, for any pair of times, ends included."""
     network = gaussian(N)
     latents, noise, t, prompt = _on_the_path(network, [max(p) / 64 for p in times], seed)
     r = torch.tensor([min(p) / 64 for p in times], dtype=torch.float64)
@@ -221,7 +221,7 @@ def test_bf16_central_difference(
     record: Factory,
     generator: torch.Generator,
 ) -> None:
-    """t +- 5 rounds to t +- 4 in bf16, and x+- lose 20 % of their difference (SPEC D1): both stay fp32 here."""
+    """t +- 5 rounds to t +- 4 in bf16, and x+- lose 20 % of their difference: both stay fp32 here."""
     b = 8
     t, r = torch.linspace(0.55, 0.97, b), torch.linspace(0.05, 0.4, b)
     x0, eps = (_normal(generator, b, *SHAPE[1:], dtype=torch.bfloat16) for _ in range(2))

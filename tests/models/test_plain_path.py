@@ -75,7 +75,7 @@ def test_gate_is_a_buffer_outside_the_state_dict(tiny) -> None:
 
 
 def test_gate_survives_meta_and_casts(tiny, make_inputs) -> None:
-    """SPEC D24: no file fills a non-persistent buffer, so loading through the meta device must not lose it."""
+    """No file fills a non-persistent buffer, so loading through the meta device must not lose it."""
     model = AnyFlowTransformer3DModel(**tiny, gate_value=0.6)
     with torch.device("meta"):
         loaded = AnyFlowTransformer3DModel(**tiny, gate_value=0.6)
@@ -219,7 +219,7 @@ class LargestTensors(TorchDispatchMode):
 
 @pytest.mark.parametrize("per_frame", [False, True])
 def test_modulation_is_never_expanded_per_token(per_frame, tiny, make_inputs) -> None:
-    """SPEC D17: the peers make a [B, L, 6 D] tensor. Nothing of ours is larger than the FFN's hidden layer."""
+    """The peers make a [B, L, 6 D] tensor. Nothing of ours is larger than the FFN's hidden layer."""
     settings = tiny | {"ffn_dim": 2 * 48}
     i = make_inputs(1, 4, 16, 16)
     tokens, width = 4 * 8 * 8, 48

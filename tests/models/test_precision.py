@@ -1,4 +1,4 @@
-"""What bf16 leaves of the central difference (SPEC D1), and which parts of a bf16 checkpoint stay in fp32 (D15)."""
+"""What bf16 leaves of the central difference, and which parts of a bf16 checkpoint stay in fp32."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,7 +116,7 @@ def test_fp32_latents_are_not_rounded_on_their_way_in_or_out(tiny, make_inputs, 
 
 @pytest.mark.parametrize("enabled_by", ["config", "enable_flow_map"])
 def test_both_time_embedders_stay_in_fp32(enabled_by, tiny, make_inputs, relative, tmp_path: Path) -> None:
-    """SPEC D15. Every parameter that is to stay in fp32 does, and keeps its last digits; the others are bf16."""
+    """Every parameter that is to stay in fp32 does, and keeps its last digits; the others are bf16."""
     model = AnyFlowTransformer3DModel(**tiny, r_embedder=enabled_by == "config")
     if enabled_by == "enable_flow_map":
         model.enable_flow_map()

@@ -139,7 +139,7 @@ def test_batch_holds_what_the_network_reads(rows, backend, dtype, draw, device) 
 
 
 def test_difference_of_the_sides_survives_half_precision(backend, draw) -> None:
-    """SPEC D1: rounded to bf16, x+ - x- would be off by about 20 %; kept in fp32 it is 2 epsilon v."""
+    """Rounded to bf16, x+ - x- would be off by about 20 %; kept in fp32 it is 2 epsilon v."""
     x0, eps = (t.detach() for t in inputs(draw, torch.bfloat16))
     v = (eps.double() - x0.double()).mul(2 * 0.005)
     _, plus, minus = flow_map_inputs(x0, eps, torch.full((B,), 0.7, device=x0.device), 0.005)

@@ -1,4 +1,4 @@
-"""flow_map_loss against the target of SPEC B3-B6 written out sample by sample in fp64."""
+"""flow_map_loss against the target of the central difference, written out sample by sample in fp64."""
 
 from typing import Any
 

@@ -243,7 +243,7 @@ def test_a_seed_is_a_generator(pipe) -> None:
 
 
 def test_custom_timesteps_are_verbatim(pipe, noise) -> None:
-    """diffusers shifts them a second time (D7)."""
+    """diffusers shifts them a second time."""
     seen: list[float] = []
     pipe(**CALL, prompt=PROMPTS, latents=noise, timesteps=[999, 937, 833, 624, 0], output_type="latent",
          num_inference_steps=None, callback=lambda i, t, x: seen.append(t))  # fmt: skip

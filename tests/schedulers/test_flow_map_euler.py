@@ -60,7 +60,7 @@ def test_published_four_step_schedule_is_the_floored_shift() -> None:
 @pytest.mark.parametrize("values", [TURBO, [*TURBO, 0], tuple(TURBO), torch.tensor(TURBO), [999.0, 937.5, 0.25]])
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_custom_timesteps_are_verbatim(values, shift) -> None:
-    """SPEC D7: the peer shifts them a second time (999 stays, but 624 becomes 892 at shift 5)."""
+    """The peer shifts them a second time (999 stays, but 624 becomes 892 at shift 5)."""
     ours, theirs = pair(shift=shift)
     ours.set_timesteps(timesteps=values)
     expected = [float(v) for v in values if v != 0]
@@ -216,7 +216,7 @@ def test_step_between_any_two_times(t, r, as_tensor, generator) -> None:
 @pytest.mark.parametrize("on_schedule", [True, False])
 @pytest.mark.parametrize("per_frame", [True, False])
 def test_per_sample_timesteps_equal_a_loop_over_samples(per_frame, on_schedule, generator) -> None:
-    """SPEC D6: the peer reads t[0] for the whole batch whenever it is on its schedule."""
+    """The peer reads t[0] for the whole batch whenever it is on its schedule."""
     ours, theirs = pair(shift=5.0)
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(4)

@@ -31,7 +31,7 @@ def grid(shift: float) -> Tensor:
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
 @pytest.mark.parametrize("weight_type", ["beta08", "gaussian", "uniform"])
 def test_weights_by_their_formula(weight_type, shift) -> None:
-    """SPEC B6 in fp64, nearest grid point by brute force."""
+    """The weights of the shifted grid in fp64, nearest grid point by brute force."""
     points = grid(shift)
     if weight_type == "beta08":
         y = points / 1000 * (1 - points / 1000).sqrt()
@@ -60,7 +60,7 @@ def test_beta08_numbers_at_shift_5() -> None:
 
 
 def test_weight_does_not_depend_on_the_batch() -> None:
-    """SPEC D8: normalized over the batch, a batch of 1 always weighs 1000."""
+    """Normalized over the batch, a batch of 1 always weighs 1000."""
     scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
     t = torch.tensor([[980.0, 667.0], [300.0, 10.0]])
     together = scheduler.get_train_weight(t)

@@ -114,7 +114,7 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_numbers_are_in_the_examples(name: str) -> None:
-    """SPEC B and C, written down a second time; the global batch is that of eight processes."""
+    """The published recipes, written down a second time; the global batch is that of eight processes."""
     recipe = load_recipe(EXAMPLES / f"{name}.yaml")
     found = {key: _value(recipe, key) for key in PUBLISHED[name] if key != "global_batch"}
     if "global_batch" in PUBLISHED[name]:

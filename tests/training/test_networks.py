@@ -82,7 +82,7 @@ def test_a_wan_folder_becomes_a_flow_map_but_for_the_teacher_stage(
     state = student.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in wan.state_dict().items())
     for name, tensor in state.items():
-        if "delta_embedder" in name:  # SPEC D15: a copy in the same precision
+        if "delta_embedder" in name:  # a copy in the same precision
             assert torch.equal(tensor, state[name.replace("delta", "time")]) and tensor.dtype == torch.float32
     assert student.config.gate_value == 0.5 and student.config.deltatime_type == "t-r"
     assert student.condition_embedder.delta_emb_gate.item() == 0.5
@@ -92,7 +92,7 @@ def test_a_wan_folder_becomes_a_flow_map_but_for_the_teacher_stage(
 
 
 def test_a_flow_map_is_loaded_whole_in_fp32_with_its_gate_on_the_cpu(small_recipe: Make, tmp_path: Path) -> None:
-    """SPEC D24: the gate is in no file, and must not stay on the meta device."""
+    """The gate is in no file, and must not stay on the meta device."""
     model = AnyFlowTransformer3DModel(**SIZES).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     student = build_student(small_recipe(tmp_path, student=_from(tmp_path)))
@@ -111,7 +111,7 @@ def test_another_flow_map_than_the_recipes_is_refused(small_recipe: Make, tmp_pa
 
 
 def test_weights_that_do_not_fit_are_all_named(small_recipe: Make, tmp_path: Path) -> None:
-    """SPEC D25: nothing is filled with random weights."""
+    """Nothing is filled with random weights."""
     AnyFlowTransformer3DModel(**SIZES).save_pretrained(tmp_path)
     recipe = small_recipe(tmp_path, student=_from(tmp_path))
 
