@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from anyflow.command_errors import Commands
+from anyflow.cli.errors import Commands
 
 ANYFLOW = f"{sys.executable} -m anyflow"
 

@@ -1,0 +1,63 @@
+"""The command line: ``anyflow …``. A user's mistake is one line and exit status 2, never a traceback.
+
+Each command has a module of its own or shares one; modules that load torch are imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+import anyflow
+from anyflow.cli import checkpoints, demo, doctor, preprocess, sample, train
+from anyflow.cli.errors import Commands, finish_streams, prepare_streams
+
+app = typer.Typer(
+    name="anyflow",
+    cls=Commands,
+    help="Any-step video diffusion with flow maps.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the ``anyflow`` command and exit with its status; a warning is one line."""
+    standard = warnings.formatwarning
+
+    def one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
+        ours = category is UserWarning and "\n" not in str(message)
+        return f"anyflow: warning: {message}\n" if ours else standard(message, category, *where, **more)
+
+    warnings.formatwarning = one_line
+    prepare_streams()
+    try:
+        app()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise SystemExit(finish_streams(status)) from None
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"anyflow {anyflow.__version__}")
+        raise typer.Exit
+
+
+for _command in (
+    demo.demo,
+    sample.sample,
+    train.train,
+    train.export,
+    preprocess.preprocess,
+    checkpoints.inspect,
+    checkpoints.convert,
+    checkpoints.verify,
+    doctor.doctor,
+):
+    app.command()(_command)

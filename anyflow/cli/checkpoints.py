@@ -1,0 +1,122 @@
+"""``anyflow inspect``, ``anyflow convert`` and ``anyflow verify``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anyflow.cli.common import fail, torch_dtype
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint of any format: a folder or a file.", show_default=False)],
+    subfolder: Annotated[str | None, typer.Option(help="Of the folder, in place of 'transformer'.")] = None,
+    weights: Annotated[str | None, typer.Option(help="'ema' or 'raw' of a training file.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")] = None,
+    strict_values: Annotated[
+        bool, typer.Option("--strict-values", help="Read every tensor, and count NaN and infinity as a problem.")
+    ] = False,
+) -> None:
+    """Say what a checkpoint is: format, size, types, sizes of the model; exit status 1 if it cannot be loaded."""
+    from anyflow.checkpoints import inspect
+
+    try:
+        info = inspect(
+            path, subfolder=subfolder, weights=weights, attention_head_dim=head_dim, strict_values=strict_values
+        )
+    except ValueError as error:
+        fail(str(error))
+    typer.echo(info)
+    raise typer.Exit(1 if info.problems else 0)
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint of any format: a folder or a file.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", show_default=False)],
+    to: Annotated[str, typer.Option(help="Format to write; 'diffusers' is the only one.")] = "diffusers",
+    dtype: Annotated[str | None, typer.Option(help="'fp32', 'bf16' or 'fp16'; the stored one if left out.")] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Of the folder, in place of 'transformer'.")] = None,
+    weights: Annotated[str | None, typer.Option(help="'ema' or 'raw' of a training file.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Alpha of adapters to merge, where no file says it.")] = None,
+    flow_map: Annotated[bool, typer.Option("--flow-map", help="Make a plain Wan model a flow map.")] = False,
+    gate: Annotated[float, typer.Option(help="Gate of the flow map, with --flow-map.")] = 0.25,
+    bidirectional: Annotated[
+        bool, typer.Option("--bidirectional", help="Take a causal model without its causal tensors.")
+    ] = False,
+    shift: Annotated[float | None, typer.Option(help="Of a scheduler to write; the checkpoint's if left out.")] = None,
+    strict_values: Annotated[
+        bool, typer.Option("--strict-values", help="Refuse weights with NaN or infinity, of which a warning tells.")
+    ] = False,
+) -> None:
+    """Write a checkpoint of any known format as a folder for diffusers."""
+    from anyflow.checkpoints import FlowMap, convert
+
+    try:
+        folder = convert(
+            source,
+            out,
+            to=to,  # type: ignore[arg-type]
+            dtype=None if dtype is None else torch_dtype(dtype),
+            subfolder=subfolder,
+            weights=weights,
+            attention_head_dim=head_dim,
+            lora_alpha=lora_alpha,
+            flow_map=FlowMap(gate_value=gate) if flow_map else None,
+            bidirectional=bidirectional,
+            shift=shift,
+            strict_values=strict_values,
+        )
+    except ValueError as error:
+        fail(str(error))
+    typer.echo(f"Written to {folder}")
+
+
+def verify(
+    model: Annotated[
+        Path, typer.Option(help="Diffusers folder of a transformer, or of a pipeline.", show_default=False)
+    ],
+    against: Annotated[str, typer.Option(help="The other implementation; 'diffusers' is the only one.")] = "diffusers",
+    dtype: Annotated[str, typer.Option(help="Of the weights, 'fp32' or 'bf16'.")] = "fp32",
+    device: Annotated[str, typer.Option(help="Torch device to run on.")] = "cpu",
+    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 256,
+    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 256,
+    num_frames: Annotated[int, typer.Option(help="Frames of the video, 4k + 1.")] = 17,
+    steps: Annotated[int, typer.Option(help="Steps of the sampling.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    max_forward: Annotated[
+        float | None, typer.Option(help="Allowed mean relative difference of forwards; by dtype if left out.")
+    ] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Allowed relative difference of the training loss.")] = None,
+    max_sample: Annotated[
+        float | None, typer.Option(help="Allowed mean relative difference of the sampled latents.")
+    ] = None,
+) -> None:
+    """Compare the network with diffusers' on the same weights; exit status 1 if they differ by more than rounding."""
+    from anyflow.pipelines.loading import resolve_device
+    from anyflow.verify import Thresholds, verify
+
+    given = {"forward": max_forward, "loss": max_loss, "sample": max_sample}
+    try:
+        parsed = torch_dtype(dtype)
+        thresholds = Thresholds.for_dtype(parsed)
+        thresholds = dataclasses.replace(thresholds, **{k: v for k, v in given.items() if v is not None})
+        report = verify(
+            model,
+            against=against,
+            dtype=parsed,
+            device=resolve_device(device),
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            steps=steps,
+            seed=seed,
+            thresholds=thresholds,
+        )
+    except ValueError as error:
+        fail(str(error))
+    typer.echo(report)
+    raise typer.Exit(0 if report.passed else 1)

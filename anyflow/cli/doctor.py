@@ -1,0 +1,25 @@
+"""``anyflow doctor``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from anyflow.cli.common import fail
+
+
+def doctor(
+    device: Annotated[
+        str | None, typer.Option(help="Torch device to check; CUDA if there is one, else the CPU.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Show what is installed, built and would run, and check every operator; exit status 1 if not all is well."""
+    from anyflow.doctor import run
+
+    try:
+        well = run(device, as_json=as_json)
+    except ValueError as error:
+        fail(str(error))
+    raise typer.Exit(0 if well else 1)

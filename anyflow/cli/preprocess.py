@@ -1,0 +1,98 @@
+"""``anyflow preprocess``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from anyflow.cli.common import fail
+
+
+def preprocess(
+    out: Annotated[Path, typer.Option(help="Folder of the dataset; a killed run in it goes on.", show_default=False)],
+    videos: Annotated[Path | None, typer.Option(help="Folder of the video files.", show_default=False)] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="CSV or JSONL with file and caption.", show_default=False)
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Diffusers folder with vae, text_encoder and tokenizer.", show_default=False)
+    ] = None,
+    num_frames: Annotated[int, typer.Option(help="Frames of each video, 4k + 1.")] = 81,
+    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,
+    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 832,
+    fps: Annotated[float, typer.Option(help="Frames per second that videos are sampled at.")] = 16,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What stands for no prompt; Wan's own if left out.")
+    ] = None,
+    text_length: Annotated[int, typer.Option(help="Tokens that prompts are cut off or padded to.")] = 512,
+    dtype: Annotated[str, typer.Option(help="Of the text encoder, 'bf16' or 'fp32'.")] = "bf16",
+    device: Annotated[
+        str | None, typer.Option(help="Torch device to encode on; CUDA if there is one, else the CPU.")
+    ] = None,
+    num_workers: Annotated[int, typer.Option(help="Threads that decode ahead.")] = 2,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Take files outside the folder of videos, also through links.")
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Only compare every row of --out with its digest; exit status 1 if one differs."),
+    ] = False,
+) -> None:
+    """Encode videos and captions into a dataset of latents for training, or verify one."""
+    from rich.console import Console
+
+    if verify:
+        _verify_dataset(out)
+        return
+    for name, value in (("videos", videos), ("captions", captions), ("model", model)):
+        if value is None:
+            fail(f"--{name} is missing; only --verify does without it")
+    assert videos is not None and captions is not None and model is not None
+    try:
+        from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, preprocess
+        from anyflow.documents import shortened
+        from anyflow.pipelines.loading import resolve_device
+
+        console = Console(highlight=False, soft_wrap=True)
+        report = preprocess(
+            videos,
+            captions,
+            model,
+            out,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fps=fps,
+            negative_prompt=WAN_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt,
+            text_length=text_length,
+            dtype=dtype,  # type: ignore[arg-type]
+            device=str(resolve_device(device)),
+            num_workers=num_workers,
+            allow_outside=allow_outside,
+            console=console,
+        )
+    except (ValueError, ImportError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. The same command goes on after the last finished shard.", err=True)
+        raise typer.Exit(130) from None
+    console.print(f"{out}: {report.done} videos encoded, {report.skipped} were there")
+    for line in report.broken:
+        name = f" ({shortened(line.file)})" if line.file else ""
+        console.print(f"line {line.line} of {captions}{name} was left out: {line.reason}", markup=False)
+
+
+def _verify_dataset(folder: Path) -> NoReturn:
+    try:
+        from anyflow.data.latent_dataset import damages
+
+        found = damages(folder)
+    except (ValueError, ImportError) as error:
+        fail(str(error), status=1 if (folder / "dataset.json").is_file() else 2)
+    for damage in found:
+        typer.echo(f"damaged: {damage}", err=True)
+    if not found:
+        typer.echo(f"{folder}: every row is what was written")
+    raise typer.Exit(1 if found else 0)

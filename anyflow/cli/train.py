@@ -1,0 +1,61 @@
+"""``anyflow train`` and ``anyflow export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anyflow.cli.common import fail
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
+    overrides: Annotated[
+        list[str], typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of the file's.", show_default=False)
+    ] = [],  # noqa: B006 (typer makes a new one)
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and exit.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of the run.")] = True,
+) -> None:
+    """Train a model by a recipe, on many GPUs under torchrun; the same command goes on where it was stopped."""
+    try:
+        from anyflow.training import recipe as recipes
+
+        if print_config:
+            typer.echo(recipes.print_config(recipe, overrides), nl=False)
+            return
+        settings = recipes.load_recipe(recipe, overrides)
+
+        from rich.console import Console
+
+        from anyflow.training.trainer import train
+
+        train(settings, resume=resume, console=Console(highlight=False, soft_wrap=True))
+    except (ValueError, ImportError) as error:
+        fail(str(error))
+    except FloatingPointError as error:  # the training's own doing, not the user's
+        fail(str(error), status=1)
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. The same command goes on after the newest checkpoint.", err=True)
+        raise typer.Exit(130) from None
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="New folder for the model.", show_default=False)],
+    weights: Annotated[str, typer.Option(help="'ema' (the average) or 'raw'.")] = "ema",
+    lora: Annotated[str, typer.Option(help="Adapters 'merged' into the weights, or 'separate'.")] = "merged",
+    format: Annotated[
+        str | None, typer.Option(help="Of separate adapters, 'diffusers' or 'comfyui'; diffusers if left out.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if left out.")] = None,
+) -> None:
+    """Write the model of a training checkpoint as a folder for diffusers."""
+    from anyflow.training.export import export
+
+    try:
+        folder = export(run, out, weights=weights, lora=lora, format=format, step=step)  # type: ignore[arg-type]
+    except (ValueError, ImportError) as error:
+        fail(str(error))
+    typer.echo(f"The model is {folder}")
