@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import anyflow
-from anyflow.cli import checkpoints, demo, doctor, preprocess, sample, train
+from anyflow.cli import checkpoints, demo, doctor, preprocess, recipes, sample, train
 from anyflow.cli.errors import Commands, finish_streams, prepare_streams
 
 app = typer.Typer(
@@ -53,6 +53,7 @@ for _command in (
     demo.demo,
     sample.sample,
     train.train,
+    recipes.recipes,
     train.export,
     preprocess.preprocess,
     checkpoints.inspect,
