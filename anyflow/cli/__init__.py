@@ -13,6 +13,7 @@ import typer
 import anyflow
 from anyflow.cli import checkpoints, demo, doctor, preprocess, sample, train
 from anyflow.cli.errors import Commands, finish_streams, prepare_streams
+from anyflow.threads import configure_openmp
 
 app = typer.Typer(
     name="anyflow",
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the ``anyflow`` command and exit with its status; a warning is one line."""
+    configure_openmp()
     standard = warnings.formatwarning
 
     def one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
