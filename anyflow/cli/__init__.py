@@ -20,7 +20,7 @@ app = typer.Typer(
     cls=Commands,
     help="Any-step video diffusion with flow maps.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -38,7 +38,7 @@ def main() -> None:
     warnings.formatwarning = one_line
     prepare_streams()
     try:
-        app()
+        app(prog_name="anyflow")  # for `python -m anyflow` too: a shell completes commands by name
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         raise SystemExit(finish_streams(status)) from None
