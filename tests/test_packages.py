@@ -30,13 +30,7 @@ def _texts() -> Iterator[Path]:
 def test_nothing_advises_to_install_the_other_project_of_this_name() -> None:
     for wrong in ("anyflow[train]", "'anyflow'", "--no-build-isolation anyflow[flash]", "-U anyflow."):
         assert ADVICE.search("pip install " + wrong)
-    for right in (
-        "anyflow-video",
-        "'anyflow-video[train]'",
-        "-e . # anyflow",
-        "anyflow_video-1-cp311.whl",
-        "./anyflow",
-    ):
+    for right in ("anyflow-video", "'anyflow-video[train]'", "anyflow_video-1-cp311.whl", "./anyflow", "-e ."):
         assert not ADVICE.search("pip install " + right)
     texts = list(_texts())
     assert {"README.md", "pyproject.toml", "sampling.md", "packages.py"} <= {path.name for path in texts}
