@@ -17,7 +17,10 @@ def preprocess(
         Path | None, typer.Option(help="CSV or JSONL with file and caption.", show_default=False)
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Diffusers folder with vae, text_encoder and tokenizer.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Diffusers folder with vae, text_encoder and tokenizer, or a name on the Hub.", show_default=False
+        ),
     ] = None,
     num_frames: Annotated[int, typer.Option(help="Frames of each video, 4k + 1.")] = 81,
     height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,

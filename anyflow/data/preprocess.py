@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from anyflow.checkpoints.hub import ENCODERS, local_folder
 from anyflow.data.captions import MAX_CAPTION, Broken, Caption, scan_captions
 from anyflow.data.encoders import TextEncoder, VideoEncoder, model_identity
 from anyflow.data.latent_dataset import LatentWriter
@@ -92,7 +93,7 @@ class _Settings:
 def preprocess(
     videos: Path,
     captions: Path,
-    model: Path,
+    model: Path | str,
     out: Path,
     *,
     num_frames: int = 81,
@@ -119,7 +120,7 @@ def preprocess(
         videos: folder of the video files.
         captions: ``.csv`` or ``.jsonl`` with ``file`` (relative to ``videos``) and ``caption``; a file may stand on
             several lines.
-        model: diffusers folder with ``vae``, ``text_encoder`` and ``tokenizer``.
+        model: diffusers folder with ``vae``, ``text_encoder`` and ``tokenizer``, or a name on the Hugging Face Hub.
         out: folder of the dataset.
         num_frames: 4k + 1 frames from the start of each video.
         height, width: in pixels, multiples of 16 (twice the VAE's spatial factor).
@@ -141,6 +142,7 @@ def preprocess(
     settings = _Settings(num_frames, height, width, fps, negative_prompt, text_length, dtype)
     if not videos.is_dir():
         raise ValueError(f"there is no folder of videos {videos}")
+    model = local_folder(model, ENCODERS)
     if num_workers < 1:
         raise ValueError(f"num_workers must be >= 1, got {num_workers}")
     table = scan_captions(captions)
