@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import anyflow
-from anyflow.cli import checkpoints, demo, doctor, preprocess, sample, train
+from anyflow.cli import checkpoints, demo, doctor, preprocess, report, sample, train
 from anyflow.cli.errors import Commands, finish_streams, prepare_streams
 
 app = typer.Typer(
@@ -51,6 +51,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 for _command in (
     demo.demo,
+    report.report,
     sample.sample,
     train.train,
     train.export,
