@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,8 @@ Image = pytest.importorskip("PIL.Image")
 METHODS = ("flow_matching", "on_policy")
 
 
-def make_run(out: Path, seed: int, step_counts: tuple[int, ...] = (1, 2)) -> EvaluationResults:
-    config = replace(DemoConfig(seed=seed, num_layers=1, num_heads=2, samples=32, heldout=64), step_counts=step_counts)
+def make_run(out: Path, seed: int) -> EvaluationResults:
+    config = DemoConfig(seed=seed, num_layers=1, num_heads=2, samples=32, heldout=64, step_counts=(1, 2))
     world = World(config)
     evaluator, all_samplers, model = build_evaluator(world), samplers(world), world.model()
     plain = evaluate_method(world, evaluator, all_samplers["flow_matching"], model, lambda: None)
@@ -83,7 +82,10 @@ def test_report_command_refuses_what_cannot_be_merged(runs, tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
-    make_run(tmp_path / "other", 2, step_counts=(1,))
+    shutil.copytree(second, tmp_path / "other")
+    metrics = json.loads((second / "metrics.json").read_text())
+    metrics["curves"] = {method: {"1": curve["1"]} for method, curve in metrics["curves"].items()}
+    (tmp_path / "other" / "metrics.json").write_text(json.dumps(metrics))
     damaged = tmp_path / "damaged"
     shutil.copytree(first, damaged)
     (damaged / "samples" / "videos.safetensors").write_bytes(b"no tensors, but long enough for a header")

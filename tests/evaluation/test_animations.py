@@ -11,6 +11,11 @@ from anyflow.evaluation.plots import METHOD_STYLES
 Image = pytest.importorskip("PIL.Image")
 
 
+def _pixels(image) -> torch.Tensor:
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.size[1], image.size[0], *((3,) if image.mode == "RGB" else ()))
+
+
 def test_tile_videos_places_each_pixel() -> None:
     videos = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     canvas = tile_videos(videos, 2, 3, upscale=2, padding=3, background=9)
@@ -42,7 +47,7 @@ def test_animation_is_lossless_and_loops(kind: str, tmp_path) -> None:
         assert image.n_frames == 5 and image.info["loop"] == 0
         for i in range(5):
             image.seek(i)
-            assert torch.equal(torch.tensor(list(image.convert("L").tobytes())).view(10, 14).byte(), frames[i])
+            assert torch.equal(_pixels(image.convert("L")), frames[i])
 
 
 def test_animation_errors(tmp_path) -> None:
@@ -69,8 +74,7 @@ def _frames(data: bytes) -> list[torch.Tensor]:
         assert image.format == "GIF" and image.info["loop"] == 0
         for i in range(image.n_frames):
             image.seek(i)
-            rgb = image.convert("RGB")
-            frames.append(torch.tensor(list(rgb.tobytes())).view(rgb.size[1], rgb.size[0], 3))
+            frames.append(_pixels(image.convert("RGB")).long())
     return frames
 
 
