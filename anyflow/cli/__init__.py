@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import anyflow
-from anyflow.cli import checkpoints, demo, doctor, preprocess, recipes, sample, train
+from anyflow.cli import checkpoints, demo, doctor, preprocess, recipes, report, sample, train
 from anyflow.cli.errors import Commands, finish_streams, prepare_streams
 from anyflow.threads import configure_openmp
 
@@ -53,6 +53,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 for _command in (
     demo.demo,
+    report.report,
     sample.sample,
     train.train,
     recipes.recipes,

@@ -1,29 +1,51 @@
-"""The files a finished quickstart leaves: metrics, animations, the curve and the report."""
+"""Writes what a finished quickstart leaves: metrics, animations, the curve and the report, of several seeds too."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import anyflow
+from anyflow.checkpoints.readers import SafetensorsReader
 from anyflow.demo.config import DemoConfig, Stage
 from anyflow.demo.world import World
+from anyflow.documents import read_json, require_content, shortened
 from anyflow.evaluation import (
     EvaluationResults,
     RecipeStage,
     ReportData,
+    SeedResults,
+    any_step_animation,
     any_step_figure,
+    main_methods,
     save_animation,
     save_figure,
     tile_videos,
     write_report,
 )
+from anyflow.writing import write_bytes, write_text
 
+METRICS_FILE, REPORT_FILE = "metrics.json", "report.html"
+CURVE_FILE, ANIMATION_FILE = "curve.png", "any_step.gif"
+MERGED_FILES = (METRICS_FILE, REPORT_FILE, CURVE_FILE, ANIMATION_FILE)
+
+_VIDEOS_FILE, _ABOUT_FILE = Path("samples", "videos.safetensors"), Path("samples", "about.json")
+_REAL = "real"
 _UPSCALE = 8
+
+
+@dataclass(frozen=True)
+class _About:
+    """Hold what a report says of its run besides numbers and videos."""
+
+    recipe: list[RecipeStage]
+    environment: dict[str, str]
+    class_names: list[str]
 
 
 def write_results(
@@ -33,7 +55,17 @@ def write_results(
     examples: Mapping[str, Mapping[int, Tensor]],
     out: Path,
 ) -> None:
-    """Write ``metrics.json``, ``samples/*.gif``, ``curve.png`` and ``report.html`` into ``out``."""
+    """Write ``metrics.json``, ``samples/``, ``curve.png``, ``any_step.gif`` and ``report.html`` into ``out``.
+
+    ``samples`` has an animation of each method and number of steps, and what :func:`merge_runs` reads.
+
+    Args:
+        config: of the run.
+        world: its data.
+        results: its scores.
+        examples: ``[method][steps]``, one video per class ``[N, F, H, W]`` uint8.
+        out: folder of the run.
+    """
     classes = world.shapes.num_classes
     labels = torch.arange(classes).repeat(len(config.step_counts))
     real = world.shapes.to_uint8(world.shapes.sample(len(labels), world.generator(940), labels)[0])
@@ -43,20 +75,96 @@ def write_results(
         for steps, videos in by_steps.items():
             save_animation(folder / f"{method}_{steps}.gif", tile_videos(videos, 1, classes, upscale=_UPSCALE))
     save_animation(folder / "real.gif", tile_videos(real[:classes], 1, classes, upscale=_UPSCALE))
+    about = _About(_recipe(config, results.seconds), _environment(config), list(world.shapes.class_names))
+    _write_samples(out, examples, real, about)
+    results.save(out / METRICS_FILE)
+    _write_pictures(ReportData(results, examples, real, about.recipe, about.environment, about.class_names), out)
+
+
+def merge_runs(folders: Sequence[Path], out: Path) -> SeedResults:
+    """Write one report of several finished runs, with error bars over their seeds; the videos are the first run's.
+
+    Args:
+        folders: of finished runs that differ in nothing but their seed.
+        out: folder for ``report.html``, ``curve.png``, ``any_step.gif`` and ``metrics.json``; an earlier report
+            there is replaced.
+
+    Raises:
+        ValueError: a folder holds no finished run, or a damaged one; the runs cannot be merged (:class:`SeedResults`);
+            or ``out`` is a file or holds other files.
+        OSError: the system refuses to write.
+    """
+    results = SeedResults(tuple(_load_results(folder) for folder in folders))
+    data = replace(_load_samples(folders[0]), results=results)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {shortened(out)} is a file; name a folder")
+    if out.exists() and (other := sorted({p.name for p in out.iterdir()} - set(MERGED_FILES))):
+        raise ValueError(f"--out {shortened(out)} holds other files ({shortened(other[0])}); name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    results.save(out / METRICS_FILE)
+    _write_pictures(data, out)
+    return results
+
+
+def _write_pictures(data: ReportData, out: Path) -> None:
+    results = SeedResults.of(data.results)
     figure = any_step_figure(
-        results.values("fd"), floor=results.floor.fd, ylabel="Fréchet distance (lower is better)", size=(8.4, 4.5)
+        results.values("fd"),
+        ranges=results.ranges("fd"),
+        floor=results.floor.fd,
+        ylabel="Fréchet distance from real videos (lower is better)",
+        size=(8.4, 4.5),
     )
-    save_figure(figure, out / "curve.png", dpi=120)
-    results.save(out / "metrics.json")
-    data = ReportData(
-        results=results,
-        samples=examples,
-        real_samples=real,
-        recipe=_recipe(config, results.seconds),
-        environment=_environment(config),
-        class_names=world.shapes.class_names,
-    )
-    write_report(out / "report.html", data)
+    save_figure(figure, out / CURVE_FILE, dpi=120)
+    write_bytes(out / ANIMATION_FILE, any_step_animation(data.samples, methods=main_methods(results)))
+    write_report(out / REPORT_FILE, data)
+
+
+# Files of a run, from which its report can be made again ------------------------------------------------------------
+
+
+def _write_samples(out: Path, examples: Mapping[str, Mapping[int, Tensor]], real: Tensor, about: _About) -> None:
+    from pydantic import TypeAdapter
+    from safetensors.torch import save
+
+    videos = {_REAL: real.contiguous()}
+    for method, by_steps in examples.items():
+        videos |= {f"{method}/{steps}": video.contiguous() for steps, video in by_steps.items()}
+    write_bytes(out / _VIDEOS_FILE, save(videos))
+    write_text(out / _ABOUT_FILE, TypeAdapter(_About).dump_json(about, indent=2).decode() + "\n")
+
+
+def _load_results(folder: Path) -> EvaluationResults:
+    if not folder.is_dir():
+        raise ValueError(f"{shortened(folder)} is not a folder; name the folders of finished runs of `anyflow demo`")
+    if not (folder / METRICS_FILE).exists():
+        raise ValueError(f"{shortened(folder)} holds no finished run of `anyflow demo`: it has no {METRICS_FILE}")
+    return EvaluationResults.load(folder / METRICS_FILE)
+
+
+def _load_samples(folder: Path) -> ReportData:
+    """Read videos and texts of a finished run."""
+    from pydantic import TypeAdapter, ValidationError
+
+    results, examples = _load_results(folder), dict[str, dict[int, Tensor]]()
+    file = require_content(folder / _VIDEOS_FILE)
+    reader = SafetensorsReader((file,), None)
+    for name in reader.infos:
+        if name != _REAL:
+            method, _, steps = name.rpartition("/")
+            if not method or not steps.isdecimal():
+                raise ValueError(f"{shortened(file)}: {shortened(name)} should be a method and a number of steps")
+            examples.setdefault(method, {})[int(steps)] = reader.read(name)
+    if _REAL not in reader.infos:
+        raise ValueError(f"{shortened(file)} has no real videos")
+    try:
+        about = TypeAdapter(_About).validate_python(read_json(folder / _ABOUT_FILE))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(f"{shortened(folder / _ABOUT_FILE)} is damaged: {where}: {first['msg']}") from None
+    examples = {m: dict(sorted(examples[m].items())) for m in results.curves if m in examples}
+    return ReportData(results, examples, reader.read(_REAL), about.recipe, about.environment, about.class_names)
 
 
 def _recipe(config: DemoConfig, seconds: Mapping[str, float]) -> list[RecipeStage]:

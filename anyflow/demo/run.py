@@ -17,7 +17,7 @@ from torch import Tensor
 from anyflow.demo.config import DemoConfig
 from anyflow.demo.evaluate import build_evaluator, evaluate_method, real_floor, samplers
 from anyflow.demo.progress import DemoProgress
-from anyflow.demo.results import write_results
+from anyflow.demo.results import REPORT_FILE, write_results
 from anyflow.demo.stages import train_flow_matching, train_on_policy, train_pretrain
 from anyflow.demo.world import World
 from anyflow.documents import read_json
@@ -28,7 +28,6 @@ from anyflow.threads import torch_threads
 from anyflow.writing import write_text, writing
 
 STATE_FILE = "state.json"
-REPORT_FILE = "report.html"
 
 # Seconds per step relative to a flow-matching step of batch 32, for the estimate of the time left.
 _STEP_COST = {"flow_matching": 1.0, "baseline": 1.0, "pretrain": 1.5, "on_policy": 2.8, "evaluation": 40.0}
@@ -47,7 +46,7 @@ def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> Evaluatio
     """Train, evaluate and report into ``out``; stages that a killed run has finished are not run again.
 
     Writes ``checkpoints/<stage>/transformer`` and ``/scheduler`` (diffusers folders), ``metrics.json``,
-    ``samples/*.gif``, ``curve.png`` and ``report.html``.
+    ``samples/*.gif``, ``curve.png``, ``any_step.gif`` and ``report.html``.
 
     Raises:
         ValueError: ``out`` is a file, is in use, or holds something else than a run of this configuration.

@@ -1,9 +1,10 @@
-"""Metrics, plots and the HTML report, as small functions that work on any videos.
+"""Measures, draws and describes sets of videos: metrics, plots, animations and the HTML report.
 
 Plotting and report dependencies (matplotlib, pillow, jinja2) are imported by the functions that need them.
 """
 
-from anyflow.evaluation.findings import findings, takeaway
+from anyflow.evaluation.animations import any_step_animation, encode_animation, save_animation, tile_videos
+from anyflow.evaluation.findings import findings
 from anyflow.evaluation.metrics import (
     Evaluator,
     Metrics,
@@ -14,16 +15,11 @@ from anyflow.evaluation.metrics import (
     nearest_template_mse,
     per_class_frechet_distance,
 )
-from anyflow.evaluation.plots import (
-    any_step_figure,
-    encode_animation,
-    figure_svg,
-    save_animation,
-    save_figure,
-    tile_videos,
-)
+from anyflow.evaluation.plots import any_step_figure, figure_svg, save_figure
 from anyflow.evaluation.report import RecipeStage, ReportData, write_report
 from anyflow.evaluation.results import EvaluationResults
+from anyflow.evaluation.seeds import SeedResults
+from anyflow.evaluation.summary import figure_sentences, main_methods, takeaway
 
 __all__ = [
     "EvaluationResults",
@@ -32,12 +28,16 @@ __all__ = [
     "RandomConv3dFeatures",
     "RecipeStage",
     "ReportData",
+    "SeedResults",
+    "any_step_animation",
     "any_step_figure",
     "coverage_tv",
     "encode_animation",
+    "figure_sentences",
     "figure_svg",
     "findings",
     "frechet_distance",
+    "main_methods",
     "nearest_template",
     "nearest_template_mse",
     "per_class_frechet_distance",

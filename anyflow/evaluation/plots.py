@@ -1,4 +1,4 @@
-"""Figures and animations: the any-step curve, tiled videos, GIF and WebP. matplotlib and pillow load on first use."""
+"""Draws the any-step curves. matplotlib loads on first use."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from anyflow.writing import write_bytes
 
 if TYPE_CHECKING:
@@ -21,9 +18,9 @@ if TYPE_CHECKING:
 # Okabe-Ito hues (told apart in the common color-vision deficiencies) darkened for thin lines on white; each method
 # also has its own marker.
 METHOD_STYLES: dict[str, tuple[str, str, str]] = {
-    "flow_matching": ("flow matching", "#c2540a", "s"),
-    "pretrain": ("flow map, stage 1", "#0a8f6c", "^"),
-    "on_policy": ("flow map, stage 2", "#0b66c3", "o"),
+    "flow_matching": ("plain flow matching", "#c2540a", "s"),
+    "pretrain": ("flow map, stage 1 only", "#08805f", "^"),
+    "on_policy": ("flow map", "#0b66c3", "o"),
     "consistency_sampler": ("consistency sampler", "#b0468c", "D"),
 }
 _SPARE_STYLES = (("#8a6d00", "v"), ("#2a93c9", "P"), ("#5b5f97", "X"), ("#444444", "*"))
@@ -41,22 +38,38 @@ def method_style(method: str, rank: int = 0) -> tuple[str, str, str]:
 def any_step_figure(
     curves: Mapping[str, Mapping[int, float]],
     *,
+    ranges: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
     floor: float | None = None,
     ylabel: str = "",
     size: tuple[float, float] = (7.6, 4.3),
     label_lines: bool = True,
+    log: bool = True,
 ) -> Figure:
-    """Draw one metric against the number of network evaluations, both axes logarithmic, one line per method.
+    """Draw one metric against the number of network evaluations on a logarithmic axis, one line per method.
 
-    ``curves`` is ``{method: {steps: value}}``. ``floor`` (the score of real data) becomes a shaded band from the axis
-    up to it; a floor of 0, which a logarithmic axis cannot show, is stated in words. ``size`` in inches.
-    Returns the figure, for :func:`figure_svg` and :func:`save_figure`. Raises ``ValueError`` for an empty curve, step
-    counts below 1, and values or a floor that are negative or not finite.
+    Args:
+        curves: ``{method: {steps: value}}``.
+        ranges: ``{method: {steps: (lowest, highest)}}``, drawn as error bars; each method is then moved a little to
+            the side, so that bars at one number of steps stand beside each other.
+        floor: score of real data, a shaded band from the axis up to it; a floor of 0 is stated in words.
+        ylabel: stands above the value axis.
+        size: width and height in inches.
+        label_lines: write each method's name at the right end of its line.
+        log: the value axis is logarithmic; else it is linear and begins at 0.
+
+    Returns:
+        The figure, for :func:`figure_svg` and :func:`save_figure`.
+
+    Raises:
+        ValueError: there is no curve or an empty one, a step count is below 1, a value, range or floor is negative or
+            not finite, or ``ranges`` do not have the points of ``curves`` and hold their values.
     """
     _check_curves(curves, floor)
+    if ranges is not None:
+        _check_ranges(curves, ranges)
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     with matplotlib.rc_context(
         {
@@ -70,32 +83,35 @@ def any_step_figure(
         }
     ):
         figure = Figure(figsize=size)
-        right = 1 - 1.95 / size[0] if label_lines else 0.97
-        axes = figure.add_axes((0.62 / size[0], 0.52 / size[1], right - 0.62 / size[0], 1 - 0.85 / size[1]))
+        right = 1 - 2.1 / size[0] if label_lines else 1 - 0.12 / size[0]
+        axes = figure.add_axes((0.55 / size[0], 0.52 / size[1], right - 0.55 / size[0], 1 - 0.88 / size[1]))
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        ends = _draw_lines(axes, curves)
-        low, high = _limits(curves, floor)
+        axes.set_yscale("log" if log else "linear")
+        ends = _draw_lines(axes, curves, ranges)
+        low, high = _limits(curves, ranges, floor, log)
         axes.set_ylim(low, high)
         steps = sorted({n for curve in curves.values() for n in curve})
-        axes.set_xlim(steps[0] / 1.12, steps[-1] * 1.12)
+        axes.set_xlim(steps[0] / 1.18, steps[-1] * 1.18)
         axes.xaxis.set_major_locator(FixedLocator(steps))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        # With little range, powers of ten alone would leave an axis with one tick or none.
-        wide = math.log10(high / low) > 1.7
-        axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+        if log:
+            # With little range, powers of ten alone would leave an axis with one tick or none.
+            wide = math.log10(high / low) > 1.7
+            axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y", which="major", color=FAINT, alpha=0.25, linewidth=0.7)
         axes.tick_params(length=0, which="both")
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
-        axes.set_xlabel("sampling steps (network evaluations)")
-        axes.set_title(ylabel, loc="left", fontsize=10.5, color=INK, x=-0.5 / (size[0] * right - 0.62), pad=9)
+        axes.set_xlabel("number of steps")
+        axes.set_title(ylabel, loc="left", fontsize=10.5, color=INK, x=-0.45 / (size[0] * right - 0.55), pad=10)
         _draw_floor(axes, floor, low)
         if label_lines:
-            _label_ends(axes, ends, size[1] * (1 - 0.85 / size[1]))
+            _label_ends(axes, ends, size[1] * (1 - 0.88 / size[1]))
     return figure
 
 
@@ -124,64 +140,6 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 200) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def tile_videos(
-    videos: Tensor, rows: int, cols: int, *, upscale: int = 1, padding: int = 1, background: int = 255
-) -> Tensor:
-    """Lay ``videos[N, F, H, W]`` uint8 out on a grid, row by row: ``[F, rows*H' + ..., cols*W' + ...]`` uint8.
-
-    Each pixel becomes ``upscale x upscale``; ``padding`` pixels of gray level ``background`` lie between the tiles and
-    fill the cells left over. Raises ``ValueError`` for another dtype or shape, or more videos than cells.
-    """
-    if videos.ndim != 4 or videos.dtype != torch.uint8:
-        raise ValueError(f"videos must be [N, F, H, W] uint8, got {videos.dtype} of shape {tuple(videos.shape)}")
-    if rows < 1 or cols < 1 or upscale < 1 or padding < 0 or not 0 <= background <= 255:
-        raise ValueError(
-            f"rows, cols and upscale must be >= 1, padding >= 0 and background in 0..255, got "
-            f"{rows}, {cols}, {upscale}, {padding}, {background}"
-        )
-    if videos.shape[0] > rows * cols:
-        raise ValueError(f"{videos.shape[0]} videos do not fit on {rows} x {cols} cells")
-    tiles = videos.repeat_interleave(upscale, dim=2).repeat_interleave(upscale, dim=3)
-    height, width = tiles.shape[2] + padding, tiles.shape[3] + padding
-    canvas = torch.full(
-        (videos.shape[1], rows * height - padding, cols * width - padding),
-        background,
-        dtype=torch.uint8,
-        device=videos.device,
-    )
-    for i, tile in enumerate(tiles):
-        top, left = i // cols * height, i % cols * width
-        canvas[:, top : top + tile.shape[1], left : left + tile.shape[2]] = tile
-    return canvas
-
-
-def encode_animation(frames: Tensor, *, format: str = "webp", fps: float = 8.0) -> bytes:
-    """Encode ``frames[F, H, W]`` uint8 gray as a lossless, endlessly looping ``"webp"`` or ``"gif"``."""
-    if frames.ndim != 3 or frames.dtype != torch.uint8 or frames.shape[0] < 1:
-        raise ValueError(f"frames must be [F >= 1, H, W] uint8, got {frames.dtype} of shape {tuple(frames.shape)}")
-    if format not in ("webp", "gif"):
-        raise ValueError(f"format must be 'webp' or 'gif', got {format!r}")
-    if not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps must be a finite number > 0, got {fps}")
-    from PIL import Image
-
-    images = [Image.fromarray(frame.numpy()) for frame in frames.cpu()]
-    if format == "webp":
-        images = [image.convert("RGB") for image in images]
-    options = {"lossless": True, "method": 6} if format == "webp" else {"optimize": False}
-    buffer = io.BytesIO()
-    images[0].save(
-        buffer, format=format, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, **options
-    )
-    return buffer.getvalue()
-
-
-def save_animation(path: str | Path, frames: Tensor, *, fps: float = 8.0) -> None:
-    """Write ``frames[F, H, W]`` uint8 gray (see :func:`tile_videos`) to a whole ``.webp`` or ``.gif`` file."""
-    path = Path(path)
-    write_bytes(path, encode_animation(frames, format=path.suffix.lower().lstrip("."), fps=fps))
-
-
 def _check_curves(curves: Mapping[str, Mapping[int, float]], floor: float | None) -> None:
     if not curves:
         raise ValueError("curves must hold at least one method")
@@ -195,25 +153,53 @@ def _check_curves(curves: Mapping[str, Mapping[int, float]], floor: float | None
         raise ValueError(f"floor must be finite and >= 0, got {floor}")
 
 
-def _limits(curves: Mapping[str, Mapping[int, float]], floor: float | None) -> tuple[float, float]:
-    """Limits of the logarithmic value axis: a little room around everything positive."""
+def _check_ranges(
+    curves: Mapping[str, Mapping[int, float]], ranges: Mapping[str, Mapping[int, tuple[float, float]]]
+) -> None:
+    for method, curve in curves.items():
+        if sorted(ranges.get(method, {})) != sorted(curve):
+            raise ValueError(f"ranges must have the points of curves: {method!r} needs {sorted(curve)}")
+        for steps, (low, high) in ranges[method].items():
+            if not (0 <= low <= curve[steps] * (1 + 1e-9) and curve[steps] <= high * (1 + 1e-9) < math.inf):
+                raise ValueError(
+                    f"the range of {method!r} at {steps} steps must hold its value, got {low}..{high} of {curve[steps]}"
+                )
+
+
+def _limits(
+    curves: Mapping[str, Mapping[int, float]],
+    ranges: Mapping[str, Mapping[int, tuple[float, float]]] | None,
+    floor: float | None,
+    log: bool,
+) -> tuple[float, float]:
+    """Return limits of the value axis: a little room around everything, on a logarithmic axis what is positive."""
     values = [v for curve in curves.values() for v in curve.values()] + ([] if floor is None else [floor])
+    if ranges is not None:
+        values += [v for curve in ranges.values() for pair in curve.values() for v in pair]
     positive = [v for v in values if v > 1e-8]
     if not positive:
-        return 0.1, 1.0
+        return (0.1, 1.0) if log else (0.0, 1.0)
     low, high = min(positive), max(positive)
+    if not log:
+        return 0.0, high * 1.08
     room = (high / low) ** 0.07 * 1.12
     return low / room, high * room
 
 
-def _draw_lines(axes: Axes, curves: Mapping[str, Mapping[int, float]]) -> list[tuple[str, str, float, float]]:
+def _draw_lines(
+    axes: Axes,
+    curves: Mapping[str, Mapping[int, float]],
+    ranges: Mapping[str, Mapping[int, tuple[float, float]]] | None,
+) -> list[tuple[str, str, float, float]]:
     """Draw the curves; returns (label, color, x, y) of every right-hand end."""
     ends = []
     spare = [method for method in curves if method not in METHOD_STYLES]
-    for method, curve in curves.items():
+    for i, (method, curve) in enumerate(curves.items()):
         label, color, marker = method_style(method, spare.index(method) if method in spare else 0)
-        x = sorted(curve)
-        y = [max(curve[n], 1e-12) for n in x]
+        steps = sorted(curve)
+        aside = 1.0 if ranges is None else 1.035 ** (i - (len(curves) - 1) / 2)
+        x = [n * aside for n in steps]
+        y = [max(curve[n], 1e-12) for n in steps]
         front = 4 if method == "on_policy" else 3
         axes.plot(
             x,
@@ -228,6 +214,11 @@ def _draw_lines(axes: Axes, curves: Mapping[str, Mapping[int, float]]) -> list[t
             clip_on=True,
             solid_capstyle="round",
         )
+        if ranges is not None:
+            pairs = [ranges[method][n] for n in steps]
+            below = [max(value - low, 0.0) for value, (low, _) in zip(y, pairs, strict=True)]
+            above = [max(high - value, 0.0) for value, (_, high) in zip(y, pairs, strict=True)]
+            axes.errorbar(x, y, yerr=[below, above], fmt="none", ecolor=color, elinewidth=1.4, capsize=3, zorder=front)
         ends.append((label, color, float(x[-1]), y[-1]))
     return ends
 
@@ -237,7 +228,7 @@ def _draw_floor(axes: Axes, floor: float | None, low: float) -> None:
         return
     if floor > 1e-8:
         axes.axhspan(low, floor, color=BAND, alpha=0.22, linewidth=0, zorder=1)
-        note = f"real vs real: {floor:.2g}"
+        note = f"real videos against each other: {floor:.2g}"
     else:
         note = "real videos: 0"
     axes.annotate(
@@ -254,9 +245,10 @@ def _draw_floor(axes: Axes, floor: float | None, low: float) -> None:
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]], height_inches: float) -> None:
     """Write each line's name beside its end, pushed apart where names would overlap, with a hairline to the line."""
-    bottom, top = axes.get_ylim()
     gap = 14.5 / 72 / height_inches
-    wanted = [(math.log(max(y, bottom) / bottom) / math.log(top / bottom), label, color) for label, color, _, y in ends]
+    to_height = axes.transData + axes.transAxes.inverted()
+    heights = [float(to_height.transform((x, y))[1]) for _, _, x, y in ends]
+    wanted = [(min(max(at, 0.0), 1.0), end[0], end[1]) for at, end in zip(heights, ends, strict=True)]
     wanted.sort()
     placed = spread([w[0] for w in wanted], gap)
     edge = 1.0

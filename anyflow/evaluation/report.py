@@ -1,4 +1,4 @@
-"""The HTML report of an any-step evaluation: one self-contained file that works offline, in light and dark mode."""
+"""Writes the HTML report of an any-step evaluation: one file that works offline, in light and dark, on a phone too."""
 
 from __future__ import annotations
 
@@ -12,19 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.evaluation.findings import findings, number, takeaway
-from anyflow.evaluation.plots import (
-    BAND,
-    FAINT,
-    INK,
-    METHOD_STYLES,
-    any_step_figure,
-    encode_animation,
-    figure_svg,
-    method_style,
-    tile_videos,
-)
+from anyflow.evaluation.animations import encode_animation, tile_videos
+from anyflow.evaluation.findings import findings, number
+from anyflow.evaluation.plots import BAND, FAINT, INK, METHOD_STYLES, any_step_figure, figure_svg, method_style
 from anyflow.evaluation.results import EvaluationResults
+from anyflow.evaluation.seeds import SeedResults
+from anyflow.evaluation.summary import QUALITY_LEVELS, figure_sentences, main_methods, quality, takeaway
 from anyflow.writing import write_text
 
 _METRIC_TITLES = {
@@ -32,17 +25,22 @@ _METRIC_TITLES = {
     "template_mse": "Template error",
     "coverage_tv": "Coverage error",
 }
+_CHART_TITLES = {
+    "fd": "Distance from real videos (lower is better)",
+    "template_mse": "Difference to the nearest real clip (lower is better)",
+    "coverage_tv": "Unevenness of positions (lower is better)",
+}
 _METHOD_NOTES = {
-    "flow_matching": "the velocity model, Euler steps",
-    "pretrain": "flow map after data training",
-    "on_policy": "flow map after on-policy training",
-    "consistency_sampler": "stage-2 weights, re-noised each step",
+    "flow_matching": "the usual way: many small steps",
+    "pretrain": "learned from data alone",
+    "on_policy": "steps of any length",
+    "consistency_sampler": "the flow map's network, with fresh noise at each step",
 }
 
 
 @dataclass(frozen=True)
 class RecipeStage:
-    """One row of the recipe table; everything but ``steps`` and ``batch_size`` is shown as it stands."""
+    """Hold one row of the recipe table; all but ``steps`` and ``batch_size`` is shown as it stands."""
 
     name: str
     steps: int
@@ -54,14 +52,23 @@ class RecipeStage:
 
 @dataclass(frozen=True, eq=False)
 class ReportData:
-    """Everything the report shows.
+    """Hold everything that the report shows.
 
-    ``samples[method][steps]`` and ``real_samples`` are ``[N, F, H, W]`` uint8 gray videos (few: they are all shown;
-    four per cell, one per class, look best). ``environment`` is shown as name and value (versions, CPU, threads).
-    Raises ``ValueError`` for videos of another shape or dtype and for samples of methods or steps without a score.
+    Args:
+        results: of one run, or of several seeds.
+        samples: ``[method][steps]``, videos ``[N, F, H, W]`` uint8 gray of the first seed; few, as all are shown:
+            four per cell, one per class, look best.
+        real_samples: ``[N, F, H, W]`` uint8 gray.
+        recipe: rows of its table.
+        environment: names and values that are shown, such as versions and the processor.
+        class_names: what the videos of a cell show, in their order.
+        title: of the page.
+
+    Raises:
+        ValueError: videos are of another shape or dtype, or of a method or number of steps without a score.
     """
 
-    results: EvaluationResults
+    results: EvaluationResults | SeedResults
     samples: Mapping[str, Mapping[int, Tensor]]
     real_samples: Tensor
     recipe: Sequence[RecipeStage] = ()
@@ -70,10 +77,10 @@ class ReportData:
     title: str = "One small video model, any number of steps"
 
     def __post_init__(self) -> None:
-        videos = [("real_samples", self.real_samples)]
+        videos, results = [("real_samples", self.real_samples)], SeedResults.of(self.results)
         for method, by_steps in self.samples.items():
             for steps, video in by_steps.items():
-                if steps not in self.results.curves.get(method, {}):
+                if method not in results.methods or steps not in results.steps:
                     raise ValueError(f"samples of {method!r} at {steps} steps have no score in results")
                 videos.append((f"samples of {method!r} at {steps} steps", video))
         for name, video in videos:
@@ -100,20 +107,20 @@ def write_report(path: str | Path, data: ReportData) -> Path:
 
 
 def figures(value: float) -> str:
-    """A metric for a table: three significant digits, trailing zeros kept."""
+    """Return a metric for a table: three significant digits, trailing zeros kept."""
     return "0" if value == 0 else f"{value:#.3g}".rstrip(".")
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a reader: ``0.4 s``, ``12 s``, ``5 min 03 s``."""
+    """Return seconds for a reader: ``0.4 s``, ``12 s``, ``5 min 03 s``."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
 
 
-def inline_svg(svg: str) -> str:
-    """Prepare SVG text for inlining in the report: no XML namespaces, and CSS variables for colors (dark mode)."""
+def inline_svg(svg: str, *, label: str, css_class: str) -> str:
+    """Return SVG text for the report: no XML namespaces, CSS variables for colors (dark mode), and a name."""
     start, end = svg.index("<svg"), svg.index(">", svg.index("<svg"))
     head = svg[start:end]
     view_box = head[head.index("viewBox") :].split('"')[1]
@@ -122,59 +129,102 @@ def inline_svg(svg: str) -> str:
     for color, name in colors.items():
         body = body.replace(color, f"var(--{name})")
     body = body.replace("#ffffff", "var(--card)")
-    return f'<svg viewBox="{view_box}" role="img"{body}'
+    return f'<svg class="{css_class}" viewBox="{view_box}" role="img" aria-label="{label}"{body}'
 
 
 def _context(data: ReportData) -> dict[str, Any]:
-    results = data.results
-    methods = [{"key": m, "label": method_style(m)[0], "note": _METHOD_NOTES.get(m, "")} for m in results.curves]
+    results = SeedResults.of(data.results)
+    main = main_methods(results)
+    methods = [
+        {"key": m, "label": method_style(m)[0], "note": _METHOD_NOTES.get(m, ""), "main": m in main}
+        for m in results.methods
+    ]
     floor = results.floor.as_dict()
+    tables = [
+        {"title": title, "floor": floor[name], "values": results.values(name), "ranges": results.ranges(name)}
+        for name, title in _METRIC_TITLES.items()
+    ]
+    seconds = results.seconds
     return {
         "title": data.title,
         "takeaway": takeaway(results),
+        "sentences": figure_sentences(results),
         "findings": findings(results),
-        "results": results,
+        "budget": results.runs[0].budget,
+        "seeds": results.seeds,
+        "seed_text": _seed_text(results.seeds),
+        "floor": results.floor,
         "methods": methods,
+        "shown": [m for m in methods if m["main"] and m["key"] in data.samples],
+        "others": [m for m in methods if not m["main"] and m["key"] in data.samples],
         "steps": results.steps,
-        "charts": {name: _chart(results, name) for name in _METRIC_TITLES},
-        "cells": {m: {n: _data_uri(v) for n, v in by_steps.items()} for m, by_steps in data.samples.items()},
+        "charts": {name: _charts(results, name) for name in _METRIC_TITLES},
+        "cells": _cells(data, results.runs[0]),
         "real_cells": _real_cells(data),
+        "levels": QUALITY_LEVELS,
         "recipe": data.recipe,
         "environment": data.environment,
         "class_names": list(data.class_names),
         "colors": {m: style[1] for m, style in METHOD_STYLES.items()},
-        "tables": [
-            {"title": title, "floor": floor[name], "values": results.values(name)}
-            for name, title in _METRIC_TITLES.items()
-        ],
-        "seconds": {name: s for name, s in results.seconds.items() if name != "total"},
-        "total_seconds": results.seconds.get("total", sum(results.seconds.values())),
+        "tables": tables,
+        "seconds": {name: s for name, s in seconds.items() if name != "total"},
+        "total_seconds": seconds.get("total", sum(seconds.values())),
     }
 
 
-def _chart(results: EvaluationResults, metric: str) -> str:
+def _seed_text(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    return f"mean of {len(seeds)} seeds ({', '.join(map(str, seeds))})"
+
+
+def _charts(results: SeedResults, metric: str) -> list[str]:
+    """Draw a chart for each width that the page may have: text keeps its size where the page is narrow."""
     large = metric == "fd"
-    figure = any_step_figure(
-        results.values(metric),
-        floor=results.floor.as_dict()[metric],
-        label_lines=large,
-        ylabel=f"{_METRIC_TITLES[metric]} (lower is better)",
-        size=(8.4, 4.5) if large else (4.6, 3.3),
-    )
-    return inline_svg(figure_svg(figure, salt=f"anyflow-{metric}"))
+    kinds = {"wide": ((8.4, 4.3), True), "narrow": ((4.2, 3.6), False)} if large else {"any": ((4.4, 3.1), False)}
+    label = f"Chart: {_CHART_TITLES[metric]}, against the number of steps"
+    charts = []
+    for kind, (size, label_lines) in kinds.items():
+        figure = any_step_figure(
+            results.values(metric),
+            ranges=results.ranges(metric),
+            floor=results.floor.as_dict()[metric],
+            label_lines=label_lines,
+            ylabel=_CHART_TITLES[metric],
+            size=size,
+            log=metric != "coverage_tv",
+        )
+        svg = figure_svg(figure, salt=f"anyflow-{metric}-{kind}")
+        charts.append(inline_svg(svg, label=label, css_class=kind))
+    return charts
 
 
-def _data_uri(videos: Tensor) -> str:
+def _cells(data: ReportData, run: EvaluationResults) -> dict[str, dict[int, dict[str, str]]]:
+    """Return what stands in each cell of the grid of videos: moving and still pictures, and a word for them."""
+    return {
+        method: {
+            n: _picture(videos) | {"word": quality(run.curves[method][n].template_mse)}
+            for n, videos in by_steps.items()
+        }
+        for method, by_steps in data.samples.items()
+    }
+
+
+def _picture(videos: Tensor) -> dict[str, str]:
     cols = math.ceil(math.sqrt(videos.shape[0]))
     rows = math.ceil(videos.shape[0] / cols)
     upscale = max(1, round(48 / videos.shape[-1]))
     frames = tile_videos(videos, rows, cols, upscale=upscale, padding=2, background=110)
+    return {"moving": _data_uri(frames), "still": _data_uri(frames[len(frames) // 2 :][:1])}
+
+
+def _data_uri(frames: Tensor) -> str:
     return "data:image/webp;base64," + base64.b64encode(encode_animation(frames, format="webp")).decode()
 
 
-def _real_cells(data: ReportData) -> list[str]:
-    """Real videos cut into cells of the size the samples have, at most one cell per column."""
+def _real_cells(data: ReportData) -> list[dict[str, str]]:
+    """Cut real videos into cells of the size that the samples have, at most one cell per column."""
     sizes = [v.shape[0] for by_steps in data.samples.values() for v in by_steps.values()]
     per_cell = min(sizes) if sizes else data.real_samples.shape[0]
-    chunks = data.real_samples.split(per_cell)[: len(data.results.steps)]
-    return [_data_uri(c) for c in chunks if c.shape[0] == per_cell or len(chunks) == 1]
+    chunks = data.real_samples.split(per_cell)[: len(SeedResults.of(data.results).steps)]
+    return [_picture(c) for c in chunks if c.shape[0] == per_cell or len(chunks) == 1]

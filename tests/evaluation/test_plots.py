@@ -1,16 +1,14 @@
-"""Figures and animations: what they draw is read back and compared with what went in."""
+"""Figures: what they draw is read back and compared with what went in."""
 
-import io
 import itertools
 import math
 import xml.etree.ElementTree as ET
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyflow.evaluation import any_step_figure, encode_animation, save_animation, save_figure, tile_videos
+from anyflow.evaluation import any_step_figure, save_figure
 from anyflow.evaluation.plots import METHOD_STYLES, figure_svg, spread
 
 Image = pytest.importorskip("PIL.Image")
@@ -38,7 +36,15 @@ def test_figure_holds_the_data() -> None:
 def test_svg_is_xml_with_labels_and_repeatable() -> None:
     svg = figure_svg(any_step_figure(CURVES, floor=0.16, ylabel="Distance"))
     texts = {"".join(node.itertext()).strip() for node in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")}
-    assert {"flow matching", "flow map, stage 2", "my method", "Distance", "real vs real: 0.16", "1", "32"} <= texts
+    assert {
+        "plain flow matching",
+        "flow map",
+        "my method",
+        "Distance",
+        "real videos against each other: 0.16",
+        "1",
+        "32",
+    } <= texts
     assert svg == figure_svg(any_step_figure(CURVES, floor=0.16, ylabel="Distance"))
     assert "<metadata" not in svg
 
@@ -47,6 +53,43 @@ def test_zero_floor_is_said_in_words() -> None:
     axes = any_step_figure(CURVES, floor=0.0).axes[0]
     assert not axes.patches
     assert "real videos: 0" in [t.get_text() for t in axes.texts]
+
+
+def test_error_bars_reach_from_the_lowest_to_the_highest_seed() -> None:
+    ranges = {m: {n: (v / (i + 2), v * (i + 3)) for n, v in c.items()} for i, (m, c) in enumerate(CURVES.items())}
+    axes = any_step_figure(CURVES, ranges=ranges).axes[0]
+    assert len(axes.containers) == 3
+    for bars, line, (method, curve) in zip(axes.containers, axes.lines[:1], CURVES.items(), strict=False):
+        (segments,) = bars[2]
+        drawn = [(x, low, high) for (x, low), (_, high) in segments.get_segments()]
+        assert [(low, high) for _, low, high in drawn] == [pytest.approx(ranges[method][n]) for n in sorted(curve)]
+        assert [x for x, _, _ in drawn] == pytest.approx(list(line.get_xdata()))
+    columns = [[segment[0][0] for segment in bars[2][0].get_segments()] for bars in axes.containers]
+    for beside, n in zip(zip(*columns, strict=True), CURVES["flow_matching"], strict=True):
+        assert len(set(beside)) == 3 and all(abs(x / n - 1) < 0.1 for x in beside)  # beside each other, near their step
+    low, high = axes.get_ylim()
+    assert low < min(r[0] for c in ranges.values() for r in c.values())
+    assert high > max(r[1] for c in ranges.values() for r in c.values())
+
+
+def test_linear_axis_begins_at_zero() -> None:
+    axes = any_step_figure(CURVES, log=False, floor=0.1).axes[0]
+    assert axes.get_yscale() == "linear"
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 54
+
+
+@pytest.mark.parametrize(
+    ("ranges", "match"),
+    [
+        ({}, "'a' needs"),
+        ({"a": {1: (1.0, 2.0)}}, "'a' needs"),
+        ({"a": {1: (1.1, 2.0), 2: (1.0, 2.0)}}, "at 1 steps must hold its value"),
+        ({"a": {1: (1.0, 2.0), 2: (1.0, math.inf)}}, "at 2 steps must hold its value"),
+    ],
+)
+def test_range_errors(ranges: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        any_step_figure({"a": {1: 1.0, 2: 2.0}}, ranges=ranges)
 
 
 def test_figure_with_zeros_and_one_step() -> None:
@@ -84,50 +127,6 @@ def test_spread_keeps_order_and_distance(positions: list[float], gap: float) -> 
     assert min(placed) >= -1e-9 and max(placed) <= 1 + 1e-9
     if all(b - a >= gap for a, b in itertools.pairwise(sorted(positions))):
         assert placed == pytest.approx(sorted(positions))
-
-
-def test_tile_videos_places_each_pixel() -> None:
-    videos = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    canvas = tile_videos(videos, 2, 3, upscale=2, padding=3, background=9)
-    assert canvas.shape == (3, 2 * 8 + 3, 3 * 12 + 6) and canvas.dtype == torch.uint8
-    for i in range(5):
-        top, left = i // 3 * 11, i % 3 * 15
-        assert torch.equal(canvas[:, top : top + 8 : 2, left : left + 12 : 2], videos[i])
-        assert torch.equal(canvas[:, top + 1 : top + 8 : 2, left + 1 : left + 12 : 2], videos[i])
-    assert (canvas[:, 8:11] == 9).all() and (canvas[:, 11:, 30:] == 9).all()  # the gap and the empty cell
-
-
-def test_tile_videos_errors() -> None:
-    videos = torch.zeros(5, 3, 4, 6, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="do not fit"):
-        tile_videos(videos, 2, 2)
-    with pytest.raises(ValueError, match="uint8"):
-        tile_videos(videos.float(), 2, 3)
-    with pytest.raises(ValueError, match="upscale"):
-        tile_videos(videos, 2, 3, upscale=0)
-
-
-@pytest.mark.parametrize("kind", ["webp", "gif"])
-def test_animation_is_lossless_and_loops(kind: str, tmp_path) -> None:
-    frames = torch.randint(0, 256, (5, 10, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    save_animation(tmp_path / f"a.{kind}", frames, fps=10)
-    data = (tmp_path / f"a.{kind}").read_bytes()
-    assert data == encode_animation(frames, format=kind, fps=10)
-    with Image.open(io.BytesIO(data)) as image:
-        assert image.n_frames == 5 and image.info["loop"] == 0
-        for i in range(5):
-            image.seek(i)
-            assert torch.equal(torch.tensor(list(image.convert("L").tobytes())).view(10, 14).byte(), frames[i])
-
-
-def test_animation_errors(tmp_path) -> None:
-    frames = torch.zeros(2, 4, 4, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="'webp' or 'gif'"):
-        save_animation(tmp_path / "a.mp4", frames)
-    with pytest.raises(ValueError, match="uint8"):
-        encode_animation(frames.float())
-    with pytest.raises(ValueError, match="fps"):
-        encode_animation(frames, fps=0)
 
 
 def test_every_method_has_its_own_look() -> None:

@@ -1,0 +1,102 @@
+"""Merges the results of runs that differ in their seed: means, and how far the seeds lie apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from anyflow.evaluation.metrics import Metrics
+from anyflow.evaluation.results import METRIC_NAMES, EvaluationResults
+from anyflow.writing import write_text
+
+
+@dataclass(frozen=True)
+class SeedResults:
+    """Hold the results of one or more runs of the same budget, each with a seed of its own.
+
+    Args:
+        runs: at least one, over the same methods and step counts.
+
+    Raises:
+        ValueError: there is no run, two have the same seed, or they differ in budget, methods or step counts.
+    """
+
+    runs: tuple[EvaluationResults, ...]
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs must hold the results of at least one run")
+        if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
+            raise ValueError(f"two runs have the seed {twice[0]}; each needs another one (`anyflow demo --seed`)")
+        first = self.runs[0]
+        for run in self.runs[1:]:
+            for what, ours, theirs in (
+                ("budget", first.budget, run.budget),
+                ("methods", sorted(first.curves), sorted(run.curves)),
+                ("step counts", list(first.steps), list(run.steps)),
+            ):
+                if ours != theirs:
+                    raise ValueError(
+                        f"runs of different {what} cannot be merged: {ours} of seed {first.seed}, "
+                        f"{theirs} of seed {run.seed}"
+                    )
+
+    @classmethod
+    def of(cls, results: EvaluationResults | SeedResults) -> SeedResults:
+        """Return ``results`` in this form, those of one run too."""
+        return results if isinstance(results, SeedResults) else cls((results,))
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Return the step counts, ascending."""
+        return self.runs[0].steps
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Return the names of the methods, in the order of the first run."""
+        return tuple(self.runs[0].curves)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Return the seeds in the order of the runs."""
+        return tuple(run.seed for run in self.runs)
+
+    @property
+    def floor(self) -> Metrics:
+        """Return the mean score of real data."""
+        return Metrics(*(_mean([run.floor.as_dict()[name] for run in self.runs]) for name in METRIC_NAMES))
+
+    def values(self, metric: str) -> dict[str, dict[int, float]]:
+        """Return the means of one metric over the seeds as ``{method: {steps: mean}}``, step counts ascending."""
+        runs = [run.values(metric) for run in self.runs]
+        return {m: {n: _mean([run[m][n] for run in runs]) for n in self.steps} for m in self.methods}
+
+    def ranges(self, metric: str) -> dict[str, dict[int, tuple[float, float]]] | None:
+        """Return ``{method: {steps: (lowest, highest)}}`` of one metric over the seeds, or None for a single run."""
+        if len(self.runs) == 1:
+            return None
+        runs = [run.values(metric) for run in self.runs]
+        return {
+            m: {n: (min(run[m][n] for run in runs), max(run[m][n] for run in runs)) for n in self.steps}
+            for m in self.methods
+        }
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds that each stage took in all runs together."""
+        total: dict[str, float] = {}
+        for run in self.runs:
+            for stage, seconds in run.seconds.items():
+                total[stage] = total.get(stage, 0.0) + seconds
+        return total
+
+    def save(self, path: str | Path) -> None:
+        """Write ``{"runs": [...]}``, each run as :meth:`EvaluationResults.as_dict`, completely or not at all."""
+        content: Mapping[str, object] = {"runs": [run.as_dict() for run in self.runs]}
+        write_text(Path(path), json.dumps(content, indent=2) + "\n")
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,109 @@
+"""What a run leaves, and one report of several seeds, on real tiny results: untrained networks, drawn and measured."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from anyflow.cli import app
+from anyflow.demo import DemoConfig
+from anyflow.demo.evaluate import build_evaluator, evaluate_method, real_floor, samplers
+from anyflow.demo.results import MERGED_FILES, merge_runs, write_results
+from anyflow.demo.world import World
+from anyflow.evaluation import EvaluationResults
+
+Image = pytest.importorskip("PIL.Image")
+METHODS = ("flow_matching", "on_policy")
+
+
+def make_run(out: Path, seed: int) -> EvaluationResults:
+    config = DemoConfig(seed=seed, num_layers=1, num_heads=2, samples=32, heldout=64, step_counts=(1, 2))
+    world = World(config)
+    evaluator, all_samplers, model = build_evaluator(world), samplers(world), world.model()
+    plain = evaluate_method(world, evaluator, all_samplers["flow_matching"], model, lambda: None)
+    model.enable_flow_map(config.gate_value)
+    scored = (plain, evaluate_method(world, evaluator, all_samplers["on_policy"], model, lambda: None))
+    curves = {method: metrics for method, (metrics, _) in zip(METHODS, scored, strict=True)}
+    examples = {method: videos for method, (_, videos) in zip(METHODS, scored, strict=True)}
+    seconds = {"pretrain": 1.0, "on_policy": 2.0, "baseline": 3.0}
+    results = EvaluationResults(real_floor(world, evaluator), curves, seconds, seed, "tiny")
+    out.mkdir(parents=True)
+    write_results(config, world, results, examples, out)
+    return results
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[list[Path], list[EvaluationResults]]:
+    folder = tmp_path_factory.mktemp("runs")
+    paths = [folder / f"demo-{seed}" for seed in (0, 1)]
+    return paths, [make_run(path, seed) for seed, path in enumerate(paths)]
+
+
+def test_run_has_the_moving_picture_and_small_animations(runs) -> None:
+    folder = runs[0][0]
+    assert {*MERGED_FILES, "samples"} == {path.name for path in folder.iterdir()}
+    data = (folder / "any_step.gif").read_bytes()
+    assert len(data) < 2**20
+    with Image.open(io.BytesIO(data)) as picture:
+        assert picture.n_frames == 8 and picture.size[0] <= 800
+    names = {f"{method}_{steps}.gif" for method in METHODS for steps in (1, 2)} | {"real.gif"}
+    assert {path.name for path in (folder / "samples").glob("*.gif")} == names
+
+
+def test_report_command_merges_seeds(runs, tmp_path: Path) -> None:
+    paths, results = runs
+    done = CliRunner().invoke(app, ["report", *map(str, paths), "--out", str(tmp_path / "new" / "both")])
+    assert done.exit_code == 0, done.output
+    out = tmp_path / "new" / "both"
+    assert str((out / "report.html").resolve()) in done.output
+    assert {path.name for path in out.iterdir()} == set(MERGED_FILES)
+    merged = [EvaluationResults.from_dict(run) for run in json.loads((out / "metrics.json").read_text())["runs"]]
+    assert merged == results
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "mean of 2 seeds (0, 1)" in page and "the videos are those of seed 0" in page
+    low, high = sorted(run.curves["on_policy"][2].coverage_tv for run in results)
+    assert f"<small>{low:#.3g} – {high:#.3g}</small>" in page
+    # Pictures, table of the recipe and machine are those of the first run.
+    first = (paths[0] / "report.html").read_text(encoding="utf-8")
+    pictures = [line for line in first.splitlines() if "<picture>" in line]
+    assert len(pictures) > 4 and all(line in page for line in pictures)
+    assert torch.__version__ in page and "Stage 1: flow-map pretraining" in page
+    assert (out / "any_step.gif").read_bytes() == (paths[0] / "any_step.gif").read_bytes()
+    merge_runs(paths[:1], out)  # an earlier report is replaced
+    assert "seed 0" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_report_command_refuses_what_cannot_be_merged(runs, tmp_path: Path) -> None:
+    (first, second), _ = runs
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("precious")
+    shutil.copytree(second, tmp_path / "other")
+    metrics = json.loads((second / "metrics.json").read_text())
+    metrics["curves"] = {method: {"1": curve["1"]} for method, curve in metrics["curves"].items()}
+    (tmp_path / "other" / "metrics.json").write_text(json.dumps(metrics))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(first, damaged)
+    (damaged / "samples" / "videos.safetensors").write_bytes(b"no tensors, but long enough for a header")
+    about = tmp_path / "about"
+    shutil.copytree(first, about)
+    (about / "samples" / "about.json").write_text('{"recipe": 3}')
+    new = tmp_path / "new"
+    for arguments, words in (
+        ([first, first, "--out", new], "two runs have the seed 0"),
+        ([first, tmp_path / "nothing", "--out", new], "is not a folder"),
+        ([first, tmp_path / "empty", "--out", new], "holds no finished run"),
+        ([first, tmp_path / "other", "--out", new], "different step counts"),
+        ([damaged, second, "--out", new], "videos.safetensors"),
+        ([about, second, "--out", new], "about.json is damaged: recipe"),
+        ([first, second, "--out", tmp_path / "thesis"], "holds other files (thesis.tex)"),
+        ([first, second, "--out", tmp_path / "thesis" / "thesis.tex"], "is a file"),
+        ([first, second, "--out", first], "holds other files (samples)"),
+    ):
+        done = CliRunner().invoke(app, ["report", *map(str, arguments)])
+        assert done.exit_code == 2 and words in done.stderr and done.stderr.count("\n") == 1, (words, done.output)
+        assert not new.exists()
