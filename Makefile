@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check sanitize bench bench-quick lint format perf-docs clean
+.PHONY: help venv demo test check sanitize bench bench-quick lint format docs perf-docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -70,9 +70,13 @@ format: $(STAMP) ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP) ## the site of the documentation, in site/; fails on a warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
+	@echo "Ready: site/index.html"
+
 perf-docs: $(STAMP) ## docs/performance.md and its plots, from benchmarks/results
 	$(BIN)/python benchmarks/perf_docs.py $(ARGS)
 
 clean: ## remove builds and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from anyflow.block_parts import checked_parts, replace_parts, replaced_parts, restore_parts
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.wan import WanTransformer3DModel
 
@@ -37,41 +38,54 @@ class _Original:
     owners: Mapping[str, nn.Module]
 
 
-def accelerate(pipe_or_transformer: T) -> T:
-    """Run a diffusers pipeline, or a bare transformer, on anyflow's transformer.
+def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None) -> T:
+    """Run a diffusers pipeline, or a bare transformer, on anyflow's transformer, or on some of its operators.
 
     The pipelines are those around diffusers' ``AnyFlowTransformer3DModel`` or ``WanTransformer3DModel``, Wan 2.2's
     ``transformer_2`` included. Ours gets the very parameters and linear layers of theirs: nothing is copied, dtypes and
     devices stay, adapters (LoRA) stay loaded, and CPU offloading that is on stays on. Results are the same within
     rounding (``tests/test_accelerate.py``). A second call changes nothing; :func:`restore` undoes the first.
 
+    With ``only``, diffusers' transformer stays, with its names, attention backends, fused projections and image
+    attention, and just these parts of its blocks are replaced (``tests/test_block_parts.py``):
+
+    - ``"norms"``: LayerNorm, modulation, gates and residuals, three operators a block;
+    - ``"rope"``: RMS norm and rotation of the queries and keys of self-attention;
+    - ``"gelu"``: the activation of the feed-forward;
+    - ``"linear"``: the linear layers, whose kernel is faster in fp32 on AMD's processors.
+
     Args:
-        pipe_or_transformer: a pipeline is changed in place; a transformer is left as it is.
+        pipe_or_transformer: a pipeline is changed in place; a transformer is left as it is, except with ``only``.
+        only: name of a part, or several. A further call replaces exactly the parts that it names.
 
     Returns:
-        The pipeline itself, or our transformer. Saved, both load in diffusers.
+        The pipeline itself, or our transformer (with ``only``, the transformer itself). Saved, both load in diffusers.
 
     Raises:
         TypeError: neither such a pipeline nor such a transformer.
-        ValueError: the transformer cannot be replaced without loss: image attention, fused projections, other
-            attention processors, quantized weights, hooks that ours would not have, a device map, ``torch.compile``.
+        ValueError: a part is unknown; or what is there cannot be replaced without loss: hooks that ours would not have,
+            other attention processors, a device map, ``torch.compile``, and, without ``only``, image attention, fused
+            projections and quantized weights.
     """
+    parts = None if only is None else checked_parts(only)
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
-        if _is_ours(pipe_or_transformer):
+        if _is_ours(pipe_or_transformer) and parts is None:
             return pipe_or_transformer
-        return _accelerated(pipe_or_transformer)
+        ours: Any = _accelerated(pipe_or_transformer, parts)
+        return ours
     pipe = pipe_or_transformer
     transformers = _transformers(pipe)
     if not transformers:
         raise TypeError(f"accelerate: {type(pipe).__name__} has no transformer; {_SUPPORTED}")
-    theirs = {n: t for n, t in transformers.items() if not _is_ours(t)}
+    theirs = {n: t for n, t in transformers.items() if not (_is_ours(t) and parts is None)}
     for transformer in theirs.values():
         _our_class(transformer)
     if theirs:
         with _without_offloading(pipe):
-            ours = {name: _accelerated(transformer) for name, transformer in theirs.items()}
-            for name, transformer in ours.items():
-                setattr(pipe, name, transformer)
+            replaced = {name: _accelerated(transformer, parts) for name, transformer in theirs.items()}
+            for name, transformer in replaced.items():
+                if transformer is not theirs[name]:
+                    setattr(pipe, name, transformer)
     return pipe
 
 
@@ -85,21 +99,38 @@ def restore(pipe_or_transformer: T) -> T:
         ValueError: nothing here was accelerated, or ours has hooks that theirs would not have.
     """
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
-        return _restored(pipe_or_transformer)
+        theirs: Any = _restored(pipe_or_transformer)
+        return theirs
     pipe = pipe_or_transformer
-    ours = {name: t for name, t in _transformers(pipe).items() if hasattr(t, "_accelerated_from")}
+    ours = {
+        name: transformer
+        for name, transformer in _transformers(pipe).items()
+        if hasattr(transformer, "_accelerated_from") or replaced_parts(_uncompiled(transformer))
+    }
     if not ours:
         raise ValueError(f"restore: this {type(pipe).__name__} was not accelerated")
     with _without_offloading(pipe):
         restored = {name: _restored(transformer) for name, transformer in ours.items()}
         for name, transformer in restored.items():
-            setattr(pipe, name, transformer)
+            if transformer is not ours[name]:
+                setattr(pipe, name, transformer)
     return pipe
 
 
+def _accelerated(theirs: Any, parts: tuple[str, ...] | None) -> ModelMixin:
+    """Return our transformer on the weights of theirs, or theirs with some of its parts replaced."""
+    if parts is None:
+        ours = _our_class(theirs)
+        if replaced_parts(theirs):
+            restore_parts(theirs)
+        return _transplanted(theirs, ours)
+    _our_class(theirs)
+    replace_parts(theirs, parts, _problem_of_part)
+    return theirs
+
+
 @torch.inference_mode(False)  # the gate, made there, could never be trained with
-def _accelerated(theirs: ModelMixin) -> AnyFlowTransformer3DModel:
-    cls = _our_class(theirs)
+def _transplanted(theirs: ModelMixin, cls: type[AnyFlowTransformer3DModel]) -> AnyFlowTransformer3DModel:
     settings = inspect.signature(type(theirs).__init__).parameters
     with torch.device("meta"):
         ours = cls(**{name: value for name, value in theirs.config.items() if name in settings})
@@ -123,6 +154,9 @@ def _accelerated(theirs: ModelMixin) -> AnyFlowTransformer3DModel:
 
 def _restored(ours: Any) -> ModelMixin:
     ours = _uncompiled(ours)
+    if replaced_parts(ours):
+        restore_parts(ours)
+        return ours
     original: _Original | None = getattr(ours, "_accelerated_from", None)
     if original is None:
         raise ValueError(f"restore: this {type(ours).__name__} was not made by accelerate")
@@ -167,6 +201,8 @@ def _uncompiled(module: Any) -> Any:
 def _our_class(theirs: object) -> type[AnyFlowTransformer3DModel]:
     if _uncompiled(theirs) is not theirs:
         raise ValueError("accelerate: the transformer is compiled by torch.compile; accelerate first, then compile")
+    if isinstance(theirs, AnyFlowTransformer3DModel):
+        raise ValueError("accelerate: only= chooses parts of diffusers' transformer, and this one is anyflow's already")
     if type(theirs) is diffusers.AnyFlowTransformer3DModel:
         return AnyFlowTransformer3DModel
     if type(theirs) is diffusers.WanTransformer3DModel:
@@ -215,6 +251,17 @@ def _problem(module: Any) -> str | None:
     processor = getattr(module, "processor", None)
     if processor is not None and type(processor) not in type(module)._available_processors:
         return f"the attention processor {type(processor).__name__}; only diffusers' own can be replaced"
+    return None
+
+
+def _problem_of_part(module: Any) -> str | None:
+    """Return what keeps another class of a module from being run, or None."""
+    if hasattr(module, "_hf_hook"):
+        return "a hook of the package accelerate (offloading, a device map); remove it first"
+    if getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
+        return "a hook of diffusers (a cache, group offloading, layerwise casting); remove it first"
+    if "forward" in module.__dict__:
+        return "a forward of its own, which another package has set"
     return None
 
 

@@ -33,7 +33,7 @@ from:
     make perf-docs
 
 On a CPU, `make bench` measures ratios against diffusers and holds them to the gates in
-[benchmarks/gates.toml](../benchmarks/gates.toml). Each step that made something faster, or did not, is in
+`benchmarks/gates.toml`. Each step that made something faster, or did not, is in
 [performance-log.md](performance-log.md) with its prediction."""
 
 

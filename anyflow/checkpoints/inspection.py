@@ -86,7 +86,10 @@ def inspect(
     """Summarize a checkpoint; the arguments are those of ``load_transformer``, whose other ones have their defaults.
 
     Args:
-        path, subfolder, weights, attention_head_dim: see :func:`load_transformer`.
+        path: see :func:`anyflow.checkpoints.load_transformer`, as for the following three.
+        subfolder: of path.
+        weights: which ones of a training file.
+        attention_head_dim: where the checkpoint does not say it.
         strict_values: read every tensor, and count NaN and infinity among the problems. False reads no tensor, but for
             the comparison of torch's files with their checksums.
 

@@ -29,6 +29,7 @@ from anyflow.models.attention_backends import (
     unsupported,
 )
 from anyflow.ops.attention import attention as native_attention
+from anyflow.ops.attention import heads_first
 from anyflow.ops.backend import forced_backend
 from anyflow.ops.library import has_tangent
 from anyflow.ops.setting import ATTENTION_BACKEND, Use
@@ -217,7 +218,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
             )
     b, _, h, d = query.shape
     if key.shape[0] != b or key.shape[2] != h or key.shape[3] != d:
-        raise ValueError(f"attention: key must be [B={b}, S, H={h}, Dh={d}] to fit query, got {tuple(key.shape)}")
+        raise ValueError(
+            f"attention: key must be [B={b}, S, H={h}, Dh={d}] to fit query, "
+            f"got {tuple(key.shape)}{heads_first(query, key)}"
+        )
     if value.shape != key.shape:
         raise ValueError(f"attention: value {tuple(value.shape)} must have the shape of key {tuple(key.shape)}")
 

@@ -8,23 +8,17 @@ from torch import Tensor, nn
 from anyflow.models.attention import attention
 from anyflow.models.linear import apply_linear, fuses_gelu, linear_gelu
 from anyflow.models.sequence_parallel import TokenSplit
-from anyflow.ops import gated_residual, gelu, layer_norm_modulate, residual_layer_norm, rms_norm_rope
+from anyflow.ops import (
+    ResidualLayerNorm,
+    RMSNormRope,
+    gated_residual,
+    gelu,
+    layer_norm_modulate,
+    residual_layer_norm,
+)
 
 Rotary = tuple[Tensor, Tensor]
 KeyValue = tuple[Tensor, Tensor]
-
-
-class QKNorm(nn.Module):
-    """RMS norm over the full width, head split and optional rotation; ``[B, L, D] -> [B, L, H, Dh]``."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.num_heads, self.eps = num_heads, eps
-
-    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        cos, sin = (None, None) if rotary is None else rotary
-        return rms_norm_rope(x, self.weight, cos, sin, num_heads=self.num_heads, eps=self.eps)
 
 
 class Attention(nn.Module):
@@ -37,8 +31,8 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
-        self.norm_q = QKNorm(dim, num_heads, eps)
-        self.norm_k = QKNorm(dim, num_heads, eps)
+        self.norm_q = RMSNormRope(dim, num_heads, eps)
+        self.norm_k = RMSNormRope(dim, num_heads, eps)
         self.attention_backend: str | None = None
 
     def key_value(self, context: Tensor, rotary: Rotary | None = None) -> KeyValue:
@@ -90,19 +84,6 @@ class FeedForward(nn.Module):
         for module in self.net:
             x = apply_linear(module, x)
         return x
-
-
-class ResidualLayerNorm(nn.Module):
-    """Gated residual followed by an affine LayerNorm that holds its own parameters (``norm2``)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        return residual_layer_norm(x, y, gate, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 class AnyFlowTransformerBlock(nn.Module):

@@ -1,6 +1,7 @@
 """The operator API: the fused operators of a flow-map transformer, each with an eager fp32-accumulating reference.
 
-Import operators from here; which implementation runs is decided in :mod:`anyflow.ops.backend`.
+Each has a functional form and, where it stands for a layer, a module. Import both from here; which implementation runs
+is decided in :mod:`anyflow.ops.backend`.
 """
 
 from anyflow.ops.attention import attention
@@ -12,11 +13,27 @@ from anyflow.ops.gated_residual import gated_residual
 from anyflow.ops.gelu import gelu
 from anyflow.ops.layer_norm_modulate import layer_norm_modulate
 from anyflow.ops.linear import linear
+from anyflow.ops.modules import (
+    DotProductAttention,
+    GatedResidual,
+    GELUTanh,
+    LayerNormModulate,
+    Linear,
+    ResidualLayerNorm,
+    RMSNormRope,
+)
 from anyflow.ops.residual_layer_norm import residual_layer_norm
 from anyflow.ops.rms_norm_rope import rms_norm_rope
 
 __all__ = [
     "BackendChoice",
+    "DotProductAttention",
+    "GELUTanh",
+    "GatedResidual",
+    "LayerNormModulate",
+    "Linear",
+    "RMSNormRope",
+    "ResidualLayerNorm",
     "attention",
     "backend_report",
     "dual_timestep_embedding",

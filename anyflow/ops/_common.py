@@ -37,7 +37,8 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 def check_tokens(op: str, x: Tensor) -> tuple[int, int, int]:
     """Check that x is a floating ``[B, L, D]`` tensor and return its shape."""
     if x.ndim != 3 or not x.is_floating_point():
-        raise ValueError(f"{op}: x must be a floating-point [B, L, D] tensor, got {describe(x)}")
+        heads = "; heads side by side in D: flatten(2) of [B, L, H, Dh]" if x.ndim == 4 else ""
+        raise ValueError(f"{op}: x must be a floating-point [B, L, D] tensor, got {describe(x)}{heads}")
     return x.shape[0], x.shape[1], x.shape[2]
 
 
@@ -46,13 +47,25 @@ def check_rows(op: str, name: str, rows: Tensor, x: Tensor) -> int:
     b, length, d = x.shape
     if rows.ndim != 3 or rows.shape[0] != b or rows.shape[2] != d or not rows.is_floating_point():
         raise ValueError(
-            f"{op}: {name} must be a floating-point [B={b}, R, D={d}] for x {tuple(x.shape)}, got {describe(rows)}"
+            f"{op}: {name} must be a floating-point [B={b}, R, D={d}] for x {tuple(x.shape)}, "
+            f"got {describe(rows)}{_rows_hint(name, rows, b, d)}"
         )
     check_device(op, name, rows, x)
     r = rows.shape[1]
     if r == 0 or length % r:
         raise ValueError(f"{op}: {name} has R={r} rows, which must divide the L={length} tokens of x")
     return r
+
+
+def _rows_hint(name: str, rows: Tensor, b: int, d: int) -> str:
+    """Say how modulation of a layout that others use becomes rows, where its shape tells."""
+    if rows.shape == (b, d):
+        return f"; one row per sample: {name}.unsqueeze(1)"
+    if rows.ndim == 4 and (rows.shape[0], rows.shape[3]) == (b, d):
+        return "; several modulations in one tensor [B, R, n, D]: take one of unbind(2)"
+    if rows.ndim == 3 and rows.shape[0] == 1 and rows.shape[2] == d:
+        return f"; one row for all samples: {name}.expand({b}, -1, -1)"
+    return ""
 
 
 def check_vector(op: str, name: str, vector: Tensor, x: Tensor) -> None:

@@ -96,11 +96,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{_OP}: q must be a floating-point [B, L, H, Dh], got {describe(q)}")
     b, _, h, d = q.shape
     if k.ndim != 4 or k.shape[0] != b or k.shape[2:] != q.shape[2:]:
-        raise ValueError(f"{_OP}: k must be [B={b}, S, H={h}, Dh={d}] for q {tuple(q.shape)}, got {describe(k)}")
+        raise ValueError(
+            f"{_OP}: k must be [B={b}, S, H={h}, Dh={d}] for q {tuple(q.shape)}, got {describe(k)}{heads_first(q, k)}"
+        )
     check_same_shape(_OP, "v", v, k, "k")
     check_device(_OP, "k", k, q)
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"{_OP}: k and v must have the dtype of q, {q.dtype}, got {k.dtype} and {v.dtype}")
+
+
+def heads_first(q: Tensor, k: Tensor) -> str:
+    """Say so where shapes look like torch's ``[B, H, L, Dh]``."""
+    if k.ndim == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]:
+        return "; both look like [B, H, L, Dh]: transpose(1, 2) gives [B, L, H, Dh]"
+    return ""
 
 
 def _check_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> None:

@@ -84,8 +84,15 @@ def _check_backward(
 def _check_table(name: str, table: Tensor, x: Tensor, head_dim: int) -> None:
     length = x.shape[1]
     if head_dim % 2 or table.shape != (length, head_dim // 2) or not table.is_floating_point():
+        hint = ""
+        if table.numel() == length * head_dim and table.shape[-1] == head_dim:
+            first = 0 if name == "cos" else 1
+            hint = f" (every entry twice, as in diffusers: {name}.reshape({length}, {head_dim})[:, {first}::2]; "
+            hint += "tables of rotate_half, as in Llama, turn other pairs)"
+        elif table.ndim > 2 and table.numel() == length * (head_dim // 2):
+            hint = f": {name}.reshape({length}, {head_dim // 2})"
         raise ValueError(
-            f"{_OP}: {name} must be a floating-point [L={length}, Dh/2={head_dim / 2:g}], got {describe(table)}"
+            f"{_OP}: {name} must be a floating-point [L={length}, Dh/2={head_dim / 2:g}], got {describe(table)}{hint}"
         )
     check_device(_OP, name, table, x)
 

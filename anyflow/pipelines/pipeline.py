@@ -93,14 +93,16 @@ class AnyFlowPipeline:
         """Put parts together; :meth:`from_pretrained` does it for a folder.
 
         Args:
-            transformer, text_encoder: modules, or functions that load them on the CPU when they are needed.
+            transformer: a module, or a function that loads it on the CPU when it is needed.
+            text_encoder: likewise.
             vae: ``AutoencoderKLWan``.
             tokenizer: of the text encoder.
             scheduler: gives the schedule.
             layout: of the model.
             device: to run on.
             memory: as above.
-            cuda_graph, euler: see :meth:`from_pretrained`.
+            cuda_graph: see :meth:`from_pretrained`.
+            euler: see :meth:`from_pretrained`.
 
         Raises:
             ValueError: the device cannot do that.
