@@ -11,7 +11,9 @@ from anyflow.cli.common import fail
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML file, or a name that `anyflow recipes` lists.", show_default=False)
+    ],
     overrides: Annotated[
         list[str], typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of the file's.", show_default=False)
     ] = [],  # noqa: B006 (typer makes a new one)

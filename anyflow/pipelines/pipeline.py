@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from anyflow.pipelines.frames import context_pixels, frames_of_type
 from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_device
 from anyflow.pipelines.memory import Memory, Plan, Sizes, Turns, check_options, choose_plan, free_memory
+from anyflow.pipelines.plain_wan import load_scheduler, require_flow_map, require_one_transformer
 from anyflow.pipelines.progress import both, progress_bar, step_end_callback
 from anyflow.pipelines.request import (
     Generators,
@@ -87,6 +88,7 @@ class AnyFlowPipeline:
         device: torch.device | str = "cpu",
         memory: Plan = "fast",
         cuda_graph: bool = False,
+        euler: bool = False,
     ) -> None:
         """Put parts together; :meth:`from_pretrained` does it for a folder.
 
@@ -98,12 +100,12 @@ class AnyFlowPipeline:
             layout: of the model.
             device: to run on.
             memory: as above.
-            cuda_graph: see :meth:`from_pretrained`.
+            cuda_graph, euler: see :meth:`from_pretrained`.
 
         Raises:
             ValueError: the device cannot do that.
         """
-        self.device, self.memory, self.layout = torch.device(device), memory, layout
+        self.device, self.memory, self.layout, self.euler = torch.device(device), memory, layout, euler
         check_options(memory, self.device, compile=False, cuda_graph=cuda_graph)
         self._turns = Turns(memory, self.device, cuda_graph)
         self.vae, self.tokenizer, self.scheduler = vae, tokenizer, scheduler
@@ -128,6 +130,7 @@ class AnyFlowPipeline:
         vae_dtype: torch.dtype = torch.float32,
         compile: bool = False,
         cuda_graph: bool = False,
+        euler: bool = False,
     ) -> AnyFlowPipeline:
         """Load a diffusers folder with ``transformer``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``.
 
@@ -144,6 +147,9 @@ class AnyFlowPipeline:
             compile: compile the transformer's blocks with ``torch.compile``; not while they stream.
             cuda_graph: replay the transformer's evaluations from a graph; see
                 :class:`anyflow.cuda_graph.CudaGraphTransformer`. Not while its blocks stream.
+            euler: evaluate r = t, which is plain Euler, where a call does not say otherwise. Needed for a plain Wan
+                model, as diffusers' WanPipeline and a teacher of ``anyflow train`` have it: its own scheduler's shift
+                is taken (see :func:`anyflow.pipelines.plain_wan.load_scheduler`).
 
         Raises:
             ValueError: no such model, parts are missing or do not fit together, or an argument cannot be, which is
@@ -154,7 +160,10 @@ class AnyFlowPipeline:
         paths = ModelPaths.find(path, transformer)
         given = transformer if isinstance(transformer, nn.Module) else None
         layout = paths.layout(given)
-        scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(paths.scheduler, subfolder="scheduler")
+        require_one_transformer(paths.model)
+        if not euler:
+            require_flow_map(paths.transformer / "transformer", given)
+        scheduler = load_scheduler(paths.scheduler, euler=euler)
         tokenizer = load_tokenizer(paths.model)
         sizes = Sizes.read(paths, given, dtype, vae_dtype)
         plan = choose_plan(memory, sizes, free_memory(target, given), compile=compile, cuda_graph=cuda_graph)
@@ -177,6 +186,7 @@ class AnyFlowPipeline:
             device=target,
             memory=plan,
             cuda_graph=cuda_graph,
+            euler=euler,
         )
 
     @property
@@ -242,7 +252,7 @@ class AnyFlowPipeline:
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        use_mean_velocity: bool = True,
+        use_mean_velocity: bool | None = None,
     ) -> VideoOutput:
         """Make one video for each prompt, or several.
 
@@ -272,7 +282,7 @@ class AnyFlowPipeline:
             latents: noise, ``[B, F', C, h, w]``, in place of seed and generator. Never written.
             prompt_embeds: ``[B, S, text_dim]`` in place of prompt, as :meth:`encode_prompts` gives them.
             negative_prompt_embeds: ``[B or 1, S, text_dim]`` in place of negative_prompt.
-            use_mean_velocity: False for plain Euler steps, and for models without a flow map.
+            use_mean_velocity: False evaluates r = t, plain Euler; None does so where ``euler`` was given on loading.
 
         Raises:
             ValueError: something cannot work; raised before any network runs.
@@ -334,7 +344,7 @@ class AnyFlowPipeline:
                 guidance_scale=request.guidance_scale,
                 negative_prompt_embeds=negative,
                 context_latents=given_latents,
-                use_mean_velocity=use_mean_velocity,
+                use_mean_velocity=not self.euler if use_mean_velocity is None else use_mean_velocity,
                 callback=both(after_step(embeds), advance),
             )
         frames: Any = result

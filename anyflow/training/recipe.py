@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from anyflow.documents import shortened
 from anyflow.methods import PretrainConfig
+from anyflow.packages import missing
 from anyflow.training.config import Recipe
 from anyflow.training.yaml_source import Located, RecipeError, read_file, read_override, write_yaml
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 try:
     from pydantic import TypeAdapter, ValidationError
 except ImportError as error:
-    raise ImportError("recipes need the package pydantic: pip install anyflow[train]", name="pydantic") from error
+    raise ImportError(missing("reading a recipe", "pydantic"), name="pydantic") from error
 
 __all__ = ["RecipeError", "dump_recipe", "load_recipe", "print_config"]
 
@@ -41,15 +42,16 @@ _EXPECTED = {
 }
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Each of these is laid over the one before, mappings key by key: the defaults, the file named by ``base:`` (relative
-    to the file that names it), the file itself, the overrides in their order. A section that is given in part keeps the
+    to the file that names it, or a recipe that comes with anyflow, by name), the file itself, the overrides in their
+    order. A section that is given in part keeps the
     recipe's defaults for the rest: with ``optimizer: {lr: 1e-4}`` the warm-up stays.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a recipe that comes with anyflow, such as ``"smoke_pretrain"``.
         overrides: ``key.key=value``, the value as YAML.
 
     Raises:
@@ -88,7 +90,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return write_yaml(values)
 
 
-def print_config(path: Path, overrides: Sequence[str] = ()) -> str:
+def print_config(path: Path | str, overrides: Sequence[str] = ()) -> str:
     """Return what a recipe with overrides amounts to, as YAML with every value.
 
     Raises:

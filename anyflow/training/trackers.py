@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from anyflow.documents import read_text
+from anyflow.packages import is_missing, missing
 from anyflow.training.report_config import Logger
 from anyflow.validation import brief
 from anyflow.writing import write_text
@@ -32,8 +33,8 @@ def check_loggers(loggers: Sequence[Logger]) -> None:
     """Raise a ValueError if a package that a logger needs is not installed."""
     for logger in loggers:
         for package in ("accelerate", logger):  # the loggers' packages have their names
-            if importlib.util.find_spec(package) is None:
-                raise ValueError(f"loggers: {logger} needs the package {package}: pip install {package}")
+            if is_missing(package):
+                raise ValueError(missing(f"loggers: {logger}", package))
 
 
 def run_id(folder: Path) -> str:

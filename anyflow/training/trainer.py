@@ -17,6 +17,7 @@ from rich.console import Console
 from anyflow.data import TrainingData, VideoDataset, open_dataset
 from anyflow.locking import folder_lock
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.threads import torch_threads
 from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh, full_state, setup, shard_network, teardown
@@ -52,10 +53,10 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
     Args:
         recipe: the run. If the folder holds one already, it must be the same but for ``out``, ``steps``, ``parallel``,
             ``checkpoint``, ``preview``, ``validation`` (but not how many rows of the data it holds out), ``device``,
-            ``log_every``, ``loggers``, ``project``, ``activation_checkpointing``, ``compile``, ``data.num_workers``
-            and, to keep the global batch on other hardware, ``data.batch_size`` and ``gradient_accumulation``; and for
-            what a :class:`TrainingError` advises, which the checkpoints record: the learning rates and warm-ups,
-            ``precision``.
+            ``num_threads``, ``log_every``, ``loggers``, ``project``, ``activation_checkpointing``, ``compile``,
+            ``data.num_workers`` and, to keep the global batch on other hardware, ``data.batch_size`` and
+            ``gradient_accumulation``; and for what a :class:`TrainingError` advises, which the checkpoints record: the
+            learning rates and warm-ups, ``precision``.
         resume: False refuses a folder that has a checkpoint.
         console: where messages go; None for the terminal.
 
@@ -69,7 +70,7 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
     console = Console() if console is None else console
     mesh = setup(recipe.parallel, recipe.device)
     try:
-        with _run_lock(mesh, Path(recipe.out)):
+        with _run_lock(mesh, Path(recipe.out)), torch_threads(recipe.num_threads):
             _train(recipe, mesh, resume, console if mesh.is_main else Console(quiet=True))
     finally:
         teardown(mesh)

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anyflow import recipes
 from anyflow.documents import read_text, shortened
+from anyflow.packages import missing
 
 try:
     import yaml
 except ImportError as error:
-    raise ImportError("recipes need the package pyyaml: pip install anyflow[train]", name="yaml") from error
+    raise ImportError(missing("reading a recipe", "pyyaml"), name="yaml") from error
 
 
 MAX_BYTES = 2**16
@@ -75,14 +77,19 @@ class Located:
         return [item.plain() for item in self.value] if isinstance(self.value, list) else self.value
 
 
-def read_file(path: Path) -> Located:
-    """The mapping in a file, laid over that of its ``base:``, which is a path relative to the file.
+def read_file(recipe: Path | str) -> Located:
+    """Read the mapping in a file, laid over that of its ``base:``.
+
+    Args:
+        recipe: path, or name of a recipe that comes with anyflow (:func:`anyflow.recipes.locate`), as ``base:`` is too;
+            a path there is relative to the file.
 
     Raises:
         RecipeError: a file is missing, no regular file, too large, not YAML or not a mapping, has a key twice, or is
             its own base; or the chain of bases is longer than ``MAX_FILES``.
     """
-    return _read_file(path, f"{path}: ", ())
+    path = recipes.locate(recipe)
+    return _read_file(path, f"{shortened(path)}: no such file{recipes.hint(recipe)}", ())
 
 
 def read_override(text: str) -> Located:
@@ -114,13 +121,14 @@ def write_yaml(values: Mapping[str, Any]) -> str:
     return str(yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
-def _read_file(path: Path, asked_by: str, below: tuple[Path, ...]) -> Located:
+def _read_file(path: Path, missing: str, below: tuple[Path, ...], asked_by: str = "") -> Located:
+    """Read a file and its bases; ``missing`` is the error if there is none, ``asked_by`` the place that names it."""
     try:
         content = read_text(path, max_bytes=MAX_BYTES)
     except ValueError as error:
         if isinstance(error.__context__, FileNotFoundError):
-            raise RecipeError(f"{asked_by}no such file" + (f": {shortened(path)}" if below else "")) from None
-        raise RecipeError(f"{asked_by if below else ''}{error}") from error
+            raise RecipeError(missing) from None
+        raise RecipeError(f"{asked_by}{error}") from error
     node = _compose(content, lambda line: f"{path}:{line}")
     tree = None if node is None else _Document(lambda line: f"{path}:{line}").located(node, "", ())
     if tree is None or not isinstance(tree.value, dict):
@@ -131,12 +139,14 @@ def _read_file(path: Path, asked_by: str, below: tuple[Path, ...]) -> Located:
         return tree
     if not isinstance(base.value, str):
         raise RecipeError(f"{base.place}: base: must be the path of a recipe, relative to this one")
-    parent, chain = path.parent / base.value, (*below, path)
+    parent, chain = recipes.locate(base.value, path.parent), (*below, path)
     if os.path.realpath(parent) in map(os.path.realpath, chain):  # of a loop of links it makes a path, not an error
         raise RecipeError(f"{base.place}: base: goes in a circle: {' -> '.join(map(str, (*chain, parent)))}")
     if len(chain) == MAX_FILES:
         raise RecipeError(f"{base.place}: base: more than {MAX_FILES} files in a chain")
-    return _read_file(parent, f"{base.place}: base: ", chain).merged(tree)
+    asked_by = f"{base.place}: base: "
+    missing = f"{asked_by}no such file: {shortened(parent)}{recipes.hint(base.value)}"
+    return _read_file(parent, missing, chain, asked_by).merged(tree)
 
 
 class _CoreSchema:

@@ -21,8 +21,8 @@ from anyflow.training.config import (
 )
 from anyflow.training.recipe import RecipeError, dump_recipe, load_recipe
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-NAMES = sorted(file.name for file in EXAMPLES.glob("*.yaml"))
+SHIPPED = Path(__file__).parents[2] / "anyflow" / "recipes"
+NAMES = sorted(file.name for file in SHIPPED.glob("*.yaml"))
 SMALL = "stage: pretrain\nout: runs/a\nstudent: {path: model}\ndata: {path: latents}\n"
 
 
@@ -128,7 +128,8 @@ def test_a_problem_in_the_base_has_the_place_in_the_base(tmp_path: Path) -> None
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert _errors(tmp_path / "none.yaml") == ["none.yaml: no such file"]
     child = _write(tmp_path, "out: a\nbase: none.yaml\n")
-    assert _errors(child) == ["recipe.yaml:2: base: no such file: none.yaml"]
+    (error,) = _errors(child)
+    assert error.startswith("recipe.yaml:2: base: no such file: none.yaml; `anyflow recipes` lists")
     child = _write(tmp_path, "base: 3\n")
     assert _errors(child) == ["recipe.yaml:1: base: must be the path of a recipe, relative to this one"]
     (tmp_path / "folder.yaml").mkdir()
@@ -198,7 +199,10 @@ def test_a_problem_of_an_override_has_its_text_as_the_place(text: str, problem: 
         ("ema:", "5: ema: must be a mapping, got null"),
         ("ema: 0.9", "5: ema: must be a mapping, got 0.9"),
         ("loggers: wandb", '5: loggers: must be a list, got "wandb"'),
-        ("loggers:\n- wandb\n- tensorbord", '''7: loggers.1: must be 'tensorboard' or 'wandb', got "tensorbord"'''),
+        (
+            "loggers:\n- wandb\n- tensorbord",
+            '''7: loggers.1: must be 'tensorboard', 'wandb' or 'trackio', got "tensorbord"''',
+        ),
         ("optimizer:\n  betas: [0.9]", "6: optimizer.betas: has too few items, got [0.9]"),
         ("optimizer:\n  betas: []", "6: optimizer.betas: has too few items, got []"),
         ("optimizer:\n  betas: [0, 0, 0]", "6: optimizer.betas: has too many items, got [0, 0, 0]"),
@@ -350,7 +354,7 @@ PARTS = st.fixed_dictionaries(
 def test_every_recipe_is_its_dump_read_again(
     base: str, parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    recipe = dataclasses.replace(load_recipe(EXAMPLES / base), **parts)
+    recipe = dataclasses.replace(load_recipe(SHIPPED / base), **parts)
     path = _write(tmp_path_factory.getbasetemp(), dump_recipe(recipe), "dumped.yaml")
     assert load_recipe(path) == recipe
 
@@ -374,7 +378,7 @@ def test_overrides_arrive_and_survive_the_dump(
     values: list[tuple[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     overrides = [f"{key}={str(value).lower()}" for key, value in values]
-    recipe = load_recipe(EXAMPLES / "anyflow_onpolicy_t2v.yaml", overrides)
+    recipe = load_recipe(SHIPPED / "anyflow_onpolicy_t2v.yaml", overrides)
     for key, value in dict(values).items():
         assert _value(recipe, key) == value
     path = _write(tmp_path_factory.getbasetemp(), dump_recipe(recipe), "dumped.yaml")
@@ -382,7 +386,7 @@ def test_overrides_arrive_and_survive_the_dump(
 
 
 def test_a_dump_has_every_value_but_the_misplaced_one() -> None:
-    recipe = load_recipe(EXAMPLES / "anyflow_onpolicy_t2v.yaml")
+    recipe = load_recipe(SHIPPED / "anyflow_onpolicy_t2v.yaml")
     lines = dump_recipe(recipe).splitlines()
     assert {f"{field.name}:" for field in dataclasses.fields(Recipe)} == {
         line.split()[0] for line in lines if not line.startswith(" ")
@@ -398,8 +402,8 @@ def test_a_dump_has_every_value_but_the_misplaced_one() -> None:
 
 
 @pytest.mark.parametrize(("module", "package"), [("yaml", "pyyaml"), ("pydantic", "pydantic")])
-def test_an_absent_package_is_named_with_the_extra_that_has_it(module: str, package: str) -> None:
+def test_an_absent_package_is_named_with_the_command_that_installs_it(module: str, package: str) -> None:
     code = f"import sys, anyflow.methods; sys.modules[{module!r}] = None; import anyflow.training.recipe"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    want = f"ImportError: recipes need the package {package}: pip install anyflow[train]"
+    want = f"ImportError: reading a recipe needs the package {package}, which is not installed: pip install {package}"
     assert run.returncode == 1 and run.stderr.strip().endswith(want)

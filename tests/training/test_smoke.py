@@ -1,6 +1,5 @@
 """What the guide shows first: both stages by their smoke recipes on two processes, then sampling."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,14 @@ import torch
 from anyflow import AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler, sample
 from anyflow.data import SyntheticVideos
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.mark.slow
 def test_both_stages_train_on_two_processes_and_the_model_samples_at_any_number_of_steps(
     torchrun: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)  # the recipes name their folders relative to where the command runs
     for recipe in ("smoke_pretrain", "smoke_onpolicy"):
-        run = torchrun(2, "-m", "anyflow", "train", f"examples/{recipe}.yaml")
+        run = torchrun(2, "-m", "anyflow", "train", recipe)
         output, _ = run.communicate(timeout=300)
         assert run.returncode == 0, output[-4000:]
     data, folder = SyntheticVideos(), Path("runs/smoke_onpolicy/model")

@@ -109,7 +109,9 @@ def test_weights_and_biases_knows_a_run_that_goes_on(
 
 @pytest.mark.skipif(importlib.util.find_spec("trackio") is not None, reason="trackio is installed")
 def test_a_missing_package_is_named() -> None:
-    with pytest.raises(ValueError, match=r"loggers: trackio needs the package trackio: pip install trackio$"):
+    with pytest.raises(
+        ValueError, match=r"loggers: trackio needs the package trackio, which is not installed: pip install trackio$"
+    ):
         check_loggers(("trackio",))
     check_loggers(())
 

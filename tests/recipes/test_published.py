@@ -1,4 +1,4 @@
-"""The recipes in examples/: the published numbers, and that every one of them can be used."""
+"""The recipes that come with anyflow: the published numbers, and that every one of them can be used."""
 
 import dataclasses
 from pathlib import Path
@@ -12,8 +12,8 @@ from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.config import NetworkConfig, Recipe
 from anyflow.training.recipe import dump_recipe, load_recipe, print_config
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-NAMES = sorted(file.name for file in EXAMPLES.glob("*.yaml"))
+SHIPPED = Path(__file__).parents[2] / "anyflow" / "recipes"
+NAMES = sorted(file.name for file in SHIPPED.glob("*.yaml"))
 ADAPTED = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2")
 EMBEDDERS = tuple(f"{name}_embedder.linear_{i}" for name in ("time", "delta") for i in (1, 2))
 STAGE_1 = {
@@ -113,9 +113,9 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_numbers_are_in_the_examples(name: str) -> None:
+def test_the_published_numbers_are_in_the_recipes(name: str) -> None:
     """The published recipes, written down a second time; the global batch is that of eight processes."""
-    recipe = load_recipe(EXAMPLES / f"{name}.yaml")
+    recipe = load_recipe(SHIPPED / f"{name}.yaml")
     found = {key: _value(recipe, key) for key in PUBLISHED[name] if key != "global_batch"}
     if "global_batch" in PUBLISHED[name]:
         found["global_batch"] = recipe.data.batch_size * recipe.gradient_accumulation * 8
@@ -123,18 +123,18 @@ def test_the_published_numbers_are_in_the_examples(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_loads_and_its_dump_loads_equal(name: str, tmp_path: Path) -> None:
-    recipe = load_recipe(EXAMPLES / name)
+def test_a_recipe_loads_and_its_dump_loads_equal(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(SHIPPED / name)
     assert recipe.out == f"runs/{Path(name).stem}"
     dumped = tmp_path / "dumped.yaml"
     dumped.write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(dumped) == recipe
-    assert print_config(EXAMPLES / name) == dumped.read_text(encoding="utf-8")
+    assert print_config(SHIPPED / name) == dumped.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_an_example_starts_from_is_plain_wan_or_what_another_example_writes(name: str) -> None:
-    recipe = load_recipe(EXAMPLES / name)
+def test_what_a_recipe_starts_from_is_plain_wan_or_what_another_writes(name: str) -> None:
+    recipe = load_recipe(SHIPPED / name)
     networks = [recipe.student]
     if recipe.on_policy is not None:
         networks += [recipe.on_policy.teacher, *filter(None, [recipe.on_policy.critic])]
@@ -144,10 +144,10 @@ def test_what_an_example_starts_from_is_plain_wan_or_what_another_example_writes
 
 def test_the_smoke_recipes_are_small_and_their_methods_accept_them() -> None:
     for name, steps in (("smoke_teacher", 60), ("smoke_pretrain", 60), ("smoke_onpolicy", 15)):
-        recipe = load_recipe(EXAMPLES / f"{name}.yaml")
+        recipe = load_recipe(SHIPPED / f"{name}.yaml")
         assert (recipe.steps, recipe.data.batch_size, recipe.data.kind) == (steps, 8, "synthetic")
         assert (recipe.device, recipe.precision, recipe.preview.step_counts) == ("cpu", "fp32", (1, 2, 4, 8))
-    architecture = load_recipe(EXAMPLES / "smoke_pretrain.yaml").student.architecture
+    architecture = load_recipe(SHIPPED / "smoke_pretrain.yaml").student.architecture
     model = AnyFlowTransformer3DModel(**dataclasses.asdict(architecture))
     scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))
     AnyFlowPretrainMethod(model, scheduler, recipe.pretrain)
@@ -156,9 +156,9 @@ def test_the_smoke_recipes_are_small_and_their_methods_accept_them() -> None:
 
 def test_published_on_policy_settings_are_accepted_by_the_method() -> None:
     """The pinned schedule too: it is checked when the method is built."""
-    architecture = load_recipe(EXAMPLES / "smoke_pretrain.yaml").student.architecture
+    architecture = load_recipe(SHIPPED / "smoke_pretrain.yaml").student.architecture
     model = AnyFlowTransformer3DModel(**dataclasses.asdict(architecture))
     for name in ("anyflow_onpolicy_t2v", "fastvideo_onpolicy_t2v"):
-        recipe = load_recipe(EXAMPLES / f"{name}.yaml")
+        recipe = load_recipe(SHIPPED / f"{name}.yaml")
         scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))
         AnyFlowOnPolicyMethod(model, model, model, scheduler, recipe.on_policy.method)
