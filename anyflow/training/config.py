@@ -284,6 +284,8 @@ class Recipe:
             raise ValueError("on_policy is required with stage=on_policy, and only then")
         if self.pretrain.derivative == "jvp" and self.parallel.sequence > 1:
             raise ValueError("pretrain.derivative=jvp does not go through parallel.sequence > 1; take 'central'")
+        if self.preview.vae is not None and self.data.kind == "synthetic":
+            raise ValueError("preview.vae must be left alone with data.kind=synthetic: no VAE has made these latents")
         self._check_timesteps()
         self._check_heads()
 

@@ -99,9 +99,9 @@ class Metrics:
         if not self._bar.console.is_terminal:
             self._bar.console.print(f"step {step}: {', '.join(shown)}")
 
-    def report_video(self, step: int, file: Path) -> None:
-        """Hand a preview to the loggers."""
-        if self._enabled and file.is_file():
+    def report_video(self, step: int, file: Path | None) -> None:
+        """Hand a preview to the loggers, if one was written."""
+        if self._enabled and file is not None:
             self._trackers.log_video(step, "preview", file)
 
 

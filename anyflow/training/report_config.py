@@ -20,12 +20,18 @@ class PreviewConfig:
     Args:
         every: steps between previews; 0 turns them off.
         step_counts: numbers of sampling steps, one row of the grid each.
-        num_samples: prompts, one column of the grid each.
+        num_samples: prompts of the data, one column of the grid each; not used with ``prompts``.
+        prompts: prompts of one's own in place of the data's; they need ``model``.
+        model: folder or hub name of a model whose text encoder encodes ``prompts``, once, before training.
+        vae: folder or hub name of a model whose VAE decodes the previews; None shows latents in false colors.
     """
 
     every: int = 0
     step_counts: tuple[int, ...] = (1, 2, 4, 8)
     num_samples: int = 4
+    prompts: tuple[str, ...] = ()
+    model: str | None = None
+    vae: str | None = None
 
     def __post_init__(self) -> None:
         require_whole("preview.every", self.every, least=0)
@@ -34,6 +40,13 @@ class PreviewConfig:
         for count in self.step_counts:
             require_whole("preview.step_counts", count, most=MAX_TIMESTEPS)
         require_whole("preview.num_samples", self.num_samples, most=MAX_BATCH)
+        for prompt in self.prompts:
+            require_text("preview.prompts", prompt)
+        for name in ("model", "vae"):
+            if getattr(self, name) is not None:
+                require_text(f"preview.{name}", getattr(self, name))
+        if bool(self.prompts) != (self.model is not None):
+            raise ValueError("preview.model is required with preview.prompts, and only then")
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ class Reports:
         if values:
             self._metrics.report(done, values)
 
-    def report_video(self, done: int, file: Path) -> None:
-        """Hand a preview to the loggers, if it was written."""
+    def report_video(self, done: int, file: Path | None) -> None:
+        """Hand a preview to the loggers, if one was written."""
         self._metrics.report_video(done, file)
 
     def state(self) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.threads import torch_threads
 from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import Recipe
-from anyflow.training.distributed import Mesh, full_state, setup, shard_network, teardown
+from anyflow.training.distributed import Mesh, full_state, main_result, setup, shard_network, teardown
 from anyflow.training.export import write_model
 from anyflow.training.flops import token_count
 from anyflow.training.guard import TrainingError, check_state
 from anyflow.training.held_out import Split, split_data, validation_losses
 from anyflow.training.networks import build_critic, build_student, build_teacher
-from anyflow.training.preview import preview
+from anyflow.training.preview import Previews
 from anyflow.training.recipe import dump_recipe
 from anyflow.training.reports import Reports
 from anyflow.training.resuming import (
@@ -80,18 +80,7 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
 def _run_lock(mesh: Mesh, out: Path) -> Iterator[None]:
     """Hold the folder on rank 0; every rank raises where that one cannot."""
     with ExitStack() as stack:
-        failure: Exception | None = None
-        if mesh.is_main:
-            try:
-                stack.enter_context(folder_lock(out))
-            except (ValueError, OSError) as error:
-                failure = error
-        if mesh.world_size > 1:
-            failures = [failure]
-            dist.broadcast_object_list(failures, src=0)
-            failure = failures[0]
-        if failure is not None:
-            raise failure
+        main_result(mesh, lambda: stack.enter_context(folder_lock(out)))
         yield
 
 
@@ -108,6 +97,7 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         console.print(f"{out} holds this run, finished after {at.step} steps; its model is {out / 'model'}")
         return
 
+    previews = Previews(recipe, mesh, dataset) if recipe.preview.every else None
     step = _build_step(recipe, mesh, dataset)
     changes = changes if latest is None else at.changed
     if changes:
@@ -131,7 +121,7 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         )
         if mesh.is_main:
             _start_folder(recipe, at.step)
-        run = _Run(recipe, mesh, dataset, split, step, data, checkpointer, signals)
+        run = _Run(recipe, mesh, dataset, split, previews, step, data, checkpointer, signals)
         try:
             finished = run.loop(at, console)
         except TrainingError as error:
@@ -148,6 +138,7 @@ class _Run:
     mesh: Mesh
     dataset: VideoDataset
     split: Split
+    previews: Previews | None
     step: Step
     data: TrainingData
     checkpointer: Checkpointer
@@ -179,9 +170,8 @@ class _Run:
             console.print(f"Stopped after step {done}; the same command goes on from there")
             return False
         if _due(done, recipe.preview.every, recipe.steps):
-            file = Path(recipe.out) / "previews" / f"step-{done:08d}.gif"
-            preview(recipe, self.mesh, self.dataset, self.step, file, console)
-            reports.report_video(done, file)
+            assert self.previews is not None
+            reports.report_video(done, self.previews.write(self.step, done, console))
         return True
 
     def _validate(self) -> dict[str, float]:

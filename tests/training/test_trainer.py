@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
@@ -40,7 +39,6 @@ from anyflow.training.held_out import split_data, validation_losses
 from anyflow.training.manifest import Manifest
 from anyflow.training.metrics import keep_until
 from anyflow.training.optimization import TrainingError
-from anyflow.training.preview import preview, sample_previews
 from anyflow.training.recipe import dump_recipe
 from anyflow.training.trainer import _build_step, train
 
@@ -478,18 +476,6 @@ def test_data_that_are_not_finite_are_to_blame_and_not_a_network(small_recipe: M
         step.update([Batch(latents, prompts, (5, 6))], 0)
 
 
-def test_a_preview_that_is_not_finite_is_said_and_not_written(
-    small_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = small_recipe(tmp_path, preview=PreviewConfig(step_counts=(1, 2), num_samples=2))
-    data, mesh = SyntheticVideos(), Mesh(torch.device("cpu"))
-    step = _build_step(recipe, mesh, data)
-    next(iter(step.ema.state_dict().values())).fill_(3e38)
-    preview(recipe, mesh, data, step, tmp_path / "p.gif", Console(soft_wrap=True))
-    assert "p.gif was not written: the latents" in capsys.readouterr().out
-    assert not (tmp_path / "p.gif").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -537,31 +523,6 @@ def test_lora_checkpoints_hold_what_trains_and_the_model_has_it_merged(small_rec
     assert names and all("lora_" in name or "_embedder." in name for name in names)
     model = AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model" / "transformer")
     assert not any("lora" in name for name in model.state_dict())
-
-
-def test_previews_are_animated_grids_and_change_nothing(small_recipe: Make, tmp_path: Path) -> None:
-    preview = PreviewConfig(every=2, step_counts=(1, 3), num_samples=3)
-    train(small_recipe(tmp_path / "with", steps=3, preview=preview))
-    train(small_recipe(tmp_path / "without", steps=3))
-    previews = sorted(path.name for path in (tmp_path / "with" / "previews").iterdir())
-    assert previews == ["step-00000002.gif", "step-00000003.gif"]
-    with Image.open(tmp_path / "with" / "previews" / previews[0]) as image:
-        assert image.n_frames == 8 and image.size == (3 * 96 + 2 * 4, 2 * 96 + 4)  # three prompts, two step counts
-    assert _metrics(tmp_path / "with") == _metrics(tmp_path / "without")
-
-
-def test_a_preview_samples_the_average_in_a_plain_model_too(small_recipe: Make, tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path, stage="teacher", preview=PreviewConfig(step_counts=(2,), num_samples=2))
-    data, mesh = SyntheticVideos(), Mesh(torch.device("cpu"))
-    step = _build_step(recipe, mesh, data)
-    before = {name: p.detach().clone() for name, p in step.student.named_parameters()}
-    first = sample_previews(recipe, mesh, data, step.student, step.ema)
-    assert first.shape == (1, 2, *data.latent_shape)
-    for average in step.ema.state_dict().values():
-        average.mul_(0.5)
-    second = sample_previews(recipe, mesh, data, step.student, step.ema)
-    assert not torch.equal(first, second)
-    assert all(torch.equal(p, before[name]) for name, p in step.student.named_parameters())
 
 
 def test_a_line_has_the_means_since_the_last_one(small_recipe: Make, tmp_path: Path) -> None:
