@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from anyflow.documents import read_text
+from anyflow.documents import read_text, shortened
 from anyflow.packages import is_missing, missing
 from anyflow.training.report_config import Logger
 from anyflow.validation import brief
@@ -125,7 +125,8 @@ def _start(logger: Logger, folder: Path, project: str, config: dict[str, Any], s
     try:
         tracker.start()
     except Exception as error:  # of any kind: a login, a server, a setting in the environment
-        raise ValueError(f"loggers: {logger} does not start: {brief(str(error), 300)}") from error
+        reason = shortened(" ".join(str(error).split()), 300)
+        raise ValueError(f"loggers: {logger} does not start: {reason}") from error
     if logger == "tensorboard" and not list((folder / "tensorboard").glob("*/hparams.yml")):
         tracker.store_init_configuration(config)  # adds files at every call
     return tracker
