@@ -28,7 +28,10 @@ def preprocess(
         ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Diffusers folder with vae, text_encoder and tokenizer.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Diffusers folder with vae, text_encoder and tokenizer, or a name on the Hub.", show_default=False
+        ),
     ] = None,
     file_column: Annotated[
         str | None, typer.Option(help="Column of the files; file, file_name, video and their like are found.")

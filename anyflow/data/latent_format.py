@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.documents import read_json, require_regular_file
+from anyflow.packages import missing
 from anyflow.writing import write_bytes
 
 try:
     import pyarrow as pa
 except ImportError as error:
-    raise ImportError("latent datasets need pyarrow: pip install 'anyflow[train]'") from error
+    raise ImportError(missing("a dataset of latents", "pyarrow"), name="pyarrow") from error
 
 FORMAT = "anyflow-latents"
 VERSION = 1

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from anyflow.checkpoints.hub import ENCODERS, local_folder
 from anyflow.data.caption_sources import Captions, find_captions
 from anyflow.data.captions import MAX_CAPTION, Broken, Caption, Columns, EmptyDatasetError
 from anyflow.data.encoders import TextEncoder, VideoEncoder, model_identity
@@ -108,7 +109,7 @@ class _Settings:
 def preprocess(
     videos: Path,
     captions: Path | None,
-    model: Path,
+    model: Path | str,
     out: Path,
     *,
     columns: Columns | None = None,
@@ -137,7 +138,7 @@ def preprocess(
         videos: folder of the video files.
         captions: a table or a folder, or None for captions in the folder of videos, see
             :func:`anyflow.data.caption_sources.find_captions`; a file may stand on several lines.
-        model: diffusers folder with ``vae``, ``text_encoder`` and ``tokenizer``.
+        model: diffusers folder with ``vae``, ``text_encoder`` and ``tokenizer``, or a name on the Hugging Face Hub.
         out: folder of the dataset.
         columns: names of the columns of the videos and of the captions, where they are not common ones.
         num_frames: 4k + 1 frames from the start of each video.
@@ -162,6 +163,7 @@ def preprocess(
     settings = _Settings(num_frames, height, width, fps, negative_prompt, text_length, dtype)
     if not videos.is_dir():
         raise ValueError(f"there is no folder of videos {videos}")
+    model = local_folder(model, ENCODERS)
     if num_workers < 1:
         raise ValueError(f"num_workers must be >= 1, got {num_workers}")
     found = find_captions(captions, videos, Columns() if columns is None else columns)
