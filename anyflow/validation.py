@@ -83,6 +83,12 @@ def require_positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a positive number, got {brief(value)}")
 
 
+def require_text(name: str, value: object) -> None:
+    """Raise a ValueError unless ``value`` is text that can stand for a path or a name."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise ValueError(f"{name} must be text that is not empty, got {value!r}")
+
+
 def _is_finite(value: Real) -> bool:
     try:
         return math.isfinite(value)

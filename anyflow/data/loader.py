@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,7 @@ class TrainingData:
         num_workers: processes that read ahead; 0 reads in this one.
         seed: of the order.
         consumed: samples that all ranks together have used already.
+        rows: of the dataset that are read; None reads all of them.
 
     Raises:
         ValueError: an argument out of range, an empty dataset; while iterating, whatever the dataset finds wrong.
@@ -91,8 +92,10 @@ class TrainingData:
         num_workers: int = 0,
         seed: int = 0,
         consumed: int = 0,
+        rows: Sequence[int] | None = None,
     ) -> None:
-        if len(dataset) < 1:
+        rows = range(len(dataset)) if rows is None else rows
+        if len(rows) < 1:
             raise ValueError("the dataset holds no videos")
         if min(batch_size, data_world) < 1:
             raise ValueError(f"batch_size and data_world must be >= 1, got {batch_size} and {data_world}")
@@ -104,7 +107,7 @@ class TrainingData:
         self._stride = batch_size * data_world
         loader: DataLoader[Batch | ValueError] = DataLoader(
             _Batches(dataset),
-            sampler=_Rows(len(dataset), batch_size, data_rank, data_world, seed, consumed),
+            sampler=_Rows(rows, batch_size, data_rank, data_world, seed, consumed),
             batch_size=None,
             num_workers=num_workers,
             generator=torch.Generator().manual_seed(0),  # else it draws the workers' seeds from the global one
@@ -135,8 +138,8 @@ class TrainingData:
 class _Rows(Sampler[tuple[int, ...]]):
     """The rows of each batch of one rank, without end."""
 
-    def __init__(self, length: int, batch_size: int, rank: int, world: int, seed: int, consumed: int) -> None:
-        self._length = length
+    def __init__(self, rows: Sequence[int], batch_size: int, rank: int, world: int, seed: int, consumed: int) -> None:
+        self._rows = rows
         self._batch_size = batch_size
         self._rank = rank
         self._world = world
@@ -144,15 +147,15 @@ class _Rows(Sampler[tuple[int, ...]]):
         self._consumed = consumed
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        start, epoch, order = self._consumed, -1, torch.empty(0, dtype=torch.int64)
+        start, epoch, order, length = self._consumed, -1, torch.empty(0, dtype=torch.int64), len(self._rows)
         while True:
             rows = []
             for b in range(self._batch_size):
                 position = start + b * self._world + self._rank
-                if position // self._length != epoch:
-                    epoch = position // self._length
-                    order = _permutation(self._length, self._seed, epoch)
-                rows.append(int(order[position % self._length]))
+                if position // length != epoch:
+                    epoch = position // length
+                    order = _permutation(length, self._seed, epoch)
+                rows.append(self._rows[int(order[position % length])])
             yield tuple(rows)
             start += self._batch_size * self._world
 

@@ -43,6 +43,10 @@ class VideoDataset(Protocol):
 
     def __getitem__(self, index: int, /) -> Sample: ...
 
+    def caption(self, index: int, /) -> str:
+        """Return what a row shows, in words."""
+        ...
+
     @property
     def negative_prompt_embeds(self) -> Tensor:
         """``[1, S, text_dim]`` of the prompt that stands for no prompt."""

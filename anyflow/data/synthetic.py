@@ -28,6 +28,7 @@ class SyntheticVideos:
         bank = shapes.templates()
         self._latents = pixel_unshuffle_3d(bank.flatten(0, 1))
         self._per_class = bank.shape[1]
+        self._class_names = shapes.class_names
         generator = torch.Generator().manual_seed(_SEED)
         self._prompts = torch.randn(shapes.num_classes, _TOKENS, _TEXT_DIM, generator=generator)
         # Of what defines the values, not of the values: another machine may round one of them differently.
@@ -39,6 +40,10 @@ class SyntheticVideos:
 
     def __getitem__(self, index: int, /) -> Sample:
         return Sample(self._latents[index], self._prompts[index // self._per_class])
+
+    def caption(self, index: int, /) -> str:
+        """Return the class of a row, such as ``square right``."""
+        return self._class_names[index // self._per_class]
 
     @property
     def negative_prompt_embeds(self) -> Tensor:

@@ -174,6 +174,41 @@ class AnyFlowPretrainMethod:
         Raises:
             ValueError: shapes do not fit, a needed input is missing, or a CPU input holds NaN.
         """
+        losses, is_diffusion = self.sample_losses(
+            latents,
+            prompt_embeds,
+            negative_prompt_embeds,
+            noise=noise,
+            time_pairs=time_pairs,
+            dropped_prompts=dropped_prompts,
+            image_to_video=image_to_video,
+            generator=generator,
+            offset=offset,
+        )
+        balance = DiffusionBalance(self.process_group) if balance is None else balance
+        scales = balance.scales(losses, is_diffusion)
+        return LossOutput((losses * scales).mean(), balance.metrics())
+
+    def sample_losses(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        time_pairs: TimePairs | None = None,
+        dropped_prompts: Tensor | None = None,
+        image_to_video: bool | None = None,
+        generator: torch.Generator | None = None,
+        offset: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the weighted loss of each sample before balancing, and which samples are plain diffusion.
+
+        Arguments and errors are those of :meth:`loss`.
+
+        Returns:
+            Two tensors ``[B]``, the second one boolean.
+        """
         generator = resolve_generator(generator, latents.device)
         batch = self._prepare(
             latents,
@@ -221,9 +256,7 @@ class AnyFlowPretrainMethod:
             width,
             rows=batch.rows,
         )
-        balance = DiffusionBalance(self.process_group) if balance is None else balance
-        scales = balance.scales(per_sample, batch.is_diffusion)
-        return LossOutput((per_sample * scales).mean(), balance.metrics())
+        return per_sample, batch.is_diffusion
 
     def _prepare(
         self,

@@ -10,93 +10,38 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from anyflow.methods import OnPolicyConfig, PretrainConfig
-from anyflow.validation import require_number, require_positive, require_whole
+from anyflow.training.network_config import (
+    MAX_SIZE,
+    ArchitectureConfig,
+    FlowMapConfig,
+    LoRAConfig,
+    NetworkConfig,
+)
+from anyflow.training.report_config import MAX_BATCH, MAX_TIMESTEPS, Logger, PreviewConfig, ValidationConfig
+from anyflow.validation import require_number, require_positive, require_text, require_whole
 
-# More than any machine holds; a number beyond them is a mistake that would end in an error of the allocator, or never.
-MAX_LAYERS = 1000
-MAX_SIZE = 2**20
-MAX_BATCH = 2**16
-MAX_TIMESTEPS = 10**6
+__all__ = [
+    "ArchitectureConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "EMAConfig",
+    "FlowMapConfig",
+    "LoRAConfig",
+    "NetworkConfig",
+    "OnPolicyStageConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PreviewConfig",
+    "Recipe",
+    "SchedulerConfig",
+    "Stage",
+    "ValidationConfig",
+]
+
 _MAX_WORKERS = 1024
 _MAX_TIMEOUT = 30 * 24 * 3600
 
 Stage = Literal["teacher", "pretrain", "on_policy"]
-
-
-@dataclass(frozen=True)
-class ArchitectureConfig:
-    """A transformer with random weights; the arguments are those of ``AnyFlowTransformer3DModel``, for Wan2.1-1.3B.
-
-    Raises:
-        ValueError: a size is not within ``anyflow.models.configuration.LIMITS``, or ``eps`` is not possible.
-    """
-
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    num_attention_heads: int = 12
-    attention_head_dim: int = 128
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    ffn_dim: int = 8960
-    num_layers: int = 30
-    cross_attn_norm: bool = True
-    eps: float = 1e-6
-    rope_max_seq_len: int = 1024
-
-    def __post_init__(self) -> None:
-        from anyflow.models.configuration import require_settings, require_sizes  # loads diffusers
-
-        settings = {"eps": self.eps, "cross_attn_norm": self.cross_attn_norm}
-        try:
-            require_sizes(**{name: size for name, size in vars(self).items() if name not in settings})
-            require_settings(**settings)
-        except ValueError as error:
-            raise ValueError(f"architecture.{error}") from None
-
-
-@dataclass(frozen=True)
-class FlowMapConfig:
-    """The second timestep branch: arguments of ``enable_flow_map``."""
-
-    gate_value: float = 0.25
-    deltatime_type: Literal["r", "t-r"] = "r"
-    fusion: Literal["gated", "additive"] = "gated"
-
-    def __post_init__(self) -> None:
-        require_number("flow_map.gate_value", self.gate_value)
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters by PEFT in place of full fine-tuning.
-
-    Args:
-        rank: r of each adapter.
-        alpha: scale is alpha / rank.
-        target_modules: ends of the names of the linear layers that get an adapter.
-        trained_modules: ends of the names of modules that are trained in full beside the adapters.
-    """
-
-    rank: int = 256
-    alpha: float = 256.0
-    target_modules: tuple[str, ...] = (
-        "attn1.to_q",
-        "attn1.to_k",
-        "attn1.to_v",
-        "attn1.to_out.0",
-        "ffn.net.0.proj",
-        "ffn.net.2",
-    )
-    trained_modules: tuple[str, ...] = ("condition_embedder.time_embedder", "condition_embedder.delta_embedder")
-
-    def __post_init__(self) -> None:
-        require_whole("lora.rank", self.rank, most=MAX_SIZE)
-        require_positive("lora.alpha", self.alpha)
-        _require_names("lora.target_modules", self.target_modules)
-        _require_names("lora.trained_modules", self.trained_modules)
-        if not self.target_modules:
-            raise ValueError("lora.target_modules must name at least one linear layer")
 
 
 @dataclass(frozen=True)
@@ -157,31 +102,6 @@ class EMAConfig:
 
 
 @dataclass(frozen=True)
-class NetworkConfig:
-    """Where a network comes from and what of it is trained.
-
-    Args:
-        path: a diffusers folder with a transformer in it (or in its ``transformer`` subfolder), relative to where the
-            command runs; None builds ``architecture`` with random weights.
-        architecture: of the random weights; with a path it must be None.
-        seed: of the random weights.
-        lora: adapters in place of full fine-tuning.
-    """
-
-    path: str | None = None
-    architecture: ArchitectureConfig | None = None
-    seed: int = 0
-    lora: LoRAConfig | None = None
-
-    def __post_init__(self) -> None:
-        if (self.path is None) == (self.architecture is None):
-            raise ValueError("a network needs either path or architecture, and not both")
-        if self.path is not None:
-            _require_text("path", self.path)
-        require_whole("seed", self.seed, least=-(2**63))
-
-
-@dataclass(frozen=True)
 class SchedulerConfig:
     """Arguments of ``FlowMapEulerDiscreteScheduler``."""
 
@@ -217,7 +137,7 @@ class DataConfig:
         require_whole("data.num_workers", self.num_workers, least=0, most=_MAX_WORKERS)
         require_whole("data.seed", self.seed, least=-(2**63))
         if self.path is not None:
-            _require_text("data.path", self.path)
+            require_text("data.path", self.path)
         if (self.kind == "latents") != (self.path is not None):
             raise ValueError("data.path is required with data.kind=latents, and only then")
 
@@ -244,29 +164,6 @@ class ParallelConfig:
         require_whole("parallel.timeout_s", self.timeout_s, most=_MAX_TIMEOUT)
         if self.shard is not None:
             require_whole("parallel.shard", self.shard, most=MAX_SIZE)
-
-
-@dataclass(frozen=True)
-class PreviewConfig:
-    """Videos sampled from the average during training.
-
-    Args:
-        every: steps between previews; 0 turns them off.
-        step_counts: numbers of sampling steps, one row of the grid each.
-        num_samples: prompts, one column of the grid each.
-    """
-
-    every: int = 0
-    step_counts: tuple[int, ...] = (1, 2, 4, 8)
-    num_samples: int = 4
-
-    def __post_init__(self) -> None:
-        require_whole("preview.every", self.every, least=0)
-        if not self.step_counts or min(self.step_counts) < 1:
-            raise ValueError(f"preview.step_counts must hold positive step counts, got {self.step_counts}")
-        for count in self.step_counts:
-            require_whole("preview.step_counts", count, most=MAX_TIMESTEPS)
-        require_whole("preview.num_samples", self.num_samples, most=MAX_BATCH)
 
 
 @dataclass(frozen=True)
@@ -333,7 +230,8 @@ class Recipe:
         ema: of the student.
         parallel: how the processes share the work.
         checkpoint: when to save.
-        preview: when to sample.
+        preview: when and what to sample.
+        validation: when and on what to evaluate the loss on videos that are not trained on.
         gradient_accumulation: loss evaluations per optimizer step.
         precision: ``"bf16"`` runs the networks under autocast; parameters and optimizer state are fp32 always.
         activation_checkpointing: recompute the blocks in backward.
@@ -342,8 +240,9 @@ class Recipe:
         num_threads: threads on a CPU, within its cores; one is fastest for small networks. None leaves torch's number,
             and so does the environment's ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS``.
         seed: of every random draw of the training itself.
-        log_every: steps between lines of metrics.
-        loggers: beside the JSONL file, if installed.
+        log_every: steps between lines of metrics, the first of which is of step 1; a line has the means since the last.
+        loggers: where metrics and previews go beside the run's folder: ``tensorboard``, ``wandb``, ``trackio``.
+        project: that ``wandb`` and ``trackio`` sort the run into.
     """
 
     stage: Stage
@@ -360,6 +259,7 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     gradient_accumulation: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     activation_checkpointing: bool = True
@@ -368,7 +268,8 @@ class Recipe:
     num_threads: int | None = None
     seed: int = 0
     log_every: int = 10
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    loggers: tuple[Logger, ...] = ()
+    project: str = "anyflow"
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every"):
@@ -377,13 +278,22 @@ class Recipe:
         require_whole("seed", self.seed, least=-(2**63))
         if self.num_threads is not None:
             require_whole("num_threads", self.num_threads, most=MAX_SIZE)
-        _require_text("out", self.out)
+        require_text("out", self.out)
+        require_text("project", self.project)
         if (self.stage == "on_policy") != (self.on_policy is not None):
             raise ValueError("on_policy is required with stage=on_policy, and only then")
         if self.pretrain.derivative == "jvp" and self.parallel.sequence > 1:
             raise ValueError("pretrain.derivative=jvp does not go through parallel.sequence > 1; take 'central'")
+        if self.preview.vae is not None and self.data.kind == "synthetic":
+            raise ValueError("preview.vae must be left alone with data.kind=synthetic: no VAE has made these latents")
         self._check_timesteps()
         self._check_heads()
+
+    @property
+    def held_out_rows(self) -> int:
+        """Rows of the data that validation keeps out of training."""
+        validation = self.validation
+        return validation.num_samples if validation.every and validation.path is None else 0
 
     def _check_timesteps(self) -> None:
         """Raise a ValueError where a setting in timesteps does not fit the scheduler's range."""
@@ -405,16 +315,3 @@ class Recipe:
                     f"parallel.sequence must divide the {network.architecture.num_attention_heads} attention heads of "
                     f"{name}, got {self.parallel.sequence}"
                 )
-
-
-def _require_text(name: str, value: object) -> None:
-    """Raise a ValueError unless ``value`` is text that can stand for a path or a name."""
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise ValueError(f"{name} must be text that is not empty, got {value!r}")
-
-
-def _require_names(name: str, value: object) -> None:
-    if not isinstance(value, tuple | list):
-        raise ValueError(f"{name} must be a list of names, got {value!r}")
-    for item in value:
-        _require_text(name, item)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.config import ParallelConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,25 @@ def _device(name: str | None, local_rank: int, world_size: int) -> torch.device:
     if index >= torch.cuda.device_count():
         raise ValueError(f"device {name!r}: this process needs GPU {index}, but there are {torch.cuda.device_count()}")
     return torch.device("cuda", index)
+
+
+def main_result(mesh: Mesh, work: Callable[[], T]) -> T:
+    """Do something on rank 0 and return its result on every rank; collective.
+
+    Raises:
+        ValueError, ImportError, OSError: rank 0 did, and so does every rank.
+    """
+    outcome: list[Any] = [None, None]
+    if mesh.is_main:
+        try:
+            outcome[0] = work()
+        except (ValueError, ImportError, OSError) as error:
+            outcome[1] = error
+    if mesh.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(T, outcome[0])
 
 
 def teardown(mesh: Mesh) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from anyflow.training.accumulation import Accumulation, Losses, MicroBatch
 from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.ema import EMA
+from anyflow.training.flops import NetworkFlops, OnPolicyFlops, network_flops, pretrain_flops, token_count
 from anyflow.training.optimization import NetworkOptimizer
 
 
@@ -30,6 +32,7 @@ class Step(Protocol):
 
     student: AnyFlowTransformer3DModel
     ema: EMA
+    flops: int  # of the last update's networks, on all ranks together
 
     def update(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:
         """Update number ``step`` (from 0) on one batch per micro-step; returns this rank's scalars, on the device.
@@ -56,8 +59,9 @@ class PretrainStep:
     """
 
     def __init__(self, recipe: Recipe, mesh: Mesh, student: AnyFlowTransformer3DModel, negative: Tensor) -> None:
-        self.student = student
-        self._accumulation = Accumulation(recipe, mesh, negative)
+        self.student, self.flops = student, 0
+        self._sample_flops = _counter(student)
+        self._accumulation, self._data_world = Accumulation(recipe, mesh, negative), mesh.data_world
         self.method = AnyFlowPretrainMethod(
             student, build_scheduler(recipe), pretrain_config(recipe), process_group=mesh.data_group
         )
@@ -84,6 +88,8 @@ class PretrainStep:
         scalars = losses.means | shared["balance"].metrics()  # means over kinds of samples, not over micro-steps
         norm = self.optimizer.update(step, scalars, losses.norms)
         self.ema.update(self.student)
+        samples = sum(len(batch.latents) for batch in batches) * self._data_world
+        self.flops = pretrain_flops(self._sample_flops(*_sizes(batches))[0], config, samples)
         return {**scalars, "grad_norm": norm, "lr": self.optimizer.lr(step)}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -122,8 +128,10 @@ class OnPolicyStep:
         assert recipe.on_policy is not None
         if recipe.on_policy.method.pretrain != PretrainConfig():
             raise ValueError("on_policy.method.pretrain must be left alone: co-training takes the recipe's pretrain")
-        self.student, self.critic = student, critic
+        self.student, self.critic, self.flops = student, critic, 0
+        self._sample_flops = _counter(student, teacher, critic)
         self._accumulation, self._device = Accumulation(recipe, mesh, negative), mesh.device
+        self._data_world = mesh.data_world
         self._interval = recipe.on_policy.generator_update_interval
         config = dataclasses.replace(recipe.on_policy.method, pretrain=pretrain_config(recipe))
         self.method = AnyFlowOnPolicyMethod(
@@ -143,6 +151,7 @@ class OnPolicyStep:
     ) -> dict[str, Tensor | float]:
         """See :class:`Step`; the draws are arguments of the two losses below, in place of random ones."""
         scalars: dict[str, Tensor | float] = {}
+        self.flops = 0
         if step % self._interval == 0:
             means, norms = self._student_losses(batches, step, {} if student_draws is None else dict(student_draws))
             norm = self.optimizer.update(step, means, norms)
@@ -171,6 +180,7 @@ class OnPolicyStep:
         steps = draws.pop("steps", None)
         shared: dict[str, Any] = {} if config is None else self._accumulation.pretrain(config, step)
         shared["steps"] = self._draw_steps("student", step) if steps is None else steps
+        self.flops += self._flops(batches).student_loss(*shared["steps"])
         shared["generator"] = self._accumulation.generator("student", step)
 
         def loss(micro: MicroBatch) -> LossOutput:
@@ -197,6 +207,7 @@ class OnPolicyStep:
         """``rollout_noise``, ``steps`` of a fresh rollout of the student as it is now; ``t``, ``noise`` of the loss."""
         steps = draws.pop("steps", None)
         num_steps, grad_step = self._draw_steps("critic", step) if steps is None else steps
+        self.flops += self._flops(batches).critic_loss(num_steps, grad_step)
         generator = self._accumulation.generator("critic", step)
 
         def loss(micro: MicroBatch) -> LossOutput:
@@ -218,6 +229,11 @@ class OnPolicyStep:
 
         return self._accumulation.backward(batches, step, loss, given=draws)
 
+    def _flops(self, batches: Sequence[Batch]) -> OnPolicyFlops:
+        samples = sum(len(batch.latents) for batch in batches) * self._data_world
+        student, teacher, critic = self._sample_flops(*_sizes(batches))
+        return OnPolicyFlops(student, teacher, critic, self.method.config, samples)
+
     def _draw_steps(self, purpose: str, step: int) -> tuple[int, int]:
         """Length and gradient step of an update's rollouts."""
         return self.method.draw_steps(self._accumulation.generator(f"{purpose} steps", step), self._device)
@@ -236,6 +252,21 @@ def pretrain_config(recipe: Recipe) -> PretrainConfig:
     return dataclasses.replace(
         recipe.pretrain, diffusion_ratio=1.0, consistency_ratio=0.0, fuse_guidance_scale=1.0, derivative="central"
     )
+
+
+def _sizes(batches: Sequence[Batch]) -> tuple[tuple[int, ...], int]:
+    """Shape of a video's latents, and the tokens of its prompt."""
+    return tuple(batches[0].latents.shape[1:]), batches[0].prompt_embeds.shape[1]
+
+
+def _counter(*networks: AnyFlowTransformer3DModel) -> Callable[[tuple[int, ...], int], list[NetworkFlops]]:
+    """Make a function from the sizes of a sample to what it costs in each network, which walks each only once."""
+
+    @functools.cache
+    def count(latent_shape: tuple[int, ...], text_tokens: int) -> list[NetworkFlops]:
+        return [network_flops(network, token_count(network, latent_shape), text_tokens) for network in networks]
+
+    return count
 
 
 def _ema(recipe: Recipe, student: AnyFlowTransformer3DModel, interval: int = 1) -> EMA:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,30 +20,26 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.threads import torch_threads
 from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import Recipe
-from anyflow.training.distributed import Mesh, full_state, setup, shard_network, teardown
+from anyflow.training.distributed import Mesh, full_state, main_result, setup, shard_network, teardown
 from anyflow.training.export import write_model
+from anyflow.training.flops import token_count
 from anyflow.training.guard import TrainingError, check_state
-from anyflow.training.manifest import Manifest
-from anyflow.training.metrics import Metrics, check_loggers, rank_mean
+from anyflow.training.held_out import Split, split_data, validation_losses
 from anyflow.training.networks import build_critic, build_student, build_teacher
-from anyflow.training.preview import preview
-from anyflow.training.recipe import dump_recipe, load_recipe
+from anyflow.training.preview import Previews
+from anyflow.training.recipe import dump_recipe
+from anyflow.training.reports import Reports
+from anyflow.training.resuming import (
+    RECIPE_FILE,
+    Position,
+    advised_settings,
+    check_folder,
+    note_global_batch,
+    position,
+)
 from anyflow.training.steps import OnPolicyStep, PretrainStep, Step, build_scheduler
+from anyflow.training.trackers import check_loggers
 from anyflow.writing import write_text
-
-RECIPE_FILE = "recipe.yaml"
-
-# What may differ when a run goes on: where and how it runs, what it reports, when it ends.
-_FREE = (
-    *("out", "steps", "parallel", "device", "num_threads", "activation_checkpointing", "compile"),
-    *("checkpoint", "preview", "log_every", "loggers"),
-    *("data.num_workers", "data.batch_size", "gradient_accumulation"),
-)
-# What the guard's advice changes; a run records it.
-_ADVISED = (
-    *("optimizer.lr", "optimizer.warmup_steps", "precision"),
-    *("on_policy.critic_optimizer.lr", "on_policy.critic_optimizer.warmup_steps"),
-)
 
 
 def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None) -> None:
@@ -57,10 +52,11 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
 
     Args:
         recipe: the run. If the folder holds one already, it must be the same but for ``out``, ``steps``, ``parallel``,
-            ``checkpoint``, ``preview``, ``device``, ``num_threads``, ``log_every``, ``loggers``,
-            ``activation_checkpointing``, ``compile``, ``data.num_workers`` and, to keep the global batch on other
-            hardware, ``data.batch_size`` and ``gradient_accumulation``; and for what a :class:`TrainingError` advises,
-            which the checkpoints record: the learning rates and warm-ups, ``precision``.
+            ``checkpoint``, ``preview``, ``validation`` (but not how many rows of the data it holds out), ``device``,
+            ``num_threads``, ``log_every``, ``loggers``, ``project``, ``activation_checkpointing``, ``compile``,
+            ``data.num_workers`` and, to keep the global batch on other hardware, ``data.batch_size`` and
+            ``gradient_accumulation``; and for what a :class:`TrainingError` advises, which the checkpoints record: the
+            learning rates and warm-ups, ``precision``.
         resume: False refuses a folder that has a checkpoint.
         console: where messages go; None for the terminal.
 
@@ -84,33 +80,24 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
 def _run_lock(mesh: Mesh, out: Path) -> Iterator[None]:
     """Hold the folder on rank 0; every rank raises where that one cannot."""
     with ExitStack() as stack:
-        failure: Exception | None = None
-        if mesh.is_main:
-            try:
-                stack.enter_context(folder_lock(out))
-            except (ValueError, OSError) as error:
-                failure = error
-        if mesh.world_size > 1:
-            failures = [failure]
-            dist.broadcast_object_list(failures, src=0)
-            failure = failures[0]
-        if failure is not None:
-            raise failure
+        main_result(mesh, lambda: stack.enter_context(folder_lock(out)))
         yield
 
 
 def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
     out = Path(recipe.out)
-    changes = _check_folder(recipe)
+    changes = check_folder(recipe)
     check_loggers(recipe.loggers)
     dataset = open_dataset(recipe.data)
+    split = split_data(recipe, dataset)
     checkpointer = Checkpointer(out / "checkpoints", keep=recipe.checkpoint.keep)
     latest = checkpointer.latest()
-    at = _Position() if latest is None else _position(latest, recipe, dataset, resume)
+    at = Position() if latest is None else position(latest, recipe, dataset, resume)
     if at.step == recipe.steps and (out / "model").is_dir():
         console.print(f"{out} holds this run, finished after {at.step} steps; its model is {out / 'model'}")
         return
 
+    previews = Previews(recipe, mesh, dataset) if recipe.preview.every else None
     step = _build_step(recipe, mesh, dataset)
     changes = changes if latest is None else at.changed
     if changes:
@@ -120,7 +107,7 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         checkpointer.load(latest, step.tensors())
         step.resume_at(at.step)
         console.print(f"Going on after step {at.step} of {latest}")
-        _note_global_batch(recipe, mesh, at, console)
+        note_global_batch(recipe, mesh, at, console)
     with _signals() as signals:  # before the data has workers, which would die of a Ctrl-C
         data = TrainingData(
             dataset,
@@ -130,10 +117,11 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
             num_workers=recipe.data.num_workers,
             seed=recipe.data.seed,
             consumed=at.consumed,
+            rows=split.rows,
         )
         if mesh.is_main:
             _start_folder(recipe, at.step)
-        run = _Run(recipe, mesh, dataset, step, data, checkpointer, signals)
+        run = _Run(recipe, mesh, dataset, split, previews, step, data, checkpointer, signals)
         try:
             finished = run.loop(at, console)
         except TrainingError as error:
@@ -143,65 +131,52 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
 
 
 @dataclass(frozen=True)
-class _Position:
-    """Where a run begins.
-
-    Args:
-        step: updates done.
-        consumed: samples that all ranks together have used for them.
-        changed: settings with other values than the checkpoint's, before and now.
-        history: such changes of the whole run with their steps, these ones last.
-    """
-
-    step: int = 0
-    consumed: int = 0
-    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    history: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
 class _Run:
     """Everything the loop needs."""
 
     recipe: Recipe
     mesh: Mesh
     dataset: VideoDataset
+    split: Split
+    previews: Previews | None
     step: Step
     data: TrainingData
     checkpointer: Checkpointer
     signals: list[int]  # received so far
 
-    def loop(self, at: _Position, console: Console) -> bool:
+    def loop(self, at: Position, console: Console) -> bool:
         """Train up to the last step, or to a signal; returns whether the last step is done. There is a checkpoint."""
-        recipe, reported = self.recipe, at.consumed
-        metrics = Metrics(
-            Path(recipe.out),
-            recipe.loggers,
-            start=at.step,
-            total=recipe.steps,
-            enabled=self.mesh.is_main,
-            console=console,
-        )
-        with metrics:
-            for index in range(at.step, recipe.steps):
+        tokens = token_count(self.step.student, self.dataset.latent_shape)
+        with Reports(self.recipe, self.mesh, tokens, at, console) as reports:
+            for index in range(at.step, self.recipe.steps):
                 done = index + 1
-                batches = [next(self.data) for _ in range(recipe.gradient_accumulation)]
-                scalars = self.step.update(batches, index)
-                metrics.advance(done)
-                if index % recipe.log_every == 0:
-                    values = rank_mean(scalars, self.mesh.device)
-                    metrics.report(done, values, self.data.consumed - reported)
-                    reported = self.data.consumed
-                stop = self._on_any_rank(bool(self.signals))
-                if stop or done == recipe.steps or done % recipe.checkpoint.every == 0:
-                    self._save(done, at.history)
-                if stop and done < recipe.steps:
-                    console.print(f"Stopped after step {done}; the same command goes on from there")
-                    return False
-                if recipe.preview.every and (done % recipe.preview.every == 0 or done == recipe.steps):
-                    file = Path(recipe.out) / "previews" / f"step-{done:08d}.gif"
-                    preview(recipe, self.mesh, self.dataset, self.step, file, console)
+                batches = [next(self.data) for _ in range(self.recipe.gradient_accumulation)]
+                samples = sum(len(batch.latents) for batch in batches) * self.mesh.data_world
+                reports.add(done, self.step.update(batches, index), samples, self.step.flops)
+                with reports.paused():
+                    if not self._between_updates(done, reports, at, console):
+                        return False
         return True
+
+    def _between_updates(self, done: int, reports: Reports, at: Position, console: Console) -> bool:
+        """Report, save and preview where they are due; returns whether the run goes on."""
+        recipe = self.recipe
+        held_out = self._validate() if _due(done, recipe.validation.every, recipe.steps) else {}
+        reports.report(done, held_out)
+        stop = self._on_any_rank(bool(self.signals))
+        if stop or _due(done, recipe.checkpoint.every, recipe.steps):
+            self._save(done, at.history, reports.state())
+        if stop and done < recipe.steps:
+            console.print(f"Stopped after step {done}; the same command goes on from there")
+            return False
+        if _due(done, recipe.preview.every, recipe.steps):
+            assert self.previews is not None
+            reports.report_video(done, self.previews.write(self.step, done, console))
+        return True
+
+    def _validate(self) -> dict[str, float]:
+        negative = self.dataset.negative_prompt_embeds
+        return validation_losses(self.recipe, self.mesh, self.split, negative, self.step.student, self.step.ema)
 
     def finish(self, console: Console) -> None:
         """Write the averaged student as a model."""
@@ -232,7 +207,7 @@ class _Run:
             f"if that fails at once, delete {folder}, and it goes on {earlier}"
         )
 
-    def _save(self, done: int, history: Sequence[dict[str, Any]]) -> None:
+    def _save(self, done: int, history: Sequence[dict[str, Any]], window: dict[str, Any]) -> None:
         tensors = self.step.tensors()
         check_state(done, tensors)
         info = {
@@ -240,8 +215,9 @@ class _Run:
             "consumed": self.data.consumed,
             "fingerprint": self.dataset.fingerprint,
             "recipe": dump_recipe(self.recipe),
-            "settings": _advised(self.recipe),
+            "settings": advised_settings(self.recipe),
             "changes": list(history),
+            "window": window,
         }
         self.checkpointer.save(done, tensors, info)
 
@@ -254,8 +230,13 @@ class _Run:
         return bool(flags)
 
 
+def _due(done: int, every: int, last: int) -> bool:
+    """Whether something that is done every so many steps, and after the last one, is due; 0 turns it off."""
+    return every > 0 and (done % every == 0 or done == last)
+
+
 def _settings_to_try(recipe: Recipe, error: TrainingError) -> list[str]:
-    """Settings that may keep a network finite; all of them are in ``_ADVISED``."""
+    """Settings that may keep a network finite; all of them are in ``ADVISED``."""
     tries = []
     if error.network != "teacher":
         config, name = recipe.optimizer, "optimizer"
@@ -306,73 +287,6 @@ def _check_data(network: AnyFlowTransformer3DModel, dataset: VideoDataset, name:
         raise ValueError(
             f"the data's prompts have width {dataset.text_shape[1]}, the {name} takes text_dim={config.text_dim}"
         )
-
-
-def _check_folder(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Settings, with their values before and now, that a run in the folder goes on with; most may not change.
-
-    Raises:
-        ValueError: the folder is not new, and its run differs in more than what may differ.
-    """
-    out = Path(recipe.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: {out} is not a folder")
-    file = out / RECIPE_FILE
-    if not file.is_file():
-        if (out / "checkpoints").exists():
-            raise ValueError(f"out: {out} has checkpoints but no {RECIPE_FILE}; name another folder")
-        return {}
-    before, now = _flat(load_recipe(file)), _flat(recipe)
-    changed = {
-        name: (before.get(name), now.get(name)) for name in sorted({*before, *now}) if before.get(name) != now.get(name)
-    }
-    if refused := [f"{name} ({a!r} there, {b!r} here)" for name, (a, b) in changed.items() if name not in _ADVISED]:
-        raise ValueError(f"out: {out} holds a run of another recipe; it differs in {', '.join(refused)}")
-    return changed
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    """The settings that make a run what it is, by dotted name."""
-
-    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-        if name in _FREE:
-            return
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from walk(inner, f"{name}.{key}" if name else key)
-        else:
-            yield name, value
-
-    return dict(walk(dataclasses.asdict(recipe), ""))
-
-
-def _advised(recipe: Recipe) -> dict[str, Any]:
-    """The settings of a recipe that a run may go on with in place of others."""
-    return {name: value for name, value in _flat(recipe).items() if name in _ADVISED}
-
-
-def _position(checkpoint: Path, recipe: Recipe, dataset: VideoDataset, resume: bool) -> _Position:
-    info = Manifest.read(checkpoint).info
-    if not resume:
-        raise ValueError(
-            f"out: {recipe.out} has the checkpoint {checkpoint.name}; go on with --resume or name another folder"
-        )
-    if info["fingerprint"] != dataset.fingerprint:
-        raise ValueError(f"data: these are not the videos that the run in {recipe.out} has been trained on")
-    if info["step"] > recipe.steps:
-        raise ValueError(f"steps={recipe.steps}, but the run in {recipe.out} has done {info['step']}")
-    now = _advised(recipe)
-    saved = info.get("settings", now)  # older checkpoints have none
-    changed = {name: (saved[name], value) for name, value in now.items() if saved.get(name, value) != value}
-    history = (*info.get("changes", ()), *([{"step": info["step"], "settings": changed}] if changed else ()))
-    return _Position(info["step"], info["consumed"], changed, history)
-
-
-def _note_global_batch(recipe: Recipe, mesh: Mesh, at: _Position, console: Console) -> None:
-    now = recipe.data.batch_size * mesh.data_world * recipe.gradient_accumulation
-    if at.consumed != at.step * now:
-        before = at.consumed / at.step
-        console.print(f"A step now takes {now} samples; so far it took {before:g} on average")
 
 
 def _start_folder(recipe: Recipe, done: int) -> None:

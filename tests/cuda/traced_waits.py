@@ -22,6 +22,7 @@ from anyflow.training.config import (
 from anyflow.training.distributed import Mesh
 from anyflow.training.networks import build_critic, build_student, build_teacher
 from anyflow.training.steps import OnPolicyStep, PretrainStep
+from anyflow.training.window import Window
 
 CUDA = torch.device("cuda", 0)
 ARCHITECTURE = ArchitectureConfig(
@@ -79,7 +80,7 @@ def test_an_update_waits_for_nothing_but_its_guard(stage: str, device: Any) -> N
     """Co-training, so that the loss of pretraining is in both; the draws are made in host memory."""
     step = make_step(device, recipe(stage))
     device.clear()
-    step.update([batch()], 0)
+    Window(CUDA).add(step.update([batch()], 0))
     assert device.counts()["flow_map_loss_backward"] == 1
     assert {wait.where for wait in device.waits} == GUARD
 

@@ -368,7 +368,7 @@ def test_a_model_with_missing_or_foreign_weights_is_refused(wan_model: Path, tmp
         ({"rows_per_shard": 0}, "rows_per_shard must be >= 1, got 0"),
         ({"videos": Path("absent")}, "no folder of videos absent"),
         ({"captions": Path("absent.csv")}, "no captions file absent.csv"),
-        ({"model": Path("absent")}, "absent is not a diffusers model folder"),
+        ({"model": Path("absent")}, "there is no folder absent"),
     ],
 )
 def test_unusable_arguments_are_refused_before_anything_is_written(

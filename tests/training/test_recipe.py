@@ -199,7 +199,10 @@ def test_a_problem_of_an_override_has_its_text_as_the_place(text: str, problem: 
         ("ema:", "5: ema: must be a mapping, got null"),
         ("ema: 0.9", "5: ema: must be a mapping, got 0.9"),
         ("loggers: wandb", '5: loggers: must be a list, got "wandb"'),
-        ("loggers:\n- wandb\n- tensorbord", '''7: loggers.1: must be 'tensorboard' or 'wandb', got "tensorbord"'''),
+        (
+            "loggers:\n- wandb\n- tensorbord",
+            '''7: loggers.1: must be 'tensorboard', 'wandb' or 'trackio', got "tensorbord"''',
+        ),
         ("optimizer:\n  betas: [0.9]", "6: optimizer.betas: has too few items, got [0.9]"),
         ("optimizer:\n  betas: []", "6: optimizer.betas: has too few items, got []"),
         ("optimizer:\n  betas: [0, 0, 0]", "6: optimizer.betas: has too many items, got [0, 0, 0]"),

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
@@ -33,17 +32,18 @@ from anyflow.training.config import (
     OptimizerConfig,
     PreviewConfig,
     Recipe,
+    ValidationConfig,
 )
 from anyflow.training.distributed import Mesh
+from anyflow.training.held_out import split_data, validation_losses
 from anyflow.training.manifest import Manifest
 from anyflow.training.metrics import keep_until
 from anyflow.training.optimization import TrainingError
-from anyflow.training.preview import preview, sample_previews
 from anyflow.training.recipe import dump_recipe
 from anyflow.training.trainer import _build_step, train
 
 Make = Callable[..., Recipe]
-TIMING = ("seconds", "samples_per_second")
+TIMING = ("seconds", "samples_per_second", "tokens_per_second", "tflops_per_second", "peak_memory_gb")
 
 
 def _command(file: Path, *arguments: str) -> list[str]:
@@ -126,6 +126,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
             stage=stage,
             steps=20,
             checkpoint=CheckpointConfig(every=10),
+            log_every=4,  # the checkpoint is within a window of means
             gradient_accumulation=2,
             data=DataConfig(kind="synthetic", batch_size=2, num_workers=1),
             optimizer=OptimizerConfig(lr=1e-3, schedule="cosine", warmup_steps=4),
@@ -137,14 +138,14 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
 
     file = _write(killed, tmp_path / "killed.yaml")
     process = subprocess.Popen(_command(file), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    _wait_for(lambda: _reported(tmp_path / "killed") >= 13, process)
+    _wait_for(lambda: _reported(tmp_path / "killed") >= 4, process)  # of the steps 1, 4, 8 and 12
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "model").exists()
     resumed = subprocess.run(_command(file), check=True, capture_output=True, text=True)
     assert "Going on after step 10" in resumed.stdout
 
-    assert [line["step"] for line in _metrics(tmp_path / "straight")] == list(range(1, 21))
+    assert [line["step"] for line in _metrics(tmp_path / "straight")] == [1, 4, 8, 12, 16, 20]
     assert _metrics(tmp_path / "killed") == _metrics(tmp_path / "straight")
     infos = [Manifest.read(Path(r.out) / "checkpoints" / "step-00000020").info for r in recipes]
     assert infos[0]["consumed"] == infos[1]["consumed"] == 20 * 2 * 2
@@ -199,6 +200,8 @@ def test_two_processes_train_one_model_and_one_process_goes_on_with_it(small_rec
         steps=2,
         data=DataConfig(kind="synthetic", batch_size=2, num_workers=0),
         preview=PreviewConfig(every=2, step_counts=(1,), num_samples=1),
+        validation=ValidationConfig(every=2, num_samples=3),  # a rank evaluates one video, the other two
+        loggers=("tensorboard",) if importlib.util.find_spec("tensorboard") else (),
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     file = _write(recipe, tmp_path / "recipe.yaml")
@@ -211,6 +214,13 @@ def test_two_processes_train_one_model_and_one_process_goes_on_with_it(small_rec
     assert average and all(torch.equal(model[name], tensor) for name, tensor in average.items())
 
     alone = dataclasses.replace(recipe, steps=3, data=dataclasses.replace(recipe.data, batch_size=4))
+    step, data = _build_step(alone, Mesh(torch.device("cpu")), open_dataset(alone.data)), open_dataset(alone.data)
+    Checkpointer(out / "checkpoints", keep=1).load(out / "checkpoints" / "step-00000002", step.tensors())
+    once = validation_losses(
+        *(alone, Mesh(torch.device("cpu")), split_data(alone, data), data.negative_prompt_embeds),
+        *(step.student, step.ema),
+    )
+    assert once == pytest.approx({name: _metrics(out)[1][name] for name in once}, rel=1e-5)
     train(alone)
     assert [line["step"] for line in _metrics(out)] == [1, 2, 3]
     assert Manifest.read(out / "checkpoints" / "step-00000003").info["consumed"] == 3 * 4
@@ -466,18 +476,6 @@ def test_data_that_are_not_finite_are_to_blame_and_not_a_network(small_recipe: M
         step.update([Batch(latents, prompts, (5, 6))], 0)
 
 
-def test_a_preview_that_is_not_finite_is_said_and_not_written(
-    small_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = small_recipe(tmp_path, preview=PreviewConfig(step_counts=(1, 2), num_samples=2))
-    data, mesh = SyntheticVideos(), Mesh(torch.device("cpu"))
-    step = _build_step(recipe, mesh, data)
-    next(iter(step.ema.state_dict().values())).fill_(3e38)
-    preview(recipe, mesh, data, step, tmp_path / "p.gif", Console(soft_wrap=True))
-    assert "p.gif was not written: the latents" in capsys.readouterr().out
-    assert not (tmp_path / "p.gif").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -489,14 +487,14 @@ def test_a_preview_that_is_not_finite_is_said_and_not_written(
         (("pretrain.epsilon=0",), "pretrain.epsilon"),
         (("data={kind: latents, path: nowhere}",), "nowhere"),
         (("student={path: missing, architecture: null}",), "missing does not exist"),
-        (("loggers=[wandb]",), "pip install wandb"),
+        (("loggers=[trackio]",), "pip install trackio"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_two_and_writes_nothing(
     arguments: tuple[str, ...], message: str, small_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "wandb" in message and importlib.util.find_spec("wandb") is not None:
-        pytest.skip("wandb is installed")
+    if "trackio" in message and importlib.util.find_spec("trackio") is not None:
+        pytest.skip("trackio is installed")
     file = _write(small_recipe(tmp_path / "run"), tmp_path / "recipe.yaml")
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["train", str(file), *arguments])
@@ -527,36 +525,28 @@ def test_lora_checkpoints_hold_what_trains_and_the_model_has_it_merged(small_rec
     assert not any("lora" in name for name in model.state_dict())
 
 
-def test_previews_are_animated_grids_and_change_nothing(small_recipe: Make, tmp_path: Path) -> None:
-    preview = PreviewConfig(every=2, step_counts=(1, 3), num_samples=3)
-    train(small_recipe(tmp_path / "with", steps=3, preview=preview))
-    train(small_recipe(tmp_path / "without", steps=3))
-    previews = sorted(path.name for path in (tmp_path / "with" / "previews").iterdir())
-    assert previews == ["step-00000002.gif", "step-00000003.gif"]
-    with Image.open(tmp_path / "with" / "previews" / previews[0]) as image:
-        assert image.n_frames == 8 and image.size == (3 * 96 + 2 * 4, 2 * 96 + 4)  # three prompts, two step counts
-    assert _metrics(tmp_path / "with") == _metrics(tmp_path / "without")
+def test_a_line_has_the_means_since_the_last_one(small_recipe: Make, tmp_path: Path) -> None:
+    """Also where a run stopped and went on in between; the rates are of the last update."""
+    rates = OptimizerConfig(lr=1e-3, warmup_steps=5)
+    train(small_recipe(tmp_path / "each", steps=5, optimizer=rates))
+    train(small_recipe(tmp_path / "window", steps=3, log_every=4, optimizer=rates))
+    train(small_recipe(tmp_path / "window", steps=5, log_every=4, optimizer=rates))
+    each, window = _metrics(tmp_path / "each"), _metrics(tmp_path / "window")
+    assert [line["step"] for line in window] == [1, 4] and window[0] == each[0]
+    for name in set(each[1]) - {"step", "lr"}:
+        assert window[1][name] == sum(line[name] for line in each[1:4]) / 3
+    assert window[1]["lr"] == each[3]["lr"]
 
 
-def test_a_preview_samples_the_average_in_a_plain_model_too(small_recipe: Make, tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path, stage="teacher", preview=PreviewConfig(step_counts=(2,), num_samples=2))
-    data, mesh = SyntheticVideos(), Mesh(torch.device("cpu"))
-    step = _build_step(recipe, mesh, data)
-    before = {name: p.detach().clone() for name, p in step.student.named_parameters()}
-    first = sample_previews(recipe, mesh, data, step.student, step.ema)
-    assert first.shape == (1, 2, *data.latent_shape)
-    for average in step.ema.state_dict().values():
-        average.mul_(0.5)
-    second = sample_previews(recipe, mesh, data, step.student, step.ema)
-    assert not torch.equal(first, second)
-    assert all(torch.equal(p, before[name]) for name, p in step.student.named_parameters())
-
-
-def test_tensorboard_gets_the_scalars(small_recipe: Make, tmp_path: Path) -> None:
+def test_loggers_get_the_scalars_the_recipe_and_previews(small_recipe: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    train(small_recipe(tmp_path, steps=2, loggers=("tensorboard",)))
+    preview = PreviewConfig(every=2, step_counts=(1,), num_samples=1)
+    train(small_recipe(tmp_path, steps=2, loggers=("tensorboard",), preview=preview))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2]
     assert events.Scalars("loss")[1].value == pytest.approx(_metrics(tmp_path)[1]["loss"])
+    assert [e.step for e in events.Images("preview")] == [2]
+    (settings,) = (tmp_path / "tensorboard").glob("*/hparams.yml")
+    assert "optimizer.lr: 0.001" in settings.read_text()

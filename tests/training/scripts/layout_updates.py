@@ -25,9 +25,9 @@ from anyflow.training.config import (
     Recipe,
 )
 from anyflow.training.distributed import Mesh, full_state, setup, shard_network, teardown
-from anyflow.training.metrics import rank_mean
 from anyflow.training.networks import build_critic, build_student, build_teacher
 from anyflow.training.steps import OnPolicyStep, PretrainStep
+from anyflow.training.window import Window
 
 GLOBAL_BATCH, UPDATES = 8, 3
 LAYOUTS = {  # by the number of processes: the mesh, and samples in a micro-step
@@ -106,7 +106,9 @@ def updates(case: str, mesh: Mesh, parallel: ParallelConfig, batch_size: int) ->
     metrics = []
     for index in range(UPDATES):
         batches = [_double(next(data)) for _ in range(accumulation)]
-        metrics.append(rank_mean(step.update(batches, index), mesh.device))
+        window = Window(mesh.device)
+        window.add(step.update(batches, index))
+        metrics.append(window.take())
     return {"metrics": metrics, "tensors": full_state(step.tensors()), "calls": calls}
 
 

@@ -1,0 +1,136 @@
+"""The loss on videos that are not trained on: which ones, and its evaluation with fixed noise and times."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyflow.data import VideoDataset, open_dataset
+from anyflow.methods import AnyFlowPretrainMethod, sample_time_pairs
+from anyflow.methods.collectives import all_reduce_sum
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.network import widest_float
+from anyflow.training.config import DataConfig, Recipe
+from anyflow.training.distributed import Mesh
+from anyflow.training.draws import SampleDraws, draw_generator
+from anyflow.training.ema import EMA
+from anyflow.training.steps import build_scheduler, pretrain_config
+from anyflow.transfer import to_device
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows that are trained on, and those that the loss is validated on.
+
+    Args:
+        rows: of the training data.
+        held_out: where the others are.
+        held_out_rows: of ``held_out``; none without validation.
+    """
+
+    rows: Sequence[int]
+    held_out: VideoDataset
+    held_out_rows: Sequence[int]
+
+
+def split_data(recipe: Recipe, dataset: VideoDataset) -> Split:
+    """Choose the rows of a run; which are held out depends on nothing but the number of rows and ``num_samples``.
+
+    Args:
+        recipe: the run.
+        dataset: its training data.
+
+    Raises:
+        ValueError: nothing would be left to train on, or the other dataset cannot be read or has videos of another
+            shape.
+    """
+    validation, rows = recipe.validation, range(len(dataset))
+    if not validation.every:
+        return Split(rows, dataset, ())
+    if validation.path is not None:
+        other = open_dataset(DataConfig(path=validation.path))
+        for name in ("latent_shape", "text_shape"):
+            if getattr(other, name) != getattr(dataset, name):
+                raise ValueError(
+                    f"validation.path: {validation.path} has {name.replace('_', ' ')} {getattr(other, name)}, "
+                    f"the training data {getattr(dataset, name)}"
+                )
+        return Split(rows, other, _chosen(len(other), min(validation.num_samples, len(other))))
+    if validation.num_samples >= len(dataset):
+        raise ValueError(
+            f"validation.num_samples={validation.num_samples} leaves none of the {len(dataset)} videos to train on"
+        )
+    held_out = _chosen(len(dataset), validation.num_samples)
+    return Split(sorted(set(rows) - set(held_out)), dataset, held_out)
+
+
+def _chosen(length: int, count: int) -> list[int]:
+    return sorted(torch.randperm(length, generator=draw_generator(0, "held-out rows"))[:count].tolist())
+
+
+@torch.no_grad()
+def validation_losses(
+    recipe: Recipe, mesh: Mesh, split: Split, negative: Tensor, student: AnyFlowTransformer3DModel, ema: EMA
+) -> dict[str, float]:
+    """Evaluate the pretrain loss of the averaged weights on the videos held out. Collective.
+
+    Noise, times and kinds of samples are functions of a video's place among those held out, so that the numbers of two
+    steps or two runs can be compared; prompts are kept and all frames are denoised. Flow-map losses are not scaled to
+    the diffusion losses, as training scales them. Training is left bit for bit as it was.
+
+    Args:
+        recipe: the run.
+        mesh: this process's place in it.
+        split: what is held out.
+        negative: ``[1, S, text_dim]`` negative prompt of the training data.
+        student: the network.
+        ema: its average.
+
+    Returns:
+        ``validation_loss``, the mean over all videos, and ``validation_loss_diffusion`` and
+        ``validation_loss_flow_map``, those of their kinds where there are any.
+    """
+    config = dataclasses.replace(pretrain_config(recipe), prompt_dropout=0.0, i2v_prob=0.0)
+    method = AnyFlowPretrainMethod(student, build_scheduler(recipe), config, process_group=mesh.data_group)
+    places, size = range(len(split.held_out_rows)), recipe.data.batch_size
+    uniforms = SampleDraws(0, 0, places, torch.device("cpu")).uniform("validation times", (2,)).T
+    pairs = sample_time_pairs(
+        *(len(places),),
+        diffusion_ratio=config.diffusion_ratio,
+        consistency_ratio=config.consistency_ratio,
+        device=torch.device("cpu"),
+        uniforms=uniforms,
+    )
+    own = list(places[mesh.data_rank :: mesh.data_world])
+    negative = to_device(negative, mesh.device)
+    sums = torch.zeros(4, dtype=widest_float(mesh.device), device=mesh.device)  # loss and count, of both kinds
+    autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False)
+    with ema.applied(student), autocast:
+        for start in range(0, -(-len(places) // mesh.data_world), size):
+            chosen = own[start : start + size]
+            # All ranks call the network equally often, as FSDP needs it; the loss of a stand-in is not added.
+            shown = chosen if chosen else [0]
+            samples = [split.held_out[split.held_out_rows[place]] for place in shown]
+            draws = SampleDraws(0, 0, shown, mesh.device)
+            losses, is_diffusion = method.sample_losses(
+                to_device(torch.stack([sample.latents for sample in samples]), mesh.device),
+                to_device(torch.stack([sample.prompt_embeds for sample in samples]), mesh.device),
+                negative,
+                noise=draws.normal("validation noise", samples[0].latents.shape),
+                time_pairs=pairs.select(shown, mesh.device),
+            )
+            if chosen:
+                for kind, of_kind in enumerate((is_diffusion, ~is_diffusion)):
+                    sums[2 * kind] += losses.where(of_kind, 0.0).sum()
+                    sums[2 * kind + 1] += of_kind.sum()
+    diffusion, diffusions, flow_map, flow_maps = all_reduce_sum(sums, mesh.data_group).tolist()
+    values = {"validation_loss": (diffusion + flow_map) / (diffusions + flow_maps)}
+    if diffusions:
+        values["validation_loss_diffusion"] = diffusion / diffusions
+    if flow_maps:
+        values["validation_loss_flow_map"] = flow_map / flow_maps
+    return values

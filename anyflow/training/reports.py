@@ -1,0 +1,83 @@
+"""What a run reports, from every rank's numbers to rank 0's file, loggers and progress bar."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from anyflow.training.config import Recipe
+from anyflow.training.distributed import Mesh
+from anyflow.training.metrics import Metrics
+from anyflow.training.resuming import Position, flatten
+from anyflow.training.throughput import Throughput
+from anyflow.training.trackers import Trackers
+from anyflow.training.window import Window
+
+
+class Reports:
+    """Averages what updates return, and writes a line of it when one is due; a context manager on every rank.
+
+    Args:
+        recipe: the run.
+        mesh: this process's place in it.
+        tokens: of a video.
+        at: where the run goes on.
+        console: where messages go.
+
+    Raises:
+        ValueError: ``metrics.jsonl`` cannot be gone on with, or a logger does not start.
+    """
+
+    def __init__(self, recipe: Recipe, mesh: Mesh, tokens: int, at: Position, console: Console) -> None:
+        self._recipe, self._open, out = recipe, ExitStack(), Path(recipe.out)
+        self._window = Window(mesh.device, at.window)
+        with ExitStack() as opened:
+            loggers = recipe.loggers if mesh.is_main else ()
+            trackers = Trackers(loggers, out, recipe.project, flatten(dataclasses.asdict(recipe)), at.step)
+            opened.enter_context(trackers)
+            self._metrics = opened.enter_context(
+                Metrics(out, trackers, start=at.step, total=recipe.steps, enabled=mesh.is_main, console=console)
+            )
+            self._open = opened.pop_all()
+        self._throughput = Throughput(mesh, tokens, bf16=recipe.precision == "bf16")  # its time begins
+
+    def __enter__(self) -> Reports:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._open.__exit__(kind, error, tb)
+
+    def add(self, done: int, scalars: Mapping[str, Tensor | float], samples: int, flops: int) -> None:
+        """Note update ``done`` (from 1): this rank's scalars, and the samples and model FLOPs of all ranks."""
+        self._window.add(scalars)
+        self._throughput.add(samples, flops)
+        self._metrics.advance(done)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of what is not training."""
+        with self._throughput.paused():
+            yield
+
+    def report(self, done: int, more: Mapping[str, float]) -> None:
+        """Write a line if one is due after update ``done`` or there is ``more`` to say. Collective, while paused."""
+        values = dict(more)
+        if done == 1 or done % self._recipe.log_every == 0:
+            values = {**self._window.take(), **values, **self._throughput.take()}
+        if values:
+            self._metrics.report(done, values)
+
+    def report_video(self, done: int, file: Path | None) -> None:
+        """Hand a preview to the loggers, if one was written."""
+        self._metrics.report_video(done, file)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the numbers since the last line, as JSON values. Collective."""
+        return self._window.state()

@@ -1,0 +1,193 @@
+"""Previews of real runs: labels, prompts of one's own, and the VAE, all from files."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from anyflow.data import SyntheticVideos
+from anyflow.data.encoders import TextEncoder
+from anyflow.data.latent_dataset import DatasetInfo, LatentDataset, LatentWriter
+from anyflow.pipelines.frames import uint8_pixels
+from anyflow.pipelines.wan import decode_latents, load_vae
+from anyflow.training.config import DataConfig, NetworkConfig, PreviewConfig, Recipe
+from anyflow.training.distributed import Mesh
+from anyflow.training.preview import Previews
+from anyflow.training.preview_grid import write_grid
+from anyflow.training.trainer import _build_step, train
+from anyflow.versions import TEXT_PACKAGES, installed_versions
+
+Make = Callable[..., Recipe]
+CPU = Mesh(torch.device("cpu"))
+
+
+def _frames(file: Path) -> list[Tensor]:
+    """Each frame as ``[H, W, 3]``."""
+    if file.suffix == ".mp4":
+        with av.open(str(file)) as container:
+            return [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    with Image.open(file) as image:
+        frames = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            frames.append(torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8))
+        return [frame.view(image.height, image.width, 3) for frame in frames]
+
+
+@pytest.fixture
+def latents(tmp_path: Path, wan_model: Path, generator: torch.Generator) -> Path:
+    """Five videos of 2 x 4 x 6 latents with the text width of the tiny encoder."""
+    folder = tmp_path / "latents"
+    info = DatasetInfo((2, 16, 4, 6), text_length=8, text_dim=16, source={"by": "a test"})
+    packages = installed_versions(TEXT_PACKAGES)
+    with LatentWriter(folder, info, torch.zeros(1, 16), packages=packages) as writer:
+        for row in range(5):
+            values, prompt = (torch.randn(s, generator=generator) for s in ((2, 16, 4, 6), (3, 16)))
+            writer.add(f"{row}.mp4", f"a red disc moves to the right, for the {row}th time", values, prompt)
+        writer.finish()
+    return folder
+
+
+@pytest.fixture
+def recipe(latents: Path, tmp_path: Path, small_recipe: Make) -> Recipe:
+    small = small_recipe(tmp_path / "run", steps=1)
+    sizes = dataclasses.replace(small.student.architecture, in_channels=16, out_channels=16, text_dim=16)
+    data = DataConfig(path=str(latents), batch_size=2, num_workers=0)
+    return dataclasses.replace(small, student=NetworkConfig(architecture=sizes), data=data)
+
+
+def test_previews_are_animated_grids_and_change_nothing(small_recipe: Make, tmp_path: Path) -> None:
+    preview = PreviewConfig(every=2, step_counts=(1, 3), num_samples=3)
+    train(small_recipe(tmp_path / "with", steps=3, preview=preview))
+    train(small_recipe(tmp_path / "without", steps=3))
+    files = sorted((tmp_path / "with" / "previews").iterdir())
+    assert [file.name for file in files] == ["step-00000002.gif", "step-00000003.gif"]
+    frames = _frames(files[0])
+    assert len(frames) == 8
+    # Three prompts and two step counts of 132 x 132 pixels, text to the left and above.
+    height, width = frames[0].shape[:2]
+    assert 3 * 132 + 8 < width < 3 * 132 + 100 and 2 * 132 + 4 < height < 2 * 132 + 60
+    models = [tmp_path / name / "model" / "transformer" / "diffusion_pytorch_model.safetensors" for name in _BOTH]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+
+_BOTH = ("with", "without")
+
+
+def test_a_preview_samples_the_average_in_a_plain_model_too(small_recipe: Make, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, stage="teacher", preview=PreviewConfig(step_counts=(2,), num_samples=2))
+    data = SyntheticVideos()
+    step, previews = _build_step(recipe, CPU, data), Previews(recipe, CPU, data)
+    before = {name: p.detach().clone() for name, p in step.student.named_parameters()}
+    first = previews.sample(step.student, step.ema)
+    assert first.shape == (1, 2, *data.latent_shape)
+    for average in step.ema.state_dict().values():
+        average.mul_(0.5)
+    second = previews.sample(step.student, step.ema)
+    assert not torch.equal(first, second)
+    assert all(torch.equal(p, before[name]) for name, p in step.student.named_parameters())
+
+
+def test_a_preview_that_is_not_finite_is_said_and_not_written(
+    small_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small_recipe(tmp_path, preview=PreviewConfig(step_counts=(1, 2), num_samples=2))
+    data = SyntheticVideos()
+    step = _build_step(recipe, CPU, data)
+    next(iter(step.ema.state_dict().values())).fill_(3e38)
+    assert Previews(recipe, CPU, data).write(step, 1, Console(soft_wrap=True)) is None
+    assert "step-00000001.gif was not written: the latents" in capsys.readouterr().out
+    assert not (tmp_path / "previews").exists()
+
+
+def test_the_vae_decodes_prompts_of_ones_own(recipe: Recipe, wan_model: Path, tmp_path: Path) -> None:
+    """The embeddings are those of ``anyflow preprocess``, and the pictures those of the VAE."""
+    prompts = ("a blue cross moves slowly", "a red disc")
+    preview = PreviewConfig(1, (1, 2), prompts=prompts, model=str(wan_model), vae=str(wan_model))
+    recipe = dataclasses.replace(recipe, preview=preview)
+    data = LatentDataset(Path(recipe.data.path))
+    previews, step = Previews(recipe, CPU, data), _build_step(recipe, CPU, data)
+    encoder = TextEncoder(wan_model, CPU.device, dtype=torch.bfloat16, text_length=8)
+    for prompt, text in zip(previews.prompts, prompts, strict=True):
+        own = encoder(text)
+        assert prompt.caption == text and torch.equal(prompt.embeds[0, : len(own)], own)
+        assert prompt.embeds.shape == (1, 8, 16) and not prompt.embeds[0, len(own) :].any()
+
+    file = previews.write(step, 1, Console(quiet=True))
+    frames = _frames(file)
+    assert file.name == "step-00000001.mp4" and len(frames) == 5  # two latent frames
+    latents = previews.sample(step.student, step.ema)
+    expected = uint8_pixels(decode_latents(load_vae(wan_model), latents[1, 1:]))[0]
+    enlarged = expected.repeat_interleave(3, 1).repeat_interleave(3, 2)  # 48 pixels wide: 144 on the picture
+    height, width = enlarged.shape[1:3]
+    # The last cell ends where the picture does, but for the even size.
+    bottom, right = frames[0].shape[:2]
+    differences = [
+        (frames[4][y : y + height, x : x + width].float() - enlarged[4].float()).abs().mean().item()
+        for y in (bottom - height, bottom - height - 1)
+        for x in (right - width, right - width - 1)
+    ]
+    assert min(differences) < 6  # of 255: H.264 halves the resolution of colors
+
+
+def test_columns_have_the_captions_of_the_data(recipe: Recipe) -> None:
+    recipe = dataclasses.replace(recipe, preview=PreviewConfig(1, (1,), num_samples=2))
+    data = LatentDataset(Path(recipe.data.path))
+    prompts = Previews(recipe, CPU, data).prompts
+    assert [prompt.caption for prompt in prompts] == [data.caption(0), data.caption(2)]
+    assert torch.equal(prompts[1].embeds[0], data[2].prompt_embeds)
+    synthetic = SyntheticVideos()
+    assert synthetic.caption(0) == "disc right" != synthetic.caption(len(synthetic) - 1)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_training(
+    recipe: Recipe, wan_model: Path, tmp_path: Path, small_recipe: Make
+) -> None:
+    """Its text has another width than the data's, its latents other channels; a part is missing."""
+    for settings, message in (
+        ({"prompts": ("a",), "model": str(tmp_path)}, r"preview\.model: .* has no text_encoder/"),
+        ({"vae": str(tmp_path)}, r"preview\.vae: .* has no vae/"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(dataclasses.replace(recipe, preview=PreviewConfig(every=1, **settings)))
+    own = PreviewConfig(every=1, prompts=("a",), model=str(wan_model))
+    with pytest.raises(ValueError, match=r"preview\.model: the text encoder of .* has width 16, the data's prompts 32"):
+        train(small_recipe(tmp_path / "run", preview=own))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"preview\.model is required with preview\.prompts, and only then"):
+        PreviewConfig(prompts=("a",))
+    with pytest.raises(ValueError, match=r"preview\.vae must be left alone with data\.kind=synthetic"):
+        small_recipe(tmp_path, preview=PreviewConfig(vae="x"))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "mp4"])
+def test_a_grid_has_its_videos_beside_their_labels(suffix: str, tmp_path: Path) -> None:
+    """Plain colors, far enough from each other to be told after compression; text only where labels are."""
+    colors = torch.tensor([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]], dtype=torch.uint8)
+    videos = colors[:, :, None, None, None].expand(2, 2, 3, 20, 200, 3)
+    file = tmp_path / "folder" / f"grid.{suffix}"
+    write_grid(videos, ["1 step", "16 steps"], ["short", "a caption that is too long for its column " * 5], file, 8)
+    frames = _frames(file)
+    assert len(frames) == (1 if suffix == "gif" else 3)  # a GIF has frames that are the same once
+    picture = frames[-1].float()
+    height, width = picture.shape[:2]
+    cells = {(0, 0): (-34, -304), (0, 1): (-34, -100), (1, 0): (-10, -304), (1, 1): (-10, -100)}
+    for (row, column), (y, x) in cells.items():
+        assert (picture[height + y, width + x] - colors[row, column].float()).abs().max() < 40
+    dark = picture.amax(2) < 100
+    assert dark[: height - 46, -404:-204].any() and dark[: height - 46, -200:].any()  # captions
+    assert dark[height - 44 : height - 24, : width - 410].any() and dark[height - 20 :, : width - 410].any()
+    assert not dark[:, :2].any()
+
+
+def test_a_picture_of_large_videos_is_at_most_as_wide_as_a_screen(tmp_path: Path) -> None:
+    videos = torch.zeros(1, 3, 1, 300, 2000, 3, dtype=torch.uint8)
+    write_grid(videos, ["1 step"], ["a", "b", "c"], tmp_path / "grid.mp4", 16)
+    height, width = _frames(tmp_path / "grid.mp4")[0].shape[:2]
+    assert 3840 < width < 4000 and 192 < height < 300
