@@ -64,4 +64,5 @@ for _command in (
     checkpoints.verify,
     doctor.doctor,
 ):
-    app.command()(_command)
+    # An option that `train` does not have is a setting in another form, which the command corrects.
+    app.command(context_settings={"ignore_unknown_options": _command is train.train})(_command)

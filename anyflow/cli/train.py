@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from anyflow.cli.common import fail
+from anyflow.cli.settings import settings_problem
 
 
 def train(
@@ -22,6 +23,8 @@ def train(
 ) -> None:
     """Train a model by a recipe, on many GPUs under torchrun; the same command goes on where it was stopped."""
     try:
+        if (problem := settings_problem([str(recipe), *overrides])) is not None:
+            fail(problem)
         from anyflow.training import recipe as recipes
 
         if print_config:

@@ -90,7 +90,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
 
     Args:
         patch_size: (frames, height, width) of a patch.
-        num_attention_heads: H.
+        num_attention_heads: H, the number of heads.
         attention_head_dim: Dh, even; the width is D = H Dh.
         in_channels: latent channels C.
         out_channels: channels of the velocity; None means in_channels.

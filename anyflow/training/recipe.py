@@ -156,7 +156,12 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _unknown(name: str, allowed: list[str]) -> str:
-    near = difflib.get_close_matches(name[:100], allowed, n=1)
+    from anyflow.training.reference import keys
+
+    near = []
+    if "stage" in allowed:  # at the top of a recipe; the key may be one of a section
+        near = [key.name for key in keys() if key.name.endswith(f".{name}")][:1]
+    near = near or difflib.get_close_matches(name[:100], allowed, n=1)
     return f"unknown key; did you mean {near[0]}?" if near else f"unknown key; allowed are {', '.join(allowed)}"
 
 
