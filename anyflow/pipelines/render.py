@@ -25,7 +25,7 @@ from anyflow.pipelines.prompts import Prompt
 from anyflow.pipelines.request import MAX_SEED, VideoRequest
 from anyflow.pipelines.results import Results, comparison_name, file_name, folder_name
 from anyflow.pipelines.sample_settings import DTYPES, SampleSettings
-from anyflow.pipelines.video import write_comparison, write_video
+from anyflow.pipelines.video import import_av, write_comparison, write_video
 from anyflow.progress import LoggedProgress
 from anyflow.validation import brief, whole_number
 from anyflow.versions import installed_versions
@@ -106,7 +106,7 @@ def sample_command(
         OSError: the system refuses to write into the folder, such as on a full disk.
         ImportError: PyAV is missing.
     """
-    import av  # noqa: F401  (missing, it would cost a video to find out)
+    import_av()  # missing, it would cost a video to find out
 
     settings.check()
     check_options(memory, resolve_device(device), compile=compile, cuda_graph=cuda_graph)
