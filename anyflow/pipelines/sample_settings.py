@@ -64,6 +64,10 @@ class SampleSettings:
         if self.image is not None and self.video is not None:
             raise ValueError("give either image (one frame) or video (several), not both")
         paths = ModelPaths.find(self.model, self.transformer)
+        require_one_transformer(paths.model)
+        if not self.euler:
+            require_flow_map(paths.transformer / "transformer")
+        load_scheduler(paths.scheduler, euler=self.euler)
         VideoRequest(
             height=self.height,
             width=self.width,
@@ -72,10 +76,6 @@ class SampleSettings:
             negatives=1,
             context_frames=self.context_frames,
         ).check(paths.layout())
-        require_one_transformer(paths.model)
-        if not self.euler:
-            require_flow_map(paths.transformer / "transformer")
-        load_scheduler(paths.scheduler, euler=self.euler)
 
     @property
     def context_frames(self) -> int:

@@ -44,7 +44,11 @@ def test_a_converted_checkpoint_has_the_same_weights_for_diffusers(checkpoint: P
     status, output = run("convert", checkpoint, tmp_path / "out")
     assert status == 2 and "not an empty folder" in output
     status, output = run("convert", checkpoint, tmp_path / "other", "--dtype", "int8")
-    assert status == 2 and "'bfloat16', 'float16'" in output and "fp32" not in output
+    assert (
+        status == 2
+        and all(f"'{name}'" in output for name in ("bfloat16", "float16", "float32"))
+        and "fp32" not in output
+    )
     for name in ("float16", "fp16"):
         assert run("convert", checkpoint, tmp_path / name, "--dtype", name)[0] == 0
         assert load_file(tmp_path / name / "transformer" / WEIGHTS)["proj_out.weight"].dtype == torch.float16
