@@ -220,6 +220,7 @@ class _Renderer:
             seed=seed,
             video=self.context,
             output_type="latent",
+            progress=False,
             callback=None if bar is None else bar.advance,
         )
         seconds = {"encode": self.seconds["encode"] / len(self.embeds), "sample": output.seconds["sample"]}
