@@ -144,7 +144,7 @@ def verify(
     thresholds = Thresholds.for_dtype(dtype) if thresholds is None else thresholds
     source = _Source.of(local_checkpoint(path))
     source.require_loadable(dtype)
-    source.require_positions((num_frames - 1) // 4 + 1, height // 16, width // 16)
+    source.require_positions(num_frames, height, width)
     case = _Case(source, dtype, torch.device(device), ((num_frames - 1) // 4 + 1, height // 8, width // 8), steps, seed)
     theirs = _Measured.of(case, _Diffusers(source.load_theirs(dtype).to(device)))
     ours = _Measured.of(case, load_transformer(source.folder, dtype=dtype, device=device))
@@ -175,13 +175,14 @@ class _Source:
         positions = whole_number(f"{folder}: rope_max_seq_len", config.get("rope_max_seq_len", 1024))
         return cls(folder, name == "WanTransformer3DModel" or not config.get("r_embedder", True), positions)
 
-    def require_positions(self, *sizes: int) -> None:
-        """Raise a ValueError for more tokens along an axis than the network has positions for."""
-        if max(sizes) > self.max_positions:
-            raise ValueError(
-                f"{' x '.join(map(str, sizes))} tokens (frames, rows, columns) are more than the {self.max_positions} "
-                "that the network takes along an axis"
-            )
+    def require_positions(self, num_frames: int, height: int, width: int) -> None:
+        """Raise a ValueError for a size with more tokens along an axis than the network has positions for."""
+        most, pixels = 4 * (self.max_positions - 1) + 1, 16 * self.max_positions
+        if num_frames > most:
+            raise ValueError(f"num_frames must be <= {most} for this model, got {num_frames}")
+        for name, size in (("height", height), ("width", width)):
+            if size > pixels:
+                raise ValueError(f"{name} must be <= {pixels} pixels for this model, got {size}")
 
     def require_loadable(self, dtype: torch.dtype) -> None:
         """ValueError unless our own reader, which looks at every file first, takes the folder."""

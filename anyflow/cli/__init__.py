@@ -12,7 +12,9 @@ import typer
 
 import anyflow
 from anyflow.cli import checkpoints, demo, doctor, preprocess, recipes, report, sample, train
+from anyflow.cli.common import full_dtype_name
 from anyflow.cli.errors import Commands, finish_streams, prepare_streams
+from anyflow.cli.examples import EPILOGS, MAIN
 from anyflow.threads import configure_openmp
 
 app = typer.Typer(
@@ -22,7 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=MAIN,
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": full_dtype_name},
 )
 
 
@@ -65,4 +68,7 @@ for _command in (
     doctor.doctor,
 ):
     # An option that `train` does not have is a setting in another form, which the command corrects.
-    app.command(context_settings={"ignore_unknown_options": _command is train.train})(_command)
+    app.command(
+        epilog=EPILOGS[_command.__name__],
+        context_settings={"ignore_unknown_options": _command is train.train},
+    )(_command)

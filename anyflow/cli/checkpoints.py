@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from anyflow.cli.common import fail, torch_dtype
+from anyflow.cli.common import DtypeName, fail, torch_dtype
 
 _CHECKPOINT = "Checkpoint of any format: a folder, a file, or a name on the Hugging Face Hub."
 
@@ -16,7 +16,9 @@ _CHECKPOINT = "Checkpoint of any format: a folder, a file, or a name on the Hugg
 def inspect(
     path: Annotated[str, typer.Argument(help=_CHECKPOINT, show_default=False)],
     subfolder: Annotated[str | None, typer.Option(help="Of the folder, in place of 'transformer'.")] = None,
-    weights: Annotated[str | None, typer.Option(help="'ema' or 'raw' of a training file.")] = None,
+    weights: Annotated[
+        Literal["ema", "raw"] | None, typer.Option(help="Of a training file; the average if there is one.")
+    ] = None,
     head_dim: Annotated[int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")] = None,
     strict_values: Annotated[
         bool, typer.Option("--strict-values", help="Read every tensor, and count NaN and infinity as a problem.")
@@ -38,10 +40,12 @@ def inspect(
 def convert(
     source: Annotated[str, typer.Argument(help=_CHECKPOINT, show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", show_default=False)],
-    to: Annotated[str, typer.Option(help="Format to write; 'diffusers' is the only one.")] = "diffusers",
-    dtype: Annotated[str | None, typer.Option(help="'fp32', 'bf16' or 'fp16'; the stored one if left out.")] = None,
+    to: Annotated[Literal["diffusers"], typer.Option(help="Format to write.")] = "diffusers",
+    dtype: Annotated[DtypeName | None, typer.Option(help="Of the weights; the stored one if left out.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Of the folder, in place of 'transformer'.")] = None,
-    weights: Annotated[str | None, typer.Option(help="'ema' or 'raw' of a training file.")] = None,
+    weights: Annotated[
+        Literal["ema", "raw"] | None, typer.Option(help="Of a training file; the average if there is one.")
+    ] = None,
     head_dim: Annotated[int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Alpha of adapters to merge, where no file says it.")] = None,
     flow_map: Annotated[bool, typer.Option("--flow-map", help="Make a plain Wan model a flow map.")] = False,
@@ -61,7 +65,7 @@ def convert(
         folder = convert(
             source,
             out,
-            to=to,  # type: ignore[arg-type]
+            to=to,
             dtype=None if dtype is None else torch_dtype(dtype),
             subfolder=subfolder,
             weights=weights,
@@ -82,8 +86,8 @@ def verify(
         str,
         typer.Option(help="Diffusers folder of a transformer or a pipeline, or a name on the Hub.", show_default=False),
     ],
-    against: Annotated[str, typer.Option(help="The other implementation; 'diffusers' is the only one.")] = "diffusers",
-    dtype: Annotated[str, typer.Option(help="Of the weights, 'fp32' or 'bf16'.")] = "fp32",
+    against: Annotated[Literal["diffusers"], typer.Option(help="The other implementation.")] = "diffusers",
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device to run on.")] = "cpu",
     height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 256,
     width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 256,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -47,7 +47,7 @@ def preprocess(
         str | None, typer.Option(help="What stands for no prompt; Wan's own if left out.")
     ] = None,
     text_length: Annotated[int, typer.Option(help="Tokens that prompts are cut off or padded to.")] = 512,
-    dtype: Annotated[str, typer.Option(help="Of the text encoder, 'bf16' or 'fp32'.")] = "bf16",
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the text encoder.")] = "bfloat16",
     device: Annotated[
         str | None, typer.Option(help="Torch device to encode on; CUDA if there is one, else the CPU.")
     ] = None,
@@ -90,7 +90,7 @@ def preprocess(
             fps=fps,
             negative_prompt=WAN_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt,
             text_length=text_length,
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=dtype,
             device=str(resolve_device(device)),
             num_workers=num_workers,
             allow_outside=allow_outside,

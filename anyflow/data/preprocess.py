@@ -50,6 +50,7 @@ WAN_NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_RECORDED = {"bfloat16": "bf16", "float32": "fp32"}  # as datasets name them
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class _Settings:
         if problem is not None:
             raise ValueError(f"negative_prompt {problem}")
         if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+            raise ValueError(f"dtype must be one of {', '.join(_RECORDED)}, got {self.dtype!r}")
 
 
 @locks_folder("out")
@@ -119,7 +120,7 @@ def preprocess(
     fps: float = 16,
     negative_prompt: str = WAN_NEGATIVE_PROMPT,
     text_length: int = 512,
-    dtype: Literal["bf16", "fp32"] = "bf16",
+    dtype: Literal["bfloat16", "float32", "bf16", "fp32"] = "bfloat16",
     device: torch.device | str = "cpu",
     num_workers: int = 2,
     rows_per_shard: int = 32,
@@ -146,7 +147,7 @@ def preprocess(
         fps: frames per second that videos are sampled at.
         negative_prompt: what stands for no prompt.
         text_length: tokens after which prompts are cut off, and padded to in training.
-        dtype: of the text encoder; the VAE runs in fp32.
+        dtype: of the text encoder, ``"bfloat16"`` or ``"float32"``; the VAE runs in fp32.
         device: of both.
         num_workers: threads that decode ahead.
         rows_per_shard: rows that a kill can cost.
@@ -160,7 +161,8 @@ def preprocess(
         NothingEncodedError: none of the captioned videos can be used; rows of earlier runs stay.
         OSError: the system refuses to write, such as on a full disk; the shards that were finished are there.
     """
-    settings = _Settings(num_frames, height, width, fps, negative_prompt, text_length, dtype)
+    recorded = _RECORDED.get(dtype, dtype)
+    settings = _Settings(num_frames, height, width, fps, negative_prompt, text_length, recorded)  # type: ignore[arg-type]
     if not videos.is_dir():
         raise ValueError(f"there is no folder of videos {videos}")
     model = local_folder(model, ENCODERS)
@@ -180,7 +182,7 @@ def preprocess(
         if todo and written and earlier is not None:
             _warn_of_versions(out, earlier.packages, packages)
         video_encoder = VideoEncoder(model, torch.device(device))
-        text_encoder = TextEncoder(model, torch.device(device), dtype=_DTYPES[dtype], text_length=text_length)
+        text_encoder = TextEncoder(model, torch.device(device), dtype=_DTYPES[recorded], text_length=text_length)
         info = _info(settings, source, video_encoder, text_encoder)
         decode = partial(read_video, num_frames=num_frames, height=height, width=width, fps=fps)
         negative = text_encoder(negative_prompt)

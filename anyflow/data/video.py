@@ -34,11 +34,14 @@ def color_conversion() -> dict[str, str]:
     return {"libswscale": ".".join(map(str, av.library_versions["libswscale"]))}
 
 
-def read_video(path: Path, *, num_frames: int, height: int, width: int, fps: float) -> Tensor:
+def read_video(
+    path: Path, *, num_frames: int, height: int, width: int, fps: float, at_least: int | None = None
+) -> Tensor:
     """Decode the first ``num_frames`` frames at ``fps`` frames a second, ``[num_frames, 3, height, width]`` uint8 RGB.
 
     Frame k is what is on the screen k / fps seconds after the first frame. It is turned as the file says, resized
-    (bicubic, antialiased) until it just covers the size, and its middle is cut out.
+    (bicubic, antialiased) until it just covers the size, and its middle is cut out. Of a shorter video all frames are
+    returned where there are ``at_least`` so many.
 
     Raises:
         VideoError: not a regular file, not a video, damaged in what is read of it, or too short.
@@ -59,7 +62,10 @@ def read_video(path: Path, *, num_frames: int, height: int, width: int, fps: flo
     except Exception as error:  # a damaged file can make any part of the decoder fail, and is one bad file
         reason = (getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__)[:300]
         raise VideoError(f"cannot be decoded: {reason}") from None
-    raise VideoError(f"too short: {len(frames)} frames at {fps:g} fps, and {num_frames} are needed")
+    needed = num_frames if at_least is None else at_least
+    if len(frames) >= needed:
+        return torch.stack(frames)
+    raise VideoError(f"too short: {len(frames)} frames at {fps:g} fps, and {needed} are needed")
 
 
 def _decoded(path: Path) -> Iterator[tuple[av.VideoFrame, Fraction]]:

@@ -2,91 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import os
-import re
+import dataclasses
+import errno
 import resource
 import sys
-import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from anyflow.checkpoints.lora_file import open_lora
-from anyflow.documents import read_json, read_text, shortened, text_problem
+from anyflow.documents import shortened
 from anyflow.locking import locks_folder
 from anyflow.pipelines.frames import frames_of_type
-from anyflow.pipelines.loading import ModelPaths, resolve_device
+from anyflow.pipelines.loading import resolve_device
 from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.pipeline import AnyFlowPipeline
+from anyflow.pipelines.prompts import Prompt
 from anyflow.pipelines.request import MAX_SEED, VideoRequest
+from anyflow.pipelines.results import Results, comparison_name, file_name, folder_name
+from anyflow.pipelines.sample_settings import DTYPES, SampleSettings
 from anyflow.pipelines.video import import_av, write_comparison, write_video
-from anyflow.validation import brief, finite_number, whole_number
-from anyflow.versions import differences, installed_versions
-from anyflow.writing import write_text
+from anyflow.progress import LoggedProgress
+from anyflow.validation import brief, whole_number
+from anyflow.versions import installed_versions
+from anyflow.writing import system_error
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-RESULTS_FILE = "results.json"
-COMPARISON_FILE = "comparison.mp4"
-MAX_PROMPT = 2**17  # characters; a text encoder takes 512 tokens
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """What decides the videos beside prompts and step counts.
-
-    Args:
-        model: diffusers folder, or the name of a model on the Hugging Face Hub.
-        transformer: folder with another ``transformer`` and its ``scheduler``, or None.
-        lora: file or folder of a LoRA, or None.
-        height, width: in pixels.
-        num_frames: 4k + 1.
-        seed: of the noise, the same for each prompt and step count.
-        guidance_scale: 1 for none.
-        negative_prompt: needed for guidance.
-        fps: frames per second.
-        dtype: of the transformer and the text encoder.
-    """
-
-    model: str
-    transformer: str | None = None
-    lora: str | None = None
-    height: int = 480
-    width: int = 832
-    num_frames: int = 81
-    seed: int = 0
-    guidance_scale: float = 1.0
-    negative_prompt: str | None = None
-    fps: float = 16
-    dtype: str = "bf16"
-
-    def check(self) -> None:
-        """ValueError if the model is missing or cannot make such videos; no weight is loaded."""
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if not 0.01 <= finite_number("fps", self.fps) < 1000:
-            raise ValueError(f"fps must be >= 0.01 and < 1000, got {self.fps}")
-        whole_number("seed", self.seed, 0, MAX_SEED)
-        if self.lora is not None:
-            open_lora(self.lora)
-        _check_prompt(self.negative_prompt or "", "negative_prompt")
-        VideoRequest(
-            height=self.height,
-            width=self.width,
-            num_frames=self.num_frames,
-            guidance_scale=self.guidance_scale,
-            negatives=None if self.negative_prompt is None else 1,
-        ).check(ModelPaths.find(self.model, self.transformer).layout())
 
 
 @dataclass(frozen=True)
@@ -95,6 +41,7 @@ class Failure:
 
     prompt: str
     steps: int | None
+    seed: int
     reason: str
 
 
@@ -113,66 +60,45 @@ class SampleReport:
     failed: tuple[Failure, ...]
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read the lines of a text file that are not empty.
-
-    Raises:
-        ValueError: it is not a regular file in UTF-8, has none, or has a line that can be no prompt, which is named.
-    """
-    try:
-        text = read_text(path)
-    except ValueError as error:
-        raise ValueError(f"prompts: {shortened(path)} cannot be read: {error}") from None
-    prompts = []
-    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
-        if line.strip():
-            _check_prompt(line.strip(), f"prompts: {shortened(path)}, line {number}: the prompt")
-            prompts.append(line.strip())
-    if not prompts:
-        raise ValueError(f"prompts: {shortened(path)} has no prompts, one on each line")
-    return prompts
-
-
-def _check_prompt(prompt: str, what: str) -> None:
-    problem = text_problem(prompt, max_characters=MAX_PROMPT)
-    if problem is not None:
-        raise ValueError(f"{what} {problem}")
-
-
-def parse_steps(text: str) -> tuple[int, ...]:
-    """``"1,2,4"`` in ascending order; ValueError for anything else."""
+def parse_numbers(name: str, text: str, low: int = 1) -> tuple[int, ...]:
+    """Parse whole numbers such as ``"1,2,4"``, in ascending order; ValueError for anything else."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and len(word) < 10 and int(word) >= 1 for word in words):
-        raise ValueError(f"steps must be whole numbers >= 1 with commas between them, as 1,2,4, got {brief(text)}")
+    if not all(word.isascii() and word.isdecimal() and len(word) < 20 and int(word) >= low for word in words):
+        raise ValueError(f"{name} must be whole numbers >= {low} with commas between them, as 1,2,4, got {brief(text)}")
     return tuple(sorted({int(word) for word in words}))
 
 
 @locks_folder("out")
 def sample_command(
     settings: SampleSettings,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     steps: Sequence[int],
     out: Path,
     *,
+    seeds: Sequence[int] = (0,),
+    context: Any = None,
     memory: Memory = "auto",
     device: str | None = None,
     compile: bool = False,
     cuda_graph: bool = False,
     console: Console | None = None,
 ) -> SampleReport:
-    """Make every prompt at every step count from the same noise, and a comparison of them for each prompt.
+    """Make every prompt at every step count from the same noise of each seed, and compare the step counts.
 
-    Writes ``<prompt>/steps-04.mp4``, ``<prompt>/comparison.mp4`` (of all the step counts that are there) and
-    ``results.json`` with seconds by stage and peak memory. Videos that are there are left alone, so that the same
+    Writes ``<prompt>/steps-04-seed-0.mp4``, ``<prompt>/comparison-seed-0.mp4`` (of all the step counts that are there)
+    and ``results.json`` with seconds by stage and peak memory. Videos that are there are left alone, so that the same
     command goes on where it was stopped; one that fails does not stop the others.
 
     Args:
-        settings: what to make.
+        settings: what the videos have in common.
         prompts: each is made once, however often it is given.
         steps: network evaluations of each video.
         out: folder; one that was made with other settings is refused.
+        seeds: of the noise, the same for each prompt and step count.
+        context: the first frames of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`; of what file, and
+            how many, the settings say.
         memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
-        console: gets a line for each video and a progress bar.
+        console: gets a bar of the steps, and the path of each file that was written.
 
     Raises:
         ValueError: before any weight is loaded, for what cannot work or a folder in use; then for weights that do not
@@ -184,22 +110,31 @@ def sample_command(
 
     settings.check()
     check_options(memory, resolve_device(device), compile=compile, cuda_graph=cuda_graph)
+    if settings.context_frames != (0 if context is None else len(context)):
+        raise ValueError(f"the settings name {settings.context_frames} first frames, and context has others")
     for count in steps:
         VideoRequest(num_inference_steps=count)
-    for prompt in prompts:
-        _check_prompt(prompt, f"the prompt {shortened(prompt)!r}")
-    folders = {prompt: out / _folder_name(prompt) for prompt in prompts}
-    if not folders or not steps:
-        raise ValueError("there are no prompts or no step counts")
-    results = _Results.open(out, settings)
-    todo = {
-        prompt: [count for count in steps if not (folder / _file_name(count)).is_file()]
-        for prompt, folder in folders.items()
-    }
-    missing = [prompt for prompt, counts in todo.items() if counts]
+    for seed in seeds:
+        whole_number("seed", seed, 0, MAX_SEED)
+    texts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    for text in texts:
+        text.check(f"{shortened(text.text)!r}: ")
+    folders = {text: out / folder_name(text) for text in texts}
+    if not folders or not steps or not seeds:
+        raise ValueError("there are no prompts, no step counts or no seeds")
+    defaults = dataclasses.asdict(SampleSettings(settings.model))
+    results = Results.open(out, dataclasses.asdict(settings), defaults)
+    results.write()
+    if console is not None:
+        for hint in settings.hints(texts):
+            console.print(f"note: {hint}", markup=False)
+    wanted = [(text, seed, count) for text in folders for seed in seeds for count in steps]
+    there = {text: results.there(folder) for text, folder in folders.items()}
+    todo = [(text, seed, count) for text, seed, count in wanted if (count, seed) not in there[text]]
     failed: list[Failure] = []
-    if missing:
-        with _status(console, f"loading {settings.model}, encoding {len(missing)} prompts"):
+    if todo:
+        missing = list(dict.fromkeys(text for text, _, _ in todo))
+        with _status(console, f"loading {settings.model}, encoding {_counted(len(missing), 'prompt')}"):
             pipe = AnyFlowPipeline.from_pretrained(
                 settings.model,
                 dtype=DTYPES[settings.dtype],
@@ -208,16 +143,19 @@ def sample_command(
                 transformer=settings.transformer,
                 compile=compile,
                 cuda_graph=cuda_graph,
+                euler=settings.euler,
             )
-            renderer = _Renderer(pipe, settings, missing, results, console)
-        for prompt in missing:
-            failed += [
-                f for count in todo[prompt] if (f := renderer.render(prompt, count, folders[prompt])) is not None
-            ]
-    failed += [f for prompt, folder in folders.items() if (f := _compare(prompt, folder)) is not None]
-    total = len(folders) * len(steps)
-    made = sum(map(len, todo.values())) - sum(f.steps is not None for f in failed)
-    return SampleReport(made, total - sum(map(len, todo.values())), tuple(failed))
+            renderer = _Renderer(pipe, settings, missing, context, results, console)
+        for number, (text, seed, count) in enumerate(todo, start=1):
+            renderer.place = f"video {number} of {len(todo)}" if len(todo) > 1 else "sampling"
+            if (failure := renderer.render(text, count, seed, folders[text])) is not None:
+                failed.append(failure)
+    made = len(todo) - len(failed)
+    for text, folder in folders.items():
+        for seed in seeds:
+            if (failure := _compare(text, seed, folder, results, console)) is not None:
+                failed.append(failure)
+    return SampleReport(made, len(wanted) - len(todo), tuple(failed))
 
 
 class _Renderer:
@@ -227,69 +165,76 @@ class _Renderer:
         self,
         pipe: AnyFlowPipeline,
         settings: SampleSettings,
-        prompts: list[str],
-        results: _Results,
+        prompts: list[Prompt],
+        context: Any,
+        results: Results,
         console: Console | None,
     ) -> None:
-        self.pipe, self.settings, self.results, self.console = pipe, settings, results, console
+        self.pipe, self.settings, self.context, self.results, self.console = pipe, settings, context, results, console
+        self.place = ""
         self.seconds: dict[str, float] = {}
+        texts = [prompt.text for prompt in prompts]
+        if settings.guidance_scale != 1:
+            texts += [self._negative(prompt) for prompt in prompts]
+        texts = list(dict.fromkeys(texts))
         with pipe.timed("encode", self.seconds):
-            negative = settings.negative_prompt
-            negatives = [] if settings.guidance_scale == 1 or negative is None else [negative]
-            encoded = pipe.encode_prompts([*prompts, *negatives])
-        self.negative = encoded.pop() if negatives else None
-        self.embeds: dict[str, Tensor] = dict(zip(prompts, encoded, strict=True))
+            self.embeds: dict[str, Tensor] = dict(zip(texts, pipe.encode_prompts(texts), strict=True))
         if settings.lora is not None:
             pipe.load_lora(settings.lora)
 
-    def render(self, prompt: str, steps: int, folder: Path) -> Failure | None:
+    def render(self, prompt: Prompt, steps: int, seed: int, folder: Path) -> Failure | None:
         """Make and write one video and its line of the results."""
+        label = f"{self.place}: {prompt.text[:40]}, {_counted(steps, 'step')}, seed {seed}"
         try:
-            with _status(self.console, f"{prompt[:60]}: {steps} steps"):
-                entry = self._render(prompt, steps, folder)
-        except (
-            RuntimeError,
-            ValueError,
-            OSError,
-            FloatingPointError,
-        ) as error:  # of memory, disk, NaN: the next may work
+            with _steps_bar(self.console, label, steps) as bar:
+                entry = self._render(prompt, steps, seed, folder, bar)
+        except (RuntimeError, ValueError, OSError, FloatingPointError) as error:  # memory, disk, NaN: the next may work
             if self.pipe.device.type == "cuda":
                 torch.cuda.empty_cache()
-            return Failure(prompt, steps, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            return Failure(prompt.text, steps, seed, self._reason(error))
         self.results.add(entry)
         if self.console is not None:
+            seconds = entry["seconds"]
             self.console.print(
-                f"{entry['file']}: {entry['seconds']['sample']:.1f} s to sample, {entry['seconds']['decode']:.1f} s to "
+                f"{folder.parent / entry['file']}: {seconds['sample']:.1f} s to sample, {seconds['decode']:.1f} s to "
                 f"decode, {entry['peak_memory_bytes'] / 2**30:.1f} GiB",
                 markup=False,
             )
         return None
 
-    def _render(self, prompt: str, steps: int, folder: Path) -> dict[str, Any]:
+    def _render(self, prompt: Prompt, steps: int, seed: int, folder: Path, bar: _StepsBar | None) -> dict[str, Any]:
         pipe, settings = self.pipe, self.settings
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / COMPARISON_FILE).unlink(missing_ok=True)  # it will lack this video
+        (folder / comparison_name(seed)).unlink(missing_ok=True)  # it will lack this video
         if pipe.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pipe.device)
+        negative = None if settings.guidance_scale == 1 else self._negative(prompt)
         output = pipe(
-            prompt_embeds=self.embeds[prompt],
-            negative_prompt_embeds=self.negative,
+            prompt_embeds=self.embeds[prompt.text],
+            negative_prompt_embeds=None if negative is None else self.embeds[negative],
             height=settings.height,
             width=settings.width,
             num_frames=settings.num_frames,
             num_inference_steps=steps,
             guidance_scale=settings.guidance_scale,
-            seed=settings.seed,
+            seed=seed,
+            video=self.context,
             output_type="latent",
+            progress=False,
+            callback=None if bar is None else bar.advance,
         )
         seconds = {"encode": self.seconds["encode"] / len(self.embeds), "sample": output.seconds["sample"]}
         assert isinstance(output.frames, Tensor)
+        if bar is not None:
+            bar.say("decoding")
         with pipe.timed("decode", seconds):
             (images,) = frames_of_type(pipe.decode(output.frames), "pil")
-        file = write_video(images, folder / _file_name(steps), settings.fps)
+        file = write_video(images, folder / file_name(steps, seed), settings.fps)
         return {
-            "prompt": prompt,
+            "prompt": prompt.text,
+            "negative_prompt": negative,
             "steps": steps,
+            "seed": seed,
             "file": f"{folder.name}/{file.name}",
             "seconds": seconds,
             "peak_memory_bytes": _peak_memory(pipe.device),
@@ -298,116 +243,87 @@ class _Renderer:
             "packages": installed_versions(),
         }
 
+    def _negative(self, prompt: Prompt) -> str:
+        given = self.settings.negative_prompt if prompt.negative is None else prompt.negative
+        return "" if given is None else given
 
-@dataclass
-class _Results:
-    """``results.json``: the settings of a folder and an entry for each video."""
-
-    file: Path
-    settings: dict[str, Any]
-    videos: list[dict[str, Any]]
-
-    @classmethod
-    def open(cls, out: Path, settings: SampleSettings) -> _Results:
-        file = out / RESULTS_FILE
-        results = cls(file, asdict(settings), [])
-        if os.path.lexists(file):
-            before, results.videos = _read_results(file)
-            names = {**results.settings, **before}
-            changed = [
-                f"{name} {before.get(name)!r} is now {results.settings.get(name)!r}"
-                for name in names
-                if before.get(name) != results.settings.get(name)
-            ]
-            if changed:
-                raise ValueError(f"{out} holds videos of other settings ({'; '.join(changed)}); name another folder")
-            _warn_of_versions(out, results.videos)
-        elif out.exists() and not out.is_dir():
-            raise ValueError(f"{out} is not a folder")
-        results._write()
-        return results
-
-    def add(self, entry: dict[str, Any]) -> None:
-        self.videos = [v for v in self.videos if v["file"] != entry["file"]] + [entry]
-        self._write()
-
-    def _write(self) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"settings": self.settings, "videos": self.videos}
-        write_text(self.file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    def _reason(self, error: Exception) -> str:
+        settings, found = self.settings, system_error(error)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(found, OSError) and found.errno == errno.ENOMEM):
+            size = f"{settings.num_frames} frames of {settings.height} x {settings.width} pixels"
+            advice = "a smaller --height, --width or --num-frames, or --memory low, needs less"
+            return f"no memory for {size}; {advice} ({reason})"
+        return reason
 
 
-def _read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read the settings and the videos of a results file.
+class _StepsBar:
+    """A bar of the steps of a video; without a terminal a line every half minute."""
 
-    Raises:
-        ValueError: it is none, or is damaged.
-    """
-    try:
-        content = read_json(file, finite=True)
-        if not isinstance(content, dict) or set(content) != {"settings", "videos"}:
-            raise ValueError("it must be an object with 'settings' and 'videos'")
-        settings, videos = content["settings"], content["videos"]
-        if not isinstance(settings, dict) or not isinstance(videos, list):
-            raise ValueError("'settings' must be an object and 'videos' a list")
-        for number, video in enumerate(videos):
-            if not isinstance(video, dict) or not isinstance(video.get("file"), str):
-                raise ValueError(f"video {number} must be an object with the text 'file'")
-            if not isinstance(video.get("packages", {}), dict):
-                raise ValueError(f"the 'packages' of video {number} must be an object")
-    except ValueError as error:
-        raise ValueError(f"{file} is no results file of this command: {error}") from None
-    return settings, videos
+    def __init__(self, bars: LoggedProgress, label: str, steps: int) -> None:
+        from rich.markup import escape
+
+        self._bars, self._label = bars, escape(label)
+        self._task = bars.add_task(self._label, total=steps)
+
+    def advance(self, index: int, timestep: float, latents: Tensor) -> None:
+        """Move the bar; a callback of the sampler."""
+        self._bars.update(self._task, advance=1)
+
+    def say(self, stage: str) -> None:
+        """Name what is done after the last step."""
+        self._bars.update(self._task, description=f"{self._label}, {stage}")
 
 
-def _warn_of_versions(out: Path, videos: Sequence[dict[str, Any]]) -> None:
-    """Warn, in one line, that videos in a folder were made by other versions than new ones would be."""
-    here = installed_versions()
-    made = [video["packages"] for video in videos if "packages" in video]
-    changed = sorted({line for packages in made for line in differences(packages, here)})
-    if len(made) < len(videos):
-        changed.append("unknown versions")
-    if changed:
-        warnings.warn(
-            f"{out} holds videos made with other versions ({'; '.join(changed)}): new ones may differ from them; "
-            "name another folder to compare like with like",
-            stacklevel=4,
-        )
+@contextmanager
+def _steps_bar(console: Console | None, label: str, steps: int) -> Iterator[_StepsBar | None]:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    if console is None:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+    with LoggedProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield _StepsBar(bars, label, steps)
 
 
-def _status(console: Console | None, text: str) -> AbstractContextManager[Any]:
-    """Shown while something runs."""
+@contextmanager
+def _status(console: Console | None, text: str) -> Iterator[None]:
+    """Show what is being done: by a spinner in a terminal, else by a line."""
     from rich.markup import escape
 
-    return nullcontext() if console is None else console.status(escape(text))
+    if console is None:
+        yield
+    elif console.is_terminal:
+        with console.status(escape(text)):
+            yield
+    else:
+        console.print(text, markup=False)
+        yield
 
 
-def _compare(prompt: str, folder: Path) -> Failure | None:
-    """Write the comparison of all step counts in a folder, unless it is there or there is nothing to compare."""
-    named = {path: re.fullmatch(r"steps-(\d+)\.mp4", path.name) for path in sorted(folder.glob("steps-*.mp4"))}
-    videos = {int(match[1]): path for path, match in named.items() if match is not None and path.is_file()}
-    if len(videos) < 2 or (folder / COMPARISON_FILE).is_file():
+def _compare(prompt: Prompt, seed: int, folder: Path, results: Results, console: Console | None) -> Failure | None:
+    """Write the comparison of all step counts of a seed, unless it is there or there is nothing to compare."""
+    videos = {steps: file for (steps, of_seed), file in sorted(results.there(folder).items()) if of_seed == seed}
+    comparison = folder / comparison_name(seed)
+    if len(videos) < 2 or comparison.is_file():
         return None
-    labeled = {f"{steps} step{'s' if steps > 1 else ''}": videos[steps] for steps in sorted(videos)}
     try:
-        write_comparison(labeled, folder / COMPARISON_FILE)
+        write_comparison({_counted(steps, "step"): file for steps, file in videos.items()}, comparison)
     except (ValueError, OSError) as error:
-        return Failure(prompt, None, f"comparison: {error}")
+        return Failure(prompt.text, None, seed, f"comparison: {error}")
+    if console is not None:
+        console.print(f"{comparison}: {len(videos)} step counts side by side", markup=False)
     return None
 
 
-def _folder_name(prompt: str) -> str:
-    """Readable, and different for different prompts."""
-    slug = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-")
-    return f"{slug}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}".lstrip("-")
-
-
-def _file_name(steps: int) -> str:
-    return f"steps-{steps:02d}.mp4"
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of this video on a GPU; of the process so far on a CPU."""
+    """Return bytes: of this video on a GPU; of the process so far on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

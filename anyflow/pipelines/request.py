@@ -182,11 +182,13 @@ class VideoRequest:
         latent = (layout.latent_frames(self.num_frames), self.height // layout.spatial_factor,
                   self.width // layout.spatial_factor)  # fmt: skip
         for name, size, patch in zip(("num_frames", "height", "width"), latent, layout.patch_size, strict=True):
-            if size % patch or size // patch > layout.max_positions:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} makes {size} latents, and the transformer takes multiples of "
-                    f"{patch} up to {patch * layout.max_positions}"
-                )
+            given, most = getattr(self, name), patch * layout.max_positions
+            if size > most:
+                frames = name == "num_frames"
+                limit = (most - 1) * layout.temporal_factor + 1 if frames else most * layout.spatial_factor
+                raise ValueError(f"{name} must be <= {limit}{'' if frames else ' pixels'} for this model, got {given}")
+            if size % patch:
+                raise ValueError(f"{name}={given} makes {size} latents, and the transformer takes multiples of {patch}")
 
 
 def listed(texts: str | Sequence[str] | None) -> list[str]:

@@ -43,7 +43,15 @@ def test_a_converted_checkpoint_has_the_same_weights_for_diffusers(checkpoint: P
     assert (tmp_path / "out" / "scheduler" / "scheduler_config.json").is_file()
     status, output = run("convert", checkpoint, tmp_path / "out")
     assert status == 2 and "not an empty folder" in output
-    assert run("convert", checkpoint, tmp_path / "other", "--dtype", "int8")[0] == 2
+    status, output = run("convert", checkpoint, tmp_path / "other", "--dtype", "int8")
+    assert (
+        status == 2
+        and all(f"'{name}'" in output for name in ("bfloat16", "float16", "float32"))
+        and "fp32" not in output
+    )
+    for name in ("float16", "fp16"):
+        assert run("convert", checkpoint, tmp_path / name, "--dtype", name)[0] == 0
+        assert load_file(tmp_path / name / "transformer" / WEIGHTS)["proj_out.weight"].dtype == torch.float16
 
 
 def test_inspect_tells_a_sound_checkpoint_from_one_that_lacks_a_tensor(checkpoint: Path, tmp_path: Path) -> None:
@@ -65,3 +73,5 @@ def test_verify_agrees_with_diffusers_and_says_so_when_more_is_asked_than_there_
     assert status == 0, output
     assert run("verify", "--model", checkpoint, *size, "--max-forward", 1e-12)[0] == 1
     assert run("verify", "--model", checkpoint, "--dtype", "fp8")[0] == 2
+    status, output = run("verify", "--model", checkpoint, "--height", 16 * 65)
+    assert status == 2 and output == "anyflow: height must be <= 1024 pixels for this model, got 1040\n"

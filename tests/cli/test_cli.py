@@ -1,14 +1,18 @@
 """The command line itself: entry points, version, help."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import anyflow
+from anyflow.cli import app
+from anyflow.cli.examples import EPILOGS
 
 
 def anyflow_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -19,6 +23,22 @@ def test_version_and_help(tmp_path: Path) -> None:
     assert anyflow_command("--version", cwd=tmp_path).stdout.strip() == f"anyflow {anyflow.__version__}"
     assert "demo" in anyflow_command("--help", cwd=tmp_path).stdout
     assert "--budget" in anyflow_command("demo", "--help", cwd=tmp_path).stdout
+
+
+def test_every_command_ends_its_help_with_examples_that_it_understands() -> None:
+    """Each begins with the command's name and has only options that its help lists; the page exists."""
+    docs = Path(__file__).parents[2] / "docs"
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert set(names) == set(EPILOGS) and len(names) == 10
+    for name in names:
+        output = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "300"}).output
+        page = re.search(r"More: https://github.com/anyflow-video/anyflow/blob/main/docs/(\S+)", output)
+        examples = re.findall(r"\$ (.*)", output)
+        assert page is not None and (docs / page[1]).is_file() and examples, name
+        for example in examples:
+            assert f"anyflow {name} " in f"{example.strip()} ", example
+            assert all(option in output.partition("Examples:")[0] for option in re.findall(r" (--[a-z][a-z-]+)",
+                       example.partition("anyflow ")[2])), example  # fmt: skip
 
 
 def test_unknown_command_is_a_usage_error(tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ def test_a_model_with_missing_or_foreign_weights_is_refused(wan_model: Path, tmp
         ({"width": 8}, "width must be a multiple of 16, got 8"),
         ({"fps": float("nan")}, "fps must be a positive number, got nan"),
         ({"text_length": 0}, "text_length must"),
-        ({"dtype": "fp8"}, "dtype must be one of bf16, fp32, got 'fp8'"),
+        ({"dtype": "fp8"}, "dtype must be one of bfloat16, float32, got 'fp8'"),
         ({"num_workers": 0}, "num_workers must be >= 1, got 0"),
         ({"rows_per_shard": 0}, "rows_per_shard must be >= 1, got 0"),
         ({"videos": Path("absent")}, "no folder of videos absent"),

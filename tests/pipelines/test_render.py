@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import av
+import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from anyflow.cli import app
 from anyflow.pipelines import AnyFlowPipeline
-from anyflow.pipelines.render import (
-    SampleReport,
-    SampleSettings,
-    _folder_name,
-    parse_steps,
-    read_prompts,
-    sample_command,
-)
+from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.render import SampleReport, parse_numbers, sample_command
+from anyflow.pipelines.results import folder_name
+from anyflow.pipelines.sample_settings import SampleSettings
+from anyflow.pipelines.video import write_video
 
 WORDS = ["a", "red", "blue", "disc", "cross"]  # as the model's vocabulary begins, after three special tokens
 PROMPTS = ["a red disc moves slowly", "a blue cross: stops!"]
@@ -33,11 +33,11 @@ STEPS = (1, 2, 4)
 
 @pytest.fixture
 def settings(model: Path) -> SampleSettings:
-    return SampleSettings(str(model), height=32, width=48, num_frames=9, fps=8, dtype="fp32", seed=3)
+    return SampleSettings(str(model), height=32, width=48, num_frames=9, fps=8, dtype="float32")
 
 
-def run(settings: SampleSettings, out: Path, prompts=PROMPTS, steps=STEPS, **options: Any) -> SampleReport:
-    return sample_command(settings, prompts, steps, out, device="cpu", **options)
+def run(settings: SampleSettings, out: Path, prompts=PROMPTS, steps=STEPS, seeds=(3,), **options: Any) -> SampleReport:
+    return sample_command(settings, prompts, steps, out, seeds=seeds, device="cpu", **options)
 
 
 def folder_of(out: Path, start: str) -> Path:
@@ -63,10 +63,10 @@ def test_every_prompt_at_every_step_count_and_a_comparison(settings, tmp_path: P
         assert entry["peak_memory_bytes"] > 2**20
     folder = folder_of(tmp_path / "out", "a-blue-cross-stops")
     assert sorted(p.name for p in folder.iterdir()) == [
-        "comparison.mp4", "steps-01.mp4", "steps-02.mp4", "steps-04.mp4",
+        "comparison-seed-3.mp4", "steps-01-seed-3.mp4", "steps-02-seed-3.mp4", "steps-04-seed-3.mp4",
     ]  # fmt: skip
     scale = 4  # to be at least 160 pixels wide
-    assert probe(folder / "comparison.mp4") == (9, 32 * scale + 24 + 16, 3 * (48 * scale + 8) + 8, 8)
+    assert probe(folder / "comparison-seed-3.mp4") == (9, 32 * scale + 24 + 16, 3 * (48 * scale + 8) + 8, 8)
 
 
 def test_a_file_is_what_the_pipeline_makes(settings, model, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_file_is_what_the_pipeline_makes(settings, model, tmp_path: Path) -> N
         (images,) = pipe(PROMPTS[0], height=32, width=48, num_frames=9, num_inference_steps=steps, seed=3).frames
         expected = np.stack([np.asarray(image, np.float32) for image in images])
         for written in STEPS:
-            with av.open(str(folder / f"steps-{written:02d}.mp4")) as container:
+            with av.open(str(folder / f"steps-{written:02d}-seed-3.mp4")) as container:
                 pixels = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
             errors[steps, written] = float(np.abs((pixels - expected) @ [0.2126, 0.7152, 0.0722]).mean())
     assert all(errors[s, s] < 2 and errors[s, s] == min(errors[s, w] for w in STEPS) for s in STEPS), errors
@@ -93,8 +93,8 @@ def test_what_is_there_is_skipped_and_the_rest_made(settings, tmp_path: Path) ->
     report = run(settings, out)
     assert (report.done, report.skipped, report.failed) == (4, 2, ())
     again = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert all(again[name] == times[name] for name in ("steps-01.mp4", "steps-02.mp4"))
-    assert again["comparison.mp4"] > times["comparison.mp4"]  # it has three now
+    assert all(again[name] == times[name] for name in ("steps-01-seed-3.mp4", "steps-02-seed-3.mp4"))
+    assert again["comparison-seed-3.mp4"] > times["comparison-seed-3.mp4"]  # it has three now
     assert len(json.loads((out / "results.json").read_text())["videos"]) == 6
 
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.mp4")}
@@ -133,18 +133,22 @@ def test_the_command_goes_on_and_tells_what_failed(model: Path, tmp_path: Path) 
     prompts.write_text(f"{PROMPTS[1]}\n")
     assert command("--steps", "1,2")[1].endswith("0 videos made, 2 there already\n")
 
-    in_the_way = tmp_path / "out" / _folder_name(PROMPTS[1])
+    in_the_way = tmp_path / "out" / folder_name(Prompt(PROMPTS[1]))
     in_the_way.write_text("a file")
     status, out, err = command("--steps", "1,2,4", "--prompts", str(prompts))
     assert status == 1 and "1 video made, 2 there already" in out
     assert [line.split(": File")[0] for line in err.splitlines() if line.startswith("failed")] == [
-        f"failed: {PROMPTS[1]} ({steps} steps)" for steps in (1, 2, 4)
+        f"failed: {PROMPTS[1]} ({steps} steps, seed 0)" for steps in (1, 2, 4)
     ]
     in_the_way.unlink()
     status, out, _ = command("--steps", "1,2,4", "--prompts", str(prompts))
     assert status == 0 and "3 videos made, 3 there already" in out
-    status, _, err = command("--seed", "1")
-    assert status == 2 and "seed 0 is now 1" in err and err.count("\n") == 1
+    status, out, _ = command("--steps", "1,2", "--seed", "1,0", "--seed", "2")
+    assert status == 0 and "4 videos made, 2 there already" in out
+    folder = tmp_path / "out" / folder_name(Prompt(PROMPTS[0]))
+    assert f"{folder / 'steps-02-seed-2.mp4'}: " in out and f"{folder / 'comparison-seed-1.mp4'}: 2 step counts" in out
+    status, _, err = command("--fps", "9")
+    assert status == 2 and "fps 16.0 is now 9.0" in err and err.count("\n") == 1
 
 
 def test_nan_is_a_failure_of_its_videos_only(settings, tmp_path: Path) -> None:
@@ -175,11 +179,11 @@ def test_latents_that_overflow_in_fp16_write_no_video(settings, tmp_path: Path) 
     weights["blocks.0.ffn.net.0.proj.weight"] *= 1e3
     weights["blocks.0.ffn.net.2.weight"] *= 1e6
     save_file(weights, file, {"format": "pt"})
-    half = dataclasses.replace(settings, model=str(model), dtype="fp16")
+    half = dataclasses.replace(settings, model=str(model), dtype="float16")
     report = run(half, tmp_path / "fp16", PROMPTS[:1], (2,))
     assert report.done == 0 and "step 1 of 2" in report.failed[0].reason and "use bf16" in report.failed[0].reason
     assert not list((tmp_path / "fp16").rglob("*.mp4"))
-    for dtype in ("bf16", "fp32"):
+    for dtype in ("bfloat16", "float32"):
         assert run(dataclasses.replace(half, dtype=dtype), tmp_path / dtype, PROMPTS[:1], (2,)).failed == ()
 
 
@@ -196,7 +200,7 @@ def test_low_memory_gives_the_same_videos(settings, tmp_path: Path) -> None:
     assert len(files) == 8
     videos = {f: [pixels_of(tmp_path / memory / f) for memory in ("fast", "low")] for f in files}
     assert all(np.abs(fast - low).mean() < 0.5 for fast, low in videos.values())
-    fast = [pixels_of(tmp_path / "fast" / f) for f in files if f.name == "steps-04.mp4"]
+    fast = [pixels_of(tmp_path / "fast" / f) for f in files if f.name == "steps-04-seed-3.mp4"]
     assert np.abs(fast[0] - fast[1]).mean() > 1  # other videos would not pass
     entries = json.loads((tmp_path / "low" / "results.json").read_text())["videos"]
     assert {entry["memory"] for entry in entries} == {"low"}
@@ -206,7 +210,7 @@ def test_guidance_changes_the_video(settings, tmp_path: Path) -> None:
     guided = dataclasses.replace(settings, guidance_scale=4.0, negative_prompt="bad quality")
     for name, one in (("plain", settings), ("guided", guided)):
         assert run(one, tmp_path / name, PROMPTS[:1], (2,)).done == 1
-    files = [folder_of(tmp_path / name, "a-red") / "steps-02.mp4" for name in ("plain", "guided")]
+    files = [folder_of(tmp_path / name, "a-red") / "steps-02-seed-3.mp4" for name in ("plain", "guided")]
     assert files[0].read_bytes() != files[1].read_bytes()
 
 
@@ -215,15 +219,13 @@ def test_guidance_changes_the_video(settings, tmp_path: Path) -> None:
     [
         ({"height": 40}, "height must be a multiple of 16, got 40"),
         ({"num_frames": 8}, r"num_frames must be 4k \+ 1, got 8"),
-        ({"width": 16 * 40}, "makes 80 latents"),
-        ({"guidance_scale": 3.0}, "needs a negative_prompt"),
-        ({"dtype": "int8"}, "dtype must be one of bf16, fp16, fp32, got 'int8'"),
+        ({"width": 16 * 40}, "width must be <= 512 pixels for this model, got 640"),
+        ({"num_frames": 129}, "num_frames must be <= 125 for this model, got 129"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),
         ({"fps": 0}, "fps must be >= 0.01"),
-        ({"seed": -1}, "seed must be a whole number from 0"),
         ({"fps": 1e-9}, "fps must be >= 0.01"),
         ({"fps": float("nan")}, "fps must be a finite number, got nan"),
-        ({"seed": 2**63}, "seed must be a whole number from 0 to 9223372036854775807"),
-        ({"height": 10**9}, "height=1000000000 makes 125000000 latents"),
+        ({"height": 10**9}, "height must be <= 512 pixels for this model, got 1000000000"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
         ({"lora": "/no/such/lora"}, "LoRA: /no/such/lora does not exist"),
         ({"model": "/no/such/model"}, "there is no folder /no/such/model"),
@@ -247,12 +249,17 @@ def test_steps_and_prompts_are_checked_before_loading(settings, tmp_path: Path) 
         run(settings, tmp_path / "out", steps=(0,))
     with pytest.raises(ValueError, match="no prompts"):
         run(settings, tmp_path / "out", prompts=[])
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match="seed must be a whole number from 0 to 9223372036854775807"):
+            run(settings, tmp_path / "out", seeds=(seed,))
+    with pytest.raises(ValueError, match="name 0 first frames"):
+        run(settings, tmp_path / "out", context=[Image.new("RGB", (48, 32))])
 
 
 def test_a_folder_of_other_settings_is_refused(settings, tmp_path: Path) -> None:
     run(settings, tmp_path / "out", PROMPTS[:1], (1,))
-    with pytest.raises(ValueError, match=r"other settings \(seed 3 is now 4\)"):
-        run(dataclasses.replace(settings, seed=4), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"other settings \(fps 8 is now 4\)"):
+        run(dataclasses.replace(settings, fps=4), tmp_path / "out")
     file = tmp_path / "out" / "results.json"
     sound = json.loads(file.read_text())
     broken = ["{}", "[]", "", '{"settings": {}, "videos": [], "videos": []}', json.dumps(sound | {"more": 1})]
@@ -277,36 +284,101 @@ def test_videos_have_the_versions_that_made_them_and_a_change_is_said(settings, 
         warnings.simplefilter("error", UserWarning)
         run(settings, out, PROMPTS[:1], (1,))
     entry["packages"]["diffusers"] = "0.30.0"
-    old = {name: value for name, value in entry.items() if name != "packages"} | {"file": "old/steps-01.mp4"}
+    old = {name: value for name, value in entry.items() if name != "packages"} | {"file": "old/steps-01-seed-3.mp4"}
     (out / "results.json").write_text(json.dumps(results | {"videos": [entry, old]}))
     with pytest.warns(UserWarning, match=r"other versions \(diffusers 0\.30\.0, here .*; unknown versions\)") as said:
         run(settings, out, PROMPTS[:1], (1,))
     assert len(said) == 1 and "\n" not in str(said[0].message)
 
 
-def test_prompts_are_lines_and_steps_are_numbers(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_text("\ufeffa red disc\r\n\n  熊猫  \n", encoding="utf-8")
-    assert read_prompts(file) == ["a red disc", "熊猫"]
-    file.write_bytes(b"one\rtwo\rthree")
-    assert read_prompts(file) == ["one", "two", "three"]
-    wrong_files = {
-        b"\n": "has no prompts",
-        "sch\u00f6n\n".encode("latin-1"): "line 1: byte 0xf6 is not UTF-8",
-        "a red disc\n".encode("utf-16"): "not UTF-8",
-        "a\nb\n".encode("utf-16-le"): "line 1: the prompt has a null character",
-        b"a\n" + b"x" * 200_000: "line 2: the prompt has 200000 characters",
-    }
-    for content, message in wrong_files.items():
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"prompts: .*prompts\.txt.*{message}"):
-            read_prompts(file)
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_prompts(tmp_path / "none.txt")
-    assert parse_steps("8, 1,2,2") == (1, 2, 8)
-    for wrong in ("", "0", "1,,2", "-1", "two"):
-        with pytest.raises(ValueError, match="steps must be whole numbers"):
-            parse_steps(wrong)
+def test_numbers_are_given_with_commas() -> None:
+    assert parse_numbers("steps", "8, 1,2,2") == (1, 2, 8)
+    assert parse_numbers("seed", "0,9223372036854775807", low=0) == (0, 2**63 - 1)
+    for wrong in ("", "0", "1,,2", "-1", "two", "\u0661", "1" * 5000):
+        with pytest.raises(ValueError, match="steps must be whole numbers >= 1"):
+            parse_numbers("steps", wrong)
+
+
+def test_each_prompt_has_a_negative_of_its_own(settings, tmp_path: Path) -> None:
+    """The same text with another negative prompt is another video; one without takes the run's."""
+    guided = dataclasses.replace(settings, guidance_scale=4.0, negative_prompt="bad quality")
+    text = PROMPTS[0]
+    prompts = [Prompt(text), Prompt(text, "blue cross"), Prompt(text, "")]
+    assert run(guided, tmp_path / "all", prompts, (2,)).done == 3
+    entries = json.loads((tmp_path / "all" / "results.json").read_text())["videos"]
+    assert [entry["negative_prompt"] for entry in entries] == ["bad quality", "blue cross", ""]
+    videos = [pixels_of(tmp_path / "all" / entry["file"]) for entry in entries]
+    assert np.abs(videos[0] - videos[1]).mean() > 0.1 and np.abs(videos[1] - videos[2]).mean() > 0.1
+    alone = dataclasses.replace(guided, negative_prompt="blue cross")
+    run(alone, tmp_path / "alone", [text], (2,))
+    (file,) = (tmp_path / "alone").glob("*/steps-02-seed-3.mp4")
+    assert np.abs(pixels_of(file) - videos[1]).mean() < 0.01
+
+
+def test_a_folder_of_names_without_seeds_goes_on(settings, tmp_path: Path) -> None:
+    """As version 0.1 wrote it: one seed for the folder, in the settings."""
+    out = tmp_path / "out"
+    run(settings, out, PROMPTS[:1], (1, 2))
+    folder = folder_of(out, "a-red")
+    for name in ("steps-01", "steps-02", "comparison"):
+        (folder / f"{name}-seed-3.mp4").rename(folder / f"{name}.mp4")
+    content = json.loads((out / "results.json").read_text().replace("-seed-3", "").replace("float32", "fp32"))
+    new = {"euler", "image", "video", "video_frames"}
+    content["settings"] = {k: v for k, v in content["settings"].items() if k not in new} | {"seed": 3}
+    for video in content["videos"]:
+        del video["seed"], video["negative_prompt"]
+    (out / "results.json").write_text(json.dumps(content))
+    report = run(settings, out, PROMPTS[:1], (1, 2, 4), seeds=(3, 5))
+    assert (report.done, report.skipped, report.failed) == (4, 2, ())
+    assert probe(folder / "comparison-seed-3.mp4") == probe(folder / "comparison-seed-5.mp4")
+    assert not (folder / "steps-01-seed-3.mp4").exists() and (folder / "steps-04-seed-3.mp4").is_file()
+    assert run(settings, out, PROMPTS[:1], (1, 2, 4), seeds=(3, 5)).skipped == 6
+
+
+def test_videos_begin_with_the_frames_of_a_file(settings, tmp_path: Path, model: Path) -> None:
+    """As the pipeline makes them of the same frames; results name the file."""
+    from anyflow.data.context import read_first_frames
+
+    frames = np.zeros((7, 64, 96, 3), np.uint8)
+    frames[..., 0], frames[:, :, 48:, 1] = 200, 255
+    write_video(frames, tmp_path / "clip.mp4", fps=8)
+    context = read_first_frames(tmp_path / "clip.mp4", 5, num_frames=9, height=32, width=48, fps=8)
+    onward = dataclasses.replace(settings, video=str(tmp_path / "clip.mp4"), video_frames=5)
+    assert run(onward, tmp_path / "out", PROMPTS[:1], (2,), context=context).done == 1
+    (file,) = (tmp_path / "out").glob("*/steps-02-seed-3.mp4")
+    pipe = AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu")
+    call = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2, "seed": 3, "output_type": "np"}
+    expected = pipe(PROMPTS[0], video=context, **call).frames[0] * 255
+    free = pipe(PROMPTS[0], **call).frames[0] * 255
+    brightness = np.array([0.2126, 0.7152, 0.0722])
+    error, other = (float(np.abs((pixels_of(file) - video) @ brightness).mean()) for video in (expected, free))
+    assert error < 2 < other
+    with pytest.raises(ValueError, match="video_frames 5 is now None"):
+        run(settings, tmp_path / "out", PROMPTS[:1], (2,))
+
+
+def test_a_plain_wan_model_is_named_and_euler_samples_it(settings, tmp_path: Path, model: Path, capsys) -> None:
+    """Refused before anything is written; sampled with r = t; told of guidance."""
+    wan = tmp_path / "wan"
+    shutil.copytree(model, wan)
+    small = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32}
+    diffusers.WanTransformer3DModel(**small, num_layers=2, rope_max_seq_len=32).save_pretrained(wan / "transformer")
+    unipc = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    unipc.save_pretrained(wan / "scheduler")
+    plain = dataclasses.replace(settings, model=str(wan))
+    with pytest.raises(ValueError, match="is a plain Wan model.*many .about 50, with guidance.*--euler"):
+        run(plain, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    by_euler = dataclasses.replace(plain, euler=True)
+    assert run(by_euler, tmp_path / "out", PROMPTS[:1], (2,), console=Console(soft_wrap=True)).done == 1
+    assert "note: " in (said := capsys.readouterr().out) and "--guidance 5 --steps 50" in said
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["euler"] is True
+    with pytest.raises(ValueError, match="euler True is now False"):
+        run(dataclasses.replace(settings, model=str(wan), transformer=str(model)), tmp_path / "out", PROMPTS[:1], (2,))
+    for name, euler in (("map", False), ("euler", True)):  # a flow map, by its velocity at r = t
+        run(dataclasses.replace(settings, euler=euler), tmp_path / name, PROMPTS[:1], (1,))
+    (first,), (second,) = ((tmp_path / name).glob("*/steps-01-seed-3.mp4") for name in ("map", "euler"))
+    assert np.abs(pixels_of(first) - pixels_of(second)).mean() > 0.1
 
 
 def test_prompts_in_any_script_have_their_own_folders(settings, tmp_path: Path) -> None:

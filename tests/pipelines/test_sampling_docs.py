@@ -3,6 +3,7 @@
 import functools
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def workplace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """A folder with what the page's commands name, as the current one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(model)
-    (tmp_path / "prompts.txt").write_text("a red disc\na blue cross\n")
+    _plain_wan(model, tmp_path / "wan")
+    (tmp_path / "prompts.csv").write_text("prompt,negative_prompt\na red disc,blurry\na blue cross,\n")
     transformer = diffusers.AnyFlowTransformer3DModel.from_pretrained(model, subfolder="transformer")
     adapted = get_peft_model(transformer, LoraConfig(r=2, target_modules=["to_q"]), adapter_name="real")
     torch.save({"ema": adapted.state_dict()}, "anyflow.pt")
@@ -35,6 +37,16 @@ def workplace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     diffusers.loaders.WanLoraLoaderMixin.save_lora_weights(tmp_path, transformer_lora_layers=layers)
     (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "lora.safetensors")
     return tmp_path
+
+
+def _plain_wan(model: Path, folder: Path) -> None:
+    """Write a folder as that of Wan itself is: another transformer and another scheduler."""
+    shutil.copytree(model, folder)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "rope_max_seq_len": 32}
+    transformer = diffusers.WanTransformer3DModel(**sizes, text_dim=16, freq_dim=32, ffn_dim=32)
+    transformer.save_pretrained(folder / "transformer")
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3)
+    scheduler.save_pretrained(folder / "scheduler")
 
 
 def test_the_python(workplace: Path) -> None:
@@ -57,15 +69,16 @@ def test_the_commands(workplace: Path) -> None:
     more = {"sample": small, "verify": small, "convert": ["--head-dim", "12"], "inspect": []}
     assert {command.split()[0] for command in commands} == set(more)
     for command in commands:
-        arguments = shlex.split(command.replace(NAME, "model"))
+        arguments = shlex.split(command.replace(NAME, "model").replace("--steps 50", "--steps 2"))
         result = CliRunner().invoke(app, [*arguments, *more[arguments[0]]])
         assert result.exit_code == 0, (command, result.output)
-    assert len(list((workplace / "videos").rglob("steps-*.mp4"))) == 6
+    assert len(list((workplace / "videos").rglob("steps-*.mp4"))) == 8
+    assert len(list((workplace / "wan-videos").rglob("steps-*.mp4"))) == 1
     assert (workplace / "converted" / "scheduler" / "scheduler_config.json").is_file()
 
 
 def test_every_option_that_the_page_names_is_one() -> None:
-    named = set(re.findall(OPTION, re.sub(r"`pip install [^`]*`", "", PAGE)))
+    named = set(re.findall(OPTION, re.sub(r"`(pip install|hf download) [^`]*`", "", PAGE)))
     known: set[str] = set()
     for name in ("sample", "inspect", "convert", "verify"):
         known |= set(re.findall(OPTION, CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output))

@@ -1,0 +1,158 @@
+"""The folder of a run of `anyflow sample`: names of its videos, and ``results.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyflow.documents import read_json, shortened
+from anyflow.pipelines.prompts import Prompt
+from anyflow.validation import brief
+from anyflow.versions import differences, installed_versions
+from anyflow.writing import write_text
+
+RESULTS_FILE = "results.json"
+_VIDEO = re.compile(r"steps-(\d+)-seed-(\d+)\.mp4")
+_WITHOUT_SEED = re.compile(r"steps-(\d+)\.mp4")  # anyflow 0.1 had one seed for a folder
+_OLD_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def folder_name(prompt: Prompt) -> str:
+    """Name the folder of a prompt: readable, and different for different prompts or negative prompts."""
+    slug = re.sub(r"[\W_]+", "-", prompt.text.lower()).strip("-")[:40].strip("-")
+    key = prompt.text if prompt.negative is None else f"{prompt.text}\0{prompt.negative}"
+    return f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:8]}".lstrip("-")
+
+
+def file_name(steps: int, seed: int) -> str:
+    """Name the video of a prompt at a number of steps."""
+    return f"steps-{steps:02d}-seed-{seed}.mp4"
+
+
+def comparison_name(seed: int) -> str:
+    """Name the comparison of a prompt's videos of a seed."""
+    return f"comparison-seed-{seed}.mp4"
+
+
+@dataclass
+class Results:
+    """The settings of a folder and an entry for each video, as ``results.json`` has them.
+
+    Args:
+        file: ``results.json``.
+        settings: what every video of the folder was made with.
+        videos: entries with ``prompt``, ``steps``, ``seed``, ``file`` and more.
+    """
+
+    file: Path
+    settings: dict[str, Any]
+    videos: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, out: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Results:
+        """Begin a folder, or go on with one; nothing is written yet.
+
+        Args:
+            out: the folder.
+            settings: of the run.
+            defaults: of settings, which stand for those that an older folder does not have.
+
+        Raises:
+            ValueError: the folder holds videos of other settings, or no results of this command.
+        """
+        file = out / RESULTS_FILE
+        results = cls(file, dict(settings), [])
+        if os.path.lexists(file):
+            before, results.videos = _read(file)
+            before = {**defaults, **before}
+            changed = [
+                f"{name} {before.get(name)!r} is now {settings.get(name)!r}"
+                for name in {**settings, **before}
+                if before.get(name) != settings.get(name)
+            ]
+            if changed:
+                raise ValueError(f"{out} holds videos of other settings ({'; '.join(changed)}); name another folder")
+            _warn_of_versions(out, results.videos)
+        elif out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is not a folder")
+        return results
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Note a video, in place of an earlier one in the same file."""
+        self.videos = [video for video in self.videos if video["file"] != entry["file"]] + [entry]
+        self.write()
+
+    def write(self) -> None:
+        """Write the file; the folder is made."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        content = {"settings": self.settings, "videos": self.videos}
+        write_text(self.file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def there(self, folder: Path) -> dict[tuple[int, int], Path]:
+        """Return the videos that the folder of a prompt holds, by their numbers of steps and seeds."""
+        found = {}
+        for video in self.videos:  # an older folder's, whose names lack the seed
+            file = self.file.parent / video["file"]
+            if file.parent == folder and _WITHOUT_SEED.fullmatch(file.name) and file.is_file():
+                found[video["steps"], video["seed"]] = file
+        for file in folder.glob("steps-*.mp4") if folder.is_dir() else ():
+            match = _VIDEO.fullmatch(file.name)
+            if match is not None and file.is_file():
+                found[int(match[1]), int(match[2])] = file
+        return found
+
+
+def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read the settings and the videos of a results file, an older one as a new one would have them.
+
+    Raises:
+        ValueError: it is none, or is damaged.
+    """
+    try:
+        content = read_json(file, finite=True)
+        if not isinstance(content, dict) or set(content) != {"settings", "videos"}:
+            raise ValueError("it must be an object with 'settings' and 'videos'")
+        settings, videos = content["settings"], content["videos"]
+        if not isinstance(settings, dict) or not isinstance(videos, list):
+            raise ValueError("'settings' must be an object and 'videos' a list")
+        if "seed" in settings:
+            seed, dtype = settings.pop("seed"), settings.get("dtype")
+            settings["dtype"] = _OLD_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+            videos = [video | {"seed": seed} if isinstance(video, dict) else video for video in videos]
+        for number, video in enumerate(videos):
+            _check_video(video, number)
+    except ValueError as error:
+        raise ValueError(f"{shortened(file)} is no results file of this command: {error}") from None
+    return settings, videos
+
+
+def _check_video(video: Any, number: int) -> None:
+    if not isinstance(video, dict) or not isinstance(video.get("file"), str):
+        raise ValueError(f"video {number} must be an object with the text 'file'")
+    for name in ("steps", "seed"):
+        if type(video.get(name)) is not int:
+            raise ValueError(f"{name!r} of video {number} must be a whole number, got {brief(video.get(name))}")
+    if not isinstance(video.get("packages", {}), dict):
+        raise ValueError(f"the 'packages' of video {number} must be an object")
+
+
+def _warn_of_versions(out: Path, videos: Sequence[dict[str, Any]]) -> None:
+    """Warn, in one line, that videos in a folder were made by other versions than new ones would be."""
+    here = installed_versions()
+    made = [video["packages"] for video in videos if "packages" in video]
+    changed = sorted({line for packages in made for line in differences(packages, here)})
+    if len(made) < len(videos):
+        changed.append("unknown versions")
+    if changed:
+        warnings.warn(
+            f"{out} holds videos made with other versions ({'; '.join(changed)}): new ones may differ from them; "
+            "name another folder to compare like with like",
+            stacklevel=5,
+        )
