@@ -139,6 +139,19 @@ def write_record(folder: Path, record: DatasetRecord) -> None:
     write_bytes(folder / INFO_FILE, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def remove_empty(folder: Path) -> bool:
+    """Remove the record of a dataset that has no shard, and return whether there was one to remove.
+
+    Raises:
+        ValueError: the record is damaged, or of another version.
+    """
+    if not os.path.lexists(folder / INFO_FILE) or read_record(folder).rows or shards(folder):
+        return False
+    for name in (INFO_FILE, NEGATIVE_FILE):
+        (folder / name).unlink(missing_ok=True)
+    return True
+
+
 def row_digest(file: str, caption: str, numbers: Iterable[Any]) -> str:
     """Return the digest of a row: of its texts and of its ``latents`` and ``prompt_embeds``, fp32 arrays."""
     content = hashlib.blake2b(digest_size=16)
