@@ -14,6 +14,7 @@ SAMPLE = (
 )
 DEMO = ("matplotlib", "jinja2")
 TRAIN = ("peft", "pyarrow", "pyyaml", "pydantic")
+GROUPS = {"sample": SAMPLE, "demo": DEMO, "train": TRAIN}
 
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # of packages whose module has another name
 
@@ -32,10 +33,9 @@ def install_command(package: str) -> str:
     """Return the command that installs a package that is missing, and what is missing of its group.
 
     Args:
-        package: name on the package index. With one that training needs, the others that training needs are named too,
-            as the next error would name them.
+        package: name on the package index. The others of its group are named too, as the next errors would name them.
     """
-    group = next((group for group in (TRAIN, DEMO) if package in group), ())
+    group = next((group for group in GROUPS.values() if package in group), ())
     others = [other for other in group if other != package and is_missing(other)]
     return " ".join(["pip install", package, *others])
 

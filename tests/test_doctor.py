@@ -4,10 +4,11 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -18,8 +19,9 @@ from typer.testing import CliRunner
 
 import anyflow
 from anyflow.cli import app
-from anyflow.doctor.environment import Environment, Gpu, Program, environment, extension_warnings, package_problems
+from anyflow.doctor.environment import Environment, Gpu, Program, environment, extension_warnings
 from anyflow.doctor.page import Page
+from anyflow.doctor.requirements import Package, hub, install_commands, packages, video_encoder
 from anyflow.doctor.self_check import CASES
 from anyflow.ops.backend import OPERATORS
 
@@ -28,10 +30,12 @@ PACKAGE = Path(anyflow.__file__).parent
 COMPILED = {"TRITON_INTERPRET": "0"}  # kernels are not interpreted, so a CPU runs none
 
 
-def python(*arguments: str, cwd: Path, path: Sequence[str | Path] = (PACKAGE.parent,)) -> CompletedProcess[str]:
+def python(
+    *arguments: str, cwd: Path, path: Sequence[str | Path] = (PACKAGE.parent,), more: Mapping[str, str] | None = None
+) -> CompletedProcess[str]:
     """Run Python in a folder with folders to import from, 80 columns wide, without the variables of the tests."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("ANYFLOW_", "TRITON_", "FORCE_COLOR"))}
-    env |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "COLUMNS": "80"}
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "COLUMNS": "80"} | dict(more or {})
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -49,12 +53,80 @@ def package(tmp_path: Path) -> Path:
 
 
 def test_what_decides_numbers_is_listed_and_must_be_there() -> None:
-    found = environment().numbers
-    assert {"ftfy", "av", "transformers", "diffusers", "torch"} <= set(found) and package_problems(found) == []
-    (missing,) = package_problems({**found, "ftfy": None, "av": None})
-    assert missing == "ftfy is not installed, and numbers depend on it: pip install ftfy"
-    (old,) = package_problems({**found, "torch": "2.8.1"})
-    assert old == "torch 2.8.1 is older than 2.9, and may give other numbers"
+    found = packages()
+    assert all(package.problem is None for package in found)
+    for package in found:
+        assert package.version == importlib.metadata.version(package.name)
+    assert {p.name for p in found if p.group == "train"} == {"peft", "pyarrow", "pyyaml", "pydantic"}
+    assert {"av", "ftfy", "diffusers", "transformers", "accelerate"} <= {p.name for p in found if p.group == "sample"}
+    assert install_commands(found) == {}
+
+
+def test_a_package_that_is_missing_old_or_broken_is_a_problem_with_what_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("av", "peft", "yaml"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "ftfy", raising=False)
+    (tmp_path / "ftfy.py").write_text("raise OSError('libthing.so: cannot open\\nshared object')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    problems = {package.name: package.problem for package in packages({"numpy": "99.1"}) if package.problem}
+    version = importlib.metadata.version("numpy")
+    assert problems == {
+        "ftfy": "ftfy is installed, but does not import: libthing.so: cannot open shared object",
+        "numpy": f"numpy {version} is older than 99.1, and may give other numbers: pip install --upgrade numpy",
+        "av": "av is not installed, and anyflow sample needs it: pip install av",
+        "peft": "peft is not installed, and anyflow train needs it: pip install peft",
+        "pyyaml": "pyyaml is not installed, and anyflow train needs it: pip install pyyaml",
+    }
+    assert install_commands(packages()) == {"sample": "pip install av", "train": "pip install peft pyyaml"}
+    encoder = video_encoder()
+    assert encoder.codec is None and encoder.problem.endswith("pip install av")
+
+
+def test_the_encoder_is_the_one_that_wrote_a_file() -> None:
+    encoder = video_encoder()
+    assert (encoder.name, encoder.codec, encoder.problem, encoder.warning) == ("libx264", "h264", None, None)
+
+
+def test_the_cache_of_models_is_counted(tmp_path: Path) -> None:
+    for i, name in enumerate(("models--a--b", "models--c--d", "datasets--e--f")):
+        blobs = tmp_path / "hub" / name / "blobs"
+        blobs.mkdir(parents=True)
+        with (blobs / "x").open("wb") as file:
+            file.truncate((i + 1) * 10**9)  # holes take no space
+    code = "from anyflow.doctor.requirements import hub; print(hub())"
+    found = python("-c", code, cwd=tmp_path, more={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}).stdout.strip()
+    assert found == f"Hub(cache='{tmp_path}/hub', models=2, gigabytes=3.0, offline=True)"
+    found = python("-c", code, cwd=tmp_path, more={"HF_HOME": "/absent", "HF_HUB_OFFLINE": "0"}).stdout.strip()
+    assert found == "Hub(cache='/absent/hub', models=0, gigabytes=0.0, offline=False)"
+    assert hub().cache
+
+
+@pytest.mark.slow
+def test_what_sample_needs_must_be_there_and_what_train_needs_is_named(tmp_path: Path) -> None:
+    """One process for both: the self-check, which is the slow part, is left out."""
+    code = f"""
+import sys
+sys.argv = ["anyflow", *{DOCTOR[2:]}]
+import anyflow.doctor.self_check
+anyflow.doctor.self_check.CASES.clear()
+anyflow.doctor.self_check.self_check.__globals__["OPERATORS"] = []
+from anyflow.cli import main
+def run():
+    try: main()
+    except SystemExit as stop: print("status", stop.code)
+sys.modules["peft"] = sys.modules["pyarrow"] = None
+run()
+sys.modules["av"] = None
+run()
+"""
+    first, second, _ = python("-c", code, cwd=tmp_path).stdout.split("status ")
+    verdict = "All is well but for this: anyflow train needs more: pip install peft pyarrow."
+    assert " ".join(first.split()).endswith(verdict) and second.startswith("0\n")
+    assert "All is well" not in second and second.strip().endswith("1 problem.")
+    assert "- av is not installed, and anyflow sample needs it: pip install av\n" in re.sub(" +\n", "\n", second)
+    assert max(map(len, (first + second).splitlines())) <= 80
 
 
 def test_every_operator_has_a_case() -> None:
@@ -67,9 +139,11 @@ def test_a_sound_installation_passes(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "\x1b" not in result.stdout and result.stdout.isascii()
     lines = [line.rstrip() for line in result.stdout.splitlines()]
-    assert f"anyflow       {anyflow.__version__} in {PACKAGE}" in lines
+    assert f"anyflow {anyflow.__version__} in {PACKAGE}" in [" ".join(line.split()) for line in lines]
     assert lines[-1].startswith("All is well")
-    assert f"ftfy          {importlib.metadata.version('ftfy')}" in lines
+    assert f"        ftfy             {importlib.metadata.version('ftfy')}" in lines
+    assert "MP4 files  H.264 by libx264" in lines
+    assert max(map(len, lines)) <= 80
     for op in OPERATORS:
         (row,) = (line for line in lines if line.startswith(f"{op} ") and " eager " in line and line.endswith(" ok"))
         assert len(row) <= 80
@@ -122,8 +196,9 @@ def test_without_the_extension(package: Path) -> None:
     result = python_on(package, *DOCTOR)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert str(PACKAGE) not in result.stdout
-    verdict = result.stdout.splitlines()[-1]
-    assert verdict.startswith("1 problem: the native extension anyflow._C is not built; build it with `pip install")
+    page = " ".join(result.stdout.split())
+    assert page.endswith("1 problem.")
+    assert "- the native extension anyflow._C is not built; build it with `pip install" in page
     assert "native not run for" in result.stdout and "FAIL" not in result.stdout
 
 
@@ -151,6 +226,12 @@ def test_json_has_everything() -> None:
     report: dict[str, Any] = json.loads(result.stdout)
     assert report["ok"] is True and report["problems"] == [] and report["device"] == "cpu"
     assert report["environment"]["torch"] == torch.__version__
+    assert report["environment"]["cores"] >= 1 and "commit" in report["environment"]
+    assert {"name": "av", "version": importlib.metadata.version("av"), "group": "sample", "problem": None} in report[
+        "packages"
+    ]
+    assert report["video_encoder"]["name"] == "libx264" and report["install"] == {}
+    assert set(report["hub"]) == {"cache", "models", "gigabytes", "offline"}
     assert report["extension"]["instruction_set"] in report["extension"]["build_info"]["cpu_instruction_sets"]
     assert any(choice["chosen"] for choice in report["attention"].values())
     assert set(report["operators"]) == set(OPERATORS)
@@ -207,30 +288,56 @@ def test_page_with_gpus_and_without_programs() -> None:
     gpus = (Gpu("Some GPU", "9.0", 79.6), Gpu("Another [GPU]", "8.0", 39.5))
     out = io.StringIO()
     Page(out).environment(
-        Environment("1.0", "/somewhere", "3.11", "Linux", "2.13", "CUDA 13.0", 4, None, "580.95", gpus, programs, {})
+        Environment(
+            *("1.0", "/somewhere", "abc+", "3.11", "Linux", "2.13", "CUDA 13.0", 4, 8, {"HF_HUB_OFFLINE": "1"}),
+            *(None, "580.95", gpus, programs),
+        )
     )
     text = [line.rstrip() for line in out.getvalue().splitlines()]
-    assert "CUDA          Some GPU, capability 9.0, 79.6 GiB" in text
-    assert "              Another [GPU], capability 8.0, 39.5 GiB" in text
-    assert "              driver 580.95" in text
-    assert "triton        missing" in text
-    assert "C compiler    missing: Triton needs one at run time" in text
-    assert "C++ compiler  /usr/bin/c++" in text
+    assert "CUDA            Some GPU, capability 9.0, 79.6 GiB" in text
+    assert "                Another [GPU], capability 8.0, 39.5 GiB" in text
+    assert "                driver 580.95" in text
+    assert "triton          missing" in text
+    assert "C compiler      missing: Triton needs one at run time" in text
+    assert "C++ compiler    /usr/bin/c++" in text
+    assert "commit          abc+" in text and "threads         4 on 8 cores" in text and "HF_HUB_OFFLINE  1" in text
 
 
 @pytest.mark.parametrize(
-    ("problems", "warnings", "verdict"),
+    ("problems", "warnings", "commands", "verdict"),
     [
-        ([], 0, "All is well."),
-        ([], 2, "All is well, with 2 warnings."),
-        (["a\nb"], 1, "1 problem: a b"),
-        (["a", "b", "c", "d", "e"], 0, "5 problems: a; b; c; and 2 more"),
+        ([], 0, {}, "All is well."),
+        ([], 2, {}, "All is well, with 2 warnings."),
+        ([], 0, {"train": "pip install b"}, "All is well but for this: anyflow train needs more: pip install b."),
+        (["a\nb"], 1, {"train": "pip install b"}, "1 problem."),
+        (list("abcdefghijkl"), 0, {}, "12 problems."),
     ],
 )
-def test_verdict_is_one_line(problems: list[str], warnings: int, verdict: str) -> None:
+def test_the_last_line_is_the_verdict(
+    problems: list[str], warnings: int, commands: dict[str, str], verdict: str
+) -> None:
     out = io.StringIO()
-    Page(out).verdict(problems, warnings)
-    assert out.getvalue() == f"\n{verdict}\n"
+    Page(out).verdict(problems, warnings, commands)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines[-1] == verdict
+    items = [" ".join(problem.split()) for problem in problems[:10]] + (["and 2 more"] if len(problems) > 10 else [])
+    assert [line for line in lines if line.startswith("- ")] == [f"- {item}" for item in items]
+
+
+def test_the_page_says_what_is_missing_and_broken_by_what_needs_it() -> None:
+    out = io.StringIO()
+    found = (
+        Package("sample", "torch", "2.13", None),
+        Package("sample", "av", "18.1", "av is installed, but does not import: x"),
+        Package("train", "peft", None, "peft is not installed"),
+    )
+    Page(out).packages(found, install_commands(found))
+    assert [line.rstrip() for line in out.getvalue().splitlines()][2:] == [
+        "sample  torch  2.13",
+        "        av     18.1: av is installed, but does not import: x",
+        "train   peft   missing",
+        "               pip install peft",
+    ]
 
 
 def test_the_command_line_stays_light(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Show what is installed, built and would run, and check every operator; exit status 1 if not all is well."""
-    from anyflow.doctor import run
-
+    try:
+        from anyflow.doctor import run
+    except ImportError as error:  # without torch there is nothing to examine
+        fail(f"anyflow doctor cannot begin: {error}{f': pip install {error.name}' if error.name else ''}", status=1)
     try:
         well = run(device, as_json=as_json)
     except ValueError as error:

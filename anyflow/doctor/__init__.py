@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from anyflow.doctor.environment import environment, load_operators, package_problems
+from anyflow.doctor.environment import environment, load_operators
+from anyflow.doctor.requirements import hub, install_commands, packages, video_encoder
 
 
 def run(device: str | None = None, *, as_json: bool = False) -> bool:
@@ -23,8 +24,8 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
         as_json: print one JSON object instead of the page.
 
     Returns:
-        Whether all is well: the packages that decide numbers are there, the extension loads, every operator can run,
-        and every check passes.
+        Whether all is well: the packages that sampling and the demo need import, a video can be written, the extension
+        loads, every operator can run, and every check passes.
 
     Raises:
         ValueError: the device cannot be used, or an environment variable names an unknown backend.
@@ -37,8 +38,15 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
 
     found = environment()
     page.environment(found)
-    page.numbers(found)
-    problems += package_problems(found.numbers)
+    installed = packages()
+    commands = install_commands(installed)
+    page.packages(installed, commands)
+    # What training lacks is no problem of sampling; what is there and broken is one of everybody.
+    problems += [p.problem for p in installed if p.problem and (p.group != "train" or p.version is not None)]
+    encoder, cache = video_encoder(), hub()
+    page.sources(encoder, cache)
+    if encoder.problem is not None and "av" not in [p.name for p in installed if p.problem]:
+        problems.append(encoder.problem)
     extension = load_operators()
     page.extension(extension)
     if extension.problem is not None:
@@ -67,13 +75,18 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
     page.self_check(checks, skipped)
     problems += [f"{c.op} on {c.backend} in {c.dtype}: {c.problem}" for c in checks if c.problem is not None]
 
-    page.verdict(problems, len(extension.warnings))
+    lacking = {group: command for group, command in commands.items() if group == "train"}
+    page.verdict(problems, len(extension.warnings) + (encoder.warning is not None), lacking)
     if as_json:
         everything = {
             "ok": not problems,
             "problems": problems,
             "device": str(target),
             "environment": dataclasses.asdict(found),
+            "packages": [dataclasses.asdict(package) for package in installed],
+            "install": commands,
+            "video_encoder": dataclasses.asdict(encoder),
+            "hub": dataclasses.asdict(cache),
             "extension": dataclasses.asdict(extension),
             "attention": {name: dataclasses.asdict(choice) for name, choice in attention.items()},
             "operators": {op: dataclasses.asdict(choice) for op, choice in operators.items()},

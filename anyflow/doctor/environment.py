@@ -17,9 +17,13 @@ from pathlib import Path
 import torch
 
 import anyflow
-from anyflow.packages import install_command
-from anyflow.versions import installed_versions, is_below, required_floors
+from anyflow.threads import usable_cores
 
+_PACKAGE = Path(anyflow.__file__).parent
+_SETTINGS = {
+    *("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"),
+    *("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
+}
 _VERSION = re.compile(r"(?:\brelease |\bversion |\) |^)(\d+(?:\.\d+)+)", re.MULTILINE)
 
 
@@ -49,27 +53,31 @@ class Environment:
         location: folder of the package.
         platform: operating system and processor.
         torch_built_for: such as ``CUDA 13.0``, ``ROCm 6.4`` or ``CPU``.
+        commit: of the checkout that the package lies in, or None where it lies in none.
         threads: that torch computes with.
+        cores: that this process may keep busy, by its affinity and its quota of CPU time.
+        settings: environment variables that are set and change what runs here.
         triton: version, or None where it is not installed.
         driver: version of the NVIDIA driver, or None where there is none.
         gpus: the devices that torch finds.
         programs: ``c`` (Triton needs it at run time), ``c++``, ``nvcc``, ``cmake`` and ``ninja`` (for building);
             None for what is missing.
-        numbers: versions of the packages that decide numbers (``anyflow.versions``), None for what is missing.
     """
 
     anyflow: str
     location: str
+    commit: str | None
     python: str
     platform: str
     torch: str
     torch_built_for: str
     threads: int
+    cores: int
+    settings: dict[str, str]
     triton: str | None
     driver: str | None
     gpus: tuple[Gpu, ...]
     programs: dict[str, Program | None]
-    numbers: dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -97,12 +105,15 @@ def environment() -> Environment:
     driver = None if smi is None else _output(smi, "--query-gpu=driver_version", "--format=csv,noheader")
     return Environment(
         anyflow=anyflow.__version__,
-        location=str(Path(anyflow.__file__).parent),
+        location=str(_PACKAGE),
+        commit=_commit(),
         python=platform.python_version(),
         platform=platform.platform(),
         torch=torch.__version__,
         torch_built_for=_built_for(),
         threads=torch.get_num_threads(),
+        cores=usable_cores(),
+        settings={k: v for k, v in sorted(os.environ.items()) if k.startswith("ANYFLOW_") or k in _SETTINGS},
         triton=_triton_version(),
         driver=driver.splitlines()[0] if driver else None,
         gpus=_gpus(),
@@ -115,23 +126,7 @@ def environment() -> Environment:
             "cmake": _program("cmake", folder=Path(sys.executable).parent),
             "ninja": _program("ninja", folder=Path(sys.executable).parent),
         },
-        numbers=installed_versions(),
     )
-
-
-def package_problems(numbers: dict[str, str | None]) -> list[str]:
-    """Say which of the packages that decide numbers are missing, or older than what anyflow requires.
-
-    PyAV may be missing: sampling and training on latents do without it.
-    """
-    floors = required_floors()
-    problems = []
-    for name, version in numbers.items():
-        if version is None and name != "av":
-            problems.append(f"{name} is not installed, and numbers depend on it: {install_command(name)}")
-        elif version is not None and name in floors and is_below(version, floors[name]):
-            problems.append(f"{name} {version} is older than {floors[name]}, and may give other numbers")
-    return problems
 
 
 def load_operators() -> NativeExtension:
@@ -181,6 +176,16 @@ def _built_for() -> str:
     if torch.version.hip is not None:
         return f"ROCm {torch.version.hip}"
     return "CPU" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout whose folder ``anyflow`` the package is, with ``+`` where files differ."""
+    git = shutil.which("git")
+    if git is None or not (_PACKAGE.parent / ".git").exists():
+        return None
+    commit = _output(git, "-C", str(_PACKAGE.parent), "rev-parse", "--short=12", "HEAD")
+    changed = _output(git, "-C", str(_PACKAGE.parent), "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}{'+' if changed else ''}" if commit else None
 
 
 def _triton_version() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anyflow.doctor.environment import Environment, NativeExtension
+from anyflow.doctor.requirements import Hub, Package, VideoEncoder
 
 if TYPE_CHECKING:
     from anyflow.doctor.self_check import Check, Skipped
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 _PROGRAMS = {"c": "C compiler", "c++": "C++ compiler"}
 _NEEDED_FOR = {"c": "Triton needs one at run time", "nvcc": "CUDA kernels cannot be built"}
 _STYLES = {"ok": "green", "FAIL": "bold red", "taken": "green", "unavailable": "bold red"}
-_SHOWN_PROBLEMS = 3  # in the verdict, which is one line
+_CODECS = {"h264": "H.264", "mpeg4": "MPEG-4 part 2"}
+_SHOWN_PROBLEMS = 10
 
 
 class Page:
@@ -41,8 +44,10 @@ class Page:
             gpus.append(f"driver {found.driver}")
         rows = [
             ("anyflow", f"{found.anyflow} in {found.location}"),
+            *([] if found.commit is None else [("commit", found.commit)]),
             ("python", f"{found.python} on {found.platform}"),
-            ("torch", f"{found.torch}, built for {found.torch_built_for}, {found.threads} threads"),
+            ("torch", f"{found.torch}, built for {found.torch_built_for}"),
+            ("threads", f"{found.threads} on {_count(found.cores, 'core')}"),
             ("triton", "missing" if found.triton is None else found.triton),
             ("CUDA", "\n".join([*([] if found.gpus else ["no CUDA device"]), *gpus])),
         ]
@@ -52,12 +57,32 @@ class Page:
             else:
                 text = f"{program.path}{'' if program.version is None else ' ' + program.version}"
             rows.append((_PROGRAMS.get(name, name), text))
+        rows += [(name, value) for name, value in found.settings.items()]
         self._section("Environment", rows)
 
-    def numbers(self, found: Environment) -> None:
-        """Print the versions of the packages that decide numbers, which datasets and results record."""
-        rows = [(name, "missing" if version is None else version) for name, version in found.numbers.items()]
-        self._section("What decides numbers", rows)
+    def packages(self, found: Sequence[Package], commands: Mapping[str, str]) -> None:
+        """Print the packages by what needs them, and how to install what a group lacks."""
+        rows: list[tuple[str, str, str]] = []
+        for group, members in itertools.groupby(found, key=lambda package: package.group):
+            for i, package in enumerate(members):
+                text = "missing" if package.version is None else package.version
+                if package.version is not None and package.problem is not None:
+                    text = f"{text}: {package.problem}"
+                rows.append(("" if i else group, package.name, text))
+            if group in commands:
+                rows.append(("", "", commands[group]))
+        self._section("Packages, by what needs them", rows)
+
+    def sources(self, encoder: VideoEncoder, hub: Hub) -> None:
+        """Print what videos are written with and where models come from."""
+        size = "" if hub.gigabytes is None else f", {hub.gigabytes} GB"
+        rows = [
+            ("MP4 files", encoder.problem or f"{_CODECS.get(str(encoder.codec), encoder.codec)} by {encoder.name}"),
+            *([] if encoder.warning is None else [("WARNING", encoder.warning)]),
+            ("hub cache", f"{hub.cache}: {_count(hub.models, 'model')}{size}"),
+            ("hub", "offline: models come from the cache only" if hub.offline else "online: HF_HUB_OFFLINE is not set"),
+        ]
+        self._section("Videos and models", rows)
 
     def extension(self, extension: NativeExtension) -> None:
         """What was built, and what does not fit."""
@@ -119,16 +144,27 @@ class Page:
             which = ", ".join(operators) if len(operators) < 4 else f"{len(operators)} operators"
             self._line(f"{backend} not run for {which}: {reason}")
 
-    def verdict(self, problems: Sequence[str], warnings: int) -> None:
-        """The last line."""
+    def verdict(self, problems: Sequence[str], warnings: int, commands: Mapping[str, str]) -> None:
+        """Print the problems, an item each, and a last line that says whether all is well.
+
+        Args:
+            problems: what is wrong.
+            warnings: how many were printed.
+            commands: what installs the packages that a group lacks.
+        """
         if problems:
-            more = len(problems) - _SHOWN_PROBLEMS
-            shown = "; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
-            text = Text(f"{_count(len(problems), 'problem')}: {' '.join(shown.split())}", style="bold red")
+            self._heading("Problems")
+            for problem in problems[:_SHOWN_PROBLEMS]:
+                self._item(problem)
+            if len(problems) > _SHOWN_PROBLEMS:
+                self._item(f"and {len(problems) - _SHOWN_PROBLEMS} more")
+            text, style = f"{_count(len(problems), 'problem')}.", "bold red"
         else:
-            text = Text(f"All is well{', with ' + _count(warnings, 'warning') if warnings else ''}.", style="green")
+            lacking = ", ".join(f"anyflow {group} needs more: {command}" for group, command in commands.items())
+            well = f"All is well{' but for this: ' + lacking if lacking else ''}"
+            text, style = f"{well}{', with ' + _count(warnings, 'warning') if warnings else ''}.", "green"
         self._console.print()
-        self._console.print(text, soft_wrap=True)
+        self._console.print(Text(text, style=style))
 
     def _section(self, title: str, rows: Iterable[Sequence[str]]) -> None:
         """Columns of text, of which the last one wraps."""
@@ -146,7 +182,12 @@ class Page:
         self._console.print(Text(title, style="bold"))
 
     def _line(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(text))
+
+    def _item(self, text: str) -> None:
+        table = Table.grid(padding=(0, 1, 0, 0))
+        table.add_row("-", Text(" ".join(text.split()), overflow="fold"))
+        self._console.print(table)
 
 
 def _styled(text: str) -> Text:

@@ -1,0 +1,160 @@
+"""Packages by what needs them, each really imported; the encoder of videos; the cache of Hugging Face models."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from anyflow.documents import shortened
+from anyflow.packages import GROUPS, is_missing, module_name
+from anyflow.versions import installed_versions, is_below, required_floors
+
+# The parts of a package that sampling takes, where importing the package itself loads next to nothing of it.
+_PARTS = {"diffusers": ("AutoencoderKLWan",), "transformers": ("AutoTokenizer", "UMT5EncoderModel")}
+_MAX_BLOBS = 10_000  # files whose sizes are looked at
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package.
+
+    Attributes:
+        group: what needs it: ``sample``, ``demo`` or ``train``.
+        name: on the package index.
+        version: None where it is not installed.
+        problem: why it cannot be used and what to do, or None.
+    """
+
+    group: str
+    name: str
+    version: str | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class VideoEncoder:
+    """The encoder that MP4 files are written with.
+
+    Attributes:
+        name: of the encoder in PyAV, or None where no file can be written.
+        codec: of a file that was written and read back, such as ``h264``.
+        problem: why no file can be written, or None.
+        warning: what players will not like about the files, or None.
+    """
+
+    name: str | None
+    codec: str | None
+    problem: str | None
+    warning: str | None
+
+
+@dataclass(frozen=True)
+class Hub:
+    """The Hugging Face Hub from here.
+
+    Attributes:
+        cache: folder of the models that were downloaded.
+        models: number of models in it.
+        gigabytes: what they take, in 10^9 bytes; None where there are too many files to look at.
+        offline: models come from the cache only, as ``HF_HUB_OFFLINE`` says.
+    """
+
+    cache: str
+    models: int
+    gigabytes: float | None
+    offline: bool
+
+
+def packages(floors: Mapping[str, str] | None = None) -> tuple[Package, ...]:
+    """Import every package that anyflow can use and describe it, grouped by what needs it.
+
+    Args:
+        floors: lowest version by package; those of the installed anyflow if left out.
+    """
+    floors = required_floors() if floors is None else floors
+    return tuple(_package(group, name, floors.get(name)) for group, names in GROUPS.items() for name in names)
+
+
+def install_commands(found: tuple[Package, ...]) -> dict[str, str]:
+    """Return the command that installs what a group lacks, for each group that lacks something."""
+    absent: dict[str, list[str]] = {}
+    for package in found:
+        if package.version is None and package.problem is not None:
+            absent.setdefault(package.group, []).append(package.name)
+    return {group: f"pip install {' '.join(names)}" for group, names in absent.items()}
+
+
+def video_encoder() -> VideoEncoder:
+    """Write a small MP4 file as ``anyflow sample`` does, read it back, and say which encoder made it."""
+    try:
+        import av
+        import numpy as np
+
+        from anyflow.pipelines.video import write_video
+
+        with tempfile.TemporaryDirectory() as folder:
+            file = write_video(np.zeros((2, 16, 16, 3), np.uint8), Path(folder, "check.mp4"))
+            with av.open(str(file)) as container:
+                codec = container.streams.video[0].codec_context.name
+                frames = sum(1 for _ in container.decode(video=0))
+    except Exception as error:  # of PyAV, FFmpeg or the system: each is what a user would meet in `anyflow sample`
+        return VideoEncoder(None, None, f"no MP4 file can be written: {_reason(error)}", None)
+    if frames != 2:
+        return VideoEncoder(None, codec, f"an MP4 file of 2 frames was read back with {frames}", None)
+    if codec == "h264":
+        return VideoEncoder("libx264", codec, None, None)
+    return VideoEncoder(codec, codec, None, f"PyAV has no H.264 encoder: files are {codec}, which browsers do not show")
+
+
+def hub() -> Hub:
+    """Look at the cache of models and at the settings of ``huggingface_hub``; nothing is asked for over the network."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    models, size, blobs = 0, 0, 0
+    for folder in _entries(cache):
+        if not folder.name.startswith("models--"):
+            continue
+        models += 1
+        for blob in _entries(Path(folder.path, "blobs")):
+            blobs += 1
+            if blobs <= _MAX_BLOBS:
+                size += blob.stat(follow_symlinks=False).st_size
+    gigabytes = round(size / 1e9, 1) if blobs <= _MAX_BLOBS else None
+    return Hub(str(cache), models, gigabytes, bool(constants.HF_HUB_OFFLINE))
+
+
+def _package(group: str, name: str, floor: str | None) -> Package:
+    version = installed_versions([name])[name]
+    if is_missing(name):
+        return Package(group, name, None, f"{name} is not installed, and anyflow {group} needs it: pip install {name}")
+    try:
+        module = importlib.import_module(module_name(name))
+        for part in _PARTS.get(name, ()):
+            getattr(module, part)
+    except Exception as error:  # a package may fail in its own way: compiled for another Python, torch or library
+        return Package(group, name, version, f"{name} is installed, but does not import: {_reason(error)}")
+    if version is None:
+        version = str(getattr(module, "__version__", "of unknown version"))
+    elif floor is not None and is_below(version, floor):
+        problem = f"{name} {version} is older than {floor}, and may give other numbers: pip install --upgrade {name}"
+        return Package(group, name, version, problem)
+    return Package(group, name, version, None)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """List a folder; one that is not there or may not be read is empty."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return shortened(text) if text else type(error).__name__
