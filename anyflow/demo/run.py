@@ -29,8 +29,9 @@ from anyflow.writing import write_text, writing
 STATE_FILE = "state.json"
 REPORT_FILE = "report.html"
 
-# Seconds per step relative to a flow-matching step of batch 32, for the estimate of the time left.
-_STEP_COST = {"flow_matching": 1.0, "baseline": 1.0, "pretrain": 1.5, "on_policy": 2.8, "evaluation": 40.0}
+# Seconds per step of batch 32, and per evaluation of 512 samples, relative to a flow-matching step of batch 32: for the
+# estimate of the time left.
+_STEP_COST = {"flow_matching": 1.0, "baseline": 1.0, "pretrain": 1.5, "on_policy": 5.3, "evaluation": 23.0}
 
 _CHECKPOINTS = ("flow_matching", "pretrain", "on_policy", "baseline")  # a stage each, in their order
 _UNFINISHED = ".unfinished"  # folder of the stage that runs: where it starts, and its own checkpoints
@@ -94,7 +95,8 @@ class _Run:
         stages = {name: getattr(self.config, name) for name in _CHECKPOINTS}
         plan = [(name, s.steps, s.steps * _STEP_COST[name] * s.batch_size / 32) for name, s in stages.items()]
         evaluations = len(_CHECKPOINT_OF) * len(self.config.step_counts)
-        return [*plan, ("evaluation", evaluations, evaluations * _STEP_COST["evaluation"])]
+        cost = evaluations * _STEP_COST["evaluation"] * self.config.samples / 512
+        return [*plan, ("evaluation", evaluations, cost)]
 
     # Stages --------------------------------------------------------------------------------------------------------
 
