@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	@echo "[3/4] Installing the build tools"
 	@$(PIP) setuptools wheel cmake ninja pybind11
 	@echo "[4/4] Building and installing anyflow, its dependencies and the development tools"
-	@$(PIP) --no-build-isolation -e ".[dev,train]"
+	@$(PIP) --no-build-isolation -e ".[all,dev]"
 	@touch $@
 	@echo "Ready: $(VENV)"
 

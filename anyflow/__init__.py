@@ -1,37 +1,62 @@
-"""anyflow: any-step video diffusion with flow maps.
+"""Any-step video diffusion with flow maps.
 
-Submodules and the names below load on first use, so that ``import anyflow`` costs little more than ``import torch``.
+The names below and the submodules load on first use, so that ``import anyflow`` costs little more than
+``import torch``.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "AnyFlowTransformer3DModel": "anyflow.models",
-    "FlowMapEulerDiscreteScheduler": "anyflow.schedulers",
-    "accelerate": "anyflow.acceleration",
-    "restore": "anyflow.acceleration",
-    "sample": "anyflow.sampling",
-}
-_SUBMODULES = (
-    *("checkpoints", "data", "evaluation", "kernels", "methods", "models", "ops", "pipelines"),
-    *("sampling", "schedulers", "training"),
-)
+__all__ = [
+    "AnyFlowPipeline",
+    "AnyFlowTransformer3DModel",
+    "FlowMapEulerDiscreteScheduler",
+    "__version__",
+    "accelerate",
+    "checkpoints",
+    "data",
+    "evaluation",
+    "kernels",
+    "methods",
+    "models",
+    "ops",
+    "pipelines",
+    "restore",
+    "sample",
+    "sampling",
+    "schedulers",
+    "training",
+]
 
-__all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
+if TYPE_CHECKING:
+    import anyflow.kernels as kernels
+    from anyflow import checkpoints, data, evaluation, methods, models, ops, pipelines, sampling, schedulers, training
+    from anyflow.acceleration import accelerate, restore
+    from anyflow.models import AnyFlowTransformer3DModel
+    from anyflow.pipelines import AnyFlowPipeline
+    from anyflow.sampling import sample
+    from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+else:  # a type checker that saw __getattr__ would let every misspelled name pass
+    _EXPORTS = {
+        "AnyFlowPipeline": "pipelines",
+        "AnyFlowTransformer3DModel": "models",
+        "FlowMapEulerDiscreteScheduler": "schedulers",
+        "accelerate": "acceleration",
+        "restore": "acceleration",
+        "sample": "sampling",
+    }
 
+    def __getattr__(name):
+        import importlib
 
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    if name in _SUBMODULES:
-        return importlib.import_module(f"anyflow.{name}")
-    raise AttributeError(f"module 'anyflow' has no attribute {name!r}")
+        if name in _EXPORTS:
+            return getattr(importlib.import_module(f"anyflow.{_EXPORTS[name]}"), name)
+        if name in __all__:
+            return importlib.import_module(f"anyflow.{name}")
+        raise AttributeError(f"module 'anyflow' has no attribute {name!r}")
 
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    def __dir__():
+        return sorted(__all__)

@@ -16,7 +16,7 @@ from torch import nn
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.wan import WanTransformer3DModel
 
-T = TypeVar("T", DiffusionPipeline, nn.Module)
+T = TypeVar("T")
 
 _SUPPORTED = "supported are diffusers' AnyFlowTransformer3DModel and WanTransformer3DModel, and pipelines with one"
 _ADAPTER_STATE = ("peft_config", "_hf_peft_config_loaded")  # where PEFT and diffusers note what is loaded
@@ -121,7 +121,7 @@ def _accelerated(theirs: ModelMixin) -> AnyFlowTransformer3DModel:
     return ours
 
 
-def _restored(ours: nn.Module) -> ModelMixin:
+def _restored(ours: Any) -> ModelMixin:
     ours = _uncompiled(ours)
     original: _Original | None = getattr(ours, "_accelerated_from", None)
     if original is None:

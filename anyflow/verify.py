@@ -18,6 +18,7 @@ from anyflow.checkpoints import load_transformer
 from anyflow.checkpoints.checkpoint import ReadOptions, open_checkpoint
 from anyflow.checkpoints.errors import listed
 from anyflow.checkpoints.files import read_json
+from anyflow.checkpoints.hub import local_checkpoint
 from anyflow.checkpoints.problems import problems_of
 from anyflow.documents import shortened
 from anyflow.methods import AnyFlowPretrainMethod, PretrainConfig
@@ -117,7 +118,8 @@ def verify(
     that of :class:`~anyflow.methods.AnyFlowPretrainMethod` for both, plain flow matching for a Wan model.
 
     Args:
-        path: a folder of diffusers' AnyFlow or Wan transformer, or of a pipeline with one as ``transformer``.
+        path: a folder of diffusers' AnyFlow or Wan transformer, or of a pipeline with one as ``transformer``; or the
+            name of one on the Hugging Face Hub.
         against: ``"diffusers"``.
         dtype: the weights are loaded in.
         device: to run on.
@@ -140,7 +142,7 @@ def verify(
     whole_number("steps", steps, high=MAX_STEPS)
     whole_number("seed", seed, 0, 2**63 - 1)
     thresholds = Thresholds.for_dtype(dtype) if thresholds is None else thresholds
-    source = _Source.of(Path(path))
+    source = _Source.of(local_checkpoint(path))
     source.require_loadable(dtype)
     source.require_positions((num_frames - 1) // 4 + 1, height // 16, width // 16)
     case = _Case(source, dtype, torch.device(device), ((num_frames - 1) // 4 + 1, height // 8, width // 8), steps, seed)

@@ -11,6 +11,8 @@ import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping
 
+from anyflow.packages import DISTRIBUTION, install_command
+
 TEXT_PACKAGES = ("ftfy", "tokenizers", "transformers", "diffusers")
 VIDEO_PACKAGES = ("av",)
 PACKAGES = (*TEXT_PACKAGES, *VIDEO_PACKAGES, "safetensors", "numpy", "torch")
@@ -26,7 +28,7 @@ def installed_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | No
 def required_floors() -> dict[str, str]:
     """Return the lowest versions that the installed anyflow names in its requirements, by package."""
     try:
-        requirements = importlib.metadata.requires("anyflow") or []
+        requirements = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         return {}
     found = (_FLOOR.match(requirement) for requirement in requirements)
@@ -54,7 +56,7 @@ def require_ftfy() -> None:
     except ImportError:
         raise ImportError(
             "prompts are cleaned by ftfy, as those of the published models were, and it is not installed: "
-            "pip install 'ftfy>=6.3'"
+            f"{install_command('ftfy')}"
         ) from None
 
 

@@ -25,6 +25,7 @@ from anyflow.checkpoints.architecture import (
 )
 from anyflow.checkpoints.errors import CheckpointFormatError, listed
 from anyflow.checkpoints.files import TORCH_SUFFIXES, CheckpointFiles, find_files, read_json
+from anyflow.checkpoints.hub import local_checkpoint
 from anyflow.checkpoints.lora_file import adapter_config_beside
 from anyflow.checkpoints.names import DIFFUSERS, FASTVIDEO, ORIGINAL, Located, Naming, locate, naming_of
 from anyflow.checkpoints.readers import FLOATS, SECTIONS, Reader, SafetensorsReader, TorchReader
@@ -125,8 +126,8 @@ def open_checkpoint(path: Path | str, options: ReadOptions, merge_on: str = "cpu
     Raises:
         CheckpointFormatError: it is damaged, contradicts itself, or is of no format that is understood.
     """
+    files = find_files(local_checkpoint(path, options.subfolder), options.subfolder)
     path = Path(path)
-    files = find_files(path, options.subfolder)
     config = _read_config(files)
     raw = _reader_of(files, options.weights)
     reader = _with_adapters(raw, files, options, merge_on)
@@ -165,7 +166,7 @@ def detect(path: Path | str, subfolder: str | None = None) -> CheckpointFormat:
     Raises:
         CheckpointFormatError: it is damaged, or of no format that is understood.
     """
-    files = find_files(Path(path), subfolder)
+    files = find_files(local_checkpoint(path, subfolder), subfolder)
     located, naming = _recognized(_reader_of(files, None), Path(path))
     return _format_of(naming, _read_config(files), files, located.names)
 

@@ -117,7 +117,7 @@ def _is_folder(path: Path) -> bool:
         documents.require_regular_file(path)
     except FileNotFoundError:
         raise CheckpointFormatError(
-            f"{shortened(path)} does not exist; a model of the hub is downloaded first"
+            f"{shortened(path)} does not exist; a model on the Hugging Face Hub is named owner/name"
         ) from None
     except (OSError, ValueError) as error:
         reason = documents.system_reason(error)

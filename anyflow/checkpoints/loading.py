@@ -37,7 +37,8 @@ def load_transformer(
     Memory: the model, one tensor (three in fp64 where an adapter is merged) and some tens of MB of the mapped file.
 
     Args:
-        path: a pipeline's folder, a transformer's folder, or a file (``.safetensors``, its index, ``.pt``).
+        path: a pipeline's folder, a transformer's folder, or a file (``.safetensors``, its index, ``.pt``); or the name
+            of a model on the Hugging Face Hub.
         dtype: of the parameters; None keeps the one that is stored. What the model keeps in fp32
             (``_keep_in_fp32_modules``) is at least fp32 in any case, as in diffusers.
         device: where the parameters go, one after the other.

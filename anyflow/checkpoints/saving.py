@@ -15,6 +15,7 @@ import torch
 from anyflow.checkpoints.architecture import ANYFLOW, WAN, FlowMap
 from anyflow.checkpoints.errors import CheckpointFormatError
 from anyflow.checkpoints.files import CONFIG, find_files, read_json
+from anyflow.checkpoints.hub import local_checkpoint
 from anyflow.checkpoints.loading import load_transformer
 from anyflow.documents import shortened
 from anyflow.locking import locks_folder
@@ -165,7 +166,7 @@ def load_scheduler(path: Path | str, subfolder: str | None = None) -> FlowMapEul
     Raises:
         CheckpointFormatError: its file is damaged, or a setting is not possible.
     """
-    file = find_files(Path(path), subfolder).scheduler
+    file = find_files(local_checkpoint(path, subfolder), subfolder).scheduler
     if file is None:
         return None
     config = read_json(file)

@@ -13,13 +13,14 @@ import typer
 import anyflow
 from anyflow.cli import checkpoints, demo, doctor, preprocess, recipes, sample, train
 from anyflow.cli.errors import Commands, finish_streams, prepare_streams
+from anyflow.threads import configure_openmp
 
 app = typer.Typer(
     name="anyflow",
     cls=Commands,
     help="Any-step video diffusion with flow maps.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the ``anyflow`` command and exit with its status; a warning is one line."""
+    configure_openmp()
     standard = warnings.formatwarning
 
     def one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
@@ -36,7 +38,7 @@ def main() -> None:
     warnings.formatwarning = one_line
     prepare_streams()
     try:
-        app()
+        app(prog_name="anyflow")  # for `python -m anyflow` too: a shell completes commands by name
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         raise SystemExit(finish_streams(status)) from None

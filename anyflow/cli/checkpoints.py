@@ -10,9 +10,11 @@ import typer
 
 from anyflow.cli.common import fail, torch_dtype
 
+_CHECKPOINT = "Checkpoint of any format: a folder, a file, or a name on the Hugging Face Hub."
+
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Checkpoint of any format: a folder or a file.", show_default=False)],
+    path: Annotated[str, typer.Argument(help=_CHECKPOINT, show_default=False)],
     subfolder: Annotated[str | None, typer.Option(help="Of the folder, in place of 'transformer'.")] = None,
     weights: Annotated[str | None, typer.Option(help="'ema' or 'raw' of a training file.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")] = None,
@@ -34,7 +36,7 @@ def inspect(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Checkpoint of any format: a folder or a file.", show_default=False)],
+    source: Annotated[str, typer.Argument(help=_CHECKPOINT, show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", show_default=False)],
     to: Annotated[str, typer.Option(help="Format to write; 'diffusers' is the only one.")] = "diffusers",
     dtype: Annotated[str | None, typer.Option(help="'fp32', 'bf16' or 'fp16'; the stored one if left out.")] = None,
@@ -77,7 +79,8 @@ def convert(
 
 def verify(
     model: Annotated[
-        Path, typer.Option(help="Diffusers folder of a transformer, or of a pipeline.", show_default=False)
+        str,
+        typer.Option(help="Diffusers folder of a transformer or a pipeline, or a name on the Hub.", show_default=False),
     ],
     against: Annotated[str, typer.Option(help="The other implementation; 'diffusers' is the only one.")] = "diffusers",
     dtype: Annotated[str, typer.Option(help="Of the weights, 'fp32' or 'bf16'.")] = "fp32",

@@ -6,7 +6,7 @@ import os
 import sys
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,7 +14,9 @@ from anyflow.cli.common import fail
 
 
 def demo(
-    budget: Annotated[str, typer.Option(help="'full' (some minutes) or 'fast' (about one).")] = "full",
+    budget: Annotated[
+        Literal["full", "fast"], typer.Option(help="Some minutes with the real picture, or about one.")
+    ] = "full",
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the run; a killed run in it is resumed.")] = Path("runs/demo"),
     device: Annotated[str, typer.Option(help="Torch device to train on.")] = "cpu",

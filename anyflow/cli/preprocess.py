@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from anyflow.cli.common import fail
+
+if TYPE_CHECKING:
+    from anyflow.data.preprocess import PreprocessReport
+
+_LISTED = 20  # videos left out that are printed; broken.jsonl has all
 
 
 def preprocess(
     out: Annotated[Path, typer.Option(help="Folder of the dataset; a killed run in it goes on.", show_default=False)],
     videos: Annotated[Path | None, typer.Option(help="Folder of the video files.", show_default=False)] = None,
     captions: Annotated[
-        Path | None, typer.Option(help="CSV or JSONL with file and caption.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Table (.csv, .tsv, .jsonl, .json) of files and captions, or a folder; the folder of videos if left "
+            "out. A folder has metadata.csv or its like, videos.txt and prompts.txt, or a .txt for each video.",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Diffusers folder with vae, text_encoder and tokenizer.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Diffusers folder with vae, text_encoder and tokenizer, or a name on the Hub.", show_default=False
+        ),
+    ] = None,
+    file_column: Annotated[
+        str | None, typer.Option(help="Column of the files; file, file_name, video and their like are found.")
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="Column of the captions; caption, text and prompt are found.")
     ] = None,
     num_frames: Annotated[int, typer.Option(help="Frames of each video, 4k + 1.")] = 81,
     height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,
@@ -46,21 +66,24 @@ def preprocess(
     if verify:
         _verify_dataset(out)
         return
-    for name, value in (("videos", videos), ("captions", captions), ("model", model)):
+    for name, value in (("videos", videos), ("model", model)):
         if value is None:
             fail(f"--{name} is missing; only --verify does without it")
-    assert videos is not None and captions is not None and model is not None
+    assert videos is not None and model is not None
     try:
-        from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, preprocess
-        from anyflow.documents import shortened
+        from anyflow.data.captions import Columns, EmptyDatasetError
+        from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, NothingEncodedError, preprocess
         from anyflow.pipelines.loading import resolve_device
-
+    except ImportError as error:
+        fail(str(error))
+    try:
         console = Console(highlight=False, soft_wrap=True)
         report = preprocess(
             videos,
             captions,
             model,
             out,
+            columns=Columns(file_column, caption_column),
             num_frames=num_frames,
             height=height,
             width=width,
@@ -73,15 +96,27 @@ def preprocess(
             allow_outside=allow_outside,
             console=console,
         )
+    except EmptyDatasetError as error:
+        if isinstance(error, NothingEncodedError):
+            _list_broken(error.report, out)
+        fail(str(error), status=1)
     except (ValueError, ImportError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         typer.echo("\nStopped. The same command goes on after the last finished shard.", err=True)
         raise typer.Exit(130) from None
     console.print(f"{out}: {report.done} videos encoded, {report.skipped} were there")
-    for line in report.broken:
-        name = f" ({shortened(line.file)})" if line.file else ""
-        console.print(f"line {line.line} of {captions}{name} was left out: {line.reason}", markup=False)
+    _list_broken(report, out)
+    typer.echo(f"Train on them: anyflow train anyflow_pretrain_t2v {shlex.quote(f'data.path={out}')}")
+
+
+def _list_broken(report: PreprocessReport, out: Path) -> None:
+    """Print a line for each video that was left out, up to ``_LISTED`` of them."""
+    assert report.captions is not None
+    for entry in report.broken[:_LISTED]:
+        typer.echo(f"left out: {report.captions.place(entry)}: {entry.reason}")
+    if len(report.broken) > _LISTED:
+        typer.echo(f"left out: {len(report.broken) - _LISTED} more, which {out / 'broken.jsonl'} lists")
 
 
 def _verify_dataset(folder: Path) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The table of captions that `anyflow preprocess` reads."""
+"""Tables of captions that `anyflow preprocess` reads, by the column names that people give them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import csv
 import io
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,22 @@ MAX_NAME = 4096  # characters, the longest path of Linux
 _FIELD_LIMIT = threading.Lock()  # the limit of the csv module is one for the whole process
 
 
+# The names that people give these columns: ours, Hugging Face's (file_name, text), those of the common trainers.
+FILE_COLUMNS = ("file", "file_name", "filename", "file_path", "video", "video_path", "media_path", "path")
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+
+
+class EmptyDatasetError(ValueError):
+    """There is nothing to train on: no video, no caption, or none that can be used."""
+
+
 @dataclass(frozen=True)
 class Caption:
     """One row to be.
 
     Args:
-        line: where it stands in the table, from 1; the last line of a row that takes several.
+        line: where it stands in the table, from 1; the last line of a row that takes several, and the
+            number of the entry in a ``.json`` file or of the video in a folder without a table.
         file: the video, relative to the folder of videos.
         caption: the prompt.
     """
@@ -49,23 +60,67 @@ class Broken:
     reason: str
 
 
-def read_captions(path: Path) -> list[Caption]:
-    """Read a ``.csv`` (with a header) or ``.jsonl`` file by its columns or keys ``file`` and ``caption``.
+@dataclass(frozen=True)
+class Columns:
+    """The names of the two columns that are read.
+
+    Args:
+        file: of the videos; None takes the one column that has a name of ``FILE_COLUMNS``.
+        caption: of the prompts; None takes the one column that has a name of ``CAPTION_COLUMNS``.
+    """
+
+    file: str | None = None
+    caption: str | None = None
+
+    def choose(self, found: Sequence[str], where: str) -> tuple[str, str]:
+        """Return the names of the two columns among ``found``.
+
+        Raises:
+            ValueError: a name that was given is not among them, or no column or several could be meant.
+        """
+        file = _chosen(found, self.file, FILE_COLUMNS, "the videos", "--file-column", where)
+        return file, _chosen(found, self.caption, CAPTION_COLUMNS, "the captions", "--caption-column", where)
+
+
+def _chosen(found: Sequence[str], wanted: str | None, known: Sequence[str], role: str, option: str, where: str) -> str:
+    shown = ", ".join(repr(shortened(name, 80)) for name in found[:20]) or "none"
+    if wanted is not None:
+        if wanted in found:
+            return wanted
+        raise ValueError(f"{where}: {option} names {wanted!r}, which is none of the columns: {shown}")
+    fitting = [name for name in found if name.strip().lower() in known]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ValueError(f"{where}: {fitting} could each be the column of {role}; say which with {option}")
+    raise ValueError(
+        f"{where}: no column of {role}: the columns are {shown}, and one of {', '.join(map(repr, known))} is expected; "
+        f"say another with {option}"
+    )
+
+
+def read_captions(path: Path, columns: Columns = Columns()) -> list[Caption]:
+    """Read a table of videos and captions.
 
     Other columns and keys are left alone, and so are empty lines.
+
+    Args:
+        path: a ``.csv`` or ``.tsv`` file with a header, a ``.jsonl`` file with an object on each line, or a ``.json``
+            file with a list of such objects or one object of ``"file": "caption"``.
+        columns: names of the columns or keys.
 
     Raises:
         ValueError: see :func:`scan_captions`; or a row is not exactly what the format says, which names its line.
     """
     captions = []
-    for row in scan_captions(path):
+    for row in scan_captions(path, columns):
         if isinstance(row, Broken):
-            raise ValueError(f"{shortened(path)}, line {row.line}: {row.reason}")
+            raise ValueError(f"{shortened(path)}, {unit(path)} {row.line}: {row.reason}")
         captions.append(row)
     return captions
 
 
-def scan_captions(path: Path) -> list[Caption | Broken]:
+def scan_captions(path: Path, columns: Columns = Columns()) -> list[Caption | Broken]:
     """Read a table as :func:`read_captions` does, with what is wrong in a row in place of the row.
 
     A row is broken when it has more or fewer fields than the header, text after a closing quote, a value that is not a
@@ -73,27 +128,38 @@ def scan_captions(path: Path) -> list[Caption | Broken]:
     of JSON also when it is no object, names a key twice, is nested too deeply or holds NaN.
 
     Raises:
-        ValueError: the fault is of the whole file: it is not a regular file in UTF-8, its header lacks a column or
-            names one twice, a quote that is never closed swallows the lines after it, or no line of it can be read.
+        ValueError: the fault is of the whole file: it is not a regular file in UTF-8, its header lacks a column, names
+            one twice or has several that could be meant, a quote that is never closed swallows the lines after it, or
+            a ``.json`` file is not JSON.
+        EmptyDatasetError: the table has no rows, or no line of it can be read.
     """
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
-    if path.suffix not in readers:
-        raise ValueError(f"captions must be a {' or '.join(readers)} file, got {shortened(path)}")
+    if path.suffix.lower() not in READERS:
+        raise ValueError(
+            f"captions must be a {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]} file, or a folder with a .txt "
+            f"file for each video, got {shortened(path)}"
+        )
     try:
         text = read_text(path, max_bytes=MAX_FILE_BYTES)
     except ValueError as error:
         raise ValueError(f"there is no captions file {shortened(path)} that can be read: {error}") from None
-    rows = list(readers[path.suffix](text, shortened(path)))
+    rows = list(READERS[path.suffix.lower()](text, shortened(path), columns))
     if not rows:
-        raise ValueError(f"{shortened(path)} has no captions")
+        raise EmptyDatasetError(f"{shortened(path)} has no captions")
     if all(isinstance(row, Broken) and not row.file for row in rows):
         first = rows[0]
         assert isinstance(first, Broken)
-        raise ValueError(f"{shortened(path)}, line {first.line}: {first.reason} (and no other line can be read)")
+        raise EmptyDatasetError(
+            f"{shortened(path)}, {unit(path)} {first.line}: {first.reason} (and no other {unit(path)} can be read)"
+        )
     return rows
 
 
-def _csv_rows(text: str, path: str) -> Iterator[Caption | Broken]:
+def unit(path: Path) -> str:
+    """Return what :attr:`Caption.line` counts in a table."""
+    return "entry" if path.suffix.lower() == ".json" else "line"
+
+
+def _csv_rows(text: str, path: str, columns: Columns, delimiter: str = ",") -> Iterator[Caption | Broken]:
     """Parse a table with the strict reader of Python: RFC 4180, and quotes inside unquoted text."""
     ended = False
 
@@ -102,8 +168,8 @@ def _csv_rows(text: str, path: str) -> Iterator[Caption | Broken]:
         yield from io.StringIO(text, newline="")
         ended = True
 
-    reader = csv.reader(lines(), strict=True)
-    header: list[str] | None = None
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    header: _Header | None = None
     while True:
         start = reader.line_num + 1
         try:
@@ -119,9 +185,9 @@ def _csv_rows(text: str, path: str) -> Iterator[Caption | Broken]:
         if not fields:
             continue
         if header is None:
-            header = _checked_header(fields, f"{path}, line {start}")
+            header = _Header.of(fields, columns, f"{path}, line {start}", delimiter)
             continue
-        yield _csv_row(reader.line_num, header, fields)
+        yield header.row(reader.line_num, fields)
 
 
 def _next_row(reader: Any) -> list[str] | None:
@@ -134,54 +200,106 @@ def _next_row(reader: Any) -> list[str] | None:
             csv.field_size_limit(limit)
 
 
-def _checked_header(header: list[str], where: str) -> list[str]:
-    shown = [shortened(name) for name in header[:10]]
-    if not {"file", "caption"} <= set(header):
-        raise ValueError(
-            f"{where}: the header needs the columns 'file' and 'caption' with commas between them, got {shown}"
-        )
-    twice = sorted({name for name in header if name and header.count(name) > 1})
-    if twice:
-        raise ValueError(f"{where}: the header names {twice} more than once")
-    return header
+@dataclass(frozen=True)
+class _Header:
+    """The header of a ``.csv`` or ``.tsv`` table.
+
+    Args:
+        names: of all columns.
+        file: the column of the videos.
+        caption: the column of the captions.
+        delimiter: between fields.
+    """
+
+    names: list[str]
+    file: str
+    caption: str
+    delimiter: str
+
+    @classmethod
+    def of(cls, names: list[str], columns: Columns, where: str, delimiter: str) -> _Header:
+        twice = sorted({name for name in names if name and names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{where}: the header names {twice} more than once")
+        if len(names) == 1 and (other := next((c for c in ",;\t|" if c != delimiter and c in names[0]), None)):
+            raise ValueError(
+                f"{where}: the header must have {_DELIMITERS[delimiter]} between its columns, got {names} with "
+                f"{_DELIMITERS.get(other, repr(other))} (a table with tabs is a .tsv file)"
+            )
+        return cls(names, *columns.choose(names, where), delimiter)
+
+    def row(self, line: int, fields: list[str]) -> Caption | Broken:
+        """Read the fields of a row."""
+        if len(fields) != len(self.names):
+            first = fields[0] if self.names[0] == self.file else ""
+            return Broken(
+                line,
+                first if text_problem(first, max_characters=MAX_NAME) is None else "",
+                f"the row has {len(fields)} fields and the header {len(self.names)} (a text with "
+                f"{_DELIMITERS[self.delimiter]} in it needs quotes): {shortened(repr(fields))}",
+            )
+        row = dict(zip(self.names, fields, strict=True))
+        file, caption = row[self.file], row[self.caption]
+        # A quote after a space does not quote: the text would be read with its quotes.
+        if any(text[:1].isspace() and text.lstrip().startswith('"') for text in (file, caption)):
+            what = _DELIMITERS[self.delimiter].removeprefix("a ")
+            return Broken(line, "", f"a quote must stand right after the {what}, got {shortened(repr(fields))}")
+        return checked_row(line, file, caption)
 
 
-def _csv_row(line: int, header: list[str], fields: list[str]) -> Caption | Broken:
-    if len(fields) != len(header):
-        file = fields[0] if header[0] == "file" and text_problem(fields[0], max_characters=MAX_NAME) is None else ""
-        return Broken(
-            line,
-            file,
-            f"the row has {len(fields)} fields and the header {len(header)} (a text with a comma in it needs quotes): "
-            f"{shortened(repr(fields))}",
-        )
-    row = dict(zip(header, fields, strict=True))
-    # A quote after a space does not quote: the text would be read with its quotes.
-    if any(text[:1].isspace() and text.lstrip().startswith('"') for text in (row["file"], row["caption"])):
-        return Broken(line, "", f"a quote must stand right after the comma, got {shortened(repr(fields))}")
-    return _row(line, row["file"], row["caption"])
+_DELIMITERS = {",": "a comma", "\t": "a tab", ";": "a semicolon"}
 
 
-def _jsonl_rows(text: str, path: str) -> Iterator[Caption | Broken]:
+def _jsonl_rows(text: str, path: str, columns: Columns) -> Iterator[Caption | Broken]:
+    rows: dict[int, Any] = {}
     for line, document in enumerate(io.StringIO(text, newline=None), start=1):
         if not document.strip():
             continue
         try:
-            row = parse_json(document, "the line", finite=True)
+            rows[line] = parse_json(document, "the line", finite=True)
         except ValueError as error:
-            yield Broken(line, "", shortened(str(error), 400))
-            continue
-        if isinstance(row, dict):
-            yield _row(line, row.get("file"), row.get("caption"))
+            rows[line] = Broken(line, "", shortened(str(error), 400))
+    return _json_rows(rows, path, columns, "line")
+
+
+def _json_file_rows(text: str, path: str, columns: Columns) -> Iterator[Caption | Broken]:
+    document = parse_json(text, path, finite=True)
+    if isinstance(document, dict):
+        return iter([checked_row(number, *pair) for number, pair in enumerate(document.items(), start=1)])
+    if not isinstance(document, list):
+        raise ValueError(f"{path} must hold a list of objects, or one object of files and their captions")
+    return _json_rows(dict(enumerate(document, start=1)), path, columns, "entry")
+
+
+def _json_rows(rows: dict[int, Any], path: str, columns: Columns, unit: str) -> Iterator[Caption | Broken]:
+    """Read objects by their line or number; the keys of all of them together say which are the columns."""
+    objects = [row for row in rows.values() if isinstance(row, dict)]
+    names = list(dict.fromkeys(name for row in objects for name in row))
+    file, caption = columns.choose(names, path) if objects else ("", "")
+    for line, row in rows.items():
+        if isinstance(row, Broken):
+            yield row
+        elif isinstance(row, dict):
+            yield checked_row(line, row.get(file), row.get(caption), (file, caption))
         else:
-            yield Broken(line, "", f"the line is no object with 'file' and 'caption': {shortened(repr(row))}")
+            yield Broken(line, "", f"the {unit} is no object with a file and a caption: {shortened(repr(row))}")
 
 
-def _row(line: int, file: object, caption: object) -> Caption | Broken:
+READERS: dict[str, Callable[[str, str, Columns], Iterator[Caption | Broken]]] = {
+    ".csv": _csv_rows,
+    ".tsv": partial(_csv_rows, delimiter="\t"),
+    ".jsonl": _jsonl_rows,
+    ".json": _json_file_rows,
+}
+
+
+def checked_row(
+    line: int, file: object, caption: object, names: tuple[str, str] = ("file", "caption")
+) -> Caption | Broken:
     if not isinstance(file, str) or not isinstance(caption, str):
         given = f"{shortened(repr(file))} and {shortened(repr(caption))}"
         name = file if isinstance(file, str) and text_problem(file, max_characters=MAX_NAME) is None else ""
-        return Broken(line, name, f"needs a text for 'file' and one for 'caption', got {given}")
+        return Broken(line, name, f"needs a text for {names[0]!r} and one for {names[1]!r}, got {given}")
     problem = "is empty" if not file.strip() else text_problem(file, max_characters=MAX_NAME)
     if problem is not None:
         return Broken(line, shortened(file), f"the name of the file {problem}")

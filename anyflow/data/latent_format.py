@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.documents import read_json, require_regular_file
+from anyflow.packages import missing
 from anyflow.writing import write_bytes
 
 try:
     import pyarrow as pa
 except ImportError as error:
-    raise ImportError("latent datasets need pyarrow: pip install 'anyflow[train]'") from error
+    raise ImportError(missing("a dataset of latents", "pyarrow"), name="pyarrow") from error
 
 FORMAT = "anyflow-latents"
 VERSION = 1
@@ -136,6 +137,19 @@ def write_record(folder: Path, record: DatasetRecord) -> None:
     facts = json.loads(json.dumps(facts))
     facts["digest"] = _record_digest(facts)
     write_bytes(folder / INFO_FILE, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def remove_empty(folder: Path) -> bool:
+    """Remove the record of a dataset that has no shard, and return whether there was one to remove.
+
+    Raises:
+        ValueError: the record is damaged, or of another version.
+    """
+    if not os.path.lexists(folder / INFO_FILE) or read_record(folder).rows or shards(folder):
+        return False
+    for name in (INFO_FILE, NEGATIVE_FILE):
+        (folder / name).unlink(missing_ok=True)
+    return True
 
 
 def row_digest(file: str, caption: str, numbers: Iterable[Any]) -> str:

@@ -33,7 +33,7 @@ def open_dataset(config: DataConfig) -> VideoDataset:
 
     Raises:
         ValueError: nothing usable at ``config.path``; the message names the folder, and the row if one is at fault.
-        ImportError: a package of ``anyflow[train]`` is missing.
+        ImportError: a package that training needs is missing.
     """
     if config.kind == "synthetic":
         from anyflow.data.synthetic import SyntheticVideos

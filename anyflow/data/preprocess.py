@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from anyflow.data.captions import MAX_CAPTION, Broken, Caption, scan_captions
+from anyflow.checkpoints.hub import ENCODERS, local_folder
+from anyflow.data.caption_sources import Captions, find_captions
+from anyflow.data.captions import MAX_CAPTION, Broken, Caption, Columns, EmptyDatasetError
 from anyflow.data.encoders import TextEncoder, VideoEncoder, model_identity
 from anyflow.data.latent_dataset import LatentWriter
 from anyflow.data.latent_format import (
@@ -27,6 +29,7 @@ from anyflow.data.latent_format import (
     DatasetRecord,
     check_same,
     read_record,
+    remove_empty,
     written_rows,
 )
 from anyflow.data.video import VideoError, color_conversion, read_video
@@ -57,11 +60,25 @@ class PreprocessReport:
         done: rows it wrote.
         skipped: rows that an earlier run had written.
         broken: lines it could not use; ``broken.jsonl`` has them too.
+        captions: what it read.
     """
 
     done: int
     skipped: int
     broken: tuple[Broken, ...]
+    captions: Captions | None = field(default=None, compare=False, repr=False)
+
+
+class NothingEncodedError(EmptyDatasetError):
+    """None of the captioned videos can be used.
+
+    Attributes:
+        report: says why, line by line.
+    """
+
+    def __init__(self, message: str, report: PreprocessReport) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 @dataclass(frozen=True)
@@ -91,10 +108,11 @@ class _Settings:
 @locks_folder("out")
 def preprocess(
     videos: Path,
-    captions: Path,
-    model: Path,
+    captions: Path | None,
+    model: Path | str,
     out: Path,
     *,
+    columns: Columns | None = None,
     num_frames: int = 81,
     height: int = 480,
     width: int = 832,
@@ -111,16 +129,18 @@ def preprocess(
     """Encode every captioned video into the latent dataset ``out``: one row per line of ``captions``, in its order.
 
     Killed and run again it goes on after the last shard written, and ends with the same dataset. Lines that cannot be
-    used are listed in ``broken.jsonl`` and tried again by the next run. Videos and prompts are encoded one at a time:
-    a video fills a GPU, and the numbers do not depend on what is encoded beside it. The dataset records the versions of
-    the packages that made it; a run that goes on with other ones warns.
+    used are listed in ``broken.jsonl`` and tried again by the next run. Where no line can be used, that list is all
+    that is written, and a run with other captions, videos or settings can take the same folder. Videos and prompts are
+    encoded one at a time: a video fills a GPU, and the numbers do not depend on what is encoded beside it. The dataset
+    records the versions of the packages that made it; a run that goes on with other ones warns.
 
     Args:
         videos: folder of the video files.
-        captions: ``.csv`` or ``.jsonl`` with ``file`` (relative to ``videos``) and ``caption``; a file may stand on
-            several lines.
-        model: diffusers folder with ``vae``, ``text_encoder`` and ``tokenizer``.
+        captions: a table or a folder, or None for captions in the folder of videos, see
+            :func:`anyflow.data.caption_sources.find_captions`; a file may stand on several lines.
+        model: diffusers folder with ``vae``, ``text_encoder`` and ``tokenizer``, or a name on the Hugging Face Hub.
         out: folder of the dataset.
+        columns: names of the columns of the videos and of the captions, where they are not common ones.
         num_frames: 4k + 1 frames from the start of each video.
         height, width: in pixels, multiples of 16 (twice the VAE's spatial factor).
         fps: frames per second that videos are sampled at.
@@ -136,24 +156,27 @@ def preprocess(
     Raises:
         ValueError: unusable arguments, model or table of captions as a whole, or ``out`` is in use, was made with
             other settings or is damaged.
+        EmptyDatasetError: there are no videos or no captions.
+        NothingEncodedError: none of the captioned videos can be used; rows of earlier runs stay.
         OSError: the system refuses to write, such as on a full disk; the shards that were finished are there.
     """
     settings = _Settings(num_frames, height, width, fps, negative_prompt, text_length, dtype)
     if not videos.is_dir():
         raise ValueError(f"there is no folder of videos {videos}")
+    model = local_folder(model, ENCODERS)
     if num_workers < 1:
         raise ValueError(f"num_workers must be >= 1, got {num_workers}")
-    table = scan_captions(captions)
-    broken = [row for row in table if isinstance(row, Broken)]
-    lines = [row for row in table if isinstance(row, Caption)]
+    found = find_captions(captions, videos, Columns() if columns is None else columns)
+    broken = [row for row in found.rows if isinstance(row, Broken)]
+    lines = [row for row in found.rows if isinstance(row, Caption)]
     source = {**asdict(settings), "model": model_identity(model)}
     packages = {**installed_versions(), **color_conversion()}
     earlier, written = _earlier_run(out, source)
     broken += _unusable(lines, videos, allow_outside)
     faulty = {entry.line for entry in broken}
     todo = [line for line in lines if line.line not in faulty and (line.file, line.caption) not in written]
-    skipped = len(table) - len(broken) - len(todo)
-    if todo or earlier is None or earlier.rows is None:
+    skipped = len(found.rows) - len(broken) - len(todo)
+    if todo or (written and earlier is not None and earlier.rows is None):
         if todo and written and earlier is not None:
             _warn_of_versions(out, earlier.packages, packages)
         video_encoder = VideoEncoder(model, torch.device(device))
@@ -177,12 +200,21 @@ def preprocess(
     broken.sort(key=lambda entry: entry.line)
     rows = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in broken)
     write_text(out / BROKEN_FILE, rows)
-    return PreprocessReport(len(table) - len(broken) - skipped, skipped, tuple(broken))
+    report = PreprocessReport(len(found.rows) - len(broken) - skipped, skipped, tuple(broken), found)
+    if report.done + report.skipped == 0:
+        remove_empty(out)
+        first = broken[0]
+        raise NothingEncodedError(
+            f"none of the {len(broken)} captioned videos of {shortened(found.source)} can be used, the first because: "
+            f"{found.place(first)}: {first.reason}; {shortened(out / BROKEN_FILE)} lists all",
+            report,
+        )
+    return report
 
 
 def _earlier_run(out: Path, source: dict[str, Any]) -> tuple[DatasetRecord | None, set[tuple[str, str]]]:
     """Return what ``out`` says of itself, and the rows that it holds already."""
-    if not os.path.lexists(out / INFO_FILE):
+    if not os.path.lexists(out / INFO_FILE) or remove_empty(out):
         return None, set()
     record = read_record(out)
     check_same(out, record.info.source, source)

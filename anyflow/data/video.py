@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyflow.documents import require_regular_file, shortened
+from anyflow.packages import missing
 
 try:
     import av
 except ImportError as error:
-    raise ImportError("decoding videos needs PyAV: pip install 'anyflow[train]'") from error
+    raise ImportError(missing("decoding a video", "av"), name="av") from error
 
 MAX_PIXELS = 2**26  # of a frame: twice 8K
 _OPTIONS = {"pattern_type": "none"}

@@ -32,13 +32,15 @@ class Stage:
 class DemoConfig:
     """Everything a run of the quickstart depends on.
 
-    ``num_train_timesteps`` is 100: with 1000, the time embedding of so small a model aliases at the finite difference.
-    ``epsilon`` is in timesteps of that range.
+    ``num_threads`` (on a CPU, see :func:`anyflow.threads.torch_threads`) is 1: the network is so small that sharing its
+    operators out costs more than it saves. ``num_train_timesteps`` is 100: with 1000, the time embedding of so small a
+    model aliases at the finite difference. ``epsilon`` is in timesteps of that range.
     """
 
     budget: str = "full"
     seed: int = 0
     device: str = "cpu"
+    num_threads: int = 1
     num_heads: int = 4
     head_dim: int = 16
     num_layers: int = 4

@@ -1,4 +1,4 @@
-"""Progress of the quickstart in the terminal: one bar per stage and one for everything, with the time left."""
+"""Progress of the quickstart: one bar per stage and one for everything with the time left, or lines in a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from anyflow.progress import LINE_SECONDS, LoggedProgress
 
 TITLES = {
     "flow_matching": "flow matching (teacher)",
@@ -26,11 +28,16 @@ class Advance(Protocol):
 
 
 class DemoProgress:
-    """A context manager around a run; see :func:`anyflow.demo.run.run_demo`."""
+    """A context manager around a run; see :func:`anyflow.demo.run.run_demo`.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: where the bars go, or lines where it is no terminal.
+        line_seconds: least time between two lines on a stage.
+    """
+
+    def __init__(self, console: Console, line_seconds: float = LINE_SECONDS) -> None:
         self.console = console
-        self._bars = Progress(
+        self._bars = LoggedProgress(
             TextColumn("{task.description:<32}"),
             BarColumn(bar_width=28),
             TextColumn("{task.percentage:>4.0f} %"),
@@ -39,6 +46,7 @@ class DemoProgress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
+            line_seconds=line_seconds,
             speed_estimate_period=120,
         )
         self._total: TaskID | None = None
@@ -66,10 +74,12 @@ class DemoProgress:
         assert self._total is not None
         total = self._total
         task = self._bars.add_task(TITLES[name], total=steps, note="")
+        if not self.console.is_terminal:
+            self.console.print(f"{TITLES[name]}: {steps} steps")
 
         def advance(loss: float | None, /) -> None:
-            self._bars.update(task, advance=1, note="" if loss is None else f"loss {loss:.3f}")
             self._bars.update(total, advance=cost / steps)
+            self._bars.update(task, advance=1, note="" if loss is None else f"loss {loss:.3f}")
 
         yield advance
         if not self.console.is_terminal:

@@ -24,6 +24,7 @@ from anyflow.documents import read_json
 from anyflow.evaluation import EvaluationResults, Metrics
 from anyflow.locking import locks_folder
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.threads import torch_threads
 from anyflow.writing import write_text, writing
 
 STATE_FILE = "state.json"
@@ -52,7 +53,8 @@ def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> Evaluatio
         ValueError: ``out`` is a file, is in use, or holds something else than a run of this configuration.
         OSError: the system refuses to write, such as on a full disk; what was finished is as before.
     """
-    return _Run(config, out, progress).run()
+    with torch_threads(config.num_threads):
+        return _Run(config, out, progress).run()
 
 
 def finished_report(config: DemoConfig, out: Path) -> Path | None:
@@ -172,6 +174,7 @@ def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
         raise ValueError(f"--out {out} cannot be created: {file} is a file")
     _check_device(config.device)
     settings = json.loads(json.dumps(asdict(config)))
+    del settings["num_threads"]  # not what is run, but how
     file = out / STATE_FILE
     if not file.exists():
         if out.exists() and any(p for p in out.iterdir() if not p.name.startswith(".")):

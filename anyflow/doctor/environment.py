@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import anyflow
+from anyflow.packages import install_command
 from anyflow.versions import installed_versions, is_below, required_floors
 
 _VERSION = re.compile(r"(?:\brelease |\bversion |\) |^)(\d+(?:\.\d+)+)", re.MULTILINE)
@@ -127,7 +128,7 @@ def package_problems(numbers: dict[str, str | None]) -> list[str]:
     problems = []
     for name, version in numbers.items():
         if version is None and name != "av":
-            problems.append(f"{name} is not installed, and numbers depend on it: pip install {name}")
+            problems.append(f"{name} is not installed, and numbers depend on it: {install_command(name)}")
         elif version is not None and name in floors and is_below(version, floors[name]):
             problems.append(f"{name} {version} is older than {floors[name]}, and may give other numbers")
     return problems

@@ -39,7 +39,7 @@ _ENABLED = {
 PACKAGES = {"flash_attn_3": "flash_attn_interface", "flash_attn_2": "flash_attn"}
 _INSTALL = {
     "flash_attn_3": "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130 (or cu126)",
-    "flash_attn_2": "pip install --no-build-isolation anyflow[flash] (it is compiled by nvcc)",
+    "flash_attn_2": "pip install --no-build-isolation flash-attn (it is compiled by nvcc)",
 }
 _INSTALLED = {
     "flash_attn_3": importlib.util.find_spec("flash_attn_interface") is not None,

@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from anyflow.models.attention import require_backend, validated_backend
 from anyflow.models.blocks import AnyFlowTransformerBlock, Attention, KeyValue
 from anyflow.models.configuration import require_settings, require_sizes
+from anyflow.models.diffusers_typing import apply_lora_scale, register_to_config
 from anyflow.models.embeddings import (
     ConditionEmbedder,
     OutputProjection,
@@ -29,6 +29,11 @@ from anyflow.models.embeddings import (
 from anyflow.models.sequence_parallel import SequenceGroup, TokenSplit
 from anyflow.ops import layer_norm_modulate
 from anyflow.ops.setting import hold
+
+if TYPE_CHECKING:
+    import os
+
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,12 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
     _no_split_modules = ["AnyFlowTransformerBlock"]  # noqa: RUF012
     _keep_in_fp32_modules = ["time_embedder", "delta_embedder", "scale_shift_table", "norm2"]  # noqa: RUF012
     _repeated_blocks = ["AnyFlowTransformerBlock"]  # noqa: RUF012
+
+    if TYPE_CHECKING:  # diffusers' bases have these without a usable type
+        config: Any
+
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **settings: Any) -> Self: ...
 
     @register_to_config
     def __init__(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
+from anyflow.models.diffusers_typing import register_to_config
 from anyflow.models.transformer import AnyFlowTransformer3DModel
 from anyflow.validation import brief
 
@@ -68,7 +68,7 @@ class WanTransformer3DModel(AnyFlowTransformer3DModel):
             r_embedder=False,
         )
 
-    def forward(
+    def forward(  # type: ignore[override]  # the call of another class of diffusers
         self,
         hidden_states: Tensor,
         timestep: Tensor,

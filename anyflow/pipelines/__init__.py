@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from anyflow.pipelines.pipeline import AnyFlowPipeline, VideoOutput
@@ -22,7 +22,12 @@ _MODULES = {
 __all__ = ["AnyFlowPipeline", "ModelLayout", "VideoOutput", "VideoRequest", "write_comparison", "write_video"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"anyflow.pipelines.{_MODULES[name]}"), name)
-    raise AttributeError(f"module 'anyflow.pipelines' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker that saw it would let every misspelled name pass
+
+    def __getattr__(name):
+        if name in _MODULES:
+            return getattr(importlib.import_module(f"anyflow.pipelines.{_MODULES[name]}"), name)
+        raise AttributeError(f"module 'anyflow.pipelines' has no attribute {name!r}")
+
+    def __dir__():
+        return sorted(__all__)

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from anyflow.documents import shortened
+from anyflow.checkpoints.hub import PIPELINE, SCHEDULER, TRANSFORMER, local_folder
 from anyflow.pipelines.request import ModelLayout
 from anyflow.pipelines.wan import part_folder
 from anyflow.validation import brief
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
-
-PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,13 @@ class ModelPaths:
         Raises:
             ValueError: a folder does not exist, and neither does a model of this name on the Hugging Face Hub.
         """
-        model = _local_folder(path)
-        own = transformer is None or isinstance(transformer, nn.Module)
-        other = model if own else _local_folder(transformer)  # type: ignore[arg-type]
+        if transformer is None:
+            model = local_folder(path, PIPELINE)
+            return cls(model, model, model)
+        model = local_folder(path, [pattern for pattern in PIPELINE if pattern != TRANSFORMER])
+        if isinstance(transformer, nn.Module):
+            return cls(model, model, model)
+        other = local_folder(transformer, (TRANSFORMER, SCHEDULER))
         return cls(model, other, other if os.path.isdir(other / "scheduler") else model)
 
     def layout(self, given: Mapping[str, nn.Module | None] | None = None) -> ModelLayout:
@@ -93,21 +95,3 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
         raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def _local_folder(path: str | Path) -> Path:
-    if os.path.isdir(path):
-        return Path(path)
-    if os.path.lexists(path):
-        raise ValueError(f"{shortened(path)} is not a folder of a model")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # all of the hub's, and names that cannot be
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
-        raise ValueError(
-            f"there is no folder {shortened(path)}, and no model of this name could be had from the Hugging Face Hub: "
-            f"{reason}"
-        ) from None

@@ -27,7 +27,7 @@ from anyflow.pipelines.loading import ModelPaths, resolve_device
 from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.pipeline import AnyFlowPipeline
 from anyflow.pipelines.request import MAX_SEED, VideoRequest
-from anyflow.pipelines.video import write_comparison, write_video
+from anyflow.pipelines.video import import_av, write_comparison, write_video
 from anyflow.validation import brief, finite_number, whole_number
 from anyflow.versions import differences, installed_versions
 from anyflow.writing import write_text
@@ -180,7 +180,7 @@ def sample_command(
         OSError: the system refuses to write into the folder, such as on a full disk.
         ImportError: PyAV is missing.
     """
-    import av  # noqa: F401  (missing, it would cost a video to find out)
+    import_av()  # missing, it would cost a video to find out
 
     settings.check()
     check_options(memory, resolve_device(device), compile=compile, cuda_graph=cuda_graph)

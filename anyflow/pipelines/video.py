@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from anyflow.packages import missing
 from anyflow.pipelines.frames import uint8_frames
 
 _BT709 = 1
@@ -57,7 +58,7 @@ def write_comparison(videos: Mapping[str, Path], path: str | Path) -> Path:
     """
     if not videos:
         raise ValueError("a comparison needs at least one video")
-    av = _import_av()
+    av = import_av()
     with ExitStack() as stack:
         try:
             containers = [stack.enter_context(av.open(str(file))) for file in videos.values()]
@@ -112,7 +113,7 @@ class _Grid:
 
 def _encode(frames: Iterable[np.ndarray], path: Path, rate: Fraction) -> Path:
     """``[H, W, 3]`` uint8 frames of one size to a file that is renamed into place at the end."""
-    av = _import_av()
+    av = import_av()
     if path.suffix != ".mp4":
         raise ValueError(f"videos are written as .mp4, got {path}")
     frames = iter(frames)
@@ -140,7 +141,7 @@ def _encode(frames: Iterable[np.ndarray], path: Path, rate: Fraction) -> Path:
 
 
 def _add_stream(container: Any, rate: Fraction, height: int, width: int) -> Any:
-    av = _import_av()
+    av = import_av()
     if "libx264" in av.codecs_available:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
     else:
@@ -158,9 +159,10 @@ def _rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1000)
 
 
-def _import_av() -> Any:
+def import_av() -> Any:
+    """Import PyAV, or raise ``ImportError`` with the command that installs it."""
     try:
         import av
     except ImportError as error:
-        raise ImportError("video files need PyAV: pip install 'anyflow[train]'") from error
+        raise ImportError(missing("a video file", "av"), name="av") from error
     return av

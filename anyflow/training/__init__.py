@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from anyflow.training.config import Recipe
@@ -26,7 +26,12 @@ _MODULES = {
 __all__ = ["EMA", "Recipe", "RecipeError", "TrainingError", "dump_recipe", "load_recipe", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"anyflow.training.{_MODULES[name]}"), name)
-    raise AttributeError(f"module 'anyflow.training' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker that saw it would let every misspelled name pass
+
+    def __getattr__(name):
+        if name in _MODULES:
+            return getattr(importlib.import_module(f"anyflow.training.{_MODULES[name]}"), name)
+        raise AttributeError(f"module 'anyflow.training' has no attribute {name!r}")
+
+    def __dir__():
+        return sorted(__all__)

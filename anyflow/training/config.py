@@ -339,6 +339,8 @@ class Recipe:
         activation_checkpointing: recompute the blocks in backward.
         compile: ``torch.compile`` of each block.
         device: ``"cuda"``, ``"cpu"``, or None for CUDA where there is a GPU.
+        num_threads: threads on a CPU, within its cores; one is fastest for small networks. None leaves torch's number,
+            and so does the environment's ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS``.
         seed: of every random draw of the training itself.
         log_every: steps between lines of metrics.
         loggers: beside the JSONL file, if installed.
@@ -363,6 +365,7 @@ class Recipe:
     activation_checkpointing: bool = True
     compile: bool = False
     device: str | None = None
+    num_threads: int | None = None
     seed: int = 0
     log_every: int = 10
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -372,6 +375,8 @@ class Recipe:
             require_whole(name, getattr(self, name))
         require_whole("gradient_accumulation", self.gradient_accumulation, most=MAX_BATCH)
         require_whole("seed", self.seed, least=-(2**63))
+        if self.num_threads is not None:
+            require_whole("num_threads", self.num_threads, most=MAX_SIZE)
         _require_text("out", self.out)
         if (self.stage == "on_policy") != (self.on_policy is not None):
             raise ValueError("on_policy is required with stage=on_policy, and only then")

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyflow.checkpoints import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.packages import missing
 from anyflow.training.config import FlowMapConfig, LoRAConfig, NetworkConfig, Recipe
 from anyflow.training.draws import draw_seed
 
@@ -127,7 +128,7 @@ def _choose_trained(network: AnyFlowTransformer3DModel, lora: LoRAConfig | None,
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError(f"{name} needs the package peft: pip install anyflow[train]") from error
+        raise ValueError(missing(name, "peft")) from error
     targets = _matching(network, lora.target_modules, f"{name}.target_modules")
     for target, module in targets.items():
         if not isinstance(module, nn.Linear):

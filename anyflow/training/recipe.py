@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from anyflow.documents import shortened
 from anyflow.methods import PretrainConfig
+from anyflow.packages import missing
 from anyflow.training.config import Recipe
 from anyflow.training.yaml_source import Located, RecipeError, read_file, read_override, write_yaml
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 try:
     from pydantic import TypeAdapter, ValidationError
 except ImportError as error:
-    raise ImportError("recipes need the package pydantic: pip install anyflow[train]", name="pydantic") from error
+    raise ImportError(missing("reading a recipe", "pydantic"), name="pydantic") from error
 
 __all__ = ["RecipeError", "dump_recipe", "load_recipe", "print_config"]
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from anyflow.data import TrainingData, VideoDataset, open_dataset
 from anyflow.locking import folder_lock
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.threads import torch_threads
 from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh, full_state, setup, shard_network, teardown
@@ -35,7 +36,7 @@ RECIPE_FILE = "recipe.yaml"
 
 # What may differ when a run goes on: where and how it runs, what it reports, when it ends.
 _FREE = (
-    *("out", "steps", "parallel", "device", "activation_checkpointing", "compile"),
+    *("out", "steps", "parallel", "device", "num_threads", "activation_checkpointing", "compile"),
     *("checkpoint", "preview", "log_every", "loggers"),
     *("data.num_workers", "data.batch_size", "gradient_accumulation"),
 )
@@ -56,10 +57,10 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
 
     Args:
         recipe: the run. If the folder holds one already, it must be the same but for ``out``, ``steps``, ``parallel``,
-            ``checkpoint``, ``preview``, ``device``, ``log_every``, ``loggers``, ``activation_checkpointing``,
-            ``compile``, ``data.num_workers`` and, to keep the global batch on other hardware, ``data.batch_size`` and
-            ``gradient_accumulation``; and for what a :class:`TrainingError` advises, which the checkpoints record: the
-            learning rates and warm-ups, ``precision``.
+            ``checkpoint``, ``preview``, ``device``, ``num_threads``, ``log_every``, ``loggers``,
+            ``activation_checkpointing``, ``compile``, ``data.num_workers`` and, to keep the global batch on other
+            hardware, ``data.batch_size`` and ``gradient_accumulation``; and for what a :class:`TrainingError` advises,
+            which the checkpoints record: the learning rates and warm-ups, ``precision``.
         resume: False refuses a folder that has a checkpoint.
         console: where messages go; None for the terminal.
 
@@ -73,7 +74,7 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
     console = Console() if console is None else console
     mesh = setup(recipe.parallel, recipe.device)
     try:
-        with _run_lock(mesh, Path(recipe.out)):
+        with _run_lock(mesh, Path(recipe.out)), torch_threads(recipe.num_threads):
             _train(recipe, mesh, resume, console if mesh.is_main else Console(quiet=True))
     finally:
         teardown(mesh)

@@ -18,11 +18,12 @@ from typing import Any
 
 from anyflow import recipes
 from anyflow.documents import read_text, shortened
+from anyflow.packages import missing
 
 try:
     import yaml
 except ImportError as error:
-    raise ImportError("recipes need the package pyyaml: pip install anyflow[train]", name="yaml") from error
+    raise ImportError(missing("reading a recipe", "pyyaml"), name="yaml") from error
 
 
 MAX_BYTES = 2**16

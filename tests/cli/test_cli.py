@@ -1,9 +1,12 @@
 """The command line itself: entry points, version, help."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import anyflow
 
@@ -33,3 +36,19 @@ def test_a_warning_is_one_line_and_names_can_be_shown_in_any_encoding() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.stderr == "anyflow: warning: one thing\n"
     assert done.stdout.splitlines()[1] == "\\u718a\\u732b \\udcff"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(("line", "completed"), [("anyflow do", ["doctor"]), ("anyflow demo --budget fu", ["full"])])
+def test_a_shell_completes_commands_and_choices(line: str, completed: list[str], tmp_path: Path) -> None:
+    command = tmp_path / "anyflow"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m anyflow "$@"\n')
+    command.chmod(0o755)
+    words = line.split()
+    script = (
+        'source <(anyflow --show-completion bash); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))\n'
+        '"$(complete -p anyflow | sed "s/.*-F \\([^ ]*\\).*/\\1/")" anyflow; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == completed and done.stderr == ""

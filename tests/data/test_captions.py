@@ -1,4 +1,4 @@
-"""The table of captions, as CSV and as JSON lines."""
+"""Tables of captions: CSV, TSV, JSON lines and JSON, under the names that people give the columns."""
 
 import csv
 import json
@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from anyflow.data.captions import MAX_CAPTION, Broken, Caption, read_captions, scan_captions
+from anyflow.data.captions import (
+    MAX_CAPTION,
+    Broken,
+    Caption,
+    Columns,
+    EmptyDatasetError,
+    read_captions,
+    scan_captions,
+)
 
 EXPECTED = [("a.mp4", 'A "red" disc,\nmoving'), ("sub/b.mp4", "Ein Kreuz – groß")]
 
@@ -96,19 +104,25 @@ def test_one_odd_row_is_an_error_with_its_line_and_does_not_hide_the_others(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.csv", b"file,text\na.mp4,x\n", r"c\.csv, line 1: .*'caption'"),
-        ("c.csv", b"file;caption\na.mp4;x\n", r"c\.csv, line 1: .*'caption'"),
+        ("c.csv", b"file,words\na.mp4,x\n", r"c\.csv, line 1: .*'file', 'words'.*'caption', 'text', 'prompt'"),
+        ("c.csv", b"name,text\na.mp4,x\n", r"c\.csv, line 1: .*'name', 'text'.*'file', 'file_name'.*--file-column"),
+        ("c.csv", b"file;caption\na.mp4;x\n", r"c\.csv, line 1: .*must have a comma.*with a semicolon"),
+        ("c.csv", b"file\tcaption\na.mp4\tx\n", r"c\.csv, line 1: .*must have a comma.*with a tab .*is a \.tsv"),
+        ("c.tsv", b"file,caption\na.mp4,x\n", r"c\.tsv, line 1: .*must have a tab.*with a comma"),
+        ("c.csv", b"file,text,prompt\na.mp4,x,y\n", r"\['text', 'prompt'\] could each be .*--caption-column"),
+        ("c.csv", b"path,video,text\na.mp4,x,y\n", r"\['path', 'video'\] could each be .*--file-column"),
+        ("c.jsonl", b'{"file": "a", "text": "b"}\n{"file": "a", "prompt": "b"}\n', r"\['text', 'prompt'\] could each"),
+        ("c.jsonl", b'{"clip": "a", "text": "b"}\n', r"c\.jsonl: no column of the videos: .*'clip', 'text'"),
+        ("c.json", b'"a"', "must hold a list of objects, or one object"),
+        ("c.json", b'[{"file": "a.mp4", "caption": "b"}', "cannot be read as JSON"),
+        ("c.json", b'{"a.mp4": "b", "a.mp4": "c"}', "more than once"),
         ("c.csv", b"file,caption,caption\na.mp4,x,y\n", r"line 1: the header names \['caption'\] more than once"),
-        ("c.csv", b"file,caption\n", "no captions"),
-        ("c.csv", b"", "no captions"),
         ("c.csv", b'file,caption\na.mp4,x\nb.mp4,"a disc\nc.mp4,y\nd.mp4,z\n', "line 3: .*never closed"),
         ("c.csv", "file,caption\na.mp4,schön\n".encode("latin-1"), r"c\.csv, line 2: byte 0xf6 is not UTF-8"),
         ("c.csv", "file,caption\na.mp4,x\n".encode("utf-16"), r"c\.csv, line 1: byte 0xff is not UTF-8"),
         ("c.csv", "file,caption\na.mp4,x\n".encode("utf-16-le"), r"c\.csv, line 1"),
         ("c.jsonl", '{"file": "a.mp4", "caption": "x"}\n'.encode("utf-16-le"), r"c\.jsonl, line 1"),
-        ("c.jsonl", b'[\n{"file": "a.mp4",\n"caption": "x"}\n]\n', r"c\.jsonl, line 1: .*no other line"),
-        ("c.jsonl", b"\n\n", "no captions"),
-        ("c.txt", b"", r"\.csv or \.jsonl file, got .*c\.txt"),
+        ("c.txt", b"", r"\.csv, \.tsv, \.jsonl or \.json file, or a folder .*, got .*c\.txt"),
     ],
 )
 def test_a_fault_of_the_whole_table_is_an_error(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -116,6 +130,74 @@ def test_a_fault_of_the_whole_table_is_an_error(tmp_path: Path, name: str, conte
     for read in (read_captions, scan_captions):
         with pytest.raises(ValueError, match=message):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.csv", b"", "no captions"),
+        ("c.csv", b"file,caption\n", "no captions"),
+        ("c.tsv", b"file\tcaption\n\n", "no captions"),
+        ("c.jsonl", b"\n\n", "no captions"),
+        ("c.json", b"[]", "no captions"),
+        ("c.json", b"{}", "no captions"),
+        ("c.json", b'["a", 3]', r"c\.json, entry 1: .*no object .*no other entry"),
+        ("c.jsonl", b'[\n{"file": "a.mp4",\n"caption": "x"}\n]\n', r"c\.jsonl, line 1: .*no other line"),
+    ],
+)
+def test_a_table_without_a_row_is_empty(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    for read in (read_captions, scan_captions):
+        with pytest.raises(EmptyDatasetError, match=message):
+            read(tmp_path / name)
+
+
+# Tables of others: Hugging Face's VideoFolder, the trainers of diffusers, DiffSynth, musubi-tuner, LTX and Open-Sora.
+NAMES = [
+    ("file", "caption"),
+    ("file_name", "text"),
+    ("video", "prompt"),
+    ("video_path", "caption"),
+    ("media_path", "caption"),
+    ("path", "text"),
+    ("filename", "prompt"),
+    (" File_Name", "Text "),
+]
+
+
+@pytest.mark.parametrize(("file", "caption"), NAMES)
+def test_the_columns_have_the_names_that_people_give_them(tmp_path: Path, file: str, caption: str) -> None:
+    rows = [("a.mp4", "a disc, red"), ("sub/b.mp4", "007")]
+    tables = {
+        "csv": f'{caption},id,{file}\n"a disc, red",1,a.mp4\n007,2,sub/b.mp4\n',
+        "tsv": f"{file}\t{caption}\tid\na.mp4\ta disc, red\t1\nsub/b.mp4\t007\t2\n",
+        "jsonl": "".join(json.dumps({file: f, "id": 1, caption: c}) + "\n" for f, c in rows),
+        "json": json.dumps([{caption: c, file: f} for f, c in rows]),
+    }
+    for suffix, content in tables.items():
+        path = tmp_path / f"metadata.{suffix}"
+        path.write_text(content, encoding="utf-8")
+        assert [(row.file, row.caption) for row in read_captions(path)] == rows, suffix
+
+
+def test_a_json_object_gives_the_caption_of_each_file(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"a.mp4": "a disc", "b.mp4": 3, "c.mp4": "a cross"}')
+    first, broken, last = scan_captions(tmp_path / "c.json")
+    assert (first, last) == (Caption(1, "a.mp4", "a disc"), Caption(3, "c.mp4", "a cross"))
+    assert isinstance(broken, Broken) and (broken.line, broken.file) == (2, "b.mp4")
+    with pytest.raises(ValueError, match=r"c\.json, entry 2: needs a text"):
+        read_captions(tmp_path / "c.json")
+
+
+def test_columns_of_other_names_are_named_by_the_caller(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text("clip,text,prompt,other\n0.mp4,a,b,c\n")
+    (tmp_path / "c.jsonl").write_text('{"clip": "0.mp4", "text": "a", "prompt": "b", "other": "c"}\n')
+    for name in ("c.csv", "c.jsonl"):
+        for caption, expected in (("prompt", "b"), ("other", "c")):
+            [row] = read_captions(tmp_path / name, Columns("clip", caption))
+            assert (row.file, row.caption) == ("0.mp4", expected)
+        with pytest.raises(ValueError, match=r"--caption-column names 'words', which is none of the columns: 'clip'"):
+            read_captions(tmp_path / name, Columns("clip", "words"))
 
 
 def test_a_quote_that_is_closed_too_late_costs_no_row_after_it(tmp_path: Path) -> None:

@@ -26,10 +26,11 @@ from typer.testing import CliRunner
 
 from anyflow.cli import app
 from anyflow.data import open_dataset
+from anyflow.data.captions import Broken
 from anyflow.data.encoders import TextEncoder, VideoEncoder
 from anyflow.data.latent_dataset import LatentDataset, shards
 from anyflow.data.latent_format import read_record, write_record
-from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, Broken, PreprocessReport, preprocess
+from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, NothingEncodedError, PreprocessReport, preprocess
 from anyflow.data.video import read_video
 from anyflow.pipelines.wan import clean_prompt
 from anyflow.training.config import DataConfig
@@ -367,7 +368,7 @@ def test_a_model_with_missing_or_foreign_weights_is_refused(wan_model: Path, tmp
         ({"rows_per_shard": 0}, "rows_per_shard must be >= 1, got 0"),
         ({"videos": Path("absent")}, "no folder of videos absent"),
         ({"captions": Path("absent.csv")}, "no captions file absent.csv"),
-        ({"model": Path("absent")}, "absent is not a diffusers model folder"),
+        ({"model": Path("absent")}, "there is no folder absent"),
     ],
 )
 def test_unusable_arguments_are_refused_before_anything_is_written(
@@ -385,10 +386,95 @@ def test_a_vae_that_gives_nan_breaks_its_videos_and_stores_none(videos: Path, wa
     tensors = load_file(weights)
     tensors["encoder.conv_in.bias"][0] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
-    report = preprocess(videos, table(tmp_path / "c.csv", CAPTIONS), model, tmp_path / "out", **SIZE)
-    assert {entry.reason for entry in report.broken} == {"its latents come out as NaN or infinity"}
-    with pytest.raises(ValueError, match="no videos"):
-        LatentDataset(tmp_path / "out")
+    with pytest.raises(NothingEncodedError) as caught:
+        preprocess(videos, table(tmp_path / "c.csv", CAPTIONS), model, tmp_path / "out", **SIZE)
+    assert {entry.reason for entry in caught.value.report.broken} == {"its latents come out as NaN or infinity"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["broken.jsonl"]
+
+
+def test_nothing_that_can_be_used_is_an_error_and_the_folder_is_free_for_a_mended_run(
+    videos: Path, wan_model: Path, tmp_path: Path
+) -> None:
+    out, captions = tmp_path / "out", table(tmp_path / "c.csv", {"none.mp4": "a", "1.mp4": "&nbsp;"})
+    message = r"none of the 2 captioned videos of .*c\.csv .*: line 2 of .* \(none\.mp4\): there is no such file"
+    for size in (SIZE, SIZE | {"num_frames": 5}):
+        with pytest.raises(NothingEncodedError, match=message):
+            preprocess(videos, captions, wan_model, out, **size)
+        assert [path.name for path in out.iterdir()] == ["broken.jsonl"]
+        assert len((out / "broken.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(NothingEncodedError, match="too short: 9 frames"):
+        preprocess(videos, table(captions, {"1.mp4": "a"}), wan_model, out, **SIZE | {"num_frames": 13})
+    assert preprocess(videos, captions, wan_model, out, **SIZE) == PreprocessReport(1, 0, ())
+    before = contents(out)
+    with pytest.raises(NothingEncodedError):
+        preprocess(videos, table(captions, {"none.mp4": "a"}), wan_model, out, **SIZE)
+    del before["broken.jsonl"]
+    assert {name: content for name, content in contents(out).items() if name != "broken.jsonl"} == before
+    assert LatentDataset(out).file(0) == "1.mp4"
+
+
+def test_a_run_killed_before_its_first_shard_leaves_the_folder_free(
+    videos: Path, wan_model: Path, tmp_path: Path
+) -> None:
+    out, captions = tmp_path / "out", table(tmp_path / "c.csv", {"1.mp4": "a"})
+    preprocess(videos, captions, wan_model, out, **SIZE)
+    write_record(out, dataclasses.replace(read_record(out), rows=None, shards={}))
+    for path in shards(out):
+        path.unlink()
+    assert preprocess(videos, captions, wan_model, out, **SIZE | {"num_frames": 5}).done == 1
+    assert LatentDataset(out).latent_shape[0] == 2
+
+
+def test_the_command_says_what_an_empty_result_is_with_status_1(videos: Path, wan_model: Path, tmp_path: Path) -> None:
+    runner, out, empty = CliRunner(), tmp_path / "out", tmp_path / "empty"
+    empty.mkdir()
+    common = ["preprocess", "--model", str(wan_model), "--out", str(out)]
+
+    def run(*arguments: object) -> tuple[int, str]:
+        result = runner.invoke(app, [*common, *map(str, arguments)])
+        assert result.exit_code and "Traceback" not in result.output
+        return result.exit_code, result.stderr
+
+    status, said = run("--videos", videos, "--captions", table(tmp_path / "none.csv", {"none.mp4": "a"}))
+    assert status == 1 and "none of the 1 captioned videos" in said
+    assert [path.name for path in out.iterdir()] == ["broken.jsonl"]
+    for arguments, message in (
+        (["--videos", videos, "--captions", table(tmp_path / "empty.csv", {})], "empty.csv has no captions"),
+        (["--videos", empty], "empty holds no videos"),
+        (["--videos", videos], "no captions: "),
+    ):
+        status, said = run(*arguments)
+        assert status == 1 and message in said and said.count("\n") == 1
+    (tmp_path / "odd.csv").write_text("clip,words\n0.mp4,a\n")
+    status, said = run("--videos", videos, "--captions", tmp_path / "odd.csv")
+    assert status == 2 and "'clip', 'words'" in said and "'file_name'" in said
+
+
+def test_the_command_takes_a_text_file_beside_each_video_and_columns_by_name(
+    videos: Path, wan_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("0.mp4", "1.mp4", "2.mp4"):
+        shutil.copy(videos / name, folder)
+    (folder / "0.txt").write_text("a red disc")
+    (folder / "2.txt").write_text("a cross")
+    (folder / "metadata.csv.off").write_text("")
+    size = ["--num-frames", "9", "--height", "64", "--width", "64", "--dtype", "fp32", "--device", "cpu"]
+    common = ["preprocess", "--videos", str(folder), "--model", str(wan_model), *size]
+    result = CliRunner().invoke(app, [*common, "--out", str(tmp_path / "a b")])
+    assert result.exit_code == 0, result.output
+    assert "left out: 1.mp4: it has no caption" in result.output
+    assert f"anyflow train anyflow_pretrain_t2v 'data.path={tmp_path / 'a b'}'" in result.output
+    dataset = LatentDataset(tmp_path / "a b")
+    assert [(dataset.file(row), dataset.caption(row)) for row in range(len(dataset))] == [
+        ("0.mp4", "a red disc"), ("2.mp4", "a cross")
+    ]  # fmt: skip
+    (folder / "metadata.csv").write_text("clip,text,prompt\n1.mp4,a,red\n")
+    columns = ["--file-column", "clip", "--caption-column", "prompt"]
+    result = CliRunner().invoke(app, [*common, *columns, "--out", str(tmp_path / "c")])
+    assert result.exit_code == 0, result.output
+    assert LatentDataset(tmp_path / "c").caption(0) == "red"
 
 
 def test_progress_is_shown_on_the_console_and_the_global_generator_left_alone(

@@ -178,7 +178,7 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--budget", "huge"], ["budget", "'fast'", "'full'"]),
+        (["--budget", "huge"], ["--budget", "'fast'", "'full'"]),
         (["--seed", "-1"], ["--seed", "-1"]),
         (["--out", "file.txt"], ["file.txt", "is a file"]),
         (["--out", "file.txt/below"], ["file.txt"]),
@@ -202,7 +202,7 @@ def test_mistakes_end_in_one_line_and_status_2(
     for word in words:
         assert word in result.stderr
     assert (tmp_path / "full" / "thesis.tex").read_text() == "precious"
-    if arguments[0] != "--budgets":  # typer frames its own usage errors
+    if not arguments[0].startswith("--budget"):  # typer frames its own usage errors
         assert result.stderr.count("\n") == 1
 
 

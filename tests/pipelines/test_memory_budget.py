@@ -6,7 +6,7 @@ torch.cuda.max_memory_allocated() does; not the workspaces of libraries, nor wha
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ DOCS = Path(__file__).parents[2] / "docs" / "sampling.md"
 GB = 1e9
 SEED_PEAK = 57 * GB  # of the published 14B script, on an H200
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+MODELS = {
+    "1.3B": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "14B": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+}
 LATENTS = (1, 21, 16, 60, 104)
 
 
@@ -72,6 +76,7 @@ class Budget:
 
     transformer: int
     block: int
+    num_blocks: int
     text_encoder: int
     vae: int
     encoding: int
@@ -95,14 +100,14 @@ class Budget:
 
     @property
     def streamed(self) -> int:
-        """Two blocks of forty, and what is no block."""
-        return self.transformer - 38 * self.block
+        """Two blocks, and what is no block."""
+        return self.transformer - (self.num_blocks - 2) * self.block
 
 
-def count(tiled: bool) -> Budget:
+def count(tiled: bool, architecture: Mapping[str, int] = MODELS["14B"]) -> Budget:
     """All stages at true size, with the VAE in tiles or not."""
     with torch.device("meta"):
-        transformer = AnyFlowTransformer3DModel().eval()
+        transformer = AnyFlowTransformer3DModel(**architecture).eval()
         text_encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL, feed_forward_proj="gated-gelu")).bfloat16().eval()
         vae = AutoencoderKLWan().eval()
     with torch.no_grad(), torch.device("meta"):
@@ -115,6 +120,7 @@ def count(tiled: bool) -> Budget:
     return Budget(
         transformer=sizes(in_bf16(transformer)),
         block=sizes(transformer.blocks[0]),
+        num_blocks=len(transformer.blocks),
         text_encoder=sizes(text_encoder),
         vae=sizes(vae),
         encoding=prompt(text_encoder),
@@ -253,4 +259,5 @@ def test_the_table_of_the_docs_is_this_one(budget: Budget) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(table(count(tiled=False), count(tiled=True)))
+    for name, architecture in MODELS.items():
+        print(f"\n{name}\n\n{table(count(False, architecture), count(True, architecture))}")

@@ -569,9 +569,11 @@ def test_a_name_of_the_hub_is_found_in_its_cache(model, pipe, noise, tmp_path: P
     assert torch.equal(cached(**call).frames, pipe(**call).frames)
 
 
-@pytest.mark.parametrize("name", ["runs/no-such-model", "/no/such/folder"])
-def test_a_model_that_is_nowhere_is_one_clear_error(name: str) -> None:
-    with pytest.raises(ValueError, match=f"there is no folder {name}, and no model of this name"):
+@pytest.mark.parametrize(
+    ("name", "advice"), [("runs/none", " here.*`hf download runs/none --local-dir none`"), ("/no/such/folder", "$")]
+)
+def test_a_model_that_is_nowhere_is_one_clear_error(name: str, advice: str) -> None:
+    with pytest.raises(ValueError, match=f"there is no folder {name}{advice}"):
         AnyFlowPipeline.from_pretrained(name)
 
 

@@ -399,8 +399,8 @@ def test_a_dump_has_every_value_but_the_misplaced_one() -> None:
 
 
 @pytest.mark.parametrize(("module", "package"), [("yaml", "pyyaml"), ("pydantic", "pydantic")])
-def test_an_absent_package_is_named_with_the_extra_that_has_it(module: str, package: str) -> None:
+def test_an_absent_package_is_named_with_the_command_that_installs_it(module: str, package: str) -> None:
     code = f"import sys, anyflow.methods; sys.modules[{module!r}] = None; import anyflow.training.recipe"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    want = f"ImportError: recipes need the package {package}: pip install anyflow[train]"
+    want = f"ImportError: reading a recipe needs the package {package}, which is not installed: pip install {package}"
     assert run.returncode == 1 and run.stderr.strip().endswith(want)

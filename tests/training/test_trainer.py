@@ -86,6 +86,32 @@ def _files(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
+@pytest.mark.parametrize(("environment", "threads"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 2)])
+def test_a_recipe_names_its_threads_and_the_environment_comes_first(
+    environment: dict[str, str],
+    threads: int,
+    small_recipe: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Counting(Console):
+        def print(self, *objects: object, **settings: object) -> None:
+            found.append(torch.get_num_threads())
+
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found: list[int] = []
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        train(small_recipe(tmp_path, steps=1, num_threads=1), console=Counting(quiet=True))
+        assert set(found) == {threads} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 # Going on ----------------------------------------------------------------------------------------------------------
 
 
