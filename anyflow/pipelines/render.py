@@ -281,6 +281,7 @@ class _Renderer:
             guidance_scale=settings.guidance_scale,
             seed=settings.seed,
             output_type="latent",
+            progress=False,
         )
         seconds = {"encode": self.seconds["encode"] / len(self.embeds), "sample": output.seconds["sample"]}
         assert isinstance(output.frames, Tensor)
