@@ -25,6 +25,7 @@ from anyflow.doctor.requirements import Package, hub, install_commands, packages
 from anyflow.doctor.self_check import CASES
 from anyflow.ops.backend import OPERATORS
 
+PEFT = {"train": "pip install peft"}
 DOCTOR = ("-m", "anyflow", "doctor", "--device", "cpu")
 PACKAGE = Path(anyflow.__file__).parent
 COMPILED = {"TRITON_INTERPRET": "0"}  # kernels are not interpreted, so a CPU runs none
@@ -65,7 +66,7 @@ def test_what_decides_numbers_is_listed_and_must_be_there() -> None:
 def test_a_package_that_is_missing_old_or_broken_is_a_problem_with_what_to_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("av", "peft", "yaml"):
+    for name in ("av", "peft", "pyarrow"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "ftfy", raising=False)
     (tmp_path / "ftfy.py").write_text("raise OSError('libthing.so: cannot open\\nshared object')\n")
@@ -77,9 +78,9 @@ def test_a_package_that_is_missing_old_or_broken_is_a_problem_with_what_to_run(
         "numpy": f"numpy {version} is older than 99.1, and may give other numbers: pip install --upgrade numpy",
         "av": "av is not installed, and anyflow sample needs it: pip install av",
         "peft": "peft is not installed, and anyflow train needs it: pip install peft",
-        "pyyaml": "pyyaml is not installed, and anyflow train needs it: pip install pyyaml",
+        "pyarrow": "pyarrow is not installed, and anyflow train needs it: pip install pyarrow",
     }
-    assert install_commands(packages()) == {"sample": "pip install av", "train": "pip install peft pyyaml"}
+    assert install_commands(packages()) == {"sample": "pip install av", "train": "pip install peft pyarrow"}
     encoder = video_encoder()
     assert encoder.codec is None and encoder.problem.endswith("pip install av")
 
@@ -308,8 +309,8 @@ def test_page_with_gpus_and_without_programs() -> None:
     [
         ([], 0, {}, "All is well."),
         ([], 2, {}, "All is well, with 2 warnings."),
-        ([], 0, {"train": "pip install b"}, "All is well but for this: anyflow train needs more: pip install b."),
-        (["a\nb"], 1, {"train": "pip install b"}, "1 problem."),
+        ([], 0, PEFT, "All is well but for this: anyflow train needs more: pip install peft."),
+        (["a\nb"], 1, PEFT, "1 problem."),
         (list("abcdefghijkl"), 0, {}, "12 problems."),
     ],
 )

@@ -91,11 +91,11 @@ def install_commands(found: tuple[Package, ...]) -> dict[str, str]:
 def video_encoder() -> VideoEncoder:
     """Write a small MP4 file as ``anyflow sample`` does, read it back, and say which encoder made it."""
     try:
-        import av
         import numpy as np
 
-        from anyflow.pipelines.video import write_video
+        from anyflow.pipelines.video import import_av, write_video
 
+        av = import_av()
         with tempfile.TemporaryDirectory() as folder:
             file = write_video(np.zeros((2, 16, 16, 3), np.uint8), Path(folder, "check.mp4"))
             with av.open(str(file)) as container:
