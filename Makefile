@@ -4,11 +4,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+TORCH_INDEX ?=
 
+COMMA := ,
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# A command that is silent for minutes, and beside it a line every 30 seconds with the size of the environment.
+define patiently
+@{ start=$$(date +%s); while sleep 30 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do echo "      $$(($$(date +%s) - start)) s: \
+$$(du -sh $(VENV) 2>/dev/null | cut -f 1) in $(VENV) so far"; done; } & \
+beside=$$!; trap 'kill $$beside' EXIT; trap 'exit 130' INT TERM; $(1)
+endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -17,6 +26,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS='more arguments for demo, test and bench'"
+	@echo "  TORCH_INDEX=https://download.pytorch.org/whl/cpu for a PyTorch without the libraries of CUDA"
 
 venv: $(STAMP) ## create .venv with everything that is needed for development
 
@@ -25,14 +35,17 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	and \`$(PYTHON)\` is: $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module. \
 	On Debian and Ubuntu: apt install python3-venv"; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "[1/4] Creating $(VENV) with $$($(PYTHON) --version)"; \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "[1/5] Creating $(VENV) with $$($(PYTHON) --version)"; \
 	$(PYTHON) -m venv --clear $(VENV); }
-	@echo "[2/4] Installing PyTorch (hundreds of MB the first time)"
-	@$(PIP) torch
-	@echo "[3/4] Installing the build tools"
+	@echo "      It takes 2.7 GB on the disk with a CPU build of PyTorch, and some minutes the first time"
+	@echo "[2/5] Installing PyTorch (0.2 GB to download for a CPU build; the one for CUDA has some GB of libraries)"
+	$(call patiently,$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)))
+	@echo "[3/5] Installing the build tools"
 	@$(PIP) setuptools wheel cmake ninja pybind11
-	@echo "[4/4] Building and installing anyflow, its dependencies and the development tools"
-	@$(PIP) --no-build-isolation -e ".[all,dev]"
+	@echo "[4/5] Compiling C++ (some minutes)"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@echo "[5/5] Installing anyflow, its dependencies and the development tools (0.5 GB to download)"
+	$(call patiently,$(PIP) --no-build-isolation -e ".[all$(COMMA)dev]")
 	@touch $@
 	@echo "Ready: $(VENV)"
 

@@ -35,6 +35,21 @@ def has_hooks(model: Any) -> bool:
     )
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Return the device that a module's inputs must be on: of its weights, or where hooks bring them."""
+    from diffusers.hooks.group_offloading import _get_group_onload_device
+
+    if has_hooks(module):
+        try:
+            return _get_group_onload_device(module)
+        except ValueError:  # accelerate's hooks
+            hooks = (getattr(submodule, "_hf_hook", None) for submodule in module.modules())
+            devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+            if devices:
+                return torch.device(devices[0])
+    return next(module.parameters()).device
+
+
 def widest_float(device: torch.device) -> torch.dtype:
     """fp64 where the device has it: times near 1 differ by less than fp32 resolves well."""
     return torch.float32 if device.type in ("mps", "npu") else torch.float64

@@ -12,7 +12,7 @@ import torch
 from interleave import OURS, Budget, Interleaved, Step, difference, peak_memory
 from limits import Limits
 
-LAYERS = ("ops", "model", "methods", "sampling", "loading")
+LAYERS = ("ops", "model", "methods", "sampling", "loading", "commands")
 COMPILED = "compile"  # a peer that `--no-compile` and `--quick` leave out: on a CPU it takes minutes to build
 MEMORY = ", memory"  # after a peer's name: the ratio of peak memory instead of time
 # Ours against a peer, relative to the largest element: the same mathematics, other orders of summation.

@@ -22,6 +22,7 @@ ENCODERS = ("vae/*", "text_encoder/*", "tokenizer/*")
 PIPELINE = ("model_index.json", TRANSFORMER, *ENCODERS, SCHEDULER)
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
+_LONGEST = 96  # characters of a name on the Hub
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,13 @@ class HubName:
     def parse(cls, text: str) -> HubName | None:
         """Parse ``owner/name`` or ``owner/name@revision``; None for a text that can only be a path."""
         match = _NAME.fullmatch(text)
-        if match is None or text.endswith((".json", *_WEIGHTS)) or ".." in match["repo"] or "--" in match["repo"]:
+        if (
+            match is None
+            or len(match["repo"]) > _LONGEST
+            or text.endswith((".json", *_WEIGHTS))
+            or ".." in match["repo"]
+            or "--" in match["repo"]
+        ):
             return None
         return cls(match["repo"], match["revision"])
 

@@ -46,7 +46,7 @@ def demo(
     except FloatingPointError as error:  # a student that diverged
         fail(str(error), status=1)
     except KeyboardInterrupt:
-        typer.echo("\nStopped. The same command goes on after the last finished stage.", err=True)
+        typer.echo("\nStopped. The same command goes on from there.", err=True)
         raise typer.Exit(130) from None
     if open_report and sys.stdout is not None and sys.stdout.isatty() and _has_browser():
         webbrowser.open((out / REPORT_FILE).resolve().as_uri())

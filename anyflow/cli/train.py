@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -49,18 +49,37 @@ def train(
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="New folder for the model.", show_default=False)],
-    weights: Annotated[str, typer.Option(help="'ema' (the average) or 'raw'.")] = "ema",
-    lora: Annotated[str, typer.Option(help="Adapters 'merged' into the weights, or 'separate'.")] = "merged",
+    weights: Annotated[
+        Literal["ema", "raw"], typer.Option(help="The average of the weights, or the weights themselves.")
+    ] = "ema",
+    lora: Annotated[
+        Literal["merged", "separate"], typer.Option(help="Adapters merged into the weights, or in out/lora.")
+    ] = "merged",
     format: Annotated[
-        str | None, typer.Option(help="Of separate adapters, 'diffusers' or 'comfyui'; diffusers if left out.")
+        Literal["diffusers", "comfyui"] | None,
+        typer.Option(help="Of separate adapters; diffusers if left out.", show_default=False),
     ] = None,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if left out.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder, or name on the Hugging Face Hub, of the pipeline whose VAE, text encoder and tokenizer make "
+            "OUT a whole pipeline.",
+            show_default=False,
+        ),
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy them; else they are links, and the base must stay where it is.")
+    ] = False,
 ) -> None:
-    """Write the model of a training checkpoint as a folder for diffusers."""
+    """Write the model of a training checkpoint as a folder for diffusers, with --base a whole pipeline.
+
+    anyflow export runs/dmd student --base nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers
+    """
     from anyflow.training.export import export
 
     try:
-        folder = export(run, out, weights=weights, lora=lora, format=format, step=step)  # type: ignore[arg-type]
+        folder = export(run, out, weights=weights, lora=lora, format=format, step=step, base=base, copy=copy)
     except (ValueError, ImportError) as error:
         fail(str(error))
     typer.echo(f"The model is {folder}")

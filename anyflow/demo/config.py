@@ -14,7 +14,7 @@ class Stage:
         batch_size: videos per step.
         lr: learning rate of the network that is trained (AdamW).
         betas: of AdamW.
-        ema_decay: of the average that the stage hands on.
+        ema_decay: of the average that the stage hands on; less in a short stage, which would not forget its start.
         cosine: decay the learning rate to 5 % along a cosine; else it is constant after the warm-up.
         critic_lr: learning rate of the critic (stage 2 only).
     """
@@ -34,7 +34,8 @@ class DemoConfig:
 
     ``num_threads`` (on a CPU, see :func:`anyflow.threads.torch_threads`) is 1: the network is so small that sharing its
     operators out costs more than it saves. ``num_train_timesteps`` is 100: with 1000, the time embedding of so small a
-    model aliases at the finite difference. ``epsilon`` is in timesteps of that range.
+    model aliases at the finite difference. ``epsilon`` is in timesteps of that range. A killed run goes on from a
+    checkpoint that is made every ``checkpoint_every`` updates of a stage.
     """
 
     budget: str = "full"
@@ -44,8 +45,6 @@ class DemoConfig:
     num_heads: int = 4
     head_dim: int = 16
     num_layers: int = 4
-    text_tokens: int = 4
-    text_dim: int = 32
     num_train_timesteps: int = 100
     shift: float = 3.0
     gate_value: float = 0.25
@@ -55,6 +54,7 @@ class DemoConfig:
     pretrain: Stage = Stage(steps=1100, lr=5e-3, cosine=True)
     on_policy: Stage = Stage(steps=150, batch_size=16, lr=2e-4, betas=(0.0, 0.999), ema_decay=0.98, critic_lr=5e-4)
     baseline: Stage = Stage(steps=1650, lr=5e-3, cosine=True)
+    checkpoint_every: int = 100
     step_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     samples: int = 512
     heldout: int = 1024

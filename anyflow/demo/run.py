@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from anyflow.demo.config import DemoConfig
 from anyflow.demo.evaluate import build_evaluator, evaluate_method, real_floor, samplers
 from anyflow.demo.progress import DemoProgress
 from anyflow.demo.results import REPORT_FILE, write_results
-from anyflow.demo.stages import train_flow_matching, train_on_policy, train_pretrain
+from anyflow.demo.stages import stage_recipe, train_stage
 from anyflow.demo.world import World
 from anyflow.documents import read_json
 from anyflow.evaluation import EvaluationResults, Metrics
@@ -29,8 +28,12 @@ from anyflow.writing import write_text, writing
 
 STATE_FILE = "state.json"
 
-# Seconds per step relative to a flow-matching step of batch 32, for the estimate of the time left.
-_STEP_COST = {"flow_matching": 1.0, "baseline": 1.0, "pretrain": 1.5, "on_policy": 2.8, "evaluation": 40.0}
+# Seconds per step of batch 32, and per evaluation of 512 samples, relative to a flow-matching step of batch 32: for the
+# estimate of the time left.
+_STEP_COST = {"flow_matching": 1.0, "baseline": 1.0, "pretrain": 1.5, "on_policy": 5.3, "evaluation": 23.0}
+
+_CHECKPOINTS = ("flow_matching", "pretrain", "on_policy", "baseline")  # a stage each, in their order
+_UNFINISHED = ".unfinished"  # folder of the stage that runs: where it starts, and its own checkpoints
 
 # The checkpoint that scores as each method of the report.
 _CHECKPOINT_OF = {
@@ -43,13 +46,14 @@ _CHECKPOINT_OF = {
 
 @locks_folder("out")
 def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> EvaluationResults:
-    """Train, evaluate and report into ``out``; stages that a killed run has finished are not run again.
+    """Train, evaluate and report into ``out``; what a killed run has trained is not trained again.
 
     Writes ``checkpoints/<stage>/transformer`` and ``/scheduler`` (diffusers folders), ``metrics.json``,
     ``samples/*.gif``, ``curve.png``, ``any_step.gif`` and ``report.html``.
 
     Raises:
         ValueError: ``out`` is a file, is in use, or holds something else than a run of this configuration.
+        TrainingError: a network has diverged.
         OSError: the system refuses to write, such as on a full disk; what was finished is as before.
     """
     with torch_threads(config.num_threads):
@@ -79,46 +83,39 @@ class _Run:
         for name, _, cost in plan:
             if name in self.state["finished"]:
                 self.progress.skip(name, cost)
-        self._train("flow_matching", self._flow_matching)
-        self._train("pretrain", self._pretrain)
-        self._train("on_policy", self._on_policy)
-        self._train("baseline", self._baseline)
+        for name in _CHECKPOINTS:
+            self._train(name)
         results, examples = self._evaluate()
         write_results(config, self.world, results, examples, self.out)
         self._finish("report", 0.0)
         return results
 
     def _plan(self) -> list[tuple[str, int, float]]:
-        stages = {name: getattr(self.config, name) for name in ("flow_matching", "pretrain", "on_policy", "baseline")}
+        stages = {name: getattr(self.config, name) for name in _CHECKPOINTS}
         plan = [(name, s.steps, s.steps * _STEP_COST[name] * s.batch_size / 32) for name, s in stages.items()]
         evaluations = len(_CHECKPOINT_OF) * len(self.config.step_counts)
-        return [*plan, ("evaluation", evaluations, evaluations * _STEP_COST["evaluation"])]
+        cost = evaluations * _STEP_COST["evaluation"] * self.config.samples / 512
+        return [*plan, ("evaluation", evaluations, cost)]
 
     # Stages --------------------------------------------------------------------------------------------------------
 
-    def _flow_matching(self, advance: Callable[[float], None]) -> AnyFlowTransformer3DModel:
-        return train_flow_matching(self.world, self.world.model(), self.config.flow_matching, 1, advance)
-
-    def _pretrain(self, advance: Callable[[float], None]) -> AnyFlowTransformer3DModel:
-        model = self._load("flow_matching").enable_flow_map(self.config.gate_value)
-        return train_pretrain(self.world, model, self.config.pretrain, 2, advance)
-
-    def _on_policy(self, advance: Callable[[float], None]) -> AnyFlowTransformer3DModel:
-        student, teacher = self._load("pretrain"), self._load("flow_matching")
-        return train_on_policy(self.world, student, teacher, self.config.on_policy, 3, advance)
-
-    def _baseline(self, advance: Callable[[float], None]) -> AnyFlowTransformer3DModel:
-        return train_flow_matching(self.world, self._load("flow_matching"), self.config.baseline, 4, advance)
-
-    def _train(self, name: str, train: Callable[[Callable[[float], None]], AnyFlowTransformer3DModel]) -> None:
+    def _train(self, name: str) -> None:
         if name in self.state["finished"]:
             return
+        folders = {other: self.out / "checkpoints" / other for other in _CHECKPOINTS}
+        if name == "flow_matching":
+            student = self.out / _UNFINISHED / "start"
+            self._save(student, self.world.model())
+        else:
+            student = folders["pretrain" if name == "on_policy" else "flow_matching"]
+        working = self.out / _UNFINISHED / name
+        recipe = stage_recipe(self.config, name, student, folders["flow_matching"], working)
         steps, cost = next((steps, cost) for n, steps, cost in self._plan() if n == name)
-        start = time.perf_counter()
         with self.progress.stage(name, steps, cost) as advance:
-            model = train(advance)
-        self._save(name, model)
-        self._finish(name, time.perf_counter() - start)
+            model, seconds = train_stage(self.world, recipe, advance)
+        self._save(folders[name], model)
+        self._finish(name, seconds)
+        shutil.rmtree(self.out / _UNFINISHED, ignore_errors=True)
 
     def _evaluate(self) -> tuple[EvaluationResults, dict[str, dict[int, Tensor]]]:
         world, start = self.world, time.perf_counter()
@@ -138,10 +135,9 @@ class _Run:
 
     # Files ---------------------------------------------------------------------------------------------------------
 
-    def _save(self, name: str, model: AnyFlowTransformer3DModel) -> None:
-        """Write a checkpoint completely or not at all: a run may be killed at any moment."""
-        final = self.out / "checkpoints" / name
-        partial = final.with_name(f".{name}.partial")
+    def _save(self, final: Path, model: AnyFlowTransformer3DModel) -> None:
+        """Write a model completely or not at all: a run may be killed at any moment."""
+        partial = final.with_name(f".{final.name}.partial")
         with writing(final):
             try:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -1,130 +1,118 @@
-"""The training stages of the quickstart, each a plain loop over one of the library's methods."""
+"""The quickstart's stages as recipes of the training engine, and the loop over its updates."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable
+import time
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from anyflow.demo.config import Stage
+from anyflow.data import TrainingData
+from anyflow.demo.config import DemoConfig, Stage
+from anyflow.demo.progress import Advance
 from anyflow.demo.world import World
-from anyflow.methods import AnyFlowOnPolicyMethod, AnyFlowPretrainMethod, LossOutput, OnPolicyConfig, PretrainConfig
+from anyflow.methods import OnPolicyConfig, PretrainConfig
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.training import EMA
-
-Advance = Callable[[float], None]  # called with the loss after each step
+from anyflow.training.checkpoint import Checkpointer
+from anyflow.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    EMAConfig,
+    FlowMapConfig,
+    NetworkConfig,
+    OnPolicyStageConfig,
+    OptimizerConfig,
+    Recipe,
+    SchedulerConfig,
+)
+from anyflow.training.distributed import Mesh
+from anyflow.training.networks import build_critic, build_student, build_teacher
+from anyflow.training.steps import OnPolicyStep, PretrainStep, Step
 
 _WARMUP_STEPS = 20
 
 
-def train_flow_matching(
-    world: World, model: AnyFlowTransformer3DModel, stage: Stage, stream: int, advance: Advance
-) -> AnyFlowTransformer3DModel:
-    """Plain flow matching of a single-timestep model (r = t for every sample); returns the averaged model."""
-    config = PretrainConfig(
-        diffusion_ratio=1.0, consistency_ratio=0.0, epsilon=world.config.epsilon, fuse_guidance_scale=1
-    )
-    method = AnyFlowPretrainMethod(model, world.scheduler(), config)
-    return _train_on_data(world, model, method, stage, stream, advance)
+def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, out: Path) -> Recipe:
+    """Make the recipe of a stage: ``"flow_matching"``, ``"pretrain"``, ``"on_policy"`` or ``"baseline"``.
 
-
-def train_pretrain(
-    world: World, model: AnyFlowTransformer3DModel, stage: Stage, stream: int, advance: Advance
-) -> AnyFlowTransformer3DModel:
-    """Stage 1: flow-map pretraining with the central-difference target; returns the averaged model."""
-    method = AnyFlowPretrainMethod(model, world.scheduler(), pretrain_config(world))
-    return _train_on_data(world, model, method, stage, stream, advance)
-
-
-def pretrain_config(world: World) -> PretrainConfig:
-    """The pretrain loss of stage 1, which stage 2 trains along with its own."""
-    return PretrainConfig(epsilon=world.config.epsilon, fuse_guidance_scale=1.0)
-
-
-def train_on_policy(
-    world: World,
-    model: AnyFlowTransformer3DModel,
-    teacher: AnyFlowTransformer3DModel,
-    stage: Stage,
-    stream: int,
-    advance: Advance,
-) -> AnyFlowTransformer3DModel:
-    """Stage 2: distribution matching on the flow map's own rollouts, co-trained on data; returns the averaged model."""
-    n = world.config.num_train_timesteps
-    config = OnPolicyConfig(
-        real_guidance_scale=0.0,
-        min_timestep=0.02 * n,
-        max_timestep=0.98 * n,
-        num_steps=world.config.rollout_steps,
-        cotrain_pretrain=True,
-        pretrain=pretrain_config(world),
-    )
-    critic = copy.deepcopy(teacher)
-    method = AnyFlowOnPolicyMethod(model, teacher.requires_grad_(False), critic, world.scheduler(), config)
-    student_optimizer, critic_optimizer = _adamw(model, stage, stage.lr), _adamw(critic, stage, stage.critic_lr)
-    ema, generator = EMA(model, stage.ema_decay), world.generator(stream)
-    for step in range(stage.steps):
-        latents, data_prompts = world.batch(stage.batch_size, generator)
-        prompts = world.prompts(torch.randint(world.shapes.num_classes, (stage.batch_size,), generator=generator))
-        output = method.student_loss(
-            world.noise(stage.batch_size, generator),
-            prompts,
-            latents=latents,
-            data_prompt_embeds=data_prompts,
-            generator=generator,
-            offset=step,
+    Args:
+        config: of the run.
+        name: of the stage.
+        student: folder of the network that the stage starts from.
+        teacher: folder of the real score of the on-policy stage.
+        out: folder for the checkpoints that the stage goes on from.
+    """
+    stage: Stage = getattr(config, name)
+    on_policy = None
+    if name == "on_policy":
+        n = config.num_train_timesteps
+        method = OnPolicyConfig(
+            real_guidance_scale=0.0,
+            min_timestep=0.02 * n,
+            max_timestep=0.98 * n,
+            num_steps=config.rollout_steps,
+            cotrain_pretrain=True,
         )
-        _step(model, student_optimizer, output)
-        ema.update(model)
-        with torch.no_grad():  # a fresh rollout of the updated student
-            num_steps, grad_step = method.draw_steps(generator)
-            fresh = world.noise(stage.batch_size, generator)
-            samples = method.rollout(fresh, prompts, num_steps=num_steps, grad_step=grad_step, generator=generator)
-        _step(critic, critic_optimizer, method.critic_loss(samples, prompts, generator=generator))
-        advance(output.loss.item())
-    ema.copy_to(model)
-    return model
+        critic = _optimizer(stage, stage.critic_lr)
+        on_policy = OnPolicyStageConfig(NetworkConfig(str(teacher)), method, critic_optimizer=critic)
+    return Recipe(
+        stage="on_policy" if name == "on_policy" else "pretrain" if name == "pretrain" else "teacher",
+        out=str(out),
+        student=NetworkConfig(str(student)),
+        data=DataConfig("synthetic", batch_size=stage.batch_size, num_workers=0, seed=config.seed),
+        steps=stage.steps,
+        flow_map=FlowMapConfig(config.gate_value),
+        scheduler=SchedulerConfig(config.num_train_timesteps, config.shift),
+        pretrain=PretrainConfig(epsilon=config.epsilon, fuse_guidance_scale=1.0),
+        on_policy=on_policy,
+        optimizer=_optimizer(stage, stage.lr),
+        # A short stage's average looks back over about a ninth of it: the start is forgotten.
+        ema=EMAConfig(min(stage.ema_decay, (1 + stage.steps) / (10 + stage.steps)), start_step=0),
+        checkpoint=CheckpointConfig(every=config.checkpoint_every, keep=1),
+        precision="fp32",
+        activation_checkpointing=False,
+        device=config.device,
+        num_threads=config.num_threads,
+        seed=config.seed,
+    )
 
 
-def _train_on_data(
-    world: World,
-    model: AnyFlowTransformer3DModel,
-    method: AnyFlowPretrainMethod,
-    stage: Stage,
-    stream: int,
-    advance: Advance,
-) -> AnyFlowTransformer3DModel:
-    optimizer = _adamw(model, stage, stage.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(stage, step))
-    ema, generator = EMA(model, stage.ema_decay), world.generator(stream)
-    for step in range(stage.steps):
-        latents, prompts = world.batch(stage.batch_size, generator)
-        output = method.loss(latents, prompts, generator=generator, offset=step)
-        _step(model, optimizer, output)
-        schedule.step()
-        ema.update(model)
-        advance(output.loss.item())
-    ema.copy_to(model)
-    return model
+def train_stage(world: World, recipe: Recipe, advance: Advance) -> tuple[AnyFlowTransformer3DModel, float]:
+    """Train by a recipe, from its newest checkpoint if there is one; return the averaged student and the seconds.
+
+    Raises:
+        TrainingError: a loss, a gradient or a network's output is not finite.
+    """
+    step = _build(world, recipe)
+    checkpointer = Checkpointer(Path(recipe.out), keep=recipe.checkpoint.keep)
+    done, begin = 0, time.perf_counter()
+    if (latest := checkpointer.latest()) is not None:
+        info = checkpointer.load(latest, step.tensors())
+        done, begin = info["step"], begin - info["seconds"]
+        step.resume_at(done)
+        for _ in range(done):
+            advance(None)
+    size = recipe.data.batch_size
+    data = TrainingData(world.dataset, batch_size=size, seed=recipe.data.seed, consumed=done * size)
+    for index in range(done, recipe.steps):
+        scalars = step.update([next(data)], index)
+        advance(float(scalars["loss"]))
+        if (index + 1) % recipe.checkpoint.every == 0:
+            info = {"step": index + 1, "seconds": time.perf_counter() - begin}
+            checkpointer.save(index + 1, step.tensors(), info)
+    step.ema.copy_to(step.student)
+    return step.student, time.perf_counter() - begin
 
 
-def _adamw(model: nn.Module, stage: Stage, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=stage.betas, weight_decay=0.0, fused=True)
+def _build(world: World, recipe: Recipe) -> Step:
+    mesh, negative = Mesh(world.device), world.dataset.negative_prompt_embeds
+    student = build_student(recipe).to(world.device)
+    if recipe.on_policy is None:
+        return PretrainStep(recipe, mesh, student, negative)
+    teacher = build_teacher(recipe).to(world.device)
+    critic = build_critic(recipe, teacher)
+    return OnPolicyStep(recipe, mesh, student, teacher, critic, negative)
 
 
-def _lr_factor(stage: Stage, step: int) -> float:
-    factor = min(1.0, (step + 1) / _WARMUP_STEPS)
-    if stage.cosine:
-        factor *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
-    return factor
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, output: LossOutput) -> Tensor:
-    optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return norm
+def _optimizer(stage: Stage, lr: float) -> OptimizerConfig:
+    if not stage.cosine:
+        return OptimizerConfig(lr, stage.betas)
+    return OptimizerConfig(lr, stage.betas, schedule="cosine", warmup_steps=_WARMUP_STEPS, min_lr_ratio=0.05)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anyflow.data import MovingShapes, pixel_shuffle_3d, pixel_unshuffle_3d
+from anyflow.data import MovingShapes, SyntheticVideos, pixel_shuffle_3d
 from anyflow.demo.config import DemoConfig
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
@@ -17,20 +17,14 @@ class World:
     def __init__(self, config: DemoConfig) -> None:
         self.config = config
         self.device = torch.device(config.device)
-        self.shapes = MovingShapes()
-        bank = self.shapes.templates()
-        self._latents = pixel_unshuffle_3d(bank.flatten(0, 1)).to(self.device)
-        self._positions = bank.shape[1]
-        # The "text encoder" is frozen, as in the real model: fixed random tokens per class, which the model's own text
-        # projection learns to read.
-        generator = torch.Generator().manual_seed(7)
-        tokens = torch.randn(self.shapes.num_classes, config.text_tokens, config.text_dim, generator=generator)
-        self._prompts = tokens.to(self.device)
+        self.shapes, self.dataset = MovingShapes(), SyntheticVideos()
+        rows = range(0, len(self.dataset), len(self.dataset) // self.shapes.num_classes)
+        self._prompts = torch.stack([self.dataset[row].prompt_embeds for row in rows]).to(self.device)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """``(F, C, H, W)`` of one video's latents."""
-        return tuple(self._latents.shape[1:])
+        return self.dataset.latent_shape
 
     def generator(self, stream: int) -> torch.Generator:
         """An independent stream of randomness for this run's seed, on the CPU so that devices agree."""
@@ -39,11 +33,6 @@ class World:
     def labels(self, n: int) -> Tensor:
         """``[n]`` labels, classes in turn."""
         return torch.arange(n, device=self.device) % self.shapes.num_classes
-
-    def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``n`` random videos as latents ``[n, F, C, H, W]`` and their prompts ``[n, S, text_dim]``."""
-        index = torch.randint(len(self._latents), (n,), generator=generator).to(self.device)
-        return self._latents[index], self._prompts[index // self._positions]
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """``[n, F, C, H, W]`` standard normal."""
@@ -71,7 +60,7 @@ class World:
                 attention_head_dim=config.head_dim,
                 in_channels=channels,
                 out_channels=channels,
-                text_dim=config.text_dim,
+                text_dim=self.dataset.text_shape[1],
                 freq_dim=64,
                 ffn_dim=4 * config.num_heads * config.head_dim,
                 num_layers=config.num_layers,

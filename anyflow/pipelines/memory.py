@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -47,15 +48,24 @@ class Sizes:
 
     @classmethod
     def read(
-        cls, paths: ModelPaths, transformer: nn.Module | None, dtype: torch.dtype, vae_dtype: torch.dtype
+        cls,
+        paths: ModelPaths,
+        given: Mapping[str, nn.Module | None],
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype,
     ) -> Sizes:
-        """From the headers of a model's safetensors files; ``transformer`` is a model in place of the folder's."""
+        """Count the weights by the headers of safetensors files; ``given`` are modules in place of the folder's."""
+
+        def size(part: str, folder: Path, width: int) -> int:
+            module = given.get(part)
+            return (
+                _num_parameters(folder / part) * width if module is None else sum(p.nbytes for p in module.parameters())
+            )
+
         return cls(
-            transformer=_num_parameters(paths.transformer / "transformer") * dtype.itemsize
-            if transformer is None
-            else sum(p.nbytes for p in transformer.parameters()),
-            text_encoder=_num_parameters(paths.model / "text_encoder") * dtype.itemsize,
-            vae=_num_parameters(paths.model / "vae") * vae_dtype.itemsize,
+            transformer=size("transformer", paths.transformer, dtype.itemsize),
+            text_encoder=size("text_encoder", paths.model, dtype.itemsize),
+            vae=size("vae", paths.model, vae_dtype.itemsize),
         )
 
 
@@ -105,21 +115,23 @@ class Turns:
     """Brings the transformer and the text encoder to the device when it is their turn, by a plan.
 
     Args:
-        plan: ``"fast"`` leaves both there; ``"low"`` takes the transformer away for the others, and from its second
-            turn on copies it from pinned memory; ``"stream"`` lets its weights stream in, and those of a text encoder
-            that does not fit.
+        plan: ``"fast"`` leaves both there, or to diffusers' offloading; ``"low"`` takes the transformer away for the
+            others, and from its second turn on copies it from pinned memory; ``"stream"`` lets its weights stream in,
+            and those of a text encoder that does not fit.
         device: to run on.
         cuda_graph: evaluate the transformer by a CUDA graph.
     """
 
     def __init__(self, plan: Plan, device: torch.device, cuda_graph: bool) -> None:
-        self.plan, self.device, self._cuda_graph = plan, device, cuda_graph
+        self.plan, self.device, self.cuda_graph = plan, device, cuda_graph
         self._graph: Any = None
         self._homes: list[tuple[nn.Parameter, Tensor]] = []
         self._returns = False  # the transformer has had a turn
 
     def text_encoder(self, module: nn.Module) -> nn.Module:
         """Ready to run; streaming if it must, and not only because the transformer must."""
+        if self.plan == "fast":
+            return module
         size = sum(p.nbytes for p in module.parameters()) + TEXT_WORKSPACE
         free = free_memory(self.device) if self.plan == "stream" else None
         return module.to(self.device) if free is None or free >= size else stream(module, self.device)
@@ -133,8 +145,9 @@ class Turns:
                 if self._returns and self.device.type == "cuda":  # pinning takes longer than one copy without it
                     pin_weights(module)
                 self._homes = [(p, p.data) for p in module.parameters()]
-            module.to(self.device, non_blocking=True)
-        if not self._cuda_graph:
+            if not has_hooks(module):  # diffusers' offloading brings it
+                module.to(self.device, non_blocking=True)
+        if not self.cuda_graph:
             return module
         if self._graph is None or self._graph.transformer is not module:
             from anyflow.cuda_graph import CudaGraphTransformer
@@ -156,7 +169,8 @@ class Turns:
         """Before weights are changed: nothing knows where they are after this but the module."""
         self._graph = None
         self.rest(module)
-        stop_streaming(module)
+        if self.plan == "stream":
+            stop_streaming(module)
 
 
 def stream(module: nn.Module, device: torch.device) -> nn.Module:

@@ -6,22 +6,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
+from diffusers.pipelines.anyflow.pipeline_output import AnyFlowPipelineOutput
 from torch import Tensor, nn
 
 from anyflow.pipelines.frames import context_pixels, frames_of_type
-from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_device
-from anyflow.pipelines.memory import Memory, Plan, Sizes, Turns, check_options, choose_plan, free_memory
-from anyflow.pipelines.plain_wan import load_scheduler, require_flow_map, require_one_transformer
-from anyflow.pipelines.progress import both, progress_bar, step_end_callback
+from anyflow.pipelines.parts import PipelineParts
+from anyflow.pipelines.plain_wan import flow_map_scheduler
 from anyflow.pipelines.request import (
     Generators,
-    ModelLayout,
     VideoRequest,
     context_latents,
     count_texts,
@@ -29,262 +24,137 @@ from anyflow.pipelines.request import (
     listed,
     require_one_length,
 )
-from anyflow.pipelines.wan import (
-    decode_latents,
-    encode_prompt,
-    encode_video,
-    load_text_encoder,
-    load_tokenizer,
-    load_vae,
-)
-from anyflow.sampling import Callback, Schedule, sample
-from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.pipelines.steps import StepEnd, lora_scale, progress_bar, run_steps
+from anyflow.pipelines.wan import decode_latents, encode_prompt, encode_video
+from anyflow.sampling import Callback, Schedule
 from anyflow.validation import brief
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
-    from anyflow.models import AnyFlowTransformer3DModel
-
-
-@dataclass(frozen=True)
-class VideoOutput:
-    """What a call of the pipeline gives.
+@dataclass
+class VideoOutput(AnyFlowPipelineOutput):
+    """Hold what a call of the pipeline gives.
 
     Args:
-        frames: by ``output_type``: ``"pil"`` a list of images for each prompt, ``"np"`` ``[B, F, H, W, 3]`` and
-            ``"pt"`` ``[B, F, 3, H, W]`` fp32 in [0, 1], ``"latent"`` ``[B, F', C, h, w]``.
+        frames: by ``output_type``: ``"np"`` ``[B, F, H, W, 3]`` and ``"pt"`` ``[B, F, 3, H, W]`` fp32 in [0, 1],
+            ``"pil"`` a list of images for each video, ``"latent"`` ``[B, C, F', h, w]``.
         seconds: of ``encode`` (loading the text encoder included where it is not kept), ``sample`` and ``decode``.
     """
 
-    frames: list[list[Image]] | np.ndarray | Tensor
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-class AnyFlowPipeline:
+class AnyFlowPipeline(PipelineParts):
     """A text-to-video model: ``pipe = AnyFlowPipeline.from_pretrained(path); pipe("a red panda").frames[0]``.
 
-    The same latents and frames as diffusers' pipeline of the same name (``tests/pipelines/test_pipeline.py``), except
-    that latents are frames-first, as everywhere in this library, that custom timesteps are used verbatim, and that
-    noise and latents stay fp32 between the steps of a bf16 model.
+    It is diffusers' ``AnyFlowPipeline`` (a subclass): its calls give the same videos and latents in the same layouts
+    (``tests/pipelines/test_same_calls.py``), and ``to``, offloading, LoRA and progress bars are diffusers'. Deliberate
+    differences:
+
+    - custom ``sigmas`` and ``timesteps`` are used verbatim, where diffusers shifts them once more;
+    - noise and latents stay fp32 between the steps of a bf16 model;
+    - ``from_pretrained`` loads bf16 and a VAE of fp32, on a GPU if there is one, where diffusers loads fp32 on the CPU;
+    - PIL images of ``video`` are cut to the size, not stretched;
+    - what diffusers rounds or ignores is a ``ValueError``, raised before any network runs, and NaN or infinity a
+      ``FloatingPointError``;
+    - context frames are clean in the latents that callbacks see; a callback may return None;
+    - ``save_pretrained`` writes into a new or empty folder, completely or not at all.
 
     ``transformer``, ``vae``, ``scheduler``, ``tokenizer`` and ``text_encoder`` are ordinary modules, to be looked at
     and replaced. Where ``memory`` is ``"low"`` the large ones take turns on the device: the text encoder is loaded for
     each call and freed again (the attribute is None), the transformer is loaded when it is first needed and is on the
     device while it samples, and the VAE works in tiles that bound its memory. Where it is ``"stream"``, the weights of
     the transformer, and of a text encoder that does not fit, come to the device block by block, from pinned main memory
-    and while the block before is at work.
+    and while the block before is at work. diffusers' ``enable_model_cpu_offload`` and its kin take the plan's place.
     """
 
-    def __init__(
-        self,
-        *,
-        transformer: AnyFlowTransformer3DModel | Callable[[], AnyFlowTransformer3DModel],
-        vae: Any,
-        text_encoder: nn.Module | Callable[[], nn.Module],
-        tokenizer: Any,
-        scheduler: FlowMapEulerDiscreteScheduler,
-        layout: ModelLayout,
-        device: torch.device | str = "cpu",
-        memory: Plan = "fast",
-        cuda_graph: bool = False,
-        euler: bool = False,
-    ) -> None:
-        """Put parts together; :meth:`from_pretrained` does it for a folder.
-
-        Args:
-            transformer: a module, or a function that loads it on the CPU when it is needed.
-            text_encoder: likewise.
-            vae: ``AutoencoderKLWan``.
-            tokenizer: of the text encoder.
-            scheduler: gives the schedule.
-            layout: of the model.
-            device: to run on.
-            memory: as above.
-            cuda_graph: see :meth:`from_pretrained`.
-            euler: see :meth:`from_pretrained`.
-
-        Raises:
-            ValueError: the device cannot do that.
-        """
-        self.device, self.memory, self.layout, self.euler = torch.device(device), memory, layout, euler
-        check_options(memory, self.device, compile=False, cuda_graph=cuda_graph)
-        self._turns = Turns(memory, self.device, cuda_graph)
-        self.vae, self.tokenizer, self.scheduler = vae, tokenizer, scheduler
-        self._transformer, self._text_encoder = transformer, text_encoder
-        vae.use_slicing = True  # one video fills a GPU, and its numbers do not depend on others
-        if memory == "fast":
-            self._turns.transformer(self.transformer)
-            self._turns.text_encoder(self._loaded_text_encoder())
-        else:
-            vae.enable_tiling()
-        vae.to(self.device)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-        memory: Memory = "auto",
-        transformer: AnyFlowTransformer3DModel | str | Path | None = None,
-        vae_dtype: torch.dtype = torch.float32,
-        compile: bool = False,
-        cuda_graph: bool = False,
-        euler: bool = False,
-    ) -> AnyFlowPipeline:
-        """Load a diffusers folder with ``transformer``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``.
-
-        Args:
-            path: the folder, or the name of a model on the Hugging Face Hub.
-            dtype: of the transformer and the text encoder.
-            device: to run on; None takes a GPU if there is one.
-            memory: ``"fast"`` keeps everything on the device, ``"low"`` one part at a time, ``"stream"`` two blocks of
-                one part (see the class; above 256 pixels the VAE's tiles change the decoded video slightly). ``"auto"``
-                takes the first that fits, and ``"low"`` streams if a part alone does not.
-            transformer: in place of the folder's: a model, or a folder with ``transformer`` and, if it has one,
-                ``scheduler``, as a training run leaves it.
-            vae_dtype: of the VAE. bf16 halves its time and memory, and shows.
-            compile: compile the transformer's blocks with ``torch.compile``; not while they stream.
-            cuda_graph: replay the transformer's evaluations from a graph; see
-                :class:`anyflow.cuda_graph.CudaGraphTransformer`. Not while its blocks stream.
-            euler: evaluate r = t, which is plain Euler, where a call does not say otherwise. Needed for a plain Wan
-                model, as diffusers' WanPipeline and a teacher of ``anyflow train`` have it: its own scheduler's shift
-                is taken (see :func:`anyflow.pipelines.plain_wan.load_scheduler`).
-
-        Raises:
-            ValueError: no such model, parts are missing or do not fit together, or an argument cannot be, which is
-                found before any weight is loaded.
-        """
-        target = resolve_device(device)
-        check_options(memory, target, compile=compile, cuda_graph=cuda_graph)
-        paths = ModelPaths.find(path, transformer)
-        given = transformer if isinstance(transformer, nn.Module) else None
-        layout = paths.layout(given)
-        require_one_transformer(paths.model)
-        if not euler:
-            require_flow_map(paths.transformer / "transformer", given)
-        scheduler = load_scheduler(paths.scheduler, euler=euler)
-        tokenizer = load_tokenizer(paths.model)
-        sizes = Sizes.read(paths, given, dtype, vae_dtype)
-        plan = choose_plan(memory, sizes, free_memory(target, given), compile=compile, cuda_graph=cuda_graph)
-
-        def load() -> AnyFlowTransformer3DModel:
-            network = load_transformer(paths.transformer, dtype) if given is None else given
-            if compile:
-                network.compile_repeated_blocks()
-            return network
-
-        return cls(
-            transformer=load() if plan == "fast" else load,
-            vae=load_vae(paths.model, vae_dtype),
-            text_encoder=load_text_encoder(paths.model, dtype)
-            if plan == "fast"
-            else lambda: load_text_encoder(paths.model, dtype),
-            tokenizer=tokenizer,
-            scheduler=scheduler,
-            layout=layout,
-            device=target,
-            memory=plan,
-            cuda_graph=cuda_graph,
-            euler=euler,
-        )
-
-    @property
-    def transformer(self) -> AnyFlowTransformer3DModel:
-        """The network; loaded now if it was not yet."""
-        if not isinstance(self._transformer, nn.Module):
-            self._transformer = self._transformer()
-        return cast("AnyFlowTransformer3DModel", self._transformer)
-
-    @transformer.setter
-    def transformer(self, transformer: AnyFlowTransformer3DModel) -> None:
-        self._transformer = transformer
-
-    @property
-    def text_encoder(self) -> nn.Module | None:
-        """The text encoder; None where it is loaded for each call."""
-        return self._text_encoder if isinstance(self._text_encoder, nn.Module) else None
-
-    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
-        """Merge a LoRA into the transformer; see :func:`anyflow.pipelines.lora.merge_lora`."""
-        from anyflow.pipelines.lora import merge_lora
-
-        self._turns.release(self.transformer)
-        merge_lora(self.transformer, path, scale)
-
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int = 512) -> list[Tensor]:
-        """``[1, max_sequence_length, text_dim]`` fp32 on the CPU for each prompt, zero-padded after encoding."""
+        """Encode each prompt: ``[1, max_sequence_length, text_dim]`` fp32 on the CPU, zero-padded after encoding."""
         text_encoder = self._turns.text_encoder(self._loaded_text_encoder())
         encoded = [encode_prompt(text_encoder, self.tokenizer, p, max_sequence_length) for p in prompts]
+        if self.memory == "low" and text_encoder is self.text_encoder:
+            text_encoder.to("cpu")
         return [nn.functional.pad(e, (0, 0, 0, max_sequence_length - len(e)))[None] for e in encoded]
 
+    def _get_t5_prompt_embeds(
+        self,
+        prompt: str | list[str],
+        num_videos_per_prompt: int = 1,
+        max_sequence_length: int = 226,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Encode prompts for diffusers' ``encode_prompt``, under every memory plan."""
+        encoded = torch.cat(self.encode_prompts(listed(prompt), max_sequence_length))
+        target = self._execution_device if device is None else device
+        return encoded.repeat_interleave(num_videos_per_prompt, 0).to(target, dtype)
+
     def decode(self, latents: Tensor) -> Tensor:
-        """``latents[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1] on the device, in the VAE's dtype."""
-        return decode_latents(self.vae, latents)
+        """Decode ``latents[B, C, F', h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1], in the VAE's dtype."""
+        return decode_latents(self.vae, latents.transpose(1, 2))
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        *,
+        video: Any = None,
+        video_latents: Tensor | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         height: int = 480,
         width: int = 832,
         num_frames: int = 81,
-        num_inference_steps: int | None = 4,
+        num_inference_steps: int | None = 50,
         sigmas: Schedule | None = None,
         timesteps: Schedule | None = None,
         guidance_scale: float = 1.0,
         num_videos_per_prompt: int = 1,
-        seed: int | None = None,
         generator: Generators | None = None,
-        image: Any = None,
-        video: Any = None,
-        video_latents: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        attention_kwargs: Mapping[str, Any] | None = None,
-        callback: Callback | None = None,
-        callback_on_step_end: Callable[..., Any] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        progress: bool = False,
-        max_sequence_length: int = 512,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: Mapping[str, Any] | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
         use_mean_velocity: bool | None = None,
+        *,
+        seed: int | None = None,
+        image: Any = None,
+        callback: Callback | None = None,
+        progress: bool | None = None,
     ) -> VideoOutput:
         """Make one video for each prompt, or several.
 
-        The arguments are those of diffusers' pipeline and some more; numbers may be of NumPy or torch.
+        The arguments are those of diffusers' pipeline, in its order, and behind them some more that have names only;
+        numbers may be of NumPy or torch.
 
         Args:
             prompt: one or several texts.
-            negative_prompt: one, or one for each prompt; needed, and used, only when guidance_scale is not 1.
+            video: first frames to keep, 4k + 1 of them; see :func:`anyflow.pipelines.frames.context_pixels`.
+            video_latents: their normalized latents ``[B or 1, F'', C, h, w]`` in place of them.
+            negative_prompt: one, or one for each prompt, used where guidance_scale is above 1; ``""`` if left out.
             height, width: pixels, multiples of 16.
             num_frames: 4k + 1.
             num_inference_steps: network evaluations; ignored when sigmas or timesteps are given.
             sigmas: custom schedule in [0, 1], used verbatim.
             timesteps: custom schedule in [0, 1000], used verbatim.
-            guidance_scale: 1 (no guidance) for checkpoints with guidance distilled in.
+            guidance_scale: up to 1 (no guidance) for checkpoints with guidance distilled in.
             num_videos_per_prompt: videos of a prompt come one behind another.
-            seed: of the noise, on any device the same; with neither seed nor generator it is fresh.
             generator: draws the noise as diffusers' pipelines do; or a list with one for each video.
-            image, video: first frames to keep, 4k + 1 of them; see :func:`anyflow.pipelines.frames.context_pixels`.
-            video_latents: their normalized latents ``[B or 1, F'', C, h, w]`` in place of them.
-            output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``; see :class:`VideoOutput`.
-            return_dict: False returns a tuple of the frames.
-            attention_kwargs: None; LoRAs are merged, with their scale, by :meth:`load_lora`.
-            callback: of :func:`anyflow.sampling.sample`.
-            callback_on_step_end, callback_on_step_end_tensor_inputs: diffusers' form of it; it can replace latents.
-            progress: show a bar of the steps.
-            max_sequence_length: tokens after which prompts are cut off; trained models expect 512.
-            latents: noise, ``[B, F', C, h, w]``, in place of seed and generator. Never written.
+            latents: noise, ``[B, C, F', h, w]``, in place of a draw. Never written.
             prompt_embeds: ``[B, S, text_dim]`` in place of prompt, as :meth:`encode_prompts` gives them.
             negative_prompt_embeds: ``[B or 1, S, text_dim]`` in place of negative_prompt.
+            output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``; see :class:`VideoOutput`.
+            return_dict: False returns a tuple of the frames.
+            attention_kwargs: None, or ``{"scale": s}`` of LoRAs that are loaded and not merged.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: see :class:`anyflow.pipelines.steps.StepEnd`.
+            max_sequence_length: tokens after which prompts are cut off; trained models expect 512.
             use_mean_velocity: False evaluates r = t, plain Euler; None does so where ``euler`` was given on loading.
+            seed: of the noise, on any device the same; with neither seed, generator nor latents it is fresh.
+            image: one first frame to keep, in place of video.
+            callback: of :func:`anyflow.sampling.sample`.
+            progress: show a bar of the steps, or do not; None shows it as ``set_progress_bar_config`` says.
 
         Raises:
             ValueError: something cannot work; raised before any network runs.
@@ -294,6 +164,9 @@ class AnyFlowPipeline:
         prompts = count_texts("prompt", prompt, prompt_embeds, self.layout.text_dim)
         if prompts is None:
             raise ValueError("give prompt or prompt_embeds")
+        negatives = count_texts("negative_prompt", negative_prompt, negative_prompt_embeds, self.layout.text_dim)
+        if negatives is None:
+            negative_prompt, negatives = "", 1
         request = VideoRequest(
             height,
             width,
@@ -305,54 +178,57 @@ class AnyFlowPipeline:
             num_videos_per_prompt,
             max_sequence_length,
             output_type,
-            negatives=count_texts("negative_prompt", negative_prompt, negative_prompt_embeds, self.layout.text_dim),
+            negatives=negatives,
         )
         request.check(self.layout, batch_size=prompts)
-        schedule = request.schedule(self.scheduler)
-        if attention_kwargs:
-            raise ValueError(
-                f"attention_kwargs must be None, got {attention_kwargs}: load_lora(path, scale) sets a LoRA's scale"
-            )
+        scheduler = flow_map_scheduler(self.scheduler)
+        schedule = request.schedule(scheduler)
+        mean_velocity = not self.euler if use_mean_velocity is None else use_mean_velocity
+        if mean_velocity and not self.layout.flow_map:
+            raise ValueError("a plain Wan model knows r = t only: leave out use_mean_velocity=True")
         context, given_latents = self._context(request, prompts, image, video, video_latents)
-        if request.guidance_scale == 1:
+        if not request.guided:
             negative_prompt = negative_prompt_embeds = None
         require_one_length(prompt_embeds, negative_prompt, negative_prompt_embeds, request.max_sequence_length)
-        several = request.num_videos_per_prompt
-        noise = initial_noise(
-            request.latent_shape(self.layout, prompts * several), self.device, seed, generator, latents
-        )
-        after_step = partial(
-            step_end_callback, self, callback_on_step_end, callback_on_step_end_tensor_inputs, callback
-        )
-        after_step({})  # refuses what cannot be
+        several, device = request.num_videos_per_prompt, self._execution_device
+        noise = initial_noise(request.latent_shape(self.layout, prompts * several), device, seed, generator, latents)
+        step_end = StepEnd(callback, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        with lora_scale(None, attention_kwargs):
+            pass  # refuses what cannot be
+        self._guidance_scale, self._attention_kwargs, self._interrupt = request.guidance_scale, attention_kwargs, False
+        self._num_timesteps = len(schedule) - 1
+        scheduler.set_timesteps(sigmas=schedule, device=device)
 
         seconds: dict[str, float] = {}
         with self.timed("encode", seconds):
-            texts = self._texts(
-                prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, request.max_sequence_length
-            )
+            length = request.max_sequence_length
+            texts = self._texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, length)
             given_latents = given_latents if context is None else encode_video(self.vae, context)
         text, negative, given_latents = (_repeated(x, prompts, several) for x in (*texts, given_latents))
         assert text is not None
-        embeds = {"prompt_embeds": text, "negative_prompt_embeds": negative}
-        steps = len(schedule) - 1
-        with self.timed("sample", seconds), self._sampling() as network, progress_bar(progress, steps) as advance:
-            result = sample(
+        with (
+            self.timed("sample", seconds),
+            self._sampling(attention_kwargs) as network,
+            progress_bar(self, len(schedule) - 1, progress) as advance,
+        ):
+            result = run_steps(
+                self,
                 network,
-                self.scheduler,
+                scheduler,
                 noise,
                 text,
-                sigmas=schedule,
-                guidance_scale=request.guidance_scale,
-                negative_prompt_embeds=negative,
-                context_latents=given_latents,
-                use_mean_velocity=not self.euler if use_mean_velocity is None else use_mean_velocity,
-                callback=both(after_step(embeds), advance),
+                None if negative is None else negative.expand(len(noise), -1, -1),
+                schedule=schedule,
+                context=given_latents,
+                use_mean_velocity=mean_velocity,
+                step_end=step_end,
+                advance=advance,
             )
-        frames: Any = result
+        frames: Any = result.transpose(1, 2)
         if output_type != "latent":
             with self.timed("decode", seconds):
-                frames = frames_of_type(self.decode(result), output_type)
+                frames = frames_of_type(self.decode(frames), output_type)
+        self.maybe_free_model_hooks()
         return VideoOutput(frames, seconds) if return_dict else cast(Any, (frames,))
 
     def _context(
@@ -389,17 +265,16 @@ class AnyFlowPipeline:
         text = torch.cat(encoded[: len(prompts)]) if prompts else embeds
         negative = torch.cat(encoded[len(prompts) :]) if negatives else negative_embeds
         assert text is not None
-        return text.to(self.device), None if negative is None else negative.to(self.device)
-
-    def _loaded_text_encoder(self) -> nn.Module:
-        return self._text_encoder if isinstance(self._text_encoder, nn.Module) else self._text_encoder()
+        device = self._execution_device
+        return text.to(device), None if negative is None else negative.to(device)
 
     @contextmanager
-    def _sampling(self) -> Iterator[Any]:
-        """The transformer, or its graph, on the device."""
+    def _sampling(self, attention_kwargs: Mapping[str, Any] | None) -> Iterator[Any]:
+        """Bring the transformer, or its graph, to the device."""
         transformer = self.transformer
         try:
-            yield self._turns.transformer(transformer)
+            with lora_scale(transformer, attention_kwargs):
+                yield self._turns.transformer(transformer)
         finally:
             self._turns.rest(transformer)
 
@@ -408,8 +283,8 @@ class AnyFlowPipeline:
         """Add the time that a block takes, until the device has done its work, to ``seconds``."""
         start = time.perf_counter()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if (device := self._execution_device).type == "cuda":
+            torch.cuda.synchronize(device)
         seconds[name] = time.perf_counter() - start
 
 

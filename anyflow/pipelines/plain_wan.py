@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -64,6 +65,19 @@ def require_one_transformer(model: Path) -> None:
             f"{shortened(model)} has two transformers (transformer/ and transformer_2/, as Wan 2.2), and this pipeline "
             "samples with one; use diffusers' WanPipeline, which anyflow.accelerate makes faster"
         )
+
+
+def flow_map_scheduler(scheduler: Any) -> FlowMapEulerDiscreteScheduler:
+    """Return this library's scheduler with the settings of diffusers' class of the same name; its own as it is.
+
+    Raises:
+        ValueError: it is another scheduler.
+    """
+    if isinstance(scheduler, FlowMapEulerDiscreteScheduler):
+        return scheduler
+    if type(scheduler).__name__ != _SCHEDULER:
+        raise ValueError(f"scheduler must be a {_SCHEDULER}, got {type(scheduler).__name__}")
+    return FlowMapEulerDiscreteScheduler.from_config(scheduler.config)
 
 
 def load_scheduler(model: Path, *, euler: bool = False) -> FlowMapEulerDiscreteScheduler:

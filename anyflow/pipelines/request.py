@@ -21,6 +21,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_SEQUENCE_LENGTH = 4096  # the encoder's attention takes memory by the square of it; trained models know 512
 MAX_SEED = 2**63 - 1
 _LARGEST_SIZE = 2**20  # that a configuration file may say
+_SIZED_PARTS = ("transformer", "vae", "text_encoder")
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -36,6 +37,7 @@ class ModelLayout:
         patch_size: latent (frames, rows, columns) of a token.
         max_positions: most tokens along any of the three axes.
         text_dim: width of the prompt embeddings.
+        flow_map: False for a plain Wan model, which knows r = t only.
     """
 
     channels: int
@@ -44,44 +46,54 @@ class ModelLayout:
     patch_size: tuple[int, int, int]
     max_positions: int
     text_dim: int
+    flow_map: bool = True
 
     @classmethod
-    def read(cls, model: Path, transformer: Path | Mapping[str, Any] | None = None) -> ModelLayout:
-        """Of a diffusers folder.
+    def read(cls, model: Path, given: Mapping[str, Path | Mapping[str, Any] | None] | None = None) -> ModelLayout:
+        """Read the layout off a diffusers folder.
 
         Args:
             model: the folder.
-            transformer: another transformer's folder, or its configuration; None takes the model's own.
+            given: other folders, or configurations, of ``transformer``, ``vae`` and ``text_encoder``; None takes the
+                model's own.
 
         Raises:
             ValueError: a configuration is missing or broken, or the parts do not fit together.
         """
-        vae = _config(model / "vae")
-        text_encoder = _config(model / "text_encoder")
-        if transformer is None:
-            transformer = model / "transformer"
-        config = _config(transformer) if isinstance(transformer, Path) else transformer
-        patch_size = config.get("patch_size", (1, 2, 2))
+        parts = [(given or {}).get(part) for part in _SIZED_PARTS]
+        folders = [model / name if part is None else part for name, part in zip(_SIZED_PARTS, parts, strict=True)]
+        return cls.of(model, *(_config(part) if isinstance(part, Path) else part for part in folders))
+
+    @classmethod
+    def of(
+        cls, model: Path | str, transformer: Mapping[str, Any], vae: Mapping[str, Any], text_encoder: Mapping[str, Any]
+    ) -> ModelLayout:
+        """Read the layout off the configurations of three parts; ``model`` names them in errors.
+
+        Raises:
+            ValueError: a size is not possible, or the parts do not fit together.
+        """
+        patch_size = transformer.get("patch_size", (1, 2, 2))
         if not isinstance(patch_size, Sequence) or len(patch_size) != 3:
             raise ValueError(f"{model}: patch_size of the transformer must be three numbers, got {brief(patch_size)}")
         frames, rows, columns = (
             whole_number(f"{model}: patch_size of the transformer", p, high=_LARGEST_SIZE) for p in patch_size
         )
         layout = cls(
-            channels=_size(model, "transformer", config, "in_channels", 16),
+            channels=_size(model, "transformer", transformer, "in_channels", 16),
             temporal_factor=_size(model, "vae", vae, "scale_factor_temporal", 4),
             spatial_factor=_size(model, "vae", vae, "scale_factor_spatial", 8),
             patch_size=(frames, rows, columns),
-            max_positions=_size(model, "transformer", config, "rope_max_seq_len", 1024),
-            text_dim=_size(model, "transformer", config, "text_dim", 4096),
+            max_positions=_size(model, "transformer", transformer, "rope_max_seq_len", 1024),
+            text_dim=_size(model, "transformer", transformer, "text_dim", 4096),
         )
-        for part, given, wanted, name in (
+        for part, found, wanted, name in (
             ("vae", vae.get("z_dim", 16), layout.channels, "channels"),
             ("text_encoder", text_encoder.get("d_model"), layout.text_dim, "text dimensions"),
         ):
-            if given != wanted:
+            if found != wanted:
                 raise ValueError(
-                    f"{shortened(model)}: {part} has {brief(given)} {name}, but the transformer takes {wanted}"
+                    f"{shortened(model)}: {part} has {brief(found)} {name}, but the transformer takes {wanted}"
                 )
         return layout
 
@@ -112,13 +124,13 @@ class VideoRequest:
     height: int = 480
     width: int = 832
     num_frames: int = 81
-    num_inference_steps: int | None = 4
+    num_inference_steps: int | None = 50
     sigmas: Schedule | None = None
     timesteps: Schedule | None = None
     guidance_scale: float = 1.0
     num_videos_per_prompt: int = 1
     max_sequence_length: int = 512
-    output_type: str = "pil"
+    output_type: str = "np"
     negatives: int | None = None
     context_frames: int = 0
 
@@ -149,9 +161,9 @@ class VideoRequest:
             ValueError: it cannot.
         """
         self._check_size(layout)
-        if not self.guidance_scale > 0:
-            raise ValueError(f"guidance_scale must be > 0 (1 means no guidance), got {self.guidance_scale}")
-        if self.guidance_scale != 1 and self.negatives is None:
+        if not self.guidance_scale >= 0:
+            raise ValueError(f"guidance_scale must be >= 0 (up to 1 means no guidance), got {self.guidance_scale}")
+        if self.guided and self.negatives is None:
             raise ValueError(f"guidance_scale={self.guidance_scale:g} needs a negative_prompt; '' is one")
         if self.negatives not in (None, 1, batch_size):
             raise ValueError(
@@ -159,6 +171,11 @@ class VideoRequest:
             )
         if not isinstance(self.output_type, str) or self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {brief(self.output_type)}")
+
+    @property
+    def guided(self) -> bool:
+        """True above a scale of 1, as in diffusers: the network is then evaluated for the negative prompt too."""
+        return self.guidance_scale > 1
 
     def latent_shape(self, layout: ModelLayout, batch_size: int) -> tuple[int, int, int, int, int]:
         """Return the shape ``[B, F', C, h, w]`` of the latents of so many videos."""
@@ -238,25 +255,28 @@ def initial_noise(
     """Draw or take the noise ``[B, F', C, h, w]`` that sampling starts from, fp32 at least.
 
     Args:
-        shape: of the result.
+        shape: of the result, frames first.
         device: of the result.
         seed: of one generator for the batch.
         generator: one for the batch, or a list with one for each video, whose draws do not depend on the others. They
             draw on their own devices, ``[B, C, F', h, w]`` as diffusers' pipelines do.
-        latents: taken in place of a draw.
+        latents: ``[B, C, F', h, w]``, taken in place of a draw; a generator beside them draws nothing.
 
     Raises:
-        ValueError: more than one of them is given, a list has another length, or one is not what it should be.
+        ValueError: a seed is given beside another one, a list has another length, or one is not what it should be.
     """
-    if sum(given is not None for given in (seed, generator, latents)) > 1:
+    if seed is not None and not (generator is None and latents is None):
         raise ValueError("give one of seed, generator and latents")
-    if latents is not None:
-        if not isinstance(latents, Tensor) or latents.shape != shape or not latents.is_floating_point():
-            got = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else brief(latents)
-            raise ValueError(f"latents must be [B, F', C, h, w] = {shape} (frames first) floating point, got {got}")
-        return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
     batch_size, frames, *rest = shape
     channels_first = (rest[0], frames, *rest[1:])
+    if latents is not None:
+        expected = (batch_size, *channels_first)
+        if not isinstance(latents, Tensor) or latents.shape != expected or not latents.is_floating_point():
+            got = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else brief(latents)
+            raise ValueError(
+                f"latents must be [B, C, F', h, w] = {expected} (channels first) floating point, got {got}"
+            )
+        return latents.to(device, torch.promote_types(latents.dtype, torch.float32)).transpose(1, 2)
     if isinstance(generator, (list, tuple)):
         if not all(isinstance(g, torch.Generator) for g in generator):
             raise ValueError(f"generator must be a torch.Generator or a list of them, got {brief(generator)}")
@@ -314,7 +334,7 @@ def _nearest(size: int, multiple: int, offset: int) -> str:
     return "; the nearest are " + " and ".join(str(n) for n in (lower, lower + multiple) if n > 0)
 
 
-def _size(model: Path, part: str, config: Mapping[str, Any], name: str, default: int) -> int:
+def _size(model: Path | str, part: str, config: Mapping[str, Any], name: str, default: int) -> int:
     return whole_number(f"{model}: {name} of the {part}", config.get(name, default), high=_LARGEST_SIZE)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anyflow.documents import require_content, shortened
+from anyflow.network import execution_device
 from anyflow.validation import FiniteCheck, brief, numbered, overflow_advice
 from anyflow.versions import require_ftfy
 
@@ -91,7 +92,7 @@ def encode_prompt(text_encoder: Any, tokenizer: Any, prompt: str, max_sequence_l
         truncation=True,
         return_attention_mask=True,
         return_tensors="pt",
-    ).to(text_encoder.device)
+    ).to(execution_device(text_encoder))
     embeds = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
     return embeds[0, : int(tokens.attention_mask.sum())].float().cpu()
 
@@ -103,7 +104,7 @@ def encode_video(vae: Any, pixels: Tensor) -> Tensor:
     The mean of the posterior, minus ``latents_mean`` and over ``latents_std`` of each channel, as diffusers' Wan
     and AnyFlow pipelines do (``test_stored_latents_are_those_of_the_anyflow_pipeline``).
     """
-    latents = vae.encode(pixels.to(vae.device, vae.dtype).transpose(1, 2)).latent_dist.mode()
+    latents = vae.encode(pixels.to(execution_device(vae), vae.dtype).transpose(1, 2)).latent_dist.mode()
     mean, std = _statistics(vae, latents)
     return ((latents - mean) * (1 / std)).transpose(1, 2)
 
@@ -115,7 +116,7 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     Raises:
         FloatingPointError: what the VAE returns holds NaN or infinity, or the latents do; the host waits for it.
     """
-    latents = latents.to(vae.device, vae.dtype).transpose(1, 2)
+    latents = latents.to(execution_device(vae), vae.dtype).transpose(1, 2)
     mean, std = _statistics(vae, latents)
     finite = FiniteCheck()
     finite.note("latents to be decoded", latents)

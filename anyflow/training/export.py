@@ -13,6 +13,7 @@ from torch import Tensor
 from anyflow.checkpoints.names import ORIGINAL
 from anyflow.checkpoints.saving import new_folder, require_empty, write_transformer
 from anyflow.locking import locks_folder
+from anyflow.pipelines.folder import Base, write_scheduler
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.checkpoint import Checkpointer, CheckpointError, complete_checkpoints
 
@@ -39,8 +40,13 @@ def export(
     lora: LoRA = "merged",
     format: LoRAFormat | None = None,
     step: int | None = None,
+    base: str | Path | None = None,
+    copy: bool = False,
 ) -> Path:
     """Write the student of a run's checkpoint as ``out/transformer`` and ``out/scheduler``, in one process.
+
+    With ``base``, ``out`` is a whole pipeline, which :meth:`AnyFlowPipeline.from_pretrained
+    <anyflow.pipelines.AnyFlowPipeline.from_pretrained>` and diffusers load.
 
     Args:
         run: folder of the run, with ``recipe.yaml`` and ``checkpoints``.
@@ -48,13 +54,16 @@ def export(
         weights: the average, or the parameters themselves.
         lora, format: as for :func:`write_model`.
         step: of the checkpoint; None takes the newest.
+        base: a diffusers folder, or the name of a model on the Hugging Face Hub, that gives ``vae``, ``text_encoder``
+            and ``tokenizer``; None writes neither.
+        copy: copy these; else they are links to the base's folders, which must stay where they are.
 
     Returns:
         ``out``.
 
     Raises:
         ValueError: an option or the recipe is wrong, ``out`` is in use, there is no such checkpoint, or it is
-            damaged; or as :func:`write_model`.
+            damaged; the base lacks a part, or its parts do not fit the student; or as :func:`write_model`.
         OSError: as :func:`write_model`.
     """
     from anyflow.training.networks import build_student
@@ -69,14 +78,19 @@ def export(
         raise ValueError(f"{run} is not the folder of a run: it has no recipe.yaml")
     checkpoint = _choose_checkpoint(run / "checkpoints", step)
     recipe = load_recipe(run / "recipe.yaml")
+    if copy and base is None:
+        raise ValueError("copy is of the parts that base gives: give base, too")
+    parts = None if base is None else Base.open(base)
     student = build_student(recipe)
+    if parts is not None:
+        parts.require_fit(student.config)
 
     prefix = _PREFIXES[weights]
     tensors = {f"{prefix}{name}": torch.empty_like(p) for name, p in _trained(student).items()}
     Checkpointer(checkpoint.parent, keep=1).load(checkpoint, tensors, prefix=prefix)
     scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))
     trained = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return write_model(student, trained, scheduler, out, lora=lora, format=format)
+    return write_model(student, trained, scheduler, out, lora=lora, format=format, base=parts, copy=copy)
 
 
 def write_model(
@@ -86,6 +100,8 @@ def write_model(
     out: Path,
     lora: LoRA = "merged",
     format: LoRAFormat | None = None,
+    base: Base | None = None,
+    copy: bool = False,
 ) -> Path:
     """Write a model as a diffusers folder, completely or not at all.
 
@@ -103,6 +119,7 @@ def write_model(
         format: of separate adapters. ``"diffusers"``, which None means, is for a pipeline's ``load_lora_weights`` or
             ``load_lora_adapter(folder, use_safetensors=True)``; ``"comfyui"`` is one file in the original Wan's names,
             with an alpha for each layer. :func:`anyflow.pipelines.lora.merge_lora` reads both.
+        base, copy: what makes ``out`` a whole pipeline, and whether its parts are copied; None leaves them out.
 
     Returns:
         ``out``.
@@ -118,6 +135,11 @@ def write_model(
     adapters = _ADAPTER in getattr(student, "peft_config", {})
     if lora == "separate" and not adapters:
         raise ValueError("lora='separate' needs a student with adapters; this one was trained in full")
+    gated = student.config.r_embedder_fusion == "gated"
+    if base is not None and not gated:
+        raise ValueError(
+            f"diffusers has no model whose times are fused as {student.config.r_embedder_fusion!r}: leave out base"
+        )
     _fill(student, tensors)
 
     with new_folder(out) as partial:
@@ -128,11 +150,14 @@ def write_model(
             else:
                 student.fuse_lora(adapter_names=[_ADAPTER])
             student.unload_lora()
-        if student.config.r_embedder_fusion == "gated":
+        if gated:
             write_transformer(student, partial / "transformer")
         else:  # diffusers has no such model; ours has
             student.save_pretrained(partial / "transformer")
-        scheduler.save_pretrained(partial / "scheduler")
+        plain = base is not None and not student.config.r_embedder
+        write_scheduler(scheduler, partial, plain=plain)
+        if base is not None:
+            base.add_to(partial, plain=plain, copy=copy)
     return out
 
 

@@ -156,11 +156,11 @@ def test_an_empty_dataset_is_refused() -> None:
 def test_the_videos_and_prompts_are_those_of_the_quickstart() -> None:
     dataset = open_dataset(DataConfig(kind="synthetic"))
     world = World(DemoConfig())
-    rows = torch.randint(len(world.shapes.templates().flatten(0, 1)), (24,), generator=torch.Generator().manual_seed(1))
-    latents, prompts = world.batch(24, torch.Generator().manual_seed(1))
-    samples = [dataset[int(row)] for row in rows]
-    assert torch.equal(torch.stack([sample.latents for sample in samples]), latents)
-    assert torch.equal(torch.stack([sample.prompt_embeds for sample in samples]), prompts)
+    videos, labels = world.shapes.sample(24, torch.Generator().manual_seed(1))
+    decoded = world.decode(torch.stack([sample.latents for sample in (dataset[row] for row in range(len(dataset)))]))
+    for video, label, prompt in zip(videos, labels, world.prompts(labels), strict=True):
+        (row,) = [row for row in range(len(dataset)) if torch.equal(decoded[row], video)]
+        assert row // 144 == label and torch.equal(dataset[row].prompt_embeds, prompt)
     assert len(dataset) == 4 * 144
 
 

@@ -1,5 +1,6 @@
 """The quickstart end to end on tiny budgets: files, resuming after a real kill, determinism, and mistakes."""
 
+import io
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from typer.testing import CliRunner
 
 from anyflow.cli import app
 from anyflow.demo import DemoConfig, DemoProgress, finished_report, run_demo
+from anyflow.demo.progress import Advance
 from anyflow.evaluation import EvaluationResults
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.training import TrainingError
 
 STAGES = ("flow_matching", "pretrain", "on_policy", "baseline")
 
@@ -33,11 +36,37 @@ STAGES = ("flow_matching", "pretrain", "on_policy", "baseline")
 TINY = """
 from dataclasses import replace
 from anyflow.demo import DemoConfig
-base = DemoConfig(num_layers=1, num_heads=2, samples=64, heldout=64, step_counts=(1, 4))
+base = DemoConfig(num_layers=1, num_heads=2, samples=64, heldout=64, step_counts=(1, 4), checkpoint_every=2)
 stages = {name: replace(getattr(base, name), steps=6, batch_size=8) for name in
           ("flow_matching", "pretrain", "on_policy", "baseline")}
 tiny = replace(base, **stages)
 """
+
+KILLED = (
+    TINY
+    + """
+import os, signal, sys
+from contextlib import contextmanager
+from pathlib import Path
+from rich.console import Console
+from anyflow.demo import DemoProgress, run_demo
+
+class Killed(DemoProgress):
+    @contextmanager
+    def stage(self, name, steps, cost):
+        with super().stage(name, steps, cost) as advance:
+            losses = []
+            def counted(loss):
+                losses.append(loss)
+                if (name, len(losses)) == ("pretrain", 5):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                advance(loss)
+            yield counted
+
+with Killed(Console(quiet=True)) as progress:
+    run_demo(tiny, Path(sys.argv[1]), progress)
+"""
+)
 
 
 def tiny_config() -> DemoConfig:
@@ -56,6 +85,27 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "run"
     run(tiny_config(), out)
     return out
+
+
+class Interrupted(DemoProgress):
+    """Ctrl-C as the third stage begins."""
+
+    def stage(self, name: str, steps: int, cost: float) -> AbstractContextManager[Advance]:
+        if name == "on_policy":
+            raise KeyboardInterrupt
+        return super().stage(name, steps, cost)
+
+
+class Log(io.StringIO):
+    """Text of a run without a terminal, and the threads of torch when each piece of it was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: set[int] = set()
+
+    def write(self, text: str) -> int:
+        self.threads.add(torch.get_num_threads())
+        return super().write(text)
 
 
 def test_folder_holds_everything_promised(finished: Path) -> None:
@@ -88,12 +138,26 @@ def test_checkpoints_are_diffusers_folders(finished: Path) -> None:
     assert teacher.condition_embedder.delta_embedder is None
 
 
-def test_same_seed_same_numbers_and_other_seed_other_numbers(finished: Path, tmp_path: Path) -> None:
-    first = EvaluationResults.load(finished / "metrics.json")
-    again = run(tiny_config(), tmp_path / "again")
-    other = run(replace(tiny_config(), seed=1), tmp_path / "other")
-    assert again.curves == first.curves
-    assert other.curves != first.curves
+def test_other_seed_other_weights_and_the_log_says_how_far_it_is(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with the same seed has the same numbers: those that go on, below, show it."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    log = Log()
+    with pytest.raises(KeyboardInterrupt), Interrupted(Console(file=log, width=200), line_seconds=0.0) as progress:
+        run_demo(replace(tiny_config(), seed=1), tmp_path / "other", progress)
+    weights = Path("checkpoints", "pretrain", "transformer", "diffusion_pytorch_model.safetensors")
+    assert (tmp_path / "other" / weights).read_bytes() != (finished / weights).read_bytes()
+    line = r"everything: \d+ %, .* left; stage 1: flow-map pretraining: step 3 of 6, 50 %, .* left, loss \d+\.\d+"
+    assert re.search(line, log.getvalue())
+    assert log.threads == {1, torch.get_num_threads()} and torch.get_num_threads() == 2  # outside of the run
+
+
+def test_a_network_that_diverges_ends_the_run(tmp_path: Path) -> None:
+    config = tiny_config()
+    with pytest.raises(TrainingError, match="of the student"):
+        run(replace(config, flow_matching=replace(config.flow_matching, lr=1e30, cosine=False)), tmp_path / "run")
 
 
 def test_finished_folder_is_recognized_and_other_settings_are_refused(finished: Path) -> None:
@@ -103,30 +167,23 @@ def test_finished_folder_is_recognized_and_other_settings_are_refused(finished: 
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_after_the_last_finished_stage(finished: Path, tmp_path: Path) -> None:
+def test_killed_run_goes_on_within_its_stage(finished: Path, tmp_path: Path) -> None:
+    """Killed by itself after an update between two checkpoints of the second stage."""
     out = tmp_path / "killed"
-    script = TINY + (
-        "import sys, torch; torch.set_num_threads(2)\n"
-        "from pathlib import Path; from rich.console import Console\n"
-        "from anyflow.demo import DemoProgress, run_demo\n"
-        "with DemoProgress(Console(quiet=True)) as progress: run_demo(tiny, Path(sys.argv[1]), progress)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script, str(out)])
-    deadline = time.monotonic() + 120
-    state = out / "state.json"
-    while not state.exists() or "flow_matching" not in json.loads(state.read_text())["finished"]:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before its first stage did"
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    done = json.loads(state.read_text())["finished"]
-    assert "report" not in done, "killed too late to show anything"
+    process = subprocess.run([sys.executable, "-c", KILLED, str(out)], timeout=600)
+    assert process.returncode == -signal.SIGKILL
+    assert list(json.loads((out / "state.json").read_text())["finished"]) == ["flow_matching"]
     weights = out / "checkpoints" / "flow_matching" / "transformer" / "diffusion_pytorch_model.safetensors"
     written = weights.stat().st_mtime_ns
 
-    resumed = run(tiny_config(), out)
+    log = io.StringIO()
+    with DemoProgress(Console(file=log, width=200), line_seconds=0.0) as progress:
+        resumed = run_demo(tiny_config(), out, progress)
     assert weights.stat().st_mtime_ns == written, "a finished stage was run again"
+    steps = dict(re.findall(r"pretraining: step (\d) of 6(.*)", log.getvalue()))
+    assert "loss" not in steps["4"] and "loss" in steps["5"], "it did not go on from its checkpoint"
     assert resumed.curves == EvaluationResults.load(finished / "metrics.json").curves
+    assert not (out / ".unfinished").exists()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,14 @@ from anyflow.pipelines.memory import stop_streaming, stream
 from anyflow.pipelines.wan import encode_prompt, load_text_encoder, load_tokenizer
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-CALL: dict[str, Any] = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 12, "seed": 1}
+CALL: dict[str, Any] = {
+    "height": 16,
+    "width": 32,
+    "num_frames": 5,
+    "max_sequence_length": 12,
+    "seed": 1,
+    "num_inference_steps": 4,
+}
 PROMPT = "a red disc moves slowly"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "graph": ({"cuda_graph": True}, "cuda_graph needs a CUDA device, but the device is cpu"),

@@ -117,14 +117,14 @@ def test_a_plain_wan_model_is_refused_before_weights_are_read(wan: Path, model: 
 def test_a_teacher_of_training_is_sampled_by_euler(wan: Path, model: Path, tmp_path: Path) -> None:
     """Beside the parts of another model, with its own shift; and in place of them it is Wan's."""
     teacher = save(load_transformer(wan), tmp_path / "run", scheduler=FlowMapEulerDiscreteScheduler(shift=SHIFT))
-    call = {**CALL, "prompt": PROMPTS[0], "seed": 2, "output_type": "pt"}
+    call = {**CALL, "prompt": PROMPTS[0], "seed": 2, "num_inference_steps": 4, "output_type": "pt"}
     pipe = load(model, transformer=teacher, euler=True)
     assert pipe.scheduler.config.shift == SHIFT
     assert torch.equal(pipe(**call).frames, load(wan, euler=True)(**call).frames)
 
 
 def test_euler_evaluates_a_flow_map_at_one_time(model: Path) -> None:
-    call = {**CALL, "prompt": PROMPTS[0], "seed": 2, "output_type": "pt"}
+    call = {**CALL, "prompt": PROMPTS[0], "seed": 2, "num_inference_steps": 4, "output_type": "pt"}
     euler, flow_map = load(model, euler=True), load(model)
     frames = euler(**call).frames
     assert torch.equal(frames, flow_map(**call, use_mean_velocity=False).frames)

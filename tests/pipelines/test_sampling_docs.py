@@ -52,7 +52,7 @@ def _plain_wan(model: Path, folder: Path) -> None:
 def test_the_python(workplace: Path) -> None:
     """One piece after the other, as a reader runs them; only paths, and the size of videos, are other ones."""
     pieces = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(pieces) == 8
+    assert len(pieces) == 9
     scope: dict[str, Any] = {"path": workplace / "model", "small": lambda pipe: functools.partial(pipe, **SMALL)}
     for piece in pieces:
         piece = piece.replace(f'"{NAME}"', 'str(path), device="cpu"').replace("compile=True", "compile=False")

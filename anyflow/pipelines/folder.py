@@ -1,0 +1,116 @@
+"""A pipeline's folder: its ``model_index.json``, its scheduler, and the parts that it shares with another model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from anyflow.checkpoints.hub import ENCODERS, local_folder
+from anyflow.documents import read_json
+from anyflow.pipelines.request import ModelLayout
+from anyflow.pipelines.wan import load_tokenizer, part_folder, require_sound_folder
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+
+INDEX = "model_index.json"
+SHARED = ("vae", "text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that gives a pipeline its VAE, text encoder and tokenizer.
+
+    Args:
+        folder: of the model.
+        tokenizer: the class of its tokenizer in transformers.
+    """
+
+    folder: Path
+    tokenizer: str
+
+    @classmethod
+    def open(cls, path: str | Path) -> Base:
+        """Find a model and look at its parts, of whose weights only the headers are read.
+
+        Args:
+            path: a diffusers folder, or the name of a model on the Hugging Face Hub.
+
+        Raises:
+            ValueError: there is no such model, or a part is missing or damaged.
+        """
+        folder = local_folder(path, (INDEX, *ENCODERS))
+        for part in SHARED:
+            part_folder(folder, part)
+        for part in ("vae", "text_encoder"):
+            require_sound_folder(folder / part)
+        tokenizer = type(load_tokenizer(folder)).__name__
+        if os.path.lexists(folder / INDEX):
+            index = read_json(folder / INDEX)
+            named = index.get("tokenizer") if isinstance(index, Mapping) else None
+            if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str):
+                tokenizer = named[1]
+        return cls(folder, tokenizer)
+
+    def require_fit(self, transformer: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless a transformer of this configuration fits the VAE and the text encoder."""
+        ModelLayout.read(self.folder, {"transformer": transformer})
+
+    def add_to(self, folder: Path, *, plain: bool, copy: bool) -> None:
+        """Make a folder with ``transformer`` and ``scheduler`` one of a whole pipeline.
+
+        Args:
+            folder: to write to.
+            plain: the transformer is a plain Wan model.
+            copy: copy the parts; else they are links to the base's folders, which must stay where they are.
+        """
+        for part in SHARED:
+            source = self.folder / part
+            if not copy:
+                (folder / part).symlink_to(source.resolve(), target_is_directory=True)
+                continue
+            for file in sorted(path for path in source.rglob("*") if path.is_file()):
+                target = folder / part / file.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+        write_index(folder, plain=plain, tokenizer=self.tokenizer)
+
+
+def write_index(folder: Path, *, plain: bool, tokenizer: str) -> None:
+    """Write the ``model_index.json`` by which diffusers knows the classes of a pipeline and its parts.
+
+    Args:
+        folder: of the pipeline.
+        plain: the transformer is a plain Wan model, for ``WanPipeline``; else a flow map, for ``AnyFlowPipeline``.
+        tokenizer: its class in transformers.
+    """
+    parts: dict[str, Any] = {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler" if plain else "FlowMapEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", tokenizer],
+        "transformer": ["diffusers", "WanTransformer3DModel" if plain else "AnyFlowTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    if plain:
+        parts |= {"transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": False}
+    index = {
+        "_class_name": "WanPipeline" if plain else "AnyFlowPipeline",
+        "_diffusers_version": version("diffusers"),
+        **parts,
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_scheduler(scheduler: FlowMapEulerDiscreteScheduler, folder: Path, *, plain: bool) -> None:
+    """Write ``scheduler`` of a pipeline's folder: for a plain Wan model diffusers' flow-match Euler of that shift."""
+    if not plain:
+        scheduler.save_pretrained(folder / "scheduler")
+        return
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = scheduler.config
+    FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, config.shift).save_pretrained(folder / "scheduler")

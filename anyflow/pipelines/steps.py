@@ -1,0 +1,183 @@
+"""The sampler's steps in a pipeline, with what diffusers' callbacks may do after each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anyflow.sampling import Callback, sample
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.validation import brief, finite_number
+
+_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """The callbacks that run after each step.
+
+    Args:
+        callback: the sampler's own.
+        function: diffusers' ``callback_on_step_end(pipe, index, timestep, tensors)``, or an object that names its
+            ``tensor_inputs``. It may return ``latents`` (frames first) and ``prompt_embeds``, set the pipeline's
+            ``_guidance_scale``, and end the sampling by its ``_interrupt``.
+        names: of the tensors that ``function`` gets: ``latents``, ``prompt_embeds`` (with guidance the negative ones
+            in front, as in diffusers) and ``negative_prompt_embeds``.
+
+    Raises:
+        ValueError: both are given, or one that is no function, or unknown names.
+    """
+
+    callback: Callback | None
+    function: Callable[..., Mapping[str, Any] | None] | None
+    names: Sequence[str]
+
+    def __post_init__(self) -> None:
+        for name, given in (("callback", self.callback), ("callback_on_step_end", self.function)):
+            if given is not None and not callable(given):
+                raise ValueError(f"{name} must be a function, got {brief(given)}")
+        if self.callback is not None and self.function is not None:
+            raise ValueError("give either callback or callback_on_step_end, not both")
+        names = getattr(self.function, "tensor_inputs", self.names)
+        names = [] if names is None else names
+        if not isinstance(names, (list, tuple)) or not all(name in _TENSORS for name in names):
+            raise ValueError(f"callback_on_step_end_tensor_inputs must be of {', '.join(_TENSORS)}, got {brief(names)}")
+        object.__setattr__(self, "names", names)
+
+    def call(self, pipe: Any, index: int, timestep: float, tensors: Mapping[str, Tensor | None]) -> Mapping[str, Any]:
+        """Return what diffusers' callback returns; ValueError if it is no dictionary."""
+        assert self.function is not None
+        inputs = {name: tensors[name] for name in self.names}
+        returned = self.function(pipe, index, torch.tensor(timestep, dtype=torch.float64), inputs)
+        if returned is not None and not isinstance(returned, Mapping):
+            raise ValueError(f"callback_on_step_end must return a dict or None, got {type(returned).__name__}")
+        return {} if returned is None else returned
+
+
+class _Changed(Exception):
+    """A callback has changed more than the latents: the sampler cannot go on with what it has prepared."""
+
+    def __init__(self, latents: Tensor, done: int) -> None:
+        super().__init__()
+        self.latents, self.done = latents, done
+
+
+def run_steps(
+    pipe: Any,
+    network: Any,
+    scheduler: FlowMapEulerDiscreteScheduler,
+    noise: Tensor,
+    text: Tensor,
+    negative: Tensor | None,
+    *,
+    schedule: Tensor,
+    context: Tensor | None,
+    use_mean_velocity: bool,
+    step_end: StepEnd,
+    advance: Callable[[], Any],
+) -> Tensor:
+    """Sample, and sample on from the step after which a callback has changed the text or the guidance.
+
+    Args:
+        pipe: has ``guidance_scale`` and ``interrupt``, which callbacks may change.
+        network, scheduler: of :func:`anyflow.sampling.sample`.
+        noise: ``[B, F', C, h, w]``, fp32 at least.
+        text, negative: ``[B, S, text_dim]``; ``negative`` is None without guidance.
+        schedule: sigmas ``[n + 1]`` with the terminal 0.
+        context: latents of the first frames, or None.
+        use_mean_velocity: of the sampler.
+        step_end: the callbacks.
+        advance: called after each step.
+
+    Returns:
+        ``[B, F', C, h, w]`` latents: clean, or those of the step after which a callback interrupted.
+    """
+    latents, done, steps = noise, 0, len(schedule) - 1
+    embeds = {"prompt_embeds": text if negative is None else torch.cat([negative, text])}
+    embeds["negative_prompt_embeds"] = negative  # type: ignore[assignment]
+    while done < steps and not pipe.interrupt:
+        first, scale = done, pipe.guidance_scale
+
+        def after_step(index: int, timestep: float, x: Tensor, first: int = first, scale: float = scale) -> Any:
+            replaced = None
+            if step_end.callback is not None:
+                replaced = step_end.callback(index, timestep, x)
+            elif step_end.function is not None:
+                returned = step_end.call(pipe, first + index, timestep, {"latents": x, **embeds})
+                replaced = returned.get("latents")
+                before = embeds["prompt_embeds"]
+                embeds.update({name: value for name, value in returned.items() if name in embeds})
+                if pipe.interrupt or pipe.guidance_scale != scale or embeds["prompt_embeds"] is not before:
+                    advance()
+                    raise _Changed(x if replaced is None else replaced, first + index + 1)
+            advance()
+            return replaced
+
+        text, negative = _halves(embeds["prompt_embeds"], noise, guided=scale > 1)
+        try:
+            return sample(
+                network,
+                scheduler,
+                latents,
+                text,
+                sigmas=schedule[first:],
+                guidance_scale=scale if scale > 1 else 1.0,
+                negative_prompt_embeds=negative,
+                context_latents=context,
+                use_mean_velocity=use_mean_velocity,
+                callback=after_step,
+            )
+        except _Changed as changed:
+            latents, done = changed.latents.to(noise), changed.done
+    return latents
+
+
+def _halves(embeds: Tensor, noise: Tensor, *, guided: bool) -> tuple[Tensor, Tensor | None]:
+    """Part the embeddings that a callback sees into those of prompts and, with guidance, of negative prompts."""
+    rows = len(noise)
+    if len(embeds) not in ((2 * rows,) if guided else (rows, 2 * rows)):
+        raise ValueError(
+            f"prompt_embeds of callback_on_step_end must have {2 * rows if guided else rows} rows, got {len(embeds)}"
+        )
+    return embeds[-rows:], embeds[:rows] if guided else None
+
+
+@contextmanager
+def progress_bar(pipe: Any, steps: int, show: bool | None) -> Iterator[Callable[[], Any]]:
+    """Show diffusers' bar of the steps, by ``show`` or, where that is None, as ``set_progress_bar_config`` says."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    if show is not None:
+        pipe._progress_bar_config = {**({} if before is None else before), "disable": not show}
+    try:
+        with pipe.progress_bar(total=steps) as bar:
+            yield bar.update
+    finally:
+        pipe._progress_bar_config = {} if before is None else before
+
+
+@contextmanager
+def lora_scale(transformer: nn.Module | None, attention_kwargs: Mapping[str, Any] | None) -> Iterator[None]:
+    """Scale the adapters of a transformer, if there is one, by diffusers' ``attention_kwargs={"scale": s}``.
+
+    Raises:
+        ValueError: something else is given.
+    """
+    kwargs = {} if attention_kwargs is None else attention_kwargs
+    if not isinstance(kwargs, Mapping) or set(kwargs) - {"scale"}:
+        raise ValueError(f"attention_kwargs must be None or {{'scale': s}} of LoRAs, got {brief(attention_kwargs)}")
+    scale = finite_number("the scale of attention_kwargs", kwargs.get("scale", 1.0))
+    if scale == 1 or transformer is None:
+        yield
+        return
+    from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+
+    scale_lora_layers(transformer, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(transformer, scale)
