@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import resource
 import shutil
@@ -12,9 +13,11 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from diffusers import AnyFlowTransformer3DModel as DiffusersTransformer
+from nbclient import NotebookClient
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
@@ -263,19 +266,55 @@ def test_mistakes_end_in_one_line_and_status_2(
         assert result.stderr.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose ``run`` is a whole demo on the CI budget."""
+    folder = tmp_path_factory.mktemp("fast")
+    result = cli("demo", "--budget", "fast", "--out", "run", "--no-open", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "report.html" in result.stdout
+    return folder
+
+
 @pytest.mark.slow
-def test_fast_demo_shows_the_any_step_property(tmp_path: Path) -> None:
+def test_fast_demo_shows_the_any_step_property(fast: Path) -> None:
     """The whole command on the CI budget; only what held with a wide margin on several seeds is asserted."""
-    first = cli("demo", "--budget", "fast", "--out", "run", "--no-open", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    fd = EvaluationResults.load(tmp_path / "run" / "metrics.json").values("fd")
+    fd = EvaluationResults.load(fast / "run" / "metrics.json").values("fd")
     assert fd["flow_matching"][1] / fd["pretrain"][1] > 5
     assert fd["flow_matching"][2] / fd["pretrain"][2] > 2
     assert fd["pretrain"][16] / fd["pretrain"][4] < 1.3
     assert fd["on_policy"][1] / fd["pretrain"][1] < 1.05
-    assert "report.html" in first.stdout
 
-    second = cli("demo", "--budget", "fast", "--out", "run", "--no-open", cwd=tmp_path)
+    second = cli("demo", "--budget", "fast", "--out", "run", "--no-open", cwd=fast)
     assert second.returncode == 0 and "already holds a finished run" in second.stdout
-    other = cli("demo", "--budget", "full", "--out", "run", "--no-open", cwd=tmp_path)
+    other = cli("demo", "--budget", "full", "--out", "run", "--no-open", cwd=fast)
     assert other.returncode == 2 and "budget" in other.stderr
+
+
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "any_step.ipynb"
+
+
+def test_the_notebook_is_committed_without_results() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(cells) > 5
+    assert all(not cell.outputs and cell.execution_count is None and not cell.metadata for cell in cells)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_on_what_the_demo_leaves(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYFLOW_DEMO", str(fast / "run"))
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]), prepend=os.pathsep)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client.execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert len(pictures) == 3
+    rows = re.findall(r"^(flow map|flow matching) +1: +([0-9.]+)", printed, re.MULTILINE)
+    first = {name: float(value) for name, value in rows}
+    assert first["flow map"] < first["flow matching"] / 4
+    assert printed.count("standard deviation") == 3 and "largest difference" in printed
