@@ -7,7 +7,7 @@ torch.cuda.max_memory_allocated() does; not the workspaces of libraries, nor wha
 import copy
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from anyflow.pipelines.memory import TEXT_WORKSPACE, WORKSPACE, Sizes, choose_pl
 from anyflow.pipelines.wan import decode_latents, encode_video
 
 DOCS = Path(__file__).parents[2] / "docs" / "sampling.md"
+README = Path(__file__).parents[2] / "README.md"
 GB = 1e9
 SEED_PEAK = 57 * GB  # of the published 14B script, on an H200
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -255,6 +256,17 @@ def test_the_table_of_the_docs_is_this_one(budget: Budget) -> None:
     tiles = {cell.strip() for cell in documented.split("|")[3:5]}
     assert row.split("|")[:3] == documented.split("|")[:3] and tiles == {"2.3"}
     assert table(budget, budget).replace(row, documented) in text
+
+
+def test_the_table_of_the_readme_is_this_one(budget: Budget) -> None:
+    with torch.device("meta"):
+        small = AnyFlowTransformer3DModel(**MODELS["1.3B"]).eval()
+    parts = {"transformer": sizes(in_bf16(small)), "block": sizes(small.blocks[0]), "num_blocks": 30}
+    steps = {"sampling": step(small, guided=False), "guided": step(small, guided=True)}
+    for name, counted in (("1.3B", replace(budget, **parts, **steps)), ("14B", budget)):
+        peaks = [max(counted.stages(plan).values()) for plan in ("fast", "low", "stream")]
+        row = next(line for line in README.read_text().splitlines() if f"nvidia/AnyFlow-Wan2.1-T2V-{name}-" in line)
+        assert row.split("|")[3].split(" / ") == [f" {peaks[0]:.1f}", f"{peaks[1]:.1f}", f"{peaks[2]:.1f} "]
 
 
 if __name__ == "__main__":

@@ -62,6 +62,19 @@ def test_the_python(workplace: Path) -> None:
     assert type(scope["theirs"].transformer) is diffusers.AnyFlowTransformer3DModel
 
 
+def test_the_python_of_the_readme(workplace: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    pieces = [p for p in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "from_pretrained(" in p]
+    pieces = [piece for piece in pieces if "AnyFlowPipeline" in piece]
+    assert len(pieces) == 2
+    scope: dict[str, Any] = {"path": workplace / "model", "small": lambda pipe: functools.partial(pipe, **SMALL)}
+    for piece in pieces:
+        piece = piece.replace(f'"{NAME}"', 'path, device="cpu"').replace("(path)", "(path, torch_dtype=None)")
+        exec(re.sub(r"\bpipe\(", r"small(pipe)(", piece), scope)
+    assert len(scope["video"]) == 5 and (workplace / "panda.mp4").stat().st_size > 500
+    assert type(scope["pipe"].transformer) is diffusers.AnyFlowTransformer3DModel
+
+
 def test_the_commands(workplace: Path) -> None:
     """With small videos; the untrained model has another head dimension than Wan's."""
     commands = re.findall(r"^    anyflow (.*)$", PAGE, flags=re.MULTILINE)
