@@ -28,7 +28,15 @@ def build_student(recipe: Recipe) -> AnyFlowTransformer3DModel:
         ValueError: the folder does not hold such a network, its flow map is another one than the recipe's, or
             ``student.lora`` names what the network does not have.
     """
-    student = _build(recipe.student, "student")
+    return prepare_student(_build(recipe.student, "student"), recipe)
+
+
+def prepare_student(student: AnyFlowTransformer3DModel, recipe: Recipe) -> AnyFlowTransformer3DModel:
+    """Give a network the recipe's flow map and adapters, and choose what of it is trained; in place.
+
+    Raises:
+        ValueError: as :func:`build_student`, but for the folder.
+    """
     _set_flow_map(student, None if recipe.stage == "teacher" else recipe.flow_map)
     _choose_trained(student, recipe.student.lora, recipe.student.seed, "student.lora")
     return _with_options(student, recipe)
@@ -54,6 +62,17 @@ def build_critic(recipe: Recipe, teacher: AnyFlowTransformer3DModel) -> AnyFlowT
     assert recipe.on_policy is not None
     config = recipe.on_policy.critic
     critic = copy.deepcopy(teacher) if config is None else _build(config, "on_policy.critic")
+    return prepare_critic(critic, recipe)
+
+
+def prepare_critic(critic: AnyFlowTransformer3DModel, recipe: Recipe) -> AnyFlowTransformer3DModel:
+    """Give a network the adapters of the recipe's critic, and choose what of it is trained; in place.
+
+    Raises:
+        ValueError: ``critic_lora`` names what the network does not have.
+    """
+    assert recipe.on_policy is not None
+    config = recipe.on_policy.critic
     seed = recipe.on_policy.teacher.seed if config is None else config.seed
     _choose_trained(critic, recipe.on_policy.critic_lora, seed, "on_policy.critic_lora")
     return _with_options(critic, recipe)

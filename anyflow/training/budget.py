@@ -1,0 +1,350 @@
+"""The memory, floating-point operations and disk of a recipe, counted without its weights or a GPU.
+
+Parameters are counted on the meta device, and what a block needs beside them is counted as it runs, forward and
+backward, on fake tensors of the real size. ``python -m anyflow.training.budget RECIPE [KEY=VALUE]...`` prints
+the count of one recipe; without a recipe, the table of docs/training.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from anyflow import recipes
+from anyflow.documents import read_json
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models.blocks import AnyFlowTransformerBlock
+from anyflow.training.activations import block_bytes
+from anyflow.training.config import ArchitectureConfig, NetworkConfig, Recipe
+from anyflow.training.flops import OnPolicyFlops, network_flops, peak_flops, pretrain_flops, token_count
+from anyflow.training.networks import prepare_critic, prepare_student
+from anyflow.training.recipe import load_recipe
+from anyflow.training.steps import pretrain_config
+
+LATENTS = (21, 16, 60, 104)  # F, C, H, W of 81 frames of 480 x 832
+TEXT_TOKENS = 512
+UTILIZATION = 0.4  # of the card's peak, by model FLOPs; a run's own log has the measured one
+CARD = "H100"
+_FP32 = 4
+_KNOWN = {
+    "Wan2.1-T2V-1.3B-Diffusers": ArchitectureConfig(),
+    "Wan2.1-T2V-14B-Diffusers": ArchitectureConfig(num_attention_heads=40, ffn_dim=13824, num_layers=40),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU, beside what CUDA, NCCL and the allocator's fragments take.
+
+    Args:
+        weights: this process's share of every network, in fp32.
+        gradients: its share of the gradients of what trains.
+        optimizer: its share of AdamW's two moments.
+        average: its share of the student's average.
+        gathered: whole parameters of two blocks and of what is outside of the blocks, and a block's whole gradients.
+        kept: the inputs of all blocks that backward starts again from, or without activation checkpointing all that
+            backward needs.
+        working: what one block makes and keeps while it runs.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    gathered: int
+    kept: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a recipe takes.
+
+    Args:
+        parameters: of all networks.
+        trained: of those, the ones that train.
+        global_batch: samples of an update.
+        updates: of the run.
+        update_flops: model FLOPs of an update on all processes together, the mean over the rollouts that are drawn.
+        memory: of each process.
+        checkpoint: bytes of a checkpoint on disk.
+        row: bytes of a video in the dataset, with a caption of ``TEXT_TOKENS`` tokens.
+    """
+
+    parameters: int
+    trained: int
+    global_batch: int
+    updates: int
+    update_flops: float
+    memory: Memory
+    checkpoint: int
+    row: int
+
+    def gpu_hours(self, card: str = CARD, utilization: float = UTILIZATION) -> float:
+        """Return the hours of one such card, times the number of cards, for the whole run.
+
+        Raises:
+            ValueError: the card's peak is not known.
+        """
+        peak = peak_flops(card)
+        if peak is None:
+            raise ValueError(f"the peak of {card!r} is not known to anyflow.training.flops")
+        return self.update_flops * self.updates / (peak * utilization) / 3600
+
+
+def count(
+    recipe: Recipe, processes: int = 8, latent_shape: Sequence[int] = LATENTS, text_tokens: int = TEXT_TOKENS
+) -> Budget:
+    """Count what a recipe takes on ``processes`` GPUs.
+
+    Args:
+        recipe: its networks have an architecture, come from a folder that is there or that one of anyflow's recipes
+            leaves, or are Wan2.1's.
+        processes: of torchrun, on as many GPUs.
+        latent_shape: ``(F, C, H, W)`` of the videos.
+        text_tokens: of a prompt, padding included.
+
+    Raises:
+        ValueError: the size of a network cannot be known, or the processes do not fit ``parallel``.
+    """
+    parallel = recipe.parallel
+    if processes % (parallel.replicate * parallel.sequence):
+        raise ValueError(
+            f"parallel.replicate {parallel.replicate} x parallel.sequence {parallel.sequence} must divide the "
+            f"{processes} processes"
+        )
+    networks = _networks(recipe)
+    tokens = token_count(networks["student"], latent_shape)
+    trained = {name: sum(p.numel() for p in _trained(network)) for name, network in networks.items()}
+    samples = recipe.data.batch_size * recipe.gradient_accumulation * (processes // parallel.sequence)
+    return Budget(
+        parameters=sum(p.numel() for network in networks.values() for p in network.parameters()),
+        trained=sum(trained.values()),
+        global_batch=samples,
+        updates=recipe.steps,
+        update_flops=_update_flops(recipe, networks, tokens, text_tokens, samples),
+        memory=_memory(recipe, networks, processes // parallel.replicate, tokens, text_tokens),
+        checkpoint=_FP32 * (3 * sum(trained.values()) + trained["student"]),
+        row=_FP32 * (math.prod(latent_shape) + text_tokens * networks["student"].config.text_dim),
+    )
+
+
+def architecture(network: NetworkConfig) -> ArchitectureConfig:
+    """Return the sizes of a recipe's network: its own, its folder's, or those of the recipe that leaves the folder.
+
+    Raises:
+        ValueError: there is no such folder, and its name does not say.
+    """
+    if network.architecture is not None:
+        return network.architecture
+    path = Path(str(network.path))
+    for folder in (path, path / "transformer"):
+        if (folder / "config.json").is_file():
+            found = read_json(folder / "config.json")
+            names = {field.name for field in dataclasses.fields(ArchitectureConfig)} & set(found)
+            sizes: dict[str, Any] = {n: tuple(v) if isinstance(v := found[n], list) else v for n in names}
+            return ArchitectureConfig(**sizes)
+    known = next((sizes for name, sizes in _KNOWN.items() if path.name.endswith(name.removeprefix("Wan2.1-"))), None)
+    if known is not None:
+        return known
+    if path.name == "model" and path.parent.name in recipes.names():
+        return architecture(load_recipe(Path(path.parent.name)).student)
+    raise ValueError(f"{path}: there is no such folder, and its name does not say how large the network is")
+
+
+def _networks(recipe: Recipe) -> dict[str, AnyFlowTransformer3DModel]:
+    """Build the recipe's networks without memory; a teacher from a folder is taken for a plain Wan model."""
+
+    def build(config: NetworkConfig) -> AnyFlowTransformer3DModel:
+        return AnyFlowTransformer3DModel(**dataclasses.asdict(architecture(config)), r_embedder=False)
+
+    with torch.device("meta"):
+        networks = {"student": prepare_student(build(recipe.student), recipe)}
+        if recipe.on_policy is not None:
+            critic = recipe.on_policy.teacher if recipe.on_policy.critic is None else recipe.on_policy.critic
+            networks["teacher"] = build(recipe.on_policy.teacher).requires_grad_(False)
+            networks["critic"] = prepare_critic(build(critic), recipe)
+    return networks
+
+
+def _trained(network: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for p in network.parameters() if p.requires_grad)
+
+
+def _update_flops(
+    recipe: Recipe, networks: dict[str, AnyFlowTransformer3DModel], tokens: int, text_tokens: int, samples: int
+) -> float:
+    counted = {name: network_flops(network, tokens, text_tokens) for name, network in networks.items()}
+    if recipe.on_policy is None:
+        return pretrain_flops(counted["student"], pretrain_config(recipe), samples)
+    method = dataclasses.replace(recipe.on_policy.method, pretrain=pretrain_config(recipe))
+    update = OnPolicyFlops(**counted, config=method, samples=samples)
+    lengths = method.num_steps if method.timesteps is None else (len(method.timesteps) - 1,)
+    drawn = [[(n, g) for g in range(n)] for n in lengths]
+
+    def mean(loss: Any) -> float:
+        return sum(sum(loss(*steps) for steps in each) / len(each) for each in drawn) / len(drawn)
+
+    return mean(update.student_loss) / recipe.on_policy.generator_update_interval + mean(update.critic_loss)
+
+
+def _memory(
+    recipe: Recipe, networks: dict[str, AnyFlowTransformer3DModel], shards: int, tokens: int, text_tokens: int
+) -> Memory:
+    sharded = {name: sum(_share(p, shards) for p in _trained(network)) for name, network in networks.items()}
+    gathered = 0
+    if shards > 1:
+        for network in networks.values():
+            blocks = [sum(p.numel() for p in block.parameters()) for block in network.blocks]
+            trained = max(sum(p.numel() for p in _trained(block)) for block in network.blocks)
+            rest = sum(p.numel() for p in network.parameters()) - sum(blocks)
+            gathered = max(gathered, 2 * max(blocks) + rest + trained)
+    kept, working = _activations(recipe, networks, -(-tokens // recipe.parallel.sequence), text_tokens)
+    return Memory(
+        weights=_FP32 * sum(_share(p, shards) for network in networks.values() for p in network.parameters()),
+        gradients=_FP32 * sum(sharded.values()),
+        optimizer=2 * _FP32 * sum(sharded.values()),
+        average=_FP32 * sharded["student"],
+        gathered=_FP32 * gathered,
+        kept=kept,
+        working=working,
+    )
+
+
+def _share(parameter: Tensor, shards: int) -> int:
+    """Return the elements of the largest shard, as FSDP cuts along the first dimension."""
+    rows = parameter.shape[0] if parameter.ndim else 1
+    return -(-rows // shards) * (parameter.numel() // rows)
+
+
+def _activations(
+    recipe: Recipe, networks: dict[str, AnyFlowTransformer3DModel], tokens: int, text_tokens: int
+) -> tuple[int, int]:
+    """Return the bytes that graphs keep and those that a block takes, at the moment when both together are largest."""
+    batch = recipe.data.batch_size
+    student = networks["student"]
+
+    def graph(network: AnyFlowTransformer3DModel, evaluations: int) -> tuple[int, int]:
+        kept, working = block_bytes(
+            cast(AnyFlowTransformerBlock, network.blocks[0]), batch, tokens, text_tokens, recipe.precision
+        )
+        layers = len(network.blocks)
+        if recipe.activation_checkpointing:
+            return evaluations * layers * kept, working
+        return (evaluations * layers - 1) * working, working
+
+    if recipe.on_policy is None:
+        moments = [graph(student, 1)]
+        kept_rollout, has_data = 0, True
+    else:
+        method = recipe.on_policy.method
+        has_data = method.cotrain_pretrain
+        rollout = 3 if (method.rollout, method.grad_through) == ("shortcut", "all") else 1
+        guided = batch if method.real_guidance_scale == 0 else 2 * batch
+        kept_rollout = graph(student, rollout)[0]
+        moments = [
+            graph(student, rollout + has_data),
+            graph(networks["critic"], 1),
+            (kept_rollout, _without_gradient(networks["teacher"], recipe, guided, tokens, text_tokens)),
+        ]
+    config = pretrain_config(recipe)
+    if has_data and not config.is_flow_matching:  # x+ and x- where r != t, and the unconditional x_t, in one call
+        together = 2 * batch + (batch if config.fuse_guidance_scale != 1 else 0)
+        moments.append((kept_rollout, _without_gradient(student, recipe, together, tokens, text_tokens)))
+    return max(moments, key=sum)
+
+
+def _without_gradient(
+    network: AnyFlowTransformer3DModel, recipe: Recipe, batch: int, tokens: int, text_tokens: int
+) -> int:
+    block = cast(AnyFlowTransformerBlock, network.blocks[0])
+    return block_bytes(block, batch, tokens, text_tokens, recipe.precision, gradient=False)[1]
+
+
+# The rows of the table: recipe, settings that make it fit, processes.
+_ROWS: tuple[tuple[str, tuple[str, ...], int], ...] = (
+    ("teacher_t2v", (), 8),
+    ("anyflow_pretrain_t2v", (), 8),
+    ("anyflow_onpolicy_t2v", (), 8),
+    ("anyflow_onpolicy_t2v_teacher14b", (), 8),
+    ("fastvideo_pretrain_t2v", (), 8),
+    ("fastvideo_onpolicy_t2v", (), 8),
+    ("teacher_t2v_14b", (), 8),
+    ("anyflow_pretrain_t2v_14b", (), 8),
+    ("anyflow_onpolicy_t2v_14b", (), 8),
+    ("anyflow_onpolicy_t2v_14b", ("parallel.sequence=4", "gradient_accumulation=8"), 8),
+    ("anyflow_onpolicy_t2v_14b", ("parallel.sequence=4", "gradient_accumulation=2"), 32),
+)
+
+
+_HEAD = (
+    f"| recipe | GPUs | parameters, trained | updates × batch | PFLOP an update | {CARD} hours | GB a GPU: weights + "
+    "training state + gathered + kept + working | GB a checkpoint |\n|---|---|---|---|---|---|---|---|\n"
+)
+
+
+def table() -> str:
+    """Return what the recipes for Wan2.1 take, as a table in Markdown."""
+    rows = []
+    for name, settings, processes in _ROWS:
+        label = " ".join((f"`{name}`", *(f"`{setting}`" for setting in settings)))
+        rows.append(_row(label, load_recipe(Path(name), settings), processes))
+    return _HEAD + "".join(rows)
+
+
+def _row(name: str, recipe: Recipe, processes: int, latents: Sequence[int] = LATENTS) -> str:
+    found = count(recipe, processes, latents)
+    memory = found.memory
+    state = memory.gradients + memory.optimizer + memory.average
+    parts = [memory.weights, state, memory.gathered, memory.kept, memory.working]
+    cells = [
+        name,
+        str(processes),
+        f"{found.parameters / 1e9:.2f} B, {found.trained / 1e9:.2f} B",
+        f"{found.updates} × {found.global_batch}",
+        f"{found.update_flops / 1e15:.0f}",
+        f"{found.gpu_hours():.0f}",
+        f"{' + '.join(f'{part / 1e9:.1f}' for part in parts)} = **{memory.total / 1e9:.0f}**",
+        f"{found.checkpoint / 1e9:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the table, or the row of one recipe: ``RECIPE [KEY=VALUE]... [--processes N] [--latents F C H W]``."""
+    if not arguments:
+        print(table(), end="")
+        return
+    parser = argparse.ArgumentParser(
+        prog="python -m anyflow.training.budget", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    shape = ("F", "C", "H", "W")
+    parser.add_argument("--latents", default=LATENTS, help="of a video; 21 16 60 104", nargs=4, type=int, metavar=shape)
+    parser.add_argument("--processes", type=int, default=8, help="of torchrun, one for each GPU")
+    given = parser.parse_args(arguments)
+    try:
+        row = _row(f"`{given.recipe}`", load_recipe(given.recipe, given.settings), given.processes, given.latents)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    print(_HEAD + row, end="")
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])
