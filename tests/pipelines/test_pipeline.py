@@ -481,7 +481,7 @@ def test_a_request_is_checked_without_a_model_in_memory(model) -> None:
     layout = ModelLayout.read(model)
     assert layout == ModelLayout(16, 4, 8, (1, 2, 2), 32, 16)
     VideoRequest(height=16, width=32, num_frames=5, context_frames=1).check(layout)
-    with pytest.raises(ValueError, match="width=832 makes 104"):
+    with pytest.raises(ValueError, match="width must be <= 512 pixels for this model, got 832"):
         VideoRequest().check(layout)
 
 
