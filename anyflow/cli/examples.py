@@ -15,11 +15,7 @@ MAIN = help_end(
 )
 EPILOGS = {
     "demo": help_end("training.md", "anyflow demo", "anyflow demo --budget fast --out runs/fast"),
-    "report": help_end(
-        "training.md",
-        "anyflow demo --seed 1 --out runs/demo-1",
-        "anyflow report runs/demo runs/demo-1",
-    ),
+    "report": help_end("training.md", "anyflow report runs/demo runs/demo-1 --out runs/report"),
     "sample": help_end(
         "sampling.md",
         f'anyflow sample --model {_HUB} --prompt "a red panda" --out videos',
