@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "[1/5] Creating $(VENV) with $$($(PYTHON) --version)"; \
 	$(PYTHON) -m venv --clear $(VENV); }
-	@echo "      It takes 2.7 GB on the disk with a CPU build of PyTorch, and some minutes the first time"
+	@echo "      It takes 2.9 GB on the disk with a CPU build of PyTorch, and some minutes the first time"
 	@echo "[2/5] Installing PyTorch (0.2 GB to download for a CPU build; the one for CUDA has some GB of libraries)"
 	$(call patiently,$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)))
 	@echo "[3/5] Installing the build tools"
