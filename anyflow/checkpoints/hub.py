@@ -53,7 +53,7 @@ class HubName:
 
     @property
     def download_command(self) -> str:
-        """The command line that downloads the model into a folder of its name."""
+        """Return the command line that downloads the model into a folder of its name."""
         revision = "" if self.revision is None else f" --revision {self.revision}"
         return f"hf download {self.repo}{revision} --local-dir {self.repo.partition('/')[2]}"
 

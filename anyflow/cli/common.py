@@ -1,4 +1,4 @@
-"""What the commands share: how they fail, names of dtypes, and the end of their help."""
+"""Holds what the commands share: how they fail, names of dtypes, and the end of their help."""
 
 from __future__ import annotations
 

@@ -53,5 +53,5 @@ def demo(
 
 
 def _has_browser() -> bool:
-    """Whether a graphical browser can be shown; a text browser would take over the terminal."""
+    """Tell whether a graphical browser can be shown; a text browser would take over the terminal."""
     return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -1,4 +1,4 @@
-"""How ``anyflow train`` is told settings, and what a command line that tells them otherwise should have said."""
+"""Reads the settings of ``anyflow train``, and says what a line that writes them otherwise should have been."""
 
 from __future__ import annotations
 

@@ -308,7 +308,14 @@ def _finite(values: Tensor, name: str) -> Tensor:
 def _with_progress(
     items: Iterator[tuple[Caption, Future[Tensor]]], todo: Sequence[Caption], console: Console | None
 ) -> Iterator[tuple[Caption, Future[Tensor]]]:
-    """The items, with a bar that knows how many there are."""
-    from rich.progress import track
+    """Yield the items, with a bar that knows how many there are."""
+    if console is None:
+        yield from items
+        return
+    from anyflow.progress import LoggedProgress
 
-    yield from track(items, "encoding", total=len(todo), console=console, disable=console is None)
+    with LoggedProgress(*LoggedProgress.get_default_columns(), console=console) as bars:
+        task = bars.add_task("encoding", total=len(todo))
+        for item in items:
+            yield item
+            bars.update(task, advance=1)

@@ -191,7 +191,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
 
     @property
     def transformer(self) -> AnyFlowTransformer3DModel:
-        """The network; loaded now if it was not yet."""
+        """Return the network; loaded now if it was not yet."""
         if not isinstance(self._transformer, nn.Module):
             self._transformer = self._transformer()
         return cast(AnyFlowTransformer3DModel, self._transformer)
@@ -204,7 +204,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
 
     @property
     def text_encoder(self) -> nn.Module | None:
-        """The text encoder; None where it is loaded for each call."""
+        """Return the text encoder; None where it is loaded for each call."""
         return self._text_encoder if isinstance(self._text_encoder, nn.Module) else None
 
     @text_encoder.setter
@@ -220,7 +220,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
 
     @property
     def device(self) -> torch.device:
-        """The device that the pipeline is on; by the plans ``"low"`` and ``"stream"`` the one that it runs on."""
+        """Return the device that the pipeline is on; with ``"low"`` and ``"stream"`` the one that it runs on."""
         return self._turns.device if self.memory != "fast" else super().device
 
     @property

@@ -1,4 +1,4 @@
-"""What decides the videos of `anyflow sample` beside prompts, step counts and seeds, and its checks."""
+"""Holds and checks what decides the videos of `anyflow sample` beside prompts, step counts and seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What every video of a folder has in common.
+    """Holds what every video of a folder has in common.
 
     Args:
         model: diffusers folder, or the name of a model on the Hugging Face Hub.

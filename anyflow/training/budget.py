@@ -71,7 +71,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a recipe takes.
+    """Holds what a recipe takes.
 
     Args:
         parameters: of all networks.

@@ -96,7 +96,7 @@ def _rows(name: str, tokens: int, text_tokens: int) -> int:
 
 
 def _input_has_gradient(name: str, network: nn.Module, text_trains: bool, time_trains: bool) -> bool:
-    """Whether backward goes through a layer to what is before it."""
+    """Tell whether backward goes through a layer to what is before it."""
     if ".lora_B." in name:
         return True
     if ".attn2.to_k" in name or ".attn2.to_v" in name:

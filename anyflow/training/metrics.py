@@ -1,4 +1,4 @@
-"""What a run reports while it runs: ``metrics.jsonl``, loggers and a progress bar."""
+"""Writes what a run reports while it runs: ``metrics.jsonl``, loggers and a progress bar."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from anyflow.documents import parse_json, read_text
+from anyflow.progress import LoggedProgress
 from anyflow.training.trackers import Trackers
 from anyflow.writing import write_text, writing
 
@@ -55,7 +56,7 @@ class Metrics:
         self._path, self._trackers = folder / FILE, trackers
         keep_until(self._path, start)
         self._file = self._path.open("a", encoding="utf-8")
-        self._bar = Progress(
+        self._bar = LoggedProgress(
             TextColumn("training"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),

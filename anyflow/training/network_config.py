@@ -89,7 +89,7 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Where a network comes from and what of it is trained.
+    """Says where a network comes from and what of it is trained.
 
     Args:
         path: a diffusers folder with a transformer in it (or in its ``transformer`` subfolder), relative to where the

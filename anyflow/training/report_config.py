@@ -1,4 +1,4 @@
-"""What a recipe says of a run's reports: videos sampled during training, and the loss on videos held out of it."""
+"""Configures a run's reports: videos sampled during training, and the loss on videos held out of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reports, from every rank's numbers to rank 0's file, loggers and progress bar."""
+"""Brings a run's reports from every rank's numbers to rank 0's file, loggers and progress bar."""
 
 from __future__ import annotations
 

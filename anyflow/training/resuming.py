@@ -1,4 +1,4 @@
-"""What a run goes on from: the recipe in its folder, which may differ in little, and its newest checkpoint."""
+"""Finds what a run goes on from: the recipe in its folder, which may differ in little, and its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ADVISED = (
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run begins.
+    """Says where a run begins.
 
     Args:
         step: updates done.

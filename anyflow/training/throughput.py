@@ -1,4 +1,4 @@
-"""How fast a run is and what it needs: samples, tokens and model FLOPs a second, and memory at its peak."""
+"""Measures how fast a run is and what it needs: samples, tokens and model FLOPs a second, peak memory."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ class _Run:
 
 
 def _due(done: int, every: int, last: int) -> bool:
-    """Whether something that is done every so many steps, and after the last one, is due; 0 turns it off."""
+    """Tell whether something done every so many steps, and after the last one, is due; 0 turns it off."""
     return every > 0 and (done % every == 0 or done == last)
 
 

@@ -35,7 +35,7 @@ _SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPIN
 
 @contextmanager
 def busy_cores() -> Iterator[None]:
-    """As many processes as this one may use cores, each of them always at work."""
+    """Run as many busy processes as this one may use cores."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(usable_cores())]
     try:
         yield
