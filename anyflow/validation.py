@@ -156,7 +156,7 @@ def numbered(rows: list[int], count: int) -> str:
     return f"video{'s' if len(rows) > 1 else ''} {', '.join(str(row + 1) for row in rows)} of {count}"
 
 
-def overflow_advice(*parts: Any, option: str = "dtype=torch.bfloat16, --dtype bf16") -> str:
+def overflow_advice(*parts: Any, option: str = "dtype=torch.bfloat16, --dtype bfloat16") -> str:
     """Say what to do about NaN, by the dtypes of the parts (tensors, modules) that it may come from."""
     if any(getattr(part, "dtype", None) == torch.float16 for part in parts):
         return f"float16 overflows above 65504 and bfloat16 does not: use bf16 ({option})"

@@ -234,7 +234,7 @@ class AnyFlowPipeline(PipelineParts):
     def _context(
         self, request: VideoRequest, prompts: int, image: Any, video: Any, latents: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The pixels of first frames, or their latents; None for what is not given."""
+        """Return the pixels of first frames, or their latents; None for what is not given."""
         if latents is not None and not (image is None and video is None):
             raise ValueError("give either video_latents or image or video, not both")
         shape = request.latent_shape(self.layout, prompts)
@@ -253,14 +253,14 @@ class AnyFlowPipeline(PipelineParts):
         negative_embeds: Tensor | None,
         max_sequence_length: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the network reads, with the text encoder loaded once at most."""
+        """Encode what the network reads, with the text encoder loaded once at most."""
         prompts, negatives = listed(prompt), listed(negative_prompt)
         encoded = self.encode_prompts([*prompts, *negatives], max_sequence_length) if prompts or negatives else []
         for text_given, embeds_made in zip([*prompts, *negatives], encoded, strict=True):
             if not bool(torch.isfinite(embeds_made).all()):
                 raise FloatingPointError(
                     f"the text encoder gives NaN or infinity for {brief(text_given)}: UMT5 overflows in float16, use "
-                    "bf16 (dtype=torch.bfloat16, --dtype bf16)"
+                    "bfloat16 (dtype=torch.bfloat16, --dtype bfloat16)"
                 )
         text = torch.cat(encoded[: len(prompts)]) if prompts else embeds
         negative = torch.cat(encoded[len(prompts) :]) if negatives else negative_embeds

@@ -99,7 +99,7 @@ def validation_losses(
     places, size = range(len(split.held_out_rows)), recipe.data.batch_size
     uniforms = SampleDraws(0, 0, places, torch.device("cpu")).uniform("validation times", (2,)).T
     pairs = sample_time_pairs(
-        *(len(places),),
+        len(places),
         diffusion_ratio=config.diffusion_ratio,
         consistency_ratio=config.consistency_ratio,
         device=torch.device("cpu"),
