@@ -260,7 +260,7 @@ class AnyFlowPipeline(PipelineParts):
             if not bool(torch.isfinite(embeds_made).all()):
                 raise FloatingPointError(
                     f"the text encoder gives NaN or infinity for {brief(text_given)}: UMT5 overflows in float16, use "
-                    "bfloat16 (dtype=torch.bfloat16, --dtype bfloat16)"
+                    "bf16 (dtype=torch.bfloat16, --dtype bfloat16)"
                 )
         text = torch.cat(encoded[: len(prompts)]) if prompts else embeds
         negative = torch.cat(encoded[len(prompts) :]) if negatives else negative_embeds
