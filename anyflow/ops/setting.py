@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,7 +94,26 @@ class Setting:
         if EXTENSION is None:
             self._live.value = self._read()
         if shared:
-            torch._C._stash_obj_in_tls(self._key, (threading.get_ident(), self._read()))
+            _share(self._key, (threading.get_ident(), self._read()))
+
+
+def _stash_steals() -> bool:
+    """Tell whether torch takes over a reference to what it stashes without having counted it (2.11 does, 2.13 not)."""
+    probe = [object()]
+    before = sys.getrefcount(probe)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))  # enough for either
+    torch._C._stash_obj_in_tls("anyflow.probe", probe)
+    return sys.getrefcount(probe) == before + 1
+
+
+_STASH_STEALS = _stash_steals()
+
+
+def _share(key: str, value: Any) -> None:
+    """Store an object that autograd's threads read, and that lives as long as it is stored."""
+    if _STASH_STEALS:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    torch._C._stash_obj_in_tls(key, value)
 
 
 class _Traced(threading.local):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -15,7 +16,7 @@ from anyflow.models import use_attention_backend
 from anyflow.models.attention import _forced_backend
 from anyflow.ops import use_backend
 from anyflow.ops.backend import forced_backend
-from anyflow.ops.setting import ATTENTION_BACKEND, OPERATOR_BACKEND, Use, hold
+from anyflow.ops.setting import ATTENTION_BACKEND, OPERATOR_BACKEND, Setting, Use, hold
 
 USES = [use_backend, use_attention_backend]
 VALUES = {use_backend: ("eager", "native"), use_attention_backend: ("math", "native")}
@@ -234,3 +235,14 @@ def test_compiled_code_follows_the_context() -> None:
     assert asyncio.run(both()) == [[2.0] * 2, [3.0] * 2, [1.0] * 2]
     with use_backend("native"):
         assert (compiled(x).item(), in_thread(lambda: compiled(x).item())) == (3.0, 1.0)
+
+
+def test_a_value_that_autograd_reads_is_counted() -> None:
+    # torch 2.11 stores an object without a reference of its own and drops one when another object takes its place.
+    setting, value = Setting("counted"), [object()]
+    before = sys.getrefcount(value)
+    for _ in range(100):
+        block = [setting.enter(value)]
+        assert sys.getrefcount(value) > before
+        setting.leave(block)
+    assert sys.getrefcount(value) == before
