@@ -14,7 +14,8 @@ from torch import Tensor
 from anyflow.methods.balance import DiffusionBalance
 from anyflow.methods.dmd2 import DMD2Config, DMD2Method
 from anyflow.methods.output import LossOutput
-from anyflow.methods.pretrain import AnyFlowPretrainMethod, PretrainConfig
+from anyflow.methods.pretrain import AnyFlowPretrainMethod
+from anyflow.methods.pretrain_config import PretrainConfig
 from anyflow.methods.time_pairs import TimePairs
 from anyflow.rng import resolve_generator
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
@@ -28,7 +29,7 @@ class OnPolicyConfig(DMD2Config):
         rollout: ``"shortcut"`` simulates any schedule in at most three evaluations; ``"euler"`` runs every step.
         grad_through: ``"all"`` evaluations of a shortcut rollout, or only the middle ``"step"``.
         cotrain_pretrain: add the pretrain loss on the data batch in :meth:`AnyFlowOnPolicyMethod.student_loss`.
-        pretrain: settings of that loss.
+        pretrain: settings of that loss; its ``velocity_target="teacher"`` is the real score.
 
     Raises:
         ValueError: a value is out of range.
@@ -63,7 +64,13 @@ class AnyFlowOnPolicyMethod(DMD2Method):
     ) -> None:
         super().__init__(student, teacher, critic, scheduler, config, process_group=process_group)
         self.pretrain = (
-            AnyFlowPretrainMethod(student, scheduler, config.pretrain, process_group=self.process_group)
+            AnyFlowPretrainMethod(
+                student,
+                scheduler,
+                config.pretrain,
+                teacher=teacher if config.pretrain.velocity_target == "teacher" else None,
+                process_group=self.process_group,
+            )
             if config.cotrain_pretrain
             else None
         )

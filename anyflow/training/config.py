@@ -225,6 +225,8 @@ class Recipe:
         scheduler: shift, timestep range, training weight.
         pretrain: the pretrain loss, also of stage 2's co-training; the teacher stage uses its ``prompt_dropout`` and
             ``i2v_prob`` only.
+        teacher: the network that ``pretrain.velocity_target=teacher`` names; with that in the pretrain stage, and only
+            then (stage 2 takes ``on_policy.teacher``).
         on_policy: required in stage 2, and only there.
         optimizer: of the student.
         ema: of the student.
@@ -253,6 +255,7 @@ class Recipe:
     flow_map: FlowMapConfig = field(default_factory=FlowMapConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     pretrain: PretrainConfig = field(default_factory=lambda: PretrainConfig(prompt_dropout=0.1))
+    teacher: NetworkConfig | None = None
     on_policy: OnPolicyStageConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(warmup_steps=1000))
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -282,6 +285,13 @@ class Recipe:
         require_text("project", self.project)
         if (self.stage == "on_policy") != (self.on_policy is not None):
             raise ValueError("on_policy is required with stage=on_policy, and only then")
+        if (self.stage == "pretrain" and self.pretrain.velocity_target == "teacher") != (self.teacher is not None):
+            raise ValueError(
+                "teacher is required with pretrain.velocity_target=teacher in the pretrain stage, and only then "
+                "(stage 2 takes on_policy.teacher)"
+            )
+        if self.teacher is not None and self.teacher.lora is not None:
+            raise ValueError("teacher.lora: the teacher is not trained")
         if self.pretrain.derivative == "jvp" and self.parallel.sequence > 1:
             raise ValueError("pretrain.derivative=jvp does not go through parallel.sequence > 1; take 'central'")
         if self.preview.vae is not None and self.data.kind == "synthetic":
@@ -306,6 +316,7 @@ class Recipe:
     def _check_heads(self) -> None:
         """Raise a ValueError where a sequence cannot be shared out by heads; networks of a folder are seen later."""
         networks = [("student", self.student)]
+        networks += [] if self.teacher is None else [("teacher", self.teacher)]
         if self.on_policy is not None:
             networks.append(("on_policy.teacher", self.on_policy.teacher))
             networks += [] if self.on_policy.critic is None else [("on_policy.critic", self.on_policy.critic)]

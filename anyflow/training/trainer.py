@@ -256,7 +256,11 @@ def _build_step(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> Step:
     negative = dataset.negative_prompt_embeds
     if recipe.on_policy is None:
         shard_network(student, mesh, trains=True)
-        return PretrainStep(recipe, mesh, student, negative)
+        target = None if recipe.teacher is None else build_teacher(recipe)
+        if target is not None:
+            _check_data(target, dataset, "teacher")
+            shard_network(target, mesh, trains=False)
+        return PretrainStep(recipe, mesh, student, negative, target)
     teacher = build_teacher(recipe)
     critic = build_critic(recipe, teacher)
     for name, network in (("on_policy.teacher", teacher), ("on_policy.critic", critic)):
