@@ -114,8 +114,8 @@ def test_folder_holds_everything_promised(finished: Path) -> None:
     assert set(metrics["curves"]) == {"flow_matching", "pretrain", "on_policy", "consistency_sampler"}
     for curve in metrics["curves"].values():
         assert set(curve) == {"1", "4"}
-        assert all(set(point) == {"fd", "template_mse", "coverage_tv"} for point in curve.values())
-    assert metrics["floor"]["fd"] > 0
+        assert all(set(point) == {"fd", "template_mse", "coverage_tv", "motion"} for point in curve.values())
+    assert metrics["floor"]["fd"] > 0 and metrics["floor"]["motion"] == pytest.approx(1.0, rel=0.02)
     assert {*STAGES, "evaluation", "total"} == set(metrics["seconds"])
     assert metrics["seconds"]["total"] == pytest.approx(sum(metrics["seconds"][k] for k in (*STAGES, "evaluation")))
     with Image.open(finished / "samples" / "on_policy_4.gif") as animation:
