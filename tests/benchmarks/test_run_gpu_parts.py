@@ -21,7 +21,7 @@ from gpu import kernels, models, networks, supervisor, training, worker
 from gpu.context import Context, Section, Skip
 from gpu.sections import SECTIONS
 from gpu.sizes import TINY
-from gpu.state import RunFile, slug
+from gpu.state import RunFile, commit, slug
 from op_cases import Call
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -158,6 +158,17 @@ def test_a_run_goes_on_from_the_runners_own_copy(open_file: Callable[..., RunFil
     file.path.unlink()
     file.copy.unlink()
     assert open_file(["limits"]).status("limits") is None
+
+
+def test_the_named_commit_comes_before_the_one_checked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of a checkout may have the metadata of another commit."""
+    monkeypatch.delenv("ANYFLOW_COMMIT", raising=False)
+    here = commit()
+    monkeypatch.setenv("ANYFLOW_COMMIT", "0123abc")
+    assert commit() == {"commit": "0123abc", "clean": None}
+    if here["commit"] != "unknown":  # not a checkout
+        monkeypatch.setenv("ANYFLOW_COMMIT", here["commit"])
+        assert commit() == here
 
 
 def test_names_of_files() -> None:
