@@ -17,7 +17,14 @@ from anyflow.training.network_config import (
     LoRAConfig,
     NetworkConfig,
 )
-from anyflow.training.report_config import MAX_BATCH, MAX_TIMESTEPS, Logger, PreviewConfig, ValidationConfig
+from anyflow.training.report_config import (
+    MAX_BATCH,
+    MAX_TIMESTEPS,
+    Logger,
+    MetricsConfig,
+    PreviewConfig,
+    ValidationConfig,
+)
 from anyflow.validation import require_number, require_positive, require_text, require_whole
 
 __all__ = [
@@ -27,6 +34,7 @@ __all__ = [
     "EMAConfig",
     "FlowMapConfig",
     "LoRAConfig",
+    "MetricsConfig",
     "NetworkConfig",
     "OnPolicyStageConfig",
     "OptimizerConfig",
@@ -233,6 +241,7 @@ class Recipe:
         parallel: how the processes share the work.
         checkpoint: when to save.
         preview: when and what to sample.
+        metrics: when and on what to measure sampled videos.
         validation: when and on what to evaluate the loss on videos that are not trained on.
         gradient_accumulation: loss evaluations per optimizer step.
         precision: ``"bf16"`` runs the networks under autocast; parameters and optimizer state are fp32 always.
@@ -262,6 +271,7 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     gradient_accumulation: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -294,6 +304,7 @@ class Recipe:
             raise ValueError("teacher.lora: the teacher is not trained")
         if self.pretrain.derivative == "jvp" and self.parallel.sequence > 1:
             raise ValueError("pretrain.derivative=jvp does not go through parallel.sequence > 1; take 'central'")
+        self._check_prompts()
         if self.preview.vae is not None and self.data.kind == "synthetic":
             raise ValueError("preview.vae must be left alone with data.kind=synthetic: no VAE has made these latents")
         self._check_timesteps()
@@ -304,6 +315,14 @@ class Recipe:
         """Rows of the data that validation keeps out of training."""
         validation = self.validation
         return validation.num_samples if validation.every and validation.path is None else 0
+
+    def _check_prompts(self) -> None:
+        """Raise a ValueError where texts have no encoder, or an encoder no texts."""
+        for name, part in (("preview", self.preview), ("metrics", self.metrics)):
+            if part.prompts and self.preview.model is None:
+                raise ValueError(f"preview.model is required with {name}.prompts: its text encoder encodes them")
+        if self.preview.model is not None and not (self.preview.prompts or self.metrics.prompts):
+            raise ValueError("preview.model is required with preview.prompts or metrics.prompts, and only then")
 
     def _check_timesteps(self) -> None:
         """Raise a ValueError where a setting in timesteps does not fit the scheduler's range."""
