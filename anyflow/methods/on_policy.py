@@ -19,6 +19,7 @@ from anyflow.methods.pretrain_config import PretrainConfig
 from anyflow.methods.time_pairs import TimePairs
 from anyflow.rng import resolve_generator
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.validation import require_positive
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class OnPolicyConfig(DMD2Config):
         rollout: ``"shortcut"`` simulates any schedule in at most three evaluations; ``"euler"`` runs every step.
         grad_through: ``"all"`` evaluations of a shortcut rollout, or only the middle ``"step"``.
         cotrain_pretrain: add the pretrain loss on the data batch in :meth:`AnyFlowOnPolicyMethod.student_loss`.
+        cotrain_weight: factor of that loss beside distribution matching. On a teacher's velocities it is far smaller
+            than on those of pairs, and needs more than the published 1.
         pretrain: settings of that loss; its ``velocity_target="teacher"`` is the real score.
 
     Raises:
@@ -38,6 +41,7 @@ class OnPolicyConfig(DMD2Config):
     rollout: str = "shortcut"
     grad_through: str = "all"
     cotrain_pretrain: bool = False
+    cotrain_weight: float = 1.0
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
@@ -45,6 +49,7 @@ class OnPolicyConfig(DMD2Config):
         for name, allowed in (("rollout", ("shortcut", "euler")), ("grad_through", ("all", "step"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"OnPolicyConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        require_positive("OnPolicyConfig.cotrain_weight", self.cotrain_weight)
 
 
 class AnyFlowOnPolicyMethod(DMD2Method):
@@ -178,4 +183,4 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             offset=offset,
         )
         metrics = {**output.metrics, **data.metrics, "loss_dmd": output.loss.detach(), "loss_data": data.loss.detach()}
-        return LossOutput(output.loss + data.loss, metrics, output.norms)
+        return LossOutput(output.loss + self.config.cotrain_weight * data.loss, metrics, output.norms)

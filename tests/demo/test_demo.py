@@ -30,7 +30,7 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training import TrainingError
 
-STAGES = ("flow_matching", "pretrain", "on_policy", "baseline")
+STAGES = ("flow_matching", "pretrain", "on_policy")
 
 # The same tiny configuration, for this process and for the subprocesses that are killed.
 TINY = """
@@ -38,7 +38,7 @@ from dataclasses import replace
 from anyflow.demo import DemoConfig
 base = DemoConfig(num_layers=1, num_heads=2, samples=64, heldout=64, step_counts=(1, 4), checkpoint_every=2)
 stages = {name: replace(getattr(base, name), steps=6, batch_size=8) for name in
-          ("flow_matching", "pretrain", "on_policy", "baseline")}
+          ("flow_matching", "pretrain", "on_policy")}
 tiny = replace(base, **stages)
 """
 

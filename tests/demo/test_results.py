@@ -29,7 +29,7 @@ def make_run(out: Path, seed: int) -> EvaluationResults:
     scored = (plain, evaluate_method(world, evaluator, all_samplers["on_policy"], model, lambda: None))
     curves = {method: metrics for method, (metrics, _) in zip(METHODS, scored, strict=True)}
     examples = {method: videos for method, (_, videos) in zip(METHODS, scored, strict=True)}
-    seconds = {"pretrain": 1.0, "on_policy": 2.0, "baseline": 3.0}
+    seconds = {"flow_matching": 3.0, "pretrain": 1.0, "on_policy": 2.0}
     results = EvaluationResults(real_floor(world, evaluator), curves, seconds, seed, "tiny")
     out.mkdir(parents=True)
     write_results(config, world, results, examples, out)

@@ -121,3 +121,31 @@ def test_a_target_and_a_teacher_go_together(gaussian: Factory) -> None:
         AnyFlowPretrainMethod(gaussian(N), _scheduler(), _config(velocity_target="data"), teacher=gaussian(N))
     with pytest.raises(ValueError, match=r"velocity_target must be one of \('data', 'teacher'\), got 'student'"):
         _config(velocity_target="student")
+
+
+def test_the_weight_of_cotraining_scales_its_gradient_alone(
+    gaussian: Factory, pair: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    latents, noise, prompt = pair
+    gradients = {}
+    for weight in (1.0, 2.0, 5.0):
+        student = gaussian(N)
+        config = OnPolicyConfig(
+            cotrain_pretrain=True,
+            cotrain_weight=weight,
+            num_steps=(2,),
+            real_guidance_scale=0.0,
+            pretrain=_config(epsilon=1.0, velocity_target="data"),
+        )
+        method = AnyFlowOnPolicyMethod(student, gaussian(N), gaussian(N), _scheduler(), config)
+        draws = {"data_noise": noise, "time_pairs": KINDS, "steps": (2, 0), "t": torch.full((SHAPE[0],), 0.5)}
+        output = method.student_loss(
+            noise, prompt, latents=latents, data_prompt_embeds=prompt, score_noise=latents, **draws
+        )
+        output.loss.backward()
+        gradients[weight] = student.mean.grad.clone()
+    once = gradients[2.0] - gradients[1.0]
+    assert once.abs().max().item() > 1e-3
+    torch.testing.assert_close(gradients[5.0] - gradients[1.0], 4 * once)
+    with pytest.raises(ValueError, match="cotrain_weight"):
+        OnPolicyConfig(cotrain_weight=0.0)
