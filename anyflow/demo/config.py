@@ -34,9 +34,10 @@ class DemoConfig:
 
     ``num_threads`` (on a CPU, see :func:`anyflow.threads.torch_threads`) is 1: the network is so small that sharing its
     operators out costs more than it saves. ``num_train_timesteps`` is 100: with 1000, the time embedding of so small a
-    model aliases at the finite difference. ``epsilon`` is in timesteps of that range. ``flow_matching`` trains the network
-    that the two stages start from, that they take velocities from (``velocity_target``), and that they are compared with.
-    A killed run goes on from a checkpoint that is made every ``checkpoint_every`` updates of a stage.
+    model aliases at the finite difference. ``epsilon`` is in timesteps of that range. ``flow_matching`` trains the
+    network that the two stages start from, that they take velocities from (``velocity_target``), and that they are
+    compared with. ``cotrain_weight`` is that of stage 1's loss in stage 2. A killed run goes on from a checkpoint that
+    is made every ``checkpoint_every`` updates of a stage.
     """
 
     budget: str = "full"
@@ -51,6 +52,7 @@ class DemoConfig:
     gate_value: float = 0.25
     epsilon: float = 0.5
     velocity_target: str = "teacher"
+    cotrain_weight: float = 30.0
     rollout_steps: tuple[int, ...] = (1, 2, 4, 8)
     flow_matching: Stage = Stage(steps=1500, batch_size=64, lr=1e-2, ema_decay=0.998, cosine=True)
     pretrain: Stage = Stage(steps=900, lr=2e-3, cosine=True)

@@ -50,6 +50,7 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
             max_timestep=0.98 * n,
             num_steps=config.rollout_steps,
             cotrain_pretrain=True,
+            cotrain_weight=config.cotrain_weight,
         )
         critic = _optimizer(stage, stage.critic_lr)
         on_policy = OnPolicyStageConfig(NetworkConfig(str(teacher)), method, critic_optimizer=critic)
