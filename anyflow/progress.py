@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from rich.markup import render
+from rich.console import Console
+from rich.markup import escape, render
 from rich.progress import Progress, ProgressColumn, Task, TaskID
 
 LINE_SECONDS = 30.0
@@ -45,3 +48,21 @@ def describe(task: Task) -> str:
     if note := task.fields.get("note"):
         parts.append(note)
     return f"{render(task.description).plain}: {', '.join(parts)}"
+
+
+@contextmanager
+def status(console: Console | None, text: str) -> Iterator[None]:
+    """Show what is being done: by a spinner in a terminal, else by a line."""
+    if console is None:
+        yield
+    elif console.is_terminal:
+        with console.status(escape(text)):
+            yield
+    else:
+        console.print(text, markup=False)
+        yield
+
+
+def counted(count: int, name: str) -> str:
+    """Say how many there are: ``1 step``, ``2 steps``."""
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,19 +16,17 @@ from torch import Tensor
 
 from anyflow.documents import shortened
 from anyflow.locking import locks_folder
-from anyflow.pipelines.frames import frames_of_type
 from anyflow.pipelines.loading import resolve_device
 from anyflow.pipelines.memory import Memory, check_options
-from anyflow.pipelines.pipeline import AnyFlowPipeline
 from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.renderer import Renderer
 from anyflow.pipelines.request import MAX_SEED, VideoRequest
 from anyflow.pipelines.results import Results, comparison_name, file_name, folder_name
-from anyflow.pipelines.sample_settings import DTYPES, SampleSettings
+from anyflow.pipelines.sample_settings import SampleSettings
 from anyflow.pipelines.video import import_av, write_comparison, write_video
-from anyflow.progress import LoggedProgress
+from anyflow.progress import LoggedProgress, counted, status
 from anyflow.validation import brief, whole_number
 from anyflow.versions import installed_versions
-from anyflow.writing import system_error
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,18 +131,11 @@ def sample_command(
     failed: list[Failure] = []
     if todo:
         missing = list(dict.fromkeys(text for text, _, _ in todo))
-        with _status(console, f"loading {settings.model}, encoding {_counted(len(missing), 'prompt')}"):
-            pipe = AnyFlowPipeline.from_pretrained(
-                settings.model,
-                dtype=DTYPES[settings.dtype],
-                device=device,
-                memory=memory,
-                transformer=settings.transformer,
-                compile=compile,
-                cuda_graph=cuda_graph,
-                euler=settings.euler,
+        with status(console, f"loading {settings.model}, encoding {counted(len(missing), 'prompt')}"):
+            pipe = Renderer(
+                settings, missing, context, memory=memory, device=device, compile=compile, cuda_graph=cuda_graph
             )
-            renderer = _Renderer(pipe, settings, missing, context, results, console)
+            renderer = _Renderer(pipe, results, console)
         for number, (text, seed, count) in enumerate(todo, start=1):
             renderer.place = f"video {number} of {len(todo)}" if len(todo) > 1 else "sampling"
             if (failure := renderer.render(text, count, seed, folders[text])) is not None:
@@ -159,39 +149,20 @@ def sample_command(
 
 
 class _Renderer:
-    """A pipeline with its prompts encoded ahead, so that the text encoder is gone when sampling starts."""
+    """Makes videos, writes them and notes them in the results."""
 
-    def __init__(
-        self,
-        pipe: AnyFlowPipeline,
-        settings: SampleSettings,
-        prompts: list[Prompt],
-        context: Any,
-        results: Results,
-        console: Console | None,
-    ) -> None:
-        self.pipe, self.settings, self.context, self.results, self.console = pipe, settings, context, results, console
+    def __init__(self, renderer: Renderer, results: Results, console: Console | None) -> None:
+        self.renderer, self.results, self.console = renderer, results, console
         self.place = ""
-        self.seconds: dict[str, float] = {}
-        texts = [prompt.text for prompt in prompts]
-        if settings.guidance_scale != 1:
-            texts += [self._negative(prompt) for prompt in prompts]
-        texts = list(dict.fromkeys(texts))
-        with pipe.timed("encode", self.seconds):
-            self.embeds: dict[str, Tensor] = dict(zip(texts, pipe.encode_prompts(texts), strict=True))
-        if settings.lora is not None:
-            pipe.load_lora(settings.lora)
 
     def render(self, prompt: Prompt, steps: int, seed: int, folder: Path) -> Failure | None:
         """Make and write one video and its line of the results."""
-        label = f"{self.place}: {prompt.text[:40]}, {_counted(steps, 'step')}, seed {seed}"
+        label = f"{self.place}: {prompt.text[:40]}, {counted(steps, 'step')}, seed {seed}"
         try:
             with _steps_bar(self.console, label, steps) as bar:
                 entry = self._render(prompt, steps, seed, folder, bar)
         except (RuntimeError, ValueError, OSError, FloatingPointError) as error:  # memory, disk, NaN: the next may work
-            if self.pipe.device.type == "cuda":
-                torch.cuda.empty_cache()
-            return Failure(prompt.text, steps, seed, self._reason(error))
+            return Failure(prompt.text, steps, seed, self.renderer.reason(error))
         self.results.add(entry)
         if self.console is not None:
             seconds = entry["seconds"]
@@ -203,36 +174,17 @@ class _Renderer:
         return None
 
     def _render(self, prompt: Prompt, steps: int, seed: int, folder: Path, bar: _StepsBar | None) -> dict[str, Any]:
-        pipe, settings = self.pipe, self.settings
+        pipe = self.renderer.pipe
         folder.mkdir(parents=True, exist_ok=True)
         (folder / comparison_name(seed)).unlink(missing_ok=True)  # it will lack this video
-        if pipe.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pipe.device)
-        negative = None if settings.guidance_scale == 1 else self._negative(prompt)
-        output = pipe(
-            prompt_embeds=self.embeds[prompt.text],
-            negative_prompt_embeds=None if negative is None else self.embeds[negative],
-            height=settings.height,
-            width=settings.width,
-            num_frames=settings.num_frames,
-            num_inference_steps=steps,
-            guidance_scale=settings.guidance_scale,
-            seed=seed,
-            video=self.context,
-            output_type="latent",
-            progress=False,
-            callback=None if bar is None else bar.advance,
-        )
-        seconds = {"encode": self.seconds["encode"] / len(self.embeds), "sample": output.seconds["sample"]}
-        assert isinstance(output.frames, Tensor)
-        if bar is not None:
-            bar.say("decoding")
-        with pipe.timed("decode", seconds):
-            (images,) = frames_of_type(pipe.decode(output.frames), "pil")
-        file = write_video(images, folder / file_name(steps, seed), settings.fps)
+        if bar is None:
+            images, seconds = self.renderer.frames(prompt, steps, seed)
+        else:
+            images, seconds = self.renderer.frames(prompt, steps, seed, bar.advance, lambda: bar.say("decoding"))
+        file = write_video(images, folder / file_name(steps, seed), self.renderer.settings.fps)
         return {
             "prompt": prompt.text,
-            "negative_prompt": negative,
+            "negative_prompt": self.renderer.negative(prompt),
             "steps": steps,
             "seed": seed,
             "file": f"{folder.name}/{file.name}",
@@ -242,19 +194,6 @@ class _Renderer:
             "memory": pipe.memory,
             "packages": installed_versions(),
         }
-
-    def _negative(self, prompt: Prompt) -> str:
-        given = self.settings.negative_prompt if prompt.negative is None else prompt.negative
-        return "" if given is None else given
-
-    def _reason(self, error: Exception) -> str:
-        settings, found = self.settings, system_error(error)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        if isinstance(error, torch.OutOfMemoryError) or (isinstance(found, OSError) and found.errno == errno.ENOMEM):
-            size = f"{settings.num_frames} frames of {settings.height} x {settings.width} pixels"
-            advice = "a smaller --height, --width or --num-frames, or --memory low, needs less"
-            return f"no memory for {size}; {advice} ({reason})"
-        return reason
 
 
 class _StepsBar:
@@ -288,21 +227,6 @@ def _steps_bar(console: Console | None, label: str, steps: int) -> Iterator[_Ste
         yield _StepsBar(bars, label, steps)
 
 
-@contextmanager
-def _status(console: Console | None, text: str) -> Iterator[None]:
-    """Show what is being done: by a spinner in a terminal, else by a line."""
-    from rich.markup import escape
-
-    if console is None:
-        yield
-    elif console.is_terminal:
-        with console.status(escape(text)):
-            yield
-    else:
-        console.print(text, markup=False)
-        yield
-
-
 def _compare(prompt: Prompt, seed: int, folder: Path, results: Results, console: Console | None) -> Failure | None:
     """Write the comparison of all step counts of a seed, unless it is there or there is nothing to compare."""
     videos = {steps: file for (steps, of_seed), file in sorted(results.there(folder).items()) if of_seed == seed}
@@ -310,16 +234,12 @@ def _compare(prompt: Prompt, seed: int, folder: Path, results: Results, console:
     if len(videos) < 2 or comparison.is_file():
         return None
     try:
-        write_comparison({_counted(steps, "step"): file for steps, file in videos.items()}, comparison)
+        write_comparison({counted(steps, "step"): file for steps, file in videos.items()}, comparison)
     except (ValueError, OSError) as error:
         return Failure(prompt.text, None, seed, f"comparison: {error}")
     if console is not None:
         console.print(f"{comparison}: {len(videos)} step counts side by side", markup=False)
     return None
-
-
-def _counted(count: int, name: str) -> str:
-    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -1,0 +1,133 @@
+"""A pipeline with its prompts encoded ahead, which makes the frames of one video at a time."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow.pipelines.frames import frames_of_type
+from anyflow.pipelines.memory import Memory
+from anyflow.pipelines.pipeline import AnyFlowPipeline
+from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.sample_settings import DTYPES, SampleSettings
+from anyflow.sampling import Callback
+from anyflow.writing import system_error
+
+
+class Renderer:
+    """Makes videos of prompts that were encoded ahead, so that the text encoder is gone when sampling starts.
+
+    Args:
+        settings: of every video.
+        prompts: those that videos will be made of.
+        context: the first frames of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`.
+        memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
+
+    Raises:
+        ValueError: the weights do not fit.
+    """
+
+    def __init__(
+        self,
+        settings: SampleSettings,
+        prompts: Sequence[Prompt],
+        context: Any = None,
+        *,
+        memory: Memory = "auto",
+        device: str | None = None,
+        compile: bool = False,
+        cuda_graph: bool = False,
+    ) -> None:
+        self.settings, self.context = settings, context
+        self.pipe = AnyFlowPipeline.from_pretrained(
+            settings.model,
+            dtype=DTYPES[settings.dtype],
+            device=device,
+            memory=memory,
+            transformer=settings.transformer,
+            compile=compile,
+            cuda_graph=cuda_graph,
+            euler=settings.euler,
+        )
+        self._seconds: dict[str, float] = {}
+        texts = [prompt.text for prompt in prompts]
+        if settings.guidance_scale != 1:
+            texts += [self._negative(prompt) for prompt in prompts]
+        texts = list(dict.fromkeys(texts))
+        with self.pipe.timed("encode", self._seconds):
+            self._embeds: dict[str, Tensor] = dict(zip(texts, self.pipe.encode_prompts(texts), strict=True))
+        if settings.lora is not None:
+            self.pipe.load_lora(settings.lora)
+
+    def negative(self, prompt: Prompt) -> str | None:
+        """Return the negative prompt of a prompt; None without guidance."""
+        return None if self.settings.guidance_scale == 1 else self._negative(prompt)
+
+    def frames(
+        self,
+        prompt: Prompt,
+        steps: int,
+        seed: int,
+        callback: Callback | None = None,
+        before_decoding: Callable[[], None] | None = None,
+    ) -> tuple[list[Any], dict[str, float]]:
+        """Make one video.
+
+        Args:
+            prompt: one of those given.
+            steps: network evaluations.
+            seed: of the noise.
+            callback: of :func:`anyflow.sampling.sample`.
+            before_decoding: called between the last step and the VAE.
+
+        Returns:
+            Its frames as PIL images, and the seconds of ``encode``, ``sample`` and ``decode``.
+
+        Raises:
+            RuntimeError: out of memory.
+            FloatingPointError: NaN or infinity came up.
+        """
+        pipe, settings, negative = self.pipe, self.settings, self.negative(prompt)
+        if pipe.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pipe.device)
+        output = pipe(
+            prompt_embeds=self._embeds[prompt.text],
+            negative_prompt_embeds=None if negative is None else self._embeds[negative],
+            height=settings.height,
+            width=settings.width,
+            num_frames=settings.num_frames,
+            num_inference_steps=steps,
+            guidance_scale=settings.guidance_scale,
+            seed=seed,
+            video=self.context,
+            output_type="latent",
+            progress=False,
+            callback=callback,
+        )
+        seconds = {"encode": self._seconds["encode"] / len(self._embeds), "sample": output.seconds["sample"]}
+        assert isinstance(output.frames, Tensor)
+        if before_decoding is not None:
+            before_decoding()
+        with pipe.timed("decode", seconds):
+            (images,) = frames_of_type(pipe.decode(output.frames), "pil")
+        return images, seconds
+
+    def reason(self, error: Exception) -> str:
+        """Say in one line why a video could not be made, and free what the attempt left on a GPU."""
+        if self.pipe.device.type == "cuda":
+            torch.cuda.empty_cache()
+        settings, found = self.settings, system_error(error)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(found, OSError) and found.errno == errno.ENOMEM):
+            size = f"{settings.num_frames} frames of {settings.height} x {settings.width} pixels"
+            advice = "a smaller --height, --width or --num-frames, or --memory low, needs less"
+            return f"no memory for {size}; {advice} ({reason})"
+        return reason
+
+    def _negative(self, prompt: Prompt) -> str:
+        given = self.settings.negative_prompt if prompt.negative is None else prompt.negative
+        return "" if given is None else given
