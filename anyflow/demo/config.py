@@ -53,7 +53,7 @@ class DemoConfig:
     epsilon: float = 0.5
     velocity_target: str = "teacher"
     cotrain_weight: float = 30.0
-    rollout_steps: tuple[int, ...] = (1, 2, 4, 8)
+    rollout_steps: tuple[int, ...] = (1, 2)
     flow_matching: Stage = Stage(steps=1500, batch_size=64, lr=1e-2, ema_decay=0.998, cosine=True)
     pretrain: Stage = Stage(steps=900, lr=2e-3, cosine=True)
     on_policy: Stage = Stage(steps=150, batch_size=16, lr=2e-4, betas=(0.0, 0.999), ema_decay=0.98, critic_lr=5e-4)
