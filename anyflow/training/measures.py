@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anyflow.evaluation.metrics import RandomConv3dFeatures, frechet_distance
+from anyflow.evaluation.frechet import frechet_distance
+from anyflow.evaluation.metrics import RandomConv3dFeatures
 from anyflow.evaluation.video_metrics import dynamic_degree, flicker, motion, psnr
 from anyflow.packages import is_missing, missing
 from anyflow.training.config import Recipe

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anyflow.documents import require_content, shortened
-from anyflow.evaluation.metrics import frechet_distance
+from anyflow.evaluation.frechet import frechet_distance
 from anyflow.evaluation.video_metrics.models import I3D, model_problem
 from anyflow.evaluation.video_metrics.values import levels, unit_videos
 from anyflow.validation import brief, require_whole
