@@ -27,7 +27,7 @@ class Decoder:
         everywhere: every rank decodes, so that each loads the VAE; else the first rank alone.
 
     Attributes:
-        has_pixels: whether the videos are real ones, not false colors.
+        pixel_shape: ``(F', H', W')`` of real videos; None where there are false colors, or this rank does not decode.
         fps: frames per second at which the videos are shown.
 
     Raises:
@@ -38,13 +38,13 @@ class Decoder:
         self._recipe, self._mesh, self._channels = recipe, mesh, dataset.latent_shape[1]
         self._synthetic = recipe.data.kind == "synthetic"
         self._vae: Any = None
-        self.has_pixels = recipe.preview.vae is not None or self._synthetic
         # Wan2.1's videos have 16 frames per second; latents as they are, and the synthetic videos, are shown slowly.
         self.fps = 8.0 if recipe.preview.vae is None else 16.0
         if recipe.preview.vae is not None:
             main_result(mesh, self._load)
             if everywhere and not mesh.is_main:
                 self._load()
+        self.pixel_shape = self._pixel_shape(dataset.latent_shape)
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Show latents ``[N, F, C, H, W]`` as videos ``[N, F', H', W', 3]`` uint8 on the CPU.
@@ -63,6 +63,15 @@ class Decoder:
             self._vae = vae.to("cpu")
             if self._mesh.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _pixel_shape(self, latent_shape: tuple[int, int, int, int]) -> tuple[int, int, int] | None:
+        frames, _, height, width = latent_shape
+        if self._synthetic:
+            return 2 * frames, 2 * height, 2 * width
+        if self._vae is None:
+            return None
+        temporal, spatial = self._vae.config.scale_factor_temporal, self._vae.config.scale_factor_spatial
+        return 1 + (frames - 1) * temporal, height * spatial, width * spatial
 
     def _load(self) -> None:
         vae, on_gpu = self._recipe.preview.vae, self._mesh.device.type == "cuda"

@@ -26,9 +26,9 @@ class Metrics:
 
     ``metrics.jsonl`` has one object per reported step: ``step`` (from 1); means since the last line of the losses and
     of the gradients' norms before clipping; the last learning rates; the rates and the memory of
-    :class:`~anyflow.training.throughput.Throughput`; ``validation_loss`` where it was evaluated; and ``seconds`` of
-    this process. A run that is resumed drops the lines after the checkpoint, so that the file is that of an
-    uninterrupted run.
+    :class:`~anyflow.training.throughput.Throughput`; ``validation_loss`` where it was evaluated, and ``metrics/…``
+    where videos were measured; and ``seconds`` of this process. A run that is resumed drops the lines after the
+    checkpoint, so that the file is that of an uninterrupted run.
 
     Args:
         folder: of the run.
@@ -96,6 +96,8 @@ class Metrics:
             self._file.flush()
         self._trackers.log(step, {name: value for name, value in line.items() if name != "step"})
         shown = _shown(values)
+        if not shown:
+            return
         self._bar.update(self._task, note="  ".join(shown))
         if not self._bar.console.is_terminal:
             self._bar.console.print(f"step {step}: {', '.join(shown)}")

@@ -54,8 +54,8 @@ class MetricsConfig:
         prompts: prompts of one's own in place of the data's; they need ``preview.model``.
         reference_steps: sampling steps of the video of the same model that the others are compared with (PSNR, LPIPS);
             0 leaves the comparison out.
-        models: folder of the networks of CLIP similarity, LPIPS and the Frechet video distance, as `anyflow evaluate`
-            has them; None leaves these metrics out.
+        models: folder of the networks of CLIP similarity, LPIPS and the Fréchet video distance, laid out as for
+            ``anyflow evaluate``; None leaves these metrics out.
     """
 
     every: int = 0

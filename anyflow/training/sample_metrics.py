@@ -61,7 +61,7 @@ class SampleMetrics:
         decoder: as given.
 
     Raises:
-        ValueError: a network of ``metrics.models`` cannot be loaded.
+        ValueError: ``metrics.models`` is no folder.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class SampleMetrics:
             row if prompt.row is None else prompt.row for prompt, row in zip(prompts, rows, strict=False)
         ]
         self._measures = Measures(
-            recipe,
-            mesh,
+            recipe.metrics,
+            mesh.device,
             dataset.latent_shape,
+            decoder.pixel_shape,
             num_videos=len(prompts),
             num_real=len(self._real_rows),
-            has_pixels=decoder.has_pixels,
         )
         for sentence in self._measures.left_out:
             console.print(f"Left out of the metrics: {sentence}", markup=False)
@@ -112,17 +112,18 @@ class SampleMetrics:
         Returns:
             On rank 0, means over the prompts by names such as ``metrics/psnr/4_steps``, those of the data's own
             videos as ``metrics/flicker/real``, and the time as ``metrics/seconds``. Empty on other ranks, and where
-            values are not finite or the VAE needs more memory than there is: a line says so.
+            values are not finite or there is too little memory: a line says so.
         """
         begin = time.monotonic()
         latents, problem = self._sample(step)
         cells: list[_Cell] = []
         if problem is None:
             try:
-                cells = [cell for place, by_count in latents.items() for cell in self._measured(place, by_count)]
-                if self._real is None:
-                    cells += [cell for place in latents for cell in self._measured_real(place)]
-            except (FloatingPointError, torch.OutOfMemoryError) as error:
+                with self._measures.loaded():
+                    cells = [cell for place, by_count in latents.items() for cell in self._measured(place, by_count)]
+                    if self._real is None:
+                        cells += [cell for place in latents for cell in self._measured_real(place)]
+            except (FloatingPointError, ValueError, ImportError, OSError, torch.OutOfMemoryError) as error:
                 problem = str(error)
         parts = gather(self._mesh, (problem, cells))
         if problems := [found for found, _ in parts if found is not None]:
@@ -178,7 +179,7 @@ class SampleMetrics:
 
     def _videos(self, latents: Sequence[Tensor], place: int, caption: str | None = None) -> list[Video]:
         caption = self.prompts[place].caption if caption is None else caption
-        if not self.decoder.has_pixels:
+        if self.decoder.pixel_shape is None:
             return [Video(values, None, caption) for values in latents]
         pixels = self.decoder.pixels(torch.stack(list(latents))).movedim(-1, 2)
         return [Video(values, shown, caption) for values, shown in zip(latents, pixels.split(1), strict=True)]
@@ -194,9 +195,8 @@ class SampleMetrics:
                 if values:
                     found[_name(metric, steps)] = math.fsum(values) / len(values)
                 elif steps != REAL and metric in of_steps[0].features:
-                    features = torch.stack([cell.features[metric] for cell in of_steps])
-                    real = torch.stack([cell.features[metric] for cell in self._real])
-                    found[_name(metric, steps)] = self._measures.of_set(metric, features, real)
+                    sets = ([cell.features[metric] for cell in part] for part in (of_steps, self._real))
+                    found[_name(metric, steps)] = self._measures.of_set(metric, *map(torch.stack, sets))
         return found
 
 
