@@ -6,6 +6,7 @@ needs no index arithmetic per element, and the sum over tokens that is its gradi
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -80,7 +81,8 @@ def forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     x, y, gate = contiguous_rows(x), contiguous_rows(y), contiguous_rows(gate)
     (b, length, d), rows = x.shape, gate.shape[1]
     out = empty(x)
-    options = row_options(d, tokens=FORWARD_TOKENS, elements=MANY_TENSORS)
+    measured = "gated_residual forward" if x.dtype == torch.bfloat16 else None
+    options = row_options(d, tokens=FORWARD_TOKENS, elements=MANY_TENSORS, measured=measured)
     runs = triton.cdiv(length // rows, options["TOKENS"])
     launch(
         gated_residual_forward_kernel, (b * rows * runs,),
@@ -97,7 +99,8 @@ def backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     grad, y, gate = contiguous_rows(grad), contiguous_rows(y), contiguous_rows(gate)
     (b, length, d), rows = y.shape, gate.shape[1]
     dy = empty(y)
-    options = row_options(d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS)
+    measured = "gated_residual backward" if y.dtype == torch.bfloat16 else None
+    options = row_options(d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS, measured=measured)
     runs = triton.cdiv(length // rows, options["TOKENS"])
     partial = partial_sums(y, 1, b * rows * runs, d)
     launch(

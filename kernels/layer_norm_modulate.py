@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -105,7 +106,8 @@ def backward(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float) 
     dx = empty(x)
     half = x.element_size() == 2
     elements = FEW_TENSORS if half else FP32_BACKWARD
-    options = row_options(d, tokens=BACKWARD_TOKENS, elements=elements, one_warp=half)
+    measured = "layer_norm_modulate backward" if x.dtype == torch.bfloat16 else None
+    options = row_options(d, tokens=BACKWARD_TOKENS, elements=elements, one_warp=half, measured=measured)
     runs = triton.cdiv(length // rows, options["TOKENS"])
     partial = partial_sums(x, 2, b * rows * runs, d)
     launch(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -162,7 +163,9 @@ def forward(
     a = _rows(weight if scale is None else scale, b, rows)
     c = _rows(bias if shift is None else shift, b, rows)
     h, n = empty(x), empty(x)
-    options = row_options(d, tokens=FORWARD_TOKENS, elements=FEW_TENSORS if gate is None else MANY_TENSORS)
+    measured = "residual_layer_norm forward" if gate is None and x.dtype == torch.bfloat16 else None
+    elements = FEW_TENSORS if gate is None else MANY_TENSORS
+    options = row_options(d, tokens=FORWARD_TOKENS, elements=elements, measured=measured)
     runs = triton.cdiv(length // rows, options["TOKENS"])
     launch(
         residual_layer_norm_forward_kernel, (b * rows * runs,),
@@ -197,7 +200,10 @@ def backward(
     (b, length, d), rows = h.shape, _common_rows(gate, scale)
     g, a = _rows(gate, b, rows), _rows(weight if scale is None else scale, b, rows)
     stages = 3 if gate is None and h.element_size() == 2 else 1  # more tensors, or wider ones, would spill
-    options = row_options(d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS, stages=stages)
+    measured = None
+    if h.dtype == torch.bfloat16 and (gate is None or scale is None):
+        measured = "residual_layer_norm backward" if gate is None else "residual_layer_norm backward, gate"
+    options = row_options(d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS, stages=stages, measured=measured)
     runs = triton.cdiv(length // rows, options["TOKENS"])
     dx, dy = empty(h), None if y is None else empty(y)
     parameters = (gate, weight, bias, shift, scale)

@@ -6,6 +6,7 @@ splitting them into even and odd numbers and joining them again moves nothing be
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -149,7 +150,8 @@ def backward(
     cos, sin, tables = _tables(cos, sin, weight, d // num_heads)
     half = x.element_size() == 2
     elements = FEW_TENSORS if half else FP32_BACKWARD
-    options = row_options(d, tokens=BACKWARD_TOKENS, elements=elements, one_warp=half)
+    measured = "rms_norm_rope backward" if x.dtype == torch.bfloat16 else None
+    options = row_options(d, tokens=BACKWARD_TOKENS, elements=elements, one_warp=half, measured=measured)
     runs = triton.cdiv(length, options["TOKENS"])
     partial = partial_sums(x, 1, b * runs, d)
     launch(

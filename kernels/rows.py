@@ -31,10 +31,25 @@ FP32_BACKWARD = 16  # loaded rows take twice the registers, and ptxas spills soo
 # A row of up to so many elements can be held by one warp, which needs no barriers: 48 per thread.
 ONE_WARP = 1536
 
+# At least 3 % faster on an H200 than what follows from the above, for rows of 1536 bf16 numbers, D of the 1.3B
+# model: warps, stages, tokens per program (docs/performance-log.md, experiment 2).
+MEASURED_D = 1536
+MEASURED = {
+    "layer_norm_modulate backward": (2, 4, 64),
+    "residual_layer_norm forward": (1, 4, 8),
+    "residual_layer_norm backward": (2, 3, 64),
+    "residual_layer_norm backward, gate": (4, 4, 128),
+    "gated_residual forward": (2, 4, 8),
+    "gated_residual backward": (1, 3, 64),
+    "rms_norm_rope backward": (2, 3, 64),
+}
+
 _overridden: ContextVar[dict[str, int]] = ContextVar("overridden", default={})  # noqa: B039, never written to
 
 
-def row_options(d: int, *, tokens: int, elements: int, stages: int = 1, one_warp: bool = False) -> dict[str, int]:
+def row_options(
+    d: int, *, tokens: int, elements: int, stages: int = 1, one_warp: bool = False, measured: str | None = None
+) -> dict[str, int]:
     """Return the constexpr arguments and the number of warps of a kernel over rows.
 
     Args:
@@ -43,6 +58,8 @@ def row_options(d: int, *, tokens: int, elements: int, stages: int = 1, one_warp
         elements: of a row per thread, at most; up to 16 warps share a row.
         stages: of the loop over tokens; from 3 on it copies ``stages - 2`` later rows to shared memory meanwhile.
         one_warp: whether one warp holds a row where it can.
+        measured: key of :data:`MEASURED`, whose options come first at the D that they are for; None where there is
+            none for a kernel or for its dtype.
 
     Returns:
         ``TOKENS``, ``STAGES``, ``D``, ``BLOCK_D`` (the next power of two) and ``num_warps``.
@@ -50,6 +67,8 @@ def row_options(d: int, *, tokens: int, elements: int, stages: int = 1, one_warp
     warps = min(triton.next_power_of_2(triton.cdiv(d, 32 * elements)), 16)
     if one_warp and d <= ONE_WARP:
         warps = 1
+    if measured is not None and d == MEASURED_D:
+        warps, stages, tokens = MEASURED[measured]
     options = {"TOKENS": tokens, "STAGES": stages, "D": d, "BLOCK_D": triton.next_power_of_2(d), "num_warps": warps}
     return options | _overridden.get()
 

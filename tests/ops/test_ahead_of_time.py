@@ -28,15 +28,15 @@ KERNELS = {
 # What a token costs on sm_90 in bf16, at D = 1536 and at D = 5120; only a measurement on a GPU is a reason to raise it.
 BARRIERS = {
     ("layer_norm_modulate_forward", ""): (6, 6),
-    ("layer_norm_modulate_backward", ""): (0, 6),
+    ("layer_norm_modulate_backward", ""): (6, 6),
     ("residual_layer_norm_forward", "gate, affine"): (6, 6),
     ("residual_layer_norm_backward", "gate, affine"): (6, 6),
-    ("residual_layer_norm_forward", "modulation"): (6, 6),
+    ("residual_layer_norm_forward", "modulation"): (2, 6),
     ("residual_layer_norm_backward", "modulation"): (6, 6),
-    ("gated_residual_forward", ""): (0, 0),
-    ("gated_residual_backward", ""): (0, 0),
+    ("gated_residual_forward", ""): (2, 0),
+    ("gated_residual_backward", ""): (2, 0),
     ("rms_norm_rope_forward", "rotary"): (0, 3),
-    ("rms_norm_rope_backward", "rotary"): (0, 3),
+    ("rms_norm_rope_backward", "rotary"): (3, 3),
 }
 
 
@@ -90,8 +90,7 @@ def test_the_machine_code_gets_no_worse() -> None:
     assert all(e["narrow"] <= 6 for e in entries)  # times, widths, weights and gates, one number each
     late = {key for key, e in over_rows.items() if e["late_loads"]}
     assert late <= {
-        ("layer_norm_modulate_backward", "", 1536),
-        *(("residual_layer_norm_backward", "gate, affine", dim) for dim in (1536, 5120)),
+        ("residual_layer_norm_backward", "gate, affine", 5120),
         ("rms_norm_rope_forward", "rotary", 5120),
     }
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from anyflow.kernels import layer_norm_modulate, machine_code, rows
+from anyflow.kernels import gated_residual, layer_norm_modulate, machine_code, rows
 from anyflow.kernels.launch import record
 from anyflow.kernels.machine_code import MachineCode, Traffic
 
@@ -129,6 +129,22 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def test_no_lane_is_idle_at_the_widths_of_models(dim: int, warps: int) -> None:
     assert rows.row_options(dim, tokens=16, elements=rows.FEW_TENSORS)["num_warps"] == warps
     assert dim % (256 * warps) == 0 or dim < 256
+
+
+def test_measured_options_are_for_their_width_and_dtype() -> None:
+    def launched(d: int, dtype: torch.dtype) -> dict[str, int]:
+        x, row = meta(1, 64, d, dtype=dtype), meta(1, 1, d, dtype=torch.float32)
+        with record() as launches:
+            gated_residual.backward(x, x, row)
+        return {name: launches[0].options[name] for name in ("num_warps", "STAGES", "TOKENS")}
+
+    derived = {"num_warps": 2, "STAGES": 1, "TOKENS": rows.BACKWARD_TOKENS}
+    found = dict(zip(derived, rows.MEASURED["gated_residual backward"], strict=True))
+    assert launched(1536, torch.bfloat16) == found != derived
+    assert launched(1536, torch.float32) == launched(1536, torch.float16) == derived
+    assert launched(2048, torch.bfloat16)["TOKENS"] == rows.BACKWARD_TOKENS
+    with rows.override_options(TOKENS=16):
+        assert launched(1536, torch.bfloat16) == found | {"TOKENS": 16}
 
 
 def test_options_are_overridden_and_come_back() -> None:
