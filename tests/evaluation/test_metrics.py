@@ -60,7 +60,7 @@ def test_frechet_closed_form_for_commuting_covariances() -> None:
 
 
 @given(seed=st.integers(0, 10_000), dim=st.integers(1, 12), n=st.integers(20, 60), m=st.integers(20, 60))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_frechet_agrees_with_the_textbook_formula(seed: int, dim: int, n: int, m: int) -> None:
     g = _generator(seed)
     a = torch.randn(n, dim, generator=g) @ torch.randn(dim, dim, generator=g)
@@ -122,7 +122,7 @@ def test_features_errors() -> None:
 
 
 @given(seed=st.integers(0, 1000), n=st.integers(1, 9), classes=st.integers(1, 3), bank=st.integers(1, 6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_nearest_template_against_a_loop(seed: int, n: int, classes: int, bank: int) -> None:
     g = _generator(seed)
     templates = torch.randn(classes, bank, 2, 1, 3, 3, generator=g)

@@ -65,7 +65,7 @@ def _by_transformers(folder: Path, videos: Tensor, texts: list[str]) -> list[flo
     return found
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 32])
+@pytest.mark.parametrize("batch_size", [5, 32])
 def test_the_similarity_is_that_of_transformers(folder: Path, batch_size: int) -> None:
     expected = _by_transformers(folder, _videos(), TEXTS)
     assert max(expected) - min(expected) > 0.05  # the model tells these videos and texts apart

@@ -52,9 +52,9 @@ def _videos(n: int, frames: int = 12, channels: int = 3, seed: int = 0) -> Tenso
     return torch.randint(0, 256, (n, frames, channels, 5, 7), dtype=torch.uint8, generator=generator)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [1, 2])
 def test_the_network_is_called_as_stylegan_v_does(file: Path, batch_size: int) -> None:
-    videos = _videos(4)
+    videos = _videos(3)
     found = I3DFeatures(file)(videos, batch_size=batch_size)
     large = F.interpolate(videos.transpose(1, 2).float(), size=(12, 224, 224), mode="trilinear", align_corners=False)
     expected = (large / 127.5 - 1).unflatten(2, (3, 4)).mean(dim=(3, 4, 5)).flatten(1)
