@@ -323,8 +323,10 @@ def test_results_that_cannot_be_read_name_the_file(tmp_path: Path, content: byte
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, anyflow.evaluation; "
-        "print([m for m in ('matplotlib', 'PIL', 'jinja2', 'diffusers', 'transformers') if m in sys.modules])"
+        "import sys, torch, anyflow.evaluation; from anyflow.evaluation.video_metrics import flicker, motion, psnr; "
+        "videos = torch.zeros(1, 2, 1, 8, 8); motion(videos), flicker(videos), psnr(videos, videos); "
+        "heavy = ('matplotlib', 'PIL', 'jinja2', 'diffusers', 'transformers', 'cv2', 'torchmetrics', 'torchvision'); "
+        "print([m for m in heavy if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
