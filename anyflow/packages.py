@@ -14,9 +14,12 @@ SAMPLE = (
 )
 DEMO = ("matplotlib", "jinja2")
 TRAIN = ("peft", "pyarrow", "pyyaml", "pydantic")
-GROUPS = {"sample": SAMPLE, "demo": DEMO, "train": TRAIN}
+EVALUATE = ("opencv-python-headless", "torchmetrics")
+GROUPS = {"sample": SAMPLE, "demo": DEMO, "train": TRAIN, "evaluate": EVALUATE}
+OPTIONAL = ("train", "evaluate")  # groups that a base installation does without
 
-_MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # of packages whose module has another name
+# Of packages whose module has another name.
+_MODULES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
 
 
 def module_name(package: str) -> str:

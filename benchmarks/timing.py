@@ -195,12 +195,20 @@ def once(step: Step, device: torch.device) -> tuple[float, int | None]:
 # Limits -------------------------------------------------------------------------------------------------------------
 
 
-def copy_bandwidth(device: torch.device, size: int = 2**30) -> tuple[float, list[float]]:
-    """Bytes/s, read plus written, of a copy on the device, and its milliseconds in every round."""
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+def copies(device: torch.device, size: int) -> Samples:
+    """Milliseconds of copies of ``size`` bytes on the device: the driver's, and one by an element-wise kernel."""
+    source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
-    samples = kernels({"copy": lambda: target.copy_(source)}, device)["copy"]
-    return 2 * size / statistics.median(samples) * 1e3, samples
+    steps: dict[str, Step] = {
+        "by the driver": lambda: target.copy_(source),
+        "by a kernel": lambda: torch.bitwise_not(source, out=target),
+    }
+    return kernels(steps, device)
+
+
+def copy_bandwidth(device: torch.device, size: int = 320 * 2**20) -> float:
+    """Bytes/s, read plus written, of the faster copy of ``size`` bytes on the device."""
+    return 2 * size / min(medians(copies(device, size)).values()) * 1e3
 
 
 def matmul_rate(

@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda":
         compile_all(options, started + COMPILE_SHARE * options.seconds)
         print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
-    copy, _ = timing.copy_bandwidth(device, 2**20 if options.tiny else 2**30)
+    copy = timing.copy_bandwidth(device, *((2**20,) if options.tiny else ()))
     name = torch.cuda.get_device_name(device) if options.device == "cuda" else "cpu"
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "triton": triton.__version__, **commit()}
     found |= {"copy_bytes_per_s": copy, "tasks": {}}

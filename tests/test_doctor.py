@@ -59,6 +59,7 @@ def test_what_decides_numbers_is_listed_and_must_be_there() -> None:
     for package in found:
         assert package.version == importlib.metadata.version(package.name)
     assert {p.name for p in found if p.group == "train"} == {"peft", "pyarrow", "pyyaml", "pydantic"}
+    assert {p.name for p in found if p.group == "evaluate"} == {"opencv-python-headless", "torchmetrics"}
     assert {"av", "ftfy", "diffusers", "transformers", "accelerate"} <= {p.name for p in found if p.group == "sample"}
     assert install_commands(found) == {}
 
@@ -117,13 +118,16 @@ from anyflow.cli import main
 def run():
     try: main()
     except SystemExit as stop: print("status", stop.code)
-sys.modules["peft"] = sys.modules["pyarrow"] = None
+sys.modules["peft"] = sys.modules["pyarrow"] = sys.modules["torchmetrics"] = None
 run()
 sys.modules["av"] = None
 run()
 """
     first, second, _ = python("-c", code, cwd=tmp_path).stdout.split("status ")
-    verdict = "All is well but for this: anyflow train needs more: pip install peft pyarrow."
+    verdict = (
+        "All is well but for this: anyflow train needs more: pip install peft pyarrow, "
+        "anyflow evaluate needs more: pip install torchmetrics."
+    )
     assert " ".join(first.split()).endswith(verdict) and second.startswith("0\n")
     assert "All is well" not in second and second.strip().endswith("1 problem.")
     assert "- av is not installed, and anyflow sample needs it: pip install av\n" in re.sub(" +\n", "\n", second)
@@ -142,7 +146,7 @@ def test_a_sound_installation_passes(tmp_path: Path) -> None:
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert f"anyflow {anyflow.__version__} in {PACKAGE}" in [" ".join(line.split()) for line in lines]
     assert lines[-1].startswith("All is well")
-    assert f"        ftfy             {importlib.metadata.version('ftfy')}" in lines
+    assert ["ftfy", importlib.metadata.version("ftfy")] in [line.split() for line in lines]
     assert "MP4 files  H.264 by libx264" in lines
     assert max(map(len, lines)) <= 80
     for op in OPERATORS:

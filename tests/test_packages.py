@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from anyflow.packages import DEMO, DISTRIBUTION, SAMPLE, TRAIN, install_command, is_missing, missing, module_name
+from anyflow.packages import (
+    DEMO,
+    DISTRIBUTION,
+    EVALUATE,
+    SAMPLE,
+    TRAIN,
+    install_command,
+    is_missing,
+    missing,
+    module_name,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -43,11 +53,11 @@ def test_the_groups_are_what_is_installed_with_the_distribution_and_its_extras()
     lists = dict(re.findall(r"^(\w+) = \[(.*?)\]\n", PYPROJECT, re.MULTILINE | re.DOTALL))
     names = {key: set(re.findall(r'"([\w-]+)', value)) for key, value in lists.items()}
     assert {*SAMPLE, *DEMO} < names["dependencies"]
-    assert set(TRAIN) == names["train"]
+    assert set(TRAIN) == names["train"] and set(EVALUATE) == names["eval"]
     assert 'all = ["anyflow-video[train,eval]"]' in PYPROJECT and {"flash", "dev", "docs", "eval"} <= set(names)
 
 
-@pytest.mark.parametrize("package", [*SAMPLE, *DEMO, *TRAIN])
+@pytest.mark.parametrize("package", [*SAMPLE, *DEMO, *TRAIN, *EVALUATE])
 def test_a_package_is_found_by_the_name_of_its_module(package: str) -> None:
     assert not is_missing(package)
     files = distribution(package).files

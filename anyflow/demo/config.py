@@ -34,8 +34,10 @@ class DemoConfig:
 
     ``num_threads`` (on a CPU, see :func:`anyflow.threads.torch_threads`) is 1: the network is so small that sharing its
     operators out costs more than it saves. ``num_train_timesteps`` is 100: with 1000, the time embedding of so small a
-    model aliases at the finite difference. ``epsilon`` is in timesteps of that range. A killed run goes on from a
-    checkpoint that is made every ``checkpoint_every`` updates of a stage.
+    model aliases at the finite difference. ``epsilon`` is in timesteps of that range. ``flow_matching`` trains the
+    network that the two stages start from, that they take velocities from (``velocity_target``), and that they are
+    compared with. ``cotrain_weight`` is that of stage 1's loss in stage 2. A killed run goes on from a checkpoint that
+    is made every ``checkpoint_every`` updates of a stage.
     """
 
     budget: str = "full"
@@ -49,11 +51,12 @@ class DemoConfig:
     shift: float = 3.0
     gate_value: float = 0.25
     epsilon: float = 0.5
+    velocity_target: str = "teacher"
+    cotrain_weight: float = 30.0
     rollout_steps: tuple[int, ...] = (1, 2, 4, 8)
-    flow_matching: Stage = Stage(steps=1200, lr=1e-2, cosine=True)
-    pretrain: Stage = Stage(steps=1100, lr=5e-3, cosine=True)
+    flow_matching: Stage = Stage(steps=1500, batch_size=64, lr=1e-2, ema_decay=0.998, cosine=True)
+    pretrain: Stage = Stage(steps=900, lr=2e-3, cosine=True)
     on_policy: Stage = Stage(steps=150, batch_size=16, lr=2e-4, betas=(0.0, 0.999), ema_decay=0.98, critic_lr=5e-4)
-    baseline: Stage = Stage(steps=1650, lr=5e-3, cosine=True)
     checkpoint_every: int = 100
     step_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     samples: int = 512
@@ -74,7 +77,6 @@ class DemoConfig:
                 full,
                 budget="fast",
                 flow_matching=replace(full.flow_matching, steps=500),
-                baseline=replace(full.baseline, steps=100),
                 pretrain=replace(full.pretrain, steps=180),
                 on_policy=replace(full.on_policy, steps=25),
                 samples=256,

@@ -16,7 +16,6 @@ TITLES = {
     "flow_matching": "flow matching (teacher)",
     "pretrain": "stage 1: flow-map pretraining",
     "on_policy": "stage 2: on-policy distillation",
-    "baseline": "baseline: more flow matching",
     "evaluation": "evaluation",
 }
 

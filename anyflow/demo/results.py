@@ -169,17 +169,22 @@ def _load_samples(folder: Path) -> ReportData:
 
 def _recipe(config: DemoConfig, seconds: Mapping[str, float]) -> list[RecipeStage]:
     steps = ", ".join(map(str, config.rollout_steps))
+    target = "velocities of the teacher" if config.velocity_target == "teacher" else "velocities of data and noise"
     return [
-        _row("Flow matching", config.flow_matching, "trains the teacher and the starting point of everything else"),
         _row(
-            "Stage 1: flow-map pretraining", config.pretrain, f"from flow matching; epsilon {config.epsilon} timesteps"
+            "Flow matching",
+            config.flow_matching,
+            f"{seconds['flow_matching']:.0f} s; the competitor, and the teacher and the start of stage 1",
         ),
-        _row("Stage 2: on-policy", config.on_policy, f"from stage 1; rollouts of {steps} steps; co-trained on data"),
         _row(
-            "Baseline",
-            config.baseline,
-            f"flow matching continued for {seconds['baseline']:.0f} s, next to the "
-            f"{seconds['pretrain'] + seconds['on_policy']:.0f} s of stages 1 and 2",
+            "Stage 1: flow-map pretraining",
+            config.pretrain,
+            f"{seconds['pretrain']:.0f} s more; on {target}; epsilon {config.epsilon} timesteps",
+        ),
+        _row(
+            "Stage 2: on-policy",
+            config.on_policy,
+            f"{seconds['on_policy']:.0f} s more; rollouts of {steps} steps; co-trained as in stage 1",
         ),
     ]
 

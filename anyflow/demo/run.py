@@ -30,14 +30,14 @@ STATE_FILE = "state.json"
 
 # Seconds per step of batch 32, and per evaluation of 512 samples, relative to a flow-matching step of batch 32: for the
 # estimate of the time left.
-_STEP_COST = {"flow_matching": 1.0, "baseline": 1.0, "pretrain": 1.5, "on_policy": 5.3, "evaluation": 23.0}
+_STEP_COST = {"flow_matching": 1.0, "pretrain": 1.7, "on_policy": 5.6, "evaluation": 12.0}
 
-_CHECKPOINTS = ("flow_matching", "pretrain", "on_policy", "baseline")  # a stage each, in their order
+_CHECKPOINTS = ("flow_matching", "pretrain", "on_policy")  # a stage each, in their order
 _UNFINISHED = ".unfinished"  # folder of the stage that runs: where it starts, and its own checkpoints
 
 # The checkpoint that scores as each method of the report.
 _CHECKPOINT_OF = {
-    "flow_matching": "baseline",
+    "flow_matching": "flow_matching",
     "pretrain": "pretrain",
     "on_policy": "on_policy",
     "consistency_sampler": "on_policy",

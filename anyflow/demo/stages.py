@@ -31,13 +31,13 @@ _WARMUP_STEPS = 20
 
 
 def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, out: Path) -> Recipe:
-    """Make the recipe of a stage: ``"flow_matching"``, ``"pretrain"``, ``"on_policy"`` or ``"baseline"``.
+    """Make the recipe of a stage: ``"flow_matching"``, ``"pretrain"`` or ``"on_policy"``.
 
     Args:
         config: of the run.
         name: of the stage.
         student: folder of the network that the stage starts from.
-        teacher: folder of the real score of the on-policy stage.
+        teacher: folder of the network whose velocities stage 1 learns, and of the real score of stage 2.
         out: folder for the checkpoints that the stage goes on from.
     """
     stage: Stage = getattr(config, name)
@@ -50,6 +50,7 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
             max_timestep=0.98 * n,
             num_steps=config.rollout_steps,
             cotrain_pretrain=True,
+            cotrain_weight=config.cotrain_weight,
         )
         critic = _optimizer(stage, stage.critic_lr)
         on_policy = OnPolicyStageConfig(NetworkConfig(str(teacher)), method, critic_optimizer=critic)
@@ -61,7 +62,10 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
         steps=stage.steps,
         flow_map=FlowMapConfig(config.gate_value),
         scheduler=SchedulerConfig(config.num_train_timesteps, config.shift),
-        pretrain=PretrainConfig(epsilon=config.epsilon, fuse_guidance_scale=1.0),
+        pretrain=PretrainConfig(
+            epsilon=config.epsilon, fuse_guidance_scale=1.0, velocity_target=config.velocity_target
+        ),
+        teacher=NetworkConfig(str(teacher)) if name == "pretrain" and config.velocity_target == "teacher" else None,
         on_policy=on_policy,
         optimizer=_optimizer(stage, stage.lr),
         # A short stage's average looks back over about a ninth of it: the start is forgotten.
@@ -105,9 +109,11 @@ def train_stage(world: World, recipe: Recipe, advance: Advance) -> tuple[AnyFlow
 def _build(world: World, recipe: Recipe) -> Step:
     mesh, negative = Mesh(world.device), world.dataset.negative_prompt_embeds
     student = build_student(recipe).to(world.device)
+    taught = recipe.on_policy is not None or recipe.teacher is not None
+    teacher = build_teacher(recipe).to(world.device) if taught else None
     if recipe.on_policy is None:
-        return PretrainStep(recipe, mesh, student, negative)
-    teacher = build_teacher(recipe).to(world.device)
+        return PretrainStep(recipe, mesh, student, negative, teacher)
+    assert teacher is not None
     critic = build_critic(recipe, teacher)
     return OnPolicyStep(recipe, mesh, student, teacher, critic, negative)
 

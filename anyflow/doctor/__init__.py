@@ -14,6 +14,7 @@ import torch
 
 from anyflow.doctor.environment import environment, load_operators
 from anyflow.doctor.requirements import hub, install_commands, packages, video_encoder
+from anyflow.packages import OPTIONAL
 
 
 def run(device: str | None = None, *, as_json: bool = False) -> bool:
@@ -41,8 +42,8 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
     installed = packages()
     commands = install_commands(installed)
     page.packages(installed, commands)
-    # What training lacks is no problem of sampling; what is there and broken is one of everybody.
-    problems += [p.problem for p in installed if p.problem and (p.group != "train" or p.version is not None)]
+    # What training and evaluation lack is no problem of sampling; what is there and broken is one of everybody.
+    problems += [p.problem for p in installed if p.problem and (p.group not in OPTIONAL or p.version is not None)]
     encoder, cache = video_encoder(), hub()
     page.sources(encoder, cache)
     if encoder.problem is not None and "av" not in [p.name for p in installed if p.problem]:
@@ -75,7 +76,7 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
     page.self_check(checks, skipped)
     problems += [f"{c.op} on {c.backend} in {c.dtype}: {c.problem}" for c in checks if c.problem is not None]
 
-    lacking = {group: command for group, command in commands.items() if group == "train"}
+    lacking = {group: command for group, command in commands.items() if group in OPTIONAL}
     page.verdict(problems, len(extension.warnings) + (encoder.warning is not None), lacking)
     if as_json:
         everything = {

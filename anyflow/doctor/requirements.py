@@ -23,7 +23,7 @@ class Package:
     """A package.
 
     Attributes:
-        group: what needs it: ``sample``, ``demo`` or ``train``.
+        group: what needs it: ``sample``, ``demo``, ``train`` or ``evaluate``.
         name: on the package index.
         version: None where it is not installed.
         problem: why it cannot be used and what to do, or None.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from anyflow.evaluation.motion_sentences import motion_finding
 from anyflow.evaluation.plots import method_style
 from anyflow.evaluation.results import EvaluationResults
 from anyflow.evaluation.seeds import SeedResults
+from anyflow.evaluation.wording import SAME, number, ratio, steps_text
 
-SAME = 1.1  # ratios below this are within what another seed would change
 FLOW_MAPS = ("on_policy", "pretrain")
 
 
@@ -18,16 +19,10 @@ def findings(results: EvaluationResults | SeedResults) -> list[str]:
         _stages(results),
         _samplers(results),
         _many_steps(results),
+        motion_finding(results),
         _distance_to_floor(results),
     ]
     return [s for s in sentences if s is not None]
-
-
-def number(value: float) -> str:
-    """Return a metric for running text: two significant digits below 10, whole numbers above."""
-    if value >= 9.95:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 0.995 else f"{value:.2f}" if value >= 0.0995 else f"{value:.2g}"
 
 
 def _plain_needs_steps(results: SeedResults) -> str | None:
@@ -99,19 +94,3 @@ def _distance_to_floor(results: SeedResults) -> str:
         f"The lowest distance of all, {number(score)} ({method_style(method)[0]}, {steps_text(steps)}), cannot be told "
         f"from real videos, which score {number(floor)} against each other."
     )
-
-
-def ratio(a: float, b: float) -> float:
-    """Return ``a / b``, a large number where ``b`` is 0."""
-    return a / max(b, 1e-12)
-
-
-def times_text(a: float, b: float) -> str:
-    """Return ``a / b`` in words, such as ``20 times``."""
-    factor = ratio(a, b)
-    return f"{factor:.0f} times" if factor >= 9.5 else f"{factor:.1f} times"
-
-
-def steps_text(n: int) -> str:
-    """Return a number of steps in words, such as ``1 step``."""
-    return "1 step" if n == 1 else f"{n} steps"

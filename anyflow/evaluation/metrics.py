@@ -1,4 +1,4 @@
-"""Sample quality in three numbers: Frechet distance, nearest-template error, and position coverage.
+"""Sample quality in four numbers: Frechet distance, nearest-template error, position coverage, and motion.
 
 Layout of videos is ``[N, F, C, H, W]`` throughout; labels are ``[N]`` int64.
 """
@@ -6,30 +6,54 @@ Layout of videos is ``[N, F, C, H, W]`` throughout; labels are ``[N]`` int64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anyflow.evaluation.video_metrics import motion
+
+_MOTION_VIDEOS = 16  # of each class: their mean speed is known to 1 %, and more would cost more than all else
+
 
 @dataclass(frozen=True)
 class Metrics:
-    """Quality of one set of videos; lower is better for each.
+    """Hold the quality of one set of videos.
 
-    ``fd``: per-class Frechet distance (mean over the classes); ``template_mse``: mean squared distance per pixel to
-    the nearest real video of the same class, in units of the data's variance; ``coverage_tv``: total variation
-    distance in [0, 1] between the positions found and the uniform distribution.
+    Args:
+        fd: per-class Frechet distance (mean over the classes); lower is better.
+        template_mse: mean squared distance per pixel to the nearest real video of the same class, in units of the
+            data's variance; lower is better.
+        coverage_tv: total variation distance in [0, 1] between the positions found and the uniform distribution;
+            lower is better.
+        motion: mean speed of what can be seen to move, in pixels per frame
+            (:func:`anyflow.evaluation.video_metrics.motion`, over the first 16 videos of each class); to be compared
+            with that of real videos. None where it was not measured.
     """
 
     fd: float
     template_mse: float
     coverage_tv: float
+    motion: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        """The three numbers by name, as ``metrics.json`` holds them."""
-        return asdict(self)
+        """Return the numbers by name, as ``metrics.json`` holds them, without motion where it was not measured."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def mean(cls, scores: Sequence[Metrics]) -> Metrics:
+        """Return the mean of each number over ``scores``; motion is None where one of them has none."""
+        if not scores:
+            raise ValueError("scores must hold at least one set's metrics")
+        motion = [score.motion for score in scores if score.motion is not None]
+        return cls(
+            fd=_mean([score.fd for score in scores]),
+            template_mse=_mean([score.template_mse for score in scores]),
+            coverage_tv=_mean([score.coverage_tv for score in scores]),
+            motion=_mean(motion) if len(motion) == len(scores) else None,
+        )
 
 
 class RandomConv3dFeatures(nn.Module):
@@ -180,6 +204,7 @@ class Evaluator:
 
     Build it with :meth:`from_videos`. ``heldout_features[M, D]`` are standardized by ``feature_mean[D]`` and
     ``feature_std[D]``, their own statistics over all classes, which gives the Frechet distance its unit.
+    ``black_white`` are the values of black and white in the videos; without them, motion is not measured.
     """
 
     extractor: nn.Module
@@ -190,6 +215,7 @@ class Evaluator:
     templates: Tensor
     grid: tuple[int, int]
     bins: int = 3
+    black_white: tuple[float, float] | None = None
 
     @classmethod
     def from_videos(
@@ -201,13 +227,17 @@ class Evaluator:
         *,
         bins: int = 3,
         extractor: nn.Module | None = None,
+        black_white: tuple[float, float] | None = None,
     ) -> Evaluator:
         """Evaluator over held-out ``videos[M, F, C, H, W]`` and the ``templates[num_classes, rows*columns, ...]``.
 
         Templates lie on ``grid`` = (rows, columns) positions in row-major order. ``extractor`` maps videos to
-        ``[M, D]`` (default: :class:`RandomConv3dFeatures`). Raises ``ValueError`` for mismatched shapes or a feature
-        that does not vary over the held-out videos.
+        ``[M, D]`` (default: :class:`RandomConv3dFeatures`). ``black_white`` are two values of the videos, such as
+        ``(0.0, 1.0)``: motion is measured between them. Raises ``ValueError`` for mismatched shapes, a feature that
+        does not vary over the held-out videos, or ``black_white`` that are not finite and ascending.
         """
+        if black_white is not None and not -math.inf < black_white[0] < black_white[1] < math.inf:
+            raise ValueError(f"black_white must be two finite values, black below white, got {black_white}")
         if templates.ndim != videos.ndim + 1 or templates.shape[1] != grid[0] * grid[1]:
             raise ValueError(
                 f"templates must be [num_classes, {grid[0] * grid[1]}, ...] for grid {grid}, "
@@ -222,25 +252,36 @@ class Evaluator:
         mean, std = features.mean(0), features.std(0)
         if not (std > 1e-9).all():
             raise ValueError("every feature must vary over the held-out videos; use more, or another extractor")
-        return cls(extractor, (features - mean) / std, labels, mean, std, templates, grid, bins)
+        return cls(extractor, (features - mean) / std, labels, mean, std, templates, grid, bins, black_white)
 
     def evaluate(self, videos: Tensor, labels: Tensor) -> Metrics:
-        """All three metrics of ``videos[N, F, C, H, W]``; errors as the functions they come from."""
+        """Return all metrics of ``videos[N, F, C, H, W]``; errors are those of the functions they come from."""
         index = nearest_template(videos, labels, self.templates)
         features = (_features(self.extractor, videos) - self.feature_mean) / self.feature_std
         return Metrics(
             fd=per_class_frechet_distance(features, labels, self.heldout_features, self.heldout_labels),
             template_mse=_template_mse(videos, labels, self.templates, index),
             coverage_tv=coverage_tv(index, labels, self.grid, bins=self.bins),
+            motion=self._motion(videos, labels),
         )
 
     def floor(self, real_sets: Iterable[tuple[Tensor, Tensor]]) -> Metrics:
-        """Mean score of other real sets ``(videos, labels)``: what a perfect model would get with as many samples."""
+        """Return the mean score of other real sets ``(videos, labels)``, a perfect model's with as many samples."""
         scores = [self.evaluate(videos, labels) for videos, labels in real_sets]
         if not scores:
             raise ValueError("real_sets must hold at least one (videos, labels) pair")
-        columns = ([getattr(s, name) for s in scores] for name in ("fd", "template_mse", "coverage_tv"))
-        return Metrics(*(sum(column) / len(scores) for column in columns))
+        return Metrics.mean(scores)
+
+    def _motion(self, videos: Tensor, labels: Tensor) -> float | None:
+        if self.black_white is None:
+            return None
+        black, white = self.black_white
+        rows = torch.cat([(labels == c).nonzero()[:_MOTION_VIDEOS, 0] for c in labels.unique()])
+        return motion(((videos[rows].float() - black) / (white - black)).clamp(0, 1)).mean().item()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _features(extractor: nn.Module, videos: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ def any_step_figure(
     *,
     ranges: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
     floor: float | None = None,
+    reference: float | None = None,
     ylabel: str = "",
     size: tuple[float, float] = (7.6, 4.3),
     label_lines: bool = True,
@@ -52,6 +53,7 @@ def any_step_figure(
         ranges: ``{method: {steps: (lowest, highest)}}``, drawn as error bars; each method is then moved a little to
             the side, so that bars at one number of steps stand beside each other.
         floor: score of real data, a shaded band from the axis up to it; a floor of 0 is stated in words.
+        reference: score of real data where more is not worse, a dashed line with its value.
         ylabel: stands above the value axis.
         size: width and height in inches.
         label_lines: write each method's name at the right end of its line.
@@ -61,10 +63,10 @@ def any_step_figure(
         The figure, for :func:`figure_svg` and :func:`save_figure`.
 
     Raises:
-        ValueError: there is no curve or an empty one, a step count is below 1, a value, range or floor is negative or
-            not finite, or ``ranges`` do not have the points of ``curves`` and hold their values.
+        ValueError: there is no curve or an empty one, a step count is below 1, a value, range, floor or reference is
+            negative or not finite, or ``ranges`` do not have the points of ``curves`` and hold their values.
     """
-    _check_curves(curves, floor)
+    _check_curves(curves, {"floor": floor, "reference": reference})
     if ranges is not None:
         _check_ranges(curves, ranges)
     import matplotlib
@@ -88,8 +90,8 @@ def any_step_figure(
         axes.set_xscale("log", base=2)
         axes.set_yscale("log" if log else "linear")
         ends = _draw_lines(axes, curves, ranges)
-        low, high = _limits(curves, ranges, floor, log)
-        axes.set_ylim(low, high)
+        low, high = _limits(curves, ranges, [v for v in (floor, reference) if v is not None], log)
+        axes.set_ylim(low, high if reference is None else _with_room_above(low, high, log))
         steps = sorted({n for curve in curves.values() for n in curve})
         axes.set_xlim(steps[0] / 1.18, steps[-1] * 1.18)
         axes.xaxis.set_major_locator(FixedLocator(steps))
@@ -110,6 +112,7 @@ def any_step_figure(
         axes.set_xlabel("number of steps")
         axes.set_title(ylabel, loc="left", fontsize=10.5, color=INK, x=-0.45 / (size[0] * right - 0.55), pad=10)
         _draw_floor(axes, floor, low)
+        _draw_reference(axes, reference)
         if label_lines:
             _label_ends(axes, ends, size[1] * (1 - 0.88 / size[1]))
     return figure
@@ -140,7 +143,7 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 200) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def _check_curves(curves: Mapping[str, Mapping[int, float]], floor: float | None) -> None:
+def _check_curves(curves: Mapping[str, Mapping[int, float]], real: Mapping[str, float | None]) -> None:
     if not curves:
         raise ValueError("curves must hold at least one method")
     for method, curve in curves.items():
@@ -149,8 +152,9 @@ def _check_curves(curves: Mapping[str, Mapping[int, float]], floor: float | None
         for steps, value in curve.items():
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{method!r} at {steps} steps must be finite and >= 0, got {value}")
-    if floor is not None and (not math.isfinite(floor) or floor < 0):
-        raise ValueError(f"floor must be finite and >= 0, got {floor}")
+    for name, score in real.items():
+        if score is not None and (not math.isfinite(score) or score < 0):
+            raise ValueError(f"{name} must be finite and >= 0, got {score}")
 
 
 def _check_ranges(
@@ -169,11 +173,11 @@ def _check_ranges(
 def _limits(
     curves: Mapping[str, Mapping[int, float]],
     ranges: Mapping[str, Mapping[int, tuple[float, float]]] | None,
-    floor: float | None,
+    real: Sequence[float],
     log: bool,
 ) -> tuple[float, float]:
     """Return limits of the value axis: a little room around everything, on a logarithmic axis what is positive."""
-    values = [v for curve in curves.values() for v in curve.values()] + ([] if floor is None else [floor])
+    values = [v for curve in curves.values() for v in curve.values()] + list(real)
     if ranges is not None:
         values += [v for curve in ranges.values() for pair in curve.values() for v in pair]
     positive = [v for v in values if v > 1e-8]
@@ -184,6 +188,11 @@ def _limits(
         return 0.0, high * 1.08
     room = (high / low) ** 0.07 * 1.12
     return low / room, high * room
+
+
+def _with_room_above(low: float, high: float, log: bool) -> float:
+    """Return an upper limit that leaves the top of the axes free for a line of text."""
+    return high * (high / low) ** 0.12 if log else high + 0.12 * (high - low)
 
 
 def _draw_lines(
@@ -237,6 +246,24 @@ def _draw_floor(axes: Axes, floor: float | None, low: float) -> None:
         xycoords="axes fraction",
         xytext=(5, 4),
         textcoords="offset points",
+        fontsize=9,
+        color=INK,
+        zorder=5,
+    )
+
+
+def _draw_reference(axes: Axes, reference: float | None) -> None:
+    """Draw a dashed line at the score of real videos; its value stands above everything that is drawn."""
+    if reference is None:
+        return
+    axes.axhline(reference, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), zorder=2)
+    axes.annotate(
+        f"real videos (dashed): {reference:.2g}",
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(5, -3),
+        textcoords="offset points",
+        va="top",
         fontsize=9,
         color=INK,
         zorder=5,

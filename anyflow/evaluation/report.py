@@ -13,23 +13,28 @@ import torch
 from torch import Tensor
 
 from anyflow.evaluation.animations import encode_animation, tile_videos
-from anyflow.evaluation.findings import findings, number
+from anyflow.evaluation.findings import findings
 from anyflow.evaluation.plots import BAND, FAINT, INK, METHOD_STYLES, any_step_figure, figure_svg, method_style
 from anyflow.evaluation.results import EvaluationResults
 from anyflow.evaluation.seeds import SeedResults
-from anyflow.evaluation.summary import QUALITY_LEVELS, figure_sentences, main_methods, quality, takeaway
+from anyflow.evaluation.summary import figure_sentences, main_methods, takeaway
+from anyflow.evaluation.wording import FROZEN_PICTURES, QUALITY_LEVELS, look, number
 from anyflow.writing import write_text
 
 _METRIC_TITLES = {
     "fd": "Fréchet distance",
     "template_mse": "Template error",
     "coverage_tv": "Coverage error",
+    "motion": "Motion",
 }
 _CHART_TITLES = {
     "fd": "Distance from real videos (lower is better)",
     "template_mse": "Difference to the nearest real clip (lower is better)",
     "coverage_tv": "Unevenness of positions (lower is better)",
+    "motion": "Motion in pixels per frame (0 is frozen)",
 }
+_LARGE_CHARTS = ("fd", "motion")
+_LINEAR_CHARTS = ("coverage_tv", "motion")
 _METHOD_NOTES = {
     "flow_matching": "the usual way: many small steps",
     "pretrain": "learned from data alone",
@@ -139,10 +144,16 @@ def _context(data: ReportData) -> dict[str, Any]:
         {"key": m, "label": method_style(m)[0], "note": _METHOD_NOTES.get(m, ""), "main": m in main}
         for m in results.methods
     ]
-    floor = results.floor.as_dict()
+    metrics = results.floor.as_dict()
     tables = [
-        {"title": title, "floor": floor[name], "values": results.values(name), "ranges": results.ranges(name)}
-        for name, title in _METRIC_TITLES.items()
+        {
+            "title": _METRIC_TITLES[name],
+            "floor": floor,
+            "values": results.values(name),
+            "ranges": results.ranges(name),
+            "lower_is_better": name != "motion",
+        }
+        for name, floor in metrics.items()
     ]
     seconds = results.seconds
     return {
@@ -158,10 +169,11 @@ def _context(data: ReportData) -> dict[str, Any]:
         "shown": [m for m in methods if m["main"] and m["key"] in data.samples],
         "others": [m for m in methods if not m["main"] and m["key"] in data.samples],
         "steps": results.steps,
-        "charts": {name: _charts(results, name) for name in _METRIC_TITLES},
+        "charts": {name: _charts(results, name) for name in metrics},
         "cells": _cells(data, results.runs[0]),
         "real_cells": _real_cells(data),
         "levels": QUALITY_LEVELS,
+        "frozen": FROZEN_PICTURES,
         "recipe": data.recipe,
         "environment": data.environment,
         "class_names": list(data.class_names),
@@ -180,19 +192,21 @@ def _seed_text(seeds: Sequence[int]) -> str:
 
 def _charts(results: SeedResults, metric: str) -> list[str]:
     """Draw a chart for each width that the page may have: text keeps its size where the page is narrow."""
-    large = metric == "fd"
-    kinds = {"wide": ((8.4, 4.3), True), "narrow": ((4.2, 3.6), False)} if large else {"any": ((4.4, 3.1), False)}
+    wide = {"wide": ((8.4, 4.3), True), "narrow": ((4.2, 3.6), False)}
+    kinds = wide if metric in _LARGE_CHARTS else {"any": ((4.4, 3.1), False)}
+    real = results.floor.as_dict()[metric]
     label = f"Chart: {_CHART_TITLES[metric]}, against the number of steps"
     charts = []
     for kind, (size, label_lines) in kinds.items():
         figure = any_step_figure(
             results.values(metric),
             ranges=results.ranges(metric),
-            floor=results.floor.as_dict()[metric],
+            floor=None if metric == "motion" else real,
+            reference=real if metric == "motion" else None,
             label_lines=label_lines,
             ylabel=_CHART_TITLES[metric],
             size=size,
-            log=metric != "coverage_tv",
+            log=metric not in _LINEAR_CHARTS,
         )
         svg = figure_svg(figure, salt=f"anyflow-{metric}-{kind}")
         charts.append(inline_svg(svg, label=label, css_class=kind))
@@ -203,8 +217,7 @@ def _cells(data: ReportData, run: EvaluationResults) -> dict[str, dict[int, dict
     """Return what stands in each cell of the grid of videos: moving and still pictures, and a word for them."""
     return {
         method: {
-            n: _picture(videos) | {"word": quality(run.curves[method][n].template_mse)}
-            for n, videos in by_steps.items()
+            n: _picture(videos) | {"word": look(run.curves[method][n], run.floor)} for n, videos in by_steps.items()
         }
         for method, by_steps in data.samples.items()
     }

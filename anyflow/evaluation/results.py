@@ -13,15 +13,16 @@ from anyflow.documents import read_json
 from anyflow.evaluation.metrics import Metrics
 from anyflow.writing import write_text
 
-METRIC_NAMES = ("fd", "template_mse", "coverage_tv")
+METRIC_NAMES = ("fd", "template_mse", "coverage_tv", "motion")
+_OPTIONAL = ("motion",)  # which runs of earlier versions lack
 
 
 @dataclass(frozen=True)
 class EvaluationResults:
-    """``curves[method][steps]`` with the score of real data as ``floor``; ``seconds`` by stage of the run.
+    """Hold ``curves[method][steps]`` with the score of real data as ``floor``, and ``seconds`` by stage of the run.
 
-    Raises ``ValueError`` for no curve, curves over different step counts, step counts below 1, and metrics that are
-    not finite or are negative.
+    Raises ``ValueError`` for no curve, curves over different step counts, step counts below 1, metrics that are not
+    finite or are negative, and motion that was measured for some sets of videos only.
     """
 
     floor: Metrics
@@ -48,16 +49,30 @@ class EvaluationResults:
             for metric, value in score.as_dict().items():
                 if not math.isfinite(value) or value < 0:
                     raise ValueError(f"{metric} of {name} must be finite and >= 0, got {value}")
+        without = [name for name, score in scores if score.motion is None]
+        if without and len(without) < len(scores):
+            raise ValueError(f"motion must be measured for every set of videos or for none; {without[0]} has none")
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The step counts, ascending."""
         return tuple(sorted(next(iter(self.curves.values()))))
 
+    @property
+    def has_motion(self) -> bool:
+        """Tell whether the motion of the videos was measured; runs of earlier versions have none."""
+        return self.floor.motion is not None
+
     def values(self, metric: str) -> dict[str, dict[int, float]]:
-        """One metric as ``{method: {steps: value}}``, step counts ascending."""
+        """Return one metric as ``{method: {steps: value}}``, step counts ascending.
+
+        Raises:
+            ValueError: there is no such metric, or it is motion and was not measured.
+        """
         if metric not in METRIC_NAMES:
             raise ValueError(f"metric must be one of {', '.join(METRIC_NAMES)}, got {metric!r}")
+        if metric == "motion" and not self.has_motion:
+            raise ValueError(f"the run of seed {self.seed} has no motion: the version that made it did not measure it")
         return {m: {n: getattr(c[n], metric) for n in self.steps} for m, c in self.curves.items()}
 
     def as_dict(self) -> dict[str, Any]:
@@ -120,10 +135,10 @@ def _object(where: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _require_keys(where: str, value: Any, names: Sequence[str]) -> None:
+def _require_keys(where: str, value: Any, names: Sequence[str], optional: Sequence[str] = ()) -> None:
     value = _object(where, value)
     for name in names:
-        if name not in value:
+        if name not in value and name not in optional:
             raise ValueError(f"{where} lack the key {name!r}")
     unknown = sorted(set(value) - set(names))
     if unknown:
@@ -137,8 +152,8 @@ def _number(where: str, value: Any) -> float:
 
 
 def _metrics(where: str, value: Any) -> Metrics:
-    _require_keys(where, value, METRIC_NAMES)
-    return Metrics(**{name: _number(f"{name} of {where}", value[name]) for name in METRIC_NAMES})
+    _require_keys(where, value, METRIC_NAMES, _OPTIONAL)
+    return Metrics(**{name: _number(f"{name} of {where}", value[name]) for name in METRIC_NAMES if name in value})
 
 
 def _step_count(where: str, text: str) -> int:

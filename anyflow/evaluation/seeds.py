@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyflow.evaluation.metrics import Metrics
-from anyflow.evaluation.results import METRIC_NAMES, EvaluationResults
+from anyflow.evaluation.results import EvaluationResults
 from anyflow.writing import write_text
 
 
@@ -66,7 +66,16 @@ class SeedResults:
     @property
     def floor(self) -> Metrics:
         """Return the mean score of real data."""
-        return Metrics(*(_mean([run.floor.as_dict()[name] for run in self.runs]) for name in METRIC_NAMES))
+        return Metrics.mean([run.floor for run in self.runs])
+
+    @property
+    def has_motion(self) -> bool:
+        """Tell whether every run measured the motion of its videos."""
+        return all(run.has_motion for run in self.runs)
+
+    def score(self, method: str, steps: int) -> Metrics:
+        """Return the mean score of a method at a step count."""
+        return Metrics.mean([run.curves[method][steps] for run in self.runs])
 
     def values(self, metric: str) -> dict[str, dict[int, float]]:
         """Return the means of one metric over the seeds as ``{method: {steps: mean}}``, step counts ascending."""

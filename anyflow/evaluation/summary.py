@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from anyflow.evaluation.findings import FLOW_MAPS, SAME, number, ratio, steps_text, times_text
-from anyflow.evaluation.plots import method_style
+from anyflow.evaluation.findings import FLOW_MAPS
+from anyflow.evaluation.motion_sentences import motion_sentence, motion_warning
 from anyflow.evaluation.results import EvaluationResults
 from anyflow.evaluation.seeds import SeedResults
-
-# Words for videos by their mean squared difference to the nearest real one, where 1 is the variance of the data.
-QUALITY_LEVELS = ((0.6, "noise"), (0.25, "blurred shapes"), (0.1, "shapes"), (0.0, "clear shapes"))
-
-
-def quality(template_mse: float) -> str:
-    """Return a word for videos with this ``template_mse`` (:class:`Metrics`), by ``QUALITY_LEVELS``."""
-    return next(word for least, word in QUALITY_LEVELS if template_mse >= least)
+from anyflow.evaluation.wording import SAME, listed, look, named, number, ratio, steps_text, times_text
 
 
 def main_methods(results: EvaluationResults | SeedResults) -> tuple[str, ...]:
@@ -28,7 +21,7 @@ def main_methods(results: EvaluationResults | SeedResults) -> tuple[str, ...]:
 def takeaway(results: EvaluationResults | SeedResults) -> str:
     """Return what plain flow matching and the flow map give in the fewest steps, and what more steps do."""
     seeds = SeedResults.of(results)
-    fd, mse = seeds.values("fd"), seeds.values("template_mse")
+    fd = seeds.values("fd")
     ours = _flow_map(seeds.methods)
     does = "This run does" if len(seeds.runs) == 1 else "These runs do"
     if ours is None or "flow_matching" not in fd:
@@ -41,13 +34,14 @@ def takeaway(results: EvaluationResults | SeedResults) -> str:
             f"{does} not show what a flow map is for: in {steps_text(first)} its videos are {compared} those "
             f"of plain flow matching."
         )
-    plain, mapped = quality(mse["flow_matching"][first]), quality(mse[ours][first])
+    plain, mapped = (look(seeds.score(method, first), seeds.floor) for method in ("flow_matching", ours))
     closer = f"{times_text(fd['flow_matching'][first], fd[ours][first])} closer to real videos"
     if plain == mapped:
         lead = f"{start} both give {plain}; the flow map's videos are {closer}"
     else:
         lead = f"{start} plain flow matching gives {plain}; the flow map gives {mapped}, {closer}"
-    return f"{lead}{_agreement(seeds, ours)}. {_more_steps(fd[ours])}".rstrip()
+    sentences = (f"{lead}{_agreement(seeds, ours)}.", _more_steps(fd[ours]), motion_warning(seeds, ours))
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def figure_sentences(results: EvaluationResults | SeedResults) -> dict[str, str]:
@@ -58,6 +52,7 @@ def figure_sentences(results: EvaluationResults | SeedResults) -> dict[str, str]
         "fd": _distances(seeds),
         "template_mse": _trends(seeds, "template_mse", main_methods(seeds), "the difference to the nearest real clip"),
         "coverage_tv": _trends(seeds, "coverage_tv", _samplers(seeds), "the unevenness of positions"),
+        "motion": motion_sentence(seeds, main_methods(seeds)),
     }
 
 
@@ -116,16 +111,15 @@ def _more_steps(curve: Mapping[int, float]) -> str:
 
 def _videos(run: EvaluationResults) -> str:
     """Say from which number of steps on each method's videos look like what."""
-    mse = run.values("template_mse")
     parts = []
     for method in main_methods(run):
-        words = [quality(mse[method][n]) for n in run.steps]
+        words = [look(run.curves[method][n], run.floor) for n in run.steps]
         starts = [i for i in range(len(words)) if i == 0 or words[i] != words[i - 1]]
         told = [
             f"{words[i]} {'at' if i + 1 in starts or i + 1 == len(words) else 'from'} {steps_text(run.steps[i])}"
             for i in starts
         ]
-        parts.append(f"{_named(method)} gives {_listed(told)}")
+        parts.append(f"{named(method)} gives {listed(told)}")
     return _sentence("; ".join(parts))
 
 
@@ -139,7 +133,7 @@ def _distances(seeds: SeedResults) -> str:
     every = "every number of steps" if len(seeds.steps) > 1 else steps_text(seeds.steps[0])
     alike = [n for n in seeds.steps if n not in ahead and n not in behind]
     parts = [
-        f"{text} at {_listed([str(n) for n in where])}" if len(where) < len(seeds.steps) else f"{text} at {every}"
+        f"{text} at {listed([str(n) for n in where])}" if len(where) < len(seeds.steps) else f"{text} at {every}"
         for text, where in (
             ("the flow map is closer to real videos", ahead),
             ("plain flow matching is closer", behind),
@@ -159,19 +153,9 @@ def _samplers(seeds: SeedResults) -> tuple[str, ...]:
 
 def _trends(seeds: SeedResults, metric: str, methods: tuple[str, ...], subject: str) -> str:
     curves = seeds.values(metric)
-    parts = [f"with {_named(methods[0])} {subject} {trend(curves[methods[0]])}"]
-    parts += [f"with {_named(method)} it {trend(curves[method])}" for method in methods[1:]]
+    parts = [f"with {named(methods[0])} {subject} {trend(curves[methods[0]])}"]
+    parts += [f"with {named(method)} it {trend(curves[method])}" for method in methods[1:]]
     return _sentence("; ".join(parts))
-
-
-def _named(method: str) -> str:
-    """Return the name of a method for the middle of a sentence."""
-    label = method_style(method)[0]
-    return label if method == "flow_matching" else f"the {label}"
-
-
-def _listed(items: list[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def _sentence(text: str) -> str:

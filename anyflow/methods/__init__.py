@@ -4,7 +4,8 @@ from anyflow.methods.balance import DiffusionBalance
 from anyflow.methods.dmd2 import DMD2Config, DMD2Method, dmd_gradient
 from anyflow.methods.on_policy import AnyFlowOnPolicyMethod, OnPolicyConfig
 from anyflow.methods.output import LossOutput
-from anyflow.methods.pretrain import AnyFlowPretrainMethod, PretrainConfig
+from anyflow.methods.pretrain import AnyFlowPretrainMethod
+from anyflow.methods.pretrain_config import PretrainConfig
 from anyflow.methods.time_pairs import TimePairs, sample_time_pairs
 
 __all__ = [

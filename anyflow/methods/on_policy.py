@@ -14,10 +14,12 @@ from torch import Tensor
 from anyflow.methods.balance import DiffusionBalance
 from anyflow.methods.dmd2 import DMD2Config, DMD2Method
 from anyflow.methods.output import LossOutput
-from anyflow.methods.pretrain import AnyFlowPretrainMethod, PretrainConfig
+from anyflow.methods.pretrain import AnyFlowPretrainMethod
+from anyflow.methods.pretrain_config import PretrainConfig
 from anyflow.methods.time_pairs import TimePairs
 from anyflow.rng import resolve_generator
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.validation import require_positive
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class OnPolicyConfig(DMD2Config):
         rollout: ``"shortcut"`` simulates any schedule in at most three evaluations; ``"euler"`` runs every step.
         grad_through: ``"all"`` evaluations of a shortcut rollout, or only the middle ``"step"``.
         cotrain_pretrain: add the pretrain loss on the data batch in :meth:`AnyFlowOnPolicyMethod.student_loss`.
-        pretrain: settings of that loss.
+        cotrain_weight: factor of that loss beside distribution matching. On a teacher's velocities it is far smaller
+            than on those of pairs, and needs more than the published 1.
+        pretrain: settings of that loss; its ``velocity_target="teacher"`` is the real score.
 
     Raises:
         ValueError: a value is out of range.
@@ -37,6 +41,7 @@ class OnPolicyConfig(DMD2Config):
     rollout: str = "shortcut"
     grad_through: str = "all"
     cotrain_pretrain: bool = False
+    cotrain_weight: float = 1.0
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
@@ -44,6 +49,7 @@ class OnPolicyConfig(DMD2Config):
         for name, allowed in (("rollout", ("shortcut", "euler")), ("grad_through", ("all", "step"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"OnPolicyConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        require_positive("OnPolicyConfig.cotrain_weight", self.cotrain_weight)
 
 
 class AnyFlowOnPolicyMethod(DMD2Method):
@@ -63,7 +69,13 @@ class AnyFlowOnPolicyMethod(DMD2Method):
     ) -> None:
         super().__init__(student, teacher, critic, scheduler, config, process_group=process_group)
         self.pretrain = (
-            AnyFlowPretrainMethod(student, scheduler, config.pretrain, process_group=self.process_group)
+            AnyFlowPretrainMethod(
+                student,
+                scheduler,
+                config.pretrain,
+                teacher=teacher if config.pretrain.velocity_target == "teacher" else None,
+                process_group=self.process_group,
+            )
             if config.cotrain_pretrain
             else None
         )
@@ -171,4 +183,4 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             offset=offset,
         )
         metrics = {**output.metrics, **data.metrics, "loss_dmd": output.loss.detach(), "loss_data": data.loss.detach()}
-        return LossOutput(output.loss + data.loss, metrics, output.norms)
+        return LossOutput(output.loss + self.config.cotrain_weight * data.loss, metrics, output.norms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from anyflow.methods.balance import DiffusionBalance
 from anyflow.methods.collectives import broadcast_from_rank_zero, rank_and_world
 from anyflow.methods.output import LossOutput
-from anyflow.methods.time_pairs import TimePairs, check_ratios, sample_time_pairs
+from anyflow.methods.pretrain_config import PretrainConfig
+from anyflow.methods.time_pairs import TimePairs, sample_time_pairs
 from anyflow.network import has_flow_map, velocity, widest_float
 from anyflow.ops import flow_map_batch, flow_map_loss, use_backend
 from anyflow.rng import rand, randn_like, resolve_generator
@@ -22,64 +23,8 @@ from anyflow.validation import (
     batched_embeds,
     require_finite,
     require_latents,
-    require_number,
-    require_positive,
     require_same_shape,
 )
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Settings of the pretrain loss; the defaults are the published ones.
-
-    Args:
-        diffusion_ratio: share of the global batch with r = t.
-        consistency_ratio: share of the global batch with r = 0.
-        epsilon: half-width of the central difference, in timesteps of the scheduler.
-        fuse_guidance_scale: g > 0, the guidance distilled into the model; 1 runs no unconditional forward.
-        boundary: ``"one_sided"`` keeps t +- epsilon inside [0, 1] and divides by the width used; ``"extrapolate"``
-            leaves [0, 1], as the reference trainer does.
-        derivative: ``"central"`` difference, or ``"jvp"`` for exact forward-mode (math attention; three network calls).
-        prompt_dropout: chance that a prompt is replaced by the negative embedding (0.1 in the published recipe).
-        i2v_prob: chance that a step trains image-to-video: frame 0 is kept clean and left out of the loss.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    diffusion_ratio: float = 0.5
-    consistency_ratio: float = 0.25
-    epsilon: float = 5.0
-    fuse_guidance_scale: float = 3.0
-    boundary: str = "one_sided"
-    derivative: str = "central"
-    prompt_dropout: float = 0.0
-    i2v_prob: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_ratios(self.diffusion_ratio, self.consistency_ratio)
-        for name in ("epsilon", "fuse_guidance_scale"):
-            require_positive(f"PretrainConfig.{name}", getattr(self, name))
-        for name, allowed in (("boundary", ("one_sided", "extrapolate")), ("derivative", ("central", "jvp"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"PretrainConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("prompt_dropout", "i2v_prob"):
-            require_number(f"PretrainConfig.{name}", getattr(self, name))
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"PretrainConfig.{name} must be in [0, 1], got {getattr(self, name)}")
-
-    def check_timesteps(self, num_train_timesteps: int) -> None:
-        """Raise a ValueError unless ``epsilon`` fits a scheduler's range of timesteps."""
-        if self.epsilon >= num_train_timesteps / 2:
-            raise ValueError(
-                f"PretrainConfig.epsilon={self.epsilon} timesteps must be below half of "
-                f"num_train_timesteps={num_train_timesteps}"
-            )
-
-    @property
-    def is_flow_matching(self) -> bool:
-        """Whether no sample of any batch can need an evaluation without gradient: plain flow matching."""
-        return self.diffusion_ratio == 1 and self.fuse_guidance_scale == 1
 
 
 @dataclass(frozen=True)
@@ -111,11 +56,13 @@ class AnyFlowPretrainMethod:
             trained by flow matching.
         scheduler: gives the shift, the timestep range and the training weight.
         config: settings.
+        teacher: plain Wan model or flow map whose velocity is the target; with ``velocity_target="teacher"``, and only
+            then.
         process_group: the ranks with samples of their own, over which kinds are shared out and means are taken; None
             for all processes.
 
     Raises:
-        ValueError: the settings do not fit the scheduler or the student.
+        ValueError: the settings do not fit the scheduler, the student or the teacher.
     """
 
     def __init__(
@@ -124,9 +71,16 @@ class AnyFlowPretrainMethod:
         scheduler: FlowMapEulerDiscreteScheduler,
         config: PretrainConfig,
         *,
+        teacher: Any = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        if (config.velocity_target == "teacher") != (teacher is not None):
+            raise ValueError(
+                f"velocity_target={config.velocity_target!r} and teacher={'None' if teacher is None else 'a network'} "
+                "do not fit: the target 'teacher' needs one, 'data' takes none"
+            )
         self.student = student
+        self.teacher = teacher
         self.scheduler = scheduler
         self.config = config
         self.process_group = process_group
@@ -221,6 +175,8 @@ class AnyFlowPretrainMethod:
             generator,
             offset,
         )
+        if self.teacher is not None:
+            batch = self._along_teacher(batch)
         plus, minus = self._half_widths(batch)
         central = self.config.derivative == "central" and not self.config.is_flow_matching
         x_t, x_no_grad = flow_map_batch(
@@ -344,6 +300,15 @@ class AnyFlowPretrainMethod:
             is_diffusion=pairs.is_diffusion,
             context=context,
         )
+
+    @torch.no_grad()
+    def _along_teacher(self, batch: _Batch) -> _Batch:
+        """Replace data and noise by the ends of the line through x_t whose slope is the teacher's velocity there."""
+        t = batch.t.to(batch.x0.dtype).reshape(*batch.t.shape, *[1] * (batch.x0.ndim - batch.t.ndim))
+        x_t = torch.lerp(batch.x0, batch.noise, t)
+        r_timestep = batch.timestep if has_flow_map(self.teacher) else None
+        v = velocity(self.teacher, x_t, batch.timestep, r_timestep, batch.text).to(x_t.dtype)
+        return replace(batch, x0=x_t - t * v, noise=x_t + (1 - t) * v)
 
     def _half_widths(self, batch: _Batch) -> tuple[Tensor, Tensor]:
         """The realized widths t+ - t and t - t-, after rounding t+- to the fp32 timesteps of the network."""

@@ -173,6 +173,8 @@ def _networks(recipe: Recipe) -> dict[str, AnyFlowTransformer3DModel]:
 
     with torch.device("meta"):
         networks = {"student": prepare_student(build(recipe.student), recipe)}
+        if recipe.teacher is not None:
+            networks["teacher"] = build(recipe.teacher).requires_grad_(False)
         if recipe.on_policy is not None:
             critic = recipe.on_policy.teacher if recipe.on_policy.critic is None else recipe.on_policy.critic
             networks["teacher"] = build(recipe.on_policy.teacher).requires_grad_(False)
@@ -189,7 +191,7 @@ def _update_flops(
 ) -> float:
     counted = {name: network_flops(network, tokens, text_tokens) for name, network in networks.items()}
     if recipe.on_policy is None:
-        return pretrain_flops(counted["student"], pretrain_config(recipe), samples)
+        return pretrain_flops(*counted.values(), config=pretrain_config(recipe), samples=samples)
     method = dataclasses.replace(recipe.on_policy.method, pretrain=pretrain_config(recipe))
     update = OnPolicyFlops(**counted, config=method, samples=samples)
     lengths = method.num_steps if method.timesteps is None else (len(method.timesteps) - 1,)

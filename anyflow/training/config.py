@@ -17,7 +17,14 @@ from anyflow.training.network_config import (
     LoRAConfig,
     NetworkConfig,
 )
-from anyflow.training.report_config import MAX_BATCH, MAX_TIMESTEPS, Logger, PreviewConfig, ValidationConfig
+from anyflow.training.report_config import (
+    MAX_BATCH,
+    MAX_TIMESTEPS,
+    Logger,
+    MetricsConfig,
+    PreviewConfig,
+    ValidationConfig,
+)
 from anyflow.validation import require_number, require_positive, require_text, require_whole
 
 __all__ = [
@@ -27,6 +34,7 @@ __all__ = [
     "EMAConfig",
     "FlowMapConfig",
     "LoRAConfig",
+    "MetricsConfig",
     "NetworkConfig",
     "OnPolicyStageConfig",
     "OptimizerConfig",
@@ -225,12 +233,15 @@ class Recipe:
         scheduler: shift, timestep range, training weight.
         pretrain: the pretrain loss, also of stage 2's co-training; the teacher stage uses its ``prompt_dropout`` and
             ``i2v_prob`` only.
+        teacher: the network that ``pretrain.velocity_target=teacher`` names; with that in the pretrain stage, and only
+            then (stage 2 takes ``on_policy.teacher``).
         on_policy: required in stage 2, and only there.
         optimizer: of the student.
         ema: of the student.
         parallel: how the processes share the work.
         checkpoint: when to save.
         preview: when and what to sample.
+        metrics: when and on what to measure sampled videos.
         validation: when and on what to evaluate the loss on videos that are not trained on.
         gradient_accumulation: loss evaluations per optimizer step.
         precision: ``"bf16"`` runs the networks under autocast; parameters and optimizer state are fp32 always.
@@ -253,12 +264,14 @@ class Recipe:
     flow_map: FlowMapConfig = field(default_factory=FlowMapConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     pretrain: PretrainConfig = field(default_factory=lambda: PretrainConfig(prompt_dropout=0.1))
+    teacher: NetworkConfig | None = None
     on_policy: OnPolicyStageConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(warmup_steps=1000))
     ema: EMAConfig = field(default_factory=EMAConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     gradient_accumulation: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -282,8 +295,16 @@ class Recipe:
         require_text("project", self.project)
         if (self.stage == "on_policy") != (self.on_policy is not None):
             raise ValueError("on_policy is required with stage=on_policy, and only then")
+        if (self.stage == "pretrain" and self.pretrain.velocity_target == "teacher") != (self.teacher is not None):
+            raise ValueError(
+                "teacher is required with pretrain.velocity_target=teacher in the pretrain stage, and only then "
+                "(stage 2 takes on_policy.teacher)"
+            )
+        if self.teacher is not None and self.teacher.lora is not None:
+            raise ValueError("teacher.lora: the teacher is not trained")
         if self.pretrain.derivative == "jvp" and self.parallel.sequence > 1:
             raise ValueError("pretrain.derivative=jvp does not go through parallel.sequence > 1; take 'central'")
+        self._check_prompts()
         if self.preview.vae is not None and self.data.kind == "synthetic":
             raise ValueError("preview.vae must be left alone with data.kind=synthetic: no VAE has made these latents")
         self._check_timesteps()
@@ -294,6 +315,14 @@ class Recipe:
         """Rows of the data that validation keeps out of training."""
         validation = self.validation
         return validation.num_samples if validation.every and validation.path is None else 0
+
+    def _check_prompts(self) -> None:
+        """Raise a ValueError where texts have no encoder, or an encoder no texts."""
+        for name, part in (("preview", self.preview), ("metrics", self.metrics)):
+            if part.prompts and self.preview.model is None:
+                raise ValueError(f"preview.model is required with {name}.prompts: its text encoder encodes them")
+        if self.preview.model is not None and not (self.preview.prompts or self.metrics.prompts):
+            raise ValueError("preview.model is required with preview.prompts or metrics.prompts, and only then")
 
     def _check_timesteps(self) -> None:
         """Raise a ValueError where a setting in timesteps does not fit the scheduler's range."""
@@ -306,6 +335,7 @@ class Recipe:
     def _check_heads(self) -> None:
         """Raise a ValueError where a sequence cannot be shared out by heads; networks of a folder are seen later."""
         networks = [("student", self.student)]
+        networks += [] if self.teacher is None else [("teacher", self.teacher)]
         if self.on_policy is not None:
             networks.append(("on_policy.teacher", self.on_policy.teacher))
             networks += [] if self.on_policy.critic is None else [("on_policy.critic", self.on_policy.critic)]

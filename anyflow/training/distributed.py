@@ -155,6 +155,15 @@ def main_result(mesh: Mesh, work: Callable[[], T]) -> T:
     return cast(T, outcome[0])
 
 
+def gather(mesh: Mesh, value: T) -> list[T]:
+    """Return the values of the ranks with other samples, in their order; collective over them. A value is pickled."""
+    if mesh.data_group is None:
+        return [value]
+    values: list[Any] = [None] * mesh.data_world
+    dist.all_gather_object(values, value, group=mesh.data_group)
+    return values
+
+
 def teardown(mesh: Mesh) -> None:
     """Leave the processes that :func:`setup` joined."""
     if mesh.mesh is not None:

@@ -112,9 +112,11 @@ def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def pretrain_flops(student: NetworkFlops, config: PretrainConfig, samples: int) -> int:
-    """Count the pretrain loss of ``samples``, those of all ranks, with its gradients."""
-    total = samples * (student.forward + student.backward)
+def pretrain_flops(
+    student: NetworkFlops, teacher: NetworkFlops | None = None, *, config: PretrainConfig, samples: int
+) -> int:
+    """Count the pretrain loss of ``samples``, those of all ranks, with its gradients; ``teacher`` gives the target."""
+    total = samples * (student.forward + student.backward + (0 if teacher is None else teacher.forward))
     if config.is_flow_matching:
         return total
     if config.fuse_guidance_scale != 1:
@@ -147,8 +149,10 @@ class OnPolicyFlops:
         everywhere = config.rollout == "shortcut" and config.grad_through == "all"
         total = evaluations * self.student.forward + (evaluations if everywhere else 1) * self.student.backward
         total += self.critic.forward + (1 if config.real_guidance_scale == 0 else 2) * self.teacher.forward
-        data = pretrain_flops(self.student, config.pretrain, self.samples) if config.cotrain_pretrain else 0
-        return self.samples * total + data
+        if not config.cotrain_pretrain:
+            return self.samples * total
+        target = self.teacher if config.pretrain.velocity_target == "teacher" else None
+        return self.samples * total + pretrain_flops(self.student, target, config=config.pretrain, samples=self.samples)
 
     def critic_loss(self, num_steps: int, grad_step: int) -> int:
         """Count the critic's rollout and its loss, with its gradients."""

@@ -43,14 +43,16 @@ def prepare_student(student: AnyFlowTransformer3DModel, recipe: Recipe) -> AnyFl
 
 
 def build_teacher(recipe: Recipe) -> AnyFlowTransformer3DModel:
-    """The real score of stage 2, frozen; a plain Wan model or a flow map, as its folder has it.
+    """Build the real score of stage 2, or the target of stage 1, frozen; a plain Wan model or a flow map.
 
     Raises:
         ValueError: the folder does not hold a network.
     """
-    assert recipe.on_policy is not None
-    teacher = _build(recipe.on_policy.teacher, "on_policy.teacher").requires_grad_(False)
-    return _with_options(teacher, recipe)
+    config, name = (
+        (recipe.teacher, "teacher") if recipe.on_policy is None else (recipe.on_policy.teacher, "on_policy.teacher")
+    )
+    assert config is not None
+    return _with_options(_build(config, name).requires_grad_(False), recipe)
 
 
 def build_critic(recipe: Recipe, teacher: AnyFlowTransformer3DModel) -> AnyFlowTransformer3DModel:
@@ -88,6 +90,8 @@ def check_networks(recipe: Recipe) -> None:
     with torch.device("meta"):
         if recipe.student.path is None:
             build_student(recipe)
+        if recipe.teacher is not None and recipe.teacher.path is None:
+            build_teacher(recipe)
         if recipe.on_policy is not None and recipe.on_policy.teacher.path is None:
             teacher = build_teacher(recipe)
             if recipe.on_policy.critic is None or recipe.on_policy.critic.path is None:

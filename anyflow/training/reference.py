@@ -17,7 +17,7 @@ from anyflow.training.config import Recipe
 from anyflow.writing import write_text
 
 # Keys that a section has and that a recipe refuses: it gives them elsewhere, or not at all.
-_REFUSED = ("on_policy.method.pretrain", "on_policy.teacher.lora", "on_policy.critic.lora")
+_REFUSED = ("teacher.lora", "on_policy.method.pretrain", "on_policy.teacher.lora", "on_policy.critic.lora")
 _HEAD = """\
 # The keys of a recipe
 

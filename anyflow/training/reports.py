@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +41,7 @@ class Reports:
         with ExitStack() as opened:
             loggers = recipe.loggers if mesh.is_main else ()
             trackers = Trackers(loggers, out, recipe.project, flatten(dataclasses.asdict(recipe)), at.step)
-            opened.enter_context(trackers)
+            self._trackers = opened.enter_context(trackers)
             self._metrics = opened.enter_context(
                 Metrics(out, trackers, start=at.step, total=recipe.steps, enabled=mesh.is_main, console=console)
             )
@@ -73,6 +73,10 @@ class Reports:
             values = {**self._window.take(), **values, **self._throughput.take()}
         if values:
             self._metrics.report(done, values)
+
+    def add_charts(self, curves: Mapping[str, Sequence[str]]) -> None:
+        """Show these numbers as curves of one chart, by its title, where a logger draws charts."""
+        self._trackers.add_charts(curves)
 
     def report_video(self, done: int, file: Path | None) -> None:
         """Hand a preview to the loggers, if one was written."""

@@ -21,7 +21,7 @@ RECIPE_FILE = "recipe.yaml"
 # What may differ when a run goes on: where and how it runs, what it reports, when it ends.
 _FREE = (
     *("out", "steps", "parallel", "device", "num_threads", "activation_checkpointing", "compile"),
-    *("checkpoint", "preview", "validation", "log_every", "loggers", "project"),
+    *("checkpoint", "preview", "metrics", "validation", "log_every", "loggers", "project"),
     *("data.num_workers", "data.batch_size", "gradient_accumulation"),
 )
 # What the guard's advice changes; a run records it.

@@ -56,14 +56,22 @@ class PretrainStep:
         mesh: this process's place in it.
         student: on the device, sharded.
         negative: ``[1, S, text_dim]`` negative prompt of the dataset.
+        teacher: whose velocity is the target, with ``pretrain.velocity_target=teacher``; not trained.
     """
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, student: AnyFlowTransformer3DModel, negative: Tensor) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        student: AnyFlowTransformer3DModel,
+        negative: Tensor,
+        teacher: AnyFlowTransformer3DModel | None = None,
+    ) -> None:
         self.student, self.flops = student, 0
-        self._sample_flops = _counter(student)
+        self._sample_flops = _counter(student) if teacher is None else _counter(student, teacher)
         self._accumulation, self._data_world = Accumulation(recipe, mesh, negative), mesh.data_world
         self.method = AnyFlowPretrainMethod(
-            student, build_scheduler(recipe), pretrain_config(recipe), process_group=mesh.data_group
+            student, build_scheduler(recipe), pretrain_config(recipe), teacher=teacher, process_group=mesh.data_group
         )
         self.optimizer = NetworkOptimizer("student", student, recipe.optimizer, recipe.steps)
         self.ema = _ema(recipe, student)
@@ -89,7 +97,7 @@ class PretrainStep:
         norm = self.optimizer.update(step, scalars, losses.norms)
         self.ema.update(self.student)
         samples = sum(len(batch.latents) for batch in batches) * self._data_world
-        self.flops = pretrain_flops(self._sample_flops(*_sizes(batches))[0], config, samples)
+        self.flops = pretrain_flops(*self._sample_flops(*_sizes(batches)), config=config, samples=samples)
         return {**scalars, "grad_norm": norm, "lr": self.optimizer.lr(step)}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -250,7 +258,12 @@ def pretrain_config(recipe: Recipe) -> PretrainConfig:
     if recipe.stage != "teacher":
         return recipe.pretrain
     return dataclasses.replace(
-        recipe.pretrain, diffusion_ratio=1.0, consistency_ratio=0.0, fuse_guidance_scale=1.0, derivative="central"
+        recipe.pretrain,
+        diffusion_ratio=1.0,
+        consistency_ratio=0.0,
+        fuse_guidance_scale=1.0,
+        derivative="central",
+        velocity_target="data",
     )
 
 

@@ -96,6 +96,20 @@ class Trackers:
         for tracker in self._trackers.values():
             tracker.log(dict(values), step=step)
 
+    def add_charts(self, curves: Mapping[str, Sequence[str]]) -> None:
+        """Give TensorBoard a chart for each entry, with the curves of these numbers, under Custom Scalars.
+
+        Weights & Biases and trackio draw such charts by their users' choice.
+
+        Args:
+            curves: names of numbers, by the chart's title.
+        """
+        if "tensorboard" in self._trackers and curves:
+            charts = {
+                title: ["Multiline", [f"^{re.escape(name)}$" for name in names]] for title, names in curves.items()
+            }
+            self._trackers["tensorboard"].tracker.add_custom_scalars({"metrics": charts})
+
     def log_video(self, step: int, name: str, file: Path) -> None:
         """Log a GIF or MP4 file; TensorBoard, which shows no MP4, gets the frame in its middle."""
         for logger, tracker in self._trackers.items():

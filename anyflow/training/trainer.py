@@ -20,6 +20,7 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.threads import torch_threads
 from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import Recipe
+from anyflow.training.decoding import Decoder
 from anyflow.training.distributed import Mesh, full_state, main_result, setup, shard_network, teardown
 from anyflow.training.export import write_model
 from anyflow.training.flops import token_count
@@ -27,6 +28,7 @@ from anyflow.training.guard import TrainingError, check_state
 from anyflow.training.held_out import Split, split_data, validation_losses
 from anyflow.training.networks import build_critic, build_student, build_teacher
 from anyflow.training.preview import Previews
+from anyflow.training.prompts import sampled_prompts
 from anyflow.training.recipe import dump_recipe
 from anyflow.training.reports import Reports
 from anyflow.training.resuming import (
@@ -37,6 +39,7 @@ from anyflow.training.resuming import (
     note_global_batch,
     position,
 )
+from anyflow.training.sample_metrics import SampleMetrics
 from anyflow.training.steps import OnPolicyStep, PretrainStep, Step, build_scheduler
 from anyflow.training.trackers import check_loggers
 from anyflow.writing import write_text
@@ -52,9 +55,9 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
 
     Args:
         recipe: the run. If the folder holds one already, it must be the same but for ``out``, ``steps``, ``parallel``,
-            ``checkpoint``, ``preview``, ``validation`` (but not how many rows of the data it holds out), ``device``,
-            ``num_threads``, ``log_every``, ``loggers``, ``project``, ``activation_checkpointing``, ``compile``,
-            ``data.num_workers`` and, to keep the global batch on other hardware, ``data.batch_size`` and
+            ``checkpoint``, ``preview``, ``metrics``, ``validation`` (but not how many rows of the data it holds out),
+            ``device``, ``num_threads``, ``log_every``, ``loggers``, ``project``, ``activation_checkpointing``,
+            ``compile``, ``data.num_workers`` and, to keep the global batch on other hardware, ``data.batch_size`` and
             ``gradient_accumulation``; and for what a :class:`TrainingError` advises, which the checkpoints record: the
             learning rates and warm-ups, ``precision``.
         resume: False refuses a folder that has a checkpoint.
@@ -97,7 +100,7 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         console.print(f"{out} holds this run, finished after {at.step} steps; its model is {out / 'model'}")
         return
 
-    previews = Previews(recipe, mesh, dataset) if recipe.preview.every else None
+    samples = _build_samples(recipe, mesh, dataset, console)
     step = _build_step(recipe, mesh, dataset)
     changes = changes if latest is None else at.changed
     if changes:
@@ -121,13 +124,34 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         )
         if mesh.is_main:
             _start_folder(recipe, at.step)
-        run = _Run(recipe, mesh, dataset, split, previews, step, data, checkpointer, signals)
+        run = _Run(recipe, mesh, dataset, split, samples, step, data, checkpointer, signals)
         try:
             finished = run.loop(at, console)
         except TrainingError as error:
             raise TrainingError(f"{error}. {run.advice(error)}", error.step, error.network) from None
     if finished:
         run.finish(console)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """What is sampled during training; None where it is turned off."""
+
+    previews: Previews | None
+    metrics: SampleMetrics | None
+
+
+def _build_samples(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, console: Console) -> _Samples:
+    """Load what previews and metrics need before the networks are built: an error comes early, and memory is free."""
+    shows, measures = recipe.preview.every > 0, recipe.metrics.every > 0
+    if not (shows or measures):
+        return _Samples(None, None)
+    prompts = sampled_prompts(recipe, mesh, dataset)
+    decoder = Decoder(recipe, mesh, dataset, everywhere=measures)
+    return _Samples(
+        Previews(recipe, mesh, dataset, prompts.preview, decoder) if shows else None,
+        SampleMetrics(recipe, mesh, dataset, prompts.metrics, decoder, console) if measures else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -138,7 +162,7 @@ class _Run:
     mesh: Mesh
     dataset: VideoDataset
     split: Split
-    previews: Previews | None
+    samples: _Samples
     step: Step
     data: TrainingData
     checkpointer: Checkpointer
@@ -148,6 +172,8 @@ class _Run:
         """Train up to the last step, or to a signal; returns whether the last step is done. There is a checkpoint."""
         tokens = token_count(self.step.student, self.dataset.latent_shape)
         with Reports(self.recipe, self.mesh, tokens, at, console) as reports:
+            if self.samples.metrics is not None:
+                reports.add_charts(self.samples.metrics.curves())
             for index in range(at.step, self.recipe.steps):
                 done = index + 1
                 batches = [next(self.data) for _ in range(self.recipe.gradient_accumulation)]
@@ -161,8 +187,11 @@ class _Run:
     def _between_updates(self, done: int, reports: Reports, at: Position, console: Console) -> bool:
         """Report, save and preview where they are due; returns whether the run goes on."""
         recipe = self.recipe
-        held_out = self._validate() if _due(done, recipe.validation.every, recipe.steps) else {}
-        reports.report(done, held_out)
+        values = self._validate() if _due(done, recipe.validation.every, recipe.steps) else {}
+        if _due(done, recipe.metrics.every, recipe.steps):
+            assert self.samples.metrics is not None
+            values |= self.samples.metrics.evaluate(self.step, done, console)
+        reports.report(done, values)
         stop = self._on_any_rank(bool(self.signals))
         if stop or _due(done, recipe.checkpoint.every, recipe.steps):
             self._save(done, at.history, reports.state())
@@ -170,8 +199,8 @@ class _Run:
             console.print(f"Stopped after step {done}; the same command goes on from there")
             return False
         if _due(done, recipe.preview.every, recipe.steps):
-            assert self.previews is not None
-            reports.report_video(done, self.previews.write(self.step, done, console))
+            assert self.samples.previews is not None
+            reports.report_video(done, self.samples.previews.write(self.step, done, console))
         return True
 
     def _validate(self) -> dict[str, float]:
@@ -256,7 +285,11 @@ def _build_step(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> Step:
     negative = dataset.negative_prompt_embeds
     if recipe.on_policy is None:
         shard_network(student, mesh, trains=True)
-        return PretrainStep(recipe, mesh, student, negative)
+        target = None if recipe.teacher is None else build_teacher(recipe)
+        if target is not None:
+            _check_data(target, dataset, "teacher")
+            shard_network(target, mesh, trains=False)
+        return PretrainStep(recipe, mesh, student, negative, target)
     teacher = build_teacher(recipe)
     critic = build_critic(recipe, teacher)
     for name, network in (("on_policy.teacher", teacher), ("on_policy.critic", critic)):

@@ -64,6 +64,7 @@ def tune_rows(results: Results) -> list[str]:
     headings = ["row kernel, launch options", "today, ms", "of copy", "best, ms", "of copy", "today / best", "best"]
     found = results.entries("tune_rows")
     found = found.get("tune_rows", found)  # the file that the tuner wrote, under one key
+    limits = results.measured
     rows = []
     for name, task in found.get("tasks", {}).items():
         today, best = task.get("today_ms"), task.get("best_ms")
@@ -71,7 +72,8 @@ def tune_rows(results: Results) -> list[str]:
             reason = task.get("error") or task.get("skipped") or NOT_MEASURED
             rows.append([name, short(str(reason)), "", "", "", "", ""])
             continue
-        shares = [f"{task[key]:.0%}" if task.get(key) is not None else "" for key in ("share_today", "share_best")]
+        rates = (task["bytes"] / milliseconds * 1e3 for milliseconds in (today, best))
+        shares = ["" if limits is None else f"{rate / limits.bandwidth:.0%}" for rate in rates]
         ratio = f"{today / best:.2f}x"
         rows.append([name, f"{today:.4f}", shares[0], f"{best:.4f}", shares[1], ratio, short(str(task["best"]))])
     return table(headings, rows or [["all", results.why("tune_rows", ""), "", "", "", "", ""]])

@@ -135,7 +135,8 @@ def padding() -> list[str]:
         f"padding to {more} gives the same number of tiles, the same blocks of keys and the same waves, for every tile "
         f"of {', '.join(map(str, _same()))} rows. The prediction is therefore no change, and what moves memory moves "
         f"{more / tokens - 1:.3%} more; padded keys would have to be masked besides. A gain could only come from a "
-        "kernel that takes another path where the last tile is full, which is what the probes measure. What tiles do "
+        "kernel that takes another path where the last tile is full, which is what the probes measure: cuDNN's "
+        "attention on an H200 is one, for keys (performance-log.md, experiment 4). What tiles do "
         f"cost is the last wave on {tiles.MULTIPROCESSORS} multiprocessors, the same with and without padding:"
     )
     headings = ["kernel, over all tokens", "tile", f"tiles at {tokens}", f"at {more}", "waves", "waves filled to"]

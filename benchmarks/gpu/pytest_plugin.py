@@ -1,7 +1,4 @@
-"""Lets tests, and the workers of pytest-xdist, find the package as the runner does: ``pytest -p gpu.pytest_plugin``.
-
-What a backend does not have on the device is skipped: forced onto it, an operator refuses, which is no wrong kernel.
-"""
+"""Lets tests, and the workers of pytest-xdist, find the package as the runner does: ``pytest -p gpu.pytest_plugin``."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import os
 import signal
 
 import pytest
-import torch
 
 from gpu import build, without_diffusers
 from gpu.state import die_with_parent
@@ -24,14 +20,6 @@ without_diffusers.install()
 build.load_operators()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of kernels that do not exist here."""
-    from anyflow.ops.backend import OPERATORS, missing
-
-    for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        op, backend = item.path.stem.removeprefix("test_"), parameters.get("backend", parameters.get("kernel"))
-        if backend in OPERATORS.get(op, ()):
-            reason = missing(backend, torch.device(_DEVICE), op)
-            if reason is not None:
-                item.add_marker(pytest.mark.skip(reason=reason))
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the project's mark, whose settings this run does not read."""
+    config.addinivalue_line("markers", "slow: takes more than 10 seconds, or downloads something")

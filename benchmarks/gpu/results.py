@@ -12,6 +12,8 @@ from gpu.state import DONE, SCHEMA
 
 NOT_MEASURED = "not measured yet"
 GIB = 2**30
+# Bytes that a copy moves at least to say something of memory: four times the largest L2 (60 MB, of an H200).
+LARGE_COPY = 256e6
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,28 @@ class Results:
         return NOT_MEASURED if reason is None else short(str(reason).removeprefix("not measured: "))
 
     @property
+    def copies(self) -> dict[float, float]:
+        """Return the bytes/s of the run's copies on the device by bytes moved, read plus written, smallest first.
+
+        Those of the section of limits and of the probes; the faster one where two move as many bytes.
+        """
+        found: dict[float, float] = {}
+        limit = self.entry("limits", "copy_bytes_per_s")
+        if limit:
+            found[float((self.entry("limits", "copy") or {}).get("bytes", LARGE_COPY))] = float(limit)
+        entries = [(key, self.entry("limits", key)) for key in self.entries("limits")]
+        for key, entry in [*entries, *self.entries("probes").items()]:
+            milliseconds = entry.get("ms") if isinstance(entry, dict) and key.startswith("copy: ") else None
+            if milliseconds:
+                moved = float(entry["bytes"])
+                found[moved] = max(moved / milliseconds * 1e3, found.get(moved, 0.0))
+        return dict(sorted(found.items()))
+
+    @property
     def measured(self) -> Limits | None:
-        """Return what the device reached in this run, or None."""
-        flops, bandwidth = self.entry("limits", "matmul_flops"), self.entry("limits", "copy_bytes_per_s")
+        """Return what the device reached in this run, or None: the bandwidth is that of the fastest large copy."""
+        flops = self.entry("limits", "matmul_flops")
+        bandwidth = max((rate for moved, rate in self.copies.items() if moved >= LARGE_COPY), default=None)
         return None if not flops or not bandwidth else Limits(self.name, flops, bandwidth, "measured in this run")
 
     @property

@@ -112,7 +112,11 @@ def digest_of(*names: str) -> str:
 
 
 def commit() -> dict[str, Any]:
-    """Return the commit checked out, or the one that ``ANYFLOW_COMMIT`` names where there is no repository."""
+    """Return the commit that ``ANYFLOW_COMMIT`` names, else the one checked out, and whether the sources are its.
+
+    A copy of a checkout may have another commit in its metadata than the one of its files; who sets the variable knows.
+    ``clean`` is None where nothing here can tell.
+    """
     try:
         head, changed = (
             subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -120,8 +124,10 @@ def commit() -> dict[str, Any]:
         )
     except FileNotFoundError:
         head = changed = ""
-    named = os.environ.get("ANYFLOW_COMMIT", "unknown")
-    return {"commit": head, "clean": not changed} if head else {"commit": named, "clean": None}
+    named = os.environ.get("ANYFLOW_COMMIT")
+    if named and not (head and head.startswith(named)):
+        return {"commit": named, "clean": None}
+    return {"commit": head, "clean": not changed} if head else {"commit": "unknown", "clean": None}
 
 
 def slug(device: str, tiny: bool) -> str:

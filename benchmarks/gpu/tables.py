@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from gpu import roofline
-from gpu.results import NOT_MEASURED, Results, gibibytes, seconds, table, times
+from gpu.floors import wrapped
+from gpu.results import LARGE_COPY, NOT_MEASURED, Results, gibibytes, seconds, short, table, times
 from gpu.sizes import PUBLISHED
 from gpu.targets import TARGETS, share_of_copy
 
 _PEERS = "peers' formulation"
+_VARIANTS = {"triton": "Triton", "compile": "torch.compile"}
 
 
 def targets(devices: list[Results]) -> list[str]:
@@ -37,7 +40,8 @@ def run_of(results: Results) -> list[str]:
     if results.measured is not None:
         lines[0] += (
             f" Limits measured in the run: {results.measured.flops / 1e12:.0f} TFLOP/s (bf16 product of 8192 x 8192), "
-            f"{results.measured.bandwidth / 1e12:.2f} TB/s (copy, read plus written); the floors below are at these."
+            f"{results.measured.bandwidth / 1e12:.2f} TB/s (the fastest large copy, read plus written); the floors "
+            "below are at these."
         )
     elif results.limits is not None:
         lines[0] += f" This run measured no limits; the floors below are at those of an {results.limits.name} above."
@@ -52,7 +56,53 @@ def run_of(results: Results) -> list[str]:
         ]
         for name, section in sections.items()
     ]
+    if results.measured is not None:
+        lines += ["", limits_of(results)]
+    lines = [wrapped(line) for line in lines]
     return [*lines, "", *table(["section", "status", "reason", "SM clock before"], rows, right=3)]
+
+
+def limits_of(results: Results) -> str:
+    """Say what stands behind the limits that a run measured: rates of all copies, and of products over time."""
+    limits, copies = results.measured, results.copies
+    if limits is None:
+        return ""
+    listed = ", ".join(f"{moved / 1e6:.0f} MB at {rate / 1e12:.2f} TB/s" for moved, rate in copies.items())
+    text = (
+        f"Copies, by the bytes that they move: {listed}. The fastest of those that move {LARGE_COPY / 1e6:.0f} MB or "
+        "more, four times the largest cache, is the limit."
+    )
+    small = [rate for moved, rate in copies.items() if moved < LARGE_COPY]
+    if small and max(small) <= limits.bandwidth:
+        text += " Smaller copies are slower, so that the cache flatters no operator that moves as little."
+    fastest = _fastest_kernel(results)
+    if fastest is not None and fastest[1] > limits.bandwidth:
+        moved, rate, what = fastest
+        text += (
+            f" It is not quite the most that memory does: {what} moves its {moved / 1e6:.0f} MB at {rate / 1e12:.2f} "
+            f"TB/s, {rate / limits.bandwidth:.0%} of it."
+        )
+    samples = (results.entry("limits", "matmul") or {}).get("samples_ms", [])
+    if samples and max(samples) > 1.05 * min(samples):
+        cold = limits.flops * statistics.median(samples) / min(samples)
+        text += (
+            f" The product ran at {cold / 1e12:.0f} TFLOP/s in its fastest round and at {limits.flops / 1e12:.0f} in "
+            "the median one, as the clock falls under load: floors are right to some per cent."
+        )
+    return text
+
+
+def _fastest_kernel(results: Results) -> tuple[float, float, str] | None:
+    """Return the bytes moved, the bytes/s and the name of the fastest variant of an operator beyond any cache."""
+    found = []
+    for name, entry in results.entries("ops").items():
+        for direction in ("forward", "backward"):
+            moved = entry.get("bytes", {}).get(direction, 0) if isinstance(entry, dict) else 0
+            timed = entry.get(direction, {}).get("ms", {}) if moved >= LARGE_COPY else {}
+            for variant, ms in timed.items():
+                what = f"{name} {direction} by {_VARIANTS.get(variant, variant)}"
+                found.append((moved, moved / ms * 1e3, what))
+    return max(found, key=lambda item: item[1], default=None)
 
 
 def forwards(results: Results) -> list[str]:
@@ -175,7 +225,8 @@ def operators(results: Results) -> list[str]:
             continue
         for direction in ("forward", "backward"):
             rows.append([name, direction, *_operator_cells(results, entry, direction)])
-    return table(headings, rows, right=2)
+    errors = _errors(entries)
+    return [*table(headings, rows, right=2), *(["", *errors] if errors else [])]
 
 
 def _operator_cells(results: Results, entry: dict[str, Any], direction: str) -> list[str]:
@@ -186,11 +237,30 @@ def _operator_cells(results: Results, entry: dict[str, Any], direction: str) -> 
         return [reasons.get("triton", NOT_MEASURED), "", "", "", "", ""]
     share = share_of_copy(results, entry, direction)
     ratios = [
-        f"{timed[name] / ours:.2f}x" if name in timed else str(reasons.get(name, ""))[:60]
+        f"{timed[name] / ours:.2f}x" if name in timed else _not_timed(reasons.get(name, ""))
         for name in ("eager", "compile", "native")
     ]
     rate = entry["bytes"][direction] / ours / 1e6
     return [f"{ours:.4f}", f"{rate:.0f}", "" if share is None else f"{share:.0%}", *ratios]
+
+
+def _not_timed(reason: str) -> str:
+    """Write why a variant has no time, in a word where there is one; errors stand below the table."""
+    if reason.startswith("no native CUDA kernel"):
+        return "none"
+    kind = reason.split(":")[0]
+    return f"failed ({kind})" if kind.endswith("Error") else short(reason, 60)
+
+
+def _errors(entries: dict[str, dict[str, Any]]) -> list[str]:
+    """List the errors of variants, each once, with what they are of."""
+    found: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        for direction in ("forward", "backward"):
+            for variant, reason in entry.get(direction, {}).get("not_timed", {}).items():
+                if reason.split(":")[0].endswith("Error"):
+                    found.setdefault(f"{_VARIANTS.get(variant, variant)}: {reason}", []).append(f"{name} {direction}")
+    return [wrapped(f"Failed: {reason} ({'; '.join(names)}).", "- ") for reason, names in found.items()]
 
 
 def native(results: Results) -> list[str]:

@@ -48,15 +48,18 @@ def run_on_policy(context: Context) -> None:
 def _compare(context: Context, size: Size, makers: dict[str, Callable[[Context, Size], Losses]]) -> None:
     problem = networks.peer_problem()
     steps: dict[str, timing.Step] = {}
+    held: dict[str, int] = {}  # bytes that each keeps between its steps: no part of the other's peak
     for name, make in makers.items():
         if name != "ours" and problem is not None:
             context.put(name, {"skipped": problem})
             continue
         try:
+            before = _allocated(context)
             step = make(context, size)
             context.put(f"{name}: losses", step())  # the first step warms up
+            held[name] = _allocated(context) - before
             alone = {name: step}
-            _round(context, alone, {})  # before anything of the others can go wrong
+            _round(context, alone, {}, held)  # before anything of the others can go wrong
             steps |= alone
         except Exception as error:
             _failed(context, name, error)
@@ -64,7 +67,11 @@ def _compare(context: Context, size: Size, makers: dict[str, Callable[[Context, 
     for index in range(1 if context.tiny else 3):
         if index and not context.affords(25.0):
             break
-        _round(context, steps, beside)
+        _round(context, steps, beside, held)
+
+
+def _allocated(context: Context) -> int:
+    return torch.cuda.memory_allocated(context.device) if context.cuda else 0
 
 
 def _failed(context: Context, name: str, error: Exception) -> None:
@@ -78,8 +85,13 @@ def _failed(context: Context, name: str, error: Exception) -> None:
         torch.cuda.empty_cache()
 
 
-def _round(context: Context, steps: dict[str, timing.Step], before: dict[str, list[float]]) -> None:
-    """Time each step once more, beside each other, and add it to the milliseconds ``before``."""
+def _round(
+    context: Context, steps: dict[str, timing.Step], before: dict[str, list[float]], held: dict[str, int]
+) -> None:
+    """Time each step once more, beside each other, and add it to the milliseconds ``before``.
+
+    A peak is without what the other steps hold meanwhile, their networks and gradients.
+    """
 
     def failed(name: str, error: Exception) -> None:
         _failed(context, name, error)
@@ -88,7 +100,10 @@ def _round(context: Context, steps: dict[str, timing.Step], before: dict[str, li
     samples, peaks = timing.calls(dict(steps), context.device, rounds=1, on_error=failed)
     for name, values in samples.items():
         before[name] = milliseconds = before.get(name, []) + values
-        entry = {"ms": statistics.median(milliseconds), "peak_bytes": peaks.get(name), "samples_ms": milliseconds}
+        peak = peaks.get(name)
+        if peak is not None:
+            peak -= sum(bytes_held for other, bytes_held in held.items() if other != name)
+        entry = {"ms": statistics.median(milliseconds), "peak_bytes": peak, "samples_ms": milliseconds}
         context.put(name, entry)
 
 

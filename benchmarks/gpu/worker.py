@@ -134,6 +134,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
             "capability": [properties.major, properties.minor],
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
             "cudnn": torch.backends.cudnn.version(),
             "driver": (nvidia_smi("driver_version") or {}).get("driver_version"),
         }

@@ -143,7 +143,7 @@ def test_cells_hold_what_was_measured(tmp_path: Path) -> None:
     assert row(page, "fused operators, forward").endswith("| 86%, reached |")  # 2^30 bytes in 0.25 ms of 5 TB/s
     assert row(page, "fused operators, backward").endswith("| 43%, **missed** |")
     operator = "| layer_norm_modulate[bf16] L=32760 D=1536 R=1"
-    assert f"{operator} | forward | 0.2500 | 4295 | 86% | 4.00x | 2.00x | no native CUDA kernel |" in page
+    assert f"{operator} | forward | 0.2500 | 4295 | 86% | 4.00x | 2.00x | none |" in page
     assert f"{operator} | backward | 0.5000 | 2147 | 43% | 2.00x | 1.00x |  |" in page
     assert "| rms_norm_rope[rotary] L=32760 | 0.2000 | 0.3000 | 1.50x |" in page
     assert "| 14B | 2.500 s | out of memory | out of memory |" in page

@@ -84,7 +84,7 @@ def test_every_section_runs(tmp_path: Path) -> None:
     found = {name: section.get("data", {}) for name, section in data["sections"].items()}
     assert found["checks"]["wrong"] == {} and found["checks"]["counts"]["passed"] > 30
     assert found["tests"]["wrong"] == {} and found["tests"]["pytest"]["passed"] > 5
-    assert found["limits"]["matmul_flops"] > 0 and found["limits"]["copy"]["samples_ms"]
+    assert found["limits"]["matmul_flops"] > 0 and found["limits"]["copy: 4 MiB, by the driver"]["samples_ms"]
 
     for name in ("forward_1.3b", "forward_14b"):
         for variant in ("ours", "ours, torch's attention", "diffusers", "diffusers + compile"):

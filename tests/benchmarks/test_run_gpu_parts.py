@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -21,8 +22,8 @@ from gpu import kernels, models, networks, supervisor, training, worker
 from gpu.context import Context, Section, Skip
 from gpu.sections import SECTIONS
 from gpu.sizes import TINY
-from gpu.state import RunFile, slug
-from op_cases import Call
+from gpu.state import RunFile, commit, slug
+from op_cases import Call, Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,6 +72,30 @@ def test_a_variant_that_raises_costs_no_other_one(context: Context) -> None:
     steps = {"ours": lambda: None, "diffusers": lambda: fail(context)}
     assert models._record(context, steps, rounds=2) == {"diffusers": "ValueError: the kernel"}
     assert context.file.get("section", "ours")["samples_ms"] and "error" in context.file.get("section", "diffusers")
+
+
+def test_a_peer_that_raises_fails_no_section(context: Context) -> None:
+    """Ours does; either way the reason stands where the time would."""
+    case = kernels.cases(context)[0]
+
+    def raises_on(name: str) -> Case:
+        def function(x: Tensor, *_: Tensor) -> Tensor:
+            if (forced_backend() or ("",))[0] == name:
+                raise ValueError("no such kernel")
+            return x * 2
+
+        def build(*_: Any) -> Call:
+            x = torch.ones(3, requires_grad=True)
+            return Call(function, [x], [x])
+
+        return dataclasses.replace(case, build=build, variant=name)
+
+    peer, own = raises_on("eager"), raises_on("triton")
+    kernels._measure_cases(context, [peer], ("triton", "eager"), None, rounds=1)
+    assert "problem" not in context.file.section("section")
+    assert context.file.get("section", peer.name)["forward"]["not_timed"] == {"eager": "ValueError: no such kernel"}
+    kernels._measure_cases(context, [own], ("triton", "eager"), None, rounds=1)
+    assert "triton: ValueError: no such kernel" in context.file.section("section")["problem"]
 
 
 def test_cases_that_an_earlier_run_measured_are_not_measured_again(context: Context) -> None:
@@ -158,6 +183,17 @@ def test_a_run_goes_on_from_the_runners_own_copy(open_file: Callable[..., RunFil
     file.path.unlink()
     file.copy.unlink()
     assert open_file(["limits"]).status("limits") is None
+
+
+def test_the_named_commit_comes_before_the_one_checked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of a checkout may have the metadata of another commit."""
+    monkeypatch.delenv("ANYFLOW_COMMIT", raising=False)
+    here = commit()
+    monkeypatch.setenv("ANYFLOW_COMMIT", "0123abc")
+    assert commit() == {"commit": "0123abc", "clean": None}
+    if here["commit"] != "unknown":  # not a checkout
+        monkeypatch.setenv("ANYFLOW_COMMIT", here["commit"])
+        assert commit() == here
 
 
 def test_names_of_files() -> None:

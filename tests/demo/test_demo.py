@@ -30,7 +30,7 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training import TrainingError
 
-STAGES = ("flow_matching", "pretrain", "on_policy", "baseline")
+STAGES = ("flow_matching", "pretrain", "on_policy")
 
 # The same tiny configuration, for this process and for the subprocesses that are killed.
 TINY = """
@@ -38,7 +38,7 @@ from dataclasses import replace
 from anyflow.demo import DemoConfig
 base = DemoConfig(num_layers=1, num_heads=2, samples=64, heldout=64, step_counts=(1, 4), checkpoint_every=2)
 stages = {name: replace(getattr(base, name), steps=6, batch_size=8) for name in
-          ("flow_matching", "pretrain", "on_policy", "baseline")}
+          ("flow_matching", "pretrain", "on_policy")}
 tiny = replace(base, **stages)
 """
 
@@ -114,8 +114,8 @@ def test_folder_holds_everything_promised(finished: Path) -> None:
     assert set(metrics["curves"]) == {"flow_matching", "pretrain", "on_policy", "consistency_sampler"}
     for curve in metrics["curves"].values():
         assert set(curve) == {"1", "4"}
-        assert all(set(point) == {"fd", "template_mse", "coverage_tv"} for point in curve.values())
-    assert metrics["floor"]["fd"] > 0
+        assert all(set(point) == {"fd", "template_mse", "coverage_tv", "motion"} for point in curve.values())
+    assert metrics["floor"]["fd"] > 0 and metrics["floor"]["motion"] == pytest.approx(1.0, rel=0.02)
     assert {*STAGES, "evaluation", "total"} == set(metrics["seconds"])
     assert metrics["seconds"]["total"] == pytest.approx(sum(metrics["seconds"][k] for k in (*STAGES, "evaluation")))
     with Image.open(finished / "samples" / "on_policy_4.gif") as animation:

@@ -29,7 +29,7 @@ def make_run(out: Path, seed: int) -> EvaluationResults:
     scored = (plain, evaluate_method(world, evaluator, all_samplers["on_policy"], model, lambda: None))
     curves = {method: metrics for method, (metrics, _) in zip(METHODS, scored, strict=True)}
     examples = {method: videos for method, (_, videos) in zip(METHODS, scored, strict=True)}
-    seconds = {"pretrain": 1.0, "on_policy": 2.0, "baseline": 3.0}
+    seconds = {"flow_matching": 3.0, "pretrain": 1.0, "on_policy": 2.0}
     results = EvaluationResults(real_floor(world, evaluator), curves, seconds, seed, "tiny")
     out.mkdir(parents=True)
     write_results(config, world, results, examples, out)
@@ -73,8 +73,30 @@ def test_report_command_merges_seeds(runs, tmp_path: Path) -> None:
     assert len(pictures) > 4 and all(line in page for line in pictures)
     assert torch.__version__ in page and "Stage 1: flow-map pretraining" in page
     assert (out / "any_step.gif").read_bytes() == (paths[0] / "any_step.gif").read_bytes()
-    merge_runs(paths[:1], out)  # an earlier report is replaced
-    assert "seed 0" in (out / "report.html").read_text(encoding="utf-8")
+    assert "Do they move as much as real videos?" in page and "earlier version" not in page
+    # An earlier report is replaced; a run of an earlier version has no motion, and neither has the report.
+    old = Path(shutil.copytree(paths[0], tmp_path / "old"))
+    metrics = json.loads((old / "metrics.json").read_text())
+    for score in (metrics["floor"], *(score for curve in metrics["curves"].values() for score in curve.values())):
+        del score["motion"]
+    (old / "metrics.json").write_text(json.dumps(metrics))
+    merge_runs([old], out)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "seed 0" in page and "made by an earlier version" in page and "Do they move" not in page
+
+
+@pytest.mark.parametrize("method", ["flow_matching", "consistency_sampler"])
+def test_parts_on_several_cores_have_the_numbers_of_one_call(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anyflow.demo.evaluate.user_chose_threads", lambda: False)
+    world = World(DemoConfig(num_layers=1, num_heads=2, samples=300, heldout=64, step_counts=(2,)))
+    model, evaluator = world.model(), build_evaluator(world)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.1, generator=world.generator(1))
+    if method != "flow_matching":
+        model.enable_flow_map(world.config.gate_value)
+    sampler, labels = samplers(world)[method], world.labels(300)
+    metrics, _ = evaluate_method(world, evaluator, sampler, model, lambda: None)
+    whole = sampler(model, world.noise(300, world.generator(920)), world.prompts(labels), 2)
+    assert metrics[2] == evaluator.evaluate(world.decode(whole), labels)
 
 
 def test_report_command_refuses_what_cannot_be_merged(runs, tmp_path: Path) -> None:

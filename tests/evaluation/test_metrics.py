@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,7 +172,8 @@ def setting() -> tuple[MovingShapes, Evaluator, Tensor, Metrics]:
     shapes = MovingShapes()
     labels = torch.arange(4).repeat_interleave(128)
     heldout, heldout_labels = shapes.sample(1024, _generator(0), torch.arange(4).repeat_interleave(256))
-    evaluator = Evaluator.from_videos(heldout, heldout_labels, shapes.templates(), GRID)
+    black_white = (-shapes.mean / shapes.std, (1 - shapes.mean) / shapes.std)
+    evaluator = Evaluator.from_videos(heldout, heldout_labels, shapes.templates(), GRID, black_white=black_white)
     g = _generator(1)
     return shapes, evaluator, labels, evaluator.floor(shapes.sample(512, g, labels) for _ in range(3))
 
@@ -235,6 +237,21 @@ def test_collapse_shows_in_coverage_alone(setting: tuple[MovingShapes, Evaluator
     assert evaluator.evaluate(half, labels).coverage_tv > 3 * floor.coverage_tv
 
 
+def test_motion_is_the_speed_of_the_shapes(setting: tuple[MovingShapes, Evaluator, Tensor, Metrics]) -> None:
+    shapes, evaluator, labels, floor = setting
+    assert floor.motion == pytest.approx(shapes.config.speed, rel=0.02)
+    real, _ = shapes.sample(512, _generator(61), labels)
+    few = torch.cat([real[labels == c][:16] for c in range(4)])
+    others = 0 * real
+    others[torch.cat([(labels == c).nonzero()[:16, 0] for c in range(4)])] = few
+    assert evaluator.evaluate(others, labels).motion == evaluator.evaluate(real, labels).motion  # 16 of each class
+    assert evaluator.evaluate(real[:, :1].expand_as(real), labels).motion == 0
+    jumps = real[:, [0, 0, 2, 2, 4, 4, 6, 6]]  # three of the seven changes are left, each twice as far
+    assert evaluator.evaluate(jumps, labels).motion == pytest.approx(6 / 7 * shapes.config.speed, rel=0.02)
+    assert evaluator.evaluate(0.5 * real, labels).motion == pytest.approx(shapes.config.speed, rel=0.02)
+    assert replace(evaluator, black_white=None).evaluate(real, labels).motion is None
+
+
 def test_evaluator_errors(setting: tuple[MovingShapes, Evaluator, Tensor, Metrics]) -> None:
     shapes, evaluator, labels, _ = setting
     videos, _ = shapes.sample(512, _generator(51), labels)
@@ -244,14 +261,17 @@ def test_evaluator_errors(setting: tuple[MovingShapes, Evaluator, Tensor, Metric
         evaluator.floor([])
     with pytest.raises(ValueError, match="144"):
         Evaluator.from_videos(videos, labels, shapes.templates()[:, :10], GRID)
+    for black_white in ((1.0, 0.0), (0.0, math.inf), (math.nan, 1.0)):
+        with pytest.raises(ValueError, match="black below white"):
+            Evaluator.from_videos(videos, labels, shapes.templates(), GRID, black_white=black_white)
     with pytest.raises(ValueError, match="must vary"):
         Evaluator.from_videos(videos[:1].expand_as(videos), labels, shapes.templates(), GRID)
 
 
 def _results(**changes: object) -> EvaluationResults:
-    score = Metrics(0.5, 0.02, 0.1)
+    score = Metrics(0.5, 0.02, 0.1, 0.06)
     fields = {
-        "floor": Metrics(0.2, 0.0, 0.1),
+        "floor": Metrics(0.2, 0.0, 0.1, 0.07),
         "curves": {"on_policy": {1: score, 4: score}},
         "seconds": {"all": 1.5},
         "seed": 3,
@@ -263,8 +283,10 @@ def _results(**changes: object) -> EvaluationResults:
 def test_results_schema_and_round_trip(tmp_path: Path) -> None:
     results = _results()
     assert results.as_dict() == {
-        "floor": {"fd": 0.2, "template_mse": 0.0, "coverage_tv": 0.1},
-        "curves": {"on_policy": {str(n): {"fd": 0.5, "template_mse": 0.02, "coverage_tv": 0.1} for n in (1, 4)}},
+        "floor": {"fd": 0.2, "template_mse": 0.0, "coverage_tv": 0.1, "motion": 0.07},
+        "curves": {
+            "on_policy": {str(n): {"fd": 0.5, "template_mse": 0.02, "coverage_tv": 0.1, "motion": 0.06} for n in (1, 4)}
+        },
         "seconds": {"all": 1.5},
         "seed": 3,
         "budget": "fast",
@@ -272,6 +294,19 @@ def test_results_schema_and_round_trip(tmp_path: Path) -> None:
     results.save(tmp_path / "metrics.json")
     assert EvaluationResults.load(tmp_path / "metrics.json") == results
     assert results.values("fd") == {"on_policy": {1: 0.5, 4: 0.5}}
+
+
+def test_results_of_an_earlier_version_have_no_motion(tmp_path: Path) -> None:
+    content = _results().as_dict()
+    del content["floor"]["motion"], content["curves"]["on_policy"]["1"]["motion"]
+    with pytest.raises(ValueError, match="motion must be measured for every set of videos or for none; floor has none"):
+        EvaluationResults.from_dict(content)
+    del content["curves"]["on_policy"]["4"]["motion"]
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    old = EvaluationResults.load(tmp_path / "metrics.json")
+    assert not old.has_motion and _results().has_motion and old.as_dict() == content
+    with pytest.raises(ValueError, match="seed 3 has no motion"):
+        old.values("motion")
 
 
 def test_results_errors() -> None:

@@ -55,6 +55,15 @@ def test_zero_floor_is_said_in_words() -> None:
     assert "real videos: 0" in [t.get_text() for t in axes.texts]
 
 
+@pytest.mark.parametrize("log", [True, False])
+def test_reference_is_a_dashed_line_at_its_value(log: bool) -> None:
+    axes = any_step_figure(CURVES, reference=60.0, log=log).axes[0]
+    line = axes.lines[-1]
+    assert set(line.get_ydata()) == {60.0} and line.get_linestyle() == "--" and len(axes.lines) == 4
+    assert "real videos (dashed): 60" in [t.get_text() for t in axes.texts]
+    assert axes.get_ylim()[1] > 60 and not axes.patches
+
+
 def test_error_bars_reach_from_the_lowest_to_the_highest_seed() -> None:
     ranges = {m: {n: (v / (i + 2), v * (i + 3)) for n, v in c.items()} for i, (m, c) in enumerate(CURVES.items())}
     axes = any_step_figure(CURVES, ranges=ranges).axes[0]
@@ -111,7 +120,7 @@ def test_save_figure(tmp_path) -> None:
         ({"a": {0: 1.0}}, None, "step counts"),
         ({"a": {1: math.nan}}, None, "finite"),
         ({"a": {1: -1.0}}, None, ">= 0"),
-        ({"a": {1: 1.0}}, -0.1, "floor"),
+        ({"a": {1: 1.0}}, -0.1, "floor must be"),
     ],
 )
 def test_figure_errors(curves: dict, floor: float | None, match: str) -> None:

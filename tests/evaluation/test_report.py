@@ -141,8 +141,26 @@ def test_report_of_several_seeds_has_means_ranges_and_error_bars(page_of_seeds: 
     assert "0.9000.800 – 1.00" in text  # mean and range of the flow map in one step
     assert "the videos are those of seed 0" in text and "ahead in 3 of 3 seeds" in text
     assert "3 min 03 s" in text  # three times 61 s
-    # A bar is a line and two caps; two of the four charts are the same one for wide and for narrow pages.
-    assert page_of_seeds.count("<path") >= page_text.count("<path") + 4 * 4 * len(STEPS)
+    # A bar is a line and two caps; the first two charts are drawn for wide and for narrow pages.
+    assert page_of_seeds.count("<path") >= page_text.count("<path") + 6 * 4 * len(STEPS)
+
+
+def test_motion_is_a_chart_with_the_real_videos_as_a_line(page_text: str) -> None:
+    text = _text(page_text)
+    assert "Do they move as much as real videos?" in text and "real videos (dashed): 0.08" in text
+    assert text.index("How far from real videos?") < text.index("Do they move") < text.index("Two closer looks")
+    assert "Motion: the speed of what can be seen to move" in text and "earlier version" not in text
+
+
+def test_a_run_of_an_earlier_version_has_a_report_without_motion(make_results, tmp_path) -> None:
+    old = make_results(motion=None)
+    text = _text(write_report(tmp_path / "old.html", _data(old)).read_text(encoding="utf-8"))
+    assert "this run was made by an earlier version of anyflow, which did not measure it" in text
+    assert "Do they move" not in text and "Lower is better everywhere" in text and "frozen" not in text
+    both = SeedResults((old, make_results(seed=8)))
+    assert not both.has_motion and both.floor.motion is None
+    text = _text(write_report(tmp_path / "both.html", _data(both)).read_text(encoding="utf-8"))
+    assert "a run here was made by an earlier version" in text and "Do they move" not in text
 
 
 def test_every_picture_and_chart_has_a_text_and_still_pictures_where_motion_is_unwanted(page_text: str) -> None:
@@ -158,7 +176,7 @@ def test_every_picture_and_chart_has_a_text_and_still_pictures_where_motion_is_u
     with Image.open(io.BytesIO(base64.b64decode(stills[0]))) as image:
         assert image.n_frames == 1
     labels = re.findall(r'<svg [^>]*role="img" aria-label="([^"]+)"', page_text)
-    assert len(labels) == page_text.count("<svg") == 4  # the first chart is drawn for wide and for narrow pages
+    assert len(labels) == page_text.count("<svg") == 6  # the first two charts are drawn for wide and for narrow pages
     assert page_text.startswith("<!DOCTYPE html>") and '<html lang="en">' in page_text
     assert 'name="viewport" content="width=device-width, initial-scale=1"' in page_text
 

@@ -2,18 +2,21 @@
 
 A test that takes ``backend`` runs on the eager reference, on the Triton kernels and on the native ones: on a GPU with
 ``ANYFLOW_TEST_DEVICE=cuda``, else on the CPU, where Triton's are interpreted. One that takes ``dtype`` too runs for
-every dtype of each. A test that takes ``kernel`` gets the names of all but the eager one, to force them itself.
+every dtype of each. A test that takes ``kernel`` gets the names of all but the eager one, to force them itself. On a
+GPU, tests of a kernel that the operator does not have there are skipped: not every operator has a native CUDA kernel.
 """
 
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from anyflow.ops import use_backend
+from anyflow.ops.backend import OPERATORS, missing
 
 # (relative to the element, relative to the largest element). Results are rounded once from an fp32 accumulation, so
 # one unit in the last place of the dtype; gradients of half-precision inputs may be rounded once more on their way.
@@ -54,6 +57,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", backends, indirect=True)
     elif takes_dtype:
         metafunc.parametrize("dtype", DTYPES["eager"], ids=lambda d: str(d).removeprefix("torch."))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what a device other than the CPU has no kernel for; on a CPU all kernels must be there."""
+    where = torch.device(os.environ.get("ANYFLOW_TEST_DEVICE", "cpu"))
+    if where.type == "cpu":
+        return
+    for item in items:
+        if not item.path.is_relative_to(Path(__file__).parent) or not hasattr(item, "callspec"):
+            continue
+        parameters, op = item.callspec.params, item.path.stem.removeprefix("test_")
+        name = parameters.get("backend", parameters.get("kernel"))
+        reason = missing(name, where, op) if name in OPERATORS.get(op, ()) else None
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

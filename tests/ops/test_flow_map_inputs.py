@@ -77,16 +77,15 @@ def test_sizes(shape, rows, backend, draw, device, assert_matches, assert_gradie
     assert_gradients(out, args, expected, args64)
 
 
-@pytest.mark.parametrize("name", ["triton", "native"])
 @settings(max_examples=20)
 @given(data=st.data())
-def test_random_shapes(name, device, data: st.DataObject) -> None:
+def test_random_shapes(kernel, device, data: st.DataObject) -> None:
     shape = tuple(data.draw(st.integers(low, high)) for low, high in ((1, 4), (0, 3), (0, 3), (1, 700)))
     rows = data.draw(st.none() | st.lists(st.integers(-shape[0], shape[0] - 1), max_size=6))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x0, eps = (torch.randn(shape, generator=g).to(device) for _ in range(2))
     t = torch.rand(shape[: data.draw(st.integers(1, 2))], generator=g).to(device)
-    with use_backend(name):
+    with use_backend(kernel):
         out = flow_map_inputs(x0, eps, t, 0.02, indices(rows, x0.device))
     width = torch.full(shape[:2], 0.02, dtype=torch.float64)
     times = t.double().reshape(shape[0], -1).expand(shape[:2]) if t.numel() else width
@@ -296,12 +295,11 @@ def _nothing():
     return pytest.MonkeyPatch.context()
 
 
-@pytest.mark.parametrize("name", ["triton", "native"])
-def test_fp64_runs_eagerly(name, draw) -> None:
+def test_fp64_runs_eagerly(kernel, draw) -> None:
     x0, t = draw(*SHAPE, dtype=torch.float64).detach(), uniform(draw, B)
-    with use_backend(name):
+    with use_backend(kernel):
         for args in ((x0, x0), (x0.float(), x0)):
-            with pytest.raises(ValueError, match=f"flow_map_inputs: backend '{name}' .* float64"):
+            with pytest.raises(ValueError, match=f"flow_map_inputs: backend '{kernel}' .* float64"):
                 flow_map_inputs(*args, t, 0.01)
         with pytest.raises(ValueError, match="x_t in float64"):
             flow_map_inputs(x0.float(), x0.float(), t, 0.01, dtype=torch.float64)

@@ -1,10 +1,12 @@
-"""A recipe small enough to train in a test, on the synthetic videos."""
+"""Recipes small enough to train in a test, on the synthetic videos and on latents of files."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from anyflow.methods import OnPolicyConfig
 from anyflow.training.config import (
@@ -16,6 +18,7 @@ from anyflow.training.config import (
     OptimizerConfig,
     Recipe,
 )
+from anyflow.versions import TEXT_PACKAGES, installed_versions
 
 ARCHITECTURE = ArchitectureConfig(
     num_attention_heads=2,
@@ -56,3 +59,28 @@ def _small_recipe(out: Path, **changes: Any) -> Recipe:
 def small_recipe() -> Callable[..., Recipe]:
     """``small_recipe(out, **changes)``."""
     return _small_recipe
+
+
+@pytest.fixture
+def latents(tmp_path: Path, wan_model: Path, generator: torch.Generator) -> Path:
+    """Five videos of 2 x 4 x 6 latents with the text width of the tiny encoder."""
+    from anyflow.data.latent_dataset import DatasetInfo, LatentWriter
+
+    folder = tmp_path / "latents"
+    info = DatasetInfo((2, 16, 4, 6), text_length=8, text_dim=16, source={"by": "a test"})
+    packages = installed_versions(TEXT_PACKAGES)
+    with LatentWriter(folder, info, torch.zeros(1, 16), packages=packages) as writer:
+        for row in range(5):
+            values, prompt = (torch.randn(s, generator=generator) for s in ((2, 16, 4, 6), (3, 16)))
+            writer.add(f"{row}.mp4", f"a red disc moves to the right, for the {row}th time", values, prompt)
+        writer.finish()
+    return folder
+
+
+@pytest.fixture
+def latents_recipe(latents: Path, tmp_path: Path, small_recipe: Callable[..., Recipe]) -> Recipe:
+    """A recipe of one step on these latents."""
+    small = small_recipe(tmp_path / "run", steps=1)
+    sizes = dataclasses.replace(small.student.architecture, in_channels=16, out_channels=16, text_dim=16)
+    data = DataConfig(path=str(latents), batch_size=2, num_workers=0)
+    return dataclasses.replace(small, student=NetworkConfig(architecture=sizes), data=data)

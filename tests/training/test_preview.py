@@ -5,26 +5,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from anyflow.data import SyntheticVideos
+from anyflow.data import SyntheticVideos, VideoDataset
 from anyflow.data.encoders import TextEncoder
-from anyflow.data.latent_dataset import DatasetInfo, LatentDataset, LatentWriter
+from anyflow.data.latent_dataset import LatentDataset
 from anyflow.pipelines.frames import uint8_pixels
 from anyflow.pipelines.wan import decode_latents, load_vae
-from anyflow.training.config import DataConfig, NetworkConfig, PreviewConfig, Recipe
+from anyflow.training.config import MetricsConfig, PreviewConfig, Recipe
+from anyflow.training.decoding import Decoder
 from anyflow.training.distributed import Mesh
 from anyflow.training.preview import Previews
 from anyflow.training.preview_grid import write_grid
+from anyflow.training.prompts import sampled_prompts
 from anyflow.training.trainer import _build_step, train
-from anyflow.versions import TEXT_PACKAGES, installed_versions
 
 Make = Callable[..., Recipe]
 CPU = Mesh(torch.device("cpu"))
+
+
+def _previews(recipe: Recipe, data: VideoDataset) -> Previews:
+    decoder = Decoder(recipe, CPU, data, everywhere=False)
+    return Previews(recipe, CPU, data, sampled_prompts(recipe, CPU, data).preview, decoder)
 
 
 def _frames(file: Path) -> list[Tensor]:
@@ -41,25 +48,8 @@ def _frames(file: Path) -> list[Tensor]:
 
 
 @pytest.fixture
-def latents(tmp_path: Path, wan_model: Path, generator: torch.Generator) -> Path:
-    """Five videos of 2 x 4 x 6 latents with the text width of the tiny encoder."""
-    folder = tmp_path / "latents"
-    info = DatasetInfo((2, 16, 4, 6), text_length=8, text_dim=16, source={"by": "a test"})
-    packages = installed_versions(TEXT_PACKAGES)
-    with LatentWriter(folder, info, torch.zeros(1, 16), packages=packages) as writer:
-        for row in range(5):
-            values, prompt = (torch.randn(s, generator=generator) for s in ((2, 16, 4, 6), (3, 16)))
-            writer.add(f"{row}.mp4", f"a red disc moves to the right, for the {row}th time", values, prompt)
-        writer.finish()
-    return folder
-
-
-@pytest.fixture
-def recipe(latents: Path, tmp_path: Path, small_recipe: Make) -> Recipe:
-    small = small_recipe(tmp_path / "run", steps=1)
-    sizes = dataclasses.replace(small.student.architecture, in_channels=16, out_channels=16, text_dim=16)
-    data = DataConfig(path=str(latents), batch_size=2, num_workers=0)
-    return dataclasses.replace(small, student=NetworkConfig(architecture=sizes), data=data)
+def recipe(latents_recipe: Recipe) -> Recipe:
+    return latents_recipe
 
 
 def test_previews_are_animated_grids_and_change_nothing(small_recipe: Make, tmp_path: Path) -> None:
@@ -70,9 +60,9 @@ def test_previews_are_animated_grids_and_change_nothing(small_recipe: Make, tmp_
     assert [file.name for file in files] == ["step-00000002.gif", "step-00000003.gif"]
     frames = _frames(files[0])
     assert len(frames) == 8
-    # Three prompts and two step counts of 132 x 132 pixels, text to the left and above.
+    # Three prompts, two step counts and the real videos, of 132 x 132 pixels, text to the left and above.
     height, width = frames[0].shape[:2]
-    assert 3 * 132 + 8 < width < 3 * 132 + 100 and 2 * 132 + 4 < height < 2 * 132 + 60
+    assert 3 * 132 + 8 < width < 3 * 132 + 100 and 3 * 132 + 8 < height < 3 * 132 + 60
     models = [tmp_path / name / "model" / "transformer" / "diffusion_pytorch_model.safetensors" for name in _BOTH]
     assert models[0].read_bytes() == models[1].read_bytes()
 
@@ -81,9 +71,9 @@ _BOTH = ("with", "without")
 
 
 def test_a_preview_samples_the_average_in_a_plain_model_too(small_recipe: Make, tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path, stage="teacher", preview=PreviewConfig(step_counts=(2,), num_samples=2))
+    recipe = small_recipe(tmp_path, stage="teacher", preview=PreviewConfig(every=1, step_counts=(2,), num_samples=2))
     data = SyntheticVideos()
-    step, previews = _build_step(recipe, CPU, data), Previews(recipe, CPU, data)
+    step, previews = _build_step(recipe, CPU, data), _previews(recipe, data)
     before = {name: p.detach().clone() for name, p in step.student.named_parameters()}
     first = previews.sample(step.student, step.ema)
     assert first.shape == (1, 2, *data.latent_shape)
@@ -97,11 +87,11 @@ def test_a_preview_samples_the_average_in_a_plain_model_too(small_recipe: Make, 
 def test_a_preview_that_is_not_finite_is_said_and_not_written(
     small_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = small_recipe(tmp_path, preview=PreviewConfig(step_counts=(1, 2), num_samples=2))
+    recipe = small_recipe(tmp_path, preview=PreviewConfig(every=1, step_counts=(1, 2), num_samples=2))
     data = SyntheticVideos()
     step = _build_step(recipe, CPU, data)
     next(iter(step.ema.state_dict().values())).fill_(3e38)
-    assert Previews(recipe, CPU, data).write(step, 1, Console(soft_wrap=True)) is None
+    assert _previews(recipe, data).write(step, 1, Console(soft_wrap=True)) is None
     assert "step-00000001.gif was not written: the latents" in capsys.readouterr().out
     assert not (tmp_path / "previews").exists()
 
@@ -112,7 +102,7 @@ def test_the_vae_decodes_prompts_of_ones_own(recipe: Recipe, wan_model: Path, tm
     preview = PreviewConfig(1, (1, 2), prompts=prompts, model=str(wan_model), vae=str(wan_model))
     recipe = dataclasses.replace(recipe, preview=preview)
     data = LatentDataset(Path(recipe.data.path))
-    previews, step = Previews(recipe, CPU, data), _build_step(recipe, CPU, data)
+    previews, step = _previews(recipe, data), _build_step(recipe, CPU, data)
     encoder = TextEncoder(wan_model, CPU.device, dtype=torch.bfloat16, text_length=8)
     for prompt, text in zip(previews.prompts, prompts, strict=True):
         own = encoder(text)
@@ -136,10 +126,57 @@ def test_the_vae_decodes_prompts_of_ones_own(recipe: Recipe, wan_model: Path, tm
     assert min(differences) < 6  # of 255: H.264 halves the resolution of colors
 
 
+def _decoded_by_diffusers(folder: Path, latents: Tensor) -> Tensor:
+    """Decode normalized ``latents[F, C, h, w]`` to ``[F', H, W, 3]`` uint8 by diffusers' classes and numpy alone."""
+    from diffusers import AutoencoderKLWan
+    from diffusers.video_processor import VideoProcessor
+
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae").eval()
+    mean, std = (np.array(vae.config[f"latents_{name}"], np.float32)[:, None, None, None] for name in ("mean", "std"))
+    stretched = torch.from_numpy(latents.numpy().transpose(1, 0, 2, 3) * std + mean)
+    with torch.no_grad():
+        video = vae.decode(stretched[None]).sample
+    (frames,) = VideoProcessor(vae_scale_factor=8).postprocess_video(video, output_type="np")
+    return torch.from_numpy((frames * 255).round().astype(np.uint8))
+
+
+def test_decoded_pixels_are_those_of_diffusers(recipe: Recipe, wan_model: Path) -> None:
+    """Means and deviations differ from channel to channel; a second video is decoded as the first."""
+    recipe = dataclasses.replace(recipe, preview=PreviewConfig(every=1, vae=str(wan_model)))
+    data = LatentDataset(Path(recipe.data.path))
+    latents = torch.stack([data[0].latents, 2 * data[3].latents])
+    pixels = Decoder(recipe, CPU, data, everywhere=True).pixels(latents)
+    for video, own in zip(pixels, latents, strict=True):
+        expected = _decoded_by_diffusers(wan_model, own)
+        assert video.shape == expected.shape == (5, 32, 48, 3) and expected.float().std() > 5
+        assert (video.int() - expected.int()).abs().max() <= 1  # a rounding of fp32
+
+
+def test_the_data_s_own_videos_are_beside_the_samples(recipe: Recipe, wan_model: Path) -> None:
+    """Each column's last row is the video of its caption, decoded."""
+    preview = PreviewConfig(1, (1, 2), num_samples=2, vae=str(wan_model))
+    recipe = dataclasses.replace(recipe, preview=preview)
+    data = LatentDataset(Path(recipe.data.path))
+    previews, step = _previews(recipe, data), _build_step(recipe, CPU, data)
+    frames = _frames(previews.write(step, 1, Console(quiet=True)))
+    height, width = 96, 144  # 32 x 48 pixels, enlarged
+    bottom, right = frames[0].shape[:2]
+    assert bottom > 3 * height + 8
+    for column, row in enumerate((0, 2)):
+        expected = _decoded_by_diffusers(wan_model, data[row].latents)
+        enlarged = expected.repeat_interleave(3, 1).repeat_interleave(3, 2)
+        differences = [
+            (frames[4][y : y + height, x : x + width].float() - enlarged[4].float()).abs().mean().item()
+            for y in (bottom - height, bottom - height - 1)
+            for x in (right - (2 - column) * width - 4 * (1 - column) - i for i in range(2))
+        ]
+        assert min(differences) < 6  # of 255: H.264 halves the resolution of colors
+
+
 def test_columns_have_the_captions_of_the_data(recipe: Recipe) -> None:
     recipe = dataclasses.replace(recipe, preview=PreviewConfig(1, (1,), num_samples=2))
     data = LatentDataset(Path(recipe.data.path))
-    prompts = Previews(recipe, CPU, data).prompts
+    prompts = _previews(recipe, data).prompts
     assert [prompt.caption for prompt in prompts] == [data.caption(0), data.caption(2)]
     assert torch.equal(prompts[1].embeds[0], data[2].prompt_embeds)
     synthetic = SyntheticVideos()
@@ -160,8 +197,11 @@ def test_a_model_that_does_not_fit_is_refused_before_training(
     with pytest.raises(ValueError, match=r"preview\.model: the text encoder of .* has width 16, the data's prompts 32"):
         train(small_recipe(tmp_path / "run", preview=own))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match=r"preview\.model is required with preview\.prompts, and only then"):
-        PreviewConfig(prompts=("a",))
+    for settings in ({"preview": PreviewConfig(prompts=("a",))}, {"metrics": MetricsConfig(prompts=("a",))}):
+        with pytest.raises(ValueError, match=rf"preview\.model is required with {next(iter(settings))}\.prompts: its"):
+            small_recipe(tmp_path, **settings)
+    with pytest.raises(ValueError, match=r"preview\.model is required with preview\.prompts or metrics\.prompts, and"):
+        small_recipe(tmp_path, preview=PreviewConfig(model="x"))
     with pytest.raises(ValueError, match=r"preview\.vae must be left alone with data\.kind=synthetic"):
         small_recipe(tmp_path, preview=PreviewConfig(vae="x"))
 

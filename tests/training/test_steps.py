@@ -302,3 +302,34 @@ def test_a_second_pretrain_config_is_refused(small_recipe: Make, tmp_path: Path)
     method = dataclasses.replace(small.on_policy.method, pretrain=PretrainConfig(epsilon=2.0))
     with pytest.raises(ValueError, match=r"on_policy\.method\.pretrain must be left alone"):
         _on_policy_step(dataclasses.replace(small, on_policy=dataclasses.replace(small.on_policy, method=method)))
+
+
+def test_the_target_of_a_teacher_is_learned_exactly_by_its_own_weights(small_recipe: Make, tmp_path: Path) -> None:
+    """A student that is its teacher has nothing to learn where r = t, whatever the pairs; on data it has."""
+    losses = {}
+    for target in ("data", "teacher"):
+        recipe = small_recipe(tmp_path)
+        loss = PretrainConfig(
+            diffusion_ratio=1.0, consistency_ratio=0.0, fuse_guidance_scale=1.0, velocity_target=target
+        )
+        recipe = dataclasses.replace(
+            recipe,
+            pretrain=loss,
+            teacher=recipe.student if target == "teacher" else None,
+        )
+        teacher = build_teacher(recipe) if target == "teacher" else None
+        negative = SyntheticVideos().negative_prompt_embeds
+        step = PretrainStep(recipe, CPU, build_student(recipe), negative, teacher)
+        losses[target] = float(step.update(_batches(), 0)["loss_diffusion"])
+    assert losses["teacher"] < 1e-9 < 1e-2 < losses["data"]
+
+
+def test_a_recipes_teacher_is_for_its_target_alone(small_recipe: Make, tmp_path: Path) -> None:
+    taught = PretrainConfig(velocity_target="teacher")
+    with pytest.raises(ValueError, match="teacher is required with pretrain.velocity_target=teacher"):
+        small_recipe(tmp_path, pretrain=taught)
+    with pytest.raises(ValueError, match="teacher is required with pretrain.velocity_target=teacher"):
+        small_recipe(tmp_path, teacher=small_recipe(tmp_path).student)
+    recipe = small_recipe(tmp_path, stage="on_policy", pretrain=taught)
+    step = _on_policy_step(recipe)
+    assert step.method.pretrain is not None and step.method.pretrain.teacher is step.method.teacher

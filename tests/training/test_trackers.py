@@ -28,7 +28,7 @@ def gif(tmp_path: Path) -> Path:
 def _log(folder: Path, loggers: tuple[Any, ...], start: int, steps: range, video: Path) -> None:
     with Trackers(loggers, folder, "project", CONFIG, start) as trackers:
         for step in steps:
-            trackers.log(step, {"loss": step / 10})
+            trackers.log(step, {"loss": step / 10, "metrics/psnr/4_steps": 20.0 + step})
         trackers.log_video(steps[-1], "preview", video)
 
 
@@ -102,6 +102,7 @@ def test_weights_and_biases_knows_a_run_that_goes_on(
     rows = [r.history for r in _wandb_records(second) if r.HasField("history")]
     logged = [{i.key or i.nested_key[0]: json.loads(i.value_json) for i in row.item} for row in rows]
     assert [row["loss"] for row in logged if "loss" in row] == [0.4, 0.5]
+    assert [row["metrics/psnr/4_steps"] for row in logged if "loss" in row] == [24.0, 25.0]
     assert [row["_step"] for row in logged if "preview" in row] == [5]
     (video,) = (second / "files" / "media" / "videos").rglob("*.gif")
     assert video.read_bytes() == gif.read_bytes()

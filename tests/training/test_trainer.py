@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from anyflow.training.config import (
     CheckpointConfig,
     DataConfig,
     LoRAConfig,
+    MetricsConfig,
     NetworkConfig,
     OptimizerConfig,
     PreviewConfig,
@@ -40,10 +42,17 @@ from anyflow.training.manifest import Manifest
 from anyflow.training.metrics import keep_until
 from anyflow.training.optimization import TrainingError
 from anyflow.training.recipe import dump_recipe
-from anyflow.training.trainer import _build_step, train
+from anyflow.training.trainer import _build_samples, _build_step, train
 
 Make = Callable[..., Recipe]
-TIMING = ("seconds", "samples_per_second", "tokens_per_second", "tflops_per_second", "peak_memory_gb")
+TIMING = (
+    "seconds",
+    "metrics/seconds",
+    "samples_per_second",
+    "tokens_per_second",
+    "tflops_per_second",
+    "peak_memory_gb",
+)
 
 
 def _command(file: Path, *arguments: str) -> list[str]:
@@ -130,6 +139,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
             gradient_accumulation=2,
             data=DataConfig(kind="synthetic", batch_size=2, num_workers=1),
             optimizer=OptimizerConfig(lr=1e-3, schedule="cosine", warmup_steps=4),
+            metrics=MetricsConfig(every=4, step_counts=(1, 2), num_samples=2, reference_steps=3),
         )
         for name in ("straight", "killed")
     ]
@@ -146,6 +156,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
     assert "Going on after step 6" in resumed.stdout
 
     assert [line["step"] for line in _metrics(tmp_path / "straight")] == [1, 4, 8, 12]
+    assert ["metrics/psnr/2_steps" in line for line in _metrics(tmp_path / "straight")] == [False, True, True, True]
     assert _metrics(tmp_path / "killed") == _metrics(tmp_path / "straight")
     infos = [Manifest.read(Path(r.out) / "checkpoints" / "step-00000012").info for r in recipes]
     assert infos[0]["consumed"] == infos[1]["consumed"] == 12 * 2 * 2
@@ -201,6 +212,7 @@ def test_two_processes_train_one_model_and_one_process_goes_on_with_it(small_rec
         data=DataConfig(kind="synthetic", batch_size=2, num_workers=0),
         preview=PreviewConfig(every=2, step_counts=(1,), num_samples=1),
         validation=ValidationConfig(every=2, num_samples=3),  # a rank evaluates one video, the other two
+        metrics=MetricsConfig(every=2, step_counts=(1, 2), num_samples=3, reference_steps=4),
         loggers=("tensorboard",) if importlib.util.find_spec("tensorboard") else (),
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -221,6 +233,12 @@ def test_two_processes_train_one_model_and_one_process_goes_on_with_it(small_rec
         *(step.student, step.ema),
     )
     assert once == pytest.approx({name: _metrics(out)[1][name] for name in once}, rel=1e-5)
+    measured = {name: value for name, value in _metrics(out)[1].items() if name.startswith("metrics/")}
+    samples = _build_samples(alone, Mesh(torch.device("cpu")), data, Console(quiet=True))
+    again = samples.metrics.evaluate(step, 2, Console(quiet=True))
+    del again["metrics/seconds"]
+    # Rounded pixels of a sharded network may be off by a level.
+    assert len(measured) > 10 and measured == pytest.approx(again, rel=1e-3)
     train(alone)
     assert [line["step"] for line in _metrics(out)] == [1, 2, 3]
     assert Manifest.read(out / "checkpoints" / "step-00000003").info["consumed"] == 3 * 4
@@ -537,15 +555,34 @@ def test_a_line_has_the_means_since_the_last_one(small_recipe: Make, tmp_path: P
     assert window[1]["lr"] == each[3]["lr"]
 
 
+def _charts(events: Any) -> dict[str, list[str]]:
+    """The curves of each chart under Custom Scalars, as TensorBoard reads them."""
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    (event,) = events.Tensors("custom_scalars__config__")
+    (category,) = Layout.FromString(event.tensor_proto.string_val[0]).category
+    assert category.title == "metrics"
+    return {chart.title: list(chart.multiline.tag) for chart in category.chart}
+
+
 def test_loggers_get_the_scalars_the_recipe_and_previews(small_recipe: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     preview = PreviewConfig(every=2, step_counts=(1,), num_samples=1)
-    train(small_recipe(tmp_path, steps=2, loggers=("tensorboard",), preview=preview))
+    metrics = MetricsConfig(every=1, step_counts=(1, 4), num_samples=2, reference_steps=6)
+    train(small_recipe(tmp_path, steps=2, loggers=("tensorboard",), preview=preview, metrics=metrics))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2]
     assert events.Scalars("loss")[1].value == pytest.approx(_metrics(tmp_path)[1]["loss"])
     assert [e.step for e in events.Images("preview")] == [2]
+    for count in (1, 4):
+        name = f"metrics/psnr/{count}_steps"
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [
+            (line["step"], pytest.approx(line[name])) for line in _metrics(tmp_path)
+        ]
+    charts = _charts(events)
+    assert charts["motion"] == [rf"^metrics/motion/{which}$" for which in ("1_steps", "4_steps", "real")]
+    assert charts["psnr"] == [rf"^metrics/psnr/{which}$" for which in ("1_steps", "4_steps")]
     (settings,) = (tmp_path / "tensorboard").glob("*/hparams.yml")
     assert "optimizer.lr: 0.001" in settings.read_text()

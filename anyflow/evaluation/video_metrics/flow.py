@@ -39,8 +39,9 @@ def optical_flow(videos: Tensor) -> Tensor:
         a frame lies in the next one.
 
     Raises:
-        ValueError: OpenCV is not installed; or another shape or dtype, too few frames or pixels, NaN or
-            infinity, or floating-point values outside [0, 1].
+        ImportError: OpenCV is missing.
+        ValueError: another shape or dtype, too few frames or pixels, NaN or infinity, or floating-point
+            values outside [0, 1].
     """
     gray = _gray_levels(videos)
     count, frames, height, width = gray.shape
@@ -64,7 +65,7 @@ def flow_peaks(videos: Tensor) -> Tensor:
         ``[N, F - 1]`` float64, in shorter sides per frame.
 
     Raises:
-        ValueError: see :func:`optical_flow`.
+        ImportError, ValueError: see :func:`optical_flow`.
     """
     gray = _gray_levels(videos)
     height, width = gray.shape[2:]
@@ -83,7 +84,7 @@ def dynamic_degree(videos: Tensor) -> Tensor:
         ``[N]`` float64, in shorter sides per frame; 0 for a frozen video.
 
     Raises:
-        ValueError: see :func:`optical_flow`.
+        ImportError, ValueError: see :func:`optical_flow`.
     """
     return flow_peaks(videos).mean(dim=1)
 
@@ -141,5 +142,5 @@ def _import_cv2() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise ValueError(missing("optical flow", "opencv-python-headless")) from error
+        raise ImportError(missing("optical flow", "opencv-python-headless")) from error
     return cv2

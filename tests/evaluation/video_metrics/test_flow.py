@@ -102,5 +102,5 @@ def test_small_frames_and_a_missing_package_are_named(monkeypatch: pytest.Monkey
         dynamic_degree(torch.zeros(1, 2, 1, 11, 20))
     assert dynamic_degree(torch.zeros(1, 2, 1, 12, 12)).item() == 0
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ValueError, match="optical flow needs the package opencv-python-headless"):
+    with pytest.raises(ImportError, match="optical flow needs the package opencv-python-headless"):
         optical_flow(torch.zeros(1, 2, 1, 16, 16))

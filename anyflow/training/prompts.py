@@ -1,0 +1,103 @@
+"""Prompts that a run samples from: captions of its data, or texts of one's own, encoded before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from anyflow.checkpoints.hub import local_folder
+from anyflow.data import VideoDataset
+from anyflow.training.config import MetricsConfig, PreviewConfig, Recipe
+from anyflow.training.distributed import Mesh, main_result
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Holds a text and its encoding.
+
+    Args:
+        caption: the text.
+        embeds: ``[1, S, text_dim]`` on the CPU.
+        row: of the data whose caption this is; None for a text of one's own.
+    """
+
+    caption: str
+    embeds: Tensor
+    row: int | None = None
+
+
+@dataclass(frozen=True)
+class SampledPrompts:
+    """Holds the prompts of a run's previews and of its metrics; neither has any where it is turned off."""
+
+    preview: tuple[Prompt, ...] = ()
+    metrics: tuple[Prompt, ...] = ()
+
+
+def sampled_prompts(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> SampledPrompts:
+    """Make the prompts that a run samples from. Collective.
+
+    Texts of one's own are encoded once, by the text encoder of ``preview.model``, which is then dropped; the captions
+    of the data are those of rows spread evenly over it.
+
+    Args:
+        recipe: the run.
+        mesh: this process's place in it.
+        dataset: for captions, and for the shape of encoded prompts.
+
+    Raises:
+        ValueError: the text encoder cannot be loaded, or does not fit the data; on every rank.
+    """
+    parts = [part for part in (recipe.preview, recipe.metrics) if part.every]
+    texts = dict.fromkeys(text for part in parts for text in part.prompts)
+    encoded: dict[str, Prompt] = {}
+    if texts:
+        encoded = main_result(mesh, lambda: _encoded(recipe, mesh, dataset, tuple(texts)))
+
+    def chosen(part: PreviewConfig | MetricsConfig) -> tuple[Prompt, ...]:
+        if not part.every:
+            return ()
+        if part.prompts:
+            return tuple(encoded[text] for text in part.prompts)
+        return data_prompts(dataset, part.num_samples)
+
+    return SampledPrompts(chosen(recipe.preview), chosen(recipe.metrics))
+
+
+def data_prompts(dataset: VideoDataset, count: int) -> tuple[Prompt, ...]:
+    """Return the captions of ``count`` rows, or of all rows where there are fewer."""
+    rows = spread_rows(dataset, count)
+    return tuple(Prompt(dataset.caption(row), dataset[row].prompt_embeds[None], row) for row in rows)
+
+
+def spread_rows(dataset: VideoDataset, count: int) -> list[int]:
+    """Choose ``count`` rows spread evenly over the data, or all rows where there are fewer."""
+    count = min(count, len(dataset))
+    return [i * len(dataset) // count for i in range(count)]
+
+
+def _encoded(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, texts: Sequence[str]) -> dict[str, Prompt]:
+    """Encode texts as ``anyflow preprocess`` does unless it is told otherwise."""
+    import torch
+
+    from anyflow.data.encoders import TextEncoder
+
+    model, (length, width) = recipe.preview.model, dataset.text_shape
+    assert model is not None
+    try:
+        folder = local_folder(model, ("text_encoder/*", "tokenizer/*"))
+        encoder = TextEncoder(folder, mesh.device, dtype=torch.bfloat16, text_length=length)
+    except ValueError as error:
+        raise ValueError(f"preview.model: {error}") from None
+    if encoder.text_dim != width:
+        raise ValueError(
+            f"preview.model: the text encoder of {model} has width {encoder.text_dim}, the data's prompts {width}"
+        )
+    prompts = {}
+    for text in texts:
+        tokens = encoder(text)
+        prompts[text] = Prompt(text, pad(tokens, (0, 0, 0, length - len(tokens)))[None])
+    return prompts
