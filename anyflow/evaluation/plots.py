@@ -24,6 +24,16 @@ METHOD_STYLES: dict[str, tuple[str, str, str]] = {
     "consistency_sampler": ("consistency sampler", "#b0468c", "D"),
 }
 _SPARE_STYLES = (("#8a6d00", "v"), ("#2a93c9", "P"), ("#5b5f97", "X"), ("#444444", "*"))
+DARK_COLORS = {
+    "#c2540a": "#ff9a52",
+    "#08805f": "#3fcfa5",
+    "#0b66c3": "#6cb2ff",
+    "#b0468c": "#ec8fcb",
+    "#8a6d00": "#e0bf4a",
+    "#2a93c9": "#8fd8fa",
+    "#5b5f97": "#aeb2f5",
+    "#444444": "#c9ced8",
+}
 INK, FAINT, BAND = "#1d2430", "#8b93a1", "#7f8896"
 
 
@@ -39,12 +49,15 @@ def any_step_figure(
     curves: Mapping[str, Mapping[int, float]],
     *,
     ranges: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
+    styles: Mapping[str, tuple[str, str, str]] | None = None,
     floor: float | None = None,
     reference: float | None = None,
     ylabel: str = "",
     size: tuple[float, float] = (7.6, 4.3),
     label_lines: bool = True,
     log: bool = True,
+    bands: bool = False,
+    signed: bool = False,
 ) -> Figure:
     """Draw one metric against the number of network evaluations on a logarithmic axis, one line per method.
 
@@ -52,23 +65,32 @@ def any_step_figure(
         curves: ``{method: {steps: value}}``.
         ranges: ``{method: {steps: (lowest, highest)}}``, drawn as error bars; each method is then moved a little to
             the side, so that bars at one number of steps stand beside each other.
+        styles: ``{method: (label, color, marker)}``; None takes those of :func:`method_style`.
         floor: score of real data, a shaded band from the axis up to it; a floor of 0 is stated in words.
         reference: score of real data where more is not worse, a dashed line with its value.
         ylabel: stands above the value axis.
         size: width and height in inches.
         label_lines: write each method's name at the right end of its line.
         log: the value axis is logarithmic; else it is linear and begins at 0.
+        bands: draw ranges as shaded bands around the lines, where a line has more than one point.
+        signed: values may be negative; the value axis is linear and spans what is drawn.
 
     Returns:
         The figure, for :func:`figure_svg` and :func:`save_figure`.
 
     Raises:
         ValueError: there is no curve or an empty one, a step count is below 1, a value, range, floor or reference is
-            negative or not finite, or ``ranges`` do not have the points of ``curves`` and hold their values.
+            not finite, or negative where they are not ``signed``, or ``ranges`` do not have the points of ``curves``
+            and hold their values.
     """
-    _check_curves(curves, {"floor": floor, "reference": reference})
+    least = -math.inf if signed else 0.0
+    _check_curves(curves, {"floor": floor, "reference": reference}, least)
     if ranges is not None:
-        _check_ranges(curves, ranges)
+        _check_ranges(curves, ranges, least)
+    log = log and not signed
+    if styles is None:
+        spare = [method for method in curves if method not in METHOD_STYLES]
+        styles = {m: method_style(m, spare.index(m) if m in spare else 0) for m in curves}
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -89,8 +111,8 @@ def any_step_figure(
         axes = figure.add_axes((0.55 / size[0], 0.52 / size[1], right - 0.55 / size[0], 1 - 0.88 / size[1]))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log" if log else "linear")
-        ends = _draw_lines(axes, curves, ranges)
-        low, high = _limits(curves, ranges, [v for v in (floor, reference) if v is not None], log)
+        ends = _draw_lines(axes, curves, ranges, styles, bands)
+        low, high = _limits(curves, ranges, [v for v in (floor, reference) if v is not None], log, signed)
         axes.set_ylim(low, high if reference is None else _with_room_above(low, high, log))
         steps = sorted({n for curve in curves.values() for n in curve})
         axes.set_xlim(steps[0] / 1.18, steps[-1] * 1.18)
@@ -143,28 +165,31 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 200) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def _check_curves(curves: Mapping[str, Mapping[int, float]], real: Mapping[str, float | None]) -> None:
+def _check_curves(curves: Mapping[str, Mapping[int, float]], real: Mapping[str, float | None], least: float) -> None:
     if not curves:
         raise ValueError("curves must hold at least one method")
     for method, curve in curves.items():
         if not curve or min(curve) < 1:
             raise ValueError(f"curve {method!r} needs at least one point, with step counts >= 1, got {sorted(curve)}")
         for steps, value in curve.items():
-            if not math.isfinite(value) or value < 0:
+            if not math.isfinite(value) or value < least:
                 raise ValueError(f"{method!r} at {steps} steps must be finite and >= 0, got {value}")
     for name, score in real.items():
-        if score is not None and (not math.isfinite(score) or score < 0):
+        if score is not None and (not math.isfinite(score) or score < least):
             raise ValueError(f"{name} must be finite and >= 0, got {score}")
 
 
 def _check_ranges(
-    curves: Mapping[str, Mapping[int, float]], ranges: Mapping[str, Mapping[int, tuple[float, float]]]
+    curves: Mapping[str, Mapping[int, float]],
+    ranges: Mapping[str, Mapping[int, tuple[float, float]]],
+    least: float,
 ) -> None:
     for method, curve in curves.items():
         if sorted(ranges.get(method, {})) != sorted(curve):
             raise ValueError(f"ranges must have the points of curves: {method!r} needs {sorted(curve)}")
         for steps, (low, high) in ranges[method].items():
-            if not (0 <= low <= curve[steps] * (1 + 1e-9) and curve[steps] <= high * (1 + 1e-9) < math.inf):
+            room = 1e-9 * abs(curve[steps])  # means are rounded
+            if not (least <= low <= curve[steps] + room and curve[steps] - room <= high < math.inf and low > -math.inf):
                 raise ValueError(
                     f"the range of {method!r} at {steps} steps must hold its value, got {low}..{high} of {curve[steps]}"
                 )
@@ -175,11 +200,16 @@ def _limits(
     ranges: Mapping[str, Mapping[int, tuple[float, float]]] | None,
     real: Sequence[float],
     log: bool,
+    signed: bool,
 ) -> tuple[float, float]:
     """Return limits of the value axis: a little room around everything, on a logarithmic axis what is positive."""
     values = [v for curve in curves.values() for v in curve.values()] + list(real)
     if ranges is not None:
         values += [v for curve in ranges.values() for pair in curve.values() for v in pair]
+    if signed:
+        # Of values that are almost equal, ticks would have many digits and differences would look large.
+        room = max(0.08 * (max(values) - min(values)), 0.05 * max(map(abs, values))) or 1.0
+        return min(values) - room, max(values) + room
     positive = [v for v in values if v > 1e-8]
     if not positive:
         return (0.1, 1.0) if log else (0.0, 1.0)
@@ -199,16 +229,19 @@ def _draw_lines(
     axes: Axes,
     curves: Mapping[str, Mapping[int, float]],
     ranges: Mapping[str, Mapping[int, tuple[float, float]]] | None,
+    styles: Mapping[str, tuple[str, str, str]],
+    bands: bool,
 ) -> list[tuple[str, str, float, float]]:
     """Draw the curves; returns (label, color, x, y) of every right-hand end."""
     ends = []
-    spare = [method for method in curves if method not in METHOD_STYLES]
+    log = axes.get_yscale() == "log"
     for i, (method, curve) in enumerate(curves.items()):
-        label, color, marker = method_style(method, spare.index(method) if method in spare else 0)
+        label, color, marker = styles[method]
         steps = sorted(curve)
-        aside = 1.0 if ranges is None else 1.035 ** (i - (len(curves) - 1) / 2)
+        band = bands and len(steps) > 1
+        aside = 1.0 if ranges is None or band else 1.035 ** (i - (len(curves) - 1) / 2)
         x = [n * aside for n in steps]
-        y = [max(curve[n], 1e-12) for n in steps]
+        y = [max(curve[n], 1e-12) if log else curve[n] for n in steps]
         front = 4 if method == "on_policy" else 3
         axes.plot(
             x,
@@ -223,7 +256,10 @@ def _draw_lines(
             clip_on=True,
             solid_capstyle="round",
         )
-        if ranges is not None:
+        if ranges is not None and band:
+            lows, highs = zip(*(ranges[method][n] for n in steps), strict=True)
+            axes.fill_between(x, lows, highs, color=color, alpha=0.16, linewidth=0, zorder=2)
+        elif ranges is not None:
             pairs = [ranges[method][n] for n in steps]
             below = [max(value - low, 0.0) for value, (low, _) in zip(y, pairs, strict=True)]
             above = [max(high - value, 0.0) for value, (_, high) in zip(y, pairs, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,12 @@ from torch import Tensor
 
 from anyflow.evaluation.animations import encode_animation, tile_videos
 from anyflow.evaluation.findings import findings
-from anyflow.evaluation.plots import BAND, FAINT, INK, METHOD_STYLES, any_step_figure, figure_svg, method_style
+from anyflow.evaluation.plots import METHOD_STYLES, any_step_figure, method_style
+from anyflow.evaluation.rendering import chart, data_uri, render
 from anyflow.evaluation.results import EvaluationResults
 from anyflow.evaluation.seeds import SeedResults
 from anyflow.evaluation.summary import figure_sentences, main_methods, takeaway
-from anyflow.evaluation.wording import FROZEN_PICTURES, QUALITY_LEVELS, look, number
+from anyflow.evaluation.wording import FROZEN_PICTURES, QUALITY_LEVELS, look
 from anyflow.writing import write_text
 
 _METRIC_TITLES = {
@@ -33,6 +33,7 @@ _CHART_TITLES = {
     "coverage_tv": "Unevenness of positions (lower is better)",
     "motion": "Motion in pixels per frame (0 is frozen)",
 }
+_COLORS = {f"m-{method}": color for method, (_, color, _) in METHOD_STYLES.items()}
 _LARGE_CHARTS = ("fd", "motion")
 _LINEAR_CHARTS = ("coverage_tv", "motion")
 _METHOD_NOTES = {
@@ -95,46 +96,9 @@ class ReportData:
 
 def write_report(path: str | Path, data: ReportData) -> Path:
     """Render ``data`` to the HTML file ``path`` (its folder must exist) and return the path."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number, figures=figures, duration=duration)
-    html = environment.get_template("report.html.j2").render(_context(data))
     path = Path(path)
-    write_text(path, html)
+    write_text(path, render("report.html.j2", _context(data), colors=_COLORS))
     return path
-
-
-def figures(value: float) -> str:
-    """Return a metric for a table: three significant digits, trailing zeros kept."""
-    return "0" if value == 0 else f"{value:#.3g}".rstrip(".")
-
-
-def duration(seconds: float) -> str:
-    """Return seconds for a reader: ``0.4 s``, ``12 s``, ``5 min 03 s``."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
-
-
-def inline_svg(svg: str, *, label: str, css_class: str) -> str:
-    """Return SVG text for the report: no XML namespaces, CSS variables for colors (dark mode), and a name."""
-    start, end = svg.index("<svg"), svg.index(">", svg.index("<svg"))
-    head = svg[start:end]
-    view_box = head[head.index("viewBox") :].split('"')[1]
-    colors = {INK: "ink", FAINT: "muted", BAND: "band"} | {style[1]: f"m-{m}" for m, style in METHOD_STYLES.items()}
-    body = svg[end:].replace("xlink:href", "href")
-    for color, name in colors.items():
-        body = body.replace(color, f"var(--{name})")
-    body = body.replace("#ffffff", "var(--card)")
-    return f'<svg class="{css_class}" viewBox="{view_box}" role="img" aria-label="{label}"{body}'
 
 
 def _context(data: ReportData) -> dict[str, Any]:
@@ -177,7 +141,6 @@ def _context(data: ReportData) -> dict[str, Any]:
         "recipe": data.recipe,
         "environment": data.environment,
         "class_names": list(data.class_names),
-        "colors": {m: style[1] for m, style in METHOD_STYLES.items()},
         "tables": tables,
         "seconds": {name: s for name, s in seconds.items() if name != "total"},
         "total_seconds": seconds.get("total", sum(seconds.values())),
@@ -208,8 +171,7 @@ def _charts(results: SeedResults, metric: str) -> list[str]:
             size=size,
             log=metric not in _LINEAR_CHARTS,
         )
-        svg = figure_svg(figure, salt=f"anyflow-{metric}-{kind}")
-        charts.append(inline_svg(svg, label=label, css_class=kind))
+        charts.append(chart(figure, label=label, kind=kind, salt=f"anyflow-{metric}-{kind}", colors=_COLORS))
     return charts
 
 
@@ -232,7 +194,7 @@ def _picture(videos: Tensor) -> dict[str, str]:
 
 
 def _data_uri(frames: Tensor) -> str:
-    return "data:image/webp;base64," + base64.b64encode(encode_animation(frames, format="webp")).decode()
+    return data_uri(encode_animation(frames, format="webp"))
 
 
 def _real_cells(data: ReportData) -> list[dict[str, str]]:

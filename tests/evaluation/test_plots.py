@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyflow.evaluation import any_step_figure, save_figure
-from anyflow.evaluation.plots import METHOD_STYLES, figure_svg, spread
+from anyflow.evaluation.plots import DARK_COLORS, METHOD_STYLES, figure_svg, method_style, spread
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -81,6 +81,23 @@ def test_error_bars_reach_from_the_lowest_to_the_highest_seed() -> None:
     assert high > max(r[1] for c in ranges.values() for r in c.values())
 
 
+def test_bands_reach_over_their_ranges_and_one_point_has_a_bar() -> None:
+    curves = {"a": {1: 2.0, 4: 3.0}, "b": {4: -1.0}}
+    ranges = {"a": {1: (1.5, 2.5), 4: (2.0, 3.5)}, "b": {4: (-1.5, -0.5)}}
+    styles = {"a": ("A", "#0b66c3", "o"), "b": ("B", "#c2540a", "s")}
+    axes = any_step_figure(curves, ranges=ranges, styles=styles, bands=True, signed=True).axes[0]
+    (band,) = [c for c in axes.collections if hasattr(c, "get_paths") and c.get_alpha() == 0.16]
+    (path,) = band.get_paths()
+    assert {tuple(point) for point in path.vertices} >= {(1, 1.5), (1, 2.5), (4, 2.0), (4, 3.5)}
+    assert len(axes.containers) == 1
+    (segment,) = axes.containers[0][2][0].get_segments()
+    assert [y for _, y in segment] == [-1.5, -0.5]
+    assert axes.get_yscale() == "linear" and axes.get_ylim()[0] < -1.5 and axes.get_ylim()[1] > 3.5
+    assert axes.lines[0].get_color() == "#0b66c3"
+    low, high = any_step_figure({"a": {1: 30.0, 2: 30.001}}, signed=True).axes[0].get_ylim()
+    assert high - low > 2  # no axis of digits that nobody can tell apart
+
+
 def test_linear_axis_begins_at_zero() -> None:
     axes = any_step_figure(CURVES, log=False, floor=0.1).axes[0]
     assert axes.get_yscale() == "linear"
@@ -139,4 +156,6 @@ def test_spread_keeps_order_and_distance(positions: list[float], gap: float) -> 
 
 
 def test_every_method_has_its_own_look() -> None:
+    spare = [method_style("mine", rank)[1] for rank in range(4)]
+    assert set(DARK_COLORS) == {style[1] for style in METHOD_STYLES.values()} | set(spare)
     assert len({style[1] for style in METHOD_STYLES.values()}) == len({s[2] for s in METHOD_STYLES.values()}) == 4

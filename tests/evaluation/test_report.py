@@ -21,7 +21,7 @@ from anyflow.evaluation import (
     takeaway,
     write_report,
 )
-from anyflow.evaluation.report import duration, figures
+from anyflow.evaluation.rendering import duration, figures
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")

@@ -1,0 +1,216 @@
+"""The page of an evaluation: real videos in files, measured, and read back from the page."""
+
+import base64
+import html
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyflow.data import MovingShapes
+from anyflow.evaluation.pages import write_evaluation_report
+from anyflow.evaluation.pages.clips import clip_grid
+from anyflow.evaluation.runs.record import EvaluationRecord, MetricRecord, ModelRecord
+from anyflow.evaluation.video_metrics import flicker, motion
+from anyflow.pipelines.video import write_video
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+STEPS = (1, 4)
+PROMPTS = ("a disc <right>", "a disc down", "a cross right")
+_VOID = {"meta", "source", "img", "br"}
+
+Clips = dict[str, dict[int, list[Path]]]
+
+
+class _Page(HTMLParser):
+    """Checks that tags balance, and collects attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.feed(text)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.attributes += [(k, v or "") for k, v in attrs]
+        if tag not in _VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.attributes += [(k, v or "") for k, v in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack and self.stack[-1] == tag, f"</{tag}> closes {self.stack[-1:]}"
+        self.stack.pop()
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory) -> tuple[EvaluationRecord, Clips]:
+    """Two models of moving shapes; the first is frozen at one step. Each prompt has two videos."""
+    folder, shapes = tmp_path_factory.mktemp("clips"), MovingShapes()
+    labels = torch.arange(3).repeat_interleave(2)
+    videos, clips = {}, {"first": {}, "second": {}}
+    for i, model in enumerate(clips):
+        for n in STEPS:
+            real, _ = shapes.sample(6, torch.Generator().manual_seed(10 * i + n), labels)
+            frames = shapes.to_uint8(real[:, :1].expand_as(real) if (i, n) == (0, 1) else real)
+            big = frames.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, None].expand(-1, -1, 3, -1, -1)
+            videos[model, n] = big
+            clips[model][n] = [folder / f"{model}-{n}-{k}.mp4" for k in range(6)]
+            for file, video in zip(clips[model][n], big, strict=True):
+                write_video(video.permute(0, 2, 3, 1).numpy(), file, fps=8)
+
+    def table(measure) -> dict:
+        return {m: {n: measure(videos[m, n]).tolist() for n in STEPS} for m in clips}
+
+    moves, flickers = table(lambda v: motion(v) / 96), table(flicker)
+    record = EvaluationRecord(
+        models={m: ModelRecord(f"/models/{m} & more", {"guidance_scale": 1.0, "shift": 5}) for m in clips},
+        prompts=PROMPTS,
+        steps=STEPS,
+        num_samples=2,
+        seed=7,
+        metrics={
+            "flicker": MetricRecord("Flicker", "change", "lower"),
+            "motion": MetricRecord("Motion (mean speed)", "shorter sides per frame"),
+            "clip": MetricRecord("CLIP similarity", "", "higher", "the folder clip is missing"),
+            "fvd": MetricRecord("Fréchet video distance", "", "lower"),
+        },
+        values={m: {"flicker": flickers[m], "motion": moves[m]} for m in clips},
+        sets={"first": {"fvd": {1: 30.0, 4: 0.5}}, "second": {"fvd": {4: 0.25}}},
+        references={"motion": moves["second"][4]},
+    )
+    return record, clips
+
+
+@pytest.fixture(scope="module")
+def page(evaluation, tmp_path_factory) -> str:
+    return write_evaluation_report(tmp_path_factory.mktemp("page") / "report.html", *evaluation).read_text("utf-8")
+
+
+def text(page: str) -> str:
+    """What a reader sees, white space as one blank."""
+    body = re.sub(r"<style>.*?</style>", " ", page, flags=re.DOTALL)
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)))
+
+
+def test_page_says_what_was_measured_and_what_was_not(page: str, evaluation) -> None:
+    record, _ = evaluation
+    seen = text(page)
+    for wanted in (
+        "3 prompts · 2 videos of each · seed 7",
+        "first and second, by number of steps",
+        "first: The videos move 0 % as much as real ones at 1 step",
+        "and are frozen at 1 step",
+        "real videos (dashed): ",
+        "The folder clip is missing.",
+        "Fréchet video distance: not measured of second at 1 step.",
+        "first: Best at 1 step (0); worse at 4 (",
+        "/models/first & more",
+        "guidance scale: 1 · shift: 5",
+        "a disc <right>",
+    ):
+        assert wanted in seen, wanted
+    mean = sum(record.values["second"]["flicker"][4]) / 6
+    assert f"{mean:#.3g}" in seen
+    difference = mean - sum(record.values["first"]["flicker"][4]) / 6
+    assert f"{difference:.2g}".replace("-", "−")[:6] in seen
+    assert seen.index("The videos") < seen.index("Motion (mean speed)") < seen.index("Quality by number of steps")
+
+
+def test_page_stands_alone_and_is_well_formed(page: str) -> None:
+    parsed = _Page(page)
+    loaded = [v for k, v in parsed.attributes if k in {"src", "href", "srcset"}]
+    assert len(loaded) > 24 and all(v.startswith(("data:", "#")) for v in loaded)
+    assert "://" not in page and "<script" not in page
+    ids = [v for k, v in parsed.attributes if k == "id"]
+    assert len(ids) == len(set(ids))
+    assert {v[1:] for k, v in parsed.attributes if k == "href"} <= set(ids)
+    assert "prefers-color-scheme: dark" in page and page.count("var(--c0)") > 2
+    body = page[page.index("<body>") :]
+    assert not re.search(r"(fill|stroke): #", body)
+    assert all(label for k, label in parsed.attributes if k in {"alt", "aria-label"})
+
+
+def test_clips_are_the_first_videos_of_the_prompts(page: str, evaluation) -> None:
+    """Blocks of eight pixels of one gray, through two lossy codecs."""
+    images = re.findall(r'<img src="data:image/webp;base64,([^"]*)"', page)
+    assert len(images) == 2 * 3 * 2
+    want, _ = MovingShapes().sample(6, torch.Generator().manual_seed(14), torch.arange(3).repeat_interleave(2))
+    want = MovingShapes().to_uint8(want)[2].float()  # the second model's second prompt at four steps
+    with Image.open(io.BytesIO(base64.b64decode(images[6 + 2 + 1]))) as image:
+        assert image.n_frames == 8 and image.size == (96, 96)
+        image.seek(3)
+        pixels = torch.tensor(list(image.convert("L").tobytes())).view(96, 96)
+    assert (pixels[4::8, 4::8].float() - want[3]).abs().mean() < 8
+
+
+def test_videos_stop_where_there_is_no_more_room_and_damaged_ones_are_named(evaluation, tmp_path: Path) -> None:
+    record, clips = evaluation
+    whole = clip_grid(record, clips)
+    assert whole.prompts == [0, 1, 2] and whole.left_out == 0
+    size = sum(
+        len(base64.b64decode(uri.split(",")[1]))
+        for rows in whole.cells.values()
+        for clip in rows[0].values()
+        for uri in (clip.moving, clip.still)
+    )
+    some = clip_grid(record, clips, max_bytes=size + 1)
+    assert some.prompts == [0] and some.left_out == 0
+    few = clip_grid(record, clips, max_bytes=size // 2)
+    shown = sum(len(rows[0]) for rows in few.cells.values() if 0 in rows)
+    assert few.prompts == [0] and 0 < shown < 4 and few.left_out == 4 - shown
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    bad = clip_grid(record, {"first": {1: [broken, *clips["first"][1][1:]]}})
+    assert bad.cells["first"][0][1].problem.startswith("broken.mp4: ") and not bad.cells["first"][0][1].moving
+    path = write_evaluation_report(tmp_path / "r.html", record, {"first": {1: [broken, *clips["first"][1][1:]]}})
+    assert "broken.mp4" in text(path.read_text("utf-8"))
+
+
+def test_page_of_one_model_one_prompt_one_step_and_no_videos(tmp_path: Path) -> None:
+    record = EvaluationRecord(
+        {"m": ModelRecord("/m")},
+        ("p",),
+        (4,),
+        1,
+        0,
+        {"psnr": MetricRecord("PSNR", "dB", "higher"), "motion": MetricRecord("Motion")},
+        {"m": {"psnr": {4: [31.0]}, "motion": {4: [0.0]}}},
+    )
+    seen = text(write_evaluation_report(tmp_path / "r.html", record, {}).read_text("utf-8"))
+    assert "All videos are frozen" in seen and "31 at 4 steps." in seen and "so there is none here" in seen
+    assert "The videos" not in seen.split("All videos")[0] and "Checkpoints compared" not in seen
+
+
+def test_page_of_an_evaluation_without_numbers_yet(tmp_path: Path) -> None:
+    record = EvaluationRecord({"m": ModelRecord("/m")}, ("p",), (1, 2), 1, 0)
+    seen = text(write_evaluation_report(tmp_path / "r.html", record, {}).read_text("utf-8"))
+    assert "m, by number of steps" in seen and "All the numbers" not in seen
+
+
+def test_twelve_models_have_colors_and_markers_of_their_own(evaluation, tmp_path: Path) -> None:
+    record, _ = evaluation
+    names = [f"a checkpoint with a long name, number {i}" for i in range(12)]
+    values = {name: record.values["first" if i % 2 else "second"] for i, name in enumerate(names)}
+    many = EvaluationRecord(
+        {name: ModelRecord(f"/{name}") for name in names},
+        PROMPTS,
+        STEPS,
+        2,
+        7,
+        record.metrics,
+        values,
+    )
+    page = write_evaluation_report(tmp_path / "r.html", many, {}).read_text("utf-8")
+    looks = re.findall(r'<strong class="name" style="color: var\(--(c\d)\)">(.) ', page)
+    assert len(set(looks)) == 12
+    assert "12 checkpoints, by number of steps" in page and "95 % intervals of so many lines" in text(page)
