@@ -143,3 +143,20 @@ def wan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder / "tokenizer")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained model of moving shapes, in a folder as a stage of ``anyflow demo`` leaves it."""
+    from anyflow.models import AnyFlowTransformer3DModel
+    from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("shapes") / "student"
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 12, "num_layers": 1, "rope_max_seq_len": 32}
+    transformer = AnyFlowTransformer3DModel(
+        **sizes, in_channels=8, out_channels=8, text_dim=32, freq_dim=16, ffn_dim=16, r_embedder=True
+    )
+    transformer.save_pretrained(folder / "transformer")
+    FlowMapEulerDiscreteScheduler(100, shift=3.0).save_pretrained(folder / "scheduler")
+    return folder

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import anyflow
-from anyflow.cli import checkpoints, demo, doctor, preprocess, recipes, report, sample, train
+from anyflow.cli import checkpoints, demo, doctor, evaluate, preprocess, recipes, report, sample, train
 from anyflow.cli.common import full_dtype_name
 from anyflow.cli.errors import Commands, finish_streams, prepare_streams
 from anyflow.cli.examples import EPILOGS, MAIN
@@ -58,6 +58,7 @@ for _command in (
     demo.demo,
     report.report,
     sample.sample,
+    evaluate.evaluate,
     train.train,
     recipes.recipes,
     train.export,

@@ -23,6 +23,13 @@ EPILOGS = {
         'anyflow sample --model model --image first.png --prompt "it walks away" --out videos',
         "anyflow sample --model wan --euler --steps 50 --guidance 5 --prompt cat --out wan-videos",
     ),
+    "evaluate": help_end(
+        "evaluation.md",
+        f"anyflow evaluate --model {_HUB} --prompts prompts.txt --steps 1,2,4,8,16,32 --out evaluation",
+        "anyflow evaluate --model runs/demo --out runs/demo-evaluation",
+        "torchrun --nproc-per-node 8 -m anyflow evaluate --model student=model --prompts prompts.txt --out evaluation",
+        "anyflow evaluate --report-only evaluation",
+    ),
     "train": help_end(
         "training.md",
         "anyflow train smoke_pretrain",

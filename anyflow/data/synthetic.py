@@ -46,6 +46,11 @@ class SyntheticVideos:
         return self._class_names[index // self._per_class]
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the class of each prompt: ``disc right`` and three more."""
+        return self._class_names
+
+    @property
     def negative_prompt_embeds(self) -> Tensor:
         """``[1, 4, 32]`` zeros."""
         return torch.zeros(1, _TOKENS, _TEXT_DIM)

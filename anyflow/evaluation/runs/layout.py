@@ -111,7 +111,7 @@ def check_model_name(name: str) -> str:
     Raises:
         ValueError: a folder cannot have it, or should not.
     """
-    if not _MODEL_NAME.fullmatch(name) or name != name.strip():
+    if not _MODEL_NAME.fullmatch(name) or name != name.strip() or len(name.encode()) > _MAX_STEM:
         raise ValueError(
             f"{shortened(name)!r} cannot be the name of a model; give another one before its path, as "
             "--model student=path: letters, digits, spaces and . + @ - _, at most 100, a letter or digit first"

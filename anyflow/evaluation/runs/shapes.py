@@ -1,0 +1,67 @@
+"""The metrics of models of moving shapes, whose real videos are known: those of the quickstart's report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from anyflow.evaluation.runs.models import SHAPES_UPSCALE
+from anyflow.evaluation.runs.plan import EvaluationPlan
+from anyflow.evaluation.runs.record import MetricRecord
+
+SHAPES_METRICS = {
+    "fd": MetricRecord("Fréchet distance to held-out videos", "", "lower"),
+    "template_mse": MetricRecord("Error to the nearest real video", "data variance", "lower"),
+    "coverage_tv": MetricRecord("Unevenness of positions", "total variation, 0 to 1", "lower"),
+}
+_FLOOR_SETS = 8
+_FLOOR_STREAM = 950  # of the run's randomness; the quickstart's own streams are below
+
+
+class ShapesMetrics:
+    """Measures sets of videos of moving shapes against held-out ones.
+
+    Args:
+        seed: of the run that trained the model, which decides the held-out videos.
+        plan: of the evaluation, with the classes as its prompts.
+    """
+
+    def __init__(self, seed: int, plan: EvaluationPlan) -> None:
+        from anyflow.demo import DemoConfig, World
+        from anyflow.demo.evaluate import build_evaluator
+
+        self._world = World(DemoConfig(seed=seed))
+        self._evaluator = build_evaluator(self._world)
+        names = self._world.shapes.class_names
+        labels = [names.index(text) for text in plan.texts if text in names]
+        self._labels = torch.tensor(labels).repeat_interleave(plan.num_samples)
+        self.needs: str | None = None
+        if set(labels) != set(range(len(names))) or plan.num_samples < 2:
+            self.needs = "it compares every class, of at least 2 videos each (--num-samples)"
+
+    def measure(self, videos: Iterable[Tensor]) -> dict[str, float]:
+        """Measure a set of enlarged videos ``[8, 3, 96, 96]`` uint8, in the order of the plan."""
+        return self._evaluator.evaluate(torch.stack([self._reduced(v) for v in videos]), self._labels).as_dict()
+
+    def floor(self) -> dict[str, list[float]]:
+        """Measure several sets of real videos of the size of the plan's: what a perfect model would get."""
+        scores = [self._evaluator.evaluate(videos, self._labels).as_dict() for videos in self._real_sets()]
+        return {name: [score[name] for score in scores] for name in SHAPES_METRICS}
+
+    def real_videos(self) -> Iterator[Tensor]:
+        """Yield a real video for each of the plan's at a number of steps, enlarged as they are."""
+        for gray in self._world.shapes.to_uint8(next(self._real_sets())):
+            enlarged = gray.repeat_interleave(SHAPES_UPSCALE, 1).repeat_interleave(SHAPES_UPSCALE, 2)
+            yield enlarged[:, None].expand(-1, 3, -1, -1)
+
+    def _real_sets(self) -> Iterator[Tensor]:
+        for stream in range(_FLOOR_STREAM, _FLOOR_STREAM + _FLOOR_SETS):
+            generator = self._world.generator(stream)
+            yield self._world.shapes.sample(len(self._labels), generator, self._labels)[0]
+
+    def _reduced(self, video: Tensor) -> Tensor:
+        """Return an enlarged video at its own size, normalized as the models' data are: ``[8, 1, 12, 12]``."""
+        gray = torch.nn.functional.avg_pool2d(video.float().mean(1, keepdim=True) / 255, SHAPES_UPSCALE)
+        return (gray - self._world.shapes.mean) / self._world.shapes.std
