@@ -5,12 +5,12 @@ Plotting and report dependencies (matplotlib, pillow, jinja2) are imported by th
 
 from anyflow.evaluation.animations import any_step_animation, encode_animation, save_animation, tile_videos
 from anyflow.evaluation.findings import findings
+from anyflow.evaluation.frechet import frechet_distance
 from anyflow.evaluation.metrics import (
     Evaluator,
     Metrics,
     RandomConv3dFeatures,
     coverage_tv,
-    frechet_distance,
     nearest_template,
     nearest_template_mse,
     per_class_frechet_distance,

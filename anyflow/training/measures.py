@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.evaluation.metrics import RandomConv3dFeatures, frechet_distance
+from anyflow.evaluation.frechet import frechet_distance
+from anyflow.evaluation.metrics import RandomConv3dFeatures
 from anyflow.evaluation.video_metrics import (
     VIDEO_METRICS,
     Clip,

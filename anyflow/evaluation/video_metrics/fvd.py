@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anyflow.documents import require_content, shortened
+from anyflow.evaluation.frechet import frechet_distance
 from anyflow.evaluation.video_metrics.models import I3D, model_problem
 from anyflow.evaluation.video_metrics.values import levels, unit_videos
 from anyflow.validation import brief, require_whole
@@ -96,6 +97,4 @@ def frechet_video_distance(features_a: Tensor, features_b: Tensor) -> float:
     Raises:
         ValueError: another shape, fewer than two videos, or NaN or infinity.
     """
-    from anyflow.evaluation.metrics import frechet_distance  # which itself imports motion() from here
-
     return frechet_distance(features_a, features_b)
