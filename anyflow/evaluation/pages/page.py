@@ -182,7 +182,7 @@ def _comparison(statistics: Statistics, names: list[str]) -> dict[str, Any]:
                     "unit": metric.unit,
                     "curves": differences,
                     "decimals": {
-                        n: _decimals([curve[n].value for curve in differences.values() if n in curve])
+                        n: _decimals([v for c in differences.values() if n in c for v in (c[n].value, *c[n].range)])
                         for n in statistics.record.steps
                     },
                 }
