@@ -43,11 +43,11 @@ class ShapesMetrics:
 
     def measure(self, videos: Iterable[Tensor]) -> dict[str, float]:
         """Measure a set of enlarged videos ``[8, 3, 96, 96]`` uint8, in the order of the plan."""
-        return self._evaluator.evaluate(torch.stack([self._reduced(v) for v in videos]), self._labels).as_dict()
+        return self._score(torch.stack([self._reduced(video) for video in videos]))
 
     def floor(self) -> dict[str, list[float]]:
         """Measure several sets of real videos of the size of the plan's: what a perfect model would get."""
-        scores = [self._evaluator.evaluate(videos, self._labels).as_dict() for videos in self._real_sets()]
+        scores = [self._score(videos) for videos in self._real_sets()]
         return {name: [score[name] for score in scores] for name in SHAPES_METRICS}
 
     def real_videos(self) -> Iterator[Tensor]:
@@ -55,6 +55,10 @@ class ShapesMetrics:
         for gray in self._world.shapes.to_uint8(next(self._real_sets())):
             enlarged = gray.repeat_interleave(SHAPES_UPSCALE, 1).repeat_interleave(SHAPES_UPSCALE, 2)
             yield enlarged[:, None].expand(-1, 3, -1, -1)
+
+    def _score(self, videos: Tensor) -> dict[str, float]:
+        scores = self._evaluator.evaluate(videos, self._labels).as_dict()
+        return {name: scores[name] for name in SHAPES_METRICS}
 
     def _real_sets(self) -> Iterator[Tensor]:
         for stream in range(_FLOOR_STREAM, _FLOOR_STREAM + _FLOOR_SETS):

@@ -44,6 +44,7 @@ def workplace(
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_commands(workplace: Path) -> None:
     assert len(COMMANDS) == 7
     for command in COMMANDS:
