@@ -10,8 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
+from typer.testing import CliRunner
+
+from anyflow.cli import app
+from anyflow.evaluation.runs import EvaluationRecord
+from anyflow.pipelines import write_video
 
 PROMPTS = ["a red disc moves", "blue cross to the right/left"]
 SIZES = ["--steps", "1,2", "--num-samples", "2", "--reference-steps", "3", "--num-frames", "5"]
@@ -106,3 +113,25 @@ def workers(parent: int) -> list[int]:
     """List the processes that a process has started."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return [int(child) for child in children]
+
+
+@pytest.mark.slow
+def test_real_videos_are_measured_beside_those_of_a_pipeline(arguments: list[str], tmp_path: Path) -> None:
+    """One that stands still and one that moves by two pixels a frame, each as a file of its own size and length."""
+    folder = tmp_path / "real"
+    folder.mkdir()
+    texture = gaussian_filter(np.random.default_rng(0).random((64, 96)), 2, mode="wrap")
+    levels = (255 * (texture - texture.min()) / np.ptp(texture)).astype(np.uint8)
+    for name, speed in (("frozen", 0), ("moving", 4)):
+        frames = np.stack([np.roll(levels, speed * index, axis=1)[:, :64] for index in range(9)])
+        write_video(np.repeat(frames[..., None], 3, axis=-1), folder / f"{name}.mp4", fps=16)
+    result = CliRunner().invoke(app, [*arguments, str(tmp_path / "out"), "--references", str(folder)])
+    assert result.exit_code == 0, result.output
+    record = EvaluationRecord.load(tmp_path / "out" / "evaluation.json")
+    frozen, moving = record.references["motion"]
+    assert frozen < 0.002 and moving == pytest.approx(2 / 32, rel=0.1)  # of the shorter side, at 32 x 32
+    assert record.references["flicker"][0] < 0.01 < record.references["flicker"][1]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "real videos" in page
+    missing = CliRunner().invoke(app, [*arguments, str(tmp_path / "other"), "--references", str(tmp_path / "no")])
+    assert missing.exit_code == 2 and "is not a folder" in missing.output
