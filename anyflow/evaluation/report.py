@@ -38,7 +38,7 @@ _LARGE_CHARTS = ("fd", "motion")
 _LINEAR_CHARTS = ("coverage_tv", "motion")
 _METHOD_NOTES = {
     "flow_matching": "the usual way: many small steps",
-    "pretrain": "before on-policy distillation",
+    "pretrain": "before it learns from videos of its own",
     "on_policy": "steps of any length",
     "consistency_sampler": "the flow map's network, with fresh noise at each step",
 }
