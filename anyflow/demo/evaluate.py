@@ -24,7 +24,7 @@ _PART_SIZE = 128  # videos whose activations are fastest to compute on one core
 
 
 def build_evaluator(world: World) -> Evaluator:
-    """Held-out real videos in the form the metrics need."""
+    """Return held-out real videos in the form the metrics need."""
     labels = world.labels(world.config.heldout).cpu()
     videos, _ = world.shapes.sample(len(labels), world.generator(900), labels)
     size, black = world.shapes.config.size, -world.shapes.mean / world.shapes.std
@@ -38,14 +38,14 @@ def build_evaluator(world: World) -> Evaluator:
 
 
 def real_floor(world: World, evaluator: Evaluator) -> Metrics:
-    """What real videos score against the held-out ones, averaged over several sets of the size of a sample set."""
+    """Measure real videos against the held-out ones, averaged over several sets of the size of a sample set."""
     labels = world.labels(world.config.samples).cpu()
     sets = (world.shapes.sample(len(labels), world.generator(910 + i), labels) for i in range(_FLOOR_SETS))
     return evaluator.floor(sets)
 
 
 def samplers(world: World) -> dict[str, Sampler]:
-    """How each method draws ``n`` steps from noise; all see the same noise and prompts."""
+    """Return how each method draws ``n`` steps from noise; all see the same noise and prompts."""
     scheduler = world.scheduler()
 
     def flow_map(model: Any, noise: Tensor, prompts: Tensor, n: int, *, mean: bool) -> Tensor:

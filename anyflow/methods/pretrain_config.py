@@ -68,5 +68,5 @@ class PretrainConfig:
 
     @property
     def is_flow_matching(self) -> bool:
-        """Whether no sample of any batch can need an evaluation without gradient: plain flow matching."""
+        """Tell whether the loss is plain flow matching: no sample needs an evaluation without gradient."""
         return self.diffusion_ratio == 1 and self.fuse_guidance_scale == 1

@@ -135,7 +135,7 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
 
 @dataclass(frozen=True)
 class _Samples:
-    """What is sampled during training; None where it is turned off."""
+    """Hold what is sampled during training; None where it is turned off."""
 
     previews: Previews | None
     metrics: SampleMetrics | None

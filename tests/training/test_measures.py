@@ -68,7 +68,7 @@ def _videos(count: int, generator: torch.Generator) -> list[Video]:
 def test_networks_of_a_folder_are_called_and_leave_the_random_state_alone(
     tmp_path: Path, generator: torch.Generator
 ) -> None:
-    """What each gives is what it gives alone; LPIPS is left out, whose file is not there."""
+    """Compare each with what it gives alone; LPIPS is left out, whose file is not there."""
     _save_detector(tmp_path)
     _save_clip(tmp_path)
     state = torch.get_rng_state()

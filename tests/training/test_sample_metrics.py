@@ -46,7 +46,7 @@ def _moved(step: Step) -> Step:
 
 
 def _samples(recipe: Recipe, step: Step, data: VideoDataset, embeds: list[Tensor], count: int) -> Tensor:
-    """What the averages give from the noise of each place, ``[N, F, C, H, W]``."""
+    """Return what the averages give from the noise of each place, ``[N, F, C, H, W]``."""
     with step.ema.applied(step.student):
         return torch.cat(
             [

@@ -46,7 +46,7 @@ class VideoModel(Protocol):
 
     @property
     def path(self) -> str:
-        """What the user named."""
+        """Return the name or the folder that the user gave."""
         ...
 
     @property

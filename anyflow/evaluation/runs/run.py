@@ -24,7 +24,7 @@ from anyflow.progress import counted, status
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What a run did.
+    """Hold what a run did.
 
     Args:
         made: videos that were not there when it began and are now.

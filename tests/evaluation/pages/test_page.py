@@ -97,7 +97,7 @@ def page(evaluation, tmp_path_factory) -> str:
 
 
 def text(page: str) -> str:
-    """What a reader sees, white space as one blank."""
+    """Return what a reader sees, white space as one blank."""
     body = re.sub(r"<style>.*?</style>", " ", page, flags=re.DOTALL)
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)))
 

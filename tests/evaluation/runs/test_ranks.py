@@ -45,7 +45,7 @@ def arguments(wan_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 def expected(
     arguments: list[str], process_environment: Callable[[], dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes]:
-    """What one process leaves that nobody stops."""
+    """Return what one process leaves that nobody stops."""
     out = tmp_path_factory.mktemp("alone") / "out"
     command = [sys.executable, "-m", "anyflow", *arguments, str(out)]
     done = subprocess.run(command, env=process_environment(), capture_output=True, text=True)

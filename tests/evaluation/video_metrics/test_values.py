@@ -1,4 +1,4 @@
-"""What metrics refuse, and what they say about it."""
+"""Check what metrics refuse, and what they say about it."""
 
 import math
 
