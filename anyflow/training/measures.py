@@ -15,6 +15,7 @@ from torch import Tensor
 from anyflow.evaluation.frechet import frechet_distance
 from anyflow.evaluation.metrics import RandomConv3dFeatures
 from anyflow.evaluation.video_metrics import (
+    MAX_PSNR,
     VIDEO_METRICS,
     Clip,
     I3DFeatures,
@@ -29,7 +30,6 @@ from anyflow.evaluation.video_metrics import (
 )
 from anyflow.training.config import MetricsConfig
 
-_MAX_PSNR = 100.0  # dB; videos that are equal have infinity, which JSON and loggers' charts lack
 _PROBE_FRAMES = 16
 _LATENT_MOTION, _LATENT_DISTANCE = "latent_motion", "latent_distance"
 _LATENT_FRECHET = "latent_frechet_distance"
@@ -228,7 +228,7 @@ def _pixels(video: Video) -> Tensor:
 
 
 def _psnr(video: Video, reference: Video) -> float:
-    return min(psnr(_pixels(video), _pixels(reference)).item(), _MAX_PSNR)
+    return min(psnr(_pixels(video), _pixels(reference)).item(), MAX_PSNR)
 
 
 def _latent_motion(video: Video) -> float:

@@ -18,6 +18,7 @@ from anyflow.evaluation.runs.plan import EvaluationPlan
 from anyflow.evaluation.runs.record import Better, EvaluationRecord, MetricRecord
 from anyflow.evaluation.runs.shapes import SHAPES_METRICS, ShapesMetrics
 from anyflow.evaluation.video_metrics import (
+    MAX_PSNR,
     VIDEO_METRICS,
     Clip,
     I3DFeatures,
@@ -32,8 +33,6 @@ from anyflow.evaluation.video_metrics import (
 )
 from anyflow.pipelines.loading import resolve_device
 from anyflow.progress import counted
-
-MAX_PSNR = 100.0  # dB, of videos that are equal: JSON has no infinity
 
 METRICS = {
     name: MetricRecord(metric.title, metric.unit, cast(Better, metric.better)) for name, metric in VIDEO_METRICS.items()

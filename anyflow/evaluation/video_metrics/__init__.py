@@ -17,9 +17,10 @@ from anyflow.evaluation.video_metrics.models import (
     model_path,
     models_folder,
 )
-from anyflow.evaluation.video_metrics.pixels import flicker, psnr
+from anyflow.evaluation.video_metrics.pixels import MAX_PSNR, flicker, psnr
 
 __all__ = [
+    "MAX_PSNR",
     "VIDEO_METRICS",
     "Clip",
     "I3DFeatures",

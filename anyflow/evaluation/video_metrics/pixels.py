@@ -7,6 +7,8 @@ from torch import Tensor
 
 from anyflow.evaluation.video_metrics.values import require_equal_shapes, unit_videos
 
+MAX_PSNR = 100.0  # dB, where equal videos have infinity: JSON and the charts of loggers lack it
+
 
 def psnr(videos: Tensor, references: Tensor) -> Tensor:
     """Compute the peak signal-to-noise ratio of each video to its reference, in dB.
