@@ -1,7 +1,7 @@
 """Any-step video diffusion with flow maps.
 
-The names below and the submodules load on first use, so that ``import anyflow`` costs little more than
-``import torch``.
+The names below and the submodules load on first use, so that ``import anyflow`` costs little more
+than ``import torch``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,18 @@ __all__ = [
 
 if TYPE_CHECKING:
     import anyflow.kernels as kernels
-    from anyflow import checkpoints, data, evaluation, methods, models, ops, pipelines, sampling, schedulers, training
+    from anyflow import (
+        checkpoints,
+        data,
+        evaluation,
+        methods,
+        models,
+        ops,
+        pipelines,
+        sampling,
+        schedulers,
+        training,
+    )
     from anyflow.acceleration import accelerate, restore
     from anyflow.models import AnyFlowTransformer3DModel
     from anyflow.pipelines import AnyFlowPipeline

@@ -1,4 +1,6 @@
-"""Put our transformer in the place of diffusers' in a pipeline, on the very same weights, and back."""
+"""Put our transformer in the place of diffusers' in a pipeline, on the very same weights, and
+back.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ from anyflow.models.wan import WanTransformer3DModel
 
 T = TypeVar("T")
 
-_SUPPORTED = "supported are diffusers' AnyFlowTransformer3DModel and WanTransformer3DModel, and pipelines with one"
-_ADAPTER_STATE = ("peft_config", "_hf_peft_config_loaded")  # where PEFT and diffusers note what is loaded
+_SUPPORTED = (
+    "supported are diffusers' AnyFlowTransformer3DModel and WanTransformer3DModel, and pipelines "
+    "with one"
+)
+# where PEFT and diffusers note what is loaded
+_ADAPTER_STATE = ("peft_config", "_hf_peft_config_loaded")
 
 
 @dataclass(frozen=True)
@@ -39,15 +45,18 @@ class _Original:
 
 
 def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None) -> T:
-    """Run a diffusers pipeline, or a bare transformer, on anyflow's transformer, or on some of its operators.
+    """Run a diffusers pipeline, or a bare transformer, on anyflow's transformer, or on some of its
+    operators.
 
-    The pipelines are those around diffusers' ``AnyFlowTransformer3DModel`` or ``WanTransformer3DModel``, Wan 2.2's
-    ``transformer_2`` included. Ours gets the very parameters and linear layers of theirs: nothing is copied, dtypes and
-    devices stay, adapters (LoRA) stay loaded, and CPU offloading that is on stays on. Results are the same within
-    rounding (``tests/test_accelerate.py``). A second call changes nothing; :func:`restore` undoes the first.
+    The pipelines are those around diffusers' ``AnyFlowTransformer3DModel`` or
+    ``WanTransformer3DModel``, Wan 2.2's ``transformer_2`` included. Ours gets the very parameters
+    and linear layers of theirs: nothing is copied, dtypes and devices stay, adapters (LoRA) stay
+    loaded, and CPU offloading that is on stays on. Results are the same within rounding
+    (``tests/test_accelerate.py``). A second call changes nothing; :func:`restore` undoes the first.
 
-    With ``only``, diffusers' transformer stays, with its names, attention backends, fused projections and image
-    attention, and just these parts of its blocks are replaced (``tests/test_block_parts.py``):
+    With ``only``, diffusers' transformer stays, with its names, attention backends, fused
+    projections and image attention, and just these parts of its blocks are replaced
+    (``tests/test_block_parts.py``):
 
     - ``"norms"``: LayerNorm, modulation, gates and residuals, three operators a block;
     - ``"rope"``: RMS norm and rotation of the queries and keys of self-attention;
@@ -55,17 +64,19 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
     - ``"linear"``: the linear layers, whose kernel is faster in fp32 on AMD's processors.
 
     Args:
-        pipe_or_transformer: a pipeline is changed in place; a transformer is left as it is, except with ``only``.
+        pipe_or_transformer: a pipeline is changed in place; a transformer is left as it is, except
+            with ``only``.
         only: name of a part, or several. A further call replaces exactly the parts that it names.
 
     Returns:
-        The pipeline itself, or our transformer (with ``only``, the transformer itself). Saved, both load in diffusers.
+        The pipeline itself, or our transformer (with ``only``, the transformer itself). Saved, both
+        load in diffusers.
 
     Raises:
         TypeError: neither such a pipeline nor such a transformer.
-        ValueError: a part is unknown; or what is there cannot be replaced without loss: hooks that ours would not have,
-            other attention processors, a device map, ``torch.compile``, and, without ``only``, image attention, fused
-            projections and quantized weights.
+        ValueError: a part is unknown; or what is there cannot be replaced without loss: hooks that
+            ours would not have, other attention processors, a device map, ``torch.compile``, and,
+            without ``only``, image attention, fused projections and quantized weights.
     """
     parts = None if only is None else checked_parts(only)
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
@@ -82,7 +93,9 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
         _our_class(transformer)
     if theirs:
         with _without_offloading(pipe):
-            replaced = {name: _accelerated(transformer, parts) for name, transformer in theirs.items()}
+            replaced = {
+                name: _accelerated(transformer, parts) for name, transformer in theirs.items()
+            }
             for name, transformer in replaced.items():
                 if transformer is not theirs[name]:
                     setattr(pipe, name, transformer)
@@ -90,7 +103,8 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
 
 
 def restore(pipe_or_transformer: T) -> T:
-    """Undo :func:`accelerate`: diffusers' own transformer again, with the weights and adapters as they are now.
+    """Undo :func:`accelerate`: diffusers' own transformer again, with the weights and adapters as
+    they are now.
 
     Returns:
         The pipeline itself, or diffusers' transformer.
@@ -118,7 +132,9 @@ def restore(pipe_or_transformer: T) -> T:
 
 
 def _accelerated(theirs: Any, parts: tuple[str, ...] | None) -> ModelMixin:
-    """Return our transformer on the weights of theirs, or theirs with some of its parts replaced."""
+    """Return our transformer on the weights of theirs, or theirs with some of its parts
+    replaced.
+    """
     if parts is None:
         ours = _our_class(theirs)
         if replaced_parts(theirs):
@@ -130,24 +146,31 @@ def _accelerated(theirs: Any, parts: tuple[str, ...] | None) -> ModelMixin:
 
 
 @torch.inference_mode(False)  # the gate, made there, could never be trained with
-def _transplanted(theirs: ModelMixin, cls: type[AnyFlowTransformer3DModel]) -> AnyFlowTransformer3DModel:
+def _transplanted(
+    theirs: ModelMixin, cls: type[AnyFlowTransformer3DModel]
+) -> AnyFlowTransformer3DModel:
     settings = inspect.signature(type(theirs).__init__).parameters
     with torch.device("meta"):
         ours = cls(**{name: value for name, value in theirs.config.items() if name in settings})
     layers = tuple(name for name, module in ours.named_modules() if type(module) is nn.Linear)
     owners = {n: m for n, m in ours.named_modules() if m._parameters and n not in layers}
     _check(theirs, layers, owners)
-    original = _Original(theirs, layers, {name: _bare(theirs.get_submodule(name)) for name in owners})
+    original = _Original(
+        theirs, layers, {name: _bare(theirs.get_submodule(name)) for name in owners}
+    )
 
     _hand_over(theirs, ours, layers, owners)
     embedder = ours.condition_embedder
     if embedder.delta_embedder is not None:
-        embedder.delta_emb_gate = embedder.delta_emb_gate.to(embedder.delta_embedder.linear_1.weight.device)
+        embedder.delta_emb_gate = embedder.delta_emb_gate.to(
+            embedder.delta_embedder.linear_1.weight.device
+        )
     if theirs.is_gradient_checkpointing:
         ours.enable_gradient_checkpointing(theirs._gradient_checkpointing_func)
     ours.train(theirs.training)
     ours._accelerated_from = original
-    # diffusers writes an instance's module into model_index.json: saved pipelines load without anyflow.
+    # diffusers writes an instance's module into model_index.json: saved pipelines load without
+    # anyflow.
     ours.__dict__["__module__"] = type(theirs).__module__
     return ours
 
@@ -165,8 +188,12 @@ def _restored(ours: Any) -> ModelMixin:
     return original.transformer
 
 
-def _hand_over(source: nn.Module, target: nn.Module, layers: Iterable[str], owners: Mapping[str, nn.Module]) -> None:
-    """Give target the linear layers of source, and its modules ``owners`` the parameters, with the adapters on both."""
+def _hand_over(
+    source: nn.Module, target: nn.Module, layers: Iterable[str], owners: Mapping[str, nn.Module]
+) -> None:
+    """Give target the linear layers of source, and its modules ``owners`` the parameters, with the
+    adapters on both.
+    """
     for name in layers:
         target.set_submodule(name, source.get_submodule(name))
     for name, owner in owners.items():
@@ -200,9 +227,15 @@ def _uncompiled(module: Any) -> Any:
 
 def _our_class(theirs: object) -> type[AnyFlowTransformer3DModel]:
     if _uncompiled(theirs) is not theirs:
-        raise ValueError("accelerate: the transformer is compiled by torch.compile; accelerate first, then compile")
+        raise ValueError(
+            "accelerate: the transformer is compiled by torch.compile; accelerate first, then "
+            "compile"
+        )
     if isinstance(theirs, AnyFlowTransformer3DModel):
-        raise ValueError("accelerate: only= chooses parts of diffusers' transformer, and this one is anyflow's already")
+        raise ValueError(
+            "accelerate: only= chooses parts of diffusers' transformer, and this one is anyflow's "
+            "already"
+        )
     if type(theirs) is diffusers.AnyFlowTransformer3DModel:
         return AnyFlowTransformer3DModel
     if type(theirs) is diffusers.WanTransformer3DModel:
@@ -220,17 +253,27 @@ def _check(theirs: ModelMixin, layers: Iterable[str], owners: Mapping[str, nn.Mo
         for key in owner._parameters:
             parameter = bare._parameters[key]
             if type(parameter) is not nn.Parameter:
-                raise ValueError(f"accelerate: {name}.{key} is a {type(parameter).__name__} (quantized or sharded)")
+                raise ValueError(
+                    f"accelerate: {name}.{key} is a {type(parameter).__name__} (quantized or "
+                    "sharded)"
+                )
             reached.add(id(parameter))
         if module is not bare:
-            reached.update(id(p) for p in module.parameters() if not any(p is q for q in bare.parameters()))
+            reached.update(
+                id(p) for p in module.parameters() if not any(p is q for q in bare.parameters())
+            )
     unexpected = [name for name, p in theirs.named_parameters() if id(p) not in reached]
     if unexpected:
-        raise ValueError(f"accelerate: {type(theirs).__name__} has parameters of no use here: {', '.join(unexpected)}")
+        raise ValueError(
+            f"accelerate: {type(theirs).__name__} has parameters of no use here: "
+            f"{', '.join(unexpected)}"
+        )
 
 
 def _check_hooks(action: str, network: nn.Module, layers: Iterable[str]) -> None:
-    """Make the ValueError about what of a network's modules the other would not have; ``layers`` it will have."""
+    """Make the ValueError about what of a network's modules the other would not have; ``layers`` it
+    will have.
+    """
     shared = {id(m) for name in layers for m in network.get_submodule(name).modules()}
     for name, module in network.named_modules():
         problem = None if id(module) in shared else _problem(module)
@@ -250,7 +293,10 @@ def _problem(module: Any) -> str | None:
         return "fused projections; call unfuse_qkv_projections() first"
     processor = getattr(module, "processor", None)
     if processor is not None and type(processor) not in type(module)._available_processors:
-        return f"the attention processor {type(processor).__name__}; only diffusers' own can be replaced"
+        return (
+            f"the attention processor {type(processor).__name__}; only diffusers' own can be "
+            "replaced"
+        )
     return None
 
 
@@ -272,7 +318,9 @@ def _transformers(pipe: DiffusionPipeline) -> dict[str, ModelMixin]:
 
 @contextmanager
 def _without_offloading(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Take the pipeline's offloading off for a moment, and put it on whatever the pipeline then consists of."""
+    """Take the pipeline's offloading off for a moment, and put it on whatever the pipeline then
+    consists of.
+    """
     if pipe._is_pipeline_device_mapped():
         raise ValueError("accelerate: the pipeline has a device map; call reset_device_map() first")
     enable = _offloading(pipe)
@@ -293,5 +341,10 @@ def _offloading(pipe: DiffusionPipeline) -> Callable[..., None] | None:
     if getattr(pipe, "_all_hooks", None):
         return pipe.enable_model_cpu_offload
     hooks = [t._hf_hook for t in _transformers(pipe).values() if hasattr(t, "_hf_hook")]
-    hooks = [inner for hook in hooks for inner in getattr(hook, "hooks", (hook,))]  # several are one SequentialHook
-    return pipe.enable_sequential_cpu_offload if any(isinstance(hook, AlignDevicesHook) for hook in hooks) else None
+    # several are one SequentialHook
+    hooks = [inner for hook in hooks for inner in getattr(hook, "hooks", (hook,))]
+    return (
+        pipe.enable_sequential_cpu_offload
+        if any(isinstance(hook, AlignDevicesHook) for hook in hooks)
+        else None
+    )

@@ -1,7 +1,9 @@
-"""Parts of diffusers' transformer blocks on the fused operators; the transformer, its weights and its names stay.
+"""Parts of diffusers' transformer blocks on the fused operators; the transformer, its weights and
+its names stay.
 
-A part is replaced by giving a module of diffusers another class, one of those below: parameters, buffers, adapters and
-state stay where they are. Each class has the name of diffusers' own, by which diffusers and accelerate find blocks.
+A part is replaced by giving a module of diffusers another class, one of those below: parameters,
+buffers, adapters and state stay where they are. Each class has the name of diffusers' own, by which
+diffusers and accelerate find blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +21,14 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_anyflow, transformer_wan
 from torch import Tensor, nn
 
-from anyflow.ops import Linear, gated_residual, gelu, layer_norm_modulate, residual_layer_norm, rms_norm_rope
+from anyflow.ops import (
+    Linear,
+    gated_residual,
+    gelu,
+    layer_norm_modulate,
+    residual_layer_norm,
+    rms_norm_rope,
+)
 
 PARTS = ("norms", "rope", "gelu", "linear")
 _MARK = "_anyflow_parts"  # on a transformer: the parts that have been replaced
@@ -44,7 +53,9 @@ def checked_parts(only: str | Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in PARTS if name in names)
 
 
-def replace_parts(transformer: ModelMixin, parts: tuple[str, ...], problem: Callable[[Any], str | None]) -> None:
+def replace_parts(
+    transformer: ModelMixin, parts: tuple[str, ...], problem: Callable[[Any], str | None]
+) -> None:
     """Give the modules of some parts our classes; nothing where they have them already.
 
     Args:
@@ -61,7 +72,10 @@ def replace_parts(transformer: ModelMixin, parts: tuple[str, ...], problem: Call
     for name, module, theirs, ours in found:
         if type(module) not in (theirs, ours):
             expected = f"only diffusers' own {theirs.__name__} can be replaced"
-            raise ValueError(f"accelerate: {name} is a {type(module).__module__}.{type(module).__name__}; {expected}")
+            raise ValueError(
+                f"accelerate: {name} is a {type(module).__module__}.{type(module).__name__}; "
+                f"{expected}"
+            )
         reason = None if theirs in _PROCESSORS else problem(module)
         if reason is not None:
             raise ValueError(f"accelerate: {name} has {reason}")
@@ -106,14 +120,22 @@ def _modules(transformer: ModelMixin, part: str) -> Iterator[tuple[str, Any, typ
         elif part == "gelu":
             yield entry(f"{name}.ffn.net.0", block.ffn.net[0], activations.GELU)
         else:
-            layers = ((key, layer) for key, layer in block.named_modules() if type(layer) in (nn.Linear, Linear))
+            layers = (
+                (key, layer)
+                for key, layer in block.named_modules()
+                if type(layer) in (nn.Linear, Linear)
+            )
             for key, layer in layers:
                 if "lora_" not in key and type(layer.weight) is nn.Parameter:
                     yield entry(f"{name}.{key}", layer, nn.Linear)
 
 
-def _run_block(block: Any, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor], text: Any) -> Tensor:
-    """Run a block of either model: ``x[B, L, D]``, ``modulation[B, R, 6, D]``, R = 1 or one row per token."""
+def _run_block(
+    block: Any, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor], text: Any
+) -> Tensor:
+    """Run a block of either model: ``x[B, L, D]``, ``modulation[B, R, 6, D]``, R = 1 or one row per
+    token.
+    """
     rows = (block.scale_shift_table + modulation.float()).unbind(2)
     shift, scale, gate, c_shift, c_scale, c_gate = rows
     a = attention(layer_norm_modulate(x, shift, scale, block.norm1.eps))
@@ -129,8 +151,12 @@ def _run_block(block: Any, x: Tensor, modulation: Tensor, attention: Callable[[T
 class WanTransformerBlock(transformer_wan.WanTransformerBlock):
     """Runs Wan's block with its norms, modulations and residuals fused."""
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
-        """Map ``hidden_states[B, L, D]``; ``temb`` is ``[B, 6, D]``, or ``[B, L, 6, D]`` (Wan 2.2, 5B)."""
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
+    ) -> Tensor:
+        """Map ``hidden_states[B, L, D]``; ``temb`` is ``[B, 6, D]``, or ``[B, L, 6, D]`` (Wan 2.2,
+        5B).
+        """
         return _run_block(
             self,
             hidden_states,
@@ -141,7 +167,9 @@ class WanTransformerBlock(transformer_wan.WanTransformerBlock):
 
 
 class AnyFlowTransformerBlock(transformer_anyflow.AnyFlowTransformerBlock):
-    """Runs the block of diffusers' AnyFlow transformer with its norms, modulations and residuals fused."""
+    """Runs the block of diffusers' AnyFlow transformer with its norms, modulations and residuals
+    fused.
+    """
 
     def forward(
         self,
@@ -156,7 +184,9 @@ class AnyFlowTransformerBlock(transformer_anyflow.AnyFlowTransformerBlock):
             self,
             hidden_states,
             temb,
-            lambda n: self.attn1(hidden_states=n, rotary_emb=rotary_emb, attention_mask=attention_mask),
+            lambda n: self.attn1(
+                hidden_states=n, rotary_emb=rotary_emb, attention_mask=attention_mask
+            ),
             lambda n: self.attn2(hidden_states=n, encoder_hidden_states=encoder_hidden_states),
         )
 
@@ -169,8 +199,12 @@ class FP32LayerNorm(normalization.FP32LayerNorm):
         return residual_layer_norm(x, y, gate, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
-def _normalized_heads(norm: Any, x: Tensor, num_heads: int, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Map ``x[B, L, D]`` to ``[B, L, H, Dh]``; ``rotary`` is ``(cos, sin)``, each ``[1, L, 1, Dh / 2]``."""
+def _normalized_heads(
+    norm: Any, x: Tensor, num_heads: int, rotary: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Map ``x[B, L, D]`` to ``[B, L, H, Dh]``; ``rotary`` is ``(cos, sin)``, each
+    ``[1, L, 1, Dh / 2]``.
+    """
     cos, sin = (None, None) if rotary is None else (table[0, :, 0] for table in rotary)
     return rms_norm_rope(x, norm.weight, cos, sin, num_heads=num_heads, eps=norm.eps)
 
@@ -191,7 +225,9 @@ class RMSNorm(normalization.RMSNorm):
         return _normalized_heads(self, x, num_heads, rotary)
 
 
-def _self_attention(processor: Any, attn: Any, x: Tensor, mask: Any, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+def _self_attention(
+    processor: Any, attn: Any, x: Tensor, mask: Any, rotary: tuple[Tensor, Tensor] | None
+) -> Tensor:
     if getattr(attn, "fused_projections", False):
         query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
     else:
@@ -209,7 +245,9 @@ def _self_attention(processor: Any, attn: Any, x: Tensor, mask: Any, rotary: tup
 
 
 class WanAttnProcessor(transformer_wan.WanAttnProcessor):
-    """Attends with queries and keys whose norm and rotation are fused; the attention is the one chosen in diffusers."""
+    """Attends with queries and keys whose norm and rotation are fused; the attention is the one
+    chosen in diffusers.
+    """
 
     def __call__(
         self,
@@ -224,7 +262,9 @@ class WanAttnProcessor(transformer_wan.WanAttnProcessor):
 
 
 class AnyFlowAttnProcessor(transformer_anyflow.AnyFlowAttnProcessor):
-    """Attends with queries and keys whose norm and rotation are fused; the attention is the one chosen in diffusers."""
+    """Attends with queries and keys whose norm and rotation are fused; the attention is the one
+    chosen in diffusers.
+    """
 
     def __call__(
         self,
@@ -263,7 +303,11 @@ class GELU(activations.GELU):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map ``[B, L, D]`` to ``[B, L, N]``."""
-        return gelu(self.proj(hidden_states)) if self.approximate == "tanh" else super().forward(hidden_states)
+        return (
+            gelu(self.proj(hidden_states))
+            if self.approximate == "tanh"
+            else super().forward(hidden_states)
+        )
 
 
 _PROCESSORS: dict[type, type] = {
@@ -287,8 +331,13 @@ _MODULES: dict[type, type] = {
 def _register_blocks() -> None:
     """Tell diffusers' caches, which look a block's class up, about ours."""
     for theirs, ours in _MODULES.items():
-        if issubclass(theirs, (transformer_wan.WanTransformerBlock, transformer_anyflow.AnyFlowTransformerBlock)):
+        if issubclass(
+            theirs,
+            (transformer_wan.WanTransformerBlock, transformer_anyflow.AnyFlowTransformerBlock),
+        ):
             try:
-                TransformerBlockRegistry.register(ours, copy.copy(TransformerBlockRegistry.get(theirs)))
+                TransformerBlockRegistry.register(
+                    ours, copy.copy(TransformerBlockRegistry.get(theirs))
+                )
             except ValueError:  # diffusers has no cache for this block
                 continue

@@ -1,4 +1,6 @@
-"""Reading small files that a user wrote or downloaded: bounded, regular files, and errors that name the file."""
+"""Reading small files that a user wrote or downloaded: bounded, regular files, and errors that name
+the file.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,24 @@ MAX_DEPTH = 64
 def require_regular_file(path: Path | str) -> Path:
     """Return ``path`` if it is a regular file or a link to one, without opening it.
 
-    Opening a FIFO waits for a writer and reading ``/dev/zero`` never ends, so the kind of the file is looked at first.
+    Opening a FIFO waits for a writer and reading ``/dev/zero`` never ends, so the kind of the file
+    is looked at first.
 
     Args:
         path: of the file.
 
     Raises:
-        ValueError: there is no such file, the system cannot look it up, or it is a folder, device, FIFO or socket.
+        ValueError: there is no such file, the system cannot look it up, or it is a folder, device,
+            FIFO or socket.
     """
     path = Path(path)
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         what = f"is a link to {shortened(os.readlink(path))}, which" if path.is_symlink() else ""
-        raise ValueError(" ".join(filter(None, (shortened(path), what, "does not exist")))) from None
+        raise ValueError(
+            " ".join(filter(None, (shortened(path), what, "does not exist")))
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise ValueError(f"{shortened(path)} cannot be read: {system_reason(error)}") from error
     if not stat.S_ISREG(mode):
@@ -37,11 +43,12 @@ def require_regular_file(path: Path | str) -> Path:
 
 
 def require_content(path: Path | str) -> Path:
-    """Return ``path`` if it is a regular file with a content of its own, of which the first bytes are looked at.
+    """Return ``path`` if it is a regular file with a content of its own, of which the first bytes
+    are looked at.
 
     Raises:
-        ValueError: see :func:`require_regular_file`; or the file cannot be read, is empty, or is what an incomplete
-            download leaves in its place: a pointer of git-lfs, or a web page.
+        ValueError: see :func:`require_regular_file`; or the file cannot be read, is empty, or is
+            what an incomplete download leaves in its place: a pointer of git-lfs, or a web page.
     """
     path = require_regular_file(path)
     try:
@@ -59,7 +66,10 @@ def _placeholder(start: bytes) -> str | None:
     if not start:
         return "an empty file; download it again"
     if start.startswith(b"version https://git-lfs"):
-        return "a pointer of git-lfs, not the file itself; run `git lfs pull` in its folder, or download it again"
+        return (
+            "a pointer of git-lfs, not the file itself; run `git lfs pull` in its folder, or "
+            "download it again"
+        )
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page (HTML) saved under this name; download the file itself"
     return None
@@ -78,12 +88,15 @@ def read_bytes(path: Path | str, *, max_bytes: int = MAX_BYTES) -> bytes:
     except OSError as error:
         raise ValueError(f"{shortened(path)} cannot be read: {system_reason(error)}") from error
     if len(content) > max_bytes:
-        raise ValueError(f"{shortened(path)} is larger than the {max_bytes} bytes allowed for such a file")
+        raise ValueError(
+            f"{shortened(path)} is larger than the {max_bytes} bytes allowed for such a file"
+        )
     return content
 
 
 def read_text(path: Path | str, *, max_bytes: int = MAX_BYTES) -> str:
-    """Read a text file in UTF-8; a byte order mark at its start, as spreadsheets write it, is left out.
+    """Read a text file in UTF-8; a byte order mark at its start, as spreadsheets write it, is left
+    out.
 
     Raises:
         ValueError: see :func:`read_bytes`; or the file is not UTF-8, which is said with the line.
@@ -94,7 +107,8 @@ def read_text(path: Path | str, *, max_bytes: int = MAX_BYTES) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{shortened(path)}, line {line}: byte {content[error.start]:#04x} is not UTF-8; save the file as UTF-8"
+            f"{shortened(path)}, line {line}: byte {content[error.start]:#04x} is not UTF-8; save "
+            "the file as UTF-8"
         ) from error
 
 
@@ -109,7 +123,8 @@ def read_json(path: Path | str, *, max_bytes: int = MAX_BYTES, finite: bool = Fa
 
 
 def parse_json(text: str, where: str, *, finite: bool = False) -> Any:
-    """Parse a JSON document whose nesting is at most ``MAX_DEPTH`` deep and whose keys occur once in an object.
+    """Parse a JSON document whose nesting is at most ``MAX_DEPTH`` deep and whose keys occur once
+    in an object.
 
     Args:
         text: the document.
@@ -117,8 +132,8 @@ def parse_json(text: str, where: str, *, finite: bool = False) -> Any:
         finite: refuse NaN and infinity, which JSON does not have and Python reads and writes.
 
     Raises:
-        ValueError: the text is not JSON, is nested too deeply, names a key twice, has a lone surrogate or, with
-            ``finite``, a number that is not finite.
+        ValueError: the text is not JSON, is nested too deeply, names a key twice, has a lone
+            surrogate or, with ``finite``, a number that is not finite.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object)
@@ -158,8 +173,16 @@ def system_reason(error: BaseException) -> str:
 
 
 def shortened(path: Path | str, length: int = 200) -> str:
-    """Return a path for a message; the middle of a path that is longer than ``length`` is left out."""
-    text = str(path).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0").replace("\n", "\\n")
+    """Return a path for a message; the middle of a path that is longer than ``length`` is left
+    out.
+    """
+    text = (
+        str(path)
+        .encode("utf-8", "backslashreplace")
+        .decode()
+        .replace("\0", "\\0")
+        .replace("\n", "\\n")
+    )
     return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}"
 
 
@@ -187,7 +210,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _require_depth(value: Any) -> None:
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MAX_DEPTH):
-        inner = [x for outer in level for x in (outer.values() if isinstance(outer, dict) else outer)]
+        inner = [
+            x for outer in level for x in (outer.values() if isinstance(outer, dict) else outer)
+        ]
         level = [x for x in inner if isinstance(x, (dict, list))]
     if level:
         raise RecursionError

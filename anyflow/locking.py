@@ -1,4 +1,6 @@
-"""One process at a time in a folder of results: a lock of the operating system, which ends with its holder."""
+"""One process at a time in a folder of results: a lock of the operating system, which ends with its
+holder.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +41,20 @@ class FolderInUseError(ValueError):
 def folder_lock(folder: Path, *, beside: bool = False) -> Iterator[None]:
     """Hold the only right to write to ``folder`` during the block.
 
-    The lock is ``flock`` on a small file that says who holds it, and the system ends it with the process, however that
-    ends. Two threads of a process exclude each other like two processes. Over NFS the server keeps the lock. Where the
-    file system has no locks there is a warning, and the block runs. The file goes when the lock is released, and so do
-    folders that were made for it and are still empty.
+    The lock is ``flock`` on a small file that says who holds it, and the system ends it with the
+    process, however that ends. Two threads of a process exclude each other like two processes. Over
+    NFS the server keeps the lock. Where the file system has no locks there is a warning, and the
+    block runs. The file goes when the lock is released, and so do folders that were made for it and
+    are still empty.
 
     Args:
         folder: made if need be.
-        beside: the file stands beside the folder, which is not made: for folders that must be new or empty.
+        beside: the file stands beside the folder, which is not made: for folders that must be new
+            or empty.
 
     Raises:
-        FolderInUseError: another process or thread holds the lock; its host, process, start and command are named.
+        FolderInUseError: another process or thread holds the lock; its host, process, start and
+            command are named.
         ValueError: ``folder`` is not a folder.
         OSError: the file cannot be made.
     """
@@ -74,7 +79,9 @@ def folder_lock(folder: Path, *, beside: bool = False) -> Iterator[None]:
                 parent.rmdir()
 
 
-def locks_folder(argument: str, *, beside: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def locks_folder(
+    argument: str, *, beside: bool = False
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Make a function run under the :func:`folder_lock` of the folder that ``argument`` names."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
@@ -91,8 +98,9 @@ def locks_folder(argument: str, *, beside: bool = False) -> Callable[[Callable[P
     return decorate
 
 
-# Descriptors of this process. A forked child shares the lock until it closes its copy: a worker that outlives a killed
-# parent would keep it. Closing the copy does not release it, as it would with fcntl.lockf.
+# Descriptors of this process. A forked child shares the lock until it closes its copy: a worker
+# that outlives a killed parent would keep it. Closing the copy does not release it, as it would
+# with fcntl.lockf.
 _held: set[int] = set()
 
 
@@ -107,7 +115,9 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _acquire(folder: Path, file: Path) -> int:
-    """Open and lock the file; again where its last holder has just removed it, or the folder made for it."""
+    """Open and lock the file; again where its last holder has just removed it, or the folder made
+    for it.
+    """
     for attempt in range(_ATTEMPTS):
         try:
             descriptor = _open(file)
@@ -118,7 +128,9 @@ def _acquire(folder: Path, file: Path) -> int:
         _held.add(descriptor)
         try:
             if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
-                raise ValueError(f"{shortened(file)} is {kind_of_file(mode)}, not a lock file; delete it")
+                raise ValueError(
+                    f"{shortened(file)} is {kind_of_file(mode)}, not a lock file; delete it"
+                )
             _lock(descriptor, folder, file)
             if _is_at(descriptor, file):
                 with suppress(OSError):  # a full disk; the lock holds all the same
@@ -129,7 +141,9 @@ def _acquire(folder: Path, file: Path) -> int:
             _close(descriptor)
             raise
         _close(descriptor)
-    raise FolderInUseError(f"{shortened(folder)} is in use by processes that come and go; name another folder")
+    raise FolderInUseError(
+        f"{shortened(folder)} is in use by processes that come and go; name another folder"
+    )
 
 
 def _open(file: Path) -> int:
@@ -137,7 +151,9 @@ def _open(file: Path) -> int:
         file.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(file.parent)) from None
-    return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    return os.open(
+        file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
+    )
 
 
 def _lock(descriptor: int, folder: Path, file: Path) -> None:
@@ -146,12 +162,15 @@ def _lock(descriptor: int, folder: Path, file: Path) -> None:
     except BlockingIOError:
         holder = os.pread(descriptor, _MAX_HOLDER_BYTES, 0).decode("utf-8", "replace")
         by = " ".join(holder.split()) or "another process"
-        raise FolderInUseError(f"{shortened(folder)} is in use by {by}; wait for it or name another folder") from None
+        raise FolderInUseError(
+            f"{shortened(folder)} is in use by {by}; wait for it or name another folder"
+        ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise OSError(error.errno, error.strerror, str(file)) from error
         warnings.warn(
-            f"the file system of {shortened(folder)} has no locks ({error.strerror}): start no second command there",
+            f"the file system of {shortened(folder)} has no locks ({error.strerror}): start no "
+            "second command there",
             stacklevel=2,
         )
 
@@ -159,7 +178,8 @@ def _lock(descriptor: int, folder: Path, file: Path) -> None:
 def _release(descriptor: int, file: Path) -> None:
     if descriptor not in _held:  # a forked child, which does not hold it
         return
-    if _is_at(descriptor, file):  # removed while the lock is held, so that nobody loses a file that he has locked
+    # removed while the lock is held, so that nobody loses a file that he has locked
+    if _is_at(descriptor, file):
         with suppress(OSError):
             file.unlink()
     _close(descriptor)

@@ -1,6 +1,8 @@
-"""Packages that anyflow is installed with or can do without: what needs them, and the command that installs them.
+"""Packages that anyflow is installed with or can do without: what needs them, and the command that
+installs them.
 
-The command names the packages themselves, so that it is right for a wheel, for a checkout and in any environment.
+The command names the packages themselves, so that it is right for a wheel, for a checkout and in
+any environment.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def install_command(package: str) -> str:
     """Return the command that installs a package that is missing, and what is missing of its group.
 
     Args:
-        package: name on the package index. The others of its group are named too, as the next errors would name them.
+        package: name on the package index. The others of its group are named too, as the next
+            errors would name them.
     """
     group = next((group for group in GROUPS.values() if package in group), ())
     others = [other for other in group if other != package and is_missing(other)]
@@ -50,4 +53,6 @@ def missing(purpose: str, package: str) -> str:
         purpose: the beginning of the sentence, such as ``"reading a recipe"``.
         package: name on the package index.
     """
-    return f"{purpose} needs the package {package}, which is not installed: {install_command(package)}"
+    return (
+        f"{purpose} needs the package {package}, which is not installed: {install_command(package)}"
+    )

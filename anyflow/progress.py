@@ -1,4 +1,6 @@
-"""Progress of long commands: bars in a terminal, and a line every half minute where there is none, as in a log."""
+"""Progress of long commands: bars in a terminal, and a line every half minute where there is none,
+as in a log.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ LINE_SECONDS = 30.0
 
 
 class LoggedProgress(Progress):
-    """Show rich's bars in a terminal; without one, print a line on the tasks that run, every ``line_seconds``.
+    """Show rich's bars in a terminal; without one, print a line on the tasks that run, every
+    ``line_seconds``.
 
     Args:
         columns: of the bars.
@@ -24,7 +27,9 @@ class LoggedProgress(Progress):
         settings: the other arguments of ``rich.progress.Progress``.
     """
 
-    def __init__(self, *columns: str | ProgressColumn, line_seconds: float = LINE_SECONDS, **settings: Any) -> None:
+    def __init__(
+        self, *columns: str | ProgressColumn, line_seconds: float = LINE_SECONDS, **settings: Any
+    ) -> None:
         super().__init__(*columns, **settings)
         self._line_seconds, self._last_line = line_seconds, time.monotonic()
 
@@ -34,12 +39,18 @@ class LoggedProgress(Progress):
         now = time.monotonic()
         if not self.console.is_terminal and now - self._last_line >= self._line_seconds:
             self._last_line = now
-            running = [describe(task) for task in self.tasks if task.started and task.visible and not task.finished]
+            running = [
+                describe(task)
+                for task in self.tasks
+                if task.started and task.visible and not task.finished
+            ]
             self.console.print("; ".join(running), markup=False)
 
 
 def describe(task: Task) -> str:
-    """Say how far a task is: name, steps where they are whole numbers, per cent, time left, and its note."""
+    """Say how far a task is: name, steps where they are whole numbers, per cent, time left, and its
+    note.
+    """
     parts = [f"{task.percentage:.0f} %"]
     if isinstance(task.completed, int) and isinstance(task.total, int):
         parts.insert(0, f"step {task.completed} of {task.total}")

@@ -1,4 +1,6 @@
-"""Samplers that read like the algorithm: the any-step flow map, and the re-noising consistency sampler beside it."""
+"""Samplers that read like the algorithm: the any-step flow map, and the re-noising consistency
+sampler beside it.
+"""
 
 from __future__ import annotations
 
@@ -43,30 +45,39 @@ def sample(
     use_mean_velocity: bool = True,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Any-step flow-map sampling: ``x <- x - (t - r) u(x, t, r)`` along the schedule, without re-noising.
+    """Any-step flow-map sampling: ``x <- x - (t - r) u(x, t, r)`` along the schedule, without
+    re-noising.
 
     Args:
-        model: ``u(x_t, t, r)``, an :class:`~anyflow.models.AnyFlowTransformer3DModel` or a module with its call. A
-            plain Wan model (``r_embedder=False``) needs ``use_mean_velocity=False``.
+        model: ``u(x_t, t, r)``, an :class:`~anyflow.models.AnyFlowTransformer3DModel` or a module
+            with its call. A plain Wan model (``r_embedder=False``) needs
+            ``use_mean_velocity=False``.
         scheduler: gives the schedule; its state is not changed.
-        noise: ``[B, F, C, H, W]`` standard normal; its dtype is the one the model sees. Never written.
+        noise: ``[B, F, C, H, W]`` standard normal; its dtype is the one the model sees. Never
+            written.
         prompt_embeds: ``[B, S, text_dim]``.
-        num_inference_steps: network evaluations; ignored when ``sigmas`` or ``timesteps`` are given.
+        num_inference_steps: network evaluations; ignored when ``sigmas`` or ``timesteps`` are
+            given.
         sigmas: custom schedule in [0, 1], used verbatim.
         timesteps: custom schedule in [0, num_train_timesteps], used verbatim.
-        guidance_scale: s of ``u_neg + s (u - u_neg)``; 1 (no guidance) for checkpoints with guidance distilled in.
-        negative_prompt_embeds: ``[B or 1, S, text_dim]``; required, and used, only when guidance_scale is not 1.
-        context_latents: ``[B or 1, F', C, H, W]`` clean first frames, held fixed at t = 0. Never written.
+        guidance_scale: s of ``u_neg + s (u - u_neg)``; 1 (no guidance) for checkpoints with
+            guidance distilled in.
+        negative_prompt_embeds: ``[B or 1, S, text_dim]``; required, and used, only when
+            guidance_scale is not 1.
+        context_latents: ``[B or 1, F', C, H, W]`` clean first frames, held fixed at t = 0. Never
+            written.
         use_mean_velocity: False evaluates the instantaneous velocity (r = t), which is plain Euler.
-        callback: called as ``callback(index, timestep, latents)`` after each step; a tensor returned replaces latents.
+        callback: called as ``callback(index, timestep, latents)`` after each step; a tensor
+            returned replaces latents.
 
     Returns:
         ``[B, F, C, H, W]`` clean latents in noise's dtype.
 
     Raises:
-        ValueError: shapes do not fit, values are out of range, or a tensor given holds NaN or infinity.
-        FloatingPointError: the latents do so after a step, which is named with the videos; found at the end, where the
-            host waits for the device once.
+        ValueError: shapes do not fit, values are out of range, or a tensor given holds NaN or
+            infinity.
+        FloatingPointError: the latents do so after a step, which is named with the videos; found at
+            the end, where the host waits for the device once.
     """
     sigmas = _schedule(scheduler, num_inference_steps, sigmas, timesteps)
     network = _Network(model, noise, prompt_embeds, guidance_scale, negative_prompt_embeds)
@@ -101,11 +112,12 @@ def sample_consistency(
     timesteps: Schedule | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Consistency sampling with the same network: jump to t = 0, re-noise to the next time, jump again.
+    """Consistency sampling with the same network: jump to t = 0, re-noise to the next time, jump
+    again.
 
-    This is how consistency models and DMD students are sampled. More steps mean more injected noise, so quality need
-    not improve with them; it is here for comparison. Arguments, result and errors are those of :func:`sample`;
-    ``generator`` draws the noise that is added.
+    This is how consistency models and DMD students are sampled. More steps mean more injected
+    noise, so quality need not improve with them; it is here for comparison. Arguments, result and
+    errors are those of :func:`sample`; ``generator`` draws the noise that is added.
     """
     sigmas = _schedule(scheduler, num_inference_steps, sigmas, timesteps)
     network = _Network(model, noise, prompt_embeds, 1.0, None)
@@ -124,15 +136,24 @@ def sample_consistency(
 
 
 class _Network:
-    """The guided velocity at each step of a schedule, with time embeddings and text keys and values computed once."""
+    """The guided velocity at each step of a schedule, with time embeddings and text keys and values
+    computed once.
+    """
 
     def __init__(
-        self, model: Any, noise: Tensor, prompt_embeds: Tensor, guidance_scale: float, negative: Tensor | None
+        self,
+        model: Any,
+        noise: Tensor,
+        prompt_embeds: Tensor,
+        guidance_scale: float,
+        negative: Tensor | None,
     ) -> None:
         require_latents("noise", noise)
         require_finite("noise", noise)
         if not 0 < guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale must be > 0 and finite (1 means no guidance), got {guidance_scale}")
+            raise ValueError(
+                f"guidance_scale must be > 0 and finite (1 means no guidance), got {guidance_scale}"
+            )
         self.finite = FiniteCheck()
         self.finite.note("noise", noise)
         text = self._embeds("prompt_embeds", prompt_embeds, noise)
@@ -145,7 +166,9 @@ class _Network:
         self.model, self.text, self.batch_size = model, text, len(text)
         self.frames, self.device = noise.shape[1], noise.device
         # What is offloaded is on the device during a module's own call only.
-        self.cached = hasattr(model, "embed_time") and hasattr(model, "encode_text") and not has_hooks(model)
+        self.cached = (
+            hasattr(model, "embed_time") and hasattr(model, "encode_text") and not has_hooks(model)
+        )
         self.context = model.encode_text(text) if self.cached else None
         self.r: Tensor | None = None
         self.steps = 0
@@ -162,11 +185,13 @@ class _Network:
         self.finite.note(str(self.steps), latents)
 
     def checked(self, result: Tensor) -> Tensor:
-        """Return the result if nothing that was noted, nor the result itself, holds NaN or infinity.
+        """Return the result if nothing that was noted, nor the result itself, holds NaN or
+        infinity.
 
         Raises:
             ValueError: what was given to the sampler does.
-            FloatingPointError: the latents do after a step, or overflow when they are rounded to the result's dtype.
+            FloatingPointError: the latents do after a step, or overflow when they are rounded to
+                the result's dtype.
         """
         self.finite.note(str(self.steps), result)
         found = self.finite.first()
@@ -176,18 +201,23 @@ class _Network:
         if not name.isdecimal():
             raise ValueError(f"{name} holds NaN or infinite values ({numbered(rows, count)})")
         raise FloatingPointError(
-            f"the latents of {numbered(rows, count)} are not finite (NaN or infinity) after step {name} of "
+            f"the latents of {numbered(rows, count)} are not finite (NaN or infinity) after step "
+            f"{name} of "
             f"{self.steps}: {overflow_advice(self.model, result)}"
         )
 
-    def embed_times(self, times: list[float], targets: list[float] | None, context_frames: int) -> None:
+    def embed_times(
+        self, times: list[float], targets: list[float] | None, context_frames: int
+    ) -> None:
         """Prepare all steps: one row per step, or one per frame when context frames stay at t = 0.
 
-        ``targets`` None asks for the instantaneous velocity: r = t, or the plain path of a model without a flow map.
+        ``targets`` None asks for the instantaneous velocity: r = t, or the plain path of a model
+        without a flow map.
         """
         if targets is not None and not has_flow_map(self.model):
             raise ValueError(
-                "this model has no second timestep branch: pass use_mean_velocity=False for plain Euler steps"
+                "this model has no second timestep branch: pass use_mean_velocity=False for plain "
+                "Euler steps"
             )
         self.t = device_tensor(times, torch.float32, self.device)
         self.r = self.t if targets is None else device_tensor(targets, torch.float32, self.device)
@@ -209,7 +239,9 @@ class _Network:
                 self.model,
                 x,
                 timestep=self.t[step].expand(self.batch_size, *self.t.shape[1:]),
-                r_timestep=None if self.r is None else self.r[step].expand(self.batch_size, *self.r.shape[1:]),
+                r_timestep=None
+                if self.r is None
+                else self.r[step].expand(self.batch_size, *self.r.shape[1:]),
                 encoder_hidden_states=self.text,
             )
         if not self.guided:
@@ -220,7 +252,10 @@ class _Network:
 
 
 def _schedule(
-    scheduler: FlowMapEulerDiscreteScheduler, steps: int | None, sigmas: Schedule | None, timesteps: Schedule | None
+    scheduler: FlowMapEulerDiscreteScheduler,
+    steps: int | None,
+    sigmas: Schedule | None,
+    timesteps: Schedule | None,
 ) -> Tensor:
     custom = sigmas is not None or timesteps is not None
     return scheduler.schedule(None if custom else steps, sigmas=sigmas, timesteps=timesteps)
@@ -229,7 +264,11 @@ def _schedule(
 def _replacement(latents: Any, like: Tensor) -> Tensor:
     """Latents that a callback returned, for the next step; ValueError for anything else."""
     if not isinstance(latents, Tensor) or latents.shape != like.shape or latents.is_complex():
-        got = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else type(latents).__name__
+        got = (
+            f"{tuple(latents.shape)} {latents.dtype}"
+            if isinstance(latents, Tensor)
+            else type(latents).__name__
+        )
         raise ValueError(f"callback must return None or latents {tuple(like.shape)}, got {got}")
     return to_device(latents, like.device, like.dtype)
 
@@ -240,12 +279,18 @@ def _context(context: Tensor | None, noise: Tensor) -> Tensor | None:
     require_latents("context_latents", context)
     require_finite("context_latents", context)
     b, f = noise.shape[:2]
-    if context.shape[0] not in (1, b) or context.shape[2:] != noise.shape[2:] or context.shape[1] >= f:
+    if (
+        context.shape[0] not in (1, b)
+        or context.shape[2:] != noise.shape[2:]
+        or context.shape[1] >= f
+    ):
         raise ValueError(
-            f"context_latents must be [B={b} or 1, fewer than F={f}, {', '.join(map(str, noise.shape[2:]))}], "
+            f"context_latents must be [B={b} or 1, fewer than F={f}, "
+            f"{', '.join(map(str, noise.shape[2:]))}], "
             f"got {tuple(context.shape)}"
         )
-    dtype = torch.promote_types(noise.dtype, torch.float32)  # the latents': each step would wait for a copy otherwise
+    # the latents': each step would wait for a copy otherwise
+    dtype = torch.promote_types(noise.dtype, torch.float32)
     return to_device(context, noise.device, dtype).expand(b, -1, -1, -1, -1)
 
 

@@ -1,8 +1,10 @@
-"""Threads that torch computes with on a CPU: how they wait, and how many the processor really has room for.
+"""Threads that torch computes with on a CPU: how they wait, and how many the processor really has
+room for.
 
-OpenMP, which runs them, reads its settings from the environment when torch is loaded. As shipped, a thread that waits
-for the others of an operator spins on its core: on a machine that does anything else, each operator then waits for the
-scheduler's next slot, and small networks train 10 to 20 times slower.
+OpenMP, which runs them, reads its settings from the environment when torch is loaded. As shipped, a
+thread that waits for the others of an operator spins on its core: on a machine that does anything
+else, each operator then waits for the scheduler's next slot, and small networks train 10 to 20
+times slower.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ _limited = False  # OMP_NUM_THREADS is not the user's but that of configure_open
 
 
 def configure_openmp() -> None:
-    """Let idle threads sleep and keep their number within the cores of this process; called before torch is loaded.
+    """Let idle threads sleep and keep their number within the cores of this process; called before
+    torch is loaded.
 
-    Sets ``OMP_WAIT_POLICY=passive``, and ``OMP_NUM_THREADS`` where a quota of CPU time allows fewer cores than OpenMP
-    finds, for this process and those that it starts. What the user has set stays: a way of waiting in
-    ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT`` or ``KMP_BLOCKTIME``; a number in ``OMP_NUM_THREADS`` or
-    ``MKL_NUM_THREADS``. Where torch is loaded already, nothing changes.
+    Sets ``OMP_WAIT_POLICY=passive``, and ``OMP_NUM_THREADS`` where a quota of CPU time allows fewer
+    cores than OpenMP finds, for this process and those that it starts. What the user has set stays:
+    a way of waiting in ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT`` or ``KMP_BLOCKTIME``; a number in
+    ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS``. Where torch is loaded already, nothing changes.
     """
     global _limited
     if "torch" in sys.modules:
@@ -33,22 +36,27 @@ def configure_openmp() -> None:
     if not any(name in os.environ for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"
     cores = usable_cores()
-    if not user_chose_threads() and cores < _cores_of_affinity():  # OpenMP knows of affinity, and of no quota
+    # OpenMP knows of affinity, and of no quota
+    if not user_chose_threads() and cores < _cores_of_affinity():
         os.environ["OMP_NUM_THREADS"] = str(cores)
         _limited = True
 
 
 def user_chose_threads() -> bool:
-    """Tell whether the environment of the command sets the number of threads, or torchrun does for its processes."""
+    """Tell whether the environment of the command sets the number of threads, or torchrun does for
+    its processes.
+    """
     return not _limited and any(name in os.environ for name in _COUNTS)
 
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Compute with ``count`` threads, but no more than :func:`usable_cores`, and go back to those of before.
+    """Compute with ``count`` threads, but no more than :func:`usable_cores`, and go back to those
+    of before.
 
-    A small network is fastest with one: its operators are shorter than what it costs to share them out. None, or a
-    number that the user has set in the environment (:func:`user_chose_threads`), leaves the threads as they are.
+    A small network is fastest with one: its operators are shorter than what it costs to share them
+    out. None, or a number that the user has set in the environment (:func:`user_chose_threads`),
+    leaves the threads as they are.
     """
     if count is None or user_chose_threads():
         yield
@@ -64,7 +72,8 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Count the cores that this process may keep busy: those of its affinity, or fewer by a quota of CPU time.
+    """Count the cores that this process may keep busy: those of its affinity, or fewer by a quota
+    of CPU time.
 
     A quota of 2.5 cores, such as a container's, counts as 2; one of less than a core as 1.
 
@@ -81,7 +90,9 @@ def _cores_of_affinity() -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield the quotas, in cores, of the control groups that this process is in, and of the groups around those."""
+    """Yield the quotas, in cores, of the control groups that this process is in, and of the groups
+    around those.
+    """
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
@@ -94,7 +105,8 @@ def _quotas(root: Path) -> Iterator[float]:
             mounts = [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"]
         else:
             continue
-        # A container may see the path from outside, which is not there inside; its own group is the mount itself.
+        # A container may see the path from outside, which is not there inside; its own group is the
+        # mount itself.
         group = Path(path.lstrip("/"))
         for mount in mounts:
             for parent in (group, *group.parents):
@@ -109,7 +121,9 @@ def _quota(folder: Path) -> float | None:
         if (folder / "cpu.max").is_file():
             quota, period = (folder / "cpu.max").read_text().split()
         else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota, period = (
+                (folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+            )
         cores = float(quota) / float(period)
     except (OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
         return None

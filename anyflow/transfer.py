@@ -9,10 +9,12 @@ from torch import Tensor
 
 
 def to_device(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """Copy a tensor to a device, and to a dtype, without waiting for what the device has to do before.
+    """Copy a tensor to a device, and to a dtype, without waiting for what the device has to do
+    before.
 
-    A copy from pageable memory to a CUDA device waits until its stream has nothing left to do. One from pinned memory
-    is queued behind the rest. The pinned memory is torch's to reuse, which it does when the copy is done.
+    A copy from pageable memory to a CUDA device waits until its stream has nothing left to do. One
+    from pinned memory is queued behind the rest. The pinned memory is torch's to reuse, which it
+    does when the copy is done.
     """
     device, dtype = torch.device(device), x.dtype if dtype is None else dtype
     if x.device.type != "cpu" or device.type != "cuda":
@@ -21,6 +23,8 @@ def to_device(x: Tensor, device: torch.device | str, dtype: torch.dtype | None =
     return there.to(dtype)  # not in the copy, which would convert on the host, in pageable memory
 
 
-def device_tensor(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def device_tensor(
+    values: Sequence[float], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
     """Make a tensor ``[n]`` of numbers on a device, copied as by :func:`to_device`."""
     return to_device(torch.tensor(values, dtype=dtype), device)

@@ -1,4 +1,6 @@
-"""Checks of user-supplied numbers and tensors, shared by configurations, samplers and training methods."""
+"""Checks of user-supplied numbers and tensors, shared by configurations, samplers and training
+methods.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def whole_number(name: str, value: Any, low: int = 1, high: int | None = None) -
     """Return a whole number of Python, NumPy or torch (0-d) as an ``int``.
 
     Raises:
-        ValueError: something else, truth values and floats among it, or a number outside [low, high].
+        ValueError: something else, truth values and floats among it, or a number outside [low,
+            high].
     """
     try:
         number = None if _is_truth_value(value) else operator.index(value)
@@ -38,9 +41,13 @@ def whole_number(name: str, value: Any, low: int = 1, high: int | None = None) -
 
 
 def finite_number(name: str, value: Any) -> float:
-    """Return a finite real number of Python, NumPy or torch (0-d) as a ``float``; ValueError for anything else."""
+    """Return a finite real number of Python, NumPy or torch (0-d) as a ``float``; ValueError for
+    anything else.
+    """
     try:
-        number = math.nan if _is_truth_value(value) or isinstance(value, (str, bytes)) else float(value)
+        number = (
+            math.nan if _is_truth_value(value) or isinstance(value, (str, bytes)) else float(value)
+        )
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
@@ -50,13 +57,16 @@ def finite_number(name: str, value: Any) -> float:
 
 def brief(value: Any, length: int = 100) -> str:
     """Return ``repr(value)`` in one line of at most ``length`` characters."""
-    digits = isinstance(value, int) and value.bit_length() > 2000  # Python refuses to write those out
+    # Python refuses to write those out
+    digits = isinstance(value, int) and value.bit_length() > 2000
     text = f"an integer of {value.bit_length()} bits" if digits else " ".join(repr(value).split())
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def require_whole(name: str, value: object, *, least: int = 1, most: int = 2**63 - 1) -> None:
-    """Raise a ValueError unless ``value`` is a whole number in ``least``..``most``; True and False are none."""
+    """Raise a ValueError unless ``value`` is a whole number in ``least``..``most``; True and False
+    are none.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} must be a whole number, got {brief(value)}")
     number = int(value)
@@ -68,7 +78,9 @@ def require_whole(name: str, value: object, *, least: int = 1, most: int = 2**63
 
 
 def require_number(name: str, value: object, *, least: float | None = None) -> None:
-    """Raise a ValueError unless ``value`` is a finite number, at least ``least``; True and False are none."""
+    """Raise a ValueError unless ``value`` is a finite number, at least ``least``; True and False
+    are none.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {brief(value)}")
     if not _is_finite(value):
@@ -79,7 +91,12 @@ def require_number(name: str, value: object, *, least: float | None = None) -> N
 
 def require_positive(name: str, value: object) -> None:
     """Raise a ValueError unless ``value`` is a finite number > 0; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value) or value <= 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Real)
+        or not _is_finite(value)
+        or value <= 0
+    ):
         raise ValueError(f"{name} must be a positive number, got {brief(value)}")
 
 
@@ -112,20 +129,25 @@ def require_latents(name: str, latents: Tensor) -> None:
 def require_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """ValueError unless two tensors have one shape."""
     if tensor.shape != other.shape:
-        raise ValueError(f"{name} {tuple(tensor.shape)} must have the shape of {other_name} {tuple(other.shape)}")
+        raise ValueError(
+            f"{name} {tuple(tensor.shape)} must have the shape of {other_name} {tuple(other.shape)}"
+        )
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
-    """ValueError if a CPU tensor holds NaN or infinity. Device tensors are not read: that would stall the GPU."""
+    """ValueError if a CPU tensor holds NaN or infinity. Device tensors are not read: that would
+    stall the GPU.
+    """
     if tensor.device.type == "cpu" and not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} holds NaN or infinite values; check the data that produced it")
 
 
 class FiniteCheck:
-    """Finds the first tensor of a sampling that holds NaN or infinity, without a wait until the end.
+    """Finds the first tensor of a sampling that holds NaN or infinity, without a wait until the
+    end.
 
-    Each tensor is reduced once, to its largest magnitude in each video, which stays on the device: a maximum keeps NaN
-    and cannot overflow. All are read together in :meth:`first`.
+    Each tensor is reduced once, to its largest magnitude in each video, which stays on the device:
+    a maximum keeps NaN and cannot overflow. All are read together in :meth:`first`.
     """
 
     def __init__(self) -> None:
@@ -135,10 +157,14 @@ class FiniteCheck:
     def note(self, name: str, tensor: Tensor) -> None:
         """Reduce ``tensor[B, ...]``, which ``name`` describes in errors."""
         self._names.append(name)
-        self._magnitudes.append(torch.linalg.vector_norm(tensor, math.inf, tuple(range(1, tensor.ndim))))
+        self._magnitudes.append(
+            torch.linalg.vector_norm(tensor, math.inf, tuple(range(1, tensor.ndim)))
+        )
 
     def first(self) -> tuple[str, list[int], int] | None:
-        """Return the first name with values that are not finite, their rows and the number of rows; waits once."""
+        """Return the first name with values that are not finite, their rows and the number of rows;
+        waits once.
+        """
         sizes = [len(magnitude) for magnitude in self._magnitudes]
         bad = ~torch.isfinite(torch.cat(self._magnitudes))
         if bad.is_meta:  # sizes without values
@@ -153,19 +179,30 @@ class FiniteCheck:
 
 def numbered(rows: list[int], count: int) -> str:
     """Name videos of a batch: ``video 2 of 4``, or ``videos 1, 3 of 4``."""
-    return f"video{'s' if len(rows) > 1 else ''} {', '.join(str(row + 1) for row in rows)} of {count}"
+    return (
+        f"video{'s' if len(rows) > 1 else ''} {', '.join(str(row + 1) for row in rows)} of {count}"
+    )
 
 
 def overflow_advice(*parts: Any, option: str = "dtype=torch.bfloat16, --dtype bfloat16") -> str:
-    """Say what to do about NaN, by the dtypes of the parts (tensors, modules) that it may come from."""
+    """Say what to do about NaN, by the dtypes of the parts (tensors, modules) that it may come
+    from.
+    """
     if any(getattr(part, "dtype", None) == torch.float16 for part in parts):
         return f"float16 overflows above 65504 and bfloat16 does not: use bf16 ({option})"
-    return "look for NaN in the weights and adapters; what runs in float16 may overflow, and should run in bf16"
+    return (
+        "look for NaN in the weights and adapters; what runs in float16 may overflow, and should "
+        "run in bf16"
+    )
 
 
 def batched_embeds(name: str, embeds: Tensor, batch_size: int) -> Tensor:
-    """Return prompt embeddings ``[B or 1, S, D]`` as ``[B, S, D]``; attention never has to broadcast a single one."""
+    """Return prompt embeddings ``[B or 1, S, D]`` as ``[B, S, D]``; attention never has to
+    broadcast a single one.
+    """
     if embeds.ndim != 3 or embeds.shape[0] not in (1, batch_size) or not embeds.is_floating_point():
         got = f"{tuple(embeds.shape)} {embeds.dtype}"
-        raise ValueError(f"{name} must be floating-point [B={batch_size} or 1, S, text_dim], got {got}")
+        raise ValueError(
+            f"{name} must be floating-point [B={batch_size} or 1, S, text_dim], got {got}"
+        )
     return embeds if embeds.shape[0] == batch_size else embeds.repeat(batch_size, 1, 1)

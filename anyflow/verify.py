@@ -1,4 +1,6 @@
-"""Hold our network to diffusers' on the weights of a folder: forwards, a training loss, a whole sampling."""
+"""Hold our network to diffusers' on the weights of a folder: forwards, a training loss, a whole
+sampling.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ _CLASSES = ("AnyFlowTransformer3DModel", "WanTransformer3DModel")
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Largest relative differences: of forwards and of the sampled latents in the mean, of the loss."""
+    """Largest relative differences: of forwards and of the sampled latents in the mean, of the
+    loss.
+    """
 
     forward: float
     loss: float
@@ -50,7 +54,8 @@ class Thresholds:
 
     @classmethod
     def for_dtype(cls, dtype: torch.dtype) -> Thresholds:
-        """What rounding explains: 1e-5 in fp32; in bf16 2.55 % of forwards and samples and 1.33 % of the loss.
+        """What rounding explains: 1e-5 in fp32; in bf16 2.55 % of forwards and samples and 1.33 %
+        of the loss.
 
         Raises:
             ValueError: another dtype, which has no thresholds of its own.
@@ -59,12 +64,17 @@ class Thresholds:
             return cls(1e-5, 1e-5, 1e-5)
         if dtype == torch.bfloat16:
             return cls(2.55e-2, 1.33e-2, 2.55e-2)
-        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16 unless thresholds are given, got {dtype}")
+        raise ValueError(
+            "dtype must be torch.float32 or torch.bfloat16 unless thresholds are given, got "
+            f"{dtype}"
+        )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """``mean`` is mean |a - b| / mean |b|, ``max`` is max |a - b| / max |b|, with b the other implementation's."""
+    """``mean`` is mean |a - b| / mean |b|, ``max`` is max |a - b| / max |b|, with b the other
+    implementation's.
+    """
 
     name: str
     mean: float
@@ -90,12 +100,17 @@ class VerifyReport:
         return all(comparison.passed for comparison in self.comparisons)
 
     def __str__(self) -> str:
-        lines = [self.title, f"{'relative difference':28s} {'mean':>9s} {'max':>9s} {'allowed':>9s}"]
+        lines = [
+            self.title,
+            f"{'relative difference':28s} {'mean':>9s} {'max':>9s} {'allowed':>9s}",
+        ]
         for c in self.comparisons:
             verdict = "ok" if c.passed else "OVER"
             lines.append(f"{c.name:28s} {c.mean:9.2e} {c.max:9.2e} {c.threshold:9.2e}  {verdict}")
         over = sum(not c.passed for c in self.comparisons)
-        return "\n".join([*lines, "all within" if self.passed else f"{over} of {len(self.comparisons)} over"])
+        return "\n".join(
+            [*lines, "all within" if self.passed else f"{over} of {len(self.comparisons)} over"]
+        )
 
 
 @torch.no_grad()
@@ -112,14 +127,16 @@ def verify(
     seed: int = 0,
     thresholds: Thresholds | None = None,
 ) -> VerifyReport:
-    """Compare our network with diffusers' on the same weights and random inputs; one network is in memory at a time.
+    """Compare our network with diffusers' on the same weights and random inputs; one network is in
+    memory at a time.
 
-    The sampling is that of diffusers' own pipeline and scheduler against :func:`anyflow.sampling.sample`; the loss is
-    that of :class:`~anyflow.methods.AnyFlowPretrainMethod` for both, plain flow matching for a Wan model.
+    The sampling is that of diffusers' own pipeline and scheduler against
+    :func:`anyflow.sampling.sample`; the loss is that of
+    :class:`~anyflow.methods.AnyFlowPretrainMethod` for both, plain flow matching for a Wan model.
 
     Args:
-        path: a folder of diffusers' AnyFlow or Wan transformer, or of a pipeline with one as ``transformer``; or the
-            name of one on the Hugging Face Hub.
+        path: a folder of diffusers' AnyFlow or Wan transformer, or of a pipeline with one as
+            ``transformer``; or the name of one on the Hugging Face Hub.
         against: ``"diffusers"``.
         dtype: the weights are loaded in.
         device: to run on.
@@ -136,7 +153,9 @@ def verify(
     if against not in AGAINST:
         raise ValueError(f"against must be one of {', '.join(AGAINST)}, got {against!r}")
     if min(height, width) < 16 or height % 16 or width % 16:
-        raise ValueError(f"height and width must be positive multiples of 16, got {height} and {width}")
+        raise ValueError(
+            f"height and width must be positive multiples of 16, got {height} and {width}"
+        )
     if num_frames < 1 or num_frames % 4 != 1:
         raise ValueError(f"num_frames must be 4k + 1, got {num_frames}")
     whole_number("steps", steps, high=MAX_STEPS)
@@ -145,7 +164,14 @@ def verify(
     source = _Source.of(local_checkpoint(path))
     source.require_loadable(dtype)
     source.require_positions(num_frames, height, width)
-    case = _Case(source, dtype, torch.device(device), ((num_frames - 1) // 4 + 1, height // 8, width // 8), steps, seed)
+    case = _Case(
+        source,
+        dtype,
+        torch.device(device),
+        ((num_frames - 1) // 4 + 1, height // 8, width // 8),
+        steps,
+        seed,
+    )
     theirs = _Measured.of(case, _Diffusers(source.load_theirs(dtype).to(device)))
     ours = _Measured.of(case, load_transformer(source.folder, dtype=dtype, device=device))
     return VerifyReport(
@@ -165,18 +191,28 @@ class _Source:
 
     @classmethod
     def of(cls, path: Path) -> _Source:
-        folder = path / "transformer" if os.path.isfile(path / "transformer" / "config.json") else path
+        folder = (
+            path / "transformer" if os.path.isfile(path / "transformer" / "config.json") else path
+        )
         if not os.path.isfile(folder / "config.json"):
             raise ValueError(f"no config.json in {shortened(path)} or its folder transformer")
         config = read_json(folder / "config.json")
         name = config.get("_class_name")
         if name not in _CLASSES:
-            raise ValueError(f"{folder / 'config.json'} is of a {brief(name)}; allowed are {', '.join(_CLASSES)}")
-        positions = whole_number(f"{folder}: rope_max_seq_len", config.get("rope_max_seq_len", 1024))
-        return cls(folder, name == "WanTransformer3DModel" or not config.get("r_embedder", True), positions)
+            raise ValueError(
+                f"{folder / 'config.json'} is of a {brief(name)}; allowed are {', '.join(_CLASSES)}"
+            )
+        positions = whole_number(
+            f"{folder}: rope_max_seq_len", config.get("rope_max_seq_len", 1024)
+        )
+        return cls(
+            folder, name == "WanTransformer3DModel" or not config.get("r_embedder", True), positions
+        )
 
     def require_positions(self, num_frames: int, height: int, width: int) -> None:
-        """Raise a ValueError for a size with more tokens along an axis than the network has positions for."""
+        """Raise a ValueError for a size with more tokens along an axis than the network has
+        positions for.
+        """
         most, pixels = 4 * (self.max_positions - 1) + 1, 16 * self.max_positions
         if num_frames > most:
             raise ValueError(f"num_frames must be <= {most} for this model, got {num_frames}")
@@ -198,13 +234,22 @@ class _Source:
                 network, info = cls.from_pretrained(
                     self.folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
                 )
-        except Exception as error:  # diffusers and safetensors raise of every kind for files they did not expect
+        except (
+            Exception
+        ) as error:  # diffusers and safetensors raise of every kind for files they did not expect
             raise ValueError(
-                f"{self.folder} cannot be loaded by diffusers: {type(error).__name__}: {brief(str(error), 300)}"
+                f"{self.folder} cannot be loaded by diffusers: {type(error).__name__}: "
+                f"{brief(str(error), 300)}"
             ) from error
-        wrong = [f"{kind.replace('_', ' ')}: {', '.join(map(str, info[kind]))}" for kind in info if info[kind]]
+        wrong = [
+            f"{kind.replace('_', ' ')}: {', '.join(map(str, info[kind]))}"
+            for kind in info
+            if info[kind]
+        ]
         if wrong:
-            raise ValueError(f"{self.folder} does not fit diffusers' {cls.__name__}: {'; '.join(wrong)}")
+            raise ValueError(
+                f"{self.folder} does not fit diffusers' {cls.__name__}: {'; '.join(wrong)}"
+            )
         return network.eval()
 
 
@@ -226,12 +271,21 @@ class _Case:
         video = (frames, config.in_channels, height, width)
         text = (TEXT_LENGTH, config.text_dim)
         shapes = {"x": (1, *video), "text": (1, *text), "negative": (1, *text)}
-        shapes |= {"data": (BATCH_SIZE, *video), "noise": (BATCH_SIZE, *video), "texts": (BATCH_SIZE, *text)}
-        return {name: torch.randn(shape, generator=generator).to(self.device) for name, shape in shapes.items()}
+        shapes |= {
+            "data": (BATCH_SIZE, *video),
+            "noise": (BATCH_SIZE, *video),
+            "texts": (BATCH_SIZE, *text),
+        }
+        return {
+            name: torch.randn(shape, generator=generator).to(self.device)
+            for name, shape in shapes.items()
+        }
 
 
 class _Diffusers:
-    """diffusers' network behind our call: frames first, ``[B]`` times, everything rounded to its dtype."""
+    """diffusers' network behind our call: frames first, ``[B]`` times, everything rounded to its
+    dtype.
+    """
 
     def __init__(self, network: Any) -> None:
         self.network = network
@@ -246,7 +300,9 @@ class _Diffusers:
         r_timestep: Tensor | None = None,
         return_dict: bool = True,
     ) -> tuple[Tensor]:
-        x, text = (tensor.to(self.network.dtype) for tensor in (hidden_states, encoder_hidden_states))
+        x, text = (
+            tensor.to(self.network.dtype) for tensor in (hidden_states, encoder_hidden_states)
+        )
         if self.plain:
             out = self.network(x.transpose(1, 2), timestep, text, return_dict=False)[0]
             return (out.transpose(1, 2),)
@@ -313,8 +369,16 @@ def _sample(case: _Case, network: Any, inputs: dict[str, Tensor]) -> Tensor:
         except FloatingPointError:
             return torch.full_like(noise, math.nan)  # differs from anything
     pipeline = diffusers.WanPipeline if case.source.plain else diffusers.AnyFlowPipeline
-    scheduler = flow_match if case.source.plain else diffusers.FlowMapEulerDiscreteScheduler(shift=SHIFT)
-    pipe = pipeline(tokenizer=None, text_encoder=None, vae=None, transformer=network.network, scheduler=scheduler)
+    scheduler = (
+        flow_match if case.source.plain else diffusers.FlowMapEulerDiscreteScheduler(shift=SHIFT)
+    )
+    pipe = pipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=network.network,
+        scheduler=scheduler,
+    )
     pipe.set_progress_bar_config(disable=True)
     frames, height, width = case.latents
     latents = pipe(
@@ -330,7 +394,9 @@ def _sample(case: _Case, network: Any, inputs: dict[str, Tensor]) -> Tensor:
     return latents.transpose(1, 2)
 
 
-def _compared(ours: _Measured, theirs: _Measured, case: _Case, thresholds: Thresholds) -> Iterator[Comparison]:
+def _compared(
+    ours: _Measured, theirs: _Measured, case: _Case, thresholds: Thresholds
+) -> Iterator[Comparison]:
     for (t, r), a, b in zip(TIMES, ours.forwards, theirs.forwards, strict=True):
         name = f"forward, t {t:g}" + ("" if case.source.plain else f", r {r:g}")
         yield _comparison(name, a, b, thresholds.forward)
@@ -343,5 +409,8 @@ def _comparison(name: str, ours: Tensor, theirs: Tensor, threshold: float) -> Co
     difference = (ours.double() - theirs.double()).abs()
     scale = theirs.double().abs()
     return Comparison(
-        name, (difference.mean() / scale.mean()).item(), (difference.max() / scale.max()).item(), threshold
+        name,
+        (difference.mean() / scale.mean()).item(),
+        (difference.max() / scale.max()).item(),
+        threshold,
     )

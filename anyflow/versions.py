@@ -1,8 +1,9 @@
-"""Versions of the packages that decide numbers: the tokens of a prompt, the pixels of a file, the latents of a video.
+"""Versions of the packages that decide numbers: the tokens of a prompt, the pixels of a file, the
+latents of a video.
 
-The published models were trained on prompts that ftfy had cleaned; a tokenizer, a text encoder or a color conversion of
-another version can give other numbers for the same files, without an error. Datasets and results therefore record these
-versions, and ``anyflow doctor`` shows them.
+The published models were trained on prompts that ftfy had cleaned; a tokenizer, a text encoder or a
+color conversion of another version can give other numbers for the same files, without an error.
+Datasets and results therefore record these versions, and ``anyflow doctor`` shows them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ _FLOOR = re.compile(r"^([A-Za-z0-9._-]+)\s*>=\s*([0-9.]+)")
 
 
 def installed_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
-    """Return the versions of packages, None for those that are not installed, without importing any of them."""
+    """Return the versions of packages, None for those that are not installed, without importing any
+    of them.
+    """
     return {name: _version(name) for name in packages}
 
 
 def required_floors() -> dict[str, str]:
-    """Return the lowest versions that the installed anyflow names in its requirements, by package."""
+    """Return the lowest versions that the installed anyflow names in its requirements, by
+    package.
+    """
     try:
         requirements = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -36,12 +41,16 @@ def required_floors() -> dict[str, str]:
 
 
 def is_below(version: str, floor: str) -> bool:
-    """Return whether a version is older than ``floor``; build tags such as ``+cpu`` do not count."""
+    """Return whether a version is older than ``floor``; build tags such as ``+cpu`` do not
+    count.
+    """
     return _release(version) < _release(floor)
 
 
 def differences(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
-    """Describe every package of ``before`` whose version is another one ``now``; build tags do not count."""
+    """Describe every package of ``before`` whose version is another one ``now``; build tags do not
+    count.
+    """
     return [
         f"{name} {_or_none(before[name])}, here {_or_none(now.get(name))}"
         for name in sorted(before)
@@ -50,12 +59,15 @@ def differences(before: Mapping[str, str | None], now: Mapping[str, str | None])
 
 
 def require_ftfy() -> None:
-    """Raise ``ImportError`` without ftfy, whose absence diffusers passes over: prompts would become other tokens."""
+    """Raise ``ImportError`` without ftfy, whose absence diffusers passes over: prompts would become
+    other tokens.
+    """
     try:
         import ftfy  # noqa: F401
     except ImportError:
         raise ImportError(
-            "prompts are cleaned by ftfy, as those of the published models were, and it is not installed: "
+            "prompts are cleaned by ftfy, as those of the published models were, and it is not "
+            "installed: "
             f"{install_command('ftfy')}"
         ) from None
 

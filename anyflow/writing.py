@@ -1,4 +1,6 @@
-"""Writing files completely or not at all, and the operating system's errors that writers report in their own ways."""
+"""Writing files completely or not at all, and the operating system's errors that writers report in
+their own ways.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,10 @@ from pathlib import Path
 def system_error(error: BaseException) -> OSError | None:
     """Find the error of the operating system that an exception stands for.
 
-    ``torch.save`` reports a failed write as a RuntimeError of its zip writer that follows the OSError, safetensors as
-    an error of its own with the number in the text, and torch's allocator as a RuntimeError. Besides these only an
-    explicit ``raise ... from`` is followed: an exception that merely happened while an OSError was handled is another.
+    ``torch.save`` reports a failed write as a RuntimeError of its zip writer that follows the
+    OSError, safetensors as an error of its own with the number in the text, and torch's allocator
+    as a RuntimeError. Besides these only an explicit ``raise ... from`` is followed: an exception
+    that merely happened while an OSError was handled is another.
 
     Args:
         error: any exception.
@@ -32,7 +35,9 @@ def system_error(error: BaseException) -> OSError | None:
             return current
         if isinstance(current, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
             return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        if type(current).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", text)):
+        if type(current).__name__ == "SafetensorError" and (
+            number := re.search(r"\(os error (\d+)\)", text)
+        ):
             return OSError(int(number[1]), os.strerror(int(number[1])))
         in_zip_writer = isinstance(current, RuntimeError) and "inline_container.cc" in text
         current = current.__cause__ or (current.__context__ if in_zip_writer else None)
@@ -47,7 +52,8 @@ def writing(path: Path | str) -> Iterator[None]:
         path: named where the error names none itself.
 
     Raises:
-        OSError: the block met such an error, whatever library reported it; other exceptions pass as they are.
+        OSError: the block met such an error, whatever library reported it; other exceptions pass as
+            they are.
     """
     try:
         yield
@@ -62,7 +68,8 @@ def writing(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a hidden path beside ``path`` to write to, which takes its name when the block has ended well.
+    """Yield a hidden path beside ``path`` to write to, which takes its name when the block has
+    ended well.
 
     Whatever was at ``path`` is there until then; after an error, nothing of the block is left.
 

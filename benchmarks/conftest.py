@@ -1,7 +1,8 @@
-"""Running the benchmarks: ``make bench``, ``make bench-quick``, or ``pytest benchmarks`` with the options below.
+"""Running the benchmarks: ``make bench``, ``make bench-quick``, or ``pytest benchmarks`` with the
+options below.
 
-Exit status 1: a ratio is below its gate, a gated benchmark did not run, or a benchmark failed. Exit status 4: an
-option, or ``gates.toml``, is not understood; nothing has been run.
+Exit status 1: a ratio is below its gate, a gated benchmark did not run, or a benchmark failed. Exit
+status 4: an option, or ``gates.toml``, is not understood; nothing has been run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ class Run:
             torch.set_num_threads(option.threads)
             keep_freed_memory()
         self.quick, self.compile = option.quick, not (option.quick or option.no_compile)
-        seconds = option.seconds if option.seconds is not None else QUICK_SECONDS if option.quick else SECONDS
+        seconds = (
+            option.seconds
+            if option.seconds is not None
+            else QUICK_SECONDS
+            if option.quick
+            else SECONDS
+        )
         self.budget = Budget(seconds)
         self.path: Path = option.gates
         self.raises: bool = option.raise_gates
@@ -49,7 +56,9 @@ class Run:
         return workload.device == self.device.type and (workload.quick or not self.quick)
 
     def judge(self) -> tuple[list[gates.Judgment], list[str]]:
-        """Every ratio beside its gate, and the gated figures that should have been measured and were not."""
+        """Every ratio beside its gate, and the gated figures that should have been measured and
+        were not.
+        """
         judgments = self.gates.judge(self.device_class, self.lines)
         selected = [name for w in self.selected for name in w.figures(self.compile)]
         return judgments, self.gates.not_run(self.device_class, selected, judgments)
@@ -62,20 +71,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the benchmarks."""
     group = parser.getgroup("anyflow benchmarks")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    group.addoption("--quick", action="store_true", help="short shapes, no compiled peers: the gates that CI checks")
-    group.addoption("--seconds", type=float, help=f"of rounds per benchmark ({SECONDS:g}; quick: {QUICK_SECONDS:g})")
-    group.addoption("--threads", type=int, default=THREADS, help="of torch on a CPU; the gates are for 2")
+    group.addoption(
+        "--quick",
+        action="store_true",
+        help="short shapes, no compiled peers: the gates that CI checks",
+    )
+    group.addoption(
+        "--seconds",
+        type=float,
+        help=f"of rounds per benchmark ({SECONDS:g}; quick: {QUICK_SECONDS:g})",
+    )
+    group.addoption(
+        "--threads", type=int, default=THREADS, help="of torch on a CPU; the gates are for 2"
+    )
     group.addoption("--no-compile", action="store_true", help="leave out torch.compile's peers")
     group.addoption("--gates", type=Path, default=gates.FILE, help="file of gates")
     group.addoption(
-        "--raise", dest="raise_gates", action="store_true", help="set gates to 90 %% of what is measured, never lower"
+        "--raise",
+        dest="raise_gates",
+        action="store_true",
+        help="set gates to 90 %% of what is measured, never lower",
     )
 
 
 def _device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device")
-    return torch.device(name if name is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(
+        name if name is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -86,7 +110,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     """On what is measured."""
     run = config.stash[_RUN]
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {run.device}, class {run.device_class}"
+    return (
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {run.device}, class "
+        f"{run.device_class}"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -108,7 +135,9 @@ def _workload(item: pytest.Item) -> Workload:
 
 
 @pytest.fixture
-def measured(workload: Workload, request: pytest.FixtureRequest, tmp_path: Path, benchmark: object) -> Line:
+def measured(
+    workload: Workload, request: pytest.FixtureRequest, tmp_path: Path, benchmark: object
+) -> Line:
     """The workload's line, which becomes part of the table."""
     run = request.config.stash[_RUN]
 
@@ -116,10 +145,13 @@ def measured(workload: Workload, request: pytest.FixtureRequest, tmp_path: Path,
         folder = tmp_path / name
         folder.mkdir()
         setting = Setting(run.device, run.compile, folder)
-        return measure(workload, setting, run.limits, run.budget, run.gates.of(run.device_class), recorder)
+        return measure(
+            workload, setting, run.limits, run.budget, run.gates.of(run.device_class), recorder
+        )
 
     line = once("first", benchmark)
-    if run.raises:  # what becomes a gate for good is what two measurements agree on, each with memory of its own
+    # what becomes a gate for good is what two measurements agree on, each with memory of its own
+    if run.raises:
         line = line.lower(once("second", None))
     run.lines.append(line)
     return line
@@ -133,7 +165,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     """The table, the gates, and with ``--raise`` what has become of them."""
     run = config.stash[_RUN]
     if not run.selected:

@@ -1,8 +1,8 @@
 """The gates: the least ratio of every benchmark on every class of device, in ``gates.toml``.
 
-A gate is 90 % of what was measured on that class, and is only ever raised. A figure without a gate is said to have
-none; it never counts as passed. A gate for a benchmark that does not exist, or that should have run and did not, is an
-error.
+A gate is 90 % of what was measured on that class, and is only ever raised. A figure without a gate
+is said to have none; it never counts as passed. A gate for a benchmark that does not exist, or that
+should have run and did not, is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ else:
 
 FILE = Path(__file__).resolve().parent / "gates.toml"
 SHARE = 0.9  # of what was measured
-_DEVICE_CLASS = re.compile(r"cpu-(generic|avx2|avx512)-(amd|amd-zen4|amd-zen5|intel|other)|cuda-sm\d{2,3}")
+_DEVICE_CLASS = re.compile(
+    r"cpu-(generic|avx2|avx512)-(amd|amd-zen4|amd-zen5|intel|other)|cuda-sm\d{2,3}"
+)
 _ZEN5_FAMILY = 26
 
 
@@ -57,7 +59,9 @@ class Judgment:
 
 
 class Gates:
-    """The content of a file of gates: for each device class, least ratios by :func:`workloads.figure`."""
+    """The content of a file of gates: for each device class, least ratios by
+    :func:`workloads.figure`.
+    """
 
     def __init__(self, classes: Mapping[str, Mapping[str, float]], header: str = "") -> None:
         self.classes = {name: dict(gates) for name, gates in classes.items()}
@@ -77,10 +81,18 @@ class Gates:
             raise GatesError(f"{path}: {error}") from None
         for device_class, gates in classes.items():
             if not _DEVICE_CLASS.fullmatch(device_class):
-                raise GatesError(f"{path}: [{device_class}] is no class of devices; they look like cpu-avx2-amd")
+                raise GatesError(
+                    f"{path}: [{device_class}] is no class of devices; they look like cpu-avx2-amd"
+                )
             for name, gate in gates.items():
-                if isinstance(gate, bool) or not isinstance(gate, (int, float)) or not 0 < gate < math.inf:
-                    raise GatesError(f"{path}: [{device_class}] {name!r} must be a positive number, got {gate!r}")
+                if (
+                    isinstance(gate, bool)
+                    or not isinstance(gate, (int, float))
+                    or not 0 < gate < math.inf
+                ):
+                    raise GatesError(
+                        f"{path}: [{device_class}] {name!r} must be a positive number, got {gate!r}"
+                    )
         header = re.split(r"^\[", text, maxsplit=1, flags=re.MULTILINE)[0]
         return cls(classes, header)
 
@@ -105,7 +117,9 @@ class Gates:
                 if name not in known:
                     near = difflib.get_close_matches(name, known, 1)
                     hint = f"; did you mean {near[0]!r}?" if near else ""
-                    raise GatesError(f"[{device_class}] has a gate for {name!r}, which no benchmark gives{hint}")
+                    raise GatesError(
+                        f"[{device_class}] has a gate for {name!r}, which no benchmark gives{hint}"
+                    )
 
     def judge(self, device_class: str, lines: Iterable[Line]) -> list[Judgment]:
         """Every ratio of the lines beside its gate."""
@@ -117,13 +131,18 @@ class Gates:
                 judgments.append(Judgment(name, ratio, gates.get(name), busy=line.busy and timed))
         return judgments
 
-    def not_run(self, device_class: str, selected: Iterable[str], judgments: Iterable[Judgment]) -> list[str]:
+    def not_run(
+        self, device_class: str, selected: Iterable[str], judgments: Iterable[Judgment]
+    ) -> list[str]:
         """Gated figures of the benchmarks that were selected without a measurement."""
         measured = {j.name for j in judgments}
-        return sorted(name for name in set(selected) & set(self.of(device_class)) if name not in measured)
+        return sorted(
+            name for name in set(selected) & set(self.of(device_class)) if name not in measured
+        )
 
     def raise_to(self, device_class: str, judgments: Iterable[Judgment]) -> list[str]:
-        """Set each gate to 90 % of what was measured, where that is more than it is; says what has changed.
+        """Set each gate to 90 % of what was measured, where that is more than it is; says what has
+        changed.
 
         A ratio of a busy machine raises nothing: it may be too large, and a gate never falls again.
         """
@@ -134,15 +153,18 @@ class Gates:
             new, old = math.floor(100 * SHARE * judgment.ratio) / 100, gates.get(judgment.name)
             if new > (0.0 if old is None else old):
                 gates[judgment.name] = new
-                changes.append(f"{judgment.name}: {'no gate' if old is None else f'{old:.2f}'} -> {new:.2f}")
+                changes.append(
+                    f"{judgment.name}: {'no gate' if old is None else f'{old:.2f}'} -> {new:.2f}"
+                )
         return changes
 
 
 def device_class(device: torch.device) -> str:
-    """What determines the ratios on a device: the instruction set of the native kernels and the vendor of the
-    processor, whose libraries differ; the architecture of a GPU.
+    """What determines the ratios on a device: the instruction set of the native kernels and the
+    vendor of the processor, whose libraries differ; the architecture of a GPU.
 
-    AMD's processors with AVX-512 are two classes: Zen 4 takes two steps for each 512-bit instruction, Zen 5 takes one.
+    AMD's processors with AVX-512 are two classes: Zen 4 takes two steps for each 512-bit
+    instruction, Zen 5 takes one.
     """
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -162,6 +184,9 @@ def _processor() -> tuple[str, int]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = platform.processor()
-    vendor = next((v for v, id_ in (("amd", "AuthenticAMD"), ("intel", "GenuineIntel")) if id_ in text), "other")
+    vendor = next(
+        (v for v, id_ in (("amd", "AuthenticAMD"), ("intel", "GenuineIntel")) if id_ in text),
+        "other",
+    )
     family = re.search(r"^cpu family\s*:\s*(\d+)", text, re.MULTILINE)
     return vendor, 0 if family is None else int(family[1])

@@ -1,10 +1,12 @@
 """Alternatives timed in turns in one process: what else the machine does then hits all of them.
 
-A round times each alternative once, and the time of an alternative is the median of its quiet samples: those during
-which no thread of the process waited for a processor. On a machine that does other work too, the threads of an operator
-otherwise wait for each other until the scheduler's next slot, milliseconds for an operator of microseconds, and medians
-of everything measure that: an operator that is 3.3 times as fast as its reference read 1.1 and 18 times in two runs.
-Where there are hardly any quiet samples, it is the shortest of all, and the figure is marked as one of a busy machine.
+A round times each alternative once, and the time of an alternative is the median of its quiet
+samples: those during which no thread of the process waited for a processor. On a machine that does
+other work too, the threads of an operator otherwise wait for each other until the scheduler's next
+slot, milliseconds for an operator of microseconds, and medians of everything measure that: an
+operator that is 3.3 times as fast as its reference read 1.1 and 18 times in two runs. Where there
+are hardly any quiet samples, it is the shortest of all, and the figure is marked as one of a busy
+machine.
 """
 
 from __future__ import annotations
@@ -25,15 +27,16 @@ from waiting import WaitingTime
 Step = Callable[[], object]
 
 OURS = "anyflow"
-# A sample lasts at least so long, by repeating a short step: long enough for the clock, and on a GPU for the launch of
-# a kernel; short enough to fit between two interruptions.
+# A sample lasts at least so long, by repeating a short step: long enough for the clock, and on a
+# GPU for the launch of a kernel; short enough to fit between two interruptions.
 _SAMPLE_SECONDS = {"cpu": 2e-4, "cuda": 2e-2}
 _MAX_CALLS = 1000
 _SHORT = 0.1  # seconds; the time of a step that is shorter is taken twice before it is trusted
 _CALIBRATION = 0.2  # share of the budget after which the number of rounds is known
 _PATIENCE = 4.0  # budgets to wait for quiet samples, of which there should be so many:
 _QUIET_SAMPLES = 5
-_QUIET_SECONDS, _QUIET_SHARE = 2e-5, 0.02  # a sample is quiet if its threads waited no longer than this
+# a sample is quiet if its threads waited no longer than this
+_QUIET_SECONDS, _QUIET_SHARE = 2e-5, 0.02
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Interleaved:
     """Alternatives that take turns.
 
     Args:
-        steps: ours under the name :data:`OURS`, and its peers, each of which has run before: it has compiled and has
-            filled caches and allocators. Here it shows how often to repeat it in a sample.
+        steps: ours under the name :data:`OURS`, and its peers, each of which has run before: it has
+            compiled and has filled caches and allocators. Here it shows how often to repeat it in a
+            sample.
         device: where they run; a sample ends when the device has finished.
     """
 
@@ -68,7 +72,9 @@ class Interleaved:
         self.calls = {name: min(_MAX_CALLS, math.ceil(shortest / t)) for name, t in once.items()}
 
     def remaining_rounds(self, budget: Budget) -> int:
-        """Run the first rounds, and tell how many more the budget has room for as the machine is at the moment."""
+        """Run the first rounds, and tell how many more the budget has room for as the machine is at
+        the moment.
+        """
         start, done = time.perf_counter(), 0
         while done == 0 or time.perf_counter() - start < _CALIBRATION * budget.seconds:
             self.run(1)
@@ -89,7 +95,9 @@ class Interleaved:
             self.run(1)
 
     def busy(self, budget: Budget) -> bool:
-        """Whether the machine did so much else that the times are not those of the alternatives alone."""
+        """Whether the machine did so much else that the times are not those of the alternatives
+        alone.
+        """
         return min(map(len, self.quiet.values())) < min(_QUIET_SAMPLES, budget.min_rounds)
 
     def time_peers(self) -> None:
@@ -132,10 +140,12 @@ class Interleaved:
 
 
 def difference(ours: object, theirs: object) -> float:
-    """Largest difference of two results of steps, relative to the largest element of theirs; NaN is never small.
+    """Largest difference of two results of steps, relative to the largest element of theirs; NaN is
+    never small.
 
     Args:
-        ours: a tensor, or tensors and None in a sequence. Anything else, such as a model, is not compared.
+        ours: a tensor, or tensors and None in a sequence. Anything else, such as a model, is not
+            compared.
         theirs: the same of a peer.
     """
     if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
@@ -149,11 +159,13 @@ def difference(ours: object, theirs: object) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Tell the C library to keep what is freed for the next allocation, as it does in long runs of one shape.
+    """Tell the C library to keep what is freed for the next allocation, as it does in long runs of
+    one shape.
 
-    Otherwise it gives large pieces back and asks for them again when it pleases, and their first touch, page by page in
-    the kernel, is up to three times the time of a short operator: a ratio would tell whose turn that was. Above 32 MiB,
-    the most that the library can be told, it stays so. Without effect where the library is not glibc.
+    Otherwise it gives large pieces back and asks for them again when it pleases, and their first
+    touch, page by page in the kernel, is up to three times the time of a short operator: a ratio
+    would tell whose turn that was. Above 32 MiB, the most that the library can be told, it stays
+    so. Without effect where the library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -165,9 +177,11 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(step: Step, device: torch.device) -> int | None:
-    """Bytes that a step needs at its peak beyond what is allocated before it; None where the system does not say.
+    """Bytes that a step needs at its peak beyond what is allocated before it; None where the system
+    does not say.
 
-    On the CPU, the high-water mark of the process (Linux), after what the allocator has kept is given back.
+    On the CPU, the high-water mark of the process (Linux), after what the allocator has kept is
+    given back.
     """
     if device.type == "cuda":
         gc.collect()
@@ -180,7 +194,8 @@ def peak_memory(step: Step, device: torch.device) -> int | None:
     try:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the present size
+        # the high-water mark falls to the present size
+        Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         step()
         return max(0, _status("VmHWM") - before)

@@ -1,4 +1,6 @@
-"""What this machine can do at most, measured in the same run: the bandwidth of a copy and the rate of a product."""
+"""What this machine can do at most, measured in the same run: the bandwidth of a copy and the rate
+of a product.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _MATRIX = {"cpu": 1024, "cuda": 8192}
 
 
 class Limits:
-    """Measured when first asked for, then kept. The best of many times: a limit is what nothing gets past."""
+    """Measured when first asked for, then kept. The best of many times: a limit is what nothing
+    gets past.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -23,8 +27,9 @@ class Limits:
         self._product: dict[torch.dtype, float] = {}
 
     def copy_bandwidth(self, num_bytes: int) -> float:
-        """Bytes per second, read plus written, of a copy that moves about so many: those that fit in a cache are
-        faster than any that do not."""
+        """Bytes per second, read plus written, of a copy that moves about so many: those that fit
+        in a cache are faster than any that do not.
+        """
         size = 2 ** math.ceil(math.log2(max(num_bytes / 2, _SMALLEST_COPY)))
         size = min(size, _LARGEST_COPY[self.device.type])
         if size not in self._copy:
@@ -34,10 +39,11 @@ class Limits:
         return self._copy[size]
 
     def product_rate(self, dtype: torch.dtype) -> float:
-        """FLOP per second of a square matrix product, by the fastest library that torch brings for it.
+        """FLOP per second of a square matrix product, by the fastest library that torch brings for
+        it.
 
-        On a processor that is not Intel's, torch's own fp32 product is MKL's, which stays at AVX2 there; oneDNN's uses
-        AVX-512, so the limit is the better one of both.
+        On a processor that is not Intel's, torch's own fp32 product is MKL's, which stays at AVX2
+        there; oneDNN's uses AVX-512, so the limit is the better one of both.
         """
         if dtype not in self._product:
             n = _MATRIX[self.device.type]
@@ -50,7 +56,9 @@ class Limits:
         return self._product[dtype]
 
     def shortest_time(self, num_bytes: int, flops: int, dtype: torch.dtype) -> float:
-        """Seconds below which work of so many bytes and FLOPs cannot be: the larger of the two at their limits."""
+        """Seconds below which work of so many bytes and FLOPs cannot be: the larger of the two at
+        their limits.
+        """
         moving = num_bytes / self.copy_bandwidth(num_bytes) if num_bytes else 0.0
         computing = flops / self.product_rate(dtype) if flops else 0.0
         return max(moving, computing)

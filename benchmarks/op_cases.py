@@ -1,8 +1,9 @@
 """The operators at the shapes of the 1.3B and 14B models, with the bytes and FLOPs of each.
 
-The byte counts are lower bounds: every tensor of the size of the activations read once or written once, plus the
-modulation rows and tables. A kernel at the bandwidth of a copy takes exactly that long. FLOPs are those of matrix
-products, two per multiplication; what is done once per element is not what a kernel waits for, and not counted.
+The byte counts are lower bounds: every tensor of the size of the activations read once or written
+once, plus the modulation rows and tables. A kernel at the bandwidth of a copy takes exactly that
+long. FLOPs are those of matrix products, two per multiplication; what is done once per element is
+not what a kernel waits for, and not counted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Call:
     function: Callable[..., Any]
     inputs: Sequence[Any]
     wanted: Sequence[Tensor]
-    training: bool = False  # its forward computes the gradient too, so that without gradients it is another kernel
+    # its forward computes the gradient too, so that without gradients it is another kernel
+    training: bool = False
 
     def outputs(self) -> tuple[Tensor, ...]:
         """Run forward."""
@@ -62,7 +64,8 @@ class Case:
     Attributes:
         op: operator.
         variant: which of its forms.
-        tokens, dim, rows: L, D and R; for the flow-map operators B, numel of a sample and the rows with r != t.
+        tokens, dim, rows: L, D and R; for the flow-map operators B, numel of a sample and the rows
+            with r != t.
         build: makes the inputs on a device, in ``dtype`` unless told otherwise.
         forward, backward: what each direction must do.
         dtype: in which the operator runs in a model.
@@ -104,26 +107,38 @@ def row_cases(tokens: int, dim: int, rows: int) -> list[Case]:
     heads = max(dim // 128, 1)
     numel, row = tokens * dim, rows * dim
 
-    def case(op: str, variant: str, build: Callable[..., Call], forward: Work, backward: Work) -> Case:
+    def case(
+        op: str, variant: str, build: Callable[..., Call], forward: Work, backward: Work
+    ) -> Case:
         return Case(op, variant, tokens, dim, rows, build, forward, backward)
 
     def modulated(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
-        inputs = [_leaf(device, 1, tokens, dim, dtype=dtype), *(_leaf(device, 1, rows, dim) for _ in range(2))]
+        inputs = [
+            _leaf(device, 1, tokens, dim, dtype=dtype),
+            *(_leaf(device, 1, rows, dim) for _ in range(2)),
+        ]
         return Call(ops.layer_norm_modulate, inputs, inputs)
 
     def gated_affine(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
         x, y = (_leaf(device, 1, tokens, dim, dtype=dtype) for _ in range(2))
         gate, weight, bias = _leaf(device, 1, rows, dim), _leaf(device, dim), _leaf(device, dim)
         inputs = [x, y, gate, weight, bias]
-        return Call(lambda x, y, g, w, b: ops.residual_layer_norm(x, y, g, weight=w, bias=b), inputs, inputs)
+        return Call(
+            lambda x, y, g, w, b: ops.residual_layer_norm(x, y, g, weight=w, bias=b), inputs, inputs
+        )
 
     def residual_modulated(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
         x, y = (_leaf(device, 1, tokens, dim, dtype=dtype) for _ in range(2))
         inputs = [x, y, *(_leaf(device, 1, rows, dim) for _ in range(2))]
-        return Call(lambda x, y, s, c: ops.residual_layer_norm(x, y, shift=s, scale=c), inputs, inputs)
+        return Call(
+            lambda x, y, s, c: ops.residual_layer_norm(x, y, shift=s, scale=c), inputs, inputs
+        )
 
     def gated(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
-        inputs = [*(_leaf(device, 1, tokens, dim, dtype=dtype) for _ in range(2)), _leaf(device, 1, rows, dim)]
+        inputs = [
+            *(_leaf(device, 1, tokens, dim, dtype=dtype) for _ in range(2)),
+            _leaf(device, 1, rows, dim),
+        ]
         return Call(ops.gated_residual, inputs, inputs)
 
     def rotary(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
@@ -139,8 +154,16 @@ def row_cases(tokens: int, dim: int, rows: int) -> list[Case]:
 
     return [
         case("layer_norm_modulate", "bf16", modulated, passes(2, 2 * row), passes(3, 3 * row)),
-        case("residual_layer_norm", "gate+affine", gated_affine, passes(4, row), passes(6, 2 * row)),
-        case("residual_layer_norm", "modulation", residual_modulated, passes(4, 2 * row), passes(4, 3 * row)),
+        case(
+            "residual_layer_norm", "gate+affine", gated_affine, passes(4, row), passes(6, 2 * row)
+        ),
+        case(
+            "residual_layer_norm",
+            "modulation",
+            residual_modulated,
+            passes(4, 2 * row),
+            passes(4, 3 * row),
+        ),
         case("gated_residual", "bf16", gated, passes(3, row), passes(3, 2 * row)),
         case("rms_norm_rope", "rotary", rotary, passes(2, tables), passes(3, tables)),
     ]
@@ -155,11 +178,15 @@ def embedding_case(rows: int, dim: int) -> Case:
         return Call(lambda t, r: ops.dual_timestep_embedding(t, r, gate), inputs, inputs)
 
     numel = rows * dim
-    return Case("dual_timestep_embedding", "gated", rows, dim, rows, build, Work(4 * numel), Work(6 * numel))
+    return Case(
+        "dual_timestep_embedding", "gated", rows, dim, rows, build, Work(4 * numel), Work(6 * numel)
+    )
 
 
 def gelu_case(tokens: int, dim: int) -> Case:
-    """The tanh-GELU of a feed-forward layer on ``[1, L, D]``; native on the CPU, torch's elsewhere."""
+    """The tanh-GELU of a feed-forward layer on ``[1, L, D]``; native on the CPU, torch's
+    elsewhere.
+    """
 
     def build(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
         inputs = [_leaf(device, 1, tokens, dim, dtype=dtype)]
@@ -170,30 +197,38 @@ def gelu_case(tokens: int, dim: int) -> Case:
 
 
 def linear_case(tokens: int, dim: int, out: int) -> Case:
-    """A linear layer, ``[1, L, D]`` to ``[1, L, N]`` with a bias; oneDNN's on the CPU, torch's elsewhere.
+    """A linear layer, ``[1, L, D]`` to ``[1, L, N]`` with a bias; oneDNN's on the CPU, torch's
+    elsewhere.
 
     Backward is two products of the size of forward's: the gradients of the input and of the weight.
     """
 
     def build(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
-        inputs = [_leaf(device, *shape, dtype=dtype) for shape in ((1, tokens, dim), (out, dim), (out,))]
+        inputs = [
+            _leaf(device, *shape, dtype=dtype) for shape in ((1, tokens, dim), (out, dim), (out,))
+        ]
         return Call(ops.linear, inputs, inputs)
 
     x, y, weight = tokens * dim, tokens * out, dim * out + out
     flops = 2 * tokens * dim * out
-    forward, backward = Work(x + weight + y, flops=flops), Work(2 * (x + weight) + y, flops=2 * flops)
+    forward, backward = (
+        Work(x + weight + y, flops=flops),
+        Work(2 * (x + weight) + y, flops=2 * flops),
+    )
     return Case("linear", f"N={out}", tokens, dim, 1, build, forward, backward)
 
 
 def attention_case(tokens: int, dim: int, head_dim: int) -> Case:
     """Self-attention over ``[1, L, H, Dh]``, native on the CPU; bytes are not what it is bound by.
 
-    Forward is two products of L x L x D. Backward has five: the scores again, and the gradients of the scores, of the
-    queries, of the keys and of the values.
+    Forward is two products of L x L x D. Backward has five: the scores again, and the gradients of
+    the scores, of the queries, of the keys and of the values.
     """
 
     def build(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
-        inputs = [_leaf(device, 1, tokens, dim // head_dim, head_dim, dtype=dtype) for _ in range(3)]
+        inputs = [
+            _leaf(device, 1, tokens, dim // head_dim, head_dim, dtype=dtype) for _ in range(3)
+        ]
         return Call(ops.attention, inputs, inputs)
 
     numel, product = tokens * dim, 2 * tokens * tokens * dim
@@ -202,7 +237,9 @@ def attention_case(tokens: int, dim: int, head_dim: int) -> Case:
 
 
 def flow_map_cases(batch: int, latents: tuple[int, ...]) -> list[Case]:
-    """The two operators of the pretrain loss on ``[B, F, C, H, W]`` in fp32, half of the samples with r != t."""
+    """The two operators of the pretrain loss on ``[B, F, C, H, W]`` in fp32, half of the samples
+    with r != t.
+    """
     shape, rows = (batch, *latents), batch // 2
     size = torch.Size(latents).numel()
 
@@ -228,7 +265,9 @@ def flow_map_cases(batch: int, latents: tuple[int, ...]) -> list[Case]:
     whole, part = batch * size, rows * size
 
     def case(op: str, build: Callable[..., Call], forward: int, backward: int) -> Case:
-        return Case(op, "fp32", batch, size, rows, build, Work(forward), Work(backward), torch.float32)
+        return Case(
+            op, "fp32", batch, size, rows, build, Work(forward), Work(backward), torch.float32
+        )
 
     return [
         case("flow_map_inputs", inputs, 3 * whole + 2 * part, 3 * whole + 2 * part),
@@ -238,7 +277,9 @@ def flow_map_cases(batch: int, latents: tuple[int, ...]) -> list[Case]:
 
 def model_cases() -> list[Case]:
     """Every operator at the shapes of both models."""
-    cases = [case for dim in (1536, 5120) for rows in (1, 21) for case in row_cases(TOKENS, dim, rows)]
+    cases = [
+        case for dim in (1536, 5120) for rows in (1, 21) for case in row_cases(TOKENS, dim, rows)
+    ]
     cases += [embedding_case(21, dim) for dim in (1536, 5120)]
     return cases + flow_map_cases(8, LATENTS)
 

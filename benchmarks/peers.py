@@ -1,7 +1,9 @@
-"""The models that are measured, diffusers' and ours on the same weights, and training steps as the peers write them.
+"""The models that are measured, diffusers' and ours on the same weights, and training steps as the
+peers write them.
 
-The trainers of NVlabs and FastVideo call the network once for each evaluation, on the whole batch, with one time per
-frame, which diffusers' model (equal to NVlabs' to the bit) expands to one modulation row per token.
+The trainers of NVlabs and FastVideo call the network once for each evaluation, on the whole batch,
+with one time per frame, which diffusers' model (equal to NVlabs' to the bit) expands to one
+modulation row per token.
 """
 
 from __future__ import annotations
@@ -64,15 +66,21 @@ class Size:
         }
 
     def block_flops(self) -> int:
-        """Of one block on one sample: products of L x D x D and the like, twice as many FLOPs as multiplications."""
+        """Of one block on one sample: products of L x D x D and the like, twice as many FLOPs as
+        multiplications.
+        """
         length, text, dim = self.tokens, self.text_tokens, self.dim
-        self_attention = 4 * length * dim**2 + 2 * length**2 * dim  # q, k, v, out; scores and their product with v
-        cross_attention = 2 * (length + text) * dim**2 + 2 * length * text * dim  # q, out on video, k, v on text
+        # q, k, v, out; scores and their product with v
+        self_attention = 4 * length * dim**2 + 2 * length**2 * dim
+        # q, out on video, k, v on text
+        cross_attention = 2 * (length + text) * dim**2 + 2 * length * text * dim
         feed_forward = 2 * length * dim * self.ffn_dim
         return 2 * (self_attention + cross_attention + feed_forward)
 
     def forward_flops(self) -> int:
-        """Of one evaluation of one sample; the embedding of its time is left out (12 D^2 for one row)."""
+        """Of one evaluation of one sample; the embedding of its time is left out (12 D^2 for one
+        row).
+        """
         patch = 4 * self.latents[2]
         ends = 2 * self.tokens * patch * self.dim  # patches in and out
         text = self.text_tokens * (self.text_dim + self.dim) * self.dim
@@ -83,7 +91,9 @@ class Size:
         return 8 * self.dim**2 + 2 * self.dim * self.ffn_dim
 
     def forward_bytes(self) -> int:
-        """That an evaluation must move: the matrices of the blocks and the latents, once in and once out."""
+        """That an evaluation must move: the matrices of the blocks and the latents, once in and
+        once out.
+        """
         latents = 2 * torch.Size(self.latents).numel()
         return self.dtype.itemsize * (self.layers * self.block_weights() + latents)
 
@@ -91,13 +101,17 @@ class Size:
 SMALL = Size("small", 6, 64, 4, 1536, 128, 32, (1, 5, 16, 32, 32))  # 1280 tokens
 SMALL_BATCH = Size("small", 6, 64, 4, 1536, 128, 32, (4, 3, 16, 32, 32))  # 768 tokens a sample
 SHORT_BATCH = Size("small", 6, 64, 4, 1536, 128, 32, (4, 3, 16, 16, 16))  # 192
-WAN_1B = Size("1.3B", 12, 128, 30, 8960, 4096, 512, (1, 21, 16, 60, 104), torch.bfloat16)  # 480 x 832, 81 frames
-WAN_1B_BATCH = Size("1.3B", 12, 128, 30, 8960, 4096, 512, (4, 5, 16, 60, 104), torch.bfloat16)  # 17 frames
+# 480 x 832, 81 frames
+WAN_1B = Size("1.3B", 12, 128, 30, 8960, 4096, 512, (1, 21, 16, 60, 104), torch.bfloat16)
+# 17 frames
+WAN_1B_BATCH = Size("1.3B", 12, 128, 30, 8960, 4096, 512, (4, 5, 16, 60, 104), torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs on a device, the same in every process: latents and noise in fp32, embeddings in the model's dtype."""
+    """Inputs on a device, the same in every process: latents and noise in fp32, embeddings in the
+    model's dtype.
+    """
 
     latents: Tensor
     noise: Tensor
@@ -110,8 +124,12 @@ def batch(size: Size, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(0)
     b, text = size.latents[0], (size.text_tokens, size.text_dim)
     shapes = (size.latents, size.latents, (b, *text), (b, *text))
-    latents, noise, prompt, negative = (torch.randn(s, generator=generator).to(device) for s in shapes)
-    return Batch(latents, noise, prompt.to(size.dtype), negative[:1].to(size.dtype).expand(b, -1, -1))
+    latents, noise, prompt, negative = (
+        torch.randn(s, generator=generator).to(device) for s in shapes
+    )
+    return Batch(
+        latents, noise, prompt.to(size.dtype), negative[:1].to(size.dtype).expand(b, -1, -1)
+    )
 
 
 def models(size: Size, device: torch.device, seed: int = 0) -> tuple[Any, Any]:
@@ -153,9 +171,17 @@ def _network(model: Any, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor
     return evaluate
 
 
-def pretrain_step(model: Any, size: Size, data: Batch, t: Tensor, r: Tensor, guidance: float, epsilon: float) -> Any:
-    """Compute the pretrain loss as the peers do: four evaluations of the batch, the difference times t - r = 0."""
-    network, weights, is_diffusion = _network(model, size.dtype), scheduler().get_train_weight(t * TIMESTEPS), t == r
+def pretrain_step(
+    model: Any, size: Size, data: Batch, t: Tensor, r: Tensor, guidance: float, epsilon: float
+) -> Any:
+    """Compute the pretrain loss as the peers do: four evaluations of the batch, the difference
+    times t - r = 0.
+    """
+    network, weights, is_diffusion = (
+        _network(model, size.dtype),
+        scheduler().get_train_weight(t * TIMESTEPS),
+        t == r,
+    )
     weights = weights.to(t)
 
     def step() -> Tensor:
@@ -166,12 +192,16 @@ def pretrain_step(model: Any, size: Size, data: Batch, t: Tensor, r: Tensor, gui
         cond = network(x_t, t, r, data.prompt)
         with torch.no_grad():
             uncond = network(x_t, t, r, data.negative)
-            slope = network(x_t + e * v, t + e, r, data.prompt) - network(x_t - e * v, t - e, r, data.prompt)
+            slope = network(x_t + e * v, t + e, r, data.prompt) - network(
+                x_t - e * v, t - e, r, data.prompt
+            )
             target = v - _per_sample(t - r) * slope / (2 * e * guidance)
         pred = (cond - (1 - guidance) * uncond) / guidance
         loss = weights * (pred - target).square().flatten(1).mean(1)
         mean = loss.detach()[is_diffusion].mean()
-        loss = (loss * torch.where(is_diffusion, torch.ones_like(loss), mean / (loss.detach() + 1e-5))).mean()
+        loss = (
+            loss * torch.where(is_diffusion, torch.ones_like(loss), mean / (loss.detach() + 1e-5))
+        ).mean()
         loss.backward()
         return loss.detach()
 
@@ -180,7 +210,9 @@ def pretrain_step(model: Any, size: Size, data: Batch, t: Tensor, r: Tensor, gui
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """What the generator's and the critic's step draw, fixed: the rollout's times, the score's time and noise."""
+    """What the generator's and the critic's step draw, fixed: the rollout's times, the score's time
+    and noise.
+    """
 
     sigmas: tuple[float, ...]
     t: Tensor
@@ -196,8 +228,12 @@ def _rollout(network: Any, x: Tensor, sigmas: tuple[float, ...], text: Tensor) -
     return x
 
 
-def generator_step(student: Any, teacher: Any, critic: Any, size: Size, data: Batch, draws: OnPolicy) -> Any:
-    """Compute the DMD2 loss as the peers do: the teacher's scores in two evaluations, clean differences."""
+def generator_step(
+    student: Any, teacher: Any, critic: Any, size: Size, data: Batch, draws: OnPolicy
+) -> Any:
+    """Compute the DMD2 loss as the peers do: the teacher's scores in two evaluations, clean
+    differences.
+    """
     networks = [_network(m, size.dtype) for m in (student, teacher, critic)]
     t, guidance = draws.t, draws.guidance
 
@@ -246,6 +282,8 @@ def without_gradient(step: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """torch.compile of a module that stays as it is itself; what was compiled before is forgotten."""
+    """torch.compile of a module that stays as it is itself; what was compiled before is
+    forgotten.
+    """
     torch._dynamo.reset()
     return torch.compile(model)

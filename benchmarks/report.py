@@ -15,13 +15,20 @@ SLOWEST = 3
 def table(lines: Sequence[Line], judgments: Iterable[Judgment]) -> str:
     """One row per benchmark and peer.
 
-    ``rate`` is what moved or was multiplied per second; ``limit`` is the time that the measured limits of the machine
-    allow as a share of the time taken; ``ratio`` is how many times as long (or as much memory) the peer needs.
+    ``rate`` is what moved or was multiplied per second; ``limit`` is the time that the measured
+    limits of the machine allow as a share of the time taken; ``ratio`` is how many times as long
+    (or as much memory) the peer needs.
     """
     by_name = {j.name: j for j in judgments}
     rows = [_HEADINGS]
     for line in lines:
-        first = (line.name, f"{line.milliseconds:.3f}", _rate(line), _percent(line.of_limit), _mebibytes(line.peak))
+        first = (
+            line.name,
+            f"{line.milliseconds:.3f}",
+            _rate(line),
+            _percent(line.of_limit),
+            _mebibytes(line.peak),
+        )
         for peer, ratio in line.ratios.items():
             judgment, goal = by_name[figure(line.name, peer)], line.goals.get(peer)
             marks = ("*" if line.again else "") + ("~" if judgment.busy else "")
@@ -32,21 +39,30 @@ def table(lines: Sequence[Line], judgments: Iterable[Judgment]) -> str:
     if any(line.again for line in lines):
         text += "\n* measured once more, because it was below its gate"
     if any(line.busy for line in lines):
-        text += "\n~ the machine was busy with other work throughout: not to be relied on, and never made a gate"
+        text += (
+            "\n~ the machine was busy with other work throughout: not to be relied on, and never "
+            "made a gate"
+        )
     return text
 
 
-def summary(device_class: str, judgments: Sequence[Judgment], not_run: Sequence[str], lines: Sequence[Line]) -> str:
+def summary(
+    device_class: str, judgments: Sequence[Judgment], not_run: Sequence[str], lines: Sequence[Line]
+) -> str:
     """How many gates hold; what is missed, with the slowest lines; what was not checked at all."""
     gated = [j for j in judgments if j.gate is not None]
     missed = [j for j in gated if j.missed]
     goals = [(line.ratios[p], goal) for line in lines for p, goal in line.goals.items()]
     text = [f"{device_class}: {len(gated) - len(missed)} of {len(gated)} gates hold"]
     if len(gated) < len(judgments):
-        text.append(f"{len(judgments) - len(gated)} ratios have no gate on {device_class}: nothing was checked there")
+        text.append(
+            f"{len(judgments) - len(gated)} ratios have no gate on {device_class}: nothing was "
+            "checked there"
+        )
     if goals:
         text.append(
-            f"{sum(ratio >= goal for ratio, goal in goals)} of {len(goals)} goals are reached (they gate nothing)"
+            f"{sum(ratio >= goal for ratio, goal in goals)} of {len(goals)} goals are reached "
+            "(they gate nothing)"
         )
     text += [f"NOT RUN, though it has a gate: {name}" for name in not_run]
     for j in missed:

@@ -1,38 +1,42 @@
-"""Measures the library on a GPU in one command: ``python benchmarks/run_gpu.py [--plan short] [--out DIR]``.
+"""Measures the library on a GPU in one command:
+``python benchmarks/run_gpu.py [--plan short] [--out DIR]``.
 
-It runs from a checkout, which need not be installed and where only build/ is written to. It needs PyTorch >= 2.9 and
-Triton >= 3.4; what diffusers, pytest, nvcc or FlashAttention would add is left out, and said so, where it is missing.
+It runs from a checkout, which need not be installed and where only build/ is written to. It needs
+PyTorch >= 2.9 and Triton >= 3.4; what diffusers, pytest, nvcc or FlashAttention would add is left
+out, and said so, where it is missing.
 
-The short plan is for a card that is lent for a quarter of an hour, in two calls on one machine, and takes the place of
-scripts written for the occasion:
+The short plan is for a card that is lent for a quarter of an hour, in two calls on one machine, and
+takes the place of scripts written for the occasion:
 
     python benchmarks/run_gpu.py --plan short --budget-s 345 --out DIR
     python benchmarks/run_gpu.py --plan short --budget-s 330 --out DIR
 
-The first call does, in order of importance: build the extension, where there is an nvcc; check on the device, by
-processes side by side, that kernels, attention and a small network are right; measure what the device reaches in
-products and copies; 1.3B against diffusers, eager and compiled; attention; sampling at 14B; one forward at 14B. The
-second call goes on: a pretrain step, every operator, where the time goes, native kernels against Triton's, launch
-options of the row kernels (benchmarks/tune_rows.py), single questions to the device, and the operators' tests last.
-What did not fit the first call is done in the second. The full plan adds sampling and on-policy steps at 1.3B and
-diffusers' compiled transformer at 14B.
+The first call does, in order of importance: build the extension, where there is an nvcc; check on
+the device, by processes side by side, that kernels, attention and a small network are right;
+measure what the device reaches in products and copies; 1.3B against diffusers, eager and compiled;
+attention; sampling at 14B; one forward at 14B. The second call goes on: a pretrain step, every
+operator, where the time goes, native kernels against Triton's, launch options of the row kernels
+(benchmarks/tune_rows.py), single questions to the device, and the operators' tests last. What did
+not fit the first call is done in the second. The full plan adds sampling and on-policy steps at
+1.3B and diffusers' compiled transformer at 14B.
 
-A kernel with wrong numbers is not timed, and a network that runs it is not either; everything else is. What the checks
-find wrong of a network is printed last, is in the results under "warnings", and stops nothing. A failing test skips no
-network.
+A kernel with wrong numbers is not timed, and a network that runs it is not either; everything else
+is. What the checks find wrong of a network is printed last, is in the results under "warnings", and
+stops nothing. A failing test skips no network.
 
-DIR/<device>.json is rewritten after every measurement, with raw samples, versions, clocks and the commit, and so is a
-copy in build/gpu-runner (or in $ANYFLOW_GPU_RUNNER). A run that is killed keeps what it has, and the next one with the
-same sources, device and torch goes on, from the copy if DIR was emptied; --only measures again, --fresh starts anew.
-`make perf-docs` turns committed files into a page.
+DIR/<device>.json is rewritten after every measurement, with raw samples, versions, clocks and the
+commit, and so is a copy in build/gpu-runner (or in $ANYFLOW_GPU_RUNNER). A run that is killed keeps
+what it has, and the next one with the same sources, device and torch goes on, from the copy if DIR
+was emptied; --only measures again, --fresh starts anew. `make perf-docs` turns committed files into
+a page.
 
-On a machine without network: carry the checkout and diffusers' wheel, unpacked into a folder of PYTHONPATH; set
-ANYFLOW_COMMIT to `git rev-parse HEAD` if the checkout is a copy without its repository. An extension that was built for
-that machine's Python and torch may be carried in build/gpu-runner/anyflow, and is used if it loads; ANYFLOW_CMAKE_ARGS
-are arguments for a build.
+On a machine without network: carry the checkout and diffusers' wheel, unpacked into a folder of
+PYTHONPATH; set ANYFLOW_COMMIT to `git rev-parse HEAD` if the checkout is a copy without its
+repository. An extension that was built for that machine's Python and torch may be carried in
+build/gpu-runner/anyflow, and is used if it loads; ANYFLOW_CMAKE_ARGS are arguments for a build.
 
-Exit status: 1 if a section failed or a check found something wrong, 2 without a GPU or for a mistake. ``--device cpu
---tiny`` proves the code without a GPU; its times mean nothing.
+Exit status: 1 if a section failed or a check found something wrong, 2 without a GPU or for a
+mistake. ``--device cpu --tiny`` proves the code without a GPU; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -48,24 +52,61 @@ SHORT = (
     *("pretrain_1.3b", "ops", "profile_1.3b", "native", "tune_rows", "probes", "tests"),
 )
 ORDER = (
-    *("build", "checks", "limits", "forward_1.3b", "attention", "ops", "sampling_1.3b", "sampling_14b"),
-    *("forward_14b", "pretrain_1.3b", "profile_1.3b", "native", "on_policy_1.3b", "tune_rows", "probes", "tests"),
+    *(
+        "build",
+        "checks",
+        "limits",
+        "forward_1.3b",
+        "attention",
+        "ops",
+        "sampling_1.3b",
+        "sampling_14b",
+    ),
+    *(
+        "forward_14b",
+        "pretrain_1.3b",
+        "profile_1.3b",
+        "native",
+        "on_policy_1.3b",
+        "tune_rows",
+        "probes",
+        "tests",
+    ),
 )
 PLANS = {"short": SHORT, "full": ORDER}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; ``names`` are the sections that it asks for, in order."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", default="full", choices=tuple(PLANS), help="which sections, in which order")
-    parser.add_argument("--out", type=Path, help="folder of the results; default benchmarks/results")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="seconds after which no section is started")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--plan", default="full", choices=tuple(PLANS), help="which sections, in which order"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results; default benchmarks/results"
+    )
+    parser.add_argument(
+        "--budget-s", type=float, default=540.0, help="seconds after which no section is started"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to prove the code")
-    parser.add_argument("--only", default="", help=f"sections whose name contains this; of {', '.join(ORDER)}")
-    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a section; repeatable")
-    parser.add_argument("--fresh", action="store_true", help="keep nothing of an earlier run of the same sources")
-    for internal in ("--worker", "--copy", "--deadline", "--sections", "--parent"):  # what a run starts itself with
+    parser.add_argument(
+        "--only", default="", help=f"sections whose name contains this; of {', '.join(ORDER)}"
+    )
+    parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave out a section; repeatable",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="keep nothing of an earlier run of the same sources"
+    )
+    # what a run starts itself with
+    for internal in ("--worker", "--copy", "--deadline", "--sections", "--parent"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.tiny:
@@ -77,10 +118,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.skip if name not in ORDER]
     if unknown:
         parser.error(f"--skip {unknown[0]!r} is no section: {', '.join(ORDER)}")
-    plan = ORDER if options.only else PLANS[options.plan]  # what is asked for by name is in any plan
+    # what is asked for by name is in any plan
+    plan = ORDER if options.only else PLANS[options.plan]
     options.names = [name for name in plan if options.only in name and name not in options.skip]
     if not options.names:
-        parser.error(f"--only {options.only!r} is in the name of no section that is left: {', '.join(ORDER)}")
+        parser.error(
+            f"--only {options.only!r} is in the name of no section that is left: {', '.join(ORDER)}"
+        )
     return options
 
 

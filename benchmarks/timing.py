@@ -1,7 +1,7 @@
 """Timing: variants in interleaved rounds, so that what else the machine does hits all of them.
 
-Kernels on a GPU are timed by replaying CUDA graphs of several calls, so that launch overhead stays out; whole networks
-call by call, where it belongs to what is measured.
+Kernels on a GPU are timed by replaying CUDA graphs of several calls, so that launch overhead stays
+out; whole networks call by call, where it belongs to what is measured.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ def medians(samples: Samples) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-# Kernels ------------------------------------------------------------------------------------------------------------
+# Kernels ------------------------------------------------------------------------------------------
 
 
 def variants(
     call: Call, direction: str, backends: tuple[str, ...], compiler: str | None = "inductor"
 ) -> dict[str, Step]:
-    """One function for every backend and for the compiled reference, each of which runs one direction once."""
-    torch._functorch.config.donated_buffer = False  # a compiled backward that runs many times keeps what it reads
+    """One function for every backend and for the compiled reference, each of which runs one
+    direction once.
+    """
+    # a compiled backward that runs many times keeps what it reads
+    torch._functorch.config.donated_buffer = False
     torch._dynamo.reset()
     steps = {backend: _step(call, direction, backend, call.function) for backend in backends}
     if compiler is not None:
@@ -56,7 +59,8 @@ def _step(call: Call, direction: str, backend: str, function: Callable[..., obje
 
     if direction == "forward":
         return forward
-    # Backward runs on the stream of its forward pass, which must be the one that the graph is captured on.
+    # Backward runs on the stream of its forward pass, which must be the one that the graph is
+    # captured on.
     with use_backend(backend), torch.cuda.stream(_stream() if cuda else None):
         outputs = own.outputs()
         cotangents = [torch.randn_like(o) for o in outputs]
@@ -80,7 +84,10 @@ def _stream() -> torch.cuda.Stream:
 
 
 def kernels(
-    steps: dict[str, Step], device: torch.device, rounds: int = ROUNDS, on_error: OnError | None = None
+    steps: dict[str, Step],
+    device: torch.device,
+    rounds: int = ROUNDS,
+    on_error: OnError | None = None,
 ) -> Samples:
     """Measure milliseconds of one call of each step, all of them in every round.
 
@@ -88,7 +95,8 @@ def kernels(
         steps: by variant.
         device: they run on.
         rounds: of measurements.
-        on_error: told of a step that raises, which is then left out; without it, the exception goes on.
+        on_error: told of a step that raises, which is then left out; without it, the exception goes
+            on.
     """
     if device.type != "cuda":
         return calls(steps, device, rounds=min(rounds, 3), on_error=on_error)[0]
@@ -114,7 +122,9 @@ def kernels(
 
 
 def captured(step: Step) -> Step:
-    """The replay of a CUDA graph of one call, which writes the result where the captured call did."""
+    """The replay of a CUDA graph of one call, which writes the result where the captured call
+    did.
+    """
     return _capture(step, calls=1).replay
 
 
@@ -133,7 +143,7 @@ def _capture(step: Step, calls: int = CALLS) -> torch.cuda.CUDAGraph:
     return graph
 
 
-# Networks -----------------------------------------------------------------------------------------------------------
+# Networks -----------------------------------------------------------------------------------------
 
 
 def calls(
@@ -143,17 +153,20 @@ def calls(
     goes_on: Callable[[], bool] = lambda: True,
     on_error: OnError | None = None,
 ) -> tuple[Samples, dict[str, int]]:
-    """Measure milliseconds and peak bytes of every step, called once in each round; steps must be warm.
+    """Measure milliseconds and peak bytes of every step, called once in each round; steps must be
+    warm.
 
     Args:
         steps: by variant.
         device: they run on.
         rounds: at most; the first one is always finished.
         goes_on: asked before each further round.
-        on_error: told of a step that raises, which is then left out; without it, the exception goes on.
+        on_error: told of a step that raises, which is then left out; without it, the exception goes
+            on.
 
     Returns:
-        The samples, and on a GPU the most memory that was allocated during a call, weights included.
+        The samples, and on a GPU the most memory that was allocated during a call, weights
+        included.
     """
     samples: Samples = {name: [] for name in steps}
     peaks: dict[str, int] = {}
@@ -192,11 +205,13 @@ def once(step: Step, device: torch.device) -> tuple[float, int | None]:
     return start.elapsed_time(end), torch.cuda.max_memory_allocated(device)
 
 
-# Limits -------------------------------------------------------------------------------------------------------------
+# Limits -------------------------------------------------------------------------------------------
 
 
 def copies(device: torch.device, size: int) -> Samples:
-    """Milliseconds of copies of ``size`` bytes on the device: the driver's, and one by an element-wise kernel."""
+    """Milliseconds of copies of ``size`` bytes on the device: the driver's, and one by an
+    element-wise kernel.
+    """
     source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
     steps: dict[str, Step] = {
@@ -214,7 +229,9 @@ def copy_bandwidth(device: torch.device, size: int = 320 * 2**20) -> float:
 def matmul_rate(
     device: torch.device, size: int = 8192, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[float, list[float]]:
-    """FLOP/s of a product of random ``size x size`` matrices (of zeros, GPUs are faster), and its milliseconds."""
+    """FLOP/s of a product of random ``size x size`` matrices (of zeros, GPUs are faster), and its
+    milliseconds.
+    """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     samples = kernels({"matmul": lambda: torch.mm(a, b, out=out)}, device)["matmul"]

@@ -1,13 +1,16 @@
-"""Times launch options of the kernels over rows: ``python benchmarks/tune_rows.py --seconds 60 --out FILE``.
+"""Times launch options of the kernels over rows:
+``python benchmarks/tune_rows.py --seconds 60 --out FILE``.
 
-For each kernel of a block, forward and backward, at the widths of both models: today's options first, then other
-numbers of warps and stages of the loop over tokens, then the best of these with other tokens per program. Timed is the
-whole call, the sums over programs included, as the median of replayed CUDA graphs that take turns. A candidate that
-gives other numbers, or does not launch, says so and is no candidate. ``FILE`` is written after every kernel; printed is
-today's time, the best one, and which options of ``kernels/rows.py`` give it.
+For each kernel of a block, forward and backward, at the widths of both models: today's options
+first, then other numbers of warps and stages of the loop over tokens, then the best of these with
+other tokens per program. Timed is the whole call, the sums over programs included, as the median of
+replayed CUDA graphs that take turns. A candidate that gives other numbers, or does not launch, says
+so and is no candidate. ``FILE`` is written after every kernel; printed is today's time, the best
+one, and which options of ``kernels/rows.py`` give it.
 
-Compiling takes longer than timing, so ``--jobs`` processes fill Triton's cache first. ``--device cpu --tiny`` proves
-the code without a GPU, in Triton's interpreter; its times mean nothing.
+Compiling takes longer than timing, so ``--jobs`` processes fill Triton's cache first.
+``--device cpu --tiny`` proves the code without a GPU, in Triton's interpreter; its times mean
+nothing.
 """
 
 from __future__ import annotations
@@ -52,21 +55,28 @@ class Task:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="after which nothing more is timed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="after which nothing more is timed"
+    )
     parser.add_argument("--out", type=Path, help="JSON file of every candidate")
     parser.add_argument("--only", default="", help="part of a kernel's name")
-    parser.add_argument("--jobs", type=int, default=max((os.cpu_count() or 2) - 2, 1), help="processes that compile")
+    parser.add_argument(
+        "--jobs", type=int, default=max((os.cpu_count() or 2) - 2, 1), help="processes that compile"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to prove the code")
-    parser.add_argument("--compile", help=argparse.SUPPRESS)  # "3/12": the part of a process that only compiles
+    # "3/12": the part of a process that only compiles
+    parser.add_argument("--compile", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu needs --tiny: the published sizes take hours there")
     return options
 
 
-# Candidates ---------------------------------------------------------------------------------------------------------
+# Candidates ---------------------------------------------------------------------------------------
 
 
 def tasks(device: Any, tiny: bool) -> list[Task]:
@@ -105,9 +115,13 @@ def _launched(call: Callable[[], Any]) -> tuple[str, Options]:
 
 
 def first_round(task: Task) -> list[Options]:
-    """Return today's options, then every number of warps and stages with today's tokens per program."""
+    """Return today's options, then every number of warps and stages with today's tokens per
+    program.
+    """
     warps = [w for w in WARPS if 8 <= task.dim / (32 * w) <= MOST_ELEMENTS] or [1]
-    others = [task.today | {"num_warps": w, "STAGES": s} for w, s in itertools.product(warps, STAGES)]
+    others = [
+        task.today | {"num_warps": w, "STAGES": s} for w, s in itertools.product(warps, STAGES)
+    ]
     return [task.today, *(options for options in others if options != task.today)]
 
 
@@ -121,11 +135,15 @@ def described(options: Options) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
-# Measuring ----------------------------------------------------------------------------------------------------------
+# Measuring ----------------------------------------------------------------------------------------
 
 
-def measure(task: Task, candidates: list[Options], device: Any, expected: Any) -> dict[str, float | str]:
-    """Time the candidates that give the expected numbers, in turns; milliseconds, or what is wrong, by description."""
+def measure(
+    task: Task, candidates: list[Options], device: Any, expected: Any
+) -> dict[str, float | str]:
+    """Time the candidates that give the expected numbers, in turns; milliseconds, or what is wrong,
+    by description.
+    """
     import timing
     import torch
 
@@ -145,7 +163,9 @@ def measure(task: Task, candidates: list[Options], device: Any, expected: Any) -
             else:
                 found[described(options)] = "other numbers"
         except Exception as error:  # too much shared memory, for example
-            found[described(options)] = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
+            found[described(options)] = (
+                f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
+            )
             if device.type == "cuda":
                 torch.cuda.synchronize()
     return timing.medians(timing.kernels(steps, device, rounds=9)) | found
@@ -192,11 +212,18 @@ def advice(name: str, entry: dict[str, Any]) -> str:
     if "error" in entry:
         return f"{name:46} {entry['error']}"
     worth = entry["best_ms"] <= WORTH * entry["today_ms"]
-    change = f"-> {entry['best_ms']:.4f} ms {entry['share_best']:.0%}: {entry['best']}" if worth else "stays"
-    return f"{name:46} {entry['today_ms']:.4f} ms {entry['share_today']:.0%} ({entry['today']}) {change}"
+    change = (
+        f"-> {entry['best_ms']:.4f} ms {entry['share_best']:.0%}: {entry['best']}"
+        if worth
+        else "stays"
+    )
+    return (
+        f"{name:46} {entry['today_ms']:.4f} ms {entry['share_today']:.0%} ({entry['today']}) "
+        f"{change}"
+    )
 
 
-# Processes ----------------------------------------------------------------------------------------------------------
+# Processes ----------------------------------------------------------------------------------------
 
 
 def compile_part(options: argparse.Namespace, device: Any) -> int:
@@ -219,7 +246,10 @@ def compile_all(options: argparse.Namespace, until: float) -> None:
     """Let processes compile side by side; those that are not done in time are stopped."""
     command = [sys.executable, __file__, "--device", options.device, "--only", options.only]
     command += ["--tiny"] if options.tiny else []
-    children = [subprocess.Popen([*command, "--compile", f"{i}/{options.jobs}"]) for i in range(options.jobs)]
+    children = [
+        subprocess.Popen([*command, "--compile", f"{i}/{options.jobs}"])
+        for i in range(options.jobs)
+    ]
     for child in children:
         try:
             child.wait(timeout=max(until - time.monotonic(), 0.1))
@@ -250,7 +280,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
     copy = timing.copy_bandwidth(device, *((2**20,) if options.tiny else ()))
     name = torch.cuda.get_device_name(device) if options.device == "cuda" else "cpu"
-    found: dict[str, Any] = {"device": name, "torch": torch.__version__, "triton": triton.__version__, **commit()}
+    found: dict[str, Any] = {
+        "device": name,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        **commit(),
+    }
     found |= {"copy_bytes_per_s": copy, "tasks": {}}
     for task in tasks(device, options.tiny):
         if options.only not in task.name:

@@ -1,7 +1,8 @@
-"""How long this process has waited for a processor that other work had: what tells a disturbed sample from a quiet one.
+"""How long this process has waited for a processor that other work had: what tells a disturbed
+sample from a quiet one.
 
-Linux counts it for every thread, in the second number of ``/proc/self/task/<thread>/schedstat``. Elsewhere nothing
-does, and every sample is taken for a quiet one.
+Linux counts it for every thread, in the second number of ``/proc/self/task/<thread>/schedstat``.
+Elsewhere nothing does, and every sample is taken for a quiet one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What a benchmark is, and how one is measured: ours against its peers, in turns, into one line of the table."""
+"""What a benchmark is, and how one is measured: ours against its peers, in turns, into one line of
+the table.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,19 @@ from interleave import OURS, Budget, Interleaved, Step, difference, peak_memory
 from limits import Limits
 
 LAYERS = ("ops", "model", "methods", "sampling", "loading", "commands")
-COMPILED = "compile"  # a peer that `--no-compile` and `--quick` leave out: on a CPU it takes minutes to build
+# a peer that `--no-compile` and `--quick` leave out: on a CPU it takes minutes to build
+COMPILED = "compile"
 MEMORY = ", memory"  # after a peer's name: the ratio of peak memory instead of time
-# Ours against a peer, relative to the largest element: the same mathematics, other orders of summation.
+# Ours against a peer, relative to the largest element: the same mathematics, other orders of
+# summation.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where benchmarks are built: the device, whether compiled peers take part, and an empty folder for files."""
+    """Where benchmarks are built: the device, whether compiled peers take part, and an empty folder
+    for files.
+    """
 
     device: torch.device
     compile: bool
@@ -30,10 +36,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contest:
-    """A benchmark, built: steps under the names of :class:`Workload`'s peers and ours, and what one step must do.
+    """A benchmark, built: steps under the names of :class:`Workload`'s peers and ours, and what one
+    step must do.
 
     Attributes:
-        steps: each runs once and returns what is compared with the others' before anything is timed.
+        steps: each runs once and returns what is compared with the others' before anything is
+            timed.
         bytes: that a step must move at least.
         flops: of a step's matrix products.
     """
@@ -86,8 +94,10 @@ class Line:
     Attributes:
         name: of the workload.
         milliseconds: of a step of ours.
-        gigabytes_per_second, teraflops_per_second: what it moved and multiplied, None where nothing is counted.
-        of_limit: the time that the measured limits of the machine would allow, as a fraction of ours.
+        gigabytes_per_second, teraflops_per_second: what it moved and multiplied, None where nothing
+            is counted.
+        of_limit: the time that the measured limits of the machine would allow, as a fraction of
+            ours.
         peak: bytes that a step of ours needs beyond its inputs and weights, or None.
         ratios: how many times as long, or as much memory, each peer needs.
         goals: ratios to reach, by peer.
@@ -111,7 +121,9 @@ class Line:
     def lower(self, other: Line) -> Line:
         """This line with the lower one of each ratio, and as busy as the busier one of both."""
         ratios = {peer: min(ratio, other.ratios[peer]) for peer, ratio in self.ratios.items()}
-        return replace(self, ratios=ratios, again=self.again or other.again, busy=self.busy or other.busy)
+        return replace(
+            self, ratios=ratios, again=self.again or other.again, busy=self.busy or other.busy
+        )
 
 
 def figure(name: str, peer: str) -> str:
@@ -121,7 +133,9 @@ def figure(name: str, peer: str) -> str:
 
 def catalogue() -> list[Workload]:
     """Every benchmark there is, for every device; nothing is built."""
-    found = [w for layer in LAYERS for w in importlib.import_module(f"{layer}.bench_{layer}").WORKLOADS]
+    found = [
+        w for layer in LAYERS for w in importlib.import_module(f"{layer}.bench_{layer}").WORKLOADS
+    ]
     names = [w.name for w in found]
     assert len(set(names)) == len(names), "two benchmarks have the same name"
     return found
@@ -135,7 +149,8 @@ def measure(
     gates: Mapping[str, float],
     benchmark: Any = None,
 ) -> Line:
-    """Build, compare, warm up and time a workload; once more, for twice as many rounds, if a ratio misses its gate.
+    """Build, compare, warm up and time a workload; once more, for twice as many rounds, if a ratio
+    misses its gate.
 
     Args:
         gates: least ratios by :func:`figure`.
@@ -146,7 +161,9 @@ def measure(
     """
     contest = workload.build(setting)
     expected = {OURS, *(p for p in workload.peers if setting.compile or p != COMPILED)}
-    assert set(contest.steps) == expected, f"{workload.name} built {sorted(contest.steps)}, not {sorted(expected)}"
+    assert set(contest.steps) == expected, (
+        f"{workload.name} built {sorted(contest.steps)}, not {sorted(expected)}"
+    )
     _compare(workload, contest)
     memory = {
         name: peak_memory(step, setting.device) if workload.memory or name == OURS else None
@@ -161,8 +178,11 @@ def measure(
         benchmark.pedantic(rounds.time_ours, setup=rounds.time_peers, rounds=count)
     rounds.wait_for_quiet(budget)
     line = _line(workload, contest, rounds, limits, memory)
-    if not all(ratio >= gates.get(figure(line.name, peer), 0.0) for peer, ratio in line.ratios.items()):
-        rounds.run(2 * len(rounds.times[OURS]))  # a miss that a moment of the machine explains does not last
+    if not all(
+        ratio >= gates.get(figure(line.name, peer), 0.0) for peer, ratio in line.ratios.items()
+    ):
+        # a miss that a moment of the machine explains does not last
+        rounds.run(2 * len(rounds.times[OURS]))
         rounds.wait_for_quiet(budget)
         line = replace(_line(workload, contest, rounds, limits, memory), again=True)
     line = replace(line, busy=rounds.busy(budget))
@@ -179,11 +199,18 @@ def _compare(workload: Workload, contest: Contest) -> None:
             continue
         distance, allowed = difference(ours, step()), _TOLERANCES[workload.dtype]
         if not distance <= allowed:  # NaN too
-            raise ValueError(f"{workload.name}: ours and {name} differ by {distance:.1e}, allowed are {allowed:.0e}")
+            raise ValueError(
+                f"{workload.name}: ours and {name} differ by {distance:.1e}, allowed are "
+                f"{allowed:.0e}"
+            )
 
 
 def _line(
-    workload: Workload, contest: Contest, rounds: Interleaved, limits: Limits, memory: Mapping[str, int | None]
+    workload: Workload,
+    contest: Contest,
+    rounds: Interleaved,
+    limits: Limits,
+    memory: Mapping[str, int | None],
 ) -> Line:
     ratios = {}
     for peer in rounds.peers:

@@ -11,7 +11,8 @@ ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):`(~?)([\w.]+)`")
 def _link(match: re.Match[str]) -> str:
     short, path = match.groups()
     name = path.rsplit(".", 1)[-1] if short or path.startswith("anyflow.") else path
-    path = re.sub(r"^(anyflow\.ops)\.([a-z_]+)$", r"\1.\2.\2", path)  # the module of an operator has its name
+    # the module of an operator has its name
+    path = re.sub(r"^(anyflow\.ops)\.([a-z_]+)$", r"\1.\2.\2", path)
     return f'<autoref identifier="{path}" optional><code>{name}</code></autoref>'
 
 

@@ -1,11 +1,14 @@
 """Triton kernels, one file per operator: the package ``anyflow.kernels``.
 
-The folder stands at the root of the repository, so whenever the root is on ``sys.path`` it hides the distribution
-named ``kernels`` on PyPI, which diffusers and transformers use where it is installed. Hence the guard below: under any
-name but ``anyflow.kernels`` nothing of ours loads. Under the plain name ``kernels``,
+The folder stands at the root of the repository, so whenever the root is on ``sys.path`` it hides
+the distribution named ``kernels`` on PyPI, which diffusers and transformers use where it is
+installed. Hence the guard below: under any name but ``anyflow.kernels`` nothing of ours loads.
+Under the plain name ``kernels``,
 
-- the distribution from PyPI is loaded instead if it is installed, because they import names from it;
-- transformers (>= 5.0), which imports any folder of that name to read its version, is told that it is version 0;
+- the distribution from PyPI is loaded instead if it is installed, because they import names from
+  it;
+- transformers (>= 5.0), which imports any folder of that name to read its version, is told that it
+  is version 0;
 - everybody else gets an ImportError.
 
 ``tests/test_packaging.py`` proves each of these.
@@ -21,7 +24,9 @@ _MACHINERY = ("importlib", "_frozen_importlib", "_frozen_importlib_external")
 
 
 class _NotInstalled(ModuleType):
-    """What transformers gets instead of an ImportError that it would not catch; gone once its version is read."""
+    """What transformers gets instead of an ImportError that it would not catch; gone once its
+    version is read.
+    """
 
     @property
     def __version__(self) -> str:
@@ -30,7 +35,9 @@ class _NotInstalled(ModuleType):
 
 
 def _importer() -> str:
-    """Name of the module that asked for this import, past the frames of this module and of importlib."""
+    """Name of the module that asked for this import, past the frames of this module and of
+    importlib.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = str(frame.f_globals.get("__name__"))
@@ -41,10 +48,15 @@ def _importer() -> str:
 
 
 def _load_distribution() -> bool:
-    """Put the ``kernels`` distribution in our place in ``sys.modules``; False if ``sys.path`` has none."""
+    """Put the ``kernels`` distribution in our place in ``sys.modules``; False if ``sys.path`` has
+    none.
+    """
     root = Path(__file__).resolve().parent.parent
-    spec = PathFinder.find_spec("kernels", [entry for entry in sys.path if Path(entry).resolve() != root])
-    if spec is None or spec.origin is None or spec.loader is None:  # no origin: a folder without an __init__.py
+    spec = PathFinder.find_spec(
+        "kernels", [entry for entry in sys.path if Path(entry).resolve() != root]
+    )
+    # no origin: a folder without an __init__.py
+    if spec is None or spec.origin is None or spec.loader is None:
         return False
     module = sys.modules["kernels"] = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -58,9 +70,12 @@ def _guard() -> None:
         sys.modules["kernels"] = _NotInstalled("kernels")
         return
     raise ImportError(
-        f"This folder, {Path(__file__).parent}, is the package `anyflow.kernels` and was imported as `{__name__}`, "
-        "because the root of the anyflow repository is on sys.path (it is when Python starts there). For anyflow's "
-        "kernels, install anyflow and write `import anyflow.kernels`. For the distribution named `kernels` on PyPI, "
+        f"This folder, {Path(__file__).parent}, is the package `anyflow.kernels` and was imported "
+        f"as `{__name__}`, "
+        "because the root of the anyflow repository is on sys.path (it is when Python starts "
+        "there). For anyflow's "
+        "kernels, install anyflow and write `import anyflow.kernels`. For the distribution named "
+        "`kernels` on PyPI, "
         "install it with `pip install kernels`; it then takes precedence over this folder.",
         name=__name__,
     )

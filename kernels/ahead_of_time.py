@@ -1,9 +1,11 @@
-"""Compile every kernel for NVIDIA GPUs without having one: ``python -m anyflow.kernels.ahead_of_time``.
+"""Compile every kernel for NVIDIA GPUs without having one:
+``python -m anyflow.kernels.ahead_of_time``.
 
-What is compiled is what would be launched: the wrappers run on meta tensors of the shapes of the 1.3B and 14B models
-(and of the widths between), their launches are recorded, and each goes through Triton and ptxas for sm_80, sm_90 and
-sm_100. The table shows registers per thread, shared memory per program and bytes of register spills. ``--report``
-prints what the machine code of sm_90 tells about speed (``anyflow.kernels.report`` has the columns).
+What is compiled is what would be launched: the wrappers run on meta tensors of the shapes of the
+1.3B and 14B models (and of the widths between), their launches are recorded, and each goes through
+Triton and ptxas for sm_80, sm_90 and sm_100. The table shows registers per thread, shared memory
+per program and bytes of register spills. ``--report`` prints what the machine code of sm_90 tells
+about speed (``anyflow.kernels.report`` has the columns).
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """Holds the resources of one kernel on one architecture; ``spills`` are bytes stored and loaded."""
+    """Holds the resources of one kernel on one architecture; ``spills`` are bytes stored and
+    loaded.
+    """
 
     kernel: str
     variant: str
@@ -66,12 +70,16 @@ class Compiled:
 
 
 def compile_launch(launch: Launch, capability: int) -> dict[str, int]:
-    """Compile a recorded launch, specialized as the launcher would, and read the resources that it takes."""
+    """Compile a recorded launch, specialized as the launcher would, and read the resources that it
+    takes.
+    """
     compiled = _compile(launch, capability)
     report = _assemble(compiled.asm["ptx"])
     registers = re.search(r"Used (\d+) registers", report)
     if registers is None or not compiled.asm["cubin"]:
-        raise RuntimeError(f"ptxas reported no registers for {launch.kernel.fn.__name__}:\n{report}")
+        raise RuntimeError(
+            f"ptxas reported no registers for {launch.kernel.fn.__name__}:\n{report}"
+        )
     return {
         "num_warps": compiled.metadata.num_warps,
         "registers": int(registers.group(1)),
@@ -93,8 +101,12 @@ def _compile(launch: Launch, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def _specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[object]]]]:
-    """Return signature, constants and alignment hints: 1 is a constant, multiples of 16 are known."""
+def _specialize(
+    launch: Launch,
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[object]]]]:
+    """Return signature, constants and alignment hints: 1 is a constant, multiples of 16 are
+    known.
+    """
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.args[index] if index < len(launch.args) else launch.options[parameter.name]
@@ -139,7 +151,8 @@ def row_calls(
     rows: int = 21,
     make: Callable[..., Tensor] = _meta,
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the kernels of a block as the model calls them; by default at 480 x 832 x 81, 32760 tokens in 21 frames.
+    """Yield the kernels of a block as the model calls them; by default at 480 x 832 x 81, 32760
+    tokens in 21 frames.
 
     Args:
         dim: D, heads of 128.
@@ -159,22 +172,35 @@ def row_calls(
     }.items():
         read = None if args[0] is None else y
         yield variant, lambda args=args: residual_layer_norm.forward(x, y, *args)
-        yield variant, lambda args=args, read=read: residual_layer_norm.backward(grad_h, grad, read, h, *args, 1e-6)
+        yield (
+            variant,
+            lambda args=args, read=read: residual_layer_norm.backward(
+                grad_h, grad, read, h, *args, 1e-6
+            ),
+        )
     yield "", lambda: gated_residual.forward(x, y, gate)
     yield "", lambda: gated_residual.backward(grad, y, gate)
     of_heads = grad.unflatten(2, (heads, -1))
     angle = (make(length, dim // heads // 2), make(length, dim // heads // 2))
     for variant, (cos, sin) in {"rotary": angle, "no rotary": (None, None)}.items():
         yield variant, lambda c=cos, s=sin: rms_norm_rope.forward(x, weight, c, s, heads)
-        yield variant, lambda c=cos, s=sin: rms_norm_rope.backward(of_heads, x, weight, c, s, heads, 1e-6)
+        yield (
+            variant,
+            lambda c=cos, s=sin: rms_norm_rope.backward(of_heads, x, weight, c, s, heads, 1e-6),
+        )
 
 
-def embedding_calls(dim: int, dtype: torch.dtype, *, rows: int = 21) -> Iterator[tuple[str, Callable[[], object]]]:
+def embedding_calls(
+    dim: int, dtype: torch.dtype, *, rows: int = 21
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield the fusion of the embeddings of 21 times."""
     emb, gate = _meta(rows, dim, dtype=dtype), _meta()
     for fusion in ("gated", "additive"):
         yield fusion, lambda f=fusion: dual_timestep_embedding.forward(emb, emb, gate, f)
-        yield fusion, lambda f=fusion: dual_timestep_embedding.backward(emb, emb, emb, emb, gate, f, True)
+        yield (
+            fusion,
+            lambda f=fusion: dual_timestep_embedding.backward(emb, emb, emb, emb, gate, f, True),
+        )
 
 
 def frame_calls(
@@ -191,12 +217,19 @@ def frame_calls(
         inputs = (x, x, t, t, t, rows)
         yield variant, lambda i=inputs: flow_map_inputs.forward(*i, dtype, True)
         yield variant, lambda i=inputs, b=batch: flow_map_inputs.backward(x, b, *i, True)
-        yield variant, lambda u=u, w=width, i=rows: flow_map_loss.forward(x, x, u, u, x, x, t, t, t, w, i, 3.0, True)
+        yield (
+            variant,
+            lambda u=u, w=width, i=rows: flow_map_loss.forward(
+                x, x, u, u, x, x, t, t, t, w, i, 3.0, True
+            ),
+        )
     yield "", lambda: flow_map_loss.backward(_meta(samples), x, t, 3.0)
 
 
 def edge_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield calls with sizes of one, which Triton compiles into the kernel as constants: other code than for others."""
+    """Yield calls with sizes of one, which Triton compiles into the kernel as constants: other code
+    than for others.
+    """
     for length, rows in ((1, 1), (7, 1), (7, 7)):
         yield from row_calls(8, dtype, length=length, rows=rows)
     yield from embedding_calls(8, dtype, rows=1)
@@ -204,7 +237,9 @@ def edge_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]
         yield from frame_calls(dtype, shape=shape, slots=1)
 
 
-def compile_all(dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequence[int]) -> Iterator[Compiled]:
+def compile_all(
+    dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequence[int]
+) -> Iterator[Compiled]:
     """Compile every kernel; what would be the same machine code again is compiled once."""
     seen = set()
     for dtype, (index, dim) in product(dtypes, enumerate(dims)):
@@ -216,24 +251,42 @@ def compile_all(dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequen
             with record() as launches:
                 call()
             for launch, capability in product(launches, capabilities):
-                identity = (launch.kernel.fn.__name__, capability, *map(repr, (*_specialize(launch), launch.options)))
+                identity = (
+                    launch.kernel.fn.__name__,
+                    capability,
+                    *map(repr, (*_specialize(launch), launch.options)),
+                )
                 if identity in seen:
                     continue
                 seen.add(identity)
                 name = launch.kernel.fn.__name__.removesuffix("_kernel")
                 width = launch.options.get("D", 0)
-                yield Compiled(name, variant, dtype, width, capability, **compile_launch(launch, capability))
+                yield Compiled(
+                    name, variant, dtype, width, capability, **compile_launch(launch, capability)
+                )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 if any kernel spills."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="what the machine code tells about speed")
-    parser.add_argument("--dims", type=int, nargs="+", help="widths D, by default those of the models")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="what the machine code tells about speed"
+    )
+    parser.add_argument(
+        "--dims", type=int, nargs="+", help="widths D, by default those of the models"
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=(1, 21), help="R, of the report")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
-    parser.add_argument("--capabilities", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
-    parser.add_argument("--json", action="store_true", help="one JSON object per line in place of the table")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"]
+    )
+    parser.add_argument(
+        "--capabilities", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object per line in place of the table"
+    )
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
@@ -242,12 +295,16 @@ def main(arguments: list[str] | None = None) -> int:
 
         spilling = print_report(options.dims or (1536, 5120), options.rows, options.json)
     else:
-        spilling = _print_table(options.dims or DIMS, options.dtypes, options.capabilities, options.json)
+        spilling = _print_table(
+            options.dims or DIMS, options.dtypes, options.capabilities, options.json
+        )
     print(f"{spilling} kernels spill registers", file=sys.stderr)
     return int(spilling > 0)
 
 
-def _print_table(dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequence[int], as_json: bool) -> int:
+def _print_table(
+    dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequence[int], as_json: bool
+) -> int:
     """Print the resources of every kernel; return how many spill registers."""
     spilling = 0
     if not as_json:
@@ -258,9 +315,7 @@ def _print_table(dims: Sequence[int], dtypes: Sequence[str], capabilities: Seque
     return spilling
 
 
-_HEADER = (
-    f"{'kernel':34}{'variant':14}{'dtype':10}{'D':>6}{'sm':>5}{'warps':>7}{'registers':>11}{'shared':>8}{'spills':>8}"
-)
+_HEADER = f"{'kernel':34}{'variant':14}{'dtype':10}{'D':>6}{'sm':>5}{'warps':>7}{'registers':>11}{'shared':>8}{'spills':>8}"
 
 
 def _line(c: Compiled) -> str:

@@ -1,6 +1,7 @@
 """Fusion of two timestep embeddings, and its SiLU: ``anyflow.ops.dual_timestep_embedding``.
 
-Element-wise over a few hundred thousand numbers at most: what counts is one launch in place of five.
+Element-wise over a few hundred thousand numbers at most: what counts is one launch in place of
+five.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from anyflow.kernels.launch import empty, launch
 from anyflow.kernels.numerics import cast
 from anyflow.kernels.rows import finish_sums, partial_sums
 
-# Two 16-byte vectors of bf16 per thread, in programs small enough to occupy the GPU with 21 frames of D = 1536.
+# Two 16-byte vectors of bf16 per thread, in programs small enough to occupy the GPU with 21 frames
+# of D = 1536.
 _OPTIONS = {"BLOCK": 1024, "num_warps": 4}
 
 
@@ -39,7 +41,11 @@ def dual_timestep_embedding_forward_kernel(
     emb = cast(fuse(t, r, gate, GATED), emb_ptr.dtype.element_ty)
     tl.store(emb_ptr + index, emb, mask=mask)
     emb = emb.to(tl.float32)  # the activation reads what is returned
-    tl.store(activated_ptr + index, cast(emb * tl.sigmoid(emb), activated_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        activated_ptr + index,
+        cast(emb * tl.sigmoid(emb), activated_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit
@@ -88,7 +94,9 @@ def backward(
     fusion: str,
     gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel; returns the gradients of t_emb, r_emb and gate (empty unless asked for)."""
+    """Launch the backward kernel; returns the gradients of t_emb, r_emb and gate (empty unless
+    asked for).
+    """
     grad_emb, grad_activated = grad_emb.contiguous(), grad_activated.contiguous()
     t_emb, r_emb = t_emb.contiguous(), r_emb.contiguous()
     dt, dr = empty(t_emb), empty(r_emb)

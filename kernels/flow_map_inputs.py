@@ -1,4 +1,6 @@
-"""``x_t = (1 - t) x0 + t eps`` and ``x_t +- epsilon (eps - x0)``: ``anyflow.ops.flow_map_inputs``."""
+"""``x_t = (1 - t) x0 + t eps`` and ``x_t +- epsilon (eps - x0)``:
+``anyflow.ops.flow_map_inputs``.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def flow_map_inputs_forward_kernel(
 ):  # fmt: skip
     sample, frame, first, mask = chunk_of_frame(frames, size, chunks, CHUNK)
     columns = tl.arange(0, CHUNK)
-    x0 = load_row(latents_ptr + sample * latents_sample + frame * latents_frame + first, columns, mask)
+    x0 = load_row(
+        latents_ptr + sample * latents_sample + frame * latents_frame + first, columns, mask
+    )
     noise = load_row(noise_ptr + sample * noise_sample + frame * noise_frame + first, columns, mask)
     t = load_time(t_ptr, sample, frame, t_sample, t_frame).to(tl.float32)
     plus = load_time(plus_ptr, sample, frame, plus_sample, plus_frame).to(tl.float32)
@@ -88,7 +92,9 @@ def flow_map_inputs_backward_kernel(
             dx += dplus + dminus
             dv += plus * dplus - minus * dminus
     offsets = (sample * frames + frame) * size + first + columns
-    tl.store(dlatents_ptr + offsets, cast((1 - t) * dx - dv, dlatents_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        dlatents_ptr + offsets, cast((1 - t) * dx - dv, dlatents_ptr.dtype.element_ty), mask=mask
+    )
     tl.store(dnoise_ptr + offsets, cast(t * dx + dv, dnoise_ptr.dtype.element_ty), mask=mask)
 
 
@@ -111,7 +117,8 @@ def forward(
     frames, size, chunks = frame_count(latents)
     launch(
         flow_map_inputs_forward_kernel, (samples * frames * chunks,),
-        latents, noise, t, epsilon_plus, epsilon_minus, t if rows is None else rows.contiguous(), x_t, batch,
+        latents, noise, t, epsilon_plus, epsilon_minus, t if rows is None else rows.contiguous(),
+        x_t, batch,
         samples, frames, size, chunks, slots,
         *latents.stride()[:2], *noise.stride()[:2],
         *time_strides(t), *time_strides(epsilon_plus), *time_strides(epsilon_minus),
@@ -138,7 +145,8 @@ def backward(
     frames, size, chunks = frame_count(grad)
     launch(
         flow_map_inputs_backward_kernel, (samples * frames * chunks,),
-        grad, grad_batch, t, epsilon_plus, epsilon_minus, t if rows is None else rows.contiguous(), dlatents, dnoise,
+        grad, grad_batch, t, epsilon_plus, epsilon_minus, t if rows is None else rows.contiguous(),
+        dlatents, dnoise,
         samples, frames, size, chunks, slots,
         *grad.stride()[:2], *grad_batch.stride()[:2],
         *time_strides(t), *time_strides(epsilon_plus), *time_strides(epsilon_minus),

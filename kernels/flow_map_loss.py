@@ -1,4 +1,6 @@
-"""Weighted squared error against the central-difference target, per sample: ``anyflow.ops.flow_map_loss``."""
+"""Weighted squared error against the central-difference target, per sample:
+``anyflow.ops.flow_map_loss``.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +28,26 @@ def flow_map_loss_forward_kernel(
     pred_ptr, uncond_ptr, plus_ptr, minus_ptr, latents_ptr, noise_ptr,
     t_ptr, r_ptr, weight_ptr, step_ptr, rows_ptr, partial_ptr, residual_ptr,
     samples, frames, size, chunks, slots,
-    pred_sample, pred_frame, uncond_sample, uncond_frame, plus_sample, plus_frame, minus_sample, minus_frame,  # strides
+    # strides
+    pred_sample, pred_frame, uncond_sample, uncond_frame, plus_sample, plus_frame, minus_sample,
+    minus_frame,
     latents_sample, latents_frame, noise_sample, noise_frame,
     t_sample, t_frame, r_sample, r_frame, weight_sample, weight_frame, step_slot, step_frame,
     guidance, rest, inverse,  # g, 1 - g, 1 / g
-    GUIDED: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr, NEED_GRAD: tl.constexpr, CHUNK: tl.constexpr,
+    GUIDED: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr, NEED_GRAD: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     sample, frame, first, mask = chunk_of_frame(frames, size, chunks, CHUNK)
     columns = tl.arange(0, CHUNK)
     residual = load_row(pred_ptr + sample * pred_sample + frame * pred_frame + first, columns, mask)
     if GUIDED:
-        uncond = load_row(uncond_ptr + sample * uncond_sample + frame * uncond_frame + first, columns, mask)
+        uncond = load_row(
+            uncond_ptr + sample * uncond_sample + frame * uncond_frame + first, columns, mask
+        )
         residual = (residual - rest * uncond) * inverse
-    residual -= load_row(noise_ptr + sample * noise_sample + frame * noise_frame + first, columns, mask) - load_row(
+    residual -= load_row(
+        noise_ptr + sample * noise_sample + frame * noise_frame + first, columns, mask
+    ) - load_row(
         latents_ptr + sample * latents_sample + frame * latents_frame + first, columns, mask
     )
     if SIDES:
@@ -52,9 +61,15 @@ def flow_map_loss_forward_kernel(
             if ROWS:
                 index, valid = load_index(rows_ptr, slot, samples)
             if index == sample:
-                width = load_time(step_ptr, at, frame, step_slot, step_frame).to(tl.float32) * guidance
-                plus = load_row(plus_ptr + at * plus_sample + frame * plus_frame + first, columns, mask)
-                minus = load_row(minus_ptr + at * minus_sample + frame * minus_frame + first, columns, mask)
+                width = (
+                    load_time(step_ptr, at, frame, step_slot, step_frame).to(tl.float32) * guidance
+                )
+                plus = load_row(
+                    plus_ptr + at * plus_sample + frame * plus_frame + first, columns, mask
+                )
+                minus = load_row(
+                    minus_ptr + at * minus_sample + frame * minus_frame + first, columns, mask
+                )
                 residual += (plus - minus) * tl.where(valid, interval / width, float("nan"))
     residual = tl.where(mask, residual, 0.0)
     weight = load_time(weight_ptr, sample, frame, weight_sample, weight_frame).to(tl.float32)
@@ -77,7 +92,11 @@ def flow_map_loss_backward_kernel(
     grad = tl.load(grad_ptr + sample * grad_sample).to(tl.float32)
     weight = load_time(weight_ptr, sample, frame, weight_sample, weight_frame).to(tl.float32)
     residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, cast(residual * (grad * weight * factor), out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + offsets,
+        cast(residual * (grad * weight * factor), out_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 def forward(
@@ -96,7 +115,10 @@ def forward(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the operator."""
-    tensors = [contiguous_frames(pred if x is None else x) for x in (pred, uncond, u_plus, u_minus, latents, noise)]
+    tensors = [
+        contiguous_frames(pred if x is None else x)
+        for x in (pred, uncond, u_plus, u_minus, latents, noise)
+    ]
     samples, slots = pred.shape[0], tensors[2].shape[0]
     frames, size, chunks = frame_count(pred)
     partial = empty(pred, samples, frames * chunks, dtype=torch.float32)
@@ -108,7 +130,8 @@ def forward(
         *(stride for x in tensors for stride in x.stride()[:2]),
         *time_strides(t), *time_strides(r), *time_strides(weight), *time_strides(step),
         guidance, 1 - guidance, 1 / guidance,
-        GUIDED=uncond is not None, SIDES=u_plus is not None and slots > 0, ROWS=rows is not None, NEED_GRAD=need_grad,
+        GUIDED=uncond is not None, SIDES=u_plus is not None and slots > 0, ROWS=rows is not None,
+        NEED_GRAD=need_grad,
         **CHUNK_OPTIONS,
     )  # fmt: skip
     return partial.sum(1) / (frames * size), residual
@@ -117,8 +140,9 @@ def forward(
 def backward(grad: Tensor, residual: Tensor, weight: Tensor, guidance: float) -> Tensor:
     """Launch the backward kernel; returns the gradient of pred.
 
-    A kernel, because that is one pass over the residual in its own dtype and nothing else: as torch operations it is a
-    few launches for the factors, and for half precision a second pass that rounds the fp32 product.
+    A kernel, because that is one pass over the residual in its own dtype and nothing else: as torch
+    operations it is a few launches for the factors, and for half precision a second pass that
+    rounds the fp32 product.
     """
     residual = residual.contiguous()
     out = empty(residual)

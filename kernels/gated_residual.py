@@ -1,7 +1,8 @@
 """``x + y * gate``, one gate row per sample or frame: ``anyflow.ops.gated_residual``.
 
-Element-wise, yet a kernel over rows like the others: the gate is read once per run of tokens instead of once per token,
-needs no index arithmetic per element, and the sum over tokens that is its gradient stays in registers.
+Element-wise, yet a kernel over rows like the others: the gate is read once per run of tokens
+instead of once per token, needs no index arithmetic per element, and the sum over tokens that is
+its gradient stays in registers.
 """
 
 from __future__ import annotations

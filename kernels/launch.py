@@ -26,9 +26,11 @@ _recording: ContextVar[list[Launch] | None] = ContextVar("recording", default=No
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch on the device of the first argument, which need not be the current one; nothing for an empty grid.
+    """Launch on the device of the first argument, which need not be the current one; nothing for an
+    empty grid.
 
-    Pointers, sizes and strides come first, in the order of the kernel; constexpr arguments and ``num_warps`` by name.
+    Pointers, sizes and strides come first, in the order of the kernel; constexpr arguments and
+    ``num_warps`` by name.
     """
     recording = _recording.get()
     if recording is not None:
@@ -40,7 +42,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 @contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Record launches in place of running them: on meta tensors this tells, without a GPU, exactly what would run."""
+    """Record launches in place of running them: on meta tensors this tells, without a GPU, exactly
+    what would run.
+    """
     launches: list[Launch] = []
     token = _recording.set(launches)
     try:
@@ -50,10 +54,16 @@ def record() -> Iterator[list[Launch]]:
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """x itself if its last dimension is contiguous in memory (the kernels take any other strides), else a copy."""
+    """x itself if its last dimension is contiguous in memory (the kernels take any other strides),
+    else a copy.
+    """
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialized contiguous tensor on like's device; of its shape and dtype unless told otherwise."""
-    return torch.empty(shape if shape else like.shape, dtype=dtype or like.dtype, device=like.device)
+    """An uninitialized contiguous tensor on like's device; of its shape and dtype unless told
+    otherwise.
+    """
+    return torch.empty(
+        shape if shape else like.shape, dtype=dtype or like.dtype, device=like.device
+    )

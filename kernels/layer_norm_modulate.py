@@ -1,4 +1,6 @@
-"""``LN(x) * (1 + scale) + shift``, one modulation row per sample or frame: ``anyflow.ops.layer_norm_modulate``."""
+"""``LN(x) * (1 + scale) + shift``, one modulation row per sample or frame:
+``anyflow.ops.layer_norm_modulate``.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def layer_norm_modulate_forward_kernel(
     out_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
         normal = standardize(load_row(x_ptr, columns, mask), mask, eps, D)
-        tl.store(out_ptr + columns, cast(normal * scale + shift, out_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            out_ptr + columns, cast(normal * scale + shift, out_ptr.dtype.element_ty), mask=mask
+        )
         x_ptr += x_token
         out_ptr += D
 
@@ -99,7 +103,9 @@ def forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tenso
     return out
 
 
-def backward(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; returns the gradients of x, shift and scale."""
     grad, x, scale = contiguous_rows(grad), contiguous_rows(x), contiguous_rows(scale)
     (b, length, d), rows = x.shape, scale.shape[1]
@@ -107,7 +113,9 @@ def backward(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float) 
     half = x.element_size() == 2
     elements = FEW_TENSORS if half else FP32_BACKWARD
     measured = "layer_norm_modulate backward" if x.dtype == torch.bfloat16 else None
-    options = row_options(d, tokens=BACKWARD_TOKENS, elements=elements, one_warp=half, measured=measured)
+    options = row_options(
+        d, tokens=BACKWARD_TOKENS, elements=elements, one_warp=half, measured=measured
+    )
     runs = triton.cdiv(length // rows, options["TOKENS"])
     partial = partial_sums(x, 2, b * rows * runs, d)
     launch(

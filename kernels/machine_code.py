@@ -1,8 +1,9 @@
 """Machine code of a compiled kernel, counted, and the bandwidth that it can reach by that count.
 
-A kernel over tokens is judged by its loop: what one token costs in instructions and barriers, how wide its accesses
-are, whether the loads of the next token are under way while this one is summed, and how many bytes a multiprocessor
-keeps in flight. The prediction made of it is an estimate for choosing between two versions of a kernel; a GPU decides.
+A kernel over tokens is judged by its loop: what one token costs in instructions and barriers, how
+wide its accesses are, whether the loads of the next token are under way while this one is summed,
+and how many bytes a multiprocessor keeps in flight. The prediction made of it is an estimate for
+choosing between two versions of a kernel; a GPU decides.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ SHARED_BYTES, RESERVED_SHARED_BYTES = 233472, 1024
 SCHEDULERS = 4  # instructions that a multiprocessor issues per cycle
 # Bytes/s of a device-to-device copy, read plus written.
 COPY_BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}
-# Assumed cycles until the result of an instruction is there; the first GPU run replaces the prediction made of them.
+# Assumed cycles until the result of an instruction is there; the first GPU run replaces the
+# prediction made of them.
 MEMORY_CYCLES, SHARED_CYCLES, SHUFFLE_CYCLES, BARRIER_CYCLES = 800, 30, 25, 30
 SUM_LAUNCH_S = 8e-6  # of torch's kernel that finishes a two-stage sum
 
@@ -30,7 +32,9 @@ _WIDTH = re.compile(r"\.(128|64|U?16|U?8|S16|S8)\b")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: its name with modifiers, its operands, and the cycles before the next one of the warp."""
+    """One instruction: its name with modifiers, its operands, and the cycles before the next one of
+    the warp.
+    """
 
     name: str
     operands: str
@@ -54,12 +58,16 @@ class MachineCode:
     Attributes:
         loop: whether there is a loop.
         instructions: of one iteration.
-        stall_cycles: that the instructions of one warp take one after the other, waiting for no memory.
+        stall_cycles: that the instructions of one warp take one after the other, waiting for no
+            memory.
         barriers: of all warps of a program, in one iteration.
         shuffles: exchanges between the lanes of a warp.
-        load_bits, store_bits: widths of the accesses to global memory, one entry for each instruction.
-        late_loads: loads from global memory issued after the first exchange between lanes, hence after a barrier.
-        ahead: iterations between the issue of a load and the use of what it loads; 0 where both are in the same one.
+        load_bits, store_bits: widths of the accesses to global memory, one entry for each
+            instruction.
+        late_loads: loads from global memory issued after the first exchange between lanes, hence
+            after a barrier.
+        ahead: iterations between the issue of a load and the use of what it loads; 0 where both are
+            in the same one.
     """
 
     loop: bool
@@ -115,13 +123,17 @@ def _instructions(sass: str) -> list[tuple[str, Instruction | None]]:
     return found
 
 
-def _body(listing: Sequence[tuple[str, Instruction | None]]) -> tuple[list[Instruction], bool] | None:
+def _body(
+    listing: Sequence[tuple[str, Instruction | None]],
+) -> tuple[list[Instruction], bool] | None:
     """Return the longest loop that touches global memory, or None without one."""
     labels = {label: i for i, (label, x) in enumerate(listing) if x is None}
     loops = []
     for end, (_, x) in enumerate(listing):
         start = labels.get(x.operands.split()[-1], end) if x is not None and x.is_a("BRA") else end
-        loops.append([y for _, y in listing[start : end + 1] if y is not None] if start < end else [])
+        loops.append(
+            [y for _, y in listing[start : end + 1] if y is not None] if start < end else []
+        )
     bodies = [body for body in loops if any(x.is_a("LDG", "LDGSTS", "STG") for x in body)]
     return (max(bodies, key=len), True) if bodies else None
 
@@ -134,9 +146,13 @@ def _up_to_exit(listing: Sequence[tuple[str, Instruction | None]]) -> list[Instr
 
 
 def _iterations_ahead(body: Sequence[Instruction]) -> int:
-    """Return how many iterations ahead the loop copies to shared memory while it works on this one."""
-    groups = sum(x.is_a("LDGDEPBAR") for x in body)  # of asynchronous copies, committed in an iteration
-    waits = [int(x.operands.split()[-1], 16) for x in body if x.is_a("DEPBAR")]  # groups left under way
+    """Return how many iterations ahead the loop copies to shared memory while it works on this
+    one.
+    """
+    # of asynchronous copies, committed in an iteration
+    groups = sum(x.is_a("LDGDEPBAR") for x in body)
+    # groups left under way
+    waits = [int(x.operands.split()[-1], 16) for x in body if x.is_a("DEPBAR")]
     return min(waits, default=0) // groups if groups else 0
 
 
@@ -161,7 +177,9 @@ class Traffic:
 
 
 def programs_per_multiprocessor(registers: int, num_warps: int, shared: int) -> int:
-    """Return how many programs of so many registers per thread and bytes of shared memory one holds at a time."""
+    """Return how many programs of so many registers per thread and bytes of shared memory one holds
+    at a time.
+    """
     per_warp = math.ceil(registers * 32 / 256) * 256
     by_registers = REGISTERS // (per_warp * num_warps)
     by_shared = SHARED_BYTES // (shared + RESERVED_SHARED_BYTES)
@@ -173,13 +191,16 @@ def bytes_in_flight(code: MachineCode, traffic: Traffic, held: int) -> float:
     return held * traffic.read * max(code.ahead, 1)
 
 
-def predicted_share(code: MachineCode, traffic: Traffic, held: int, num_warps: int, copy: float) -> float:
+def predicted_share(
+    code: MachineCode, traffic: Traffic, held: int, num_warps: int, copy: float
+) -> float:
     """Predict the share of the bandwidth of a copy that a kernel reaches.
 
-    Three times are computed for all tokens: moving the bytes at the bandwidth of the copy; the iterations of a program
-    one after the other, ``held`` programs at a time on each multiprocessor; and issuing the instructions. They overlap
-    in part: the root of the sum of their squares is taken. A last wave of programs that does not fill the GPU counts
-    as a full one, and the kernels that finish sums come after.
+    Three times are computed for all tokens: moving the bytes at the bandwidth of the copy; the
+    iterations of a program one after the other, ``held`` programs at a time on each multiprocessor;
+    and issuing the instructions. They overlap in part: the root of the sum of their squares is
+    taken. A last wave of programs that does not fill the GPU counts as a full one, and the kernels
+    that finish sums come after.
 
     Args:
         code: of the kernel.
@@ -189,7 +210,11 @@ def predicted_share(code: MachineCode, traffic: Traffic, held: int, num_warps: i
         copy: bytes/s of a copy.
     """
     moved = (traffic.read + traffic.written) * traffic.tokens
-    waits = SHUFFLE_CYCLES * code.shuffles + BARRIER_CYCLES * code.barriers + SHARED_CYCLES * code.barriers
+    waits = (
+        SHUFFLE_CYCLES * code.shuffles
+        + BARRIER_CYCLES * code.barriers
+        + SHARED_CYCLES * code.barriers
+    )
     trips = 0 if code.ahead else 2 if code.late_loads else 1  # to memory, one after the other
     iteration = trips * MEMORY_CYCLES + code.stall_cycles + waits
     slots = held * MULTIPROCESSORS
@@ -197,6 +222,8 @@ def predicted_share(code: MachineCode, traffic: Traffic, held: int, num_warps: i
     filled = waves / math.ceil(waves) if waves > 0 else 1.0
     moving = (moved + traffic.extra) / copy
     waiting = traffic.tokens * iteration / (slots * CLOCK_HZ * filled)
-    issuing = traffic.tokens * code.instructions * num_warps / (SCHEDULERS * MULTIPROCESSORS * CLOCK_HZ)
+    issuing = (
+        traffic.tokens * code.instructions * num_warps / (SCHEDULERS * MULTIPROCESSORS * CLOCK_HZ)
+    )
     seconds = math.sqrt(moving**2 + waiting**2 + issuing**2) + SUM_LAUNCH_S * traffic.sums
     return moved / copy / seconds

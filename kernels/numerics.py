@@ -10,8 +10,12 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def cast(value, dtype: tl.constexpr):
-    """fp32 to a tensor's dtype, to nearest even. Triton's interpreter truncates to bf16, so there it is spelled out."""
+    """fp32 to a tensor's dtype, to nearest even. Triton's interpreter truncates to bf16, so there
+    it is spelled out.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return (
+            ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        )
     return value.to(dtype)

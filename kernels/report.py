@@ -1,7 +1,8 @@
 """The kernels' machine code in a table: ``python -m anyflow.kernels.ahead_of_time --report``.
 
-For sm_90, bf16, at 480 x 832 x 81 (32760 tokens in 21 frames) and the widths of both models, with one modulation row
-per sample and with one per frame. The kernels over frames take a batch of four latents. The columns:
+For sm_90, bf16, at 480 x 832 x 81 (32760 tokens in 21 frames) and the widths of both models, with
+one modulation row per sample and with one per frame. The kernels over frames take a batch of four
+latents. The columns:
 
     warps, regs    of a program, per thread
     held, occ      programs that a multiprocessor holds at a time, and its share of 64 warps
@@ -23,7 +24,13 @@ from dataclasses import asdict, dataclass
 import torch
 
 from anyflow.kernels import machine_code
-from anyflow.kernels.ahead_of_time import compile_launch, disassemble, embedding_calls, frame_calls, row_calls
+from anyflow.kernels.ahead_of_time import (
+    compile_launch,
+    disassemble,
+    embedding_calls,
+    frame_calls,
+    row_calls,
+)
 from anyflow.kernels.launch import Launch, record
 from anyflow.kernels.machine_code import Traffic
 
@@ -43,7 +50,8 @@ ROW_PASSES = {
     "rms_norm_rope_forward": (1, 1),
     "rms_norm_rope_backward": (2, 1),
 }
-# Bytes per element of a latent that are read and written, every sample with r != t: latents in bf16, t +- in fp32.
+# Bytes per element of a latent that are read and written, every sample with r != t: latents in
+# bf16, t +- in fp32.
 _FRAME_BYTES = {
     "flow_map_inputs_forward": (4, 2 + 4 + 8),
     "flow_map_inputs_backward": (2 + 4 + 8, 4),
@@ -116,7 +124,9 @@ def _entry(launch: Launch, variant: str, dim: int, rows: int, finishing: Sequenc
     name, programs = _name(launch), launch.grid[0]
     code = machine_code.parse(disassemble(launch, CAPABILITY), whole=name in _FRAME_BYTES)
     warps = resources["num_warps"]
-    held = machine_code.programs_per_multiprocessor(resources["registers"], warps, resources["shared"])
+    held = machine_code.programs_per_multiprocessor(
+        resources["registers"], warps, resources["shared"]
+    )
     traffic = _traffic(name, variant, dim, launch, finishing)
     share = traffic and {
         card: machine_code.predicted_share(code, traffic, held, warps, copy)
@@ -137,13 +147,17 @@ def _entry(launch: Launch, variant: str, dim: int, rows: int, finishing: Sequenc
         barriers=code.barriers,
         late_loads=code.late_loads,
         ahead=code.ahead,
-        kilobytes=0.0 if traffic is None else machine_code.bytes_in_flight(code, traffic, held) / 1024,
+        kilobytes=0.0
+        if traffic is None
+        else machine_code.bytes_in_flight(code, traffic, held) / 1024,
         waves=programs / (held * machine_code.MULTIPROCESSORS),
         share=share,
     )
 
 
-def _traffic(name: str, variant: str, dim: int, launch: Launch, finishing: Sequence[Launch]) -> Traffic | None:
+def _traffic(
+    name: str, variant: str, dim: int, launch: Launch, finishing: Sequence[Launch]
+) -> Traffic | None:
     programs = launch.grid[0]
     if name in _FRAME_BYTES:
         read, written = (n * launch.options["CHUNK"] for n in _FRAME_BYTES[name])

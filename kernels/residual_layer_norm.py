@@ -1,8 +1,10 @@
-"""``h = x + y * gate`` and ``n = LN(h)``, with an affine or a modulation: ``anyflow.ops.residual_layer_norm``.
+"""``h = x + y * gate`` and ``n = LN(h)``, with an affine or a modulation:
+``anyflow.ops.residual_layer_norm``.
 
-To the kernels an affine is a modulation whose one row all samples share (strides of 0) and that does not count from 1:
-``n = LN(h) * scale + shift`` with ``scale = weight`` or ``1 + scale``. An operand that is absent is never read or
-written; its flag is off and some other tensor stands in for its pointer.
+To the kernels an affine is a modulation whose one row all samples share (strides of 0) and that
+does not count from 1: ``n = LN(h) * scale + shift`` with ``scale = weight`` or ``1 + scale``. An
+operand that is absent is never read or written; its flag is off and some other tensor stands in for
+its pointer.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def residual_layer_norm_forward_kernel(
     x_batch, x_token, y_batch, y_token,  # strides
     gate_batch, gate_row, scale_batch, scale_row, shift_batch, shift_row,
     eps,
-    HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, ONE_PLUS: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
     TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) % runs
@@ -173,7 +176,8 @@ def forward(
         runs, rows, length // rows,
         *x.stride()[:2], *y.stride()[:2], *_strides(g), *_strides(a), *_strides(c),
         eps,
-        HAS_GATE=g is not None, HAS_SCALE=a is not None, HAS_SHIFT=c is not None, ONE_PLUS=scale is not None,
+        HAS_GATE=g is not None, HAS_SCALE=a is not None, HAS_SHIFT=c is not None,
+        ONE_PLUS=scale is not None,
         **options,
     )  # fmt: skip
     return h, n
@@ -191,7 +195,8 @@ def backward(
     scale: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """Launch the backward kernel; returns the gradients of x, y, gate, weight, bias, shift and scale.
+    """Launch the backward kernel; returns the gradients of x, y, gate, weight, bias, shift and
+    scale.
 
     That of an absent one is empty; y is absent where its gradient is that of x.
     """
@@ -199,18 +204,25 @@ def backward(
     dh, z = (None if t is None else contiguous_rows(t) for t in (dh, y))
     (b, length, d), rows = h.shape, _common_rows(gate, scale)
     g, a = _rows(gate, b, rows), _rows(weight if scale is None else scale, b, rows)
-    stages = 3 if gate is None and h.element_size() == 2 else 1  # more tensors, or wider ones, would spill
+    # more tensors, or wider ones, would spill
+    stages = 3 if gate is None and h.element_size() == 2 else 1
     measured = None
     if h.dtype == torch.bfloat16 and (gate is None or scale is None):
-        measured = "residual_layer_norm backward" if gate is None else "residual_layer_norm backward, gate"
-    options = row_options(d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS, stages=stages, measured=measured)
+        measured = (
+            "residual_layer_norm backward" if gate is None else "residual_layer_norm backward, gate"
+        )
+    options = row_options(
+        d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS, stages=stages, measured=measured
+    )
     runs = triton.cdiv(length // rows, options["TOKENS"])
     dx, dy = empty(h), None if y is None else empty(y)
     parameters = (gate, weight, bias, shift, scale)
     summed = [t for t in parameters if t is not None]
     partial = partial_sums(h, len(summed), b * rows * runs, d)
     unfinished = iter(partial)
-    dgate, dweight, dbias, dshift, dscale = (None if t is None else next(unfinished) for t in parameters)
+    dgate, dweight, dbias, dshift, dscale = (
+        None if t is None else next(unfinished) for t in parameters
+    )
     launch(
         residual_layer_norm_backward_kernel, (b * rows * runs,),
         _or(dh, h), dn, _or(z, h), h, _or(g, h), _or(a, h),
@@ -219,7 +231,8 @@ def backward(
         *_strides(dh), *dn.stride()[:2], *_strides(z), *h.stride()[:2], *_strides(g), *_strides(a),
         eps,
         HAS_DH=dh is not None, HAS_DY=dy is not None, HAS_GATE=g is not None,
-        HAS_SCALE=a is not None, HAS_SHIFT=bias is not None or shift is not None, ONE_PLUS=scale is not None,
+        HAS_SCALE=a is not None, HAS_SHIFT=bias is not None or shift is not None,
+        ONE_PLUS=scale is not None,
         **options,
     )  # fmt: skip
     finished = iter(finish_sums(partial, summed) if summed else ())
@@ -231,19 +244,24 @@ def backward(
 
 
 def _common_rows(gate: Tensor | None, scale: Tensor | None) -> int:
-    """Return rows per sample that serve gate and modulation alike; without either, a sample is one row."""
+    """Return rows per sample that serve gate and modulation alike; without either, a sample is one
+    row.
+    """
     return math.lcm(*(t.shape[1] for t in (gate, scale) if t is not None))
 
 
 def _rows(t: Tensor | None, b: int, rows: int) -> Tensor | None:
-    """Expand ``[B, R, D]``, or an affine ``[D]``, to ``[B, rows, D]``: itself, a view or a small copy."""
+    """Expand ``[B, R, D]``, or an affine ``[D]``, to ``[B, rows, D]``: itself, a view or a small
+    copy.
+    """
     if t is None:
         return None
     t = contiguous_rows(t)
     if t.ndim == 1:
         return t.expand(b, rows, -1)
     repeats = rows // t.shape[1]
-    return t if repeats == 1 else t.unsqueeze(2).expand(-1, -1, repeats, -1).flatten(1, 2)  # R = 1: a view
+    # R = 1: a view
+    return t if repeats == 1 else t.unsqueeze(2).expand(-1, -1, repeats, -1).flatten(1, 2)
 
 
 def _or(t: Tensor | None, stand_in: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""RMS norm over all heads, then rotation of interleaved pairs in each: ``anyflow.ops.rms_norm_rope``.
+"""RMS norm over all heads, then rotation of interleaved pairs in each:
+``anyflow.ops.rms_norm_rope``.
 
-A row stays in one register layout from load to store: each thread holds whole 16-byte vectors, hence whole pairs, so
-splitting them into even and odd numbers and joining them again moves nothing between threads.
+A row stays in one register layout from load to store: each thread holds whole 16-byte vectors,
+hence whole pairs, so splitting them into even and odd numbers and joining them again moves nothing
+between threads.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def table_columns(x_ptr, HALF: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return the columns of cos and sin for each pair of a row; every head reads the same ones."""
     columns = tl.arange(0, BLOCK_D // 2) % HALF
     if x_ptr.dtype.element_ty.primitive_bitwidth == 32 and HALF % 2 == 0:
-        # A thread holds 16 bytes of x, so two pairs; longer vectors of the table would have to be exchanged.
+        # A thread holds 16 bytes of x, so two pairs; longer vectors of the table would have to be
+        # exchanged.
         columns = tl.max_contiguous(columns, 2)
     return columns
 
@@ -119,7 +122,12 @@ def rms_norm_rope_backward_kernel(
 
 
 def forward(
-    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float = 1e-6,
 ) -> Tensor:
     """Launch the forward kernel; arguments and result as the operator."""
     x, weight = contiguous_rows(x), contiguous_rows(weight)
@@ -140,7 +148,13 @@ def forward(
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel; returns the gradients of x and weight."""
     grad = contiguous_rows(grad.flatten(2))  # a view, unless the heads are not adjacent
@@ -151,7 +165,9 @@ def backward(
     half = x.element_size() == 2
     elements = FEW_TENSORS if half else FP32_BACKWARD
     measured = "rms_norm_rope backward" if x.dtype == torch.bfloat16 else None
-    options = row_options(d, tokens=BACKWARD_TOKENS, elements=elements, one_warp=half, measured=measured)
+    options = row_options(
+        d, tokens=BACKWARD_TOKENS, elements=elements, one_warp=half, measured=measured
+    )
     runs = triton.cdiv(length, options["TOKENS"])
     partial = partial_sums(x, 1, b * runs, d)
     launch(
@@ -168,7 +184,9 @@ def backward(
 def _tables(
     cos: Tensor | None, sin: Tensor | None, unread: Tensor, head_dim: int
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Return the tables and their constexpr arguments; where there are none, an unread tensor stands for each."""
+    """Return the tables and their constexpr arguments; where there are none, an unread tensor
+    stands for each.
+    """
     if cos is None or sin is None:
         return unread, unread, {"HAS_ROPE": False, "HALF": 1}
     return contiguous_rows(cos), contiguous_rows(sin), {"HAS_ROPE": True, "HALF": head_dim // 2}

@@ -1,9 +1,11 @@
-"""Serves the kernels that hold whole rows of D in registers: launch options, statistics, two-stage sums.
+"""Serves the kernels that hold whole rows of D in registers: launch options, statistics, two-stage
+sums.
 
-A program reads a run of consecutive tokens of one modulation row, so that the row is read once per run instead of once
-per token: in bf16, a token would otherwise read four times as many bytes of fp32 shift and scale as of x. Sums over
-tokens (gradients of shift, scale, gate, weight) stay in registers over the run, go to a row of a partial-sum buffer
-each, and are added up by one more kernel: no atomics, the same bits every time.
+A program reads a run of consecutive tokens of one modulation row, so that the row is read once per
+run instead of once per token: in bf16, a token would otherwise read four times as many bytes of
+fp32 shift and scale as of x. Sums over tokens (gradients of shift, scale, gate, weight) stay in
+registers over the run, go to a row of a partial-sum buffer each, and are added up by one more
+kernel: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch import Tensor
 from anyflow.kernels.launch import empty, launch
 from anyflow.kernels.numerics import INTERPRETED, cast
 
-# Tokens per program. A backward program also writes a row of partial sums, which a longer run amortizes.
+# Tokens per program. A backward program also writes a row of partial sums, which a longer run
+# amortizes.
 FORWARD_TOKENS = 16
 BACKWARD_TOKENS = 32
 # Elements of a row per thread, at most. Few warps leave room for many programs on a multiprocessor,
@@ -31,8 +34,8 @@ FP32_BACKWARD = 16  # loaded rows take twice the registers, and ptxas spills soo
 # A row of up to so many elements can be held by one warp, which needs no barriers: 48 per thread.
 ONE_WARP = 1536
 
-# At least 3 % faster on an H200 than what follows from the above, for rows of 1536 bf16 numbers, D of the 1.3B
-# model: warps, stages, tokens per program (docs/performance-log.md, experiment 2).
+# At least 3 % faster on an H200 than what follows from the above, for rows of 1536 bf16 numbers, D
+# of the 1.3B model: warps, stages, tokens per program (docs/performance-log.md, experiment 2).
 MEASURED_D = 1536
 MEASURED = {
     "layer_norm_modulate backward": (2, 4, 64),
@@ -48,7 +51,13 @@ _overridden: ContextVar[dict[str, int]] = ContextVar("overridden", default={})  
 
 
 def row_options(
-    d: int, *, tokens: int, elements: int, stages: int = 1, one_warp: bool = False, measured: str | None = None
+    d: int,
+    *,
+    tokens: int,
+    elements: int,
+    stages: int = 1,
+    one_warp: bool = False,
+    measured: str | None = None,
 ) -> dict[str, int]:
     """Return the constexpr arguments and the number of warps of a kernel over rows.
 
@@ -56,10 +65,11 @@ def row_options(
         d: D, elements of a row.
         tokens: of a program.
         elements: of a row per thread, at most; up to 16 warps share a row.
-        stages: of the loop over tokens; from 3 on it copies ``stages - 2`` later rows to shared memory meanwhile.
+        stages: of the loop over tokens; from 3 on it copies ``stages - 2`` later rows to shared
+            memory meanwhile.
         one_warp: whether one warp holds a row where it can.
-        measured: key of :data:`MEASURED`, whose options come first at the D that they are for; None where there is
-            none for a kernel or for its dtype.
+        measured: key of :data:`MEASURED`, whose options come first at the D that they are for; None
+            where there is none for a kernel or for its dtype.
 
     Returns:
         ``TOKENS``, ``STAGES``, ``D``, ``BLOCK_D`` (the next power of two) and ``num_warps``.
@@ -69,20 +79,29 @@ def row_options(
         warps = 1
     if measured is not None and d == MEASURED_D:
         warps, stages, tokens = MEASURED[measured]
-    options = {"TOKENS": tokens, "STAGES": stages, "D": d, "BLOCK_D": triton.next_power_of_2(d), "num_warps": warps}
+    options = {
+        "TOKENS": tokens,
+        "STAGES": stages,
+        "D": d,
+        "BLOCK_D": triton.next_power_of_2(d),
+        "num_warps": warps,
+    }
     return options | _overridden.get()
 
 
 @contextmanager
 def override_options(**options: int) -> Iterator[None]:
-    """Launch the kernels over rows with other ``TOKENS``, ``STAGES`` or ``num_warps``, to time them.
+    """Launch the kernels over rows with other ``TOKENS``, ``STAGES`` or ``num_warps``, to time
+    them.
 
     Raises:
         ValueError: another option is named.
     """
     unknown = sorted(set(options) - {"TOKENS", "STAGES", "num_warps"})
     if unknown:
-        raise ValueError(f"override_options takes TOKENS, STAGES and num_warps, got {', '.join(unknown)}")
+        raise ValueError(
+            f"override_options takes TOKENS, STAGES and num_warps, got {', '.join(unknown)}"
+        )
     token = _overridden.set(options)
     try:
         yield
@@ -98,7 +117,9 @@ def load_row(pointer, columns, mask):
 
 @triton.jit
 def standardize(x, mask, eps, D: tl.constexpr):
-    """Return ``(x - mean) / std`` of a row; the variance is that of the centered row, so that it cannot cancel."""
+    """Return ``(x - mean) / std`` of a row; the variance is that of the centered row, so that it
+    cannot cancel.
+    """
     centered = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
     return centered * tl.rsqrt(tl.sum(centered * centered, 0) / D + eps)
 
@@ -122,7 +143,8 @@ def sum_pair(a, b):
 
 @triton.jit
 def standardize_with_gradient(x, g, mask, eps, D: tl.constexpr):
-    """Return ``standardize(x)`` and the gradient of x, given the gradient g of that, which is zero beyond D.
+    """Return ``standardize(x)`` and the gradient of x, given the gradient g of that, which is zero
+    beyond D.
 
     The sums of g and of g * normal ride along with those of the statistics, as sum(g * normal) is
     sum(g * centered) / std: two reductions in place of four.
@@ -135,14 +157,17 @@ def standardize_with_gradient(x, g, mask, eps, D: tl.constexpr):
     return normal, rstd * (g - sum_g / D - normal * (product * rstd / D))
 
 
-# Sums over tokens ---------------------------------------------------------------------------------------------------
+# Sums over tokens ---------------------------------------------------------------------------------
 
-# A tile of partial sums per iteration: 32 columns, so that a few gradients of D = 1536 occupy the GPU.
+# A tile of partial sums per iteration: 32 columns, so that a few gradients of D = 1536 occupy the
+# GPU.
 _SUM_OPTIONS = {"PROGRAMS": 128, "COLUMNS": 32, "num_warps": 4}
 
 
 def partial_sums(like: Tensor, count: int, programs: int, d: int) -> Tensor:
-    """Return ``[count, programs, D]`` in fp32, uninitialized: for each gradient one row from each program."""
+    """Return ``[count, programs, D]`` in fp32, uninitialized: for each gradient one row from each
+    program.
+    """
     return empty(like, count, programs, d, dtype=torch.float32)
 
 
@@ -150,7 +175,8 @@ def finish_sums(partial: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Add up the programs' sums of up to three gradients in one launch.
 
     Args:
-        partial: ``[count, programs, D]``, as :func:`partial_sums`; programs of one row of a gradient are adjacent.
+        partial: ``[count, programs, D]``, as :func:`partial_sums`; programs of one row of a
+            gradient are adjacent.
         like: what each is the gradient of, ``[..., D]``; its rows share the programs equally.
 
     Returns:
@@ -182,19 +208,52 @@ def finish_sums_kernel(
     group = tl.program_id(0) // blocks
     column = tl.program_id(0) % blocks * COLUMNS
     if group < first_groups:
-        sum_programs(partial_ptr, first_ptr, 0, group, first_groups, column, programs, d, PROGRAMS, COLUMNS)
+        sum_programs(
+            partial_ptr, first_ptr, 0, group, first_groups, column, programs, d, PROGRAMS, COLUMNS
+        )
     else:
         group -= first_groups
         if group < second_groups:
-            sum_programs(partial_ptr, second_ptr, 1, group, second_groups, column, programs, d, PROGRAMS, COLUMNS)
+            sum_programs(
+                partial_ptr,
+                second_ptr,
+                1,
+                group,
+                second_groups,
+                column,
+                programs,
+                d,
+                PROGRAMS,
+                COLUMNS,
+            )
         else:
             group -= second_groups
-            sum_programs(partial_ptr, third_ptr, 2, group, third_groups, column, programs, d, PROGRAMS, COLUMNS)
+            sum_programs(
+                partial_ptr,
+                third_ptr,
+                2,
+                group,
+                third_groups,
+                column,
+                programs,
+                d,
+                PROGRAMS,
+                COLUMNS,
+            )
 
 
 @triton.jit
 def sum_programs(
-    partial_ptr, sum_ptr, index, group, groups, column, programs, d, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr
+    partial_ptr,
+    sum_ptr,
+    index,
+    group,
+    groups,
+    column,
+    programs,
+    d,
+    PROGRAMS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Add up the rows of one group of gradient ``index``, in ``COLUMNS`` columns."""
     of_group = programs // groups
@@ -205,6 +264,8 @@ def sum_programs(
     total = tl.zeros([PROGRAMS, COLUMNS], tl.float32)
     for first in range(0, of_group, PROGRAMS):
         mask = (rows[:, None] < of_group - first) & (columns[None, :] < d)
-        total += tl.load(partial_ptr + start + tl.cast(first, tl.int64) * d + offsets, mask=mask, other=0.0)
+        total += tl.load(
+            partial_ptr + start + tl.cast(first, tl.int64) * d + offsets, mask=mask, other=0.0
+        )
     result = cast(tl.sum(total, 0), sum_ptr.dtype.element_ty)
     tl.store(sum_ptr + tl.cast(group, tl.int64) * d + columns, result, mask=columns < d)

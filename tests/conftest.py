@@ -1,4 +1,6 @@
-"""What every test has: two threads, a seeded generator, no network, the same random examples each time."""
+"""What every test has: two threads, a seeded generator, no network, the same random examples each
+time.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -10,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub when it is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # by OpenMP: idle threads of one worker leave the cores to another
+# by OpenMP: idle threads of one worker leave the cores to another
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if os.environ.get("ANYFLOW_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
 
@@ -28,14 +31,17 @@ hypothesis.settings.load_profile("anyflow")
 
 
 def pytest_report_header() -> list[str]:
-    """Which build is tested: an installed one, this checkout's, or that of ``make sanitize``; and what cannot be."""
+    """Which build is tested: an installed one, this checkout's, or that of ``make sanitize``; and
+    what cannot be.
+    """
     spec = importlib.util.find_spec("anyflow._C")
     lines = [f"anyflow._C: {'not built' if spec is None else spec.origin}"]
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
         triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
         if _minor(triton) < (3, 7) and _minor(numpy) >= (2, 4):
             lines.append(
-                f"triton {triton} interprets no kernel with numpy {numpy}: install numpy < 2.4 or triton >= 3.7"
+                f"triton {triton} interprets no kernel with numpy {numpy}: install numpy < 2.4 or "
+                "triton >= 3.7"
             )
     return lines
 
@@ -46,7 +52,9 @@ def _minor(version: str) -> tuple[int, int]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules with slow tests first: the last one should not keep one worker busy when the other has finished."""
+    """Modules with slow tests first: the last one should not keep one worker busy when the other
+    has finished.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -77,25 +85,44 @@ def free_port() -> Callable[[], int]:
 
 @pytest.fixture(scope="session")
 def process_environment(free_port: Callable[[], int]) -> Callable[[], dict[str, str]]:
-    """The environment of processes that meet on this machine: one thread each, this checkout, a port of their own."""
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "GLOO_SOCKET_IFNAME": "lo"}
-    return lambda: {**os.environ, **own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    """The environment of processes that meet on this machine: one thread each, this checkout, a
+    port of their own.
+    """
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return lambda: {
+        **os.environ,
+        **own,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
 
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., str]:
-    """``run_python(code, **environment)``: what a fresh process prints that has the anyflow of this one.
+    """``run_python(code, **environment)``: what a fresh process prints that has the anyflow of this
+    one.
 
-    Its parts are where they are here: in a checkout that is not installed, not beside the package. The variables that
-    choose a backend are set only if they are given.
+    Its parts are where they are here: in a checkout that is not installed, not beside the package.
+    The variables that choose a backend are set only if they are given.
     """
 
     def run(code: str, **environment: str) -> str:
-        inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ANYFLOW_BACKEND", "CC")}
+        inherited = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("TRITON_INTERPRET", "ANYFLOW_BACKEND", "CC")
+        }
         inherited["PYTHONPATH"] = str(Path(anyflow.__file__).parents[1])
         code = f"import anyflow; anyflow.__path__[:] = {list(anyflow.__path__)!r}\n{code}"
         process = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=inherited | environment
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=inherited | environment,
         )
         assert process.returncode == 0, process.stderr
         return process.stdout.strip()
@@ -104,20 +131,40 @@ def run_python() -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def torchrun(process_environment: Callable[[], dict[str, str]]) -> Callable[..., subprocess.Popen[str]]:
-    """``torchrun(processes, script, *arguments)``: real processes under torchrun, started; for ``communicate()``."""
+def torchrun(
+    process_environment: Callable[[], dict[str, str]],
+) -> Callable[..., subprocess.Popen[str]]:
+    """``torchrun(processes, script, *arguments)``: real processes under torchrun, started; for
+    ``communicate()``.
+    """
 
     def start(processes: int, script: Path, *arguments: object) -> subprocess.Popen[str]:
         env = process_environment()
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         address = ["--master-addr", env["MASTER_ADDR"], "--master-port", env["MASTER_PORT"]]
         command = [*launch, *address, str(script), *map(str, arguments)]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     return start
 
 
-_WORDS = ["a", "red", "blue", "disc", "cross", "moves", "slowly", "to", "the", "right", "&", "bad", "quality"]
+_WORDS = [
+    "a",
+    "red",
+    "blue",
+    "disc",
+    "cross",
+    "moves",
+    "slowly",
+    "to",
+    "the",
+    "right",
+    "&",
+    "bad",
+    "quality",
+]
 
 
 @pytest.fixture(scope="session")
@@ -130,15 +177,23 @@ def wan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wan")
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
-        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        base_dim=4,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
     )
     vae.save_pretrained(folder / "vae")
-    config = UMT5Config(vocab_size=3 + len(_WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    config = UMT5Config(
+        vocab_size=3 + len(_WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *_WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder / "tokenizer")
@@ -147,15 +202,28 @@ def wan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small untrained model of moving shapes, in a folder as a stage of ``anyflow demo`` leaves it."""
+    """A small untrained model of moving shapes, in a folder as a stage of ``anyflow demo`` leaves
+    it.
+    """
     from anyflow.models import AnyFlowTransformer3DModel
     from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("shapes") / "student"
-    sizes = {"num_attention_heads": 1, "attention_head_dim": 12, "num_layers": 1, "rope_max_seq_len": 32}
+    sizes = {
+        "num_attention_heads": 1,
+        "attention_head_dim": 12,
+        "num_layers": 1,
+        "rope_max_seq_len": 32,
+    }
     transformer = AnyFlowTransformer3DModel(
-        **sizes, in_channels=8, out_channels=8, text_dim=32, freq_dim=16, ffn_dim=16, r_embedder=True
+        **sizes,
+        in_channels=8,
+        out_channels=8,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=16,
+        r_embedder=True,
     )
     transformer.save_pretrained(folder / "transformer")
     FlowMapEulerDiscreteScheduler(100, shift=3.0).save_pretrained(folder / "scheduler")

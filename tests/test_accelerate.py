@@ -59,7 +59,9 @@ def build(kind: str, **settings: Any) -> DiffusionPipeline:
     }
     if kind == "anyflow":
         parts["transformer"] = randomized(diffusers.AnyFlowTransformer3DModel(**(TINY | settings)))
-        pipe = AnyFlowPipeline(**parts, scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=5.0))
+        pipe = AnyFlowPipeline(
+            **parts, scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=5.0)
+        )
     else:
         parts["transformer"] = randomized(diffusers.WanTransformer3DModel(**(TINY | settings)))
         if kind == "wan-2.2":
@@ -108,7 +110,9 @@ def test_same_latents_in_place_and_bit_identical_after_restore(kind) -> None:
     pipe = build(kind)
     theirs, before = pipe.transformer, latents(pipe)
     assert anyflow.accelerate(pipe) is pipe
-    assert type(pipe.transformer) is (AnyFlowTransformer3DModel if kind == "anyflow" else WanTransformer3DModel)
+    assert type(pipe.transformer) is (
+        AnyFlowTransformer3DModel if kind == "anyflow" else WanTransformer3DModel
+    )
     assert_same(latents(pipe), before)
     assert anyflow.restore(pipe) is pipe
     assert pipe.transformer is theirs
@@ -124,7 +128,9 @@ def test_both_transformers_of_wan_2_2_are_replaced_and_matter() -> None:
         pipe.transformer_2.proj_out.bias += 1
     assert (latents(pipe) - before).abs().max() > 0.1
     anyflow.restore(pipe)
-    assert all(type(t) is diffusers.WanTransformer3DModel for t in (pipe.transformer, pipe.transformer_2))
+    assert all(
+        type(t) is diffusers.WanTransformer3DModel for t in (pipe.transformer, pipe.transformer_2)
+    )
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -136,7 +142,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("cls", [diffusers.AnyFlowTransformer3DModel, diffusers.WanTransformer3DModel])
+@pytest.mark.parametrize(
+    "cls", [diffusers.AnyFlowTransformer3DModel, diffusers.WanTransformer3DModel]
+)
 def test_bare_transformer(cls, settings, generator) -> None:
     if cls is diffusers.WanTransformer3DModel and "gate_value" in settings:
         pytest.skip("Wan has no second timestep")
@@ -159,7 +167,10 @@ def test_times_of_tokens_may_differ_between_frames_only(generator) -> None:
     """Wan 2.2's 5B model, image-to-video: the first frame is clean."""
     theirs = randomized(diffusers.WanTransformer3DModel(**TINY))
     ours = anyflow.accelerate(theirs)
-    x, text = torch.randn(1, 16, 3, 4, 6, generator=generator), torch.randn(1, 5, 16, generator=generator)
+    x, text = (
+        torch.randn(1, 16, 3, 4, 6, generator=generator),
+        torch.randn(1, 5, 16, generator=generator),
+    )
     t = torch.tensor([0.0, 700.0, 700.0]).repeat_interleave(6)[None]
     with torch.no_grad():
         assert_same(ours(x, t, text).sample, theirs(x, t, text).sample)
@@ -176,7 +187,9 @@ def test_weights_are_shared_both_ways_and_not_copied(kind) -> None:
     ours = anyflow.accelerate(theirs)
     a, b = dict(theirs.named_parameters()), dict(ours.named_parameters())
     assert a.keys() == b.keys() and all(a[name] is b[name] for name in a)
-    storages = {p.untyped_storage().data_ptr() for network in (theirs, ours) for p in network.parameters()}
+    storages = {
+        p.untyped_storage().data_ptr() for network in (theirs, ours) for p in network.parameters()
+    }
     assert len(storages) == len(a)
     assert not any(tensor.is_meta for tensor in (*ours.parameters(), *ours.buffers()))
     with torch.no_grad():
@@ -195,7 +208,9 @@ def test_dtypes_are_kept_and_the_gate_stays_exact() -> None:
     theirs = build("anyflow", gate_value=0.6).transformer.to(torch.bfloat16)
     theirs.condition_embedder.time_embedder.float()
     ours = anyflow.accelerate(theirs)
-    assert {n: p.dtype for n, p in ours.named_parameters()} == {n: p.dtype for n, p in theirs.named_parameters()}
+    assert {n: p.dtype for n, p in ours.named_parameters()} == {
+        n: p.dtype for n, p in theirs.named_parameters()
+    }
     assert ours.dtype == theirs.dtype == torch.bfloat16
     assert ours.condition_embedder.delta_emb_gate.item() == pytest.approx(0.6, abs=1e-7)
 
@@ -217,19 +232,31 @@ def test_training_mode_gradients_and_checkpointing_are_kept() -> None:
     theirs.enable_gradient_checkpointing()
     ours = anyflow.accelerate(theirs)
     assert ours.training and ours.is_gradient_checkpointing
-    assert not any(module.training for module in anyflow.accelerate(build("wan").transformer).modules())
+    assert not any(
+        module.training for module in anyflow.accelerate(build("wan").transformer).modules()
+    )
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == {
         n for n, p in theirs.named_parameters() if p.requires_grad
     }
 
 
 def test_adapters_around_our_own_layers_in_bf16(generator) -> None:
-    """The projection out runs in fp32 there, which a plain linear layer under an adapter would refuse."""
+    """The projection out runs in fp32 there, which a plain linear layer under an adapter would
+    refuse.
+    """
     theirs = build("anyflow").transformer
     add_adapter(theirs, ["proj_out", "patch_embedding"])
     theirs.to(torch.bfloat16)
-    x, text = torch.randn(1, 3, 16, 4, 6, generator=generator), torch.randn(1, 5, 16, generator=generator)
-    arguments = (x.bfloat16(), torch.full((1, 3), 700.0), torch.full((1, 3), 300.0), text.bfloat16())
+    x, text = (
+        torch.randn(1, 3, 16, 4, 6, generator=generator),
+        torch.randn(1, 5, 16, generator=generator),
+    )
+    arguments = (
+        x.bfloat16(),
+        torch.full((1, 3), 700.0),
+        torch.full((1, 3), 300.0),
+        text.bfloat16(),
+    )
     with torch.no_grad():
         expected = theirs(*arguments).sample
         ours = anyflow.accelerate(theirs)
@@ -261,7 +288,11 @@ def test_a_second_accelerate_changes_nothing(kind) -> None:
         anyflow.restore(pipe.transformer)
 
 
-ONE_STEP: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "negative_prompt_embeds": None}
+ONE_STEP: dict[str, Any] = {
+    "num_inference_steps": 1,
+    "guidance_scale": 1.0,
+    "negative_prompt_embeds": None,
+}
 
 
 def test_torch_compile_between_two_calls_and_restore_with_adapters() -> None:
@@ -271,11 +302,17 @@ def test_torch_compile_between_two_calls_and_restore_with_adapters() -> None:
     anyflow.accelerate(pipe)
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     compiled = pipe.transformer
-    assert anyflow.accelerate(pipe).transformer is compiled and anyflow.accelerate(compiled) is compiled
+    assert (
+        anyflow.accelerate(pipe).transformer is compiled
+        and anyflow.accelerate(compiled) is compiled
+    )
     assert pipe.config["transformer"] == index  # what is saved loads without anyflow
     assert_same(latents(pipe, **ONE_STEP), before)
     anyflow.restore(pipe)
-    assert pipe.get_list_adapters() == {"transformer": ["style"]} and pipe.config["transformer"] == index
+    assert (
+        pipe.get_list_adapters() == {"transformer": ["style"]}
+        and pipe.config["transformer"] == index
+    )
     assert torch.equal(latents(pipe, **ONE_STEP), before)
 
 
@@ -289,7 +326,9 @@ def test_modules_compiled_in_place_before_give_the_same(compile) -> None:
     assert_same(latents(anyflow.restore(pipe), **ONE_STEP), before)
 
 
-@pytest.mark.parametrize("adapters", [None, [*TARGETS, "proj_out", "patch_embedding"]], ids=["plain", "adapters"])
+@pytest.mark.parametrize(
+    "adapters", [None, [*TARGETS, "proj_out", "patch_embedding"]], ids=["plain", "adapters"]
+)
 @pytest.mark.parametrize("kind", ["anyflow", "wan-2.2"])
 def test_from_pipe_shares_what_was_accelerated(kind, adapters, tmp_path: Path) -> None:
     """Each pipeline is restored for itself, and the other goes on."""
@@ -314,8 +353,16 @@ def test_our_classes_equal_diffusers_of_their_name_only() -> None:
     pairs = [(AnyFlowTransformer3DModel, diffusers.AnyFlowTransformer3DModel)]
     pairs.append((WanTransformer3DModel, diffusers.WanTransformer3DModel))
     for ours, theirs in pairs:
-        assert ours in (theirs,) and ours == theirs and theirs == ours and hash(ours) != hash(theirs)
-    assert AnyFlowTransformer3DModel not in (WanTransformer3DModel, diffusers.WanTransformer3DModel, type, int, 3)
+        assert (
+            ours in (theirs,) and ours == theirs and theirs == ours and hash(ours) != hash(theirs)
+        )
+    assert AnyFlowTransformer3DModel not in (
+        WanTransformer3DModel,
+        diffusers.WanTransformer3DModel,
+        type,
+        int,
+        3,
+    )
 
 
 def test_from_pipe_to_another_pipeline_of_wan() -> None:
@@ -374,12 +421,16 @@ def test_restore_is_refused_where_another_pipeline_offloads() -> None:
     pipe = build("anyflow")
     pipe.enable_model_cpu_offload(device="cpu")
     other = type(pipe).from_pipe(anyflow.accelerate(pipe))
-    with pytest.raises(ValueError, match="restore: the transformer has a hook of the package accelerate"):
+    with pytest.raises(
+        ValueError, match="restore: the transformer has a hook of the package accelerate"
+    ):
         anyflow.restore(other)
     anyflow.restore(pipe)
 
 
-@pytest.mark.parametrize("targets", [TARGETS, [*TARGETS, "proj_out", "patch_embedding", "linear_1"]], ids=len)
+@pytest.mark.parametrize(
+    "targets", [TARGETS, [*TARGETS, "proj_out", "patch_embedding", "linear_1"]], ids=len
+)
 @pytest.mark.parametrize("kind", ["anyflow", "wan"])
 def test_adapters_loaded_before(kind, targets) -> None:
     pipe = build(kind)
@@ -388,7 +439,9 @@ def test_adapters_loaded_before(kind, targets) -> None:
     before, names = latents(pipe), set(pipe.transformer.state_dict())
     anyflow.accelerate(pipe)
     assert_same(latents(pipe), before)
-    assert set(pipe.transformer.state_dict()) == names and pipe.get_list_adapters() == {"transformer": ["style"]}
+    assert set(pipe.transformer.state_dict()) == names and pipe.get_list_adapters() == {
+        "transformer": ["style"]
+    }
     half = latents(pipe, attention_kwargs={"scale": 0.5})
     pipe.set_adapters(["style"], [0.5])
     assert (before - plain).abs().max() > 1e-2
@@ -398,7 +451,10 @@ def test_adapters_loaded_before(kind, targets) -> None:
     pipe.enable_lora()
     pipe.set_adapters(["style"], [1.0])
     anyflow.restore(pipe)
-    assert type(getattr(pipe.transformer.proj_out, "base_layer", pipe.transformer.proj_out)) is nn.Linear
+    assert (
+        type(getattr(pipe.transformer.proj_out, "base_layer", pipe.transformer.proj_out))
+        is nn.Linear
+    )
     assert torch.equal(latents(pipe), before)
 
 
@@ -408,7 +464,9 @@ def test_adapters_loaded_from_a_file_after_and_kept_by_restore(kind, tmp_path: P
     plain = latents(pipe)
     add_adapter(pipe.transformer, [*TARGETS, "proj_out"])
     expected = latents(pipe)
-    pipe.save_lora_weights(tmp_path, get_peft_model_state_dict(pipe.transformer, adapter_name="style"))
+    pipe.save_lora_weights(
+        tmp_path, get_peft_model_state_dict(pipe.transformer, adapter_name="style")
+    )
     pipe.unload_lora_weights()
     anyflow.accelerate(pipe)
     pipe.load_lora_weights(tmp_path, adapter_name="style")
@@ -432,7 +490,10 @@ def test_adapters_unloaded_in_between_are_gone_after_restore() -> None:
 
 
 def transformers(pipe: DiffusionPipeline) -> list[nn.Module]:
-    return [pipe.transformer, *([pipe.transformer_2] if hasattr(pipe, "transformer_2") and pipe.transformer_2 else [])]
+    return [
+        pipe.transformer,
+        *([pipe.transformer_2] if hasattr(pipe, "transformer_2") and pipe.transformer_2 else []),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["anyflow", "wan-2.2"])
@@ -448,7 +509,10 @@ def test_model_offloading(kind, first) -> None:
     for step in steps if first == "offload" else reversed(steps):
         step()
     for _ in range(2):  # the pipeline puts its hooks on again after each call
-        assert all(isinstance(t, AnyFlowTransformer3DModel) and hasattr(t, "_hf_hook") for t in transformers(pipe))
+        assert all(
+            isinstance(t, AnyFlowTransformer3DModel) and hasattr(t, "_hf_hook")
+            for t in transformers(pipe)
+        )
         assert len(pipe._all_hooks) == 2 + len(transformers(pipe))
         assert_same(latents(pipe), expected)
     theirs = [t._accelerated_from.transformer for t in transformers(pipe)]
@@ -460,7 +524,9 @@ def test_model_offloading(kind, first) -> None:
 
 @pytest.mark.parametrize("kind", ["anyflow", "wan-2.2"])
 def test_sequential_offloading_is_put_on_again(kind) -> None:
-    """Not run under it: on a CPU diffusers asks for "cpu:0", which accelerate 1.15 fails on with any model."""
+    """Not run under it: on a CPU diffusers asks for "cpu:0", which accelerate 1.15 fails on with
+    any model.
+    """
     pipe = build(kind)
     expected = latents(pipe)
     storage = pipe.transformer.proj_out.weight.data_ptr()
@@ -468,9 +534,15 @@ def test_sequential_offloading_is_put_on_again(kind) -> None:
     for step in (anyflow.accelerate, anyflow.restore):
         step(pipe)
         for transformer in transformers(pipe):
-            assert isinstance(transformer, AnyFlowTransformer3DModel) == (step is anyflow.accelerate)
+            assert isinstance(transformer, AnyFlowTransformer3DModel) == (
+                step is anyflow.accelerate
+            )
             assert all(p.is_meta for p in transformer.parameters())
-            assert all(hasattr(m, "_hf_hook") for m in transformer.modules() if [*m.parameters(recurse=False)])
+            assert all(
+                hasattr(m, "_hf_hook")
+                for m in transformer.modules()
+                if [*m.parameters(recurse=False)]
+            )
     pipe.remove_all_hooks()
     assert pipe.transformer.proj_out.weight.data_ptr() == storage
     assert torch.equal(latents(pipe), expected)
@@ -495,14 +567,19 @@ def test_offloading_stays_on_when_a_pipeline_is_refused() -> None:
     pipe.enable_model_cpu_offload(device="cpu")
     with pytest.raises(ValueError, match="added_kv_proj_dim"):
         anyflow.accelerate(pipe)
-    assert hasattr(pipe.transformer, "_hf_hook") and type(pipe.transformer) is diffusers.WanTransformer3DModel
+    assert (
+        hasattr(pipe.transformer, "_hf_hook")
+        and type(pipe.transformer) is diffusers.WanTransformer3DModel
+    )
 
 
 @pytest.mark.parametrize("kind", ["anyflow", "wan"])
 def test_callback_sees_every_step_and_may_replace_latents(kind) -> None:
     seen: list[float] = []
 
-    def callback(pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def callback(
+        pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         seen.append(float(timestep))
         return {"latents": 0.9 * tensors["latents"]}
 
@@ -521,10 +598,15 @@ def test_saved_pipeline_loads_in_diffusers_alone(kind, tmp_path: Path) -> None:
     again.set_progress_bar_config(disable=True)
     assert type(again.transformer).__module__.startswith("diffusers.")
     assert torch.equal(latents(again), expected)
-    files = (tmp_path / "pipe" / "model_index.json", tmp_path / "pipe" / "transformer" / "config.json")
+    files = (
+        tmp_path / "pipe" / "model_index.json",
+        tmp_path / "pipe" / "transformer" / "config.json",
+    )
     index, config = (json.loads(file.read_text()) for file in files)
     assert (
-        index["transformer"] == ["diffusers", config["_class_name"]] == ["diffusers", type(again.transformer).__name__]
+        index["transformer"]
+        == ["diffusers", config["_class_name"]]
+        == ["diffusers", type(again.transformer).__name__]
     )
     anyflow.restore(pipe)
     assert pipe.config["transformer"] == ("diffusers", config["_class_name"])
@@ -549,22 +631,28 @@ class OtherProcessor:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "image-attention": (lambda: refused(lambda t: None, added_kv_proj_dim=24), ValueError, "added_kv_proj_dim=24"),
+    "image-attention": (lambda: refused(lambda t: None, added_kv_proj_dim=24), ValueError,
+                        "added_kv_proj_dim=24"),
     "image-positions": (
-        lambda: refused(lambda t: None, image_dim=8, pos_embed_seq_len=3), ValueError, "pos_embed_seq_len=3"
+        lambda: refused(lambda t: None, image_dim=8, pos_embed_seq_len=3), ValueError,
+        "pos_embed_seq_len=3"
     ),
-    "fused": (lambda: refused(lambda t: t.fuse_qkv_projections()), ValueError, "attn1 has fused projections"),
+    "fused": (lambda: refused(lambda t: t.fuse_qkv_projections()), ValueError, "attn1 has fused "
+                                                                               "projections"),
     "processor": (
         lambda: refused(lambda t: t.blocks[1].attn2.set_processor(OtherProcessor())),
         ValueError,
         "blocks.1.attn2 has the attention processor OtherProcessor",
     ),
     "compiled": (
-        lambda: torch.compile(refused(lambda t: None)), ValueError, "compiled by torch.compile; accelerate first"
+        lambda: torch.compile(refused(lambda t: None)), ValueError, "compiled by torch.compile; "
+                                                                    "accelerate first"
     ),
-    "offloaded": (lambda: refused(lambda t: cpu_offload(t, "cpu")), ValueError, "the transformer has a hook"),
+    "offloaded": (lambda: refused(lambda t: cpu_offload(t, "cpu")), ValueError, "the transformer "
+                                                                                "has a hook"),
     "cache": (
-        lambda: refused(lambda t: t.enable_cache(diffusers.FirstBlockCacheConfig())), ValueError, "a hook of diffusers"
+        lambda: refused(lambda t: t.enable_cache(diffusers.FirstBlockCacheConfig())), ValueError,
+        "a hook of diffusers"
     ),
     "forward-hook": (
         lambda: refused(lambda t: t.norm_out.register_forward_hook(lambda *_: None)),
@@ -572,18 +660,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "norm_out has a forward hook",
     ),
     "parameter": (
-        lambda: refused(lambda t: t.blocks[0].register_parameter("more", nn.Parameter(torch.ones(1)))),
+        lambda: refused(lambda t: t.blocks[0].register_parameter("more",
+                                                                 nn.Parameter(torch.ones(1)))),
         ValueError,
         "blocks.0.more",
     ),
     "linear": (lambda: nn.Linear(2, 2), TypeError, "Linear cannot be replaced; supported are"),
     "no-module": (lambda: "path/to/model", TypeError, "str cannot be replaced"),
     "causal": (
-        lambda: diffusers.AnyFlowFARTransformer3DModel(**TINY), TypeError, "AnyFlowFARTransformer3DModel cannot be"
+        lambda: diffusers.AnyFlowFARTransformer3DModel(**TINY), TypeError,
+        "AnyFlowFARTransformer3DModel cannot be"
     ),
     "no-transformer": (
-        lambda: diffusers.DDPMPipeline(diffusers.UNet2DModel(8, block_out_channels=(32, 32), down_block_types=(
-            "DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D")), diffusers.DDPMScheduler()),
+        lambda: diffusers.DDPMPipeline(diffusers.UNet2DModel(8, block_out_channels=(32, 32),
+                                                             down_block_types=(
+            "DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D")),
+            diffusers.DDPMScheduler()),
         TypeError,
         "DDPMPipeline has no transformer",
     ),
@@ -598,14 +690,22 @@ def test_refused(make, error, message) -> None:
 
 def test_layers_with_hooks_of_their_own_keep_them() -> None:
     pipe = build("anyflow")
-    pipe.transformer.blocks[0].attn1.to_q.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    pipe.transformer.blocks[0].attn1.to_q.register_forward_hook(
+        lambda module, inputs, output: 0.5 * output
+    )
     expected = latents(pipe)
     assert_same(latents(anyflow.accelerate(pipe)), expected)
 
 
 def test_accelerate_is_a_function_and_importing_anyflow_loads_no_diffusers() -> None:
     code = "import sys, anyflow; print('diffusers' in sys.modules, 'accelerate' in dir(anyflow))"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "True"]
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == [
+        "False",
+        "True",
+    ]
     import anyflow.acceleration
 
-    assert anyflow.accelerate is anyflow.acceleration.accelerate and anyflow.restore is anyflow.acceleration.restore
+    assert (
+        anyflow.accelerate is anyflow.acceleration.accelerate
+        and anyflow.restore is anyflow.acceleration.restore
+    )

@@ -1,4 +1,6 @@
-"""accelerate(only=...): parts of diffusers' blocks on our operators, against the unmodified transformer."""
+"""accelerate(only=...): parts of diffusers' blocks on our operators, against the unmodified
+transformer.
+"""
 
 import copy
 import pickle
@@ -31,7 +33,11 @@ CHOICES = [*PARTS, PARTS]
 
 def build(kind: str, **settings: Any) -> nn.Module:
     """A transformer whose norms and biases are not the ones that it starts with."""
-    cls = diffusers.AnyFlowTransformer3DModel if kind == "anyflow" else diffusers.WanTransformer3DModel
+    cls = (
+        diffusers.AnyFlowTransformer3DModel
+        if kind == "anyflow"
+        else diffusers.WanTransformer3DModel
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -50,7 +56,9 @@ def run(network: nn.Module, per_token: bool = False, image: bool = False) -> Ten
     text = torch.randn(2, 512 if image else 5, 16, generator=generator)
     t = torch.tensor([900.0, 300.0])
     if type(network) is diffusers.AnyFlowTransformer3DModel:
-        return network(x.transpose(1, 2), t[:, None].expand(2, 3), t[:, None].expand(2, 3) / 2, text).sample
+        return network(
+            x.transpose(1, 2), t[:, None].expand(2, 3), t[:, None].expand(2, 3) / 2, text
+        ).sample
     pictures = (torch.randn(2, 3, 8, generator=generator),) if image else ()
     return network(x, t[:, None].expand(2, 18) if per_token else t, text, *pictures).sample
 
@@ -77,12 +85,20 @@ def test_same_velocity_and_bit_identical_after_restore(kind, only) -> None:
 
 @pytest.mark.parametrize("kind", ["anyflow", "wan"])
 def test_every_replaced_module_is_what_computes(kind) -> None:
-    """Weights that are changed while our classes are there show in the result as they do in diffusers'."""
+    """Weights that are changed while our classes are there show in the result as they do in
+    diffusers'.
+    """
     network, other = build(kind), build(kind)
     anyflow.accelerate(network, only=PARTS)
     with torch.no_grad():
         before = run(network)
-        for name in ("norm2.weight", "norm2.bias", "attn1.norm_q.weight", "attn1.norm_k.weight", "scale_shift_table"):
+        for name in (
+            "norm2.weight",
+            "norm2.bias",
+            "attn1.norm_q.weight",
+            "attn1.norm_k.weight",
+            "scale_shift_table",
+        ):
             for changed in (network, other):
                 changed.blocks[1].get_parameter(name).add_(0.5)
             after = run(network)
@@ -98,7 +114,9 @@ def test_gradients_are_those_of_diffusers() -> None:
     for each in (network, other):
         run(each).square().sum().backward()
     for (name, ours), theirs in zip(network.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_bf16_is_as_near_to_fp32_as_diffusers() -> None:
@@ -106,17 +124,24 @@ def test_bf16_is_as_near_to_fp32_as_diffusers() -> None:
         exact = run(build("wan"))
         theirs = build("wan").bfloat16()
         errors = []
-        for network in (theirs, anyflow.accelerate(copy.deepcopy(theirs), only=("norms", "rope", "gelu"))):
+        for network in (
+            theirs,
+            anyflow.accelerate(copy.deepcopy(theirs), only=("norms", "rope", "gelu")),
+        ):
             assert isinstance(network, nn.Module)
             generator = torch.Generator().manual_seed(7)
             x = torch.randn(2, 16, 3, 4, 6, generator=generator).bfloat16()
             text = torch.randn(2, 5, 16, generator=generator).bfloat16()
-            errors.append((network(x, torch.tensor([900.0, 300.0]), text).sample.float() - exact).norm())
+            errors.append(
+                (network(x, torch.tensor([900.0, 300.0]), text).sample.float() - exact).norm()
+            )
     assert errors[1] < 1.2 * errors[0]
 
 
 @pytest.mark.parametrize(
-    "settings", [{"cross_attn_norm": False}, {"added_kv_proj_dim": 24, "image_dim": 8}], ids=["no-norm", "image"]
+    "settings",
+    [{"cross_attn_norm": False}, {"added_kv_proj_dim": 24, "image_dim": 8}],
+    ids=["no-norm", "image"],
 )
 def test_variants_of_wan_that_only_parts_take(settings) -> None:
     """Image attention is refused by accelerate() without ``only``."""
@@ -160,7 +185,9 @@ def test_adapters_before_and_after(first) -> None:
 
 def pipeline(transformer: nn.Module) -> WanPipeline:
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
-    return WanPipeline(**parts, transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+    return WanPipeline(
+        **parts, transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler()
+    )
 
 
 def test_a_pipeline_with_model_offloading_keeps_it() -> None:
@@ -169,18 +196,24 @@ def test_a_pipeline_with_model_offloading_keeps_it() -> None:
     with torch.no_grad():
         before = run(pipe.transformer)
         assert anyflow.accelerate(pipe, only="norms") is pipe
-        assert replaced_parts(pipe.transformer) == ("norms",) and hasattr(pipe.transformer, "_hf_hook")
+        assert replaced_parts(pipe.transformer) == ("norms",) and hasattr(
+            pipe.transformer, "_hf_hook"
+        )
         torch.testing.assert_close(run(pipe.transformer), before, rtol=0, atol=TOLERANCE)
         anyflow.restore(pipe)
         assert hasattr(pipe.transformer, "_hf_hook") and torch.equal(run(pipe.transformer), before)
 
 
 def test_weights_that_come_for_each_module() -> None:
-    """Sequential offloading put on afterwards: norms have their weights during their own calls only."""
+    """Sequential offloading put on afterwards: norms have their weights during their own calls
+    only.
+    """
     network = build("wan")
     with torch.no_grad():
         before = run(network)
-        cpu_offload(anyflow.accelerate(network, only=PARTS), torch.device("cpu"), offload_buffers=True)
+        cpu_offload(
+            anyflow.accelerate(network, only=PARTS), torch.device("cpu"), offload_buffers=True
+        )
         assert all(parameter.is_meta for parameter in network.parameters())
         torch.testing.assert_close(run(network), before, rtol=0, atol=TOLERANCE)
 
@@ -193,7 +226,9 @@ def test_a_cache_of_diffusers_afterwards() -> None:
         torch.testing.assert_close(run(network), run(build("wan")), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))]
+)
 def test_copies_are_accelerated_and_restored_for_themselves(copied) -> None:
     network = build("wan")
     anyflow.accelerate(network, only=PARTS)
@@ -237,12 +272,17 @@ def change(network: nn.Module, action: Any) -> nn.Module:
 
 
 REFUSED = {
-    "unknown": (lambda: build("wan"), "speed", r"only= takes 'norms', 'rope', 'gelu', 'linear'; got 'speed'"),
+    "unknown": (
+        lambda: build("wan"),
+        "speed",
+        r"only= takes 'norms', 'rope', 'gelu', 'linear'; got 'speed'",
+    ),
     "nothing": (lambda: build("wan"), (), r"only= takes 'norms', .*; got nothing"),
     "processor": (
         lambda: change(build("wan"), lambda n: n.blocks[1].attn1.set_processor(OtherProcessor())),
         "rope",
-        "blocks.1.attn1.processor is a .*OtherProcessor; only diffusers' own WanAttnProcessor can be replaced",
+        "blocks.1.attn1.processor is a .*OtherProcessor; only diffusers' own WanAttnProcessor can "
+        "be replaced",
     ),
     "norm": (
         lambda: change(build("wan"), lambda n: setattr(n.blocks[0], "norm2", nn.LayerNorm(24))),
@@ -252,7 +292,8 @@ REFUSED = {
     "offloaded": (
         lambda: change(build("wan"), lambda n: cpu_offload(n, torch.device("cpu"))),
         PARTS,
-        "blocks.0.norm2 has a hook of the package accelerate|blocks.0 has a hook of the package accelerate",
+        "blocks.0.norm2 has a hook of the package accelerate|blocks.0 has a hook of the package "
+        "accelerate",
     ),
     "cache": (
         lambda: change(build("wan"), lambda n: n.enable_cache(diffusers.FirstBlockCacheConfig())),

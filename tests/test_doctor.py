@@ -32,17 +32,32 @@ COMPILED = {"TRITON_INTERPRET": "0"}  # kernels are not interpreted, so a CPU ru
 
 
 def python(
-    *arguments: str, cwd: Path, path: Sequence[str | Path] = (PACKAGE.parent,), more: Mapping[str, str] | None = None
+    *arguments: str,
+    cwd: Path,
+    path: Sequence[str | Path] = (PACKAGE.parent,),
+    more: Mapping[str, str] | None = None,
 ) -> CompletedProcess[str]:
-    """Run Python in a folder with folders to import from, 80 columns wide, without the variables of the tests."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("ANYFLOW_", "TRITON_", "FORCE_COLOR"))}
+    """Run Python in a folder with folders to import from, 80 columns wide, without the variables of
+    the tests.
+    """
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("ANYFLOW_", "TRITON_", "FORCE_COLOR"))
+    }
     env |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "COLUMNS": "80"} | dict(more or {})
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 def python_on(package: Path, *arguments: str) -> CompletedProcess[str]:
-    """Run Python on a copy of the package, out of reach of an installation that finds files of the original."""
-    installed = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
+    """Run Python on a copy of the package, out of reach of an installation that finds files of the
+    original.
+    """
+    installed = [
+        folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))
+    ]
     return python("-S", *arguments, cwd=package.parent, path=[package.parent, *installed])
 
 
@@ -58,9 +73,19 @@ def test_what_decides_numbers_is_listed_and_must_be_there() -> None:
     assert all(package.problem is None for package in found)
     for package in found:
         assert package.version == importlib.metadata.version(package.name)
-    assert {p.name for p in found if p.group == "train"} == {"peft", "pyarrow", "pyyaml", "pydantic"}
-    assert {p.name for p in found if p.group == "evaluate"} == {"opencv-python-headless", "torchmetrics"}
-    assert {"av", "ftfy", "diffusers", "transformers", "accelerate"} <= {p.name for p in found if p.group == "sample"}
+    assert {p.name for p in found if p.group == "train"} == {
+        "peft",
+        "pyarrow",
+        "pyyaml",
+        "pydantic",
+    }
+    assert {p.name for p in found if p.group == "evaluate"} == {
+        "opencv-python-headless",
+        "torchmetrics",
+    }
+    assert {"av", "ftfy", "diffusers", "transformers", "accelerate"} <= {
+        p.name for p in found if p.group == "sample"
+    }
     assert install_commands(found) == {}
 
 
@@ -72,23 +97,34 @@ def test_a_package_that_is_missing_old_or_broken_is_a_problem_with_what_to_run(
     monkeypatch.delitem(sys.modules, "ftfy", raising=False)
     (tmp_path / "ftfy.py").write_text("raise OSError('libthing.so: cannot open\\nshared object')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    problems = {package.name: package.problem for package in packages({"numpy": "99.1"}) if package.problem}
+    problems = {
+        package.name: package.problem for package in packages({"numpy": "99.1"}) if package.problem
+    }
     version = importlib.metadata.version("numpy")
     assert problems == {
         "ftfy": "ftfy is installed, but does not import: libthing.so: cannot open shared object",
-        "numpy": f"numpy {version} is older than 99.1, and may give other numbers: pip install --upgrade numpy",
+        "numpy": f"numpy {version} is older than 99.1, and may give other numbers: pip install "
+        "--upgrade numpy",
         "av": "av is not installed, and anyflow sample needs it: pip install av",
         "peft": "peft is not installed, and anyflow train needs it: pip install peft",
         "pyarrow": "pyarrow is not installed, and anyflow train needs it: pip install pyarrow",
     }
-    assert install_commands(packages()) == {"sample": "pip install av", "train": "pip install peft pyarrow"}
+    assert install_commands(packages()) == {
+        "sample": "pip install av",
+        "train": "pip install peft pyarrow",
+    }
     encoder = video_encoder()
     assert encoder.codec is None and encoder.problem.endswith("pip install av")
 
 
 def test_the_encoder_is_the_one_that_wrote_a_file() -> None:
     encoder = video_encoder()
-    assert (encoder.name, encoder.codec, encoder.problem, encoder.warning) == ("libx264", "h264", None, None)
+    assert (encoder.name, encoder.codec, encoder.problem, encoder.warning) == (
+        "libx264",
+        "h264",
+        None,
+        None,
+    )
 
 
 def test_the_cache_of_models_is_counted(tmp_path: Path) -> None:
@@ -98,9 +134,13 @@ def test_the_cache_of_models_is_counted(tmp_path: Path) -> None:
         with (blobs / "x").open("wb") as file:
             file.truncate((i + 1) * 10**9)  # holes take no space
     code = "from anyflow.doctor.requirements import hub; print(hub())"
-    found = python("-c", code, cwd=tmp_path, more={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}).stdout.strip()
+    found = python(
+        "-c", code, cwd=tmp_path, more={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    ).stdout.strip()
     assert found == f"Hub(cache='{tmp_path}/hub', models=2, gigabytes=3.0, offline=True)"
-    found = python("-c", code, cwd=tmp_path, more={"HF_HOME": "/absent", "HF_HUB_OFFLINE": "0"}).stdout.strip()
+    found = python(
+        "-c", code, cwd=tmp_path, more={"HF_HOME": "/absent", "HF_HUB_OFFLINE": "0"}
+    ).stdout.strip()
     assert found == "Hub(cache='/absent/hub', models=0, gigabytes=0.0, offline=False)"
     assert hub().cache
 
@@ -130,7 +170,9 @@ run()
     )
     assert " ".join(first.split()).endswith(verdict) and second.startswith("0\n")
     assert "All is well" not in second and second.strip().endswith("1 problem.")
-    assert "- av is not installed, and anyflow sample needs it: pip install av\n" in re.sub(" +\n", "\n", second)
+    assert "- av is not installed, and anyflow sample needs it: pip install av\n" in re.sub(
+        " +\n", "\n", second
+    )
     assert max(map(len, (first + second).splitlines())) <= 80
 
 
@@ -144,19 +186,27 @@ def test_a_sound_installation_passes(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "\x1b" not in result.stdout and result.stdout.isascii()
     lines = [line.rstrip() for line in result.stdout.splitlines()]
-    assert f"anyflow {anyflow.__version__} in {PACKAGE}" in [" ".join(line.split()) for line in lines]
+    assert f"anyflow {anyflow.__version__} in {PACKAGE}" in [
+        " ".join(line.split()) for line in lines
+    ]
     assert lines[-1].startswith("All is well")
     assert ["ftfy", importlib.metadata.version("ftfy")] in [line.split() for line in lines]
     assert "MP4 files  H.264 by libx264" in lines
     assert max(map(len, lines)) <= 80
     for op in OPERATORS:
-        (row,) = (line for line in lines if line.startswith(f"{op} ") and " eager " in line and line.endswith(" ok"))
+        (row,) = (
+            line
+            for line in lines
+            if line.startswith(f"{op} ") and " eager " in line and line.endswith(" ok")
+        )
         assert len(row) <= 80
 
 
 @pytest.mark.slow
 def test_wrong_numbers_fail(tmp_path: Path) -> None:
-    """Kernels of the extension are replaced where torch finds them, by ones that are wrong in three ways."""
+    """Kernels of the extension are replaced where torch finds them, by ones that are wrong in three
+    ways.
+    """
     code = f"""
 import sys, torch, anyflow.ops
 from anyflow.ops.gated_residual import gated_residual_backward_reference
@@ -186,13 +236,17 @@ main()
     result = python("-c", code, cwd=tmp_path)
     assert result.returncode == 1, result.stdout + result.stderr
     report = json.loads(result.stdout)
-    wrong = {(c["op"], c["backend"], c["dtype"]): c["problem"] for c in report["checks"] if c["problem"]}
+    wrong = {
+        (c["op"], c["backend"], c["dtype"]): c["problem"] for c in report["checks"] if c["problem"]
+    }
     assert report["ok"] is False and len(report["problems"]) == len(wrong)
     # A ten-thousandth is below what bf16 resolves; fp32 shows it.
     assert wrong.pop(("layer_norm_modulate", "native", "float32")).startswith("values are off by ")
     for dtype in ("float32", "bfloat16"):
         assert wrong.pop(("gated_residual", "native", dtype)).startswith("gradients are off by ")
-        assert wrong.pop(("residual_layer_norm", "native", dtype)).startswith("values are not finite")
+        assert wrong.pop(("residual_layer_norm", "native", dtype)).startswith(
+            "values are not finite"
+        )
     assert not wrong
 
 
@@ -232,12 +286,18 @@ def test_json_has_everything() -> None:
     assert report["ok"] is True and report["problems"] == [] and report["device"] == "cpu"
     assert report["environment"]["torch"] == torch.__version__
     assert report["environment"]["cores"] >= 1 and "commit" in report["environment"]
-    assert {"name": "av", "version": importlib.metadata.version("av"), "group": "sample", "problem": None} in report[
-        "packages"
-    ]
+    assert {
+        "name": "av",
+        "version": importlib.metadata.version("av"),
+        "group": "sample",
+        "problem": None,
+    } in report["packages"]
     assert report["video_encoder"]["name"] == "libx264" and report["install"] == {}
     assert set(report["hub"]) == {"cache", "models", "gigabytes", "offline"}
-    assert report["extension"]["instruction_set"] in report["extension"]["build_info"]["cpu_instruction_sets"]
+    assert (
+        report["extension"]["instruction_set"]
+        in report["extension"]["build_info"]["cpu_instruction_sets"]
+    )
     assert any(choice["chosen"] for choice in report["attention"].values())
     assert set(report["operators"]) == set(OPERATORS)
     checked = {(c["op"], c["backend"]) for c in report["checks"]}
@@ -258,7 +318,9 @@ def test_a_device_that_cannot_be_used_is_one_line(device: str) -> None:
 
 
 def test_an_unknown_backend_is_one_line() -> None:
-    result = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json"], env={"ANYFLOW_BACKEND": "fast"})
+    result = CliRunner().invoke(
+        app, ["doctor", "--device", "cpu", "--json"], env={"ANYFLOW_BACKEND": "fast"}
+    )
     assert result.exit_code == 2 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert "ANYFLOW_BACKEND: unknown backend 'fast'" in line
@@ -289,12 +351,27 @@ def test_programs_are_found_with_their_versions(tmp_path: Path) -> None:
 
 
 def test_page_with_gpus_and_without_programs() -> None:
-    programs = {"c": None, "c++": Program("/usr/bin/c++", None), "nvcc": Program("/usr/bin/nvcc", "13.0")}
+    programs = {
+        "c": None,
+        "c++": Program("/usr/bin/c++", None),
+        "nvcc": Program("/usr/bin/nvcc", "13.0"),
+    }
     gpus = (Gpu("Some GPU", "9.0", 79.6), Gpu("Another [GPU]", "8.0", 39.5))
     out = io.StringIO()
     Page(out).environment(
         Environment(
-            *("1.0", "/somewhere", "abc+", "3.11", "Linux", "2.13", "CUDA 13.0", 4, 8, {"HF_HUB_OFFLINE": "1"}),
+            *(
+                "1.0",
+                "/somewhere",
+                "abc+",
+                "3.11",
+                "Linux",
+                "2.13",
+                "CUDA 13.0",
+                4,
+                8,
+                {"HF_HUB_OFFLINE": "1"},
+            ),
             *(None, "580.95", gpus, programs),
         )
     )
@@ -305,7 +382,11 @@ def test_page_with_gpus_and_without_programs() -> None:
     assert "triton          missing" in text
     assert "C compiler      missing: Triton needs one at run time" in text
     assert "C++ compiler    /usr/bin/c++" in text
-    assert "commit          abc+" in text and "threads         4 on 8 cores" in text and "HF_HUB_OFFLINE  1" in text
+    assert (
+        "commit          abc+" in text
+        and "threads         4 on 8 cores" in text
+        and "HF_HUB_OFFLINE  1" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -325,7 +406,9 @@ def test_the_last_line_is_the_verdict(
     Page(out).verdict(problems, warnings, commands)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     assert lines[-1] == verdict
-    items = [" ".join(problem.split()) for problem in problems[:10]] + (["and 2 more"] if len(problems) > 10 else [])
+    items = [" ".join(problem.split()) for problem in problems[:10]] + (
+        ["and 2 more"] if len(problems) > 10 else []
+    )
     assert [line for line in lines if line.startswith("- ")] == [f"- {item}" for item in items]
 
 
@@ -346,5 +429,8 @@ def test_the_page_says_what_is_missing_and_broken_by_what_needs_it() -> None:
 
 
 def test_the_command_line_stays_light(tmp_path: Path) -> None:
-    code = "import sys, anyflow.cli; print([m for m in ('torch', 'rich.table', 'anyflow.doctor') if m in sys.modules])"
+    code = (
+        "import sys, anyflow.cli; print([m for m in ('torch', 'rich.table', 'anyflow.doctor') if m "
+        "in sys.modules])"
+    )
     assert python("-c", code, cwd=tmp_path).stdout.strip() == "[]"

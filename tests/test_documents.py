@@ -4,7 +4,14 @@ import os
 
 import pytest
 
-from anyflow.documents import MAX_DEPTH, parse_json, read_json, read_text, require_regular_file, text_problem
+from anyflow.documents import (
+    MAX_DEPTH,
+    parse_json,
+    read_json,
+    read_text,
+    require_regular_file,
+    text_problem,
+)
 
 
 def test_text_is_utf8_with_or_without_a_mark(tmp_path):

@@ -21,19 +21,24 @@ with folder_lock(Path(sys.argv[1]), beside=sys.argv[2] == "beside"):
 
 
 def _holder(folder: Path, where: str) -> "subprocess.Popen[str]":
-    process = subprocess.Popen([sys.executable, "-c", HOLD, folder, where], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder, where], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
 
 
 @pytest.mark.parametrize("where", ["inside", "beside"])
-def test_a_second_process_is_told_who_holds_the_folder_until_that_one_is_killed(where: str, tmp_path: Path) -> None:
+def test_a_second_process_is_told_who_holds_the_folder_until_that_one_is_killed(
+    where: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "runs" / "a"
     holder = _holder(folder, where)
     before = sorted(tmp_path.rglob("*"))
     with (
         pytest.raises(
-            FolderInUseError, match=rf"runs/a is in use by process {holder.pid} on .* since 2\d{{3}}-.*: -c "
+            FolderInUseError,
+            match=rf"runs/a is in use by process {holder.pid} on .* since 2\d{{3}}-.*: -c ",
         ),
         folder_lock(folder, beside=where == "beside"),
     ):
@@ -57,7 +62,9 @@ def test_nothing_is_left_of_a_lock(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["result"]
 
 
-def test_two_threads_exclude_each_other_and_a_function_is_locked_by_its_argument(tmp_path: Path) -> None:
+def test_two_threads_exclude_each_other_and_a_function_is_locked_by_its_argument(
+    tmp_path: Path,
+) -> None:
     refused: list[str] = []
 
     @locks_folder("out")

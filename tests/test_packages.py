@@ -1,4 +1,6 @@
-"""anyflow.packages: the commands that errors advise are right, and the extras are what the groups say."""
+"""anyflow.packages: the commands that errors advise are right, and the extras are what the groups
+say.
+"""
 
 import re
 import subprocess
@@ -27,24 +29,50 @@ ADVICE = re.compile(r"pip3? install\b[^\n`]*?(?<![\w./-])anyflow(?![\w-]|[./]\w)
 
 
 def _texts() -> Iterator[Path]:
-    """Every text of the project: what git tracks and what is new, or in a copy without git the folders below."""
+    """Every text of the project: what git tracks and what is new, or in a copy without git the
+    folders below.
+    """
     done = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
-    listed = [ROOT / name for name in done.stdout.splitlines()] if done.returncode == 0 else ROOT.glob("[!.]*/**/*.*")
+    listed = (
+        [ROOT / name for name in done.stdout.splitlines()]
+        if done.returncode == 0
+        else ROOT.glob("[!.]*/**/*.*")
+    )
     for path in listed:
         if path.is_file() and path.suffix not in (".png", ".gif", ".so", ".pyc"):
             yield path
 
 
 def test_nothing_advises_to_install_the_other_project_of_this_name() -> None:
-    for wrong in ("anyflow[train]", "'anyflow'", "--no-build-isolation anyflow[flash]", "-U anyflow."):
+    for wrong in (
+        "anyflow[train]",
+        "'anyflow'",
+        "--no-build-isolation anyflow[flash]",
+        "-U anyflow.",
+    ):
         assert ADVICE.search("pip install " + wrong)
-    for right in ("anyflow-video", "'anyflow-video[train]'", "anyflow_video-1-cp311.whl", "./anyflow", "-e ."):
+    for right in (
+        "anyflow-video",
+        "'anyflow-video[train]'",
+        "anyflow_video-1-cp311.whl",
+        "./anyflow",
+        "-e .",
+    ):
         assert not ADVICE.search("pip install " + right)
     texts = list(_texts())
-    assert {"README.md", "pyproject.toml", "sampling.md", "packages.py"} <= {path.name for path in texts}
-    found = [(path, match[0]) for path in texts for match in ADVICE.finditer(path.read_text("utf-8", "replace"))]
+    assert {"README.md", "pyproject.toml", "sampling.md", "packages.py"} <= {
+        path.name for path in texts
+    }
+    found = [
+        (path, match[0])
+        for path in texts
+        for match in ADVICE.finditer(path.read_text("utf-8", "replace"))
+    ]
     assert found == []
 
 
@@ -54,7 +82,12 @@ def test_the_groups_are_what_is_installed_with_the_distribution_and_its_extras()
     names = {key: set(re.findall(r'"([\w-]+)', value)) for key, value in lists.items()}
     assert {*SAMPLE, *DEMO} < names["dependencies"]
     assert set(TRAIN) == names["train"] and set(EVALUATE) == names["eval"]
-    assert 'all = ["anyflow-video[train,eval]"]' in PYPROJECT and {"flash", "dev", "docs", "eval"} <= set(names)
+    assert 'all = ["anyflow-video[train,eval]"]' in PYPROJECT and {
+        "flash",
+        "dev",
+        "docs",
+        "eval",
+    } <= set(names)
 
 
 @pytest.mark.parametrize("package", [*SAMPLE, *DEMO, *TRAIN, *EVALUATE])
@@ -64,12 +97,19 @@ def test_a_package_is_found_by_the_name_of_its_module(package: str) -> None:
     assert files is None or any(str(file).startswith(f"{module_name(package)}/") for file in files)
 
 
-def test_the_command_names_what_is_missing_of_the_same_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_names_what_is_missing_of_the_same_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert install_command("peft") == "pip install peft"
     assert install_command("no-such-package") == "pip install no-such-package"
     monkeypatch.setitem(sys.modules, "yaml", None)
-    assert install_command("peft") == "pip install peft pyyaml" and install_command("av") == "pip install av"
-    expected = "reading a recipe needs the package pyyaml, which is not installed: pip install pyyaml"
+    assert (
+        install_command("peft") == "pip install peft pyyaml"
+        and install_command("av") == "pip install av"
+    )
+    expected = (
+        "reading a recipe needs the package pyyaml, which is not installed: pip install pyyaml"
+    )
     assert missing("reading a recipe", "pyyaml") == expected
 
 

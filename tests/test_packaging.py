@@ -1,4 +1,6 @@
-"""The package map, the guard of `kernels/` and the cost of `import anyflow`, each in a fresh interpreter."""
+"""The package map, the guard of `kernels/` and the cost of `import anyflow`, each in a fresh
+interpreter.
+"""
 
 import importlib.metadata
 import os
@@ -14,15 +16,23 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("diffusers", "transformers", "triton", "matplotlib", "accelerate")
 
 has_kernels_distribution = any(d.name == "kernels" for d in importlib.metadata.distributions())
-without_pypi = pytest.mark.skipif(has_kernels_distribution, reason="the PyPI package `kernels` is installed here")
+without_pypi = pytest.mark.skipif(
+    has_kernels_distribution, reason="the PyPI package `kernels` is installed here"
+)
 
 
-def python(code: str, *, cwd: Path = ROOT, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a new interpreter with `cwd` first on sys.path, as `python -c` puts it there, then `path`."""
+def python(
+    code: str, *, cwd: Path = ROOT, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a new interpreter with `cwd` first on sys.path, as `python -c` puts it there,
+    then `path`.
+    """
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     if path is not None:
         env["PYTHONPATH"] = str(path)
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 def output(code: str, *, cwd: Path = ROOT, path: Path | None = None) -> str:
@@ -32,8 +42,16 @@ def output(code: str, *, cwd: Path = ROOT, path: Path | None = None) -> str:
 
 
 def pip(*args: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, args)]
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # what is found there would count as installed
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        *map(str, args),
+    ]
+    # what is found there would count as installed
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
@@ -41,7 +59,16 @@ def pip(*args: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]
 def pypi_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds the distribution `kernels` from PyPI."""
     target = tmp_path_factory.mktemp("pypi")
-    done = pip("install", "--no-deps", "--target", target, "-c", ROOT / "constraints.txt", "kernels", cwd=target)
+    done = pip(
+        "install",
+        "--no-deps",
+        "--target",
+        target,
+        "-c",
+        ROOT / "constraints.txt",
+        "kernels",
+        cwd=target,
+    )
     if done.returncode != 0:
         pytest.skip(f"`kernels` could not be downloaded: {done.stderr.strip()[-500:]}")
     return target
@@ -52,8 +79,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of a copy of the sources, so that no build folder is left in the repository."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for folder in ("anyflow", "kernels", "tests", "csrc", "cmake"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for file in ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copytree(
+            ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+        )
+    for file in (
+        "pyproject.toml",
+        "setup.py",
+        "CMakeLists.txt",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+    ):
         shutil.copy(ROOT / file, source)
     done = pip("wheel", ".", "--no-build-isolation", "--no-deps", "--wheel-dir", out, cwd=source)
     assert done.returncode == 0, done.stderr
@@ -72,7 +108,9 @@ def test_installed_package_map(tmp_path):
 
 
 @without_pypi
-@pytest.mark.parametrize("statement", ["import kernels", "from kernels import get_kernel", "import kernels.layer"])
+@pytest.mark.parametrize(
+    "statement", ["import kernels", "from kernels import get_kernel", "import kernels.layer"]
+)
 def test_root_refuses_the_name_kernels(statement):
     done = python(statement)
     assert done.returncode == 1
@@ -149,20 +187,32 @@ def test_wheel_holds_one_top_level_package(wheel):
     assert {"anyflow/py.typed", "anyflow/kernels/__init__.py"} <= set(names)
     assert [n for n in names if n.startswith("anyflow/_C.") and n.endswith(".so")]
     assert not [n for n in names if n.endswith((".cpp", ".cu", ".h", ".cuh"))]
-    assert "-linux_" in wheel.name or sys.platform != "linux"  # the extension makes it a wheel of one platform
+    # the extension makes it a wheel of one platform
+    assert "-linux_" in wheel.name or sys.platform != "linux"
     data = [*(ROOT / "anyflow").rglob("*.j2"), *(ROOT / "anyflow" / "recipes").glob("*.yaml")]
     assert len(data) > 12 and {file.relative_to(ROOT).as_posix() for file in data} <= set(names)
 
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment with the wheel, the dependencies of this one, and the program that pip makes."""
+    """A new environment with the wheel, the dependencies of this one, and the program that pip
+    makes.
+    """
     environment = tmp_path_factory.mktemp("fresh") / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    done = pip("--python", environment / "bin" / "python", "install", "--no-deps", wheel, cwd=environment.parent)
+    done = pip(
+        "--python",
+        environment / "bin" / "python",
+        "install",
+        "--no-deps",
+        wheel,
+        cwd=environment.parent,
+    )
     assert done.returncode == 0, done.stderr
     (site,) = environment.glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text("\n".join(p for p in sys.path if Path(p).name == "site-packages"))
+    (site / "dependencies.pth").write_text(
+        "\n".join(p for p in sys.path if Path(p).name == "site-packages")
+    )
     return environment
 
 
@@ -185,7 +235,8 @@ def installed(environment: Path, program: str, *arguments: str, cwd: Path) -> st
 def test_wheel_serves_anyflow_kernels(environment, tmp_path):
     code = "import anyflow, anyflow.kernels as k; print(anyflow.__file__, k.__file__)"
     assert all(
-        Path(f).is_relative_to(environment) for f in installed(environment, "python", "-c", code, cwd=tmp_path).split()
+        Path(f).is_relative_to(environment)
+        for f in installed(environment, "python", "-c", code, cwd=tmp_path).split()
     )
 
 
@@ -198,5 +249,7 @@ def test_wheel_passes_the_doctor_in_a_fresh_environment(environment, tmp_path):
 @pytest.mark.slow
 def test_wheel_lists_its_recipes_and_trains_by_name(environment, tmp_path):
     assert "smoke_pretrain  " in installed(environment, "anyflow", "recipes", cwd=tmp_path)
-    assert "Finished 1 step" in installed(environment, "anyflow", "train", "smoke_pretrain", "steps=1", cwd=tmp_path)
+    assert "Finished 1 step" in installed(
+        environment, "anyflow", "train", "smoke_pretrain", "steps=1", cwd=tmp_path
+    )
     assert (tmp_path / "runs" / "smoke_pretrain" / "model" / "transformer").is_dir()

@@ -24,11 +24,16 @@ def lines(line_seconds: float, *, terminal: bool = False) -> list[str]:
 def test_a_line_says_stage_step_per_cent_and_time_left() -> None:
     found = lines(0.0)
     assert len(found) == 8  # one for each update
-    assert found[3].startswith("everything: 12 %, 0:00:0") and "stage: step 2 of 4, 50 %, 0:00:0" in found[3]
+    assert (
+        found[3].startswith("everything: 12 %, 0:00:0")
+        and "stage: step 2 of 4, 50 %, 0:00:0" in found[3]
+    )
     assert found[3].count(" left") == 2 and found[3].endswith("loss 0.5")
     assert "stage" not in found[-1]  # it has ended
 
 
 @pytest.mark.parametrize(("line_seconds", "terminal"), [(30.0, False), (0.0, True)])
-def test_no_line_before_its_time_and_none_in_a_terminal(line_seconds: float, terminal: bool) -> None:
+def test_no_line_before_its_time_and_none_in_a_terminal(
+    line_seconds: float, terminal: bool
+) -> None:
     assert not any("step 2 of 4" in line for line in lines(line_seconds, terminal=terminal))

@@ -54,17 +54,25 @@ def test_names_are_the_public_ones_and_each_loads() -> None:
 def test_names_of_packages_that_load_late(name) -> None:
     package = importlib.import_module(f"anyflow.{name}")
     assert dir(package) == sorted(package.__all__)
-    assert all(getattr(package, entry).__module__.startswith(f"anyflow.{name}.") for entry in package.__all__)
+    assert all(
+        getattr(package, entry).__module__.startswith(f"anyflow.{name}.")
+        for entry in package.__all__
+    )
 
 
 def test_importing_anyflow_loads_nothing_else() -> None:
-    code = "import sys, anyflow; dir(anyflow); print({'torch', 'diffusers', 'anyflow.ops'} & set(sys.modules))"
+    code = (
+        "import sys, anyflow; dir(anyflow); print({'torch', 'diffusers', 'anyflow.ops'} & "
+        "set(sys.modules))"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
 @pytest.mark.slow
 def test_a_type_checker_knows_every_name_and_finds_wrong_calls(tmp_path: Path) -> None:
-    """Run mypy on a user's file; with the settings and the cache of ``make lint``, which make it fast."""
+    """Run mypy on a user's file; with the settings and the cache of ``make lint``, which make it
+    fast.
+    """
     names = [f"anyflow.{name}" for name in OBJECTS]
     file = tmp_path / "user.py"
     head = USER + "".join(f"reveal_type({name})\n" for name in names)
@@ -72,7 +80,9 @@ def test_a_type_checker_knows_every_name_and_finds_wrong_calls(tmp_path: Path) -
     command = [sys.executable, "-m", "mypy", "--no-error-summary", str(file)]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
 
-    revealed = [match[1] for line in lines if (match := re.search(r'Revealed type is "(.*)"$', line))]
+    revealed = [
+        match[1] for line in lines if (match := re.search(r'Revealed type is "(.*)"$', line))
+    ]
     assert len(revealed) == 5 + len(names), "\n".join(lines)
     assert revealed[:3] == [
         "anyflow.models.transformer.AnyFlowTransformer3DModel",
@@ -82,5 +92,9 @@ def test_a_type_checker_knows_every_name_and_finds_wrong_calls(tmp_path: Path) -
     assert not [kind for kind in revealed if kind == "Any"], "\n".join(lines)
 
     first = head.count("\n") + 1
-    errors = dict(re.findall(r"user\.py:(\d+): error: .*\[([a-z-]+)\]$", "\n".join(lines), re.MULTILINE))
-    assert errors == {str(first + index): code for index, code in enumerate(WRONG.values())}, "\n".join(lines)
+    errors = dict(
+        re.findall(r"user\.py:(\d+): error: .*\[([a-z-]+)\]$", "\n".join(lines), re.MULTILINE)
+    )
+    assert errors == {str(first + index): code for index, code in enumerate(WRONG.values())}, (
+        "\n".join(lines)
+    )

@@ -32,10 +32,15 @@ def test_sampling_and_training_snippets(tmp_path: Path, monkeypatch: pytest.Monk
     scope: dict[str, object] = {}
     exec(snippet("shapes.gif"), scope)
     latents = scope["latents"]
-    assert isinstance(latents, torch.Tensor) and latents.shape == (4, 4, 8, 6, 6) and latents.isfinite().all()
+    assert (
+        isinstance(latents, torch.Tensor)
+        and latents.shape == (4, 4, 8, 6, 6)
+        and latents.isfinite().all()
+    )
     with Image.open("shapes.gif") as animation:
         assert animation.n_frames == 8
-    for _ in range(3):  # gradients add up: one sample whose time falls on an end of the grid has weight 0
+    # gradients add up: one sample whose time falls on an end of the grid has weight 0
+    for _ in range(3):
         exec(snippet("AnyFlowPretrainMethod"), scope)
     model = scope["model"]
     assert isinstance(model, torch.nn.Module)

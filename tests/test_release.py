@@ -1,4 +1,6 @@
-"""What a release has beside the code agrees with it: the change log, the citation, the templates of issues."""
+"""What a release has beside the code agrees with it: the change log, the citation, the templates of
+issues.
+"""
 
 import re
 from pathlib import Path
@@ -18,7 +20,9 @@ def _yaml(path: str) -> Any:
 
 
 def test_the_top_of_the_change_log_is_this_version() -> None:
-    """A version under development is unreleased and newer than what was released; a release has its date."""
+    """A version under development is unreleased and newer than what was released; a release has its
+    date.
+    """
     log = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## \[(.+?)\](.*)$", log, re.MULTILINE)
     (top, date), *older = sections
@@ -50,7 +54,11 @@ def test_an_issue_asks_for_what_the_doctor_prints(name: str) -> None:
 
 
 def test_the_workflow_calls_the_two_commands_of_the_readme() -> None:
-    commands = [step.get("run", "") for step in _yaml(".github/workflows/ci.yml")["jobs"]["check"]["steps"]]
+    commands = [
+        step.get("run", "") for step in _yaml(".github/workflows/ci.yml")["jobs"]["check"]["steps"]
+    ]
     assert "make test" in commands and any(command.startswith("make demo") for command in commands)
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     assert {command.split()[1] for command in commands if command.startswith("make")} <= targets

@@ -22,7 +22,9 @@ def test_randn_like(dtype: torch.dtype) -> None:
     like = torch.empty(100, 50, dtype=dtype)
     x = randn_like(like, torch.Generator().manual_seed(0))
     assert x.shape == like.shape and x.dtype == dtype and x.device == like.device
-    assert torch.equal(x, torch.randn(100, 50, generator=torch.Generator().manual_seed(0), dtype=dtype))
+    assert torch.equal(
+        x, torch.randn(100, 50, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    )
     assert abs(x.double().mean()) < 0.05 and abs(x.double().std() - 1) < 0.05
 
 

@@ -1,4 +1,6 @@
-"""The samplers: reference numbers, fields whose flow map is known in closed form, and every option."""
+"""The samplers: reference numbers, fields whose flow map is known in closed form, and every
+option.
+"""
 
 import itertools
 import json
@@ -33,10 +35,11 @@ TINY: dict[str, Any] = {
 
 
 class GaussianField(nn.Module):
-    """The exact flow map of data N(m, s^2): marginals N((1 - t) m, (1 - t)^2 s^2 + t^2), so that x_r is affine in x_t.
+    """The exact flow map of data N(m, s^2): marginals N((1 - t) m, (1 - t)^2 s^2 + t^2), so that
+    x_r is affine in x_t.
 
-    Records the arguments of every call. ``s = 0`` is one data point, whose flow is linear in t. The text shifts the
-    mean by its first entry.
+    Records the arguments of every call. ``s = 0`` is one data point, whose flow is linear in t. The
+    text shifts the mean by its first entry.
     """
 
     def __init__(self, mean: Tensor, std: float) -> None:
@@ -60,10 +63,17 @@ class GaussianField(nn.Module):
         return_dict: bool,
     ) -> tuple[Tensor]:
         self.calls.append(
-            {"x": hidden_states.clone(), "t": timestep, "r": r_timestep, "text": encoder_hidden_states.clone()}
+            {
+                "x": hidden_states.clone(),
+                "t": timestep,
+                "r": r_timestep,
+                "text": encoder_hidden_states.clone(),
+            }
         )
         assert r_timestep is not None and not return_dict
-        t, r = (v.double().reshape(v.shape + (1,) * (5 - v.ndim)) / 1000 for v in (timestep, r_timestep))
+        t, r = (
+            v.double().reshape(v.shape + (1,) * (5 - v.ndim)) / 1000 for v in (timestep, r_timestep)
+        )
         x = hidden_states.double()
         mean = self.mean + encoder_hidden_states[:, 0, 0].double().view(-1, 1, 1, 1, 1)
         average = (x - self.at(x, t, r, mean)) / (t - r)
@@ -98,7 +108,7 @@ def embeds(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.randn(B, 5, 8, generator=generator), torch.randn(B, 5, 8, generator=generator)
 
 
-# Exactness -------------------------------------------------------------------------------------------------------
+# Exactness ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
@@ -108,17 +118,27 @@ def test_reference_numbers(n) -> None:
         tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
         variant = json.loads(f.metadata()["variant"])
     model = AnyFlowTransformer3DModel(**variant["config"], gate_value=variant["gate"])
-    student = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
+    student = {
+        k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")
+    }
     model.load_state_dict(student, strict=True)
     scheduler = FlowMapEulerDiscreteScheduler(shift=variant["shift"])
-    out = sample(model, scheduler, tensors["roll.noise_bfchw"], tensors["prompt_embeds"], num_inference_steps=n)
+    out = sample(
+        model,
+        scheduler,
+        tensors["roll.noise_bfchw"],
+        tensors["prompt_embeds"],
+        num_inference_steps=n,
+    )
     expected = tensors[f"sample.nfe{n}"]
     assert (out - expected).norm() / expected.norm() < 5e-6
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 50])
 @pytest.mark.parametrize("std", [0.0, 0.5, 2.0])
-def test_exact_flow_map_is_sampled_exactly_at_any_step_count(n, std, field, noise, scheduler) -> None:
+def test_exact_flow_map_is_sampled_exactly_at_any_step_count(
+    n, std, field, noise, scheduler
+) -> None:
     field.std = std
     out = sample(field, scheduler, noise, TEXT, num_inference_steps=n)
     torch.testing.assert_close(out, field.mean + std * noise, rtol=1e-6, atol=1e-6)
@@ -136,12 +156,18 @@ def test_custom_timesteps_are_what_the_model_sees(timesteps, field, noise, sched
 
 def test_sigmas_are_timesteps_in_their_own_unit(field, noise, scheduler) -> None:
     expected = sample(field, scheduler, noise, TEXT, timesteps=[1000, 750, 250])
-    assert torch.equal(sample(field, scheduler, noise, TEXT, sigmas=[1.0, 0.75, 0.25, 0.0]), expected)
+    assert torch.equal(
+        sample(field, scheduler, noise, TEXT, sigmas=[1.0, 0.75, 0.25, 0.0]), expected
+    )
 
 
 def test_two_steps_compose(field, noise, scheduler) -> None:
     """From the middle: a schedule that starts at 600 carries on what ended there."""
-    middle = field.at(noise, *(torch.full((1, 1, 1, 1, 1), v, dtype=torch.float64) for v in (1.0, 0.6)), field.mean)
+    middle = field.at(
+        noise,
+        *(torch.full((1, 1, 1, 1, 1), v, dtype=torch.float64) for v in (1.0, 0.6)),
+        field.mean,
+    )
     tail = sample(field, scheduler, middle, TEXT, timesteps=[600])
     both = sample(field, scheduler, noise, TEXT, timesteps=[1000, 600])
     torch.testing.assert_close(tail, both, rtol=1e-7, atol=1e-7)
@@ -163,21 +189,28 @@ def test_without_mean_velocity_it_is_euler(n, field, noise, scheduler) -> None:
 def test_euler_converges_where_the_flow_map_is_exact(field, noise, scheduler) -> None:
     exact = field.mean + 0.5 * noise
     errors = [
-        (sample(field, scheduler, noise, TEXT, num_inference_steps=n, use_mean_velocity=False) - exact).norm().item()
+        (
+            sample(field, scheduler, noise, TEXT, num_inference_steps=n, use_mean_velocity=False)
+            - exact
+        )
+        .norm()
+        .item()
         for n in (8, 16, 32, 64)
     ]
     ratios = [a / b for a, b in itertools.pairwise(errors)]
     assert errors[-1] > 1e-3 and all(1.5 < r < 3 for r in ratios)
 
 
-# Guidance --------------------------------------------------------------------------------------------------------
+# Guidance -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance", [3.0, 0.5])
 def test_guidance_equals_two_passes(guidance, model, scheduler, embeds, generator) -> None:
     prompt, negative = embeds
     x = noise = torch.randn(B, F, C, H, W, generator=generator)
-    out = sample(model, scheduler, noise, prompt, guidance_scale=guidance, negative_prompt_embeds=negative)
+    out = sample(
+        model, scheduler, noise, prompt, guidance_scale=guidance, negative_prompt_embeds=negative
+    )
     scheduler.set_timesteps(4)
     with torch.no_grad():
         for i, t in enumerate(scheduler.timesteps):
@@ -195,7 +228,9 @@ def test_guidance_keeps_fp64(field, noise, scheduler) -> None:
     torch.testing.assert_close(out, sample(field, scheduler, noise, TEXT), rtol=1e-13, atol=1e-13)
 
 
-def test_negative_embeds_without_guidance_change_nothing(field, noise, scheduler, model, embeds) -> None:
+def test_negative_embeds_without_guidance_change_nothing(
+    field, noise, scheduler, model, embeds
+) -> None:
     """The peer returns a batch of 2 for a batch of 1."""
     out = sample(field, scheduler, noise[:1], TEXT[:1], negative_prompt_embeds=TEXT[:1] + 9)
     assert out.shape[0] == 1 and all(c["x"].shape[0] == 1 for c in field.calls)
@@ -208,10 +243,14 @@ def test_negative_embeds_without_guidance_change_nothing(field, noise, scheduler
 def test_single_embeds_are_expanded(field, noise, scheduler) -> None:
     """Never left to broadcast inside attention."""
     arguments = {"guidance_scale": 2.0, "num_inference_steps": 2}
-    one = sample(field, scheduler, noise, TEXT[:1], negative_prompt_embeds=TEXT[:1] + 1, **arguments)
+    one = sample(
+        field, scheduler, noise, TEXT[:1], negative_prompt_embeds=TEXT[:1] + 1, **arguments
+    )
     assert all(c["text"].shape == (2 * B, 5, 8) for c in field.calls)
     assert all(c["text"][:B].eq(1).all() and c["text"][B:].eq(0).all() for c in field.calls)
-    assert torch.equal(one, sample(field, scheduler, noise, TEXT, negative_prompt_embeds=TEXT + 1, **arguments))
+    assert torch.equal(
+        one, sample(field, scheduler, noise, TEXT, negative_prompt_embeds=TEXT + 1, **arguments)
+    )
 
 
 @pytest.mark.parametrize("guidance", [3.0, 0.99])
@@ -226,18 +265,21 @@ def test_bad_guidance(guidance, field, noise, scheduler) -> None:
         sample(field, scheduler, noise, TEXT, guidance_scale=guidance, negative_prompt_embeds=TEXT)
 
 
-# Context ---------------------------------------------------------------------------------------------------------
+# Context ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, B])
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_context_is_kept_and_seen_at_time_zero(guidance, n, batch, field, noise, scheduler, generator) -> None:
+def test_context_is_kept_and_seen_at_time_zero(
+    guidance, n, batch, field, noise, scheduler, generator
+) -> None:
     context = torch.randn(batch, 2, C, H, W, generator=generator, dtype=torch.float64)
     copies = [t.clone() for t in (noise, context, TEXT)]
     out = sample(
         field, scheduler, noise, TEXT,
-        num_inference_steps=n, guidance_scale=guidance, negative_prompt_embeds=TEXT, context_latents=context,
+        num_inference_steps=n, guidance_scale=guidance, negative_prompt_embeds=TEXT,
+        context_latents=context,
     )  # fmt: skip
     assert torch.equal(out[:, :2], context.expand(B, -1, -1, -1, -1))
     torch.testing.assert_close(out[:, 2], (field.mean + 0.5 * noise)[:, 2], rtol=1e-6, atol=1e-6)
@@ -261,25 +303,41 @@ def test_context_through_the_real_model(model, scheduler, embeds, generator) -> 
             x = x - (t - r) / 1000 * model(x, times, targets, embeds[0]).sample
     assert torch.equal(out[:, :1], context)
     torch.testing.assert_close(out[:, 1:], x[:, 1:], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(out[:, 1:], sample(model, scheduler, noise, embeds[0], num_inference_steps=2)[:, 1:])
+    assert not torch.allclose(
+        out[:, 1:], sample(model, scheduler, noise, embeds[0], num_inference_steps=2)[:, 1:]
+    )
 
 
 def test_context_survives_a_callback(field, noise, scheduler) -> None:
     context = torch.ones(1, 1, C, H, W, dtype=torch.float64)
-    out = sample(field, scheduler, noise, TEXT, context_latents=context, callback=lambda i, t, x: torch.zeros_like(x))
+    out = sample(
+        field,
+        scheduler,
+        noise,
+        TEXT,
+        context_latents=context,
+        callback=lambda i, t, x: torch.zeros_like(x),
+    )
     assert (out[:, 0] == 1).all() and (out[:, 1:] == 0).all()
 
 
 @pytest.mark.parametrize(
     "shape",
-    [(B, F, C, H, W), (B + 1, 1, C, H, W), (B, 1, C, H, W + 2), (B, 1, C + 1, H, W), (B, C, H, W), (B, 0, C, H, W)],
+    [
+        (B, F, C, H, W),
+        (B + 1, 1, C, H, W),
+        (B, 1, C, H, W + 2),
+        (B, 1, C + 1, H, W),
+        (B, C, H, W),
+        (B, 0, C, H, W),
+    ],
 )
 def test_bad_context(shape, field, noise, scheduler) -> None:
     with pytest.raises(ValueError, match="context_latents"):
         sample(field, scheduler, noise, TEXT, context_latents=torch.zeros(shape))
 
 
-# Callback --------------------------------------------------------------------------------------------------------
+# Callback -----------------------------------------------------------------------------------------
 
 
 def test_callback_sees_every_step_and_may_replace(field, noise, scheduler) -> None:
@@ -303,7 +361,7 @@ def test_callback_sees_every_step_and_may_replace(field, noise, scheduler) -> No
     assert not torch.allclose(changed, out)
 
 
-# Efficiency, purity ----------------------------------------------------------------------------------------------
+# Efficiency, purity -------------------------------------------------------------------------------
 
 
 def count_calls(model: AnyFlowTransformer3DModel) -> Counter[str]:
@@ -325,17 +383,38 @@ def count_calls(model: AnyFlowTransformer3DModel) -> Counter[str]:
 
 @pytest.mark.parametrize("context", [None, torch.zeros(1, 1, C, H, W)])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_conditioning_is_computed_once(guidance, context, model, scheduler, embeds, generator) -> None:
+def test_conditioning_is_computed_once(
+    guidance, context, model, scheduler, embeds, generator
+) -> None:
     counter = count_calls(model)
     noise = torch.randn(B, F, C, H, W, generator=generator)
     sample(
         model, scheduler, noise, embeds[0],
-        num_inference_steps=6, guidance_scale=guidance, negative_prompt_embeds=embeds[1], context_latents=context,
+        num_inference_steps=6, guidance_scale=guidance, negative_prompt_embeds=embeds[1],
+        context_latents=context,
     )  # fmt: skip
-    assert counter == {"text": 1, "key": 1, "value": 1, "time": 1, "delta": 1, "projection": 1, "forward": 6}
+    assert counter == {
+        "text": 1,
+        "key": 1,
+        "value": 1,
+        "time": 1,
+        "delta": 1,
+        "projection": 1,
+        "forward": 6,
+    }
     counter.clear()
-    sample_consistency(model, scheduler, noise, embeds[0], num_inference_steps=3, generator=generator)
-    assert counter == {"text": 1, "key": 1, "value": 1, "time": 1, "delta": 1, "projection": 1, "forward": 3}
+    sample_consistency(
+        model, scheduler, noise, embeds[0], num_inference_steps=3, generator=generator
+    )
+    assert counter == {
+        "text": 1,
+        "key": 1,
+        "value": 1,
+        "time": 1,
+        "delta": 1,
+        "projection": 1,
+        "forward": 3,
+    }
 
 
 class Wrapped(nn.Module):
@@ -351,11 +430,19 @@ class Wrapped(nn.Module):
 
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_modules_without_caches_give_the_same(guidance, mean, model, scheduler, embeds, generator) -> None:
+def test_modules_without_caches_give_the_same(
+    guidance, mean, model, scheduler, embeds, generator
+) -> None:
     noise = torch.randn(B, F, C, H, W, generator=generator)
-    options = {"guidance_scale": guidance, "negative_prompt_embeds": embeds[1], "use_mean_velocity": mean}
+    options = {
+        "guidance_scale": guidance,
+        "negative_prompt_embeds": embeds[1],
+        "use_mean_velocity": mean,
+    }
     cached = sample(model, scheduler, noise, embeds[0], **options)
-    torch.testing.assert_close(sample(Wrapped(model), scheduler, noise, embeds[0], **options), cached)
+    torch.testing.assert_close(
+        sample(Wrapped(model), scheduler, noise, embeds[0], **options), cached
+    )
 
 
 def test_plain_wan_model_is_sampled_with_euler(scheduler, embeds, generator) -> None:
@@ -384,7 +471,9 @@ def test_nothing_global_is_touched(model, scheduler, embeds, generator) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_latents_keep_the_dtype_of_the_noise(dtype, field, noise, scheduler) -> None:
-    """And are carried in fp32 at least: 50 rounded steps in bf16 would be off by several percent."""
+    """And are carried in fp32 at least: 50 rounded steps in bf16 would be off by several
+    percent.
+    """
     start = noise.to(dtype)
     out = sample(field, scheduler, start, TEXT, num_inference_steps=50)
     assert out.dtype == dtype and all(c["x"].dtype == dtype for c in field.calls)
@@ -392,14 +481,16 @@ def test_latents_keep_the_dtype_of_the_noise(dtype, field, noise, scheduler) -> 
     assert (out.double() - exact).norm() / exact.norm() < {torch.bfloat16: 0.01}.get(dtype, 1e-5)
 
 
-# Consistency sampling --------------------------------------------------------------------------------------------
+# Consistency sampling -----------------------------------------------------------------------------
 
 
 def test_consistency_in_one_step_is_the_flow_map(model, scheduler, embeds, generator) -> None:
     noise = torch.randn(B, F, C, H, W, generator=generator)
     one = sample(model, scheduler, noise, embeds[0], num_inference_steps=1)
     state = generator.get_state()
-    consistency = sample_consistency(model, scheduler, noise, embeds[0], num_inference_steps=1, generator=generator)
+    consistency = sample_consistency(
+        model, scheduler, noise, embeds[0], num_inference_steps=1, generator=generator
+    )
     torch.testing.assert_close(consistency, one)
     assert torch.equal(generator.get_state(), state)  # nothing is added after the last jump
 
@@ -407,13 +498,17 @@ def test_consistency_in_one_step_is_the_flow_map(model, scheduler, embeds, gener
 def test_consistency_jumps_to_zero_and_renoises(field, noise, scheduler) -> None:
     g = torch.Generator().manual_seed(3)
     out = sample_consistency(field, scheduler, noise, TEXT, timesteps=[1000, 600, 250], generator=g)
-    assert [c["t"][0].item() for c in field.calls] == [1000, 600, 250] and all(not c["r"].any() for c in field.calls)
+    assert [c["t"][0].item() for c in field.calls] == [1000, 600, 250] and all(
+        not c["r"].any() for c in field.calls
+    )
     g.manual_seed(3)
     x, zero = noise, torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64)
     for t, following in ((1.0, 0.6), (0.6, 0.25), (0.25, 0.0)):
         x = field.at(x, zero + t, zero, field.mean)
         if following:
-            x = (1 - following) * x + following * torch.randn(noise.shape, generator=g, dtype=torch.float64)
+            x = (1 - following) * x + following * torch.randn(
+                noise.shape, generator=g, dtype=torch.float64
+            )
     torch.testing.assert_close(out, x, rtol=1e-6, atol=1e-6)
 
 
@@ -423,7 +518,7 @@ def test_consistency_of_one_data_point_is_exact(field, noise, scheduler) -> None
     torch.testing.assert_close(out, field.mean.expand_as(out), rtol=1e-5, atol=1e-5)
 
 
-# NaN and infinity ------------------------------------------------------------------------------------------------
+# NaN and infinity ---------------------------------------------------------------------------------
 
 
 class Spoiled(nn.Module):
@@ -431,7 +526,13 @@ class Spoiled(nn.Module):
 
     def __init__(self, field: nn.Module, call: int, value: float, row: int, frame: int = 2) -> None:
         super().__init__()
-        self.field, self.call, self.value, self.place, self.calls = field, call, value, (row, frame, 1, 2, 3), 0
+        self.field, self.call, self.value, self.place, self.calls = (
+            field,
+            call,
+            value,
+            (row, frame, 1, 2, 3),
+            0,
+        )
 
     def forward(self, **arguments: Any) -> tuple[Tensor]:
         self.calls += 1
@@ -444,9 +545,13 @@ class Spoiled(nn.Module):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("call", "row"), [(1, 0), (2, 1), (4, 0), (4, 1)])
 @pytest.mark.parametrize("sampler", [sample, sample_consistency])
-def test_the_step_and_video_where_nan_began_are_named(sampler, call, row, value, field, noise, scheduler) -> None:
+def test_the_step_and_video_where_nan_began_are_named(
+    sampler, call, row, value, field, noise, scheduler
+) -> None:
     network = Spoiled(field, call, value, row)
-    with pytest.raises(FloatingPointError, match=f"video {row + 1} of 2 .* after step {call} of 4: .*bf16"):
+    with pytest.raises(
+        FloatingPointError, match=f"video {row + 1} of 2 .* after step {call} of 4: .*bf16"
+    ):
         sampler(network, scheduler, noise, TEXT)
     assert network.calls == 4  # nothing is read before the end
 
@@ -455,7 +560,9 @@ def test_nan_in_a_context_frame_is_no_nan(field, noise, scheduler) -> None:
     """What the network gives for frames that are kept is not used."""
     context = torch.zeros(1, 1, C, H, W, dtype=torch.float64)
     assert (
-        sample(Spoiled(field, 2, math.nan, 0, frame=0), scheduler, noise, TEXT, context_latents=context)
+        sample(
+            Spoiled(field, 2, math.nan, 0, frame=0), scheduler, noise, TEXT, context_latents=context
+        )
         .isfinite()
         .all()
     )
@@ -476,7 +583,9 @@ def test_latents_that_overflow_when_rounded_to_fp16_are_named(field, scheduler) 
     """They are carried in fp32, where they are finite."""
     field.mean = torch.full_like(field.mean, 1e5)
     noise = torch.zeros(B, F, C, H, W, dtype=torch.float16)
-    with pytest.raises(FloatingPointError, match="after step 1 of 1: float16 overflows above 65504"):
+    with pytest.raises(
+        FloatingPointError, match="after step 1 of 1: float16 overflows above 65504"
+    ):
         sample(Rounded(field), scheduler, noise, TEXT, num_inference_steps=1)
 
 
@@ -497,7 +606,7 @@ def test_huge_but_finite_latents_are_no_error(field, scheduler) -> None:
     assert sample(field, scheduler, noise, TEXT, timesteps=[1e-3]).isfinite().all()
 
 
-# Bad input -------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", [sample, sample_consistency])
@@ -530,4 +639,11 @@ def test_bad_input(sampler, changes, message, field, scheduler) -> None:
 
 def test_bad_negative_embeds(field, noise, scheduler) -> None:
     with pytest.raises(ValueError, match="negative_prompt_embeds must be"):
-        sample(field, scheduler, noise, TEXT, guidance_scale=2.0, negative_prompt_embeds=torch.zeros(3, 5, 8))
+        sample(
+            field,
+            scheduler,
+            noise,
+            TEXT,
+            guidance_scale=2.0,
+            negative_prompt_embeds=torch.zeros(3, 5, 8),
+        )

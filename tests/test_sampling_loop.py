@@ -1,4 +1,6 @@
-"""What the sampler's loop must not do: wait for the device, or touch weights that are elsewhere; and CUDA graphs."""
+"""What the sampler's loop must not do: wait for the device, or touch weights that are elsewhere;
+and CUDA graphs.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -50,29 +52,49 @@ def inputs(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def guided(model: Any, inputs: dict[str, Tensor], steps: int, **options: Any) -> Tensor:
-    return sample(model, SCHEDULER, **inputs, num_inference_steps=steps, guidance_scale=2.0, **options)
+    return sample(
+        model, SCHEDULER, **inputs, num_inference_steps=steps, guidance_scale=2.0, **options
+    )
 
 
 def assert_same(graph: Any, model: Any, inputs: dict[str, Tensor], steps: int) -> None:
-    torch.testing.assert_close(guided(graph, inputs, steps), guided(model, inputs, steps), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        guided(graph, inputs, steps), guided(model, inputs, steps), rtol=0, atol=1e-5
+    )
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait where tensors are on a GPU: reading values, shapes that depend on values, copies
-    from Python's numbers and between devices."""
+    """Counts what makes the host wait where tensors are on a GPU: reading values, shapes that
+    depend on values, copies from Python's numbers and between devices.
+    """
 
-    READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "lift_fresh")
+    READS = (
+        "_local_scalar_dense",
+        "item",
+        "is_nonzero",
+        "equal",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "lift_fresh",
+    )
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
         copied = name == "_to_copy" and kwargs.get("device") is not None
         masks = [
-            i for i in (args[1] if name in ("index", "index_put", "index_put_") and len(args) > 1 else ()) if is_mask(i)
+            i
+            for i in (
+                args[1] if name in ("index", "index_put", "index_put_") and len(args) > 1 else ()
+            )
+            if is_mask(i)
         ]
         if name.startswith(self.READS) or copied or masks:
             self.calls[name] += 1
@@ -85,7 +107,12 @@ def is_mask(index: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("call", "reads"),
-    [(lambda x: x[0, 0].item(), 1), (lambda x: x[x > 0], 1), (lambda x: torch.tensor([1.0]) + x, 1), (torch.sin, 0)],
+    [
+        (lambda x: x[0, 0].item(), 1),
+        (lambda x: x[x > 0], 1),
+        (lambda x: torch.tensor([1.0]) + x, 1),
+        (torch.sin, 0),
+    ],
     ids=["item", "mask", "constant", "none"],
 )
 def test_waits_are_seen(call: Callable[[Tensor], Any], reads: int) -> None:
@@ -96,7 +123,9 @@ def test_waits_are_seen(call: Callable[[Tensor], Any], reads: int) -> None:
 
 @pytest.mark.parametrize("sampler", ["plain", "guided", "consistency", "offloaded"])
 def test_no_step_waits_for_the_device(sampler: str, model, inputs) -> None:
-    """What is done before the first step and after the last is the same for two steps and for six."""
+    """What is done before the first step and after the last is the same for two steps and for
+    six.
+    """
     plain = {name: inputs[name] for name in ("noise", "prompt_embeds")}
     if sampler == "offloaded":
         accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
@@ -116,7 +145,9 @@ def test_no_step_waits_for_the_device(sampler: str, model, inputs) -> None:
 @needs_cuda
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_no_step_waits_for_a_gpu(graph: bool, model, inputs) -> None:
-    """CUDA itself raises for it, from the second step to the last: kernels are built in the first."""
+    """CUDA itself raises for it, from the second step to the last: kernels are built in the
+    first.
+    """
     on_gpu = {name: tensor.cuda() for name, tensor in inputs.items()}
     network = CudaGraphTransformer(model.cuda()) if graph else model.cuda()
 
@@ -131,8 +162,12 @@ def test_no_step_waits_for_a_gpu(graph: bool, model, inputs) -> None:
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level", "sequential"])
-def test_weights_that_come_for_a_call_only_are_used_in_calls_only(kind: str, model, inputs, tmp_path: Path) -> None:
-    """Between calls they are on a disk, or nowhere: a step that reads them outside of a call is wrong or an error."""
+def test_weights_that_come_for_a_call_only_are_used_in_calls_only(
+    kind: str, model, inputs, tmp_path: Path
+) -> None:
+    """Between calls they are on a disk, or nowhere: a step that reads them outside of a call is
+    wrong or an error.
+    """
     expected = guided(model, inputs, 3)
     cpu = torch.device("cpu")
     if kind == "sequential":
@@ -140,7 +175,9 @@ def test_weights_that_come_for_a_call_only_are_used_in_calls_only(kind: str, mod
         assert all(p.is_meta for p in model.parameters())
     else:
         blocks = 1 if kind == "block_level" else None
-        apply_group_offloading(model, cpu, cpu, kind, num_blocks_per_group=blocks, offload_to_disk_path=str(tmp_path))
+        apply_group_offloading(
+            model, cpu, cpu, kind, num_blocks_per_group=blocks, offload_to_disk_path=str(tmp_path)
+        )
         with torch.no_grad():  # what an offloaded weight holds is undefined
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.fill_(float("nan"))
@@ -148,7 +185,9 @@ def test_weights_that_come_for_a_call_only_are_used_in_calls_only(kind: str, mod
 
 
 def test_a_graph_needs_a_gpu(model) -> None:
-    with pytest.raises(ValueError, match="a CUDA graph needs a transformer on a CUDA device, this one is on cpu"):
+    with pytest.raises(
+        ValueError, match="a CUDA graph needs a transformer on a CUDA device, this one is on cpu"
+    ):
         CudaGraphTransformer(model)
 
 
@@ -161,7 +200,9 @@ def test_a_graph_needs_weights_that_stay(model) -> None:
 
 @needs_cuda
 def test_a_graph_gives_the_transformers_latents(model, inputs) -> None:
-    """For other inputs, other steps, another shape and back, other weights, in inference mode and outside of it."""
+    """For other inputs, other steps, another shape and back, other weights, in inference mode and
+    outside of it.
+    """
     model.cuda()
     graph = CudaGraphTransformer(model)
     on_gpu = {name: tensor.cuda() for name, tensor in inputs.items()}
@@ -184,7 +225,9 @@ def test_a_graph_gives_the_transformers_latents(model, inputs) -> None:
     assert_same(graph, model, on_gpu, 4)
 
 
-@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=needs_cuda)], ids=["eager", "graph"])
+@pytest.mark.parametrize(
+    "graph", [False, pytest.param(True, marks=needs_cuda)], ids=["eager", "graph"]
+)
 def test_what_inference_mode_has_run_can_be_trained(graph: bool, model, inputs, generator) -> None:
     device = "cuda" if graph else "cpu"
     model.to(device)

@@ -1,4 +1,6 @@
-"""Threads of torch in real processes: how OpenMP is told to wait, and the cores that are counted."""
+"""Threads of torch in real processes: how OpenMP is told to wait, and the cores that are
+counted.
+"""
 
 import json
 import os
@@ -13,7 +15,13 @@ import torch
 import anyflow
 from anyflow.threads import torch_threads, usable_cores
 
-SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+SETTINGS = (
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+)
 # What the command line does first, then what torch and OpenMP have made of it.
 PROBE = f"""
 import json, os, sys
@@ -34,13 +42,20 @@ print(json.dumps([early, usable_cores(), threads, inside, torch.get_num_threads(
 """
 
 
-def probe(prepare: Callable[[], object] | None = None, **settings: str) -> tuple[int, int, int, dict[str, str | None]]:
-    """Cores, torch's threads, those inside ``torch_threads(1)``, and the settings, of a process that begins with
-    ``prepare``."""
+def probe(
+    prepare: Callable[[], object] | None = None, **settings: str
+) -> tuple[int, int, int, dict[str, str | None]]:
+    """Cores, torch's threads, those inside ``torch_threads(1)``, and the settings, of a process
+    that begins with ``prepare``.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     environment |= {"PYTHONPATH": str(Path(anyflow.__file__).parents[1]), **settings}
     process = subprocess.run(
-        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, preexec_fn=prepare
+        [sys.executable, "-c", PROBE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=prepare,
     )
     assert process.returncode == 0, process.stderr
     early, cores, threads, inside, after, found = json.loads(process.stdout.splitlines()[-1])
@@ -84,15 +99,20 @@ def test_a_users_own_settings_stay(settings: dict[str, str]) -> None:
         ("0::/\n", {}, None),
         (
             "3:cpu,cpuacct:/a\n",
-            {"cpu,cpuacct/a/cpu.cfs_quota_us": "100000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"},
+            {"cpu,cpuacct/a/cpu.cfs_quota_us": "100000",
+             "cpu,cpuacct/a/cpu.cfs_period_us": "100000"},
             1,
         ),
-        ("3:cpuset:/\n1:cpu:/a\n0::/\n", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "50000"}, 1),
+        ("3:cpuset:/\n1:cpu:/a\n0::/\n",
+         {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "50000"}, 1),
         ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-        ("1:cpuset:/\n", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("1:cpuset:/\n", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"},
+         None),
     ],
 )  # fmt: skip
-def test_a_quota_of_cpu_time_counts(groups: str, files: dict[str, str], cores: int | None, tmp_path: Path) -> None:
+def test_a_quota_of_cpu_time_counts(
+    groups: str, files: dict[str, str], cores: int | None, tmp_path: Path
+) -> None:
     """The tree of a control group of version 2 or 1; None: as many cores as the affinity has."""
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(groups)
@@ -114,7 +134,8 @@ def test_a_quota_of_cpu_time_limits_torch() -> None:
     except OSError as error:
         pytest.skip(f"control groups cannot be made here: {error}")
     try:
-        cores, threads, inside, found = probe(lambda: (group / "tasks").write_text("0"))  # 0: the writer itself
+        # 0: the writer itself
+        cores, threads, inside, found = probe(lambda: (group / "tasks").write_text("0"))
     finally:
         group.rmdir()
     assert (cores, threads, inside) == (1, 1, 1) and found["OMP_NUM_THREADS"] == "1"

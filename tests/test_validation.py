@@ -12,7 +12,9 @@ from anyflow.validation import FiniteCheck, brief, finite_number, numbered, whol
 
 
 @pytest.mark.parametrize(
-    "value", [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor([3])], ids=repr
+    "value",
+    [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor([3])],
+    ids=repr,
 )
 def test_whole_numbers_become_ints(value: Any) -> None:
     assert whole_number("n", value) == 3 and type(whole_number("n", value)) is int
@@ -20,7 +22,8 @@ def test_whole_numbers_become_ints(value: Any) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [0, -1, 11, 3.0, np.float64(3), "3", b"3", None, True, np.bool_(True), torch.tensor(True), torch.tensor(3.0),
+    [0, -1, 11, 3.0, np.float64(3), "3", b"3", None, True, np.bool_(True), torch.tensor(True),
+     torch.tensor(3.0),
      torch.tensor([3, 3]), np.array([3, 3]), [3], 10**5000, math.nan],
     ids=lambda v: type(v).__name__,
 )  # fmt: skip
@@ -30,7 +33,9 @@ def test_other_values_are_no_whole_numbers(value: Any) -> None:
     assert len(str(error.value)) < 200 and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("value", [2, 2.0, np.float32(2), np.array(2.0), torch.tensor(2.0), Decimal(2)], ids=repr)
+@pytest.mark.parametrize(
+    "value", [2, 2.0, np.float32(2), np.array(2.0), torch.tensor(2.0), Decimal(2)], ids=repr
+)
 def test_numbers_become_floats(value: Any) -> None:
     assert finite_number("x", value) == 2.0 and type(finite_number("x", value)) is float
 

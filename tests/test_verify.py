@@ -40,7 +40,11 @@ def saved(network: nn.Module, folder: Path) -> Path:
 
 @pytest.fixture(params=["anyflow", "wan"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    cls = diffusers.AnyFlowTransformer3DModel if request.param == "anyflow" else diffusers.WanTransformer3DModel
+    cls = (
+        diffusers.AnyFlowTransformer3DModel
+        if request.param == "anyflow"
+        else diffusers.WanTransformer3DModel
+    )
     return saved(cls(**TINY), tmp_path / "model")
 
 
@@ -57,7 +61,8 @@ def test_same_weights_pass(model, dtype) -> None:
         "training loss",
         "latents after 4 steps",
     ]
-    assert all(c.max > 0 for c in report.comparisons if c.name != "training loss")  # two implementations did run
+    # two implementations did run
+    assert all(c.max > 0 for c in report.comparisons if c.name != "training loss")
     if dtype == torch.float32:
         assert all(c.max < 5e-6 for c in report.comparisons)
 
@@ -71,7 +76,9 @@ def test_the_folder_of_a_pipeline_and_of_our_own_class(tmp_path: Path) -> None:
 
 def test_a_real_difference_fails(tmp_path: Path) -> None:
     """diffusers does not know this fusion and evaluates another."""
-    folder = saved(AnyFlowTransformer3DModel(**TINY, r_embedder_fusion="additive", gate_value=0.7), tmp_path)
+    folder = saved(
+        AnyFlowTransformer3DModel(**TINY, r_embedder_fusion="additive", gate_value=0.7), tmp_path
+    )
     report = verify(folder, **SIZES)
     assert not any(c.passed for c in report.comparisons) and not report.passed
     assert str(report).endswith("7 of 7 over")
@@ -92,11 +99,15 @@ def test_weights_that_are_not_numbers_fail(flow_map) -> None:
 
 
 def test_sizes_beyond_the_network_and_weights_cut_off_are_refused(flow_map) -> None:
-    with pytest.raises(ValueError, match="height must be <= 512 pixels for this model, got 1000000000"):
+    with pytest.raises(
+        ValueError, match="height must be <= 512 pixels for this model, got 1000000000"
+    ):
         verify(flow_map, **SIZES | {"height": 10**9})
     weights = (flow_map / WEIGHTS).read_bytes()
     (flow_map / WEIGHTS).write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ValueError, match=f"{flow_map / WEIGHTS} is not a complete safetensors file"):
+    with pytest.raises(
+        ValueError, match=f"{flow_map / WEIGHTS} is not a complete safetensors file"
+    ):
         verify(flow_map, **SIZES)
 
 
@@ -106,7 +117,9 @@ def test_no_threshold_passes_what_is_not_finite(mean) -> None:
 
 
 def test_table() -> None:
-    report = VerifyReport("a title", (Comparison("one", 1e-7, 2e-7, 1e-5), Comparison("two", 3e-5, 4e-5, 1e-5)))
+    report = VerifyReport(
+        "a title", (Comparison("one", 1e-7, 2e-7, 1e-5), Comparison("two", 3e-5, 4e-5, 1e-5))
+    )
     assert str(report).splitlines() == [
         "a title",
         "relative difference               mean       max   allowed",
@@ -160,7 +173,9 @@ def test_folders_that_hold_no_such_network(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no config.json in"):
         verify(tmp_path, **SIZES)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(ValueError, match="is of a 'UNet2DModel'; allowed are AnyFlowTransformer3DModel"):
+    with pytest.raises(
+        ValueError, match="is of a 'UNet2DModel'; allowed are AnyFlowTransformer3DModel"
+    ):
         verify(tmp_path, **SIZES)
     (tmp_path / "config.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="must hold a JSON object, not list"):

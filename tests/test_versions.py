@@ -26,11 +26,17 @@ def test_versions_are_those_of_the_packages_that_import() -> None:
     assert installed_versions(["no-such-package"]) == {"no-such-package": None}
 
 
-def test_every_package_that_decides_numbers_is_pinned_and_those_of_text_and_pixels_have_floors() -> None:
+def test_every_package_that_decides_numbers_is_pinned_and_those_of_text_and_pixels_have_floors() -> (
+    None
+):
     floors = dict(re.findall(r'"([a-z]+)>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text()))
     assert {"ftfy", "tokenizers", "transformers", "diffusers", "av", "torch"} <= set(floors)
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = [line.split(";")[0].strip().split("==") for line in lines if "==" in line and not line.startswith("#")]
+    pins = [
+        line.split(";")[0].strip().split("==")
+        for line in lines
+        if "==" in line and not line.startswith("#")
+    ]
     for name in PACKAGES:
         versions = [version for package, version in pins if package == name]
         assert versions
@@ -60,7 +66,8 @@ def test_differences_name_the_package_and_both_versions() -> None:
 def test_prompts_are_not_encoded_without_ftfy() -> None:
     """diffusers takes them as they are then."""
     program = (
-        "import sys; sys.modules['ftfy'] = None\nfrom anyflow.pipelines.wan import clean_prompt; clean_prompt('a')"
+        "import sys; sys.modules['ftfy'] = None\nfrom anyflow.pipelines.wan import clean_prompt; "
+        "clean_prompt('a')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1 and "ImportError: prompts are cleaned by ftfy" in done.stderr

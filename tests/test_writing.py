@@ -1,4 +1,6 @@
-"""Errors of the operating system, by every library that writes, and files that are whole or not there."""
+"""Errors of the operating system, by every library that writes, and files that are whole or not
+there.
+"""
 
 import errno
 import os

@@ -1,4 +1,6 @@
-"""Checkpoints of every origin: diffusers, the older hub layout, training files, the original Wan, FastVideo."""
+"""Checkpoints of every origin: diffusers, the older hub layout, training files, the original Wan,
+FastVideo.
+"""
 
 from anyflow.checkpoints.architecture import Architecture, FlowMap
 from anyflow.checkpoints.checkpoint import CheckpointFormat, detect

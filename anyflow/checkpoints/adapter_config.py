@@ -1,4 +1,6 @@
-"""The settings of a LoRA: PEFT's ``adapter_config.json``, or diffusers' metadata in the header of a file."""
+"""The settings of a LoRA: PEFT's ``adapter_config.json``, or diffusers' metadata in the header of a
+file.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +15,40 @@ from anyflow.checkpoints.errors import CheckpointFormatError
 
 # Fields of peft.LoraConfig that change no number of adapters that are trained.
 _WITHOUT_EFFECT = (
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "lora_dropout", "megatron_core", "runtime_config", "qalora_group_size", "loftq_config", "eva_config",
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode",
+    "lora_dropout", "megatron_core", "runtime_config", "qalora_group_size", "loftq_config",
+    "eva_config",
     "corda_config", "lora_ga_config", "ensure_weight_tying", "parent_library",
 )  # fmt: skip
-# These leave the base weights as they are; pissa, olora, corda, loftq and lora_ga take a part out of them.
+# These leave the base weights as they are; pissa, olora, corda, loftq and lora_ga take a part out
+# of them.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-# Python's search takes time exponential in nested repeats, and a power of the name's length in others.
+# Python's search takes time exponential in nested repeats, and a power of the name's length in
+# others.
 _MAX_REPEATS, _REPEAT, _REPEATED_GROUP = 4, re.compile(r"(?<!\\)[*+{]"), re.compile(r"\)[*+{]")
 _BIASES = ("none", "all", "lora_only")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Hold the settings that decide the numbers of a LoRA; the fields have the names of ``peft.LoraConfig``.
+    """Hold the settings that decide the numbers of a LoRA; the fields have the names of
+    ``peft.LoraConfig``.
 
     Attributes:
         where: names the document in errors.
         r, lora_alpha: of every layer without a pattern; None where the document does not say it.
-        rank_pattern, alpha_pattern: other values by a pattern of names, of which the first that matches counts.
+        rank_pattern, alpha_pattern: other values by a pattern of names, of which the first that
+            matches counts.
         use_rslora: whether the scale is ``alpha / sqrt(r)`` rather than ``alpha / r``.
         use_dora: whether every layer has a magnitude.
         lora_bias: whether every ``B`` has a bias.
         bias: which biases of the model are replaced.
         modules_to_save: ends of the names of modules that are replaced.
-        target_modules, exclude_modules: ends of the names of layers with and without adapters, or a regular expression.
-        layers_to_transform, layers_pattern: numbers of the layers with adapters, and what stands before the number.
+        target_modules, exclude_modules: ends of the names of layers with and without adapters, or a
+            regular expression.
+        layers_to_transform, layers_pattern: numbers of the layers with adapters, and what stands
+            before the number.
     """
 
     where: str
@@ -65,8 +75,9 @@ class AdapterConfig:
             where: names it in errors.
 
         Raises:
-            CheckpointFormatError: it is no object, is of another method than LoRA, has a value that is not possible, or
-                a field that would change numbers in a way that is not supported.
+            CheckpointFormatError: it is no object, is of another method than LoRA, has a value that
+                is not possible, or a field that would change numbers in a way that is not
+                supported.
         """
         if not isinstance(raw, dict):
             raise CheckpointFormatError(f"{where} should hold an object, not {_shown(raw)}")
@@ -75,10 +86,16 @@ class AdapterConfig:
         return cls(
             where=where,
             r=fields.rank("r", raw["r"]) if "r" in raw else None,
-            lora_alpha=fields.alpha("lora_alpha", raw["lora_alpha"]) if "lora_alpha" in raw else None,
-            rank_pattern={k: fields.rank(f"rank_pattern.{k}", v) for k, v in fields.patterns("rank_pattern").items()},
+            lora_alpha=fields.alpha("lora_alpha", raw["lora_alpha"])
+            if "lora_alpha" in raw
+            else None,
+            rank_pattern={
+                k: fields.rank(f"rank_pattern.{k}", v)
+                for k, v in fields.patterns("rank_pattern").items()
+            },
             alpha_pattern={
-                k: fields.alpha(f"alpha_pattern.{k}", v) for k, v in fields.patterns("alpha_pattern").items()
+                k: fields.alpha(f"alpha_pattern.{k}", v)
+                for k, v in fields.patterns("alpha_pattern").items()
             },
             use_rslora=fields.flag("use_rslora"),
             use_dora=fields.flag("use_dora"),
@@ -92,12 +109,16 @@ class AdapterConfig:
         )
 
     def rank_of(self, names: Sequence[str]) -> int | None:
-        """Return the rank of a layer that may go by several names, or None where the document does not say it."""
+        """Return the rank of a layer that may go by several names, or None where the document does
+        not say it.
+        """
         key = _pattern_key(self.rank_pattern, names)
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_of(self, names: Sequence[str], default: float | None = None) -> float | None:
-        """Return the alpha of a layer; ``default`` stands for a ``lora_alpha`` that the document does not have."""
+        """Return the alpha of a layer; ``default`` stands for a ``lora_alpha`` that the document
+        does not have.
+        """
         key = _pattern_key(self.alpha_pattern, names)
         if key is not None:
             return self.alpha_pattern[key]
@@ -117,7 +138,9 @@ class AdapterConfig:
 
     @staticmethod
     def saved_by(end: str, names: Sequence[str]) -> bool:
-        """Say whether ``end``, one of ``modules_to_save``, is a module of these names or has it inside."""
+        """Say whether ``end``, one of ``modules_to_save``, is a module of these names or has it
+        inside.
+        """
         return any(f".{end}." in f".{name}." for name in names)
 
     def _has_adapter(self, name: str) -> bool:
@@ -148,14 +171,29 @@ class _Fields:
         if not isinstance(method, str) or method.upper() != "LORA":
             raise self._wrong("peft_type", method, "LORA")
         init = self._raw.get("init_lora_weights", True)
-        if not any(init is plain or (isinstance(plain, str) and init == plain) for plain in _PLAIN_INITS):
-            raise self._wrong("init_lora_weights", init, "an initialization that leaves the base weights as they are")
+        if not any(
+            init is plain or (isinstance(plain, str) and init == plain) for plain in _PLAIN_INITS
+        ):
+            raise self._wrong(
+                "init_lora_weights",
+                init,
+                "an initialization that leaves the base weights as they are",
+            )
         if self.flag("fan_in_fan_out"):
-            raise self._wrong("fan_in_fan_out", True, "false, as no layer here has transposed weights")
-        known = {*AdapterConfig.__dataclass_fields__, *_WITHOUT_EFFECT, "peft_type", "init_lora_weights"}
+            raise self._wrong(
+                "fan_in_fan_out", True, "false, as no layer here has transposed weights"
+            )
+        known = {
+            *AdapterConfig.__dataclass_fields__,
+            *_WITHOUT_EFFECT,
+            "peft_type",
+            "init_lora_weights",
+        }
         for name, value in self._raw.items():
             if name not in known and value not in (None, False, [], {}, ""):
-                raise self._wrong(name, value, "absent: what it does to the numbers is not supported")
+                raise self._wrong(
+                    name, value, "absent: what it does to the numbers is not supported"
+                )
 
     def rank(self, name: str, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
@@ -189,7 +227,9 @@ class _Fields:
         value = self._raw.get(name)
         if isinstance(value, str):
             value = [value]
-        if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        if value is not None and not (
+            isinstance(value, list) and all(isinstance(v, str) for v in value)
+        ):
             raise self._wrong(name, value, "a list of texts")
         return tuple(value or ())
 
@@ -217,7 +257,9 @@ class _Fields:
     def numbers(self, name: str) -> tuple[int, ...] | None:
         value = self._raw.get(name)
         value = [value] if isinstance(value, int) else value
-        whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        whole = isinstance(value, list) and all(
+            isinstance(v, int) and not isinstance(v, bool) for v in value
+        )
         if value is not None and not whole:
             raise self._wrong(name, value, "a list of whole numbers")
         return None if value is None else tuple(value)
@@ -228,22 +270,34 @@ class _Fields:
         except (re.error, RecursionError, OverflowError) as error:
             raise self._wrong(name, pattern, f"a regular expression ({error})") from error
         if len(_REPEAT.findall(pattern)) > _MAX_REPEATS or _REPEATED_GROUP.search(pattern):
-            raise self._wrong(name, pattern, f"a regular expression with up to {_MAX_REPEATS} repeats, none of a group")
+            raise self._wrong(
+                name,
+                pattern,
+                f"a regular expression with up to {_MAX_REPEATS} repeats, none of a group",
+            )
 
     def _wrong(self, name: str, value: object, allowed: str) -> CheckpointFormatError:
-        return CheckpointFormatError(f"{self._where}: {name} should be {allowed}, not {_shown(value)}")
+        return CheckpointFormatError(
+            f"{self._where}: {name} should be {allowed}, not {_shown(value)}"
+        )
 
 
 def _matches(names_or_pattern: tuple[str, ...] | str, name: str) -> bool:
-    """Match as PEFT does: the whole name by a regular expression, or its end by one of several names."""
+    """Match as PEFT does: the whole name by a regular expression, or its end by one of several
+    names.
+    """
     if isinstance(names_or_pattern, str):
         return re.fullmatch(names_or_pattern, name) is not None
     return any(name == end or name.endswith(f".{end}") for end in names_or_pattern)
 
 
 def _pattern_key(patterns: Mapping[str, object], names: Sequence[str]) -> str | None:
-    """Return the first pattern that matches the end of a name, as ``peft.utils.get_pattern_key`` does."""
-    return next((key for name in names for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+    """Return the first pattern that matches the end of a name, as ``peft.utils.get_pattern_key``
+    does.
+    """
+    return next(
+        (key for name in names for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None
+    )
 
 
 def _shown(value: object) -> str:

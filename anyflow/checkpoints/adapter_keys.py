@@ -13,8 +13,9 @@ from anyflow.checkpoints.names import NAMINGS, ORIGINAL
 class Role(Enum):
     """Name the part of an adapter that a tensor is.
 
-    ``DOWN[r, in]`` and ``UP[out, r]`` are the factors A and B; ``ALPHA`` is the numerator of their scale, and
-    ``MAGNITUDE`` the norms of DoRA. The differences are added; ``WEIGHT`` and ``BIAS`` take the place of the model's.
+    ``DOWN[r, in]`` and ``UP[out, r]`` are the factors A and B; ``ALPHA`` is the numerator of their
+    scale, and ``MAGNITUDE`` the norms of DoRA. The differences are added; ``WEIGHT`` and ``BIAS``
+    take the place of the model's.
     """
 
     DOWN = "down"
@@ -32,7 +33,10 @@ _ADAPTER = r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?"  # PEFT puts the adapte
 _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = tuple(
     (re.compile(rf"(?P<layer>.+)\.{pattern}"), role)
     for pattern, role in (
-        (rf"(?:lora_A{_ADAPTER}|lora_down|lora\.down|lora_linear_layer\.down)(?:\.weight)?", Role.DOWN),
+        (
+            rf"(?:lora_A{_ADAPTER}|lora_down|lora\.down|lora_linear_layer\.down)(?:\.weight)?",
+            Role.DOWN,
+        ),
         (rf"(?:lora_B{_ADAPTER}|lora_up|lora\.up|lora_linear_layer\.up)(?:\.weight)?", Role.UP),
         (rf"(?:lora_B{_ADAPTER}|lora_up)\.bias", Role.UP_BIAS),
         (r"alpha", Role.ALPHA),
@@ -50,17 +54,24 @@ _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = tuple(
 _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), what)
     for pattern, what in (
-        (r"(?:base_model\.model\.)?(?:lora_te\d?_|text_encoders?[._]|text_encoder_\d\.|te\d?\.)", "of a text encoder"),
+        (
+            r"(?:base_model\.model\.)?(?:lora_te\d?_|text_encoders?[._]|text_encoder_\d\.|te\d?\.)",
+            "of a text encoder",
+        ),
         (r".*[._]hada_", "of LoHa, which is not supported"),
         (r".*[._]lokr_", "of LoKr, which is not supported"),
         (r".*[._]b?oft_", "of OFT, which is not supported"),
-        (r".*\.lora_(?:embedding_|mid)", "of a LoRA of embeddings or with a middle factor, which is not supported"),
+        (
+            r".*\.lora_(?:embedding_|mid)",
+            "of a LoRA of embeddings or with a middle factor, which is not supported",
+        ),
     )
 )
 _TABLES = ("modulation", "scale_shift_table")
 PEFT_PREFIX = "base_model.model."
 _PREFIXES = (
-    PEFT_PREFIX, "diffusion_model.", "transformer.", "pipe.dit.", "dit.", "module.", "_orig_mod.", "model.",
+    PEFT_PREFIX, "diffusion_model.", "transformer.", "pipe.dit.", "dit.", "module.", "_orig_mod.",
+    "model.",
     "lora_unet_", "lora_transformer_", "lycoris_", "_",
 )  # fmt: skip
 
@@ -87,7 +98,8 @@ def parse_key(key: str) -> AdapterKey | None:
     for pattern, role in _ROLES:
         if match := pattern.fullmatch(key):
             layer = match["layer"].replace("._orig_mod.", ".").removesuffix(".base_layer")
-            if key.endswith(".diff_m") and not layer.endswith(_TABLES):  # of the table, which they leave out
+            # of the table, which they leave out
+            if key.endswith(".diff_m") and not layer.endswith(_TABLES):
                 layer = f"{layer}{'.' if '.' in layer else '_'}modulation"
             return AdapterKey(key, layer, role, match.groupdict().get("adapter"))
     return None
@@ -101,7 +113,8 @@ def reason_to_refuse(key: str) -> str | None:
 class Layers:
     """The layers of a transformer by all the names that files give them.
 
-    These are our own, the original Wan's and FastVideo's, each with dots or with underscores and after any prefix.
+    These are our own, the original Wan's and FastVideo's, each with dots or with underscores and
+    after any prefix.
 
     Args:
         shapes: of the parameters, by our names.
@@ -125,8 +138,8 @@ class Layers:
             layer: as a file names it, prefixes included.
 
         Returns:
-            Our name of it, or None if the transformer has no such layer, and all names that a pattern may mean it by:
-            that in the file first.
+            Our name of it, or None if the transformer has no such layer, and all names that a
+            pattern may mean it by: that in the file first.
         """
         name = layer
         while name not in self._ours:
@@ -136,11 +149,19 @@ class Layers:
             name = name.removeprefix(prefix)
         ours = self._ours[name]
         original = ORIGINAL.theirs(ours)
-        names = (name, ours, *(() if original is None else (original,)), layer.removeprefix(PEFT_PREFIX), layer)
+        names = (
+            name,
+            ours,
+            *(() if original is None else (original,)),
+            layer.removeprefix(PEFT_PREFIX),
+            layer,
+        )
         return ours, tuple(dict.fromkeys(names))
 
     def parameter(self, layer: str, role: Role) -> str:
-        """Return our name of the parameter that a tensor of a role belongs to, whether there is one or not."""
+        """Return our name of the parameter that a tensor of a role belongs to, whether there is one
+        or not.
+        """
         if role in (Role.UP_BIAS, Role.BIAS_DIFFERENCE, Role.BIAS):
             return f"{layer}.bias"
         return layer if layer in self.shapes else f"{layer}.weight"

@@ -1,4 +1,6 @@
-"""Exact changes of parameters by adapters: a product of low rank, a difference, or another value."""
+"""Exact changes of parameters by adapters: a product of low rank, a difference, or another
+value.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +47,16 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class LowRank:
-    """``W + strength scale B A``, and with DoRA that ``V`` by rows as ``m V / |V|`` (Liu et al. 2024, equation 5).
+    """``W + strength scale B A``, and with DoRA that ``V`` by rows as ``m V / |V|`` (Liu et al.
+    2024, equation 5).
 
     Attributes:
-        down, up: keys of ``A[r, in]`` and ``B[out, r]``; of a convolution ``A[r, in, ...]`` and ``B[out, r, 1, ...]``.
+        down, up: keys of ``A[r, in]`` and ``B[out, r]``; of a convolution ``A[r, in, ...]`` and
+            ``B[out, r, 1, ...]``.
         rank: r.
         scale: alpha / r or alpha / sqrt(r), or None while alpha is not known.
-        magnitude: key of m, ``[out]`` or ``[out, 1]``; ``[1, in]`` is by columns, as older LyCORIS has it.
+        magnitude: key of m, ``[out]`` or ``[out, 1]``; ``[1, in]`` is by columns, as older LyCORIS
+            has it.
     """
 
     down: str
@@ -62,21 +67,28 @@ class LowRank:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return (self.down, self.up) if self.magnitude is None else (self.down, self.up, self.magnitude)
+        return (
+            (self.down, self.up) if self.magnitude is None else (self.down, self.up, self.magnitude)
+        )
 
     def misfit(self, infos: Mapping[str, TensorInfo], shape: tuple[int, ...]) -> str | None:
         a, b = infos[self.down], infos[self.up]
         fits = len(shape) == len(a.shape) == len(b.shape) >= 2 and 0 < a.shape[0] == b.shape[1]
         if not fits or (b.shape[0], *a.shape[1:]) != shape or any(n != 1 for n in b.shape[2:]):
             return (
-                f"A {a.shape} and B {b.shape} do not make {shape} (A is {a.dtype} {list(a.shape)}, B is {b.dtype} "
+                f"A {a.shape} and B {b.shape} do not make {shape} (A is {a.dtype} {list(a.shape)}, "
+                f"B is {b.dtype} "
                 f"{list(b.shape)}): {self.down}, {self.up}"
             )
         if self.magnitude is None:
             return None
         m = infos[self.magnitude].shape
         possible = ((shape[0],), (shape[0], 1), (1, shape[-1]))
-        return None if len(shape) == 2 and m in possible else f"magnitude {m} for {shape}: {self.magnitude}"
+        return (
+            None
+            if len(shape) == 2 and m in possible
+            else f"magnitude {m} for {shape}: {self.magnitude}"
+        )
 
     def apply(self, parameter: Tensor, read: Read, strength: float) -> Tensor:
         assert self.scale is not None
@@ -87,7 +99,11 @@ class LowRank:
             magnitude = read(self.magnitude)
             by_columns = magnitude.ndim == 2 and magnitude.shape[0] == 1 != merged.shape[0]
             norms = merged.norm(dim=0 if by_columns else 1)
-            merged *= magnitude.reshape(1, -1) / norms if by_columns else (magnitude.flatten() / norms)[:, None]
+            merged *= (
+                magnitude.reshape(1, -1) / norms
+                if by_columns
+                else (magnitude.flatten() / norms)[:, None]
+            )
         return merged.reshape(parameter.shape)
 
 
@@ -118,7 +134,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Replacement(Difference):
-    """The adapter's own parameter in the place of the model's, at any strength: it is only made for strength 1."""
+    """The adapter's own parameter in the place of the model's, at any strength: it is only made for
+    strength 1.
+    """
 
     def apply(self, parameter: Tensor, read: Read, strength: float) -> Tensor:
         return read(self.key)
@@ -145,7 +163,9 @@ class Plan:
             self.updates[parameter] = update
 
     def check(self, infos: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """List the changes whose parameters are not there, and whose tensors have wrong types or shapes."""
+        """List the changes whose parameters are not there, and whose tensors have wrong types or
+        shapes.
+        """
         for parameter, update in self.updates.items():
             wrong = [f"{infos[key].dtype} is no type of an adapter: {key}" for key in update.keys
                      if infos[key].dtype not in _FLOATS]  # fmt: skip
@@ -175,7 +195,8 @@ class Layer:
 
 
 def add_layer(
-    plan: Plan, layer: Layer, infos: Mapping[str, TensorInfo], read: Read, configs: Sequence[AdapterConfig],
+    plan: Plan, layer: Layer, infos: Mapping[str, TensorInfo], read: Read,
+    configs: Sequence[AdapterConfig],
     alpha: float | None, unscaled: float | None,
 ) -> None:  # fmt: skip
     """Add the changes of one layer to a plan, or what is wrong with it.
@@ -195,7 +216,10 @@ def add_layer(
     else:
         for role, other in ((Role.DOWN, "B"), (Role.UP, "A")):
             if role in own:
-                plan.lines.append(f"missing: {layer.name}.lora_{other}.weight; without its other half: {own[role].key}")
+                plan.lines.append(
+                    f"missing: {layer.name}.lora_{other}.weight; without its other half: "
+                    f"{own[role].key}"
+                )
         for role in (Role.UP_BIAS, Role.ALPHA, Role.MAGNITUDE):
             if role in own:
                 plan.lines.append(f"not understood without A and B of its layer: {own[role].key}")
@@ -211,11 +235,14 @@ def add_layer(
 
 
 def _add_low_rank(
-    plan: Plan, layer: Layer, infos: Mapping[str, TensorInfo], read: Read, configs: Sequence[AdapterConfig],
+    plan: Plan, layer: Layer, infos: Mapping[str, TensorInfo], read: Read,
+    configs: Sequence[AdapterConfig],
     alpha: float | None, unscaled: float | None,
 ) -> None:  # fmt: skip
     own = layer.tensors
-    down, up, magnitude, bias = (own.get(r) for r in (Role.DOWN, Role.UP, Role.MAGNITUDE, Role.UP_BIAS))
+    down, up, magnitude, bias = (
+        own.get(r) for r in (Role.DOWN, Role.UP, Role.MAGNITUDE, Role.UP_BIAS)
+    )
     assert down is not None and up is not None
     rank = infos[down.key].shape[0] if infos[down.key].shape else 0
     if rank == 0:
@@ -287,13 +314,18 @@ def _is_replaced(config: AdapterConfig, layer: Layer, role: Role) -> bool:
 
 
 def promised(configs: Iterable[AdapterConfig], layers: Sequence[Layer]) -> list[str]:
-    """List what configurations say that a file has, and it has not: modules saved whole, and biases."""
+    """List what configurations say that a file has, and it has not: modules saved whole, and
+    biases.
+    """
     lines = []
     for config in configs:
         replaced = [layer for layer in layers if {Role.WEIGHT, Role.BIAS} & set(layer.tensors)]
         for end in config.modules_to_save:
             if not any(config.saved_by(end, layer.names) for layer in replaced):
-                lines.append(f"modules_to_save has {end!r} by {config.where}, but no tensor of it is in the file")
+                lines.append(
+                    f"modules_to_save has {end!r} by {config.where}, but no tensor of it is in the "
+                    "file"
+                )
         if config.bias != "none" and not any(Role.BIAS in layer.tensors for layer in layers):
             lines.append(f"bias={config.bias!r} by {config.where}, but no bias is in the file")
     return lines

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from anyflow.checkpoints.adapter_config import AdapterConfig
 from anyflow.checkpoints.adapter_keys import AdapterKey, Role, parse_key
-from anyflow.checkpoints.adapter_updates import Layer, LowRank, Plan, Update, add_layer, require_finite
+from anyflow.checkpoints.adapter_updates import (
+    Layer,
+    LowRank,
+    Plan,
+    Update,
+    add_layer,
+    require_finite,
+)
 from anyflow.checkpoints.errors import CheckpointFormatError, listed
 from anyflow.checkpoints.names import prefix_of
 from anyflow.checkpoints.readers import Reader, TensorInfo
@@ -23,7 +30,9 @@ _ORIGINAL = re.compile(r"(.+?)\.original_module\.(.+)")
 
 def has_adapters(names: Iterable[str]) -> bool:
     """Say whether one of the names is of an adapter."""
-    return any((key := parse_key(name)) is not None and key.role in _ADAPTER_ROLES for name in names)
+    return any(
+        (key := parse_key(name)) is not None and key.role in _ADAPTER_ROLES for name in names
+    )
 
 
 class MergedReader:
@@ -32,7 +41,8 @@ class MergedReader:
     Attributes:
         infos: of the tensors, adapters merged.
         adapters: by the name of the weight that they are merged into.
-        alpha: numerator of the scale of an adapter, or None where one of the adapters has none: then it cannot be read.
+        alpha: numerator of the scale of an adapter, or None where one of the adapters has none:
+            then it cannot be read.
 
     Args:
         reader: of the checkpoint's files.
@@ -41,12 +51,16 @@ class MergedReader:
         config: of the adapters, or None.
 
     Raises:
-        CheckpointFormatError: an adapter is incomplete or does not fit its weight or its configuration, or there is
-            more than one kind.
+        CheckpointFormatError: an adapter is incomplete or does not fit its weight or its
+            configuration, or there is more than one kind.
     """
 
     def __init__(
-        self, reader: Reader, alpha: float | None, device: torch.device, config: AdapterConfig | None = None
+        self,
+        reader: Reader,
+        alpha: float | None,
+        device: torch.device,
+        config: AdapterConfig | None = None,
     ) -> None:
         self._reader, self._device = reader, device
         self.infos: dict[str, TensorInfo] = {}
@@ -54,7 +68,9 @@ class MergedReader:
         grouped: dict[str, dict[Role, AdapterKey]] = {}
         plan = Plan()
         parsed = {name: parse_key(name) for name in reader.infos}
-        adapted = {key.layer for key in parsed.values() if key is not None and key.role in _ADAPTER_ROLES}
+        adapted = {
+            key.layer for key in parsed.values() if key is not None and key.role in _ADAPTER_ROLES
+        }
         replaced = {f"{m[1]}.{m[2]}" for name in reader.infos if (m := _SAVED.fullmatch(name))}
         for name, info in reader.infos.items():
             key = parsed[name]
@@ -67,7 +83,9 @@ class MergedReader:
                 continue
             match = _BASE.fullmatch(name) or _SAVED.fullmatch(name)
             plain = name if match is None else f"{match[1]}.{match[2]}"
-            if (original := _ORIGINAL.fullmatch(name)) and f"{original[1]}.{original[2]}" in replaced:
+            if (
+                original := _ORIGINAL.fullmatch(name)
+            ) and f"{original[1]}.{original[2]}" in replaced:
                 continue  # what PEFT has put another module in the place of
             if plain in self.infos:
                 raise CheckpointFormatError(f"both {plain} and {name} are in the checkpoint")
@@ -82,7 +100,9 @@ class MergedReader:
             self.alpha = first.scale * first.rank
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor; one that an adapter changes comes in fp64, so that it is rounded only once."""
+        """Read a tensor; one that an adapter changes comes in fp64, so that it is rounded only
+        once.
+        """
         tensor = self._reader.read(self._stored[name])
         update = self._updates.get(name)
         if update is None:
@@ -104,10 +124,13 @@ class MergedReader:
         keys = [key for tensors in grouped.values() for key in tensors.values()]
         kinds = {key.adapter: key.key for key in keys if key.adapter is not None}
         if len(kinds) > 1:
-            plan.lines.insert(0, f"adapters of {len(kinds)} kinds in one checkpoint: {', '.join(kinds.values())}")
+            plan.lines.insert(
+                0, f"adapters of {len(kinds)} kinds in one checkpoint: {', '.join(kinds.values())}"
+            )
         if grouped and not self.infos:
             raise CheckpointFormatError(
-                f"a LoRA without the weights that it changes, as {keys[0].key}; give it as the LoRA of a pipeline"
+                f"a LoRA without the weights that it changes, as {keys[0].key}; give it as the "
+                "LoRA of a pipeline"
             )
         prefix = prefix_of({name: info.shape for name, info in self.infos.items()})
         for name, tensors in grouped.items():

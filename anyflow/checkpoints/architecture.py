@@ -1,4 +1,6 @@
-"""The sizes of a transformer: read off its tensors, and checked against the ``config.json`` where there is one."""
+"""The sizes of a transformer: read off its tensors, and checked against the ``config.json`` where
+there is one.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ _Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class FlowMap:
-    """How the second timestep enters; no tensor tells it. The defaults are those of every published model."""
+    """How the second timestep enters; no tensor tells it. The defaults are those of every published
+    model.
+    """
 
     gate_value: float = 0.25
     deltatime_type: str = "r"
@@ -35,7 +39,9 @@ class FlowMap:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The arguments of ``AnyFlowTransformer3DModel``; ``flow_map`` is None for a plain Wan model."""
+    """The arguments of ``AnyFlowTransformer3DModel``; ``flow_map`` is None for a plain Wan
+    model.
+    """
 
     patch_size: tuple[int, int, int]
     num_attention_heads: int
@@ -54,7 +60,9 @@ class Architecture:
 
     def sizes(self) -> dict[str, Any]:
         """Every field but ``flow_map``, by the names of the model's arguments."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "flow_map"}
+        return {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "flow_map"
+        }
 
     def build_empty(self) -> AnyFlowTransformer3DModel:
         """The model with parameters on the meta device: no memory, no random draws.
@@ -75,7 +83,9 @@ class Architecture:
             with torch.device("meta"):
                 return AnyFlowTransformer3DModel(**self.sizes(), **options).eval()
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            raise CheckpointFormatError(f"no model has the settings of this checkpoint: {error}") from error
+            raise CheckpointFormatError(
+                f"no model has the settings of this checkpoint: {error}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -101,8 +111,16 @@ ANYFLOW, ANYFLOW_FAR = "AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DMode
 WAN, FAR_WAN, ORIGINAL_WAN = "WanTransformer3DModel", "FAR_Wan_Transformer3DModel", "WanModel"
 KINDS = (ANYFLOW, ANYFLOW_FAR, FAR_WAN, WAN, ORIGINAL_WAN)
 
-_ORIGINAL_FIELDS = {"num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels"}
-_FLOW_MAP_FIELDS = {"gate_value": "gate_value", "deltatime_type": "deltatime_type", "r_embedder_fusion": "fusion"}
+_ORIGINAL_FIELDS = {
+    "num_heads": "num_attention_heads",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+}
+_FLOW_MAP_FIELDS = {
+    "gate_value": "gate_value",
+    "deltatime_type": "deltatime_type",
+    "r_embedder_fusion": "fusion",
+}
 # Fields with one value that our model has too; another one would be a model that it is not.
 _FIXED: dict[str, tuple[object, ...]] = {
     "qk_norm": ("rms_norm_across_heads", True),
@@ -131,10 +149,16 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Config:
     """
     kind = raw.get("_class_name")
     if kind not in KINDS:
-        raise CheckpointFormatError(f"{where} is of {brief(kind)}; understood are {', '.join(KINDS)}")
-    fields = {k: _ORIGINAL_FIELDS.get(k, k) if kind == ORIGINAL_WAN else k for k in raw if k[:1] != "_"}
+        raise CheckpointFormatError(
+            f"{where} is of {brief(kind)}; understood are {', '.join(KINDS)}"
+        )
+    fields = {
+        k: _ORIGINAL_FIELDS.get(k, k) if kind == ORIGINAL_WAN else k for k in raw if k[:1] != "_"
+    }
     renamed = {name: raw[k] for k, name in fields.items()}
-    lines = [f"{k} and {name} are one setting" for k, name in fields.items() if k != name and name in raw]
+    lines = [
+        f"{k} and {name} are one setting" for k, name in fields.items() if k != name and name in raw
+    ]
     for name, value in renamed.items():
         if name in _FIXED:
             if value not in _FIXED[name]:
@@ -146,7 +170,9 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Config:
             if not isinstance(value, bool):
                 lines.append(f"{name}={brief(value)} should be true or false")
         elif name not in _OTHER:
-            near = difflib.get_close_matches(name[:80], (*_SIZES, *_FLOW_MAP_FIELDS, *_FIXED, *_FLAGS, *_OTHER), 1)
+            near = difflib.get_close_matches(
+                name[:80], (*_SIZES, *_FLOW_MAP_FIELDS, *_FIXED, *_FLAGS, *_OTHER), 1
+            )
             lines.append(f"{name[:80]} is unknown{f'; did you mean {near[0]}?' if near else ''}")
     dim: Any = renamed.get("dim")
     heads: Any = renamed.get("num_attention_heads")
@@ -154,7 +180,9 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Config:
     if kind == ORIGINAL_WAN and not whole:
         lines.append(f"dim={brief(dim)} should be a multiple of num_heads={brief(heads)}")
     if lines:
-        raise CheckpointFormatError(f"{where} does not describe a model that can be loaded:{listed(lines)}")
+        raise CheckpointFormatError(
+            f"{where} does not describe a model that can be loaded:{listed(lines)}"
+        )
 
     sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in renamed.items() if k in _SIZES}
     if kind == ORIGINAL_WAN:
@@ -168,13 +196,19 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Config:
         flow_map=bool(raw["r_embedder"])
         if "r_embedder" in raw
         else (True if raw.get("init_flowmap_model") else default),
-        flow_map_settings={ours: renamed[k] for k, ours in _FLOW_MAP_FIELDS.items() if k in renamed},
+        flow_map_settings={
+            ours: renamed[k] for k, ours in _FLOW_MAP_FIELDS.items() if k in renamed
+        },
         causal=kind == ANYFLOW_FAR or bool(raw.get("init_far_model")),
     )
 
 
 def resolve(
-    shapes: Mapping[str, _Shape], config: Config | None, head_dim: int | None, flow_map: FlowMap | None, where: str
+    shapes: Mapping[str, _Shape],
+    config: Config | None,
+    head_dim: int | None,
+    flow_map: FlowMap | None,
+    where: str,
 ) -> Architecture:
     """The architecture of tensors in our names.
 
@@ -182,11 +216,13 @@ def resolve(
         shapes: of every tensor.
         config: None without a ``config.json``: then heads have ``head_dim``, or Wan's 128 channels.
         head_dim: given by the user, or None.
-        flow_map: what no tensor tells, given by the user, or None for the config's, or the defaults.
+        flow_map: what no tensor tells, given by the user, or None for the config's, or the
+            defaults.
         where: the checkpoint, for messages.
 
     Raises:
-        CheckpointFormatError: a size cannot be known, or config, tensors and the user's values disagree.
+        CheckpointFormatError: a size cannot be known, or config, tensors and the user's values
+            disagree.
     """
     seen = _sizes_of(shapes, where)
     said = {} if config is None else dict(config.sizes)
@@ -202,12 +238,23 @@ def resolve(
     if width is not None:
         heads = said.get("num_attention_heads", width // head)
         if heads * head != width:
-            hint = "" if "attention_head_dim" in said or head_dim is not None else "; give attention_head_dim"
+            hint = (
+                ""
+                if "attention_head_dim" in said or head_dim is not None
+                else "; give attention_head_dim"
+            )
             lines.append(f"width: {heads} heads of {head}, but {width} by the tensors{hint}")
         said = {"num_attention_heads": heads, "attention_head_dim": head, **said}
     sizes = {**said, **seen}
-    absent = [name for name in _REQUIRED if name not in sizes or (name == "num_layers" and sizes[name] == 0)]
-    lines += [f"{name}: neither in a config nor told by a tensor ({_TELLING.get(name, 'blocks.*')})" for name in absent]
+    absent = [
+        name
+        for name in _REQUIRED
+        if name not in sizes or (name == "num_layers" and sizes[name] == 0)
+    ]
+    lines += [
+        f"{name}: neither in a config nor told by a tensor ({_TELLING.get(name, 'blocks.*')})"
+        for name in absent
+    ]
     has_flow_map = any(name.startswith(FLOW_MAP_KEYS) for name in shapes)
     if config is not None and config.flow_map is False and has_flow_map:
         lines.append("r_embedder: False in the config, but there are tensors of a delta_embedder")
@@ -216,7 +263,9 @@ def resolve(
         settings, disagreements = _flow_map(config, flow_map)
         lines += disagreements
     if lines:
-        raise CheckpointFormatError(f"{where}: the sizes of the model are not clear:{listed(lines)}")
+        raise CheckpointFormatError(
+            f"{where}: the sizes of the model are not clear:{listed(lines)}"
+        )
     return Architecture(**sizes, flow_map=settings)
 
 
@@ -224,11 +273,15 @@ def _flow_map(config: Config | None, given: FlowMap | None) -> tuple[FlowMap, li
     said = {} if config is None else dict(config.flow_map_settings)
     if given is not None:
         lines = [
-            f"{k}: {v!r} in the config, {getattr(given, k)!r} given" for k, v in said.items() if getattr(given, k) != v
+            f"{k}: {v!r} in the config, {getattr(given, k)!r} given"
+            for k, v in said.items()
+            if getattr(given, k) != v
         ]
         return given, lines
     if config is not None and config.kind == FAR_WAN and "gate_value" not in said:
-        return FlowMap(), ["gate_value: not in the config, whose class has another default; give flow_map"]
+        return FlowMap(), [
+            "gate_value: not in the config, whose class has another default; give flow_map"
+        ]
     return FlowMap(**said), []
 
 
@@ -261,11 +314,15 @@ _TOLD: dict[str, tuple[str, int, Callable[[_Shape], Any]]] = {
 }
 _TELLING = {size: tensor for size, (tensor, _, _) in _TOLD.items()}
 _TELLING |= dict.fromkeys(("num_attention_heads", "attention_head_dim"), _TELLING["width"])
-_REQUIRED = tuple(f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING)
+_REQUIRED = tuple(
+    f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING
+)
 
 
 def _sizes_of(shapes: Mapping[str, _Shape], where: str) -> dict[str, Any]:
-    """What the tensors tell; a tensor that is absent or of another kind tells nothing, and is listed later."""
+    """What the tensors tell; a tensor that is absent or of another kind tells nothing, and is
+    listed later.
+    """
     sizes: dict[str, Any] = {}
     for size, (tensor, axes, tell) in _TOLD.items():
         shape = shapes.get(tensor)
@@ -280,7 +337,9 @@ def _sizes_of(shapes: Mapping[str, _Shape], where: str) -> dict[str, Any]:
             sizes["out_channels"] = rows // patch
     sizes["num_layers"] = _count_blocks(shapes, where)
     if sizes["num_layers"] > 0:
-        sizes["cross_attn_norm"] = any(re.fullmatch(r"blocks\.\d+\.norm2\.\w+", name) for name in shapes)
+        sizes["cross_attn_norm"] = any(
+            re.fullmatch(r"blocks\.\d+\.norm2\.\w+", name) for name in shapes
+        )
     return sizes
 
 
@@ -291,5 +350,7 @@ def _count_blocks(names: Iterable[str], where: str) -> int:
         lines = [f"blocks.{i}: absent" for i in sorted(expected - found)] + [
             f"blocks.{i}: there" for i in sorted(found - expected)
         ]
-        raise CheckpointFormatError(f"{where}: the blocks are not numbered from 0 without gaps:{listed(lines)}")
+        raise CheckpointFormatError(
+            f"{where}: the blocks are not numbered from 0 without gaps:{listed(lines)}"
+        )
     return len(found)

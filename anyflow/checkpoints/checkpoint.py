@@ -1,4 +1,6 @@
-"""A checkpoint that is open: its format, its tensors in our names, and the model that they are of."""
+"""A checkpoint that is open: its format, its tensors in our names, and the model that they are
+of.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,15 @@ from anyflow.checkpoints.errors import CheckpointFormatError, listed
 from anyflow.checkpoints.files import TORCH_SUFFIXES, CheckpointFiles, find_files, read_json
 from anyflow.checkpoints.hub import local_checkpoint
 from anyflow.checkpoints.lora_file import adapter_config_beside
-from anyflow.checkpoints.names import DIFFUSERS, FASTVIDEO, ORIGINAL, Located, Naming, locate, naming_of
+from anyflow.checkpoints.names import (
+    DIFFUSERS,
+    FASTVIDEO,
+    ORIGINAL,
+    Located,
+    Naming,
+    locate,
+    naming_of,
+)
 from anyflow.checkpoints.readers import FLOATS, SECTIONS, Reader, SafetensorsReader, TorchReader
 from anyflow.documents import shortened
 from anyflow.validation import brief, is_finite_number, whole_number
@@ -80,7 +90,8 @@ class Checkpoint:
         names: from our name of a tensor to its own.
         naming: the table between the two.
         prefix: before every name of its own.
-        others: the number of tensors of each other model in its file, by the first part of their names; left out.
+        others: the number of tensors of each other model in its file, by the first part of their
+            names; left out.
         unknown: tensors without a name of ours.
         causal: the tensors that the causal model has beyond ours.
         is_causal: whether it is a checkpoint of the causal model.
@@ -110,7 +121,9 @@ class Checkpoint:
             if name not in expected:
                 lines.append(f"unexpected: {own}")
             elif info.shape != expected[name]:
-                lines.append(f"shape of {own}: {list(info.shape)}, the model has {list(expected[name])}")
+                lines.append(
+                    f"shape of {own}: {list(info.shape)}, the model has {list(expected[name])}"
+                )
             elif info.dtype not in FLOATS:
                 lines.append(f"type of {own}: {info.dtype}, a parameter is {', '.join(FLOATS)}")
         return lines
@@ -121,10 +134,12 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str, options: ReadOptions, merge_on: str = "cpu") -> Checkpoint:
-    """Find, recognize and read the headers of a checkpoint; adapters will be merged on ``merge_on``.
+    """Find, recognize and read the headers of a checkpoint; adapters will be merged on
+    ``merge_on``.
 
     Raises:
-        CheckpointFormatError: it is damaged, contradicts itself, or is of no format that is understood.
+        CheckpointFormatError: it is damaged, contradicts itself, or is of no format that is
+            understood.
     """
     files = find_files(local_checkpoint(path, options.subfolder), options.subfolder)
     path = Path(path)
@@ -156,7 +171,9 @@ def open_checkpoint(path: Path | str, options: ReadOptions, merge_on: str = "cpu
         unknown=tuple(unknown),
         causal=tuple(causal),
         is_causal=bool(causal) or (config is not None and config.causal),
-        architecture=resolve(shapes, config, options.attention_head_dim, options.flow_map, shortened(path)),
+        architecture=resolve(
+            shapes, config, options.attention_head_dim, options.flow_map, shortened(path)
+        ),
     )
 
 
@@ -178,7 +195,8 @@ def _recognized(reader: Reader, path: Path) -> tuple[Located, Naming]:
     naming = naming_of(located.names)
     if naming is None:
         raise CheckpointFormatError(
-            f"{where}: these names are of no format that is understood:{listed(list(located.names))}"
+            f"{where}: these names are of no format that is "
+            f"understood:{listed(list(located.names))}"
         )
     return located, naming
 
@@ -188,7 +206,9 @@ def _reader_of(files: CheckpointFiles, weights: str | None) -> Reader:
     if first.suffix in TORCH_SUFFIXES:
         return TorchReader(first, weights)
     if first.suffix != ".safetensors":
-        raise CheckpointFormatError(f"{first} should end in .safetensors or {', '.join(TORCH_SUFFIXES)}")
+        raise CheckpointFormatError(
+            f"{first} should end in .safetensors or {', '.join(TORCH_SUFFIXES)}"
+        )
     if weights is not None:
         raise CheckpointFormatError(
             f"weights={weights!r} is of training files, but {first} has one set of weights only"
@@ -205,12 +225,18 @@ def _read_config(files: CheckpointFiles) -> Config | None:
     return parse_config(raw, str(files.config))
 
 
-def _with_adapters(raw: Reader, files: CheckpointFiles, options: ReadOptions, merge_on: str) -> MergedReader:
-    """Merge adapters by the user's alpha, or by PEFT's ``adapter_config.json`` beside the weights."""
+def _with_adapters(
+    raw: Reader, files: CheckpointFiles, options: ReadOptions, merge_on: str
+) -> MergedReader:
+    """Merge adapters by the user's alpha, or by PEFT's ``adapter_config.json`` beside the
+    weights.
+    """
     config = adapter_config_beside(files.weights[0]) if has_adapters(raw.infos) else None
     given, said = options.lora_alpha, None if config is None else config.lora_alpha
     if config is not None and given is not None and said is not None and given != said:
-        raise CheckpointFormatError(f"lora_alpha={given:g} was given, but {config.where} has {said:g}")
+        raise CheckpointFormatError(
+            f"lora_alpha={given:g} was given, but {config.where} has {said:g}"
+        )
     return MergedReader(raw, given, torch.device(merge_on), config)
 
 
@@ -218,9 +244,16 @@ def _format_of(
     naming: Naming, config: Config | None, files: CheckpointFiles, names: Mapping[str, object]
 ) -> CheckpointFormat:
     if naming is not DIFFUSERS:
-        return {ORIGINAL.title: CheckpointFormat.ORIGINAL, FASTVIDEO.title: CheckpointFormat.FASTVIDEO}[naming.title]
+        return {
+            ORIGINAL.title: CheckpointFormat.ORIGINAL,
+            FASTVIDEO.title: CheckpointFormat.FASTVIDEO,
+        }[naming.title]
     if config is not None:
-        kinds = {FAR_WAN: CheckpointFormat.FAR_WAN, WAN: CheckpointFormat.WAN, ORIGINAL_WAN: CheckpointFormat.WAN}
+        kinds = {
+            FAR_WAN: CheckpointFormat.FAR_WAN,
+            WAN: CheckpointFormat.WAN,
+            ORIGINAL_WAN: CheckpointFormat.WAN,
+        }
         return kinds.get(config.kind, CheckpointFormat.ANYFLOW)
     if files.weights[0].suffix in TORCH_SUFFIXES:
         return CheckpointFormat.TRAINING

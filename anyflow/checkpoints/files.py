@@ -1,4 +1,6 @@
-"""Where the files of a checkpoint are: of a pipeline's folder, a transformer's folder or a single file."""
+"""Where the files of a checkpoint are: of a pipeline's folder, a transformer's folder or a single
+file.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,10 @@ class CheckpointFiles:
         weights: the files of its tensors, in the order in which they are read.
         index: ``{tensor: file name}`` of an index, or None without one.
         config: the ``config.json`` in the same folder, where there is one.
-        scheduler: the ``scheduler_config.json`` of the pipeline that the folder belongs to, where there is one.
-        named: whether the caller named a file rather than a folder, whose neighbors may be another model's.
+        scheduler: the ``scheduler_config.json`` of the pipeline that the folder belongs to, where
+            there is one.
+        named: whether the caller named a file rather than a folder, whose neighbors may be another
+            model's.
     """
 
     weights: tuple[Path, ...]
@@ -39,17 +43,20 @@ class CheckpointFiles:
 
 
 def find_files(path: Path, subfolder: str | None) -> CheckpointFiles:
-    """The files at ``path``: a folder with weights, a folder with ``transformer/`` (or ``subfolder``), or a file.
+    """The files at ``path``: a folder with weights, a folder with ``transformer/`` (or
+    ``subfolder``), or a file.
 
-    Symbolic links are followed, as the cache of the hub is made of them; the names in an index are names of files
-    beside it and nothing else.
+    Symbolic links are followed, as the cache of the hub is made of them; the names in an index are
+    names of files beside it and nothing else.
 
     Raises:
         CheckpointFormatError: there is nothing there, or more than one set of weights.
     """
     if not _is_folder(path):
         if subfolder is not None:
-            raise CheckpointFormatError(f"subfolder={subfolder!r} is of a folder, but {shortened(path)} is a file")
+            raise CheckpointFormatError(
+                f"subfolder={subfolder!r} is of a folder, but {shortened(path)} is a file"
+            )
         return _of_folder(path.parent, path)
     if subfolder is not None:
         if not os.path.isdir(path / subfolder):
@@ -104,13 +111,17 @@ def _of_folder(folder: Path, named: Path | None) -> CheckpointFiles:
         weights=files,
         index=index,
         config=regular_file(folder / CONFIG),
-        scheduler=regular_file(folder.parent / "scheduler" / "scheduler_config.json") if in_pipeline else None,
+        scheduler=regular_file(folder.parent / "scheduler" / "scheduler_config.json")
+        if in_pipeline
+        else None,
         named=named is not None,
     )
 
 
 def _is_folder(path: Path) -> bool:
-    """Tell whether ``path`` is a folder and no file; CheckpointFormatError where there is neither."""
+    """Tell whether ``path`` is a folder and no file; CheckpointFormatError where there is
+    neither.
+    """
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
             return True
@@ -121,7 +132,11 @@ def _is_folder(path: Path) -> bool:
         ) from None
     except (OSError, ValueError) as error:
         reason = documents.system_reason(error)
-        named = reason if isinstance(error, ValueError) else f"{shortened(path)} cannot be read: {reason}"
+        named = (
+            reason
+            if isinstance(error, ValueError)
+            else f"{shortened(path)} cannot be read: {reason}"
+        )
         raise CheckpointFormatError(named) from None
     return False
 
@@ -130,15 +145,21 @@ def _entries(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        raise CheckpointFormatError(f"{shortened(folder)} cannot be read: {documents.system_reason(error)}") from None
+        raise CheckpointFormatError(
+            f"{shortened(folder)} cannot be read: {documents.system_reason(error)}"
+        ) from None
 
 
 def _candidates(folder: Path) -> list[Path]:
-    return [f for f in _entries(folder) if f.suffix == ".safetensors" or f.name.endswith(INDEX_SUFFIX)]
+    return [
+        f for f in _entries(folder) if f.suffix == ".safetensors" or f.name.endswith(INDEX_SUFFIX)
+    ]
 
 
 def _choose(folder: Path) -> Path | tuple[Path, ...]:
-    """The index, the file, or the files without an index, of a folder's weights; safetensors before torch's files."""
+    """The index, the file, or the files without an index, of a folder's weights; safetensors before
+    torch's files.
+    """
     found = _candidates(folder)
     indices = [f for f in found if f.name.endswith(INDEX_SUFFIX)]
     if len(indices) > 1 or (indices and folder / WEIGHTS in found):
@@ -154,7 +175,11 @@ def _choose(folder: Path) -> Path | tuple[Path, ...]:
         return tuple(found)
     torch_files = [f for f in _entries(folder) if f.suffix in TORCH_SUFFIXES]
     if len(torch_files) != 1:
-        what = f"several of torch's files; name one:{listed([f.name for f in torch_files])}" if torch_files else "none"
+        what = (
+            f"several of torch's files; name one:{listed([f.name for f in torch_files])}"
+            if torch_files
+            else "none"
+        )
         raise CheckpointFormatError(
             f"{folder} should hold .safetensors or one .pt file of a transformer, but has {what}"
         )
@@ -167,7 +192,9 @@ def _read_index(file: Path) -> dict[str, str]:
         raise CheckpointFormatError(f"{file} has no weight_map of tensors to files")
     wrong = sorted({repr(name)[:200] for name in index.values() if not _is_file_name(name)})
     if wrong:
-        raise CheckpointFormatError(f"{file} refers to what is not a .safetensors file beside it:{listed(wrong)}")
+        raise CheckpointFormatError(
+            f"{file} refers to what is not a .safetensors file beside it:{listed(wrong)}"
+        )
     absent = sorted({name for name in index.values() if not os.path.isfile(file.parent / name)})
     if absent:
         raise CheckpointFormatError(f"{file} refers to files that are absent:{listed(absent)}")

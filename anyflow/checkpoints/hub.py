@@ -20,7 +20,9 @@ TRANSFORMER = "transformer/*"
 SCHEDULER = "scheduler/*"  # the only part that may be elsewhere
 ENCODERS = ("vae/*", "text_encoder/*", "tokenizer/*")
 PIPELINE = ("model_index.json", TRANSFORMER, *ENCODERS, SCHEDULER)
-_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_NAME = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII
+)
 _WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
 _LONGEST = 96  # characters of a name on the Hub
 
@@ -39,7 +41,9 @@ class HubName:
 
     @classmethod
     def parse(cls, text: str) -> HubName | None:
-        """Parse ``owner/name`` or ``owner/name@revision``; None for a text that can only be a path."""
+        """Parse ``owner/name`` or ``owner/name@revision``; None for a text that can only be a
+        path.
+        """
         match = _NAME.fullmatch(text)
         if (
             match is None
@@ -59,21 +63,24 @@ class HubName:
 
 
 def local_folder(path: str | Path, patterns: Sequence[str] | None = None) -> Path:
-    """Find a folder of a model, and download a model of the Hugging Face Hub that is not in its cache yet.
+    """Find a folder of a model, and download a model of the Hugging Face Hub that is not in its
+    cache yet.
 
-    Without a network, or with ``HF_HUB_OFFLINE=1``, a model that is in the cache is taken from there; a hub that does
-    not answer within ``HF_HUB_ETAG_TIMEOUT`` (10) seconds counts as out of reach.
+    Without a network, or with ``HF_HUB_OFFLINE=1``, a model that is in the cache is taken from
+    there; a hub that does not answer within ``HF_HUB_ETAG_TIMEOUT`` (10) seconds counts as out of
+    reach.
 
     Args:
-        path: a local folder, or ``owner/name`` or ``owner/name@revision`` on the Hub where there is no such folder.
+        path: a local folder, or ``owner/name`` or ``owner/name@revision`` on the Hub where there is
+            no such folder.
         patterns: of the files that are needed, such as ``vae/*``; None takes all of them.
 
     Returns:
         The folder, or the one in the Hub's cache.
 
     Raises:
-        ValueError: there is no such folder, and no such model could be had from the Hub. The message says how to
-            download it on another machine.
+        ValueError: there is no such folder, and no such model could be had from the Hub. The
+            message says how to download it on another machine.
         OSError: the system refuses to write the download, such as on a full disk.
     """
     if os.path.isdir(path):
@@ -81,16 +88,20 @@ def local_folder(path: str | Path, patterns: Sequence[str] | None = None) -> Pat
     if os.path.lexists(path):
         raise ValueError(f"{shortened(path)} is not a folder of a model")
     wanted = ("*",) if patterns is None else tuple(patterns)
-    required = tuple(pattern for pattern in wanted if pattern.endswith("/*") and pattern != SCHEDULER)
+    required = tuple(
+        pattern for pattern in wanted if pattern.endswith("/*") and pattern != SCHEDULER
+    )
     return _of_hub(str(path), _Selection(wanted, required), "folder")
 
 
 def local_checkpoint(path: str | Path, subfolder: str | None = None) -> Path:
-    """Return the path of a local file or folder as it is, and download a transformer that only the Hub has.
+    """Return the path of a local file or folder as it is, and download a transformer that only the
+    Hub has.
 
     Args:
-        path: a local path, or the name of a model on the Hub as for :func:`local_folder`. The model's ``transformer``
-            and ``scheduler`` are downloaded, or the files at its top where it has no such folder.
+        path: a local path, or the name of a model on the Hub as for :func:`local_folder`. The
+            model's ``transformer`` and ``scheduler`` are downloaded, or the files at its top where
+            it has no such folder.
         subfolder: in place of ``transformer``.
 
     Raises:
@@ -124,18 +135,25 @@ class _Selection:
     def of(self, files: Sequence[str]) -> list[str]:
         """Choose from the files of a repository; none where what is required is not there."""
         if not self.absent(files):
-            return [file for file in files if any(fnmatch(file, pattern) for pattern in self.patterns)]
+            return [
+                file for file in files if any(fnmatch(file, pattern) for pattern in self.patterns)
+            ]
         at_top = [file for file in files if "/" not in file]
         weights = [file for file in at_top if file.endswith(_WEIGHTS)]
         if not (self.or_top and weights):
             return []
         safe = any(file.endswith(".safetensors") for file in weights)
-        # The original Wan has its text encoder and its VAE beside the transformer, in torch's files.
+        # The original Wan has its text encoder and its VAE beside the transformer, in torch's
+        # files.
         return [file for file in at_top if not (safe and file.endswith(TORCH_SUFFIXES))]
 
     def absent(self, files: Sequence[str]) -> list[str]:
         """Return the required patterns that no file matches."""
-        return [pattern for pattern in self.required if not any(fnmatch(file, pattern) for file in files)]
+        return [
+            pattern
+            for pattern in self.required
+            if not any(fnmatch(file, pattern) for file in files)
+        ]
 
 
 def _of_hub(text: str, selection: _Selection, what: str) -> Path:
@@ -163,23 +181,34 @@ def _snapshot(name: HubName, selection: _Selection, cache: str, endpoint: str) -
     from huggingface_hub import HfApi, constants, snapshot_download
 
     try:
-        # snapshot_download alone waits for ever where a connection is taken and nothing is answered.
+        # snapshot_download alone waits for ever where a connection is taken and nothing is
+        # answered.
         seconds = constants.HF_HUB_ETAG_TIMEOUT
-        info = HfApi(endpoint=endpoint).model_info(name.repo, revision=name.revision, timeout=seconds)
+        info = HfApi(endpoint=endpoint).model_info(
+            name.repo, revision=name.revision, timeout=seconds
+        )
         files = selection.of([file.rfilename for file in info.siblings or []])
         if files:
-            folder = snapshot_download(name.repo, revision=name.revision, allow_patterns=files, cache_dir=cache)
+            folder = snapshot_download(
+                name.repo, revision=name.revision, allow_patterns=files, cache_dir=cache
+            )
             return Path(folder)
     except Exception as error:  # of the hub, httpx or requests, by version
         if _is_local(error):
             raise
         cached = _cached(name, Path(cache))
-        there = [] if cached is None else [file.relative_to(cached).as_posix() for file in cached.rglob("*")]
+        there = (
+            []
+            if cached is None
+            else [file.relative_to(cached).as_posix() for file in cached.rglob("*")]
+        )
         if cached is not None and selection.of(there):
             return cached
         raise ValueError(_reason(name, error, selection.absent(there) if there else [])) from None
     needed = ", ".join(selection.required or selection.patterns)
-    raise ValueError(f"the model {name.repo} on the Hugging Face Hub is of another kind: it has no {needed}")
+    raise ValueError(
+        f"the model {name.repo} on the Hugging Face Hub is of another kind: it has no {needed}"
+    )
 
 
 def _cached(name: HubName, cache: Path) -> Path | None:
@@ -212,9 +241,15 @@ def _reason(name: HubName, error: Any, absent: Sequence[str]) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"the model {name.repo} of the Hugging Face Hub has no revision {name.revision}"
     if isinstance(error, GatedRepoError):
-        return f"the Hugging Face Hub asks to accept its terms first: do so at {page}, and run `hf auth login`"
+        return (
+            f"the Hugging Face Hub asks to accept its terms first: do so at {page}, and run `hf "
+            "auth login`"
+        )
     if isinstance(error, RepositoryNotFoundError):
-        return "the Hugging Face Hub has no model of this name; for a private one, run `hf auth login` first"
+        return (
+            "the Hugging Face Hub has no model of this name; for a private one, run `hf auth "
+            "login` first"
+        )
     if isinstance(error, OfflineModeIsEnabled):
         failed = "the Hugging Face Hub is not asked (HF_HUB_OFFLINE is set)"
     elif isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:

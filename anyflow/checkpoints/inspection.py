@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyflow.checkpoints.architecture import Architecture
-from anyflow.checkpoints.checkpoint import Checkpoint, CheckpointFormat, ReadOptions, open_checkpoint
+from anyflow.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointFormat,
+    ReadOptions,
+    open_checkpoint,
+)
 from anyflow.checkpoints.errors import listed
 from anyflow.checkpoints.files import TORCH_SUFFIXES
 from anyflow.checkpoints.problems import FiniteCheck, problems_of
@@ -30,8 +35,10 @@ class CheckpointInfo:
         architecture: of the model; ``architecture.flow_map`` is None for a plain Wan model.
         is_causal: whether it is the causal model's.
         adapter_ranks: of the adapters that it has; empty without.
-        left_out: the number of tensors of other models in its file, by the first part of their names.
-        problems: everything for which :func:`load_transformer` would refuse it; empty for a sound checkpoint.
+        left_out: the number of tensors of other models in its file, by the first part of their
+            names.
+        problems: everything for which :func:`load_transformer` would refuse it; empty for a sound
+            checkpoint.
     """
 
     path: Path
@@ -54,7 +61,9 @@ class CheckpointInfo:
 
     def __str__(self) -> str:
         flow_map = self.architecture.flow_map
-        types = ", ".join(f"{n / max(1, self.num_parameters):.1%} {dtype}" for dtype, n in self.dtypes.items())
+        types = ", ".join(
+            f"{n / max(1, self.num_parameters):.1%} {dtype}" for dtype, n in self.dtypes.items()
+        )
         rows = [
             ("path", str(self.path)),
             ("format", self.format.value),
@@ -63,12 +72,28 @@ class CheckpointInfo:
             ("parameters", f"{self.num_parameters:,}"),
             ("size", _readable(self.num_bytes)),
             ("types", types),
-            ("flow map", "no" if flow_map is None else ", ".join(f"{k} {v}" for k, v in vars(flow_map).items())),
+            (
+                "flow map",
+                "no"
+                if flow_map is None
+                else ", ".join(f"{k} {v}" for k, v in vars(flow_map).items()),
+            ),
             ("causal", "yes" if self.is_causal else "no"),
-            ("adapters", f"rank {', '.join(map(str, self.adapter_ranks))}" if self.adapter_ranks else "no"),
-            *[("left out", ", ".join(f"{n} tensors of {part}" for part, n in self.left_out.items()))]
+            (
+                "adapters",
+                f"rank {', '.join(map(str, self.adapter_ranks))}" if self.adapter_ranks else "no",
+            ),
+            *[
+                (
+                    "left out",
+                    ", ".join(f"{n} tensors of {part}" for part, n in self.left_out.items()),
+                )
+            ]
             * bool(self.left_out),
-            *((name.replace("_", " "), str(value)) for name, value in self.architecture.sizes().items()),
+            *(
+                (name.replace("_", " "), str(value))
+                for name, value in self.architecture.sizes().items()
+            ),
             ("complete", f"no:{listed(self.problems)}" if self.problems else "yes"),
         ]
         width = max(len(name) for name, _ in rows)
@@ -83,20 +108,24 @@ def inspect(
     attention_head_dim: int | None = None,
     strict_values: bool = False,
 ) -> CheckpointInfo:
-    """Summarize a checkpoint; the arguments are those of ``load_transformer``, whose other ones have their defaults.
+    """Summarize a checkpoint; the arguments are those of ``load_transformer``, whose other ones
+    have their defaults.
 
     Args:
         path: see :func:`anyflow.checkpoints.load_transformer`, as for the following three.
         subfolder: of path.
         weights: which ones of a training file.
         attention_head_dim: where the checkpoint does not say it.
-        strict_values: read every tensor, and count NaN and infinity among the problems. False reads no tensor, but for
-            the comparison of torch's files with their checksums.
+        strict_values: read every tensor, and count NaN and infinity among the problems. False reads
+            no tensor, but for the comparison of torch's files with their checksums.
 
     Raises:
-        CheckpointFormatError: it is damaged, contradicts itself, or is of no format that is understood.
+        CheckpointFormatError: it is damaged, contradicts itself, or is of no format that is
+            understood.
     """
-    options = ReadOptions(subfolder=subfolder, weights=weights, attention_head_dim=attention_head_dim)
+    options = ReadOptions(
+        subfolder=subfolder, weights=weights, attention_head_dim=attention_head_dim
+    )
     checkpoint = open_checkpoint(path, options)
     infos = {own: checkpoint.reader.infos[own] for own in _own_names(checkpoint)}
     dtypes: Counter[str] = Counter()

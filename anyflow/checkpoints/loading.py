@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from anyflow.checkpoints.architecture import FlowMap
 from anyflow.checkpoints.checkpoint import Checkpoint, ReadOptions, open_checkpoint
 from anyflow.checkpoints.errors import CheckpointFormatError, listed
-from anyflow.checkpoints.problems import FiniteCheck, names_in_fp32, others_left_out, problems_of, stored_dtypes
+from anyflow.checkpoints.problems import (
+    FiniteCheck,
+    names_in_fp32,
+    others_left_out,
+    problems_of,
+    stored_dtypes,
+)
 from anyflow.checkpoints.readers import FLOATS
 from anyflow.documents import shortened
 from anyflow.models import AnyFlowTransformer3DModel
@@ -32,31 +38,35 @@ def load_transformer(
     bidirectional: bool = False,
     strict_values: bool = False,
 ) -> AnyFlowTransformer3DModel:
-    """Load the transformer of a checkpoint: all of it, or an error. Under inference mode it is an ordinary one too.
+    """Load the transformer of a checkpoint: all of it, or an error. Under inference mode it is an
+    ordinary one too.
 
-    Memory: the model, one tensor (three in fp64 where an adapter is merged) and some tens of MB of the mapped file.
+    Memory: the model, one tensor (three in fp64 where an adapter is merged) and some tens of MB of
+    the mapped file.
 
     Args:
-        path: a pipeline's folder, a transformer's folder, or a file (``.safetensors``, its index, ``.pt``); or the name
-            of a model on the Hugging Face Hub.
+        path: a pipeline's folder, a transformer's folder, or a file (``.safetensors``, its index,
+            ``.pt``); or the name of a model on the Hugging Face Hub.
         dtype: of the parameters; None keeps the one that is stored. What the model keeps in fp32
             (``_keep_in_fp32_modules``) is at least fp32 in any case, as in diffusers.
         device: where the parameters go, one after the other.
         subfolder: of a folder, in place of ``transformer``.
-        flow_map: makes a plain Wan model a flow map (``enable_flow_map``); for a flow map whose file does not say it
-            (as a ``.pt``), how the second timestep enters.
-        weights: ``"ema"`` or ``"raw"`` of a training file; None takes the average, or what there is.
+        flow_map: makes a plain Wan model a flow map (``enable_flow_map``); for a flow map whose
+            file does not say it (as a ``.pt``), how the second timestep enters.
+        weights: ``"ema"`` or ``"raw"`` of a training file; None takes the average, or what there
+            is.
         lora_alpha: of adapters that are to be merged, where no ``adapter_config.json`` says it.
         attention_head_dim: where there is no ``config.json`` and it is not Wan's 128.
         bidirectional: take a causal model without its two causal tensors, as a bidirectional one.
-        strict_values: refuse weights with NaN or infinity, as they are stored or in ``dtype``. False warns of them.
+        strict_values: refuse weights with NaN or infinity, as they are stored or in ``dtype``.
+            False warns of them.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        CheckpointFormatError: the checkpoint is damaged, incomplete, contradicts itself or an argument, or is not
-            understood. The message lists what is wrong, as ``inspect`` does.
+        CheckpointFormatError: the checkpoint is damaged, incomplete, contradicts itself or an
+            argument, or is not understood. The message lists what is wrong, as ``inspect`` does.
         ValueError: an argument is not possible.
     """
     if dtype is not None and dtype not in FLOATS.values():
@@ -64,9 +74,13 @@ def load_transformer(
     device = _device(device)
     options = ReadOptions(subfolder, weights, lora_alpha, attention_head_dim, flow_map)
     # Adapters are merged in fp64, which not every other device has.
-    checkpoint = open_checkpoint(path, options, merge_on=str(device) if device.type == "cuda" else "cpu")
+    checkpoint = open_checkpoint(
+        path, options, merge_on=str(device) if device.type == "cuda" else "cpu"
+    )
     if lora_alpha is not None and not checkpoint.reader.adapters:
-        raise CheckpointFormatError(f"lora_alpha={lora_alpha} was given, but {path} has no adapters")
+        raise CheckpointFormatError(
+            f"lora_alpha={lora_alpha} was given, but {path} has no adapters"
+        )
     model = _empty_model(checkpoint, dtype, bidirectional)
     wide = names_in_fp32(model)
     dtype = FLOATS[stored_dtypes(checkpoint, wide)[0]] if dtype is None else dtype
@@ -88,13 +102,19 @@ def _device(device: torch.device | str) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device {brief(device)} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device {brief(device)} cannot be used: {str(error).splitlines()[0]}"
+        ) from None
 
 
-def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None, bidirectional: bool) -> AnyFlowTransformer3DModel:
+def _empty_model(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, bidirectional: bool
+) -> AnyFlowTransformer3DModel:
     model = checkpoint.architecture.build_empty()
     if lines := problems_of(checkpoint, model, dtype=dtype, bidirectional=bidirectional):
-        raise CheckpointFormatError(f"{shortened(checkpoint.path)} cannot be loaded:{listed(lines)}")
+        raise CheckpointFormatError(
+            f"{shortened(checkpoint.path)} cannot be loaded:{listed(lines)}"
+        )
     return model
 
 

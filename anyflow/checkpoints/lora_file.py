@@ -1,4 +1,6 @@
-"""The file of a LoRA that stands alone: found, and read with everything beside it that decides its numbers."""
+"""The file of a LoRA that stands alone: found, and read with everything beside it that decides its
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from anyflow.checkpoints.adapter_config import AdapterConfig
-from anyflow.checkpoints.adapter_keys import PEFT_PREFIX, AdapterKey, Layers, Role, parse_key, reason_to_refuse
+from anyflow.checkpoints.adapter_keys import (
+    PEFT_PREFIX,
+    AdapterKey,
+    Layers,
+    Role,
+    parse_key,
+    reason_to_refuse,
+)
 from anyflow.checkpoints.adapter_updates import Layer, Plan, add_layer, promised, require_finite
 from anyflow.checkpoints.errors import CheckpointFormatError, listed
 from anyflow.checkpoints.files import TORCH_SUFFIXES
@@ -21,13 +30,15 @@ from anyflow.documents import parse_json, read_json, require_regular_file, short
 CONFIG = "adapter_config.json"
 _PEFT_STEM, _DIFFUSERS_STEM = "adapter_model", "pytorch_lora_weights"
 _SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-# diffusers' entry in the header of a safetensors file, whose fields have the transformer's name before them.
+# diffusers' entry in the header of a safetensors file, whose fields have the transformer's name
+# before them.
 _METADATA, _METADATA_PREFIX = "lora_adapter_metadata", "transformer."
 
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """A LoRA whose headers are read and whose keys are understood; whether it fits a transformer is another question.
+    """A LoRA whose headers are read and whose keys are understood; whether it fits a transformer is
+    another question.
 
     Attributes:
         path: of the file.
@@ -62,8 +73,9 @@ class LoRAFile:
             shapes: of the transformer's parameters, by our names.
 
         Raises:
-            CheckpointFormatError: a tensor of the file has no place, two have the same, a pair is not complete, or a
-                shape, type or scale is not possible; each is named as in the file.
+            CheckpointFormatError: a tensor of the file has no place, two have the same, a pair is
+                not complete, or a shape, type or scale is not possible; each is named as in the
+                file.
         """
         names, plan = Layers(shapes), Plan()
         grouped: dict[str, dict[Role, AdapterKey]] = {}
@@ -71,7 +83,9 @@ class LoRAFile:
         for key in self.keys:
             ours, candidates = names.find(key.layer)
             if ours is None:
-                plan.lines.append(f"no linear layer or other part of this transformer, {key.layer}: {key.key}")
+                plan.lines.append(
+                    f"no linear layer or other part of this transformer, {key.layer}: {key.key}"
+                )
                 continue
             found.setdefault(ours, candidates)
             before = grouped.setdefault(ours, {}).setdefault(key.role, key)
@@ -89,7 +103,9 @@ class LoRAFile:
         if not plan.lines:
             plan.lines += _without_scale(plan)
         if plan.lines:
-            raise CheckpointFormatError(f"LoRA {self.path} does not fit the transformer:{listed(plan.lines)}")
+            raise CheckpointFormatError(
+                f"LoRA {self.path} does not fit the transformer:{listed(plan.lines)}"
+            )
         return plan
 
 
@@ -97,19 +113,23 @@ def open_lora(path: Path | str) -> LoRAFile:
     """Find a LoRA, read its headers and its configuration, and take its keys apart.
 
     Args:
-        path: a file (``.safetensors``, or a dictionary of tensors by ``torch.save``) of any origin, or a folder with
-            one: diffusers' ``pytorch_lora_weights``, PEFT's ``adapter_model`` beside ``adapter_config.json``, or the
-            only ``.safetensors`` file.
+        path: a file (``.safetensors``, or a dictionary of tensors by ``torch.save``) of any origin,
+            or a folder with one: diffusers' ``pytorch_lora_weights``, PEFT's ``adapter_model``
+            beside ``adapter_config.json``, or the only ``.safetensors`` file.
 
     Raises:
-        CheckpointFormatError: there is no such file or more than one, it is damaged or empty, its configuration is
-            wrong or asks for what is not supported, or it has keys of another method or of another part than the
-            transformer.
+        CheckpointFormatError: there is no such file or more than one, it is damaged or empty, its
+            configuration is wrong or asks for what is not supported, or it has keys of another
+            method or of another part than the transformer.
     """
     if not isinstance(path, (str, Path)):
         raise CheckpointFormatError(f"LoRA: the path should be a text or a Path, got {path!r}")
     file = _find(Path(path))
-    reader: Reader = SafetensorsReader((file,), None) if file.suffix == ".safetensors" else TorchReader(file, None)
+    reader: Reader = (
+        SafetensorsReader((file,), None)
+        if file.suffix == ".safetensors"
+        else TorchReader(file, None)
+    )
     infos = reader.infos
     if not infos:
         raise CheckpointFormatError(f"LoRA {file}: it is empty, there is no tensor in it")
@@ -117,10 +137,14 @@ def open_lora(path: Path | str) -> LoRAFile:
     if lines:
         raise CheckpointFormatError(f"LoRA {file} does not fit the transformer:{listed(lines)}")
     is_peft = file.stem == _PEFT_STEM or any(key.layer.startswith(PEFT_PREFIX) for key in keys)
-    configs = tuple(c for c in (_config_beside(file, is_peft), _config_inside(file)) if c is not None)
+    configs = tuple(
+        c for c in (_config_beside(file, is_peft), _config_inside(file)) if c is not None
+    )
     has_alpha = any(key.role is Role.ALPHA for key in keys)
     if is_peft and not configs and not has_alpha and any(key.role is Role.DOWN for key in keys):
-        raise CheckpointFormatError(f"LoRA: there is no {CONFIG} beside {file}, which has its rank and alpha")
+        raise CheckpointFormatError(
+            f"LoRA: there is no {CONFIG} beside {file}, which has its rank and alpha"
+        )
     return LoRAFile(file, reader, tuple(keys), configs, is_peft)
 
 
@@ -128,19 +152,32 @@ def _find(path: Path) -> Path:
     if not os.path.isdir(path):
         file = _regular(path)
         if not file.name.endswith(_SUFFIXES):
-            raise CheckpointFormatError(f"LoRA: {shortened(path)} should end in {', '.join(_SUFFIXES)}")
+            raise CheckpointFormatError(
+                f"LoRA: {shortened(path)} should end in {', '.join(_SUFFIXES)}"
+            )
         return file
     try:
         names = sorted(os.listdir(path))
     except OSError as error:
-        raise CheckpointFormatError(f"LoRA: {shortened(path)} cannot be read: {system_reason(error)}") from error
+        raise CheckpointFormatError(
+            f"LoRA: {shortened(path)} cannot be read: {system_reason(error)}"
+        ) from error
     known = [f"{stem}{suffix}" for stem in (_DIFFUSERS_STEM, _PEFT_STEM) for suffix in _SUFFIXES]
-    files = [name for name in names if name in known] or [name for name in names if name.endswith(".safetensors")]
+    files = [name for name in names if name in known] or [
+        name for name in names if name.endswith(".safetensors")
+    ]
     has_index = any(name.endswith(".index.json") for name in names)
     if has_index or len(files) != 1:
-        which = "none" if not files else "an index" if has_index else f"more than one file; name one:{listed(files)}"
+        which = (
+            "none"
+            if not files
+            else "an index"
+            if has_index
+            else f"more than one file; name one:{listed(files)}"
+        )
         raise CheckpointFormatError(
-            f"LoRA: {shortened(path)} should hold one .safetensors file, {_DIFFUSERS_STEM} or {_PEFT_STEM}, but has "
+            f"LoRA: {shortened(path)} should hold one .safetensors file, {_DIFFUSERS_STEM} or "
+            f"{_PEFT_STEM}, but has "
             f"{which}"
         )
     return _regular(path / files[0])
@@ -165,19 +202,26 @@ def _parse(infos: Mapping[str, TensorInfo]) -> tuple[list[AdapterKey], list[str]
             keys.append(key)
     adapters = {key.adapter: key.key for key in keys if key.adapter is not None}
     if len(adapters) > 1:
-        lines.append(f"adapters of {len(adapters)} kinds in one file: {', '.join(adapters.values())}")
+        lines.append(
+            f"adapters of {len(adapters)} kinds in one file: {', '.join(adapters.values())}"
+        )
     return keys, lines
 
 
 def _config_beside(file: Path, is_peft: bool) -> AdapterConfig | None:
-    """Read the configuration in the same folder, if it is this file's: of PEFT's file, or of the only one there."""
-    if not is_peft and any(n.endswith(_SUFFIXES) and n != file.name for n in os.listdir(file.parent)):
+    """Read the configuration in the same folder, if it is this file's: of PEFT's file, or of the
+    only one there.
+    """
+    if not is_peft and any(
+        n.endswith(_SUFFIXES) and n != file.name for n in os.listdir(file.parent)
+    ):
         return None
     return adapter_config_beside(file)
 
 
 def adapter_config_beside(file: Path) -> AdapterConfig | None:
-    """Read PEFT's ``adapter_config.json`` in the folder of a file of tensors, or return None where there is none.
+    """Read PEFT's ``adapter_config.json`` in the folder of a file of tensors, or return None where
+    there is none.
 
     Raises:
         CheckpointFormatError: it cannot be read, or asks for what is not supported.

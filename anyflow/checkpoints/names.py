@@ -1,4 +1,6 @@
-"""How the formats name the same parameters. Ours are diffusers' names; the others are tables of modules."""
+"""How the formats name the same parameters. Ours are diffusers' names; the others are tables of
+modules.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,20 @@ from anyflow.checkpoints.errors import CheckpointFormatError, listed
 
 _NAME = re.compile(r"(?P<block>blocks\.\d+\.)?(?P<module>.+?)(?P<leaf>\.weight|\.bias)?")
 _EMBEDDER = "condition_embedder"
-_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_ATTENTION = {
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+}
 
 
 @dataclass(frozen=True)
 class Naming:
-    """A one-to-one table from a format's modules (and lone parameters) to ours, outside and inside of a block.
+    """A one-to-one table from a format's modules (and lone parameters) to ours, outside and inside
+    of a block.
 
     Attributes:
         title: of the naming, for messages.
@@ -56,7 +66,9 @@ def _inverse(table: Mapping[str, str]) -> dict[str, str]:
     return {ours: theirs for theirs, ours in table.items()}
 
 
-DIFFUSERS = Naming("diffusers", marks=(f"{_EMBEDDER}.time_embedder.linear_", ".attn1.", f"{_EMBEDDER}.time_proj."))
+DIFFUSERS = Naming(
+    "diffusers", marks=(f"{_EMBEDDER}.time_embedder.linear_", ".attn1.", f"{_EMBEDDER}.time_proj.")
+)
 
 ORIGINAL = Naming(
     "the original Wan",
@@ -116,12 +128,19 @@ FASTVIDEO = Naming(
 
 NAMINGS = (ORIGINAL, FASTVIDEO, DIFFUSERS)
 
-# Modules that torch puts around others (torch.compile, FSDP, activation checkpointing), wherever they are.
+# Modules that torch puts around others (torch.compile, FSDP, activation checkpointing), wherever
+# they are.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Of every transformer one, told from an image encoder's by its axes; then others, should it be absent.
+# Of every transformer one, told from an image encoder's by its axes; then others, should it be
+# absent.
 _ANCHORS = (
     (re.compile(r"(?P<prefix>(?:.+\.)?)patch_embedding\.(?:proj\.)?weight"), 5),
-    (re.compile(r"(?P<prefix>(?:.+\.)?)(?:condition_embedder\.time_embedder\.\w|time_embedding\.0\.weight).*"), 2),
+    (
+        re.compile(
+            r"(?P<prefix>(?:.+\.)?)(?:condition_embedder\.time_embedder\.\w|time_embedding\.0\.weight).*"
+        ),
+        2,
+    ),
     (re.compile(r"(?P<prefix>(?:.+\.)?)blocks\.\d+\.(?:attn1|self_attn|ffn)\..+"), 2),
 )
 # First parts of names of a pipeline's other models, in single files of ComfyUI and others.
@@ -142,7 +161,9 @@ _OTHER_PARTS = (
 def naming_of(names: Iterable[str]) -> Naming | None:
     """Return the naming that one of the names tells, or None."""
     names = tuple(names)
-    found = (naming for naming in NAMINGS if any(mark in name for mark in naming.marks for name in names))
+    found = (
+        naming for naming in NAMINGS if any(mark in name for mark in naming.marks for name in names)
+    )
     return next(found, None)
 
 
@@ -153,7 +174,8 @@ class Located:
     Attributes:
         names: from the names without prefix and wrappers to the file's own.
         prefix: before every name of the transformer: ``module.``, ``model.diffusion_model.``.
-        others: the number of tensors of each other model that the file has, by the first part of their names.
+        others: the number of tensors of each other model that the file has, by the first part of
+            their names.
     """
 
     names: Mapping[str, str]
@@ -169,28 +191,38 @@ def locate(shapes: Mapping[str, tuple[int, ...]], where: str) -> Located:
         where: the file, for messages.
 
     Raises:
-        CheckpointFormatError: there are several transformers; a tensor is neither the transformer's nor of another
-            model of a pipeline; or two names are one without wrappers.
+        CheckpointFormatError: there are several transformers; a tensor is neither the transformer's
+            nor of another model of a pipeline; or two names are one without wrappers.
     """
     unwrapped: dict[str, str] = {}
     for own in shapes:
         name = _WRAPPERS.sub("", own)
         if name in unwrapped:
-            raise CheckpointFormatError(f"{where}: {unwrapped[name]} and {own} are one tensor of the model")
+            raise CheckpointFormatError(
+                f"{where}: {unwrapped[name]} and {own} are one tensor of the model"
+            )
         unwrapped[name] = own
     prefixes = _prefixes({name: shapes[own] for name, own in unwrapped.items()})
     if len(prefixes) > 1:
         raise CheckpointFormatError(
-            f"{where} holds {len(prefixes)} transformers, under {', '.join(p or 'no prefix' for p in prefixes)}; "
+            f"{where} holds {len(prefixes)} transformers, under "
+            f"{', '.join(p or 'no prefix' for p in prefixes)}; "
             f"save one of them to a file of its own"
         )
     prefix = prefixes[0] if prefixes else ""
-    outside = [name for name in unwrapped if not name.startswith(prefix) or (prefixes and _is_of_other_part(name))]
+    outside = [
+        name
+        for name in unwrapped
+        if not name.startswith(prefix) or (prefixes and _is_of_other_part(name))
+    ]
     left_out = set(outside)
-    inside = {name.removeprefix(prefix): own for name, own in unwrapped.items() if name not in left_out}
+    inside = {
+        name.removeprefix(prefix): own for name, own in unwrapped.items() if name not in left_out
+    }
     if strange := [unwrapped[name] for name in outside if not _is_of_other_part(name)]:
         raise CheckpointFormatError(
-            f"{where}: the transformer is under {prefix}, and these tensors are neither of it nor of another model "
+            f"{where}: the transformer is under {prefix}, and these tensors are neither of it nor "
+            "of another model "
             f"that is known:{listed(strange)}"
         )
     others = Counter(name.partition(".")[0] + "." for name in outside)
@@ -198,7 +230,8 @@ def locate(shapes: Mapping[str, tuple[int, ...]], where: str) -> Located:
 
 
 def prefix_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return what stands before every name of the one transformer; nothing where there is none or more than one.
+    """Return what stands before every name of the one transformer; nothing where there is none or
+    more than one.
 
     Args:
         shapes: of the tensors by their own names.

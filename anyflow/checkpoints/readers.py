@@ -1,4 +1,6 @@
-"""Tensors of a checkpoint's files by name, one at a time: safetensors, and files of ``torch.save``."""
+"""Tensors of a checkpoint's files by name, one at a time: safetensors, and files of
+``torch.save``.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,16 @@ _SAFETENSORS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "
 # Where a training file keeps the average and the parameters themselves.
 SECTIONS = {"ema": "ema", "raw": "model_state_dict_g"}
 
-# Pages of a mapped file count as the process's memory until it is unmapped, so it is mapped anew after so many bytes.
+# Pages of a mapped file count as the process's memory until it is unmapped, so it is mapped anew
+# after so many bytes.
 _REMAP_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it; ``dtype`` is torch's name, or the file's where torch has none."""
+    """What is known of a tensor without reading it; ``dtype`` is torch's name, or the file's where
+    torch has none.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,10 +58,12 @@ class Reader(Protocol):
 
 
 class SafetensorsReader:
-    """The tensors of safetensors files, whose headers are checked against their sizes when they are opened.
+    """The tensors of safetensors files, whose headers are checked against their sizes when they are
+    opened.
 
     Raises:
-        CheckpointFormatError: a file is damaged, two files have the same tensor, or an index does not agree with them.
+        CheckpointFormatError: a file is damaged, two files have the same tensor, or an index does
+            not agree with them.
     """
 
     def __init__(self, files: Sequence[Path], index: Mapping[str, str] | None) -> None:
@@ -65,7 +72,9 @@ class SafetensorsReader:
         for file in files:
             for name, info in read_header(file).items():
                 if name in self._files:
-                    raise CheckpointFormatError(f"{name} is in both {self._files[name]} and {file}; name one file")
+                    raise CheckpointFormatError(
+                        f"{name} is in both {self._files[name]} and {file}; name one file"
+                    )
                 self.infos[name], self._files[name] = info, file
         if index is not None:
             self._compare(index, files[0].parent)
@@ -84,39 +93,57 @@ class SafetensorsReader:
         return tensor
 
     def _compare(self, index: Mapping[str, str], folder: Path) -> None:
-        lines = [f"{name}: not in {file}" for name, file in index.items() if self._files.get(name) != folder / file]
+        lines = [
+            f"{name}: not in {file}"
+            for name, file in index.items()
+            if self._files.get(name) != folder / file
+        ]
         lines += [
-            f"{name}: in {file.name}, but not in the index" for name, file in self._files.items() if name not in index
+            f"{name}: in {file.name}, but not in the index"
+            for name, file in self._files.items()
+            if name not in index
         ]
         if lines:
-            raise CheckpointFormatError(f"the index and the files in {folder} do not agree:{listed(lines)}")
+            raise CheckpointFormatError(
+                f"the index and the files in {folder} do not agree:{listed(lines)}"
+            )
 
 
 class TorchReader:
-    """The tensors of a file of ``torch.save``: a state dict, or a training file with ``ema`` or ``model_state_dict_g``.
+    """The tensors of a file of ``torch.save``: a state dict, or a training file with ``ema`` or
+    ``model_state_dict_g``.
 
-    Nothing in the file is executed, and each storage has the size that its tensors need (:class:`TorchFile`).
+    Nothing in the file is executed, and each storage has the size that its tensors need
+    (:class:`TorchFile`).
 
     Args:
         file: path.
-        weights: ``"ema"`` or ``"raw"`` of a training file; None takes the average, or what there is.
+        weights: ``"ema"`` or ``"raw"`` of a training file; None takes the average, or what there
+            is.
 
     Raises:
-        CheckpointFormatError: the file is damaged or holds other things than tensors, or has no such weights.
+        CheckpointFormatError: the file is damaged or holds other things than tensors, or has no
+            such weights.
     """
 
     def __init__(self, file: Path, weights: str | None) -> None:
         require_weights_file(file)
         self._file = TorchFile(file)
         content = self._section(self._file.content, weights)
-        wrong = [f"{str(name)[:200]}: {what}" for name, value in content.items() if (what := _problem(name, value))]
+        wrong = [
+            f"{str(name)[:200]}: {what}"
+            for name, value in content.items()
+            if (what := _problem(name, value))
+        ]
         if wrong or not content:
             raise CheckpointFormatError(
                 f"{file} should hold tensors by name, but has{listed(wrong) if wrong else ' none'}"
             )
         self._tensors: dict[str, TensorRecord] = content
         self.infos = {
-            name: TensorInfo(str(t.dtype).removeprefix("torch."), t.shape, t.numel * t.dtype.itemsize)
+            name: TensorInfo(
+                str(t.dtype).removeprefix("torch."), t.shape, t.numel * t.dtype.itemsize
+            )
             for name, t in self._tensors.items()
         }
 
@@ -124,7 +151,9 @@ class TorchReader:
         return self._file.read(self._tensors[name])
 
     def verify(self) -> None:
-        """Compare every tensor's bytes with the checksums in the file; CheckpointFormatError where they differ."""
+        """Compare every tensor's bytes with the checksums in the file; CheckpointFormatError where
+        they differ.
+        """
         for record in self._tensors.values():
             if record.numel:
                 self._file.verify(record)
@@ -146,7 +175,8 @@ def require_weights_file(file: Path) -> None:
     """Refuse what cannot be weights by its kind or its first bytes, before anything else opens it.
 
     Raises:
-        CheckpointFormatError: the file is absent, a folder, FIFO or device, empty, a pointer of git-lfs or a web page.
+        CheckpointFormatError: the file is absent, a folder, FIFO or device, empty, a pointer of
+            git-lfs or a web page.
     """
     try:
         require_content(file)
@@ -158,7 +188,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file by name, of which only the header is read.
 
     Raises:
-        CheckpointFormatError: the file is not a complete safetensors file; the message says what it is.
+        CheckpointFormatError: the file is not a complete safetensors file; the message says what it
+            is.
     """
     require_weights_file(file)
     infos = {}
@@ -185,7 +216,11 @@ def _reading(file: Path) -> Iterator[None]:
 def _problem(name: object, value: object) -> str | None:
     if isinstance(name, str) and isinstance(value, TensorRecord):
         return value.problem()
-    return f"{_kind(value)} under a name that is {_kind(name)}" if isinstance(value, TensorRecord) else _kind(value)
+    return (
+        f"{_kind(value)} under a name that is {_kind(name)}"
+        if isinstance(value, TensorRecord)
+        else _kind(value)
+    )
 
 
 def _kind(value: object) -> str:

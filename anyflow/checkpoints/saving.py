@@ -37,8 +37,9 @@ def save(
 ) -> Path:
     """Write ``out/transformer``, and ``out/scheduler`` if there is one, completely or not at all.
 
-    A flow map is written for diffusers' ``AnyFlowTransformer3DModel``, a plain model for its ``WanTransformer3DModel``;
-    both load it bit for bit (``tests/checkpoints/test_saving.py``), and so does :func:`load_transformer`.
+    A flow map is written for diffusers' ``AnyFlowTransformer3DModel``, a plain model for its
+    ``WanTransformer3DModel``; both load it bit for bit (``tests/checkpoints/test_saving.py``), and
+    so does :func:`load_transformer`.
 
     Args:
         model: without adapters.
@@ -70,8 +71,12 @@ def _save(
     return out
 
 
-def write_transformer(model: AnyFlowTransformer3DModel, folder: Path, *, max_shard_size: int | str = "10GB") -> None:
-    """Write a model with the ``config.json`` of diffusers' class for it; ValueError if diffusers has no such model."""
+def write_transformer(
+    model: AnyFlowTransformer3DModel, folder: Path, *, max_shard_size: int | str = "10GB"
+) -> None:
+    """Write a model with the ``config.json`` of diffusers' class for it; ValueError if diffusers
+    has no such model.
+    """
     config = _diffusers_config(model)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -79,7 +84,8 @@ def write_transformer(model: AnyFlowTransformer3DModel, folder: Path, *, max_sha
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write to, which becomes ``out`` when nothing has failed, and goes otherwise.
+    """Yield a temporary folder to write to, which becomes ``out`` when nothing has failed, and goes
+    otherwise.
 
     Raises:
         ValueError: ``out`` is not empty.
@@ -131,8 +137,8 @@ def convert(
         path: as for :func:`load_transformer`, like the arguments that are not listed here.
         out: a new or empty folder.
         to: the format to write.
-        shift: of the scheduler that is written. None takes over the flow-map scheduler of the pipeline that the
-            checkpoint is part of, and writes none if there is no such thing.
+        shift: of the scheduler that is written. None takes over the flow-map scheduler of the
+            pipeline that the checkpoint is part of, and writes none if there is no such thing.
         max_shard_size: of one file, in bytes or as ``"10GB"``.
 
     Returns:
@@ -145,7 +151,11 @@ def convert(
     if to != "diffusers":
         raise ValueError(f"to must be diffusers, got {to!r}")
     require_empty(Path(out))
-    scheduler = load_scheduler(path, subfolder) if shift is None else FlowMapEulerDiscreteScheduler(shift=shift)
+    scheduler = (
+        load_scheduler(path, subfolder)
+        if shift is None
+        else FlowMapEulerDiscreteScheduler(shift=shift)
+    )
     model = load_transformer(
         path,
         dtype=dtype,
@@ -160,8 +170,11 @@ def convert(
     return _save(model, Path(out), scheduler, max_shard_size)
 
 
-def load_scheduler(path: Path | str, subfolder: str | None = None) -> FlowMapEulerDiscreteScheduler | None:
-    """The flow-map scheduler of the pipeline that a checkpoint is part of, or None where it has another or none.
+def load_scheduler(
+    path: Path | str, subfolder: str | None = None
+) -> FlowMapEulerDiscreteScheduler | None:
+    """The flow-map scheduler of the pipeline that a checkpoint is part of, or None where it has
+    another or none.
 
     Raises:
         CheckpointFormatError: its file is damaged, or a setting is not possible.
@@ -185,10 +198,15 @@ def _diffusers_config(model: AnyFlowTransformer3DModel) -> dict[str, Any]:
     fusion, is_flow_map = config.pop("r_embedder_fusion"), config.pop("r_embedder")
     if is_flow_map:
         if fusion != "gated":
-            raise ValueError(f"diffusers has no model whose times are fused as {fusion!r}, only 'gated'")
+            raise ValueError(
+                f"diffusers has no model whose times are fused as {fusion!r}, only 'gated'"
+            )
         return {"_class_name": ANYFLOW, **config}
     del config["gate_value"], config["deltatime_type"]
     if config["image_dim"] is not None:
-        raise ValueError("diffusers' plain Wan model with an image branch has attention that this one does not have")
+        raise ValueError(
+            "diffusers' plain Wan model with an image branch has attention that this one does not "
+            "have"
+        )
     # The last is for our own class, whose default is True; diffusers says that it ignores it.
     return {"_class_name": WAN, **config, "qk_norm": "rms_norm_across_heads", "r_embedder": False}

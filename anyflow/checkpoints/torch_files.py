@@ -1,9 +1,11 @@
-"""Files of ``torch.save`` without ``torch.load``: which tensors they have, checked against the bytes that are there.
+"""Files of ``torch.save`` without ``torch.load``: which tensors they have, checked against the
+bytes that are there.
 
-The pickle in such a file is looked through before it is read, and read with every function in it replaced by a record
-of its arguments, so that nothing in a file is executed and no file makes the process ask for more memory than its own
-size. A tensor's bytes are then read from its place in the file, after its storage's size has been compared with that of
-the file's entry: ``torch.load(mmap=True)`` does not compare them, and takes compressed entries for numbers.
+The pickle in such a file is looked through before it is read, and read with every function in it
+replaced by a record of its arguments, so that nothing in a file is executed and no file makes the
+process ask for more memory than its own size. A tensor's bytes are then read from its place in the
+file, after its storage's size has been compared with that of the file's entry:
+``torch.load(mmap=True)`` does not compare them, and takes compressed entries for numbers.
 """
 
 from __future__ import annotations
@@ -39,14 +41,15 @@ _LEGACY_START = pickle.dumps(_LEGACY_MAGIC, protocol=2)
 
 
 class TorchFile:
-    """An open file of ``torch.save``: its object with tensors as :class:`TensorRecord`, and their values.
+    """An open file of ``torch.save``: its object with tensors as :class:`TensorRecord`, and their
+    values.
 
     Args:
         path: of a regular file.
 
     Raises:
-        CheckpointFormatError: the file is damaged, is not of ``torch.save``, needs Python code to be unpickled, or has
-            storages of other sizes than it says.
+        CheckpointFormatError: the file is damaged, is not of ``torch.save``, needs Python code to
+            be unpickled, or has storages of other sizes than it says.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,11 +74,18 @@ class TorchFile:
             self._source.verify(record.storage)
             raw = self._source.read(record.storage, record.offset * width, record.span * width)
             if not self._source.little_endian:
-                raw = bytearray(torch.frombuffer(raw, dtype=torch.uint8).view(-1, width).flip(1).numpy().tobytes())
+                raw = bytearray(
+                    torch.frombuffer(raw, dtype=torch.uint8)
+                    .view(-1, width)
+                    .flip(1)
+                    .numpy()
+                    .tobytes()
+                )
         return torch.frombuffer(raw, dtype=record.dtype).as_strided(record.shape, record.stride)
 
     def verify(self, record: TensorRecord) -> None:
-        """Compare a tensor's storage with the checksum that the file has of it, if any; once for each storage.
+        """Compare a tensor's storage with the checksum that the file has of it, if any; once for
+        each storage.
 
         Raises:
             CheckpointFormatError: they differ.
@@ -90,13 +100,15 @@ def _described(path: Path) -> Iterator[None]:
         yield
     except NeedsCode as error:
         raise CheckpointFormatError(
-            f"{path} needs Python code to be unpickled, which is refused: save a dictionary of tensors alone. ({error})"
+            f"{path} needs Python code to be unpickled, which is refused: save a dictionary of "
+            f"tensors alone. ({error})"
         ) from None
     except Unreadable as error:
         raise CheckpointFormatError(f"{path} cannot be read: {error}") from None
     except Exception as error:  # a damaged pickle or zip can raise anything
         raise CheckpointFormatError(
-            f"{path} is damaged or not a file of torch.save: {type(error).__name__}: {str(error)[:200]}"
+            f"{path} is damaged or not a file of torch.save: {type(error).__name__}: "
+            f"{str(error)[:200]}"
         ) from error
 
 
@@ -122,12 +134,18 @@ class _Archive:
         self._entries = {entry.filename: entry for entry in entries}
         if len(self._entries) != len(entries):
             raise Unreadable("several entries of the archive have one name")
-        pickles = [name for name in self._entries if name.rpartition("/")[2] == "data.pkl" and name.count("/") <= 1]
+        pickles = [
+            name
+            for name in self._entries
+            if name.rpartition("/")[2] == "data.pkl" and name.count("/") <= 1
+        ]
         if len(pickles) != 1:
             raise Unreadable("it is a zip archive, but not of torch.save: it has no data.pkl")
         self._top = pickles[0].removesuffix("data.pkl")
         if f"{self._top}constants.pkl" in self._entries:
-            raise Unreadable("it is a TorchScript archive, whose code is not run; save its state_dict()")
+            raise Unreadable(
+                "it is a TorchScript archive, whose code is not run; save its state_dict()"
+            )
         self._starts = _data_starts(path, entries)
         size, room = sum(entry.file_size for entry in entries), path.stat().st_size
         if size > MAX_EXPANSION * room + MAX_PICKLE_BYTES:
@@ -135,7 +153,9 @@ class _Archive:
         self._unpacked: tuple[str, bytes] | None = None
         self._verified: set[str] = set()
         order = f"{self._top}byteorder"
-        self.little_endian = order not in self._entries or self._bytes_of(order, 16).strip() == b"little"
+        self.little_endian = (
+            order not in self._entries or self._bytes_of(order, 16).strip() == b"little"
+        )
         self.content = unpickled(self._bytes_of(pickles[0], MAX_PICKLE_BYTES), self._require_entry)
 
     def read(self, storage: StorageRecord, start: int, length: int) -> bytearray:
@@ -157,27 +177,38 @@ class _Archive:
         with self._zip.open(entry) as stream:  # which checks the CRC
             content = stream.read(limit + 1)
         if len(content) != entry.file_size:
-            raise Unreadable(f"{name} in it unpacks to {len(content)} bytes, and {entry.file_size} are declared")
+            raise Unreadable(
+                f"{name} in it unpacks to {len(content)} bytes, and {entry.file_size} are declared"
+            )
         return content
 
     def verify(self, storage: StorageRecord) -> None:
         self._verify(self._entries[f"{self._top}data/{storage.key}"])
 
     def _verify(self, entry: zipfile.ZipInfo) -> None:
-        """Compare an entry with its CRC-32, in pieces; 0 is what torch writes where it was told not to compute it."""
+        """Compare an entry with its CRC-32, in pieces; 0 is what torch writes where it was told not
+        to compute it.
+        """
         if entry.filename in self._verified or entry.CRC == 0:
             return
         crc = 0
         if entry.compress_type == zipfile.ZIP_STORED:
-            start, end = self._starts[entry.filename], self._starts[entry.filename] + entry.file_size
+            start, end = (
+                self._starts[entry.filename],
+                self._starts[entry.filename] + entry.file_size,
+            )
             for position in range(start, end, _PIECE):
-                crc = zlib.crc32(_read_range(self._path, position, min(_PIECE, end - position)), crc)
+                crc = zlib.crc32(
+                    _read_range(self._path, position, min(_PIECE, end - position)), crc
+                )
         else:
             with self._zip.open(entry) as stream:
                 while piece := stream.read(_PIECE):
                     crc = zlib.crc32(piece, crc)
         if crc != entry.CRC:
-            raise Unreadable(f"{entry.filename} in it is damaged: its CRC-32 is not the one recorded")
+            raise Unreadable(
+                f"{entry.filename} in it is damaged: its CRC-32 is not the one recorded"
+            )
         self._verified.add(entry.filename)
 
     def _require_entry(self, storage: StorageRecord) -> None:
@@ -186,7 +217,9 @@ class _Archive:
         if entry is None:
             raise Unreadable(f"it has no {name}, which a tensor needs")
         if entry.file_size != size:
-            raise Unreadable(f"{name} in it has {entry.file_size} bytes, but its tensors need {size}")
+            raise Unreadable(
+                f"{name} in it has {entry.file_size} bytes, but its tensors need {size}"
+            )
 
 
 class _Legacy:
@@ -219,7 +252,9 @@ class _Legacy:
             order = "<q" if self.little_endian else ">q"
             (numel,) = struct.unpack(order, _read_range(path, position, 8))
             if numel != records[key].numel:
-                raise Unreadable(f"storage {key} has {numel} elements, but its tensors need {records[key].numel}")
+                raise Unreadable(
+                    f"storage {key} has {numel} elements, but its tensors need {records[key].numel}"
+                )
             self._starts[key] = position + 8
             position += 8 + numel * records[key].dtype.itemsize
         if position > path.stat().st_size:
@@ -253,7 +288,10 @@ def _require_small_directory(path: Path) -> None:
     if sizes[0] == 0xFFFFFFFF and 0 <= wide <= len(tail) - 56:
         sizes = [struct.unpack_from("<Q", tail, wide + 40)[0]]
     if sizes[0] > MAX_DIRECTORY_BYTES:
-        raise Unreadable(f"the directory of the zip archive has {sizes[0]} bytes, {MAX_DIRECTORY_BYTES} are allowed")
+        raise Unreadable(
+            f"the directory of the zip archive has {sizes[0]} bytes, {MAX_DIRECTORY_BYTES} are "
+            "allowed"
+        )
 
 
 def _data_starts(path: Path, entries: list[zipfile.ZipInfo]) -> dict[str, int]:
@@ -269,7 +307,9 @@ def _data_starts(path: Path, entries: list[zipfile.ZipInfo]) -> dict[str, int]:
                 raise Unreadable(f"{entry.filename} in it is encrypted")
             name, extra = struct.unpack_from("<HH", header, 26)
             start = entry.header_offset + 30 + name + extra
-            if file.read(name) != entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437"):
+            if file.read(name) != entry.orig_filename.encode(
+                "utf-8" if entry.flag_bits & 0x800 else "cp437"
+            ):
                 raise Unreadable(f"{entry.filename} in it has another name in its header")
             if entry.header_offset < previous[1]:
                 raise Unreadable(f"{previous[0]} and {entry.filename} in it overlap")

@@ -1,4 +1,6 @@
-"""Pickles of ``torch.save`` read without executing anything in them, and the records of tensors that they describe."""
+"""Pickles of ``torch.save`` read without executing anything in them, and the records of tensors
+that they describe.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class NeedsCode(Exception):
 
 @dataclass(frozen=True, eq=False)
 class StorageRecord:
-    """The bytes that tensors share: the name of their entry, their type and the number of elements."""
+    """The bytes that tensors share: the name of their entry, their type and the number of
+    elements.
+    """
 
     key: str
     dtype: torch.dtype
@@ -70,20 +74,33 @@ class TensorRecord:
     @property
     def span(self) -> int:
         """Number of elements of the storage from the first one to the last one."""
-        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if self.numel else 0
+        return (
+            1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+            if self.numel
+            else 0
+        )
 
     def problem(self) -> str | None:
-        """Say what cannot be in such a record, or return None for a tensor that is dense and inside its storage."""
+        """Say what cannot be in such a record, or return None for a tensor that is dense and inside
+        its storage.
+        """
         numbers = (self.offset, *self.shape, *self.stride)
         if len(self.shape) != len(self.stride) or len(self.shape) > _MAX_AXES:
             return f"a tensor of {len(self.shape)} axes with {len(self.stride)} strides"
         if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            return f"a tensor of {list(self.shape)} with strides {list(self.stride)} from {self.offset}"
+            return (
+                f"a tensor of {list(self.shape)} with strides {list(self.stride)} from "
+                f"{self.offset}"
+            )
         available = self.storage.numel * self.storage.dtype.itemsize // self.dtype.itemsize
         if self.numel > available:
-            return f"a tensor of {self.shape} that is not dense: its storage has {available} elements"
+            return (
+                f"a tensor of {self.shape} that is not dense: its storage has {available} elements"
+            )
         if self.offset + self.span > available:
-            return f"a tensor of {self.shape} that ends behind the {available} elements of its storage"
+            return (
+                f"a tensor of {self.shape} that ends behind the {available} elements of its storage"
+            )
         return None
 
 
@@ -97,11 +114,12 @@ def end_of_pickle(content: bytes, start: int) -> int:
 
 
 def _require_bounded(content: bytes) -> None:
-    """Refuse a pickle that would take more memory or C stack than its size, before anything of it is read.
+    """Refuse a pickle that would take more memory or C stack than its size, before anything of it
+    is read.
 
     Raises:
-        Unreadable: it is larger than ``MAX_PICKLE_BYTES``, asks for a buffer or a place in the memo beyond its own
-            size, or nests tuples more than ``MAX_TUPLE_DEPTH`` deep.
+        Unreadable: it is larger than ``MAX_PICKLE_BYTES``, asks for a buffer or a place in the memo
+            beyond its own size, or nests tuples more than ``MAX_TUPLE_DEPTH`` deep.
     """
     if len(content) > MAX_PICKLE_BYTES:
         raise Unreadable(f"its pickle is larger than the {MAX_PICKLE_BYTES} bytes allowed")
@@ -140,7 +158,9 @@ def _pop(depths: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
     """Take from the stack what an opcode takes, and return the depths of it."""
     before = opcode.stack_before
     if pickletools.markobject in before:
-        popped = list(itertools.takewhile(lambda depth: depth is not None, iter(depths.pop, object())))
+        popped = list(
+            itertools.takewhile(lambda depth: depth is not None, iter(depths.pop, object()))
+        )
         for _ in range(before.index(pickletools.markobject)):
             depths.pop()
     else:
@@ -164,7 +184,9 @@ def unpickled(content: bytes, seen: Callable[[StorageRecord], None]) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Python's unpickler, whose every function is one of this module's; ``seen`` is called with each storage."""
+    """Python's unpickler, whose every function is one of this module's; ``seen`` is called with
+    each storage.
+    """
 
     def __init__(self, content: bytes, seen: Callable[[StorageRecord], None]) -> None:
         super().__init__(io.BytesIO(content))
@@ -222,10 +244,16 @@ class _Table(dict[Any, Any]):
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-    if not isinstance(storage, StorageRecord) or not isinstance(size, tuple) or not isinstance(stride, tuple):
+    if (
+        not isinstance(storage, StorageRecord)
+        or not isinstance(size, tuple)
+        or not isinstance(stride, tuple)
+    ):
         raise Unreadable("a tensor in it has no storage, size or strides")
     if any(rest[2:]):
-        raise Unreadable(f"a tensor in it is to be read as {str(rest[2])[:80]}, which is not supported")
+        raise Unreadable(
+            f"a tensor in it is to be read as {str(rest[2])[:80]}, which is not supported"
+        )
     return TensorRecord(storage, storage.dtype, offset, size, stride)
 
 
@@ -259,12 +287,15 @@ _CALLS: dict[str, Any] = {
     # What torch.load(weights_only=True) would call, too, and what is no tensor of a model.
     **dict.fromkeys(
         (
-            "builtins.bytearray", "builtins.complex", "builtins.set", "_codecs.encode", "collections.Counter",
-            "collections.defaultdict", "torch.Size", "torch.Tensor", "torch.device", "torch.nn.parameter.Parameter",
+            "builtins.bytearray", "builtins.complex", "builtins.set", "_codecs.encode",
+            "collections.Counter",
+            "collections.defaultdict", "torch.Size", "torch.Tensor", "torch.device",
+            "torch.nn.parameter.Parameter",
             "torch.nn.parameter.UninitializedParameter", "torch.serialization._get_layout",
             "torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_meta_tensor_no_storage",
             "torch._utils._rebuild_qtensor", "torch._utils._rebuild_device_tensor_from_numpy",
-            "torch._utils._rebuild_device_tensor_from_cpu_tensor", "torch._utils._rebuild_nested_tensor",
+            "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+            "torch._utils._rebuild_nested_tensor",
             "torch._utils._rebuild_wrapper_subclass",
         ),
         _Opaque,

@@ -1,6 +1,8 @@
-"""The command line: ``anyflow …``. A user's mistake is one line and exit status 2, never a traceback.
+"""The command line: ``anyflow …``. A user's mistake is one line and exit status 2, never a
+traceback.
 
-Each command has a module of its own or shares one; modules that load torch are imported when a command runs.
+Each command has a module of its own or shares one; modules that load torch are imported when a
+command runs.
 """
 
 from __future__ import annotations
@@ -11,7 +13,17 @@ from typing import Annotated, Any
 import typer
 
 import anyflow
-from anyflow.cli import checkpoints, demo, doctor, evaluate, preprocess, recipes, report, sample, train
+from anyflow.cli import (
+    checkpoints,
+    demo,
+    doctor,
+    evaluate,
+    preprocess,
+    recipes,
+    report,
+    sample,
+    train,
+)
 from anyflow.cli.common import full_dtype_name
 from anyflow.cli.errors import Commands, finish_streams, prepare_streams
 from anyflow.cli.examples import EPILOGS, MAIN
@@ -25,7 +37,10 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     epilog=MAIN,
-    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": full_dtype_name},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": full_dtype_name,
+    },
 )
 
 
@@ -36,7 +51,11 @@ def main() -> None:
 
     def one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
         ours = category is UserWarning and "\n" not in str(message)
-        return f"anyflow: warning: {message}\n" if ours else standard(message, category, *where, **more)
+        return (
+            f"anyflow: warning: {message}\n"
+            if ours
+            else standard(message, category, *where, **more)
+        )
 
     warnings.formatwarning = one_line
     prepare_streams()
@@ -48,7 +67,9 @@ def main() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         typer.echo(f"anyflow {anyflow.__version__}")
         raise typer.Exit

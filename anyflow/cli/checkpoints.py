@@ -15,21 +15,35 @@ _CHECKPOINT = "Checkpoint of any format: a folder, a file, or a name on the Hugg
 
 def inspect(
     path: Annotated[str, typer.Argument(help=_CHECKPOINT, show_default=False)],
-    subfolder: Annotated[str | None, typer.Option(help="Of the folder, in place of 'transformer'.")] = None,
-    weights: Annotated[
-        Literal["ema", "raw"] | None, typer.Option(help="Of a training file; the average if there is one.")
+    subfolder: Annotated[
+        str | None, typer.Option(help="Of the folder, in place of 'transformer'.")
     ] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")] = None,
+    weights: Annotated[
+        Literal["ema", "raw"] | None,
+        typer.Option(help="Of a training file; the average if there is one."),
+    ] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")
+    ] = None,
     strict_values: Annotated[
-        bool, typer.Option("--strict-values", help="Read every tensor, and count NaN and infinity as a problem.")
+        bool,
+        typer.Option(
+            "--strict-values", help="Read every tensor, and count NaN and infinity as a problem."
+        ),
     ] = False,
 ) -> None:
-    """Say what a checkpoint is: format, size, types, sizes of the model; exit status 1 if it cannot be loaded."""
+    """Say what a checkpoint is: format, size, types, sizes of the model; exit status 1 if it cannot
+    be loaded.
+    """
     from anyflow.checkpoints import inspect
 
     try:
         info = inspect(
-            path, subfolder=subfolder, weights=weights, attention_head_dim=head_dim, strict_values=strict_values
+            path,
+            subfolder=subfolder,
+            weights=weights,
+            attention_head_dim=head_dim,
+            strict_values=strict_values,
         )
     except ValueError as error:
         fail(str(error))
@@ -41,21 +55,38 @@ def convert(
     source: Annotated[str, typer.Argument(help=_CHECKPOINT, show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", show_default=False)],
     to: Annotated[Literal["diffusers"], typer.Option(help="Format to write.")] = "diffusers",
-    dtype: Annotated[DtypeName | None, typer.Option(help="Of the weights; the stored one if left out.")] = None,
-    subfolder: Annotated[str | None, typer.Option(help="Of the folder, in place of 'transformer'.")] = None,
-    weights: Annotated[
-        Literal["ema", "raw"] | None, typer.Option(help="Of a training file; the average if there is one.")
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Of the weights; the stored one if left out.")
     ] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="Alpha of adapters to merge, where no file says it.")] = None,
-    flow_map: Annotated[bool, typer.Option("--flow-map", help="Make a plain Wan model a flow map.")] = False,
+    subfolder: Annotated[
+        str | None, typer.Option(help="Of the folder, in place of 'transformer'.")
+    ] = None,
+    weights: Annotated[
+        Literal["ema", "raw"] | None,
+        typer.Option(help="Of a training file; the average if there is one."),
+    ] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Alpha of adapters to merge, where no file says it.")
+    ] = None,
+    flow_map: Annotated[
+        bool, typer.Option("--flow-map", help="Make a plain Wan model a flow map.")
+    ] = False,
     gate: Annotated[float, typer.Option(help="Gate of the flow map, with --flow-map.")] = 0.25,
     bidirectional: Annotated[
-        bool, typer.Option("--bidirectional", help="Take a causal model without its causal tensors.")
+        bool,
+        typer.Option("--bidirectional", help="Take a causal model without its causal tensors."),
     ] = False,
-    shift: Annotated[float | None, typer.Option(help="Of a scheduler to write; the checkpoint's if left out.")] = None,
+    shift: Annotated[
+        float | None, typer.Option(help="Of a scheduler to write; the checkpoint's if left out.")
+    ] = None,
     strict_values: Annotated[
-        bool, typer.Option("--strict-values", help="Refuse weights with NaN or infinity, of which a warning tells.")
+        bool,
+        typer.Option(
+            "--strict-values", help="Refuse weights with NaN or infinity, of which a warning tells."
+        ),
     ] = False,
 ) -> None:
     """Write a checkpoint of any known format as a folder for diffusers."""
@@ -84,10 +115,17 @@ def convert(
 def verify(
     model: Annotated[
         str,
-        typer.Option(help="Diffusers folder of a transformer or a pipeline, or a name on the Hub.", show_default=False),
+        typer.Option(
+            help="Diffusers folder of a transformer or a pipeline, or a name on the Hub.",
+            show_default=False,
+        ),
     ],
-    against: Annotated[Literal["diffusers"], typer.Option(help="The other implementation.")] = "diffusers",
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "float32",
+    against: Annotated[
+        Literal["diffusers"], typer.Option(help="The other implementation.")
+    ] = "diffusers",
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="Torch device to run on.")] = "cpu",
     height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 256,
     width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 256,
@@ -95,14 +133,19 @@ def verify(
     steps: Annotated[int, typer.Option(help="Steps of the sampling.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
     max_forward: Annotated[
-        float | None, typer.Option(help="Allowed mean relative difference of forwards; by dtype if left out.")
+        float | None,
+        typer.Option(help="Allowed mean relative difference of forwards; by dtype if left out."),
     ] = None,
-    max_loss: Annotated[float | None, typer.Option(help="Allowed relative difference of the training loss.")] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Allowed relative difference of the training loss.")
+    ] = None,
     max_sample: Annotated[
         float | None, typer.Option(help="Allowed mean relative difference of the sampled latents.")
     ] = None,
 ) -> None:
-    """Compare the network with diffusers' on the same weights; exit status 1 if they differ by more than rounding."""
+    """Compare the network with diffusers' on the same weights; exit status 1 if they differ by more
+    than rounding.
+    """
     from anyflow.pipelines.loading import resolve_device
     from anyflow.verify import Thresholds, verify
 
@@ -110,7 +153,9 @@ def verify(
     try:
         parsed = torch_dtype(dtype)
         thresholds = Thresholds.for_dtype(parsed)
-        thresholds = dataclasses.replace(thresholds, **{k: v for k, v in given.items() if v is not None})
+        thresholds = dataclasses.replace(
+            thresholds, **{k: v for k, v in given.items() if v is not None}
+        )
         report = verify(
             model,
             against=against,

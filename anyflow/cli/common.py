@@ -15,7 +15,9 @@ _DOCS = "https://github.com/anyflow-video/anyflow/blob/main/docs"
 
 
 def full_dtype_name(token: str) -> str:
-    """Return torch's name of a dtype for a short one, and every other token of a command line as it is."""
+    """Return torch's name of a dtype for a short one, and every other token of a command line as it
+    is.
+    """
     return _SHORT_NAMES.get(token, token)
 
 
@@ -35,7 +37,8 @@ def help_end(page: str, *examples: str) -> str:
         page: of ``docs/``.
         examples: command lines.
     """
-    lines = [f"$ {example}".replace("[", r"\[") for example in examples]  # rich takes brackets for markup
+    # rich takes brackets for markup
+    lines = [f"$ {example}".replace("[", r"\[") for example in examples]
     return "\n\n".join(["Examples:", *lines, f"More: {_DOCS}/{page}"])
 
 

@@ -15,12 +15,17 @@ from anyflow.cli.common import fail
 
 def demo(
     budget: Annotated[
-        Literal["full", "fast"], typer.Option(help="Some minutes with the real picture, or about one.")
+        Literal["full", "fast"],
+        typer.Option(help="Some minutes with the real picture, or about one."),
     ] = "full",
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the run; a killed run in it is resumed.")] = Path("runs/demo"),
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run; a killed run in it is resumed.")
+    ] = Path("runs/demo"),
     device: Annotated[str, typer.Option(help="Torch device to train on.")] = "cpu",
-    open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = True,
+    open_report: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the report in a browser.")
+    ] = True,
 ) -> None:
     """Train a small video model and see it sample at any number of steps."""
     from rich.console import Console
@@ -53,5 +58,9 @@ def demo(
 
 
 def _has_browser() -> bool:
-    """Tell whether a graphical browser can be shown; a text browser would take over the terminal."""
-    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    """Tell whether a graphical browser can be shown; a text browser would take over the
+    terminal.
+    """
+    return sys.platform in ("darwin", "win32") or bool(
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )

@@ -15,11 +15,17 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Show what is installed, built and would run, and check every operator; exit status 1 if not all is well."""
+    """Show what is installed, built and would run, and check every operator; exit status 1 if not
+    all is well.
+    """
     try:
         from anyflow.doctor import run
     except ImportError as error:  # without torch there is nothing to examine
-        fail(f"anyflow doctor cannot begin: {error}{f': pip install {error.name}' if error.name else ''}", status=1)
+        fail(
+            "anyflow doctor cannot begin: "
+            f"{error}{f': pip install {error.name}' if error.name else ''}",
+            status=1,
+        )
     try:
         well = run(device, as_json=as_json)
     except ValueError as error:

@@ -1,4 +1,6 @@
-"""End of every command when the system refuses something: one line, exit status 1, nothing but a bug a traceback."""
+"""End of every command when the system refuses something: one line, exit status 1, nothing but a
+bug a traceback.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from anyflow.writing import system_error
 
 
 class Commands(TyperGroup):
-    """A group of commands whose system errors are one line with path and reason; Ctrl-C ends them with status 130."""
+    """A group of commands whose system errors are one line with path and reason; Ctrl-C ends them
+    with status 130.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -35,12 +39,23 @@ class Commands(TyperGroup):
 
 
 def describe(error: BaseException) -> str | None:
-    """Say what the operating system refused, as ``path: reason``; None for an exception of another kind."""
+    """Say what the operating system refused, as ``path: reason``; None for an exception of another
+    kind.
+    """
     found = system_error(error)
-    if found is None:  # libraries raise OSError with a text of their own, such as for a model that cannot be found
-        return " ".join(str(error).split()) or type(error).__name__ if isinstance(error, OSError) else None
+    # libraries raise OSError with a text of their own, such as for a model that cannot be found
+    if found is None:
+        return (
+            " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, OSError)
+            else None
+        )
     assert found.errno is not None
-    names = [shortened(os.fsdecode(n)) for n in (found.filename, found.filename2) if isinstance(n, str | bytes)]
+    names = [
+        shortened(os.fsdecode(n))
+        for n in (found.filename, found.filename2)
+        if isinstance(n, str | bytes)
+    ]
     if not names:
         names = [_unnamed(error)]
     return ": ".join([" to ".join(names), os.strerror(found.errno)])
@@ -49,8 +64,9 @@ def describe(error: BaseException) -> str | None:
 def prepare_streams() -> None:
     """Make standard streams safe to write to, whatever the shell has left of them.
 
-    A closed one is opened on ``/dev/null``, lest the next file that is opened become the standard output of a library.
-    Characters that the terminal's encoding does not have are written as escapes.
+    A closed one is opened on ``/dev/null``, lest the next file that is opened become the standard
+    output of a library. Characters that the terminal's encoding does not have are written as
+    escapes.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -64,11 +80,14 @@ def prepare_streams() -> None:
 
 
 def finish_streams(status: int) -> int:
-    """Write what is left in the streams and return the exit status: 1 in place of 0 where that cannot be done."""
+    """Write what is left in the streams and return the exit status: 1 in place of 0 where that
+    cannot be done.
+    """
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         if _fails(stream):
             status = 1 if status == 0 else status
-            with suppress(OSError):  # the interpreter flushes once more as it ends, and would complain
+            # the interpreter flushes once more as it ends, and would complain
+            with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     return status
 
@@ -94,7 +113,9 @@ def _fails(stream: TextIO | None) -> bool:
 
 
 def _reader_is_gone(error: BaseException) -> bool:
-    """Tell whether the reader of a pipe has left, as ``head`` does: nobody asked for more, so nothing is said."""
+    """Tell whether the reader of a pipe has left, as ``head`` does: nobody asked for more, so
+    nothing is said.
+    """
     return isinstance(error, BrokenPipeError) and _is_of_output(error)
 
 

@@ -25,9 +25,11 @@ EPILOGS = {
     ),
     "evaluate": help_end(
         "evaluation.md",
-        f"anyflow evaluate --model {_HUB} --prompts prompts.txt --steps 1,2,4,8,16,32 --out evaluation",
+        f"anyflow evaluate --model {_HUB} --prompts prompts.txt --steps 1,2,4,8,16,32 --out "
+        "evaluation",
         "anyflow evaluate --model runs/demo --out runs/demo-evaluation",
-        "torchrun --nproc-per-node 8 -m anyflow evaluate --model student=model --prompts prompts.txt --out evaluation",
+        "torchrun --nproc-per-node 8 -m anyflow evaluate --model student=model --prompts "
+        "prompts.txt --out evaluation",
         "anyflow evaluate --report-only evaluation",
     ),
     "train": help_end(
@@ -54,7 +56,9 @@ EPILOGS = {
         "anyflow convert wan flow-map --flow-map --dtype bfloat16",
     ),
     "verify": help_end(
-        "sampling.md", "anyflow verify --model model", f"anyflow verify --model {_HUB} --dtype bfloat16 --device cuda"
+        "sampling.md",
+        "anyflow verify --model model",
+        f"anyflow verify --model {_HUB} --dtype bfloat16 --device cuda",
     ),
     "doctor": help_end("sampling.md", "anyflow doctor", "anyflow doctor --json"),
 }

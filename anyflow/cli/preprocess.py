@@ -17,24 +17,33 @@ _LISTED = 20  # videos left out that are printed; broken.jsonl has all
 
 
 def preprocess(
-    out: Annotated[Path, typer.Option(help="Folder of the dataset; a killed run in it goes on.", show_default=False)],
-    videos: Annotated[Path | None, typer.Option(help="Folder of the video files.", show_default=False)] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder of the dataset; a killed run in it goes on.", show_default=False),
+    ],
+    videos: Annotated[
+        Path | None, typer.Option(help="Folder of the video files.", show_default=False)
+    ] = None,
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="Table (.csv, .tsv, .jsonl, .json) of files and captions, or a folder; the folder of videos if left "
-            "out. A folder has metadata.csv or its like, videos.txt and prompts.txt, or a .txt for each video.",
+            help="Table (.csv, .tsv, .jsonl, .json) of files and captions, or a folder; the folder "
+            "of videos if left "
+            "out. A folder has metadata.csv or its like, videos.txt and prompts.txt, or a .txt for "
+            "each video.",
             show_default=False,
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Diffusers folder with vae, text_encoder and tokenizer, or a name on the Hub.", show_default=False
+            help="Diffusers folder with vae, text_encoder and tokenizer, or a name on the Hub.",
+            show_default=False,
         ),
     ] = None,
     file_column: Annotated[
-        str | None, typer.Option(help="Column of the files; file, file_name, video and their like are found.")
+        str | None,
+        typer.Option(help="Column of the files; file, file_name, video and their like are found."),
     ] = None,
     caption_column: Annotated[
         str | None, typer.Option(help="Column of the captions; caption, text and prompt are found.")
@@ -46,18 +55,29 @@ def preprocess(
     negative_prompt: Annotated[
         str | None, typer.Option(help="What stands for no prompt; Wan's own if left out.")
     ] = None,
-    text_length: Annotated[int, typer.Option(help="Tokens that prompts are cut off or padded to.")] = 512,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the text encoder.")] = "bfloat16",
+    text_length: Annotated[
+        int, typer.Option(help="Tokens that prompts are cut off or padded to.")
+    ] = 512,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Of the text encoder.")
+    ] = "bfloat16",
     device: Annotated[
-        str | None, typer.Option(help="Torch device to encode on; CUDA if there is one, else the CPU.")
+        str | None,
+        typer.Option(help="Torch device to encode on; CUDA if there is one, else the CPU."),
     ] = None,
     num_workers: Annotated[int, typer.Option(help="Threads that decode ahead.")] = 2,
     allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Take files outside the folder of videos, also through links.")
+        bool,
+        typer.Option(
+            "--allow-outside", help="Take files outside the folder of videos, also through links."
+        ),
     ] = False,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Only compare every row of --out with its digest; exit status 1 if one differs."),
+        typer.Option(
+            "--verify",
+            help="Only compare every row of --out with its digest; exit status 1 if one differs.",
+        ),
     ] = False,
 ) -> None:
     """Encode videos and captions into a dataset of latents for training, or verify one."""
@@ -107,7 +127,9 @@ def preprocess(
         raise typer.Exit(130) from None
     console.print(f"{out}: {report.done} videos encoded, {report.skipped} were there")
     _list_broken(report, out)
-    typer.echo(f"Train on them: anyflow train anyflow_pretrain_t2v {shlex.quote(f'data.path={out}')}")
+    typer.echo(
+        f"Train on them: anyflow train anyflow_pretrain_t2v {shlex.quote(f'data.path={out}')}"
+    )
 
 
 def _list_broken(report: PreprocessReport, out: Path) -> None:
@@ -116,7 +138,9 @@ def _list_broken(report: PreprocessReport, out: Path) -> None:
     for entry in report.broken[:_LISTED]:
         typer.echo(f"left out: {report.captions.place(entry)}: {entry.reason}")
     if len(report.broken) > _LISTED:
-        typer.echo(f"left out: {len(report.broken) - _LISTED} more, which {out / 'broken.jsonl'} lists")
+        typer.echo(
+            f"left out: {len(report.broken) - _LISTED} more, which {out / 'broken.jsonl'} lists"
+        )
 
 
 def _verify_dataset(folder: Path) -> NoReturn:

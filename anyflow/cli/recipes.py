@@ -11,11 +11,16 @@ from anyflow.cli.common import fail
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Recipe to print or copy.", show_default=False)] = None,
-    dest: Annotated[
-        Path | None, typer.Argument(help="With --copy: folder, or new .yaml file.", show_default="this folder")
+    name: Annotated[
+        str | None, typer.Argument(help="Recipe to print or copy.", show_default=False)
     ] = None,
-    copy: Annotated[bool, typer.Option("--copy", help="Copy the recipe, to change it; nothing is replaced.")] = False,
+    dest: Annotated[
+        Path | None,
+        typer.Argument(help="With --copy: folder, or new .yaml file.", show_default="this folder"),
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the recipe, to change it; nothing is replaced.")
+    ] = False,
 ) -> None:
     """List the recipes that come with anyflow, print one, or copy one to change it."""
     from anyflow import recipes as shipped
@@ -27,7 +32,10 @@ def recipes(
             width = max(map(len, shipped.names()))
             for each in shipped.names():
                 typer.echo(f"{each:{width}}  {shipped.summary(each)}")
-            typer.echo("\nPrint one: anyflow recipes NAME. Copy it, to change it: anyflow recipes --copy NAME.")
+            typer.echo(
+                "\nPrint one: anyflow recipes NAME. Copy it, to change it: anyflow recipes --copy "
+                "NAME."
+            )
             typer.echo("Train by it: anyflow train NAME.")
             return
         file = shipped.require(name)

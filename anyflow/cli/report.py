@@ -11,7 +11,10 @@ from anyflow.cli.common import fail
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs of `anyflow demo`.", metavar="RUN...")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of finished runs of `anyflow demo`.", metavar="RUN..."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("runs/report"),
 ) -> None:
     """Make one report of demo runs with different seeds, with error bars.

@@ -1,4 +1,6 @@
-"""Reads the settings of ``anyflow train``, and says what a line that writes them otherwise should have been."""
+"""Reads the settings of ``anyflow train``, and says what a line that writes them otherwise should
+have been.
+"""
 
 from __future__ import annotations
 
@@ -55,10 +57,12 @@ def settings_problem(arguments: Sequence[str]) -> str | None:
     """Say how the arguments of ``anyflow train`` should be written, or return None where they are.
 
     Args:
-        arguments: the recipe and the settings, with options that the command does not have among them.
+        arguments: the recipe and the settings, with options that the command does not have among
+            them.
 
     Returns:
-        A line for each setting that is not written ``key=value``, and one where there is no recipe or it comes last.
+        A line for each setting that is not written ``key=value``, and one where there is no recipe
+        or it comes last.
     """
     if arguments and not _is_option(arguments[0]) and "=" not in arguments[0]:
         recipe, rest = arguments[0], list(arguments[1:])
@@ -81,7 +85,10 @@ def settings_problem(arguments: Sequence[str]) -> str | None:
             written += setting
     command = shlex.join(["anyflow", "train", "RECIPE" if recipe is None else recipe, *written])
     if recipe is None:
-        lines.append(f"the recipe is missing: {command} (`anyflow recipes` lists those that come with anyflow)")
+        lines.append(
+            f"the recipe is missing: {command} (`anyflow recipes` lists those that come with "
+            "anyflow)"
+        )
     elif recipe != arguments[0]:
         lines.append(f"the recipe comes first: {command}")
     return "\n".join(lines[:10])
@@ -112,7 +119,9 @@ def _take(rest: list[str], known: dict[str, Key], recipe_follows: bool) -> _Word
     values = [value] if value else []
     key = known.get(_nearest(name, known)[0] or "")
     flag = key is not None and key.is_flag
-    while rest and not (_is_option(rest[0]) or "=" in rest[0] or (recipe_follows and _is_recipe(rest[0]))):
+    while rest and not (
+        _is_option(rest[0]) or "=" in rest[0] or (recipe_follows and _is_recipe(rest[0]))
+    ):
         if values and not (key is not None and key.is_list):
             break
         if flag and rest[0].lower() not in ("true", "false"):
@@ -123,7 +132,9 @@ def _take(rest: list[str], known: dict[str, Key], recipe_follows: bool) -> _Word
 
 
 def _advice(word: _Word, known: dict[str, Key]) -> tuple[str, list[str]]:
-    """Return a line that says how a setting is written, and the setting itself where it is known."""
+    """Return a line that says how a setting is written, and the setting itself where it is
+    known.
+    """
     given = shortened(" ".join(word.given), 100)
     option = difflib.get_close_matches(word.name.replace("_", "-")[:100], OPTIONS, n=1, cutoff=0.8)
     values = word.values

@@ -1,7 +1,8 @@
-"""Data: latents that were encoded ahead, batches of them in a resumable order, and the quickstart's procedural videos.
+"""Data: latents that were encoded ahead, batches of them in a resumable order, and the quickstart's
+procedural videos.
 
-The readers and writers of files are imported from their modules (``latent_dataset``, ``preprocess``): they need
-pyarrow and PyAV.
+The readers and writers of files are imported from their modules (``latent_dataset``,
+``preprocess``): they need pyarrow and PyAV.
 """
 
 from anyflow.data.loader import TrainingData, open_dataset

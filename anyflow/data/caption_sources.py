@@ -1,4 +1,6 @@
-"""The places where captions stand: a table, a table or two lists in a folder, or a text file beside each video."""
+"""The places where captions stand: a table, a table or two lists in a folder, or a text file beside
+each video.
+"""
 
 from __future__ import annotations
 
@@ -56,18 +58,20 @@ class Captions:
 def find_captions(captions: Path | None, videos: Path, columns: Columns = Columns()) -> Captions:  # noqa: B008 (it is frozen)
     """Read the captions of a folder of videos.
 
-    A folder has them in the first of these that it holds: ``metadata.csv``, ``.tsv``, ``.jsonl`` or ``.json``, as
-    Hugging Face's video folders do; ``videos.txt`` and ``prompts.txt``, a line for each video; or a ``.txt`` file for
-    each video, with its name and at its place, whose whole text is the caption.
+    A folder has them in the first of these that it holds: ``metadata.csv``, ``.tsv``, ``.jsonl`` or
+    ``.json``, as Hugging Face's video folders do; ``videos.txt`` and ``prompts.txt``, a line for
+    each video; or a ``.txt`` file for each video, with its name and at its place, whose whole text
+    is the caption.
 
     Args:
-        captions: a table, see :func:`anyflow.data.captions.read_captions`; a folder; or None for the folder of videos.
+        captions: a table, see :func:`anyflow.data.captions.read_captions`; a folder; or None for
+            the folder of videos.
         videos: folder that the names of the files are relative to.
         columns: names of the columns of a table.
 
     Raises:
-        ValueError: see :func:`anyflow.data.captions.scan_captions`; or the folder has several tables, or lists of
-            different lengths.
+        ValueError: see :func:`anyflow.data.captions.scan_captions`; or the folder has several
+            tables, or lists of different lengths.
         EmptyDatasetError: there is no row, no video, or no caption for any video.
     """
     if captions is not None and not captions.is_dir():
@@ -94,13 +98,16 @@ def _listed(files: Path, prompts: Path) -> list[Caption | Broken]:
     names, captions = (_lines(path) for path in (files, prompts))
     if len(names) != len(captions):
         raise ValueError(
-            f"{shortened(files)} has {len(names)} lines and {shortened(prompts)} has {len(captions)}; they must have a "
+            f"{shortened(files)} has {len(names)} lines and {shortened(prompts)} has "
+            f"{len(captions)}; they must have a "
             "line for each video"
         )
     if not names:
         raise EmptyDatasetError(f"{shortened(files)} names no videos")
     return [
-        checked_row(line, *pair) for line, pair in enumerate(zip(names, captions, strict=True), start=1) if any(pair)
+        checked_row(line, *pair)
+        for line, pair in enumerate(zip(names, captions, strict=True), start=1)
+        if any(pair)
     ]
 
 
@@ -114,24 +121,34 @@ def _beside(folder: Path, videos: Path) -> list[Caption | Broken]:
     found = video_files(videos)
     if not found:
         raise EmptyDatasetError(
-            f"{shortened(videos)} holds no videos: no file in it or its folders ends in {', '.join(VIDEO_SUFFIXES)}"
+            f"{shortened(videos)} holds no videos: no file in it or its folders ends in "
+            f"{', '.join(VIDEO_SUFFIXES)}"
         )
-    rows = [_text_file(number, file, folder / file.with_suffix(".txt")) for number, file in enumerate(found, start=1)]
+    rows = [
+        _text_file(number, file, folder / file.with_suffix(".txt"))
+        for number, file in enumerate(found, start=1)
+    ]
     if not any(os.path.lexists(folder / file.with_suffix(".txt")) for file in found):
         raise EmptyDatasetError(
-            f"no captions: {shortened(folder)} has no metadata.csv, .tsv, .jsonl or .json, and no .txt file for any of "
-            f"the {len(found)} videos, such as {shortened(found[0].with_suffix('.txt'))}; --captions names a table"
+            f"no captions: {shortened(folder)} has no metadata.csv, .tsv, .jsonl or .json, and no "
+            ".txt file for any of "
+            f"the {len(found)} videos, such as {shortened(found[0].with_suffix('.txt'))}; "
+            "--captions names a table"
         )
     return rows
 
 
 def video_files(folder: Path) -> list[Path]:
-    """Return the files that end as videos do, relative to ``folder``, in order; hidden ones are left out."""
+    """Return the files that end as videos do, relative to ``folder``, in order; hidden ones are
+    left out.
+    """
     found = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(root, name) for name in files if not name.startswith(".")]
-        found += [path.relative_to(folder) for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+        found += [
+            path.relative_to(folder) for path in paths if path.suffix.lower() in VIDEO_SUFFIXES
+        ]
     return sorted(found)
 
 

@@ -20,8 +20,18 @@ MAX_NAME = 4096  # characters, the longest path of Linux
 _FIELD_LIMIT = threading.Lock()  # the limit of the csv module is one for the whole process
 
 
-# The names that people give these columns: ours, Hugging Face's (file_name, text), those of the common trainers.
-FILE_COLUMNS = ("file", "file_name", "filename", "file_path", "video", "video_path", "media_path", "path")
+# The names that people give these columns: ours, Hugging Face's (file_name, text), those of the
+# common trainers.
+FILE_COLUMNS = (
+    "file",
+    "file_name",
+    "filename",
+    "file_path",
+    "video",
+    "video_path",
+    "media_path",
+    "path",
+)
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 
 
@@ -34,8 +44,8 @@ class Caption:
     """One row to be.
 
     Args:
-        line: where it stands in the table, from 1; the last line of a row that takes several, and the
-            number of the entry in a ``.json`` file or of the video in a folder without a table.
+        line: where it stands in the table, from 1; the last line of a row that takes several, and
+            the number of the entry in a ``.json`` file or of the video in a folder without a table.
         file: the video, relative to the folder of videos.
         caption: the prompt.
     """
@@ -76,25 +86,40 @@ class Columns:
         """Return the names of the two columns among ``found``.
 
         Raises:
-            ValueError: a name that was given is not among them, or no column or several could be meant.
+            ValueError: a name that was given is not among them, or no column or several could be
+                meant.
         """
         file = _chosen(found, self.file, FILE_COLUMNS, "the videos", "--file-column", where)
-        return file, _chosen(found, self.caption, CAPTION_COLUMNS, "the captions", "--caption-column", where)
+        return file, _chosen(
+            found, self.caption, CAPTION_COLUMNS, "the captions", "--caption-column", where
+        )
 
 
-def _chosen(found: Sequence[str], wanted: str | None, known: Sequence[str], role: str, option: str, where: str) -> str:
+def _chosen(
+    found: Sequence[str],
+    wanted: str | None,
+    known: Sequence[str],
+    role: str,
+    option: str,
+    where: str,
+) -> str:
     shown = ", ".join(repr(shortened(name, 80)) for name in found[:20]) or "none"
     if wanted is not None:
         if wanted in found:
             return wanted
-        raise ValueError(f"{where}: {option} names {wanted!r}, which is none of the columns: {shown}")
+        raise ValueError(
+            f"{where}: {option} names {wanted!r}, which is none of the columns: {shown}"
+        )
     fitting = [name for name in found if name.strip().lower() in known]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise ValueError(f"{where}: {fitting} could each be the column of {role}; say which with {option}")
+        raise ValueError(
+            f"{where}: {fitting} could each be the column of {role}; say which with {option}"
+        )
     raise ValueError(
-        f"{where}: no column of {role}: the columns are {shown}, and one of {', '.join(map(repr, known))} is expected; "
+        f"{where}: no column of {role}: the columns are {shown}, and one of "
+        f"{', '.join(map(repr, known))} is expected; "
         f"say another with {option}"
     )
 
@@ -105,12 +130,14 @@ def read_captions(path: Path, columns: Columns = Columns()) -> list[Caption]:
     Other columns and keys are left alone, and so are empty lines.
 
     Args:
-        path: a ``.csv`` or ``.tsv`` file with a header, a ``.jsonl`` file with an object on each line, or a ``.json``
-            file with a list of such objects or one object of ``"file": "caption"``.
+        path: a ``.csv`` or ``.tsv`` file with a header, a ``.jsonl`` file with an object on each
+            line, or a ``.json`` file with a list of such objects or one object of
+            ``"file": "caption"``.
         columns: names of the columns or keys.
 
     Raises:
-        ValueError: see :func:`scan_captions`; or a row is not exactly what the format says, which names its line.
+        ValueError: see :func:`scan_captions`; or a row is not exactly what the format says, which
+            names its line.
     """
     captions = []
     for row in scan_captions(path, columns):
@@ -123,25 +150,29 @@ def read_captions(path: Path, columns: Columns = Columns()) -> list[Caption]:
 def scan_captions(path: Path, columns: Columns = Columns()) -> list[Caption | Broken]:
     """Read a table as :func:`read_captions` does, with what is wrong in a row in place of the row.
 
-    A row is broken when it has more or fewer fields than the header, text after a closing quote, a value that is not a
-    text, a caption that is empty or has over ``MAX_CAPTION`` characters, a null character or a lone surrogate; a line
-    of JSON also when it is no object, names a key twice, is nested too deeply or holds NaN.
+    A row is broken when it has more or fewer fields than the header, text after a closing quote, a
+    value that is not a text, a caption that is empty or has over ``MAX_CAPTION`` characters, a null
+    character or a lone surrogate; a line of JSON also when it is no object, names a key twice, is
+    nested too deeply or holds NaN.
 
     Raises:
-        ValueError: the fault is of the whole file: it is not a regular file in UTF-8, its header lacks a column, names
-            one twice or has several that could be meant, a quote that is never closed swallows the lines after it, or
-            a ``.json`` file is not JSON.
+        ValueError: the fault is of the whole file: it is not a regular file in UTF-8, its header
+            lacks a column, names one twice or has several that could be meant, a quote that is
+            never closed swallows the lines after it, or a ``.json`` file is not JSON.
         EmptyDatasetError: the table has no rows, or no line of it can be read.
     """
     if path.suffix.lower() not in READERS:
         raise ValueError(
-            f"captions must be a {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]} file, or a folder with a .txt "
+            f"captions must be a {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]} file, or a "
+            "folder with a .txt "
             f"file for each video, got {shortened(path)}"
         )
     try:
         text = read_text(path, max_bytes=MAX_FILE_BYTES)
     except ValueError as error:
-        raise ValueError(f"there is no captions file {shortened(path)} that can be read: {error}") from None
+        raise ValueError(
+            f"there is no captions file {shortened(path)} that can be read: {error}"
+        ) from None
     rows = list(READERS[path.suffix.lower()](text, shortened(path), columns))
     if not rows:
         raise EmptyDatasetError(f"{shortened(path)} has no captions")
@@ -149,7 +180,8 @@ def scan_captions(path: Path, columns: Columns = Columns()) -> list[Caption | Br
         first = rows[0]
         assert isinstance(first, Broken)
         raise EmptyDatasetError(
-            f"{shortened(path)}, {unit(path)} {first.line}: {first.reason} (and no other {unit(path)} can be read)"
+            f"{shortened(path)}, {unit(path)} {first.line}: {first.reason} (and no other "
+            f"{unit(path)} can be read)"
         )
     return rows
 
@@ -159,7 +191,9 @@ def unit(path: Path) -> str:
     return "entry" if path.suffix.lower() == ".json" else "line"
 
 
-def _csv_rows(text: str, path: str, columns: Columns, delimiter: str = ",") -> Iterator[Caption | Broken]:
+def _csv_rows(
+    text: str, path: str, columns: Columns, delimiter: str = ","
+) -> Iterator[Caption | Broken]:
     """Parse a table with the strict reader of Python: RFC 4180, and quotes inside unquoted text."""
     ended = False
 
@@ -178,7 +212,9 @@ def _csv_rows(text: str, path: str, columns: Columns, delimiter: str = ",") -> I
             if header is None or (ended and reader.line_num > start):
                 what = "a quote that is opened here is never closed" if ended else str(error)
                 raise ValueError(f"{path}, line {start}: {what}") from None
-            yield Broken(reader.line_num, "", f"the row that begins in line {start} cannot be read: {error}")
+            yield Broken(
+                reader.line_num, "", f"the row that begins in line {start} cannot be read: {error}"
+            )
             continue
         if fields is None:
             return
@@ -191,7 +227,9 @@ def _csv_rows(text: str, path: str, columns: Columns, delimiter: str = ",") -> I
 
 
 def _next_row(reader: Any) -> list[str] | None:
-    """Read a row without the limit of the csv module, past which it would go on in the middle of a field."""
+    """Read a row without the limit of the csv module, past which it would go on in the middle of a
+    field.
+    """
     with _FIELD_LIMIT:
         limit = csv.field_size_limit(sys.maxsize)
         try:
@@ -221,9 +259,12 @@ class _Header:
         twice = sorted({name for name in names if name and names.count(name) > 1})
         if twice:
             raise ValueError(f"{where}: the header names {twice} more than once")
-        if len(names) == 1 and (other := next((c for c in ",;\t|" if c != delimiter and c in names[0]), None)):
+        if len(names) == 1 and (
+            other := next((c for c in ",;\t|" if c != delimiter and c in names[0]), None)
+        ):
             raise ValueError(
-                f"{where}: the header must have {_DELIMITERS[delimiter]} between its columns, got {names} with "
+                f"{where}: the header must have {_DELIMITERS[delimiter]} between its columns, got "
+                f"{names} with "
                 f"{_DELIMITERS.get(other, repr(other))} (a table with tabs is a .tsv file)"
             )
         return cls(names, *columns.choose(names, where), delimiter)
@@ -243,7 +284,11 @@ class _Header:
         # A quote after a space does not quote: the text would be read with its quotes.
         if any(text[:1].isspace() and text.lstrip().startswith('"') for text in (file, caption)):
             what = _DELIMITERS[self.delimiter].removeprefix("a ")
-            return Broken(line, "", f"a quote must stand right after the {what}, got {shortened(repr(fields))}")
+            return Broken(
+                line,
+                "",
+                f"a quote must stand right after the {what}, got {shortened(repr(fields))}",
+            )
         return checked_row(line, file, caption)
 
 
@@ -265,14 +310,22 @@ def _jsonl_rows(text: str, path: str, columns: Columns) -> Iterator[Caption | Br
 def _json_file_rows(text: str, path: str, columns: Columns) -> Iterator[Caption | Broken]:
     document = parse_json(text, path, finite=True)
     if isinstance(document, dict):
-        return iter([checked_row(number, *pair) for number, pair in enumerate(document.items(), start=1)])
+        return iter(
+            [checked_row(number, *pair) for number, pair in enumerate(document.items(), start=1)]
+        )
     if not isinstance(document, list):
-        raise ValueError(f"{path} must hold a list of objects, or one object of files and their captions")
+        raise ValueError(
+            f"{path} must hold a list of objects, or one object of files and their captions"
+        )
     return _json_rows(dict(enumerate(document, start=1)), path, columns, "entry")
 
 
-def _json_rows(rows: dict[int, Any], path: str, columns: Columns, unit: str) -> Iterator[Caption | Broken]:
-    """Read objects by their line or number; the keys of all of them together say which are the columns."""
+def _json_rows(
+    rows: dict[int, Any], path: str, columns: Columns, unit: str
+) -> Iterator[Caption | Broken]:
+    """Read objects by their line or number; the keys of all of them together say which are the
+    columns.
+    """
     objects = [row for row in rows.values() if isinstance(row, dict)]
     names = list(dict.fromkeys(name for row in objects for name in row))
     file, caption = columns.choose(names, path) if objects else ("", "")
@@ -282,7 +335,11 @@ def _json_rows(rows: dict[int, Any], path: str, columns: Columns, unit: str) -> 
         elif isinstance(row, dict):
             yield checked_row(line, row.get(file), row.get(caption), (file, caption))
         else:
-            yield Broken(line, "", f"the {unit} is no object with a file and a caption: {shortened(repr(row))}")
+            yield Broken(
+                line,
+                "",
+                f"the {unit} is no object with a file and a caption: {shortened(repr(row))}",
+            )
 
 
 READERS: dict[str, Callable[[str, str, Columns], Iterator[Caption | Broken]]] = {
@@ -298,12 +355,20 @@ def checked_row(
 ) -> Caption | Broken:
     if not isinstance(file, str) or not isinstance(caption, str):
         given = f"{shortened(repr(file))} and {shortened(repr(caption))}"
-        name = file if isinstance(file, str) and text_problem(file, max_characters=MAX_NAME) is None else ""
-        return Broken(line, name, f"needs a text for {names[0]!r} and one for {names[1]!r}, got {given}")
+        name = (
+            file
+            if isinstance(file, str) and text_problem(file, max_characters=MAX_NAME) is None
+            else ""
+        )
+        return Broken(
+            line, name, f"needs a text for {names[0]!r} and one for {names[1]!r}, got {given}"
+        )
     problem = "is empty" if not file.strip() else text_problem(file, max_characters=MAX_NAME)
     if problem is not None:
         return Broken(line, shortened(file), f"the name of the file {problem}")
-    problem = "is empty" if not caption.strip() else text_problem(caption, max_characters=MAX_CAPTION)
+    problem = (
+        "is empty" if not caption.strip() else text_problem(caption, max_characters=MAX_CAPTION)
+    )
     if problem is not None:
         return Broken(line, file, f"the caption {problem}")
     return Caption(line, file, caption)

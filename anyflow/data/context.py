@@ -11,7 +11,8 @@ from anyflow.validation import brief, whole_number
 
 
 def read_image(path: str | Path, height: int, width: int) -> Any:
-    """Read a picture, upright, resized (Lanczos) until it just covers the size, with its middle cut out.
+    """Read a picture, upright, resized (Lanczos) until it just covers the size, with its middle cut
+    out.
 
     Returns:
         A PIL image, RGB.
@@ -26,7 +27,9 @@ def read_image(path: str | Path, height: int, width: int) -> Any:
         with Image.open(path) as picture:
             upright = ImageOps.exif_transpose(picture).convert("RGB")
     except Exception as error:  # a damaged file can make any part of a decoder fail
-        raise ValueError(f"{shortened(path)} cannot be read as a picture: {brief(str(error), 300)}") from None
+        raise ValueError(
+            f"{shortened(path)} cannot be read as a picture: {brief(str(error), 300)}"
+        ) from None
     return ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
 
 
@@ -37,8 +40,8 @@ def read_first_frames(
 
     Args:
         path: of the file.
-        frames: how many, 4k + 1 and fewer than ``num_frames``. None takes those that there are, 4k + 1 of them and at
-            most half of ``num_frames``.
+        frames: how many, 4k + 1 and fewer than ``num_frames``. None takes those that there are, 4k
+            + 1 of them and at most half of ``num_frames``.
         num_frames: of the video that is to be made.
         height, width: in pixels.
         fps: frames per second of the video that is to be made.
@@ -53,13 +56,19 @@ def read_first_frames(
         whole_number("the number of first frames", frames)
         if frames % 4 != 1 or frames >= num_frames:
             raise ValueError(
-                f"the number of first frames must be 4k + 1 and fewer than the {num_frames} frames of a video, "
+                f"the number of first frames must be 4k + 1 and fewer than the {num_frames} frames "
+                "of a video, "
                 f"got {frames}"
             )
     most = 4 * ((num_frames - 1) // 8) + 1 if frames is None else frames
     try:
         video = read_video(
-            Path(path), num_frames=most, height=height, width=width, fps=fps, at_least=1 if frames is None else frames
+            Path(path),
+            num_frames=most,
+            height=height,
+            width=width,
+            fps=fps,
+            at_least=1 if frames is None else frames,
         )
     except VideoError as error:
         raise ValueError(f"{shortened(path)} {error}") from None

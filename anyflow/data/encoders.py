@@ -43,7 +43,9 @@ class VideoEncoder:
         self.latents_std: list[float] = list(config.latents_std)
 
     def __call__(self, video: Tensor) -> Tensor:
-        """``video[F, 3, H, W]`` uint8 to normalized latents ``[1 + (F-1)/4, C, H/8, W/8]`` fp32 on the CPU."""
+        """``video[F, 3, H, W]`` uint8 to normalized latents ``[1 + (F-1)/4, C, H/8, W/8]`` fp32 on
+        the CPU.
+        """
         pixels = video.to(self._vae.device).float().div_(127.5).sub_(1)
         return encode_video(self._vae, pixels[None])[0].cpu()
 
@@ -61,7 +63,9 @@ class TextEncoder:
         ValueError: weights are missing or left over.
     """
 
-    def __init__(self, model: Path, device: torch.device, *, dtype: torch.dtype, text_length: int) -> None:
+    def __init__(
+        self, model: Path, device: torch.device, *, dtype: torch.dtype, text_length: int
+    ) -> None:
         self._encoder = load_text_encoder(model, dtype).to(device)
         self._tokenizer = load_tokenizer(model)
         self._text_length = text_length
@@ -83,7 +87,9 @@ def model_identity(model: Path) -> dict[str, str]:
 
 def _digest(folder: Path) -> str:
     content = hashlib.blake2b(digest_size=16)
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+    for path in sorted(
+        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
+    ):
         size = path.stat().st_size
         content.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

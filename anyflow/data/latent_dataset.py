@@ -1,7 +1,8 @@
-"""Videos as latents on disk: the reader and the writer of the files that ``latent_format`` describes.
+"""Videos as latents on disk: the reader and the writer of the files that ``latent_format``
+describes.
 
-Numbers are fp32 and come back bit for bit. Reading maps the shards into memory: opening costs their headers, their
-digests and a few rows; every row that is read is compared with its digest.
+Numbers are fp32 and come back bit for bit. Reading maps the shards into memory: opening costs their
+headers, their digests and a few rows; every row that is read is compared with its digest.
 """
 
 from __future__ import annotations
@@ -68,12 +69,13 @@ class LatentDataset:
 
     Args:
         folder: written by :class:`LatentWriter`.
-        sampled_rows: rows, evenly spaced, that are compared with their digests at once; all others when they are read.
+        sampled_rows: rows, evenly spaced, that are compared with their digests at once; all others
+            when they are read.
 
     Raises:
-        ValueError: the folder is no finished dataset, a shard is damaged, missing, exchanged or of another dataset, or
-            a row has a shape of its own; when a row is read, its content is not what was written, or holds NaN or
-            infinity. The message names the row and the video.
+        ValueError: the folder is no finished dataset, a shard is damaged, missing, exchanged or of
+            another dataset, or a row has a shape of its own; when a row is read, its content is not
+            what was written, or holds NaN or infinity. The message names the row and the video.
     """
 
     def __init__(self, folder: Path, *, sampled_rows: int = _SAMPLED_ROWS) -> None:
@@ -84,7 +86,10 @@ class LatentDataset:
             raise ValueError(f"{folder} is not finished: run the same `anyflow preprocess` again")
         self._table = pa.concat_tables([*self._checked_shards()] or [SCHEMA.empty_table()])
         if len(self._table) != rows:
-            raise ValueError(f"{folder} should have {rows} rows, not {len(self._table)}: a shard is missing or cut off")
+            raise ValueError(
+                f"{folder} should have {rows} rows, not {len(self._table)}: a shard is missing or "
+                "cut off"
+            )
         if rows == 0:
             raise ValueError(f"{folder} holds no videos")
         self._check_shapes()
@@ -102,7 +107,9 @@ class LatentDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"row must be in 0..{len(self) - 1}, got {index}")
         latents, embeds = (torch.from_numpy(values.copy()) for values in self._numbers(index))
-        return Sample(latents.view(self.info.latent_shape), self._padded(embeds.view(-1, self.info.text_dim)))
+        return Sample(
+            latents.view(self.info.latent_shape), self._padded(embeds.view(-1, self.info.text_dim))
+        )
 
     def file(self, index: int) -> str:
         """Return the video a row was made from, relative to the folder of videos."""
@@ -137,12 +144,15 @@ class LatentDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Identify the facts of ``dataset.json`` and the rows that were written, in order, by their digests.
+        """Identify the facts of ``dataset.json`` and the rows that were written, in order, by their
+        digests.
 
-        A row that was damaged later has the same digest; reading it is an error, and so is opening a dataset whose
-        digests are not those recorded of its shards.
+        A row that was damaged later has the same digest; reading it is an error, and so is opening
+        a dataset whose digests are not those recorded of its shards.
         """
-        content = hashlib.blake2b(json.dumps(asdict(self.info), sort_keys=True).encode(), digest_size=16)
+        content = hashlib.blake2b(
+            json.dumps(asdict(self.info), sort_keys=True).encode(), digest_size=16
+        )
         content.update(self._negative.numpy().tobytes())
         for digest in self._table["digest"].to_pylist():
             content.update(digest.encode())
@@ -153,7 +163,8 @@ class LatentDataset:
         missing = sorted(set(self.record.shards or {}) - {path.name for path in found})
         if missing:
             raise ValueError(
-                f"{self.folder} should have {self.record.rows} rows, not {sum(len(map_shard(path)) for path in found)}:"
+                f"{self.folder} should have {self.record.rows} rows, not "
+                f"{sum(len(map_shard(path)) for path in found)}:"
                 f" {', '.join(missing)} is missing"
             )
         for path in found:
@@ -162,9 +173,13 @@ class LatentDataset:
             yield table
 
     def _numbers(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return latents and prompt of a row as flat views of the mapped file, once they match their digest."""
+        """Return latents and prompt of a row as flat views of the mapped file, once they match
+        their digest.
+        """
         try:
-            latents, embeds = (self._table[name][index].values.to_numpy() for name in ("latents", "prompt_embeds"))
+            latents, embeds = (
+                self._table[name][index].values.to_numpy() for name in ("latents", "prompt_embeds")
+            )
             digest = str(self._table["digest"][index])
             sound = matches_digest(digest, self.file(index), self.caption(index), (latents, embeds))
         except (pa.ArrowException, UnicodeDecodeError):
@@ -182,16 +197,25 @@ class LatentDataset:
     def _check_shapes(self) -> None:
         """Compare the shapes of all rows, which Arrow has without reading a single number."""
         expected = self.info.latent_shape
-        shapes = np.concatenate([chunk.flatten().to_numpy() for chunk in self._table["latents_shape"].chunks])
+        shapes = np.concatenate(
+            [chunk.flatten().to_numpy() for chunk in self._table["latents_shape"].chunks]
+        )
         for row in np.flatnonzero((shapes.reshape(-1, 4) != expected).any(axis=1)).tolist():
             shape = tuple(shapes.reshape(-1, 4)[row].tolist())
-            raise ValueError(f"{self._name(row)}: its latents are {shape}, those of the dataset {expected}")
-        for row in np.flatnonzero(self._lengths("latents") != math.prod(expected)).tolist():
-            raise ValueError(f"{self._name(row)}: its latents are not as many values as {expected} has")
-        tokens, rest = np.divmod(self._lengths("prompt_embeds"), self.info.text_dim)
-        for row in np.flatnonzero((rest != 0) | (tokens < 1) | (tokens > self.info.text_length)).tolist():
             raise ValueError(
-                f"{self._name(row)}: its prompt has {self._lengths('prompt_embeds')[row]} values, which are not 1 to "
+                f"{self._name(row)}: its latents are {shape}, those of the dataset {expected}"
+            )
+        for row in np.flatnonzero(self._lengths("latents") != math.prod(expected)).tolist():
+            raise ValueError(
+                f"{self._name(row)}: its latents are not as many values as {expected} has"
+            )
+        tokens, rest = np.divmod(self._lengths("prompt_embeds"), self.info.text_dim)
+        for row in np.flatnonzero(
+            (rest != 0) | (tokens < 1) | (tokens > self.info.text_length)
+        ).tolist():
+            raise ValueError(
+                f"{self._name(row)}: its prompt has {self._lengths('prompt_embeds')[row]} values, "
+                "which are not 1 to "
                 f"{self.info.text_length} tokens of {self.info.text_dim}"
             )
 
@@ -207,15 +231,16 @@ class LatentDataset:
 class LatentWriter:
     """Writes a dataset, shard by shard; a context manager.
 
-    A shard appears under its name only when all of it is on the disk. Opened on the folder of a run that was killed, it
-    goes on after the last such shard; :func:`written_rows` says what is there.
+    A shard appears under its name only when all of it is on the disk. Opened on the folder of a run
+    that was killed, it goes on after the last such shard; :func:`written_rows` says what is there.
 
     Args:
         folder: made if need be.
         info: of the dataset; the same as in the earlier run.
         negative_prompt_embeds: ``[S, text_dim]`` fp32, unpadded.
         rows_per_shard: rows that a kill can cost.
-        packages: the versions that make the rows, by package, for the record; those of earlier runs stay in it.
+        packages: the versions that make the rows, by package, for the record; those of earlier runs
+            stay in it.
 
     Raises:
         ValueError: the folder holds a dataset that was made otherwise, or a damaged one.
@@ -234,7 +259,9 @@ class LatentWriter:
             raise ValueError(f"rows_per_shard must be >= 1, got {rows_per_shard}")
         self._folder, self._info, self._rows_per_shard = folder, info, rows_per_shard
         folder.mkdir(parents=True, exist_ok=True)
-        self._packages = None if packages is None else {name: [version] for name, version in packages.items()}
+        self._packages = (
+            None if packages is None else {name: [version] for name, version in packages.items()}
+        )
         self._shards: dict[str, str] = {}
         self._rows = 0
         if (folder / INFO_FILE).exists():
@@ -246,19 +273,33 @@ class LatentWriter:
             write_bytes(folder / NEGATIVE_FILE, save({"prompt_embeds": embeds}))
         self._negative = file_digest(require_regular_file(folder / NEGATIVE_FILE))
         self._write_record(rows=None)
-        self._shard = max((int(path.stem.removeprefix("shard-")) + 1 for path in shards(folder)), default=0)
+        self._shard = max(
+            (int(path.stem.removeprefix("shard-")) + 1 for path in shards(folder)), default=0
+        )
         self._stream: Any = None
         self._digests: list[str] = []
 
     def add(self, file: str, caption: str, latents: Tensor, prompt_embeds: Tensor) -> None:
         """Append a row: ``latents[F, C, H, W]`` and ``prompt_embeds[S, text_dim]``, unpadded."""
         if tuple(latents.shape) != self._info.latent_shape:
-            raise ValueError(f"{file}: latents must be {list(self._info.latent_shape)}, got {list(latents.shape)}")
+            raise ValueError(
+                f"{file}: latents must be {list(self._info.latent_shape)}, got "
+                f"{list(latents.shape)}"
+            )
         values = latents.float().contiguous().numpy()
         tokens = prompt_embeds.float().contiguous().numpy()
         digest = row_digest(file, caption, (values.reshape(-1), tokens.reshape(-1)))
-        columns = [[file], [caption], [values.reshape(-1)], [values.shape], [tokens.reshape(-1)], [digest]]
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+        columns = [
+            [file],
+            [caption],
+            [values.reshape(-1)],
+            [values.shape],
+            [tokens.reshape(-1)],
+            [digest],
+        ]
+        arrays = [
+            pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)
+        ]
         with writing(self._temporary):
             if self._stream is None:
                 self._stream = pa.ipc.new_stream(str(self._temporary), SCHEMA)
@@ -276,7 +317,12 @@ class LatentWriter:
     def __enter__(self) -> LatentWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         if self._stream is not None:
             with suppress(OSError):  # on a full disk, closing fails as writing did
                 self._stream.close()
@@ -288,15 +334,21 @@ class LatentWriter:
         _read_negative(self._folder, record)
         for path in shards(self._folder):
             table = map_shard(path)
-            if path.name in (record.shards or {}):  # a run that was killed may not have recorded its last one
+            # a run that was killed may not have recorded its last one
+            if path.name in (record.shards or {}):
                 check_shard(path, table, record)
             self._shards[path.name] = shard_digest(table["digest"].to_pylist())
             self._rows += len(table)
         if self._packages is not None and self._shards:
-            before = {name: [None] for name in self._packages} if record.packages is None else record.packages
+            before = (
+                {name: [None] for name in self._packages}
+                if record.packages is None
+                else record.packages
+            )
             names = {**before, **self._packages}
             self._packages = {
-                name: sorted({*before.get(name, [None]), *self._packages.get(name, [])}, key=str) for name in names
+                name: sorted({*before.get(name, [None]), *self._packages.get(name, [])}, key=str)
+                for name in names
             }
         elif self._packages is None and record.packages is not None:
             self._packages = dict(record.packages)
@@ -318,11 +370,15 @@ class LatentWriter:
         self._write_record(rows=None)
 
     def _write_record(self, rows: int | None) -> None:
-        write_record(self._folder, DatasetRecord(self._info, rows, self._packages, self._shards, self._negative))
+        write_record(
+            self._folder,
+            DatasetRecord(self._info, rows, self._packages, self._shards, self._negative),
+        )
 
 
 def damages(folder: Path) -> list[str]:
-    """Read a whole dataset and describe what is damaged in it, by shard and row; an empty list for a sound one.
+    """Read a whole dataset and describe what is damaged in it, by shard and row; an empty list for
+    a sound one.
 
     A dataset that is not finished is examined as far as it goes.
 
@@ -348,14 +404,17 @@ def damages(folder: Path) -> list[str]:
         rows += len(table)
         found += _shard_damages(path, table, record)
     if record.rows is not None and not found and rows != record.rows:
-        found.append(f"{folder} should have {record.rows} rows, not {rows}: a shard is missing or cut off")
+        found.append(
+            f"{folder} should have {record.rows} rows, not {rows}: a shard is missing or cut off"
+        )
     return found
 
 
 def _shard_damages(path: Path, table: Any, record: DatasetRecord) -> list[str]:
     found = []
     try:
-        if record.rows is not None or path.name in (record.shards or {}):  # a killed run may not have recorded its last
+        # a killed run may not have recorded its last
+        if record.rows is not None or path.name in (record.shards or {}):
             check_shard(path, table, record)
     except ValueError as error:
         found.append(str(error))
@@ -363,7 +422,9 @@ def _shard_damages(path: Path, table: Any, record: DatasetRecord) -> list[str]:
         file, caption, digest = (str(table[name][row]) for name in ("file", "caption", "digest"))
         numbers = [table[name][row].values.to_numpy() for name in ("latents", "prompt_embeds")]
         if not matches_digest(digest, file, caption, numbers):
-            found.append(f"{path}, row {row} of it ({file}) is damaged: its content is not what was written")
+            found.append(
+                f"{path}, row {row} of it ({file}) is damaged: its content is not what was written"
+            )
     return found
 
 
@@ -378,7 +439,11 @@ def _read_negative(folder: Path, record: DatasetRecord) -> Tensor:
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     embeds = tensors.get("prompt_embeds", torch.empty(0))
-    if embeds.ndim != 2 or embeds.shape[1] != info.text_dim or not 1 <= len(embeds) <= info.text_length:
+    if (
+        embeds.ndim != 2
+        or embeds.shape[1] != info.text_dim
+        or not 1 <= len(embeds) <= info.text_length
+    ):
         raise ValueError(f"{path} must hold prompt_embeds [1..{info.text_length}, {info.text_dim}]")
     if embeds.dtype != torch.float32:
         raise ValueError(f"{path} must hold prompt_embeds in float32, not {embeds.dtype}")

@@ -1,4 +1,5 @@
-"""The files of a latent dataset: their names, their schema, and the digests that tell when they are damaged.
+"""The files of a latent dataset: their names, their schema, and the digests that tell when they are
+damaged.
 
 A folder holds
 
@@ -6,9 +7,10 @@ A folder holds
     negative_prompt.safetensors   ``prompt_embeds`` [S, text_dim] fp32, unpadded
     shard-000000.arrow, ...       the rows, in order; the schema is ``SCHEMA``
 
-A shard is an Arrow stream with one record batch per row (``datasets.Dataset.from_file`` opens one too). Every row has a
-digest of its content, and ``dataset.json`` one of each shard's digests, of the negative prompt and of itself, so that a
-flipped bit is found, and a shard that is cut off, exchanged or of another dataset.
+A shard is an Arrow stream with one record batch per row (``datasets.Dataset.from_file`` opens one
+too). Every row has a digest of its content, and ``dataset.json`` one of each shard's digests, of
+the negative prompt and of itself, so that a flipped bit is found, and a shard that is cut off,
+exchanged or of another dataset.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ SCHEMA = pa.schema(
     ]
 )
 _AGAIN = "delete it and run the same `anyflow preprocess` again, which encodes its videos anew"
-_WHOLE_ROW = "row:"  # in front of a digest that covers the names, too; older datasets have one of the numbers
+# in front of a digest that covers the names, too; older datasets have one of the numbers
+_WHOLE_ROW = "row:"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class DatasetInfo:
         latent_shape: ``(F, C, H, W)``.
         text_length: tokens that prompts are zero-padded to when they are read.
         text_dim: width of a token.
-        source: what made the numbers, as JSON values; two datasets with equal sources were made alike.
+        source: what made the numbers, as JSON values; two datasets with equal sources were made
+            alike.
     """
 
     latent_shape: tuple[int, int, int, int]
@@ -66,9 +70,12 @@ class DatasetInfo:
 
     def __post_init__(self) -> None:
         sizes = (*self.latent_shape, self.text_length, self.text_dim)
-        if len(self.latent_shape) != 4 or not all(type(size) is int and size >= 1 for size in sizes):
+        if len(self.latent_shape) != 4 or not all(
+            type(size) is int and size >= 1 for size in sizes
+        ):
             raise ValueError(
-                "latent_shape must be four positive sizes (F, C, H, W), text_length and text_dim positive, got "
+                "latent_shape must be four positive sizes (F, C, H, W), text_length and text_dim "
+                "positive, got "
                 f"{self.latent_shape}, {self.text_length}, {self.text_dim}"
             )
         if not isinstance(self.source, Mapping):
@@ -82,8 +89,8 @@ class DatasetRecord:
     Args:
         info: what all rows share.
         rows: how many there are, or None while they are being written.
-        packages: the versions that made the rows, several where a run went on with another one, by package; None in
-            a dataset without the record.
+        packages: the versions that made the rows, several where a run went on with another one, by
+            package; None in a dataset without the record.
         shards: :func:`shard_digest` by the name of the file; None in a dataset without the record.
         negative: digest of the file of the negative prompt; None in a dataset without the record.
     """
@@ -103,7 +110,10 @@ def read_record(folder: Path) -> DatasetRecord:
     """
     path = folder / INFO_FILE
     if not os.path.lexists(path):
-        raise ValueError(f"no latent dataset at {folder}: it has no {INFO_FILE} (`anyflow preprocess` writes one)")
+        raise ValueError(
+            f"no latent dataset at {folder}: it has no {INFO_FILE} (`anyflow preprocess` writes "
+            "one)"
+        )
     raw = read_json(path, finite=True)
     names = {entry.name for entry in fields(DatasetInfo)}
     old = {"format", "version", "rows"} | names
@@ -112,7 +122,9 @@ def read_record(folder: Path) -> DatasetRecord:
         if not isinstance(raw, dict) or set(raw) not in (old, new):
             raise ValueError(f"expected an object with the keys {sorted(new)}")
         if (raw["format"], raw["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"this release reads {FORMAT} {VERSION}, not {raw['format']} {raw['version']}")
+            raise ValueError(
+                f"this release reads {FORMAT} {VERSION}, not {raw['format']} {raw['version']}"
+            )
         values = {name: raw[name] for name in names}
         info = DatasetInfo(**values | {"latent_shape": tuple(values["latent_shape"])})
         rows = raw["rows"]
@@ -133,10 +145,18 @@ def read_record(folder: Path) -> DatasetRecord:
 def write_record(folder: Path, record: DatasetRecord) -> None:
     """Write ``dataset.json``, whole or not at all."""
     content = asdict(record)
-    facts = {"format": FORMAT, "version": VERSION, "rows": content.pop("rows"), **content.pop("info"), **content}
+    facts = {
+        "format": FORMAT,
+        "version": VERSION,
+        "rows": content.pop("rows"),
+        **content.pop("info"),
+        **content,
+    }
     facts = json.loads(json.dumps(facts))
     facts["digest"] = _record_digest(facts)
-    write_bytes(folder / INFO_FILE, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(
+        folder / INFO_FILE, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
+    )
 
 
 def remove_empty(folder: Path) -> bool:
@@ -153,7 +173,9 @@ def remove_empty(folder: Path) -> bool:
 
 
 def row_digest(file: str, caption: str, numbers: Iterable[Any]) -> str:
-    """Return the digest of a row: of its texts and of its ``latents`` and ``prompt_embeds``, fp32 arrays."""
+    """Return the digest of a row: of its texts and of its ``latents`` and ``prompt_embeds``, fp32
+    arrays.
+    """
     content = hashlib.blake2b(digest_size=16)
     for text in (file.encode(), caption.encode()):
         content.update(len(text).to_bytes(8, "little") + text)
@@ -164,7 +186,9 @@ def row_digest(file: str, caption: str, numbers: Iterable[Any]) -> str:
 
 
 def matches_digest(digest: str, file: str, caption: str, numbers: Iterable[Any]) -> bool:
-    """Return whether a row has its digest; rows of older datasets have one of their numbers alone."""
+    """Return whether a row has its digest; rows of older datasets have one of their numbers
+    alone.
+    """
     if digest.startswith(_WHOLE_ROW):
         return digest == row_digest(file, caption, numbers)
     content = hashlib.blake2b(digest_size=16)
@@ -193,11 +217,19 @@ def written_rows(folder: Path) -> list[tuple[str, str]]:
 
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` that lists every fact in which a dataset differs from what is about to be added to it."""
+    """Raise a ``ValueError`` that lists every fact in which a dataset differs from what is about to
+    be added to it.
+    """
     before, now = (json.loads(json.dumps(facts)) for facts in (before, now))
-    changes = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in now if before.get(key) != now[key]]
+    changes = [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in now
+        if before.get(key) != now[key]
+    ]
     if changes:
-        raise ValueError(f"{folder} was made with other settings ({'; '.join(changes)}); choose another folder")
+        raise ValueError(
+            f"{folder} was made with other settings ({'; '.join(changes)}); choose another folder"
+        )
 
 
 def map_shard(path: Path) -> Any:
@@ -214,20 +246,27 @@ def map_shard(path: Path) -> Any:
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is damaged: {_one_line(error)}; {_AGAIN}") from None
     if table.schema != SCHEMA:
-        raise ValueError(f"{path} has columns {table.schema.names} of other types or names than {SCHEMA.names}")
+        raise ValueError(
+            f"{path} has columns {table.schema.names} of other types or names than {SCHEMA.names}"
+        )
     if any(column.null_count for column in table.columns):
         raise ValueError(f"{path} is damaged: a row of it lacks a value; {_AGAIN}")
     return table
 
 
 def check_shard(path: Path, table: Any, record: DatasetRecord) -> None:
-    """Raise a ``ValueError`` for a shard whose rows are not those that ``dataset.json`` has recorded of it."""
+    """Raise a ``ValueError`` for a shard whose rows are not those that ``dataset.json`` has
+    recorded of it.
+    """
     if record.shards is None:
         return
     if path.name not in record.shards:
         raise ValueError(f"{path} is not of this dataset: {INFO_FILE} does not have it")
     if shard_digest(table["digest"].to_pylist()) != record.shards[path.name]:
-        raise ValueError(f"{path} is damaged or of another dataset: its rows are not those that were written; {_AGAIN}")
+        raise ValueError(
+            f"{path} is damaged or of another dataset: its rows are not those that were written; "
+            f"{_AGAIN}"
+        )
 
 
 def file_digest(path: Path) -> str:

@@ -1,8 +1,8 @@
 """Batches of a dataset in an order that depends on a seed and a position, and on nothing else.
 
-The samples of a run form one global stream, epoch after epoch, each a permutation of its own. A batch of all ranks
-together is the stream's next stretch, whatever the number of ranks and of workers, so a run is resumed exactly from the
-number of samples it has used.
+The samples of a run form one global stream, epoch after epoch, each a permutation of its own. A
+batch of all ranks together is the stream's next stretch, whatever the number of ranks and of
+workers, so a run is resumed exactly from the number of samples it has used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def open_dataset(config: DataConfig) -> VideoDataset:
     A ``UserWarning`` says where its prompts may not be those that this installation would encode.
 
     Raises:
-        ValueError: nothing usable at ``config.path``; the message names the folder, and the row if one is at fault.
+        ValueError: nothing usable at ``config.path``; the message names the folder, and the row if
+            one is at fault.
         ImportError: a package that training needs is missing.
     """
     if config.kind == "synthetic":
@@ -53,20 +54,29 @@ def _doubt(packages: Mapping[str, list[str | None]] | None) -> str | None:
     """Say why the prompts of a dataset may not be those of this installation, or return None."""
     again = "`anyflow preprocess` into another folder makes them anew"
     if packages is None:
-        return f"its prompts may have been encoded without ftfy, as the dataset does not say what made it; {again}"
+        return (
+            "its prompts may have been encoded without ftfy, as the dataset does not say what "
+            f"made it; {again}"
+        )
     if None in packages.get("ftfy", [None]):
-        return f"some of its prompts may have been encoded without ftfy, unlike those of the published models; {again}"
+        return (
+            "some of its prompts may have been encoded without ftfy, unlike those of the "
+            f"published models; {again}"
+        )
     here = installed_versions(TEXT_PACKAGES)
     made = [(name, version) for name in TEXT_PACKAGES for version in packages.get(name, [])]
     changed = [line for name, version in made for line in differences({name: version}, here)]
-    return f"its prompts were encoded with other versions ({'; '.join(changed)})" if changed else None
+    return (
+        f"its prompts were encoded with other versions ({'; '.join(changed)})" if changed else None
+    )
 
 
 class TrainingData:
     """An infinite iterator of :class:`Batch` for one data-parallel rank.
 
-    Sample b of a batch is at position ``consumed + b * data_world + data_rank`` of the global stream. Epochs follow one
-    another without a gap, also inside a batch. Draws come from generators of its own.
+    Sample b of a batch is at position ``consumed + b * data_world + data_rank`` of the global
+    stream. Epochs follow one another without a gap, also inside a batch. Draws come from generators
+    of its own.
 
     Args:
         dataset: what to read.
@@ -79,7 +89,8 @@ class TrainingData:
         rows: of the dataset that are read; None reads all of them.
 
     Raises:
-        ValueError: an argument out of range, an empty dataset; while iterating, whatever the dataset finds wrong.
+        ValueError: an argument out of range, an empty dataset; while iterating, whatever the
+            dataset finds wrong.
     """
 
     def __init__(
@@ -98,9 +109,13 @@ class TrainingData:
         if len(rows) < 1:
             raise ValueError("the dataset holds no videos")
         if min(batch_size, data_world) < 1:
-            raise ValueError(f"batch_size and data_world must be >= 1, got {batch_size} and {data_world}")
+            raise ValueError(
+                f"batch_size and data_world must be >= 1, got {batch_size} and {data_world}"
+            )
         if min(num_workers, consumed) < 0:
-            raise ValueError(f"num_workers and consumed must be >= 0, got {num_workers} and {consumed}")
+            raise ValueError(
+                f"num_workers and consumed must be >= 0, got {num_workers} and {consumed}"
+            )
         if not 0 <= data_rank < data_world:
             raise ValueError(f"data_rank must be in 0..{data_world - 1}, got {data_rank}")
         self._consumed = consumed
@@ -110,13 +125,16 @@ class TrainingData:
             sampler=_Rows(rows, batch_size, data_rank, data_world, seed, consumed),
             batch_size=None,
             num_workers=num_workers,
-            generator=torch.Generator().manual_seed(0),  # else it draws the workers' seeds from the global one
+            # else it draws the workers' seeds from the global one
+            generator=torch.Generator().manual_seed(0),
         )
         self._batches: Iterator[Batch | ValueError] = iter(loader)
 
     @property
     def consumed(self) -> int:
-        """Samples that all ranks together have been handed so far; what is read ahead does not count."""
+        """Samples that all ranks together have been handed so far; what is read ahead does not
+        count.
+        """
         return self._consumed
 
     def __iter__(self) -> TrainingData:
@@ -126,19 +144,24 @@ class TrainingData:
         batch = next(self._batches)
         if isinstance(batch, ValueError):
             self.close()
-            raise ValueError(str(batch))  # anew: an error that its own traceback refers to keeps the workers alive
+            # anew: an error that its own traceback refers to keeps the workers alive
+            raise ValueError(str(batch))
         self._consumed += self._stride
         return batch
 
     def close(self) -> None:
-        """End the iteration and the processes that read ahead, which otherwise go with the last reference."""
+        """End the iteration and the processes that read ahead, which otherwise go with the last
+        reference.
+        """
         self._batches = iter(())
 
 
 class _Rows(Sampler[tuple[int, ...]]):
     """The rows of each batch of one rank, without end."""
 
-    def __init__(self, rows: Sequence[int], batch_size: int, rank: int, world: int, seed: int, consumed: int) -> None:
+    def __init__(
+        self, rows: Sequence[int], batch_size: int, rank: int, world: int, seed: int, consumed: int
+    ) -> None:
         self._rows = rows
         self._batch_size = batch_size
         self._rank = rank
@@ -147,7 +170,12 @@ class _Rows(Sampler[tuple[int, ...]]):
         self._consumed = consumed
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        start, epoch, order, length = self._consumed, -1, torch.empty(0, dtype=torch.int64), len(self._rows)
+        start, epoch, order, length = (
+            self._consumed,
+            -1,
+            torch.empty(0, dtype=torch.int64),
+            len(self._rows),
+        )
         while True:
             rows = []
             for b in range(self._batch_size):
@@ -161,13 +189,17 @@ class _Rows(Sampler[tuple[int, ...]]):
 
 
 def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
-    digest = hashlib.blake2b(f"order of epoch {epoch}, seed {seed}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        f"order of epoch {epoch}, seed {seed}".encode(), digest_size=8
+    ).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.randperm(length, generator=generator)
 
 
 class _Batches(Dataset["Batch | ValueError"]):
-    """Reads whole batches. An error is handed over as a value: a worker would bury its message in a traceback."""
+    """Reads whole batches. An error is handed over as a value: a worker would bury its message in a
+    traceback.
+    """
 
     def __init__(self, dataset: VideoDataset) -> None:
         self._dataset = dataset

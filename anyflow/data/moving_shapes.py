@@ -1,9 +1,11 @@
-"""Moving shapes: a procedural, class-conditional video set small enough to learn in minutes on a laptop.
+"""Moving shapes: a procedural, class-conditional video set small enough to learn in minutes on a
+laptop.
 
-Each video shows one soft-edged shape that moves at constant speed over a torus (what leaves on one side comes back on
-the other). The class fixes the shape and the direction, the position is uniform over the ``size * size`` pixel
-centers. The set is finite (its :meth:`MovingShapes.templates`), so both "is this sample a real video?" and "are all
-positions covered?" have exact answers, which no set of natural videos can offer.
+Each video shows one soft-edged shape that moves at constant speed over a torus (what leaves on one
+side comes back on the other). The class fixes the shape and the direction, the position is uniform
+over the ``size * size`` pixel centers. The set is finite (its :meth:`MovingShapes.templates`), so
+both "is this sample a real video?" and "are all positions covered?" have exact answers, which no
+set of natural videos can offer.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ _DIRECTIONS = ("right", "down")
 class MovingShapesConfig:
     """Geometry of the set; lengths in pixels.
 
-    ``radius`` is the disc's radius; ``arm_length`` and ``arm_width`` are the half-length and half-width of the two
-    bars of the cross; an edge fades from 1 to 0 over ``softness`` pixels; ``speed`` is in pixels per frame.
-    Raises ``ValueError`` for sizes below 1, non-finite lengths, or a shape that would overlap itself on the torus.
+    ``radius`` is the disc's radius; ``arm_length`` and ``arm_width`` are the half-length and
+    half-width of the two bars of the cross; an edge fades from 1 to 0 over ``softness`` pixels;
+    ``speed`` is in pixels per frame. Raises ``ValueError`` for sizes below 1, non-finite lengths,
+    or a shape that would overlap itself on the torus.
     """
 
     num_frames: int = 8
@@ -45,13 +48,18 @@ class MovingShapesConfig:
             if not math.isfinite(value) or value <= 0:
                 raise ValueError(f"{name} must be a finite number of pixels > 0, got {value!r}")
         if not math.isfinite(self.speed):
-            raise ValueError(f"speed must be a finite number of pixels per frame, got {self.speed!r}")
+            raise ValueError(
+                f"speed must be a finite number of pixels per frame, got {self.speed!r}"
+            )
         if self.arm_width > self.arm_length:
-            raise ValueError(f"arm_width ({self.arm_width}) must not exceed arm_length ({self.arm_length})")
+            raise ValueError(
+                f"arm_width ({self.arm_width}) must not exceed arm_length ({self.arm_length})"
+            )
         extent = 2 * max(self.radius, self.arm_length) + self.softness
         if extent > self.size:
             raise ValueError(
-                f"shapes span {extent:g} pixels and would overlap themselves: size must be >= {extent:g}, "
+                f"shapes span {extent:g} pixels and would overlap themselves: size must be >= "
+                f"{extent:g}, "
                 f"got {self.size}"
             )
 
@@ -59,13 +67,16 @@ class MovingShapesConfig:
 class MovingShapes:
     """The set described by ``config``: rendering, sampling, and the bank of all its videos.
 
-    Videos are ``[N, F, 1, H, W]`` float32, shifted and scaled by :attr:`mean` and :attr:`std` (those of all gray
-    levels of the whole set, known exactly because it is finite) to zero mean and unit variance.
+    Videos are ``[N, F, 1, H, W]`` float32, shifted and scaled by :attr:`mean` and :attr:`std`
+    (those of all gray levels of the whole set, known exactly because it is finite) to zero mean and
+    unit variance.
     """
 
     def __init__(self, config: MovingShapesConfig | None = None) -> None:
         self.config = MovingShapesConfig() if config is None else config
-        self.class_names = tuple(f"{shape} {direction}" for shape in _SHAPES for direction in _DIRECTIONS)
+        self.class_names = tuple(
+            f"{shape} {direction}" for shape in _SHAPES for direction in _DIRECTIONS
+        )
         labels, positions = self._bank()
         grays = self._gray(labels, positions.double())
         self.mean = grays.mean().item()
@@ -77,23 +88,32 @@ class MovingShapes:
         return len(self.class_names)
 
     def render(self, labels: Tensor, positions: Tensor) -> Tensor:
-        """Draw ``labels[N]`` (int64) with centers at ``positions[N, 2]`` (row, column; pixels) in the first frame.
+        """Draw ``labels[N]`` (int64) with centers at ``positions[N, 2]`` (row, column; pixels) in
+        the first frame.
 
-        Positions wrap around and may be fractional. Returns ``[N, F, 1, H, W]`` float32 on the labels' device.
-        Raises ``ValueError`` for wrong shapes or dtypes, labels out of range, and non-finite positions.
+        Positions wrap around and may be fractional. Returns ``[N, F, 1, H, W]`` float32 on the
+        labels' device. Raises ``ValueError`` for wrong shapes or dtypes, labels out of range, and
+        non-finite positions.
         """
         self._check_labels(labels)
         if positions.shape != (labels.shape[0], 2):
-            raise ValueError(f"positions must be [{labels.shape[0]}, 2] to match labels, got {tuple(positions.shape)}")
+            raise ValueError(
+                f"positions must be [{labels.shape[0]}, 2] to match labels, got "
+                f"{tuple(positions.shape)}"
+            )
         positions = positions.to(device=labels.device, dtype=torch.float32)
         if not torch.isfinite(positions).all():
             raise ValueError("positions must be finite")
         return ((self._gray(labels, positions) - self.mean) / self.std).unsqueeze(2)
 
-    def sample(self, n: int, generator: torch.Generator, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Draw ``n`` videos with uniform whole-pixel positions; labels uniform too unless given as ``[n]`` int64.
+    def sample(
+        self, n: int, generator: torch.Generator, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` videos with uniform whole-pixel positions; labels uniform too unless given as
+        ``[n]`` int64.
 
-        Returns ``(videos[n, F, 1, H, W], labels[n])`` on the generator's device. Only ``generator`` is consumed.
+        Returns ``(videos[n, F, 1, H, W], labels[n])`` on the generator's device. Only ``generator``
+        is consumed.
         """
         if n < 0:
             raise ValueError(f"n must be >= 0, got {n}")
@@ -107,19 +127,25 @@ class MovingShapes:
         return self.render(labels, positions), labels
 
     def templates(self) -> Tensor:
-        """Every video of the set, ``[num_classes, size*size, F, 1, H, W]``; number i starts at ``divmod(i, size)``."""
+        """Every video of the set, ``[num_classes, size*size, F, 1, H, W]``; number i starts at
+        ``divmod(i, size)``.
+        """
         labels, positions = self._bank()
         return self.render(labels, positions).unflatten(0, (self.num_classes, -1))
 
     def to_uint8(self, video: Tensor) -> Tensor:
-        """Undo the normalization: ``[N, F, 1, H, W]`` float to ``[N, F, H, W]`` uint8 gray levels, clipped."""
+        """Undo the normalization: ``[N, F, 1, H, W]`` float to ``[N, F, H, W]`` uint8 gray levels,
+        clipped.
+        """
         if video.ndim != 5 or video.shape[2] != 1:
             raise ValueError(f"video must be [N, F, 1, H, W], got shape {tuple(video.shape)}")
         gray = (video[:, :, 0].float() * self.std + self.mean).clamp(0, 1)
         return (gray * 255).round().to(torch.uint8)
 
     def _bank(self) -> tuple[Tensor, Tensor]:
-        """Labels ``[num_classes*size*size]`` and positions ``[num_classes*size*size, 2]`` of every video of the set."""
+        """Labels ``[num_classes*size*size]`` and positions ``[num_classes*size*size, 2]`` of every
+        video of the set.
+        """
         size = self.config.size
         index = torch.arange(size * size)
         positions = torch.stack([index // size, index % size], dim=1).repeat(self.num_classes, 1)
@@ -127,10 +153,13 @@ class MovingShapes:
 
     def _check_labels(self, labels: Tensor) -> None:
         if labels.ndim != 1 or labels.dtype != torch.int64:
-            raise ValueError(f"labels must be [N] int64, got {labels.dtype} of shape {tuple(labels.shape)}")
+            raise ValueError(
+                f"labels must be [N] int64, got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
         if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < self.num_classes):
             raise ValueError(
-                f"labels must lie in 0..{self.num_classes - 1}, got {int(labels.min())}..{int(labels.max())}"
+                f"labels must lie in 0..{self.num_classes - 1}, got "
+                f"{int(labels.min())}..{int(labels.max())}"
             )
 
     def _gray(self, labels: Tensor, positions: Tensor) -> Tensor:
@@ -142,15 +171,19 @@ class MovingShapes:
         centers = positions[:, None] + travel[:, None] * step[:, None]  # [N, F, 2]
         grid = torch.arange(cfg.size, dtype=dtype, device=device)
         half = cfg.size / 2
-        offset = torch.remainder(grid - centers[..., None] + half, cfg.size).sub_(half).abs_()  # [N, F, 2, size]
+        # [N, F, 2, size]
+        offset = torch.remainder(grid - centers[..., None] + half, cfg.size).sub_(half).abs_()
         dy, dx = offset[:, :, 0, :, None], offset[:, :, 1, None, :]
         disc = self._soften(cfg.radius - (dy * dy + dx * dx).sqrt_())
         along, across = self._soften(cfg.arm_length - offset), self._soften(cfg.arm_width - offset)
         cross = torch.maximum(
-            along[:, :, 0, :, None] * across[:, :, 1, None, :], across[:, :, 0, :, None] * along[:, :, 1, None, :]
+            along[:, :, 0, :, None] * across[:, :, 1, None, :],
+            across[:, :, 0, :, None] * along[:, :, 1, None, :],
         )
         return torch.where((labels // len(_DIRECTIONS) == 0)[:, None, None, None], disc, cross)
 
     def _soften(self, inside: Tensor) -> Tensor:
-        """Map the distance inside an edge (pixels, negative outside) to a gray level with a linear ramp."""
+        """Map the distance inside an edge (pixels, negative outside) to a gray level with a linear
+        ramp.
+        """
         return (inside / self.config.softness + 0.5).clamp_(0, 1)

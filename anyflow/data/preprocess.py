@@ -127,21 +127,25 @@ def preprocess(
     allow_outside: bool = False,
     console: Console | None = None,
 ) -> PreprocessReport:
-    """Encode every captioned video into the latent dataset ``out``: one row per line of ``captions``, in its order.
+    """Encode every captioned video into the latent dataset ``out``: one row per line of
+    ``captions``, in its order.
 
-    Killed and run again it goes on after the last shard written, and ends with the same dataset. Lines that cannot be
-    used are listed in ``broken.jsonl`` and tried again by the next run. Where no line can be used, that list is all
-    that is written, and a run with other captions, videos or settings can take the same folder. Videos and prompts are
-    encoded one at a time: a video fills a GPU, and the numbers do not depend on what is encoded beside it. The dataset
-    records the versions of the packages that made it; a run that goes on with other ones warns.
+    Killed and run again it goes on after the last shard written, and ends with the same dataset.
+    Lines that cannot be used are listed in ``broken.jsonl`` and tried again by the next run. Where
+    no line can be used, that list is all that is written, and a run with other captions, videos or
+    settings can take the same folder. Videos and prompts are encoded one at a time: a video fills a
+    GPU, and the numbers do not depend on what is encoded beside it. The dataset records the
+    versions of the packages that made it; a run that goes on with other ones warns.
 
     Args:
         videos: folder of the video files.
         captions: a table or a folder, or None for captions in the folder of videos, see
             :func:`anyflow.data.caption_sources.find_captions`; a file may stand on several lines.
-        model: diffusers folder with ``vae``, ``text_encoder`` and ``tokenizer``, or a name on the Hugging Face Hub.
+        model: diffusers folder with ``vae``, ``text_encoder`` and ``tokenizer``, or a name on the
+            Hugging Face Hub.
         out: folder of the dataset.
-        columns: names of the columns of the videos and of the captions, where they are not common ones.
+        columns: names of the columns of the videos and of the captions, where they are not common
+            ones.
         num_frames: 4k + 1 frames from the start of each video.
         height, width: in pixels, multiples of 16 (twice the VAE's spatial factor).
         fps: frames per second that videos are sampled at.
@@ -151,15 +155,17 @@ def preprocess(
         device: of both.
         num_workers: threads that decode ahead.
         rows_per_shard: rows that a kill can cost.
-        allow_outside: take files that lie outside ``videos``, by their name or through a symbolic link.
+        allow_outside: take files that lie outside ``videos``, by their name or through a symbolic
+            link.
         console: gets a progress bar.
 
     Raises:
-        ValueError: unusable arguments, model or table of captions as a whole, or ``out`` is in use, was made with
-            other settings or is damaged.
+        ValueError: unusable arguments, model or table of captions as a whole, or ``out`` is in use,
+            was made with other settings or is damaged.
         EmptyDatasetError: there are no videos or no captions.
         NothingEncodedError: none of the captioned videos can be used; rows of earlier runs stay.
-        OSError: the system refuses to write, such as on a full disk; the shards that were finished are there.
+        OSError: the system refuses to write, such as on a full disk; the shards that were finished
+            are there.
     """
     recorded = _RECORDED.get(dtype, dtype)
     settings = _Settings(num_frames, height, width, fps, negative_prompt, text_length, recorded)  # type: ignore[arg-type]
@@ -176,45 +182,65 @@ def preprocess(
     earlier, written = _earlier_run(out, source)
     broken += _unusable(lines, videos, allow_outside)
     faulty = {entry.line for entry in broken}
-    todo = [line for line in lines if line.line not in faulty and (line.file, line.caption) not in written]
+    todo = [
+        line
+        for line in lines
+        if line.line not in faulty and (line.file, line.caption) not in written
+    ]
     skipped = len(found.rows) - len(broken) - len(todo)
     if todo or (written and earlier is not None and earlier.rows is None):
         if todo and written and earlier is not None:
             _warn_of_versions(out, earlier.packages, packages)
         video_encoder = VideoEncoder(model, torch.device(device))
-        text_encoder = TextEncoder(model, torch.device(device), dtype=_DTYPES[recorded], text_length=text_length)
+        text_encoder = TextEncoder(
+            model, torch.device(device), dtype=_DTYPES[recorded], text_length=text_length
+        )
         info = _info(settings, source, video_encoder, text_encoder)
         decode = partial(read_video, num_frames=num_frames, height=height, width=width, fps=fps)
         negative = text_encoder(negative_prompt)
         with (
-            LatentWriter(out, info, negative, rows_per_shard=rows_per_shard, packages=packages) as writer,
+            LatentWriter(
+                out, info, negative, rows_per_shard=rows_per_shard, packages=packages
+            ) as writer,
             ThreadPoolExecutor(num_workers) as pool,
         ):
-            for line, video in _with_progress(_decoded_ahead(pool, todo, videos, decode, num_workers), todo, console):
+            for line, video in _with_progress(
+                _decoded_ahead(pool, todo, videos, decode, num_workers), todo, console
+            ):
                 try:
                     if not clean_prompt(line.caption):
                         raise VideoError("the caption is empty once it is cleaned")
                     latents = _finite(video_encoder(video.result()), "latents")
-                    writer.add(line.file, line.caption, latents, _finite(text_encoder(line.caption), "prompt"))
+                    writer.add(
+                        line.file,
+                        line.caption,
+                        latents,
+                        _finite(text_encoder(line.caption), "prompt"),
+                    )
                 except VideoError as error:
                     broken.append(Broken(line.line, line.file, str(error)))
             writer.finish()
     broken.sort(key=lambda entry: entry.line)
     rows = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in broken)
     write_text(out / BROKEN_FILE, rows)
-    report = PreprocessReport(len(found.rows) - len(broken) - skipped, skipped, tuple(broken), found)
+    report = PreprocessReport(
+        len(found.rows) - len(broken) - skipped, skipped, tuple(broken), found
+    )
     if report.done + report.skipped == 0:
         remove_empty(out)
         first = broken[0]
         raise NothingEncodedError(
-            f"none of the {len(broken)} captioned videos of {shortened(found.source)} can be used, the first because: "
+            f"none of the {len(broken)} captioned videos of {shortened(found.source)} can be used, "
+            "the first because: "
             f"{found.place(first)}: {first.reason}; {shortened(out / BROKEN_FILE)} lists all",
             report,
         )
     return report
 
 
-def _earlier_run(out: Path, source: dict[str, Any]) -> tuple[DatasetRecord | None, set[tuple[str, str]]]:
+def _earlier_run(
+    out: Path, source: dict[str, Any]
+) -> tuple[DatasetRecord | None, set[tuple[str, str]]]:
     """Return what ``out`` says of itself, and the rows that it holds already."""
     if not os.path.lexists(out / INFO_FILE) or remove_empty(out):
         return None, set()
@@ -229,12 +255,18 @@ def _warn_of_versions(
     if before is None:
         what = "does not say which versions made its rows, nor whether ftfy cleaned its prompts"
     else:
-        changed = [line for name in before if name in packages for line in _changes(name, before[name], packages[name])]
+        changed = [
+            line
+            for name in before
+            if name in packages
+            for line in _changes(name, before[name], packages[name])
+        ]
         if not changed:
             return
         what = f"was begun with other versions ({'; '.join(changed)})"
     warnings.warn(
-        f"{out} {what}: new rows may differ from those that are there; choose another folder to keep them alike",
+        f"{out} {what}: new rows may differ from those that are there; choose another folder to "
+        "keep them alike",
         stacklevel=3,
     )
 
@@ -251,7 +283,9 @@ def _unusable(lines: Sequence[Caption], videos: Path, allow_outside: bool) -> li
     for line in lines:
         earlier = first.setdefault((line.file, line.caption), line.line)
         if earlier != line.line:
-            broken.append(Broken(line.line, line.file, f"the same file and caption as line {earlier}"))
+            broken.append(
+                Broken(line.line, line.file, f"the same file and caption as line {earlier}")
+            )
         elif (reason := _misplaced(videos, root, line.file, allow_outside)) is not None:
             broken.append(Broken(line.line, line.file, reason))
     return broken
@@ -271,7 +305,10 @@ def _misplaced(videos: Path, root: str, file: str, allow_outside: bool) -> str |
 
 
 def _info(
-    settings: _Settings, source: dict[str, Any], video_encoder: VideoEncoder, text_encoder: TextEncoder
+    settings: _Settings,
+    source: dict[str, Any],
+    video_encoder: VideoEncoder,
+    text_encoder: TextEncoder,
 ) -> DatasetInfo:
     time, space = video_encoder.temporal_factor, video_encoder.spatial_factor
     if settings.num_frames % time != 1:
@@ -279,20 +316,35 @@ def _info(
     for name, size in (("height", settings.height), ("width", settings.width)):
         if size % (2 * space):  # the transformer's patches are 2 x 2
             raise ValueError(f"{name} must be a multiple of {2 * space}, got {size}")
-    shape = (settings.num_frames // time + 1, video_encoder.channels, settings.height // space, settings.width // space)
-    normalization = {"latents_mean": video_encoder.latents_mean, "latents_std": video_encoder.latents_std}
-    return DatasetInfo(shape, settings.text_length, text_encoder.text_dim, {**source, **normalization})
+    shape = (
+        settings.num_frames // time + 1,
+        video_encoder.channels,
+        settings.height // space,
+        settings.width // space,
+    )
+    normalization = {
+        "latents_mean": video_encoder.latents_mean,
+        "latents_std": video_encoder.latents_std,
+    }
+    return DatasetInfo(
+        shape, settings.text_length, text_encoder.text_dim, {**source, **normalization}
+    )
 
 
 def _decoded_ahead(
-    pool: ThreadPoolExecutor, lines: Sequence[Caption], videos: Path, decode: Callable[[Path], Tensor], ahead: int
+    pool: ThreadPoolExecutor,
+    lines: Sequence[Caption],
+    videos: Path,
+    decode: Callable[[Path], Tensor],
+    ahead: int,
 ) -> Iterator[tuple[Caption, Future[Tensor]]]:
     """Every line with its video, while the next ``ahead`` are decoded."""
     rest = iter(lines)
     pending: deque[tuple[Caption, Future[Tensor]]] = deque()
     while True:
         pending.extend(
-            (line, pool.submit(decode, videos / line.file)) for line in islice(rest, 1 + ahead - len(pending))
+            (line, pool.submit(decode, videos / line.file))
+            for line in islice(rest, 1 + ahead - len(pending))
         )
         if not pending:
             return
@@ -306,7 +358,9 @@ def _finite(values: Tensor, name: str) -> Tensor:
 
 
 def _with_progress(
-    items: Iterator[tuple[Caption, Future[Tensor]]], todo: Sequence[Caption], console: Console | None
+    items: Iterator[tuple[Caption, Future[Tensor]]],
+    todo: Sequence[Caption],
+    console: Console | None,
 ) -> Iterator[tuple[Caption, Future[Tensor]]]:
     """Yield the items, with a bar that knows how many there are."""
     if console is None:

@@ -64,5 +64,7 @@ class VideoDataset(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same samples in the same order, so that a run resumes on no other dataset."""
+        """The same for the same samples in the same order, so that a run resumes on no other
+        dataset.
+        """
         ...

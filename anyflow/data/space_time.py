@@ -1,4 +1,6 @@
-"""Space-time pixel unshuffle: a lossless, orthogonal stand-in for a video VAE, in the frames-first layout."""
+"""Space-time pixel unshuffle: a lossless, orthogonal stand-in for a video VAE, in the frames-first
+layout.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ from torch import Tensor
 def pixel_unshuffle_3d(video: Tensor, factor: tuple[int, int, int] = (2, 2, 2)) -> Tensor:
     """Fold blocks of ``factor`` = (frames, rows, columns) pixels into channels.
 
-    ``video[B, F, C, H, W] -> [B, F/f, C*f*h*w, H/h, W/w]``. Channels are ordered (C, frame, row, column), the last
-    fastest. A permutation of the values, so norms, means and variances are kept; :func:`pixel_shuffle_3d` undoes it.
+    ``video[B, F, C, H, W] -> [B, F/f, C*f*h*w, H/h, W/w]``. Channels are ordered (C, frame, row,
+    column), the last fastest. A permutation of the values, so norms, means and variances are kept;
+    :func:`pixel_shuffle_3d` undoes it.
 
     Raises ``ValueError`` when the input is not 5-D or a size is not divisible by its factor.
     """
@@ -26,16 +29,21 @@ def pixel_unshuffle_3d(video: Tensor, factor: tuple[int, int, int] = (2, 2, 2)) 
 
 
 def pixel_shuffle_3d(latents: Tensor, factor: tuple[int, int, int] = (2, 2, 2)) -> Tensor:
-    """Exact inverse of :func:`pixel_unshuffle_3d`: ``latents[B, F, C*f*h*w, H, W] -> [B, F*f, C, H*h, W*w]``.
+    """Exact inverse of :func:`pixel_unshuffle_3d`:
+    ``latents[B, F, C*f*h*w, H, W] -> [B, F*f, C, H*h, W*w]``.
 
-    Raises ``ValueError`` when the input is not 5-D or its channels are not divisible by the product of ``factor``.
+    Raises ``ValueError`` when the input is not 5-D or its channels are not divisible by the product
+    of ``factor``.
     """
     ff, fh, fw = _checked_factor(factor)
     if latents.ndim != 5:
         raise ValueError(f"latents must be [B, F, C, H, W], got shape {tuple(latents.shape)}")
     batch, frames, packed, height, width = latents.shape
     if packed % (ff * fh * fw):
-        raise ValueError(f"channels ({packed}) must be divisible by the product of factor {factor} ({ff * fh * fw})")
+        raise ValueError(
+            f"channels ({packed}) must be divisible by the product of factor {factor} "
+            f"({ff * fh * fw})"
+        )
     channels = packed // (ff * fh * fw)
     blocks = latents.reshape(batch, frames, channels, ff, fh, fw, height, width)
     blocks = blocks.permute(0, 1, 3, 2, 6, 4, 7, 5)
@@ -44,5 +52,7 @@ def pixel_shuffle_3d(latents: Tensor, factor: tuple[int, int, int] = (2, 2, 2)) 
 
 def _checked_factor(factor: tuple[int, int, int]) -> tuple[int, int, int]:
     if len(factor) != 3 or any(not isinstance(f, int) or f < 1 for f in factor):
-        raise ValueError(f"factor must be three integers >= 1 (frames, rows, columns), got {factor!r}")
+        raise ValueError(
+            f"factor must be three integers >= 1 (frames, rows, columns), got {factor!r}"
+        )
     return factor

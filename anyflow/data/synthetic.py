@@ -1,4 +1,6 @@
-"""The moving shapes of the quickstart as a training dataset: no file, no download, no text encoder."""
+"""The moving shapes of the quickstart as a training dataset: no file, no download, no text
+encoder.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ _SEED = 7
 
 
 class SyntheticVideos:
-    """Every video of :class:`MovingShapes`, folded into latents; row i is of class ``i // (size * size)``.
+    """Every video of :class:`MovingShapes`, folded into latents; row i is of class
+    ``i // (size * size)``.
 
-    The prompt of a class is fixed random tokens, the negative prompt is zeros: a prompt that no class has. Latents and
-    prompts are those of the quickstart (``test_the_videos_and_prompts_are_those_of_the_quickstart``).
+    The prompt of a class is fixed random tokens, the negative prompt is zeros: a prompt that no
+    class has. Latents and prompts are those of the quickstart
+    (``test_the_videos_and_prompts_are_those_of_the_quickstart``).
     """
 
     def __init__(self) -> None:
@@ -31,7 +35,8 @@ class SyntheticVideos:
         self._class_names = shapes.class_names
         generator = torch.Generator().manual_seed(_SEED)
         self._prompts = torch.randn(shapes.num_classes, _TOKENS, _TEXT_DIM, generator=generator)
-        # Of what defines the values, not of the values: another machine may round one of them differently.
+        # Of what defines the values, not of the values: another machine may round one of them
+        # differently.
         facts = f"moving shapes 1: {shapes.config}, {_TOKENS} x {_TEXT_DIM} tokens of seed {_SEED}"
         self._fingerprint = hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 

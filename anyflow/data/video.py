@@ -30,18 +30,21 @@ class VideoError(ValueError):
 
 
 def color_conversion() -> dict[str, str]:
-    """Return the version of the library that turns a video's colors into RGB, as ``{"libswscale": "9.5.102"}``."""
+    """Return the version of the library that turns a video's colors into RGB, as
+    ``{"libswscale": "9.5.102"}``.
+    """
     return {"libswscale": ".".join(map(str, av.library_versions["libswscale"]))}
 
 
 def read_video(
     path: Path, *, num_frames: int, height: int, width: int, fps: float, at_least: int | None = None
 ) -> Tensor:
-    """Decode the first ``num_frames`` frames at ``fps`` frames a second, ``[num_frames, 3, height, width]`` uint8 RGB.
+    """Decode the first ``num_frames`` frames at ``fps`` frames a second,
+    ``[num_frames, 3, height, width]`` uint8 RGB.
 
-    Frame k is what is on the screen k / fps seconds after the first frame. It is turned as the file says, resized
-    (bicubic, antialiased) until it just covers the size, and its middle is cut out. Of a shorter video all frames are
-    returned where there are ``at_least`` so many.
+    Frame k is what is on the screen k / fps seconds after the first frame. It is turned as the file
+    says, resized (bicubic, antialiased) until it just covers the size, and its middle is cut out.
+    Of a shorter video all frames are returned where there are ``at_least`` so many.
 
     Raises:
         VideoError: not a regular file, not a video, damaged in what is read of it, or too short.
@@ -59,8 +62,12 @@ def read_video(
                 return torch.stack(frames)
     except VideoError:
         raise
-    except Exception as error:  # a damaged file can make any part of the decoder fail, and is one bad file
-        reason = (getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__)[:300]
+    except (
+        Exception
+    ) as error:  # a damaged file can make any part of the decoder fail, and is one bad file
+        reason = (
+            getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        )[:300]
         raise VideoError(f"cannot be decoded: {reason}") from None
     needed = num_frames if at_least is None else at_least
     if len(frames) >= needed:
@@ -77,8 +84,11 @@ def _decoded(path: Path) -> Iterator[tuple[av.VideoFrame, Fraction]]:
         require_regular_file(path)
     except ValueError as error:
         raise VideoError(str(error).removeprefix(f"{shortened(path)} ")) from None
-    # An absolute path: FFmpeg takes "data:..." for a protocol. Its image reader takes "%d" for a sequence of files.
-    with av.open(os.path.abspath(path), metadata_errors="replace", container_options=_OPTIONS) as container:
+    # An absolute path: FFmpeg takes "data:..." for a protocol. Its image reader takes "%d" for a
+    # sequence of files.
+    with av.open(
+        os.path.abspath(path), metadata_errors="replace", container_options=_OPTIONS
+    ) as container:
         if _PLAYLISTS & set(container.format.name.split(",")):
             raise VideoError(f"is a list of other files ({container.format.name}), not a video")
         if not container.streams.video:
@@ -94,7 +104,9 @@ def _decoded(path: Path) -> Iterator[tuple[av.VideoFrame, Fraction]]:
             if following.pts is None:
                 raise VideoError("has a frame without a time stamp")
             if following.is_corrupt:
-                raise VideoError(f"is damaged: the decoder marks the frame at {following.time:.3f} s as corrupt")
+                raise VideoError(
+                    f"is damaged: the decoder marks the frame at {following.time:.3f} s as corrupt"
+                )
             _check_size(following.width, following.height)
             if frame is None:
                 start = following.pts * tick + tick / 2
@@ -112,7 +124,9 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """``[height, width, 3]`` uint8 RGB, turned by the rotation that a phone writes into the file."""
+    """``[height, width, 3]`` uint8 RGB, turned by the rotation that a phone writes into the
+    file.
+    """
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 

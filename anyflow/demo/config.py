@@ -14,8 +14,10 @@ class Stage:
         batch_size: videos per step.
         lr: learning rate of the network that is trained (AdamW).
         betas: of AdamW.
-        ema_decay: of the average that the stage hands on; less in a short stage, which would not forget its start.
-        cosine: decay the learning rate to 5 % along a cosine; else it is constant after the warm-up.
+        ema_decay: of the average that the stage hands on; less in a short stage, which would not
+            forget its start.
+        cosine: decay the learning rate to 5 % along a cosine; else it is constant after the
+            warm-up.
         critic_lr: learning rate of the critic (stage 2 only).
     """
 
@@ -32,12 +34,13 @@ class Stage:
 class DemoConfig:
     """Everything a run of the quickstart depends on.
 
-    ``num_threads`` (on a CPU, see :func:`anyflow.threads.torch_threads`) is 1: the network is so small that sharing its
-    operators out costs more than it saves. ``num_train_timesteps`` is 100: with 1000, the time embedding of so small a
-    model aliases at the finite difference. ``epsilon`` is in timesteps of that range. ``flow_matching`` trains the
-    network that the two stages start from, that they take velocities from (``velocity_target``), and that they are
-    compared with. ``cotrain_weight`` is that of stage 1's loss in stage 2. A killed run goes on from a checkpoint that
-    is made every ``checkpoint_every`` updates of a stage.
+    ``num_threads`` (on a CPU, see :func:`anyflow.threads.torch_threads`) is 1: the network is so
+    small that sharing its operators out costs more than it saves. ``num_train_timesteps`` is 100:
+    with 1000, the time embedding of so small a model aliases at the finite difference. ``epsilon``
+    is in timesteps of that range. ``flow_matching`` trains the network that the two stages start
+    from, that they take velocities from (``velocity_target``), and that they are compared with.
+    ``cotrain_weight`` is that of stage 1's loss in stage 2. A killed run goes on from a checkpoint
+    that is made every ``checkpoint_every`` updates of a stage.
     """
 
     budget: str = "full"
@@ -56,7 +59,9 @@ class DemoConfig:
     rollout_steps: tuple[int, ...] = (1, 2)
     flow_matching: Stage = Stage(steps=1500, batch_size=64, lr=1e-2, ema_decay=0.998, cosine=True)
     pretrain: Stage = Stage(steps=900, lr=2e-3, cosine=True)
-    on_policy: Stage = Stage(steps=150, batch_size=16, lr=2e-4, betas=(0.0, 0.999), ema_decay=0.98, critic_lr=5e-4)
+    on_policy: Stage = Stage(
+        steps=150, batch_size=16, lr=2e-4, betas=(0.0, 0.999), ema_decay=0.98, critic_lr=5e-4
+    )
     checkpoint_every: int = 100
     step_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     samples: int = 512
@@ -64,7 +69,8 @@ class DemoConfig:
 
     @classmethod
     def for_budget(cls, budget: str, seed: int = 0, device: str = "cpu") -> DemoConfig:
-        """The recipe of a budget: ``"full"`` (minutes, the real picture) or ``"fast"`` (about one minute, for CI).
+        """The recipe of a budget: ``"full"`` (minutes, the real picture) or ``"fast"`` (about one
+        minute, for CI).
 
         Raises:
             ValueError: unknown budget.
@@ -73,7 +79,8 @@ class DemoConfig:
         if budget == "full":
             return full
         if budget == "fast":
-            # The published settings: on a teacher's velocities, stage 1 alone is worse at one step (docs/any-step.md).
+            # The published settings: on a teacher's velocities, stage 1 alone is worse at one step
+            # (docs/any-step.md).
             return replace(
                 full,
                 budget="fast",

@@ -38,9 +38,14 @@ def build_evaluator(world: World) -> Evaluator:
 
 
 def real_floor(world: World, evaluator: Evaluator) -> Metrics:
-    """Measure real videos against the held-out ones, averaged over several sets of the size of a sample set."""
+    """Measure real videos against the held-out ones, averaged over several sets of the size of a
+    sample set.
+    """
     labels = world.labels(world.config.samples).cpu()
-    sets = (world.shapes.sample(len(labels), world.generator(910 + i), labels) for i in range(_FLOOR_SETS))
+    sets = (
+        world.shapes.sample(len(labels), world.generator(910 + i), labels)
+        for i in range(_FLOOR_SETS)
+    )
     return evaluator.floor(sets)
 
 
@@ -49,11 +54,15 @@ def samplers(world: World) -> dict[str, Sampler]:
     scheduler = world.scheduler()
 
     def flow_map(model: Any, noise: Tensor, prompts: Tensor, n: int, *, mean: bool) -> Tensor:
-        return sample(model, scheduler, noise, prompts, num_inference_steps=n, use_mean_velocity=mean)
+        return sample(
+            model, scheduler, noise, prompts, num_inference_steps=n, use_mean_velocity=mean
+        )
 
     def consistency(model: Any, noise: Tensor, prompts: Tensor, n: int) -> Tensor:
         generator = world.generator(930)
-        return sample_consistency(model, scheduler, noise, prompts, num_inference_steps=n, generator=generator)
+        return sample_consistency(
+            model, scheduler, noise, prompts, num_inference_steps=n, generator=generator
+        )
 
     return {
         "flow_matching": partial(flow_map, mean=False),
@@ -64,7 +73,11 @@ def samplers(world: World) -> dict[str, Sampler]:
 
 
 def evaluate_method(
-    world: World, evaluator: Evaluator, sampler: Sampler, model: AnyFlowTransformer3DModel, advance: Callable[[], None]
+    world: World,
+    evaluator: Evaluator,
+    sampler: Sampler,
+    model: AnyFlowTransformer3DModel,
+    advance: Callable[[], None],
 ) -> tuple[dict[int, Metrics], dict[int, Tensor]]:
     """Return metrics, and one uint8 video per class ``[4, 8, 12, 12]``, by step count."""
     labels = world.labels(world.config.samples)
@@ -73,7 +86,10 @@ def evaluate_method(
     examples: dict[int, Tensor] = {}
     cores = 1 if user_chose_threads() else usable_cores()
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(cores, initializer=lambda: torch.set_num_threads(threads)) as pool, torch.inference_mode():
+    with (
+        ThreadPoolExecutor(cores, initializer=lambda: torch.set_num_threads(threads)) as pool,
+        torch.inference_mode(),
+    ):
         network = _InParts(model, pool) if noise.device.type == "cpu" else model
         for steps in world.config.step_counts:
             videos = world.decode(sampler(network, noise, prompts, steps))
@@ -84,7 +100,9 @@ def evaluate_method(
 
 
 class _InParts:
-    """Evaluate a network on parts of a batch, each on a core of its own: the same numbers as in one call, sooner."""
+    """Evaluate a network on parts of a batch, each on a core of its own: the same numbers as in one
+    call, sooner.
+    """
 
     def __init__(self, model: AnyFlowTransformer3DModel, pool: ThreadPoolExecutor) -> None:
         self._model, self._pool = model, pool
@@ -93,15 +111,24 @@ class _InParts:
         return getattr(self._model, name)
 
     def __call__(
-        self, hidden_states: Tensor, *, time_embedding: TimeEmbedding, text_context: TextContext, return_dict: bool
+        self,
+        hidden_states: Tensor,
+        *,
+        time_embedding: TimeEmbedding,
+        text_context: TextContext,
+        return_dict: bool,
     ) -> tuple[Tensor]:
         assert not return_dict
 
         def part(start: int) -> Tensor:
             rows = slice(start, start + _PART_SIZE)
-            text = TextContext(tuple((key[rows], value[rows]) for key, value in text_context.key_values))
+            text = TextContext(
+                tuple((key[rows], value[rows]) for key, value in text_context.key_values)
+            )
             with torch.inference_mode():  # each thread has a mode of its own
                 times = time_embedding[rows]
-                return self._model(hidden_states[rows], time_embedding=times, text_context=text, return_dict=False)[0]
+                return self._model(
+                    hidden_states[rows], time_embedding=times, text_context=text, return_dict=False
+                )[0]
 
         return (torch.cat(list(self._pool.map(part, range(0, len(hidden_states), _PART_SIZE)))),)

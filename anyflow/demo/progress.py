@@ -1,4 +1,6 @@
-"""Progress of the quickstart: one bar per stage and one for everything with the time left, or lines in a log."""
+"""Progress of the quickstart: one bar per stage and one for everything with the time left, or lines
+in a log.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,12 @@ class DemoProgress:
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self._bars.stop()
 
     def start(self, total_cost: float) -> None:

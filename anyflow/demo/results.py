@@ -1,4 +1,6 @@
-"""Writes what a finished quickstart leaves: metrics, animations, the curve and the report, of several seeds too."""
+"""Writes what a finished quickstart leaves: metrics, animations, the curve and the report, of
+several seeds too.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +57,11 @@ def write_results(
     examples: Mapping[str, Mapping[int, Tensor]],
     out: Path,
 ) -> None:
-    """Write ``metrics.json``, ``samples/``, ``curve.png``, ``any_step.gif`` and ``report.html`` into ``out``.
+    """Write ``metrics.json``, ``samples/``, ``curve.png``, ``any_step.gif`` and ``report.html``
+    into ``out``.
 
-    ``samples`` has an animation of each method and number of steps, and what :func:`merge_runs` reads.
+    ``samples`` has an animation of each method and number of steps, and what :func:`merge_runs`
+    reads.
 
     Args:
         config: of the run.
@@ -73,25 +77,32 @@ def write_results(
     folder.mkdir(exist_ok=True)
     for method, by_steps in examples.items():
         for steps, videos in by_steps.items():
-            save_animation(folder / f"{method}_{steps}.gif", tile_videos(videos, 1, classes, upscale=_UPSCALE))
+            save_animation(
+                folder / f"{method}_{steps}.gif", tile_videos(videos, 1, classes, upscale=_UPSCALE)
+            )
     save_animation(folder / "real.gif", tile_videos(real[:classes], 1, classes, upscale=_UPSCALE))
-    about = _About(_recipe(config, results.seconds), _environment(config), list(world.shapes.class_names))
+    about = _About(
+        _recipe(config, results.seconds), _environment(config), list(world.shapes.class_names)
+    )
     _write_samples(out, examples, real, about)
     results.save(out / METRICS_FILE)
-    _write_pictures(ReportData(results, examples, real, about.recipe, about.environment, about.class_names), out)
+    _write_pictures(
+        ReportData(results, examples, real, about.recipe, about.environment, about.class_names), out
+    )
 
 
 def merge_runs(folders: Sequence[Path], out: Path) -> SeedResults:
-    """Write one report of several finished runs, with error bars over their seeds; the videos are the first run's.
+    """Write one report of several finished runs, with error bars over their seeds; the videos are
+    the first run's.
 
     Args:
         folders: of finished runs that differ in nothing but their seed.
-        out: folder for ``report.html``, ``curve.png``, ``any_step.gif`` and ``metrics.json``; an earlier report
-            there is replaced.
+        out: folder for ``report.html``, ``curve.png``, ``any_step.gif`` and ``metrics.json``; an
+            earlier report there is replaced.
 
     Raises:
-        ValueError: a folder holds no finished run, or a damaged one; the runs cannot be merged (:class:`SeedResults`);
-            or ``out`` is a file or holds other files.
+        ValueError: a folder holds no finished run, or a damaged one; the runs cannot be merged
+            (:class:`SeedResults`); or ``out`` is a file or holds other files.
         OSError: the system refuses to write.
     """
     results = SeedResults(tuple(_load_results(folder) for folder in folders))
@@ -99,7 +110,9 @@ def merge_runs(folders: Sequence[Path], out: Path) -> SeedResults:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {shortened(out)} is a file; name a folder")
     if out.exists() and (other := sorted({p.name for p in out.iterdir()} - set(MERGED_FILES))):
-        raise ValueError(f"--out {shortened(out)} holds other files ({shortened(other[0])}); name another folder")
+        raise ValueError(
+            f"--out {shortened(out)} holds other files ({shortened(other[0])}); name another folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     results.save(out / METRICS_FILE)
     _write_pictures(data, out)
@@ -116,14 +129,18 @@ def _write_pictures(data: ReportData, out: Path) -> None:
         size=(8.4, 4.5),
     )
     save_figure(figure, out / CURVE_FILE, dpi=120)
-    write_bytes(out / ANIMATION_FILE, any_step_animation(data.samples, methods=main_methods(results)))
+    write_bytes(
+        out / ANIMATION_FILE, any_step_animation(data.samples, methods=main_methods(results))
+    )
     write_report(out / REPORT_FILE, data)
 
 
-# Files of a run, from which its report can be made again ------------------------------------------------------------
+# Files of a run, from which its report can be made again ------------------------------------------
 
 
-def _write_samples(out: Path, examples: Mapping[str, Mapping[int, Tensor]], real: Tensor, about: _About) -> None:
+def _write_samples(
+    out: Path, examples: Mapping[str, Mapping[int, Tensor]], real: Tensor, about: _About
+) -> None:
     from pydantic import TypeAdapter
     from safetensors.torch import save
 
@@ -136,9 +153,14 @@ def _write_samples(out: Path, examples: Mapping[str, Mapping[int, Tensor]], real
 
 def _load_results(folder: Path) -> EvaluationResults:
     if not folder.is_dir():
-        raise ValueError(f"{shortened(folder)} is not a folder; name the folders of finished runs of `anyflow demo`")
+        raise ValueError(
+            f"{shortened(folder)} is not a folder; name the folders of finished runs of `anyflow "
+            "demo`"
+        )
     if not (folder / METRICS_FILE).exists():
-        raise ValueError(f"{shortened(folder)} holds no finished run of `anyflow demo`: it has no {METRICS_FILE}")
+        raise ValueError(
+            f"{shortened(folder)} holds no finished run of `anyflow demo`: it has no {METRICS_FILE}"
+        )
     return EvaluationResults.load(folder / METRICS_FILE)
 
 
@@ -153,7 +175,9 @@ def _load_samples(folder: Path) -> ReportData:
         if name != _REAL:
             method, _, steps = name.rpartition("/")
             if not method or not steps.isdecimal():
-                raise ValueError(f"{shortened(file)}: {shortened(name)} should be a method and a number of steps")
+                raise ValueError(
+                    f"{shortened(file)}: {shortened(name)} should be a method and a number of steps"
+                )
             examples.setdefault(method, {})[int(steps)] = reader.read(name)
     if _REAL not in reader.infos:
         raise ValueError(f"{shortened(file)} has no real videos")
@@ -162,19 +186,28 @@ def _load_samples(folder: Path) -> ReportData:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
-        raise ValueError(f"{shortened(folder / _ABOUT_FILE)} is damaged: {where}: {first['msg']}") from None
+        raise ValueError(
+            f"{shortened(folder / _ABOUT_FILE)} is damaged: {where}: {first['msg']}"
+        ) from None
     examples = {m: dict(sorted(examples[m].items())) for m in results.curves if m in examples}
-    return ReportData(results, examples, reader.read(_REAL), about.recipe, about.environment, about.class_names)
+    return ReportData(
+        results, examples, reader.read(_REAL), about.recipe, about.environment, about.class_names
+    )
 
 
 def _recipe(config: DemoConfig, seconds: Mapping[str, float]) -> list[RecipeStage]:
     steps = ", ".join(map(str, config.rollout_steps))
-    target = "velocities of the teacher" if config.velocity_target == "teacher" else "velocities of data and noise"
+    target = (
+        "velocities of the teacher"
+        if config.velocity_target == "teacher"
+        else "velocities of data and noise"
+    )
     return [
         _row(
             "Flow matching",
             config.flow_matching,
-            f"{seconds['flow_matching']:.0f} s; the competitor, and the teacher and the start of stage 1",
+            f"{seconds['flow_matching']:.0f} s; the competitor, and the teacher and the start of "
+            "stage 1",
         ),
         _row(
             "Stage 1: flow-map pretraining",
@@ -184,7 +217,8 @@ def _recipe(config: DemoConfig, seconds: Mapping[str, float]) -> list[RecipeStag
         _row(
             "Stage 2: on-policy",
             config.on_policy,
-            f"{seconds['on_policy']:.0f} s more; rollouts of {steps} steps; co-trained as in stage 1",
+            f"{seconds['on_policy']:.0f} s more; rollouts of {steps} steps; co-trained as in stage "
+            "1",
         ),
     ]
 

@@ -1,4 +1,6 @@
-"""Runs the quickstart stage by stage, each resumable, and writes its folder: checkpoints, metrics, samples, report."""
+"""Runs the quickstart stage by stage, each resumable, and writes its folder: checkpoints, metrics,
+samples, report.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,13 @@ from anyflow.writing import write_text, writing
 
 STATE_FILE = "state.json"
 
-# Seconds per step of batch 32, and per evaluation of 512 samples, relative to a flow-matching step of batch 32: for the
-# estimate of the time left.
+# Seconds per step of batch 32, and per evaluation of 512 samples, relative to a flow-matching step
+# of batch 32: for the estimate of the time left.
 _STEP_COST = {"flow_matching": 1.0, "pretrain": 1.7, "on_policy": 5.6, "evaluation": 12.0}
 
 _CHECKPOINTS = ("flow_matching", "pretrain", "on_policy")  # a stage each, in their order
-_UNFINISHED = ".unfinished"  # folder of the stage that runs: where it starts, and its own checkpoints
+# folder of the stage that runs: where it starts, and its own checkpoints
+_UNFINISHED = ".unfinished"
 
 # The checkpoint that scores as each method of the report.
 _CHECKPOINT_OF = {
@@ -48,13 +51,15 @@ _CHECKPOINT_OF = {
 def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> EvaluationResults:
     """Train, evaluate and report into ``out``; what a killed run has trained is not trained again.
 
-    Writes ``checkpoints/<stage>/transformer`` and ``/scheduler`` (diffusers folders), ``metrics.json``,
-    ``samples/*.gif``, ``curve.png``, ``any_step.gif`` and ``report.html``.
+    Writes ``checkpoints/<stage>/transformer`` and ``/scheduler`` (diffusers folders),
+    ``metrics.json``, ``samples/*.gif``, ``curve.png``, ``any_step.gif`` and ``report.html``.
 
     Raises:
-        ValueError: ``out`` is a file, is in use, or holds something else than a run of this configuration.
+        ValueError: ``out`` is a file, is in use, or holds something else than a run of this
+            configuration.
         TrainingError: a network has diverged.
-        OSError: the system refuses to write, such as on a full disk; what was finished is as before.
+        OSError: the system refuses to write, such as on a full disk; what was finished is as
+            before.
     """
     with torch_threads(config.num_threads):
         return _Run(config, out, progress).run()
@@ -67,7 +72,11 @@ def finished_report(config: DemoConfig, out: Path) -> Path | None:
         ValueError: as :func:`run_demo`.
     """
     state = _load_state(config, out)
-    return out / REPORT_FILE if "report" in state["finished"] and (out / REPORT_FILE).is_file() else None
+    return (
+        out / REPORT_FILE
+        if "report" in state["finished"] and (out / REPORT_FILE).is_file()
+        else None
+    )
 
 
 class _Run:
@@ -92,12 +101,15 @@ class _Run:
 
     def _plan(self) -> list[tuple[str, int, float]]:
         stages = {name: getattr(self.config, name) for name in _CHECKPOINTS}
-        plan = [(name, s.steps, s.steps * _STEP_COST[name] * s.batch_size / 32) for name, s in stages.items()]
+        plan = [
+            (name, s.steps, s.steps * _STEP_COST[name] * s.batch_size / 32)
+            for name, s in stages.items()
+        ]
         evaluations = len(_CHECKPOINT_OF) * len(self.config.step_counts)
         cost = evaluations * _STEP_COST["evaluation"] * self.config.samples / 512
         return [*plan, ("evaluation", evaluations, cost)]
 
-    # Stages --------------------------------------------------------------------------------------------------------
+    # Stages ---------------------------------------------------------------------------------------
 
     def _train(self, name: str) -> None:
         if name in self.state["finished"]:
@@ -126,14 +138,18 @@ class _Run:
         with self.progress.stage("evaluation", steps, cost) as advance:
             for name, sampler in samplers(world).items():
                 model = self._load(_CHECKPOINT_OF[name])
-                curves[name], examples[name] = evaluate_method(world, evaluator, sampler, model, lambda: advance(None))
+                curves[name], examples[name] = evaluate_method(
+                    world, evaluator, sampler, model, lambda: advance(None)
+                )
         seconds = {**self.state["finished"], "evaluation": time.perf_counter() - start}
         seconds.pop("report", None)
         seconds["total"] = sum(s for name, s in seconds.items() if name != "total")
         floor = real_floor(world, evaluator)
-        return EvaluationResults(floor, curves, seconds, self.config.seed, self.config.budget), examples
+        return EvaluationResults(
+            floor, curves, seconds, self.config.seed, self.config.budget
+        ), examples
 
-    # Files ---------------------------------------------------------------------------------------------------------
+    # Files ----------------------------------------------------------------------------------------
 
     def _save(self, final: Path, model: AnyFlowTransformer3DModel) -> None:
         """Write a model completely or not at all: a run may be killed at any moment."""
@@ -146,7 +162,8 @@ class _Run:
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
             except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)  # half a model would keep a full disk full
+                # half a model would keep a full disk full
+                shutil.rmtree(partial, ignore_errors=True)
                 raise
 
     def _load(self, name: str) -> AnyFlowTransformer3DModel:
@@ -185,10 +202,17 @@ def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
         if not all(type(seconds) in (int, float) and seconds >= 0 for seconds in finished.values()):
             raise ValueError("'finished' must have the seconds of each stage")
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); delete {out} or name another --out") from None
+        raise ValueError(
+            f"{file} is damaged ({error}); delete {out} or name another --out"
+        ) from None
     if other != settings:
-        changed = ", ".join(sorted(k for k in {**settings, **other} if other.get(k) != settings.get(k)))
-        raise ValueError(f"--out {out} holds a run with other settings ({changed}); name another --out or delete it")
+        changed = ", ".join(
+            sorted(k for k in {**settings, **other} if other.get(k) != settings.get(k))
+        )
+        raise ValueError(
+            f"--out {out} holds a run with other settings ({changed}); name another --out or "
+            "delete it"
+        )
     return {"config": settings, "finished": finished}
 
 

@@ -37,7 +37,8 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
         config: of the run.
         name: of the stage.
         student: folder of the network that the stage starts from.
-        teacher: folder of the network whose velocities stage 1 learns, and of the real score of stage 2.
+        teacher: folder of the network whose velocities stage 1 learns, and of the real score of
+            stage 2.
         out: folder for the checkpoints that the stage goes on from.
     """
     stage: Stage = getattr(config, name)
@@ -53,9 +54,15 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
             cotrain_weight=config.cotrain_weight,
         )
         critic = _optimizer(stage, stage.critic_lr)
-        on_policy = OnPolicyStageConfig(NetworkConfig(str(teacher)), method, critic_optimizer=critic)
+        on_policy = OnPolicyStageConfig(
+            NetworkConfig(str(teacher)), method, critic_optimizer=critic
+        )
     return Recipe(
-        stage="on_policy" if name == "on_policy" else "pretrain" if name == "pretrain" else "teacher",
+        stage="on_policy"
+        if name == "on_policy"
+        else "pretrain"
+        if name == "pretrain"
+        else "teacher",
         out=str(out),
         student=NetworkConfig(str(student)),
         data=DataConfig("synthetic", batch_size=stage.batch_size, num_workers=0, seed=config.seed),
@@ -65,7 +72,9 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
         pretrain=PretrainConfig(
             epsilon=config.epsilon, fuse_guidance_scale=1.0, velocity_target=config.velocity_target
         ),
-        teacher=NetworkConfig(str(teacher)) if name == "pretrain" and config.velocity_target == "teacher" else None,
+        teacher=NetworkConfig(str(teacher))
+        if name == "pretrain" and config.velocity_target == "teacher"
+        else None,
         on_policy=on_policy,
         optimizer=_optimizer(stage, stage.lr),
         # A short stage's average looks back over about a ninth of it: the start is forgotten.
@@ -79,8 +88,11 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
     )
 
 
-def train_stage(world: World, recipe: Recipe, advance: Advance) -> tuple[AnyFlowTransformer3DModel, float]:
-    """Train by a recipe, from its newest checkpoint if there is one; return the averaged student and the seconds.
+def train_stage(
+    world: World, recipe: Recipe, advance: Advance
+) -> tuple[AnyFlowTransformer3DModel, float]:
+    """Train by a recipe, from its newest checkpoint if there is one; return the averaged student
+    and the seconds.
 
     Raises:
         TrainingError: a loss, a gradient or a network's output is not finite.
@@ -121,4 +133,6 @@ def _build(world: World, recipe: Recipe) -> Step:
 def _optimizer(stage: Stage, lr: float) -> OptimizerConfig:
     if not stage.cosine:
         return OptimizerConfig(lr, stage.betas)
-    return OptimizerConfig(lr, stage.betas, schedule="cosine", warmup_steps=_WARMUP_STEPS, min_lr_ratio=0.05)
+    return OptimizerConfig(
+        lr, stage.betas, schedule="cosine", warmup_steps=_WARMUP_STEPS, min_lr_ratio=0.05
+    )

@@ -1,4 +1,6 @@
-"""What the quickstart's stages share: the videos as latents, the prompts, the model and the scheduler."""
+"""What the quickstart's stages share: the videos as latents, the prompts, the model and the
+scheduler.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class World:
         self.device = torch.device(config.device)
         self.shapes, self.dataset = MovingShapes(), SyntheticVideos()
         rows = range(0, len(self.dataset), len(self.dataset) // self.shapes.num_classes)
-        self._prompts = torch.stack([self.dataset[row].prompt_embeds for row in rows]).to(self.device)
+        self._prompts = torch.stack([self.dataset[row].prompt_embeds for row in rows]).to(
+            self.device
+        )
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -27,7 +31,9 @@ class World:
         return self.dataset.latent_shape
 
     def generator(self, stream: int) -> torch.Generator:
-        """An independent stream of randomness for this run's seed, on the CPU so that devices agree."""
+        """An independent stream of randomness for this run's seed, on the CPU so that devices
+        agree.
+        """
         return torch.Generator().manual_seed(self.config.seed * 1000 + stream)
 
     def labels(self, n: int) -> Tensor:
@@ -48,12 +54,15 @@ class World:
 
     def scheduler(self) -> FlowMapEulerDiscreteScheduler:
         """The scheduler of this run."""
-        return FlowMapEulerDiscreteScheduler(self.config.num_train_timesteps, shift=self.config.shift)
+        return FlowMapEulerDiscreteScheduler(
+            self.config.num_train_timesteps, shift=self.config.shift
+        )
 
     def model(self) -> AnyFlowTransformer3DModel:
         """A freshly initialized plain model; the flow map is enabled after flow matching."""
         config, channels = self.config, self.latent_shape[1]
-        with torch.random.fork_rng(devices=[]):  # module constructors draw from the global generator
+        # module constructors draw from the global generator
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = AnyFlowTransformer3DModel(
                 num_attention_heads=config.num_heads,

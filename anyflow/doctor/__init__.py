@@ -1,6 +1,8 @@
-"""``anyflow doctor``: what is installed and built, what would run where, and whether it computes the right numbers.
+"""``anyflow doctor``: what is installed and built, what would run where, and whether it computes
+the right numbers.
 
-``anyflow.ops`` is imported late: without the native extension that import is an error, which belongs on the page.
+``anyflow.ops`` is imported late: without the native extension that import is an error, which
+belongs on the page.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
         as_json: print one JSON object instead of the page.
 
     Returns:
-        Whether all is well: the packages that sampling and the demo need import, a video can be written, the extension
+        Whether all is well: the packages that sampling and the demo need import, a video can be
+            written, the extension
         loads, every operator can run, and every check passes.
 
     Raises:
@@ -42,8 +45,13 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
     installed = packages()
     commands = install_commands(installed)
     page.packages(installed, commands)
-    # What training and evaluation lack is no problem of sampling; what is there and broken is one of everybody.
-    problems += [p.problem for p in installed if p.problem and (p.group not in OPTIONAL or p.version is not None)]
+    # What training and evaluation lack is no problem of sampling; what is there and broken is one
+    # of everybody.
+    problems += [
+        p.problem
+        for p in installed
+        if p.problem and (p.group not in OPTIONAL or p.version is not None)
+    ]
     encoder, cache = video_encoder(), hub()
     page.sources(encoder, cache)
     if encoder.problem is not None and "av" not in [p.name for p in installed if p.problem]:
@@ -67,14 +75,18 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
     for op, choice in operators.items():
         if choice.backend == "unavailable":
             unavailable.setdefault(choice.reason, []).append(op)
-    problems += [f"{', '.join(names)} cannot run: {reason}" for reason, names in unavailable.items()]
+    problems += [
+        f"{', '.join(names)} cannot run: {reason}" for reason, names in unavailable.items()
+    ]
 
     page.begin_self_check(target)
     results = list(self_check(target))
     checks = [result for result in results if isinstance(result, Check)]
     skipped = [result for result in results if not isinstance(result, Check)]
     page.self_check(checks, skipped)
-    problems += [f"{c.op} on {c.backend} in {c.dtype}: {c.problem}" for c in checks if c.problem is not None]
+    problems += [
+        f"{c.op} on {c.backend} in {c.dtype}: {c.problem}" for c in checks if c.problem is not None
+    ]
 
     lacking = {group: command for group, command in commands.items() if group in OPTIONAL}
     page.verdict(problems, len(extension.warnings) + (encoder.warning is not None), lacking)
@@ -110,7 +122,9 @@ def _device(name: str | None) -> torch.device:
 
 
 def _attention(device: torch.device) -> tuple[dict[str, Any], str | None]:
-    """The report on attention; or why there is none: the models need packages that may not fit together."""
+    """The report on attention; or why there is none: the models need packages that may not fit
+    together.
+    """
     try:
         from anyflow.models import attention_report
     except (ImportError, RuntimeError) as error:

@@ -60,8 +60,8 @@ class Environment:
         triton: version, or None where it is not installed.
         driver: version of the NVIDIA driver, or None where there is none.
         gpus: the devices that torch finds.
-        programs: ``c`` (Triton needs it at run time), ``c++``, ``nvcc``, ``cmake`` and ``ninja`` (for building);
-            None for what is missing.
+        programs: ``c`` (Triton needs it at run time), ``c++``, ``nvcc``, ``cmake`` and ``ninja``
+            (for building); None for what is missing.
     """
 
     anyflow: str
@@ -102,7 +102,9 @@ class NativeExtension:
 def environment() -> Environment:
     """Look around; nothing is changed, and programs are only asked for their versions."""
     smi = shutil.which("nvidia-smi")
-    driver = None if smi is None else _output(smi, "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = (
+        None if smi is None else _output(smi, "--query-gpu=driver_version", "--format=csv,noheader")
+    )
     return Environment(
         anyflow=anyflow.__version__,
         location=str(_PACKAGE),
@@ -113,7 +115,11 @@ def environment() -> Environment:
         torch_built_for=_built_for(),
         threads=torch.get_num_threads(),
         cores=usable_cores(),
-        settings={k: v for k, v in sorted(os.environ.items()) if k.startswith("ANYFLOW_") or k in _SETTINGS},
+        settings={
+            k: v
+            for k, v in sorted(os.environ.items())
+            if k.startswith("ANYFLOW_") or k in _SETTINGS
+        },
         triton=_triton_version(),
         driver=driver.splitlines()[0] if driver else None,
         gpus=_gpus(),
@@ -130,7 +136,9 @@ def environment() -> Environment:
 
 
 def load_operators() -> NativeExtension:
-    """Import ``anyflow.ops`` and describe its extension; without a usable one, as ``ANYFLOW_BACKEND=eager`` does it."""
+    """Import ``anyflow.ops`` and describe its extension; without a usable one, as
+    ``ANYFLOW_BACKEND=eager`` does it.
+    """
     variable = os.environ.pop("ANYFLOW_BACKEND", None)
     problem = None
     try:
@@ -162,12 +170,16 @@ def extension_warnings(build_info: dict[str, str]) -> tuple[str, ...]:
     warnings = []
     if build_info["torch"] != torch.__version__:
         warnings.append(
-            f"the extension was built for torch {build_info['torch']}, and torch {torch.__version__} runs: rebuild it"
+            f"the extension was built for torch {build_info['torch']}, and torch "
+            f"{torch.__version__} runs: rebuild it"
         )
-    without = [op for op in sorted(OPERATORS) if missing("native", torch.device("cpu"), op) is not None]
+    without = [
+        op for op in sorted(OPERATORS) if missing("native", torch.device("cpu"), op) is not None
+    ]
     if without:
         warnings.append(
-            f"the extension has no CPU kernel of {', '.join(without)}: it is older than this anyflow, rebuild it"
+            f"the extension has no CPU kernel of {', '.join(without)}: it is older than this "
+            "anyflow, rebuild it"
         )
     return tuple(warnings)
 
@@ -179,12 +191,16 @@ def _built_for() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout whose folder ``anyflow`` the package is, with ``+`` where files differ."""
+    """Return the commit of the checkout whose folder ``anyflow`` the package is, with ``+`` where
+    files differ.
+    """
     git = shutil.which("git")
     if git is None or not (_PACKAGE.parent / ".git").exists():
         return None
     commit = _output(git, "-C", str(_PACKAGE.parent), "rev-parse", "--short=12", "HEAD")
-    changed = _output(git, "-C", str(_PACKAGE.parent), "status", "--porcelain", "--untracked-files=no")
+    changed = _output(
+        git, "-C", str(_PACKAGE.parent), "status", "--porcelain", "--untracked-files=no"
+    )
     return f"{commit}{'+' if changed else ''}" if commit else None
 
 
@@ -204,13 +220,19 @@ def _gpus() -> tuple[Gpu, ...]:
     if not torch.cuda.is_available():
         return ()
     found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
-    return tuple(Gpu(p.name, f"{p.major}.{p.minor}", round(p.total_memory / 2**30, 1)) for p in found)
+    return tuple(
+        Gpu(p.name, f"{p.major}.{p.minor}", round(p.total_memory / 2**30, 1)) for p in found
+    )
 
 
 def _nvcc() -> Program | None:
     """As the build looks for it (cmake/AnyflowCuda.cmake)."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    places = [os.environ.get("CUDACXX"), *(Path(home, "bin", "nvcc") for home in homes if home), "nvcc"]
+    places = [
+        os.environ.get("CUDACXX"),
+        *(Path(home, "bin", "nvcc") for home in homes if home),
+        "nvcc",
+    ]
     return _program(*places, "/usr/local/cuda/bin/nvcc")
 
 

@@ -77,10 +77,19 @@ class Page:
         """Print what videos are written with and where models come from."""
         size = "" if hub.gigabytes is None else f", {hub.gigabytes} GB"
         rows = [
-            ("MP4 files", encoder.problem or f"{_CODECS.get(str(encoder.codec), encoder.codec)} by {encoder.name}"),
+            (
+                "MP4 files",
+                encoder.problem
+                or f"{_CODECS.get(str(encoder.codec), encoder.codec)} by {encoder.name}",
+            ),
             *([] if encoder.warning is None else [("WARNING", encoder.warning)]),
             ("hub cache", f"{hub.cache}: {_count(hub.models, 'model')}{size}"),
-            ("hub", "offline: models come from the cache only" if hub.offline else "online: HF_HUB_OFFLINE is not set"),
+            (
+                "hub",
+                "offline: models come from the cache only"
+                if hub.offline
+                else "online: HF_HUB_OFFLINE is not set",
+            ),
         ]
         self._section("Videos and models", rows)
 
@@ -93,18 +102,28 @@ class Page:
         else:
             rows = [("problem", extension.problem)]
         rows = [("file", "not built" if extension.file is None else extension.file), *rows]
-        self._section("Native extension", [*rows, *(("WARNING", text) for text in extension.warnings)])
+        self._section(
+            "Native extension", [*rows, *(("WARNING", text) for text in extension.warnings)]
+        )
 
-    def attention(self, device: torch.device, report: Mapping[str, AttentionChoice], problem: str | None) -> None:
+    def attention(
+        self, device: torch.device, report: Mapping[str, AttentionChoice], problem: str | None
+    ) -> None:
         """Which attention backends are usable; those that are not say why."""
         rows = [
-            (choice.name, "taken" if choice.chosen else "usable" if choice.available else "no", choice.reason)
+            (
+                choice.name,
+                "taken" if choice.chosen else "usable" if choice.available else "no",
+                choice.reason,
+            )
             for choice in report.values()
         ]
         title = f"Attention on {device} (bfloat16, heads of 128)"
         self._section(title, rows if problem is None else [("problem", problem)])
 
-    def operators(self, device: torch.device, report: Mapping[str, BackendChoice], extension: NativeExtension) -> None:
+    def operators(
+        self, device: torch.device, report: Mapping[str, BackendChoice], extension: NativeExtension
+    ) -> None:
         """Which backend each operator takes, and why."""
         title = f"Operators on {device}"
         if extension.problem is not None:
@@ -113,10 +132,14 @@ class Page:
 
     def begin_self_check(self, device: torch.device) -> None:
         """The heading, before what takes a while."""
-        self._heading(f"Self-check on {device}: largest relative error against the reference in fp64")
+        self._heading(
+            f"Self-check on {device}: largest relative error against the reference in fp64"
+        )
 
     def self_check(self, checks: Sequence[Check], skipped: Sequence[Skipped]) -> None:
-        """One row per operator and backend, below the tolerances; what failed and what did not run follow."""
+        """One row per operator and backend, below the tolerances; what failed and what did not run
+        follow.
+        """
         from anyflow.doctor.self_check import TOLERANCE, tolerance
 
         dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
@@ -129,7 +152,11 @@ class Page:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
         for header in ("", "", *(h for name in dtypes for h in (name, "gradients")), ""):
             table.add_column(header, justify="right" if header else "left", overflow="fold")
-        limits = (_number(tolerance(dtype, backward)) for dtype in dtypes.values() for backward in (False, True))
+        limits = (
+            _number(tolerance(dtype, backward))
+            for dtype in dtypes.values()
+            for backward in (False, True)
+        )
         table.add_row("tolerance", "", *limits, "")
         for key, numbers in rows.items():
             table.add_row(*key, *numbers, _styled("FAIL" if key in failed else "ok"))
@@ -160,9 +187,14 @@ class Page:
                 self._item(f"and {len(problems) - _SHOWN_PROBLEMS} more")
             text, style = f"{_count(len(problems), 'problem')}.", "bold red"
         else:
-            lacking = ", ".join(f"anyflow {group} needs more: {command}" for group, command in commands.items())
+            lacking = ", ".join(
+                f"anyflow {group} needs more: {command}" for group, command in commands.items()
+            )
             well = f"All is well{' but for this: ' + lacking if lacking else ''}"
-            text, style = f"{well}{', with ' + _count(warnings, 'warning') if warnings else ''}.", "green"
+            text, style = (
+                f"{well}{', with ' + _count(warnings, 'warning') if warnings else ''}.",
+                "green",
+            )
         self._console.print()
         self._console.print(Text(text, style=style))
 

@@ -1,4 +1,6 @@
-"""Packages by what needs them, each really imported; the encoder of videos; the cache of Hugging Face models."""
+"""Packages by what needs them, each really imported; the encoder of videos; the cache of Hugging
+Face models.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from anyflow.documents import shortened
 from anyflow.packages import GROUPS, is_missing, module_name
 from anyflow.versions import installed_versions, is_below, required_floors
 
-# The parts of a package that sampling takes, where importing the package itself loads next to nothing of it.
+# The parts of a package that sampling takes, where importing the package itself loads next to
+# nothing of it.
 _PARTS = {"diffusers": ("AutoencoderKLWan",), "transformers": ("AutoTokenizer", "UMT5EncoderModel")}
 _MAX_BLOBS = 10_000  # files whose sizes are looked at
 
@@ -76,7 +79,9 @@ def packages(floors: Mapping[str, str] | None = None) -> tuple[Package, ...]:
         floors: lowest version by package; those of the installed anyflow if left out.
     """
     floors = required_floors() if floors is None else floors
-    return tuple(_package(group, name, floors.get(name)) for group, names in GROUPS.items() for name in names)
+    return tuple(
+        _package(group, name, floors.get(name)) for group, names in GROUPS.items() for name in names
+    )
 
 
 def install_commands(found: tuple[Package, ...]) -> dict[str, str]:
@@ -89,7 +94,9 @@ def install_commands(found: tuple[Package, ...]) -> dict[str, str]:
 
 
 def video_encoder() -> VideoEncoder:
-    """Write a small MP4 file as ``anyflow sample`` does, read it back, and say which encoder made it."""
+    """Write a small MP4 file as ``anyflow sample`` does, read it back, and say which encoder made
+    it.
+    """
     try:
         import numpy as np
 
@@ -101,17 +108,28 @@ def video_encoder() -> VideoEncoder:
             with av.open(str(file)) as container:
                 codec = container.streams.video[0].codec_context.name
                 frames = sum(1 for _ in container.decode(video=0))
-    except Exception as error:  # of PyAV, FFmpeg or the system: each is what a user would meet in `anyflow sample`
+    except (
+        Exception
+    ) as error:  # of PyAV, FFmpeg or the system: each is what a user would meet in `anyflow sample`
         return VideoEncoder(None, None, f"no MP4 file can be written: {_reason(error)}", None)
     if frames != 2:
-        return VideoEncoder(None, codec, f"an MP4 file of 2 frames was read back with {frames}", None)
+        return VideoEncoder(
+            None, codec, f"an MP4 file of 2 frames was read back with {frames}", None
+        )
     if codec == "h264":
         return VideoEncoder("libx264", codec, None, None)
-    return VideoEncoder(codec, codec, None, f"PyAV has no H.264 encoder: files are {codec}, which browsers do not show")
+    return VideoEncoder(
+        codec,
+        codec,
+        None,
+        f"PyAV has no H.264 encoder: files are {codec}, which browsers do not show",
+    )
 
 
 def hub() -> Hub:
-    """Look at the cache of models and at the settings of ``huggingface_hub``; nothing is asked for over the network."""
+    """Look at the cache of models and at the settings of ``huggingface_hub``; nothing is asked for
+    over the network.
+    """
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -131,17 +149,29 @@ def hub() -> Hub:
 def _package(group: str, name: str, floor: str | None) -> Package:
     version = installed_versions([name])[name]
     if is_missing(name):
-        return Package(group, name, None, f"{name} is not installed, and anyflow {group} needs it: pip install {name}")
+        return Package(
+            group,
+            name,
+            None,
+            f"{name} is not installed, and anyflow {group} needs it: pip install {name}",
+        )
     try:
         module = importlib.import_module(module_name(name))
         for part in _PARTS.get(name, ()):
             getattr(module, part)
-    except Exception as error:  # a package may fail in its own way: compiled for another Python, torch or library
-        return Package(group, name, version, f"{name} is installed, but does not import: {_reason(error)}")
+    except (
+        Exception
+    ) as error:  # a package may fail in its own way: compiled for another Python, torch or library
+        return Package(
+            group, name, version, f"{name} is installed, but does not import: {_reason(error)}"
+        )
     if version is None:
         version = str(getattr(module, "__version__", "of unknown version"))
     elif floor is not None and is_below(version, floor):
-        problem = f"{name} {version} is older than {floor}, and may give other numbers: pip install --upgrade {name}"
+        problem = (
+            f"{name} {version} is older than {floor}, and may give other numbers: pip install "
+            f"--upgrade {name}"
+        )
         return Package(group, name, version, problem)
     return Package(group, name, version, None)
 

@@ -1,4 +1,6 @@
-"""Every operator, forward and backward, on every backend that runs here, against its reference in fp64."""
+"""Every operator, forward and backward, on every backend that runs here, against its reference in
+fp64.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,10 @@ from anyflow import ops
 from anyflow.ops import use_backend
 from anyflow.ops.backend import BACKENDS, OPERATORS, missing
 
-# Relative to the largest element: fp32 accumulates in another order, and a GPU's roots, exponentials and divisions are
-# approximate, each by up to 2^-22 (PTX ISA 9.1, section 9.7.3), of which no operator has more than three; one rounding
-# to bf16 is up to 2^-8, and some results have two, such as the norm of a sum that is rounded first.
+# Relative to the largest element: fp32 accumulates in another order, and a GPU's roots,
+# exponentials and divisions are approximate, each by up to 2^-22 (PTX ISA 9.1, section 9.7.3), of
+# which no operator has more than three; one rounding to bf16 is up to 2^-8, and some results have
+# two, such as the norm of a sum that is rounded first.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2**-7}
 GRADIENT_SLACK = 3.0  # gradients are rounded more than once on their way
 
@@ -58,7 +61,9 @@ class Skipped:
 def self_check(
     device: torch.device, operators: Sequence[str] | None = None, backends: Sequence[str] = BACKENDS
 ) -> Iterator[Check | Skipped]:
-    """Check operators on a device, None for all of them; an error in one is its result, and the others go on."""
+    """Check operators on a device, None for all of them; an error in one is its result, and the
+    others go on.
+    """
     for op in sorted(OPERATORS) if operators is None else operators:
         for backend in backends:
             reason = missing(backend, device, op)
@@ -87,16 +92,26 @@ def _check(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> C
                 if error is not None:
                     errors[direction] = max(errors.get(direction, 0.0), error)
     except Exception as error:
-        return Check(op, backend, name, None, None, f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}")
+        return Check(
+            op,
+            backend,
+            name,
+            None,
+            None,
+            f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}",
+        )
     wrong = [
-        f"{'gradients' if backward else 'values'} are off by {error:.1e}, tolerance {tolerance(dtype, backward):.1e}"
+        f"{'gradients' if backward else 'values'} are off by {error:.1e}, tolerance "
+        f"{tolerance(dtype, backward):.1e}"
         if math.isfinite(error)
         else f"{'gradients' if backward else 'values'} are not finite"
         for backward, error in errors.items()
         if not error <= tolerance(dtype, backward)  # NaN too
     ]
     finite = {direction: error for direction, error in errors.items() if math.isfinite(error)}
-    return Check(op, backend, name, finite.get(False), finite.get(True), "; ".join(wrong) if wrong else None)
+    return Check(
+        op, backend, name, finite.get(False), finite.get(True), "; ".join(wrong) if wrong else None
+    )
 
 
 def _runs_backward(op: str, backend: str, device: torch.device) -> bool:
@@ -112,13 +127,18 @@ def _errors(
     generator = torch.Generator().manual_seed(_SEED)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        return (
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        )
 
     function, inputs = build(draw)
     exact = [_leaf(x, torch.device("cpu"), torch.float64) for x in inputs]
     with use_backend("eager"):
         expected = _tuple(function(*exact))
-        cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(dtype) for o in expected]
+        cotangents = [
+            torch.randn(o.shape, generator=generator, dtype=torch.float64).to(dtype)
+            for o in expected
+        ]
         wanted = [x for x in exact if x.requires_grad]
         expected_gradients = torch.autograd.grad(expected, wanted, [c.double() for c in cotangents])
     actual_inputs = [_leaf(x, device, x.dtype) for x in inputs]
@@ -142,7 +162,9 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 def _error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest error of each tensor relative to its largest element; infinity for what is not finite."""
+    """The largest error of each tensor relative to its largest element; infinity for what is not
+    finite.
+    """
     largest = 0.0
     for a, e in zip(actual, expected, strict=True):
         if a.shape != e.shape:
@@ -158,7 +180,9 @@ def _layer_norm_modulate(draw: Draw) -> Call:
 
 
 def _residual_affine(draw: Draw) -> Call:
-    gate, weight, bias = (draw(*shape, dtype=torch.float32) for shape in ((2, 3, _DIM), (_DIM,), (_DIM,)))
+    gate, weight, bias = (
+        draw(*shape, dtype=torch.float32) for shape in ((2, 3, _DIM), (_DIM,), (_DIM,))
+    )
     inputs = [draw(2, 15, _DIM), draw(2, 15, _DIM), gate, weight, bias]
     return lambda x, y, g, w, b: ops.residual_layer_norm(x, y, g, weight=w, bias=b), inputs
 
@@ -170,7 +194,11 @@ def _residual_modulated(draw: Draw) -> Call:
 
 
 def _gated_residual(draw: Draw) -> Call:
-    return ops.gated_residual, [draw(2, 15, _DIM), draw(2, 15, _DIM), draw(2, 5, _DIM, dtype=torch.float32)]
+    return ops.gated_residual, [
+        draw(2, 15, _DIM),
+        draw(2, 15, _DIM),
+        draw(2, 5, _DIM, dtype=torch.float32),
+    ]
 
 
 def _rms_norm_rope(draw: Draw) -> Call:
@@ -183,7 +211,11 @@ def _rms_norm_rope(draw: Draw) -> Call:
 def _dual_timestep_embedding(fusion: str) -> Build:
     def build(draw: Draw) -> Call:
         gate = torch.tensor(0.25, requires_grad=True)
-        return lambda t, r, g: ops.dual_timestep_embedding(t, r, g, fusion), [draw(3, _DIM), draw(3, _DIM), gate]
+        return lambda t, r, g: ops.dual_timestep_embedding(t, r, g, fusion), [
+            draw(3, _DIM),
+            draw(3, _DIM),
+            gate,
+        ]
 
     return build
 
@@ -198,9 +230,15 @@ def _flow_map_loss(draw: Draw) -> Call:
     pred = draw(3, 5, 2, 3, 7)
     uncond, latents, noise = (draw(*pred.shape).detach() for _ in range(3))
     plus, minus = (draw(2, *pred.shape[1:]).detach() for _ in range(2))
-    t, weight, rows = torch.linspace(0.1, 0.9, 3), torch.linspace(0.5, 1.5, 3), torch.tensor([2, -3])
+    t, weight, rows = (
+        torch.linspace(0.1, 0.9, 3),
+        torch.linspace(0.5, 1.5, 3),
+        torch.tensor([2, -3]),
+    )
 
-    def loss(p: Tensor, u: Tensor, a: Tensor, b: Tensor, x: Tensor, e: Tensor, *constants: Tensor) -> Tensor:
+    def loss(
+        p: Tensor, u: Tensor, a: Tensor, b: Tensor, x: Tensor, e: Tensor, *constants: Tensor
+    ) -> Tensor:
         t, weight, rows = constants
         return ops.flow_map_loss(p, u, a, b, x, e, t, t * 0.5, weight, 3.0, 0.01, rows=rows)
 
@@ -219,7 +257,8 @@ def _attention(draw: Draw) -> Call:
     return ops.attention, [draw(2, 13, 3, 24), draw(2, 9, 3, 24), draw(2, 9, 3, 24)]
 
 
-# Small, with odd numbers of everything else; each makes a function and its inputs from draws in the dtype under check.
+# Small, with odd numbers of everything else; each makes a function and its inputs from draws in the
+# dtype under check.
 CASES: dict[str, tuple[Build, ...]] = {
     "attention": (_attention,),
     "dual_timestep_embedding": tuple(map(_dual_timestep_embedding, ("gated", "additive"))),

@@ -1,9 +1,15 @@
 """Measures, draws and describes sets of videos: metrics, plots, animations and the HTML report.
 
-Plotting and report dependencies (matplotlib, pillow, jinja2) are imported by the functions that need them.
+Plotting and report dependencies (matplotlib, pillow, jinja2) are imported by the functions that
+need them.
 """
 
-from anyflow.evaluation.animations import any_step_animation, encode_animation, save_animation, tile_videos
+from anyflow.evaluation.animations import (
+    any_step_animation,
+    encode_animation,
+    save_animation,
+    tile_videos,
+)
 from anyflow.evaluation.findings import findings
 from anyflow.evaluation.frechet import frechet_distance
 from anyflow.evaluation.metrics import (

@@ -1,4 +1,6 @@
-"""Draws videos as animations: tiles of videos, GIF and WebP, and the any-step picture. pillow loads on first use."""
+"""Draws videos as animations: tiles of videos, GIF and WebP, and the any-step picture. pillow loads
+on first use.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,25 @@ if TYPE_CHECKING:
 
 
 def tile_videos(
-    videos: Tensor, rows: int, cols: int, *, upscale: int = 1, padding: int = 1, background: int = 255
+    videos: Tensor,
+    rows: int,
+    cols: int,
+    *,
+    upscale: int = 1,
+    padding: int = 1,
+    background: int = 255,
 ) -> Tensor:
-    """Lay ``videos[N, F, H, W]`` uint8 out on a grid, row by row: ``[F, rows*H' + ..., cols*W' + ...]`` uint8.
+    """Lay ``videos[N, F, H, W]`` uint8 out on a grid, row by row:
+    ``[F, rows*H' + ..., cols*W' + ...]`` uint8.
 
-    Each pixel becomes ``upscale x upscale``; ``padding`` pixels of gray level ``background`` lie between the tiles and
-    fill the cells left over. Raises ``ValueError`` for another dtype or shape, or more videos than cells.
+    Each pixel becomes ``upscale x upscale``; ``padding`` pixels of gray level ``background`` lie
+    between the tiles and fill the cells left over. Raises ``ValueError`` for another dtype or
+    shape, or more videos than cells.
     """
     if videos.ndim != 4 or videos.dtype != torch.uint8:
-        raise ValueError(f"videos must be [N, F, H, W] uint8, got {videos.dtype} of shape {tuple(videos.shape)}")
+        raise ValueError(
+            f"videos must be [N, F, H, W] uint8, got {videos.dtype} of shape {tuple(videos.shape)}"
+        )
     if rows < 1 or cols < 1 or upscale < 1 or padding < 0 or not 0 <= background <= 255:
         raise ValueError(
             f"rows, cols and upscale must be >= 1, padding >= 0 and background in 0..255, got "
@@ -51,9 +63,14 @@ def tile_videos(
 
 
 def encode_animation(frames: Tensor, *, format: str = "webp", fps: float = 8.0) -> bytes:
-    """Encode ``frames[F, H, W]`` uint8 gray as a lossless, endlessly looping ``"webp"`` or ``"gif"``."""
+    """Encode ``frames[F, H, W]`` uint8 gray as a lossless, endlessly looping ``"webp"`` or
+    ``"gif"``.
+    """
     if frames.ndim != 3 or frames.dtype != torch.uint8 or frames.shape[0] < 1:
-        raise ValueError(f"frames must be [F >= 1, H, W] uint8, got {frames.dtype} of shape {tuple(frames.shape)}")
+        raise ValueError(
+            f"frames must be [F >= 1, H, W] uint8, got {frames.dtype} of shape "
+            f"{tuple(frames.shape)}"
+        )
     if format not in ("webp", "gif"):
         raise ValueError(f"format must be 'webp' or 'gif', got {format!r}")
     if not (math.isfinite(fps) and fps > 0):
@@ -67,18 +84,25 @@ def encode_animation(frames: Tensor, *, format: str = "webp", fps: float = 8.0) 
 
 
 def save_animation(path: str | Path, frames: Tensor, *, fps: float = 8.0) -> None:
-    """Write ``frames[F, H, W]`` uint8 gray (see :func:`tile_videos`) to a whole ``.webp`` or ``.gif`` file."""
+    """Write ``frames[F, H, W]`` uint8 gray (see :func:`tile_videos`) to a whole ``.webp`` or
+    ``.gif`` file.
+    """
     path = Path(path)
     write_bytes(path, encode_animation(frames, format=path.suffix.lower().lstrip("."), fps=fps))
 
 
 def any_step_animation(
-    samples: Mapping[str, Mapping[int, Tensor]], *, methods: Sequence[str] | None = None, width: int = 800
+    samples: Mapping[str, Mapping[int, Tensor]],
+    *,
+    methods: Sequence[str] | None = None,
+    width: int = 800,
 ) -> bytes:
-    """Draw a GIF with a row of videos for each method and a column for each number of steps, labels in the picture.
+    """Draw a GIF with a row of videos for each method and a column for each number of steps, labels
+    in the picture.
 
     Args:
-        samples: ``[method][steps]``, videos ``[N, F, H, W]`` uint8 gray of one shape; a cell shows all N of them.
+        samples: ``[method][steps]``, videos ``[N, F, H, W]`` uint8 gray of one shape; a cell shows
+            all N of them.
         methods: rows from top to bottom; None takes every method of ``samples``.
         width: at most so many pixels; videos are enlarged by a whole number.
 
@@ -86,16 +110,21 @@ def any_step_animation(
         An endlessly looping GIF at 8 frames per second.
 
     Raises:
-        ValueError: there is nothing to show, a method or a number of steps is missing, shapes differ, or ``width``
-            leaves no pixel for each of the videos'.
+        ValueError: there is nothing to show, a method or a number of steps is missing, shapes
+            differ, or ``width`` leaves no pixel for each of the videos'.
     """
     methods = list(samples) if methods is None else list(methods)
     if not methods or not all(samples.get(method) for method in methods):
-        raise ValueError(f"samples must have videos of each of {methods}, but are of {sorted(samples)}")
+        raise ValueError(
+            f"samples must have videos of each of {methods}, but are of {sorted(samples)}"
+        )
     steps = sorted(samples[methods[0]])
     shapes = {tuple(video.shape) for method in methods for video in samples[method].values()}
     if any(sorted(samples[method]) != steps for method in methods) or len(shapes) != 1:
-        raise ValueError(f"every method needs videos of one shape at the same step counts, got shapes {sorted(shapes)}")
+        raise ValueError(
+            "every method needs videos of one shape at the same step counts, got shapes "
+            f"{sorted(shapes)}"
+        )
     layout = _Layout.fit(shapes.pop(), len(steps), width)
     colors = [INK, FAINT, *(method_style(method, i)[1] for i, method in enumerate(methods))]
     background = _in_palette(layout.draw_labels(methods, steps), colors)
@@ -107,7 +136,8 @@ def any_step_animation(
     return _animation(frames, format="gif", fps=8.0)
 
 
-_GRAY_STEP = 3  # of the any-step picture's palette: 86 grays leave room for the colors of its letters
+# of the any-step picture's palette: 86 grays leave room for the colors of its letters
+_GRAY_STEP = 3
 
 
 @dataclass(frozen=True)
@@ -131,7 +161,10 @@ class _Layout:
         room = min(170, (width - 2 * cls.margin - (columns - 1) * cls.gap) // columns)
         upscale = (room - 2 * (cols - 1)) // (cols * across)
         if upscale < 1:
-            raise ValueError(f"width {width} has no room for {columns} columns of {cols} videos {across} pixels wide")
+            raise ValueError(
+                f"width {width} has no room for {columns} columns of {cols} videos {across} pixels "
+                "wide"
+            )
         cell = (cols * across * upscale + 2 * (cols - 1), rows * height * upscale + 2 * (rows - 1))
         return cls(frames, rows, cols, upscale, cell, columns)
 
@@ -145,37 +178,59 @@ class _Layout:
         from PIL import Image, ImageDraw, ImageFont
 
         left, top = self.corner(len(methods) - 1, self.columns - 1)
-        picture = Image.new("RGB", (left + self.cell[0] + self.margin, top + self.cell[1] + self.margin), "white")
+        picture = Image.new(
+            "RGB", (left + self.cell[0] + self.margin, top + self.cell[1] + self.margin), "white"
+        )
         draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=26)
         for column, n in enumerate(steps):
             x = self.corner(0, column)[0] + self.cell[0] / 2
-            draw.text((x, self.margin + 14), f"{n} step{'' if n == 1 else 's'}", fill=INK, font=font, anchor="mm")
+            draw.text(
+                (x, self.margin + 14),
+                f"{n} step{'' if n == 1 else 's'}",
+                fill=INK,
+                font=font,
+                anchor="mm",
+            )
         for row, method in enumerate(methods):
             label, color, _ = method_style(method, row)
             x, y = self.corner(row, 0)
             draw.text((x, y - self.label / 2 + 2), label, fill=color, font=font, anchor="lm")
             after = x + draw.textlength(label, font=font) + 12
-            draw.line((after, y - self.label / 2 + 4, picture.width - self.margin, y - self.label / 2 + 4), fill=FAINT)
+            draw.line(
+                (
+                    after,
+                    y - self.label / 2 + 4,
+                    picture.width - self.margin,
+                    y - self.label / 2 + 4,
+                ),
+                fill=FAINT,
+            )
         return picture
 
     def tile(self, videos: Tensor) -> list[Image]:
         """Draw each frame of a cell, its grays as colors of the palette (:func:`_in_palette`)."""
         from PIL import Image
 
-        tiled = tile_videos(videos, self.rows, self.cols, upscale=self.upscale, padding=2, background=110)
+        tiled = tile_videos(
+            videos, self.rows, self.cols, upscale=self.upscale, padding=2, background=110
+        )
         indices = (tiled.cpu().float() / _GRAY_STEP).round().byte()
         return [Image.fromarray(frame.numpy()) for frame in indices]
 
 
 def _in_palette(picture: Image, colors: Sequence[str]) -> Image:
-    """Return a picture with a palette of grays, ``_GRAY_STEP`` apart from black, then each color's way to white."""
+    """Return a picture with a palette of grays, ``_GRAY_STEP`` apart from black, then each color's
+    way to white.
+    """
     from PIL import Image, ImageColor
 
     shades = [3 * (gray,) for gray in range(0, 256, _GRAY_STEP)]
     for color in colors[:10]:
         rgb = ImageColor.getrgb(color)[:3]
         shades += [tuple(round(255 + (part - 255) * i / 15) for part in rgb) for i in range(16)]  # type: ignore[misc]
-    pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8).view(-1, 3)
+    pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8).view(
+        -1, 3
+    )
     found, where = pixels.unique(dim=0, return_inverse=True)
     nearest = torch.cdist(found.float(), torch.tensor(shades, dtype=torch.float32)).argmin(dim=1)
     result = Image.frombytes("P", picture.size, nearest[where].to(torch.uint8).numpy().tobytes())
@@ -188,6 +243,12 @@ def _animation(images: Sequence[Image], *, format: str, fps: float) -> bytes:
     options = {"lossless": True, "method": 6} if format == "webp" else {"optimize": False}
     buffer = io.BytesIO()
     images[0].save(
-        buffer, format=format, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, **options
+        buffer,
+        format=format,
+        save_all=True,
+        append_images=images[1:],
+        duration=round(1000 / fps),
+        loop=0,
+        **options,
     )
     return buffer.getvalue()

@@ -1,4 +1,6 @@
-"""Says what the numbers of a run show, metric by metric; a claim that the numbers do not bear is denied."""
+"""Says what the numbers of a run show, metric by metric; a claim that the numbers do not bear is
+denied.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,13 @@ def _plain_needs_steps(results: SeedResults) -> str | None:
         return None
     if ratio(curve[first], curve[last]) < SAME:
         return (
-            f"Plain flow matching gains nothing from steps here: {number(curve[first])} at {first}, "
+            f"Plain flow matching gains nothing from steps here: {number(curve[first])} at "
+            f"{first}, "
             f"{number(curve[last])} at {last}."
         )
     return (
-        f"Plain flow matching needs its steps: its Fréchet distance falls from {number(curve[first])} at "
+        "Plain flow matching needs its steps: its Fréchet distance falls from "
+        f"{number(curve[first])} at "
         f"{steps_text(first)} to {number(curve[last])} at {last}."
     )
 
@@ -48,7 +52,10 @@ def _stages(results: SeedResults) -> str | None:
     one, two = fd["pretrain"][first], fd["on_policy"][first]
     numbers = f"{number(one)} after stage 1, {number(two)} after stage 2"
     if ratio(one, two) >= SAME:
-        return f"The on-policy stage helps most where steps are few; at {steps_text(first)}: {numbers}."
+        return (
+            f"The on-policy stage helps most where steps are few; at {steps_text(first)}: "
+            f"{numbers}."
+        )
     if ratio(two, one) >= SAME:
         return f"The on-policy stage made {steps_text(first)} worse in this run: {numbers}."
     return f"The on-policy stage changed little at {steps_text(first)}: {numbers}."
@@ -60,12 +67,16 @@ def _samplers(results: SeedResults) -> str | None:
         return None
     flow, renoise = tv["on_policy"], tv["consistency_sampler"]
     numbers = (
-        f"coverage error from {steps_text(first)} to {last}: {flow[first]:.2f} to {flow[last]:.2f} for the flow map, "
+        f"coverage error from {steps_text(first)} to {last}: {flow[first]:.2f} to {flow[last]:.2f} "
+        "for the flow map, "
         f"{renoise[first]:.2f} to {renoise[last]:.2f} for the consistency sampler"
     )
     if ratio(renoise[last], renoise[first]) >= SAME and ratio(renoise[last], flow[last]) >= SAME:
         return f"The same weights under a consistency sampler get worse with steps ({numbers})."
-    return f"The same weights under a consistency sampler do not lose coverage with steps in this run ({numbers})."
+    return (
+        "The same weights under a consistency sampler do not lose coverage with steps in this run "
+        f"({numbers})."
+    )
 
 
 def _many_steps(results: SeedResults) -> str | None:
@@ -83,14 +94,18 @@ def _many_steps(results: SeedResults) -> str | None:
 
 
 def _distance_to_floor(results: SeedResults) -> str:
-    score, method, steps = min((v, m, n) for m, c in results.values("fd").items() for n, v in c.items())
+    score, method, steps = min(
+        (v, m, n) for m, c in results.values("fd").items() for n, v in c.items()
+    )
     floor = results.floor.fd
     if floor == 0 or ratio(score, floor) >= SAME:
         return (
-            f"Nothing here is perfect: the lowest distance of all is {number(score)} ({method_style(method)[0]}, "
+            f"Nothing here is perfect: the lowest distance of all is {number(score)} "
+            f"({method_style(method)[0]}, "
             f"{steps_text(steps)}), while real videos score {number(floor)} against each other."
         )
     return (
-        f"The lowest distance of all, {number(score)} ({method_style(method)[0]}, {steps_text(steps)}), cannot be told "
+        f"The lowest distance of all, {number(score)} ({method_style(method)[0]}, "
+        f"{steps_text(steps)}), cannot be told "
         f"from real videos, which score {number(floor)} against each other."
     )

@@ -9,27 +9,36 @@ from torch import Tensor
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Compute the squared Fréchet (2-Wasserstein) distance of Gaussians fitted to ``[N, D]`` and ``[M, D]`` features.
+    """Compute the squared Fréchet (2-Wasserstein) distance of Gaussians fitted to ``[N, D]`` and
+    ``[M, D]`` features.
 
-    ``|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2))`` with the unbiased covariances A and B, in float64. With
-    ``A = R_a^T R_a`` (R from the QR factorization of the centered features) the last trace is the nuclear norm of
-    ``R_a R_b^T``: no matrix square root, exact for rank-deficient covariances, zero for equal inputs up to rounding.
+    ``|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2))`` with the unbiased covariances A and B, in
+    float64. With ``A = R_a^T R_a`` (R from the QR factorization of the centered features) the last
+    trace is the nuclear norm of ``R_a R_b^T``: no matrix square root, exact for rank-deficient
+    covariances, zero for equal inputs up to rounding.
 
-    Raises ``ValueError`` for inputs that are not matrices of equal width, fewer than two rows, or NaN and infinity.
+    Raises ``ValueError`` for inputs that are not matrices of equal width, fewer than two rows, or
+    NaN and infinity.
     """
     for name, features in (("features_a", features_a), ("features_b", features_b)):
         if features.ndim != 2:
             raise ValueError(f"{name} must be [N, D], got shape {tuple(features.shape)}")
         if features.shape[0] < 2:
-            raise ValueError(f"{name} needs at least 2 samples for a covariance, got {features.shape[0]}")
+            raise ValueError(
+                f"{name} needs at least 2 samples for a covariance, got {features.shape[0]}"
+            )
         if not torch.isfinite(features).all():
             raise ValueError(f"{name} contains NaN or infinity")
     if features_a.shape[1] != features_b.shape[1]:
-        raise ValueError(f"features must have equal width, got {features_a.shape[1]} and {features_b.shape[1]}")
+        raise ValueError(
+            f"features must have equal width, got {features_a.shape[1]} and {features_b.shape[1]}"
+        )
     mean_a, root_a = _mean_and_root(features_a)
     mean_b, root_b = _mean_and_root(features_b)
     cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
-    distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross
+    distance = (
+        (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross
+    )
     return max(distance.item(), 0.0)
 
 

@@ -1,4 +1,5 @@
-"""Sample quality in four numbers: Frechet distance, nearest-template error, position coverage, and motion.
+"""Sample quality in four numbers: Frechet distance, nearest-template error, position coverage, and
+motion.
 
 Layout of videos is ``[N, F, C, H, W]`` throughout; labels are ``[N]`` int64.
 """
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from anyflow.evaluation.frechet import frechet_distance
 from anyflow.evaluation.video_metrics import motion
 
-_MOTION_VIDEOS = 16  # of each class: their mean speed is known to 1 %, and more would cost more than all else
+# of each class: their mean speed is known to 1 %, and more would cost more than all else
+_MOTION_VIDEOS = 16
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,13 @@ class Metrics:
 
     Args:
         fd: per-class Frechet distance (mean over the classes); lower is better.
-        template_mse: mean squared distance per pixel to the nearest real video of the same class, in units of the
-            data's variance; lower is better.
-        coverage_tv: total variation distance in [0, 1] between the positions found and the uniform distribution;
-            lower is better.
+        template_mse: mean squared distance per pixel to the nearest real video of the same class,
+            in units of the data's variance; lower is better.
+        coverage_tv: total variation distance in [0, 1] between the positions found and the uniform
+            distribution; lower is better.
         motion: mean speed of what can be seen to move, in pixels per frame
-            (:func:`anyflow.evaluation.video_metrics.motion`, over the first 16 videos of each class); to be compared
-            with that of real videos. None where it was not measured.
+            (:func:`anyflow.evaluation.video_metrics.motion`, over the first 16 videos of each
+            class); to be compared with that of real videos. None where it was not measured.
     """
 
     fd: float
@@ -40,12 +42,16 @@ class Metrics:
     motion: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        """Return the numbers by name, as ``metrics.json`` holds them, without motion where it was not measured."""
+        """Return the numbers by name, as ``metrics.json`` holds them, without motion where it was
+        not measured.
+        """
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def mean(cls, scores: Sequence[Metrics]) -> Metrics:
-        """Return the mean of each number over ``scores``; motion is None where one of them has none."""
+        """Return the mean of each number over ``scores``; motion is None where one of them has
+        none.
+        """
         if not scores:
             raise ValueError("scores must hold at least one set's metrics")
         motion = [score.motion for score in scores if score.motion is not None]
@@ -58,12 +64,14 @@ class Metrics:
 
 
 class RandomConv3dFeatures(nn.Module):
-    """Fixed random features of videos: two ReLU convolutions over space-time, averaged to ``dim`` numbers per video.
+    """Fixed random features of videos: two ReLU convolutions over space-time, averaged to ``dim``
+    numbers per video.
 
-    Random convolutions are a sound yardstick for simple video: they react to sharpness, contrast, shape and the
-    direction of motion, and unlike a trained network they need no download. The global average makes them nearly
-    blind to position, which :func:`coverage_tv` measures instead. The same ``seed`` gives the same weights on every
-    machine; the global random state is not touched.
+    Random convolutions are a sound yardstick for simple video: they react to sharpness, contrast,
+    shape and the direction of motion, and unlike a trained network they need no download. The
+    global average makes them nearly blind to position, which :func:`coverage_tv` measures instead.
+    The same ``seed`` gives the same weights on every machine; the global random state is not
+    touched.
 
     ``forward(videos[N, F, C, H, W]) -> [N, dim]`` float32. Needs F, H, W >= 2.
     """
@@ -73,7 +81,9 @@ class RandomConv3dFeatures(nn.Module):
     conv2_weight: Tensor
     conv2_bias: Tensor
 
-    def __init__(self, in_channels: int = 1, dim: int = 16, *, hidden_dim: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self, in_channels: int = 1, dim: int = 16, *, hidden_dim: int = 16, seed: int = 0
+    ) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("dim", dim), ("hidden_dim", hidden_dim)):
             if value < 1:
@@ -81,16 +91,23 @@ class RandomConv3dFeatures(nn.Module):
         self.in_channels, self.dim = in_channels, dim
         generator = torch.Generator().manual_seed(seed)
         for name, fan_in, width in (("conv1", in_channels, hidden_dim), ("conv2", hidden_dim, dim)):
-            weight = torch.randn(width, fan_in, 3, 3, 3, generator=generator) * math.sqrt(2 / (27 * fan_in))
+            weight = torch.randn(width, fan_in, 3, 3, 3, generator=generator) * math.sqrt(
+                2 / (27 * fan_in)
+            )
             self.register_buffer(f"{name}_weight", weight)
             self.register_buffer(f"{name}_bias", torch.randn(width, generator=generator) * 0.3)
 
     @torch.no_grad()
     def forward(self, videos: Tensor) -> Tensor:
         """Features ``[N, dim]`` of ``videos[N, F, C, H, W]``; ``ValueError`` for another shape."""
-        if videos.ndim != 5 or videos.shape[2] != self.in_channels or min(videos.shape[1], *videos.shape[3:]) < 2:
+        if (
+            videos.ndim != 5
+            or videos.shape[2] != self.in_channels
+            or min(videos.shape[1], *videos.shape[3:]) < 2
+        ):
             raise ValueError(
-                f"videos must be [N, F, {self.in_channels}, H, W] with F, H, W >= 2, got shape {tuple(videos.shape)}"
+                f"videos must be [N, F, {self.in_channels}, H, W] with F, H, W >= 2, got shape "
+                f"{tuple(videos.shape)}"
             )
         x = videos.transpose(1, 2).to(self.conv1_weight.dtype)
         x = F.relu(F.conv3d(x, self.conv1_weight, self.conv1_bias, padding=1))
@@ -98,37 +115,50 @@ class RandomConv3dFeatures(nn.Module):
         return x.mean(dim=(2, 3, 4))
 
 
-def per_class_frechet_distance(features_a: Tensor, labels_a: Tensor, features_b: Tensor, labels_b: Tensor) -> float:
+def per_class_frechet_distance(
+    features_a: Tensor, labels_a: Tensor, features_b: Tensor, labels_b: Tensor
+) -> float:
     """Mean over the classes of :func:`frechet_distance` between the samples of that class.
 
-    Unlike one distance over everything, it notices a sample of the wrong class. Raises ``ValueError`` when the two
-    sets do not hold the same classes.
+    Unlike one distance over everything, it notices a sample of the wrong class. Raises
+    ``ValueError`` when the two sets do not hold the same classes.
     """
     _check_labels(features_a, labels_a, "features_a", "labels_a")
     _check_labels(features_b, labels_b, "features_b", "labels_b")
     classes = labels_a.unique().tolist()
     if classes != labels_b.unique().tolist():
-        raise ValueError(f"both sets need the same classes, got {classes} and {labels_b.unique().tolist()}")
+        raise ValueError(
+            f"both sets need the same classes, got {classes} and {labels_b.unique().tolist()}"
+        )
     if not classes:
         raise ValueError("both sets are empty")
-    distances = [frechet_distance(features_a[labels_a == c], features_b[labels_b == c]) for c in classes]
+    distances = [
+        frechet_distance(features_a[labels_a == c], features_b[labels_b == c]) for c in classes
+    ]
     return sum(distances) / len(distances)
 
 
 def nearest_template(videos: Tensor, labels: Tensor, templates: Tensor) -> Tensor:
-    """Index ``[N]`` of the template of the same class closest to each of ``videos[N, F, C, H, W]`` in mean square.
+    """Index ``[N]`` of the template of the same class closest to each of ``videos[N, F, C, H, W]``
+    in mean square.
 
-    ``templates`` is ``[num_classes, P, F, C, H, W]``. Raises ``ValueError`` for mismatched shapes, labels out of
-    range, and NaN or infinity.
+    ``templates`` is ``[num_classes, P, F, C, H, W]``. Raises ``ValueError`` for mismatched shapes,
+    labels out of range, and NaN or infinity.
     """
     _check_labels(videos, labels, "videos", "labels")
-    if templates.ndim != videos.ndim + 1 or templates.shape[2:] != videos.shape[1:] or templates.shape[1] == 0:
+    if (
+        templates.ndim != videos.ndim + 1
+        or templates.shape[2:] != videos.shape[1:]
+        or templates.shape[1] == 0
+    ):
         raise ValueError(
             f"templates must be [num_classes, P >= 1, ...] over videos {tuple(videos.shape[1:])}, "
             f"got shape {tuple(templates.shape)}"
         )
     if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < templates.shape[0]):
-        raise ValueError(f"labels must lie in 0..{templates.shape[0] - 1}, the classes of templates")
+        raise ValueError(
+            f"labels must lie in 0..{templates.shape[0] - 1}, the classes of templates"
+        )
     if not torch.isfinite(videos).all():
         raise ValueError("videos contain NaN or infinity")
     flat, bank = videos.flatten(1), templates.flatten(2)
@@ -140,7 +170,8 @@ def nearest_template(videos: Tensor, labels: Tensor, templates: Tensor) -> Tenso
 
 
 def nearest_template_mse(videos: Tensor, labels: Tensor, templates: Tensor) -> float:
-    """Mean over ``videos`` of the mean squared difference to the nearest template of the same class.
+    """Mean over ``videos`` of the mean squared difference to the nearest template of the same
+    class.
 
     Shapes and errors as :func:`nearest_template`; also a ``ValueError`` for an empty set.
     """
@@ -150,13 +181,16 @@ def nearest_template_mse(videos: Tensor, labels: Tensor, templates: Tensor) -> f
 
 
 def coverage_tv(indices: Tensor, labels: Tensor, grid: tuple[int, int], *, bins: int = 3) -> float:
-    """Total variation distance between the positions of a set and the uniform distribution, averaged over classes.
+    """Total variation distance between the positions of a set and the uniform distribution,
+    averaged over classes.
 
-    ``indices[N]`` number positions on ``grid`` = (rows, columns) in row-major order, as :func:`nearest_template`
-    returns them; they are counted on ``bins x bins`` cells. 0 is perfectly even, ``1 - 1/bins^2`` is everything in one
-    cell. Even perfect samples score above 0, about ``0.4 * bins / sqrt(N per class)``, so compare with real data.
+    ``indices[N]`` number positions on ``grid`` = (rows, columns) in row-major order, as
+    :func:`nearest_template` returns them; they are counted on ``bins x bins`` cells. 0 is perfectly
+    even, ``1 - 1/bins^2`` is everything in one cell. Even perfect samples score above 0, about
+    ``0.4 * bins / sqrt(N per class)``, so compare with real data.
 
-    Raises ``ValueError`` for an empty set, indices outside the grid, or a grid that ``bins`` does not divide.
+    Raises ``ValueError`` for an empty set, indices outside the grid, or a grid that ``bins`` does
+    not divide.
     """
     rows, columns = grid
     if bins < 1 or rows < 1 or columns < 1 or rows % bins or columns % bins:
@@ -165,7 +199,10 @@ def coverage_tv(indices: Tensor, labels: Tensor, grid: tuple[int, int], *, bins:
     if indices.ndim != 1 or indices.numel() == 0:
         raise ValueError(f"indices must be [N] with N >= 1, got shape {tuple(indices.shape)}")
     if not (0 <= int(indices.min()) and int(indices.max()) < rows * columns):
-        raise ValueError(f"indices must lie in 0..{rows * columns - 1}, got {int(indices.min())}..{int(indices.max())}")
+        raise ValueError(
+            f"indices must lie in 0..{rows * columns - 1}, got "
+            f"{int(indices.min())}..{int(indices.max())}"
+        )
     cell = (indices // columns) // (rows // bins) * bins + (indices % columns) // (columns // bins)
     distances = []
     for c in labels.unique().tolist():
@@ -176,11 +213,13 @@ def coverage_tv(indices: Tensor, labels: Tensor, grid: tuple[int, int], *, bins:
 
 @dataclass(frozen=True, eq=False)
 class Evaluator:
-    """Held-out real data in the form the metrics need; turns videos and labels into :class:`Metrics`.
+    """Held-out real data in the form the metrics need; turns videos and labels into
+    :class:`Metrics`.
 
-    Build it with :meth:`from_videos`. ``heldout_features[M, D]`` are standardized by ``feature_mean[D]`` and
-    ``feature_std[D]``, their own statistics over all classes, which gives the Frechet distance its unit.
-    ``black_white`` are the values of black and white in the videos; without them, motion is not measured.
+    Build it with :meth:`from_videos`. ``heldout_features[M, D]`` are standardized by
+    ``feature_mean[D]`` and ``feature_std[D]``, their own statistics over all classes, which gives
+    the Frechet distance its unit. ``black_white`` are the values of black and white in the videos;
+    without them, motion is not measured.
     """
 
     extractor: nn.Module
@@ -205,15 +244,19 @@ class Evaluator:
         extractor: nn.Module | None = None,
         black_white: tuple[float, float] | None = None,
     ) -> Evaluator:
-        """Evaluator over held-out ``videos[M, F, C, H, W]`` and the ``templates[num_classes, rows*columns, ...]``.
+        """Evaluator over held-out ``videos[M, F, C, H, W]`` and the
+        ``templates[num_classes, rows*columns, ...]``.
 
-        Templates lie on ``grid`` = (rows, columns) positions in row-major order. ``extractor`` maps videos to
-        ``[M, D]`` (default: :class:`RandomConv3dFeatures`). ``black_white`` are two values of the videos, such as
-        ``(0.0, 1.0)``: motion is measured between them. Raises ``ValueError`` for mismatched shapes, a feature that
-        does not vary over the held-out videos, or ``black_white`` that are not finite and ascending.
+        Templates lie on ``grid`` = (rows, columns) positions in row-major order. ``extractor`` maps
+        videos to ``[M, D]`` (default: :class:`RandomConv3dFeatures`). ``black_white`` are two
+        values of the videos, such as ``(0.0, 1.0)``: motion is measured between them. Raises
+        ``ValueError`` for mismatched shapes, a feature that does not vary over the held-out videos,
+        or ``black_white`` that are not finite and ascending.
         """
         if black_white is not None and not -math.inf < black_white[0] < black_white[1] < math.inf:
-            raise ValueError(f"black_white must be two finite values, black below white, got {black_white}")
+            raise ValueError(
+                f"black_white must be two finite values, black below white, got {black_white}"
+            )
         if templates.ndim != videos.ndim + 1 or templates.shape[1] != grid[0] * grid[1]:
             raise ValueError(
                 f"templates must be [num_classes, {grid[0] * grid[1]}, ...] for grid {grid}, "
@@ -227,22 +270,40 @@ class Evaluator:
         features = _features(extractor, videos)
         mean, std = features.mean(0), features.std(0)
         if not (std > 1e-9).all():
-            raise ValueError("every feature must vary over the held-out videos; use more, or another extractor")
-        return cls(extractor, (features - mean) / std, labels, mean, std, templates, grid, bins, black_white)
+            raise ValueError(
+                "every feature must vary over the held-out videos; use more, or another extractor"
+            )
+        return cls(
+            extractor,
+            (features - mean) / std,
+            labels,
+            mean,
+            std,
+            templates,
+            grid,
+            bins,
+            black_white,
+        )
 
     def evaluate(self, videos: Tensor, labels: Tensor) -> Metrics:
-        """Return all metrics of ``videos[N, F, C, H, W]``; errors are those of the functions they come from."""
+        """Return all metrics of ``videos[N, F, C, H, W]``; errors are those of the functions they
+        come from.
+        """
         index = nearest_template(videos, labels, self.templates)
         features = (_features(self.extractor, videos) - self.feature_mean) / self.feature_std
         return Metrics(
-            fd=per_class_frechet_distance(features, labels, self.heldout_features, self.heldout_labels),
+            fd=per_class_frechet_distance(
+                features, labels, self.heldout_features, self.heldout_labels
+            ),
             template_mse=_template_mse(videos, labels, self.templates, index),
             coverage_tv=coverage_tv(index, labels, self.grid, bins=self.bins),
             motion=self._motion(videos, labels),
         )
 
     def floor(self, real_sets: Iterable[tuple[Tensor, Tensor]]) -> Metrics:
-        """Return the mean score of other real sets ``(videos, labels)``, a perfect model's with as many samples."""
+        """Return the mean score of other real sets ``(videos, labels)``, a perfect model's with as
+        many samples.
+        """
         scores = [self.evaluate(videos, labels) for videos, labels in real_sets]
         if not scores:
             raise ValueError("real_sets must hold at least one (videos, labels) pair")

@@ -1,4 +1,6 @@
-"""Says how much the videos of a run move, as a share of what real ones do; a sampler that freezes is called frozen."""
+"""Says how much the videos of a run move, as a share of what real ones do; a sampler that freezes
+is called frozen.
+"""
 
 from __future__ import annotations
 
@@ -41,42 +43,62 @@ def motion_sentence(seeds: SeedResults, methods: Sequence[str]) -> str:
     """Return a sentence about the motion of ``methods``, in percent of that of real videos."""
     shares = motion_shares(seeds)
     if shares is None:
-        return "Real videos do not move here." if seeds.has_motion else "The motion of these videos was not measured."
+        return (
+            "Real videos do not move here."
+            if seeds.has_motion
+            else "The motion of these videos was not measured."
+        )
     text = "; ".join(_moves(seeds, method, shares[method]) for method in methods)
     return f"{text[0].upper()}{text[1:]}."
 
 
 def motion_warning(seeds: SeedResults, method: str) -> str | None:
-    """Return a sentence for the lead where a method's videos move less than half as much as real ones."""
+    """Return a sentence for the lead where a method's videos move less than half as much as real
+    ones.
+    """
     shares = motion_shares(seeds)
     if shares is None:
         return None
     if frozen := _frozen(seeds, method):
         return f"But its videos are {frozen}."
     if slow := [n for n, share in shares[method].items() if share < SLOW]:
-        return f"But at {steps_listed(slow, seeds.steps)} its videos move {_most(shares[method], slow)}."
+        return (
+            f"But at {steps_listed(slow, seeds.steps)} its videos move "
+            f"{_most(shares[method], slow)}."
+        )
     return None
 
 
 def motion_finding(seeds: SeedResults) -> str | None:
-    """Return where, over all methods, videos move least and most, and where they are frozen; noise does not count."""
+    """Return where, over all methods, videos move least and most, and where they are frozen; noise
+    does not count.
+    """
     shares = motion_shares(seeds)
     if shares is None:
         return None
-    points = [(shares[method][n], method, n) for method in seeds.methods for n in _seen(seeds, method)]
+    points = [
+        (shares[method][n], method, n) for method in seeds.methods for n in _seen(seeds, method)
+    ]
     if not points:
         return None
     least, most = (
-        f"{percent(share)} ({named(method)}, {steps_text(n)})" for share, method, n in (min(points), max(points))
+        f"{percent(share)} ({named(method)}, {steps_text(n)})"
+        for share, method, n in (min(points), max(points))
     )
-    frozen = [f"{named(method)} is {text}" for method in seeds.methods if (text := _frozen(seeds, method))]
+    frozen = [
+        f"{named(method)} is {text}" for method in seeds.methods if (text := _frozen(seeds, method))
+    ]
     noise = ", noise left out" if len(points) < len(seeds.methods) * len(seeds.steps) else ""
     sentence = f"Videos move between {least} and {most} as much as real ones{noise}"
     return f"{sentence}; {listed(frozen)} (below {percent(FROZEN)})." if frozen else f"{sentence}."
 
 
 def _moves(seeds: SeedResults, method: str, curve: Mapping[int, float]) -> str:
-    videos, frozen, steps = f"the videos of {named(method)}", _frozen(seeds, method), _seen(seeds, method)
+    videos, frozen, steps = (
+        f"the videos of {named(method)}",
+        _frozen(seeds, method),
+        _seen(seeds, method),
+    )
     if frozen and max(curve.values()) < FROZEN:
         return f"{videos} are {frozen}: they move {_most(curve, seeds.steps)}"
     noise = [n for n in seeds.steps if n not in steps]
@@ -103,7 +125,9 @@ def _seen(seeds: SeedResults, method: str) -> list[int]:
 
 
 def _frozen(seeds: SeedResults, method: str) -> str | None:
-    """Say at which steps a method's videos are frozen, and in how many seeds: a mean of seeds would hide it."""
+    """Say at which steps a method's videos are frozen, and in how many seeds: a mean of seeds would
+    hide it.
+    """
     single = [(motion_shares(SeedResults.of(run)) or {}).get(method, {}) for run in seeds.runs]
     runs = [[n for n, share in curve.items() if share < FROZEN] for curve in single]
     count = sum(1 for steps in runs if steps)
@@ -116,4 +140,6 @@ def _frozen(seeds: SeedResults, method: str) -> str | None:
 
 def _most(curve: Mapping[int, float], steps: Sequence[int]) -> str:
     most = max(curve[n] for n in steps)
-    return f"{'' if len(steps) == 1 or most == 0 else 'at most '}{percent(most)} as much as real ones"
+    return (
+        f"{'' if len(steps) == 1 or most == 0 else 'at most '}{percent(most)} as much as real ones"
+    )

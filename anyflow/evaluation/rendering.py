@@ -1,4 +1,6 @@
-"""Parts that the HTML reports share: the templates' environment, charts inside of a page, and numbers for tables."""
+"""Parts that the HTML reports share: the templates' environment, charts inside of a page, and
+numbers for tables.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def render(template: str, context: Mapping[str, Any], *, colors: Mapping[str, st
 
 
 def chart(figure: Figure, *, label: str, kind: str, salt: str, colors: Mapping[str, str]) -> str:
-    """Return a figure as SVG text for a page: no XML namespaces, CSS variables for colors (dark mode), and a name.
+    """Return a figure as SVG text for a page: no XML namespaces, CSS variables for colors (dark
+    mode), and a name.
 
     Args:
         figure: to be drawn.

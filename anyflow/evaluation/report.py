@@ -1,4 +1,6 @@
-"""Writes the HTML report of an any-step evaluation: one file that works offline, in light and dark, on a phone too."""
+"""Writes the HTML report of an any-step evaluation: one file that works offline, in light and dark,
+on a phone too.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ _METHOD_NOTES = {
 
 @dataclass(frozen=True)
 class RecipeStage:
-    """Hold one row of the recipe table; all but ``steps`` and ``batch_size`` is shown as it stands."""
+    """Hold one row of the recipe table; all but ``steps`` and ``batch_size`` is shown as it
+    stands.
+    """
 
     name: str
     steps: int
@@ -62,8 +66,8 @@ class ReportData:
 
     Args:
         results: of one run, or of several seeds.
-        samples: ``[method][steps]``, videos ``[N, F, H, W]`` uint8 gray of the first seed; few, as all are shown:
-            four per cell, one per class, look best.
+        samples: ``[method][steps]``, videos ``[N, F, H, W]`` uint8 gray of the first seed; few, as
+            all are shown: four per cell, one per class, look best.
         real_samples: ``[N, F, H, W]`` uint8 gray.
         recipe: rows of its table.
         environment: names and values that are shown, such as versions and the processor.
@@ -71,7 +75,8 @@ class ReportData:
         title: of the page.
 
     Raises:
-        ValueError: videos are of another shape or dtype, or of a method or number of steps without a score.
+        ValueError: videos are of another shape or dtype, or of a method or number of steps without
+            a score.
     """
 
     results: EvaluationResults | SeedResults
@@ -87,11 +92,16 @@ class ReportData:
         for method, by_steps in self.samples.items():
             for steps, video in by_steps.items():
                 if method not in results.methods or steps not in results.steps:
-                    raise ValueError(f"samples of {method!r} at {steps} steps have no score in results")
+                    raise ValueError(
+                        f"samples of {method!r} at {steps} steps have no score in results"
+                    )
                 videos.append((f"samples of {method!r} at {steps} steps", video))
         for name, video in videos:
             if video.ndim != 4 or video.dtype != torch.uint8 or video.shape[0] == 0:
-                raise ValueError(f"{name} must be [N >= 1, F, H, W] uint8, got {video.dtype} of {tuple(video.shape)}")
+                raise ValueError(
+                    f"{name} must be [N >= 1, F, H, W] uint8, got {video.dtype} of "
+                    f"{tuple(video.shape)}"
+                )
 
 
 def write_report(path: str | Path, data: ReportData) -> Path:
@@ -154,7 +164,9 @@ def _seed_text(seeds: Sequence[int]) -> str:
 
 
 def _charts(results: SeedResults, metric: str) -> list[str]:
-    """Draw a chart for each width that the page may have: text keeps its size where the page is narrow."""
+    """Draw a chart for each width that the page may have: text keeps its size where the page is
+    narrow.
+    """
     wide = {"wide": ((8.4, 4.3), True), "narrow": ((4.2, 3.6), False)}
     kinds = wide if metric in _LARGE_CHARTS else {"any": ((4.4, 3.1), False)}
     real = results.floor.as_dict()[metric]
@@ -171,15 +183,20 @@ def _charts(results: SeedResults, metric: str) -> list[str]:
             size=size,
             log=metric not in _LINEAR_CHARTS,
         )
-        charts.append(chart(figure, label=label, kind=kind, salt=f"anyflow-{metric}-{kind}", colors=_COLORS))
+        charts.append(
+            chart(figure, label=label, kind=kind, salt=f"anyflow-{metric}-{kind}", colors=_COLORS)
+        )
     return charts
 
 
 def _cells(data: ReportData, run: EvaluationResults) -> dict[str, dict[int, dict[str, str]]]:
-    """Return what stands in each cell of the grid of videos: moving and still pictures, and a word for them."""
+    """Return what stands in each cell of the grid of videos: moving and still pictures, and a word
+    for them.
+    """
     return {
         method: {
-            n: _picture(videos) | {"word": look(run.curves[method][n], run.floor)} for n, videos in by_steps.items()
+            n: _picture(videos) | {"word": look(run.curves[method][n], run.floor)}
+            for n, videos in by_steps.items()
         }
         for method, by_steps in data.samples.items()
     }

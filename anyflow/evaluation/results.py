@@ -1,4 +1,6 @@
-"""The results of an any-step evaluation: every method at every step count, as ``metrics.json`` stores them."""
+"""The results of an any-step evaluation: every method at every step count, as ``metrics.json``
+stores them.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ _OPTIONAL = ("motion",)  # which runs of earlier versions lack
 
 @dataclass(frozen=True)
 class EvaluationResults:
-    """Hold ``curves[method][steps]`` with the score of real data as ``floor``, and ``seconds`` by stage of the run.
+    """Hold ``curves[method][steps]`` with the score of real data as ``floor``, and ``seconds`` by
+    stage of the run.
 
-    Raises ``ValueError`` for no curve, curves over different step counts, step counts below 1, metrics that are not
-    finite or are negative, and motion that was measured for some sets of videos only.
+    Raises ``ValueError`` for no curve, curves over different step counts, step counts below 1,
+    metrics that are not finite or are negative, and motion that was measured for some sets of
+    videos only.
     """
 
     floor: Metrics
@@ -51,7 +55,10 @@ class EvaluationResults:
                     raise ValueError(f"{metric} of {name} must be finite and >= 0, got {value}")
         without = [name for name, score in scores if score.motion is None]
         if without and len(without) < len(scores):
-            raise ValueError(f"motion must be measured for every set of videos or for none; {without[0]} has none")
+            raise ValueError(
+                f"motion must be measured for every set of videos or for none; {without[0]} has "
+                "none"
+            )
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -60,7 +67,9 @@ class EvaluationResults:
 
     @property
     def has_motion(self) -> bool:
-        """Tell whether the motion of the videos was measured; runs of earlier versions have none."""
+        """Tell whether the motion of the videos was measured; runs of earlier versions have
+        none.
+        """
         return self.floor.motion is not None
 
     def values(self, metric: str) -> dict[str, dict[int, float]]:
@@ -72,14 +81,19 @@ class EvaluationResults:
         if metric not in METRIC_NAMES:
             raise ValueError(f"metric must be one of {', '.join(METRIC_NAMES)}, got {metric!r}")
         if metric == "motion" and not self.has_motion:
-            raise ValueError(f"the run of seed {self.seed} has no motion: the version that made it did not measure it")
+            raise ValueError(
+                f"the run of seed {self.seed} has no motion: the version that made it did not "
+                "measure it"
+            )
         return {m: {n: getattr(c[n], metric) for n in self.steps} for m, c in self.curves.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """The content of ``metrics.json`` (step counts become strings, as JSON requires)."""
         return {
             "floor": self.floor.as_dict(),
-            "curves": {m: {str(n): c[n].as_dict() for n in self.steps} for m, c in self.curves.items()},
+            "curves": {
+                m: {str(n): c[n].as_dict() for n in self.steps} for m, c in self.curves.items()
+            },
             "seconds": dict(self.seconds),
             "seed": self.seed,
             "budget": self.budget,
@@ -90,7 +104,8 @@ class EvaluationResults:
         """Return the inverse of :meth:`as_dict`.
 
         Raises:
-            ValueError: a key is missing or unknown, or a value is not of its type; the message names it.
+            ValueError: a key is missing or unknown, or a value is not of its type; the message
+                names it.
         """
         names = ("floor", "curves", "seconds", "seed", "budget")
         _require_keys("metrics", data, names)
@@ -99,15 +114,18 @@ class EvaluationResults:
         for method, curve in _object("curves", data["curves"]).items():
             where = f"curves of {method!r}"
             curves[method] = {
-                _step_count(where, n): _metrics(f"{where} at {n}", score) for n, score in _object(where, curve).items()
+                _step_count(where, n): _metrics(f"{where} at {n}", score)
+                for n, score in _object(where, curve).items()
             }
         seconds = {
-            stage: _number(f"seconds of {stage!r}", v) for stage, v in _object("seconds", data["seconds"]).items()
+            stage: _number(f"seconds of {stage!r}", v)
+            for stage, v in _object("seconds", data["seconds"]).items()
         }
         seed, budget = data["seed"], data["budget"]
         if type(seed) is not int or not isinstance(budget, str):
             raise ValueError(
-                f"metrics are malformed: seed must be an integer and budget a text, got {seed!r}, {budget!r}"
+                f"metrics are malformed: seed must be an integer and budget a text, got {seed!r}, "
+                f"{budget!r}"
             )
         return cls(floor, curves, seconds, seed, budget)
 
@@ -135,7 +153,9 @@ def _object(where: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _require_keys(where: str, value: Any, names: Sequence[str], optional: Sequence[str] = ()) -> None:
+def _require_keys(
+    where: str, value: Any, names: Sequence[str], optional: Sequence[str] = ()
+) -> None:
     value = _object(where, value)
     for name in names:
         if name not in value and name not in optional:
@@ -153,10 +173,18 @@ def _number(where: str, value: Any) -> float:
 
 def _metrics(where: str, value: Any) -> Metrics:
     _require_keys(where, value, METRIC_NAMES, _OPTIONAL)
-    return Metrics(**{name: _number(f"{name} of {where}", value[name]) for name in METRIC_NAMES if name in value})
+    return Metrics(
+        **{
+            name: _number(f"{name} of {where}", value[name])
+            for name in METRIC_NAMES
+            if name in value
+        }
+    )
 
 
 def _step_count(where: str, text: str) -> int:
     if not text.isdecimal() or str(int(text)) != text:
-        raise ValueError(f"metrics are malformed: {where} must have step counts such as '4', got {text!r}")
+        raise ValueError(
+            f"metrics are malformed: {where} must have step counts such as '4', got {text!r}"
+        )
     return int(text)

@@ -20,7 +20,8 @@ class SeedResults:
         runs: at least one, over the same methods and step counts.
 
     Raises:
-        ValueError: there is no run, two have the same seed, or they differ in budget, methods or step counts.
+        ValueError: there is no run, two have the same seed, or they differ in budget, methods or
+            step counts.
     """
 
     runs: tuple[EvaluationResults, ...]
@@ -29,7 +30,9 @@ class SeedResults:
         if not self.runs:
             raise ValueError("runs must hold the results of at least one run")
         if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
-            raise ValueError(f"two runs have the seed {twice[0]}; each needs another one (`anyflow demo --seed`)")
+            raise ValueError(
+                f"two runs have the seed {twice[0]}; each needs another one (`anyflow demo --seed`)"
+            )
         first = self.runs[0]
         for run in self.runs[1:]:
             for what, ours, theirs in (
@@ -78,17 +81,26 @@ class SeedResults:
         return Metrics.mean([run.curves[method][steps] for run in self.runs])
 
     def values(self, metric: str) -> dict[str, dict[int, float]]:
-        """Return the means of one metric over the seeds as ``{method: {steps: mean}}``, step counts ascending."""
+        """Return the means of one metric over the seeds as ``{method: {steps: mean}}``, step counts
+        ascending.
+        """
         runs = [run.values(metric) for run in self.runs]
-        return {m: {n: _mean([run[m][n] for run in runs]) for n in self.steps} for m in self.methods}
+        return {
+            m: {n: _mean([run[m][n] for run in runs]) for n in self.steps} for m in self.methods
+        }
 
     def ranges(self, metric: str) -> dict[str, dict[int, tuple[float, float]]] | None:
-        """Return ``{method: {steps: (lowest, highest)}}`` of one metric over the seeds, or None for a single run."""
+        """Return ``{method: {steps: (lowest, highest)}}`` of one metric over the seeds, or None for
+        a single run.
+        """
         if len(self.runs) == 1:
             return None
         runs = [run.values(metric) for run in self.runs]
         return {
-            m: {n: (min(run[m][n] for run in runs), max(run[m][n] for run in runs)) for n in self.steps}
+            m: {
+                n: (min(run[m][n] for run in runs), max(run[m][n] for run in runs))
+                for n in self.steps
+            }
             for m in self.methods
         }
 
@@ -102,7 +114,9 @@ class SeedResults:
         return total
 
     def save(self, path: str | Path) -> None:
-        """Write ``{"runs": [...]}``, each run as :meth:`EvaluationResults.as_dict`, completely or not at all."""
+        """Write ``{"runs": [...]}``, each run as :meth:`EvaluationResults.as_dict`, completely or
+        not at all.
+        """
         content: Mapping[str, object] = {"runs": [run.as_dict() for run in self.runs]}
         write_text(Path(path), json.dumps(content, indent=2) + "\n")
 

@@ -1,4 +1,6 @@
-"""Says in plain words what a run shows. Every sentence follows from the numbers; what they do not bear is denied."""
+"""Says in plain words what a run shows. Every sentence follows from the numbers; what they do not
+bear is denied.
+"""
 
 from __future__ import annotations
 
@@ -8,56 +10,94 @@ from anyflow.evaluation.findings import FLOW_MAPS
 from anyflow.evaluation.motion_sentences import motion_sentence, motion_warning
 from anyflow.evaluation.results import EvaluationResults
 from anyflow.evaluation.seeds import SeedResults
-from anyflow.evaluation.wording import SAME, listed, look, named, number, ratio, steps_text, times_text
+from anyflow.evaluation.wording import (
+    SAME,
+    listed,
+    look,
+    named,
+    number,
+    ratio,
+    steps_text,
+    times_text,
+)
 
 
 def main_methods(results: EvaluationResults | SeedResults) -> tuple[str, ...]:
-    """Return plain flow matching and the flow map that the story is about; without them, every method."""
+    """Return plain flow matching and the flow map that the story is about; without them, every
+    method.
+    """
     methods = SeedResults.of(results).methods
     ours = _flow_map(methods)
-    return tuple(methods) if ours is None or "flow_matching" not in methods else ("flow_matching", ours)
+    return (
+        tuple(methods)
+        if ours is None or "flow_matching" not in methods
+        else ("flow_matching", ours)
+    )
 
 
 def takeaway(results: EvaluationResults | SeedResults) -> str:
-    """Return what plain flow matching and the flow map give in the fewest steps, and what more steps do."""
+    """Return what plain flow matching and the flow map give in the fewest steps, and what more
+    steps do.
+    """
     seeds = SeedResults.of(results)
     fd = seeds.values("fd")
     ours = _flow_map(seeds.methods)
     does = "This run does" if len(seeds.runs) == 1 else "These runs do"
     if ours is None or "flow_matching" not in fd:
-        return f"{does} not compare a flow map with plain flow matching, so nothing is said here about few steps."
+        return (
+            f"{does} not compare a flow map with plain flow matching, so nothing is said here "
+            "about few steps."
+        )
     first = seeds.steps[0]
     start, factor = f"In {steps_text(first)}", ratio(fd["flow_matching"][first], fd[ours][first])
     if factor < SAME:
-        compared = "farther from real videos than" if 1 / max(factor, 1e-12) >= SAME else "as far from real videos as"
+        compared = (
+            "farther from real videos than"
+            if 1 / max(factor, 1e-12) >= SAME
+            else "as far from real videos as"
+        )
         return (
-            f"{does} not show what a flow map is for: in {steps_text(first)} its videos are {compared} those "
+            f"{does} not show what a flow map is for: in {steps_text(first)} its videos are "
+            f"{compared} those "
             f"of plain flow matching."
         )
-    plain, mapped = (look(seeds.score(method, first), seeds.floor) for method in ("flow_matching", ours))
+    plain, mapped = (
+        look(seeds.score(method, first), seeds.floor) for method in ("flow_matching", ours)
+    )
     closer = f"{times_text(fd['flow_matching'][first], fd[ours][first])} closer to real videos"
     if plain == mapped:
         lead = f"{start} both give {plain}; the flow map's videos are {closer}"
     else:
         lead = f"{start} plain flow matching gives {plain}; the flow map gives {mapped}, {closer}"
-    sentences = (f"{lead}{_agreement(seeds, ours)}.", _more_steps(fd[ours]), motion_warning(seeds, ours))
+    sentences = (
+        f"{lead}{_agreement(seeds, ours)}.",
+        _more_steps(fd[ours]),
+        motion_warning(seeds, ours),
+    )
     return " ".join(sentence for sentence in sentences if sentence)
 
 
 def figure_sentences(results: EvaluationResults | SeedResults) -> dict[str, str]:
-    """Return one sentence for each figure: ``"videos"`` (of the first seed), and each metric's chart by its name."""
+    """Return one sentence for each figure: ``"videos"`` (of the first seed), and each metric's
+    chart by its name.
+    """
     seeds = SeedResults.of(results)
     return {
         "videos": _videos(seeds.runs[0]),
         "fd": _distances(seeds),
-        "template_mse": _trends(seeds, "template_mse", main_methods(seeds), "the difference to the nearest real clip"),
-        "coverage_tv": _trends(seeds, "coverage_tv", _samplers(seeds), "the unevenness of positions"),
+        "template_mse": _trends(
+            seeds, "template_mse", main_methods(seeds), "the difference to the nearest real clip"
+        ),
+        "coverage_tv": _trends(
+            seeds, "coverage_tv", _samplers(seeds), "the unevenness of positions"
+        ),
         "motion": motion_sentence(seeds, main_methods(seeds)),
     }
 
 
 def trend(curve: Mapping[int, float]) -> str:
-    """Return how a metric changes with the steps, as the end of a sentence whose subject is the metric.
+    """Return how a metric changes with the steps, as the end of a sentence whose subject is the
+    metric.
 
     Changes by less than a factor of ``SAME`` are none: another seed would make as much.
     """
@@ -71,11 +111,20 @@ def trend(curve: Mapping[int, float]) -> str:
     if falls and rises:
         return f"falls until {steps_text(best)} and rises again to {number(curve[last])} at {last}"
     if rises:
-        return f"rises with more steps, from {number(curve[first])} at {steps_text(first)} to {number(curve[last])}"
+        return (
+            f"rises with more steps, from {number(curve[first])} at {steps_text(first)} to "
+            f"{number(curve[last])}"
+        )
     if not falls:
         return f"rises between {first} and {last} steps and comes back"
-    reached = next(n for n in steps if all(ratio(curve[m], curve[best]) < SAME for m in steps if m >= n))
-    return f"falls up to {last} steps" if reached == last else f"falls until {steps_text(reached)} and then stays"
+    reached = next(
+        n for n in steps if all(ratio(curve[m], curve[best]) < SAME for m in steps if m >= n)
+    )
+    return (
+        f"falls up to {last} steps"
+        if reached == last
+        else f"falls until {steps_text(reached)} and then stays"
+    )
 
 
 def _flow_map(methods: tuple[str, ...]) -> str | None:
@@ -93,7 +142,10 @@ def _agreement(seeds: SeedResults, ours: str) -> str:
     first = seeds.steps[0]
     curves = [run.values("fd") for run in seeds.runs]
     factors = [ratio(curve["flow_matching"][first], curve[ours][first]) for curve in curves]
-    return f" (on average; ahead in {sum(factor >= SAME for factor in factors)} of {len(factors)} seeds)"
+    return (
+        f" (on average; ahead in {sum(factor >= SAME for factor in factors)} of {len(factors)} "
+        "seeds)"
+    )
 
 
 def _more_steps(curve: Mapping[int, float]) -> str:
@@ -116,7 +168,8 @@ def _videos(run: EvaluationResults) -> str:
         words = [look(run.curves[method][n], run.floor) for n in run.steps]
         starts = [i for i in range(len(words)) if i == 0 or words[i] != words[i - 1]]
         told = [
-            f"{words[i]} {'at' if i + 1 in starts or i + 1 == len(words) else 'from'} {steps_text(run.steps[i])}"
+            f"{words[i]} {'at' if i + 1 in starts or i + 1 == len(words) else 'from'} "
+            f"{steps_text(run.steps[i])}"
             for i in starts
         ]
         parts.append(f"{named(method)} gives {listed(told)}")
@@ -133,7 +186,9 @@ def _distances(seeds: SeedResults) -> str:
     every = "every number of steps" if len(seeds.steps) > 1 else steps_text(seeds.steps[0])
     alike = [n for n in seeds.steps if n not in ahead and n not in behind]
     parts = [
-        f"{text} at {listed([str(n) for n in where])}" if len(where) < len(seeds.steps) else f"{text} at {every}"
+        f"{text} at {listed([str(n) for n in where])}"
+        if len(where) < len(seeds.steps)
+        else f"{text} at {every}"
         for text, where in (
             ("the flow map is closer to real videos", ahead),
             ("plain flow matching is closer", behind),

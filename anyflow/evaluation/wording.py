@@ -12,7 +12,8 @@ SAME = 1.1  # ratios below this are within what another seed would change
 FROZEN = 0.05  # of the motion of real videos: less cannot be seen
 _STILL = 1e-6  # real videos that move less do not move
 
-# Words for videos by their mean squared difference to the nearest real one, where 1 is the variance of the data.
+# Words for videos by their mean squared difference to the nearest real one, where 1 is the variance
+# of the data.
 NOISE = "noise"
 FROZEN_PICTURES = "frozen pictures"
 QUALITY_LEVELS = ((0.6, NOISE), (0.25, "blurred shapes"), (0.1, "shapes"), (0.0, "clear shapes"))
@@ -22,7 +23,9 @@ def number(value: float) -> str:
     """Return a metric for running text: two significant digits below 10, whole numbers above."""
     if value >= 9.95:
         return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 0.995 else f"{value:.2f}" if value >= 0.0995 else f"{value:.2g}"
+    return (
+        f"{value:.1f}" if value >= 0.995 else f"{value:.2f}" if value >= 0.0995 else f"{value:.2g}"
+    )
 
 
 def ratio(a: float, b: float) -> float:
@@ -48,7 +51,9 @@ def steps_text(n: int) -> str:
 
 
 def steps_listed(steps: Sequence[int], of: Collection[int]) -> str:
-    """Return step counts in words, such as ``1 and 2 steps``; ``every number of steps`` for all of several."""
+    """Return step counts in words, such as ``1 and 2 steps``; ``every number of steps`` for all of
+    several.
+    """
     if len(of) > 1 and len(steps) == len(of):
         return "every number of steps"
     return steps_text(steps[0]) if len(steps) == 1 else f"{listed([str(n) for n in steps])} steps"
@@ -66,18 +71,24 @@ def listed(items: Sequence[str]) -> str:
 
 
 def quality(template_mse: float) -> str:
-    """Return a word for videos with this ``template_mse`` (:class:`Metrics`), by ``QUALITY_LEVELS``."""
+    """Return a word for videos with this ``template_mse`` (:class:`Metrics`), by
+    ``QUALITY_LEVELS``.
+    """
     return next(word for least, word in QUALITY_LEVELS if template_mse >= least)
 
 
 def look(score: Metrics, real: Metrics) -> str:
-    """Return a word for videos with this ``score``: that they are frozen, or their :func:`quality`."""
+    """Return a word for videos with this ``score``: that they are frozen, or their
+    :func:`quality`.
+    """
     share = motion_share(score, real)
     return FROZEN_PICTURES if share is not None and share < FROZEN else quality(score.template_mse)
 
 
 def motion_share(score: Metrics, real: Metrics) -> float | None:
-    """Return the motion of videos over that of real ones; None without motion, or where real videos do not move."""
+    """Return the motion of videos over that of real ones; None without motion, or where real videos
+    do not move.
+    """
     if score.motion is None or real.motion is None or real.motion <= _STILL:
         return None
     return score.motion / real.motion

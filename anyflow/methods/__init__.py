@@ -1,4 +1,6 @@
-"""Training methods: losses and rollouts as pure maths, without I/O, optimizer or global randomness."""
+"""Training methods: losses and rollouts as pure maths, without I/O, optimizer or global
+randomness.
+"""
 
 from anyflow.methods.balance import DiffusionBalance
 from anyflow.methods.dmd2 import DMD2Config, DMD2Method, dmd_gradient

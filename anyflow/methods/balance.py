@@ -12,10 +12,11 @@ from anyflow.methods.collectives import all_reduce_sum
 class DiffusionBalance:
     """Scale the flow-map losses of one update to the mean of its diffusion losses.
 
-    A flow-map sample of loss l is scaled by ``mean / (l + 1e-5)``, where the mean is over the diffusion samples of all
-    ranks and micro-steps. An update takes one balance through all its micro-steps, and no flow-map sample may come in
-    an earlier micro-step than a diffusion sample of any rank: the mean is then whole wherever it is used. Without any
-    diffusion sample nothing is scaled.
+    A flow-map sample of loss l is scaled by ``mean / (l + 1e-5)``, where the mean is over the
+    diffusion samples of all ranks and micro-steps. An update takes one balance through all its
+    micro-steps, and no flow-map sample may come in an earlier micro-step than a diffusion sample of
+    any rank: the mean is then whole wherever it is used. Without any diffusion sample nothing is
+    scaled.
 
     Args:
         group: the ranks with samples of their own; None for all processes.
@@ -23,7 +24,8 @@ class DiffusionBalance:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
-        self._sums: Tensor | None = None  # loss and count of the diffusion samples, then of the others
+        # loss and count of the diffusion samples, then of the others
+        self._sums: Tensor | None = None
 
     def scales(self, losses: Tensor, is_diffusion: Tensor) -> Tensor:
         """Factors ``[B]`` of the losses of a micro-step. Collective over the group, once.
@@ -34,14 +36,22 @@ class DiffusionBalance:
         """
         losses = losses.detach()
         kinds = (is_diffusion, ~is_diffusion)
-        parts = [part for kind in kinds for part in (losses.where(kind, 0.0).sum(), kind.sum().to(losses.dtype))]
+        parts = [
+            part
+            for kind in kinds
+            for part in (losses.where(kind, 0.0).sum(), kind.sum().to(losses.dtype))
+        ]
         sums = all_reduce_sum(torch.stack(parts), self._group)
         self._sums = sums if self._sums is None else self._sums + sums
         mean, count = self._sums[0] / self._sums[1].clamp(min=1), self._sums[1]
-        return torch.where(is_diffusion | (count == 0), torch.ones_like(losses), mean / (losses + 1e-5))
+        return torch.where(
+            is_diffusion | (count == 0), torch.ones_like(losses), mean / (losses + 1e-5)
+        )
 
     def metrics(self) -> dict[str, Tensor]:
-        """Mean losses of the two kinds so far, before scaling, over all ranks; 0 of a kind without samples."""
+        """Mean losses of the two kinds so far, before scaling, over all ranks; 0 of a kind without
+        samples.
+        """
         assert self._sums is not None, "no micro-step has been balanced"
         diffusion, diffusions, flow_map, flow_maps = self._sums.unbind()
         return {

@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
-    """This process's rank in the group (None: of all processes) and its size; (0, 1) without torch.distributed."""
+    """This process's rank in the group (None: of all processes) and its size; (0, 1) without
+    torch.distributed.
+    """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(group), dist.get_world_size(group)
     return 0, 1

@@ -1,4 +1,6 @@
-"""Distribution matching distillation: a teacher score, a critic score, and a re-noising student rollout (DMD2)."""
+"""Distribution matching distillation: a teacher score, a critic score, and a re-noising student
+rollout (DMD2).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class DMD2Config:
     """Settings shared by the distribution-matching methods.
 
     Args:
-        real_guidance_scale: s >= 0 of the teacher score, ``cond + s (cond - uncond)``; 0 runs no unconditional forward.
+        real_guidance_scale: s >= 0 of the teacher score, ``cond + s (cond - uncond)``; 0 runs no
+            unconditional forward.
         min_timestep: lower clamp of the score's timestep, after the shift.
         max_timestep: upper clamp, at most num_train_timesteps.
         num_steps: step counts a rollout is drawn from.
@@ -58,10 +61,13 @@ class DMD2Config:
             require_number(f"{name}.timesteps", timestep)
         if not 0 <= self.min_timestep < self.max_timestep:
             raise ValueError(
-                f"{name}: need 0 <= min_timestep < max_timestep, got {self.min_timestep} and {self.max_timestep}"
+                f"{name}: need 0 <= min_timestep < max_timestep, got {self.min_timestep} and "
+                f"{self.max_timestep}"
             )
         if not self.num_steps or min(self.num_steps) < 1:
-            raise ValueError(f"{name}.num_steps must hold positive step counts, got {self.num_steps}")
+            raise ValueError(
+                f"{name}.num_steps must hold positive step counts, got {self.num_steps}"
+            )
         for count in self.num_steps:
             require_whole(f"{name}.num_steps", count, most=10**6)
         if self.dmd_score_r not in ("t", "zero"):
@@ -70,7 +76,10 @@ class DMD2Config:
     def check_timesteps(self, num_train_timesteps: int) -> None:
         """Raise a ValueError unless ``max_timestep`` is in a scheduler's range of timesteps."""
         if self.max_timestep > num_train_timesteps:
-            raise ValueError(f"max_timestep={self.max_timestep} exceeds num_train_timesteps={num_train_timesteps}")
+            raise ValueError(
+                f"max_timestep={self.max_timestep} exceeds "
+                f"num_train_timesteps={num_train_timesteps}"
+            )
 
 
 class DMD2Method:
@@ -102,21 +111,28 @@ class DMD2Method:
         self.scheduler, self.config, self.process_group = scheduler, config, process_group
         config.check_timesteps(scheduler.config.num_train_timesteps)
         if not has_flow_map(student):
-            raise ValueError("the student has no second timestep branch (r_embedder=False): call enable_flow_map()")
+            raise ValueError(
+                "the student has no second timestep branch (r_embedder=False): call "
+                "enable_flow_map()"
+            )
         for name, network in (("teacher", teacher), ("critic", critic)):
             if config.dmd_score_r == "zero" and not has_flow_map(network):
                 raise ValueError(f"dmd_score_r='zero' needs a {name} with a second timestep branch")
         self.schedule()  # a pinned schedule that cannot work fails here, not in the first rollout
 
-    # Rollout -----------------------------------------------------------------------------------------------------
+    # Rollout --------------------------------------------------------------------------------------
 
     def schedule(self, num_steps: int | None = None) -> Tensor:
         """Sigmas ``[n + 1]`` of a rollout: the pinned schedule, or ``S(linspace(1, 0, n + 1))``."""
         if self.config.timesteps is None:
-            return self.scheduler.schedule(self.config.num_steps[0] if num_steps is None else num_steps)
+            return self.scheduler.schedule(
+                self.config.num_steps[0] if num_steps is None else num_steps
+            )
         sigmas = self.scheduler.schedule(timesteps=self.config.timesteps)
         if num_steps is not None and num_steps != len(sigmas) - 1:
-            raise ValueError(f"num_steps={num_steps}, but the pinned timesteps have {len(sigmas) - 1} steps")
+            raise ValueError(
+                f"num_steps={num_steps}, but the pinned timesteps have {len(sigmas) - 1} steps"
+            )
         return sigmas
 
     def draw_steps(
@@ -125,7 +141,9 @@ class DMD2Method:
         """``(num_steps, grad_step)``, drawn uniformly on rank 0 and the same on every rank."""
         generator = resolve_generator(generator, device)
         u, v = rand((2,), generator).tolist()
-        choices = self.config.num_steps if self.config.timesteps is None else (len(self.schedule()) - 1,)
+        choices = (
+            self.config.num_steps if self.config.timesteps is None else (len(self.schedule()) - 1,)
+        )
         num_steps = choices[min(int(u * len(choices)), len(choices) - 1)]
         grad_step = min(int(v * num_steps), num_steps - 1)
         shared = broadcast_from_rank_zero([num_steps, grad_step], device or torch.device("cpu"))
@@ -140,20 +158,24 @@ class DMD2Method:
         grad_step: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Backward simulation: jump to t = 0 and re-noise, ``grad_step`` times, then one jump with gradient.
+        """Backward simulation: jump to t = 0 and re-noise, ``grad_step`` times, then one jump with
+        gradient.
 
         Args:
             noise: ``[B, F, C, H, W]``.
             prompt_embeds: ``[B or 1, S, text_dim]``.
             num_steps: length of the schedule.
-            grad_step: index of the evaluation that carries gradient and whose result is returned; drawn when None.
+            grad_step: index of the evaluation that carries gradient and whose result is returned;
+                drawn when None.
             generator: source of the draws.
 
         Returns:
             ``[B, F, C, H, W]`` clean samples in fp32.
         """
         generator = resolve_generator(generator, noise.device)
-        x, text, sigmas, grad_step = self._start(noise, prompt_embeds, num_steps, grad_step, generator)
+        x, text, sigmas, grad_step = self._start(
+            noise, prompt_embeds, num_steps, grad_step, generator
+        )
         for i in range(grad_step):
             with torch.no_grad():
                 clean = x - float(sigmas[i]) * self._student(x, sigmas[i], sigmas[-1], text)
@@ -182,10 +204,13 @@ class DMD2Method:
 
     def _student(self, x: Tensor, sigma: Tensor, sigma_r: Tensor, text: Tensor) -> Tensor:
         n, b = self.scheduler.config.num_train_timesteps, x.shape[0]
-        times = [torch.full((b,), float(s) * n, dtype=torch.float32, device=x.device) for s in (sigma, sigma_r)]
+        times = [
+            torch.full((b,), float(s) * n, dtype=torch.float32, device=x.device)
+            for s in (sigma, sigma_r)
+        ]
         return velocity(self.student, x, times[0], times[1], text)
 
-    # Losses ------------------------------------------------------------------------------------------------------
+    # Losses ---------------------------------------------------------------------------------------
 
     def generator_loss(
         self,
@@ -197,12 +222,14 @@ class DMD2Method:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
-        """``mse(samples, stopgrad(samples - grad))`` with the distribution-matching gradient of :func:`dmd_gradient`.
+        """``mse(samples, stopgrad(samples - grad))`` with the distribution-matching gradient of
+        :func:`dmd_gradient`.
 
         Args:
             samples: ``[B, F, C, H, W]`` from :meth:`rollout`, with gradient.
             prompt_embeds: ``[B or 1, S, text_dim]``.
-            negative_prompt_embeds: ``[B or 1, S, text_dim]``; required unless ``real_guidance_scale`` is 0.
+            negative_prompt_embeds: ``[B or 1, S, text_dim]``; required unless
+                ``real_guidance_scale`` is 0.
             t: ``[B]`` uniform in [0, 1], before the shift and the clamp; drawn when None.
             noise: the shape of samples; drawn when None.
             generator: source of the draws.
@@ -221,7 +248,11 @@ class DMD2Method:
             sigma = timestep.to(x0.dtype) / self.scheduler.config.num_train_timesteps
             gradient = dmd_gradient(x0, noise, sigma, real, fake)
         loss = (samples.to(x0.dtype) - (x0 - gradient)).square().mean()
-        norms = {"rollout of the student": x0, "score of the teacher": real, "score of the critic": fake}
+        norms = {
+            "rollout of the student": x0,
+            "score of the teacher": real,
+            "score of the critic": fake,
+        }
         return LossOutput(
             loss,
             {"dmd_gradient": gradient.abs().mean(), "dmd_distance": (real - fake).abs().mean()},
@@ -237,7 +268,8 @@ class DMD2Method:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
-        """Flow matching of the critic on detached samples: ``mean((v_critic - (eps - x))^2)``, unweighted.
+        """Flow matching of the critic on detached samples: ``mean((v_critic - (eps - x))^2)``,
+        unweighted.
 
         Args:
             samples: ``[B, F, C, H, W]``; no gradient flows into them.
@@ -277,8 +309,12 @@ class DMD2Method:
         r = timestep if self.config.dmd_score_r == "t" else torch.zeros_like(timestep)
         return velocity(network, x, timestep, r, text)
 
-    def _guided_score(self, x: Tensor, timestep: Tensor, text: Tensor, negative: Tensor | None) -> Tensor:
-        """``v_c + s (v_c - v_u)``, both from one call; guidance in x0 space is the same linear map of velocities."""
+    def _guided_score(
+        self, x: Tensor, timestep: Tensor, text: Tensor, negative: Tensor | None
+    ) -> Tensor:
+        """``v_c + s (v_c - v_u)``, both from one call; guidance in x0 space is the same linear map
+        of velocities.
+        """
         scale = self.config.real_guidance_scale
         if scale == 0:
             return self._score(self.teacher, x, timestep, text)
@@ -286,20 +322,27 @@ class DMD2Method:
             raise ValueError(f"real_guidance_scale={scale} needs negative_prompt_embeds")
         negative = batched_embeds("negative_prompt_embeds", negative, x.shape[0]).to(text.dtype)
         both = torch.cat([text, negative])
-        cond, uncond = self._score(self.teacher, torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
+        cond, uncond = self._score(self.teacher, torch.cat([x, x]), timestep.repeat(2), both).chunk(
+            2
+        )
         return cond + scale * (cond - uncond)
 
 
 def _clean(samples: Tensor) -> Tensor:
-    require_latents("samples", samples)  # not that they are finite: a network has made them, see LossOutput.norms
+    # not that they are finite: a network has made them, see LossOutput.norms
+    require_latents("samples", samples)
     return samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
 
 
-def dmd_gradient(samples: Tensor, noise: Tensor, sigma: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """The normalized distribution-matching gradient ``(x0_fake - x0_real) / (mean |x - x0_real| + tiny)`` per sample.
+def dmd_gradient(
+    samples: Tensor, noise: Tensor, sigma: Tensor, real: Tensor, fake: Tensor
+) -> Tensor:
+    """The normalized distribution-matching gradient
+    ``(x0_fake - x0_real) / (mean |x - x0_real| + tiny)`` per sample.
 
     Formed from velocities, ``x0_fake - x0_real = sigma (v_real - v_fake)`` and
-    ``x - x0_real = sigma (v_real - (eps - x))``, so that nothing cancels (differencing x0 in bf16 loses 7-18 %).
+    ``x - x0_real = sigma (v_real - (eps - x))``, so that nothing cancels (differencing x0 in bf16
+    loses 7-18 %).
 
     Args:
         samples: ``[B, ...]`` x.

@@ -27,11 +27,13 @@ class OnPolicyConfig(DMD2Config):
     """Settings of on-policy distillation: those of :class:`DMD2Config`, and
 
     Args:
-        rollout: ``"shortcut"`` simulates any schedule in at most three evaluations; ``"euler"`` runs every step.
+        rollout: ``"shortcut"`` simulates any schedule in at most three evaluations; ``"euler"``
+            runs every step.
         grad_through: ``"all"`` evaluations of a shortcut rollout, or only the middle ``"step"``.
-        cotrain_pretrain: add the pretrain loss on the data batch in :meth:`AnyFlowOnPolicyMethod.student_loss`.
-        cotrain_weight: factor of that loss beside distribution matching. On a teacher's velocities it is far smaller
-            than on those of pairs, and needs more than the published 1.
+        cotrain_pretrain: add the pretrain loss on the data batch in
+            :meth:`AnyFlowOnPolicyMethod.student_loss`.
+        cotrain_weight: factor of that loss beside distribution matching. On a teacher's velocities
+            it is far smaller than on those of pairs, and needs more than the published 1.
         pretrain: settings of that loss; its ``velocity_target="teacher"`` is the real score.
 
     Raises:
@@ -46,9 +48,14 @@ class OnPolicyConfig(DMD2Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("rollout", ("shortcut", "euler")), ("grad_through", ("all", "step"))):
+        for name, allowed in (
+            ("rollout", ("shortcut", "euler")),
+            ("grad_through", ("all", "step")),
+        ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"OnPolicyConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"OnPolicyConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}"
+                )
         require_positive("OnPolicyConfig.cotrain_weight", self.cotrain_weight)
 
 
@@ -91,9 +98,10 @@ class AnyFlowOnPolicyMethod(DMD2Method):
     ) -> Tensor:
         """Flow-map backward simulation from noise to clean data.
 
-        ``shortcut``: t_0 -> t_g, t_g -> t_{g+1}, t_{g+1} -> 0, empty segments skipped. ``euler``: every step of the
-        schedule, network gradient only at step g; the later steps carry it to t = 0 along the identity path, so that
-        what is returned is clean data (the peers return the sample at t_{g+1}).
+        ``shortcut``: t_0 -> t_g, t_g -> t_{g+1}, t_{g+1} -> 0, empty segments skipped. ``euler``:
+        every step of the schedule, network gradient only at step g; the later steps carry it to t =
+        0 along the identity path, so that what is returned is clean data (the peers return the
+        sample at t_{g+1}).
 
         Args:
             noise: ``[B, F, C, H, W]`` at t_0.
@@ -138,7 +146,8 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         generator: torch.Generator | None = None,
         offset: int = 0,
     ) -> LossOutput:
-        """Compute one student step's whole loss: rollout, generator loss and, if configured, the pretrain loss on data.
+        """Compute one student step's whole loss: rollout, generator loss and, if configured, the
+        pretrain loss on data.
 
         Args:
             noise: ``[B, F, C, H, W]`` start of the rollout.
@@ -162,9 +171,16 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         """
         generator = resolve_generator(generator, noise.device)
         num_steps, grad_step = self.draw_steps(generator, noise.device) if steps is None else steps
-        samples = self.rollout(noise, prompt_embeds, num_steps=num_steps, grad_step=grad_step, generator=generator)
+        samples = self.rollout(
+            noise, prompt_embeds, num_steps=num_steps, grad_step=grad_step, generator=generator
+        )
         output = self.generator_loss(
-            samples, prompt_embeds, negative_prompt_embeds, t=t, noise=score_noise, generator=generator
+            samples,
+            prompt_embeds,
+            negative_prompt_embeds,
+            t=t,
+            noise=score_noise,
+            generator=generator,
         )
         if self.pretrain is None:
             return output
@@ -182,5 +198,12 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             generator=generator,
             offset=offset,
         )
-        metrics = {**output.metrics, **data.metrics, "loss_dmd": output.loss.detach(), "loss_data": data.loss.detach()}
-        return LossOutput(output.loss + self.config.cotrain_weight * data.loss, metrics, output.norms)
+        metrics = {
+            **output.metrics,
+            **data.metrics,
+            "loss_dmd": output.loss.detach(),
+            "loss_data": data.loss.detach(),
+        }
+        return LossOutput(
+            output.loss + self.config.cotrain_weight * data.loss, metrics, output.norms
+        )

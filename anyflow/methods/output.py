@@ -14,8 +14,8 @@ class LossOutput:
     Args:
         loss: mean over the batch.
         metrics: to report.
-        norms: of what each network gave, in the order of evaluation, by a phrase such as ``"score of the teacher"``;
-            the first that is not finite names the network that failed.
+        norms: of what each network gave, in the order of evaluation, by a phrase such as
+            ``"score of the teacher"``; the first that is not finite names the network that failed.
     """
 
     loss: Tensor

@@ -1,4 +1,6 @@
-"""Stage 1: regress the average velocity on the flow-map target, with its time derivative by central difference."""
+"""Stage 1: regress the average velocity on the flow-map target, with its time derivative by central
+difference.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from anyflow.validation import (
 
 @dataclass(frozen=True)
 class _Batch:
-    """One step's tensors: x0 and noise in fp32 at least, shifted times in [0, 1], timesteps in [0, N]."""
+    """One step's tensors: x0 and noise in fp32 at least, shifted times in [0, 1], timesteps in [0,
+    N].
+    """
 
     x0: Tensor
     noise: Tensor
@@ -47,19 +51,19 @@ class _Batch:
 class AnyFlowPretrainMethod:
     """Flow-map pretraining.
 
-    Two network calls per step, whatever the samples: one without gradient on the batch ``[x+ ; x- ; x_t uncond]`` (only
-    samples with r != t have ``x+-``), one with gradient on ``x_t``. Flow matching proper (``diffusion_ratio=1`` and no
-    guidance) needs only the second.
+    Two network calls per step, whatever the samples: one without gradient on the batch
+    ``[x+ ; x- ; x_t uncond]`` (only samples with r != t have ``x+-``), one with gradient on
+    ``x_t``. Flow matching proper (``diffusion_ratio=1`` and no guidance) needs only the second.
 
     Args:
-        student: u(x_t, t, r), e.g. :class:`~anyflow.models.AnyFlowTransformer3DModel`. A plain Wan model can only be
-            trained by flow matching.
+        student: u(x_t, t, r), e.g. :class:`~anyflow.models.AnyFlowTransformer3DModel`. A plain Wan
+            model can only be trained by flow matching.
         scheduler: gives the shift, the timestep range and the training weight.
         config: settings.
-        teacher: plain Wan model or flow map whose velocity is the target; with ``velocity_target="teacher"``, and only
-            then.
-        process_group: the ranks with samples of their own, over which kinds are shared out and means are taken; None
-            for all processes.
+        teacher: plain Wan model or flow map whose velocity is the target; with
+            ``velocity_target="teacher"``, and only then.
+        process_group: the ranks with samples of their own, over which kinds are shared out and
+            means are taken; None for all processes.
 
     Raises:
         ValueError: the settings do not fit the scheduler, the student or the teacher.
@@ -76,7 +80,8 @@ class AnyFlowPretrainMethod:
     ) -> None:
         if (config.velocity_target == "teacher") != (teacher is not None):
             raise ValueError(
-                f"velocity_target={config.velocity_target!r} and teacher={'None' if teacher is None else 'a network'} "
+                f"velocity_target={config.velocity_target!r} and "
+                f"teacher={'None' if teacher is None else 'a network'} "
                 "do not fit: the target 'teacher' needs one, 'data' takes none"
             )
         self.student = student
@@ -88,7 +93,8 @@ class AnyFlowPretrainMethod:
         self._plain = not has_flow_map(student)
         if self._plain and not config.is_flow_matching:
             raise ValueError(
-                "the student has no second timestep branch (r_embedder=False): call student.enable_flow_map(), or "
+                "the student has no second timestep branch (r_embedder=False): call "
+                "student.enable_flow_map(), or "
                 "train plain flow matching with diffusion_ratio=1 and fuse_guidance_scale=1"
             )
 
@@ -111,19 +117,21 @@ class AnyFlowPretrainMethod:
         Args:
             latents: ``[B, F, C, H, W]`` clean data.
             prompt_embeds: ``[B, S, text_dim]``.
-            negative_prompt_embeds: ``[B or 1, S, text_dim]``; required unless ``fuse_guidance_scale`` is 1 and
-                ``prompt_dropout`` is 0.
+            negative_prompt_embeds: ``[B or 1, S, text_dim]``; required unless
+                ``fuse_guidance_scale`` is 1 and ``prompt_dropout`` is 0.
             noise: the shape of latents; drawn when None.
             time_pairs: unshifted times; drawn for this rank when None.
-            dropped_prompts: ``[B]`` booleans, whose prompts the negative one replaces; drawn when None.
+            dropped_prompts: ``[B]`` booleans, whose prompts the negative one replaces; drawn when
+                None.
             image_to_video: whether frame 0 is kept clean, the same on all ranks; drawn when None.
             balance: of the update that the batch is a part of; None makes the batch a whole update.
             generator: source of every draw; None seeds a fresh one from the operating system.
             offset: rotates the kinds of samples over the ranks; pass the step number.
 
         Returns:
-            ``loss`` and the metrics ``loss_diffusion`` and ``loss_flow_map``: means of the weighted losses before
-            balancing, over the samples of that kind of all ranks and of the update so far.
+            ``loss`` and the metrics ``loss_diffusion`` and ``loss_flow_map``: means of the weighted
+            losses before balancing, over the samples of that kind of all ranks and of the update so
+            far.
 
         Raises:
             ValueError: shapes do not fit, a needed input is missing, or a CPU input holds NaN.
@@ -156,7 +164,8 @@ class AnyFlowPretrainMethod:
         generator: torch.Generator | None = None,
         offset: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Compute the weighted loss of each sample before balancing, and which samples are plain diffusion.
+        """Compute the weighted loss of each sample before balancing, and which samples are plain
+        diffusion.
 
         Arguments and errors are those of :meth:`loss`.
 
@@ -249,18 +258,22 @@ class AnyFlowPretrainMethod:
         elif pairs.t.shape != (b,):
             raise ValueError(f"time_pairs hold {pairs.t.shape[0]} samples, latents hold {b}")
         elif config.is_flow_matching and len(pairs.flow_map_rows()):
-            raise ValueError("time_pairs hold samples with r != t, but the settings are those of flow matching")
+            raise ValueError(
+                "time_pairs hold samples with r != t, but the settings are those of flow matching"
+            )
         if dropped is None and config.prompt_dropout > 0:
             dropped = rand((b,), generator, device) < config.prompt_dropout
         if config.fuse_guidance_scale != 1 or dropped is not None:
             if negative is None:
                 raise ValueError(
-                    f"negative_prompt_embeds is required with fuse_guidance_scale={config.fuse_guidance_scale} and "
+                    "negative_prompt_embeds is required with "
+                    f"fuse_guidance_scale={config.fuse_guidance_scale} and "
                     f"prompt_dropout={config.prompt_dropout}"
                 )
             negative = batched_embeds("negative_prompt_embeds", negative, b)
             if dropped is not None:
-                text = torch.where(dropped[:, None, None], negative.to(text.dtype), text)  # a copy, never in place
+                # a copy, never in place
+                text = torch.where(dropped[:, None, None], negative.to(text.dtype), text)
         context = self._context_frames(latents, image_to_video, generator)
         return self._times(x0, noise, text, negative, pairs, context)
 
@@ -278,9 +291,17 @@ class AnyFlowPretrainMethod:
         return torch.arange(frames, device=latents.device) == 0 if image_to_video else None
 
     def _times(
-        self, x0: Tensor, noise: Tensor, text: Tensor, negative: Tensor | None, pairs: TimePairs, context: Tensor | None
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        text: Tensor,
+        negative: Tensor | None,
+        pairs: TimePairs,
+        context: Tensor | None,
     ) -> _Batch:
-        """Shift the times, round them to the fp32 timesteps the network will see, and keep what it really sees."""
+        """Shift the times, round them to the fp32 timesteps the network will see, and keep what it
+        really sees.
+        """
         n, wide = self.scheduler.config.num_train_timesteps, widest_float(x0.device)
         timestep = (self.scheduler.apply_shift(pairs.t.to(wide)) * n).float()
         r_timestep = (self.scheduler.apply_shift(pairs.r.to(wide)) * n).float()
@@ -303,15 +324,21 @@ class AnyFlowPretrainMethod:
 
     @torch.no_grad()
     def _along_teacher(self, batch: _Batch) -> _Batch:
-        """Replace data and noise by the ends of the line through x_t whose slope is the teacher's velocity there."""
-        t = batch.t.to(batch.x0.dtype).reshape(*batch.t.shape, *[1] * (batch.x0.ndim - batch.t.ndim))
+        """Replace data and noise by the ends of the line through x_t whose slope is the teacher's
+        velocity there.
+        """
+        t = batch.t.to(batch.x0.dtype).reshape(
+            *batch.t.shape, *[1] * (batch.x0.ndim - batch.t.ndim)
+        )
         x_t = torch.lerp(batch.x0, batch.noise, t)
         r_timestep = batch.timestep if has_flow_map(self.teacher) else None
         v = velocity(self.teacher, x_t, batch.timestep, r_timestep, batch.text).to(x_t.dtype)
         return replace(batch, x0=x_t - t * v, noise=x_t + (1 - t) * v)
 
     def _half_widths(self, batch: _Batch) -> tuple[Tensor, Tensor]:
-        """The realized widths t+ - t and t - t-, after rounding t+- to the fp32 timesteps of the network."""
+        """The realized widths t+ - t and t - t-, after rounding t+- to the fp32 timesteps of the
+        network.
+        """
         n = self.scheduler.config.num_train_timesteps
         epsilon = self.config.epsilon / n
         above, below = batch.t + epsilon, batch.t - epsilon
@@ -320,14 +347,19 @@ class AnyFlowPretrainMethod:
         plus = (above * n).float().to(batch.t.dtype) / n - batch.t
         minus = batch.t - (below * n).float().to(batch.t.dtype) / n
         if batch.context is not None:
-            plus, minus = plus.where(~batch.context, 0 * plus), minus.where(~batch.context, 0 * minus)
+            plus, minus = (
+                plus.where(~batch.context, 0 * plus),
+                minus.where(~batch.context, 0 * minus),
+            )
         return plus, minus
 
     @torch.no_grad()
     def _central(
         self, batch: _Batch, x_t: Tensor, x_no_grad: Tensor, plus: Tensor, minus: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The batched triple forward: ``u(+)``, ``u(-)`` of the flow-map rows and unconditional ``u``, in one call."""
+        """The batched triple forward: ``u(+)``, ``u(-)`` of the flow-map rows and unconditional
+        ``u``, in one call.
+        """
         guided, rows, n = self.config.fuse_guidance_scale != 1, batch.rows, len(batch.rows)
         steps = self.scheduler.config.num_train_timesteps
         r_rows, text_rows = batch.r_timestep[rows], batch.text[rows]
@@ -339,24 +371,40 @@ class AnyFlowPretrainMethod:
             r.append(batch.r_timestep)
             text.append(batch.negative.to(batch.text.dtype))
         elif n == 0:  # under FSDP every rank must call the network as often as the others
-            velocity(self.student, x_t[:1], batch.timestep[:1], batch.r_timestep[:1], batch.text[:1])
+            velocity(
+                self.student, x_t[:1], batch.timestep[:1], batch.r_timestep[:1], batch.text[:1]
+            )
             return None, None, None
         out = velocity(self.student, x_no_grad, torch.cat(t), torch.cat(r), torch.cat(text))
         uncond = out[2 * n :] if guided else None
         return (out[:n], out[n : 2 * n], uncond) if n else (None, None, uncond)
 
     @torch.no_grad()
-    def _jvp(self, batch: _Batch, x_t: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dF/dt by forward-mode differentiation along (eps - x0, 1), returned as a difference of width 1."""
+    def _jvp(
+        self, batch: _Batch, x_t: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dF/dt by forward-mode differentiation along (eps - x0, 1), returned as a difference of
+        width 1.
+        """
         rows, text = batch.rows, batch.text[batch.rows]
         uncond = None
         if self.config.fuse_guidance_scale != 1:
             assert batch.negative is not None
-            uncond = velocity(self.student, x_t, batch.timestep, batch.r_timestep, batch.negative.to(batch.text.dtype))
+            uncond = velocity(
+                self.student,
+                x_t,
+                batch.timestep,
+                batch.r_timestep,
+                batch.negative.to(batch.text.dtype),
+            )
         if len(rows) == 0:  # as many calls as the other ranks make, as in _central
-            velocity(self.student, x_t[:1], batch.timestep[:1], batch.r_timestep[:1], batch.text[:1])
+            velocity(
+                self.student, x_t[:1], batch.timestep[:1], batch.r_timestep[:1], batch.text[:1]
+            )
             return None, None, uncond
-        speed = torch.full_like(batch.timestep[rows], float(self.scheduler.config.num_train_timesteps))
+        speed = torch.full_like(
+            batch.timestep[rows], float(self.scheduler.config.num_train_timesteps)
+        )
         direction = (batch.noise - batch.x0)[rows]
         if batch.context is not None:
             moving = ~batch.context
@@ -376,4 +424,5 @@ class AnyFlowPretrainMethod:
         if batch.context is None:
             return weight
         frames = batch.context.shape[0]
-        return weight * ~batch.context * (frames / (frames - 1))  # the mean runs over the frames that are denoised
+        # the mean runs over the frames that are denoised
+        return weight * ~batch.context * (frames / (frames - 1))

@@ -16,16 +16,20 @@ class PretrainConfig:
         diffusion_ratio: share of the global batch with r = t.
         consistency_ratio: share of the global batch with r = 0.
         epsilon: half-width of the central difference, in timesteps of the scheduler.
-        fuse_guidance_scale: g > 0, the guidance distilled into the model; 1 runs no unconditional forward.
-        boundary: ``"one_sided"`` keeps t +- epsilon inside [0, 1] and divides by the width used; ``"extrapolate"``
-            leaves [0, 1], as the reference trainer does.
-        derivative: ``"central"`` difference, or ``"jvp"`` for exact forward-mode (math attention; three network calls).
-        prompt_dropout: chance that a prompt is replaced by the negative embedding (0.1 in the published recipe).
-        i2v_prob: chance that a step trains image-to-video: frame 0 is kept clean and left out of the loss.
-        velocity_target: ``"data"`` regresses on the velocity ``noise - x0`` of a pair, which is right in the mean over
-            pairs only; ``"teacher"`` on the velocity of a trained network at (x_t, t), along which the time derivative
-            is taken, too: one more evaluation, without the scatter of pairs. Small steps then stay as good as that
-            network's.
+        fuse_guidance_scale: g > 0, the guidance distilled into the model; 1 runs no unconditional
+            forward.
+        boundary: ``"one_sided"`` keeps t +- epsilon inside [0, 1] and divides by the width used;
+            ``"extrapolate"`` leaves [0, 1], as the reference trainer does.
+        derivative: ``"central"`` difference, or ``"jvp"`` for exact forward-mode (math attention;
+            three network calls).
+        prompt_dropout: chance that a prompt is replaced by the negative embedding (0.1 in the
+            published recipe).
+        i2v_prob: chance that a step trains image-to-video: frame 0 is kept clean and left out of
+            the loss.
+        velocity_target: ``"data"`` regresses on the velocity ``noise - x0`` of a pair, which is
+            right in the mean over pairs only; ``"teacher"`` on the velocity of a trained network at
+            (x_t, t), along which the time derivative is taken, too: one more evaluation, without
+            the scatter of pairs. Small steps then stay as good as that network's.
 
     Raises:
         ValueError: a value is out of range.
@@ -52,11 +56,15 @@ class PretrainConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"PretrainConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"PretrainConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}"
+                )
         for name in ("prompt_dropout", "i2v_prob"):
             require_number(f"PretrainConfig.{name}", getattr(self, name))
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"PretrainConfig.{name} must be in [0, 1], got {getattr(self, name)}")
+                raise ValueError(
+                    f"PretrainConfig.{name} must be in [0, 1], got {getattr(self, name)}"
+                )
 
     def check_timesteps(self, num_train_timesteps: int) -> None:
         """Raise a ValueError unless ``epsilon`` fits a scheduler's range of timesteps."""
@@ -68,5 +76,7 @@ class PretrainConfig:
 
     @property
     def is_flow_matching(self) -> bool:
-        """Tell whether the loss is plain flow matching: no sample needs an evaluation without gradient."""
+        """Tell whether the loss is plain flow matching: no sample needs an evaluation without
+        gradient.
+        """
         return self.diffusion_ratio == 1 and self.fuse_guidance_scale == 1

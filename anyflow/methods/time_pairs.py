@@ -14,27 +14,42 @@ from anyflow.transfer import device_tensor, to_device
 
 @dataclass(frozen=True)
 class TimePairs:
-    """Times in [0, 1] *before* the shift: ``t[B] >= r[B]``, and which samples are plain diffusion (r = t).
+    """Times in [0, 1] *before* the shift: ``t[B] >= r[B]``, and which samples are plain diffusion
+    (r = t).
 
     Raises:
-        ValueError: shapes differ, values leave [0, 1] or are NaN, or r > t (checked on CPU tensors).
+        ValueError: shapes differ, values leave [0, 1] or are NaN, or r > t (checked on CPU
+            tensors).
     """
 
     t: Tensor
     r: Tensor
     is_diffusion: Tensor
-    _rows: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)  # known without a sync
+    # known without a sync
+    _rows: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.t.ndim != 1 or self.r.shape != self.t.shape or self.is_diffusion.shape != self.t.shape:
-            shapes = f"t {tuple(self.t.shape)}, r {tuple(self.r.shape)}, is_diffusion {tuple(self.is_diffusion.shape)}"
+        if (
+            self.t.ndim != 1
+            or self.r.shape != self.t.shape
+            or self.is_diffusion.shape != self.t.shape
+        ):
+            shapes = (
+                f"t {tuple(self.t.shape)}, r {tuple(self.r.shape)}, is_diffusion "
+                f"{tuple(self.is_diffusion.shape)}"
+            )
             raise ValueError(f"TimePairs: t, r and is_diffusion must all be [B], got {shapes}")
         if self.is_diffusion.dtype != torch.bool:
-            raise ValueError(f"TimePairs: is_diffusion must be boolean, got {self.is_diffusion.dtype}")
+            raise ValueError(
+                f"TimePairs: is_diffusion must be boolean, got {self.is_diffusion.dtype}"
+            )
         if self.t.device.type == "cpu":
             inside = (self.r >= 0) & (self.t <= 1) & (self.t >= self.r)  # false for NaN
             if not bool(inside.all()):
-                raise ValueError(f"TimePairs: need 0 <= r <= t <= 1, got t={self.t.tolist()}, r={self.r.tolist()}")
+                raise ValueError(
+                    f"TimePairs: need 0 <= r <= t <= 1, got t={self.t.tolist()}, "
+                    f"r={self.r.tolist()}"
+                )
             if bool((self.is_diffusion & (self.t != self.r)).any()):
                 raise ValueError("TimePairs: diffusion samples must have r = t")
 
@@ -53,13 +68,19 @@ class TimePairs:
         return chosen
 
     def diffusion_first(self) -> list[int]:
-        """Return the indices of all samples: those of plain diffusion, then the others, each in their order."""
+        """Return the indices of all samples: those of plain diffusion, then the others, each in
+        their order.
+        """
         kinds = self.is_diffusion.tolist()
         return sorted(range(len(kinds)), key=lambda i: not kinds[i])
 
     def _know_rows(self, kinds: Sequence[bool]) -> None:
-        """Keep ``flow_map_rows`` on the host; no argument, which dataclasses.replace() would carry over."""
-        object.__setattr__(self, "_rows", tuple(b for b, is_diffusion in enumerate(kinds) if not is_diffusion))
+        """Keep ``flow_map_rows`` on the host; no argument, which dataclasses.replace() would carry
+        over.
+        """
+        object.__setattr__(
+            self, "_rows", tuple(b for b, is_diffusion in enumerate(kinds) if not is_diffusion)
+        )
 
 
 def sample_time_pairs(
@@ -76,9 +97,10 @@ def sample_time_pairs(
 ) -> TimePairs:
     """Draw ``t, r = max, min`` of two uniforms, then fix r for two kinds of samples.
 
-    By global index ``i = (b * world_size + rank + offset) mod (world_size * batch_size)``, which interleaves ranks, the
-    first ``round(diffusion_ratio * world_size * batch_size)`` get r = t, the next
-    ``round(consistency_ratio * world_size * batch_size)`` get r = 0, and the rest keep both.
+    By global index ``i = (b * world_size + rank + offset) mod (world_size *
+    batch_size)``, which interleaves ranks, the first ``round(diffusion_ratio * world_size *
+    batch_size)`` get r = t, the next ``round(consistency_ratio * world_size * batch_size)`` get r =
+    0, and the rest keep both.
 
     Args:
         batch_size: samples on this rank.
@@ -88,7 +110,8 @@ def sample_time_pairs(
         world_size: number of ranks.
         generator: explicit source; None seeds a fresh one from the operating system.
         device: where the result goes.
-        offset: rotates i, so that with one sample per rank no rank is stuck with one kind; pass the step number.
+        offset: rotates i, so that with one sample per rank no rank is stuck with one kind; pass the
+            step number.
         uniforms: ``[2, B]`` in [0, 1), of which t is the larger and r the smaller; drawn when None.
 
     Raises:
@@ -97,7 +120,8 @@ def sample_time_pairs(
     check_ratios(diffusion_ratio, consistency_ratio)
     if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(
-            f"need batch_size >= 1 and 0 <= rank < world_size, got batch_size={batch_size}, rank={rank}, "
+            f"need batch_size >= 1 and 0 <= rank < world_size, got batch_size={batch_size}, "
+            f"rank={rank}, "
             f"world_size={world_size}"
         )
     total = batch_size * world_size
@@ -107,10 +131,16 @@ def sample_time_pairs(
 
     generator = resolve_generator(generator, device)
     target = device or generator.device
-    uniforms = rand((2, batch_size), generator, target) if uniforms is None else to_device(uniforms, target)
+    uniforms = (
+        rand((2, batch_size), generator, target)
+        if uniforms is None
+        else to_device(uniforms, target)
+    )
     t, r = uniforms.amax(0), uniforms.amin(0)
     is_diffusion = device_tensor([i < diffusion for i in index], torch.bool, target)
-    is_consistency = device_tensor([diffusion <= i < diffusion + consistency for i in index], torch.bool, target)
+    is_consistency = device_tensor(
+        [diffusion <= i < diffusion + consistency for i in index], torch.bool, target
+    )
     r = torch.where(is_diffusion, t, torch.where(is_consistency, torch.zeros_like(r), r))
     pairs = TimePairs(t, r, is_diffusion)
     pairs._know_rows([i < diffusion for i in index])
@@ -119,10 +149,14 @@ def sample_time_pairs(
 
 def check_ratios(diffusion_ratio: float, consistency_ratio: float) -> None:
     """ValueError unless both ratios are in [0, 1] and sum to at most 1."""
-    for name, ratio in (("diffusion_ratio", diffusion_ratio), ("consistency_ratio", consistency_ratio)):
+    for name, ratio in (
+        ("diffusion_ratio", diffusion_ratio),
+        ("consistency_ratio", consistency_ratio),
+    ):
         if not 0 <= ratio <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {ratio}")
     if diffusion_ratio + consistency_ratio > 1 + 1e-9:
         raise ValueError(
-            f"diffusion_ratio + consistency_ratio must not exceed 1, got {diffusion_ratio} + {consistency_ratio}"
+            f"diffusion_ratio + consistency_ratio must not exceed 1, got {diffusion_ratio} + "
+            f"{consistency_ratio}"
         )

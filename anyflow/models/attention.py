@@ -1,4 +1,6 @@
-"""Scaled dot-product attention in the model's ``[B, L, H, Dh]`` layout, on the best backend for the device."""
+"""Scaled dot-product attention in the model's ``[B, L, H, Dh]`` layout, on the best backend for the
+device.
+"""
 
 from __future__ import annotations
 
@@ -55,10 +57,12 @@ class AttentionChoice:
 class use_attention_backend(Use):
     """Force attention onto one backend, as a setter or as a context manager.
 
-    ``use_attention_backend("math")`` takes effect at once; used as ``with use_attention_backend("math"): ...`` it ends
-    with the block. ``use_attention_backend(None)`` returns to the automatic choice. Either holds in the context that it
-    is called in, as :class:`anyflow.ops.use_backend`. The model's gradient checkpointing runs attention again as the
-    forward pass has; with a checkpoint of the user's own, the block must hold the backward pass too.
+    ``use_attention_backend("math")`` takes effect at once; used as
+    ``with use_attention_backend("math"): ...`` it ends with the block.
+    ``use_attention_backend(None)`` returns to the automatic choice. Either holds in the context
+    that it is called in, as :class:`anyflow.ops.use_backend`. The model's gradient checkpointing
+    runs attention again as the forward pass has; with a checkpoint of the user's own, the block
+    must hold the backward pass too.
 
     Raises:
         ValueError: the name is not one of :data:`ATTENTION_BACKENDS`.
@@ -70,30 +74,33 @@ class use_attention_backend(Use):
         super().__init__(None if name is None else validated_backend(name))
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *, attention_backend: str | None = None) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, attention_backend: str | None = None
+) -> Tensor:
     """Softmax attention without mask: ``softmax(query key^T / sqrt(Dh)) value``.
 
-    A backend is forced by, nearest first: ``attention_backend``, :class:`use_attention_backend`, the environment
-    variable ``ANYFLOW_ATTENTION``. Otherwise the fastest one that supports the tensors runs (``"flash"`` where the
-    user has activated FlashAttention-3 or 4 in torch in place of its own kernel), among those that
-    ``torch.nn.attention.sdpa_kernel`` leaves enabled: on a CPU ``"native"``, unless ``anyflow.ops.use_backend`` or
-    ``ANYFLOW_BACKEND`` names another backend than that; else, and on other devices than CPU and CUDA, torch chooses.
-    Under ``torch.compile`` the environment variable and the ``sdpa_kernel`` in force are those of the compilation.
+    A backend is forced by, nearest first: ``attention_backend``, :class:`use_attention_backend`,
+    the environment variable ``ANYFLOW_ATTENTION``. Otherwise the fastest one that supports the
+    tensors runs (``"flash"`` where the user has activated FlashAttention-3 or 4 in torch in place
+    of its own kernel), among those that ``torch.nn.attention.sdpa_kernel`` leaves enabled: on a CPU
+    ``"native"``, unless ``anyflow.ops.use_backend`` or ``ANYFLOW_BACKEND`` names another backend
+    than that; else, and on other devices than CPU and CUDA, torch chooses. Under ``torch.compile``
+    the environment variable and the ``sdpa_kernel`` in force are those of the compilation.
 
     Args:
         query: ``[B, L, H, Dh]``.
         key: ``[B, S, H, Dh]``, in query's dtype (any under autocast).
         value: ``[B, S, H, Dh]``, likewise.
         attention_backend: ``"flash_attn_3"``, ``"flash_attn_2"`` (those two packages), ``"native"``
-            (:func:`anyflow.ops.attention`), ``"cudnn"``, ``"flash"``, ``"efficient"``, ``"math"`` (torch's kernels), or
-            None.
+            (:func:`anyflow.ops.attention`), ``"cudnn"``, ``"flash"``, ``"efficient"``, ``"math"``
+            (torch's kernels), or None.
 
     Returns:
         ``[B, L, H * Dh]`` in query's dtype, or in autocast's where it is enabled.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree; the name of a backend is unknown; or a forced backend does not
-            support these tensors.
+        ValueError: shapes, dtypes or devices disagree; the name of a backend is unknown; or a
+            forced backend does not support these tensors.
         RuntimeError: a forced backend is not installed, or does not run on this device.
     """
     query, key, value = _autocast(query, key, value)
@@ -101,15 +108,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, attention_backend: s
     forced, by = _forced_backend(attention_backend)
     if forced is None and query.device.type not in ("cpu", "cuda"):
         return sdpa(query, key, value)
-    grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    head_dim = operator.index(query.shape[3])  # a plain int under torch.compile(dynamic=True) as well
+    grad = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    )
+    # a plain int under torch.compile(dynamic=True) as well
+    head_dim = operator.index(query.shape[3])
     keys = 1 if key.shape[1] == 1 else 8  # all that a choice depends on
     kind = query.device, query.dtype, head_dim, grad, keys
     name, exact = _select(forced, by, *kind, torch.compiler.is_compiling(), forced_backend())
 
     if query.numel() == 0 or key.numel() == 0:
         name, exact = "math", True  # nothing to compute, and the kernels refuse empty tensors
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))  # kernels need it
+    # kernels need it
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     if name == "native":
         if forced is not None and has_tangent(query, key, value):
             problem = "it has no forward-mode derivative: use_attention_backend('math')"
@@ -130,7 +141,8 @@ def attention_report(
     head_dim: int = 128,
     requires_grad: bool = False,
 ) -> dict[str, AttentionChoice]:
-    """For every backend, whether it runs on ``device`` for such tensors, whether it is the one chosen, and why.
+    """For every backend, whether it runs on ``device`` for such tensors, whether it is the one
+    chosen, and why.
 
     Args:
         device: None means CUDA where there is a CUDA device, else the CPU.
@@ -141,7 +153,9 @@ def attention_report(
     Returns:
         Backend name to :class:`AttentionChoice`. None is chosen where a forced backend cannot run.
     """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    )
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     switches = deterministic(), enabled(), flash_implementation()
@@ -158,7 +172,9 @@ def attention_report(
             reason = problem
         elif is_chosen:
             ours = device.type == "cuda" or name == "native"
-            reason = "first choice that takes the tensors" if ours else "torch's own choice off CUDA"
+            reason = (
+                "first choice that takes the tensors" if ours else "torch's own choice off CUDA"
+            )
         elif forced is not None:
             reason = f"{forced} is {by}"
         elif not allowed(name, call.enabled):
@@ -174,7 +190,10 @@ def attention_report(
 def validated_backend(name: str, prefix: str = "") -> str:
     """The name itself; a ValueError that lists the names if it is none of them."""
     if name not in ATTENTION_BACKENDS:
-        raise ValueError(f"{prefix}unknown attention backend {name!r}; expected one of {', '.join(ATTENTION_BACKENDS)}")
+        raise ValueError(
+            f"{prefix}unknown attention backend {name!r}; expected one of "
+            f"{', '.join(ATTENTION_BACKENDS)}"
+        )
     return name
 
 
@@ -203,18 +222,25 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta is an error there
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor, length in (("query", query, "L"), ("key", key, "S"), ("value", value, "S")):
         if tensor.ndim != 4:
-            raise ValueError(f"attention: {name} must be [B, {length}, H, Dh], got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"attention: {name} must be [B, {length}, H, Dh], got {tuple(tensor.shape)}"
+            )
         if not tensor.is_floating_point():
-            raise ValueError(f"attention: {name} must be of a floating-point dtype, got {tensor.dtype}")
+            raise ValueError(
+                f"attention: {name} must be of a floating-point dtype, got {tensor.dtype}"
+            )
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise ValueError(
-                f"attention: {name} is {tensor.dtype} on {tensor.device}, query is {query.dtype} on {query.device}"
+                f"attention: {name} is {tensor.dtype} on {tensor.device}, query is {query.dtype} "
+                f"on {query.device}"
             )
     b, _, h, d = query.shape
     if key.shape[0] != b or key.shape[2] != h or key.shape[3] != d:
@@ -223,7 +249,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"got {tuple(key.shape)}{heads_first(query, key)}"
         )
     if value.shape != key.shape:
-        raise ValueError(f"attention: value {tuple(value.shape)} must have the shape of key {tuple(key.shape)}")
+        raise ValueError(
+            f"attention: value {tuple(value.shape)} must have the shape of key {tuple(key.shape)}"
+        )
 
 
 @torch.compiler.assume_constant_result  # evaluated, not traced: it reads switches and runs probes

@@ -1,8 +1,9 @@
-"""The kernels for attention (torch's, the FlashAttention packages', ours): which of them run, and which is best.
+"""The kernels for attention (torch's, the FlashAttention packages', ours): which of them run, and
+which is best.
 
 torch's flash kernel can be replaced by FlashAttention-3 or 4, from torch 2.11 on, by
-``torch.nn.attention.activate_flash_attention_impl``. That holds for the whole process and is never done here. Where the
-user has done it, it comes first.
+``torch.nn.attention.activate_flash_attention_impl``. That holds for the whole process and is never
+done here. Where the user has done it, it comes first.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ _ENABLED = {
 }
 PACKAGES = {"flash_attn_3": "flash_attn_interface", "flash_attn_2": "flash_attn"}
 _INSTALL = {
-    "flash_attn_3": "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130 (or cu126)",
+    "flash_attn_3": "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130 "
+    "(or cu126)",
     "flash_attn_2": "pip install --no-build-isolation flash-attn (it is compiled by nvcc)",
 }
 _INSTALLED = {
     "flash_attn_3": importlib.util.find_spec("flash_attn_interface") is not None,
-    # Not "flash_attn": FlashAttention-4 installs a package of that name too, without this extension.
+    # Not "flash_attn": FlashAttention-4 installs a package of that name too, without this
+    # extension.
     "flash_attn_2": importlib.util.find_spec("flash_attn_2_cuda") is not None,
 }
 ATTENTION_BACKENDS = (*PACKAGES, "native", *KERNELS)
@@ -56,7 +59,9 @@ _PROBING = threading.RLock()  # warnings' filters and torch's switches are those
 
 
 class Call(NamedTuple):
-    """Holds all that the choice depends on: what the tensors are (keys: 1, or 8 for more), and the switches."""
+    """Holds all that the choice depends on: what the tensors are (keys: 1, or 8 for more), and the
+    switches.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -71,12 +76,16 @@ class Call(NamedTuple):
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    )
     return out.transpose(1, 2).flatten(2)
 
 
 def packaged(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    out = _functions[name](query, key, value, deterministic=torch.are_deterministic_algorithms_enabled())
+    out = _functions[name](
+        query, key, value, deterministic=torch.are_deterministic_algorithms_enabled()
+    )
     # FlashAttention-3 before September 2025 returns the log-sum-exp as well.
     return out[0] if isinstance(out, tuple) else out
 
@@ -86,46 +95,72 @@ def enabled() -> frozenset[str]:
 
 
 def allowed(name: str, enabled: frozenset[str]) -> bool:
-    return ("flash" if name in _OURS else name) in enabled  # who disables flash attention means all of it
+    # who disables flash attention means all of it
+    return ("flash" if name in _OURS else name) in enabled
 
 
 def flash_implementation() -> str | None:
-    """Return the implementation activated in place of torch's flash kernel, such as ``"FA4"``, or None."""
-    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)  # from torch 2.11 on
+    """Return the implementation activated in place of torch's flash kernel, such as ``"FA4"``, or
+    None.
+    """
+    # from torch 2.11 on
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
     return None if current is None else current()
 
 
 def deterministic() -> bool:
-    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
 
 
 @functools.cache
 def automatic(call: Call) -> str:
     gpu = call.device.type == "cuda" and torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability(call.device) if gpu and torch.version.hip is None else (0, 0)
+    capability = (
+        torch.cuda.get_device_capability(call.device)
+        if gpu and torch.version.hip is None
+        else (0, 0)
+    )
     cudnn = torch.backends.cudnn.version()
-    for name in preference(capability, 0 if cudnn is None else cudnn, call.flash) if gpu else ("native",):
+    for name in (
+        preference(capability, 0 if cudnn is None else cudnn, call.flash) if gpu else ("native",)
+    ):
         problem = unavailable(name, call) or unsupported(name, call)
         if allowed(name, call.enabled) and problem is None:
             return name
     return torch_choice(call)
 
 
-def preference(capability: tuple[int, int], cudnn: int, flash: str | None = None) -> tuple[str, ...]:
-    """List the backends from fast to slow, for an NVIDIA GPU's compute capability and a cuDNN version such as 91002.
+def preference(
+    capability: tuple[int, int], cudnn: int, flash: str | None = None
+) -> tuple[str, ...]:
+    """List the backends from fast to slow, for an NVIDIA GPU's compute capability and a cuDNN
+    version such as 91002.
 
-    An implementation that the user has activated in place of torch's flash kernel, ``"FA3"`` or ``"FA4"``, comes first.
+    An implementation that the user has activated in place of torch's flash kernel, ``"FA3"`` or
+    ``"FA4"``, comes first.
 
-    Hopper: FlashAttention-3, then cuDNN, both far above FlashAttention-2. Blackwell: cuDNN alone has kernels
-    of its own. Ampere and Ada: FlashAttention-2 is written for them, and torch does not prefer cuDNN there either.
+    Hopper: FlashAttention-3, then cuDNN, both far above FlashAttention-2. Blackwell: cuDNN alone
+    has kernels of its own. Ampere and Ada: FlashAttention-2 is written for them, and torch does not
+    prefer cuDNN there either.
     """
     newest = ("flash_attn_3", "cudnn") if cudnn >= _CUDNN_PREFERRED else ("flash_attn_3",)
-    order = (*(newest if capability >= (9, 0) else ()), "flash_attn_2", "flash", "efficient", "math")
+    order = (
+        *(newest if capability >= (9, 0) else ()),
+        "flash_attn_2",
+        "flash",
+        "efficient",
+        "math",
+    )
     return order if flash is None else ("flash", *(name for name in order if name != "flash"))
 
 
 def unavailable(name: str, call: Call) -> str | None:
-    """Say why a backend cannot run here, or None: there is none, or the user wants no native kernels."""
+    """Say why a backend cannot run here, or None: there is none, or the user wants no native
+    kernels.
+    """
     if name == "native" and call.operators is not None and call.operators[0] != "native":
         return "anyflow.ops runs on {!r}, {}".format(*call.operators)
     return missing_backend(name, call.device)
@@ -163,7 +198,12 @@ def _load(name: str) -> str | None:
     """Import a package on first use, and say why that failed, or None."""
     try:
         _functions[name] = importlib.import_module(PACKAGES[name]).flash_attn_func
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # built for another torch, as a rule
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # built for another torch, as a rule
         return f"installed, but does not load: {error}"
     return None
 
@@ -180,27 +220,43 @@ def unsupported(name: str, call: Call) -> str | None:
     if name in KERNELS:
         what += f"{', a gradient' if call.grad else ''}{', one key' if call.keys == 1 else ''}"
         problem = _kernel_problem(name, call)
-        if problem is None and name == "flash" and call.flash is not None and call.device.type == "cuda":
+        if (
+            problem is None
+            and name == "flash"
+            and call.flash is not None
+            and call.device.type == "cuda"
+        ):
             problem = _run_problem(_flash, call)  # torch asks the limits of its own kernel
     elif call.dtype not in (torch.float16, torch.bfloat16):
         problem = "it takes float16 and bfloat16"
     elif call.head_dim > 256 or (name == "flash_attn_3" and call.head_dim % 8):
-        problem = "it takes head_dim up to 256" + (" in steps of 8" if name == "flash_attn_3" else "")
-    elif call.compiling and not hasattr(getattr(torch.ops, name.removesuffix("_2")), "_flash_attn_forward"):
-        problem = "this version of the package registers no operator for torch.compile, newer ones do"
+        problem = "it takes head_dim up to 256" + (
+            " in steps of 8" if name == "flash_attn_3" else ""
+        )
+    elif call.compiling and not hasattr(
+        getattr(torch.ops, name.removesuffix("_2")), "_flash_attn_forward"
+    ):
+        problem = (
+            "this version of the package registers no operator for torch.compile, newer ones do"
+        )
     else:
         problem = _run_problem(functools.partial(packaged, name), call)
     return None if problem is None else f"{what}: {problem}"
 
 
 def _kernel_problem(name: str, call: Call) -> str | None:
-    """Say why one of torch's kernels does not take such tensors, in the words of torch's warnings."""
+    """Say why one of torch's kernels does not take such tensors, in the words of torch's
+    warnings.
+    """
     with _PROBING, warnings.catch_warnings(record=True) as caught, sdpa_kernel(KERNELS[name]):
         warnings.simplefilter("always")
         if _fused_choice(call) == name:
             return None
     words = (str(warning.message).split(" (Triggered internally")[0].strip() for warning in caught)
-    return "; ".join(text for text in words if "not used because" not in text) or "torch does not say why"
+    return (
+        "; ".join(text for text in words if "not used because" not in text)
+        or "torch does not say why"
+    )
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -209,7 +265,9 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _run_problem(run: Callable[..., Tensor], call: Call) -> str | None:
-    """Say why a kernel does not run such tensors: only a run shows what its build was compiled for."""
+    """Say why a kernel does not run such tensors: only a run shows what its build was compiled
+    for.
+    """
     try:
         with _disable_current_modes(), torch.set_grad_enabled(call.grad):
             probe = _probe(call)
@@ -235,14 +293,27 @@ def _fused_choice(call: Call) -> str:
         try:
             query, key, value = (t.transpose(1, 2) for t in _probe(call))
             choice = torch._fused_sdp_choice(query, key, value)
-        except (RuntimeError, AssertionError):  # no enabled kernel, or no such device; the call itself will say so
+        except (
+            RuntimeError,
+            AssertionError,
+        ):  # no enabled kernel, or no such device; the call itself will say so
             return "none"
     return next((name for name, kernel in KERNELS.items() if kernel.value == choice), "none")
 
 
 def _probe(call: Call) -> list[Tensor]:
-    """Make the smallest query, key and value of a kind: real ones, where the fake-tensor modes are disabled."""
+    """Make the smallest query, key and value of a kind: real ones, where the fake-tensor modes are
+    disabled.
+    """
     return [
-        torch.zeros(1, length, 2, call.head_dim, device=call.device, dtype=call.dtype, requires_grad=call.grad)
+        torch.zeros(
+            1,
+            length,
+            2,
+            call.head_dim,
+            device=call.device,
+            dtype=call.dtype,
+            requires_grad=call.grad,
+        )
         for length in (8, call.keys, call.keys)
     ]

@@ -1,4 +1,6 @@
-"""The transformer block: self-attention, text cross-attention and feed-forward on the fused operators."""
+"""The transformer block: self-attention, text cross-attention and feed-forward on the fused
+operators.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalized queries and keys; of the tokens themselves, or of a context."""
+    """Multi-head attention with normalized queries and keys; of the tokens themselves, or of a
+    context.
+    """
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -36,18 +40,26 @@ class Attention(nn.Module):
         self.attention_backend: str | None = None
 
     def key_value(self, context: Tensor, rotary: Rotary | None = None) -> KeyValue:
-        """``context[B, S, D] -> (key, value)``, both ``[B, S, H, Dh]``; worth caching for a fixed context."""
+        """``context[B, S, D] -> (key, value)``, both ``[B, S, H, Dh]``; worth caching for a fixed
+        context.
+        """
         return (
             self.norm_k(apply_linear(self.to_k, context), rotary),
             apply_linear(self.to_v, context).unflatten(-1, (self.num_heads, -1)),
         )
 
     def forward(
-        self, x: Tensor, context: Tensor | KeyValue, rotary: Rotary | None = None, split: TokenSplit | None = None
+        self,
+        x: Tensor,
+        context: Tensor | KeyValue,
+        rotary: Rotary | None = None,
+        split: TokenSplit | None = None,
     ) -> Tensor:
-        """``x[B, L, D]`` attends to ``context[B, S, D]``, or to cached keys and values; returns ``[B, L, D]``.
+        """``x[B, L, D]`` attends to ``context[B, S, D]``, or to cached keys and values; returns
+        ``[B, L, D]``.
 
-        With a split, x and context are this rank's tokens, and attention is among those of all ranks.
+        With a split, x and context are this rank's tokens, and attention is among those of all
+        ranks.
         """
         query = self.norm_q(apply_linear(self.to_q, x), rotary)
         key, value = context if isinstance(context, tuple) else self.key_value(context, rotary)
@@ -61,7 +73,9 @@ class Attention(nn.Module):
 
 
 class GELUProjection(nn.Module):
-    """Linear followed by tanh-GELU, in the epilogue of the matrix product where :func:`fuses_gelu`."""
+    """Linear followed by tanh-GELU, in the epilogue of the matrix product where
+    :func:`fuses_gelu`.
+    """
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
@@ -78,7 +92,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GELUProjection(dim, ffn_dim), nn.Dropout(0.0), nn.Linear(ffn_dim, dim)])
+        self.net = nn.ModuleList(
+            [GELUProjection(dim, ffn_dim), nn.Dropout(0.0), nn.Linear(ffn_dim, dim)]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self.net:
@@ -87,9 +103,13 @@ class FeedForward(nn.Module):
 
 
 class AnyFlowTransformerBlock(nn.Module):
-    """One block. Modulation stays at one row per sample or frame: table ``[1, 6, D]`` plus ``[B, R, 6, D]``."""
+    """One block. Modulation stays at one row per sample or frame: table ``[1, 6, D]`` plus
+    ``[B, R, 6, D]``.
+    """
 
-    def __init__(self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float) -> None:
+    def __init__(
+        self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.attn1 = Attention(dim, num_heads, eps)
@@ -99,18 +119,26 @@ class AnyFlowTransformerBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def text_key_value(self, tokens: Tensor) -> KeyValue:
-        """Keys and values of cross-attention, to be given to many calls: ``[B, S, D]`` to two ``[B, S, H, Dh]``."""
+        """Keys and values of cross-attention, to be given to many calls: ``[B, S, D]`` to two
+        ``[B, S, H, Dh]``.
+        """
         return self.attn2.key_value(tokens)
 
     def forward(
-        self, x: Tensor, context: Tensor | KeyValue, modulation: Tensor, rotary: Rotary, split: TokenSplit | None = None
+        self,
+        x: Tensor,
+        context: Tensor | KeyValue,
+        modulation: Tensor,
+        rotary: Rotary,
+        split: TokenSplit | None = None,
     ) -> Tensor:
         """Run the block.
 
         Args:
             x: ``[B, L, D]`` tokens.
             context: ``[B, S, D]`` text tokens, or their cached keys and values.
-            modulation: ``[B, R, 6, D]`` projection of the time embedding, R = 1 or one row per frame.
+            modulation: ``[B, R, 6, D]`` projection of the time embedding, R = 1 or one row per
+                frame.
             rotary: ``(cos, sin)``, each ``[L, Dh / 2]``.
             split: with sequence parallelism, where the tokens of x are among those of all ranks.
 
@@ -118,7 +146,9 @@ class AnyFlowTransformerBlock(nn.Module):
             ``[B, L, D]``.
         """
         wide = torch.promote_types(modulation.dtype, torch.float32)
-        shift, scale, gate, c_shift, c_scale, c_gate = (self.scale_shift_table + modulation.to(wide)).unbind(2)
+        shift, scale, gate, c_shift, c_scale, c_gate = (
+            self.scale_shift_table + modulation.to(wide)
+        ).unbind(2)
 
         n = layer_norm_modulate(x, shift, scale, self.eps)
         a = self.attn1(n, n, rotary, split)

@@ -1,4 +1,6 @@
-"""The settings that a transformer can have: limits that are far from every published model, checked before building."""
+"""The settings that a transformer can have: limits that are far from every published model, checked
+before building.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ from typing import Any
 
 from anyflow.validation import brief, is_finite_number, whole_number
 
-# Smallest and largest value of each size. A width of 2^16 is 13 times that of the published 14B model.
+# Smallest and largest value of each size. A width of 2^16 is 13 times that of the published 14B
+# model.
 LIMITS: dict[str, tuple[int, int]] = {
     "num_attention_heads": (1, 1024),
     "attention_head_dim": (2, 1024),
@@ -39,10 +42,13 @@ def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
             whole_number(name, size, *LIMITS[name])
     heads, head_dim = sizes["num_attention_heads"], sizes["attention_head_dim"]
     if head_dim % 2:
-        raise ValueError(f"attention_head_dim must be even for the rotary embedding, got {head_dim}")
+        raise ValueError(
+            f"attention_head_dim must be even for the rotary embedding, got {head_dim}"
+        )
     if heads * head_dim > MAX_WIDTH:
         raise ValueError(
-            f"num_attention_heads * attention_head_dim must be at most {MAX_WIDTH}, got {heads} * {head_dim}"
+            f"num_attention_heads * attention_head_dim must be at most {MAX_WIDTH}, got {heads} * "
+            f"{head_dim}"
         )
 
 

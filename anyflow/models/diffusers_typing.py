@@ -1,6 +1,7 @@
 """The decorators of diffusers, with the types that they leave as they are.
 
-diffusers' own are without types: they would turn a constructor, or a whole class, into ``Any`` for a type checker.
+diffusers' own are without types: they would turn a constructor, or a whole class, into ``Any`` for
+a type checker.
 """
 
 from __future__ import annotations

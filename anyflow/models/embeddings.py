@@ -1,4 +1,6 @@
-"""Patch, rotary, timestep and text embeddings. Parameter names are those of diffusers' AnyFlow and Wan transformers."""
+"""Patch, rotary, timestep and text embeddings. Parameter names are those of diffusers' AnyFlow and
+Wan transformers.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ DELTATIME_TYPES = ("r", "t-r")
 
 
 class PatchEmbedding(nn.Conv3d):
-    """Non-overlapping patch projection: a Conv3d by name and contract, one matrix product in execution.
+    """Non-overlapping patch projection: a Conv3d by name and contract, one matrix product in
+    execution.
 
-    Runs in the wider of the input's and the weight's dtype, also under autocast: fp32 latents entering a bf16 model are
-    not rounded before they are projected, without which the central difference of x drowns.
+    Runs in the wider of the input's and the weight's dtype, also under autocast: fp32 latents
+    entering a bf16 model are not rounded before they are projected, without which the central
+    difference of x drowns.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -29,7 +33,11 @@ class PatchEmbedding(nn.Conv3d):
         b, c = x.shape[:2]
         pt, ph, pw = self.kernel_size
         grid = (x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw)
-        patches = x.reshape(b, c, grid[0], pt, grid[1], ph, grid[2], pw).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+        patches = (
+            x.reshape(b, c, grid[0], pt, grid[1], ph, grid[2], pw)
+            .permute(0, 2, 4, 6, 1, 3, 5, 7)
+            .flatten(4)
+        )
         out = linear_wide(patches.flatten(1, 3), self.weight.flatten(1), self.bias)
         return out.transpose(1, 2).unflatten(2, grid)
 
@@ -49,9 +57,11 @@ def linear_wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of the 3-D rotary embedding: theta 1e4; of Dh, 2 (Dh // 6) dims each go to height and width.
+    """Cosines and sines of the 3-D rotary embedding: theta 1e4; of Dh, 2 (Dh // 6) dims each go to
+    height and width.
 
-    The per-axis tables are computed in fp64 and rounded to fp32 once (the peers rotate in fp64 complex arithmetic).
+    The per-axis tables are computed in fp64 and rounded to fp32 once (the peers rotate in fp64
+    complex arithmetic).
     """
 
     def __init__(self, head_dim: int, max_seq_len: int, theta: float = 1e4) -> None:
@@ -62,15 +72,20 @@ class RotaryEmbedding(nn.Module):
         self.theta = theta
         self._cache: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
-    def forward(self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """``(cos, sin)``, each ``[F * H * W, Dh / 2]`` for a token grid (F, H, W).
 
         Raises:
             ValueError: an axis of the grid is longer than ``rope_max_seq_len``.
         """
         if max(grid) > self.max_seq_len:
-            raise ValueError(f"token grid {grid} exceeds rope_max_seq_len={self.max_seq_len} of the model")
-        if torch.compiler.is_compiling():  # a cache that changes between calls would force a recompilation
+            raise ValueError(
+                f"token grid {grid} exceeds rope_max_seq_len={self.max_seq_len} of the model"
+            )
+        # a cache that changes between calls would force a recompilation
+        if torch.compiler.is_compiling():
             return self._tables(grid, device, dtype)
         key = (grid, device, dtype)
         tables = self._cache.get(key)
@@ -82,7 +97,9 @@ class RotaryEmbedding(nn.Module):
             self._cache = {**kept, key: tables}
         return tables
 
-    def _tables(self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _tables(
+        self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.float32 if device.type in ("mps", "npu") else torch.float64
         phases = []
         for axis, (length, dim) in enumerate(zip(grid, self.axis_dims, strict=True)):
@@ -101,7 +118,9 @@ class RotaryEmbedding(nn.Module):
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     """``[N] -> [N, dim]``: ``[cos | sin]`` of t times ``exp(-ln(1e4) i / (dim / 2))``, in fp32."""
     half = dim // 2
-    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    exponent = (
+        -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    )
     angle = timestep.to(torch.float32)[:, None] * exponent.exp()
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, dim % 2))
 
@@ -174,7 +193,8 @@ def _layer_norm_fp32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 class ConditionEmbedder(nn.Module):
     """Timestep (t and, for a flow map, r), text and image conditioning.
 
-    ``delta_embedder`` and the gate exist only for a flow map; the gate is a non-persistent buffer (not in checkpoints).
+    ``delta_embedder`` and the gate exist only for a flow map; the gate is a non-persistent buffer
+    (not in checkpoints).
     """
 
     delta_emb_gate: Tensor
@@ -191,23 +211,33 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = TextProjection(text_dim, dim)
         self.image_embedder = None if image_dim is None else ImageProjection(image_dim, dim)
 
-    def set_flow_map(self, delta_embedder: TimestepEmbedding, gate_value: float, deltatime: str, fusion: str) -> None:
+    def set_flow_map(
+        self, delta_embedder: TimestepEmbedding, gate_value: float, deltatime: str, fusion: str
+    ) -> None:
         """Install the second timestep branch.
 
         Raises:
             ValueError: an unknown deltatime type or fusion, or a gate that is not finite in fp32.
         """
         if deltatime not in DELTATIME_TYPES:
-            raise ValueError(f"deltatime_type must be one of {', '.join(DELTATIME_TYPES)}, got {brief(deltatime)}")
+            raise ValueError(
+                f"deltatime_type must be one of {', '.join(DELTATIME_TYPES)}, got "
+                f"{brief(deltatime)}"
+            )
         if fusion not in FUSIONS:
-            raise ValueError(f"r_embedder_fusion must be one of {', '.join(FUSIONS)}, got {brief(fusion)}")
+            raise ValueError(
+                f"r_embedder_fusion must be one of {', '.join(FUSIONS)}, got {brief(fusion)}"
+            )
         if not is_finite_number(gate_value):
-            raise ValueError(f"gate_value must be a number that is finite in fp32, got {brief(gate_value)}")
+            raise ValueError(
+                f"gate_value must be a number that is finite in fp32, got {brief(gate_value)}"
+            )
         self.delta_embedder = delta_embedder
         self.deltatime_type, self.fusion = deltatime, fusion
         self.gate_value = gate_value
         device = delta_embedder.linear_1.weight.device
-        # No file fills this buffer, so it must not be left on the meta device that weights are loaded from.
+        # No file fills this buffer, so it must not be left on the meta device that weights are
+        # loaded from.
         device = torch.device("cpu") if device.type == "meta" else device
         self.register_buffer("delta_emb_gate", self._gate(device), persistent=False)
 
@@ -215,49 +245,61 @@ class ConditionEmbedder(nn.Module):
         return torch.tensor([self.gate_value], dtype=torch.float32, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConditionEmbedder:
-        """As every module, but the gate keeps its value through ``to_empty()`` and its fp32 through ``to(dtype)``."""
+        """As every module, but the gate keeps its value through ``to_empty()`` and its fp32 through
+        ``to(dtype)``.
+        """
         super()._apply(fn, recurse)
         if self.delta_embedder is not None:
             self.delta_emb_gate = self._gate(self.delta_emb_gate.device)
         return self
 
-    def forward(self, timestep: Tensor, r_timestep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``t[N]``, ``r[N]`` or None ``-> (emb[N, D], projection[N, 6, D])``, embeddings rounded to ``dtype``.
+    def forward(
+        self, timestep: Tensor, r_timestep: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """``t[N]``, ``r[N]`` or None ``-> (emb[N, D], projection[N, 6, D])``, embeddings rounded to
+        ``dtype``.
 
-        The times are what the module's call embeds because they read its own tensor, the gate, which hooks of
-        offloading bring to the device around calls only.
+        The times are what the module's call embeds because they read its own tensor, the gate,
+        which hooks of offloading bring to the device around calls only.
         """
         temb = self._embed(self.time_embedder, timestep, dtype)
         if r_timestep is None:
             activated = F.silu(temb)
         elif self.delta_embedder is None:
             raise ValueError(
-                "r_timestep was given, but this model has no second timestep branch (r_embedder=False); "
+                "r_timestep was given, but this model has no second timestep branch "
+                "(r_embedder=False); "
                 "call enable_flow_map() first, or pass r_timestep=None"
             )
         else:
             delta = r_timestep if self.deltatime_type == "r" else timestep - r_timestep
             remb = self._embed(self.delta_embedder, delta, dtype)
             temb, activated = dual_timestep_embedding(temb, remb, self.delta_emb_gate, self.fusion)
-        return temb, apply_linear(self.time_proj, activated.to(self.time_proj.weight.dtype)).unflatten(-1, (6, -1))
+        return temb, apply_linear(
+            self.time_proj, activated.to(self.time_proj.weight.dtype)
+        ).unflatten(-1, (6, -1))
 
     def _embed(self, embedder: TimestepEmbedding, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         sinusoid = sinusoidal_embedding(timestep, self.freq_dim)
         return embedder(sinusoid.to(embedder.linear_1.weight.dtype)).to(dtype)
 
     def embed_text(self, text: Tensor, image: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """``text[B, S, text_dim]`` and optional ``image[B, S', image_dim] -> [B, S' + S, D]``, image tokens first."""
+        """``text[B, S, text_dim]`` and optional ``image[B, S', image_dim] -> [B, S' + S, D]``,
+        image tokens first.
+        """
         tokens = self.text_embedder(text.to(dtype))
         if image is None:
             return tokens
         if self.image_embedder is None:
             raise ValueError(
-                "encoder_hidden_states_image was given, but this model has no image branch (image_dim=None)"
+                "encoder_hidden_states_image was given, but this model has no image branch "
+                "(image_dim=None)"
             )
         image_dim = self.image_embedder.norm1.normalized_shape[0]
         if image.ndim != 3 or image.shape[0] != text.shape[0] or image.shape[2] != image_dim:
             raise ValueError(
-                f"encoder_hidden_states_image must be [B={text.shape[0]}, S, image_dim={image_dim}], "
+                f"encoder_hidden_states_image must be [B={text.shape[0]}, S, "
+                f"image_dim={image_dim}], "
                 f"got {tuple(image.shape)}"
             )
         return torch.cat([self.image_embedder(image.to(dtype)), tokens], dim=1)

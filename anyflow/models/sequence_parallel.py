@@ -1,7 +1,9 @@
-"""Ulysses sequence parallelism: ranks share the tokens of every frame, and swap them for heads around self-attention.
+"""Ulysses sequence parallelism: ranks share the tokens of every frame, and swap them for heads
+around self-attention.
 
-Of s ranks each holds a slice of every frame, so that the number of frames is free and one modulation row per frame
-still covers equally many tokens. The last slices are padded with zeros, which no token attends to.
+Of s ranks each holds a slice of every frame, so that the number of frames is free and one
+modulation row per frame still covers equally many tokens. The last slices are padded with zeros,
+which no token attends to.
 """
 
 from __future__ import annotations
@@ -51,13 +53,19 @@ class TokenSplit:
         return self._slices(x)[self.ranks.rank].contiguous()
 
     def gather(self, x: Tensor) -> Tensor:
-        """All tokens on every rank: ``[B, F n, ...] -> [B, L, ...]``; in backward, the ranks' gradients are summed."""
+        """All tokens on every rank: ``[B, F n, ...] -> [B, L, ...]``; in backward, the ranks'
+        gradients are summed.
+        """
         return self._tokens(_AllToAll.apply(x.expand(self.ranks.degree, *x.shape), self.ranks))
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, backend: str | None) -> Tensor:
-        """Self-attention of all tokens, H / s heads on each rank: three ``[B, F n, H, Dh] -> [B, F n, H Dh]``."""
+        """Self-attention of all tokens, H / s heads on each rank: three
+        ``[B, F n, H, Dh] -> [B, F n, H Dh]``.
+        """
         heads = [x.unflatten(2, (self.ranks.degree, -1)).movedim(2, 0) for x in (query, key, value)]
-        query, key, value = self._tokens(_AllToAll.apply(torch.cat(heads, dim=1), self.ranks)).chunk(3)
+        query, key, value = self._tokens(
+            _AllToAll.apply(torch.cat(heads, dim=1), self.ranks)
+        ).chunk(3)
         out = attention(query, key, value, attention_backend=backend)
         return _AllToAll.apply(self._slices(out), self.ranks).movedim(0, 2).flatten(2)
 

@@ -1,4 +1,6 @@
-"""The Wan2.1 video transformer with two timesteps: ``u(x_t, t, r)``, the average velocity between t and r."""
+"""The Wan2.1 video transformer with two timesteps: ``u(x_t, t, r)``, the average velocity between t
+and r.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TimeEmbedding:
-    """Embedded times: ``emb[N, R, D]`` for the output norm, ``modulation[N, R, 6, D]`` for the blocks."""
+    """Embedded times: ``emb[N, R, D]`` for the output norm, ``modulation[N, R, 6, D]`` for the
+    blocks.
+    """
 
     emb: Tensor
     modulation: Tensor
@@ -57,7 +61,9 @@ class TimeEmbedding:
 
 @dataclass(frozen=True)
 class TextContext:
-    """The cross-attention keys and values of every block for one prompt batch, each ``[B, S, H, Dh]``."""
+    """The cross-attention keys and values of every block for one prompt batch, each
+    ``[B, S, H, Dh]``.
+    """
 
     key_values: tuple[KeyValue, ...]
 
@@ -65,15 +71,17 @@ class TextContext:
 class _EqualToPeer(type):
     """Makes a class equal to diffusers' class of its name.
 
-    ``DiffusionPipeline.from_pipe`` hands a component over only where its exact class is that of the new pipeline's
-    signature, and otherwise leaves it out with a warning.
+    ``DiffusionPipeline.from_pipe`` hands a component over only where its exact class is that of the
+    new pipeline's signature, and otherwise leaves it out with a warning.
     """
 
     def __eq__(cls, other: object) -> bool:
         if cls is other or not isinstance(other, type):
             return cls is other
         module = str(getattr(other, "__module__", ""))  # of a metaclass it is a descriptor
-        return module.startswith("diffusers.models.transformers.") and other.__name__ == cls.__name__
+        return (
+            module.startswith("diffusers.models.transformers.") and other.__name__ == cls.__name__
+        )
 
     __hash__ = type.__hash__
 
@@ -81,12 +89,12 @@ class _EqualToPeer(type):
 class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metaclass=_EqualToPeer):
     """Bidirectional flow-map video transformer (AnyFlow, arXiv 2605.13724; architecture Wan2.1).
 
-    Parameter names and positional arguments are those of diffusers' class of the same name (proven by
-    ``tests/models/test_parity_diffusers.py``), so it loads the same checkpoints and drops into
-    ``diffusers.AnyFlowPipeline``. Differences: a ``[B]`` timestep keeps one modulation row per sample, a ``[B, F]`` one
-    keeps one per frame (never one per token); ``r_timestep=None`` is the plain single-timestep Wan path; and
-    the velocity has the dtype of the latents given, whose projection in runs at least at that precision, and the norm
-    and projection out in fp32.
+    Parameter names and positional arguments are those of diffusers' class of the same name (proven
+    by ``tests/models/test_parity_diffusers.py``), so it loads the same checkpoints and drops into
+    ``diffusers.AnyFlowPipeline``. Differences: a ``[B]`` timestep keeps one modulation row per
+    sample, a ``[B, F]`` one keeps one per frame (never one per token); ``r_timestep=None`` is the
+    plain single-timestep Wan path; and the velocity has the dtype of the latents given, whose
+    projection in runs at least at that precision, and the norm and projection out in fp32.
 
     Args:
         patch_size: (frames, height, width) of a patch.
@@ -108,8 +116,8 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         r_embedder_fusion: ``"gated"``: ``(1 - g) t + g r``; ``"additive"``: ``t + g r``.
 
     Raises:
-        ValueError: a size is no whole number within ``anyflow.models.configuration.LIMITS``, or another setting is not
-            possible.
+        ValueError: a size is no whole number within ``anyflow.models.configuration.LIMITS``, or
+            another setting is not possible.
     """
 
     _supports_gradient_checkpointing = True
@@ -122,7 +130,9 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         config: Any
 
         @classmethod
-        def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **settings: Any) -> Self: ...
+        def from_pretrained(
+            cls, pretrained_model_name_or_path: str | os.PathLike[str], **settings: Any
+        ) -> Self: ...
 
     @register_to_config
     def __init__(
@@ -164,13 +174,18 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         channels = in_channels if out_channels is None else out_channels
 
         self.rope = RotaryEmbedding(attention_head_dim, rope_max_seq_len)
-        self.patch_embedding = PatchEmbedding(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.patch_embedding = PatchEmbedding(
+            in_channels, dim, kernel_size=patch_size, stride=patch_size
+        )
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, image_dim)
         if r_embedder:
             delta = TimestepEmbedding(freq_dim, dim)
-            self.condition_embedder.set_flow_map(delta, gate_value, deltatime_type, r_embedder_fusion)
+            self.condition_embedder.set_flow_map(
+                delta, gate_value, deltatime_type, r_embedder_fusion
+            )
         self.blocks = nn.ModuleList(
-            AnyFlowTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)
+            AnyFlowTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps)
+            for _ in range(num_layers)
         )
         self.proj_out = OutputProjection(dim, channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
@@ -180,7 +195,8 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
     def enable_flow_map(
         self, gate_value: float = 0.25, deltatime_type: str = "r", fusion: str = "gated"
     ) -> AnyFlowTransformer3DModel:
-        """Turn a plain Wan model into a flow map: ``delta_embedder`` becomes a copy of ``time_embedder``.
+        """Turn a plain Wan model into a flow map: ``delta_embedder`` becomes a copy of
+        ``time_embedder``.
 
         With ``deltatime_type="r"`` the model is unchanged where r = t. Returns the model itself.
 
@@ -203,19 +219,29 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         return self
 
     def set_attention_backend(self, backend: str | None) -> None:
-        """Force this model's attention onto one backend; None or ``"auto"`` returns to the automatic choice.
+        """Force this model's attention onto one backend; None or ``"auto"`` returns to the
+        automatic choice.
 
-        The names are those of ``anyflow.models.attention``, not diffusers' (whose ``"flash"`` is the package that is
-        ``"flash_attn_2"`` here), and other models are left alone. Nearer than ``use_attention_backend``.
+        The names are those of ``anyflow.models.attention``, not diffusers' (whose ``"flash"`` is
+        the package that is ``"flash_attn_2"`` here), and other models are left alone. Nearer than
+        ``use_attention_backend``.
 
         Raises:
             ValueError: the name is unknown.
             RuntimeError: the backend is not installed, or does not run on this machine.
         """
-        name = None if backend is None or backend == "auto" else validated_backend(backend, "set_attention_backend: ")
+        name = (
+            None
+            if backend is None or backend == "auto"
+            else validated_backend(backend, "set_attention_backend: ")
+        )
         if name is not None:
             # An offloaded model waits on the CPU for a CUDA device.
-            devices = (torch.device("cuda", torch.cuda.current_device()),) if torch.cuda.is_available() else ()
+            devices = (
+                (torch.device("cuda", torch.cuda.current_device()),)
+                if torch.cuda.is_available()
+                else ()
+            )
             require_backend(name, (*devices, self.device))
         for module in self.modules():
             if isinstance(module, Attention):
@@ -226,21 +252,24 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         self.set_attention_backend(None)
 
     def set_sequence_parallel(self, group: dist.ProcessGroup | None) -> None:
-        """Share every sample's tokens among the ranks of a group, which call the model with the same arguments.
+        """Share every sample's tokens among the ranks of a group, which call the model with the
+        same arguments.
 
-        Each rank gets the whole velocity. Its gradients are those of the sum of all ranks' losses with respect to what
-        the rank computed, so their mean over the group is the gradient. None, or a group of one, turns it off. It is
-        neither in the config nor in the state dict.
+        Each rank gets the whole velocity. Its gradients are those of the sum of all ranks' losses
+        with respect to what the rank computed, so their mean over the group is the gradient. None,
+        or a group of one, turns it off. It is neither in the config nor in the state dict.
 
         Raises:
-            ValueError: the number of ranks does not divide the number of heads, or this process is not one of them.
+            ValueError: the number of ranks does not divide the number of heads, or this process is
+                not one of them.
         """
         sequence = None if group is None else SequenceGroup(group)
         if sequence is not None and sequence.rank < 0:
             raise ValueError("set_sequence_parallel: this process is not in the group")
         if sequence is not None and self.config.num_attention_heads % sequence.degree:
             raise ValueError(
-                f"sequence parallelism over {sequence.degree} ranks needs a number of attention heads that it divides, "
+                f"sequence parallelism over {sequence.degree} ranks needs a number of attention "
+                "heads that it divides, "
                 f"got {self.config.num_attention_heads}"
             )
         self._sequence = None if sequence is None or sequence.degree == 1 else sequence
@@ -258,19 +287,29 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         return self._embed_time(timestep, r_timestep)
 
     def _embed_time(self, timestep: Tensor, r_timestep: Tensor | None) -> TimeEmbedding:
-        """Of forward's own: FSDP gathers parameters around the public method, and frees them after it."""
+        """Of forward's own: FSDP gathers parameters around the public method, and frees them after
+        it.
+        """
         rows = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
         r = None if r_timestep is None else r_timestep.flatten()
-        emb, modulation = self.condition_embedder(rows.flatten(), r, self._compute_dtype(timestep.device))
+        emb, modulation = self.condition_embedder(
+            rows.flatten(), r, self._compute_dtype(timestep.device)
+        )
         return TimeEmbedding(emb.unflatten(0, rows.shape), modulation.unflatten(0, rows.shape))
 
     def encode_text(
         self, encoder_hidden_states: Tensor, encoder_hidden_states_image: Tensor | None = None
     ) -> TextContext:
-        """Project ``[B, S, text_dim]`` text states to every block's keys and values, to be reused by many calls."""
+        """Project ``[B, S, text_dim]`` text states to every block's keys and values, to be reused
+        by many calls.
+        """
         dtype = self._compute_dtype(encoder_hidden_states.device)
-        tokens = self.condition_embedder.embed_text(encoder_hidden_states, encoder_hidden_states_image, dtype)
-        return TextContext(tuple(cast(AnyFlowTransformerBlock, b).text_key_value(tokens) for b in self.blocks))
+        tokens = self.condition_embedder.embed_text(
+            encoder_hidden_states, encoder_hidden_states_image, dtype
+        )
+        return TextContext(
+            tuple(cast(AnyFlowTransformerBlock, b).text_key_value(tokens) for b in self.blocks)
+        )
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -286,12 +325,14 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         time_embedding: TimeEmbedding | None = None,
         text_context: TextContext | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Average velocity u(x_t, t, r), or the instantaneous velocity of the plain path when ``r_timestep`` is None.
+        """Average velocity u(x_t, t, r), or the instantaneous velocity of the plain path when
+        ``r_timestep`` is None.
 
         Args:
             hidden_states: ``[B, F, C, H, W]`` latents; H and W are multiples of the patch size.
             timestep: t, ``[B]`` or ``[B, F]``, in [0, num_train_timesteps].
-            r_timestep: r <= t, the shape of timestep. **None is not r = t**: it skips the second branch entirely.
+            r_timestep: r <= t, the shape of timestep. **None is not r = t**: it skips the second
+                branch entirely.
             encoder_hidden_states: ``[B, S, text_dim]``.
             encoder_hidden_states_image: ``[B, S', image_dim]``, put before the text.
             attention_kwargs: ``{"scale": s}`` scales LoRA adapters; nothing else is understood.
@@ -303,7 +344,8 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
             ``.sample`` ``[B, F, C_out, H, W]`` in hidden_states' dtype.
 
         Raises:
-            ValueError: shapes do not fit, or ``r_timestep`` is given to a model without the second branch.
+            ValueError: shapes do not fit, or ``r_timestep`` is given to a model without the second
+                branch.
         """
         grid = self._token_grid(hidden_states)
         batch_size, dtype = hidden_states.shape[0], self._compute_dtype(hidden_states.device)
@@ -315,22 +357,35 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         if text_context is None:
             self._check_text(encoder_hidden_states, batch_size)
             assert encoder_hidden_states is not None
-            context = self.condition_embedder.embed_text(encoder_hidden_states, encoder_hidden_states_image, dtype)
+            context = self.condition_embedder.embed_text(
+                encoder_hidden_states, encoder_hidden_states_image, dtype
+            )
 
         x = self.patch_embedding(hidden_states.transpose(1, 2)).flatten(2).transpose(1, 2).to(dtype)
         rotary = self.rope(grid, x.device, torch.promote_types(dtype, torch.float32))
-        split = None if self._sequence is None else TokenSplit(self._sequence, grid[0], grid[1] * grid[2])
+        split = (
+            None
+            if self._sequence is None
+            else TokenSplit(self._sequence, grid[0], grid[1] * grid[2])
+        )
         if split is not None:
-            x, rotary = split.scatter(x), (split.scatter(rotary[0][None])[0], split.scatter(rotary[1][None])[0])
+            x, rotary = (
+                split.scatter(x),
+                (split.scatter(rotary[0][None])[0], split.scatter(rotary[1][None])[0]),
+            )
         for index, block in enumerate(self.blocks):
             arguments = (x, context if text_context is None else text_context.key_values[index])
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                run = block if torch.compiler.is_compiling() else hold(block)  # recomputed on the same backends
-                x = self._gradient_checkpointing_func(run, *arguments, time_embedding.modulation, rotary, split)
+                # recomputed on the same backends
+                run = block if torch.compiler.is_compiling() else hold(block)
+                x = self._gradient_checkpointing_func(
+                    run, *arguments, time_embedding.modulation, rotary, split
+                )
             else:
                 x = block(*arguments, time_embedding.modulation, rotary, split)
 
-        # In fp32 whatever the latents: a bf16 norm and projection would be 4 % of a bf16 model's error.
+        # In fp32 whatever the latents: a bf16 norm and projection would be 4 % of a bf16 model's
+        # error.
         wide = torch.promote_types(torch.promote_types(hidden_states.dtype, dtype), torch.float32)
         shift, scale = (self.scale_shift_table + time_embedding.emb.to(wide).unsqueeze(2)).unbind(2)
         x = x.to(wide)
@@ -357,26 +412,38 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
                 f"got {tuple(hidden_states.shape)}"
             )
         sizes = (hidden_states.shape[1], hidden_states.shape[3], hidden_states.shape[4])
-        for name, size, patch in zip(("frames", "height", "width"), sizes, self.config.patch_size, strict=True):
+        for name, size, patch in zip(
+            ("frames", "height", "width"), sizes, self.config.patch_size, strict=True
+        ):
             if size == 0 or size % patch:
-                raise ValueError(f"hidden_states: {name} {size} must be a positive multiple of the patch size {patch}")
+                raise ValueError(
+                    f"hidden_states: {name} {size} must be a positive multiple of the patch size "
+                    f"{patch}"
+                )
         pt, ph, pw = self.config.patch_size
         return sizes[0] // pt, sizes[1] // ph, sizes[2] // pw
 
-    def _check_times(self, hidden_states: Tensor, frames: int, t: Tensor | None, r: Tensor | None) -> None:
+    def _check_times(
+        self, hidden_states: Tensor, frames: int, t: Tensor | None, r: Tensor | None
+    ) -> None:
         if t is None:
             raise ValueError("timestep is required unless time_embedding is given")
         b = hidden_states.shape[0]
         if t.shape not in ((b,), (b, frames)):
-            raise ValueError(f"timestep must be [B={b}] or [B={b}, F={frames}], got {tuple(t.shape)}")
+            raise ValueError(
+                f"timestep must be [B={b}] or [B={b}, F={frames}], got {tuple(t.shape)}"
+            )
         if r is not None and r.shape != t.shape:
-            raise ValueError(f"r_timestep {tuple(r.shape)} must have the shape of timestep {tuple(t.shape)}")
+            raise ValueError(
+                f"r_timestep {tuple(r.shape)} must have the shape of timestep {tuple(t.shape)}"
+            )
 
     def _check_text(self, text: Tensor | None, batch_size: int) -> None:
         if text is None:
             raise ValueError("encoder_hidden_states is required unless text_context is given")
         if text.ndim != 3 or text.shape[0] != batch_size or text.shape[2] != self.config.text_dim:
             raise ValueError(
-                f"encoder_hidden_states must be [B={batch_size}, S, text_dim={self.config.text_dim}], "
+                f"encoder_hidden_states must be [B={batch_size}, S, "
+                f"text_dim={self.config.text_dim}], "
                 f"got {tuple(text.shape)}"
             )

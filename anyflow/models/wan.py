@@ -20,8 +20,8 @@ class WanTransformer3DModel(AnyFlowTransformer3DModel):
     ``tests/test_accelerate.py``), so folders interchange both ways.
 
     Raises:
-        ValueError: ``added_kv_proj_dim`` or ``pos_embed_seq_len`` is set (image-to-video with image tokens),
-            ``qk_norm`` is another one, or a size is not possible.
+        ValueError: ``added_kv_proj_dim`` or ``pos_embed_seq_len`` is set (image-to-video with image
+            tokens), ``qk_norm`` is another one, or a size is not possible.
     """
 
     @register_to_config
@@ -44,10 +44,14 @@ class WanTransformer3DModel(AnyFlowTransformer3DModel):
         rope_max_seq_len: int = 1024,
         pos_embed_seq_len: int | None = None,
     ) -> None:
-        for name, value in (("added_kv_proj_dim", added_kv_proj_dim), ("pos_embed_seq_len", pos_embed_seq_len)):
+        for name, value in (
+            ("added_kv_proj_dim", added_kv_proj_dim),
+            ("pos_embed_seq_len", pos_embed_seq_len),
+        ):
             if value is not None:
                 raise ValueError(
-                    f"{name}={brief(value)}: Wan models with image attention are not supported, only {name}=None"
+                    f"{name}={brief(value)}: Wan models with image attention are not supported, "
+                    f"only {name}=None"
                 )
         if qk_norm != "rms_norm_across_heads":
             raise ValueError(f"qk_norm must be 'rms_norm_across_heads', got {brief(qk_norm)}")
@@ -109,7 +113,9 @@ def _frame_times(timestep: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """``[B, L] -> [B, F]``."""
     frames, rows, columns = grid
     if timestep.shape[1] != frames * rows * columns:
-        raise ValueError(f"timestep must be [B] or [B, L={frames * rows * columns}], got {tuple(timestep.shape)}")
+        raise ValueError(
+            f"timestep must be [B] or [B, L={frames * rows * columns}], got {tuple(timestep.shape)}"
+        )
     times = timestep.unflatten(1, (frames, rows * columns))
     if (times != times[:, :, :1]).any():
         raise ValueError("timestep: the tokens of a frame must have one time")

@@ -1,7 +1,8 @@
-"""The operator API: the fused operators of a flow-map transformer, each with an eager fp32-accumulating reference.
+"""The operator API: the fused operators of a flow-map transformer, each with an eager
+fp32-accumulating reference.
 
-Each has a functional form and, where it stands for a layer, a module. Import both from here; which implementation runs
-is decided in :mod:`anyflow.ops.backend`.
+Each has a functional form and, where it stands for a layer, a module. Import both from here; which
+implementation runs is decided in :mod:`anyflow.ops.backend`.
 """
 
 from anyflow.ops.attention import attention

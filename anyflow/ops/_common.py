@@ -21,7 +21,9 @@ def unsupported_dtype(*tensors: Tensor | None) -> str | None:
 
 
 def unsupported_row(*tensors: Tensor | None) -> str | None:
-    """As :func:`unsupported_dtype`, for kernels that hold a whole row of the last dimension in registers."""
+    """As :func:`unsupported_dtype`, for kernels that hold a whole row of the last dimension in
+    registers.
+    """
     for tensor in tensors:
         d = 8 if tensor is None else tensor.shape[-1] if tensor.ndim else 0
         if d % 8 or not 0 < d <= MAX_KERNEL_DIM:
@@ -30,7 +32,9 @@ def unsupported_row(*tensors: Tensor | None) -> str | None:
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype statistics and products are accumulated in: fp32, or fp64 when any operand is fp64."""
+    """The dtype statistics and products are accumulated in: fp32, or fp64 when any operand is
+    fp64.
+    """
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -38,7 +42,9 @@ def check_tokens(op: str, x: Tensor) -> tuple[int, int, int]:
     """Check that x is a floating ``[B, L, D]`` tensor and return its shape."""
     if x.ndim != 3 or not x.is_floating_point():
         heads = "; heads side by side in D: flatten(2) of [B, L, H, Dh]" if x.ndim == 4 else ""
-        raise ValueError(f"{op}: x must be a floating-point [B, L, D] tensor, got {describe(x)}{heads}")
+        raise ValueError(
+            f"{op}: x must be a floating-point [B, L, D] tensor, got {describe(x)}{heads}"
+        )
     return x.shape[0], x.shape[1], x.shape[2]
 
 
@@ -53,7 +59,9 @@ def check_rows(op: str, name: str, rows: Tensor, x: Tensor) -> int:
     check_device(op, name, rows, x)
     r = rows.shape[1]
     if r == 0 or length % r:
-        raise ValueError(f"{op}: {name} has R={r} rows, which must divide the L={length} tokens of x")
+        raise ValueError(
+            f"{op}: {name} has R={r} rows, which must divide the L={length} tokens of x"
+        )
     return r
 
 
@@ -71,7 +79,9 @@ def _rows_hint(name: str, rows: Tensor, b: int, d: int) -> str:
 def check_vector(op: str, name: str, vector: Tensor, x: Tensor) -> None:
     """Check an affine parameter ``[D]`` against ``x[..., D]``."""
     if vector.shape != x.shape[-1:] or not vector.is_floating_point():
-        raise ValueError(f"{op}: {name} must be a floating-point [D={x.shape[-1]}], got {describe(vector)}")
+        raise ValueError(
+            f"{op}: {name} must be a floating-point [D={x.shape[-1]}], got {describe(vector)}"
+        )
     check_device(op, name, vector, x)
 
 
@@ -79,7 +89,8 @@ def check_same_shape(op: str, name: str, tensor: Tensor, like: Tensor, like_name
     """Check that a floating-point tensor has the shape and device of another."""
     if tensor.shape != like.shape or not tensor.is_floating_point():
         raise ValueError(
-            f"{op}: {name} must have the shape of {like_name} {tuple(like.shape)}, in a floating dtype, "
+            f"{op}: {name} must have the shape of {like_name} {tuple(like.shape)}, in a floating "
+            "dtype, "
             f"got {describe(tensor)}"
         )
     check_device(op, name, tensor, like)
@@ -95,24 +106,33 @@ def check_times(op: str, name: str, times: Tensor, like: Tensor) -> None:
     """Check per-sample ``[B]`` or per-frame ``[B, F]`` times against ``like[B, F, ...]``."""
     if times.ndim not in (1, 2) or times.shape != like.shape[: times.ndim]:
         raise ValueError(
-            f"{op}: {name} must be [B={like.shape[0]}] or [B={like.shape[0]}, F={like.shape[1]}], got {describe(times)}"
+            f"{op}: {name} must be [B={like.shape[0]}] or [B={like.shape[0]}, F={like.shape[1]}], "
+            f"got {describe(times)}"
         )
     check_device(op, name, times, like)
 
 
 def check_indices(op: str, name: str, indices: Tensor, like: Tensor) -> None:
-    """Check that indices are an integer ``[n]`` tensor on like's device (their values are not read)."""
+    """Check that indices are an integer ``[n]`` tensor on like's device (their values are not
+    read).
+    """
     if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
         raise ValueError(f"{op}: {name} must be [n] integer indices, got {describe(indices)}")
     check_device(op, name, indices, like)
 
 
 def check_dense(op: str, tensor: Tensor) -> None:
-    """Check that a tensor is dense and that its last element lies in its memory, which may have been freed."""
+    """Check that a tensor is dense and that its last element lies in its memory, which may have
+    been freed.
+    """
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
-        raise ValueError(f"{op}: takes dense tensors, got {describe(tensor)} of layout {tensor.layout}")
+        raise ValueError(
+            f"{op}: takes dense tensors, got {describe(tensor)} of layout {tensor.layout}"
+        )
     if tensor.device.type == "cpu" and tensor.numel():
-        last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        last = tensor.storage_offset() + sum(
+            (n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+        )
         size = tensor.untyped_storage().nbytes()
         if (last + 1) * tensor.element_size() > size:
             raise ValueError(f"{op}: {describe(tensor)} is not within its memory of {size} bytes")
@@ -133,16 +153,21 @@ def check_guidance(op: str, guidance: float) -> None:
 def check_sizes(op: str, name: str, tensor: Tensor, sizes: Sequence[int], like: Tensor) -> None:
     """Check that a floating-point tensor has certain sizes, and the device of another."""
     if tuple(tensor.shape) != tuple(sizes) or not tensor.is_floating_point():
-        raise ValueError(f"{op}: {name} must be a floating-point {tuple(sizes)}, got {describe(tensor)}")
+        raise ValueError(
+            f"{op}: {name} must be a floating-point {tuple(sizes)}, got {describe(tensor)}"
+        )
     check_device(op, name, tensor, like)
 
 
 def check_number_or_times(op: str, name: str, times: Tensor, samples: int, like: Tensor) -> None:
-    """Check one time, ``[n]`` or ``[n, F]`` times of n samples ``[n, F, ...]`` like those of another tensor."""
+    """Check one time, ``[n]`` or ``[n, F]`` times of n samples ``[n, F, ...]`` like those of
+    another tensor.
+    """
     allowed = ((), (samples,), (samples, like.shape[1]))
     if times.ndim > 2 or tuple(times.shape) != allowed[times.ndim] or not times.is_floating_point():
         raise ValueError(
-            f"{op}: {name} must be a floating-point [], [{samples}] or [{samples}, F], got {describe(times)}"
+            f"{op}: {name} must be a floating-point [], [{samples}] or [{samples}, F], got "
+            f"{describe(times)}"
         )
     check_device(op, name, times, like)
 
@@ -153,7 +178,9 @@ def describe(x: Tensor) -> str:
 
 
 def split_rows(x: Tensor, rows: int) -> Tensor:
-    """View ``[B, L, D]`` as ``[B, R, L / R, D]``, so that a modulation row broadcasts over the tokens that read it."""
+    """View ``[B, L, D]`` as ``[B, R, L / R, D]``, so that a modulation row broadcasts over the
+    tokens that read it.
+    """
     return x.unflatten(1, (rows, x.shape[1] // rows))
 
 
@@ -163,5 +190,7 @@ def sum_rows(x: Tensor, rows: int) -> Tensor:
 
 
 def lead(values: Tensor, like: Tensor) -> Tensor:
-    """Append singleton dimensions to ``values[B]`` or ``[B, F]`` until it broadcasts against ``like[B, F, ...]``."""
+    """Append singleton dimensions to ``values[B]`` or ``[B, F]`` until it broadcasts against
+    ``like[B, F, ...]``.
+    """
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))

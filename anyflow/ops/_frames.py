@@ -1,4 +1,6 @@
-"""What the operators over frames ``[B, F, ...]`` share: times are constants, and rows pick samples."""
+"""What the operators over frames ``[B, F, ...]`` share: times are constants, and rows pick
+samples.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,18 @@ from anyflow.ops._common import check_device, check_indices, check_times, descri
 from anyflow.transfer import to_device
 
 
-def constant_times(op: str, name: str, times: float | Tensor, like: Tensor, *, scalar: bool = False) -> Tensor:
-    """Check times ``[B]`` or ``[B, F]`` (a number too with ``scalar``) of ``like[B, F, ...]``; detached, fp32 or fp64.
+def constant_times(
+    op: str, name: str, times: float | Tensor, like: Tensor, *, scalar: bool = False
+) -> Tensor:
+    """Check times ``[B]`` or ``[B, F]`` (a number too with ``scalar``) of ``like[B, F, ...]``;
+    detached, fp32 or fp64.
 
     A number becomes a 0-d tensor filled on the device: copying it there would wait for the device.
     """
     if not isinstance(times, Tensor):
-        return torch.full((), times, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        return torch.full(
+            (), times, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
+        )
     if not times.is_floating_point():
         raise ValueError(f"{op}: {name} must be floating-point, got {describe(times)}")
     if scalar and times.ndim == 0:
@@ -34,23 +41,30 @@ def check_index_operand(op: str, rows: Tensor, like: Tensor) -> None:
 
 
 def sample_indices(op: str, rows: Tensor, like: Tensor) -> Tensor:
-    """Check indices of the samples of ``like[B, ...]`` and return them as int64; the range only where that is free.
+    """Check indices of the samples of ``like[B, ...]`` and return them as int64; the range only
+    where that is free.
 
     Raises:
-        ValueError: rows is not an integer ``[n]`` on like's device, there are no samples to pick, or, on the CPU, an
-            index names none of them.
+        ValueError: rows is not an integer ``[n]`` on like's device, there are no samples to pick,
+            or, on the CPU, an index names none of them.
     """
     check_indices(op, "rows", rows, like)
     rows, samples = rows.long(), like.shape[0]
     if rows.shape[0] and not samples:
         raise ValueError(f"{op}: rows {describe(rows)} pick among 0 samples")
-    if on_host(rows) and not torch.compiler.is_compiling() and ((rows < -samples) | (rows >= samples)).any():
+    if (
+        on_host(rows)
+        and not torch.compiler.is_compiling()
+        and ((rows < -samples) | (rows >= samples)).any()
+    ):
         raise ValueError(f"{op}: rows must be in [-{samples}, {samples}), got {rows.tolist()}")
     return rows
 
 
 def clamp_indices(rows: Tensor, samples: int) -> tuple[Tensor, Tensor | None]:
-    """Indices that are safe to gather with, and which of them name a sample; None where the range was checked."""
+    """Indices that are safe to gather with, and which of them name a sample; None where the range
+    was checked.
+    """
     index = torch.where(rows < 0, rows + samples, rows)
     if on_host(rows):
         return index, None

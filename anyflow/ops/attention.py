@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.ops._common import accumulation_dtype, check_device, check_same_shape, check_sizes, describe
+from anyflow.ops._common import (
+    accumulation_dtype,
+    check_device,
+    check_same_shape,
+    check_sizes,
+    describe,
+)
 from anyflow.ops.backend import choose, forced_backend
 from anyflow.ops.library import Operator, empty_like, has_tangent
 from anyflow.ops.native import EXTENSION
@@ -23,15 +29,16 @@ _GENERIC = EXTENSION is not None and EXTENSION.cpu_instruction_set() == "generic
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``softmax(q k^T / sqrt(Dh)) v`` per sample and head; without keys it is 0.
 
-    The native kernel (CPU) keeps no matrix of scores; scores must stay below 1e9, where the log-sum-exp that the
-    backward starts from resolves no differences any more. Gradients have the same bits in every call, and for every
-    number of threads. What the kernel does not take runs on torch's ``scaled_dot_product_attention``, which rounds the
-    weights of half-precision tensors once more; forcing ``"eager"`` runs the reference, which has derivatives of any
-    order. There is no Triton kernel: :func:`anyflow.models.attention.attention` chooses among those for a GPU.
+    The native kernel (CPU) keeps no matrix of scores; scores must stay below 1e9, where the
+    log-sum-exp that the backward starts from resolves no differences any more. Gradients have the
+    same bits in every call, and for every number of threads. What the kernel does not take runs on
+    torch's ``scaled_dot_product_attention``, which rounds the weights of half-precision tensors
+    once more; forcing ``"eager"`` runs the reference, which has derivatives of any order. There is
+    no Triton kernel: :func:`anyflow.models.attention.attention` chooses among those for a GPU.
 
     Args:
-        q: ``[B, L, H, Dh]``. Dh: for the kernel, a multiple of 8 up to 256. The last dimension is copied if it is not
-            contiguous; the strides of the others are free.
+        q: ``[B, L, H, Dh]``. Dh: for the kernel, a multiple of 8 up to 256. The last dimension is
+            copied if it is not contiguous; the strides of the others are free.
         k: ``[B, S, H, Dh]``, in q's dtype.
         v: ``[B, S, H, Dh]``, in q's dtype.
 
@@ -39,19 +46,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ``[B, L, H, Dh]`` in q's dtype, rounded once from an fp32 accumulation (fp64 for fp64).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a forced backend does not support the tensors.
-        RuntimeError: a second derivative is taken through the kernel, or a forward-mode one through a forced one.
+        ValueError: shapes, dtypes or devices do not fit, or a forced backend does not support the
+            tensors.
+        RuntimeError: a second derivative is taken through the kernel, or a forward-mode one through
+            a forced one.
     """
     _check(q, k, v)
     if has_tangent(q, k, v) or choose(_OP, q.device, _unsupported, (q, k, v)) != "eager":
         return _operator(q, k, v)[0]
     if forced_backend() is not None:
         return attention_reference(q, k, v)[0]
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    ).transpose(1, 2)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Eager reference; the result of :func:`attention`, and ``logsumexp[B, H, L]`` of the scores in fp32."""
+    """Eager reference; the result of :func:`attention`, and ``logsumexp[B, H, L]`` of the scores in
+    fp32.
+    """
     acc = accumulation_dtype(q)
     scores = _scores(q, k, acc)
     out = torch.einsum("bhls,bshd->blhd", scores.softmax(-1), v.to(acc)).to(q.dtype)
@@ -61,15 +74,19 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 def attention_backward_reference(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v: with the weights ``P = exp(scores - logsumexp)``, those of the scores are
-    ``P (grad v^T - sum(grad * out))``. For fp64 the log-sum-exp, which is fp32, is taken again."""
+    """Gradients of q, k and v: with the weights ``P = exp(scores - logsumexp)``, those of the
+    scores are ``P (grad v^T - sum(grad * out))``. For fp64 the log-sum-exp, which is fp32, is taken
+    again.
+    """
     acc = accumulation_dtype(q)
     scores = _scores(q, k, acc)
     total = logsumexp if acc == torch.float32 else scores.logsumexp(-1)
     weights = (scores - total.unsqueeze(-1)).exp()
     grad, wide_q, wide_k, wide_v = (t.to(acc) for t in (grad, q, k, v))
     mean = (grad * out).sum(-1).transpose(1, 2).unsqueeze(-1)
-    slope = weights * (torch.einsum("blhd,bshd->bhls", grad, wide_v) - mean) / math.sqrt(q.shape[-1])
+    slope = (
+        weights * (torch.einsum("blhd,bshd->bhls", grad, wide_v) - mean) / math.sqrt(q.shape[-1])
+    )
     grad_q = torch.einsum("bhls,bshd->blhd", slope, wide_k)
     grad_k = torch.einsum("bhls,blhd->bshd", slope, wide_q)
     grad_v = torch.einsum("bhls,blhd->bshd", weights, grad)
@@ -97,12 +114,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     b, _, h, d = q.shape
     if k.ndim != 4 or k.shape[0] != b or k.shape[2:] != q.shape[2:]:
         raise ValueError(
-            f"{_OP}: k must be [B={b}, S, H={h}, Dh={d}] for q {tuple(q.shape)}, got {describe(k)}{heads_first(q, k)}"
+            f"{_OP}: k must be [B={b}, S, H={h}, Dh={d}] for q {tuple(q.shape)}, got "
+            f"{describe(k)}{heads_first(q, k)}"
         )
     check_same_shape(_OP, "v", v, k, "k")
     check_device(_OP, "k", k, q)
     if k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"{_OP}: k and v must have the dtype of q, {q.dtype}, got {k.dtype} and {v.dtype}")
+        raise ValueError(
+            f"{_OP}: k and v must have the dtype of q, {q.dtype}, got {k.dtype} and {v.dtype}"
+        )
 
 
 def heads_first(q: Tensor, k: Tensor) -> str:
@@ -112,12 +132,16 @@ def heads_first(q: Tensor, k: Tensor) -> str:
     return ""
 
 
-def _check_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> None:
+def _check_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
+) -> None:
     _check(q, k, v)
     for name, tensor in (("grad", grad), ("out", out)):
         check_same_shape(_OP, name, tensor, q, "q")
         if tensor.dtype != q.dtype:
-            raise ValueError(f"{_OP}: {name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+            raise ValueError(
+                f"{_OP}: {name} must have the dtype of q, {q.dtype}, got {tensor.dtype}"
+            )
     b, length, h, _ = q.shape
     check_sizes(_OP, "logsumexp", logsumexp, (b, h, length), q)
     if logsumexp.dtype != torch.float32:
@@ -143,7 +167,8 @@ _operator = Operator(
     backends=("native",),
 )
 _operator.register_backward(
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp) -> (Tensor, Tensor, "
+    "Tensor)",
     reference=attention_backward_reference,
     fake=lambda grad, q, k, v, out, logsumexp: (empty_like(q), empty_like(k), empty_like(v)),
     check=_check_backward,
@@ -158,7 +183,9 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, T
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     gradients = _operator.backward(grad, *ctx.saved_tensors)
-    return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+    return tuple(
+        g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=True)
+    )
 
 
 _operator.register_autograd(_setup_context, _backward)

@@ -1,4 +1,6 @@
-"""Which implementation of an operator runs: the automatic choice, forcing a backend, and a report that explains it."""
+"""Which implementation of an operator runs: the automatic choice, forcing a backend, and a report
+that explains it.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,19 @@ from anyflow.ops.native import missing_kernel
 from anyflow.ops.setting import ASSUMED_CAPABILITY, OPERATOR_BACKEND, Use
 
 BACKENDS = ("eager", "triton", "native")
-OPERATORS: dict[str, tuple[str, ...]] = {}  # and the backends with kernels for it; filled by anyflow.ops.library
-LEFT_TO_TORCH: dict[str, str] = {}  # operators whose native kernel is not the faster one on this processor, and why
+# and the backends with kernels for it; filled by anyflow.ops.library
+OPERATORS: dict[str, tuple[str, ...]] = {}
+# operators whose native kernel is not the faster one on this processor, and why
+LEFT_TO_TORCH: dict[str, str] = {}
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton compiles a launcher for each kernel on first use, with the first of these that it finds.
 _HAS_COMPILER = "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang"))
-_MIN_CAPABILITY = (8, 0)  # bf16 arithmetic; the kernels are compiled and checked for sm_80, sm_90 and sm_100
+# bf16 arithmetic; the kernels are compiled and checked for sm_80, sm_90 and sm_100
+_MIN_CAPABILITY = (8, 0)
 
-# Where nothing forces another one. Triton kernels on a CPU are interpreted, which is for tests; native CUDA kernels are
-# not the choice until a GPU has shown them to be faster than Triton's.
+# Where nothing forces another one. Triton kernels on a CPU are interpreted, which is for tests;
+# native CUDA kernels are not the choice until a GPU has shown them to be faster than Triton's.
 _AUTOMATIC = {"cpu": "native", "cuda": "triton"}
 
 _MAX_FALLBACKS = 16  # reasons kept per operator: they name shapes, of which a long run may see many
@@ -35,10 +40,11 @@ _fallbacks: dict[str, tuple[str, ...]] = {}  # operator -> reasons, in order of 
 class use_backend(Use):
     """Force every operator onto one backend, as a setter or as a context manager.
 
-    ``use_backend("eager")`` takes effect at once; used as ``with use_backend("eager"): ...`` it ends with the block.
-    ``use_backend(None)`` returns to the automatic choice. Either holds in the context that it is called in (a thread,
-    an asyncio task) and in copies of that context; other threads are left alone, and the variable ``ANYFLOW_BACKEND``
-    is for all of them. A backward pass runs, in whatever thread, on what its forward pass was forced onto.
+    ``use_backend("eager")`` takes effect at once; used as ``with use_backend("eager"): ...`` it
+    ends with the block. ``use_backend(None)`` returns to the automatic choice. Either holds in the
+    context that it is called in (a thread, an asyncio task) and in copies of that context; other
+    threads are left alone, and the variable ``ANYFLOW_BACKEND`` is for all of them. A backward pass
+    runs, in whatever thread, on what its forward pass was forced onto.
 
     Raises:
         ValueError: the name is not one of ``"eager"``, ``"triton"``, ``"native"``.
@@ -51,10 +57,12 @@ class use_backend(Use):
 
 
 class assume_capability:
-    """Choose as on a CUDA device of a compute capability such as ``(9, 0)``, while a ``with`` block lasts.
+    """Choose as on a CUDA device of a compute capability such as ``(9, 0)``, while a ``with`` block
+    lasts.
 
-    Fake CUDA tensors (``torch.compile``, ``torch.export``, ``FakeTensorMode``) are traced on machines without a GPU
-    too. Nothing can run there, and so nothing is chosen, unless the device that will run it is named.
+    Fake CUDA tensors (``torch.compile``, ``torch.export``, ``FakeTensorMode``) are traced on
+    machines without a GPU too. Nothing can run there, and so nothing is chosen, unless the device
+    that will run it is named.
     """
 
     def __init__(self, major: int, minor: int) -> None:
@@ -70,7 +78,9 @@ class assume_capability:
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int] | None:
-    """Return the compute capability of a CUDA device, or the assumed one; None where torch finds no such device."""
+    """Return the compute capability of a CUDA device, or the assumed one; None where torch finds no
+    such device.
+    """
     assumed: tuple[int, int] | None = ASSUMED_CAPABILITY.get()
     if assumed is not None:
         return assumed
@@ -82,9 +92,11 @@ class BackendChoice:
     """The backend an operator runs on, why, and the calls that ran on the eager reference instead.
 
     Attributes:
-        backend: ``"eager"``, ``"triton"``, ``"native"``, or ``"unavailable"`` when a forced one cannot run.
+        backend: ``"eager"``, ``"triton"``, ``"native"``, or ``"unavailable"`` when a forced one
+            cannot run.
         reason: why, in one phrase.
-        fallbacks: why calls so far that the backend does not support ran eagerly; one phrase per reason.
+        fallbacks: why calls so far that the backend does not support ran eagerly; one phrase per
+            reason.
     """
 
     backend: str
@@ -115,9 +127,11 @@ def choose(
     Args:
         op: name of the operator.
         device: where its tensors are.
-        unsupported: says of the arguments what the kernels do not support, or None; called only if that matters.
+        unsupported: says of the arguments what the kernels do not support, or None; called only if
+            that matters.
         args: the arguments.
-        direction: ``"forward"`` or ``"backward"``. Native CUDA kernels are forward only: Triton's run backward.
+        direction: ``"forward"`` or ``"backward"``. Native CUDA kernels are forward only: Triton's
+            run backward.
 
     Raises:
         RuntimeError: a forced backend does not exist here.
@@ -126,7 +140,9 @@ def choose(
     forced = forced_backend()
     if forced is None:
         name = _AUTOMATIC.get(device.type, "triton")
-        if missing(name, device, op, direction) is not None or (name == "native" and op in LEFT_TO_TORCH):
+        if missing(name, device, op, direction) is not None or (
+            name == "native" and op in LEFT_TO_TORCH
+        ):
             return "eager"
         problem = unsupported(*args)
         if problem is None:
@@ -143,7 +159,9 @@ def choose(
         name = "triton"
     reason = missing(name, device, op, direction)
     if reason is not None:
-        raise RuntimeError(f"anyflow.ops.{op}: backend {name!r} ({by}) is not available: {reason}; use 'eager'")
+        raise RuntimeError(
+            f"anyflow.ops.{op}: backend {name!r} ({by}) is not available: {reason}; use 'eager'"
+        )
     problem = unsupported(*args)
     if problem is not None:
         raise ValueError(f"{op}: backend {name!r} ({by}) does not support {problem}")
@@ -166,28 +184,41 @@ def _missing_triton(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type == "cuda":
         if not _HAS_COMPILER:
-            return "Triton needs a C compiler to launch kernels: install gcc or clang, or name one in the variable CC"
+            return (
+                "Triton needs a C compiler to launch kernels: install gcc or clang, or name one in "
+                "the variable CC"
+            )
         capability = cuda_capability(device)
         if capability is None:
             return "torch finds no CUDA device"
         if torch.version.hip is None and capability < _MIN_CAPABILITY:
-            return f"the GPU has compute capability {capability}, the Triton kernels need {_MIN_CAPABILITY}"
+            return (
+                f"the GPU has compute capability {capability}, the Triton kernels need "
+                f"{_MIN_CAPABILITY}"
+            )
         return None
     if device.type in ("cpu", "meta") and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return f"Triton kernels run on CUDA devices, or on the CPU with TRITON_INTERPRET=1, not on {device.type}"
+    return (
+        "Triton kernels run on CUDA devices, or on the CPU with TRITON_INTERPRET=1, not on "
+        f"{device.type}"
+    )
 
 
 def backend_report(device: torch.device | str | None = None) -> dict[str, BackendChoice]:
-    """For every operator, the backend that runs on ``device`` and why, with the fallbacks there have been.
+    """For every operator, the backend that runs on ``device`` and why, with the fallbacks there
+    have been.
 
     Args:
         device: None means CUDA where there is a CUDA device, else the CPU.
 
     Returns:
-        Operator name to :class:`BackendChoice`. A forced backend that cannot run reads ``unavailable``.
+        Operator name to :class:`BackendChoice`. A forced backend that cannot run reads
+        ``unavailable``.
     """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    )
     forced = forced_backend()
     report = {}
     for op in sorted(OPERATORS):
@@ -200,7 +231,9 @@ def backend_report(device: torch.device | str | None = None) -> dict[str, Backen
         if reason is None:
             report[op] = BackendChoice(name, by)
         else:
-            report[op] = BackendChoice("unavailable" if name in OPERATORS[op] else "eager", f"{by}: {reason}")
+            report[op] = BackendChoice(
+                "unavailable" if name in OPERATORS[op] else "eager", f"{by}: {reason}"
+            )
     return report
 
 

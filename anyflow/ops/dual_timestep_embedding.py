@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.ops._common import accumulation_dtype, check_device, check_same_shape, describe, unsupported_dtype
+from anyflow.ops._common import (
+    accumulation_dtype,
+    check_device,
+    check_same_shape,
+    describe,
+    unsupported_dtype,
+)
 from anyflow.ops.library import Operator, empty_like
 
 _OP = "dual_timestep_embedding"
@@ -21,17 +27,19 @@ def dual_timestep_embedding(
     """Fuse the embeddings of t and r: ``gated``: ``(1 - g) t + g r``; ``additive``: ``t + g r``.
 
     Args:
-        t_emb: ``[N, D]`` embedding of the timestep, any N and D; the kernel copies what is not contiguous.
+        t_emb: ``[N, D]`` embedding of the timestep, any N and D; the kernel copies what is not
+            contiguous.
         r_emb: ``[N, D]`` embedding of r, or of t - r; any floating dtype.
         gate: g, a number or a one-element floating-point tensor (never read on the host).
         fusion: ``"gated"`` or ``"additive"``.
 
     Returns:
-        ``(emb, silu(emb))``, both ``[N, D]`` in t_emb's dtype; accumulated in fp32. The activation is that of ``emb``
-        as it is returned, after rounding.
+        ``(emb, silu(emb))``, both ``[N, D]`` in t_emb's dtype; accumulated in fp32. The activation
+        is that of ``emb`` as it is returned, after rounding.
 
     Raises:
-        ValueError: shapes or devices differ, the fusion is unknown, or a forced backend does not support dtypes.
+        ValueError: shapes or devices differ, the fusion is unknown, or a forced backend does not
+            support dtypes.
     """
     if not isinstance(gate, Tensor):
         gate = torch.full((), gate, dtype=accumulation_dtype(t_emb, r_emb), device=t_emb.device)
@@ -39,7 +47,9 @@ def dual_timestep_embedding(
     return _operator(t_emb, r_emb, gate, fusion)
 
 
-def dual_timestep_embedding_reference(t_emb: Tensor, r_emb: Tensor, gate: Tensor, fusion: str) -> tuple[Tensor, Tensor]:
+def dual_timestep_embedding_reference(
+    t_emb: Tensor, r_emb: Tensor, gate: Tensor, fusion: str
+) -> tuple[Tensor, Tensor]:
     """Eager reference; see :func:`dual_timestep_embedding`."""
     emb = _fuse(t_emb, r_emb, gate, fusion)
     return emb, F.silu(emb.to(accumulation_dtype(t_emb, r_emb))).to(t_emb.dtype)
@@ -54,7 +64,9 @@ def dual_timestep_embedding_backward_reference(
     fusion: str,
     gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of t_emb, r_emb and gate; that of gate, a sum over everything, is empty unless asked for."""
+    """Gradients of t_emb, r_emb and gate; that of gate, a sum over everything, is empty unless
+    asked for.
+    """
     acc = accumulation_dtype(t_emb, r_emb)
     t, r, g = t_emb.to(acc), r_emb.to(acc), gate.to(acc).reshape(())
     emb = _fuse(t_emb, r_emb, gate, fusion).to(acc)
@@ -62,7 +74,9 @@ def dual_timestep_embedding_backward_reference(
     grad = grad_emb.to(acc) + grad_activated.to(acc) * sigmoid * (1 + emb * (1 - sigmoid))
     dt = grad * (1 - g) if fusion == "gated" else grad
     if gate_gradient:
-        dgate = (grad * (r - t if fusion == "gated" else r)).sum().to(gate.dtype).reshape(gate.shape)
+        dgate = (
+            (grad * (r - t if fusion == "gated" else r)).sum().to(gate.dtype).reshape(gate.shape)
+        )
     else:
         dgate = gate.new_empty(0)
     return dt.to(t_emb.dtype), (grad * g).to(r_emb.dtype), dgate
@@ -76,12 +90,17 @@ def _fuse(t_emb: Tensor, r_emb: Tensor, gate: Tensor, fusion: str) -> Tensor:
 
 def _check(t_emb: Tensor, r_emb: Tensor, gate: Tensor, fusion: str) -> None:
     if t_emb.ndim != 2 or not t_emb.is_floating_point():
-        raise ValueError(f"{_OP}: t_emb must be a floating-point [N, D] tensor, got {describe(t_emb)}")
+        raise ValueError(
+            f"{_OP}: t_emb must be a floating-point [N, D] tensor, got {describe(t_emb)}"
+        )
     check_same_shape(_OP, "r_emb", r_emb, t_emb, "t_emb")
     if fusion not in FUSIONS:
         raise ValueError(f"{_OP}: unknown fusion {fusion!r}; expected one of {', '.join(FUSIONS)}")
     if gate.numel() != 1 or not gate.is_floating_point():
-        raise ValueError(f"{_OP}: gate must be a number or a one-element floating-point tensor, got {describe(gate)}")
+        raise ValueError(
+            f"{_OP}: gate must be a number or a one-element floating-point tensor, got "
+            f"{describe(gate)}"
+        )
     check_device(_OP, "gate", gate, t_emb)
 
 
@@ -100,7 +119,11 @@ def _fake_backward(
     fusion: str,
     gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_like(t_emb), empty_like(r_emb), empty_like(gate) if gate_gradient else gate.new_empty(0)
+    return (
+        empty_like(t_emb),
+        empty_like(r_emb),
+        empty_like(gate) if gate_gradient else gate.new_empty(0),
+    )
 
 
 _operator = Operator(
@@ -112,7 +135,8 @@ _operator = Operator(
     unsupported=lambda t_emb, r_emb, gate, fusion: unsupported_dtype(t_emb, r_emb, gate),
 )
 _operator.register_backward(
-    "(Tensor grad_emb, Tensor grad_activated, Tensor t_emb, Tensor r_emb, Tensor gate, str fusion, bool gate_gradient)"
+    "(Tensor grad_emb, Tensor grad_activated, Tensor t_emb, Tensor r_emb, Tensor gate, str fusion, "
+    "bool gate_gradient)"
     " -> (Tensor, Tensor, Tensor)",
     reference=dual_timestep_embedding_backward_reference,
     fake=_fake_backward,
@@ -127,10 +151,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_emb: Tensor, grad_activated: Tensor) -> tuple[Tensor | None, ...]:
-    # The gate of the model is a constant: its gradient is a reduction more, and only taken where needed. Autograd
-    # hands in zeros for a result that nothing read.
+    # The gate of the model is a constant: its gradient is a reduction more, and only taken where
+    # needed. Autograd hands in zeros for a result that nothing read.
     needed = ctx.needs_input_grad[2]
-    dt, dr, dgate = _operator.backward(grad_emb, grad_activated, *ctx.saved_tensors, ctx.fusion, needed)
+    dt, dr, dgate = _operator.backward(
+        grad_emb, grad_activated, *ctx.saved_tensors, ctx.fusion, needed
+    )
     return dt, dr, dgate if needed else None, None
 
 

@@ -1,4 +1,6 @@
-"""The network inputs of a flow-map training step: the noisy sample and its two neighbors along the path."""
+"""The network inputs of a flow-map training step: the noisy sample and its two neighbors along the
+path.
+"""
 
 from __future__ import annotations
 
@@ -33,29 +35,33 @@ def flow_map_inputs(
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Interpolate and step along the path: ``x_t = (1 - t) x0 + t eps``, ``x_pm = x_t +- epsilon (eps - x0)``.
+    """Interpolate and step along the path: ``x_t = (1 - t) x0 + t eps``,
+    ``x_pm = x_t +- epsilon (eps - x0)``.
 
-    Differentiable with respect to latents and noise; times and widths are constants, on every backend.
+    Differentiable with respect to latents and noise; times and widths are constants, on every
+    backend.
 
     Args:
-        latents: ``[B, F, ...]`` clean data x0; the kernel takes any strides of B and F but copies where the rest is
-            not contiguous.
+        latents: ``[B, F, ...]`` clean data x0; the kernel takes any strides of B and F but copies
+            where the rest is not contiguous.
         noise: eps, the shape of latents.
         t: ``[B]`` or ``[B, F]`` times in [0, 1].
-        epsilon: half-width of the central difference in [0, 1] units: a number, ``[B]`` or ``[B, F]``, or a pair
-            ``(plus, minus)`` of these when the two sides differ (one-sided ends).
-        rows: ``[n]`` integer indices, or a boolean ``[B]`` mask (read by the host), of the samples that need ``x_pm``,
-            in any order; negative ones count from the end. None means all.
+        epsilon: half-width of the central difference in [0, 1] units: a number, ``[B]`` or
+            ``[B, F]``, or a pair ``(plus, minus)`` of these when the two sides differ (one-sided
+            ends).
+        rows: ``[n]`` integer indices, or a boolean ``[B]`` mask (read by the host), of the samples
+            that need ``x_pm``, in any order; negative ones count from the end. None means all.
         dtype: of x_t; None means that of latents.
 
     Returns:
-        ``(x_t, x_plus, x_minus)``: ``[B, F, ...]`` and twice ``[n, F, ...]``, the last two in fp32 at least: rounding
-        them to half precision would drown their difference. On a GPU, where checking indices would stall it,
-        ``x_plus`` and ``x_minus`` of an index that names no sample are NaN.
+        ``(x_t, x_plus, x_minus)``: ``[B, F, ...]`` and twice ``[n, F, ...]``, the last two in fp32
+        at least: rounding them to half precision would drown their difference. On a GPU, where
+        checking indices would stall it, ``x_plus`` and ``x_minus`` of an index that names no sample
+        are NaN.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, an index on the CPU names no sample, or a forced
-            backend does not support the dtypes.
+        ValueError: shapes, dtypes or devices do not fit together, an index on the CPU names no
+            sample, or a forced backend does not support the dtypes.
     """
     x_t, batch = flow_map_batch(latents, noise, t, epsilon, rows, dtype=dtype, with_x_t=False)
     n = batch.shape[0] // 2
@@ -75,8 +81,9 @@ def flow_map_batch(
     """As :func:`flow_map_inputs`, with everything that is evaluated without gradient in one buffer.
 
     Returns:
-        ``(x_t, batch)``: ``[B, F, ...]`` and the network's batch ``[x_plus ; x_minus ; x_t]``, ``[2 n + B, F, ...]`` in
-        fp32 at least; without its last part, which is the input of the unconditional evaluation, unless ``with_x_t``.
+        ``(x_t, batch)``: ``[B, F, ...]`` and the network's batch ``[x_plus ; x_minus ; x_t]``,
+        ``[2 n + B, F, ...]`` in fp32 at least; without its last part, which is the input of the
+        unconditional evaluation, unless ``with_x_t``.
     """
     _check_data(latents, noise)
     dtype = latents.dtype if dtype is None else dtype
@@ -85,8 +92,12 @@ def flow_map_batch(
     plus, minus = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
     if rows is not None:
         if rows.dtype == torch.bool and rows.shape != latents.shape[:1]:
-            raise ValueError(f"{_OP}: a rows mask must be [B={latents.shape[0]}], got {describe(rows)}")
-        rows = sample_indices(_OP, rows.nonzero().flatten() if rows.dtype == torch.bool else rows, latents)
+            raise ValueError(
+                f"{_OP}: a rows mask must be [B={latents.shape[0]}], got {describe(rows)}"
+            )
+        rows = sample_indices(
+            _OP, rows.nonzero().flatten() if rows.dtype == torch.bool else rows, latents
+        )
     return _operator(
         latents,
         noise,
@@ -136,7 +147,8 @@ def flow_map_inputs_backward_reference(
     rows: Tensor | None,
     with_x_t: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of latents and noise: ``(1 - t) dx - dv`` and ``t dx + dv`` with those of x_t and of eps - x0.
+    """Gradients of latents and noise: ``(1 - t) dx - dv`` and ``t dx + dv`` with those of x_t and
+    of eps - x0.
 
     Only the shape and dtype of latents and noise are read.
     """
@@ -161,7 +173,9 @@ def flow_map_inputs_backward_reference(
 
 def _check_data(latents: Tensor, noise: Tensor) -> None:
     if latents.ndim < 2 or not latents.is_floating_point():
-        raise ValueError(f"{_OP}: latents must be a floating-point [B, F, ...], got {describe(latents)}")
+        raise ValueError(
+            f"{_OP}: latents must be a floating-point [B, F, ...], got {describe(latents)}"
+        )
     check_same_shape(_OP, "noise", noise, latents, "latents")
 
 
@@ -246,7 +260,8 @@ def _unsupported(
 
 _operator = Operator(
     _OP,
-    "(Tensor latents, Tensor noise, Tensor t, Tensor epsilon_plus, Tensor epsilon_minus, Tensor? rows, "
+    "(Tensor latents, Tensor noise, Tensor t, Tensor epsilon_plus, Tensor epsilon_minus, Tensor? "
+    "rows, "
     "ScalarType dtype, bool with_x_t) -> (Tensor, Tensor)",
     reference=flow_map_inputs_reference,
     fake=_fake,
@@ -259,7 +274,9 @@ _operator.register_backward(
     reference=flow_map_inputs_backward_reference,
     fake=lambda grad, grad_batch, latents, noise, *_: (empty_like(latents), empty_like(noise)),
     check=_check_backward,
-    unsupported=lambda grad, grad_batch, latents, noise, *_: unsupported_dtype(grad, grad_batch, latents, noise),
+    unsupported=lambda grad, grad_batch, latents, noise, *_: unsupported_dtype(
+        grad, grad_batch, latents, noise
+    ),
 )
 
 

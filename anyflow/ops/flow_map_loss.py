@@ -47,10 +47,11 @@ def flow_map_loss(
         loss_i = mean over frames of weight * mean over C, H, W of (p - target)^2
 
     Args:
-        pred: ``[B, F, C, H, W]`` conditional prediction u(x_t, t, r, c); the kernel takes any strides of B and F of
-            the tensors but copies where the rest is not contiguous.
+        pred: ``[B, F, C, H, W]`` conditional prediction u(x_t, t, r, c); the kernel takes any
+            strides of B and F of the tensors but copies where the rest is not contiguous.
         uncond: u(x_t, t, r, negative) of the same shape, or None when ``guidance`` is 1.
-        u_plus: u at t + e, ``[n, F, C, H, W]`` for the samples in ``rows``, or None when no sample needs it.
+        u_plus: u at t + e, ``[n, F, C, H, W]`` for the samples in ``rows``, or None when no sample
+            needs it.
         u_minus: u at t - e, as u_plus.
         latents: x0, the shape of pred.
         noise: eps, the shape of pred.
@@ -59,16 +60,19 @@ def flow_map_loss(
         weight: ``[B]`` or ``[B, F]``.
         guidance: g > 0.
         step: full width of the difference, (t + e) - (t - e): a number, ``[n]`` or ``[n, F]``.
-        rows: ``[n]`` integer indices of the samples that u_plus and u_minus hold, in any order; negative ones count
-            from the end, and the differences of an index that comes twice are added. None means all B.
+        rows: ``[n]`` integer indices of the samples that u_plus and u_minus hold, in any order;
+            negative ones count from the end, and the differences of an index that comes twice are
+            added. None means all B.
 
     Returns:
-        ``[B]`` losses in fp32 (fp64 for fp64 inputs). On a GPU, where checking indices would stall it, an index that
-        names no sample makes the loss of the first or of the last sample, which is nearer, NaN.
+        ``[B]`` losses in fp32 (fp64 for fp64 inputs). On a GPU, where checking indices would stall
+        it, an index that names no sample makes the loss of the first or of the last sample, which
+        is nearer, NaN.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, guidance <= 0, uncond is missing while guidance is
-            not 1, an index on the CPU names no sample, or a forced backend does not support the dtypes.
+        ValueError: shapes, dtypes or devices do not fit together, guidance <= 0, uncond is missing
+            while guidance is not 1, an index on the CPU names no sample, or a forced backend does
+            not support the dtypes.
     """
     _check_tensors(pred, uncond, latents, noise, guidance)
     t, r = constant_times(_OP, "t", t, pred), constant_times(_OP, "r", r, pred)
@@ -84,11 +88,15 @@ def flow_map_loss(
         shape = (pred.shape[0] if rows is None else rows.shape[0], *pred.shape[1:])
         for name, tensor in (("u_plus", u_plus), ("u_minus", u_minus)):
             if tensor.shape != shape or not tensor.is_floating_point():
-                raise ValueError(f"{_OP}: {name} must be a floating-point {shape}, got {describe(tensor)}")
+                raise ValueError(
+                    f"{_OP}: {name} must be a floating-point {shape}, got {describe(tensor)}"
+                )
             check_device(_OP, name, tensor, pred)
     step = constant_times(_OP, "step", step, pred if u_plus is None else u_plus, scalar=True)
     need_grad = torch.is_grad_enabled() and pred.requires_grad
-    constants = [None if x is None else x.detach() for x in (uncond, u_plus, u_minus, latents, noise)]
+    constants = [
+        None if x is None else x.detach() for x in (uncond, u_plus, u_minus, latents, noise)
+    ]
     loss, _ = _operator(pred, *constants, t, r, weight, step, rows, float(guidance), need_grad)
     return loss
 
@@ -108,10 +116,12 @@ def flow_map_loss_reference(
     guidance: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Eager reference; the differentiable loss of :func:`flow_map_loss`, and ``p - target`` in pred's dtype.
+    """Eager reference; the differentiable loss of :func:`flow_map_loss`, and ``p - target`` in
+    pred's dtype.
 
-    The second is what the backward formula needs: the gradient of pred up to a factor per frame, which would leave
-    fp16's range (1e-6 at the size of a video) if it were applied before the loss scale is. Empty without ``need_grad``.
+    The second is what the backward formula needs: the gradient of pred up to a factor per frame,
+    which would leave fp16's range (1e-6 at the size of a video) if it were applied before the loss
+    scale is. Empty without ``need_grad``.
     """
     acc = accumulation_dtype(pred, latents)
     with torch.no_grad():
@@ -135,7 +145,9 @@ def flow_map_loss_reference(
     return loss, residual.detach().to(pred.dtype) if need_grad else pred.new_empty(0)
 
 
-def flow_map_loss_backward_reference(grad: Tensor, residual: Tensor, weight: Tensor, guidance: float) -> Tensor:
+def flow_map_loss_backward_reference(
+    grad: Tensor, residual: Tensor, weight: Tensor, guidance: float
+) -> Tensor:
     """Gradient of pred: ``2 grad_i weight / (F C H W g) (p - target)``."""
     acc = accumulation_dtype(residual)
     elements = max(residual[:1].numel(), 1)
@@ -160,7 +172,9 @@ def _check(
 ) -> None:
     _check_tensors(pred, uncond, latents, noise, guidance)
     if (u_plus is None) != (u_minus is None) or (u_plus is None and rows is not None):
-        raise ValueError(f"{_OP}: u_plus and u_minus are given together or not at all, and rows with them only")
+        raise ValueError(
+            f"{_OP}: u_plus and u_minus are given together or not at all, and rows with them only"
+        )
     if rows is not None:
         check_index_operand(_OP, rows, pred)
     n = pred.shape[0] if rows is None else rows.shape[0]
@@ -176,13 +190,17 @@ def _check(
 
 def _check_backward(grad: Tensor, residual: Tensor, weight: Tensor, guidance: float) -> None:
     if residual.ndim < 3 or not residual.is_floating_point():
-        raise ValueError(f"{_OP}: residual must be a floating-point [B, F, ...], got {describe(residual)}")
+        raise ValueError(
+            f"{_OP}: residual must be a floating-point [B, F, ...], got {describe(residual)}"
+        )
     check_sizes(_OP, "grad", grad, residual.shape[:1], residual)
     check_number_or_times(_OP, "weight", weight, residual.shape[0], residual)
     check_guidance(_OP, guidance)
 
 
-def _check_tensors(pred: Tensor, uncond: Tensor | None, latents: Tensor, noise: Tensor, guidance: float) -> None:
+def _check_tensors(
+    pred: Tensor, uncond: Tensor | None, latents: Tensor, noise: Tensor, guidance: float
+) -> None:
     if pred.ndim < 3 or not pred.is_floating_point():
         raise ValueError(f"{_OP}: pred must be a floating-point [B, F, ...], got {describe(pred)}")
     for name, tensor in (("uncond", uncond), ("latents", latents), ("noise", noise)):
@@ -190,7 +208,9 @@ def _check_tensors(pred: Tensor, uncond: Tensor | None, latents: Tensor, noise: 
             check_same_shape(_OP, name, tensor, pred, "pred")
     check_guidance(_OP, guidance)
     if uncond is None and guidance != 1:
-        raise ValueError(f"{_OP}: guidance {guidance} needs the unconditional prediction, but uncond is None")
+        raise ValueError(
+            f"{_OP}: guidance {guidance} needs the unconditional prediction, but uncond is None"
+        )
 
 
 def _fake(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -201,7 +221,8 @@ def _fake(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 _operator = Operator(
     _OP,
-    "(Tensor pred, Tensor? uncond, Tensor? u_plus, Tensor? u_minus, Tensor latents, Tensor noise, Tensor t, Tensor r, "
+    "(Tensor pred, Tensor? uncond, Tensor? u_plus, Tensor? u_minus, Tensor latents, Tensor noise, "
+    "Tensor t, Tensor r, "
     "Tensor weight, Tensor step, Tensor? rows, float guidance, bool need_grad) -> (Tensor, Tensor)",
     reference=flow_map_loss_reference,
     fake=_fake,

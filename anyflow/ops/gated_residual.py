@@ -24,12 +24,13 @@ _OP = "gated_residual"
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     """Gated residual: ``x + y * gate``, rounded once, to x's dtype.
 
-    Token ``l`` reads gate row ``l // (L // R)``, as in :func:`anyflow.ops.layer_norm_modulate`. This is the first
-    result of :func:`anyflow.ops.residual_layer_norm`, for a residual that no norm follows.
+    Token ``l`` reads gate row ``l // (L // R)``, as in :func:`anyflow.ops.layer_norm_modulate`.
+    This is the first result of :func:`anyflow.ops.residual_layer_norm`, for a residual that no norm
+    follows.
 
     Args:
-        x: ``[B, L, D]`` residual stream; the kernel takes any strides but copies where D is not the contiguous
-            dimension.
+        x: ``[B, L, D]`` residual stream; the kernel takes any strides but copies where D is not the
+            contiguous dimension.
         y: ``[B, L, D]`` branch output, any floating dtype.
         gate: ``[B, R, D]``, any floating dtype, or None for a plain addition; R divides L.
 
@@ -37,11 +38,13 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
         ``[B, L, D]`` in x's dtype; the sum is formed in fp32.
 
     Raises:
-        ValueError: shapes or devices do not fit together, or a forced backend does not support dtypes or D.
+        ValueError: shapes or devices do not fit together, or a forced backend does not support
+            dtypes or D.
     """
     _check_branch(x, y)
     if gate is None:
-        return gated_residual_reference(x, y)  # on every backend: torch's addition is as good as a kernel of ours
+        # on every backend: torch's addition is as good as a kernel of ours
+        return gated_residual_reference(x, y)
     check_rows(_OP, "gate", gate, x)
     return _operator(x, y, gate)
 
@@ -58,8 +61,12 @@ def gated_residual_reference(x: Tensor, y: Tensor, gate: Tensor | None = None) -
     return h.flatten(1, 2).to(x.dtype)
 
 
-def gated_residual_backward_reference(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of y and gate, ``grad * gate`` and ``grad * y`` summed over a row's tokens; that of x is ``grad``."""
+def gated_residual_backward_reference(
+    grad: Tensor, y: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of y and gate, ``grad * gate`` and ``grad * y`` summed over a row's tokens; that of
+    x is ``grad``.
+    """
     acc = accumulation_dtype(grad, y, gate)
     wide, rows = grad.to(acc), gate.shape[1]
     dy = (split_rows(wide, rows) * gate.to(acc).unsqueeze(2)).flatten(1, 2)

@@ -15,11 +15,13 @@ _OP = "gelu"
 
 
 def gelu(x: Tensor) -> Tensor:
-    """tanh-GELU: ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``, as in the feed-forward of the model.
+    """tanh-GELU: ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``, as in the feed-forward of
+    the model.
 
-    The native kernel computes it as ``x sigmoid(2 u)``, which does not cancel: results are good to a few units in the
-    last place however small they are, and -inf gives -0. The reference is torch's, which has neither. There is no
-    Triton kernel, since torch's is as fast on a GPU; forcing ``"triton"`` runs the reference.
+    The native kernel computes it as ``x sigmoid(2 u)``, which does not cancel: results are good to
+    a few units in the last place however small they are, and -inf gives -0. The reference is
+    torch's, which has neither. There is no Triton kernel, since torch's is as fast on a GPU;
+    forcing ``"triton"`` runs the reference.
 
     Args:
         x: any shape, any floating dtype; the kernel copies what is not contiguous.
@@ -28,7 +30,8 @@ def gelu(x: Tensor) -> Tensor:
         x's shape and dtype, rounded once from fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: x is not a floating-point tensor, or a forced backend does not support its dtype.
+        ValueError: x is not a floating-point tensor, or a forced backend does not support its
+            dtype.
     """
     _check(x)
     return _operator(x)

@@ -26,11 +26,12 @@ _OP = "layer_norm_modulate"
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Modulated LayerNorm: ``LN(x) * (1 + scale) + shift``, LN over D without affine.
 
-    Token ``l`` reads modulation row ``l // (L // R)``: R = 1 modulates a sample, R = F modulates each frame, and the
-    rows are never expanded to tokens in memory.
+    Token ``l`` reads modulation row ``l // (L // R)``: R = 1 modulates a sample, R = F modulates
+    each frame, and the rows are never expanded to tokens in memory.
 
     Args:
-        x: ``[B, L, D]`` tokens; the kernel takes any strides but copies where D is not the contiguous dimension.
+        x: ``[B, L, D]`` tokens; the kernel takes any strides but copies where D is not the
+            contiguous dimension.
         shift: ``[B, R, D]``, any floating dtype; R divides L.
         scale: ``[B, R, D]``, as shift.
         eps: added to the variance.
@@ -39,13 +40,16 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
         ``[B, L, D]`` in x's dtype; statistics and products are accumulated in fp32.
 
     Raises:
-        ValueError: shapes or devices do not fit together, or a forced backend does not support dtypes or D.
+        ValueError: shapes or devices do not fit together, or a forced backend does not support
+            dtypes or D.
     """
     _check(x, shift, scale, eps)
     return _operator(x, shift, scale, eps)
 
 
-def layer_norm_modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def layer_norm_modulate_reference(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> Tensor:
     """Eager reference; see :func:`layer_norm_modulate`."""
     acc = accumulation_dtype(x, shift, scale)
     n = F.layer_norm(x.to(acc), x.shape[-1:], eps=eps)
@@ -55,13 +59,19 @@ def layer_norm_modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: 
 def layer_norm_modulate_backward_reference(
     grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, shift and scale: ``dx = J_LN(x)^T (grad (1 + scale))``, the others summed over a row's tokens."""
+    """Gradients of x, shift and scale: ``dx = J_LN(x)^T (grad (1 + scale))``, the others summed
+    over a row's tokens.
+    """
     acc = accumulation_dtype(x, shift, scale)
     grad, n = grad.to(acc), F.layer_norm(x.to(acc), x.shape[-1:], eps=eps)
     dn = (split_rows(grad, scale.shape[1]) * (1 + scale.to(acc)).unsqueeze(2)).flatten(1, 2)
     dx = layer_norm_backward(dn, x.to(acc), eps)
     rows = shift.shape[1]
-    return dx.to(x.dtype), sum_rows(grad, rows).to(shift.dtype), sum_rows(grad * n, rows).to(scale.dtype)
+    return (
+        dx.to(x.dtype),
+        sum_rows(grad, rows).to(shift.dtype),
+        sum_rows(grad * n, rows).to(scale.dtype),
+    )
 
 
 def modulate(n: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -85,7 +95,9 @@ def _check(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> None:
     check_rows(_OP, "shift", shift, x)
     check_rows(_OP, "scale", scale, x)
     if shift.shape != scale.shape:
-        raise ValueError(f"{_OP}: shift {tuple(shift.shape)} and scale {tuple(scale.shape)} must have one shape")
+        raise ValueError(
+            f"{_OP}: shift {tuple(shift.shape)} and scale {tuple(scale.shape)} must have one shape"
+        )
     check_eps(_OP, eps)
 
 

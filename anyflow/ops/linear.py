@@ -28,7 +28,9 @@ def _left_to_torch() -> str | None:
         return "this torch is without oneDNN"
     if EXTENSION.cpu_is_intel():
         return "torch's MKL is as fast on this processor"
-    return "oneDNN needs AVX2 to be faster" if EXTENSION.cpu_instruction_set() == "generic" else None
+    return (
+        "oneDNN needs AVX2 to be faster" if EXTENSION.cpu_instruction_set() == "generic" else None
+    )
 
 
 if (_reason := _left_to_torch()) is not None:
@@ -38,10 +40,10 @@ if (_reason := _left_to_torch()) is not None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias``, as ``torch.nn.functional.linear``.
 
-    The native kernel (CPU) is oneDNN's where torch would take MKL for less: large fp32 products, on a processor that is
-    not Intel's. With AVX-512 that is about twice as fast, with AVX2 about a tenth. Everything else is
-    ``F.linear`` itself, derivatives of any order and autocast included; there is no Triton kernel. Forcing
-    ``"native"`` takes the kernel for every size.
+    The native kernel (CPU) is oneDNN's where torch would take MKL for less: large fp32 products, on
+    a processor that is not Intel's. With AVX-512 that is about twice as fast, with AVX2 about a
+    tenth. Everything else is ``F.linear`` itself, derivatives of any order and autocast included;
+    there is no Triton kernel. Forcing ``"native"`` takes the kernel for every size.
 
     Args:
         x: ``[..., K]``, any floating dtype.
@@ -52,8 +54,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ``[..., N]`` in x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or a forced backend does not support the dtype.
-        RuntimeError: a second derivative is taken through the kernel, or a forward-mode one through a forced one.
+        ValueError: shapes, dtypes or devices do not fit together, or a forced backend does not
+            support the dtype.
+        RuntimeError: a second derivative is taken through the kernel, or a forward-mode one through
+            a forced one.
     """
     if not _takes_operator(x, weight):
         return F.linear(x, weight, bias)
@@ -62,7 +66,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _takes_operator(x: Tensor, weight: Tensor) -> bool:
-    """Whether the call goes through the operator: where its kernel is faster, or where it is forced."""
+    """Whether the call goes through the operator: where its kernel is faster, or where it is
+    forced.
+    """
     if torch.is_autocast_enabled(x.device.type):
         return False
     forced = forced_backend()
@@ -78,21 +84,33 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         raise ValueError(f"{_OP}: x must be a floating-point [..., K] tensor, got {describe(x)}")
     k, like_x = x.shape[-1], f"of x's dtype {x.dtype}"
     if weight.ndim != 2 or weight.shape[1] != k or weight.dtype != x.dtype:
-        raise ValueError(f"{_OP}: weight must be [N, K={k}] {like_x} for x {tuple(x.shape)}, got {describe(weight)}")
+        raise ValueError(
+            f"{_OP}: weight must be [N, K={k}] {like_x} for x {tuple(x.shape)}, got "
+            f"{describe(weight)}"
+        )
     check_device(_OP, "weight", weight, x)
     if bias is not None:
         if bias.shape != weight.shape[:1] or bias.dtype != x.dtype:
-            raise ValueError(f"{_OP}: bias must be [N={weight.shape[0]}] {like_x}, got {describe(bias)}")
+            raise ValueError(
+                f"{_OP}: bias must be [N={weight.shape[0]}] {like_x}, got {describe(bias)}"
+            )
         check_device(_OP, "bias", bias, x)
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Eager reference; see :func:`linear`. torch accumulates half precision in fp32 and rounds once."""
+    """Eager reference; see :func:`linear`. torch accumulates half precision in fp32 and rounds
+    once.
+    """
     return F.linear(x, weight, bias)
 
 
 def linear_backward_reference(
-    grad: Tensor, x: Tensor, weight: Tensor, x_gradient: bool, weight_gradient: bool, bias_gradient: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    x_gradient: bool,
+    weight_gradient: bool,
+    bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, each empty unless asked for.
 
@@ -100,7 +118,9 @@ def linear_backward_reference(
     """
     rows = grad.flatten(0, -2) if grad.ndim > 1 else grad.unsqueeze(0)
     dx = grad @ weight if x_gradient else grad.new_empty(0)
-    dweight = rows.t() @ x.reshape(rows.shape[0], x.shape[-1]) if weight_gradient else grad.new_empty(0)
+    dweight = (
+        rows.t() @ x.reshape(rows.shape[0], x.shape[-1]) if weight_gradient else grad.new_empty(0)
+    )
     return dx, dweight, rows.sum(0) if bias_gradient else grad.new_empty(0)
 
 
@@ -112,11 +132,18 @@ def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: bool) -> None:
 
 
 def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, x_gradient: bool, weight_gradient: bool, bias_gradient: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    x_gradient: bool,
+    weight_gradient: bool,
+    bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (x.shape, weight.shape, weight.shape[:1])
     wanted = (x_gradient, weight_gradient, bias_gradient)
-    dx, dweight, dbias = (grad.new_empty(shape if w else 0) for shape, w in zip(shapes, wanted, strict=True))
+    dx, dweight, dbias = (
+        grad.new_empty(shape if w else 0) for shape, w in zip(shapes, wanted, strict=True)
+    )
     return dx, dweight, dbias
 
 
@@ -130,7 +157,8 @@ _operator = Operator(
     backends=("native",),
 )
 _operator.register_backward(
-    "(Tensor grad, Tensor x, Tensor weight, bool x_gradient, bool weight_gradient, bool bias_gradient) "
+    "(Tensor grad, Tensor x, Tensor weight, bool x_gradient, bool weight_gradient, bool "
+    "bias_gradient) "
     "-> (Tensor, Tensor, Tensor)",
     reference=linear_backward_reference,
     fake=_fake_backward,
@@ -145,7 +173,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradients = _operator.backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
-    return tuple(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=True))
+    return tuple(
+        g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=True)
+    )
 
 
 _operator.register_autograd(_setup_context, _backward)

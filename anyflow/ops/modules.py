@@ -16,9 +16,11 @@ from anyflow.ops.rms_norm_rope import rms_norm_rope
 
 
 class LayerNormModulate(nn.Module):
-    """Normalizes and modulates tokens: :func:`anyflow.ops.layer_norm_modulate`. It has no parameters.
+    """Normalizes and modulates tokens: :func:`anyflow.ops.layer_norm_modulate`. It has no
+    parameters.
 
-    It stands for ``LayerNorm(D, elementwise_affine=False)`` and the two passes ``* (1 + scale) + shift`` after it.
+    It stands for ``LayerNorm(D, elementwise_affine=False)`` and the two passes
+    ``* (1 + scale) + shift`` after it.
 
     Args:
         eps: added to the variance.
@@ -50,8 +52,12 @@ class ResidualLayerNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-6, elementwise_affine: bool = True) -> None:
         super().__init__()
         self.eps = eps
-        self.register_parameter("weight", nn.Parameter(torch.ones(dim)) if elementwise_affine else None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(dim)) if elementwise_affine else None)
+        self.register_parameter(
+            "weight", nn.Parameter(torch.ones(dim)) if elementwise_affine else None
+        )
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(dim)) if elementwise_affine else None
+        )
 
     def forward(
         self,
@@ -61,7 +67,9 @@ class ResidualLayerNorm(nn.Module):
         shift: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return ``h = x + y * gate`` and its norm, both ``[B, L, D]``; gate, shift and scale are ``[B, R, D]``."""
+        """Return ``h = x + y * gate`` and its norm, both ``[B, L, D]``; gate, shift and scale are
+        ``[B, R, D]``.
+        """
         return residual_layer_norm(
             x, y, gate, weight=self.weight, bias=self.bias, shift=shift, scale=scale, eps=self.eps
         )
@@ -76,7 +84,8 @@ class GatedResidual(nn.Module):
 
 
 class RMSNormRope(nn.Module):
-    """Normalizes queries or keys, splits heads and rotates pairs: :func:`anyflow.ops.rms_norm_rope`.
+    """Normalizes queries or keys, splits heads and rotates pairs:
+    :func:`anyflow.ops.rms_norm_rope`.
 
     Its ``weight`` is that of the ``RMSNorm(D)`` that it stands for.
 
@@ -92,13 +101,17 @@ class RMSNormRope(nn.Module):
         self.num_heads, self.eps = num_heads, eps
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Map ``x[B, L, D]`` to ``[B, L, H, Dh]``; ``rotary`` is ``(cos, sin)``, each ``[L, Dh / 2]``, or None."""
+        """Map ``x[B, L, D]`` to ``[B, L, H, Dh]``; ``rotary`` is ``(cos, sin)``, each
+        ``[L, Dh / 2]``, or None.
+        """
         cos, sin = (None, None) if rotary is None else rotary
         return rms_norm_rope(x, self.weight, cos, sin, num_heads=self.num_heads, eps=self.eps)
 
 
 class GELUTanh(nn.Module):
-    """Applies the tanh approximation of GELU: :func:`anyflow.ops.gelu`, for ``nn.GELU(approximate="tanh")``."""
+    """Applies the tanh approximation of GELU: :func:`anyflow.ops.gelu`, for
+    ``nn.GELU(approximate="tanh")``.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a tensor of any shape to one like it."""
@@ -106,15 +119,21 @@ class GELUTanh(nn.Module):
 
 
 class DotProductAttention(nn.Module):
-    """Applies softmax attention without a mask: :func:`anyflow.ops.attention`. It has no parameters."""
+    """Applies softmax attention without a mask: :func:`anyflow.ops.attention`. It has no
+    parameters.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Map ``q[B, L, H, Dh]``, ``k`` and ``v`` ``[B, S, H, Dh]`` to ``[B, L, H, Dh]`` (not ``[B, H, L, Dh]``)."""
+        """Map ``q[B, L, H, Dh]``, ``k`` and ``v`` ``[B, S, H, Dh]`` to ``[B, L, H, Dh]`` (not
+        ``[B, H, L, Dh]``).
+        """
         return attention(q, k, v)
 
 
 class Linear(nn.Linear):
-    """Applies a linear layer by :func:`anyflow.ops.linear`; arguments and parameters are those of ``nn.Linear``."""
+    """Applies a linear layer by :func:`anyflow.ops.linear`; arguments and parameters are those of
+    ``nn.Linear``.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., K]`` to ``[..., N]``."""

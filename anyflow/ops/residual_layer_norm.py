@@ -39,7 +39,8 @@ def residual_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Residual and norm: ``h = x + y * gate``, rounded to x's dtype, and ``n = LN(h)``.
 
-    LN takes either an affine (``weight``, ``bias``) or a modulation (``shift``, ``scale``), or neither.
+    LN takes either an affine (``weight``, ``bias``) or a modulation (``shift``, ``scale``), or
+    neither.
 
     Args:
         x: ``[B, L, D]`` residual stream.
@@ -52,7 +53,8 @@ def residual_layer_norm(
         eps: added to the variance.
 
     Returns:
-        ``(h, n)``, both ``[B, L, D]`` in x's dtype; statistics and products are accumulated in fp32.
+        ``(h, n)``, both ``[B, L, D]`` in x's dtype; statistics and products are accumulated in
+        fp32.
 
     Raises:
         ValueError: shapes or devices do not fit together, or affine and modulation are both given.
@@ -99,16 +101,19 @@ def residual_layer_norm_backward_reference(
     scale: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, y, gate, weight, bias, shift and scale, each empty where its tensor is absent.
+    """Gradients of x, y, gate, weight, bias, shift and scale, each empty where its tensor is
+    absent.
 
-    ``dx = dh + J_LN(h)^T (dn weight)``, or ``(dn (1 + scale))``, and those of y and gate follow from dx as in
-    :func:`anyflow.ops.gated_residual`; the rounding of h counts as the identity. ``dh`` is absent where only n was
-    used, y where its gradient is that of x.
+    ``dx = dh + J_LN(h)^T (dn weight)``, or ``(dn (1 + scale))``, and those of y and gate follow
+    from dx as in :func:`anyflow.ops.gated_residual`; the rounding of h counts as the identity.
+    ``dh`` is absent where only n was used, y where its gradient is that of x.
     """
     acc = _accumulation_dtype(h, y, gate, weight, bias, shift, scale)
     wide, g = h.to(acc), dn.to(acc)
     gn = g * F.layer_norm(wide, wide.shape[-1:], eps=eps)
-    affine = [_sum_like(total, like) for total, like in ((gn, weight), (g, bias), (g, shift), (gn, scale))]
+    affine = [
+        _sum_like(total, like) for total, like in ((gn, weight), (g, bias), (g, shift), (gn, scale))
+    ]
     if weight is not None:
         g = g * weight.to(acc)
     if scale is not None:
@@ -129,7 +134,9 @@ def _sum_like(tokens: Tensor, like: Tensor | None) -> Tensor | None:
     """Sum ``[B, L, D]`` over the tokens that share an element of ``[D]`` or ``[B, R, D]``."""
     if like is None:
         return None
-    return (tokens.sum((0, 1)) if like.ndim == 1 else sum_rows(tokens, like.shape[1])).to(like.dtype)
+    return (tokens.sum((0, 1)) if like.ndim == 1 else sum_rows(tokens, like.shape[1])).to(
+        like.dtype
+    )
 
 
 def _check(
@@ -154,15 +161,24 @@ def _check(
     if (shift is None) != (scale is None):
         raise ValueError(f"{_OP}: shift and scale are given together or not at all")
     if shift is not None and scale is not None and shift.shape != scale.shape:
-        raise ValueError(f"{_OP}: shift {tuple(shift.shape)} and scale {tuple(scale.shape)} must have one shape")
+        raise ValueError(
+            f"{_OP}: shift {tuple(shift.shape)} and scale {tuple(scale.shape)} must have one shape"
+        )
     if bias is not None and weight is None:
         raise ValueError(f"{_OP}: bias needs weight")
     if weight is not None and shift is not None:
-        raise ValueError(f"{_OP}: give either an affine (weight, bias) or a modulation (shift, scale), not both")
+        raise ValueError(
+            f"{_OP}: give either an affine (weight, bias) or a modulation (shift, scale), not both"
+        )
 
 
 def _check_backward(
-    dh: Tensor | None, dn: Tensor, y: Tensor | None, h: Tensor, gate: Tensor | None, *operands_eps: Any
+    dh: Tensor | None,
+    dn: Tensor,
+    y: Tensor | None,
+    h: Tensor,
+    gate: Tensor | None,
+    *operands_eps: Any,
 ) -> None:
     _check(h, h if y is None else y, gate, *operands_eps)
     for name, grad in (("dh", dh), ("dn", dn)):
@@ -174,7 +190,8 @@ def _check_backward(
 
 _operator = Operator(
     _OP,
-    "(Tensor x, Tensor y, Tensor? gate=None, Tensor? weight=None, Tensor? bias=None, Tensor? shift=None, "
+    "(Tensor x, Tensor y, Tensor? gate=None, Tensor? weight=None, Tensor? bias=None, Tensor? "
+    "shift=None, "
     "Tensor? scale=None, float eps=1e-6) -> (Tensor, Tensor)",
     reference=residual_layer_norm_reference,
     fake=lambda x, *_: (empty_like(x), empty_like(x)),
@@ -182,7 +199,8 @@ _operator = Operator(
     unsupported=lambda *args: unsupported_row(*args[:7]),
 )
 _operator.register_backward(
-    "(Tensor? dh, Tensor dn, Tensor? y, Tensor h, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? shift, "
+    "(Tensor? dh, Tensor dn, Tensor? y, Tensor h, Tensor? gate, Tensor? weight, Tensor? bias, "
+    "Tensor? shift, "
     "Tensor? scale, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=residual_layer_norm_backward_reference,
     fake=lambda dh, dn, y, h, *operands_eps: tuple(
@@ -196,7 +214,9 @@ _operator.register_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, y, gate, *others, ctx.eps = inputs
     # Without a gate, y is not read: keep it only for its dtype, where dy is not simply dx.
-    ctx.save_for_backward(None if gate is None and y.dtype == x.dtype else y, output[0], gate, *others)
+    ctx.save_for_backward(
+        None if gate is None and y.dtype == x.dtype else y, output[0], gate, *others
+    )
     ctx.set_materialize_grads(False)  # an unused output costs no pass over zeros
 
 
@@ -205,7 +225,9 @@ def _backward(ctx: Any, dh: Tensor | None, dn: Tensor | None) -> tuple[Tensor | 
     gate = operands[0]
     if dn is not None:
         dx, dy, *sums = _operator.backward(dh, dn, y, h, *operands, ctx.eps)
-        present = (None if operand is None else s for operand, s in zip(operands, sums, strict=True))
+        present = (
+            None if operand is None else s for operand, s in zip(operands, sums, strict=True)
+        )
         return dx, dx if y is None else dy, *present, None
     if dh is None:
         return (None,) * 8

@@ -35,23 +35,27 @@ def rms_norm_rope(
 ) -> Tensor:
     """RMS norm over all of D, then rotation of interleaved pairs in each head.
 
-    ``y = x / sqrt(mean(x^2) + eps) * weight``; then for pair ``(2i, 2i + 1)`` of every head at token ``l``:
-    ``(a cos - b sin, a sin + b cos)`` with ``cos[l, i]``, ``sin[l, i]``. Without ``cos`` and ``sin``, no rotation.
+    ``y = x / sqrt(mean(x^2) + eps) * weight``; then for pair ``(2i, 2i + 1)`` of every head at
+    token ``l``: ``(a cos - b sin, a sin + b cos)`` with ``cos[l, i]``, ``sin[l, i]``. Without
+    ``cos`` and ``sin``, no rotation.
 
     Args:
-        x: ``[B, L, D]`` projected queries or keys; the kernel takes any strides but copies where D is not the
-            contiguous dimension.
+        x: ``[B, L, D]`` projected queries or keys; the kernel takes any strides but copies where D
+            is not the contiguous dimension.
         weight: ``[D]`` norm weight, any floating dtype.
-        cos: ``[L, Dh / 2]`` cosines, Dh = D / num_heads; any floating dtype, read in fp32. A constant: no gradient.
+        cos: ``[L, Dh / 2]`` cosines, Dh = D / num_heads; any floating dtype, read in fp32. A
+            constant: no gradient.
         sin: ``[L, Dh / 2]`` sines, as cos.
         num_heads: H; divides D.
         eps: added to the mean square.
 
     Returns:
-        ``[B, L, H, Dh]`` in x's dtype, rounded once; norm, weight and rotation are computed in fp32.
+        ``[B, L, H, Dh]`` in x's dtype, rounded once; norm, weight and rotation are computed in
+        fp32.
 
     Raises:
-        ValueError: shapes or devices do not fit together, or a forced backend does not support dtypes or D.
+        ValueError: shapes or devices do not fit together, or a forced backend does not support
+            dtypes or D.
     """
     _check(x, weight, cos, sin, num_heads, eps)
     if cos is not None and sin is not None:
@@ -60,7 +64,12 @@ def rms_norm_rope(
 
 
 def _check(
-    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float = 1e-6,
 ) -> None:
     _, _, d = check_tokens(_OP, x)
     check_vector(_OP, "weight", weight, x)
@@ -75,7 +84,13 @@ def _check(
 
 
 def _check_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float,
 ) -> None:
     _check(x, weight, cos, sin, num_heads, eps)
     check_sizes(_OP, "grad", grad, (*x.shape[:2], num_heads, x.shape[2] // num_heads), x)
@@ -87,18 +102,27 @@ def _check_table(name: str, table: Tensor, x: Tensor, head_dim: int) -> None:
         hint = ""
         if table.numel() == length * head_dim and table.shape[-1] == head_dim:
             first = 0 if name == "cos" else 1
-            hint = f" (every entry twice, as in diffusers: {name}.reshape({length}, {head_dim})[:, {first}::2]; "
+            hint = (
+                f" (every entry twice, as in diffusers: {name}.reshape({length}, {head_dim})[:, "
+                f"{first}::2]; "
+            )
             hint += "tables of rotate_half, as in Llama, turn other pairs)"
         elif table.ndim > 2 and table.numel() == length * (head_dim // 2):
             hint = f": {name}.reshape({length}, {head_dim // 2})"
         raise ValueError(
-            f"{_OP}: {name} must be a floating-point [L={length}, Dh/2={head_dim / 2:g}], got {describe(table)}{hint}"
+            f"{_OP}: {name} must be a floating-point [L={length}, Dh/2={head_dim / 2:g}], got "
+            f"{describe(table)}{hint}"
         )
     check_device(_OP, name, table, x)
 
 
 def rms_norm_rope_reference(
-    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float = 1e-6,
 ) -> Tensor:
     """Eager reference; see :func:`rms_norm_rope`."""
     acc = accumulation_dtype(x, weight)
@@ -110,9 +134,17 @@ def rms_norm_rope_reference(
 
 
 def rms_norm_rope_backward_reference(
-    grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight: turn back, then ``dx = J_RMS(x)^T (grad weight)``, ``dweight = sum(grad x / rms)``."""
+    """Gradients of x and weight: turn back, then ``dx = J_RMS(x)^T (grad weight)``,
+    ``dweight = sum(grad x / rms)``.
+    """
     acc = accumulation_dtype(x, weight)
     grad = grad.to(acc)
     if cos is not None and sin is not None:
@@ -126,8 +158,11 @@ def rms_norm_rope_backward_reference(
 
 
 def rotate_pairs(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the interleaved pairs of ``heads[B, L, H, Dh]`` by the angles of ``cos[L, Dh / 2]``, ``sin[L, Dh / 2]``."""
-    if torch.compiler.is_compiling():  # compilers fuse real arithmetic, and do not generate code for complex numbers
+    """Turn the interleaved pairs of ``heads[B, L, H, Dh]`` by the angles of ``cos[L, Dh / 2]``,
+    ``sin[L, Dh / 2]``.
+    """
+    # compilers fuse real arithmetic, and do not generate code for complex numbers
+    if torch.compiler.is_compiling():
         even, odd = heads.unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
@@ -137,7 +172,12 @@ def rotate_pairs(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _unsupported(
-    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float = 1e-6,
 ) -> str | None:
     return unsupported_row(x, weight) or unsupported_dtype(cos, sin)
 
@@ -147,12 +187,15 @@ _operator = Operator(
     # num_heads has no default, so neither have the tables before it
     "(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, int num_heads, float eps=1e-6) -> Tensor",
     reference=rms_norm_rope_reference,
-    fake=lambda x, weight, cos, sin, num_heads, eps=1e-6: x.new_empty(*x.shape[:2], num_heads, x.shape[2] // num_heads),
+    fake=lambda x, weight, cos, sin, num_heads, eps=1e-6: x.new_empty(
+        *x.shape[:2], num_heads, x.shape[2] // num_heads
+    ),
     check=_check,
     unsupported=_unsupported,
 )
 _operator.register_backward(
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? cos, Tensor? sin, int num_heads, float eps) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? cos, Tensor? sin, int num_heads, float eps) -> "
+    "(Tensor, Tensor)",
     reference=rms_norm_rope_backward_reference,
     fake=lambda grad, x, weight, cos, sin, num_heads, eps: (empty_like(x), empty_like(weight)),
     check=_check_backward,

@@ -1,4 +1,6 @@
-"""Settings that hold in a context: a thread, an asyncio task, and what either copies its context to."""
+"""Settings that hold in a context: a thread, an asyncio task, and what either copies its context
+to.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,18 @@ class _Block:
         self.open = True
 
 
-# What holds in a context, from the outermost block to the innermost; without a block, what was set by a plain call.
+# What holds in a context, from the outermost block to the innermost; without a block, what was set
+# by a plain call.
 _State = tuple[tuple[_Block | None, Any], ...]
 
 
 class Setting:
     """A value that blocks and plain calls set; None where nothing has.
 
-    It is read from the context of the caller. Autograd's threads of a device have none of their own: they read that of
-    the thread that called ``backward``. In code that ``torch.compile`` traces, the value is a constant of the graph,
-    which the guards of every call compare with that of its context; blocks inside such code hold inside.
+    It is read from the context of the caller. Autograd's threads of a device have none of their
+    own: they read that of the thread that called ``backward``. In code that ``torch.compile``
+    traces, the value is a constant of the graph, which the guards of every call compare with that
+    of its context; blocks inside such code hold inside.
 
     Args:
         name: of the setting; unique.
@@ -67,7 +71,8 @@ class Setting:
     def leave(self, blocks: list[_Block], shared: bool = True) -> None:
         """End the last begun of some blocks, wherever the blocks of others begin and end.
 
-        A block that another context began (a generator that one thread starts and another one ends) is over for all.
+        A block that another context began (a generator that one thread starts and another one ends)
+        is over for all.
         """
         state = self._state.get()
         for index in range(len(state) - 1, -1, -1):
@@ -81,7 +86,9 @@ class Setting:
     def _read(self) -> Any:
         state = self._state.get()
         if state:
-            return next((value for block, value in reversed(state) if block is None or block.open), None)
+            return next(
+                (value for block, value in reversed(state) if block is None or block.open), None
+            )
         if not torch._C._is_key_in_tls(self._key):
             return None
         thread, value = torch._C._get_obj_in_tls(self._key)
@@ -98,7 +105,9 @@ class Setting:
 
 
 def _stash_steals() -> bool:
-    """Tell whether torch takes over a reference to what it stashes without having counted it (2.11 does, 2.13 not)."""
+    """Tell whether torch takes over a reference to what it stashes without having counted it (2.11
+    does, 2.13 not).
+    """
     probe = [object()]
     before = sys.getrefcount(probe)
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))  # enough for either
@@ -123,13 +132,17 @@ class _Traced(threading.local):
 
 
 class _Mirror(threading.local):
-    """The value of a thread's last context, where the extension that reads a context from a guard is not built."""
+    """The value of a thread's last context, where the extension that reads a context from a guard
+    is not built.
+    """
 
     value: Any = None
 
 
 class Use:
-    """Sets a setting at once, or while a ``with`` block lasts; any number of times, in any number of threads."""
+    """Sets a setting at once, or while a ``with`` block lasts; any number of times, in any number
+    of threads.
+    """
 
     setting: Setting
 
@@ -152,7 +165,8 @@ class Use:
             setting._traced.value = (self._value,)
             return self
         if self._before is not None and setting._state.get() is self._after:
-            setting._put(self._before)  # the block is what sets it, not the call that has made this object
+            # the block is what sets it, not the call that has made this object
+            setting._put(self._before)
         self._before = None
         self._blocks.append(setting.enter(self._value))
         return self
@@ -181,8 +195,13 @@ ASSUMED_CAPABILITY = Setting("assumed_capability")
 
 
 def held() -> dict[Setting, Any]:
-    """Return what holds here, for work that is done later, in whatever thread: a backward, a recomputation."""
-    return {setting: setting.get() for setting in (OPERATOR_BACKEND, ATTENTION_BACKEND, ASSUMED_CAPABILITY)}
+    """Return what holds here, for work that is done later, in whatever thread: a backward, a
+    recomputation.
+    """
+    return {
+        setting: setting.get()
+        for setting in (OPERATOR_BACKEND, ATTENTION_BACKEND, ASSUMED_CAPABILITY)
+    }
 
 
 def hold(function: Callable[..., Any]) -> Callable[..., Any]:

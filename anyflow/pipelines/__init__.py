@@ -19,7 +19,14 @@ _MODULES = {
     "write_video": "video",
 }
 
-__all__ = ["AnyFlowPipeline", "ModelLayout", "VideoOutput", "VideoRequest", "write_comparison", "write_video"]
+__all__ = [
+    "AnyFlowPipeline",
+    "ModelLayout",
+    "VideoOutput",
+    "VideoRequest",
+    "write_comparison",
+    "write_video",
+]
 
 
 if not TYPE_CHECKING:  # a type checker that saw it would let every misspelled name pass

@@ -1,4 +1,6 @@
-"""A pipeline's folder: its ``model_index.json``, its scheduler, and the parts that it shares with another model."""
+"""A pipeline's folder: its ``model_index.json``, its scheduler, and the parts that it shares with
+another model.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ class Base:
         return cls(folder, tokenizer)
 
     def require_fit(self, transformer: Mapping[str, Any]) -> None:
-        """Raise a ValueError unless a transformer of this configuration fits the VAE and the text encoder."""
+        """Raise a ValueError unless a transformer of this configuration fits the VAE and the text
+        encoder.
+        """
         ModelLayout.read(self.folder, {"transformer": transformer})
 
     def add_to(self, folder: Path, *, plain: bool, copy: bool) -> None:
@@ -66,7 +70,8 @@ class Base:
         Args:
             folder: to write to.
             plain: the transformer is a plain Wan model.
-            copy: copy the parts; else they are links to the base's folders, which must stay where they are.
+            copy: copy the parts; else they are links to the base's folders, which must stay where
+                they are.
         """
         for part in SHARED:
             source = self.folder / part
@@ -81,18 +86,26 @@ class Base:
 
 
 def write_index(folder: Path, *, plain: bool, tokenizer: str) -> None:
-    """Write the ``model_index.json`` by which diffusers knows the classes of a pipeline and its parts.
+    """Write the ``model_index.json`` by which diffusers knows the classes of a pipeline and its
+    parts.
 
     Args:
         folder: of the pipeline.
-        plain: the transformer is a plain Wan model, for ``WanPipeline``; else a flow map, for ``AnyFlowPipeline``.
+        plain: the transformer is a plain Wan model, for ``WanPipeline``; else a flow map, for
+            ``AnyFlowPipeline``.
         tokenizer: its class in transformers.
     """
     parts: dict[str, Any] = {
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler" if plain else "FlowMapEulerDiscreteScheduler"],
+        "scheduler": [
+            "diffusers",
+            "FlowMatchEulerDiscreteScheduler" if plain else "FlowMapEulerDiscreteScheduler",
+        ],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", tokenizer],
-        "transformer": ["diffusers", "WanTransformer3DModel" if plain else "AnyFlowTransformer3DModel"],
+        "transformer": [
+            "diffusers",
+            "WanTransformer3DModel" if plain else "AnyFlowTransformer3DModel",
+        ],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     if plain:
@@ -106,11 +119,15 @@ def write_index(folder: Path, *, plain: bool, tokenizer: str) -> None:
 
 
 def write_scheduler(scheduler: FlowMapEulerDiscreteScheduler, folder: Path, *, plain: bool) -> None:
-    """Write ``scheduler`` of a pipeline's folder: for a plain Wan model diffusers' flow-match Euler of that shift."""
+    """Write ``scheduler`` of a pipeline's folder: for a plain Wan model diffusers' flow-match Euler
+    of that shift.
+    """
     if not plain:
         scheduler.save_pretrained(folder / "scheduler")
         return
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     config = scheduler.config
-    FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, config.shift).save_pretrained(folder / "scheduler")
+    FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, config.shift).save_pretrained(
+        folder / "scheduler"
+    )

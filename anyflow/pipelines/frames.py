@@ -11,17 +11,19 @@ from torch import Tensor
 
 
 def context_pixels(image: Any, video: Any, height: int, width: int) -> Tensor | None:
-    """What a video goes on from, as ``[B or 1, F, 3, height, width]`` fp32 in [-1, 1]; None without any.
+    """What a video goes on from, as ``[B or 1, F, 3, height, width]`` fp32 in [-1, 1]; None without
+    any.
 
     Args:
         image: its first frame: a PIL image, ``[H, W, 3]`` array or ``[3, H, W]`` tensor.
-        video: its first frames: a list of PIL images, ``[F, H, W, 3]`` array or ``[F, 3, H, W]`` tensor; arrays and
-            tensors may have a dimension for the batch in front.
-        height, width: of the result. PIL images are resized until they cover it, and cut around the middle; arrays and
-            tensors must have it.
+        video: its first frames: a list of PIL images, ``[F, H, W, 3]`` array or ``[F, 3, H, W]``
+            tensor; arrays and tensors may have a dimension for the batch in front.
+        height, width: of the result. PIL images are resized until they cover it, and cut around the
+            middle; arrays and tensors must have it.
 
     Raises:
-        ValueError: both are given, or something else than that, or values outside [0, 255] (uint8) or [0, 1] (float).
+        ValueError: both are given, or something else than that, or values outside [0, 255] (uint8)
+            or [0, 1] (float).
     """
     from PIL import Image, ImageOps
 
@@ -34,14 +36,24 @@ def context_pixels(image: Any, video: Any, height: int, width: int) -> Tensor | 
         frames = image[None] if isinstance(image, (np.ndarray, Tensor)) else [image]
     if isinstance(frames, (list, tuple)):
         if not frames or not all(isinstance(frame, Image.Image) for frame in frames):
-            raise ValueError(f"{name} must be PIL images, an array or a tensor, got {_describe(frames)}")
-        fitted = (ImageOps.fit(f.convert("RGB"), (width, height), Image.Resampling.LANCZOS) for f in frames)
+            raise ValueError(
+                f"{name} must be PIL images, an array or a tensor, got {_describe(frames)}"
+            )
+        fitted = (
+            ImageOps.fit(f.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+            for f in frames
+        )
         frames = np.stack([np.asarray(frame) for frame in fitted])
     if isinstance(frames, np.ndarray):
         frames = torch.from_numpy(frames.copy()).movedim(-1, -3) if frames.ndim > 3 else frames
-    if not isinstance(frames, Tensor) or frames.ndim not in (4, 5) or frames.shape[-3:] != (3, height, width):
+    if (
+        not isinstance(frames, Tensor)
+        or frames.ndim not in (4, 5)
+        or frames.shape[-3:] != (3, height, width)
+    ):
         raise ValueError(
-            f"{name} must be PIL images, or an array [.., {height}, {width}, 3] or a tensor [.., 3, {height}, "
+            f"{name} must be PIL images, or an array [.., {height}, {width}, 3] or a tensor [.., "
+            f"3, {height}, "
             f"{width}], got {_describe(frames)}"
         )
     frames = _unit_range(name, frames)
@@ -49,7 +61,8 @@ def context_pixels(image: Any, video: Any, height: int, width: int) -> Tensor | 
 
 
 def frames_of_type(video: Tensor, output_type: str) -> Any:
-    """``video[B, F, 3, H, W]`` in [0, 1] as PIL images, an array ``[B, F, H, W, 3]`` or a tensor, fp32 on the CPU.
+    """``video[B, F, 3, H, W]`` in [0, 1] as PIL images, an array ``[B, F, H, W, 3]`` or a tensor,
+    fp32 on the CPU.
 
     Args:
         output_type: ``"pil"``, ``"np"`` or ``"pt"``.
@@ -57,7 +70,10 @@ def frames_of_type(video: Tensor, output_type: str) -> Any:
     from PIL import Image
 
     if output_type == "pil":
-        return [[Image.fromarray(frame) for frame in frames] for frames in uint8_pixels(video).cpu().numpy()]
+        return [
+            [Image.fromarray(frame) for frame in frames]
+            for frames in uint8_pixels(video).cpu().numpy()
+        ]
     video = video.float().cpu()
     return video if output_type == "pt" else video.movedim(2, -1).numpy()
 
@@ -68,7 +84,8 @@ def uint8_pixels(video: Tensor) -> Tensor:
 
 
 def uint8_frames(frames: Any) -> Iterator[np.ndarray]:
-    """Each frame as ``[H, W, 3]`` uint8: of PIL images, an ``[F, H, W, 3]`` array or an ``[F, 3, H, W]`` tensor.
+    """Each frame as ``[H, W, 3]`` uint8: of PIL images, an ``[F, H, W, 3]`` array or an
+    ``[F, 3, H, W]`` tensor.
 
     Raises:
         ValueError: something else, or values outside [0, 255] (uint8) or [0, 1] (float).
@@ -80,11 +97,14 @@ def uint8_frames(frames: Any) -> Iterator[np.ndarray]:
             yield np.asarray(frame.convert("RGB"))
             continue
         pixels = (
-            torch.from_numpy(frame.copy()) if isinstance(frame, np.ndarray) else frame.detach().cpu().movedim(0, -1)
+            torch.from_numpy(frame.copy())
+            if isinstance(frame, np.ndarray)
+            else frame.detach().cpu().movedim(0, -1)
         )
         if pixels.ndim != 3 or pixels.shape[-1] != 3:
             raise ValueError(
-                f"frames must be PIL images, or an array [F, H, W, 3] or a tensor [F, 3, H, W], got {_describe(frames)}"
+                "frames must be PIL images, or an array [F, H, W, 3] or a tensor [F, 3, H, W], "
+                f"got {_describe(frames)}"
             )
         if pixels.dtype != torch.uint8:
             pixels = (_unit_range("frames", pixels) * 255).round().to(torch.uint8)

@@ -22,18 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelPaths:
-    """The folders of a model: ``model`` has ``vae``, ``text_encoder`` and ``tokenizer``, the others what they say."""
+    """The folders of a model: ``model`` has ``vae``, ``text_encoder`` and ``tokenizer``, the others
+    what they say.
+    """
 
     model: Path
     transformer: Path
     scheduler: Path
 
     @classmethod
-    def find(cls, path: str | Path, transformer: nn.Module | str | Path | None = None) -> ModelPaths:
+    def find(
+        cls, path: str | Path, transformer: nn.Module | str | Path | None = None
+    ) -> ModelPaths:
         """A model's, with another transformer and its scheduler if ``transformer`` is a folder.
 
         Raises:
-            ValueError: a folder does not exist, and neither does a model of this name on the Hugging Face Hub.
+            ValueError: a folder does not exist, and neither does a model of this name on the
+                Hugging Face Hub.
         """
         if transformer is None:
             model = local_folder(path, PIPELINE)
@@ -45,10 +50,16 @@ class ModelPaths:
         return cls(model, other, other if os.path.isdir(other / "scheduler") else model)
 
     def layout(self, given: Mapping[str, nn.Module | None] | None = None) -> ModelLayout:
-        """Read the layout; ``given`` are modules in place of the folders', by the names of parts."""
+        """Read the layout; ``given`` are modules in place of the folders', by the names of
+        parts.
+        """
         modules = {} if given is None else given
-        configs = {name: _configuration(module) for name, module in modules.items() if module is not None}
-        return ModelLayout.read(self.model, {"transformer": self.transformer / "transformer", **configs})
+        configs = {
+            name: _configuration(module) for name, module in modules.items() if module is not None
+        }
+        return ModelLayout.read(
+            self.model, {"transformer": self.transformer / "transformer", **configs}
+        )
 
 
 def _configuration(module: nn.Module) -> Mapping[str, Any]:
@@ -68,7 +79,9 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> AnyFlowTransformer3DMo
     return load_transformer(part_folder(folder, "transformer"), dtype=dtype)
 
 
-def resolve_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype:
+def resolve_dtype(
+    dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None
+) -> torch.dtype:
     """Return the dtype that was given by either name, or bf16.
 
     Raises:
@@ -88,7 +101,9 @@ def resolve_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | st
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device named, or a GPU if there is one, as tensors on it name it; ValueError for one that is not there."""
+    """The device named, or a GPU if there is one, as tensors on it name it; ValueError for one that
+    is not there.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -19,23 +19,30 @@ if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
 
 
-def merge_lora(transformer: AnyFlowTransformer3DModel, path: str | Path, scale: float = 1.0) -> None:
-    """Add ``scale alpha / rank B A`` to the weights of every layer that a LoRA has; sampling then costs nothing more.
+def merge_lora(
+    transformer: AnyFlowTransformer3DModel, path: str | Path, scale: float = 1.0
+) -> None:
+    """Add ``scale alpha / rank B A`` to the weights of every layer that a LoRA has; sampling then
+    costs nothing more.
 
-    Names are read as PEFT, diffusers, kohya and musubi, ComfyUI, diffusion-pipe and DiffSynth write them
-    (:mod:`anyflow.checkpoints.adapter_keys`), with alphas, ranks by layer, rsLoRA, DoRA, biases of B, and differences
-    of weights, biases, norms and modulations. Everything in the file and in its configuration is applied, or the file
-    is refused. Results are computed in fp64, where the device has it, and rounded once to the dtype of the weights.
+    Names are read as PEFT, diffusers, kohya and musubi, ComfyUI, diffusion-pipe and DiffSynth write
+    them (:mod:`anyflow.checkpoints.adapter_keys`), with alphas, ranks by layer, rsLoRA, DoRA,
+    biases of B, and differences of weights, biases, norms and modulations. Everything in the file
+    and in its configuration is applied, or the file is refused. Results are computed in fp64, where
+    the device has it, and rounded once to the dtype of the weights.
 
     Args:
-        transformer: changed in place, and only if everything is well; several may be merged one after the other.
+        transformer: changed in place, and only if everything is well; several may be merged one
+            after the other.
         path: a file or a folder, as for :func:`anyflow.checkpoints.lora_file.open_lora`.
-        scale: of what is added; for a LoRA with magnitudes (DoRA) or with whole modules it must be 1.
+        scale: of what is added; for a LoRA with magnitudes (DoRA) or with whole modules it must be
+            1.
 
     Raises:
-        ValueError: no such file, or it is damaged; a tensor or a setting has no place in this transformer, or is not
-            supported; a value is not finite, before or after merging; the weights are quantized or offloaded in a way
-            that does not let them be changed. Files are refused with their own keys, and nothing is changed.
+        ValueError: no such file, or it is damaged; a tensor or a setting has no place in this
+            transformer, or is not supported; a value is not finite, before or after merging; the
+            weights are quantized or offloaded in a way that does not let them be changed. Files are
+            refused with their own keys, and nothing is changed.
     """
     strength = _checked_scale(scale)
     lora = open_lora(path)
@@ -46,7 +53,8 @@ def merge_lora(transformer: AnyFlowTransformer3DModel, path: str | Path, scale: 
     _require_changeable(transformer, {name: parameters[name] for name in plan.updates})
     tensors = lora.read_all()
     with torch.no_grad():
-        for name, update in plan.updates.items():  # a result that cannot be is found before the first is written
+        # a result that cannot be is found before the first is written
+        for name, update in plan.updates.items():
             if not torch.isfinite(_merged(parameters[name], update, tensors, strength)).all():
                 raise ValueError(
                     f"LoRA {lora.path}: merged, {name} is not finite in {parameters[name].dtype}: "
@@ -69,7 +77,9 @@ def _checked_scale(scale: float) -> float:
 
 
 def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by name, as if nothing were compiled, and under layers of PEFT those of the layers."""
+    """Return the parameters by name, as if nothing were compiled, and under layers of PEFT those of
+    the layers.
+    """
     return {
         name.replace("_orig_mod.", "").replace(".base_layer.", "."): p
         for name, p in transformer.named_parameters()
@@ -82,12 +92,14 @@ def _require_linear(plan: Plan, path: Path, strength: float) -> None:
     keys = [
         key
         for update in plan.updates.values()
-        if isinstance(update, Replacement) or (isinstance(update, LowRank) and update.magnitude is not None)
+        if isinstance(update, Replacement)
+        or (isinstance(update, LowRank) and update.magnitude is not None)
         for key in update.keys[-1:]
     ]
     if keys:
         raise ValueError(
-            f"LoRA {path}: scale must be 1, got {strength:g}, as it replaces or has magnitudes:{listed(keys)}"
+            f"LoRA {path}: scale must be 1, got {strength:g}, as it replaces or has "
+            f"magnitudes:{listed(keys)}"
         )
 
 
@@ -97,15 +109,21 @@ def _require_changeable(transformer: nn.Module, parameters: dict[str, nn.Paramet
             raise ValueError("LoRA: the weights are offloaded by groups; merge before offloading")
     for name, p in parameters.items():
         if p.is_meta:
-            raise ValueError(f"LoRA: the weights are offloaded, and {name} is not in memory; merge before offloading")
+            raise ValueError(
+                f"LoRA: the weights are offloaded, and {name} is not in memory; merge before "
+                "offloading"
+            )
         if type(p.data) is not Tensor or p.dtype not in FLOATS.values():
             kind = f"{type(p.data).__name__} of {p.dtype}"
             raise ValueError(
-                f"LoRA: {name} is {kind}, and cannot be changed: merge into weights of {', '.join(FLOATS)}"
+                f"LoRA: {name} is {kind}, and cannot be changed: merge into weights of "
+                f"{', '.join(FLOATS)}"
             )
 
 
-def _merged(parameter: nn.Parameter, update: Update, tensors: dict[str, Tensor], strength: float) -> Tensor:
+def _merged(
+    parameter: nn.Parameter, update: Update, tensors: dict[str, Tensor], strength: float
+) -> Tensor:
     """Compute a parameter's new value, rounded once to its dtype."""
     wide = widest_float(parameter.device)
 

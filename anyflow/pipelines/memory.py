@@ -1,4 +1,6 @@
-"""Which parts of a model are on the device when: all, one at a time, or one at a time with its weights streaming in."""
+"""Which parts of a model are on the device when: all, one at a time, or one at a time with its
+weights streaming in.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,23 @@ if TYPE_CHECKING:
 Memory = Literal["auto", "fast", "low", "stream"]
 Plan = Literal["fast", "low", "stream"]
 MEMORY: tuple[Memory, ...] = ("auto", "fast", "low", "stream")
-# Of a call beside the weights at 480 x 832 x 81, rounded up from tests/pipelines/test_memory_budget.py: the VAE in fp32
-# or 33 000 tokens through a block of 14B, and a prompt through UMT5-XXL.
+# Of a call beside the weights at 480 x 832 x 81, rounded up from
+# tests/pipelines/test_memory_budget.py: the VAE in fp32 or 33 000 tokens through a block of 14B,
+# and a prompt through UMT5-XXL.
 WORKSPACE, TEXT_WORKSPACE = 12 * 2**30, 2**30
 
 
 def check_options(memory: str, device: torch.device, *, compile: bool, cuda_graph: bool) -> None:
-    """ValueError for a memory plan and speed options that cannot go together on a device; nothing is loaded."""
+    """ValueError for a memory plan and speed options that cannot go together on a device; nothing
+    is loaded.
+    """
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
     if memory == "stream" and device.type != "cuda":
-        raise ValueError(f"memory='stream' copies weights to a CUDA device, but the device is {device}; use 'low'")
+        raise ValueError(
+            f"memory='stream' copies weights to a CUDA device, but the device is {device}; use "
+            "'low'"
+        )
     if cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph needs a CUDA device, but the device is {device}")
     if memory == "stream":
@@ -54,12 +62,16 @@ class Sizes:
         dtype: torch.dtype,
         vae_dtype: torch.dtype,
     ) -> Sizes:
-        """Count the weights by the headers of safetensors files; ``given`` are modules in place of the folder's."""
+        """Count the weights by the headers of safetensors files; ``given`` are modules in place of
+        the folder's.
+        """
 
         def size(part: str, folder: Path, width: int) -> int:
             module = given.get(part)
             return (
-                _num_parameters(folder / part) * width if module is None else sum(p.nbytes for p in module.parameters())
+                _num_parameters(folder / part) * width
+                if module is None
+                else sum(p.nbytes for p in module.parameters())
             )
 
         return cls(
@@ -70,12 +82,18 @@ class Sizes:
 
 
 def choose_plan(
-    memory: Memory, sizes: Sizes, free: int | None, *, compile: bool = False, cuda_graph: bool = False
+    memory: Memory,
+    sizes: Sizes,
+    free: int | None,
+    *,
+    compile: bool = False,
+    cuda_graph: bool = False,
 ) -> Plan:
     """The plan for ``memory``.
 
     Args:
-        memory: ``"auto"`` takes the first of fast, low and stream that fits; ``"low"`` streams if it does not fit.
+        memory: ``"auto"`` takes the first of fast, low and stream that fits; ``"low"`` streams if
+            it does not fit.
         sizes: of the model.
         free: bytes that the device has for it, or None where everything fits.
         compile, cuda_graph: need weights that do not stream.
@@ -98,7 +116,8 @@ def choose_plan(
 
 
 def free_memory(device: torch.device, transformer: nn.Module | None = None) -> int | None:
-    """Bytes that a CUDA device has for a model, what the process keeps for later included; None for other devices.
+    """Bytes that a CUDA device has for a model, what the process keeps for later included; None for
+    other devices.
 
     Args:
         device: asked.
@@ -107,7 +126,11 @@ def free_memory(device: torch.device, transformer: nn.Module | None = None) -> i
     if device.type != "cuda":
         return None
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    there = 0 if transformer is None else sum(p.nbytes for p in transformer.parameters() if p.device == device)
+    there = (
+        0
+        if transformer is None
+        else sum(p.nbytes for p in transformer.parameters() if p.device == device)
+    )
     return torch.cuda.mem_get_info(device)[0] + kept + there
 
 
@@ -115,9 +138,10 @@ class Turns:
     """Brings the transformer and the text encoder to the device when it is their turn, by a plan.
 
     Args:
-        plan: ``"fast"`` leaves both there, or to diffusers' offloading; ``"low"`` takes the transformer away for the
-            others, and from its second turn on copies it from pinned memory; ``"stream"`` lets its weights stream in,
-            and those of a text encoder that does not fit.
+        plan: ``"fast"`` leaves both there, or to diffusers' offloading; ``"low"`` takes the
+            transformer away for the others, and from its second turn on copies it from pinned
+            memory; ``"stream"`` lets its weights stream in, and those of a text encoder that does
+            not fit.
         device: to run on.
         cuda_graph: evaluate the transformer by a CUDA graph.
     """
@@ -134,15 +158,19 @@ class Turns:
             return module
         size = sum(p.nbytes for p in module.parameters()) + TEXT_WORKSPACE
         free = free_memory(self.device) if self.plan == "stream" else None
-        return module.to(self.device) if free is None or free >= size else stream(module, self.device)
+        return (
+            module.to(self.device) if free is None or free >= size else stream(module, self.device)
+        )
 
     def transformer(self, module: AnyFlowTransformer3DModel) -> Any:
         """What to sample with: the module, ready to run, or its graph."""
-        with torch.inference_mode(False):  # weights that inference mode moves can never be trained again
+        # weights that inference mode moves can never be trained again
+        with torch.inference_mode(False):
             if self.plan == "stream":
                 return stream(module, self.device)
             if self.plan == "low" and not self._homes:
-                if self._returns and self.device.type == "cuda":  # pinning takes longer than one copy without it
+                # pinning takes longer than one copy without it
+                if self._returns and self.device.type == "cuda":
                     pin_weights(module)
                 self._homes = [(p, p.data) for p in module.parameters()]
             if not has_hooks(module):  # diffusers' offloading brings it
@@ -156,7 +184,9 @@ class Turns:
         return self._graph
 
     def rest(self, module: nn.Module) -> None:
-        """With the plan ``"low"``, leave the device to the others; weights are not copied back, as they have stayed."""
+        """With the plan ``"low"``, leave the device to the others; weights are not copied back, as
+        they have stayed.
+        """
         if self.plan == "low":
             self._graph, self._returns = None, True
             with torch.inference_mode(False):
@@ -174,10 +204,12 @@ class Turns:
 
 
 def stream(module: nn.Module, device: torch.device) -> nn.Module:
-    """Let a module's weights wait in pinned main memory, and come to the device while the weights before them work.
+    """Let a module's weights wait in pinned main memory, and come to the device while the weights
+    before them work.
 
-    By diffusers' group offloading: a transformer's blocks one by one, so that two are on the device at a time, other
-    modules layer by layer. The module must then be run by its own call. Nothing is done to a module that streams.
+    By diffusers' group offloading: a transformer's blocks one by one, so that two are on the device
+    at a time, other modules layer by layer. The module must then be run by its own call. Nothing is
+    done to a module that streams.
 
     Raises:
         ValueError: the device has no streams.
@@ -193,7 +225,8 @@ def stream(module: nn.Module, device: torch.device) -> nn.Module:
             offload_type="block_level" if blocks else "leaf_level",
             num_blocks_per_group=1 if blocks else None,
             use_stream=True,
-            # Waiting for a block before its weights are freed is what bounds the memory: copies are faster than blocks.
+            # Waiting for a block before its weights are freed is what bounds the memory: copies are
+            # faster than blocks.
             record_stream=False,
         )
     return module
@@ -205,18 +238,26 @@ def stop_streaming(module: nn.Module) -> None:
 
     if has_hooks(module):
         registry = HookRegistry.check_if_exists_or_initialize(module)
-        for name in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
+        for name in (
+            "group_offloading",
+            "layer_execution_tracker",
+            "lazy_prefetch_group_offloading",
+        ):
             registry.remove_hook(name, recurse=True)
 
 
 def _check_fixed_weights(compile: bool, cuda_graph: bool, why: str) -> None:
     if compile or cuda_graph:
         option = "compile" if compile else "cuda_graph"
-        raise ValueError(f"{option} needs weights that stay where they are, but they must stream: {why}")
+        raise ValueError(
+            f"{option} needs weights that stay where they are, but they must stream: {why}"
+        )
 
 
 def _num_parameters(folder: Path) -> int:
-    """Count the numbers in the safetensors files of a folder, of which only the headers are read."""
+    """Count the numbers in the safetensors files of a folder, of which only the headers are
+    read.
+    """
     from anyflow.checkpoints.readers import read_header
 
     files = sorted(folder.glob("*.safetensors"))

@@ -1,4 +1,6 @@
-"""The parts of a pipeline: loading them, where they run, the LoRAs on them, and writing them as a folder."""
+"""The parts of a pipeline: loading them, where they run, the LoRAs on them, and writing them as a
+folder.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.network import execution_device, has_flow_map
 from anyflow.pipelines.folder import write_index, write_scheduler
 from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_device, resolve_dtype
-from anyflow.pipelines.memory import Memory, Plan, Sizes, Turns, check_options, choose_plan, free_memory
+from anyflow.pipelines.memory import (
+    Memory,
+    Plan,
+    Sizes,
+    Turns,
+    check_options,
+    choose_plan,
+    free_memory,
+)
 from anyflow.pipelines.plain_wan import (
     flow_map_scheduler,
     is_plain_wan,
@@ -34,7 +44,9 @@ from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
 
 def _with_weights_at_rest(name: str) -> Callable[..., Any]:
-    """Make a method of diffusers' pipeline one that may change the transformer's weights under any memory plan."""
+    """Make a method of diffusers' pipeline one that may change the transformer's weights under any
+    memory plan.
+    """
     method = getattr(diffusers.AnyFlowPipeline, name)
 
     @functools.wraps(method)
@@ -69,9 +81,11 @@ class PipelineParts(diffusers.AnyFlowPipeline):
 
         Args:
             tokenizer: of the text encoder.
-            text_encoder, transformer: modules, or functions that load them on the CPU when they are needed.
+            text_encoder, transformer: modules, or functions that load them on the CPU when they are
+                needed.
             vae: decodes the latents.
-            scheduler: gives the schedule; diffusers' stands for this library's with the same settings.
+            scheduler: gives the schedule; diffusers' stands for this library's with the same
+                settings.
             layout: of the model; None reads it off the parts' configurations.
             device: to run on; None leaves the parts where they are.
             memory: ``"fast"``, ``"low"`` or ``"stream"``.
@@ -90,7 +104,11 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             layout = ModelLayout.of("the pipeline", *configs)
         if loaded is not None:
             layout = replace(layout, flow_map=has_flow_map(loaded))
-        target = execution_device(vae if loaded is None else loaded) if device is None else torch.device(device)
+        target = (
+            execution_device(vae if loaded is None else loaded)
+            if device is None
+            else torch.device(device)
+        )
         self.memory, self.layout, self.euler = memory, layout, euler
         check_options(memory, target, compile=False, cuda_graph=cuda_graph)
         self._turns = Turns(memory, target, cuda_graph)
@@ -99,7 +117,8 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             vae.enable_tiling()
             vae.to(target)
         elif device is not None:
-            with torch.inference_mode(False):  # weights that inference mode moves can never be trained again
+            # weights that inference mode moves can never be trained again
+            with torch.inference_mode(False):
                 for module in (self.transformer, self._loaded_text_encoder(), vae):
                     module.to(target)
 
@@ -122,30 +141,33 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         cuda_graph: bool = False,
         euler: bool = False,
     ) -> Self:
-        """Load a diffusers folder with ``transformer``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``.
+        """Load a diffusers folder with ``transformer``, ``vae``, ``text_encoder``, ``tokenizer``
+        and ``scheduler``.
 
         Args:
             path: the folder, or the name of a model on the Hugging Face Hub.
-            dtype: of the transformer and the text encoder, such as ``torch.float16`` or ``"float16"``; bf16 if left
-                out. ``torch_dtype`` is diffusers' name for it.
+            dtype: of the transformer and the text encoder, such as ``torch.float16`` or
+                ``"float16"``; bf16 if left out. ``torch_dtype`` is diffusers' name for it.
             device: to run on; None takes a GPU if there is one.
-            memory: ``"fast"`` keeps everything on the device, ``"low"`` one part at a time, ``"stream"`` two blocks of
-                one part (see the class; above 256 pixels the VAE's tiles change the decoded video slightly). ``"auto"``
-                takes the first that fits, and ``"low"`` streams if a part alone does not.
-            transformer: in place of the folder's: a model, or a folder with ``transformer`` and, if it has one,
-                ``scheduler``, as a training run leaves it.
+            memory: ``"fast"`` keeps everything on the device, ``"low"`` one part at a time,
+                ``"stream"`` two blocks of one part (see the class; above 256 pixels the VAE's tiles
+                change the decoded video slightly). ``"auto"`` takes the first that fits, and
+                ``"low"`` streams if a part alone does not.
+            transformer: in place of the folder's: a model, or a folder with ``transformer`` and, if
+                it has one, ``scheduler``, as a training run leaves it.
             vae, text_encoder, tokenizer, scheduler: in place of the folder's.
             vae_dtype: of the VAE. bf16 halves its time and memory, and shows.
             compile: compile the transformer's blocks with ``torch.compile``; not while they stream.
             cuda_graph: replay the transformer's evaluations from a graph; see
                 :class:`anyflow.cuda_graph.CudaGraphTransformer`. Not while its blocks stream.
-            euler: evaluate r = t, which is plain Euler, where a call does not say otherwise. Needed for a plain Wan
-                model, as diffusers' WanPipeline and a teacher of ``anyflow train`` have it: its own scheduler's shift
-                is taken (see :func:`anyflow.pipelines.plain_wan.load_scheduler`).
+            euler: evaluate r = t, which is plain Euler, where a call does not say otherwise. Needed
+                for a plain Wan model, as diffusers' WanPipeline and a teacher of ``anyflow train``
+                have it: its own scheduler's shift is taken (see
+                :func:`anyflow.pipelines.plain_wan.load_scheduler`).
 
         Raises:
-            ValueError: no such model, parts are missing or do not fit together, or an argument cannot be, which is
-                found before any weight is loaded.
+            ValueError: no such model, parts are missing or do not fit together, or an argument
+                cannot be, which is found before any weight is loaded.
         """
         width, target = resolve_dtype(dtype, torch_dtype), resolve_device(device)
         check_options(memory, target, compile=compile, cuda_graph=cuda_graph)
@@ -164,7 +186,9 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             scheduler = load_scheduler(paths.scheduler, euler=euler)
         tokenizer = load_tokenizer(paths.model) if tokenizer is None else tokenizer
         sizes = Sizes.read(paths, given, width, vae_dtype)
-        plan = choose_plan(memory, sizes, free_memory(target, own), compile=compile, cuda_graph=cuda_graph)
+        plan = choose_plan(
+            memory, sizes, free_memory(target, own), compile=compile, cuda_graph=cuda_graph
+        )
 
         def load() -> AnyFlowTransformer3DModel:
             network = load_transformer(paths.transformer, width) if own is None else own
@@ -197,7 +221,9 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         return cast(AnyFlowTransformer3DModel, self._transformer)
 
     @transformer.setter
-    def transformer(self, transformer: AnyFlowTransformer3DModel | Callable[[], AnyFlowTransformer3DModel]) -> None:
+    def transformer(
+        self, transformer: AnyFlowTransformer3DModel | Callable[[], AnyFlowTransformer3DModel]
+    ) -> None:
         if type(transformer) is diffusers.AnyFlowTransformer3DModel:
             transformer = accelerate(transformer)  # on the same weights
         self._transformer = transformer
@@ -213,14 +239,22 @@ class PipelineParts(diffusers.AnyFlowPipeline):
 
     def _loaded_text_encoder(self) -> Any:
         if self._text_encoder is None:
-            raise ValueError("this pipeline has no text encoder: give prompt_embeds, or pipe.text_encoder = ...")
-        return self._text_encoder if isinstance(self._text_encoder, nn.Module) else self._text_encoder()
+            raise ValueError(
+                "this pipeline has no text encoder: give prompt_embeds, or pipe.text_encoder = ..."
+            )
+        return (
+            self._text_encoder
+            if isinstance(self._text_encoder, nn.Module)
+            else self._text_encoder()
+        )
 
-    # Devices -----------------------------------------------------------------------------------------------------
+    # Devices --------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
-        """Return the device that the pipeline is on; with ``"low"`` and ``"stream"`` the one that it runs on."""
+        """Return the device that the pipeline is on; with ``"low"`` and ``"stream"`` the one that
+        it runs on.
+        """
         return self._turns.device if self.memory != "fast" else super().device
 
     @property
@@ -230,14 +264,15 @@ class PipelineParts(diffusers.AnyFlowPipeline):
     def to(self, *args: Any, **kwargs: Any) -> PipelineParts:
         """Move the pipeline to a device, or its parts to a dtype, as diffusers does.
 
-        By the plans ``"low"`` and ``"stream"`` parts are on the device at their turn only: the pipeline then runs on
-        the new device by the same plan.
+        By the plans ``"low"`` and ``"stream"`` parts are on the device at their turn only: the
+        pipeline then runs on the new device by the same plan.
 
         Returns:
             The pipeline itself.
 
         Raises:
-            ValueError: the device is not there, or cannot do what the plan needs; or a dtype is given by these plans.
+            ValueError: the device is not there, or cannot do what the plan needs; or a dtype is
+                given by these plans.
         """
         given = [*args, kwargs.get("device"), kwargs.get("dtype")]
         devices = [value for value in given if isinstance(value, (str, int, torch.device))]
@@ -250,13 +285,15 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             return self
         if any(isinstance(value, torch.dtype) for value in given):
             raise ValueError(
-                f"memory={self.memory!r} loads parts when it is their turn: give the dtype to from_pretrained "
+                f"memory={self.memory!r} loads parts when it is their turn: give the dtype to "
+                "from_pretrained "
                 "(torch_dtype=...), or load with memory='fast'"
             )
         if target is not None and target != self._turns.device:
             if self.memory == "stream" and target.type != "cuda":
                 raise ValueError(
-                    f"memory='stream' copies weights to a CUDA device, not to {target}: load with memory='fast' or "
+                    f"memory='stream' copies weights to a CUDA device, not to {target}: load with "
+                    "memory='fast' or "
                     "'low' to move the pipeline there"
                 )
             if isinstance(self._transformer, nn.Module):
@@ -265,20 +302,28 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             self.vae.to(target)
         return self
 
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Let diffusers bring each part to the GPU for its turn, in place of this library's memory plan."""
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Let diffusers bring each part to the GPU for its turn, in place of this library's memory
+        plan.
+        """
         self._leave_to_diffusers("enable_model_cpu_offload", device)
         super().enable_model_cpu_offload(gpu_id, cast(Any, device))
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
-        """Let diffusers bring each layer to the GPU for its turn, in place of this library's memory plan."""
+        """Let diffusers bring each layer to the GPU for its turn, in place of this library's memory
+        plan.
+        """
         self._leave_to_diffusers("enable_sequential_cpu_offload", device)
         super().enable_sequential_cpu_offload(gpu_id, cast(Any, device))
 
     def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
-        """Let diffusers bring groups of layers to the GPU for their turn, in place of this library's memory plan."""
+        """Let diffusers bring groups of layers to the GPU for their turn, in place of this
+        library's memory plan.
+        """
         self._leave_to_diffusers("enable_group_offload", onload_device)
         super().enable_group_offload(onload_device, *args, **kwargs)
 
@@ -286,14 +331,17 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         if device is None and not torch.accelerator.is_available():
             raise ValueError(f"{name}() needs a GPU to bring the parts to, and there is none")
         if self._turns.cuda_graph:
-            raise ValueError(f"{name}() moves weights, and cuda_graph=True needs weights that stay where they are")
+            raise ValueError(
+                f"{name}() moves weights, and cuda_graph=True needs weights that stay where they "
+                "are"
+            )
         if self.memory != "fast":
             self._turns.release(self.transformer)
             self._text_encoder = self._loaded_text_encoder()
             self.memory = "fast"
             self._turns = Turns("fast", torch.device("cpu"), cuda_graph=False)
 
-    # LoRA --------------------------------------------------------------------------------------------------------
+    # LoRA -----------------------------------------------------------------------------------------
 
     load_lora_weights = _with_weights_at_rest("load_lora_weights")
     unload_lora_weights = _with_weights_at_rest("unload_lora_weights")
@@ -311,12 +359,17 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         self._turns.release(self.transformer)
         merge_lora(self.transformer, path, scale)
 
-    # Writing -----------------------------------------------------------------------------------------------------
+    # Writing --------------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, save_directory: str | Path, *, max_shard_size: int | str = "10GB", safe_serialization: bool = True
+        self,
+        save_directory: str | Path,
+        *,
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
     ) -> None:
-        """Write the pipeline as a folder that this library and diffusers load, completely or not at all.
+        """Write the pipeline as a folder that this library and diffusers load, completely or not at
+        all.
 
         A plain Wan model becomes a folder of diffusers' ``WanPipeline``.
 
@@ -326,17 +379,21 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             safe_serialization: True; files of pickle are not written.
 
         Raises:
-            ValueError: the folder is not empty, diffusers has no such transformer, or it has adapters that are not
-                fused.
+            ValueError: the folder is not empty, diffusers has no such transformer, or it has
+                adapters that are not fused.
             OSError: the system refuses to write, such as on a full disk; nothing is left then.
         """
         if not safe_serialization:
-            raise ValueError("safe_serialization must be True: weights are written as safetensors only")
+            raise ValueError(
+                "safe_serialization must be True: weights are written as safetensors only"
+            )
         self._turns.release(self.transformer)
         transformer: Any = getattr(self.transformer, "_orig_mod", self.transformer)
         with new_folder(Path(save_directory)) as folder:
             if isinstance(transformer, AnyFlowTransformer3DModel):
-                write_transformer(transformer, folder / "transformer", max_shard_size=max_shard_size)
+                write_transformer(
+                    transformer, folder / "transformer", max_shard_size=max_shard_size
+                )
             else:
                 transformer.save_pretrained(folder / "transformer", max_shard_size=max_shard_size)
             plain = not has_flow_map(transformer)

@@ -1,4 +1,6 @@
-"""A module's weights in pinned main memory, from which a device copies at full speed and without the host."""
+"""A module's weights in pinned main memory, from which a device copies at full speed and without
+the host.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-# torch rounds pinned memory up to powers of two: the largest weights of the 14B model, 142 MB, would take 268 MB each.
+# torch rounds pinned memory up to powers of two: the largest weights of the 14B model, 142 MB,
+# would take 268 MB each.
 CHUNK = 2**30
 RESERVE = 4 * 2**30  # of main memory, left to others
 _ALIGNMENT = 256
@@ -23,7 +26,8 @@ def chunked(sizes: Sequence[int], chunk: int = CHUNK) -> list[list[tuple[int, in
         chunk: bytes of a chunk; a tensor that is larger has one of its own.
 
     Returns:
-        For each chunk, ``(index, offset)`` of the tensors in it, in the order given; offsets are multiples of 256.
+        For each chunk, ``(index, offset)`` of the tensors in it, in the order given; offsets are
+        multiples of 256.
     """
     chunks: list[list[tuple[int, int]]] = []
     end = chunk
@@ -40,8 +44,9 @@ def chunked(sizes: Sequence[int], chunk: int = CHUNK) -> list[list[tuple[int, in
 def pin_weights(module: nn.Module) -> int:
     """Move a module's parameters from pageable to pinned main memory, one chunk at a time.
 
-    The pageable memory of a chunk is free as soon as it has been copied: the most that is needed beside the weights is
-    one chunk. Where memory runs short, or the system refuses to pin it, the rest stays as it is, and a warning says so.
+    The pageable memory of a chunk is free as soon as it has been copied: the most that is needed
+    beside the weights is one chunk. Where memory runs short, or the system refuses to pin it, the
+    rest stays as it is, and a warning says so.
 
     Returns:
         Bytes that could not be pinned.
@@ -51,10 +56,13 @@ def pin_weights(module: nn.Module) -> int:
     left = sum(sizes)
     for places in chunked(sizes):
         last, offset = places[-1]
-        problem = _pin([parameters[i] for i, _ in places], [start for _, start in places], offset + sizes[last])
+        problem = _pin(
+            [parameters[i] for i, _ in places], [start for _, start in places], offset + sizes[last]
+        )
         if problem is not None:
             warnings.warn(
-                f"{left / 1e9:.1f} GB of the weights stay in pageable memory, which is slower to copy: {problem}",
+                f"{left / 1e9:.1f} GB of the weights stay in pageable memory, which is slower to "
+                f"copy: {problem}",
                 stacklevel=2,
             )
             return left
@@ -78,15 +86,21 @@ def _pin(parameters: Sequence[nn.Parameter], offsets: Sequence[int], size: int) 
     except RuntimeError as error:
         return str(error).splitlines()[0]
     for parameter, offset in zip(parameters, offsets, strict=True):
-        home = memory[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        home = (
+            memory[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        )
         parameter.data = home.copy_(parameter.data)
     return None
 
 
 def available_memory() -> int | None:
-    """Return the bytes of main memory that can be allocated without swapping, or None where Linux does not say."""
+    """Return the bytes of main memory that can be allocated without swapping, or None where Linux
+    does not say.
+    """
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None
+    )

@@ -35,45 +35,59 @@ class VideoOutput(AnyFlowPipelineOutput):
     """Hold what a call of the pipeline gives.
 
     Args:
-        frames: by ``output_type``: ``"np"`` ``[B, F, H, W, 3]`` and ``"pt"`` ``[B, F, 3, H, W]`` fp32 in [0, 1],
-            ``"pil"`` a list of images for each video, ``"latent"`` ``[B, C, F', h, w]``.
-        seconds: of ``encode`` (loading the text encoder included where it is not kept), ``sample`` and ``decode``.
+        frames: by ``output_type``: ``"np"`` ``[B, F, H, W, 3]`` and ``"pt"`` ``[B, F, 3, H, W]``
+            fp32 in [0, 1], ``"pil"`` a list of images for each video, ``"latent"``
+            ``[B, C, F', h, w]``.
+        seconds: of ``encode`` (loading the text encoder included where it is not kept), ``sample``
+            and ``decode``.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 class AnyFlowPipeline(PipelineParts):
-    """A text-to-video model: ``pipe = AnyFlowPipeline.from_pretrained(path); pipe("a red panda").frames[0]``.
+    """A text-to-video model: ``pipe = AnyFlowPipeline.from_pretrained(path); pipe("a red
+    panda").frames[0]``.
 
-    It is diffusers' ``AnyFlowPipeline`` (a subclass): its calls give the same videos and latents in the same layouts
-    (``tests/pipelines/test_same_calls.py``), and ``to``, offloading, LoRA and progress bars are diffusers'. Deliberate
-    differences:
+    It is diffusers' ``AnyFlowPipeline`` (a subclass): its calls give the same videos and latents in
+    the same layouts (``tests/pipelines/test_same_calls.py``), and ``to``, offloading, LoRA and
+    progress bars are diffusers'. Deliberate differences:
 
     - custom ``sigmas`` and ``timesteps`` are used verbatim, where diffusers shifts them once more;
     - noise and latents stay fp32 between the steps of a bf16 model;
-    - ``from_pretrained`` loads bf16 and a VAE of fp32, on a GPU if there is one, where diffusers loads fp32 on the CPU;
+    - ``from_pretrained`` loads bf16 and a VAE of fp32, on a GPU if there is one, where diffusers
+      loads fp32 on the CPU;
     - PIL images of ``video`` are cut to the size, not stretched;
-    - what diffusers rounds or ignores is a ``ValueError``, raised before any network runs, and NaN or infinity a
-      ``FloatingPointError``;
+    - what diffusers rounds or ignores is a ``ValueError``, raised before any network runs, and NaN
+      or infinity a ``FloatingPointError``;
     - context frames are clean in the latents that callbacks see; a callback may return None;
     - ``save_pretrained`` writes into a new or empty folder, completely or not at all.
 
-    ``transformer``, ``vae``, ``scheduler``, ``tokenizer`` and ``text_encoder`` are ordinary modules, to be looked at
-    and replaced. Where ``memory`` is ``"low"`` the large ones take turns on the device: the text encoder is loaded for
-    each call and freed again (the attribute is None), the transformer is loaded when it is first needed and is on the
-    device while it samples, and the VAE works in tiles that bound its memory. Where it is ``"stream"``, the weights of
-    the transformer, and of a text encoder that does not fit, come to the device block by block, from pinned main memory
-    and while the block before is at work. diffusers' ``enable_model_cpu_offload`` and its kin take the plan's place.
+    ``transformer``, ``vae``, ``scheduler``, ``tokenizer`` and ``text_encoder`` are ordinary
+    modules, to be looked at and replaced. Where ``memory`` is ``"low"`` the large ones take turns
+    on the device: the text encoder is loaded for each call and freed again (the attribute is None),
+    the transformer is loaded when it is first needed and is on the device while it samples, and the
+    VAE works in tiles that bound its memory. Where it is ``"stream"``, the weights of the
+    transformer, and of a text encoder that does not fit, come to the device block by block, from
+    pinned main memory and while the block before is at work. diffusers'
+    ``enable_model_cpu_offload`` and its kin take the plan's place.
     """
 
-    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int = 512) -> list[Tensor]:
-        """Encode each prompt: ``[1, max_sequence_length, text_dim]`` fp32 on the CPU, zero-padded after encoding."""
+    def encode_prompts(
+        self, prompts: Sequence[str], max_sequence_length: int = 512
+    ) -> list[Tensor]:
+        """Encode each prompt: ``[1, max_sequence_length, text_dim]`` fp32 on the CPU, zero-padded
+        after encoding.
+        """
         text_encoder = self._turns.text_encoder(self._loaded_text_encoder())
-        encoded = [encode_prompt(text_encoder, self.tokenizer, p, max_sequence_length) for p in prompts]
+        encoded = [
+            encode_prompt(text_encoder, self.tokenizer, p, max_sequence_length) for p in prompts
+        ]
         if self.memory == "low" and text_encoder is self.text_encoder:
             text_encoder.to("cpu")
-        return [nn.functional.pad(e, (0, 0, 0, max_sequence_length - len(e)))[None] for e in encoded]
+        return [
+            nn.functional.pad(e, (0, 0, 0, max_sequence_length - len(e)))[None] for e in encoded
+        ]
 
     def _get_t5_prompt_embeds(
         self,
@@ -89,7 +103,9 @@ class AnyFlowPipeline(PipelineParts):
         return encoded.repeat_interleave(num_videos_per_prompt, 0).to(target, dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode ``latents[B, C, F', h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1], in the VAE's dtype."""
+        """Decode ``latents[B, C, F', h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1], in the VAE's
+        dtype.
+        """
         return decode_latents(self.vae, latents.transpose(1, 2))
 
     @torch.no_grad()
@@ -126,14 +142,16 @@ class AnyFlowPipeline(PipelineParts):
     ) -> VideoOutput:
         """Make one video for each prompt, or several.
 
-        The arguments are those of diffusers' pipeline, in its order, and behind them some more that have names only;
-        numbers may be of NumPy or torch.
+        The arguments are those of diffusers' pipeline, in its order, and behind them some more that
+        have names only; numbers may be of NumPy or torch.
 
         Args:
             prompt: one or several texts.
-            video: first frames to keep, 4k + 1 of them; see :func:`anyflow.pipelines.frames.context_pixels`.
+            video: first frames to keep, 4k + 1 of them; see
+                :func:`anyflow.pipelines.frames.context_pixels`.
             video_latents: their normalized latents ``[B or 1, F'', C, h, w]`` in place of them.
-            negative_prompt: one, or one for each prompt, used where guidance_scale is above 1; ``""`` if left out.
+            negative_prompt: one, or one for each prompt, used where guidance_scale is above 1;
+                ``""`` if left out.
             height, width: pixels, multiples of 16.
             num_frames: 4k + 1.
             num_inference_steps: network evaluations; ignored when sigmas or timesteps are given.
@@ -141,30 +159,38 @@ class AnyFlowPipeline(PipelineParts):
             timesteps: custom schedule in [0, 1000], used verbatim.
             guidance_scale: up to 1 (no guidance) for checkpoints with guidance distilled in.
             num_videos_per_prompt: videos of a prompt come one behind another.
-            generator: draws the noise as diffusers' pipelines do; or a list with one for each video.
+            generator: draws the noise as diffusers' pipelines do; or a list with one for each
+                video.
             latents: noise, ``[B, C, F', h, w]``, in place of a draw. Never written.
-            prompt_embeds: ``[B, S, text_dim]`` in place of prompt, as :meth:`encode_prompts` gives them.
+            prompt_embeds: ``[B, S, text_dim]`` in place of prompt, as :meth:`encode_prompts` gives
+                them.
             negative_prompt_embeds: ``[B or 1, S, text_dim]`` in place of negative_prompt.
             output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``; see :class:`VideoOutput`.
             return_dict: False returns a tuple of the frames.
             attention_kwargs: None, or ``{"scale": s}`` of LoRAs that are loaded and not merged.
-            callback_on_step_end, callback_on_step_end_tensor_inputs: see :class:`anyflow.pipelines.steps.StepEnd`.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: see
+                :class:`anyflow.pipelines.steps.StepEnd`.
             max_sequence_length: tokens after which prompts are cut off; trained models expect 512.
-            use_mean_velocity: False evaluates r = t, plain Euler; None does so where ``euler`` was given on loading.
-            seed: of the noise, on any device the same; with neither seed, generator nor latents it is fresh.
+            use_mean_velocity: False evaluates r = t, plain Euler; None does so where ``euler`` was
+                given on loading.
+            seed: of the noise, on any device the same; with neither seed, generator nor latents it
+                is fresh.
             image: one first frame to keep, in place of video.
             callback: of :func:`anyflow.sampling.sample`.
-            progress: show a bar of the steps, or do not; None shows it as ``set_progress_bar_config`` says.
+            progress: show a bar of the steps, or do not; None shows it as
+                ``set_progress_bar_config`` says.
 
         Raises:
             ValueError: something cannot work; raised before any network runs.
-            FloatingPointError: NaN or infinity came up, as float16 makes it: in the embeddings of a prompt, in the
-                latents after a step, which is named, or in the decoded frames.
+            FloatingPointError: NaN or infinity came up, as float16 makes it: in the embeddings of a
+                prompt, in the latents after a step, which is named, or in the decoded frames.
         """
         prompts = count_texts("prompt", prompt, prompt_embeds, self.layout.text_dim)
         if prompts is None:
             raise ValueError("give prompt or prompt_embeds")
-        negatives = count_texts("negative_prompt", negative_prompt, negative_prompt_embeds, self.layout.text_dim)
+        negatives = count_texts(
+            "negative_prompt", negative_prompt, negative_prompt_embeds, self.layout.text_dim
+        )
         if negatives is None:
             negative_prompt, negatives = "", 1
         request = VideoRequest(
@@ -189,22 +215,34 @@ class AnyFlowPipeline(PipelineParts):
         context, given_latents = self._context(request, prompts, image, video, video_latents)
         if not request.guided:
             negative_prompt = negative_prompt_embeds = None
-        require_one_length(prompt_embeds, negative_prompt, negative_prompt_embeds, request.max_sequence_length)
+        require_one_length(
+            prompt_embeds, negative_prompt, negative_prompt_embeds, request.max_sequence_length
+        )
         several, device = request.num_videos_per_prompt, self._execution_device
-        noise = initial_noise(request.latent_shape(self.layout, prompts * several), device, seed, generator, latents)
+        noise = initial_noise(
+            request.latent_shape(self.layout, prompts * several), device, seed, generator, latents
+        )
         step_end = StepEnd(callback, callback_on_step_end, callback_on_step_end_tensor_inputs)
         with lora_scale(None, attention_kwargs):
             pass  # refuses what cannot be
-        self._guidance_scale, self._attention_kwargs, self._interrupt = request.guidance_scale, attention_kwargs, False
+        self._guidance_scale, self._attention_kwargs, self._interrupt = (
+            request.guidance_scale,
+            attention_kwargs,
+            False,
+        )
         self._num_timesteps = len(schedule) - 1
         scheduler.set_timesteps(sigmas=schedule, device=device)
 
         seconds: dict[str, float] = {}
         with self.timed("encode", seconds):
             length = request.max_sequence_length
-            texts = self._texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, length)
+            texts = self._texts(
+                prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, length
+            )
             given_latents = given_latents if context is None else encode_video(self.vae, context)
-        text, negative, given_latents = (_repeated(x, prompts, several) for x in (*texts, given_latents))
+        text, negative, given_latents = (
+            _repeated(x, prompts, several) for x in (*texts, given_latents)
+        )
         assert text is not None
         with (
             self.timed("sample", seconds),
@@ -242,7 +280,9 @@ class AnyFlowPipeline(PipelineParts):
         if pixels is not None:
             replace(request, context_frames=pixels.shape[1]).check(self.layout, batch_size=prompts)
             if pixels.shape[0] not in (1, prompts):
-                raise ValueError(f"video must be one or as many as the {prompts} prompts, got {pixels.shape[0]}")
+                raise ValueError(
+                    f"video must be one or as many as the {prompts} prompts, got {pixels.shape[0]}"
+                )
         return pixels, context_latents(latents, shape, prompts)
 
     def _texts(
@@ -255,11 +295,16 @@ class AnyFlowPipeline(PipelineParts):
     ) -> tuple[Tensor, Tensor | None]:
         """Encode what the network reads, with the text encoder loaded once at most."""
         prompts, negatives = listed(prompt), listed(negative_prompt)
-        encoded = self.encode_prompts([*prompts, *negatives], max_sequence_length) if prompts or negatives else []
+        encoded = (
+            self.encode_prompts([*prompts, *negatives], max_sequence_length)
+            if prompts or negatives
+            else []
+        )
         for text_given, embeds_made in zip([*prompts, *negatives], encoded, strict=True):
             if not bool(torch.isfinite(embeds_made).all()):
                 raise FloatingPointError(
-                    f"the text encoder gives NaN or infinity for {brief(text_given)}: UMT5 overflows in float16, use "
+                    f"the text encoder gives NaN or infinity for {brief(text_given)}: UMT5 "
+                    "overflows in float16, use "
                     "bf16 (dtype=torch.bfloat16, --dtype bfloat16)"
                 )
         text = torch.cat(encoded[: len(prompts)]) if prompts else embeds

@@ -1,4 +1,6 @@
-"""Recognize a plain Wan model, which knows velocities but no flow map, and read the shift of its scheduler."""
+"""Recognize a plain Wan model, which knows velocities but no flow map, and read the shift of its
+scheduler.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ _UNSUPPORTED = ("use_dynamic_shifting", "shift_terminal", "invert_sigmas")
 
 
 def is_plain_wan(folder: Path) -> bool:
-    """Tell by the configuration and the headers of the weights whether a transformer's folder holds a plain Wan model.
+    """Tell by the configuration and the headers of the weights whether a transformer's folder holds
+    a plain Wan model.
 
     Args:
-        folder: with ``config.json`` and files of weights; a broken one is left to the loader, and is none.
+        folder: with ``config.json`` and files of weights; a broken one is left to the loader, and
+            is none.
 
     Raises:
         ValueError: the configuration, or a file of weights, is damaged.
@@ -33,10 +37,14 @@ def is_plain_wan(folder: Path) -> bool:
     if not os.path.lexists(folder / "config.json"):
         return False
     config = read_json(folder / "config.json")
-    if not isinstance(config, Mapping) or config.get("r_embedder", config.get("_class_name") == ANYFLOW):
+    if not isinstance(config, Mapping) or config.get(
+        "r_embedder", config.get("_class_name") == ANYFLOW
+    ):
         return False
     files = sorted(folder.glob("*.safetensors"))
-    return bool(files) and not any(FLOW_MAP_KEYS in name for file in files for name in read_header(file))
+    return bool(files) and not any(
+        FLOW_MAP_KEYS in name for file in files for name in read_header(file)
+    )
 
 
 def require_flow_map(folder: Path, transformer: nn.Module | None = None) -> None:
@@ -52,23 +60,29 @@ def require_flow_map(folder: Path, transformer: nn.Module | None = None) -> None
     if is_plain_wan(folder) if transformer is None else not has_flow_map(transformer):
         name = shortened(folder) if transformer is None else "the transformer"
         raise ValueError(
-            f"{name} is a plain Wan model, without the second timestep r of a flow map: it gives velocities, whose "
-            "Euler steps need to be many (about 50, with guidance). Pass euler=True (--euler on the command line) to "
+            f"{name} is a plain Wan model, without the second timestep r of a flow map: it gives "
+            "velocities, whose "
+            "Euler steps need to be many (about 50, with guidance). Pass euler=True (--euler on "
+            "the command line) to "
             "sample it so (r = t), or name an AnyFlow checkpoint for videos in a few steps"
         )
 
 
 def require_one_transformer(model: Path) -> None:
-    """Raise a ValueError for a model of two transformers, as Wan 2.2's 14B ones are: half of it would be sampled."""
+    """Raise a ValueError for a model of two transformers, as Wan 2.2's 14B ones are: half of it
+    would be sampled.
+    """
     if os.path.isdir(model / "transformer_2"):
         raise ValueError(
-            f"{shortened(model)} has two transformers (transformer/ and transformer_2/, as Wan 2.2), and this pipeline "
+            f"{shortened(model)} has two transformers (transformer/ and transformer_2/, as Wan "
+            "2.2), and this pipeline "
             "samples with one; use diffusers' WanPipeline, which anyflow.accelerate makes faster"
         )
 
 
 def flow_map_scheduler(scheduler: Any) -> FlowMapEulerDiscreteScheduler:
-    """Return this library's scheduler with the settings of diffusers' class of the same name; its own as it is.
+    """Return this library's scheduler with the settings of diffusers' class of the same name; its
+    own as it is.
 
     Raises:
         ValueError: it is another scheduler.
@@ -85,13 +99,14 @@ def load_scheduler(model: Path, *, euler: bool = False) -> FlowMapEulerDiscreteS
 
     Args:
         model: folder with ``scheduler``.
-        euler: take another scheduler's shift (``flow_shift`` of UniPC and its kin, ``shift`` of diffusers' flow-match
-            Euler) and number of training timesteps. The schedule is then this library's, ``S(1 - i/n)`` for n steps,
-            which is that of the original Wan's code; diffusers' flow-match Euler ends at ``S(S(1/1000))`` before 0.
+        euler: take another scheduler's shift (``flow_shift`` of UniPC and its kin, ``shift`` of
+            diffusers' flow-match Euler) and number of training timesteps. The schedule is then this
+            library's, ``S(1 - i/n)`` for n steps, which is that of the original Wan's code;
+            diffusers' flow-match Euler ends at ``S(S(1/1000))`` before 0.
 
     Raises:
-        ValueError: there is none; or it is another one, whose schedule is no shift of a uniform one or for which
-            ``euler`` is False.
+        ValueError: there is none; or it is another one, whose schedule is no shift of a uniform one
+            or for which ``euler`` is False.
     """
     file = model / "scheduler" / "scheduler_config.json"
     config = read_json(file) if os.path.lexists(file) else {}
@@ -100,15 +115,25 @@ def load_scheduler(model: Path, *, euler: bool = False) -> FlowMapEulerDiscreteS
         return FlowMapEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
     if not euler:
         raise ValueError(
-            f"{shortened(file)} is of {brief(kind)}, which is no scheduler of flow maps; name a folder with "
+            f"{shortened(file)} is of {brief(kind)}, which is no scheduler of flow maps; name a "
+            "folder with "
             f"{_SCHEDULER}"
         )
     name = "flow_shift" if "flow_shift" in config else "shift"
     odd = [f"{key}={brief(config[key])}" for key in _UNSUPPORTED if config.get(key)]
-    if name not in config or odd or config.get("prediction_type", "flow_prediction") != "flow_prediction":
-        found = odd or [f"prediction_type={brief(config.get('prediction_type'))}"] if name in config else ["no shift"]
+    if (
+        name not in config
+        or odd
+        or config.get("prediction_type", "flow_prediction") != "flow_prediction"
+    ):
+        found = (
+            odd or [f"prediction_type={brief(config.get('prediction_type'))}"]
+            if name in config
+            else ["no shift"]
+        )
         raise ValueError(
-            f"{shortened(file)} ({brief(kind)}) has {', '.join(found)}: euler=True needs a flow scheduler with "
+            f"{shortened(file)} ({brief(kind)}) has {', '.join(found)}: euler=True needs a flow "
+            "scheduler with "
             "flow_shift or shift alone"
         )
     try:

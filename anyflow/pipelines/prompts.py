@@ -23,7 +23,8 @@ class Prompt:
 
     Args:
         text: what the video shows.
-        negative: what it should not show, in place of the run's own negative prompt; None without one.
+        negative: what it should not show, in place of the run's own negative prompt; None without
+            one.
     """
 
     text: str
@@ -40,14 +41,18 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Read prompts from a file, by its suffix.
 
-    ``.csv`` has a first line of columns, ``.jsonl`` an object on each line; both have ``prompt`` and may have
-    ``negative_prompt`` (an empty cell, or null, is none). Any other file has a prompt on each line. Empty lines are
-    skipped.
+    ``.csv`` has a first line of columns, ``.jsonl`` an object on each line; both have ``prompt``
+    and may have ``negative_prompt`` (an empty cell, or null, is none). Any other file has a prompt
+    on each line. Empty lines are skipped.
 
     Raises:
-        ValueError: it is not a regular file in UTF-8, has none, or has a line that can be no prompt, which is named.
+        ValueError: it is not a regular file in UTF-8, has none, or has a line that can be no
+            prompt, which is named.
     """
-    readers: dict[str, Callable[[str, str], Iterator[tuple[int, Prompt]]]] = {".csv": _of_csv, ".jsonl": _of_jsonl}
+    readers: dict[str, Callable[[str, str], Iterator[tuple[int, Prompt]]]] = {
+        ".csv": _of_csv,
+        ".jsonl": _of_jsonl,
+    }
     where = f"prompts: {shortened(path)}"
     try:
         text = read_text(path)
@@ -111,9 +116,13 @@ def _check_columns(columns: list[str], where: str) -> None:
         if name not in COLUMNS:
             nearest = get_close_matches(name, COLUMNS, n=1, cutoff=0.5)
             hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{where}: {brief(name)} is none of the columns {', '.join(COLUMNS)}{hint}")
+            raise ValueError(
+                f"{where}: {brief(name)} is none of the columns {', '.join(COLUMNS)}{hint}"
+            )
     if "prompt" not in columns or len(set(columns)) < len(columns):
-        raise ValueError(f"{where} must name the column 'prompt', and each column once, got {brief(columns)}")
+        raise ValueError(
+            f"{where} must name the column 'prompt', and each column once, got {brief(columns)}"
+        )
 
 
 def _of_values(values: Mapping[str, Any], where: str) -> Prompt:

@@ -1,4 +1,6 @@
-"""`anyflow sample`: prompts at several step counts from one noise, as MP4 files and comparisons of them."""
+"""`anyflow sample`: prompts at several step counts from one noise, as MP4 files and comparisons of
+them.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,14 @@ class SampleReport:
 def parse_numbers(name: str, text: str, low: int = 1) -> tuple[int, ...]:
     """Parse whole numbers such as ``"1,2,4"``, in ascending order; ValueError for anything else."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdecimal() and len(word) < 20 and int(word) >= low for word in words):
-        raise ValueError(f"{name} must be whole numbers >= {low} with commas between them, as 1,2,4, got {brief(text)}")
+    if not all(
+        word.isascii() and word.isdecimal() and len(word) < 20 and int(word) >= low
+        for word in words
+    ):
+        raise ValueError(
+            f"{name} must be whole numbers >= {low} with commas between them, as 1,2,4, got "
+            f"{brief(text)}"
+        )
     return tuple(sorted({int(word) for word in words}))
 
 
@@ -80,11 +88,13 @@ def sample_command(
     cuda_graph: bool = False,
     console: Console | None = None,
 ) -> SampleReport:
-    """Make every prompt at every step count from the same noise of each seed, and compare the step counts.
+    """Make every prompt at every step count from the same noise of each seed, and compare the step
+    counts.
 
-    Writes ``<prompt>/steps-04-seed-0.mp4``, ``<prompt>/comparison-seed-0.mp4`` (of all the step counts that are there)
-    and ``results.json`` with seconds by stage and peak memory. Videos that are there are left alone, so that the same
-    command goes on where it was stopped; one that fails does not stop the others.
+    Writes ``<prompt>/steps-04-seed-0.mp4``, ``<prompt>/comparison-seed-0.mp4`` (of all the step
+    counts that are there) and ``results.json`` with seconds by stage and peak memory. Videos that
+    are there are left alone, so that the same command goes on where it was stopped; one that fails
+    does not stop the others.
 
     Args:
         settings: what the videos have in common.
@@ -92,14 +102,14 @@ def sample_command(
         steps: network evaluations of each video.
         out: folder; one that was made with other settings is refused.
         seeds: of the noise, the same for each prompt and step count.
-        context: the first frames of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`; of what file, and
-            how many, the settings say.
+        context: the first frames of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`;
+            of what file, and how many, the settings say.
         memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
         console: gets a bar of the steps, and the path of each file that was written.
 
     Raises:
-        ValueError: before any weight is loaded, for what cannot work or a folder in use; then for weights that do not
-            fit.
+        ValueError: before any weight is loaded, for what cannot work or a folder in use; then for
+            weights that do not fit.
         OSError: the system refuses to write into the folder, such as on a full disk.
         ImportError: PyAV is missing.
     """
@@ -108,7 +118,9 @@ def sample_command(
     settings.check()
     check_options(memory, resolve_device(device), compile=compile, cuda_graph=cuda_graph)
     if settings.context_frames != (0 if context is None else len(context)):
-        raise ValueError(f"the settings name {settings.context_frames} first frames, and context has others")
+        raise ValueError(
+            f"the settings name {settings.context_frames} first frames, and context has others"
+        )
     for count in steps:
         VideoRequest(num_inference_steps=count)
     for seed in seeds:
@@ -131,9 +143,17 @@ def sample_command(
     failed: list[Failure] = []
     if todo:
         missing = list(dict.fromkeys(text for text, _, _ in todo))
-        with status(console, f"loading {settings.model}, encoding {counted(len(missing), 'prompt')}"):
+        with status(
+            console, f"loading {settings.model}, encoding {counted(len(missing), 'prompt')}"
+        ):
             pipe = Renderer(
-                settings, missing, context, memory=memory, device=device, compile=compile, cuda_graph=cuda_graph
+                settings,
+                missing,
+                context,
+                memory=memory,
+                device=device,
+                compile=compile,
+                cuda_graph=cuda_graph,
             )
             renderer = _Renderer(pipe, results, console)
         for number, (text, seed, count) in enumerate(todo, start=1):
@@ -161,26 +181,36 @@ class _Renderer:
         try:
             with _steps_bar(self.console, label, steps) as bar:
                 entry = self._render(prompt, steps, seed, folder, bar)
-        except (RuntimeError, ValueError, OSError, FloatingPointError) as error:  # memory, disk, NaN: the next may work
+        except (
+            RuntimeError,
+            ValueError,
+            OSError,
+            FloatingPointError,
+        ) as error:  # memory, disk, NaN: the next may work
             return Failure(prompt.text, steps, seed, self.renderer.reason(error))
         self.results.add(entry)
         if self.console is not None:
             seconds = entry["seconds"]
             self.console.print(
-                f"{folder.parent / entry['file']}: {seconds['sample']:.1f} s to sample, {seconds['decode']:.1f} s to "
+                f"{folder.parent / entry['file']}: {seconds['sample']:.1f} s to sample, "
+                f"{seconds['decode']:.1f} s to "
                 f"decode, {entry['peak_memory_bytes'] / 2**30:.1f} GiB",
                 markup=False,
             )
         return None
 
-    def _render(self, prompt: Prompt, steps: int, seed: int, folder: Path, bar: _StepsBar | None) -> dict[str, Any]:
+    def _render(
+        self, prompt: Prompt, steps: int, seed: int, folder: Path, bar: _StepsBar | None
+    ) -> dict[str, Any]:
         pipe = self.renderer.pipe
         folder.mkdir(parents=True, exist_ok=True)
         (folder / comparison_name(seed)).unlink(missing_ok=True)  # it will lack this video
         if bar is None:
             images, seconds = self.renderer.frames(prompt, steps, seed)
         else:
-            images, seconds = self.renderer.frames(prompt, steps, seed, bar.advance, lambda: bar.say("decoding"))
+            images, seconds = self.renderer.frames(
+                prompt, steps, seed, bar.advance, lambda: bar.say("decoding")
+            )
         file = write_video(images, folder / file_name(steps, seed), self.renderer.settings.fps)
         return {
             "prompt": prompt.text,
@@ -190,7 +220,9 @@ class _Renderer:
             "file": f"{folder.name}/{file.name}",
             "seconds": seconds,
             "peak_memory_bytes": _peak_memory(pipe.device),
-            "device": torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else pipe.device.type,
+            "device": torch.cuda.get_device_name(pipe.device)
+            if pipe.device.type == "cuda"
+            else pipe.device.type,
             "memory": pipe.memory,
             "packages": installed_versions(),
         }
@@ -216,25 +248,43 @@ class _StepsBar:
 
 @contextmanager
 def _steps_bar(console: Console | None, label: str, steps: int) -> Iterator[_StepsBar | None]:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     if console is None:
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    with LoggedProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with LoggedProgress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
         yield _StepsBar(bars, label, steps)
 
 
-def _compare(prompt: Prompt, seed: int, folder: Path, results: Results, console: Console | None) -> Failure | None:
-    """Write the comparison of all step counts of a seed, unless it is there or there is nothing to compare."""
-    videos = {steps: file for (steps, of_seed), file in sorted(results.there(folder).items()) if of_seed == seed}
+def _compare(
+    prompt: Prompt, seed: int, folder: Path, results: Results, console: Console | None
+) -> Failure | None:
+    """Write the comparison of all step counts of a seed, unless it is there or there is nothing to
+    compare.
+    """
+    videos = {
+        steps: file
+        for (steps, of_seed), file in sorted(results.there(folder).items())
+        if of_seed == seed
+    }
     comparison = folder / comparison_name(seed)
     if len(videos) < 2 or comparison.is_file():
         return None
     try:
-        write_comparison({counted(steps, "step"): file for steps, file in videos.items()}, comparison)
+        write_comparison(
+            {counted(steps, "step"): file for steps, file in videos.items()}, comparison
+        )
     except (ValueError, OSError) as error:
         return Failure(prompt.text, None, seed, f"comparison: {error}")
     if console is not None:

@@ -19,7 +19,8 @@ from anyflow.writing import system_error
 
 
 class Renderer:
-    """Makes videos of prompts that were encoded ahead, so that the text encoder is gone when sampling starts.
+    """Makes videos of prompts that were encoded ahead, so that the text encoder is gone when
+    sampling starts.
 
     Args:
         settings: of every video.
@@ -59,7 +60,9 @@ class Renderer:
             texts += [self._negative(prompt) for prompt in prompts]
         texts = list(dict.fromkeys(texts))
         with self.pipe.timed("encode", self._seconds):
-            self._embeds: dict[str, Tensor] = dict(zip(texts, self.pipe.encode_prompts(texts), strict=True))
+            self._embeds: dict[str, Tensor] = dict(
+                zip(texts, self.pipe.encode_prompts(texts), strict=True)
+            )
         if settings.lora is not None:
             self.pipe.load_lora(settings.lora)
 
@@ -108,7 +111,10 @@ class Renderer:
             progress=False,
             callback=callback,
         )
-        seconds = {"encode": self._seconds["encode"] / len(self._embeds), "sample": output.seconds["sample"]}
+        seconds = {
+            "encode": self._seconds["encode"] / len(self._embeds),
+            "sample": output.seconds["sample"],
+        }
         assert isinstance(output.frames, Tensor)
         if before_decoding is not None:
             before_decoding()
@@ -117,12 +123,16 @@ class Renderer:
         return images, seconds
 
     def reason(self, error: Exception) -> str:
-        """Say in one line why a video could not be made, and free what the attempt left on a GPU."""
+        """Say in one line why a video could not be made, and free what the attempt left on a
+        GPU.
+        """
         if self.pipe.device.type == "cuda":
             torch.cuda.empty_cache()
         settings, found = self.settings, system_error(error)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        if isinstance(error, torch.OutOfMemoryError) or (isinstance(found, OSError) and found.errno == errno.ENOMEM):
+        if isinstance(error, torch.OutOfMemoryError) or (
+            isinstance(found, OSError) and found.errno == errno.ENOMEM
+        ):
             size = f"{settings.num_frames} frames of {settings.height} x {settings.width} pixels"
             advice = "a smaller --height, --width or --num-frames, or --memory low, needs less"
             return f"no memory for {size}; {advice} ({reason})"

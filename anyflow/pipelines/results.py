@@ -25,7 +25,9 @@ _OLD_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def folder_name(prompt: Prompt) -> str:
-    """Name the folder of a prompt: readable, and different for different prompts or negative prompts."""
+    """Name the folder of a prompt: readable, and different for different prompts or negative
+    prompts.
+    """
     slug = re.sub(r"[\W_]+", "-", prompt.text.lower()).strip("-")[:40].strip("-")
     key = prompt.text if prompt.negative is None else f"{prompt.text}\0{prompt.negative}"
     return f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:8]}".lstrip("-")
@@ -78,7 +80,10 @@ class Results:
                 if before.get(name) != settings.get(name)
             ]
             if changed:
-                raise ValueError(f"{out} holds videos of other settings ({'; '.join(changed)}); name another folder")
+                raise ValueError(
+                    f"{out} holds videos of other settings ({'; '.join(changed)}); name another "
+                    "folder"
+                )
             _warn_of_versions(out, results.videos)
         elif out.exists() and not out.is_dir():
             raise ValueError(f"{out} is not a folder")
@@ -96,7 +101,9 @@ class Results:
         write_text(self.file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def there(self, folder: Path) -> dict[tuple[int, int], Path]:
-        """Return the videos that the folder of a prompt holds, by their numbers of steps and seeds."""
+        """Return the videos that the folder of a prompt holds, by their numbers of steps and
+        seeds.
+        """
         found = {}
         for video in self.videos:  # an older folder's, whose names lack the seed
             file = self.file.parent / video["file"]
@@ -110,7 +117,8 @@ class Results:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read the settings and the videos of a results file, an older one as a new one would have them.
+    """Read the settings and the videos of a results file, an older one as a new one would have
+    them.
 
     Raises:
         ValueError: it is none, or is damaged.
@@ -125,7 +133,9 @@ def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if "seed" in settings:
             seed, dtype = settings.pop("seed"), settings.get("dtype")
             settings["dtype"] = _OLD_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-            videos = [video | {"seed": seed} if isinstance(video, dict) else video for video in videos]
+            videos = [
+                video | {"seed": seed} if isinstance(video, dict) else video for video in videos
+            ]
         for number, video in enumerate(videos):
             _check_video(video, number)
     except ValueError as error:
@@ -138,13 +148,17 @@ def _check_video(video: Any, number: int) -> None:
         raise ValueError(f"video {number} must be an object with the text 'file'")
     for name in ("steps", "seed"):
         if type(video.get(name)) is not int:
-            raise ValueError(f"{name!r} of video {number} must be a whole number, got {brief(video.get(name))}")
+            raise ValueError(
+                f"{name!r} of video {number} must be a whole number, got {brief(video.get(name))}"
+            )
     if not isinstance(video.get("packages", {}), dict):
         raise ValueError(f"the 'packages' of video {number} must be an object")
 
 
 def _warn_of_versions(out: Path, videos: Sequence[dict[str, Any]]) -> None:
-    """Warn, in one line, that videos in a folder were made by other versions than new ones would be."""
+    """Warn, in one line, that videos in a folder were made by other versions than new ones would
+    be.
+    """
     here = installed_versions()
     made = [video["packages"] for video in videos if "packages" in video]
     changed = sorted({line for packages in made for line in differences(packages, here)})
@@ -152,7 +166,8 @@ def _warn_of_versions(out: Path, videos: Sequence[dict[str, Any]]) -> None:
         changed.append("unknown versions")
     if changed:
         warnings.warn(
-            f"{out} holds videos made with other versions ({'; '.join(changed)}): new ones may differ from them; "
+            f"{out} holds videos made with other versions ({'; '.join(changed)}): new ones may "
+            "differ from them; "
             "name another folder to compare like with like",
             stacklevel=5,
         )

@@ -1,4 +1,6 @@
-"""Holds and checks what decides the videos of `anyflow sample` beside prompts, step counts and seeds."""
+"""Holds and checks what decides the videos of `anyflow sample` beside prompts, step counts and
+seeds.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ import torch
 from anyflow.checkpoints.lora_file import open_lora
 from anyflow.documents import shortened
 from anyflow.pipelines.loading import ModelPaths
-from anyflow.pipelines.plain_wan import is_plain_wan, load_scheduler, require_flow_map, require_one_transformer
+from anyflow.pipelines.plain_wan import (
+    is_plain_wan,
+    load_scheduler,
+    require_flow_map,
+    require_one_transformer,
+)
 from anyflow.pipelines.prompts import Prompt
 from anyflow.pipelines.request import VideoRequest
 from anyflow.validation import finite_number
@@ -29,9 +36,11 @@ class SampleSettings:
         height, width: in pixels.
         num_frames: 4k + 1.
         guidance_scale: 1 for none.
-        negative_prompt: of prompts without one of their own, used with guidance; None is the empty text.
+        negative_prompt: of prompts without one of their own, used with guidance; None is the empty
+            text.
         fps: frames per second.
-        dtype: of the transformer and the text encoder: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        dtype: of the transformer and the text encoder: ``"bfloat16"``, ``"float16"`` or
+            ``"float32"``.
         euler: evaluate r = t, which is plain Euler; needed for a plain Wan model.
         image, video: file whose frames the videos begin with, or None.
         video_frames: number of frames of ``video``, 4k + 1.
@@ -80,7 +89,9 @@ class SampleSettings:
     @property
     def context_frames(self) -> int:
         """Number of frames that the videos begin with."""
-        return 1 if self.image is not None else 0 if self.video_frames is None else self.video_frames
+        return (
+            1 if self.image is not None else 0 if self.video_frames is None else self.video_frames
+        )
 
     def hints(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return what a user may not have meant, a line each."""
@@ -88,10 +99,14 @@ class SampleSettings:
         transformer = ModelPaths.find(self.model, self.transformer).transformer / "transformer"
         if self.guidance_scale <= 1 and is_plain_wan(transformer):
             lines.append(
-                f"{shortened(transformer)} is a plain Wan model, which needs guidance and many steps: "
+                f"{shortened(transformer)} is a plain Wan model, which needs guidance and many "
+                "steps: "
                 "--guidance 5 --steps 50"
             )
         negatives = [self.negative_prompt, *(prompt.negative for prompt in prompts)]
         if self.guidance_scale <= 1 and any(negative is not None for negative in negatives):
-            lines.append(f"negative prompts have no effect without guidance (--guidance is {self.guidance_scale:g})")
+            lines.append(
+                "negative prompts have no effect without guidance (--guidance is "
+                f"{self.guidance_scale:g})"
+            )
         return lines

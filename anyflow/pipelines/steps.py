@@ -23,11 +23,12 @@ class StepEnd:
 
     Args:
         callback: the sampler's own.
-        function: diffusers' ``callback_on_step_end(pipe, index, timestep, tensors)``, or an object that names its
-            ``tensor_inputs``. It may return ``latents`` (frames first) and ``prompt_embeds``, set the pipeline's
-            ``_guidance_scale``, and end the sampling by its ``_interrupt``.
-        names: of the tensors that ``function`` gets: ``latents``, ``prompt_embeds`` (with guidance the negative ones
-            in front, as in diffusers) and ``negative_prompt_embeds``.
+        function: diffusers' ``callback_on_step_end(pipe, index, timestep, tensors)``, or an object
+            that names its ``tensor_inputs``. It may return ``latents`` (frames first) and
+            ``prompt_embeds``, set the pipeline's ``_guidance_scale``, and end the sampling by its
+            ``_interrupt``.
+        names: of the tensors that ``function`` gets: ``latents``, ``prompt_embeds`` (with guidance
+            the negative ones in front, as in diffusers) and ``negative_prompt_embeds``.
 
     Raises:
         ValueError: both are given, or one that is no function, or unknown names.
@@ -46,21 +47,30 @@ class StepEnd:
         names = getattr(self.function, "tensor_inputs", self.names)
         names = [] if names is None else names
         if not isinstance(names, (list, tuple)) or not all(name in _TENSORS for name in names):
-            raise ValueError(f"callback_on_step_end_tensor_inputs must be of {', '.join(_TENSORS)}, got {brief(names)}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be of {', '.join(_TENSORS)}, got "
+                f"{brief(names)}"
+            )
         object.__setattr__(self, "names", names)
 
-    def call(self, pipe: Any, index: int, timestep: float, tensors: Mapping[str, Tensor | None]) -> Mapping[str, Any]:
+    def call(
+        self, pipe: Any, index: int, timestep: float, tensors: Mapping[str, Tensor | None]
+    ) -> Mapping[str, Any]:
         """Return what diffusers' callback returns; ValueError if it is no dictionary."""
         assert self.function is not None
         inputs = {name: tensors[name] for name in self.names}
         returned = self.function(pipe, index, torch.tensor(timestep, dtype=torch.float64), inputs)
         if returned is not None and not isinstance(returned, Mapping):
-            raise ValueError(f"callback_on_step_end must return a dict or None, got {type(returned).__name__}")
+            raise ValueError(
+                f"callback_on_step_end must return a dict or None, got {type(returned).__name__}"
+            )
         return {} if returned is None else returned
 
 
 class _Changed(Exception):
-    """A callback has changed more than the latents: the sampler cannot go on with what it has prepared."""
+    """A callback has changed more than the latents: the sampler cannot go on with what it has
+    prepared.
+    """
 
     def __init__(self, latents: Tensor, done: int) -> None:
         super().__init__()
@@ -81,7 +91,8 @@ def run_steps(
     step_end: StepEnd,
     advance: Callable[[], Any],
 ) -> Tensor:
-    """Sample, and sample on from the step after which a callback has changed the text or the guidance.
+    """Sample, and sample on from the step after which a callback has changed the text or the
+    guidance.
 
     Args:
         pipe: has ``guidance_scale`` and ``interrupt``, which callbacks may change.
@@ -95,7 +106,8 @@ def run_steps(
         advance: called after each step.
 
     Returns:
-        ``[B, F', C, h, w]`` latents: clean, or those of the step after which a callback interrupted.
+        ``[B, F', C, h, w]`` latents: clean, or those of the step after which a callback
+        interrupted.
     """
     latents, done, steps = noise, 0, len(schedule) - 1
     embeds = {"prompt_embeds": text if negative is None else torch.cat([negative, text])}
@@ -103,7 +115,9 @@ def run_steps(
     while done < steps and not pipe.interrupt:
         first, scale = done, pipe.guidance_scale
 
-        def after_step(index: int, timestep: float, x: Tensor, first: int = first, scale: float = scale) -> Any:
+        def after_step(
+            index: int, timestep: float, x: Tensor, first: int = first, scale: float = scale
+        ) -> Any:
             replaced = None
             if step_end.callback is not None:
                 replaced = step_end.callback(index, timestep, x)
@@ -112,7 +126,11 @@ def run_steps(
                 replaced = returned.get("latents")
                 before = embeds["prompt_embeds"]
                 embeds.update({name: value for name, value in returned.items() if name in embeds})
-                if pipe.interrupt or pipe.guidance_scale != scale or embeds["prompt_embeds"] is not before:
+                if (
+                    pipe.interrupt
+                    or pipe.guidance_scale != scale
+                    or embeds["prompt_embeds"] is not before
+                ):
                     advance()
                     raise _Changed(x if replaced is None else replaced, first + index + 1)
             advance()
@@ -138,18 +156,23 @@ def run_steps(
 
 
 def _halves(embeds: Tensor, noise: Tensor, *, guided: bool) -> tuple[Tensor, Tensor | None]:
-    """Part the embeddings that a callback sees into those of prompts and, with guidance, of negative prompts."""
+    """Part the embeddings that a callback sees into those of prompts and, with guidance, of
+    negative prompts.
+    """
     rows = len(noise)
     if len(embeds) not in ((2 * rows,) if guided else (rows, 2 * rows)):
         raise ValueError(
-            f"prompt_embeds of callback_on_step_end must have {2 * rows if guided else rows} rows, got {len(embeds)}"
+            f"prompt_embeds of callback_on_step_end must have {2 * rows if guided else rows} rows, "
+            f"got {len(embeds)}"
         )
     return embeds[-rows:], embeds[:rows] if guided else None
 
 
 @contextmanager
 def progress_bar(pipe: Any, steps: int, show: bool | None) -> Iterator[Callable[[], Any]]:
-    """Show diffusers' bar of the steps, by ``show`` or, where that is None, as ``set_progress_bar_config`` says."""
+    """Show diffusers' bar of the steps, by ``show`` or, where that is None, as
+    ``set_progress_bar_config`` says.
+    """
     before = getattr(pipe, "_progress_bar_config", None)
     if show is not None:
         pipe._progress_bar_config = {**({} if before is None else before), "disable": not show}
@@ -161,15 +184,21 @@ def progress_bar(pipe: Any, steps: int, show: bool | None) -> Iterator[Callable[
 
 
 @contextmanager
-def lora_scale(transformer: nn.Module | None, attention_kwargs: Mapping[str, Any] | None) -> Iterator[None]:
-    """Scale the adapters of a transformer, if there is one, by diffusers' ``attention_kwargs={"scale": s}``.
+def lora_scale(
+    transformer: nn.Module | None, attention_kwargs: Mapping[str, Any] | None
+) -> Iterator[None]:
+    """Scale the adapters of a transformer, if there is one, by diffusers'
+    ``attention_kwargs={"scale": s}``.
 
     Raises:
         ValueError: something else is given.
     """
     kwargs = {} if attention_kwargs is None else attention_kwargs
     if not isinstance(kwargs, Mapping) or set(kwargs) - {"scale"}:
-        raise ValueError(f"attention_kwargs must be None or {{'scale': s}} of LoRAs, got {brief(attention_kwargs)}")
+        raise ValueError(
+            f"attention_kwargs must be None or {{'scale': s}} of LoRAs, got "
+            f"{brief(attention_kwargs)}"
+        )
     scale = finite_number("the scale of attention_kwargs", kwargs.get("scale", 1.0))
     if scale == 1 or transformer is None:
         yield

@@ -26,7 +26,8 @@ def write_video(frames: Any, path: str | Path, fps: float = 16) -> Path:
     """Write an MP4 file, completely or not at all: H.264 where PyAV has it, else MPEG-4 part 2.
 
     Args:
-        frames: PIL images, an ``[F, H, W, 3]`` array or an ``[F, 3, H, W]`` tensor; uint8, or float in [0, 1].
+        frames: PIL images, an ``[F, H, W, 3]`` array or an ``[F, 3, H, W]`` tensor; uint8, or float
+            in [0, 1].
         path: to write, ``.mp4``; its folder is made.
         fps: frames per second.
 
@@ -34,7 +35,8 @@ def write_video(frames: Any, path: str | Path, fps: float = 16) -> Path:
         ``path``.
 
     Raises:
-        ValueError: no frames, an odd height or width (colors are subsampled), or a path or rate that cannot be.
+        ValueError: no frames, an odd height or width (colors are subsampled), or a path or rate
+            that cannot be.
         ImportError: PyAV is missing.
     """
     return _encode(uint8_frames(frames), Path(path), _rate(fps))
@@ -63,11 +65,15 @@ def write_comparison(videos: Mapping[str, Path], path: str | Path) -> Path:
         try:
             containers = [stack.enter_context(av.open(str(file))) for file in videos.values()]
         except (av.FFmpegError, OSError) as error:
-            raise ValueError(f"not all of {', '.join(map(str, videos.values()))} are videos: {error}") from None
+            raise ValueError(
+                f"not all of {', '.join(map(str, videos.values()))} are videos: {error}"
+            ) from None
         streams = [container.streams.video[0] for container in containers]
         kinds = {(s.height, s.width, s.average_rate) for s in streams}
         if len(kinds) > 1:
-            raise ValueError(f"a comparison needs videos of one size and rate, got {sorted(map(str, kinds))}")
+            raise ValueError(
+                f"a comparison needs videos of one size and rate, got {sorted(map(str, kinds))}"
+            )
         ((height, width, rate),) = kinds
         grid = _Grid(list(videos), height, width)
         decoded = [(f.to_ndarray(format="rgb24") for f in c.decode(video=0)) for c in containers]
@@ -82,18 +88,23 @@ class _Grid:
 
         self.scale = math.ceil(_MIN_WIDTH / width)
         height, width = height * self.scale, width * self.scale
-        columns = math.ceil(len(labels) / math.isqrt(len(labels)))  # three in a row, not two and a hole
+        # three in a row, not two and a hole
+        columns = math.ceil(len(labels) / math.isqrt(len(labels)))
         rows = math.ceil(len(labels) / columns)
         bar = max(24, height // 20 * 2)
         image = Image.new(
-            "RGB", (columns * (width + _GAP) + _GAP, rows * (height + bar + _GAP) + _GAP), color=(255, 255, 255)
+            "RGB",
+            (columns * (width + _GAP) + _GAP, rows * (height + bar + _GAP) + _GAP),
+            color=(255, 255, 255),
         )
         draw, font = ImageDraw.Draw(image), ImageFont.load_default(round(bar * 0.6))
         self.corners = []
         for i, label in enumerate(labels):
             left = _GAP + i % columns * (width + _GAP)
             top = _GAP + i // columns * (height + bar + _GAP)
-            draw.text((left + width / 2, top + bar / 2), label, fill=(0, 0, 0), font=font, anchor="mm")
+            draw.text(
+                (left + width / 2, top + bar / 2), label, fill=(0, 0, 0), font=font, anchor="mm"
+            )
             self.corners.append((top + bar, left))
         self.canvas = np.asarray(image)
 
@@ -130,9 +141,13 @@ def _encode(frames: Iterable[np.ndarray], path: Path, rate: Fraction) -> Path:
             stream = _add_stream(container, rate, height, width)
             for pixels in chain([first], frames):
                 if pixels.shape != first.shape:
-                    raise ValueError(f"{path}: frames of different sizes, {first.shape} and {pixels.shape}")
+                    raise ValueError(
+                        f"{path}: frames of different sizes, {first.shape} and {pixels.shape}"
+                    )
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+                container.mux(
+                    stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709"))
+                )
             container.mux(stream.encode(None))
         os.replace(partial, path)
     finally:
@@ -143,11 +158,16 @@ def _encode(frames: Iterable[np.ndarray], path: Path, rate: Fraction) -> Path:
 def _add_stream(container: Any, rate: Fraction, height: int, width: int) -> Any:
     av = import_av()
     if "libx264" in av.codecs_available:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
+        stream = container.add_stream(
+            "libx264", rate=rate, options={"crf": "16", "preset": "medium"}
+        )
     else:
-        stream = container.add_stream("mpeg4", rate=rate, options={"qscale": "2", "flags": "+qscale"})
+        stream = container.add_stream(
+            "mpeg4", rate=rate, options={"qscale": "2", "flags": "+qscale"}
+        )
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-    context = stream.codec_context  # players guess other colors from the size when the file does not say
+    # players guess other colors from the size when the file does not say
+    context = stream.codec_context
     context.colorspace = context.color_primaries = context.color_trc = _BT709
     context.color_range = _LIMITED_RANGE
     return stream

@@ -50,7 +50,9 @@ def load_tokenizer(model: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of any kind: tokenizers raises Exception itself
-        raise ValueError(f"{folder} cannot be loaded as a tokenizer: {brief(str(error), 300)}") from error
+        raise ValueError(
+            f"{folder} cannot be loaded as a tokenizer: {brief(str(error), 300)}"
+        ) from error
 
 
 def part_folder(model: Path, name: str) -> Path:
@@ -62,7 +64,8 @@ def part_folder(model: Path, name: str) -> Path:
 
 
 def clean_prompt(prompt: str) -> str:
-    """Clean a prompt as those of the published models were: ``ftfy.fix_text``, HTML entities, whitespace.
+    """Clean a prompt as those of the published models were: ``ftfy.fix_text``, HTML entities,
+    whitespace.
 
     diffusers does the same where ftfy is installed, and leaves its part out where it is not.
 
@@ -76,11 +79,15 @@ def clean_prompt(prompt: str) -> str:
 
 
 @torch.no_grad()
-def encode_prompt(text_encoder: Any, tokenizer: Any, prompt: str, max_sequence_length: int) -> Tensor:
-    """The tokens of a prompt, ``[S, text_dim]`` fp32 on the CPU, without padding; S is at most max_sequence_length.
+def encode_prompt(
+    text_encoder: Any, tokenizer: Any, prompt: str, max_sequence_length: int
+) -> Tensor:
+    """The tokens of a prompt, ``[S, text_dim]`` fp32 on the CPU, without padding; S is at most
+    max_sequence_length.
 
     Cleaned first, and encoded beside masked padding, as diffusers' pipelines do
-    (``test_prompts_are_those_of_the_anyflow_pipeline``), and alone, so that the numbers do not depend on other prompts.
+    (``test_prompts_are_those_of_the_anyflow_pipeline``), and alone, so that the numbers do not
+    depend on other prompts.
 
     Raises:
         ImportError: ftfy is missing.
@@ -101,20 +108,25 @@ def encode_prompt(text_encoder: Any, tokenizer: Any, prompt: str, max_sequence_l
 def encode_video(vae: Any, pixels: Tensor) -> Tensor:
     """``pixels[B, F, 3, H, W]`` in [-1, 1] to normalized latents ``[B, 1 + (F-1)/4, C, H/8, W/8]``.
 
-    The mean of the posterior, minus ``latents_mean`` and over ``latents_std`` of each channel, as diffusers' Wan
-    and AnyFlow pipelines do (``test_stored_latents_are_those_of_the_anyflow_pipeline``).
+    The mean of the posterior, minus ``latents_mean`` and over ``latents_std`` of each channel, as
+    diffusers' Wan and AnyFlow pipelines do
+    (``test_stored_latents_are_those_of_the_anyflow_pipeline``).
     """
-    latents = vae.encode(pixels.to(execution_device(vae), vae.dtype).transpose(1, 2)).latent_dist.mode()
+    latents = vae.encode(
+        pixels.to(execution_device(vae), vae.dtype).transpose(1, 2)
+    ).latent_dist.mode()
     mean, std = _statistics(vae, latents)
     return ((latents - mean) * (1 / std)).transpose(1, 2)
 
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decode normalized latents ``[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1], in the VAE's dtype.
+    """Decode normalized latents ``[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1], in
+    the VAE's dtype.
 
     Raises:
-        FloatingPointError: what the VAE returns holds NaN or infinity, or the latents do; the host waits for it.
+        FloatingPointError: what the VAE returns holds NaN or infinity, or the latents do; the host
+            waits for it.
     """
     latents = latents.to(execution_device(vae), vae.dtype).transpose(1, 2)
     mean, std = _statistics(vae, latents)
@@ -125,18 +137,25 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     if (found := finite.first()) is not None:
         name, rows, count = found
         advice = overflow_advice(vae, option="vae_dtype=torch.bfloat16") + ", or fp32"
-        raise FloatingPointError(f"the {name} are not finite (NaN or infinity) in {numbered(rows, count)}: {advice}")
+        raise FloatingPointError(
+            f"the {name} are not finite (NaN or infinity) in {numbered(rows, count)}: {advice}"
+        )
     return (video * 0.5 + 0.5).clamp(0, 1).transpose(1, 2)
 
 
 def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (latents.new_tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        latents.new_tensor(v).view(-1, 1, 1, 1)
+        for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
     return mean, std
 
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Without transformers' bar, which is of one part of a model and would lie across the lines of a command."""
+    """Without transformers' bar, which is of one part of a model and would lie across the lines of
+    a command.
+    """
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -149,11 +168,13 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def require_sound_folder(folder: Path) -> None:
-    """Look at the configuration and the headers of the weights of a model's part, before a library reads them.
+    """Look at the configuration and the headers of the weights of a model's part, before a library
+    reads them.
 
     Raises:
-        ValueError: a file is absent, cut off, empty, a pointer of git-lfs, a web page or no regular file; an index and
-            its files do not agree; or the configuration has more layers than there are tensors.
+        ValueError: a file is absent, cut off, empty, a pointer of git-lfs, a web page or no regular
+            file; an index and its files do not agree; or the configuration has more layers than
+            there are tensors.
     """
     from anyflow.checkpoints.files import find_files, read_json
     from anyflow.checkpoints.readers import SafetensorsReader
@@ -164,7 +185,10 @@ def require_sound_folder(folder: Path) -> None:
     for name, value in config.items():
         counts = name.startswith("num_") and name.endswith(("_layers", "_blocks"))
         if counts and isinstance(value, int) and not 0 <= value <= len(tensors):
-            raise ValueError(f"{folder / 'config.json'}: {name}={brief(value)}, but there are {len(tensors)} tensors")
+            raise ValueError(
+                f"{folder / 'config.json'}: {name}={brief(value)}, but there are {len(tensors)} "
+                "tensors"
+            )
 
 
 def chosen_weights(folder: Path) -> Path:
@@ -186,20 +210,26 @@ def load_module(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     The global generator is left alone.
 
     Raises:
-        ValueError: a file of the folder is damaged or is none, which is said with its name, or weights are missing or
-            left over.
+        ValueError: a file of the folder is damaged or is none, which is said with its name, or
+            weights are missing or left over.
     """
     require_sound_folder(folder)
     try:
         # Constructors draw weights that the files then replace.
         with torch.random.fork_rng(devices=[]), _no_progress_bar():
             module, info = kind.from_pretrained(
-                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+                folder,
+                torch_dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
     except Exception as error:  # of any kind: the libraries expect the files to be their own
         reason = f"{type(error).__name__}: {brief(str(error), 500)}"
         raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {reason}") from error
     faults = [f"{what}: {sorted(map(str, info[what]))}" for what in info if info[what]]
     if faults:
-        raise ValueError(f"{folder} does not hold the weights of {kind.__name__}: {'; '.join(faults)}")
+        raise ValueError(
+            f"{folder} does not hold the weights of {kind.__name__}: {'; '.join(faults)}"
+        )
     return module.eval()

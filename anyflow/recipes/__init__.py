@@ -30,8 +30,9 @@ def summary(name: str) -> str:
 def locate(recipe: Path | str, folder: Path | None = None) -> Path:
     """Return the file that a path or a name stands for.
 
-    The first of these that exists: the path itself, the path with ``.yaml`` after it, the recipe of this name that
-    comes with anyflow. A name has no folder in it; ``.yaml`` at its end may be left out.
+    The first of these that exists: the path itself, the path with ``.yaml`` after it, the recipe of
+    this name that comes with anyflow. A name has no folder in it; ``.yaml`` at its end may be left
+    out.
 
     Args:
         recipe: path or name.
@@ -48,11 +49,18 @@ def locate(recipe: Path | str, folder: Path | None = None) -> Path:
 
 
 def hint(recipe: Path | str) -> str:
-    """Say which recipes a path or a name that was not found may have meant; empty where nothing comes near."""
+    """Say which recipes a path or a name that was not found may have meant; empty where nothing
+    comes near.
+    """
     text = Path(recipe).name.removesuffix(_SUFFIX)[:100]
-    near = [name for name in names() if text and name.startswith(text)] or difflib.get_close_matches(text, names())
+    near = [
+        name for name in names() if text and name.startswith(text)
+    ] or difflib.get_close_matches(text, names())
     if near:
-        return f"; did you mean {' or '.join(near)}? `anyflow recipes` lists the recipes that come with anyflow"
+        return (
+            f"; did you mean {' or '.join(near)}? `anyflow recipes` lists the recipes that come "
+            "with anyflow"
+        )
     if _name(recipe) is not None:
         return "; `anyflow recipes` lists the recipes that come with anyflow"
     return ""
@@ -68,16 +76,20 @@ def require(name: str) -> Path:
         ValueError: no recipe has this name; the nearest ones are listed.
     """
     if _name(name) not in names():
-        raise ValueError(f"{shortened(name)}: no recipe of this name comes with anyflow{hint(name)}")
+        raise ValueError(
+            f"{shortened(name)}: no recipe of this name comes with anyflow{hint(name)}"
+        )
     return FOLDER / f"{_name(name)}{_SUFFIX}"
 
 
 def copy(name: str, dest: Path) -> Path:
-    """Copy a recipe that comes with anyflow, to be changed; its ``base:`` is found by name from there.
+    """Copy a recipe that comes with anyflow, to be changed; its ``base:`` is found by name from
+    there.
 
     Args:
         name: with or without ``.yaml``.
-        dest: new file, if it ends with ``.yaml`` or ``.yml``, else the folder for it; missing folders are made.
+        dest: new file, if it ends with ``.yaml`` or ``.yml``, else the folder for it; missing
+            folders are made.
 
     Returns:
         The new file.
@@ -93,13 +105,17 @@ def copy(name: str, dest: Path) -> Path:
         try:
             file = target.open("xb")
         except FileExistsError:
-            raise ValueError(f"{shortened(target)} exists already and is left as it is; name another file") from None
+            raise ValueError(
+                f"{shortened(target)} exists already and is left as it is; name another file"
+            ) from None
         with file:
             file.write(source.read_bytes())
     return target
 
 
 def _name(recipe: Path | str) -> str | None:
-    """Return what a path names if it has no folder in it, without the suffix; None for every other path."""
+    """Return what a path names if it has no folder in it, without the suffix; None for every other
+    path.
+    """
     text = str(recipe)
     return None if os.sep in text else text.removesuffix(_SUFFIX)

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from anyflow.documents import read_json, shortened
-from anyflow.schedulers.shift import WEIGHT_TYPES, invert_shift, nearest_weight, shift_times, train_weight_grid
+from anyflow.schedulers.shift import (
+    WEIGHT_TYPES,
+    invert_shift,
+    nearest_weight,
+    shift_times,
+    train_weight_grid,
+)
 from anyflow.transfer import to_device
 from anyflow.validation import brief, is_finite_number, whole_number
 
@@ -23,7 +29,8 @@ MAX_STEPS = 10_000  # of a schedule: more are a mistake, and would only fill the
 MAX_TRAIN_TIMESTEPS = 10**6
 CONFIG_NAME = "scheduler_config.json"
 MIN_SHIFT, MAX_SHIFT = 1e-6, 1e6  # beyond, neighbors on the schedule are one number
-_ON_SCHEDULE = 1e-3  # a timestep this close to an entry of the schedule is that entry (in timesteps, as in diffusers)
+# a timestep this close to an entry of the schedule is that entry (in timesteps, as in diffusers)
+_ON_SCHEDULE = 1e-3
 
 
 class SchedulerConfig(SimpleNamespace):
@@ -46,7 +53,8 @@ class SchedulerConfig(SimpleNamespace):
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
-            f"scheduler.config.{name} is read-only; use set_shift(), or from_config(config, {name}=...)"
+            f"scheduler.config.{name} is read-only; use set_shift(), or from_config(config, "
+            f"{name}=...)"
         )
 
 
@@ -63,8 +71,8 @@ class FlowMapEulerDiscreteSchedulerOutput:
 class FlowMapEulerDiscreteScheduler:
     """Euler scheduler for flow maps, with both ends of a step in the caller's hands.
 
-    Timesteps are in [0, num_train_timesteps], sigmas in [0, 1], and sigma = timestep / num_train_timesteps always.
-    Works as the ``scheduler`` of ``diffusers.AnyFlowPipeline``.
+    Timesteps are in [0, num_train_timesteps], sigmas in [0, 1], and sigma = timestep /
+    num_train_timesteps always. Works as the ``scheduler`` of ``diffusers.AnyFlowPipeline``.
 
     Args:
         num_train_timesteps: N, the timestep of pure noise, at most ``MAX_TRAIN_TIMESTEPS``.
@@ -83,11 +91,21 @@ class FlowMapEulerDiscreteScheduler:
     timesteps: Tensor
     num_inference_steps: int
 
-    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0, weight_type: str = "beta08") -> None:
-        num_train_timesteps = whole_number("num_train_timesteps", num_train_timesteps, high=MAX_TRAIN_TIMESTEPS)
+    def __init__(
+        self, num_train_timesteps: int = 1000, shift: float = 1.0, weight_type: str = "beta08"
+    ) -> None:
+        num_train_timesteps = whole_number(
+            "num_train_timesteps", num_train_timesteps, high=MAX_TRAIN_TIMESTEPS
+        )
         if weight_type not in WEIGHT_TYPES:
-            raise ValueError(f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {brief(weight_type)}")
-        self._configure(num_train_timesteps=num_train_timesteps, shift=_valid_shift(shift), weight_type=weight_type)
+            raise ValueError(
+                f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {brief(weight_type)}"
+            )
+        self._configure(
+            num_train_timesteps=num_train_timesteps,
+            shift=_valid_shift(shift),
+            weight_type=weight_type,
+        )
         self.set_timesteps(min(num_train_timesteps, MAX_STEPS))
 
     def _configure(self, **settings: Any) -> None:
@@ -97,33 +115,44 @@ class FlowMapEulerDiscreteScheduler:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
 
-    # Configuration files -----------------------------------------------------------------------------------------
+    # Configuration files --------------------------------------------------------------------------
 
     @classmethod
     def from_config(
         cls, config: Mapping[str, Any] | SchedulerConfig, **overrides: Any
     ) -> FlowMapEulerDiscreteScheduler:
-        """Build from a configuration; keys that start with an underscore (diffusers' bookkeeping) are skipped.
+        """Build from a configuration; keys that start with an underscore (diffusers' bookkeeping)
+        are skipped.
 
         Raises:
             ValueError: the configuration is no mapping, or has a key this scheduler does not know.
         """
         if not isinstance(config, (Mapping, SchedulerConfig)):
-            raise ValueError(f"a scheduler's configuration must be a mapping of settings, got {brief(config)}")
-        settings = {k: v for k, v in {**dict(config.items()), **overrides}.items() if not str(k).startswith("_")}
+            raise ValueError(
+                f"a scheduler's configuration must be a mapping of settings, got {brief(config)}"
+            )
+        settings = {
+            k: v
+            for k, v in {**dict(config.items()), **overrides}.items()
+            if not str(k).startswith("_")
+        }
         known = ("num_train_timesteps", "shift", "weight_type")
         if unknown := sorted(str(name)[:80] for name in settings if name not in known):
-            raise ValueError(f"unknown scheduler settings {', '.join(unknown[:12])}; expected {', '.join(known)}")
+            raise ValueError(
+                f"unknown scheduler settings {', '.join(unknown[:12])}; expected {', '.join(known)}"
+            )
         return cls(**settings)
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, subfolder: str | None = None, **overrides: Any
     ) -> FlowMapEulerDiscreteScheduler:
-        """Load from a folder (or its ``subfolder``) that holds ``scheduler_config.json``, or from the file itself.
+        """Load from a folder (or its ``subfolder``) that holds ``scheduler_config.json``, or from
+        the file itself.
 
         Raises:
-            ValueError: there is no such file, it cannot be read, or it holds a setting this scheduler does not know.
+            ValueError: there is no such file, it cannot be read, or it holds a setting this
+                scheduler does not know.
         """
         file = Path(path) if subfolder is None else Path(path) / subfolder
         file = file / CONFIG_NAME if os.path.isdir(file) else file
@@ -142,7 +171,7 @@ class FlowMapEulerDiscreteScheduler:
         settings = {"_class_name": type(self).__name__, **dict(self.config.items())}
         (directory / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
 
-    # Schedule ----------------------------------------------------------------------------------------------------
+    # Schedule -------------------------------------------------------------------------------------
 
     def apply_shift(self, sigmas: Any) -> Any:
         """``S(u) = s u / (1 + (s - 1) u)`` on [0, 1]; a number or a tensor of any shape."""
@@ -168,19 +197,23 @@ class FlowMapEulerDiscreteScheduler:
         sigmas: Sequence[float] | Tensor | None = None,
         timesteps: Sequence[float] | Tensor | None = None,
     ) -> Tensor:
-        """The sigmas of a schedule, without changing the scheduler: fp64 ``[n + 1]`` on CPU, descending to 0.
+        """The sigmas of a schedule, without changing the scheduler: fp64 ``[n + 1]`` on CPU,
+        descending to 0.
 
-        Without ``sigmas`` or ``timesteps``: ``S(linspace(1, 0, n + 1))``. Custom values are used verbatim, never
-        shifted again; a terminal 0 is appended unless it is there already.
+        Without ``sigmas`` or ``timesteps``: ``S(linspace(1, 0, n + 1))``. Custom values are used
+        verbatim, never shifted again; a terminal 0 is appended unless it is there already.
 
         Raises:
-            ValueError: no length is given or lengths disagree; values are NaN, out of range or not descending.
+            ValueError: no length is given or lengths disagree; values are NaN, out of range or not
+                descending.
         """
         if sigmas is not None and timesteps is not None:
             raise ValueError("give either sigmas or timesteps, not both")
         if sigmas is None and timesteps is None:
             if num_inference_steps is None:
-                raise ValueError("num_inference_steps is required unless sigmas or timesteps are given")
+                raise ValueError(
+                    "num_inference_steps is required unless sigmas or timesteps are given"
+                )
             steps = whole_number("num_inference_steps", num_inference_steps, high=MAX_STEPS)
             return self.apply_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
         name, top = ("sigmas", 1.0) if sigmas is not None else ("timesteps", self._n)
@@ -189,7 +222,9 @@ class FlowMapEulerDiscreteScheduler:
         steps = len(values) - 1
         # A caller that counted the terminal 0 it passed means the same schedule.
         if num_inference_steps not in (None, steps, len(given)):
-            raise ValueError(f"num_inference_steps={num_inference_steps}, but {name} has {steps} steps")
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps}, but {name} has {steps} steps"
+            )
         return values / top
 
     def set_timesteps(
@@ -200,13 +235,17 @@ class FlowMapEulerDiscreteScheduler:
         sigmas: Sequence[float] | Tensor | None = None,
         timesteps: Sequence[float] | Tensor | None = None,
     ) -> None:
-        """Set the sampling schedule: ``self.timesteps`` gets n entries, ``self.sigmas`` n + 1 with the terminal 0.
+        """Set the sampling schedule: ``self.timesteps`` gets n entries, ``self.sigmas`` n + 1 with
+        the terminal 0.
 
         Args and errors: see :meth:`schedule`; ``device`` is where the two tensors are put.
         """
         values = self.schedule(num_inference_steps, sigmas=sigmas, timesteps=timesteps)
-        self._schedule = (values[:-1] * self._n).tolist()  # host copy: looking up a step must not wait for a GPU
-        dtype = torch.float32 if torch.device(device or "cpu").type in ("mps", "npu") else torch.float64
+        # host copy: looking up a step must not wait for a GPU
+        self._schedule = (values[:-1] * self._n).tolist()
+        dtype = (
+            torch.float32 if torch.device(device or "cpu").type in ("mps", "npu") else torch.float64
+        )
         self.sigmas = values.to(device=device, dtype=dtype)
         self.timesteps = (values[:-1] * self._n).to(device=device, dtype=dtype)
         self.num_inference_steps = len(self._schedule)
@@ -233,7 +272,7 @@ class FlowMapEulerDiscreteScheduler:
         index = min(range(len(self._schedule)), key=lambda i: abs(self._schedule[i] - value))
         return index if abs(self._schedule[index] - value) <= _ON_SCHEDULE else None
 
-    # Steps -------------------------------------------------------------------------------------------------------
+    # Steps ----------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Identity; flow maps take the sample as it is."""
@@ -249,29 +288,45 @@ class FlowMapEulerDiscreteScheduler:
     ) -> FlowMapEulerDiscreteSchedulerOutput | tuple[Tensor]:
         """Move a sample from t to r: ``x_r = x_t - (t - r) / N * u``, in fp32 at least.
 
-        Numbers and CPU tensors are validated; device tensors are taken as they are, so that no step waits for the GPU
-        (except that without ``r_timestep`` a device ``timestep`` must be read to find the next one).
+        Numbers and CPU tensors are validated; device tensors are taken as they are, so that no step
+        waits for the GPU (except that without ``r_timestep`` a device ``timestep`` must be read to
+        find the next one).
 
         Args:
             model_output: u, ``[B, F, ...]``.
-            timestep: t: a number, ``[]``, ``[B]`` or ``[B, F]``, in [0, N]. Per-sample values are honored.
+            timestep: t: a number, ``[]``, ``[B]`` or ``[B, F]``, in [0, N]. Per-sample values are
+                honored.
             sample: x_t, the shape of model_output.
-            r_timestep: r <= t; as timestep. None takes the entry that follows ``timestep`` on the schedule.
+            r_timestep: r <= t; as timestep. None takes the entry that follows ``timestep`` on the
+                schedule.
             return_dict: False returns a 1-tuple.
 
         Returns:
             ``.prev_sample``, x_r in sample's dtype.
 
         Raises:
-            ValueError: shapes do not fit, times are out of range, NaN or ascending, or r cannot be inferred.
+            ValueError: shapes do not fit, times are out of range, NaN or ascending, or r cannot be
+                inferred.
         """
         if model_output.shape != sample.shape:
-            raise ValueError(f"model_output {tuple(model_output.shape)} and sample {tuple(sample.shape)} must match")
+            raise ValueError(
+                f"model_output {tuple(model_output.shape)} and sample {tuple(sample.shape)} must "
+                "match"
+            )
         if r_timestep is None:
             r_timestep = self._next_timestep(timestep)
-        t, r = self._times("timestep", timestep, sample), self._times("r_timestep", r_timestep, sample)
-        if _on_host(timestep) and _on_host(r_timestep) and _ascends(_host(timestep), _host(r_timestep)):
-            raise ValueError(f"r_timestep must not exceed timestep, got r={r_timestep}, t={timestep}")
+        t, r = (
+            self._times("timestep", timestep, sample),
+            self._times("r_timestep", r_timestep, sample),
+        )
+        if (
+            _on_host(timestep)
+            and _on_host(r_timestep)
+            and _ascends(_host(timestep), _host(r_timestep))
+        ):
+            raise ValueError(
+                f"r_timestep must not exceed timestep, got r={r_timestep}, t={timestep}"
+            )
         acc = torch.promote_types(sample.dtype, torch.float32)
         width = ((t - r) / self._n).to(acc)
         previous = (sample.to(acc) - width * model_output.to(acc)).to(sample.dtype)
@@ -287,25 +342,34 @@ class FlowMapEulerDiscreteScheduler:
             noise: the shape of sample.
         """
         if noise.shape != sample.shape:
-            raise ValueError(f"noise {tuple(noise.shape)} and sample {tuple(sample.shape)} must match")
+            raise ValueError(
+                f"noise {tuple(noise.shape)} and sample {tuple(sample.shape)} must match"
+            )
         acc = torch.promote_types(sample.dtype, torch.float32)
         sigma = (self._times("timestep", timestep, sample) / self._n).to(acc)
         return ((1 - sigma) * sample.to(acc) + sigma * noise.to(acc)).to(sample.dtype)
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: float | Tensor) -> Tensor:
+    def add_noise(
+        self, original_samples: Tensor, noise: Tensor, timesteps: float | Tensor
+    ) -> Tensor:
         """:meth:`scale_noise` under the argument order of diffusers' training schedulers."""
         return self.scale_noise(original_samples, timesteps, noise)
 
     def get_train_weight(self, timesteps: Tensor) -> Tensor:
-        """Training weight of each timestep in [0, N] (any shape), fp32: nearest point of the shifted grid.
+        """Training weight of each timestep in [0, N] (any shape), fp32: nearest point of the
+        shifted grid.
 
-        Normalized over the grid, never over the batch; see :func:`anyflow.schedulers.shift.train_weight_grid`.
+        Normalized over the grid, never over the batch; see
+        :func:`anyflow.schedulers.shift.train_weight_grid`.
         """
         device = timesteps.device
         if device not in self._weights:
             tau, weight = train_weight_grid(self.config.weight_type, self.config.shift)
             dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
-            self._weights[device] = (to_device(tau, device, dtype), to_device(weight, device, dtype))
+            self._weights[device] = (
+                to_device(tau, device, dtype),
+                to_device(weight, device, dtype),
+            )
         tau, weight = self._weights[device]
         return nearest_weight(timesteps.to(tau.dtype) / self._n, tau, weight).to(torch.float32)
 
@@ -322,9 +386,13 @@ class FlowMapEulerDiscreteScheduler:
         if isinstance(value, Tensor):
             times = to_device(value, like.device, dtype)
         else:
-            times = torch.full((), float(value), dtype=dtype, device=like.device)  # filled there, not copied
+            # filled there, not copied
+            times = torch.full((), float(value), dtype=dtype, device=like.device)
         if times.ndim and times.shape != like.shape[: times.ndim] and times.numel() != 1:
-            raise ValueError(f"{name} {tuple(times.shape)} must be a number, [B] or [B, F] of {tuple(like.shape)}")
+            raise ValueError(
+                f"{name} {tuple(times.shape)} must be a number, [B] or [B, F] of "
+                f"{tuple(like.shape)}"
+            )
         return times.reshape(times.shape + (1,) * (like.ndim - times.ndim))
 
     def _next_timestep(self, timestep: float | Tensor) -> Tensor:
@@ -335,7 +403,8 @@ class FlowMapEulerDiscreteScheduler:
             index = self.index_for_timestep(value)
             if index is None:
                 raise ValueError(
-                    f"timestep {value} is not on the schedule, so the next one is unknown; pass r_timestep explicitly"
+                    f"timestep {value} is not on the schedule, so the next one is unknown; pass "
+                    "r_timestep explicitly"
                 )
             result.append(following[index])
         return torch.tensor(result, dtype=torch.float64).reshape(values.shape)
@@ -367,22 +436,34 @@ def _ascends(t: Tensor, r: Tensor) -> bool:
 def _valid_shift(shift: float) -> float:
     if not is_finite_number(shift) or not MIN_SHIFT <= shift <= MAX_SHIFT:
         raise ValueError(
-            f"shift must be a positive finite number, from {MIN_SHIFT:g} to {MAX_SHIFT:g}, got {brief(shift)}"
+            f"shift must be a positive finite number, from {MIN_SHIFT:g} to {MAX_SHIFT:g}, got "
+            f"{brief(shift)}"
         )
     return float(shift)
 
 
 def _numbers(name: str, values: Any) -> Tensor:
-    """Convert a sequence, array or tensor of real numbers to fp64 ``[n]`` on the CPU; ValueError for anything else."""
+    """Convert a sequence, array or tensor of real numbers to fp64 ``[n]`` on the CPU; ValueError
+    for anything else.
+    """
     problem = f"{name} must be a sequence of at most {MAX_STEPS} numbers, got {brief(values)}"
     if isinstance(values, Tensor):
-        if values.ndim != 1 or values.is_complex() or values.dtype == torch.bool or len(values) > MAX_STEPS:
+        if (
+            values.ndim != 1
+            or values.is_complex()
+            or values.dtype == torch.bool
+            or len(values) > MAX_STEPS
+        ):
             raise ValueError(f"{problem}, of shape {tuple(values.shape)}")
         return values.detach().to("cpu", torch.float64)
-    if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not isinstance(values, Iterable):
+    if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not isinstance(
+        values, Iterable
+    ):
         raise ValueError(problem)
     listed = list(islice(iter(values), MAX_STEPS + 1))
-    if len(listed) > MAX_STEPS or any(isinstance(value, (str, bytes, bool, complex)) for value in listed):
+    if len(listed) > MAX_STEPS or any(
+        isinstance(value, (str, bytes, bool, complex)) for value in listed
+    ):
         raise ValueError(problem)
     try:
         return torch.tensor([float(value) for value in listed], dtype=torch.float64)
@@ -392,7 +473,9 @@ def _numbers(name: str, values: Any) -> Tensor:
 
 def _valid_schedule(name: str, values: Tensor, top: float) -> Tensor:
     if values.ndim != 1 or values.numel() == 0:
-        raise ValueError(f"{name} must be a non-empty 1-D sequence, got shape {tuple(values.shape)}")
+        raise ValueError(
+            f"{name} must be a non-empty 1-D sequence, got shape {tuple(values.shape)}"
+        )
     if not bool(((values >= 0) & (values <= top)).all()):  # also catches NaN
         raise ValueError(f"{name} must be finite and in [0, {top:g}], got {values.tolist()}")
     if values[-1] != 0:

@@ -14,7 +14,9 @@ _GRID_POINTS = 1001
 
 
 def shift_times(times: Times, shift: float) -> Times:
-    """``S(u) = s u / (1 + (s - 1) u)``, which maps [0, 1] onto itself and, for s > 1, favors the noisy end."""
+    """``S(u) = s u / (1 + (s - 1) u)``, which maps [0, 1] onto itself and, for s > 1, favors the
+    noisy end.
+    """
     return shift * times / (1 + (shift - 1) * times)
 
 
@@ -26,8 +28,8 @@ def invert_shift(times: Times, shift: float) -> Times:
 def train_weight_grid(weight_type: str, shift: float) -> tuple[Tensor, Tensor]:
     """The shifted 1001-point grid and its normalized training weights, in fp64.
 
-    ``beta08``: ``y = tau sqrt(1 - tau)``; ``gaussian``: ``y = exp(-2 (tau - 1/2)^2)`` less its minimum; both are scaled
-    to ``1000 y / sum(y)`` over the grid. ``uniform``: 1.
+    ``beta08``: ``y = tau sqrt(1 - tau)``; ``gaussian``: ``y = exp(-2 (tau - 1/2)^2)`` less its
+    minimum; both are scaled to ``1000 y / sum(y)`` over the grid. ``uniform``: 1.
 
     Returns:
         ``(tau, weight)``, both ``[1001]``, tau ascending in [0, 1].
@@ -41,7 +43,9 @@ def train_weight_grid(weight_type: str, shift: float) -> tuple[Tensor, Tensor]:
         y = torch.exp(-2 * (tau - 0.5).square())
         y = y - y.min()
     else:
-        raise ValueError(f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {weight_type!r}")
+        raise ValueError(
+            f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {weight_type!r}"
+        )
     return tau, (_GRID_POINTS - 1) * y / y.sum()
 
 

@@ -1,4 +1,6 @@
-"""The training engine: recipes, the loop, checkpoints, distribution over GPUs. Its names load on first use."""
+"""The training engine: recipes, the loop, checkpoints, distribution over GPUs. Its names load on
+first use.
+"""
 
 from __future__ import annotations
 

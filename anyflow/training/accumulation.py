@@ -1,9 +1,11 @@
-"""One update's samples in micro-steps: which come first, what is drawn for them, and their gradients.
+"""One update's samples in micro-steps: which come first, what is drawn for them, and their
+gradients.
 
-An update is a function of its global batch: neither the split into micro-steps nor the ranks change more than rounding.
-Sample j of a rank, counted over its micro-steps, has place ``j * data_world + data_rank`` in the global batch, whatever
-the layout, and every draw is a function of the place. Samples of plain diffusion go through the networks first, because
-the losses of the others are scaled by the mean of theirs (:class:`~anyflow.methods.DiffusionBalance`).
+An update is a function of its global batch: neither the split into micro-steps nor the ranks change
+more than rounding. Sample j of a rank, counted over its micro-steps, has place
+``j * data_world + data_rank`` in the global batch, whatever the layout, and every draw is a
+function of the place. Samples of plain diffusion go through the networks first, because the losses
+of the others are scaled by the mean of theirs (:class:`~anyflow.methods.DiffusionBalance`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anyflow.data import Batch
-from anyflow.methods import DiffusionBalance, LossOutput, PretrainConfig, TimePairs, sample_time_pairs
+from anyflow.methods import (
+    DiffusionBalance,
+    LossOutput,
+    PretrainConfig,
+    TimePairs,
+    sample_time_pairs,
+)
 from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.draws import SampleDraws, draw_generator
@@ -94,18 +102,25 @@ class Accumulation:
         return drawn
 
     def time_pairs(
-        self, batches: Sequence[Batch], step: int, config: PretrainConfig, given: TimePairs | Sequence[TimePairs] | None
+        self,
+        batches: Sequence[Batch],
+        step: int,
+        config: PretrainConfig,
+        given: TimePairs | Sequence[TimePairs] | None,
     ) -> TimePairs:
-        """Times of all samples of this rank, in the order of the batches; kinds are shared out over the global batch.
+        """Times of all samples of this rank, in the order of the batches; kinds are shared out over
+        the global batch.
 
         Args:
             batches: of each micro-step.
             step: number of the update.
             config: of the pretrain loss.
-            given: times of the caller, for every micro-step or a list with those of each; None draws them.
+            given: times of the caller, for every micro-step or a list with those of each; None
+                draws them.
 
         Raises:
-            ValueError: kinds that are given leave a flow-map sample of one rank before a diffusion sample of another.
+            ValueError: kinds that are given leave a flow-map sample of one rank before a diffusion
+                sample of another.
         """
         if given is not None:
             pairs = _joined_pairs(given, len(batches))
@@ -133,21 +148,26 @@ class Accumulation:
         pairs: TimePairs | None = None,
         given: Mapping[str, Any] | None = None,
     ) -> Losses:
-        """Compute the gradients of the mean loss of all samples, in as many micro-steps as there are batches.
+        """Compute the gradients of the mean loss of all samples, in as many micro-steps as there
+        are batches.
 
         Args:
             batches: of each micro-step.
             step: number of the update.
             loss: of a micro-step.
             pairs: times of all samples; each micro-step is given its own as ``time_pairs``.
-            given: draws of the caller: a tensor ``[B, ...]`` is that of every micro-step, and a list has one for each.
+            given: draws of the caller: a tensor ``[B, ...]`` is that of every micro-step, and a
+                list has one for each.
 
         Raises:
             ValueError: a row of the data is not finite.
         """
         rows = [(batch, b) for batch in batches for b in range(len(batch.latents))]
         order = list(range(len(rows))) if pairs is None else pairs.diffusion_first()
-        draws = {name: _joined(value, len(batches)) for name, value in ({} if given is None else given).items()}
+        draws = {
+            name: _joined(value, len(batches))
+            for name, value in ({} if given is None else given).items()
+        }
         means: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
         start = 0
@@ -166,7 +186,9 @@ class Accumulation:
     def _loss(self, loss: Callable[[MicroBatch], LossOutput], micro: MicroBatch) -> LossOutput:
         # Without its cache, which would hold a second copy of all weights, sharded ones too.
         enabled = self._recipe.precision == "bf16"
-        with torch.autocast(self._mesh.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
+        with torch.autocast(
+            self._mesh.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
+        ):
             return loss(micro)
 
     def _micro_batch(
@@ -180,19 +202,27 @@ class Accumulation:
         device = self._mesh.device
         latents = torch.stack([batch.latents[b] for batch, b in (rows[j] for j in chosen)])
         prompts = torch.stack([batch.prompt_embeds[b] for batch, b in (rows[j] for j in chosen)])
-        # In host memory: a device would have to be waited for, and later the student would be to blame.
+        # In host memory: a device would have to be waited for, and later the student would be to
+        # blame.
         for name, values in (("latents", latents), ("prompts", prompts)):
             require_finite(
-                f"the data's rows {[batch.index[b] for batch, b in (rows[j] for j in chosen)]}: {name}", values
+                f"the data's rows {[batch.index[b] for batch, b in (rows[j] for j in chosen)]}: "
+                f"{name}",
+                values,
             )
         own = {
-            name: value[device_tensor(chosen, torch.long, value.device)] if isinstance(value, Tensor) else value
+            name: value[device_tensor(chosen, torch.long, value.device)]
+            if isinstance(value, Tensor)
+            else value
             for name, value in draws.items()
         }
         if pairs is not None:
             own["time_pairs"] = pairs.select(chosen, device)
         return MicroBatch(
-            to_device(latents, device), to_device(prompts, device), self._draws(step, chosen, device), own
+            to_device(latents, device),
+            to_device(prompts, device),
+            self._draws(step, chosen, device),
+            own,
         )
 
     def _draws(self, step: int, samples: Sequence[int], device: torch.device) -> SampleDraws:
@@ -201,24 +231,32 @@ class Accumulation:
         return SampleDraws(self._recipe.seed, step, places, device)
 
     def _require_diffusion_first(self, batches: Sequence[Batch], pairs: TimePairs) -> None:
-        """ValueError on every rank if the ranks' own order cannot put all diffusion samples first."""
+        """ValueError on every rank if the ranks' own order cannot put all diffusion samples
+        first.
+        """
         kinds = [pairs.is_diffusion[j].item() for j in pairs.diffusion_first()]
         steps = [micro for micro, batch in enumerate(batches) for _ in range(len(batch.latents))]
         last = max((micro for micro, kind in zip(steps, kinds, strict=True) if kind), default=-1)
-        first = min((micro for micro, kind in zip(steps, kinds, strict=True) if not kind), default=len(batches))
+        first = min(
+            (micro for micro, kind in zip(steps, kinds, strict=True) if not kind),
+            default=len(batches),
+        )
         ends = torch.tensor([last, -first], device=self._mesh.device)
         if self._mesh.data_world > 1:
             dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._mesh.data_group)
         last, first = int(ends[0]), -int(ends[1])
         if last > first:
             raise ValueError(
-                f"time_pairs: a rank has diffusion samples up to micro-step {last} while another has none from "
+                f"time_pairs: a rank has diffusion samples up to micro-step {last} while another "
+                "has none from "
                 f"micro-step {first} on; share the kinds out evenly over the ranks"
             )
 
 
 def _joined(value: Any, micro_steps: int) -> Any:
-    """Join a draw of all micro-steps into one tensor; what is not drawn for each sample stays as it is."""
+    """Join a draw of all micro-steps into one tensor; what is not drawn for each sample stays as it
+    is.
+    """
     if isinstance(value, Tensor):
         value = [value] * micro_steps
     return torch.cat(value) if isinstance(value, list) else value
@@ -226,4 +264,9 @@ def _joined(value: Any, micro_steps: int) -> Any:
 
 def _joined_pairs(given: TimePairs | Sequence[TimePairs], micro_steps: int) -> TimePairs:
     each = [given] * micro_steps if isinstance(given, TimePairs) else list(given)
-    return TimePairs(*(torch.cat([getattr(pairs, name) for pairs in each]) for name in ("t", "r", "is_diffusion")))
+    return TimePairs(
+        *(
+            torch.cat([getattr(pairs, name) for pairs in each])
+            for name in ("t", "r", "is_diffusion")
+        )
+    )

@@ -28,7 +28,8 @@ def block_bytes(
     gradient: bool = True,
     fake: bool = True,
 ) -> tuple[int, int]:
-    """Run one block, forward and backward, and return the bytes of its input and of all that it makes at its peak.
+    """Run one block, forward and backward, and return the bytes of its input and of all that it
+    makes at its peak.
 
     Its parameters are left out, and the gradients of those once they are there.
 
@@ -45,11 +46,17 @@ def block_bytes(
     with _fake(block) if fake else nullcontext(block) as run:
         x = torch.zeros(batch, tokens, dim, dtype=dtype, requires_grad=gradient)
         text = torch.zeros(batch, text_tokens, dim, dtype=dtype)
-        others = (text, torch.zeros(batch, 1, 6, dim), (torch.ones(tokens, half), torch.zeros(tokens, half)))
+        others = (
+            text,
+            torch.zeros(batch, 1, 6, dim),
+            (torch.ones(tokens, half), torch.zeros(tokens, half)),
+        )
         for parameter in (p for p in run.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         memory = Allocations()
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+        autocast = torch.autocast(
+            "cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+        )
         with autocast, torch.set_grad_enabled(gradient), memory:
             out = run(x, *others)
             if gradient:

@@ -1,4 +1,6 @@
-"""Videos of the averaged student during training, at any number of steps; training is left bit for bit as it was."""
+"""Videos of the averaged student during training, at any number of steps; training is left bit for
+bit as it was.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,19 @@ class AveragedSampler:
         with ExitStack() as opened:
             opened.enter_context(self._ema.applied(self._student))
             opened.enter_context(
-                torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=False)
+                torch.autocast(
+                    self._device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=False
+                )
             )
             self._open = opened.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self._open.close()
 
     def sample(self, noise: Tensor, prompt_embeds: Tensor, num_steps: int) -> Tensor:

@@ -1,8 +1,9 @@
 """The memory, floating-point operations and disk of a recipe, counted without its weights or a GPU.
 
-Parameters are counted on the meta device, and what a block needs beside them is counted as it runs, forward and
-backward, on fake tensors of the real size. ``python -m anyflow.training.budget RECIPE [KEY=VALUE]...`` prints
-the count of one recipe; without a recipe, the table of docs/training.md.
+Parameters are counted on the meta device, and what a block needs beside them is counted as it runs,
+forward and backward, on fake tensors of the real size.
+``python -m anyflow.training.budget RECIPE [KEY=VALUE]...`` prints the count of one recipe; without
+a recipe, the table of docs/training.md.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.blocks import AnyFlowTransformerBlock
 from anyflow.training.activations import block_bytes
 from anyflow.training.config import ArchitectureConfig, NetworkConfig, Recipe
-from anyflow.training.flops import OnPolicyFlops, network_flops, peak_flops, pretrain_flops, token_count
+from anyflow.training.flops import (
+    OnPolicyFlops,
+    network_flops,
+    peak_flops,
+    pretrain_flops,
+    token_count,
+)
 from anyflow.training.networks import prepare_critic, prepare_student
 from anyflow.training.recipe import load_recipe
 from anyflow.training.steps import pretrain_config
@@ -36,7 +43,9 @@ CARD = "H100"
 _FP32 = 4
 _KNOWN = {
     "Wan2.1-T2V-1.3B-Diffusers": ArchitectureConfig(),
-    "Wan2.1-T2V-14B-Diffusers": ArchitectureConfig(num_attention_heads=40, ffn_dim=13824, num_layers=40),
+    "Wan2.1-T2V-14B-Diffusers": ArchitectureConfig(
+        num_attention_heads=40, ffn_dim=13824, num_layers=40
+    ),
 }
 
 
@@ -49,9 +58,10 @@ class Memory:
         gradients: its share of the gradients of what trains.
         optimizer: its share of AdamW's two moments.
         average: its share of the student's average.
-        gathered: whole parameters of two blocks and of what is outside of the blocks, and a block's whole gradients.
-        kept: the inputs of all blocks that backward starts again from, or without activation checkpointing all that
-            backward needs.
+        gathered: whole parameters of two blocks and of what is outside of the blocks, and a block's
+            whole gradients.
+        kept: the inputs of all blocks that backward starts again from, or without activation
+            checkpointing all that backward needs.
         working: what one block makes and keeps while it runs.
     """
 
@@ -78,7 +88,8 @@ class Budget:
         trained: of those, the ones that train.
         global_batch: samples of an update.
         updates: of the run.
-        update_flops: model FLOPs of an update on all processes together, the mean over the rollouts that are drawn.
+        update_flops: model FLOPs of an update on all processes together, the mean over the rollouts
+            that are drawn.
         memory: of each process.
         checkpoint: bytes of a checkpoint on disk.
         row: bytes of a video in the dataset, with a caption of ``TEXT_TOKENS`` tokens.
@@ -106,13 +117,16 @@ class Budget:
 
 
 def count(
-    recipe: Recipe, processes: int = 8, latent_shape: Sequence[int] = LATENTS, text_tokens: int = TEXT_TOKENS
+    recipe: Recipe,
+    processes: int = 8,
+    latent_shape: Sequence[int] = LATENTS,
+    text_tokens: int = TEXT_TOKENS,
 ) -> Budget:
     """Count what a recipe takes on ``processes`` GPUs.
 
     Args:
-        recipe: its networks have an architecture, come from a folder that is there or that one of anyflow's recipes
-            leaves, or are Wan2.1's.
+        recipe: its networks have an architecture, come from a folder that is there or that one of
+            anyflow's recipes leaves, or are Wan2.1's.
         processes: of torchrun, on as many GPUs.
         latent_shape: ``(F, C, H, W)`` of the videos.
         text_tokens: of a prompt, padding included.
@@ -123,13 +137,18 @@ def count(
     parallel = recipe.parallel
     if processes % (parallel.replicate * parallel.sequence):
         raise ValueError(
-            f"parallel.replicate {parallel.replicate} x parallel.sequence {parallel.sequence} must divide the "
+            f"parallel.replicate {parallel.replicate} x parallel.sequence {parallel.sequence} must "
+            "divide the "
             f"{processes} processes"
         )
     networks = _networks(recipe)
     tokens = token_count(networks["student"], latent_shape)
-    trained = {name: sum(p.numel() for p in _trained(network)) for name, network in networks.items()}
-    samples = recipe.data.batch_size * recipe.gradient_accumulation * (processes // parallel.sequence)
+    trained = {
+        name: sum(p.numel() for p in _trained(network)) for name, network in networks.items()
+    }
+    samples = (
+        recipe.data.batch_size * recipe.gradient_accumulation * (processes // parallel.sequence)
+    )
     return Budget(
         parameters=sum(p.numel() for network in networks.values() for p in network.parameters()),
         trained=sum(trained.values()),
@@ -143,7 +162,8 @@ def count(
 
 
 def architecture(network: NetworkConfig) -> ArchitectureConfig:
-    """Return the sizes of a recipe's network: its own, its folder's, or those of the recipe that leaves the folder.
+    """Return the sizes of a recipe's network: its own, its folder's, or those of the recipe that
+    leaves the folder.
 
     Raises:
         ValueError: there is no such folder, and its name does not say.
@@ -155,28 +175,47 @@ def architecture(network: NetworkConfig) -> ArchitectureConfig:
         if (folder / "config.json").is_file():
             found = read_json(folder / "config.json")
             names = {field.name for field in dataclasses.fields(ArchitectureConfig)} & set(found)
-            sizes: dict[str, Any] = {n: tuple(v) if isinstance(v := found[n], list) else v for n in names}
+            sizes: dict[str, Any] = {
+                n: tuple(v) if isinstance(v := found[n], list) else v for n in names
+            }
             return ArchitectureConfig(**sizes)
-    known = next((sizes for name, sizes in _KNOWN.items() if path.name.endswith(name.removeprefix("Wan2.1-"))), None)
+    known = next(
+        (
+            sizes
+            for name, sizes in _KNOWN.items()
+            if path.name.endswith(name.removeprefix("Wan2.1-"))
+        ),
+        None,
+    )
     if known is not None:
         return known
     if path.name == "model" and path.parent.name in recipes.names():
         return architecture(load_recipe(Path(path.parent.name)).student)
-    raise ValueError(f"{path}: there is no such folder, and its name does not say how large the network is")
+    raise ValueError(
+        f"{path}: there is no such folder, and its name does not say how large the network is"
+    )
 
 
 def _networks(recipe: Recipe) -> dict[str, AnyFlowTransformer3DModel]:
-    """Build the recipe's networks without memory; a teacher from a folder is taken for a plain Wan model."""
+    """Build the recipe's networks without memory; a teacher from a folder is taken for a plain Wan
+    model.
+    """
 
     def build(config: NetworkConfig) -> AnyFlowTransformer3DModel:
-        return AnyFlowTransformer3DModel(**dataclasses.asdict(architecture(config)), r_embedder=False)
+        return AnyFlowTransformer3DModel(
+            **dataclasses.asdict(architecture(config)), r_embedder=False
+        )
 
     with torch.device("meta"):
         networks = {"student": prepare_student(build(recipe.student), recipe)}
         if recipe.teacher is not None:
             networks["teacher"] = build(recipe.teacher).requires_grad_(False)
         if recipe.on_policy is not None:
-            critic = recipe.on_policy.teacher if recipe.on_policy.critic is None else recipe.on_policy.critic
+            critic = (
+                recipe.on_policy.teacher
+                if recipe.on_policy.critic is None
+                else recipe.on_policy.critic
+            )
             networks["teacher"] = build(recipe.on_policy.teacher).requires_grad_(False)
             networks["critic"] = prepare_critic(build(critic), recipe)
     return networks
@@ -187,9 +226,15 @@ def _trained(network: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _update_flops(
-    recipe: Recipe, networks: dict[str, AnyFlowTransformer3DModel], tokens: int, text_tokens: int, samples: int
+    recipe: Recipe,
+    networks: dict[str, AnyFlowTransformer3DModel],
+    tokens: int,
+    text_tokens: int,
+    samples: int,
 ) -> float:
-    counted = {name: network_flops(network, tokens, text_tokens) for name, network in networks.items()}
+    counted = {
+        name: network_flops(network, tokens, text_tokens) for name, network in networks.items()
+    }
     if recipe.on_policy is None:
         return pretrain_flops(*counted.values(), config=pretrain_config(recipe), samples=samples)
     method = dataclasses.replace(recipe.on_policy.method, pretrain=pretrain_config(recipe))
@@ -200,13 +245,22 @@ def _update_flops(
     def mean(loss: Any) -> float:
         return sum(sum(loss(*steps) for steps in each) / len(each) for each in drawn) / len(drawn)
 
-    return mean(update.student_loss) / recipe.on_policy.generator_update_interval + mean(update.critic_loss)
+    return mean(update.student_loss) / recipe.on_policy.generator_update_interval + mean(
+        update.critic_loss
+    )
 
 
 def _memory(
-    recipe: Recipe, networks: dict[str, AnyFlowTransformer3DModel], shards: int, tokens: int, text_tokens: int
+    recipe: Recipe,
+    networks: dict[str, AnyFlowTransformer3DModel],
+    shards: int,
+    tokens: int,
+    text_tokens: int,
 ) -> Memory:
-    sharded = {name: sum(_share(p, shards) for p in _trained(network)) for name, network in networks.items()}
+    sharded = {
+        name: sum(_share(p, shards) for p in _trained(network))
+        for name, network in networks.items()
+    }
     gathered = 0
     if shards > 1:
         for network in networks.values():
@@ -214,9 +268,12 @@ def _memory(
             trained = max(sum(p.numel() for p in _trained(block)) for block in network.blocks)
             rest = sum(p.numel() for p in network.parameters()) - sum(blocks)
             gathered = max(gathered, 2 * max(blocks) + rest + trained)
-    kept, working = _activations(recipe, networks, -(-tokens // recipe.parallel.sequence), text_tokens)
+    kept, working = _activations(
+        recipe, networks, -(-tokens // recipe.parallel.sequence), text_tokens
+    )
     return Memory(
-        weights=_FP32 * sum(_share(p, shards) for network in networks.values() for p in network.parameters()),
+        weights=_FP32
+        * sum(_share(p, shards) for network in networks.values() for p in network.parameters()),
         gradients=_FP32 * sum(sharded.values()),
         optimizer=2 * _FP32 * sum(sharded.values()),
         average=_FP32 * sharded["student"],
@@ -235,13 +292,19 @@ def _share(parameter: Tensor, shards: int) -> int:
 def _activations(
     recipe: Recipe, networks: dict[str, AnyFlowTransformer3DModel], tokens: int, text_tokens: int
 ) -> tuple[int, int]:
-    """Return the bytes that graphs keep and those that a block takes, at the moment when both together are largest."""
+    """Return the bytes that graphs keep and those that a block takes, at the moment when both
+    together are largest.
+    """
     batch = recipe.data.batch_size
     student = networks["student"]
 
     def graph(network: AnyFlowTransformer3DModel, evaluations: int) -> tuple[int, int]:
         kept, working = block_bytes(
-            cast(AnyFlowTransformerBlock, network.blocks[0]), batch, tokens, text_tokens, recipe.precision
+            cast(AnyFlowTransformerBlock, network.blocks[0]),
+            batch,
+            tokens,
+            text_tokens,
+            recipe.precision,
         )
         layers = len(network.blocks)
         if recipe.activation_checkpointing:
@@ -260,12 +323,18 @@ def _activations(
         moments = [
             graph(student, rollout + has_data),
             graph(networks["critic"], 1),
-            (kept_rollout, _without_gradient(networks["teacher"], recipe, guided, tokens, text_tokens)),
+            (
+                kept_rollout,
+                _without_gradient(networks["teacher"], recipe, guided, tokens, text_tokens),
+            ),
         ]
     config = pretrain_config(recipe)
-    if has_data and not config.is_flow_matching:  # x+ and x- where r != t, and the unconditional x_t, in one call
+    # x+ and x- where r != t, and the unconditional x_t, in one call
+    if has_data and not config.is_flow_matching:
         together = 2 * batch + (batch if config.fuse_guidance_scale != 1 else 0)
-        moments.append((kept_rollout, _without_gradient(student, recipe, together, tokens, text_tokens)))
+        moments.append(
+            (kept_rollout, _without_gradient(student, recipe, together, tokens, text_tokens))
+        )
     return max(moments, key=sum)
 
 
@@ -293,8 +362,10 @@ _ROWS: tuple[tuple[str, tuple[str, ...], int], ...] = (
 
 
 _HEAD = (
-    f"| recipe | GPUs | parameters, trained | updates × batch | PFLOP an update | {CARD} hours | GB a GPU: weights + "
-    "training state + gathered + kept + working | GB a checkpoint |\n|---|---|---|---|---|---|---|---|\n"
+    f"| recipe | GPUs | parameters, trained | updates × batch | PFLOP an update | {CARD} hours | "
+    "GB a GPU: weights + "
+    "training state + gathered + kept + working | GB a checkpoint "
+    "|\n|---|---|---|---|---|---|---|---|\n"
 )
 
 
@@ -326,7 +397,9 @@ def _row(name: str, recipe: Recipe, processes: int, latents: Sequence[int] = LAT
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table, or the row of one recipe: ``RECIPE [KEY=VALUE]... [--processes N] [--latents F C H W]``."""
+    """Print the table, or the row of one recipe:
+    ``RECIPE [KEY=VALUE]... [--processes N] [--latents F C H W]``.
+    """
     if not arguments:
         print(table(), end="")
         return
@@ -336,11 +409,23 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     shape = ("F", "C", "H", "W")
-    parser.add_argument("--latents", default=LATENTS, help="of a video; 21 16 60 104", nargs=4, type=int, metavar=shape)
+    parser.add_argument(
+        "--latents",
+        default=LATENTS,
+        help="of a video; 21 16 60 104",
+        nargs=4,
+        type=int,
+        metavar=shape,
+    )
     parser.add_argument("--processes", type=int, default=8, help="of torchrun, one for each GPU")
     given = parser.parse_args(arguments)
     try:
-        row = _row(f"`{given.recipe}`", load_recipe(given.recipe, given.settings), given.processes, given.latents)
+        row = _row(
+            f"`{given.recipe}`",
+            load_recipe(given.recipe, given.settings),
+            given.processes,
+            given.latents,
+        )
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     print(_HEAD + row, end="")

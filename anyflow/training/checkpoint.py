@@ -1,7 +1,9 @@
-"""Checkpoints that a kill cannot damage, on torch.distributed.checkpoint: sharded, verified, free of pickled code.
+"""Checkpoints that a kill cannot damage, on torch.distributed.checkpoint: sharded, verified, free
+of pickled code.
 
-A checkpoint is written to the hidden folder ``.step-00000020.tmp`` and gets its name by one rename, when every byte and
-the manifest are on the disk. Whatever has a name is complete, and whatever ends in ``.tmp`` is litter.
+A checkpoint is written to the hidden folder ``.step-00000020.tmp`` and gets its name by one rename,
+when every byte and the manifest are on the disk. Whatever has a name is complete, and whatever ends
+in ``.tmp`` is litter.
 """
 
 from __future__ import annotations
@@ -42,19 +44,22 @@ def complete_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 class Checkpointer:
-    """Saves and loads the checkpoints of one folder. Every method is collective, and every rank gets the same result.
+    """Saves and loads the checkpoints of one folder. Every method is collective, and every rank
+    gets the same result.
 
     Args:
         folder: of the checkpoints, on a file system that all ranks share; made by the first save.
         keep: newest checkpoints that a save leaves, with the one it wrote.
-        process_group: the ranks that take part; None means all of them, or this process alone where torch.distributed
-            has not been initialized.
+        process_group: the ranks that take part; None means all of them, or this process alone where
+            torch.distributed has not been initialized.
 
     Raises:
         ValueError: keep is less than 1.
     """
 
-    def __init__(self, folder: Path, *, keep: int, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, process_group: dist.ProcessGroup | None = None
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.folder, self.keep, self._group = Path(folder), keep, process_group
@@ -68,14 +73,18 @@ class Checkpointer:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
-        return self._on_rank_zero(lambda: next(reversed(complete_checkpoints(self.folder).values()), None))
+        return self._on_rank_zero(
+            lambda: next(reversed(complete_checkpoints(self.folder).values()), None)
+        )
 
     def save(self, step: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> Path:
-        """Write a checkpoint, in place of one of the same step, then delete the oldest beyond ``keep``.
+        """Write a checkpoint, in place of one of the same step, then delete the oldest beyond
+        ``keep``.
 
         Args:
             step: at least 0.
-            tensors: flat, plain (then equal on all ranks) or DTensors; the names are the same on all ranks.
+            tensors: flat, plain (then equal on all ranks) or DTensors; the names are the same on
+                all ranks.
             info: JSON values.
 
         Returns:
@@ -83,13 +92,16 @@ class Checkpointer:
 
         Raises:
             ValueError: the step is negative, a value is no tensor, or info is not JSON.
-            OSError: the system refuses to write, such as on a full disk; earlier checkpoints are as before.
+            OSError: the system refuses to write, such as on a full disk; earlier checkpoints are as
+                before.
             CheckpointError: another rank could not write.
         """
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}")
         if others := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
-            raise ValueError(f"a checkpoint holds tensors only; these are none: {', '.join(others)}")
+            raise ValueError(
+                f"a checkpoint holds tensors only; these are none: {', '.join(others)}"
+            )
         try:
             info = json.loads(json.dumps(info))
         except TypeError as error:
@@ -122,22 +134,25 @@ class Checkpointer:
 
         Args:
             path: of the checkpoint.
-            tensors: to fill, plain or DTensors, however they were sharded when saved; the names are exactly those of
-                the checkpoint that start with ``prefix``.
+            tensors: to fill, plain or DTensors, however they were sharded when saved; the names are
+                exactly those of the checkpoint that start with ``prefix``.
             prefix: of the names that count; the others are left aside.
 
         Returns:
             The info that was saved.
 
         Raises:
-            CheckpointError: on all ranks, before any tensor has changed: the checkpoint is incomplete or a file of it
-                is missing or damaged (the message names the previous complete checkpoint), or a name, a shape or a
-                dtype differs. Also if a file holds something else than tensors, which is found while loading.
+            CheckpointError: on all ranks, before any tensor has changed: the checkpoint is
+                incomplete or a file of it is missing or damaged (the message names the previous
+                complete checkpoint), or a name, a shape or a dtype differs. Also if a file holds
+                something else than tensors, which is found while loading.
         """
         path = Path(path)
         try:
             manifest = self._on_rank_zero(lambda: Manifest.read(path))
-            shares = self._gather(self._everywhere(lambda: manifest.problems(path, self._share(manifest))))
+            shares = self._gather(
+                self._everywhere(lambda: manifest.problems(path, self._share(manifest)))
+            )
             if problems := [problem for share in shares for problem in share]:
                 raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
         except CheckpointError as error:
@@ -153,7 +168,7 @@ class Checkpointer:
             )
         return manifest.info
 
-    # Files ---------------------------------------------------------------------------------------------------------
+    # Files ----------------------------------------------------------------------------------------
 
     def _prepare(self, partial: Path) -> None:
         """Make the folder to write to, and clear what killed runs have left."""
@@ -173,7 +188,9 @@ class Checkpointer:
         partial.mkdir()
 
     def _own_records(self, partial: Path) -> dict[str, FileRecord]:
-        own = sorted(partial.glob(f"__{self._rank}_*")) + ([partial / INDEX] if self._rank == 0 else [])
+        own = sorted(partial.glob(f"__{self._rank}_*")) + (
+            [partial / INDEX] if self._rank == 0 else []
+        )
         return {file.name: FileRecord.of(file) for file in own}
 
     def _commit(self, manifest: Manifest, partial: Path, final: Path) -> None:
@@ -189,16 +206,19 @@ class Checkpointer:
         outdated = list(complete_checkpoints(self.folder).values())[: -self.keep]
         for path in outdated:
             if path != final:
-                os.rename(path, _hidden(path, "tmp"))  # first: half a checkpoint must not have a name
+                # first: half a checkpoint must not have a name
+                os.rename(path, _hidden(path, "tmp"))
                 shutil.rmtree(_hidden(path, "tmp"))
 
     def _share(self, manifest: Manifest) -> list[str]:
         return sorted(manifest.files)[self._rank :: self._world_size]
 
-    # Ranks ---------------------------------------------------------------------------------------------------------
+    # Ranks ----------------------------------------------------------------------------------------
 
     def _everywhere(self, work: Callable[[], T]) -> T:
-        """Do something on each rank, which returns its own result; if one fails, all of them raise."""
+        """Do something on each rank, which returns its own result; if one fails, all of them
+        raise.
+        """
         result, error = None, None
         try:
             result = work()
@@ -225,7 +245,9 @@ class Checkpointer:
         return values
 
 
-def _matching_index(path: Path, manifest: Manifest, tensors: dict[str, Tensor], prefix: str) -> dcp.Metadata:
+def _matching_index(
+    path: Path, manifest: Manifest, tensors: dict[str, Tensor], prefix: str
+) -> dcp.Metadata:
     index = read_index(path, manifest.files)
     if lines := difference(index, tensors, prefix):
         listed = "\n  ".join(lines)
@@ -238,8 +260,14 @@ def _previous(path: Path) -> str:
     digits = path.name.removeprefix("step-")
     if not digits.isdecimal():
         return ""
-    earlier = [other for step, other in complete_checkpoints(path.parent).items() if step < int(digits)]
-    return f"; the previous complete checkpoint is {earlier[-1]}" if earlier else "; there is no earlier one"
+    earlier = [
+        other for step, other in complete_checkpoints(path.parent).items() if step < int(digits)
+    ]
+    return (
+        f"; the previous complete checkpoint is {earlier[-1]}"
+        if earlier
+        else "; there is no earlier one"
+    )
 
 
 def _hidden(path: Path, suffix: str) -> Path:
@@ -258,7 +286,9 @@ def _dcp_errors(what: str) -> Iterator[None]:
             for failure in failures:
                 if not isinstance(failure, Exception):
                     raise failure from error  # an interrupt of the user
-            refusals = [found for failure in failures if (found := system_error(failure)) is not None]
+            refusals = [
+                found for failure in failures if (found := system_error(failure)) is not None
+            ]
             if len(refusals) == len(failures):
                 raise refusals[0] from error
             reasons = {f"{type(failure).__name__}: {failure}" for failure in failures}

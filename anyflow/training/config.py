@@ -1,7 +1,9 @@
-"""The recipe of a training run, as frozen dataclasses: what a YAML file says, typed and with defaults.
+"""The recipe of a training run, as frozen dataclasses: what a YAML file says, typed and with
+defaults.
 
-The defaults are those of the published Wan2.1-1.3B recipe where it has them. A value that cannot work is
-a ValueError when the dataclass is built; what needs a file or the other processes is checked by the trainer.
+The defaults are those of the published Wan2.1-1.3B recipe where it has them. A value that cannot
+work is a ValueError when the dataclass is built; what needs a file or the other processes is
+checked by the trainer.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class OptimizerConfig:
         betas: of AdamW.
         eps: of AdamW.
         weight_decay: of AdamW.
-        schedule: after the warm-up, ``"constant"`` or ``"cosine"`` down to ``min_lr_ratio`` at the last step.
+        schedule: after the warm-up, ``"constant"`` or ``"cosine"`` down to ``min_lr_ratio`` at the
+            last step.
         warmup_steps: linear warm-up; the first step has ``lr / warmup_steps``.
         min_lr_ratio: end of the cosine, as a share of lr.
         clip_norm: largest norm of this network's gradient.
@@ -127,7 +130,8 @@ class DataConfig:
     """The dataset and its loader.
 
     Args:
-        kind: ``"latents"``, written by ``anyflow preprocess``; or ``"synthetic"``, the moving shapes of the quickstart.
+        kind: ``"latents"``, written by ``anyflow preprocess``; or ``"synthetic"``, the moving
+            shapes of the quickstart.
         path: folder of the latents.
         batch_size: samples per step and data-parallel rank, before gradient accumulation.
         num_workers: processes that read ahead; 0 reads in the training process.
@@ -157,7 +161,8 @@ class ParallelConfig:
     Args:
         replicate: copies of the parameters (HSDP); 1 is plain FSDP.
         shard: processes that parameters are sharded over; None takes what the other two leave.
-        sequence: processes that share the tokens of a sample (Ulysses); it divides the number of heads.
+        sequence: processes that share the tokens of a sample (Ulysses); it divides the number of
+            heads.
         timeout_s: seconds without an answer after which the other ranks are given up.
     """
 
@@ -197,18 +202,22 @@ class OnPolicyStageConfig:
 
     Args:
         teacher: the real score.
-        method: rollout, scores and co-training; its ``pretrain`` must be left alone, the recipe's own counts.
+        method: rollout, scores and co-training; its ``pretrain`` must be left alone, the recipe's
+            own counts.
         critic: where the critic starts; None means the teacher's weights.
         critic_lora: adapters of the critic in place of full fine-tuning.
         critic_optimizer: of the critic.
-        generator_update_interval: the student is updated every so many steps, the critic at every one.
+        generator_update_interval: the student is updated every so many steps, the critic at every
+            one.
     """
 
     teacher: NetworkConfig
     method: OnPolicyConfig = field(default_factory=lambda: OnPolicyConfig(cotrain_pretrain=True))
     critic: NetworkConfig | None = None
     critic_lora: LoRAConfig | None = None
-    critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6, betas=(0.0, 0.999)))
+    critic_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=2e-6, betas=(0.0, 0.999))
+    )
     generator_update_interval: int = 1
 
     def __post_init__(self) -> None:
@@ -216,7 +225,9 @@ class OnPolicyStageConfig:
         if self.teacher.lora is not None:
             raise ValueError("on_policy.teacher.lora: the teacher is not trained")
         if self.critic is not None and self.critic.lora is not None:
-            raise ValueError("on_policy.critic.lora: give the critic's adapters as on_policy.critic_lora")
+            raise ValueError(
+                "on_policy.critic.lora: give the critic's adapters as on_policy.critic_lora"
+            )
 
 
 @dataclass(frozen=True)
@@ -229,12 +240,13 @@ class Recipe:
         student: the network that is trained.
         data: the videos.
         steps: optimizer steps of the student's loop.
-        flow_map: second timestep branch, added to a student that has none (not in the teacher stage).
+        flow_map: second timestep branch, added to a student that has none (not in the teacher
+            stage).
         scheduler: shift, timestep range, training weight.
-        pretrain: the pretrain loss, also of stage 2's co-training; the teacher stage uses its ``prompt_dropout`` and
-            ``i2v_prob`` only.
-        teacher: the network that ``pretrain.velocity_target=teacher`` names; with that in the pretrain stage, and only
-            then (stage 2 takes ``on_policy.teacher``).
+        pretrain: the pretrain loss, also of stage 2's co-training; the teacher stage uses its
+            ``prompt_dropout`` and ``i2v_prob`` only.
+        teacher: the network that ``pretrain.velocity_target=teacher`` names; with that in the
+            pretrain stage, and only then (stage 2 takes ``on_policy.teacher``).
         on_policy: required in stage 2, and only there.
         optimizer: of the student.
         ema: of the student.
@@ -244,15 +256,19 @@ class Recipe:
         metrics: when and on what to measure sampled videos.
         validation: when and on what to evaluate the loss on videos that are not trained on.
         gradient_accumulation: loss evaluations per optimizer step.
-        precision: ``"bf16"`` runs the networks under autocast; parameters and optimizer state are fp32 always.
+        precision: ``"bf16"`` runs the networks under autocast; parameters and optimizer state are
+            fp32 always.
         activation_checkpointing: recompute the blocks in backward.
         compile: ``torch.compile`` of each block.
         device: ``"cuda"``, ``"cpu"``, or None for CUDA where there is a GPU.
-        num_threads: threads on a CPU, within its cores; one is fastest for small networks. None leaves torch's number,
-            and so does the environment's ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS``.
+        num_threads: threads on a CPU, within its cores; one is fastest for small networks. None
+            leaves torch's number, and so does the environment's ``OMP_NUM_THREADS`` or
+            ``MKL_NUM_THREADS``.
         seed: of every random draw of the training itself.
-        log_every: steps between lines of metrics, the first of which is of step 1; a line has the means since the last.
-        loggers: where metrics and previews go beside the run's folder: ``tensorboard``, ``wandb``, ``trackio``.
+        log_every: steps between lines of metrics, the first of which is of step 1; a line has the
+            means since the last.
+        loggers: where metrics and previews go beside the run's folder: ``tensorboard``, ``wandb``,
+            ``trackio``.
         project: that ``wandb`` and ``trackio`` sort the run into.
     """
 
@@ -295,18 +311,26 @@ class Recipe:
         require_text("project", self.project)
         if (self.stage == "on_policy") != (self.on_policy is not None):
             raise ValueError("on_policy is required with stage=on_policy, and only then")
-        if (self.stage == "pretrain" and self.pretrain.velocity_target == "teacher") != (self.teacher is not None):
+        if (self.stage == "pretrain" and self.pretrain.velocity_target == "teacher") != (
+            self.teacher is not None
+        ):
             raise ValueError(
-                "teacher is required with pretrain.velocity_target=teacher in the pretrain stage, and only then "
+                "teacher is required with pretrain.velocity_target=teacher in the pretrain stage, "
+                "and only then "
                 "(stage 2 takes on_policy.teacher)"
             )
         if self.teacher is not None and self.teacher.lora is not None:
             raise ValueError("teacher.lora: the teacher is not trained")
         if self.pretrain.derivative == "jvp" and self.parallel.sequence > 1:
-            raise ValueError("pretrain.derivative=jvp does not go through parallel.sequence > 1; take 'central'")
+            raise ValueError(
+                "pretrain.derivative=jvp does not go through parallel.sequence > 1; take 'central'"
+            )
         self._check_prompts()
         if self.preview.vae is not None and self.data.kind == "synthetic":
-            raise ValueError("preview.vae must be left alone with data.kind=synthetic: no VAE has made these latents")
+            raise ValueError(
+                "preview.vae must be left alone with data.kind=synthetic: no VAE has made these "
+                "latents"
+            )
         self._check_timesteps()
         self._check_heads()
 
@@ -320,9 +344,13 @@ class Recipe:
         """Raise a ValueError where texts have no encoder, or an encoder no texts."""
         for name, part in (("preview", self.preview), ("metrics", self.metrics)):
             if part.prompts and self.preview.model is None:
-                raise ValueError(f"preview.model is required with {name}.prompts: its text encoder encodes them")
+                raise ValueError(
+                    f"preview.model is required with {name}.prompts: its text encoder encodes them"
+                )
         if self.preview.model is not None and not (self.preview.prompts or self.metrics.prompts):
-            raise ValueError("preview.model is required with preview.prompts or metrics.prompts, and only then")
+            raise ValueError(
+                "preview.model is required with preview.prompts or metrics.prompts, and only then"
+            )
 
     def _check_timesteps(self) -> None:
         """Raise a ValueError where a setting in timesteps does not fit the scheduler's range."""
@@ -333,15 +361,25 @@ class Recipe:
             self.on_policy.method.check_timesteps(timesteps)
 
     def _check_heads(self) -> None:
-        """Raise a ValueError where a sequence cannot be shared out by heads; networks of a folder are seen later."""
+        """Raise a ValueError where a sequence cannot be shared out by heads; networks of a folder
+        are seen later.
+        """
         networks = [("student", self.student)]
         networks += [] if self.teacher is None else [("teacher", self.teacher)]
         if self.on_policy is not None:
             networks.append(("on_policy.teacher", self.on_policy.teacher))
-            networks += [] if self.on_policy.critic is None else [("on_policy.critic", self.on_policy.critic)]
+            networks += (
+                []
+                if self.on_policy.critic is None
+                else [("on_policy.critic", self.on_policy.critic)]
+            )
         for name, network in networks:
-            if network.architecture is not None and network.architecture.num_attention_heads % self.parallel.sequence:
+            if (
+                network.architecture is not None
+                and network.architecture.num_attention_heads % self.parallel.sequence
+            ):
                 raise ValueError(
-                    f"parallel.sequence must divide the {network.architecture.num_attention_heads} attention heads of "
+                    f"parallel.sequence must divide the {network.architecture.num_attention_heads} "
+                    "attention heads of "
                     f"{name}, got {self.parallel.sequence}"
                 )

@@ -1,4 +1,6 @@
-"""Latents as pictures: by the VAE that a recipe names, as the synthetic videos are, or in false colors."""
+"""Latents as pictures: by the VAE that a recipe names, as the synthetic videos are, or in false
+colors.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from anyflow.training.distributed import Mesh, main_result
 
 
 class Decoder:
-    """Shows latents as videos; the VAE of ``preview.vae`` is loaded before a run's networks are built.
+    """Shows latents as videos; the VAE of ``preview.vae`` is loaded before a run's networks are
+    built.
 
     The VAE stays in the host's memory, and is on the device only while it decodes.
 
@@ -27,18 +30,22 @@ class Decoder:
         everywhere: every rank decodes, so that each loads the VAE; else the first rank alone.
 
     Attributes:
-        pixel_shape: ``(F', H', W')`` of real videos; None where there are false colors, or this rank does not decode.
+        pixel_shape: ``(F', H', W')`` of real videos; None where there are false colors, or this
+            rank does not decode.
         fps: frames per second at which the videos are shown.
 
     Raises:
         ValueError: the VAE cannot be loaded, or has latents of other channels; on every rank.
     """
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, dataset: VideoDataset, *, everywhere: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, mesh: Mesh, dataset: VideoDataset, *, everywhere: bool
+    ) -> None:
         self._recipe, self._mesh, self._channels = recipe, mesh, dataset.latent_shape[1]
         self._synthetic = recipe.data.kind == "synthetic"
         self._vae: Any = None
-        # Wan2.1's videos have 16 frames per second; latents as they are, and the synthetic videos, are shown slowly.
+        # Wan2.1's videos have 16 frames per second; latents as they are, and the synthetic videos,
+        # are shown slowly.
         self.fps = 8.0 if recipe.preview.vae is None else 16.0
         if recipe.preview.vae is not None:
             main_result(mesh, self._load)
@@ -57,7 +64,9 @@ class Decoder:
             return _gray(latents) if self._synthetic else _false_colors(latents)
         vae = self._vae.to(self._mesh.device)
         try:
-            return torch.cat([uint8_pixels(decode_latents(vae, video[None])).cpu() for video in latents])
+            return torch.cat(
+                [uint8_pixels(decode_latents(vae, video[None])).cpu() for video in latents]
+            )
         finally:
             vae.clear_cache()  # an error in the middle leaves frames in it, on the device
             self._vae = vae.to("cpu")
@@ -70,7 +79,10 @@ class Decoder:
             return 2 * frames, 2 * height, 2 * width
         if self._vae is None:
             return None
-        temporal, spatial = self._vae.config.scale_factor_temporal, self._vae.config.scale_factor_spatial
+        temporal, spatial = (
+            self._vae.config.scale_factor_temporal,
+            self._vae.config.scale_factor_spatial,
+        )
         return 1 + (frames - 1) * temporal, height * spatial, width * spatial
 
     def _load(self) -> None:
@@ -95,7 +107,9 @@ def _gray(latents: Tensor) -> Tensor:
 
 
 def _false_colors(latents: Tensor) -> Tensor:
-    """Show three channels of ``[N, F, C, H, W]``, each stretched over all values, as ``[N, F, H, W, 3]`` uint8."""
+    """Show three channels of ``[N, F, C, H, W]``, each stretched over all values, as
+    ``[N, F, H, W, 3]`` uint8.
+    """
     channels = latents[:, :, [c % latents.shape[2] for c in range(3)]]
     low, high = channels.amin((0, 1, 3, 4), keepdim=True), channels.amax((0, 1, 3, 4), keepdim=True)
     stretched = (channels - low) / (high - low).clamp(min=1e-6)

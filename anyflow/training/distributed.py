@@ -1,8 +1,10 @@
-"""Processes and devices: FSDP2, HSDP and sequence parallelism as free functions; on one process they change nothing.
+"""Processes and devices: FSDP2, HSDP and sequence parallelism as free functions; on one process
+they change nothing.
 
-A world is replicate x shard x sequence processes; neighbors share a sample. Parameters are sharded over shard x
-sequence, and gradients are averaged over all ranks: with s ranks to a sample, each computes s times its tokens' part of
-the gradient (:meth:`~anyflow.models.AnyFlowTransformer3DModel.set_sequence_parallel`).
+A world is replicate x shard x sequence processes; neighbors share a sample. Parameters are sharded
+over shard x sequence, and gradients are averaged over all ranks: with s ranks to a sample, each
+computes s times its tokens' part of the gradient
+(:meth:`~anyflow.models.AnyFlowTransformer3DModel.set_sequence_parallel`).
 """
 
 from __future__ import annotations
@@ -60,14 +62,17 @@ class Mesh:
 
 
 def setup(parallel: ParallelConfig, device: str | None) -> Mesh:
-    """Join the processes that torchrun has started (RANK, WORLD_SIZE and LOCAL_RANK); without torchrun, a world of one.
+    """Join the processes that torchrun has started (RANK, WORLD_SIZE and LOCAL_RANK); without
+    torchrun, a world of one.
 
     Args:
         parallel: the sizes of the mesh, and the timeout of every collective.
-        device: ``"cpu"`` (gloo), ``"cuda"`` (nccl, the GPU of LOCAL_RANK), or None for CUDA where there is a GPU.
+        device: ``"cpu"`` (gloo), ``"cuda"`` (nccl, the GPU of LOCAL_RANK), or None for CUDA where
+            there is a GPU.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of processes, or this process has no such device.
+        ValueError: the sizes do not multiply to the number of processes, or this process has no
+            such device.
     """
     rank, world_size, local_rank = (int(os.environ.get(n, d)) for n, d in _TORCHRUN)
     shard = _shard_degree(parallel, world_size)
@@ -78,7 +83,9 @@ def setup(parallel: ParallelConfig, device: str | None) -> Mesh:
         return Mesh(place)
     timeout = timedelta(seconds=parallel.timeout_s)
     on_gpu = place.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=place if on_gpu else None)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=timeout, device_id=place if on_gpu else None
+    )
 
     def group(rows: Tensor) -> dist.ProcessGroup:
         """The row with this rank; init_device_mesh would give its groups the default timeout."""
@@ -91,7 +98,9 @@ def setup(parallel: ParallelConfig, device: str | None) -> Mesh:
         mesh = DeviceMesh.from_group(group(copies), place.type, mesh_dim_names=("shard",))
     else:
         both = [group(copies.T), group(copies)]
-        mesh = DeviceMesh.from_group(both, place.type, mesh=copies, mesh_dim_names=("replicate", "shard"))
+        mesh = DeviceMesh.from_group(
+            both, place.type, mesh=copies, mesh_dim_names=("replicate", "shard")
+        )
     return Mesh(
         device=place,
         rank=rank,
@@ -114,7 +123,8 @@ def _shard_degree(parallel: ParallelConfig, world_size: int) -> int:
     if others * shard != world_size:
         given = "what is left" if parallel.shard is None else shard
         raise ValueError(
-            f"parallel: replicate {parallel.replicate} x shard {given} x sequence {parallel.sequence} does not make "
+            f"parallel: replicate {parallel.replicate} x shard {given} x sequence "
+            f"{parallel.sequence} does not make "
             f"{world_size}, the number of processes (torchrun's --nnodes x --nproc-per-node)"
         )
     return shard
@@ -127,12 +137,17 @@ def _device(name: str | None, local_rank: int, world_size: int) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is unknown to PyTorch") from error
     if world_size > 1 and name not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'cpu' or 'cuda' with {world_size} processes, got {name!r}")
+        raise ValueError(
+            f"device must be 'cpu' or 'cuda' with {world_size} processes, got {name!r}"
+        )
     if device.type != "cuda":
         return device
     index = local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r}: this process needs GPU {index}, but there are {torch.cuda.device_count()}")
+        raise ValueError(
+            f"device {name!r}: this process needs GPU {index}, but there are "
+            f"{torch.cuda.device_count()}"
+        )
     return torch.device("cuda", index)
 
 
@@ -156,7 +171,9 @@ def main_result(mesh: Mesh, work: Callable[[], T]) -> T:
 
 
 def gather(mesh: Mesh, value: T) -> list[T]:
-    """Return the values of the ranks with other samples, in their order; collective over them. A value is pickled."""
+    """Return the values of the ranks with other samples, in their order; collective over them. A
+    value is pickled.
+    """
     if mesh.data_group is None:
         return [value]
     values: list[Any] = [None] * mesh.data_world
@@ -171,13 +188,15 @@ def teardown(mesh: Mesh) -> None:
 
 
 def shard_network(network: AnyFlowTransformer3DModel, mesh: Mesh, *, trains: bool) -> None:
-    """Move a network to the mesh's device, sharded block by block, with sequence parallelism; in place.
+    """Move a network to the mesh's device, sharded block by block, with sequence parallelism; in
+    place.
 
-    No rank ever holds more than its shards and one whole block on the device. Parameters are whole only inside forward
-    and backward; elsewhere they are DTensors. Optimizers are built afterwards.
+    No rank ever holds more than its shards and one whole block on the device. Parameters are whole
+    only inside forward and backward; elsewhere they are DTensors. Optimizers are built afterwards.
 
     Args:
-        network: whole, with the same weights on every rank, on the CPU or the mesh's device; adapters already added.
+        network: whole, with the same weights on every rank, on the CPU or the mesh's device;
+            adapters already added.
         mesh: from :func:`setup`.
         trains: False freezes it.
 
@@ -190,9 +209,13 @@ def shard_network(network: AnyFlowTransformer3DModel, mesh: Mesh, *, trains: boo
     if mesh.mesh is None:
         network.to(mesh.device)
         return
-    # It warns of a later write into a block's or network's output, which is a view on some paths; nothing here writes.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
-    # The root too: after a forward without backward, as a teacher's, its parameters must be DTensors again.
+    # It warns of a later write into a block's or network's output, which is a view on some paths;
+    # nothing here writes.
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning
+    )
+    # The root too: after a forward without backward, as a teacher's, its parameters must be
+    # DTensors again.
     for module in (*network.blocks, network):
         fully_shard(module, mesh=mesh.mesh, reshard_after_forward=True)
     for block in network.blocks:
@@ -203,9 +226,11 @@ def shard_network(network: AnyFlowTransformer3DModel, mesh: Mesh, *, trains: boo
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients, sharded or not, so that their common norm is at most ``max_norm``; returns the norm before.
+    """Scale gradients, sharded or not, so that their common norm is at most ``max_norm``; returns
+    the norm before.
 
-    As ``torch.nn.utils.clip_grad_norm_``: a norm that is not finite makes the gradients NaN. Collective over the mesh.
+    As ``torch.nn.utils.clip_grad_norm_``: a norm that is not finite makes the gradients NaN.
+    Collective over the mesh.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
@@ -220,7 +245,9 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def full_state(module_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole copies of the tensors on rank 0's CPU, an empty dict on other ranks. Collective, one tensor at a time."""
+    """Whole copies of the tensors on rank 0's CPU, an empty dict on other ranks. Collective, one
+    tensor at a time.
+    """
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     whole = {}
     for name, tensor in module_tensors.items():

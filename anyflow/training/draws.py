@@ -1,4 +1,6 @@
-"""Stateless randomness: every draw of a run is a function of what it is for, so a resumed run repeats it."""
+"""Stateless randomness: every draw of a run is a function of what it is for, so a resumed run
+repeats it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from anyflow.transfer import to_device
 
 
 def draw_seed(*parts: int | str) -> int:
-    """64 bits of BLAKE2b over the parts joined by ``/`` (of which torch's CPU generator uses the lower 32)."""
+    """64 bits of BLAKE2b over the parts joined by ``/`` (of which torch's CPU generator uses the
+    lower 32).
+    """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -20,7 +24,8 @@ def draw_seed(*parts: int | str) -> int:
 def draw_generator(seed: int, purpose: str, step: int = 0, sample: int = 0) -> torch.Generator:
     """Make the generator of one purpose, update (from 0) and sample of its global batch.
 
-    The generator is on the CPU, so that devices agree, and knows neither ranks nor micro-steps, so that layouts do.
+    The generator is on the CPU, so that devices agree, and knows neither ranks nor micro-steps, so
+    that layouts do.
     """
     return torch.Generator().manual_seed(draw_seed(seed, purpose, step, sample))
 
@@ -38,7 +43,9 @@ class SampleDraws:
     def __init__(self, seed: int, step: int, samples: Sequence[int], device: torch.device) -> None:
         self._seed, self._step, self._samples, self._device = seed, step, tuple(samples), device
 
-    def normal(self, purpose: str, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+    def normal(
+        self, purpose: str, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Standard normal draws ``[B, *shape]``."""
         return self._stack(purpose, lambda g: torch.randn(tuple(shape), generator=g, dtype=dtype))
 
@@ -47,5 +54,8 @@ class SampleDraws:
         return self._stack(purpose, lambda g: torch.rand(tuple(shape), generator=g))
 
     def _stack(self, purpose: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        drawn = [draw(draw_generator(self._seed, purpose, self._step, sample)) for sample in self._samples]
+        drawn = [
+            draw(draw_generator(self._seed, purpose, self._step, sample))
+            for sample in self._samples
+        ]
         return to_device(torch.stack(drawn), self._device)

@@ -12,24 +12,29 @@ from torch.distributed.tensor import DTensor
 
 
 class EMA:
-    """``average <- decay * average + (1 - decay) * parameter``, in fp32 at least, on the parameters' device.
+    """``average <- decay * average + (1 - decay) * parameter``, in fp32 at least, on the
+    parameters' device.
 
     Sharded parameters (DTensors) have sharded averages: every rank averages its own part.
 
     Args:
         module: whose trainable parameters are averaged.
         decay: in [0, 1).
-        warmup: with k updates done, the decay is at most ``(1 + k) / (10 + k)``, so that the start is forgotten early.
+        warmup: with k updates done, the decay is at most ``(1 + k) / (10 + k)``, so that the start
+            is forgotten early.
         start_step: the first so many updates copy the parameters instead.
 
     Attributes:
-        updates: updates done; to resume, set it and fill the tensors of :meth:`state_dict` in place.
+        updates: updates done; to resume, set it and fill the tensors of :meth:`state_dict` in
+            place.
 
     Raises:
         ValueError: decay or start_step is out of range.
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = True, start_step: int = 0) -> None:
+    def __init__(
+        self, module: nn.Module, decay: float, *, warmup: bool = True, start_step: int = 0
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         if start_step < 0:
@@ -41,13 +46,16 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Take one step towards the module's parameters."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        decay = (
+            min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        )
         if self.updates < self.start_step:
             decay = 0.0
         self.updates += 1
         averages = local_parts(self._averages)
         parameters = [
-            p.detach().to(a.dtype) for p, a in zip(local_parts(self._parameters(module)), averages, strict=True)
+            p.detach().to(a.dtype)
+            for p, a in zip(local_parts(self._parameters(module)), averages, strict=True)
         ]
         torch._foreach_lerp_(averages, parameters, 1 - decay)
 
@@ -93,7 +101,9 @@ def _wide(parameter: Tensor) -> Tensor:
 
 
 def _reshard(module: nn.Module) -> None:
-    """Drop gathered parameters: after a forward without backward, the root's would be used again as they were."""
+    """Drop gathered parameters: after a forward without backward, the root's would be used again as
+    they were.
+    """
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

@@ -1,4 +1,6 @@
-"""From a run to a diffusers folder: the trained student and its scheduler, with or without its adapters merged in."""
+"""From a run to a diffusers folder: the trained student and its scheduler, with or without its
+adapters merged in.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def export(
     base: str | Path | None = None,
     copy: bool = False,
 ) -> Path:
-    """Write the student of a run's checkpoint as ``out/transformer`` and ``out/scheduler``, in one process.
+    """Write the student of a run's checkpoint as ``out/transformer`` and ``out/scheduler``, in one
+    process.
 
     With ``base``, ``out`` is a whole pipeline, which :meth:`AnyFlowPipeline.from_pretrained
     <anyflow.pipelines.AnyFlowPipeline.from_pretrained>` and diffusers load.
@@ -54,16 +57,17 @@ def export(
         weights: the average, or the parameters themselves.
         lora, format: as for :func:`write_model`.
         step: of the checkpoint; None takes the newest.
-        base: a diffusers folder, or the name of a model on the Hugging Face Hub, that gives ``vae``, ``text_encoder``
-            and ``tokenizer``; None writes neither.
+        base: a diffusers folder, or the name of a model on the Hugging Face Hub, that gives
+            ``vae``, ``text_encoder`` and ``tokenizer``; None writes neither.
         copy: copy these; else they are links to the base's folders, which must stay where they are.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: an option or the recipe is wrong, ``out`` is in use, there is no such checkpoint, or it is
-            damaged; the base lacks a part, or its parts do not fit the student; or as :func:`write_model`.
+        ValueError: an option or the recipe is wrong, ``out`` is in use, there is no such
+            checkpoint, or it is damaged; the base lacks a part, or its parts do not fit the
+            student; or as :func:`write_model`.
         OSError: as :func:`write_model`.
     """
     from anyflow.training.networks import build_student
@@ -90,7 +94,9 @@ def export(
     Checkpointer(checkpoint.parent, keep=1).load(checkpoint, tensors, prefix=prefix)
     scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))
     trained = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return write_model(student, trained, scheduler, out, lora=lora, format=format, base=parts, copy=copy)
+    return write_model(
+        student, trained, scheduler, out, lora=lora, format=format, base=parts, copy=copy
+    )
 
 
 def write_model(
@@ -105,40 +111,46 @@ def write_model(
 ) -> Path:
     """Write a model as a diffusers folder, completely or not at all.
 
-    ``out/transformer`` loads as our transformer or diffusers' own (the teacher stage's as its Wan model; not with
-    ``fusion="additive"``, which diffusers does not know), and ``out/scheduler`` beside it. With
-    ``lora="separate"``, ``out/lora`` has the adapters, and ``out/transformer`` the base weights with the modules
-    trained in full: the adapters alone are not the model.
+    ``out/transformer`` loads as our transformer or diffusers' own (the teacher stage's as its Wan
+    model; not with ``fusion="additive"``, which diffusers does not know), and ``out/scheduler``
+    beside it. With ``lora="separate"``, ``out/lora`` has the adapters, and ``out/transformer`` the
+    base weights with the modules trained in full: the adapters alone are not the model.
 
     Args:
-        student: whole, on the CPU, as ``build_student`` makes it; **used up**: it is filled, and loses its adapters.
+        student: whole, on the CPU, as ``build_student`` makes it; **used up**: it is filled, and
+            loses its adapters.
         tensors: full tensors for the parameters that are trained, by their names in the student.
         scheduler: whose settings are written.
         out: a new or empty folder.
         lora: what becomes of adapters: ``"merged"`` into the weights, or ``"separate"``.
-        format: of separate adapters. ``"diffusers"``, which None means, is for a pipeline's ``load_lora_weights`` or
-            ``load_lora_adapter(folder, use_safetensors=True)``; ``"comfyui"`` is one file in the original Wan's names,
-            with an alpha for each layer. :func:`anyflow.pipelines.lora.merge_lora` reads both.
-        base, copy: what makes ``out`` a whole pipeline, and whether its parts are copied; None leaves them out.
+        format: of separate adapters. ``"diffusers"``, which None means, is for a pipeline's
+            ``load_lora_weights`` or ``load_lora_adapter(folder, use_safetensors=True)``;
+            ``"comfyui"`` is one file in the original Wan's names, with an alpha for each layer.
+            :func:`anyflow.pipelines.lora.merge_lora` reads both.
+        base, copy: what makes ``out`` a whole pipeline, and whether its parts are copied; None
+            leaves them out.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: ``out`` is not empty, lora or format is unknown, lora is ``"separate"`` for a student without
-            adapters, a layer with an adapter has no name in the format, or a name or shape of the tensors is not that
-            of a trained parameter.
+        ValueError: ``out`` is not empty, lora or format is unknown, lora is ``"separate"`` for a
+            student without adapters, a layer with an adapter has no name in the format, or a name
+            or shape of the tensors is not that of a trained parameter.
         OSError: the system refuses to write, such as on a full disk; ``out`` is as before.
     """
     out = Path(out)
     _check_lora(lora, format)
     adapters = _ADAPTER in getattr(student, "peft_config", {})
     if lora == "separate" and not adapters:
-        raise ValueError("lora='separate' needs a student with adapters; this one was trained in full")
+        raise ValueError(
+            "lora='separate' needs a student with adapters; this one was trained in full"
+        )
     gated = student.config.r_embedder_fusion == "gated"
     if base is not None and not gated:
         raise ValueError(
-            f"diffusers has no model whose times are fused as {student.config.r_embedder_fusion!r}: leave out base"
+            "diffusers has no model whose times are fused as "
+            f"{student.config.r_embedder_fusion!r}: leave out base"
         )
     _fill(student, tensors)
 
@@ -167,7 +179,9 @@ def _check_lora(lora: str, format: str | None) -> None:
     if format not in (None, "diffusers", "comfyui"):
         raise ValueError(f"format must be diffusers or comfyui, got {format!r}")
     if format is not None and lora != "separate":
-        raise ValueError(f"format={format!r} is of adapters in a file of their own: it needs lora='separate'")
+        raise ValueError(
+            f"format={format!r} is of adapters in a file of their own: it needs lora='separate'"
+        )
 
 
 def _choose_checkpoint(folder: Path, step: int | None) -> Path:
@@ -177,7 +191,9 @@ def _choose_checkpoint(folder: Path, step: int | None) -> Path:
     if step is None:
         return complete[max(complete)]
     if step not in complete:
-        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, complete))}")
+        raise CheckpointError(
+            f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, complete))}"
+        )
     return complete[step]
 
 
@@ -203,7 +219,9 @@ def _fill(student: AnyFlowTransformer3DModel, tensors: Mapping[str, Tensor]) -> 
 
 
 def _save_for_diffusers(student: AnyFlowTransformer3DModel, folder: Path) -> None:
-    """Write names that pipelines expect (``transformer.blocks…``), and rank and alpha in the file's metadata."""
+    """Write names that pipelines expect (``transformer.blocks…``), and rank and alpha in the file's
+    metadata.
+    """
     from diffusers.loaders import WanLoraLoaderMixin
     from peft import get_peft_model_state_dict
 
@@ -215,7 +233,9 @@ def _save_for_diffusers(student: AnyFlowTransformer3DModel, folder: Path) -> Non
 
 
 def _save_for_comfyui(student: AnyFlowTransformer3DModel, folder: Path) -> None:
-    """Write ``diffusion_model.<layer of the original Wan>.lora_A.weight``, ``.lora_B.weight`` and ``.alpha``."""
+    """Write ``diffusion_model.<layer of the original Wan>.lora_A.weight``, ``.lora_B.weight`` and
+    ``.alpha``.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -224,10 +244,14 @@ def _save_for_comfyui(student: AnyFlowTransformer3DModel, folder: Path) -> None:
         ours, _, factor = name.rpartition(".lora_")
         layer = ORIGINAL.theirs(ours)
         if layer is None or factor not in ("A.weight", "B.weight"):
-            raise ValueError(f"format='comfyui': {name} has no name in the original Wan; use lora='merged'")
+            raise ValueError(
+                f"format='comfyui': {name} has no name in the original Wan; use lora='merged'"
+            )
         state[f"diffusion_model.{layer}.lora_{factor}"] = tensor.contiguous()
         if factor == "A.weight":
-            alpha = cast("LoraLayer", student.get_submodule(ours)).scaling[_ADAPTER] * tensor.shape[0]
+            alpha = (
+                cast("LoraLayer", student.get_submodule(ours)).scaling[_ADAPTER] * tensor.shape[0]
+            )
             state[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(alpha))
     folder.mkdir()
     save_file(state, folder / _COMFYUI_FILE, metadata={"format": "pt"})

@@ -1,8 +1,10 @@
-"""Model FLOPs of training: the matrix products that an update needs, whatever the hardware recomputes.
+"""Model FLOPs of training: the matrix products that an update needs, whatever the hardware
+recomputes.
 
-A multiplication and an addition are two. Counted are linear layers, the patches' projection and attention, forward and
-backward; norms, rotary embeddings and activations are left out, and so is what activation checkpointing computes again
-(model FLOP utilization as PaLM has it, arXiv 2204.02311, appendix B).
+A multiplication and an addition are two. Counted are linear layers, the patches' projection and
+attention, forward and backward; norms, rotary embeddings and activations are left out, and so is
+what activation checkpointing computes again (model FLOP utilization as PaLM has it, arXiv
+2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from anyflow.methods import OnPolicyConfig, PretrainConfig
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.blocks import AnyFlowTransformerBlock
 
-# Dense bf16 products by the vendors' data sheets, in FLOP/s; the first name that the device's own name contains counts.
+# Dense bf16 products by the vendors' data sheets, in FLOP/s; the first name that the device's own
+# name contains counts.
 _PEAKS = (
     ("B200", 2250e12),
     ("H200 NVL", 835e12),
@@ -32,7 +35,9 @@ _PEAKS = (
 
 
 def peak_flops(device: str) -> float | None:
-    """Return the FLOP/s of dense bf16 products that a device can do at most, by its name; None for one not listed."""
+    """Return the FLOP/s of dense bf16 products that a device can do at most, by its name; None for
+    one not listed.
+    """
     return next((peak for name, peak in _PEAKS if name in device), None)
 
 
@@ -49,7 +54,8 @@ class NetworkFlops:
 
     Args:
         forward: of the evaluation.
-        backward: of its gradients, for the parameters that train; the latents' own gradient is left out.
+        backward: of its gradients, for the parameters that train; the latents' own gradient is left
+            out.
         tangent: that forward-mode differentiation adds to the evaluation.
     """
 
@@ -58,7 +64,9 @@ class NetworkFlops:
     tangent: int
 
 
-def network_flops(network: AnyFlowTransformer3DModel, tokens: int, text_tokens: int) -> NetworkFlops:
+def network_flops(
+    network: AnyFlowTransformer3DModel, tokens: int, text_tokens: int
+) -> NetworkFlops:
     """Count by the shapes of a network's weights, sharded ones and adapters too.
 
     Args:
@@ -67,7 +75,11 @@ def network_flops(network: AnyFlowTransformer3DModel, tokens: int, text_tokens: 
         text_tokens: S, of a prompt.
     """
     text_trains = _trains(network.condition_embedder.text_embedder)
-    time_trains = any(_trains(part) for name, part in network.condition_embedder.named_children() if "text" not in name)
+    time_trains = any(
+        _trains(part)
+        for name, part in network.condition_embedder.named_children()
+        if "text" not in name
+    )
     forward = backward = 0
     for name, module in network.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv3d) or "image_embedder" in name:
@@ -86,7 +98,9 @@ def network_flops(network: AnyFlowTransformer3DModel, tokens: int, text_tokens: 
         keys_train = text_trains or _trains(block.attn2.to_k) or _trains(block.attn2.to_v)
         backward += 2 * width * tokens + (2 if keys_train else 1) * width * text_tokens
     # Both factors of attention's products move, of a linear layer's only the input.
-    return NetworkFlops(forward + attention, backward if _trains(network) else 0, forward + 2 * attention)
+    return NetworkFlops(
+        forward + attention, backward if _trains(network) else 0, forward + 2 * attention
+    )
 
 
 def _rows(name: str, tokens: int, text_tokens: int) -> int:
@@ -95,7 +109,9 @@ def _rows(name: str, tokens: int, text_tokens: int) -> int:
     return 1 if name.startswith("condition_embedder.") else tokens
 
 
-def _input_has_gradient(name: str, network: nn.Module, text_trains: bool, time_trains: bool) -> bool:
+def _input_has_gradient(
+    name: str, network: nn.Module, text_trains: bool, time_trains: bool
+) -> bool:
     """Tell whether backward goes through a layer to what is before it."""
     if ".lora_B." in name:
         return True
@@ -103,7 +119,9 @@ def _input_has_gradient(name: str, network: nn.Module, text_trains: bool, time_t
         return text_trains
     if name.startswith("condition_embedder."):
         if ".linear_2" in name:
-            return _trains(network.get_submodule(name.partition(".linear_2")[0]).get_submodule("linear_1"))
+            return _trains(
+                network.get_submodule(name.partition(".linear_2")[0]).get_submodule("linear_1")
+            )
         return "time_proj" in name and time_trains
     return not name.startswith("patch_embedding")
 
@@ -113,10 +131,18 @@ def _trains(module: nn.Module) -> bool:
 
 
 def pretrain_flops(
-    student: NetworkFlops, teacher: NetworkFlops | None = None, *, config: PretrainConfig, samples: int
+    student: NetworkFlops,
+    teacher: NetworkFlops | None = None,
+    *,
+    config: PretrainConfig,
+    samples: int,
 ) -> int:
-    """Count the pretrain loss of ``samples``, those of all ranks, with its gradients; ``teacher`` gives the target."""
-    total = samples * (student.forward + student.backward + (0 if teacher is None else teacher.forward))
+    """Count the pretrain loss of ``samples``, those of all ranks, with its gradients; ``teacher``
+    gives the target.
+    """
+    total = samples * (
+        student.forward + student.backward + (0 if teacher is None else teacher.forward)
+    )
     if config.is_flow_matching:
         return total
     if config.fuse_guidance_scale != 1:
@@ -147,12 +173,20 @@ class OnPolicyFlops:
         """Count the rollout, the scores and the co-training loss, with their gradients."""
         evaluations, config = self._evaluations(num_steps, grad_step), self.config
         everywhere = config.rollout == "shortcut" and config.grad_through == "all"
-        total = evaluations * self.student.forward + (evaluations if everywhere else 1) * self.student.backward
-        total += self.critic.forward + (1 if config.real_guidance_scale == 0 else 2) * self.teacher.forward
+        total = (
+            evaluations * self.student.forward
+            + (evaluations if everywhere else 1) * self.student.backward
+        )
+        total += (
+            self.critic.forward
+            + (1 if config.real_guidance_scale == 0 else 2) * self.teacher.forward
+        )
         if not config.cotrain_pretrain:
             return self.samples * total
         target = self.teacher if config.pretrain.velocity_target == "teacher" else None
-        return self.samples * total + pretrain_flops(self.student, target, config=config.pretrain, samples=self.samples)
+        return self.samples * total + pretrain_flops(
+            self.student, target, config=config.pretrain, samples=self.samples
+        )
 
     def critic_loss(self, num_steps: int, grad_step: int) -> int:
         """Count the critic's rollout and its loss, with its gradients."""

@@ -1,4 +1,6 @@
-"""The guard against values that are not finite: before an update is made of them, and before they are kept."""
+"""The guard against values that are not finite: before an update is made of them, and before they
+are kept.
+"""
 
 from __future__ import annotations
 
@@ -25,28 +27,37 @@ class TrainingError(FloatingPointError):
         self.step, self.network = step, network
 
 
-def check_finite(step: int, values: Mapping[str, Tensor], gradient_norms: Mapping[str, Tensor]) -> None:
-    """Raise on every rank if a value is NaN or infinite on any; one synchronization with the device.
+def check_finite(
+    step: int, values: Mapping[str, Tensor], gradient_norms: Mapping[str, Tensor]
+) -> None:
+    """Raise on every rank if a value is NaN or infinite on any; one synchronization with the
+    device.
 
     Args:
         step: number of the update, from 0; reported from 1.
-        values: scalars by phrases that end in a network's name, such as ``"loss of the student"``, in the order in
-            which they are suspected.
+        values: scalars by phrases that end in a network's name, such as ``"loss of the student"``,
+            in the order in which they are suspected.
         gradient_norms: of each parameter (this rank's part), read only to report.
 
     Raises:
-        TrainingError: naming the first value that is not finite and, if there is one, the first such gradient.
+        TrainingError: naming the first value that is not finite and, if there is one, the first
+            such gradient.
     """
     flags = _anywhere(~torch.isfinite(torch.stack([v.detach().float() for v in values.values()])))
     if not any(flags):
         return
-    found = [(i, name) for i, (name, norm) in enumerate(gradient_norms.items()) if not math.isfinite(norm.item())][:1]
+    found = [
+        (i, name)
+        for i, (name, norm) in enumerate(gradient_norms.items())
+        if not math.isfinite(norm.item())
+    ][:1]
     if _several():
         everywhere: list[list[tuple[int, str]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everywhere, found)
         found = sorted(item for rank in everywhere for item in rank)
     value = next(name for name, flag in zip(values, flags, strict=True) if flag)
-    own = "loss" in value or "gradient" in value  # else the gradients are spoiled by another network's output
+    # else the gradients are spoiled by another network's output
+    own = "loss" in value or "gradient" in value
     gradient = f"; the first such gradient is that of {found[0][1]}" if found and own else ""
     message = f"step {step + 1}: {value} is not finite{gradient}. Nothing was updated by it"
     raise TrainingError(message, step + 1, value.rpartition(" ")[2])
@@ -54,13 +65,16 @@ def check_finite(step: int, values: Mapping[str, Tensor], gradient_norms: Mappin
 
 @torch.no_grad()
 def check_state(done: int, tensors: Mapping[str, Tensor]) -> None:
-    """Raise on every rank if a tensor of a checkpoint is not finite on any; one synchronization with the device.
+    """Raise on every rank if a tensor of a checkpoint is not finite on any; one synchronization
+    with the device.
 
-    Of parameters and averages the norm counts, in fp32: one that overflows makes every loss overflow, too.
+    Of parameters and averages the norm counts, in fp32: one that overflows makes every loss
+    overflow, too.
 
     Args:
         done: updates done.
-        tensors: of a checkpoint, by their names in it: ``student/...``, ``optimizer/student/...``, ``ema/...``.
+        tensors: of a checkpoint, by their names in it: ``student/...``, ``optimizer/student/...``,
+            ``ema/...``.
 
     Raises:
         TrainingError: naming the first such tensor.
@@ -71,19 +85,26 @@ def check_state(done: int, tensors: Mapping[str, Tensor]) -> None:
     norms = [
         norm
         for chosen, order in ((weights, 2.0), (state, math.inf))
-        for norm in torch._foreach_norm(_filled(local_parts([tensors[name] for name in chosen])), order)
+        for norm in torch._foreach_norm(
+            _filled(local_parts([tensors[name] for name in chosen])), order
+        )
     ]
     flags = _anywhere(~torch.isfinite(torch.stack([norm.float() for norm in norms])))
     if not any(flags):
         return
     name = next(name for name, flag in zip(names, flags, strict=True) if flag)
     network = next((part for part in name.split("/") if part in ("student", "critic")), "student")
-    message = f"step {done}: {name} of the {network} is not finite, or its norm is not. No checkpoint was written of it"
+    message = (
+        f"step {done}: {name} of the {network} is not finite, or its norm is not. No checkpoint "
+        "was written of it"
+    )
     raise TrainingError(message, done, network)
 
 
 def _filled(parts: list[Tensor]) -> list[Tensor]:
-    """Put a zero in place of each empty part, as a rank has it of a small tensor: nothing has no largest value."""
+    """Put a zero in place of each empty part, as a rank has it of a small tensor: nothing has no
+    largest value.
+    """
     return [part if part.numel() else part.new_zeros(1) for part in parts]
 
 

@@ -1,4 +1,6 @@
-"""The loss on videos that are not trained on: which ones, and its evaluation with fixed noise and times."""
+"""The loss on videos that are not trained on: which ones, and its evaluation with fixed noise and
+times.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +40,16 @@ class Split:
 
 
 def split_data(recipe: Recipe, dataset: VideoDataset) -> Split:
-    """Choose the rows of a run; which are held out depends on nothing but the number of rows and ``num_samples``.
+    """Choose the rows of a run; which are held out depends on nothing but the number of rows and
+    ``num_samples``.
 
     Args:
         recipe: the run.
         dataset: its training data.
 
     Raises:
-        ValueError: nothing would be left to train on, or the other dataset cannot be read or has videos of another
-            shape.
+        ValueError: nothing would be left to train on, or the other dataset cannot be read or has
+            videos of another shape.
     """
     validation, rows = recipe.validation, range(len(dataset))
     if not validation.every:
@@ -56,31 +59,41 @@ def split_data(recipe: Recipe, dataset: VideoDataset) -> Split:
         for name in ("latent_shape", "text_shape"):
             if getattr(other, name) != getattr(dataset, name):
                 raise ValueError(
-                    f"validation.path: {validation.path} has {name.replace('_', ' ')} {getattr(other, name)}, "
+                    f"validation.path: {validation.path} has {name.replace('_', ' ')} "
+                    f"{getattr(other, name)}, "
                     f"the training data {getattr(dataset, name)}"
                 )
         return Split(rows, other, _chosen(len(other), min(validation.num_samples, len(other))))
     if validation.num_samples >= len(dataset):
         raise ValueError(
-            f"validation.num_samples={validation.num_samples} leaves none of the {len(dataset)} videos to train on"
+            f"validation.num_samples={validation.num_samples} leaves none of the {len(dataset)} "
+            "videos to train on"
         )
     held_out = _chosen(len(dataset), validation.num_samples)
     return Split(sorted(set(rows) - set(held_out)), dataset, held_out)
 
 
 def _chosen(length: int, count: int) -> list[int]:
-    return sorted(torch.randperm(length, generator=draw_generator(0, "held-out rows"))[:count].tolist())
+    return sorted(
+        torch.randperm(length, generator=draw_generator(0, "held-out rows"))[:count].tolist()
+    )
 
 
 @torch.no_grad()
 def validation_losses(
-    recipe: Recipe, mesh: Mesh, split: Split, negative: Tensor, student: AnyFlowTransformer3DModel, ema: EMA
+    recipe: Recipe,
+    mesh: Mesh,
+    split: Split,
+    negative: Tensor,
+    student: AnyFlowTransformer3DModel,
+    ema: EMA,
 ) -> dict[str, float]:
     """Evaluate the pretrain loss of the averaged weights on the videos held out. Collective.
 
-    Noise, times and kinds of samples are functions of a video's place among those held out, so that the numbers of two
-    steps or two runs can be compared; prompts are kept and all frames are denoised. Flow-map losses are not scaled to
-    the diffusion losses, as training scales them. Training is left bit for bit as it was.
+    Noise, times and kinds of samples are functions of a video's place among those held out, so that
+    the numbers of two steps or two runs can be compared; prompts are kept and all frames are
+    denoised. Flow-map losses are not scaled to the diffusion losses, as training scales them.
+    Training is left bit for bit as it was.
 
     Args:
         recipe: the run.
@@ -95,7 +108,9 @@ def validation_losses(
         ``validation_loss_flow_map``, those of their kinds where there are any.
     """
     config = dataclasses.replace(pretrain_config(recipe), prompt_dropout=0.0, i2v_prob=0.0)
-    method = AnyFlowPretrainMethod(student, build_scheduler(recipe), config, process_group=mesh.data_group)
+    method = AnyFlowPretrainMethod(
+        student, build_scheduler(recipe), config, process_group=mesh.data_group
+    )
     places, size = range(len(split.held_out_rows)), recipe.data.batch_size
     uniforms = SampleDraws(0, 0, places, torch.device("cpu")).uniform("validation times", (2,)).T
     pairs = sample_time_pairs(
@@ -107,12 +122,16 @@ def validation_losses(
     )
     own = list(places[mesh.data_rank :: mesh.data_world])
     negative = to_device(negative, mesh.device)
-    sums = torch.zeros(4, dtype=widest_float(mesh.device), device=mesh.device)  # loss and count, of both kinds
-    autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False)
+    # loss and count, of both kinds
+    sums = torch.zeros(4, dtype=widest_float(mesh.device), device=mesh.device)
+    autocast = torch.autocast(
+        mesh.device.type, torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False
+    )
     with ema.applied(student), autocast:
         for start in range(0, -(-len(places) // mesh.data_world), size):
             chosen = own[start : start + size]
-            # All ranks call the network equally often, as FSDP needs it; the loss of a stand-in is not added.
+            # All ranks call the network equally often, as FSDP needs it; the loss of a stand-in is
+            # not added.
             shown = chosen if chosen else [0]
             samples = [split.held_out[split.held_out_rows[place]] for place in shown]
             draws = SampleDraws(0, 0, shown, mesh.device)

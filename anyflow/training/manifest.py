@@ -1,4 +1,6 @@
-"""What a checkpoint folder says about itself: ``manifest.json``, with the size and hash of every file, written last."""
+"""What a checkpoint folder says about itself: ``manifest.json``, with the size and hash of every
+file, written last.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,10 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it durably, with a hash of its own contents."""
         contents = {"format": FORMAT, **asdict(self)}
-        write_durably(folder / MANIFEST, json.dumps({**contents, "sha256": _digest(contents)}, indent=1) + "\n")
+        write_durably(
+            folder / MANIFEST,
+            json.dumps({**contents, "sha256": _digest(contents)}, indent=1) + "\n",
+        )
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -74,9 +79,13 @@ class Manifest:
             contents = read_json(file)
             recorded = contents.pop("sha256")
             if contents["format"] != FORMAT:
-                raise CheckpointError(f"{file} has format {contents['format']!r}; this version reads {FORMAT}")
+                raise CheckpointError(
+                    f"{file} has format {contents['format']!r}; this version reads {FORMAT}"
+                )
             if _digest(contents) != recorded:
-                raise CheckpointError(f"{file} is damaged: its hash differs from the one recorded in it")
+                raise CheckpointError(
+                    f"{file} is damaged: its hash differs from the one recorded in it"
+                )
             files = {name: FileRecord(**record) for name, record in contents["files"].items()}
             manifest = cls(contents["step"], contents["world_size"], files, contents["info"])
         except CheckpointError:

@@ -57,14 +57,17 @@ class Video:
 
 
 class Measures:
-    """The metrics of a run's sampled videos, as far as its recipe, its data and what is installed allow.
+    """The metrics of a run's sampled videos, as far as its recipe, its data and what is installed
+    allow.
 
-    A video has motion, flicker and, with OpenCV, a dynamic degree; PSNR compares it with the same model's video of many
-    steps. Networks in ``metrics.models`` add CLIP similarity, LPIPS and the Fréchet video distance to the data's own
-    videos. Where nothing decodes latents, their motion and their distance to those of many steps take the place of
-    these. In any case, all latents together are compared with the data's by the Fréchet distance of random features.
+    A video has motion, flicker and, with OpenCV, a dynamic degree; PSNR compares it with the same
+    model's video of many steps. Networks in ``metrics.models`` add CLIP similarity, LPIPS and the
+    Fréchet video distance to the data's own videos. Where nothing decodes latents, their motion and
+    their distance to those of many steps take the place of these. In any case, all latents together
+    are compared with the data's by the Fréchet distance of random features.
 
-    Each metric is tried once when it is chosen, so that one that cannot be had is known before training.
+    Each metric is tried once when it is chosen, so that one that cannot be had is known before
+    training.
 
     Args:
         config: of the metrics.
@@ -75,7 +78,8 @@ class Measures:
         num_real: videos of the data that they are compared with.
 
     Attributes:
-        names: of the metrics, in the order of reports, and whether a video has it by itself, a real one too.
+        names: of the metrics, in the order of reports, and whether a video has it by itself, a real
+            one too.
         left_out: a sentence on each metric that cannot be had.
         compares: whether videos are compared with those of many steps.
 
@@ -114,7 +118,9 @@ class Measures:
             self._leave_out_sets(num_videos, num_real)
         self._try(latent_shape, pixel_shape)
         of_one = self._measures
-        self.names = {name: name in of_one for name in (*of_one, *self._comparisons, *self._features)}
+        self.names = {
+            name: name in of_one for name in (*of_one, *self._comparisons, *self._features)
+        }
         self.compares = bool(self._comparisons)
 
     @contextmanager
@@ -133,10 +139,14 @@ class Measures:
                 torch.cuda.empty_cache()
 
     def of_video(self, video: Video, reference: Video | None) -> dict[str, float]:
-        """Measure a video, and compare it with another of the same prompt and noise where there is one."""
+        """Measure a video, and compare it with another of the same prompt and noise where there is
+        one.
+        """
         values = {name: measure(video) for name, measure in self._measures.items()}
         if reference is not None:
-            values |= {name: compare(video, reference) for name, compare in self._comparisons.items()}
+            values |= {
+                name: compare(video, reference) for name, compare in self._comparisons.items()
+            }
         return values
 
     def features(self, video: Video) -> dict[str, Tensor]:
@@ -163,8 +173,12 @@ class Measures:
         self._comparisons["psnr"] = _psnr
         if self._models is None:
             return
-        self._measures["clip"] = lambda video: self._networks["clip"](_pixels(video), [video.caption]).item()
-        self._comparisons["lpips"] = lambda video, other: self._networks["lpips"](_pixels(video), _pixels(other)).item()
+        self._measures["clip"] = lambda video: self._networks["clip"](
+            _pixels(video), [video.caption]
+        ).item()
+        self._comparisons["lpips"] = lambda video, other: self._networks["lpips"](
+            _pixels(video), _pixels(other)
+        ).item()
         self._features["fvd"] = lambda video: self._networks["fvd"](_pixels(video))[0]
         for name in _NETWORKS:
             if (problem := available[name]) is None:
@@ -173,18 +187,25 @@ class Measures:
                 self._leave_out(name, problem)
 
     def _motion(self, video: Video) -> float:
-        """Return the mean speed in shorter sides per frame, as the dynamic degree has it, for videos of any size."""
+        """Return the mean speed in shorter sides per frame, as the dynamic degree has it, for
+        videos of any size.
+        """
         pixels = _pixels(video)
         return motion(pixels.to(self._device)).item() / min(pixels.shape[-2:])
 
     def _choose_latent_metrics(self) -> None:
-        self.left_out.append("metrics of decoded videos need preview.vae; those of latents take their place")
+        self.left_out.append(
+            "metrics of decoded videos need preview.vae; those of latents take their place"
+        )
         self._measures[_LATENT_MOTION] = _latent_motion
         self._comparisons[_LATENT_DISTANCE] = _latent_distance
 
     def _leave_out_sets(self, num_videos: int, num_real: int) -> None:
         for name in list(self._features):
-            reason = f"needs two prompts and two videos of the data, there are {num_videos} and {num_real}"
+            reason = (
+                f"needs two prompts and two videos of the data, there are {num_videos} and "
+                f"{num_real}"
+            )
             self._leave_out(name, f"{_TITLES[name]} {reason}")
 
     def _leave_out(self, name: str, sentence: str) -> None:
@@ -196,10 +217,13 @@ class Measures:
     def _load(self, names: list[str]) -> None:
         with torch.random.fork_rng(devices=[]):  # libraries draw weights before they load others
             self._networks = {
-                name: _NETWORKS[name](model_path(name, self._models), device=self._device) for name in names
+                name: _NETWORKS[name](model_path(name, self._models), device=self._device)
+                for name in names
             }
 
-    def _try(self, latent_shape: tuple[int, int, int, int], pixel_shape: tuple[int, int, int] | None) -> None:
+    def _try(
+        self, latent_shape: tuple[int, int, int, int], pixel_shape: tuple[int, int, int] | None
+    ) -> None:
         """Measure a video of few frames, and leave out what refuses it."""
         generator = torch.Generator().manual_seed(0)
         latents, pixels = torch.randn(latent_shape, generator=generator), None
@@ -232,7 +256,9 @@ def _psnr(video: Video, reference: Video) -> float:
 
 
 def _latent_motion(video: Video) -> float:
-    """Return the mean absolute difference between successive frames of latents, whose channels have variance 1."""
+    """Return the mean absolute difference between successive frames of latents, whose channels have
+    variance 1.
+    """
     if len(video.latents) < 2:
         raise ValueError("latents must have two frames at least, got one")
     return video.latents.double().diff(dim=0).abs().mean().item()

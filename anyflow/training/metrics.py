@@ -10,7 +10,13 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from anyflow.documents import parse_json, read_text
 from anyflow.progress import LoggedProgress
@@ -24,11 +30,12 @@ _MAX_BYTES = 4 * 2**30
 class Metrics:
     """Rank 0's reports, a context manager; on other ranks it does nothing.
 
-    ``metrics.jsonl`` has one object per reported step: ``step`` (from 1); means since the last line of the losses and
-    of the gradients' norms before clipping; the last learning rates; the rates and the memory of
-    :class:`~anyflow.training.throughput.Throughput`; ``validation_loss`` where it was evaluated, and ``metrics/…``
-    where videos were measured; and ``seconds`` of this process. A run that is resumed drops the lines after the
-    checkpoint, so that the file is that of an uninterrupted run.
+    ``metrics.jsonl`` has one object per reported step: ``step`` (from 1); means since the last line
+    of the losses and of the gradients' norms before clipping; the last learning rates; the rates
+    and the memory of :class:`~anyflow.training.throughput.Throughput`; ``validation_loss`` where it
+    was evaluated, and ``metrics/…`` where videos were measured; and ``seconds`` of this process. A
+    run that is resumed drops the lines after the checkpoint, so that the file is that of an
+    uninterrupted run.
 
     Args:
         folder: of the run.
@@ -74,7 +81,12 @@ class Metrics:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         if not self._enabled:
             return
         self._bar.stop()
@@ -127,7 +139,8 @@ def keep_until(file: Path, step: int) -> None:
     """Cut off the lines of updates after ``step``, and a last one that a kill has torn.
 
     Raises:
-        ValueError: it is not a file in UTF-8, or a line before the last is none of a run; the message names the line.
+        ValueError: it is not a file in UTF-8, or a line before the last is none of a run; the
+            message names the line.
     """
     if not os.path.lexists(file):
         return

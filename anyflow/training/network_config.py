@@ -7,16 +7,19 @@ from typing import Literal
 
 from anyflow.validation import require_number, require_positive, require_text, require_whole
 
-# More than any machine holds; a number beyond it is a mistake that would end in an error of the allocator, or never.
+# More than any machine holds; a number beyond it is a mistake that would end in an error of the
+# allocator, or never.
 MAX_SIZE = 2**20
 
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """A transformer with random weights; the arguments are those of ``AnyFlowTransformer3DModel``, for Wan2.1-1.3B.
+    """A transformer with random weights; the arguments are those of ``AnyFlowTransformer3DModel``,
+    for Wan2.1-1.3B.
 
     Raises:
-        ValueError: a size is not within ``anyflow.models.configuration.LIMITS``, or ``eps`` is not possible.
+        ValueError: a size is not within ``anyflow.models.configuration.LIMITS``, or ``eps`` is not
+            possible.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -37,7 +40,9 @@ class ArchitectureConfig:
 
         settings = {"eps": self.eps, "cross_attn_norm": self.cross_attn_norm}
         try:
-            require_sizes(**{name: size for name, size in vars(self).items() if name not in settings})
+            require_sizes(
+                **{name: size for name, size in vars(self).items() if name not in settings}
+            )
             require_settings(**settings)
         except ValueError as error:
             raise ValueError(f"architecture.{error}") from None
@@ -76,7 +81,10 @@ class LoRAConfig:
         "ffn.net.0.proj",
         "ffn.net.2",
     )
-    trained_modules: tuple[str, ...] = ("condition_embedder.time_embedder", "condition_embedder.delta_embedder")
+    trained_modules: tuple[str, ...] = (
+        "condition_embedder.time_embedder",
+        "condition_embedder.delta_embedder",
+    )
 
     def __post_init__(self) -> None:
         require_whole("lora.rank", self.rank, most=MAX_SIZE)
@@ -92,8 +100,8 @@ class NetworkConfig:
     """Says where a network comes from and what of it is trained.
 
     Args:
-        path: a diffusers folder with a transformer in it (or in its ``transformer`` subfolder), relative to where the
-            command runs; None builds ``architecture`` with random weights.
+        path: a diffusers folder with a transformer in it (or in its ``transformer`` subfolder),
+            relative to where the command runs; None builds ``architecture`` with random weights.
         architecture: of the random weights; with a path it must be None.
         seed: of the random weights.
         lora: adapters in place of full fine-tuning.

@@ -1,4 +1,6 @@
-"""The networks of a recipe, on the CPU in fp32: from a folder or from random weights, and what of them is trained."""
+"""The networks of a recipe, on the CPU in fp32: from a folder or from random weights, and what of
+them is trained.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,21 @@ from anyflow.training.draws import draw_seed
 
 
 def build_student(recipe: Recipe) -> AnyFlowTransformer3DModel:
-    """The network that is trained: a plain Wan model in the teacher stage, else with ``recipe.flow_map``.
+    """The network that is trained: a plain Wan model in the teacher stage, else with
+    ``recipe.flow_map``.
 
     Raises:
-        ValueError: the folder does not hold such a network, its flow map is another one than the recipe's, or
-            ``student.lora`` names what the network does not have.
+        ValueError: the folder does not hold such a network, its flow map is another one than the
+            recipe's, or ``student.lora`` names what the network does not have.
     """
     return prepare_student(_build(recipe.student, "student"), recipe)
 
 
-def prepare_student(student: AnyFlowTransformer3DModel, recipe: Recipe) -> AnyFlowTransformer3DModel:
-    """Give a network the recipe's flow map and adapters, and choose what of it is trained; in place.
+def prepare_student(
+    student: AnyFlowTransformer3DModel, recipe: Recipe
+) -> AnyFlowTransformer3DModel:
+    """Give a network the recipe's flow map and adapters, and choose what of it is trained; in
+    place.
 
     Raises:
         ValueError: as :func:`build_student`, but for the folder.
@@ -43,13 +49,16 @@ def prepare_student(student: AnyFlowTransformer3DModel, recipe: Recipe) -> AnyFl
 
 
 def build_teacher(recipe: Recipe) -> AnyFlowTransformer3DModel:
-    """Build the real score of stage 2, or the target of stage 1, frozen; a plain Wan model or a flow map.
+    """Build the real score of stage 2, or the target of stage 1, frozen; a plain Wan model or a
+    flow map.
 
     Raises:
         ValueError: the folder does not hold a network.
     """
     config, name = (
-        (recipe.teacher, "teacher") if recipe.on_policy is None else (recipe.on_policy.teacher, "on_policy.teacher")
+        (recipe.teacher, "teacher")
+        if recipe.on_policy is None
+        else (recipe.on_policy.teacher, "on_policy.teacher")
     )
     assert config is not None
     return _with_options(_build(config, name).requires_grad_(False), recipe)
@@ -59,7 +68,8 @@ def build_critic(recipe: Recipe, teacher: AnyFlowTransformer3DModel) -> AnyFlowT
     """The fake score of stage 2: its own folder, or a copy of the teacher (before that is sharded).
 
     Raises:
-        ValueError: the folder does not hold a network, or ``critic_lora`` names what it does not have.
+        ValueError: the folder does not hold a network, or ``critic_lora`` names what it does not
+            have.
     """
     assert recipe.on_policy is not None
     config = recipe.on_policy.critic
@@ -68,7 +78,8 @@ def build_critic(recipe: Recipe, teacher: AnyFlowTransformer3DModel) -> AnyFlowT
 
 
 def prepare_critic(critic: AnyFlowTransformer3DModel, recipe: Recipe) -> AnyFlowTransformer3DModel:
-    """Give a network the adapters of the recipe's critic, and choose what of it is trained; in place.
+    """Give a network the adapters of the recipe's critic, and choose what of it is trained; in
+    place.
 
     Raises:
         ValueError: ``critic_lora`` names what the network does not have.
@@ -84,8 +95,8 @@ def check_networks(recipe: Recipe) -> None:
     """Build the networks that the recipe describes itself, without memory for their weights.
 
     Raises:
-        ValueError: as :func:`build_student`, :func:`build_teacher` and :func:`build_critic`; networks of a folder are
-            not looked at.
+        ValueError: as :func:`build_student`, :func:`build_teacher` and :func:`build_critic`;
+            networks of a folder are not looked at.
     """
     with torch.device("meta"):
         if recipe.student.path is None:
@@ -104,11 +115,14 @@ def _build(config: NetworkConfig, name: str) -> AnyFlowTransformer3DModel:
     assert config.architecture is not None
     settings = dataclasses.asdict(config.architecture)
     with torch.device("meta"):
-        size = sum(p.nbytes for p in AnyFlowTransformer3DModel(**settings, r_embedder=False).parameters())
+        size = sum(
+            p.nbytes for p in AnyFlowTransformer3DModel(**settings, r_embedder=False).parameters()
+        )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise ValueError(
-            f"{name}.architecture has {size / 1e9:.0f} GB of weights in fp32, and this machine {memory / 1e9:.0f} GB"
+            f"{name}.architecture has {size / 1e9:.0f} GB of weights in fp32, and this machine "
+            f"{memory / 1e9:.0f} GB"
         )
     with _seeded(config.seed):
         return AnyFlowTransformer3DModel(**settings, r_embedder=False)
@@ -123,7 +137,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _load(path: Path, name: str) -> AnyFlowTransformer3DModel:
-    """A checkpoint of any format, in fp32; what its weights are decides whether it is a flow map."""
+    """A checkpoint of any format, in fp32; what its weights are decides whether it is a flow
+    map.
+    """
     try:
         return load_transformer(path, dtype=torch.float32)
     except ValueError as error:
@@ -138,12 +154,18 @@ def _set_flow_map(network: AnyFlowTransformer3DModel, wanted: FlowMapConfig | No
     config = network.config
     found = FlowMapConfig(config.gate_value, config.deltatime_type, config.r_embedder_fusion)
     if wanted is None:
-        raise ValueError("student.path: stage=teacher trains a plain model, but this one is a flow map")
+        raise ValueError(
+            "student.path: stage=teacher trains a plain model, but this one is a flow map"
+        )
     if found != wanted:
-        raise ValueError(f"student.path holds a flow map of {found}, but the recipe's flow_map is {wanted}")
+        raise ValueError(
+            f"student.path holds a flow map of {found}, but the recipe's flow_map is {wanted}"
+        )
 
 
-def _choose_trained(network: AnyFlowTransformer3DModel, lora: LoRAConfig | None, seed: int, name: str) -> None:
+def _choose_trained(
+    network: AnyFlowTransformer3DModel, lora: LoRAConfig | None, seed: int, name: str
+) -> None:
     """Set ``requires_grad``: everywhere, or of adapters and the modules trained beside them."""
     network.requires_grad_(True)
     if lora is None:
@@ -155,14 +177,21 @@ def _choose_trained(network: AnyFlowTransformer3DModel, lora: LoRAConfig | None,
     targets = _matching(network, lora.target_modules, f"{name}.target_modules")
     for target, module in targets.items():
         if not isinstance(module, nn.Linear):
-            raise ValueError(f"{name}.target_modules: {target} is not a linear layer but {type(module).__name__}")
+            raise ValueError(
+                f"{name}.target_modules: {target} is not a linear layer but {type(module).__name__}"
+            )
     trained = _matching(network, lora.trained_modules, f"{name}.trained_modules")
     for module_name in trained:
         inside = [t for t in targets if t == module_name or t.startswith(f"{module_name}.")]
         if inside:
-            raise ValueError(f"{name}: {inside[0]} cannot have an adapter and be trained in full by {module_name}")
+            raise ValueError(
+                f"{name}: {inside[0]} cannot have an adapter and be trained in full by "
+                f"{module_name}"
+            )
     with _seeded(draw_seed(seed, "adapters")):
-        network.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules)))
+        network.add_adapter(
+            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules))
+        )
     for module in trained.values():
         module.requires_grad_(True)
 
@@ -182,7 +211,9 @@ def _with_options(network: AnyFlowTransformer3DModel, recipe: Recipe) -> AnyFlow
     trains = any(p.requires_grad for p in network.parameters())
     if recipe.activation_checkpointing and trains:
         # Nothing in a block is random, so the generators' states need not be kept.
-        network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+        network.enable_gradient_checkpointing(
+            partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        )
     if recipe.compile:
         network.compile_repeated_blocks()
     return network.train(trains)

@@ -1,4 +1,6 @@
-"""The optimizer of one network: AdamW, its learning rate as a function of the step, clipping, and the finite guard."""
+"""The optimizer of one network: AdamW, its learning rate as a function of the step, clipping, and
+the finite guard.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,11 @@ __all__ = ["NetworkOptimizer", "TrainingError", "check_finite", "lr_factor"]
 
 
 def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The share of the peak learning rate that update ``step`` (from 0) uses: warm-up, then constant or cosine.
+    """The share of the peak learning rate that update ``step`` (from 0) uses: warm-up, then
+    constant or cosine.
 
-    The first of w warm-up updates has 1 / w and the last one 1; the cosine ends at ``min_lr_ratio`` with the last
-    update.
+    The first of w warm-up updates has 1 / w and the last one 1; the cosine ends at ``min_lr_ratio``
+    with the last update.
     """
     warmup = max(config.warmup_steps, 1)
     if step < warmup:
@@ -28,7 +31,9 @@ def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
     if config.schedule == "constant":
         return 1.0
     progress = min((step + 1 - warmup) / (total_steps - warmup), 1.0)
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (
+        1 + math.cos(math.pi * progress)
+    )
 
 
 class NetworkOptimizer:
@@ -43,7 +48,9 @@ class NetworkOptimizer:
         total_steps: where the cosine ends.
     """
 
-    def __init__(self, name: str, network: nn.Module, config: OptimizerConfig, total_steps: int) -> None:
+    def __init__(
+        self, name: str, network: nn.Module, config: OptimizerConfig, total_steps: int
+    ) -> None:
         self.name, self.network, self.config, self.total_steps = name, network, config, total_steps
         self.parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
         assert self.parameters, f"no parameter of the {name} trains"
@@ -66,22 +73,32 @@ class NetworkOptimizer:
         """Learning rate of update ``step`` (from 0)."""
         return self.config.lr * lr_factor(self.config, step, self.total_steps)
 
-    def update(self, step: int, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Guard, clip and apply the gradients of update ``step`` (from 0), then drop them; returns their norm.
+    def update(
+        self, step: int, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Guard, clip and apply the gradients of update ``step`` (from 0), then drop them; returns
+        their norm.
 
         Args:
             step: number of the update.
             losses: scalars that must be finite.
-            norms: of networks' outputs, by phrases such as ``"score of the teacher"``; suspected before the losses.
+            norms: of networks' outputs, by phrases such as ``"score of the teacher"``; suspected
+                before the losses.
 
         Raises:
-            TrainingError: one of these or the gradients' norm is not finite; parameters and state are untouched.
+            TrainingError: one of these or the gradients' norm is not finite; parameters and state
+                are untouched.
         """
         gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         # Before clipping: a norm that is not finite spoils every gradient.
-        parts = dict(zip(gradients, torch._foreach_norm(local_parts(list(gradients.values()))), strict=True))
+        parts = dict(
+            zip(gradients, torch._foreach_norm(local_parts(list(gradients.values()))), strict=True)
+        )
         norm = clip_gradients(self.parameters.values(), self.config.clip_norm)
-        own = {f"{name} of the {self.name}": value for name, value in {**losses, "gradient norm": norm}.items()}
+        own = {
+            f"{name} of the {self.name}": value
+            for name, value in {**losses, "gradient norm": norm}.items()
+        }
         check_finite(step, {**({} if norms is None else norms), **own}, parts)
         for group in self._adamw.param_groups:
             group["lr"] = self.lr(step)
@@ -95,6 +112,9 @@ class NetworkOptimizer:
         for n, p in self.parameters.items():
             state = self._adamw.state[p]
             tensors.update(
-                {f"optimizer/{self.name}/{n}/{key}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+                {
+                    f"optimizer/{self.name}/{n}/{key}": state[key]
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
             )
         return tensors

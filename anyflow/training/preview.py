@@ -1,4 +1,6 @@
-"""Previews: the averaged student sampled at several step counts from fixed noise, as a grid of videos."""
+"""Previews: the averaged student sampled at several step counts from fixed noise, as a grid of
+videos.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ REAL = "real"  # label of the data's own videos
 
 
 class Previews:
-    """Samples and shows what a run's previews show: a column for each prompt, a row for each number of steps.
+    """Samples and shows what a run's previews show: a column for each prompt, a row for each number
+    of steps.
 
     Where the prompts are captions of the data, the data's own videos are the last row.
 
@@ -38,16 +41,22 @@ class Previews:
     """
 
     def __init__(
-        self, recipe: Recipe, mesh: Mesh, dataset: VideoDataset, prompts: Sequence[Prompt], decoder: Decoder
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        dataset: VideoDataset,
+        prompts: Sequence[Prompt],
+        decoder: Decoder,
     ) -> None:
         self._recipe, self._mesh, self._dataset, self._decoder = recipe, mesh, dataset, decoder
         self.prompts = tuple(prompts)
 
     def write(self, step: Step, done: int, console: Console) -> Path | None:
-        """Sample and write ``previews/step-….gif``, or ``.mp4`` of decoded videos. Collective; rank 0 writes.
+        """Sample and write ``previews/step-….gif``, or ``.mp4`` of decoded videos. Collective; rank
+        0 writes.
 
-        The synthetic videos are shown as they are, and latents without a VAE in false colors: their first three
-        channels as red, green and blue. Training is left bit for bit as it was.
+        The synthetic videos are shown as they are, and latents without a VAE in false colors: their
+        first three channels as red, green and blue. Training is left bit for bit as it was.
 
         Args:
             step: whose average is sampled.
@@ -55,8 +64,8 @@ class Previews:
             console: where messages go.
 
         Returns:
-            The file; None on other ranks, and where values are not finite, which would be shown as black, or the VAE
-            needs more memory than there is: a line says so.
+            The file; None on other ranks, and where values are not finite, which would be shown as
+            black, or the VAE needs more memory than there is: a line says so.
         """
         suffix = "gif" if self._recipe.preview.vae is None else "mp4"
         file = Path(self._recipe.out) / "previews" / f"step-{done:08d}.{suffix}"
@@ -65,15 +74,24 @@ class Previews:
             if not self._mesh.is_main:
                 return None
             self._require_finite(rows)
-            labels = [f"{count} step{'s' if count > 1 else ''}" for count in self._recipe.preview.step_counts]
-            real = [self._dataset[prompt.row].latents for prompt in self.prompts if prompt.row is not None]
+            labels = [
+                f"{count} step{'s' if count > 1 else ''}"
+                for count in self._recipe.preview.step_counts
+            ]
+            real = [
+                self._dataset[prompt.row].latents
+                for prompt in self.prompts
+                if prompt.row is not None
+            ]
             if real:
                 rows, labels = torch.cat([rows, torch.stack(real)[None]]), [*labels, REAL]
             videos = self._decoder.pixels(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         except (FloatingPointError, torch.OutOfMemoryError) as error:
             console.print(f"The preview {file} was not written: {error}", markup=False)
             return None
-        write_grid(videos, labels, [prompt.caption for prompt in self.prompts], file, self._decoder.fps)
+        write_grid(
+            videos, labels, [prompt.caption for prompt in self.prompts], file, self._decoder.fps
+        )
         return file
 
     def sample(self, student: torch.nn.Module, ema: EMA) -> Tensor:
@@ -87,7 +105,10 @@ class Previews:
         counts = self._recipe.preview.step_counts
         with AveragedSampler(self._recipe, self._mesh, student, ema) as sampler:
             videos = [
-                [sampler.sample(x, prompt.embeds, count) for x, prompt in zip(noise, self.prompts, strict=True)]
+                [
+                    sampler.sample(x, prompt.embeds, count)
+                    for x, prompt in zip(noise, self.prompts, strict=True)
+                ]
                 for count in counts
             ]
         return torch.stack([torch.stack(row) for row in videos])
@@ -95,6 +116,14 @@ class Previews:
     def _require_finite(self, rows: Tensor) -> None:
         finite = torch.isfinite(rows).flatten(1).all(1).tolist()
         if not all(finite):
-            counts = [str(n) for n, good in zip(self._recipe.preview.step_counts, finite, strict=True) if not good]
-            hint = "" if self._recipe.precision == "fp32" else "; precision=fp32 may keep them finite"
-            raise FloatingPointError(f"the latents of {', '.join(counts)} steps hold NaN or infinity{hint}")
+            counts = [
+                str(n)
+                for n, good in zip(self._recipe.preview.step_counts, finite, strict=True)
+                if not good
+            ]
+            hint = (
+                "" if self._recipe.precision == "fp32" else "; precision=fp32 may keep them finite"
+            )
+            raise FloatingPointError(
+                f"the latents of {', '.join(counts)} steps hold NaN or infinity{hint}"
+            )

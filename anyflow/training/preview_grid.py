@@ -1,4 +1,6 @@
-"""Videos side by side under their prompts, a row for each number of sampling steps, as a GIF or an MP4 file."""
+"""Videos side by side under their prompts, a row for each number of sampling steps, as a GIF or an
+MP4 file.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,14 @@ _MARGIN = 6  # around text
 _LINES = 3  # of a caption
 
 
-def write_grid(videos: Tensor, rows: Sequence[str], columns: Sequence[str], file: Path, fps: float) -> None:
-    """Write ``videos[rows, columns, F, H, W, 3]`` uint8, with the labels of both drawn beside and above them.
+def write_grid(
+    videos: Tensor, rows: Sequence[str], columns: Sequence[str], file: Path, fps: float
+) -> None:
+    """Write ``videos[rows, columns, F, H, W, 3]`` uint8, with the labels of both drawn beside and
+    above them.
 
-    Small videos are enlarged by a whole number, and large ones made smaller until the picture is 3840 pixels wide.
+    Small videos are enlarged by a whole number, and large ones made smaller until the picture is
+    3840 pixels wide.
 
     Args:
         videos: on the CPU.
@@ -65,7 +71,9 @@ class _Grid:
         self._top = max(len(lines) for lines in wrapped) * line + 2 * _MARGIN
         right, bottom = self._corner(len(rows), len(columns))
         width, height = right - _GAP, bottom - _GAP
-        self._canvas = Image.new("RGB", (width + width % 2, height + height % 2), color=(255, 255, 255))
+        self._canvas = Image.new(
+            "RGB", (width + width % 2, height + height % 2), color=(255, 255, 255)
+        )
         draw = ImageDraw.Draw(self._canvas)
         for column, lines in enumerate(wrapped):
             left = self._corner(0, column)[0]
@@ -77,12 +85,18 @@ class _Grid:
 
     def frames(self) -> Iterator[Image.Image]:
         """Draw one frame of every video after another."""
-        resampling = Image.Resampling.NEAREST if self._size[0] >= self._videos.shape[4] else Image.Resampling.LANCZOS
+        resampling = (
+            Image.Resampling.NEAREST
+            if self._size[0] >= self._videos.shape[4]
+            else Image.Resampling.LANCZOS
+        )
         for index in range(self._videos.shape[2]):
             frame = self._canvas.copy()
             for row in range(self._videos.shape[0]):
                 for column in range(self._videos.shape[1]):
-                    pixels = Image.fromarray(np.ascontiguousarray(self._videos[row, column, index].numpy()))
+                    pixels = Image.fromarray(
+                        np.ascontiguousarray(self._videos[row, column, index].numpy())
+                    )
                     frame.paste(pixels.resize(self._size, resampling), self._corner(row, column))
             yield frame
 
@@ -92,7 +106,9 @@ class _Grid:
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    """Break a caption into at most three lines that fit, the last of which may end in an ellipsis."""
+    """Break a caption into at most three lines that fit, the last of which may end in an
+    ellipsis.
+    """
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,6 @@
-"""Prompts that a run samples from: captions of its data, or texts of one's own, encoded before training."""
+"""Prompts that a run samples from: captions of its data, or texts of one's own, encoded before
+training.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SampledPrompts:
-    """Holds the prompts of a run's previews and of its metrics; neither has any where it is turned off."""
+    """Holds the prompts of a run's previews and of its metrics; neither has any where it is turned
+    off.
+    """
 
     preview: tuple[Prompt, ...] = ()
     metrics: tuple[Prompt, ...] = ()
@@ -40,8 +44,8 @@ class SampledPrompts:
 def sampled_prompts(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> SampledPrompts:
     """Make the prompts that a run samples from. Collective.
 
-    Texts of one's own are encoded once, by the text encoder of ``preview.model``, which is then dropped; the captions
-    of the data are those of rows spread evenly over it.
+    Texts of one's own are encoded once, by the text encoder of ``preview.model``, which is then
+    dropped; the captions of the data are those of rows spread evenly over it.
 
     Args:
         recipe: the run.
@@ -70,7 +74,9 @@ def sampled_prompts(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> Sample
 def data_prompts(dataset: VideoDataset, count: int) -> tuple[Prompt, ...]:
     """Return the captions of ``count`` rows, or of all rows where there are fewer."""
     rows = spread_rows(dataset, count)
-    return tuple(Prompt(dataset.caption(row), dataset[row].prompt_embeds[None], row) for row in rows)
+    return tuple(
+        Prompt(dataset.caption(row), dataset[row].prompt_embeds[None], row) for row in rows
+    )
 
 
 def spread_rows(dataset: VideoDataset, count: int) -> list[int]:
@@ -79,7 +85,9 @@ def spread_rows(dataset: VideoDataset, count: int) -> list[int]:
     return [i * len(dataset) // count for i in range(count)]
 
 
-def _encoded(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, texts: Sequence[str]) -> dict[str, Prompt]:
+def _encoded(
+    recipe: Recipe, mesh: Mesh, dataset: VideoDataset, texts: Sequence[str]
+) -> dict[str, Prompt]:
     """Encode texts as ``anyflow preprocess`` does unless it is told otherwise."""
     import torch
 
@@ -94,7 +102,8 @@ def _encoded(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, texts: Sequence[
         raise ValueError(f"preview.model: {error}") from None
     if encoder.text_dim != width:
         raise ValueError(
-            f"preview.model: the text encoder of {model} has width {encoder.text_dim}, the data's prompts {width}"
+            f"preview.model: the text encoder of {model} has width {encoder.text_dim}, the data's "
+            f"prompts {width}"
         )
     prompts = {}
     for text in texts:

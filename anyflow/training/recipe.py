@@ -1,4 +1,6 @@
-"""Recipes: YAML files and command-line overrides, checked against :class:`~anyflow.training.config.Recipe`."""
+"""Recipes: YAML files and command-line overrides, checked against
+:class:`~anyflow.training.config.Recipe`.
+"""
 
 from __future__ import annotations
 
@@ -45,18 +47,20 @@ _EXPECTED = {
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
-    Each of these is laid over the one before, mappings key by key: the defaults, the file named by ``base:`` (relative
-    to the file that names it, or a recipe that comes with anyflow, by name), the file itself, the overrides in their
-    order. A section that is given in part keeps the
+    Each of these is laid over the one before, mappings key by key: the defaults, the file named by
+    ``base:`` (relative to the file that names it, or a recipe that comes with anyflow, by name),
+    the file itself, the overrides in their order. A section that is given in part keeps the
     recipe's defaults for the rest: with ``optimizer: {lr: 1e-4}`` the warm-up stays.
 
     Args:
-        path: YAML file, or the name of a recipe that comes with anyflow, such as ``"smoke_pretrain"``.
+        path: YAML file, or the name of a recipe that comes with anyflow, such as
+            ``"smoke_pretrain"``.
         overrides: ``key.key=value``, the value as YAML.
 
     Raises:
-        RecipeError: a file cannot be read, an override is malformed, a key is unknown or missing, a value has the wrong
-            type or cannot work. All problems of keys and values are listed, a line each: place, key, what is wrong.
+        RecipeError: a file cannot be read, an override is malformed, a key is unknown or missing, a
+            value has the wrong type or cannot work. All problems of keys and values are listed, a
+            line each: place, key, what is wrong.
     """
     tree = read_file(path)
     for text in overrides:
@@ -65,13 +69,16 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     problems: list[str] = []
     values = _with_defaults(tree, Recipe, None, (), problems)
     try:
-        # JSON, because only there does pydantic's strict mode take mappings and lists for dataclasses and tuples.
+        # JSON, because only there does pydantic's strict mode take mappings and lists for
+        # dataclasses and tuples.
         recipe = _adapter().validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         problems += [_problem(tree, details) for details in error.errors(include_url=False)]
     if problems:
         lines = list(dict.fromkeys(problems))
-        more = [f"{tree.place}: {len(lines) - _LISTED} more problems"] if len(lines) > _LISTED else []
+        more = (
+            [f"{tree.place}: {len(lines) - _LISTED} more problems"] if len(lines) > _LISTED else []
+        )
         raise RecipeError("\n".join(lines[:_LISTED] + more))
     return recipe
 
@@ -85,7 +92,9 @@ def dump_recipe(recipe: Recipe) -> str:
     values = dataclasses.asdict(recipe)
     if recipe.on_policy is not None:
         if recipe.on_policy.method.pretrain != PretrainConfig():
-            raise RecipeError(f"{'.'.join(_MISPLACED)} must be left alone; the recipe's own pretrain counts")
+            raise RecipeError(
+                f"{'.'.join(_MISPLACED)} must be left alone; the recipe's own pretrain counts"
+            )
         del values["on_policy"]["method"]["pretrain"]
     return write_yaml(values)
 
@@ -95,7 +104,8 @@ def print_config(path: Path | str, overrides: Sequence[str] = ()) -> str:
 
     Raises:
         RecipeError: as :func:`load_recipe`.
-        ValueError: training would refuse the schedule, the architecture or the adapters that the recipe describes.
+        ValueError: training would refuse the schedule, the architecture or the adapters that the
+            recipe describes.
     """
     import torch
 
@@ -131,7 +141,9 @@ def _sections(cls: type) -> dict[str, type]:
 
 
 def _with_defaults(tree: Located, cls: type, default: Any, path: _Path, problems: list[str]) -> Any:
-    """Plain values of a section laid over ``default``, an instance of ``cls`` or None; notes and drops unknown keys."""
+    """Plain values of a section laid over ``default``, an instance of ``cls`` or None; notes and
+    drops unknown keys.
+    """
     if not isinstance(tree.value, dict):
         return tree.plain()
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -140,9 +152,15 @@ def _with_defaults(tree: Located, cls: type, default: Any, path: _Path, problems
         here = (*path, name)
         if name not in fields:
             suggested = len(problems) < _LISTED  # a search in every field's name is not cheap
-            problems.append(_line(entry.place, here, _unknown(name, list(fields)) if suggested else "unknown key"))
+            problems.append(
+                _line(
+                    entry.place, here, _unknown(name, list(fields)) if suggested else "unknown key"
+                )
+            )
         elif here == _MISPLACED:
-            problems.append(_line(entry.place, here, "give these keys in the recipe's own top-level pretrain"))
+            problems.append(
+                _line(entry.place, here, "give these keys in the recipe's own top-level pretrain")
+            )
         elif name in _sections(cls):
             inner = _default(fields[name]) if default is None else getattr(default, name)
             values[name] = _with_defaults(entry, _sections(cls)[name], inner, here, problems)
@@ -162,7 +180,11 @@ def _unknown(name: str, allowed: list[str]) -> str:
     if "stage" in allowed:  # at the top of a recipe; the key may be one of a section
         near = [key.name for key in keys() if key.name.endswith(f".{name}")][:1]
     near = near or difflib.get_close_matches(name[:100], allowed, n=1)
-    return f"unknown key; did you mean {near[0]}?" if near else f"unknown key; allowed are {', '.join(allowed)}"
+    return (
+        f"unknown key; did you mean {near[0]}?"
+        if near
+        else f"unknown key; allowed are {', '.join(allowed)}"
+    )
 
 
 def _problem(tree: Located, details: ErrorDetails) -> str:
@@ -181,7 +203,9 @@ def _problem(tree: Located, details: ErrorDetails) -> str:
 
 
 def _broken_rule(path: _Path, message: str) -> tuple[_Path, str]:
-    """The path of the key that a dataclass's own message starts with, if it does, and the message without it."""
+    """The path of the key that a dataclass's own message starts with, if it does, and the message
+    without it.
+    """
     words = re.match(r"[\w.]*", message)
     assert words is not None
     names = words[0].split(".")
@@ -208,4 +232,6 @@ def _line(place: str, path: _Path, text: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "a mapping" if isinstance(value, dict) else shortened(json.dumps(value, ensure_ascii=False))
+    return (
+        "a mapping" if isinstance(value, dict) else shortened(json.dumps(value, ensure_ascii=False))
+    )

@@ -1,4 +1,6 @@
-"""The keys of a recipe, listed from the dataclasses that define them: ``python -m anyflow.training.reference FILE``."""
+"""The keys of a recipe, listed from the dataclasses that define them:
+``python -m anyflow.training.reference FILE``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ from anyflow.training.config import Recipe
 from anyflow.writing import write_text
 
 # Keys that a section has and that a recipe refuses: it gives them elsewhere, or not at all.
-_REFUSED = ("teacher.lora", "on_policy.method.pretrain", "on_policy.teacher.lora", "on_policy.critic.lora")
+_REFUSED = (
+    "teacher.lora",
+    "on_policy.method.pretrain",
+    "on_policy.teacher.lora",
+    "on_policy.critic.lora",
+)
 _HEAD = """\
 # The keys of a recipe
 
@@ -98,17 +105,25 @@ def _sections(cls: type, name: str, default: Any, optional: bool) -> Iterator[Se
         if key in _REFUSED:
             continue
         given = _default(field) if default is dataclasses.MISSING else getattr(default, field.name)
-        section = next((c for c in (hints[field.name], *typing.get_args(hints[field.name])) if _is_section(c)), None)
+        section = next(
+            (c for c in (hints[field.name], *typing.get_args(hints[field.name])) if _is_section(c)),
+            None,
+        )
         if section is not None:
-            inner.append((section, key, dataclasses.MISSING if given is None else given, given is None))
+            inner.append(
+                (section, key, dataclasses.MISSING if given is None else given, given is None)
+            )
             continue
         if field.name not in meanings:
             raise ValueError(f"{key}: the docstring of {cls.__name__} does not say what it means")
         shown = None if given is dataclasses.MISSING else _yaml(given)
         hint = hints[field.name]
-        values.append(Key(key, _words(hint), shown, meanings[field.name], hint is bool, _is_list(hint)))
+        values.append(
+            Key(key, _words(hint), shown, meanings[field.name], hint is bool, _is_list(hint))
+        )
     yield Section(name, cls, optional, tuple(values))
-    for arguments in sorted(inner, key=lambda section: section[3]):  # those that may be left out come last
+    # those that may be left out come last
+    for arguments in sorted(inner, key=lambda section: section[3]):
         yield from _sections(*arguments)
 
 
@@ -117,7 +132,9 @@ def _is_section(hint: Any) -> bool:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
 
 
 def _yaml(value: Any) -> str:
@@ -138,11 +155,17 @@ def _words(hint: Any) -> str:
     if origin is Literal:
         return _either([f"`{value}`" for value in arguments])
     if origin in (Union, types.UnionType):
-        return _either(["`null`" if argument is type(None) else _words(argument) for argument in arguments])
+        return _either(
+            ["`null`" if argument is type(None) else _words(argument) for argument in arguments]
+        )
     if origin is tuple:
         item = _words(arguments[0])
         plural = item if "`" in item or item == "text" else f"{item}s"
-        return f"list of {plural}" if arguments[-1] is Ellipsis else f"list of {len(arguments)} {plural}"
+        return (
+            f"list of {plural}"
+            if arguments[-1] is Ellipsis
+            else f"list of {len(arguments)} {plural}"
+        )
     return {int: "whole number", float: "number", bool: "`true` or `false`", str: "text"}[hint]
 
 
@@ -156,7 +179,9 @@ def _meanings(cls: type) -> dict[str, str]:
     for each in (*cls.__mro__[::-1], *_documented_by(cls)):
         text = inspect.cleandoc(each.__doc__ or "")
         block = re.search(r"(?:^|\n) *Args:\n((?: +.*\n?|\n)*)", text)
-        for names, meaning in re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", block[1] if block else "", re.M):
+        for names, meaning in re.findall(
+            r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", block[1] if block else "", re.M
+        ):
             for name in names.split(", "):
                 found[_OTHER_NAMES.get((cls.__name__, name), name)] = _markdown(meaning)
     return found
@@ -181,7 +206,12 @@ def _markdown(text: str) -> str:
     """Turn the markup of a docstring into that of a page, on one line that a table can hold."""
     text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join(text.split()))
     text = re.sub(r"\bNone\b", "`null`", text)
-    return re.sub(r"``(.*?)``", r"`\1`", text).replace('"`', "`").replace('`"', "`").replace("|", "\\|")
+    return (
+        re.sub(r"``(.*?)``", r"`\1`", text)
+        .replace('"`', "`")
+        .replace('`"', "`")
+        .replace("|", "\\|")
+    )
 
 
 def _rendered(section: Section, like: Section | None) -> str:
@@ -193,11 +223,14 @@ def _rendered(section: Section, like: Section | None) -> str:
     shown = section.keys
     if like is not None:
         before = [(key.types, key.default) for key in like.keys]
-        shown = tuple(k for k, b in zip(section.keys, before, strict=True) if (k.types, k.default) != b)
+        shown = tuple(
+            k for k, b in zip(section.keys, before, strict=True) if (k.types, k.default) != b
+        )
         anchor = re.sub(r"[^\w-]", "", like.name)
         lines[-1:] = [
             "",
-            f"The keys are those of [`{like.name}`](#{anchor})" + (", with other defaults:" if shown else "."),
+            f"The keys are those of [`{like.name}`](#{anchor})"
+            + (", with other defaults:" if shown else "."),
         ]
         lines.append("")
     if shown:

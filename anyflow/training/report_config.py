@@ -1,4 +1,6 @@
-"""Configures a run's reports: videos sampled during training, their metrics, and the loss on videos held out."""
+"""Configures a run's reports: videos sampled during training, their metrics, and the loss on videos
+held out.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,13 @@ class PreviewConfig:
     Args:
         every: steps between previews; the last step has one, too. 0 turns them off.
         step_counts: numbers of sampling steps, one row of the grid each.
-        num_samples: prompts of the data, one column of the grid each; not used with ``prompts``. The data's own videos
-            are a row of the grid, too.
+        num_samples: prompts of the data, one column of the grid each; not used with ``prompts``.
+            The data's own videos are a row of the grid, too.
         prompts: prompts of one's own in place of the data's; they need ``model``.
-        model: folder or hub name of a model whose text encoder encodes ``prompts``, those of ``metrics`` too, once,
-            before training.
-        vae: folder or hub name of a model whose VAE decodes the videos of previews and metrics; None shows latents in
-            false colors.
+        model: folder or hub name of a model whose text encoder encodes ``prompts``, those of
+            ``metrics`` too, once, before training.
+        vae: folder or hub name of a model whose VAE decodes the videos of previews and metrics;
+            None shows latents in false colors.
     """
 
     every: int = 0
@@ -45,17 +47,18 @@ class PreviewConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Metrics of videos sampled from the average during training, always on the same prompts and noise.
+    """Metrics of videos sampled from the average during training, always on the same prompts and
+    noise.
 
     Args:
         every: steps between evaluations; the last step has one, too. 0 turns them off.
         step_counts: numbers of sampling steps, one curve of each metric each.
         num_samples: prompts of the data, a video each; not used with ``prompts``.
         prompts: prompts of one's own in place of the data's; they need ``preview.model``.
-        reference_steps: sampling steps of the video of the same model that the others are compared with (PSNR, LPIPS);
-            0 leaves the comparison out.
-        models: folder of the networks of CLIP similarity, LPIPS and the Fréchet video distance, laid out as for
-            ``anyflow evaluate``; None leaves these metrics out.
+        reference_steps: sampling steps of the video of the same model that the others are compared
+            with (PSNR, LPIPS); 0 leaves the comparison out.
+        models: folder of the networks of CLIP similarity, LPIPS and the Fréchet video distance,
+            laid out as for ``anyflow evaluate``; None leaves these metrics out.
     """
 
     every: int = 0
@@ -75,7 +78,9 @@ class MetricsConfig:
 def _check_sampled(name: str, config: PreviewConfig | MetricsConfig) -> None:
     require_whole(f"{name}.every", config.every, least=0)
     if not config.step_counts or min(config.step_counts) < 1:
-        raise ValueError(f"{name}.step_counts must hold positive step counts, got {config.step_counts}")
+        raise ValueError(
+            f"{name}.step_counts must hold positive step counts, got {config.step_counts}"
+        )
     for count in config.step_counts:
         require_whole(f"{name}.step_counts", count, most=MAX_TIMESTEPS)
     require_whole(f"{name}.num_samples", config.num_samples, most=MAX_BATCH)
@@ -89,8 +94,8 @@ class ValidationConfig:
 
     Args:
         every: steps between evaluations; the last step has one, too. 0 turns them off.
-        num_samples: videos of each evaluation, always the same ones. Without a ``path`` these rows of ``data`` are held
-            out of training, so a run goes on only with the same number.
+        num_samples: videos of each evaluation, always the same ones. Without a ``path`` these rows
+            of ``data`` are held out of training, so a run goes on only with the same number.
         path: folder of other latents, of the same shape; None takes rows of ``data``.
     """
 

@@ -22,7 +22,8 @@ from anyflow.training.window import Window
 
 
 class Reports:
-    """Averages what updates return, and writes a line of it when one is due; a context manager on every rank.
+    """Averages what updates return, and writes a line of it when one is due; a context manager on
+    every rank.
 
     Args:
         recipe: the run.
@@ -35,27 +36,48 @@ class Reports:
         ValueError: ``metrics.jsonl`` cannot be gone on with, or a logger does not start.
     """
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, tokens: int, at: Position, console: Console) -> None:
+    def __init__(
+        self, recipe: Recipe, mesh: Mesh, tokens: int, at: Position, console: Console
+    ) -> None:
         self._recipe, self._open, out = recipe, ExitStack(), Path(recipe.out)
         self._window = Window(mesh.device, at.window)
         with ExitStack() as opened:
             loggers = recipe.loggers if mesh.is_main else ()
-            trackers = Trackers(loggers, out, recipe.project, flatten(dataclasses.asdict(recipe)), at.step)
+            trackers = Trackers(
+                loggers, out, recipe.project, flatten(dataclasses.asdict(recipe)), at.step
+            )
             self._trackers = opened.enter_context(trackers)
             self._metrics = opened.enter_context(
-                Metrics(out, trackers, start=at.step, total=recipe.steps, enabled=mesh.is_main, console=console)
+                Metrics(
+                    out,
+                    trackers,
+                    start=at.step,
+                    total=recipe.steps,
+                    enabled=mesh.is_main,
+                    console=console,
+                )
             )
             self._open = opened.pop_all()
-        self._throughput = Throughput(mesh, tokens, bf16=recipe.precision == "bf16")  # its time begins
+        # its time begins
+        self._throughput = Throughput(mesh, tokens, bf16=recipe.precision == "bf16")
 
     def __enter__(self) -> Reports:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self._open.__exit__(kind, error, tb)
 
-    def add(self, done: int, scalars: Mapping[str, Tensor | float], samples: int, flops: int) -> None:
-        """Note update ``done`` (from 1): this rank's scalars, and the samples and model FLOPs of all ranks."""
+    def add(
+        self, done: int, scalars: Mapping[str, Tensor | float], samples: int, flops: int
+    ) -> None:
+        """Note update ``done`` (from 1): this rank's scalars, and the samples and model FLOPs of
+        all ranks.
+        """
         self._window.add(scalars)
         self._throughput.add(samples, flops)
         self._metrics.advance(done)
@@ -67,7 +89,9 @@ class Reports:
             yield
 
     def report(self, done: int, more: Mapping[str, float]) -> None:
-        """Write a line if one is due after update ``done`` or there is ``more`` to say. Collective, while paused."""
+        """Write a line if one is due after update ``done`` or there is ``more`` to say. Collective,
+        while paused.
+        """
         values = dict(more)
         if done == 1 or done % self._recipe.log_every == 0:
             values = {**self._window.take(), **values, **self._throughput.take()}
@@ -83,5 +107,7 @@ class Reports:
         self._metrics.report_video(done, file)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the numbers since the last line, as JSON values. Collective."""
+        """Return what a checkpoint keeps of the numbers since the last line, as JSON values.
+        Collective.
+        """
         return self._window.state()

@@ -1,4 +1,6 @@
-"""Finds what a run goes on from: the recipe in its folder, which may differ in little, and its newest checkpoint."""
+"""Finds what a run goes on from: the recipe in its folder, which may differ in little, and its
+newest checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ class Position:
         consumed: samples that all ranks together have used for them.
         changed: settings with other values than the checkpoint's, before and now.
         history: such changes of the whole run with their steps, these ones last.
-        window: scalars since the last line of metrics, from :meth:`anyflow.training.window.Window.state`.
+        window: scalars since the last line of metrics, from
+            :meth:`anyflow.training.window.Window.state`.
     """
 
     step: int = 0
@@ -62,27 +65,43 @@ def check_folder(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     file = out / RECIPE_FILE
     if not file.is_file():
         if (out / "checkpoints").exists():
-            raise ValueError(f"out: {out} has checkpoints but no {RECIPE_FILE}; name another folder")
+            raise ValueError(
+                f"out: {out} has checkpoints but no {RECIPE_FILE}; name another folder"
+            )
         return {}
     before, now = flat_settings(load_recipe(file)), flat_settings(recipe)
     changed = {
-        name: (before.get(name), now.get(name)) for name in sorted({*before, *now}) if before.get(name) != now.get(name)
+        name: (before.get(name), now.get(name))
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
     }
-    if refused := [f"{name} ({a!r} there, {b!r} here)" for name, (a, b) in changed.items() if name not in ADVISED]:
-        raise ValueError(f"out: {out} holds a run of another recipe; it differs in {', '.join(refused)}")
+    if refused := [
+        f"{name} ({a!r} there, {b!r} here)"
+        for name, (a, b) in changed.items()
+        if name not in ADVISED
+    ]:
+        raise ValueError(
+            f"out: {out} holds a run of another recipe; it differs in {', '.join(refused)}"
+        )
     return changed
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that make a run what it is, by dotted name.
 
-    The rows that validation holds back belong to them, as ``validation.num_samples``: the others are trained on.
+    The rows that validation holds back belong to them, as ``validation.num_samples``: the others
+    are trained on.
     """
-    return {**flatten(dataclasses.asdict(recipe), _FREE), "validation.num_samples": recipe.held_out_rows}
+    return {
+        **flatten(dataclasses.asdict(recipe), _FREE),
+        "validation.num_samples": recipe.held_out_rows,
+    }
 
 
 def flatten(values: Mapping[str, Any], left_out: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the values of nested mappings by dotted name, without those of the names ``left_out``."""
+    """Return the values of nested mappings by dotted name, without those of the names
+    ``left_out``.
+    """
 
     def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         if name in left_out:
@@ -105,21 +124,32 @@ def position(checkpoint: Path, recipe: Recipe, dataset: VideoDataset, resume: bo
     """Read from a checkpoint where the run is.
 
     Raises:
-        ValueError: ``resume`` is False, or the run has other data or has done more steps than the recipe's.
+        ValueError: ``resume`` is False, or the run has other data or has done more steps than the
+            recipe's.
     """
     info = Manifest.read(checkpoint).info
     if not resume:
         raise ValueError(
-            f"out: {recipe.out} has the checkpoint {checkpoint.name}; go on with --resume or name another folder"
+            f"out: {recipe.out} has the checkpoint {checkpoint.name}; go on with --resume or name "
+            "another folder"
         )
     if info["fingerprint"] != dataset.fingerprint:
-        raise ValueError(f"data: these are not the videos that the run in {recipe.out} has been trained on")
+        raise ValueError(
+            f"data: these are not the videos that the run in {recipe.out} has been trained on"
+        )
     if info["step"] > recipe.steps:
-        raise ValueError(f"steps={recipe.steps}, but the run in {recipe.out} has done {info['step']}")
+        raise ValueError(
+            f"steps={recipe.steps}, but the run in {recipe.out} has done {info['step']}"
+        )
     now = advised_settings(recipe)
     saved = info.get("settings", now)  # older checkpoints have none
-    changed = {name: (saved[name], value) for name, value in now.items() if saved.get(name, value) != value}
-    history = (*info.get("changes", ()), *([{"step": info["step"], "settings": changed}] if changed else ()))
+    changed = {
+        name: (saved[name], value) for name, value in now.items() if saved.get(name, value) != value
+    }
+    history = (
+        *info.get("changes", ()),
+        *([{"step": info["step"], "settings": changed}] if changed else ()),
+    )
     return Position(info["step"], info["consumed"], changed, history, info.get("window"))
 
 

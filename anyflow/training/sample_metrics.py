@@ -1,4 +1,6 @@
-"""Measures videos of the averaged student during training, always from the same prompts and noise."""
+"""Measures videos of the averaged student during training, always from the same prompts and
+noise.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,12 @@ class _Cell:
 
 
 class SampleMetrics:
-    """Samples the prompts at each number of steps, measures the videos, and averages over the prompts.
+    """Samples the prompts at each number of steps, measures the videos, and averages over the
+    prompts.
 
-    The noise of a prompt is a function of its place among the prompts alone, so that the curves of two runs can be
-    compared. Ranks share the prompts. The data's own videos are measured once, as a level to compare with.
+    The noise of a prompt is a function of its place among the prompts alone, so that the curves of
+    two runs can be compared. Ranks share the prompts. The data's own videos are measured once, as a
+    level to compare with.
 
     Args:
         recipe: the run.
@@ -77,7 +81,8 @@ class SampleMetrics:
         self.prompts = tuple(prompts)
         rows = spread_rows(dataset, len(prompts))
         self._real_rows = [
-            row if prompt.row is None else prompt.row for prompt, row in zip(prompts, rows, strict=False)
+            row if prompt.row is None else prompt.row
+            for prompt, row in zip(prompts, rows, strict=False)
         ]
         self._measures = Measures(
             recipe.metrics,
@@ -94,7 +99,9 @@ class SampleMetrics:
         self._real: list[_Cell] | None = None
 
     def curves(self) -> dict[str, list[str]]:
-        """Return the names of each metric's numbers: for each number of steps, and of the data's own videos."""
+        """Return the names of each metric's numbers: for each number of steps, and of the data's
+        own videos.
+        """
         counts = tuple(map(str, self._counts))
         return {
             metric: [_name(metric, steps) for steps in (*counts, *((REAL,) if of_one else ()))]
@@ -110,9 +117,10 @@ class SampleMetrics:
             console: where messages go.
 
         Returns:
-            On rank 0, means over the prompts by names such as ``metrics/psnr/4_steps``, those of the data's own
-            videos as ``metrics/flicker/real``, and the time as ``metrics/seconds``. Empty on other ranks, and where
-            values are not finite or there is too little memory: a line says so.
+            On rank 0, means over the prompts by names such as ``metrics/psnr/4_steps``, those of
+            the data's own videos as ``metrics/flicker/real``, and the time as ``metrics/seconds``.
+            Empty on other ranks, and where values are not finite or there is too little memory: a
+            line says so.
         """
         begin = time.monotonic()
         latents, problem = self._sample(step)
@@ -120,14 +128,26 @@ class SampleMetrics:
         if problem is None:
             try:
                 with self._measures.loaded():
-                    cells = [cell for place, by_count in latents.items() for cell in self._measured(place, by_count)]
+                    cells = [
+                        cell
+                        for place, by_count in latents.items()
+                        for cell in self._measured(place, by_count)
+                    ]
                     if self._real is None:
                         cells += [cell for place in latents for cell in self._measured_real(place)]
-            except (FloatingPointError, ValueError, ImportError, OSError, torch.OutOfMemoryError) as error:
+            except (
+                FloatingPointError,
+                ValueError,
+                ImportError,
+                OSError,
+                torch.OutOfMemoryError,
+            ) as error:
                 problem = str(error)
         parts = gather(self._mesh, (problem, cells))
         if problems := [found for found, _ in parts if found is not None]:
-            console.print(f"The metrics of step {done} were not measured: {problems[0]}", markup=False)
+            console.print(
+                f"The metrics of step {done} were not measured: {problems[0]}", markup=False
+            )
             return {}
         cells = sorted((cell for _, part in parts for cell in part), key=lambda cell: cell.place)
         if self._real is None:
@@ -140,13 +160,17 @@ class SampleMetrics:
         return values
 
     def _sample(self, step: Step) -> tuple[dict[int, dict[int, Tensor]], str | None]:
-        """Sample this rank's prompts; returns latents by place and number of steps, and what is wrong with them.
+        """Sample this rank's prompts; returns latents by place and number of steps, and what is
+        wrong with them.
 
-        All ranks call the network equally often, as FSDP needs it; what a stand-in gives is not used.
+        All ranks call the network equally often, as FSDP needs it; what a stand-in gives is not
+        used.
         """
         places = range(self._mesh.data_rank, len(self.prompts), self._mesh.data_world)
         found: dict[int, dict[int, Tensor]] = {place: {} for place in places}
-        counts = dict.fromkeys((*self._counts, self._reference) if self._measures.compares else self._counts)
+        counts = dict.fromkeys(
+            (*self._counts, self._reference) if self._measures.compares else self._counts
+        )
         problem = None
         with AveragedSampler(self._recipe, self._mesh, step.student, step.ema) as sampler:
             for turn in range(-(-len(self.prompts) // self._mesh.data_world)):
@@ -175,28 +199,43 @@ class SampleMetrics:
         if place < len(self._real_rows):
             row = self._real_rows[place]
             (video,) = self._videos([self._dataset[row].latents], place, self._dataset.caption(row))
-            yield _Cell(place, REAL, self._measures.of_video(video, None), self._measures.features(video))
+            yield _Cell(
+                place, REAL, self._measures.of_video(video, None), self._measures.features(video)
+            )
 
-    def _videos(self, latents: Sequence[Tensor], place: int, caption: str | None = None) -> list[Video]:
+    def _videos(
+        self, latents: Sequence[Tensor], place: int, caption: str | None = None
+    ) -> list[Video]:
         caption = self.prompts[place].caption if caption is None else caption
         if self.decoder.pixel_shape is None:
             return [Video(values, None, caption) for values in latents]
         pixels = self.decoder.pixels(torch.stack(list(latents))).movedim(-1, 2)
-        return [Video(values, shown, caption) for values, shown in zip(latents, pixels.split(1), strict=True)]
+        return [
+            Video(values, shown, caption)
+            for values, shown in zip(latents, pixels.split(1), strict=True)
+        ]
 
     def _averaged(self, cells: Sequence[_Cell]) -> dict[str, float]:
-        """Average over the prompts, and compare the sets' features with those of the data's own videos."""
+        """Average over the prompts, and compare the sets' features with those of the data's own
+        videos.
+        """
         assert self._real is not None
         found: dict[str, float] = {}
         for metric in self._measures.names:
             for steps in (*map(str, self._counts), REAL):
-                of_steps = [cell for cell in (self._real if steps == REAL else cells) if cell.steps == steps]
+                of_steps = [
+                    cell for cell in (self._real if steps == REAL else cells) if cell.steps == steps
+                ]
                 values = [cell.values[metric] for cell in of_steps if metric in cell.values]
                 if values:
                     found[_name(metric, steps)] = math.fsum(values) / len(values)
                 elif steps != REAL and metric in of_steps[0].features:
-                    sets = ([cell.features[metric] for cell in part] for part in (of_steps, self._real))
-                    found[_name(metric, steps)] = self._measures.of_set(metric, *map(torch.stack, sets))
+                    sets = (
+                        [cell.features[metric] for cell in part] for part in (of_steps, self._real)
+                    )
+                    found[_name(metric, steps)] = self._measures.of_set(
+                        metric, *map(torch.stack, sets)
+                    )
         return found
 
 

@@ -1,4 +1,6 @@
-"""One optimizer step of each stage: forward, backward, accumulation, clipping, guard, update, average."""
+"""One optimizer step of each stage: forward, backward, accumulation, clipping, guard, update,
+average.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ from anyflow.training.accumulation import Accumulation, Losses, MicroBatch
 from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.ema import EMA
-from anyflow.training.flops import NetworkFlops, OnPolicyFlops, network_flops, pretrain_flops, token_count
+from anyflow.training.flops import (
+    NetworkFlops,
+    OnPolicyFlops,
+    network_flops,
+    pretrain_flops,
+    token_count,
+)
 from anyflow.training.optimization import NetworkOptimizer
 
 
@@ -35,14 +43,18 @@ class Step(Protocol):
     flops: int  # of the last update's networks, on all ranks together
 
     def update(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:
-        """Update number ``step`` (from 0) on one batch per micro-step; returns this rank's scalars, on the device.
+        """Update number ``step`` (from 0) on one batch per micro-step; returns this rank's scalars,
+        on the device.
 
         Raises:
-            TrainingError: a loss or a gradient is not finite; the update it would have gone into did not happen.
+            TrainingError: a loss or a gradient is not finite; the update it would have gone into
+                did not happen.
         """
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: the parameters that train, their optimizer state, the average; not copies."""
+        """What a checkpoint holds: the parameters that train, their optimizer state, the average;
+        not copies.
+        """
 
     def resume_at(self, step: int) -> None:
         """Go on with update ``step`` (from 0), :meth:`tensors` having been filled in place."""
@@ -56,7 +68,8 @@ class PretrainStep:
         mesh: this process's place in it.
         student: on the device, sharded.
         negative: ``[1, S, text_dim]`` negative prompt of the dataset.
-        teacher: whose velocity is the target, with ``pretrain.velocity_target=teacher``; not trained.
+        teacher: whose velocity is the target, with ``pretrain.velocity_target=teacher``; not
+            trained.
     """
 
     def __init__(
@@ -71,12 +84,18 @@ class PretrainStep:
         self._sample_flops = _counter(student) if teacher is None else _counter(student, teacher)
         self._accumulation, self._data_world = Accumulation(recipe, mesh, negative), mesh.data_world
         self.method = AnyFlowPretrainMethod(
-            student, build_scheduler(recipe), pretrain_config(recipe), teacher=teacher, process_group=mesh.data_group
+            student,
+            build_scheduler(recipe),
+            pretrain_config(recipe),
+            teacher=teacher,
+            process_group=mesh.data_group,
         )
         self.optimizer = NetworkOptimizer("student", student, recipe.optimizer, recipe.steps)
         self.ema = _ema(recipe, student)
 
-    def update(self, batches: Sequence[Batch], step: int, **draws: Any) -> dict[str, Tensor | float]:
+    def update(
+        self, batches: Sequence[Batch], step: int, **draws: Any
+    ) -> dict[str, Tensor | float]:
         """See :class:`Step`; ``draws`` are arguments of the method's loss, in place of random ones.
 
         A draw is that of every micro-step, or a list with one for each.
@@ -89,15 +108,24 @@ class PretrainStep:
         pairs = self._accumulation.time_pairs(batches, step, config, draws.pop("time_pairs", None))
 
         def loss(micro: MicroBatch) -> LossOutput:
-            arguments = {**shared, **self._accumulation.pretrain_draws(micro, config), **micro.given}
-            return self.method.loss(micro.latents, micro.prompt_embeds, self._accumulation.negative, **arguments)
+            arguments = {
+                **shared,
+                **self._accumulation.pretrain_draws(micro, config),
+                **micro.given,
+            }
+            return self.method.loss(
+                micro.latents, micro.prompt_embeds, self._accumulation.negative, **arguments
+            )
 
         losses = self._accumulation.backward(batches, step, loss, pairs=pairs, given=draws)
-        scalars = losses.means | shared["balance"].metrics()  # means over kinds of samples, not over micro-steps
+        # means over kinds of samples, not over micro-steps
+        scalars = losses.means | shared["balance"].metrics()
         norm = self.optimizer.update(step, scalars, losses.norms)
         self.ema.update(self.student)
         samples = sum(len(batch.latents) for batch in batches) * self._data_world
-        self.flops = pretrain_flops(*self._sample_flops(*_sizes(batches)), config=config, samples=samples)
+        self.flops = pretrain_flops(
+            *self._sample_flops(*_sizes(batches)), config=config, samples=samples
+        )
         return {**scalars, "grad_norm": norm, "lr": self.optimizer.lr(step)}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -110,7 +138,8 @@ class PretrainStep:
 
 
 class OnPolicyStep:
-    """Stage 2: the student on its own rollouts every ``generator_update_interval`` updates, then always the critic.
+    """Stage 2: the student on its own rollouts every ``generator_update_interval`` updates, then
+    always the critic.
 
     Args:
         recipe: the run.
@@ -135,7 +164,10 @@ class OnPolicyStep:
     ) -> None:
         assert recipe.on_policy is not None
         if recipe.on_policy.method.pretrain != PretrainConfig():
-            raise ValueError("on_policy.method.pretrain must be left alone: co-training takes the recipe's pretrain")
+            raise ValueError(
+                "on_policy.method.pretrain must be left alone: co-training takes the recipe's "
+                "pretrain"
+            )
         self.student, self.critic, self.flops = student, critic, 0
         self._sample_flops = _counter(student, teacher, critic)
         self._accumulation, self._device = Accumulation(recipe, mesh, negative), mesh.device
@@ -146,7 +178,9 @@ class OnPolicyStep:
             student, teacher, critic, build_scheduler(recipe), config, process_group=mesh.data_group
         )
         self.optimizer = NetworkOptimizer("student", student, recipe.optimizer, recipe.steps)
-        self.critic_optimizer = NetworkOptimizer("critic", critic, recipe.on_policy.critic_optimizer, recipe.steps)
+        self.critic_optimizer = NetworkOptimizer(
+            "critic", critic, recipe.on_policy.critic_optimizer, recipe.steps
+        )
         self.ema = _ema(recipe, student, self._interval)
 
     def update(
@@ -157,22 +191,34 @@ class OnPolicyStep:
         student_draws: Mapping[str, Any] | None = None,
         critic_draws: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor | float]:
-        """See :class:`Step`; the draws are arguments of the two losses below, in place of random ones."""
+        """See :class:`Step`; the draws are arguments of the two losses below, in place of random
+        ones.
+        """
         scalars: dict[str, Tensor | float] = {}
         self.flops = 0
         if step % self._interval == 0:
-            means, norms = self._student_losses(batches, step, {} if student_draws is None else dict(student_draws))
+            means, norms = self._student_losses(
+                batches, step, {} if student_draws is None else dict(student_draws)
+            )
             norm = self.optimizer.update(step, means, norms)
             scalars = {**means, "grad_norm": norm, "lr": self.optimizer.lr(step)}
             self.ema.update(self.student)
-        losses = self._critic_losses(batches, step, {} if critic_draws is None else dict(critic_draws))
+        losses = self._critic_losses(
+            batches, step, {} if critic_draws is None else dict(critic_draws)
+        )
         norm = self.critic_optimizer.update(step, losses.means, losses.norms)
-        scalars |= {f"critic_{name}": value for name, value in {**losses.means, "grad_norm": norm}.items()}
+        scalars |= {
+            f"critic_{name}": value for name, value in {**losses.means, "grad_norm": norm}.items()
+        }
         return {**scalars, "critic_lr": self.critic_optimizer.lr(step)}
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`Step`."""
-        return {**self.optimizer.tensors(), **self.critic_optimizer.tensors(), **_ema_tensors(self.ema)}
+        return {
+            **self.optimizer.tensors(),
+            **self.critic_optimizer.tensors(),
+            **_ema_tensors(self.ema),
+        }
 
     def resume_at(self, step: int) -> None:
         """See :class:`Step`."""
@@ -184,7 +230,11 @@ class OnPolicyStep:
         """Means and norms of the student's loss; rollout and data have the same prompts."""
         config = None if self.method.pretrain is None else self.method.pretrain.config
         given_pairs = draws.pop("time_pairs", None)
-        pairs = None if config is None else self._accumulation.time_pairs(batches, step, config, given_pairs)
+        pairs = (
+            None
+            if config is None
+            else self._accumulation.time_pairs(batches, step, config, given_pairs)
+        )
         steps = draws.pop("steps", None)
         shared: dict[str, Any] = {} if config is None else self._accumulation.pretrain(config, step)
         shared["steps"] = self._draw_steps("student", step) if steps is None else steps
@@ -212,7 +262,9 @@ class OnPolicyStep:
         return means, losses.norms
 
     def _critic_losses(self, batches: Sequence[Batch], step: int, draws: dict[str, Any]) -> Losses:
-        """``rollout_noise``, ``steps`` of a fresh rollout of the student as it is now; ``t``, ``noise`` of the loss."""
+        """``rollout_noise``, ``steps`` of a fresh rollout of the student as it is now; ``t``,
+        ``noise`` of the loss.
+        """
         steps = draws.pop("steps", None)
         num_steps, grad_step = self._draw_steps("critic", step) if steps is None else steps
         self.flops += self._flops(batches).critic_loss(num_steps, grad_step)
@@ -233,7 +285,9 @@ class OnPolicyStep:
                     grad_step=grad_step,
                     generator=generator,
                 )
-            return self.method.critic_loss(samples, micro.prompt_embeds, generator=generator, **drawn)
+            return self.method.critic_loss(
+                samples, micro.prompt_embeds, generator=generator, **drawn
+            )
 
         return self._accumulation.backward(batches, step, loss, given=draws)
 
@@ -244,13 +298,17 @@ class OnPolicyStep:
 
     def _draw_steps(self, purpose: str, step: int) -> tuple[int, int]:
         """Length and gradient step of an update's rollouts."""
-        return self.method.draw_steps(self._accumulation.generator(f"{purpose} steps", step), self._device)
+        return self.method.draw_steps(
+            self._accumulation.generator(f"{purpose} steps", step), self._device
+        )
 
 
 def build_scheduler(recipe: Recipe) -> FlowMapEulerDiscreteScheduler:
     """The scheduler of training, previews and the exported model."""
     config = recipe.scheduler
-    return FlowMapEulerDiscreteScheduler(config.num_train_timesteps, shift=config.shift, weight_type=config.weight_type)
+    return FlowMapEulerDiscreteScheduler(
+        config.num_train_timesteps, shift=config.shift, weight_type=config.weight_type
+    )
 
 
 def pretrain_config(recipe: Recipe) -> PretrainConfig:
@@ -272,12 +330,19 @@ def _sizes(batches: Sequence[Batch]) -> tuple[tuple[int, ...], int]:
     return tuple(batches[0].latents.shape[1:]), batches[0].prompt_embeds.shape[1]
 
 
-def _counter(*networks: AnyFlowTransformer3DModel) -> Callable[[tuple[int, ...], int], list[NetworkFlops]]:
-    """Make a function from the sizes of a sample to what it costs in each network, which walks each only once."""
+def _counter(
+    *networks: AnyFlowTransformer3DModel,
+) -> Callable[[tuple[int, ...], int], list[NetworkFlops]]:
+    """Make a function from the sizes of a sample to what it costs in each network, which walks each
+    only once.
+    """
 
     @functools.cache
     def count(latent_shape: tuple[int, ...], text_tokens: int) -> list[NetworkFlops]:
-        return [network_flops(network, token_count(network, latent_shape), text_tokens) for network in networks]
+        return [
+            network_flops(network, token_count(network, latent_shape), text_tokens)
+            for network in networks
+        ]
 
     return count
 

@@ -1,7 +1,9 @@
-"""The files of torch.distributed.checkpoint (DCP) with their index in JSON, in place of DCP's pickle.
+"""The files of torch.distributed.checkpoint (DCP) with their index in JSON, in place of DCP's
+pickle.
 
-``tensors.json`` maps each name to its dtype, its shape and the chunks that ranks wrote: offsets and sizes in the
-tensor, and the file, position and length in bytes of the chunk's ``torch.save``, which is read with ``weights_only``.
+``tensors.json`` maps each name to its dtype, its shape and the chunks that ranks wrote: offsets and
+sizes in the tensor, and the file, position and length in bytes of the chunk's ``torch.save``, which
+is read with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ MAX_INDEX_BYTES = 2**30  # 14B parameters in pieces of hundreds of ranks
 
 
 class TensorWriter(FileSystemWriter):
-    """DCP's writer, of tensors only; what the system refuses is an OSError, which reaches rank 0 with its number."""
+    """DCP's writer, of tensors only; what the system refuses is an OSError, which reaches rank 0
+    with its number.
+    """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's chunks."""
@@ -44,14 +48,20 @@ class TensorWriter(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index; runs on rank 0, after every rank has written its chunks."""
-        stored = {(result.index.fqn, result.index.offset): result.storage_data for rank in results for result in rank}
+        stored = {
+            (result.index.fqn, result.index.offset): result.storage_data
+            for rank in results
+            for result in rank
+        }
         index = {}
         for name, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata)
             index[name] = {
                 "dtype": str(tensor.properties.dtype).removeprefix("torch."),
                 "shape": list(tensor.size),
-                "chunks": [_chunk_entry(chunk, stored[name, chunk.offsets]) for chunk in tensor.chunks],
+                "chunks": [
+                    _chunk_entry(chunk, stored[name, chunk.offsets]) for chunk in tensor.chunks
+                ],
             }
         write_durably(Path(self.path) / INDEX, json.dumps(index))
 
@@ -81,8 +91,12 @@ def read_index(folder: Path, files: Collection[str]) -> Metadata:
             chunks = []
             for chunk in entry["chunks"]:
                 if chunk["file"] not in files:
-                    raise CheckpointError(f"{file}: {name} is in {chunk['file']!r}, which the manifest does not list")
-                chunks.append(ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])))
+                    raise CheckpointError(
+                        f"{file}: {name} is in {chunk['file']!r}, which the manifest does not list"
+                    )
+                chunks.append(
+                    ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"]))
+                )
                 where = _StorageInfo(chunk["file"], chunk["position"], chunk["length"])
                 stored[MetadataIndex(name, chunks[-1].offsets)] = where
             properties = TensorProperties(_dtype(entry["dtype"]))
@@ -95,16 +109,25 @@ def read_index(folder: Path, files: Collection[str]) -> Metadata:
 
 
 def difference(index: Metadata, tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
-    """Every name under ``prefix`` by which a checkpoint and the tensors to fill differ, one line each."""
-    saved = {name: entry for name, entry in index.state_dict_metadata.items() if name.startswith(prefix)}
+    """Every name under ``prefix`` by which a checkpoint and the tensors to fill differ, one line
+    each.
+    """
+    saved = {
+        name: entry for name, entry in index.state_dict_metadata.items() if name.startswith(prefix)
+    }
     lines = [f"missing in the checkpoint: {name}" for name in tensors if name not in saved]
     lines += [f"only in the checkpoint: {name}" for name in saved if name not in tensors]
     for name in sorted(saved.keys() & tensors.keys()):
         entry, tensor = saved[name], tensors[name]
         assert isinstance(entry, TensorStorageMetadata)
-        has, wanted = (entry.properties.dtype, tuple(entry.size)), (tensor.dtype, tuple(tensor.shape))
+        has, wanted = (
+            (entry.properties.dtype, tuple(entry.size)),
+            (tensor.dtype, tuple(tensor.shape)),
+        )
         if has != wanted:
-            lines.append(f"{name}: the checkpoint has {_describe(*has)}, wanted is {_describe(*wanted)}")
+            lines.append(
+                f"{name}: the checkpoint has {_describe(*has)}, wanted is {_describe(*wanted)}"
+            )
     return lines
 
 

@@ -1,4 +1,6 @@
-"""Measures how fast a run is and what it needs: samples, tokens and model FLOPs a second, peak memory."""
+"""Measures how fast a run is and what it needs: samples, tokens and model FLOPs a second, peak
+memory.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Throughput:
     def __init__(self, mesh: Mesh, tokens: int, *, bf16: bool) -> None:
         self._mesh, self._tokens = mesh, tokens
         self._peak = (
-            peak_flops(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" and bf16 else None
+            peak_flops(torch.cuda.get_device_name(mesh.device))
+            if mesh.device.type == "cuda" and bf16
+            else None
         )
         self._begin, self._seconds = time.monotonic(), 0.0
         self._samples = self._flops = 0
@@ -45,11 +49,13 @@ class Throughput:
         self._begin = time.monotonic()
 
     def take(self) -> dict[str, float]:
-        """Return the rates and the largest rank's peak of memory since the last call. Collective, while paused.
+        """Return the rates and the largest rank's peak of memory since the last call. Collective,
+        while paused.
 
-        ``samples_per_second`` and ``tokens_per_second`` are of all ranks, a sample counted once however often the
-        networks see it; ``tflops_per_second`` is of each device, and ``mfu`` what that is of the device's peak, where
-        it is known; ``peak_memory_gb`` is what tensors took on a CUDA device, elsewhere the process's memory so far.
+        ``samples_per_second`` and ``tokens_per_second`` are of all ranks, a sample counted once
+        however often the networks see it; ``tflops_per_second`` is of each device, and ``mfu`` what
+        that is of the device's peak, where it is known; ``peak_memory_gb`` is what tensors took on
+        a CUDA device, elsewhere the process's memory so far.
         """
         seconds = max(self._seconds, 1e-9)
         rate = self._flops / seconds / self._mesh.world_size

@@ -25,7 +25,8 @@ from anyflow.writing import write_text
 
 RUN_ID_FILE = "run_id"
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# They make accelerate's state join or open a process group, or set a device; None takes a variable away.
+# They make accelerate's state join or open a process group, or set a device; None takes a variable
+# away.
 _ONE_PROCESS = {"LOCAL_RANK": None, "ACCELERATE_TORCH_DEVICE": "cpu"}
 
 
@@ -38,7 +39,8 @@ def check_loggers(loggers: Sequence[Logger]) -> None:
 
 
 def run_id(folder: Path) -> str:
-    """Return the name under which a run's loggers know it, which is drawn once and kept in its folder.
+    """Return the name under which a run's loggers know it, which is drawn once and kept in its
+    folder.
 
     Raises:
         ValueError: the file holds something else than 1 to 64 letters, digits, ``_`` and ``-``.
@@ -49,19 +51,22 @@ def run_id(folder: Path) -> str:
         write_text(file, f"{secrets.token_hex(4)}\n")
     name = read_text(file, max_bytes=1024).strip()
     if not _RUN_ID.fullmatch(name):
-        raise ValueError(f"{file} must hold 1 to 64 letters, digits, '_' and '-', got {brief(name)}; delete it")
+        raise ValueError(
+            f"{file} must hold 1 to 64 letters, digits, '_' and '-', got {brief(name)}; delete it"
+        )
     return name
 
 
 class Trackers:
     """Loggers of one run; a context manager, in one process of all.
 
-    A run that goes on is the same run in the loggers: Weights & Biases and trackio know it by the id in its folder, and
-    TensorBoard drops what the folder has of steps after ``start``.
+    A run that goes on is the same run in the loggers: Weights & Biases and trackio know it by the
+    id in its folder, and TensorBoard drops what the folder has of steps after ``start``.
 
     Args:
         loggers: which ones; their packages are installed.
-        folder: of the run. TensorBoard's files go into ``tensorboard``, those of Weights & Biases into ``wandb``.
+        folder: of the run. TensorBoard's files go into ``tensorboard``, those of Weights & Biases
+            into ``wandb``.
         project: that Weights & Biases and trackio sort the run into.
         config: the recipe's values by dotted name.
         start: updates done before.
@@ -71,7 +76,12 @@ class Trackers:
     """
 
     def __init__(
-        self, loggers: Sequence[Logger], folder: Path, project: str, config: Mapping[str, Any], start: int
+        self,
+        loggers: Sequence[Logger],
+        folder: Path,
+        project: str,
+        config: Mapping[str, Any],
+        start: int,
     ) -> None:
         self._trackers: dict[Logger, Any] = {}
         self._open = ExitStack()
@@ -88,7 +98,12 @@ class Trackers:
     def __enter__(self) -> Trackers:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self._open.close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -97,7 +112,8 @@ class Trackers:
             tracker.log(dict(values), step=step)
 
     def add_charts(self, curves: Mapping[str, Sequence[str]]) -> None:
-        """Give TensorBoard a chart for each entry, with the curves of these numbers, under Custom Scalars.
+        """Give TensorBoard a chart for each entry, with the curves of these numbers, under Custom
+        Scalars.
 
         Weights & Biases and trackio draw such charts by their users' choice.
 
@@ -106,7 +122,8 @@ class Trackers:
         """
         if "tensorboard" in self._trackers and curves:
             charts = {
-                title: ["Multiline", [f"^{re.escape(name)}$" for name in names]] for title, names in curves.items()
+                title: ["Multiline", [f"^{re.escape(name)}$" for name in names]]
+                for title, names in curves.items()
             }
             self._trackers["tensorboard"].tracker.add_custom_scalars({"metrics": charts})
 
@@ -130,7 +147,12 @@ def _start(logger: Logger, folder: Path, project: str, config: dict[str, Any], s
     elif logger == "wandb":
         tracker = WandBTracker(
             *(project,),
-            **{"id": run_id(folder), "name": folder.resolve().name, "resume": "allow", "dir": str(folder)},
+            **{
+                "id": run_id(folder),
+                "name": folder.resolve().name,
+                "resume": "allow",
+                "dir": str(folder),
+            },
             **{"config": config, "allow_val_change": True},
         )
     else:
@@ -148,15 +170,19 @@ def _start(logger: Logger, folder: Path, project: str, config: dict[str, Any], s
 
 def _plain(value: Any) -> Any:
     """Return a value that loggers take as a setting: lists become text."""
-    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+    return (
+        value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+    )
 
 
 @contextmanager
 def _accelerate_in_one_process() -> Iterator[None]:
-    """Give accelerate's trackers the state without which they refuse to log, as that of a process on its own.
+    """Give accelerate's trackers the state without which they refuse to log, as that of a process
+    on its own.
 
-    The process groups are this library's. With torchrun's variables accelerate would open one of its own where there is
-    none (one process on one GPU), and it would set the device. A state that the caller's program has is left alone.
+    The process groups are this library's. With torchrun's variables accelerate would open one of
+    its own where there is none (one process on one GPU), and it would set the device. A state that
+    the caller's program has is left alone.
     """
     from accelerate.state import PartialState
 
@@ -184,12 +210,16 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 
 
 def _gif_summary(name: str, file: Path) -> Any:
-    """Make what ``SummaryWriter.add_video`` makes of frames, for which it needs moviepy, of a GIF that is there."""
+    """Make what ``SummaryWriter.add_video`` makes of frames, for which it needs moviepy, of a GIF
+    that is there.
+    """
     from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped,unused-ignore]
 
     with Image.open(file) as image:
         width, height = image.size
-    content = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.read_bytes())
+    content = Summary.Image(
+        height=height, width=width, colorspace=3, encoded_image_string=file.read_bytes()
+    )
     return Summary(value=[Summary.Value(tag=name, image=content)])
 
 

@@ -21,7 +21,14 @@ from anyflow.threads import torch_threads
 from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import Recipe
 from anyflow.training.decoding import Decoder
-from anyflow.training.distributed import Mesh, full_state, main_result, setup, shard_network, teardown
+from anyflow.training.distributed import (
+    Mesh,
+    full_state,
+    main_result,
+    setup,
+    shard_network,
+    teardown,
+)
 from anyflow.training.export import write_model
 from anyflow.training.flops import token_count
 from anyflow.training.guard import TrainingError, check_state
@@ -46,29 +53,33 @@ from anyflow.writing import write_text
 
 
 def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None) -> None:
-    """Run a recipe to its end in the folder ``recipe.out``, from the newest checkpoint there if there is one.
+    """Run a recipe to its end in the folder ``recipe.out``, from the newest checkpoint there if
+    there is one.
 
-    The folder gets ``recipe.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``previews/`` and, at the end, the averaged
-    student as ``model/transformer`` and ``model/scheduler``. On SIGTERM or SIGINT the update in progress is finished, a
-    checkpoint is written and the function returns; a second signal is obeyed at once. A run that goes on ends as if it
-    had never stopped, bit for bit, given the same number of processes. Called on every process of torchrun.
+    The folder gets ``recipe.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``previews/`` and, at the
+    end, the averaged student as ``model/transformer`` and ``model/scheduler``. On SIGTERM or SIGINT
+    the update in progress is finished, a checkpoint is written and the function returns; a second
+    signal is obeyed at once. A run that goes on ends as if it had never stopped, bit for bit, given
+    the same number of processes. Called on every process of torchrun.
 
     Args:
-        recipe: the run. If the folder holds one already, it must be the same but for ``out``, ``steps``, ``parallel``,
-            ``checkpoint``, ``preview``, ``metrics``, ``validation`` (but not how many rows of the data it holds out),
-            ``device``, ``num_threads``, ``log_every``, ``loggers``, ``project``, ``activation_checkpointing``,
-            ``compile``, ``data.num_workers`` and, to keep the global batch on other hardware, ``data.batch_size`` and
-            ``gradient_accumulation``; and for what a :class:`TrainingError` advises, which the checkpoints record: the
-            learning rates and warm-ups, ``precision``.
+        recipe: the run. If the folder holds one already, it must be the same but for ``out``,
+            ``steps``, ``parallel``, ``checkpoint``, ``preview``, ``metrics``, ``validation`` (but
+            not how many rows of the data it holds out), ``device``, ``num_threads``, ``log_every``,
+            ``loggers``, ``project``, ``activation_checkpointing``, ``compile``,
+            ``data.num_workers`` and, to keep the global batch on other hardware,
+            ``data.batch_size`` and ``gradient_accumulation``; and for what a :class:`TrainingError`
+            advises, which the checkpoints record: the learning rates and warm-ups, ``precision``.
         resume: False refuses a folder that has a checkpoint.
         console: where messages go; None for the terminal.
 
     Raises:
-        ValueError: the recipe does not fit its files, the processes or the run in the folder, or another process trains
-            there; nothing has been written.
-        OSError: the system refuses to write, such as on a full disk. The newest checkpoint is from before.
-        TrainingError: a loss, a gradient, a network's output or its state is not finite. The newest checkpoint is from
-            before, and the message says which settings can be tried from there.
+        ValueError: the recipe does not fit its files, the processes or the run in the folder, or
+            another process trains there; nothing has been written.
+        OSError: the system refuses to write, such as on a full disk. The newest checkpoint is from
+            before.
+        TrainingError: a loss, a gradient, a network's output or its state is not finite. The newest
+            checkpoint is from before, and the message says which settings can be tried from there.
     """
     console = Console() if console is None else console
     mesh = setup(recipe.parallel, recipe.device)
@@ -97,14 +108,18 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
     latest = checkpointer.latest()
     at = Position() if latest is None else position(latest, recipe, dataset, resume)
     if at.step == recipe.steps and (out / "model").is_dir():
-        console.print(f"{out} holds this run, finished after {at.step} steps; its model is {out / 'model'}")
+        console.print(
+            f"{out} holds this run, finished after {at.step} steps; its model is {out / 'model'}"
+        )
         return
 
     samples = _build_samples(recipe, mesh, dataset, console)
     step = _build_step(recipe, mesh, dataset)
     changes = changes if latest is None else at.changed
     if changes:
-        given = ", ".join(f"{name}={now} ({before} before)" for name, (before, now) in changes.items())
+        given = ", ".join(
+            f"{name}={now} ({before} before)" for name, (before, now) in changes.items()
+        )
         console.print(f"The run goes on with {given}", markup=False)
     if latest is not None:
         checkpointer.load(latest, step.tensors())
@@ -128,7 +143,9 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         try:
             finished = run.loop(at, console)
         except TrainingError as error:
-            raise TrainingError(f"{error}. {run.advice(error)}", error.step, error.network) from None
+            raise TrainingError(
+                f"{error}. {run.advice(error)}", error.step, error.network
+            ) from None
     if finished:
         run.finish(console)
 
@@ -142,7 +159,9 @@ class _Samples:
 
 
 def _build_samples(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, console: Console) -> _Samples:
-    """Load what previews and metrics need before the networks are built: an error comes early, and memory is free."""
+    """Load what previews and metrics need before the networks are built: an error comes early, and
+    memory is free.
+    """
     shows, measures = recipe.preview.every > 0, recipe.metrics.every > 0
     if not (shows or measures):
         return _Samples(None, None)
@@ -150,7 +169,9 @@ def _build_samples(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, console: C
     decoder = Decoder(recipe, mesh, dataset, everywhere=measures)
     return _Samples(
         Previews(recipe, mesh, dataset, prompts.preview, decoder) if shows else None,
-        SampleMetrics(recipe, mesh, dataset, prompts.metrics, decoder, console) if measures else None,
+        SampleMetrics(recipe, mesh, dataset, prompts.metrics, decoder, console)
+        if measures
+        else None,
     )
 
 
@@ -169,7 +190,9 @@ class _Run:
     signals: list[int]  # received so far
 
     def loop(self, at: Position, console: Console) -> bool:
-        """Train up to the last step, or to a signal; returns whether the last step is done. There is a checkpoint."""
+        """Train up to the last step, or to a signal; returns whether the last step is done. There
+        is a checkpoint.
+        """
         tokens = token_count(self.step.student, self.dataset.latent_shape)
         with Reports(self.recipe, self.mesh, tokens, at, console) as reports:
             if self.samples.metrics is not None:
@@ -205,11 +228,14 @@ class _Run:
 
     def _validate(self) -> dict[str, float]:
         negative = self.dataset.negative_prompt_embeds
-        return validation_losses(self.recipe, self.mesh, self.split, negative, self.step.student, self.step.ema)
+        return validation_losses(
+            self.recipe, self.mesh, self.split, negative, self.step.student, self.step.ema
+        )
 
     def finish(self, console: Console) -> None:
         """Write the averaged student as a model."""
-        check_state(self.recipe.steps, self.step.tensors())  # a checkpoint may be older than its own check
+        # a checkpoint may be older than its own check
+        check_state(self.recipe.steps, self.step.tensors())
         tensors = full_state(self.step.ema.state_dict())
         if self.mesh.is_main:
             model = Path(self.recipe.out) / "model"
@@ -219,11 +245,14 @@ class _Run:
             dist.barrier()
 
     def advice(self, error: TrainingError) -> str:
-        """Name settings to try, as arguments of the command, and say where it goes on. Collective."""
+        """Name settings to try, as arguments of the command, and say where it goes on.
+        Collective.
+        """
         tries = _settings_to_try(self.recipe, error)
         if not tries:
             return (
-                "The teacher does not train: give other weights as on_policy.teacher.path=... and a new folder out=..."
+                "The teacher does not train: give other weights as on_policy.teacher.path=... and "
+                "a new folder out=..."
             )
         saved = self.checkpointer.steps()
         command = f"The same command with {' or '.join(tries)}"
@@ -260,7 +289,9 @@ class _Run:
 
 
 def _due(done: int, every: int, last: int) -> bool:
-    """Tell whether something done every so many steps, and after the last one, is due; 0 turns it off."""
+    """Tell whether something done every so many steps, and after the last one, is due; 0 turns it
+    off.
+    """
     return every > 0 and (done % every == 0 or done == last)
 
 
@@ -313,12 +344,14 @@ def _check_data(network: AnyFlowTransformer3DModel, dataset: VideoDataset, name:
     ):
         if size % patch or size // patch > config.rope_max_seq_len:
             raise ValueError(
-                f"the data's latents have {size} {axis}; the {name} takes multiples of {patch} up to "
+                f"the data's latents have {size} {axis}; the {name} takes multiples of {patch} up "
+                "to "
                 f"{patch * config.rope_max_seq_len}"
             )
     if dataset.text_shape[1] != config.text_dim:
         raise ValueError(
-            f"the data's prompts have width {dataset.text_shape[1]}, the {name} takes text_dim={config.text_dim}"
+            f"the data's prompts have width {dataset.text_shape[1]}, the {name} takes "
+            f"text_dim={config.text_dim}"
         )
 
 
@@ -343,7 +376,9 @@ def _signals() -> Iterator[list[int]]:
         for number, before in previous.items():
             signal.signal(number, before)
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {
+        number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield received
     finally:

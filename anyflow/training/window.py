@@ -14,10 +14,11 @@ from anyflow.network import widest_float
 
 
 class Window:
-    """Collects scalars where they are; the device is read, and the ranks meet, only when a mean is wanted.
+    """Collects scalars where they are; the device is read, and the ranks meet, only when a mean is
+    wanted.
 
-    Each update's mean over the ranks is kept, and they are added up exactly (:func:`math.fsum`), so that a run that is
-    interrupted within a window reports what one does that is not.
+    Each update's mean over the ranks is kept, and they are added up exactly (:func:`math.fsum`), so
+    that a run that is interrupted within a window reports what one does that is not.
 
     Args:
         device: of the scalars.
@@ -34,7 +35,9 @@ class Window:
             self._settings = dict(state["settings"])
 
     def add(self, scalars: Mapping[str, Tensor | float]) -> None:
-        """Note an update's scalars of this rank: tensors are measured, numbers (such as a learning rate) are set."""
+        """Note an update's scalars of this rank: tensors are measured, numbers (such as a learning
+        rate) are set.
+        """
         for name, value in scalars.items():
             if isinstance(value, Tensor):
                 self._pending.append((name, value.detach()))
@@ -42,7 +45,8 @@ class Window:
                 self._settings[name] = value
 
     def take(self) -> dict[str, float]:
-        """Return the mean of each scalar over the updates that had it, and each setting's last value; begin anew.
+        """Return the mean of each scalar over the updates that had it, and each setting's last
+        value; begin anew.
 
         Collective.
         """
@@ -53,9 +57,14 @@ class Window:
         return values
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of a window that has not ended, as JSON values. Collective."""
+        """Return what a checkpoint keeps of a window that has not ended, as JSON values.
+        Collective.
+        """
         self._read()
-        return {"means": {name: list(values) for name, values in self._means.items()}, "settings": {**self._settings}}
+        return {
+            "means": {name: list(values) for name, values in self._means.items()},
+            "settings": {**self._settings},
+        }
 
     def _read(self) -> None:
         if not self._pending:

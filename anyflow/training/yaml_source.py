@@ -1,8 +1,10 @@
-"""YAML in which every value knows where it was written, inheritance by ``base:``, and overrides from the command line.
+"""YAML in which every value knows where it was written, inheritance by ``base:``, and overrides
+from the command line.
 
-Plain scalars follow the core schema of YAML 1.2, less its hexadecimal, octal and non-finite numbers: ``5e-5`` is a
-number, ``no`` and ``off`` are text, ``010`` is ten. A document is bounded in bytes, in depth and in the number of its
-values, those that aliases repeat included, and so is the chain of ``base:``.
+Plain scalars follow the core schema of YAML 1.2, less its hexadecimal, octal and non-finite
+numbers: ``5e-5`` is a number, ``no`` and ``off`` are text, ``010`` is ten. A document is bounded in
+bytes, in depth and in the number of its values, those that aliases repeat included, and so is the
+chain of ``base:``.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ _INT64 = range(-(2**63), 2**63)
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; one line for each problem, each with its place and the path of the key."""
+    """A recipe that cannot be used; one line for each problem, each with its place and the path of
+    the key.
+    """
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class Located:
     place: str
 
     def merged(self, over: Located) -> Located:
-        """This value with ``over`` laid on top: mappings merge key by key, everything else is replaced."""
+        """This value with ``over`` laid on top: mappings merge key by key, everything else is
+        replaced.
+        """
         if not (isinstance(self.value, dict) and isinstance(over.value, dict)):
             return over
         value = dict(self.value)
@@ -81,12 +87,12 @@ def read_file(recipe: Path | str) -> Located:
     """Read the mapping in a file, laid over that of its ``base:``.
 
     Args:
-        recipe: path, or name of a recipe that comes with anyflow (:func:`anyflow.recipes.locate`), as ``base:`` is too;
-            a path there is relative to the file.
+        recipe: path, or name of a recipe that comes with anyflow (:func:`anyflow.recipes.locate`),
+            as ``base:`` is too; a path there is relative to the file.
 
     Raises:
-        RecipeError: a file is missing, no regular file, too large, not YAML or not a mapping, has a key twice, or is
-            its own base; or the chain of bases is longer than ``MAX_FILES``.
+        RecipeError: a file is missing, no regular file, too large, not YAML or not a mapping, has a
+            key twice, or is its own base; or the chain of bases is longer than ``MAX_FILES``.
     """
     path = recipes.locate(recipe)
     return _read_file(path, f"{shortened(path)}: no such file{recipes.hint(recipe)}", ())
@@ -102,7 +108,9 @@ def read_override(text: str) -> Located:
     key, equals, value = text.partition("=")
     names = key.strip().split(".")
     if not (equals and value.strip() and all(re.fullmatch(r"\w+", name) for name in names)):
-        raise RecipeError(f"{place}: must have the form key.key=value, with null as the empty value")
+        raise RecipeError(
+            f"{place}: must have the form key.key=value, with null as the empty value"
+        )
     if len(names) > MAX_DEPTH:
         raise RecipeError(f"{place}: its key is nested more than {MAX_DEPTH} deep")
     if len(value.encode("utf-8", "replace")) > MAX_BYTES:
@@ -117,12 +125,18 @@ def read_override(text: str) -> Located:
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:
-    """A mapping as YAML that :func:`read_file` reads as the same values; tuples become lists, on one line each."""
-    return str(yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
+    """A mapping as YAML that :func:`read_file` reads as the same values; tuples become lists, on
+    one line each.
+    """
+    return str(
+        yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    )
 
 
 def _read_file(path: Path, missing: str, below: tuple[Path, ...], asked_by: str = "") -> Located:
-    """Read a file and its bases; ``missing`` is the error if there is none, ``asked_by`` the place that names it."""
+    """Read a file and its bases; ``missing`` is the error if there is none, ``asked_by`` the place
+    that names it.
+    """
     try:
         content = read_text(path, max_bytes=MAX_BYTES)
     except ValueError as error:
@@ -140,8 +154,11 @@ def _read_file(path: Path, missing: str, below: tuple[Path, ...], asked_by: str 
     if not isinstance(base.value, str):
         raise RecipeError(f"{base.place}: base: must be the path of a recipe, relative to this one")
     parent, chain = recipes.locate(base.value, path.parent), (*below, path)
-    if os.path.realpath(parent) in map(os.path.realpath, chain):  # of a loop of links it makes a path, not an error
-        raise RecipeError(f"{base.place}: base: goes in a circle: {' -> '.join(map(str, (*chain, parent)))}")
+    # of a loop of links it makes a path, not an error
+    if os.path.realpath(parent) in map(os.path.realpath, chain):
+        raise RecipeError(
+            f"{base.place}: base: goes in a circle: {' -> '.join(map(str, (*chain, parent)))}"
+        )
     if len(chain) == MAX_FILES:
         raise RecipeError(f"{base.place}: base: more than {MAX_FILES} files in a chain")
     asked_by = f"{base.place}: base: "
@@ -150,14 +167,19 @@ def _read_file(path: Path, missing: str, below: tuple[Path, ...], asked_by: str 
 
 
 class _CoreSchema:
-    """Which plain scalars are not text, for reading and, so that others are not quoted, for writing."""
+    """Which plain scalars are not text, for reading and, so that others are not quoted, for
+    writing.
+    """
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {  # noqa: RUF012
         None: [
             ("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)\Z")),
             ("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")),
             ("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+\Z")),
-            ("tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z")),
+            (
+                "tag:yaml.org,2002:float",
+                re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z"),
+            ),
         ]
     }
 
@@ -171,7 +193,9 @@ class _Loader(_CoreSchema, yaml.SafeLoader):
         self._depth += 1
         if self._depth > MAX_DEPTH:
             mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"nested more than {MAX_DEPTH} deep", problem_mark=mark
+            )
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -182,7 +206,9 @@ class _Dumper(_CoreSchema, yaml.SafeDumper):
         return True
 
 
-_Dumper.add_representer(tuple, lambda dumper, data: dumper.represent_sequence(_TAG + "seq", data, flow_style=True))
+_Dumper.add_representer(
+    tuple, lambda dumper, data: dumper.represent_sequence(_TAG + "seq", data, flow_style=True)
+)
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS: dict[str, Callable[[str], Any]] = {
@@ -199,7 +225,11 @@ def _compose(content: str, place: Callable[[int], str]) -> Any:
     try:
         return yaml.compose(content, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark if error.context_mark is None or error.problem_mark else error.context_mark
+        mark = (
+            error.problem_mark
+            if error.context_mark is None or error.problem_mark
+            else error.context_mark
+        )
         line = 1 if mark is None else mark.line + 1
         text = " ".join(filter(None, (error.context, error.problem)))
         raise RecipeError(f"{place(line)}: not valid YAML: {text}") from error
@@ -225,15 +255,20 @@ class _Document:
         if node in around:
             raise RecipeError(f"{prefix}contains itself")
         self._values += 1
-        if self._values > MAX_VALUES or len(around) > MAX_DEPTH:  # aliases make both larger than the text shows
-            raise RecipeError(f"{prefix}the document has more than {MAX_VALUES} values or {MAX_DEPTH} levels")
+        # aliases make both larger than the text shows
+        if self._values > MAX_VALUES or len(around) > MAX_DEPTH:
+            raise RecipeError(
+                f"{prefix}the document has more than {MAX_VALUES} values or {MAX_DEPTH} levels"
+            )
         around = (*around, node)
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return Located(self._items(node, path, around), here)
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
             return Located([self.located(item, path, around) for item in node.value], here)
         if node.tag not in _SCALARS or not isinstance(node, yaml.ScalarNode):
-            raise RecipeError(f"{prefix}the tag {shortened(node.tag.removeprefix(_TAG))!r} is not allowed")
+            raise RecipeError(
+                f"{prefix}the tag {shortened(node.tag.removeprefix(_TAG))!r} is not allowed"
+            )
         return Located(_scalar(node, prefix), here)
 
     def _items(self, mapping: Any, path: str, around: tuple[Any, ...]) -> dict[str, Located]:
@@ -245,7 +280,9 @@ class _Document:
             key = key_node.value
             key_path = f"{path}.{key}" if path else key
             if key in items:
-                raise RecipeError(f"{line}: {shortened(key_path)}: is given twice, first at {items[key].place}")
+                raise RecipeError(
+                    f"{line}: {shortened(key_path)}: is given twice, first at {items[key].place}"
+                )
             items[key] = Located(self.located(value_node, key_path, around).value, line)
         return items
 
@@ -261,5 +298,7 @@ def _scalar(node: Any, prefix: str) -> Any:
     if isinstance(value, int) and value not in _INT64:
         raise RecipeError(f"{prefix}{shortened(node.value, 40)} is too large for a whole number")
     if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        raise RecipeError(f"{prefix}{shortened(value, 40)} has a lone surrogate, which is no character")
+        raise RecipeError(
+            f"{prefix}{shortened(value, 40)} has a lone surrogate, which is no character"
+        )
     return value

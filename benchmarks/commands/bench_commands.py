@@ -1,8 +1,9 @@
 """A whole command in a process of its own, alone and beside processes that keep every core busy.
 
-The command trains a small network by a recipe on one thread, as it does for its user. Its peers are the same command on
-a machine with nothing else to do, and with two threads: those of ``OMP_NUM_THREADS=2``, which sleep while they wait,
-and those of OpenMP's default (``GOMP_SPINCOUNT=300000``), which spin.
+The command trains a small network by a recipe on one thread, as it does for its user. Its peers are
+the same command on a machine with nothing else to do, and with two threads: those of
+``OMP_NUM_THREADS=2``, which sleep while they wait, and those of OpenMP's default
+(``GOMP_SPINCOUNT=300000``), which spin.
 """
 
 from __future__ import annotations
@@ -30,13 +31,21 @@ STEPS = 200
 QUIET, TWO_THREADS, TWO_SPINNING = "quiet", "two threads", "two spinning threads"
 _SLEEPING: Mapping[str, str] = {"OMP_NUM_THREADS": "2"}
 _SPINNING: Mapping[str, str] = {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "300000"}
-_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_SETTINGS = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+)
 
 
 @contextmanager
 def busy_cores() -> Iterator[None]:
     """Run as many busy processes as this one may use cores."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(usable_cores())]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(usable_cores())
+    ]
     try:
         yield
     finally:
@@ -62,7 +71,13 @@ class Training:
 
     def __call__(self) -> None:
         out = self.folder / str(next(self._runs))
-        overrides = [f"out={out}", f"steps={STEPS}", f"checkpoint.every={STEPS}", "preview.every=0", "log_every=50"]
+        overrides = [
+            f"out={out}",
+            f"steps={STEPS}",
+            f"checkpoint.every={STEPS}",
+            "preview.every=0",
+            "log_every=50",
+        ]
         command = [sys.executable, "-m", "anyflow", "train", RECIPE, *overrides]
         with busy_cores() if self.load else nullcontext():
             subprocess.run(command, env=self.environment, check=True, capture_output=True)
@@ -80,7 +95,12 @@ def _contest(load: bool, setting: Setting) -> Contest:
 
 
 WORKLOADS = [
-    Workload("commands/train/smoke_teacher/quiet", (TWO_THREADS, TWO_SPINNING), partial(_contest, False), min_rounds=3),
+    Workload(
+        "commands/train/smoke_teacher/quiet",
+        (TWO_THREADS, TWO_SPINNING),
+        partial(_contest, False),
+        min_rounds=3,
+    ),
     Workload(
         "commands/train/smoke_teacher/every core busy",
         (TWO_THREADS, QUIET),

@@ -1,8 +1,10 @@
-"""Builds the native extension and lays out a package that every process of a run finds, in the runner's own folder.
+"""Builds the native extension and lays out a package that every process of a run finds, in the
+runner's own folder.
 
-``site/anyflow`` is a folder of links: to the modules of this checkout, to its ``kernels/`` and to the extension that
-was built here. With ``site`` first on Python's path, a process needs no installation, an installed copy of the package
-cannot stand in for a part of this one, and nothing is written into the checkout.
+``site/anyflow`` is a folder of links: to the modules of this checkout, to its ``kernels/`` and to
+the extension that was built here. With ``site`` first on Python's path, a process needs no
+installation, an installed copy of the package cannot stand in for a part of this one, and nothing
+is written into the checkout.
 """
 
 from __future__ import annotations
@@ -26,21 +28,27 @@ BUILT = FOLDER / "anyflow"  # where ``setup.py --build-lib`` puts the extension
 RECORD = FOLDER / "extension.json"
 BENCHMARKS = ROOT / "benchmarks"
 
-# The extension ------------------------------------------------------------------------------------------------------
+# The extension ------------------------------------------------------------------------------------
 
 
 def prepare_extension(device: str, limit_s: float) -> tuple[str, str | None, dict[str, Any]]:
-    """Use an extension that is there and loads, else build one; (status, reason, data) of the section.
+    """Use an extension that is there and loads, else build one; (status, reason, data) of the
+    section.
 
-    One that was built here is used only while its sources are those of the checkout. One without such a record, carried
-    here or built in the checkout, is used where it loads; for a GPU it must have CUDA kernels.
+    One that was built here is used only while its sources are those of the checkout. One without
+    such a record, carried here or built in the checkout, is used where it loads; for a GPU it must
+    have CUDA kernels.
     """
     if _is_outdated():
         forget_extension()
     found = loaded()
     if "problem" not in found and (device == "cpu" or found["cuda_archs"]):
         sources = "those of the checkout" if RECORD.exists() else "not recorded"
-        return DONE, None, {"prebuilt": "an extension that loads was there", "sources": sources, **found}
+        return (
+            DONE,
+            None,
+            {"prebuilt": "an extension that loads was there", "sources": sources, **found},
+        )
     status, reason, data = _build(device, limit_s)
     if status == DONE:
         found = loaded()
@@ -54,13 +62,19 @@ def _build(device: str, limit_s: float) -> tuple[str, str | None, dict[str, Any]
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None and device == "cuda":
         return SKIPPED, "there is no nvcc", {}
-    lacking = [name for name in ("setuptools", "pybind11") if importlib.util.find_spec(name) is None]
+    lacking = [
+        name for name in ("setuptools", "pybind11") if importlib.util.find_spec(name) is None
+    ]
     lacking += [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=_path()) is None]
     if lacking:
         return FAILED, f"building needs {', '.join(lacking)}", {}
     architecture = _architecture() if device == "cuda" else ""
-    # Arguments of its own give it a folder of its own, so that a build of the checkout stays as it is.
-    arguments = os.environ.get("ANYFLOW_CMAKE_ARGS") or f"-DANYFLOW_CUDA={'AUTO' if device == 'cuda' else 'OFF'}"
+    # Arguments of its own give it a folder of its own, so that a build of the checkout stays as it
+    # is.
+    arguments = (
+        os.environ.get("ANYFLOW_CMAKE_ARGS")
+        or f"-DANYFLOW_CUDA={'AUTO' if device == 'cuda' else 'OFF'}"
+    )
     variables = {"ANYFLOW_CUDA_ARCHS": architecture, "ANYFLOW_CMAKE_ARGS": arguments}
     if nvcc is not None:
         variables["CUDACXX"] = nvcc
@@ -88,14 +102,20 @@ def _build(device: str, limit_s: float) -> tuple[str, str | None, dict[str, Any]
         stop_group(process)
     data |= {"build_s": time.monotonic() - started, "output": output[-2000:]}
     if process.returncode:
-        return FAILED, output.splitlines()[-1] if output else f"exit status {process.returncode}", data
+        return (
+            FAILED,
+            output.splitlines()[-1] if output else f"exit status {process.returncode}",
+            data,
+        )
     RECORD.write_text(json.dumps({"sources": _sources()}) + "\n")
     lay_out()
     return DONE, None, data
 
 
 def stop_group(process: subprocess.Popen[Any]) -> None:
-    """Kill a process that leads a group of its own, with all that it has started, and wait for it."""
+    """Kill a process that leads a group of its own, with all that it has started, and wait for
+    it.
+    """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, 9)
     process.wait()
@@ -140,7 +160,9 @@ def forget_extension() -> None:
 
 
 def loaded() -> dict[str, str]:
-    """Import the extension in a process of its own: what it says of its CUDA kernels and its file, or the problem."""
+    """Import the extension in a process of its own: what it says of its CUDA kernels and its file,
+    or the problem.
+    """
     lay_out()
     code = (
         "import json\n"
@@ -148,7 +170,8 @@ def loaded() -> dict[str, str]:
         "without_diffusers.install()\n"
         "import anyflow.ops, anyflow._C as extension\n"
         "info = extension.build_info()\n"
-        "print(json.dumps({'cuda': info['cuda'], 'cuda_archs': info['cuda_archs'], 'file': extension.__file__}))"
+        "print(json.dumps({'cuda': info['cuda'], 'cuda_archs': info['cuda_archs'], 'file': "
+        "extension.__file__}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -163,16 +186,21 @@ def loaded() -> dict[str, str]:
     return found
 
 
-# The package --------------------------------------------------------------------------------------------------------
+# The package --------------------------------------------------------------------------------------
 
 
 def lay_out() -> None:
-    """Link the checkout's modules, its kernels and the extension into ``site/anyflow``; any number of processes may."""
+    """Link the checkout's modules, its kernels and the extension into ``site/anyflow``; any number
+    of processes may.
+    """
     package = SITE / "anyflow"
     package.mkdir(parents=True, exist_ok=True)
-    wanted = {path.name: path for path in (ROOT / "anyflow").iterdir() if path.name != "__pycache__"}
+    wanted = {
+        path.name: path for path in (ROOT / "anyflow").iterdir() if path.name != "__pycache__"
+    }
     wanted["kernels"] = ROOT / "kernels"
-    if not _is_outdated() and (built := _built()):  # and none beside it, whose suffix Python might prefer
+    # and none beside it, whose suffix Python might prefer
+    if not _is_outdated() and (built := _built()):
         wanted = {name: path for name, path in wanted.items() if not name.startswith("_C.")}
         wanted |= {path.name: path for path in built}
     for link in package.iterdir():
@@ -188,10 +216,11 @@ def lay_out() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return the variables of a process that must find the package, its kernels, the extension and ``benchmarks/``.
+    """Return the variables of a process that must find the package, its kernels, the extension and
+    ``benchmarks/``.
 
-    Such a process needs another working directory than the checkout's root, which Python would search first: see
-    :func:`workplace`.
+    Such a process needs another working directory than the checkout's root, which Python would
+    search first: see :func:`workplace`.
     """
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = dict.fromkeys([str(SITE), str(BENCHMARKS), *filter(None, before)])
@@ -206,7 +235,8 @@ def workplace() -> Path:
 
 
 def find_package(device: str) -> None:
-    """Make ``anyflow`` importable from this checkout, with its kernels and the extension, here and in child processes.
+    """Make ``anyflow`` importable from this checkout, with its kernels and the extension, here and
+    in child processes.
 
     Args:
         device: ``"cuda"``, or ``"cpu"``, where Triton kernels are interpreted.
@@ -216,20 +246,25 @@ def find_package(device: str) -> None:
     """
     lay_out()
     if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which diffusers does too
+        # read when triton is imported, which diffusers does too
+        os.environ["TRITON_INTERPRET"] = "1"
     os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]
     sys.path.insert(0, str(SITE))
     import anyflow
 
     origin = Path(str(anyflow.__file__)).resolve().parent
     if origin != (ROOT / "anyflow").resolve():
-        raise ImportError(f"anyflow is imported from {origin}, before {ROOT / 'anyflow'} could be found")
+        raise ImportError(
+            f"anyflow is imported from {origin}, before {ROOT / 'anyflow'} could be found"
+        )
     if str(SITE / "anyflow") not in anyflow.__path__:  # imported from the checkout itself
         anyflow.__path__.insert(0, str(SITE / "anyflow"))
 
 
 def load_operators() -> str | None:
-    """Import ``anyflow.ops``; where there is no extension that loads, without it, and return why."""
+    """Import ``anyflow.ops``; where there is no extension that loads, without it, and return
+    why.
+    """
     try:
         import anyflow.ops
     except ImportError as error:

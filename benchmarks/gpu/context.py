@@ -1,4 +1,6 @@
-"""Holds what a section gets: the device, the sizes, the time that is left, and where its measurements go."""
+"""Holds what a section gets: the device, the sizes, the time that is left, and where its
+measurements go.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import torch
 from gpu.sizes import Size, sizes
 from gpu.state import RunFile
 
-REFERENCE_FLOPS = 790e12  # FLOP/s of a bf16 product on the cards that the sections' seconds are for, H100 and H200
+# FLOP/s of a bf16 product on the cards that the sections' seconds are for, H100 and H200
+REFERENCE_FLOPS = 790e12
 
 
 class Skip(Exception):
@@ -56,7 +59,9 @@ class Context:
 
     @property
     def slowness(self) -> float:
-        """Estimate how much longer than on an H200 things will take, by the rate of a matrix product in this run."""
+        """Estimate how much longer than on an H200 things will take, by the rate of a matrix
+        product in this run.
+        """
         measured = self.file.get("limits", "matmul_flops")
         return max(1.0, REFERENCE_FLOPS / measured) if measured and not self.tiny else 1.0
 
@@ -69,7 +74,9 @@ class Context:
         return (min(seconds, 1.0) if self.tiny else seconds * self.slowness) <= self.remaining()
 
     def put(self, key: str, value: Any, quiet: bool = False) -> None:
-        """Record a measurement of this section, which is on disk afterwards, and print it unless ``quiet``."""
+        """Record a measurement of this section, which is on disk afterwards, and print it unless
+        ``quiet``.
+        """
         self.file.put(self.name, key, value)
         if not quiet:
             print(f"{self.name}: {key}: {short(value)}", flush=True)
@@ -85,16 +92,20 @@ class Context:
     def wrong_kernels(self) -> dict[str, list[str]]:
         """Return the backends of each operator that are not timed by themselves.
 
-        A device check found them wrong, or an operator test found wrong numbers; other failures of tests may be of the
-        installation.
+        A device check found them wrong, or an operator test found wrong numbers; other failures of
+        tests may be of the installation.
         """
-        found = (self.file.get("checks", "wrong") or {}, self.file.get("tests", "wrong_numbers") or {})
+        found = (
+            self.file.get("checks", "wrong") or {},
+            self.file.get("tests", "wrong_numbers") or {},
+        )
         return merged(*found)
 
     def require_right_kernels(self, operators: tuple[str, ...]) -> None:
         """Raise :class:`Skip` if one of these operators runs here on a kernel with wrong numbers.
 
-        Only the device checks decide: the test suite has more cases than a network, and not all are of the kernels.
+        Only the device checks decide: the test suite has more cases than a network, and not all are
+        of the kernels.
         """
         from anyflow.ops import backend_report
 
@@ -109,7 +120,10 @@ class Context:
 def merged(*lists: dict[str, list[str]]) -> dict[str, list[str]]:
     """Join lists of backends by operator."""
     operators = sorted({op for found in lists for op in found})
-    return {op: sorted({backend for found in lists for backend in found.get(op, [])}) for op in operators}
+    return {
+        op: sorted({backend for found in lists for backend in found.get(op, [])})
+        for op in operators
+    }
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,8 @@ class Section:
     Attributes:
         name: for ``--only``.
         title: what it measures.
-        seconds: that it takes on an H100 or H200, roughly; they decide whether it still fits the budget.
+        seconds: that it takes on an H100 or H200, roughly; they decide whether it still fits the
+            budget.
         run: does it.
         operators: that its networks run: with a wrong kernel of one of them it is skipped.
         resumes: whether it goes on with its data of an earlier run that ended too early.

@@ -1,12 +1,15 @@
-"""Checks that what runs on a device is right; each check names the operators and backends that its failure accuses.
+"""Checks that what runs on a device is right; each check names the operators and backends that its
+failure accuses.
 
-Operators are compared with their references in fp64: small ones as ``anyflow doctor`` does, then at the models' sizes,
-forward and backward, where what a kernel allocates reads NaN until it is written and a second call must give the same
-bits. Then more than 2^31 elements, a stream of its own, every attention backend, GELU in the epilogue of a product, and
-a small network on the kernels against the same on the references.
+Operators are compared with their references in fp64: small ones as ``anyflow doctor`` does, then at
+the models' sizes, forward and backward, where what a kernel allocates reads NaN until it is written
+and a second call must give the same bits. Then more than 2^31 elements, a stream of its own, every
+attention backend, GELU in the epilogue of a product, and a small network on the kernels against the
+same on the references.
 
-``run_gpu.py`` runs parts of them in processes beside each other (:mod:`gpu.checks`), because most of the time is a
-compiler's. By themselves: ``PYTHONPATH=benchmarks python -m gpu.child gpu.device_checks [--device cpu --tiny]``.
+``run_gpu.py`` runs parts of them in processes beside each other (:mod:`gpu.checks`), because most
+of the time is a compiler's. By themselves: ``PYTHONPATH=benchmarks python -m gpu.child
+gpu.device_checks [--device cpu --tiny]``.
 """
 
 from __future__ import annotations
@@ -35,8 +38,9 @@ from anyflow.ops.backend import BACKENDS, missing
 from gpu import small_network
 from gpu.context import last_line
 
-# Of ||a - e|| / ||e||. One rounding to bf16 is 2^-9 of an element at most, and results have up to three on their way;
-# in fp32 they have their own sums and a GPU's approximate functions, for which the self-check's bound stands.
+# Of ||a - e|| / ||e||. One rounding to bf16 is 2^-9 of an element at most, and results have up to
+# three on their way; in fp32 they have their own sums and a GPU's approximate functions, for which
+# the self-check's bound stands.
 LIMITS = {torch.bfloat16: 3 * 2.0**-9, torch.float32: 3 * TOLERANCE[torch.float32]}
 SAME = 1e-6  # of what the same kernels compute in another order of launches
 
@@ -53,9 +57,10 @@ class DeviceCheck:
         name: unique.
         limit: the largest error that passes.
         run: gives the error, or raises.
-        accuses: backends by operator that are wrong if it fails; empty for a check of a whole network.
-        stops: what is not timed after a failure: ``"networks"`` that run the operator, and the operator itself;
-            ``"operator"``, that alone; ``"record"``, nothing.
+        accuses: backends by operator that are wrong if it fails; empty for a check of a whole
+            network.
+        stops: what is not timed after a failure: ``"networks"`` that run the operator, and the
+            operator itself; ``"operator"``, that alone; ``"record"``, nothing.
     """
 
     name: str
@@ -116,18 +121,23 @@ def evaluate(check: DeviceCheck) -> Outcome:
         problem = last_line(exception)
     seconds = round(time.monotonic() - started, 2)
     accused = (check.accuses, check.stops)
-    return Outcome(check.name, problem is None, error, check.limit, problem, numbers, seconds, *accused)
+    return Outcome(
+        check.name, problem is None, error, check.limit, problem, numbers, seconds, *accused
+    )
 
 
-# Operators ----------------------------------------------------------------------------------------------------------
+# Operators ----------------------------------------------------------------------------------------
 
 
 def _self_checks(device: torch.device) -> Iterator[DeviceCheck]:
-    """Compare small inputs of every dtype with fp64, operator by operator and backend by backend."""
+    """Compare small inputs of every dtype with fp64, operator by operator and backend by
+    backend.
+    """
     for op in sorted(CASES):
         for backend in _kernels(op, device):
             run = partial(_self_check, op, backend, device)
-            limit = tolerance(torch.bfloat16, backward=True)  # the widest one; the self-check has one for each dtype
+            # the widest one; the self-check has one for each dtype
+            limit = tolerance(torch.bfloat16, backward=True)
             yield DeviceCheck(f"{op}, small: {backend}", limit, run, {op: [backend]}, NETWORKS)
 
 
@@ -143,13 +153,17 @@ def _self_check(op: str, backend: str, device: torch.device) -> float:
 
 
 def _kernels(op: str, device: torch.device) -> list[str]:
-    """Return the backends with kernels of an operator that run on a device, interpreted ones left out."""
+    """Return the backends with kernels of an operator that run on a device, interpreted ones left
+    out.
+    """
     names = [name for name in BACKENDS if name != "eager" and missing(name, device, op) is None]
     return [name for name in names if device.type == "cuda" or name != "triton"]
 
 
 def _operators(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
-    """Check every operator at the models' sizes on each backend, and at one whose sizes are no powers of two."""
+    """Check every operator at the models' sizes on each backend, and at one whose sizes are no
+    powers of two.
+    """
     for case in _cases(tiny):
         for backend in _kernels(case.op, device):
             run = partial(_compare, case, backend, device)
@@ -163,7 +177,11 @@ def _cases(tiny: bool) -> list[Case]:
         return [*rows, op_cases.embedding_case(3, 64), *op_cases.flow_map_cases(2, (2, 4, 4, 4))]
     rows = [
         case
-        for tokens, dim, r in ((op_cases.TOKENS, 1536, 1), (op_cases.TOKENS, 5120, 1), (op_cases.TOKENS, 1536, 21))
+        for tokens, dim, r in (
+            (op_cases.TOKENS, 1536, 1),
+            (op_cases.TOKENS, 5120, 1),
+            (op_cases.TOKENS, 1536, 21),
+        )
         for case in op_cases.row_cases(tokens, dim, r)
     ]
     rows += op_cases.row_cases(33, 3072, 3)
@@ -171,19 +189,28 @@ def _cases(tiny: bool) -> list[Case]:
 
 
 def _compare(case: Case, backend: str, device: torch.device) -> float:
-    """Measure the largest error of a result or a gradient, against the reference in fp64 on the same numbers."""
+    """Measure the largest error of a result or a gradient, against the reference in fp64 on the
+    same numbers.
+    """
     call = case.build(device, case.dtype)
     evaluation = _Evaluation(
         call.function,
-        [i for i, tensor in enumerate(call.inputs) if any(tensor is wanted for wanted in call.wanted)],
-        backward=backend != "native" or device.type != "cuda",  # native CUDA kernels run forward only
+        [
+            i
+            for i, tensor in enumerate(call.inputs)
+            if any(tensor is wanted for wanted in call.wanted)
+        ],
+        # native CUDA kernels run forward only
+        backward=backend != "native" or device.type != "cuda",
         training=call.training,
     )
     with poisoned():
         cotangents = evaluation.cotangents(call.inputs, backend)
         found, again = (evaluation.results(call.inputs, cotangents, backend) for _ in range(2))
         if not all(torch.equal(a, b) for a, b in zip(found, again, strict=True)):
-            raise WrongNumbers("not the same bits twice, or NaN: an element is not written, or there is a race")
+            raise WrongNumbers(
+                "not the same bits twice, or NaN: an element is not written, or there is a race"
+            )
     del again
     return _largest_error(case, evaluation, call.inputs, cotangents, found)
 
@@ -196,7 +223,8 @@ class _Evaluation:
         function: of the inputs.
         wanted: positions of the inputs whose gradient is taken.
         backward: whether gradients are taken.
-        training: whether its forward computes the gradient too, so that without gradients it is another kernel.
+        training: whether its forward computes the gradient too, so that without gradients it is
+            another kernel.
     """
 
     function: Callable[..., object]
@@ -217,24 +245,38 @@ class _Evaluation:
         draws = (torch.randn(o.shape, generator=generator, device=o.device) for o in results)
         return [draw.to(o.dtype) for draw, o in zip(draws, results, strict=True)]
 
-    def results(self, inputs: Sequence[Tensor], cotangents: Sequence[Tensor], backend: str) -> list[Tensor]:
+    def results(
+        self, inputs: Sequence[Tensor], cotangents: Sequence[Tensor], backend: str
+    ) -> list[Tensor]:
         """Return the outputs and the gradients of the wanted inputs."""
-        leaves = [t.detach().requires_grad_(i in self.wanted and self.backward) for i, t in enumerate(inputs)]
+        leaves = [
+            t.detach().requires_grad_(i in self.wanted and self.backward)
+            for i, t in enumerate(inputs)
+        ]
         outputs = self.outputs(leaves, backend, self.backward)
         gradients: tuple[Tensor, ...] = ()
         if self.backward:
             with use_backend(backend):
-                gradients = torch.autograd.grad(outputs, [leaves[i] for i in self.wanted], cotangents)
+                gradients = torch.autograd.grad(
+                    outputs, [leaves[i] for i in self.wanted], cotangents
+                )
         return [*(o.detach() for o in outputs), *gradients]
 
 
 def _largest_error(
-    case: Case, evaluation: _Evaluation, inputs: Sequence[Tensor], cotangents: list[Tensor], found: list[Tensor]
+    case: Case,
+    evaluation: _Evaluation,
+    inputs: Sequence[Tensor],
+    cotangents: list[Tensor],
+    found: list[Tensor],
 ) -> float:
-    """Evaluate the reference in fp64, some tokens at a time: all of them would not fit the memory of six processes."""
+    """Evaluate the reference in fp64, some tokens at a time: all of them would not fit the memory
+    of six processes.
+    """
     parts = 1 if inputs[0].ndim != 3 else case.rows if case.rows > 1 else min(8, case.tokens)
     sums: dict[int, Tensor] = {}  # expected gradients of what all tokens share
-    squares = torch.zeros(2, len(found), device=inputs[0].device, dtype=torch.float64)  # of the error, of the expected
+    # of the error, of the expected
+    squares = torch.zeros(2, len(found), device=inputs[0].device, dtype=torch.float64)
     for number in range(parts):
         first, last = (n * case.tokens // parts for n in (number, number + 1))
 
@@ -246,7 +288,9 @@ def _largest_error(
             return t[first:last] if t.ndim == 2 and t.shape[0] == case.tokens else t
 
         arguments = ([_wide(part(t)) for t in tensors] for tensors in (inputs, cotangents))
-        for index, (actual, expected) in enumerate(zip(found, evaluation.results(*arguments, "eager"), strict=True)):
+        for index, (actual, expected) in enumerate(
+            zip(found, evaluation.results(*arguments, "eager"), strict=True)
+        ):
             if (piece := part(actual)) is actual:
                 sums[index] = expected + sums[index] if index in sums else expected
             else:
@@ -278,19 +322,25 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual.detach().double() - expected).norm() / expected.norm()).item()
 
 
-# Sizes, streams, products -------------------------------------------------------------------------------------------
+# Sizes, streams, products -------------------------------------------------------------------------
 
 
 def _launches(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
     chosen = backend_report(device)["layer_norm_modulate"].backend
     accused = {"layer_norm_modulate": [chosen]}
-    yield DeviceCheck("more than 2^31 elements", SAME, partial(_beyond_32_bits, device, tiny), accused, RECORD)
+    yield DeviceCheck(
+        "more than 2^31 elements", SAME, partial(_beyond_32_bits, device, tiny), accused, RECORD
+    )
     if device.type != "cuda":
         return
     for backend in _kernels("layer_norm_modulate", device):
         run, accused = partial(_another_stream, device, backend), {"layer_norm_modulate": [backend]}
-        yield DeviceCheck(f"a stream of its own: {backend}", LIMITS[torch.float32], run, accused, OPERATOR)
-    yield DeviceCheck("GELU in the epilogue of a product", LIMITS[torch.bfloat16], partial(_gelu_epilogue, device))
+        yield DeviceCheck(
+            f"a stream of its own: {backend}", LIMITS[torch.float32], run, accused, OPERATOR
+        )
+    yield DeviceCheck(
+        "GELU in the epilogue of a product", LIMITS[torch.bfloat16], partial(_gelu_epilogue, device)
+    )
 
 
 def _draw(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -299,9 +349,14 @@ def _draw(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16
 
 
 def _beyond_32_bits(device: torch.device, tiny: bool) -> float:
-    """Compare the last sample of a batch whose elements need 33 bits to count with that sample alone."""
+    """Compare the last sample of a batch whose elements need 33 bits to count with that sample
+    alone.
+    """
     batch, tokens, dim = (2, 42, 64) if tiny else (14, op_cases.TOKENS, 5120)
-    x, shift, scale = _draw(device, batch, tokens, dim), *(_draw(device, batch, 21, dim) for _ in range(2))
+    x, shift, scale = (
+        _draw(device, batch, tokens, dim),
+        *(_draw(device, batch, 21, dim) for _ in range(2)),
+    )
     with torch.no_grad():
         whole = ops.layer_norm_modulate(x, shift, scale)[-1:]
         alone = ops.layer_norm_modulate(x[-1:].clone(), shift[-1:].clone(), scale[-1:].clone())
@@ -309,7 +364,9 @@ def _beyond_32_bits(device: torch.device, tiny: bool) -> float:
 
 
 def _another_stream(device: torch.device, backend: str) -> float:
-    """Run an operator on a side stream, behind a copy that is late: it must wait for that stream and no other one."""
+    """Run an operator on a side stream, behind a copy that is late: it must wait for that stream
+    and no other one.
+    """
     x, shift, scale = (_draw(device, 1, n, 1536, dtype=torch.float32) for n in (4096, 1, 1))
     late = torch.zeros_like(x)
     torch.cuda.synchronize()
@@ -326,21 +383,32 @@ def _another_stream(device: torch.device, backend: str) -> float:
 def _gelu_epilogue(device: torch.device) -> float:
     from anyflow.models.linear import linear_gelu
 
-    x, weight, bias = _draw(device, 1, 777, 1536), _draw(device, 8960, 1536) / 39, _draw(device, 8960)
+    x, weight, bias = (
+        _draw(device, 1, 777, 1536),
+        _draw(device, 8960, 1536) / 39,
+        _draw(device, 8960),
+    )
     expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
     return relative(linear_gelu(x, weight, bias), expected)
 
 
-# Attention ----------------------------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------
 
 
 def _attention(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
-    """Check every backend that runs here: the weights, the result and, backward, the scores' gradient are rounded."""
+    """Check every backend that runs here: the weights, the result and, backward, the scores'
+    gradient are rounded.
+    """
     for backward in (False, True):
-        report = attention_report(device, dtype=torch.bfloat16, head_dim=128, requires_grad=backward)
+        report = attention_report(
+            device, dtype=torch.bfloat16, head_dim=128, requires_grad=backward
+        )
         for name, choice in report.items():
             if choice.available:
-                what = f"attention {name}{', backward' if backward else ''}{' (chosen)' if choice.chosen else ''}"
+                what = (
+                    "attention "
+                    f"{name}{', backward' if backward else ''}{' (chosen)' if choice.chosen else ''}"
+                )
                 run = partial(_attention_error, device, name, 33 if tiny else 777, backward)
                 yield DeviceCheck(what, 5 * 2.0**-9, run, {"attention": [name]}, OPERATOR)
 
@@ -351,7 +419,11 @@ def _attention_error(device: torch.device, backend: str, length: int, backward: 
     wide = [t.detach().double().requires_grad_(backward) for t in (q, k, v)]
     with torch.set_grad_enabled(backward):
         out = attention(q, k, v, attention_backend=backend)
-        expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in wide)).transpose(1, 2).flatten(2)
+        expected = (
+            F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in wide))
+            .transpose(1, 2)
+            .flatten(2)
+        )
         errors = [relative(out, expected)]
         if backward:
             cotangent = _draw(device, *out.shape)
@@ -361,11 +433,15 @@ def _attention_error(device: torch.device, backend: str, length: int, backward: 
     return max(errors)
 
 
-# A part, in a process of its own ------------------------------------------------------------------------------------
+# A part, in a process of its own ------------------------------------------------------------------
 
 
-def run_part(names: list[str], device: torch.device, tiny: bool, deadline: float, out: Path | None) -> int:
-    """Run checks by name; each one is noted in ``out`` before and after, a line of JSON. Returns how many failed."""
+def run_part(
+    names: list[str], device: torch.device, tiny: bool, deadline: float, out: Path | None
+) -> int:
+    """Run checks by name; each one is noted in ``out`` before and after, a line of JSON. Returns
+    how many failed.
+    """
     checks = {check.name: check for check in catalogue(device, tiny)}
     failed = 0
     for check in [checks[name] for name in names] or checks.values():
@@ -376,9 +452,13 @@ def run_part(names: list[str], device: torch.device, tiny: bool, deadline: float
         failed += not outcome.ok
         _note(out, asdict(outcome))
         shown = outcome.problem or f"{outcome.error:.1e} of {outcome.limit:.1e}"
-        print(f"{'ok  ' if outcome.ok else 'FAIL'} {outcome.seconds:5.1f} s  {check.name}: {shown}", flush=True)
+        print(
+            f"{'ok  ' if outcome.ok else 'FAIL'} {outcome.seconds:5.1f} s  {check.name}: {shown}",
+            flush=True,
+        )
         if device.type == "cuda":
-            torch.cuda.synchronize()  # raises where the check has broken the device: this process is of no more use
+            # raises where the check has broken the device: this process is of no more use
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
     return failed
 
@@ -391,10 +471,14 @@ def _note(out: Path | None, entry: dict[str, object]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the checks, or a part of them; the exit status is 1 if one failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="small shapes in place of the models'")
-    parser.add_argument("--seconds", type=float, default=120.0, help="after which no check is started")
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="after which no check is started"
+    )
     parser.add_argument("--names", type=Path, help="a JSON list of the checks to run; default all")
     parser.add_argument("--out", type=Path, help="file for the outcomes, a line of JSON for each")
     options = parser.parse_args(arguments)

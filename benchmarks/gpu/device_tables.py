@@ -1,4 +1,6 @@
-"""Makes the tables of what a run says beside times of networks and operators: checks, launch options, probes."""
+"""Makes the tables of what a run says beside times of networks and operators: checks, launch
+options, probes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from gpu import tiles
 from gpu.results import NOT_MEASURED, Results, short, table
 from gpu.sizes import PUBLISHED
 
-_NETWORK = re.compile(r"network|transformer", re.IGNORECASE)  # in the name of a check of more than one kernel
+# in the name of a check of more than one kernel
+_NETWORK = re.compile(r"network|transformer", re.IGNORECASE)
 
 
 def _checks(results: Results) -> dict[str, dict[str, Any]]:
@@ -18,9 +21,13 @@ def _checks(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def alarms(results: Results) -> list[str]:
-    """Say loudly which checks failed, by their outcomes and by the warnings of the file; nothing where none did."""
+    """Say loudly which checks failed, by their outcomes and by the warnings of the file; nothing
+    where none did.
+    """
     warnings = [] if results.data is None else results.data.get("warnings", [])
-    failed = dict(warning.split(": ", 1) if ": " in warning else (warning, "") for warning in warnings)
+    failed = dict(
+        warning.split(": ", 1) if ": " in warning else (warning, "") for warning in warnings
+    )
     failed |= {name: _problem(found) for name, found in _checks(results).items() if not found["ok"]}
     networks = [name for name in failed if _NETWORK.search(name)]
     others = [name for name in failed if name not in networks]
@@ -30,7 +37,11 @@ def alarms(results: Results) -> list[str]:
         lines += [f"> **WRONG: a network computed something else on this device ({listed}).**"]
         lines += ["> **The networks' times below are not evidence of anything.**", ""]
     if others:
-        lines += [f"> **Failed checks of kernels: {'; '.join(others)}. No time of these kernels is evidence.**", ""]
+        lines += [
+            f"> **Failed checks of kernels: {'; '.join(others)}. No time of these kernels is "
+            "evidence.**",
+            "",
+        ]
     return lines
 
 
@@ -60,8 +71,18 @@ def _power(value: float | None) -> str:
 
 
 def tune_rows(results: Results) -> list[str]:
-    """List the row kernels with their launch options of today and with the best ones found on the device."""
-    headings = ["row kernel, launch options", "today, ms", "of copy", "best, ms", "of copy", "today / best", "best"]
+    """List the row kernels with their launch options of today and with the best ones found on the
+    device.
+    """
+    headings = [
+        "row kernel, launch options",
+        "today, ms",
+        "of copy",
+        "best, ms",
+        "of copy",
+        "today / best",
+        "best",
+    ]
     found = results.entries("tune_rows")
     found = found.get("tune_rows", found)  # the file that the tuner wrote, under one key
     limits = results.measured
@@ -75,12 +96,24 @@ def tune_rows(results: Results) -> list[str]:
         rates = (task["bytes"] / milliseconds * 1e3 for milliseconds in (today, best))
         shares = ["" if limits is None else f"{rate / limits.bandwidth:.0%}" for rate in rates]
         ratio = f"{today / best:.2f}x"
-        rows.append([name, f"{today:.4f}", shares[0], f"{best:.4f}", shares[1], ratio, short(str(task["best"]))])
+        rows.append(
+            [
+                name,
+                f"{today:.4f}",
+                shares[0],
+                f"{best:.4f}",
+                shares[1],
+                ratio,
+                short(str(task["best"])),
+            ]
+        )
     return table(headings, rows or [["all", results.why("tune_rows", ""), "", "", "", "", ""]])
 
 
 def probes(results: Results) -> list[str]:
-    """List the probes, each with its rate and its time over that of the one that it is compared with."""
+    """List the probes, each with its rate and its time over that of the one that it is compared
+    with.
+    """
     headings = ["probe", "ms", "rate", "time over", "ratio"]
     rows = []
     for name, entry in results.entries("probes").items():
@@ -121,11 +154,15 @@ def padding(results: Results) -> list[str]:
 
 
 def predicted(probe: str) -> str:
-    """Write the change of a probe's time that the tiles predict; a range where it depends on the tile."""
+    """Write the change of a probe's time that the tiles predict; a range where it depends on the
+    tile.
+    """
     network = next((name for name in PUBLISHED if f" {name}:" in probe), None)
     if network is None:
         return ""
-    part = {"attention": "self-attention", "feed-forward": "feed-forward, up"}.get(probe.split(f" {network}")[0])
+    part = {"attention": "self-attention", "feed-forward": "feed-forward, up"}.get(
+        probe.split(f" {network}")[0]
+    )
     if part is None:
         part = "q, k, v in one" if "in one" in probe else "q, k, v or out"
     changes = sorted({pad.change for pad in tiles.padding(PUBLISHED[network]) if pad.part == part})

@@ -1,4 +1,6 @@
-"""Measures the limits of the device, and kernels at the shapes of both models: operators and attention."""
+"""Measures the limits of the device, and kernels at the shapes of both models: operators and
+attention.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,21 @@ from op_cases import Call, Case
 from gpu.context import Context, Skip, last_line
 from gpu.sizes import Size
 
-# Bytes copied, all beyond any cache: a tensor of 32760 tokens at 14B, and 1 GiB, which the driver of an H200 moved at
-# 2.7 TB/s in place of 4.2.
+# Bytes copied, all beyond any cache: a tensor of 32760 tokens at 14B, and 1 GiB, which the driver
+# of an H200 moved at 2.7 TB/s in place of 4.2.
 COPIES = (320 * 2**20, 2**30)
-# Variants that are not ours: one that raises is recorded, and fails no section. Inductor (2.11, 2.13) gives [D] for the
-# gradient of a [1, 1, D] operand where it sums over rows and over columns in one kernel (mix_order_reduction).
+# Variants that are not ours: one that raises is recorded, and fails no section. Inductor (2.11,
+# 2.13) gives [D] for the gradient of a [1, 1, D] operand where it sums over rows and over columns
+# in one kernel (mix_order_reduction).
 PEERS = ("eager", "compile")
-COMPILE_SHARE = 0.2  # of the time that is left: compiling the reference takes longer than all measurements
+# of the time that is left: compiling the reference takes longer than all measurements
+COMPILE_SHARE = 0.2
 
 
 def run_limits(context: Context) -> None:
-    """Measure what this device reaches in this run: a product of matrices, and copies by two kinds of kernel."""
+    """Measure what this device reaches in this run: a product of matrices, and copies by two kinds
+    of kernel.
+    """
     size = 256 if context.tiny else 8192
     flops, samples = timing.matmul_rate(context.device, size, context.dtype)
     context.put("matmul_flops", flops)
@@ -36,11 +42,13 @@ def run_limits(context: Context) -> None:
             context.put(f"copy: {size // 2**20} MiB, {name}", entry)
 
 
-# Operators ----------------------------------------------------------------------------------------------------------
+# Operators ----------------------------------------------------------------------------------------
 
 
 def cases(context: Context) -> list[Case]:
-    """List every operator, what a forward of the models runs first; one modulation row, then one per frame."""
+    """List every operator, what a forward of the models runs first; one modulation row, then one
+    per frame.
+    """
     if context.tiny:
         return [
             *op_cases.row_cases(24, 64, 1),
@@ -54,17 +62,24 @@ def cases(context: Context) -> list[Case]:
 
 
 def run_operators(context: Context) -> None:
-    """Time Triton against the eager reference, the compiled one, and a native CUDA kernel where there is one."""
-    compiler = "aot_eager" if context.tiny else "inductor"  # a C++ compiler takes too long for the tiny run
+    """Time Triton against the eager reference, the compiled one, and a native CUDA kernel where
+    there is one.
+    """
+    # a C++ compiler takes too long for the tiny run
+    compiler = "aot_eager" if context.tiny else "inductor"
     _measure_cases(context, cases(context), ("triton", "native", "eager"), compiler)
 
 
 def run_native(context: Context) -> None:
-    """Time native CUDA kernels against Triton's, forward (backward is Triton's), in more rounds than the table's."""
+    """Time native CUDA kernels against Triton's, forward (backward is Triton's), in more rounds
+    than the table's.
+    """
     with_kernel = [case for case in cases(context) if _problem(context, case, "native") is None]
     if not with_kernel:
         raise Skip(_problem(context, cases(context)[0], "native") or "no native kernels")
-    _measure_cases(context, with_kernel, ("triton", "native"), None, directions=("forward",), rounds=40)
+    _measure_cases(
+        context, with_kernel, ("triton", "native"), None, directions=("forward",), rounds=40
+    )
 
 
 def _measure_cases(
@@ -78,7 +93,8 @@ def _measure_cases(
     failed, left_out = [], 0
     compile_until = context.remaining() * (1 - COMPILE_SHARE)
     for case in wanted:
-        if _is_measured(context, case, directions):  # by an earlier run that ended before all cases were
+        # by an earlier run that ended before all cases were
+        if _is_measured(context, case, directions):
             continue
         if not context.affords(2.0):
             left_out += 1
@@ -88,16 +104,24 @@ def _measure_cases(
         entry: dict[str, Any] = {"op": case.op}
         entry["bytes"] = {"forward": case.forward_bytes, "backward": case.backward_bytes}
         try:
-            call = case.build(context.device) if context.cuda else case.build(context.device, torch.float32)
+            call = (
+                case.build(context.device)
+                if context.cuda
+                else case.build(context.device, torch.float32)
+            )
             for direction in directions:
                 able, reasons = _able(context, case, backends, direction)
                 compiled = compiler if context.remaining() > compile_until else None
                 if compiler is not None and compiled is None:
                     reasons["compile"] = "budget"
-                entry[direction], problems = _measure(context, call, direction, able, compiled, rounds)
+                entry[direction], problems = _measure(
+                    context, call, direction, able, compiled, rounds
+                )
                 entry[direction]["not_timed"] = reasons | problems
                 own = {name: problem for name, problem in problems.items() if name not in PEERS}
-                failed += [f"{case.name}, {direction}: {name}: {problem}" for name, problem in own.items()]
+                failed += [
+                    f"{case.name}, {direction}: {name}: {problem}" for name, problem in own.items()
+                ]
         except Exception as error:
             entry["error"] = last_line(error)
             failed.append(f"{case.name}: {entry['error']}")
@@ -110,18 +134,29 @@ def _measure_cases(
 
 
 def _is_measured(context: Context, case: Case, directions: tuple[str, ...]) -> bool:
-    """Tell whether the results have a case already, without an error and with no kernel that is wrong."""
+    """Tell whether the results have a case already, without an error and with no kernel that is
+    wrong.
+    """
     entry = context.file.get(context.name, case.name) or {}
     if "error" in entry or any(direction not in entry for direction in directions):
         return False
     wrong = context.wrong_kernels().get(case.op, [])
-    return not any(backend in entry[direction]["ms"] for direction in directions for backend in wrong)
+    return not any(
+        backend in entry[direction]["ms"] for direction in directions for backend in wrong
+    )
 
 
 def _measure(
-    context: Context, call: Call, direction: str, backends: tuple[str, ...], compiler: str | None, rounds: int
+    context: Context,
+    call: Call,
+    direction: str,
+    backends: tuple[str, ...],
+    compiler: str | None,
+    rounds: int,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Time the variants of one direction beside each other; one that raises is a problem of its own."""
+    """Time the variants of one direction beside each other; one that raises is a problem of its
+    own.
+    """
     steps: dict[str, timing.Step] = {}
     problems: dict[str, str] = {}
 
@@ -163,24 +198,33 @@ def _problem(context: Context, case: Case, backend: str, direction: str = "forwa
     return missing(backend, context.device, case.op, direction)
 
 
-# Attention ----------------------------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------
 
 
 def run_attention(context: Context) -> None:
-    """Time every backend that runs here, forward and backward, at the shapes of self-attention and of the text's."""
+    """Time every backend that runs here, forward and backward, at the shapes of self-attention and
+    of the text's.
+    """
     from anyflow.models.attention import attention, attention_report
 
     failed = []
     for size, keys, grad in _attention_shapes(context):
-        name = f"{size.name} {'self' if keys == size.tokens else 'text'} {'backward' if grad else 'forward'}"
+        name = (
+            f"{size.name} {'self' if keys == size.tokens else 'text'} "
+            f"{'backward' if grad else 'forward'}"
+        )
         products = 5 if grad else 2  # of which backward computes one again
         flops = 2.0 * products * size.tokens * keys * size.dim
         if not context.affords(6.0):
             context.put(name, {"skipped": "budget"})
             continue
-        report = attention_report(context.device, dtype=context.dtype, head_dim=size.head_dim, requires_grad=grad)
+        report = attention_report(
+            context.device, dtype=context.dtype, head_dim=size.head_dim, requires_grad=grad
+        )
         tensors = tuple(
-            torch.randn(1, length, size.heads, size.head_dim, device=context.device, dtype=context.dtype)
+            torch.randn(
+                1, length, size.heads, size.head_dim, device=context.device, dtype=context.dtype
+            )
             for length in (size.tokens, keys, keys)
         )
         entry: dict[str, Any] = {"flops": flops, "ms": {}, "samples_ms": {}, "not_timed": {}}
@@ -196,7 +240,9 @@ def run_attention(context: Context) -> None:
                 step = _attention_step(attention, backend, tensors, grad)
                 timing.once(step, context.device)
                 if keys == size.tokens:  # milliseconds: the launch does not show
-                    samples, _ = timing.calls({backend: step}, context.device, 2 if context.tiny else 7)
+                    samples, _ = timing.calls(
+                        {backend: step}, context.device, 2 if context.tiny else 7
+                    )
                 else:
                     samples = timing.kernels({backend: step}, context.device)
             except Exception as error:
@@ -218,7 +264,8 @@ def _attention_problem(context: Context, backend: str, available: bool, reason: 
         return reason
     if backend in context.wrong_kernels().get("attention", []):
         return "wrong: a check of it failed"
-    return "materializes the scores" if backend == "math" and not context.tiny else None  # 50 GB of them
+    # 50 GB of them
+    return "materializes the scores" if backend == "math" and not context.tiny else None
 
 
 def _attention_shapes(context: Context) -> Iterator[tuple[Size, int, bool]]:
@@ -229,7 +276,9 @@ def _attention_shapes(context: Context) -> Iterator[tuple[Size, int, bool]]:
     yield context.sizes["1.3B"], context.sizes["1.3B"].tokens, True
 
 
-def _attention_step(function: Any, backend: str, tensors: tuple[torch.Tensor, ...], grad: bool) -> timing.Step:
+def _attention_step(
+    function: Any, backend: str, tensors: tuple[torch.Tensor, ...], grad: bool
+) -> timing.Step:
     if not grad:
 
         def forward() -> object:

@@ -1,4 +1,6 @@
-"""The networks that are measured: ours, and diffusers' on the very same weights; adapters, checkpointing, inputs."""
+"""The networks that are measured: ours, and diffusers' on the very same weights; adapters,
+checkpointing, inputs.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,12 @@ DIFFUSERS_ATTENTION = {
 LORA_RANK = 256
 LORA_TARGETS = (
     *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2"),
-    *("time_embedder.linear_1", "time_embedder.linear_2", "delta_embedder.linear_1", "delta_embedder.linear_2"),
+    *(
+        "time_embedder.linear_1",
+        "time_embedder.linear_2",
+        "delta_embedder.linear_1",
+        "delta_embedder.linear_2",
+    ),
 )
 
 
@@ -49,20 +56,28 @@ def peer_problem() -> str | None:
 
 
 def build(context: Context, size: Size, dtype: torch.dtype | None = None) -> Any:
-    """Our model with random weights, made on the device; what checkpoints keep in fp32 is in fp32."""
+    """Our model with random weights, made on the device; what checkpoints keep in fp32 is in
+    fp32.
+    """
     from anyflow.models import AnyFlowTransformer3DModel
 
     dtype = context.dtype if dtype is None else dtype
     torch.manual_seed(0)
     with _made_in(dtype, context.device):
         model = AnyFlowTransformer3DModel(**size.config())
-    return _keep_in_fp32(model, AnyFlowTransformer3DModel._keep_in_fp32_modules).eval().requires_grad_(False)
+    return (
+        _keep_in_fp32(model, AnyFlowTransformer3DModel._keep_in_fp32_modules)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def build_peer(context: Context, size: Size, ours: nn.Module) -> Any:
-    """Build diffusers' model on the memory of our parameters: the same weights, and never a second copy of them.
+    """Build diffusers' model on the memory of our parameters: the same weights, and never a second
+    copy of them.
 
-    All but the few that it does not keep in fp32 as ours does (``delta_embedder``), as ``from_pretrained`` has them.
+    All but the few that it does not keep in fp32 as ours does (``delta_embedder``), as
+    ``from_pretrained`` has them.
     """
     from diffusers import AnyFlowTransformer3DModel as Peer
 
@@ -90,7 +105,8 @@ def _made_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _without_parameters() -> Iterator[None]:
-    """Make parameters that have no memory, each from the moment that it belongs to a module; buffers keep theirs.
+    """Make parameters that have no memory, each from the moment that it belongs to a module;
+    buffers keep theirs.
 
     A model on the meta device would lose the buffers that no state dict has.
     """
@@ -112,12 +128,14 @@ def _keep_in_fp32(model: nn.Module, parts: list[str]) -> nn.Module:
     return model
 
 
-# Inputs -------------------------------------------------------------------------------------------------------------
+# Inputs -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One video: latents ``[1, F, C, H, W]``, the times t and r as ``[1]``, the prompt ``[1, S, text_dim]``."""
+    """One video: latents ``[1, F, C, H, W]``, the times t and r as ``[1]``, the prompt
+    ``[1, S, text_dim]``.
+    """
 
     latents: Tensor
     t: Tensor
@@ -131,7 +149,12 @@ class Inputs:
     def peers(self) -> tuple[Tensor, ...]:
         """Of diffusers': a time for each frame."""
         frames = self.latents.shape[1]
-        return self.latents, self.t[:, None].expand(-1, frames), self.r[:, None].expand(-1, frames), self.prompt
+        return (
+            self.latents,
+            self.t[:, None].expand(-1, frames),
+            self.r[:, None].expand(-1, frames),
+            self.prompt,
+        )
 
 
 def inputs(context: Context, size: Size) -> Inputs:
@@ -151,18 +174,24 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-# Training -----------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with an fp32 adapter, alpha = r; B is not zero, so that every gradient flows."""
+    """A frozen linear layer with an fp32 adapter, alpha = r; B is not zero, so that every gradient
+    flows.
+    """
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
         self.base = base
         device = base.weight.device
-        self.a = nn.Parameter(torch.randn(rank, base.in_features, device=device) / math.sqrt(base.in_features))
-        self.b = nn.Parameter(torch.randn(base.out_features, rank, device=device) * 1e-3 / math.sqrt(rank))
+        self.a = nn.Parameter(
+            torch.randn(rank, base.in_features, device=device) / math.sqrt(base.in_features)
+        )
+        self.b = nn.Parameter(
+            torch.randn(base.out_features, rank, device=device) * 1e-3 / math.sqrt(rank)
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -170,7 +199,11 @@ class LoRALinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else self.a.dtype
+        dtype = (
+            torch.get_autocast_dtype(x.device.type)
+            if torch.is_autocast_enabled(x.device.type)
+            else self.a.dtype
+        )
         wide = x.to(dtype)
         return self.base(x) + F.linear(F.linear(wide, self.a), self.b)
 
@@ -181,7 +214,11 @@ def prepare_training(model: Any, tiny: bool) -> Any:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(LORA_TARGETS):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, LoRALinear(module, 4 if tiny else LORA_RANK))
+            setattr(
+                model.get_submodule(parent), child, LoRALinear(module, 4 if tiny else LORA_RANK)
+            )
     model.gradient_checkpointing = True
-    model._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    model._gradient_checkpointing_func = partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=False
+    )
     return model.train()

@@ -24,7 +24,12 @@ COLORS = {
     "norms, rotary, residuals": "#0a8f6c",
     "everything else": "#8b93a1",
 }
-VARIANTS = {"floor": "#c9ced6", "ours": "#0b66c3", "diffusers + compile": "#e08a4f", "diffusers": "#c2540a"}
+VARIANTS = {
+    "floor": "#c9ced6",
+    "ours": "#0b66c3",
+    "diffusers + compile": "#e08a4f",
+    "diffusers": "#c2540a",
+}
 _KEY = "anyflow-digest"
 
 
@@ -41,23 +46,38 @@ def floor(path: Path, key: str) -> None:
         whole, left = sum(parts.values()), 0.0
         for name, seconds in parts.items():
             share = seconds / whole
-            axes.barh(row, share, left=left, height=0.7, color=COLORS[name], label=name if row == 0 else None)
+            axes.barh(
+                row,
+                share,
+                left=left,
+                height=0.7,
+                color=COLORS[name],
+                label=name if row == 0 else None,
+            )
             if share > 0.05:
                 color = INK if name == "linear: cross-attention q, out" else "white"
                 text = f"{share:.0%}\n{seconds * 1e3:.0f} ms"
-                axes.text(left + share / 2, row, text, ha="center", va="center", color=color, fontsize=8)
+                axes.text(
+                    left + share / 2, row, text, ha="center", va="center", color=color, fontsize=8
+                )
             left += share
-    labels = [f"{s.name}, {c.name.split()[0]}\n{roofline.forward_floor_s(s, c):.3f} s" for s, c in bars]
+    labels = [
+        f"{s.name}, {c.name.split()[0]}\n{roofline.forward_floor_s(s, c):.3f} s" for s, c in bars
+    ]
     _bare(axes, labels)
     axes.set_xlim(0, 1)
     axes.set_xticks([])
     figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=8.5)
-    axes.set_title("Least time of one forward, computed (480x832, 81 frames)", fontsize=10, loc="left")
+    axes.set_title(
+        "Least time of one forward, computed (480x832, 81 frames)", fontsize=10, loc="left"
+    )
     _save(figure, path, key)
 
 
 def device(results: Results) -> Callable[[Path, str], None]:
-    """Return what draws one forward of each network on a device: floor, ours, diffusers compiled and eager."""
+    """Return what draws one forward of each network on a device: floor, ours, diffusers compiled
+    and eager.
+    """
 
     def draw(path: Path, key: str) -> None:
         figure = _figure(8.4, 3.1)
@@ -74,9 +94,20 @@ def device(results: Results) -> Callable[[Path, str], None]:
             for row, variant in enumerate(VARIANTS):
                 known = variant in times
                 axes.barh(row, times.get(variant, 0.0), height=0.62, color=VARIANTS[variant])
-                reason = results.why("limits", "") if variant == "floor" else results.why(section, variant)
+                reason = (
+                    results.why("limits", "")
+                    if variant == "floor"
+                    else results.why(section, variant)
+                )
                 text = f" {times[variant]:.3f} s" if known else f" {reason[:28]}"
-                axes.text(times.get(variant, 0.0), row, text, va="center", fontsize=8.5, color=INK if known else FAINT)
+                axes.text(
+                    times.get(variant, 0.0),
+                    row,
+                    text,
+                    va="center",
+                    fontsize=8.5,
+                    color=INK if known else FAINT,
+                )
             _bare(axes, list(VARIANTS))
             axes.set_xlim(0, max(times.values(), default=1.0) * 1.35)
             axes.set_xticks([])

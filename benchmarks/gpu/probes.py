@@ -1,7 +1,9 @@
-"""Small measurements that decide what to build next: layouts, padding, epilogues, joined products, launches, copies.
+"""Small measurements that decide what to build next: layouts, padding, epilogues, joined products,
+launches, copies.
 
-Every probe is recorded under its name: milliseconds, FLOPs or bytes where they mean something, and the probe that it
-is to be compared with. Probes that are compared take turns in the same rounds. An error is a result.
+Every probe is recorded under its name: milliseconds, FLOPs or bytes where they mean something, and
+the probe that it is to be compared with. Probes that are compared take turns in the same rounds. An
+error is a result.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from gpu.tiles import padded
 
 ROUNDS = 5
 COPIES_MIB = (32, 96, 320, 2048)  # below an L2 cache of 50 MiB, and above
-LAYOUTS = {"[B, L, H, Dh]": (1, 2), "[B, H, L, Dh]": (2, 1)}  # in memory: which axes are tokens and heads
+# in memory: which axes are tokens and heads
+LAYOUTS = {"[B, L, H, Dh]": (1, 2), "[B, H, L, Dh]": (2, 1)}
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,15 @@ class Probe:
     tokens: int | None = None
 
     def entry(self, **result: Any) -> dict[str, Any]:
-        """Return what is recorded, with a result: ``ms`` and ``samples_ms``, ``error`` or ``skipped``."""
-        known = {"flops": self.flops, "bytes": self.moved, "against": self.against, "tokens": self.tokens}
+        """Return what is recorded, with a result: ``ms`` and ``samples_ms``, ``error`` or
+        ``skipped``.
+        """
+        known = {
+            "flops": self.flops,
+            "bytes": self.moved,
+            "against": self.against,
+            "tokens": self.tokens,
+        }
         return {name: value for name, value in known.items() if value is not None} | result
 
 
@@ -64,8 +74,12 @@ def run_probes(context: Context) -> None:
     for size in context.sizes.values():
         groups.append((f"attention {size.name}", 4.0, partial(_attention, context, size), False))
     for size in context.sizes.values():
-        groups.append((f"feed-forward {size.name}", 5.0, partial(_feed_forward, context, size), True))
-        groups.append((f"q, k, v {size.name}", 4.0, partial(_queries_keys_values, context, size), True))
+        groups.append(
+            (f"feed-forward {size.name}", 5.0, partial(_feed_forward, context, size), True)
+        )
+        groups.append(
+            (f"q, k, v {size.name}", 4.0, partial(_queries_keys_values, context, size), True)
+        )
     groups.append(("copy", 2.0, partial(_copies, context), True))
     for name, seconds, make, graphs in groups:
         if not context.affords(seconds):
@@ -92,7 +106,8 @@ def _measure(context: Context, probes: list[Probe], graphs: bool) -> None:
     Args:
         context: of the run.
         probes: with inputs that exist already.
-        graphs: replay CUDA graphs of several calls, so that launches stay out; for what takes less than about 10 ms.
+        graphs: replay CUDA graphs of several calls, so that launches stay out; for what takes less
+            than about 10 ms.
     """
     able: dict[str, Probe] = {}
     for probe in probes:
@@ -123,11 +138,13 @@ def _draw(context: Context, *shape: int) -> Tensor:
     return torch.randn(shape, device=context.device, dtype=context.dtype)
 
 
-# Attention ----------------------------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------
 
 
 def _attention(context: Context, size: Size) -> list[Probe]:
-    """Compare torch's kernels, two layouts in memory, and a number of tokens that is a multiple of every tile."""
+    """Compare torch's kernels, two layouts in memory, and a number of tokens that is a multiple of
+    every tile.
+    """
     first, second = (
         (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
         if context.cuda
@@ -145,7 +162,9 @@ def _attention(context: Context, size: Size) -> list[Probe]:
                 against = name(first, tokens, ours)
             step = partial(_attend, kernel, *_attention_inputs(context, size, tokens, layout))
             flops = 4.0 * tokens**2 * size.dim
-            probes.append(Probe(name(kernel, tokens, layout), step, flops, against=against, tokens=tokens))
+            probes.append(
+                Probe(name(kernel, tokens, layout), step, flops, against=against, tokens=tokens)
+            )
     return probes
 
 
@@ -168,19 +187,26 @@ def _attend(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Te
         return F.scaled_dot_product_attention(query, key, value)
 
 
-# Products -----------------------------------------------------------------------------------------------------------
+# Products -----------------------------------------------------------------------------------------
 
 
 def _feed_forward(context: Context, size: Size) -> list[Probe]:
-    """Compare the first product of the feed-forward alone, then a GELU, and with the GELU in its epilogue."""
-    weight, bias = _draw(context, size.ffn_dim, size.dim) / size.dim**0.5, _draw(context, size.ffn_dim)
+    """Compare the first product of the feed-forward alone, then a GELU, and with the GELU in its
+    epilogue.
+    """
+    weight, bias = (
+        _draw(context, size.ffn_dim, size.dim) / size.dim**0.5,
+        _draw(context, size.ffn_dim),
+    )
     probes = []
     for rows in (size.tokens, padded(size.tokens)):
         x, flops = _draw(context, rows, size.dim), 2.0 * rows * size.dim * size.ffn_dim
         variants: dict[str, timing.Step] = {
             "product": partial(F.linear, x, weight, bias),
             "product, then GELU": partial(_then_gelu, x, weight, bias),
-            "GELU in the epilogue": partial(torch._addmm_activation, bias, x, weight.t(), use_gelu=True),
+            "GELU in the epilogue": partial(
+                torch._addmm_activation, bias, x, weight.t(), use_gelu=True
+            ),
         }
         beside = {"GELU in the epilogue": "product, then GELU"}
         probes += _products(f"feed-forward {size.name}", size.tokens, rows, variants, beside, flops)
@@ -199,7 +225,9 @@ def _queries_keys_values(context: Context, size: Size) -> list[Probe]:
             "apart": partial(_apart, x, weights, biases),
             "in one": partial(F.linear, x, joined, joined_bias),
         }
-        probes += _products(f"q, k, v {size.name}", size.tokens, rows, variants, {"in one": "apart"}, flops)
+        probes += _products(
+            f"q, k, v {size.name}", size.tokens, rows, variants, {"in one": "apart"}, flops
+        )
     return probes
 
 
@@ -212,7 +240,12 @@ def _apart(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tenso
 
 
 def _products(
-    family: str, tokens: int, rows: int, variants: dict[str, timing.Step], beside: dict[str, str], flops: float
+    family: str,
+    tokens: int,
+    rows: int,
+    variants: dict[str, timing.Step],
+    beside: dict[str, str],
+    flops: float,
 ) -> list[Probe]:
     """Name the variants; padded rows are compared with as many as there are tokens."""
     probes = []
@@ -222,28 +255,37 @@ def _products(
             against = f"{family}: {variant}, {tokens} rows"
         elif variant in beside:
             against = f"{family}: {beside[variant]}, {rows} rows"
-        probes.append(Probe(f"{family}: {variant}, {rows} rows", step, flops, against=against, tokens=rows))
+        probes.append(
+            Probe(f"{family}: {variant}, {rows} rows", step, flops, against=against, tokens=rows)
+        )
     return probes
 
 
-# Copies -------------------------------------------------------------------------------------------------------------
+# Copies -------------------------------------------------------------------------------------------
 
 
 def _copies(context: Context) -> list[Probe]:
     """Compare copies by size: what fits into the L2 cache is faster than the memory."""
     probes = []
     for mebibytes in (1, 2) if context.tiny else COPIES_MIB:
-        source = torch.randint(0, 255, (mebibytes * 2**20,), device=context.device, dtype=torch.uint8)
+        source = torch.randint(
+            0, 255, (mebibytes * 2**20,), device=context.device, dtype=torch.uint8
+        )
         target = torch.empty_like(source)
-        probes.append(Probe(f"copy: {mebibytes} MiB", partial(target.copy_, source), moved=2.0 * source.numel()))
+        probes.append(
+            Probe(
+                f"copy: {mebibytes} MiB", partial(target.copy_, source), moved=2.0 * source.numel()
+            )
+        )
     return probes
 
 
-# Host ---------------------------------------------------------------------------------------------------------------
+# Host ---------------------------------------------------------------------------------------------
 
 
 def _host(context: Context) -> None:
-    """Time a 1.3B forward of one latent frame: until the host has enqueued it, whole, and as a CUDA graph.
+    """Time a 1.3B forward of one latent frame: until the host has enqueued it, whole, and as a CUDA
+    graph.
 
     So few tokens leave the device waiting for the host, which a video of full length hides.
     """
@@ -288,7 +330,9 @@ def _call(model: Any, arguments: tuple[Tensor, ...]) -> Tensor:
 
 
 def _enqueue(context: Context, step: timing.Step) -> list[float]:
-    """Return the milliseconds until a call returns, with nothing left to do on the device before it."""
+    """Return the milliseconds until a call returns, with nothing left to do on the device before
+    it.
+    """
     samples = []
     for _ in range(ROUNDS):
         if context.cuda:

@@ -1,4 +1,6 @@
-"""Lets tests, and the workers of pytest-xdist, find the package as the runner does: ``pytest -p gpu.pytest_plugin``."""
+"""Lets tests, and the workers of pytest-xdist, find the package as the runner does:
+``pytest -p gpu.pytest_plugin``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from gpu.state import die_with_parent
 
 _DEVICE = os.environ.get("ANYFLOW_TEST_DEVICE", "cpu")
 die_with_parent()
-with contextlib.suppress(ValueError):  # a run in the background of a script ignores the interrupt that ends the tests
+# a run in the background of a script ignores the interrupt that ends the tests
+with contextlib.suppress(ValueError):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 build.find_package(_DEVICE)
 without_diffusers.install()

@@ -12,7 +12,8 @@ from gpu.state import DONE, SCHEMA
 
 NOT_MEASURED = "not measured yet"
 GIB = 2**30
-# Bytes that a copy moves at least to say something of memory: four times the largest L2 (60 MB, of an H200).
+# Bytes that a copy moves at least to say something of memory: four times the largest L2 (60 MB, of
+# an H200).
 LARGE_COPY = 256e6
 
 
@@ -65,17 +66,23 @@ class Results:
 
     @property
     def copies(self) -> dict[float, float]:
-        """Return the bytes/s of the run's copies on the device by bytes moved, read plus written, smallest first.
+        """Return the bytes/s of the run's copies on the device by bytes moved, read plus written,
+        smallest first.
 
-        Those of the section of limits and of the probes; the faster one where two move as many bytes.
+        Those of the section of limits and of the probes; the faster one where two move as many
+        bytes.
         """
         found: dict[float, float] = {}
         limit = self.entry("limits", "copy_bytes_per_s")
         if limit:
-            found[float((self.entry("limits", "copy") or {}).get("bytes", LARGE_COPY))] = float(limit)
+            found[float((self.entry("limits", "copy") or {}).get("bytes", LARGE_COPY))] = float(
+                limit
+            )
         entries = [(key, self.entry("limits", key)) for key in self.entries("limits")]
         for key, entry in [*entries, *self.entries("probes").items()]:
-            milliseconds = entry.get("ms") if isinstance(entry, dict) and key.startswith("copy: ") else None
+            milliseconds = (
+                entry.get("ms") if isinstance(entry, dict) and key.startswith("copy: ") else None
+            )
             if milliseconds:
                 moved = float(entry["bytes"])
                 found[moved] = max(moved / milliseconds * 1e3, found.get(moved, 0.0))
@@ -83,14 +90,24 @@ class Results:
 
     @property
     def measured(self) -> Limits | None:
-        """Return what the device reached in this run, or None: the bandwidth is that of the fastest large copy."""
+        """Return what the device reached in this run, or None: the bandwidth is that of the fastest
+        large copy.
+        """
         flops = self.entry("limits", "matmul_flops")
-        bandwidth = max((rate for moved, rate in self.copies.items() if moved >= LARGE_COPY), default=None)
-        return None if not flops or not bandwidth else Limits(self.name, flops, bandwidth, "measured in this run")
+        bandwidth = max(
+            (rate for moved, rate in self.copies.items() if moved >= LARGE_COPY), default=None
+        )
+        return (
+            None
+            if not flops or not bandwidth
+            else Limits(self.name, flops, bandwidth, "measured in this run")
+        )
 
     @property
     def limits(self) -> Limits | None:
-        """Return what the run measured, else what its card is known for; None for an unknown card without limits."""
+        """Return what the run measured, else what its card is known for; None for an unknown card
+        without limits.
+        """
         return self.measured or card(self.name)
 
     @property
@@ -104,7 +121,12 @@ def load(folder: Path) -> list[Results]:
     found = []
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text())
-        if isinstance(data, dict) and data.get("schema") == SCHEMA and data["kind"] == "cuda" and not data["tiny"]:
+        if (
+            isinstance(data, dict)
+            and data.get("schema") == SCHEMA
+            and data["kind"] == "cuda"
+            and not data["tiny"]
+        ):
             found.append(Results(data["device"], data))
     return found
 
@@ -115,7 +137,7 @@ def short(text: str, limit: int = 70) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-# Cells --------------------------------------------------------------------------------------------------------------
+# Cells --------------------------------------------------------------------------------------------
 
 
 def seconds(results: Results, section: str, key: str) -> str:

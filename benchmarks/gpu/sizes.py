@@ -1,4 +1,6 @@
-"""Defines the networks that are measured: the published ones at 480x832, 81 frames, and tiny ones like them."""
+"""Defines the networks that are measured: the published ones at 480x832, 81 frames, and tiny ones
+like them.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,12 @@ class Size:
 
 PUBLISHED = {"1.3B": Size("1.3B", 12, 30, 8960), "14B": Size("14B", 40, 40, 13824)}
 
-_TINY_PROMPT_AND_VIDEO = {"text_dim": 64, "text_tokens": 16, "freq_dim": 32, "latents": (3, 16, 8, 12)}
+_TINY_PROMPT_AND_VIDEO = {
+    "text_dim": 64,
+    "text_tokens": 16,
+    "freq_dim": 32,
+    "latents": (3, 16, 8, 12),
+}
 TINY = {
     "1.3B": Size("1.3B", 2, 2, 192, head_dim=32, **_TINY_PROMPT_AND_VIDEO),  # type: ignore[arg-type]
     "14B": Size("14B", 3, 3, 256, head_dim=32, **_TINY_PROMPT_AND_VIDEO),  # type: ignore[arg-type]

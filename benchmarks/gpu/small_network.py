@@ -1,4 +1,6 @@
-"""Checks a small network on the kernels against the same one on the references, which operators alone do not show."""
+"""Checks a small network on the kernels against the same one on the references, which operators
+alone do not show.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch import Tensor
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.ops import use_backend
 
-# bf16 activations against fp32 ones through three blocks: tens of roundings of 2^-9, most of which average out.
+# bf16 activations against fp32 ones through three blocks: tens of roundings of 2^-9, most of which
+# average out.
 LIMIT = 2e-2
 SAME = 1e-6
 LATENTS = (5, 16, 30, 52)
@@ -32,7 +35,11 @@ def _model(device: torch.device, dtype: torch.dtype, tiny: bool) -> AnyFlowTrans
     heads, width, hidden = (2, 32, 192) if tiny else (4, 128, 1024)
     with device:
         model = AnyFlowTransformer3DModel(
-            num_attention_heads=heads, attention_head_dim=width, ffn_dim=hidden, num_layers=3, text_dim=256
+            num_attention_heads=heads,
+            attention_head_dim=width,
+            ffn_dim=hidden,
+            num_layers=3,
+            text_dim=256,
         )
     kept = set(AnyFlowTransformer3DModel._keep_in_fp32_modules)
     for name, parameter in model.named_parameters():
@@ -42,7 +49,9 @@ def _model(device: torch.device, dtype: torch.dtype, tiny: bool) -> AnyFlowTrans
 
 
 def _draw(device: torch.device, *shape: int) -> Tensor:
-    return torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(sum(shape)))
+    return torch.randn(
+        shape, device=device, generator=torch.Generator(device).manual_seed(sum(shape))
+    )
 
 
 def _inputs(device: torch.device, latents: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -68,8 +77,13 @@ def _forward(device: torch.device, tiny: bool, per_frame: bool) -> float:
 
 
 def _gradients(device: torch.device, tiny: bool) -> float:
-    """Compare the gradients of all parameters, those of an fp32 model under autocast, kernels against references."""
-    model, data = _model(device, torch.float32, tiny), _inputs(device, _latents(tiny), torch.float32)
+    """Compare the gradients of all parameters, those of an fp32 model under autocast, kernels
+    against references.
+    """
+    model, data = (
+        _model(device, torch.float32, tiny),
+        _inputs(device, _latents(tiny), torch.float32),
+    )
     cotangent, found = _draw(device, 2, *_latents(tiny))[1:], []
     for backend in (None, "eager"):
         model.zero_grad()
@@ -77,7 +91,9 @@ def _gradients(device: torch.device, tiny: bool) -> float:
             with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
                 out = model(*data, return_dict=False)[0]
             (out.float() * cotangent).sum().backward()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        found.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
     return _relative(*found)
 
 
@@ -87,11 +103,16 @@ def _replayed(device: torch.device, tiny: bool) -> float:
     from anyflow.sampling import sample
     from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
-    model, scheduler = _model(device, torch.bfloat16, tiny).requires_grad_(False), FlowMapEulerDiscreteScheduler()
+    model, scheduler = (
+        _model(device, torch.bfloat16, tiny).requires_grad_(False),
+        FlowMapEulerDiscreteScheduler(),
+    )
     replayed, errors = CudaGraphTransformer(model), []
     for frames in (5, 5, 3):
         noise, *_, prompt = _inputs(device, (frames, *_latents(tiny)[1:]), torch.bfloat16)
-        results = (sample(m, scheduler, noise, prompt, num_inference_steps=4) for m in (replayed, model))
+        results = (
+            sample(m, scheduler, noise, prompt, num_inference_steps=4) for m in (replayed, model)
+        )
         errors.append(_relative(*results))
     return max(errors)
 

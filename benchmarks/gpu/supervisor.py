@@ -1,4 +1,6 @@
-"""Starts and watches the processes of a run; it measures nothing, so that no measurement can take the run down."""
+"""Starts and watches the processes of a run; it measures nothing, so that no measurement can take
+the run down.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ class Options:
 
 
 def supervise(options: Options, names: list[str]) -> int:
-    """Run the sections in processes of their own; 1 if one failed or found something wrong, 2 without a GPU.
+    """Run the sections in processes of their own; 1 if one failed or found something wrong, 2
+    without a GPU.
 
     Args:
         options: of the command line.
@@ -74,7 +77,8 @@ def supervise(options: Options, names: list[str]) -> int:
         for name in crashed:
             file.mark(name, FAILED, running)
         left = [name for name in left if name not in crashed]
-        if not crashed and len(left) == len(remaining) and time.monotonic() < deadline:  # it does not even start
+        # it does not even start
+        if not crashed and len(left) == len(remaining) and time.monotonic() < deadline:
             for name in left:
                 file.mark(name, FAILED, running)
             break
@@ -85,14 +89,19 @@ def supervise(options: Options, names: list[str]) -> int:
 def _machine(device: str) -> dict[str, Any]:
     """Ask a process of its own for the device's name and torch's version."""
     code = (
-        "import json, torch; ok = torch.cuda.is_available(); print(json.dumps({'torch': torch.__version__, "
+        "import json, torch; ok = torch.cuda.is_available(); print(json.dumps({'torch': "
+        "torch.__version__, "
         "'device': torch.cuda.get_device_name(0) if ok else None, "
         "'problem': None if ok else 'torch.cuda.is_available() is False'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         output = done.stderr.strip() or "?"
-        return {"torch": None, "device": None, "problem": f"importing torch failed: {output.splitlines()[-1]}"}
+        return {
+            "torch": None,
+            "device": None,
+            "problem": f"importing torch failed: {output.splitlines()[-1]}",
+        }
     machine: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return machine | {"device": "cpu"} if device == "cpu" else machine
 
@@ -100,8 +109,9 @@ def _machine(device: str) -> dict[str, Any]:
 def _open(options: Options, machine: dict[str, Any], names: list[str]) -> RunFile:
     """Open the device's file, in ``--out`` or the runner's own copy of it, and begin a run.
 
-    What an earlier run of the same sources finished is kept unless it is asked for by name. A build that failed has
-    failed for these sources: it is not tried again by itself. Other sections keep their data until they run again.
+    What an earlier run of the same sources finished is kept unless it is asked for by name. A build
+    that failed has failed for these sources: it is not tried again by itself. Other sections keep
+    their data until they run again.
     """
     name = f"{slug(machine['device'], options.tiny)}.json"
     identity = {
@@ -117,7 +127,9 @@ def _open(options: Options, machine: dict[str, Any], names: list[str]) -> RunFil
     asked = names if options.only else []
     kept, again = [], []
     for section_name, section in sections.items():
-        finished = section["status"] == DONE or (section_name == "build" and section["status"] == FAILED)
+        finished = section["status"] == DONE or (
+            section_name == "build" and section["status"] == FAILED
+        )
         if finished and section_name not in asked:
             kept.append(section_name)
             continue
@@ -134,14 +146,22 @@ def _open(options: Options, machine: dict[str, Any], names: list[str]) -> RunFil
         }
     )
     file.save()
-    print(f"results: {file.path}" + (f"; kept from earlier runs: {', '.join(kept)}" if kept else ""), flush=True)
+    print(
+        f"results: {file.path}" + (f"; kept from earlier runs: {', '.join(kept)}" if kept else ""),
+        flush=True,
+    )
     return file
 
 
 def _order(file: RunFile, names: list[str]) -> list[str]:
-    """Sort by the plan, but what failed before comes after what has never run, and the tests last in any case."""
+    """Sort by the plan, but what failed before comes after what has never run, and the tests last
+    in any case.
+    """
     again = file.data["runs"][-1]["again"]
-    return sorted((name for name in names if name != "build"), key=lambda name: (name == "tests", name in again))
+    return sorted(
+        (name for name in names if name != "build"),
+        key=lambda name: (name == "tests", name in again),
+    )
 
 
 def _build(file: RunFile, options: Options, deadline: float) -> None:
@@ -159,8 +179,21 @@ def _build(file: RunFile, options: Options, deadline: float) -> None:
 def _work(options: Options, file: RunFile, deadline: float, names: list[str]) -> str:
     """Run one worker until it ends or is overdue; the result says in words how it ended."""
     command = [sys.executable, str(SCRIPT), "--worker", str(file.path), "--copy", str(file.copy)]
-    command += ["--deadline", repr(deadline), "--parent", str(os.getpid()), "--out", str(options.out)]
-    command += ["--device", options.device, "--sections", ",".join(names), *(["--tiny"] if options.tiny else [])]
+    command += [
+        "--deadline",
+        repr(deadline),
+        "--parent",
+        str(os.getpid()),
+        "--out",
+        str(options.out),
+    ]
+    command += [
+        "--device",
+        options.device,
+        "--sections",
+        ",".join(names),
+        *(["--tiny"] if options.tiny else []),
+    ]
     command += ["--plan", "short" if options.short else "full"]
     variables = environment()
     if options.device == "cpu":
@@ -177,7 +210,9 @@ def _work(options: Options, file: RunFile, deadline: float, names: list[str]) ->
         if process.poll() is None:  # overdue, or we are interrupted
             process.kill()
             process.wait()
-    return f"its process ended with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
+    return (
+        f"its process ended with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
+    )
 
 
 def _summary(file: RunFile, names: list[str], deadline: float) -> int:
@@ -187,13 +222,20 @@ def _summary(file: RunFile, names: list[str], deadline: float) -> int:
         section = sections.get(name, {})
         seconds = section.get("seconds")
         took = "" if seconds is None else f"{seconds:.1f}"
-        print(f"{name:18s} {section.get('status') or '-':8s} {took:7s} {section.get('reason') or ''}")
+        print(
+            f"{name:18s} {section.get('status') or '-':8s} {took:7s} {section.get('reason') or ''}"
+        )
     failed = [name for name in names if sections.get(name, {}).get("status") == FAILED]
     noted = [name for name in names if "note" in sections.get(name, {})]
-    file.data["runs"][-1]["seconds"] = round(file.data["runs"][-1]["budget_s"] - (deadline - time.monotonic()), 1)
+    file.data["runs"][-1]["seconds"] = round(
+        file.data["runs"][-1]["budget_s"] - (deadline - time.monotonic()), 1
+    )
     file.save()
     warnings = file.data.get("warnings", [])
     for warning in warnings:
         print(f"WRONG: {warning}")
-    print(f"{file.path}: {len(failed)} failed" + (f", {len(warnings)} things WRONG" if warnings else ""))
+    print(
+        f"{file.path}: {len(failed)} failed"
+        + (f", {len(warnings)} things WRONG" if warnings else "")
+    )
     return 1 if failed or noted or warnings else 0

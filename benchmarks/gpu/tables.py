@@ -1,4 +1,6 @@
-"""Makes the tables of ``docs/performance.md`` that hold measurements; without a run, the same without numbers."""
+"""Makes the tables of ``docs/performance.md`` that hold measurements; without a run, the same
+without numbers.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ _VARIANTS = {"triton": "Triton", "compile": "torch.compile"}
 def targets(devices: list[Results]) -> list[str]:
     """Make a row for each goal, a column for each device."""
     rows = [[t.what, t.goal, *(t.cell(results) for results in devices)] for t in TARGETS]
-    optional = "14B with fp8 linears and fp8/int8 attention: a further factor, at ≤ 2 % relative output difference"
+    optional = (
+        "14B with fp8 linears and fp8/int8 attention: a further factor, at ≤ 2 % relative output "
+        "difference"
+    )
     rows.append([optional, "≥ 1.3x (optional)", *("not built" for _ in devices)])
     return table(["what", "target", *(results.name for results in devices)], rows)
 
@@ -30,21 +35,29 @@ def run_of(results: Results) -> list[str]:
     if results.data is None:
         return []
     env, sections = results.data.get("environment", {}), results.data["sections"]
-    packages = ", ".join(f"{name} {version}" for name, version in env.get("packages", {}).items() if version)
+    packages = ", ".join(
+        f"{name} {version}" for name, version in env.get("packages", {}).items() if version
+    )
     changed = {True: "", False: " with changes", None: " (as told)"}[env.get("clean")]
     lines = [
         f"Commit `{str(env.get('commit'))[:12]}`{changed}, {packages}, CUDA {env.get('cuda')}, "
-        f"driver {(env.get('gpu') or {}).get('driver')}, cuDNN {(env.get('gpu') or {}).get('cudnn')}. "
+        f"driver {(env.get('gpu') or {}).get('driver')}, cuDNN "
+        f"{(env.get('gpu') or {}).get('cudnn')}. "
         f"Runs: {', '.join(run['started'] for run in results.data['runs'])} (UTC).",
     ]
     if results.measured is not None:
         lines[0] += (
-            f" Limits measured in the run: {results.measured.flops / 1e12:.0f} TFLOP/s (bf16 product of 8192 x 8192), "
-            f"{results.measured.bandwidth / 1e12:.2f} TB/s (the fastest large copy, read plus written); the floors "
+            f" Limits measured in the run: {results.measured.flops / 1e12:.0f} TFLOP/s (bf16 "
+            "product of 8192 x 8192), "
+            f"{results.measured.bandwidth / 1e12:.2f} TB/s (the fastest large copy, read plus "
+            "written); the floors "
             "below are at these."
         )
     elif results.limits is not None:
-        lines[0] += f" This run measured no limits; the floors below are at those of an {results.limits.name} above."
+        lines[0] += (
+            " This run measured no limits; the floors below are at those of an "
+            f"{results.limits.name} above."
+        )
     else:
         lines[0] += " This run measured no limits and the card is not known: there are no floors."
     rows = [
@@ -63,37 +76,49 @@ def run_of(results: Results) -> list[str]:
 
 
 def limits_of(results: Results) -> str:
-    """Say what stands behind the limits that a run measured: rates of all copies, and of products over time."""
+    """Say what stands behind the limits that a run measured: rates of all copies, and of products
+    over time.
+    """
     limits, copies = results.measured, results.copies
     if limits is None:
         return ""
-    listed = ", ".join(f"{moved / 1e6:.0f} MB at {rate / 1e12:.2f} TB/s" for moved, rate in copies.items())
+    listed = ", ".join(
+        f"{moved / 1e6:.0f} MB at {rate / 1e12:.2f} TB/s" for moved, rate in copies.items()
+    )
     text = (
-        f"Copies, by the bytes that they move: {listed}. The fastest of those that move {LARGE_COPY / 1e6:.0f} MB or "
+        f"Copies, by the bytes that they move: {listed}. The fastest of those that move "
+        f"{LARGE_COPY / 1e6:.0f} MB or "
         "more, four times the largest cache, is the limit."
     )
     small = [rate for moved, rate in copies.items() if moved < LARGE_COPY]
     if small and max(small) <= limits.bandwidth:
-        text += " Smaller copies are slower, so that the cache flatters no operator that moves as little."
+        text += (
+            " Smaller copies are slower, so that the cache flatters no operator that moves as "
+            "little."
+        )
     fastest = _fastest_kernel(results)
     if fastest is not None and fastest[1] > limits.bandwidth:
         moved, rate, what = fastest
         text += (
-            f" It is not quite the most that memory does: {what} moves its {moved / 1e6:.0f} MB at {rate / 1e12:.2f} "
+            f" It is not quite the most that memory does: {what} moves its {moved / 1e6:.0f} MB at "
+            f"{rate / 1e12:.2f} "
             f"TB/s, {rate / limits.bandwidth:.0%} of it."
         )
     samples = (results.entry("limits", "matmul") or {}).get("samples_ms", [])
     if samples and max(samples) > 1.05 * min(samples):
         cold = limits.flops * statistics.median(samples) / min(samples)
         text += (
-            f" The product ran at {cold / 1e12:.0f} TFLOP/s in its fastest round and at {limits.flops / 1e12:.0f} in "
+            f" The product ran at {cold / 1e12:.0f} TFLOP/s in its fastest round and at "
+            f"{limits.flops / 1e12:.0f} in "
             "the median one, as the clock falls under load: floors are right to some per cent."
         )
     return text
 
 
 def _fastest_kernel(results: Results) -> tuple[float, float, str] | None:
-    """Return the bytes moved, the bytes/s and the name of the fastest variant of an operator beyond any cache."""
+    """Return the bytes moved, the bytes/s and the name of the fastest variant of an operator beyond
+    any cache.
+    """
     found = []
     for name, entry in results.entries("ops").items():
         for direction in ("forward", "backward"):
@@ -107,7 +132,14 @@ def _fastest_kernel(results: Results) -> tuple[float, float, str] | None:
 
 def forwards(results: Results) -> list[str]:
     """Compare one forward of each network with diffusers' in both modes, and with the floor."""
-    headings = ["one forward, 480x832, 81 frames", "ours", "diffusers", "ratio", "diffusers + compile", "ratio"]
+    headings = [
+        "one forward, 480x832, 81 frames",
+        "ours",
+        "diffusers",
+        "ratio",
+        "diffusers + compile",
+        "ratio",
+    ]
     headings += ["floor", "ours / floor", "peak, ours", "peak, diffusers"]
     rows = []
     for name, size in PUBLISHED.items():
@@ -134,12 +166,16 @@ def forwards(results: Results) -> list[str]:
     return lines
 
 
-def _against_floor(results: Results, floor: Callable[[roofline.Limits], float], section: str, key: str) -> list[str]:
+def _against_floor(
+    results: Results, floor: Callable[[roofline.Limits], float], section: str, key: str
+) -> list[str]:
     """Write the floor at the limits that hold for a device, and a measurement over it."""
     limits, milliseconds = results.limits, results.number(section, key)
     if limits is None:
         return [results.why("limits", "matmul_flops"), ""]
-    distance = NOT_MEASURED if milliseconds is None else f"{milliseconds / 1e3 / floor(limits):.2f}x"
+    distance = (
+        NOT_MEASURED if milliseconds is None else f"{milliseconds / 1e3 / floor(limits):.2f}x"
+    )
     return [f"{floor(limits):.3f} s", distance]
 
 
@@ -147,7 +183,10 @@ def _attention_note(results: Results, name: str, chosen: dict[str, str]) -> str:
     section = f"forward_{name.lower()}"
     if chosen["ours"] == chosen["torch"]:
         return f"{name}: both run attention on `{chosen['ours']}`, which is torch's own choice too."
-    text = f"{name}: ours runs attention on `{chosen['ours']}`, diffusers on torch's choice, `{chosen['torch']}`."
+    text = (
+        f"{name}: ours runs attention on `{chosen['ours']}`, diffusers on torch's choice, "
+        f"`{chosen['torch']}`."
+    )
     ours, theirs = "ours, torch's attention", "diffusers, our attention"
     text += f" Ours on `{chosen['torch']}` as well: {seconds(results, section, ours)};"
     return text + f" diffusers on `{chosen['ours']}`: {seconds(results, section, theirs)}."
@@ -178,7 +217,9 @@ def sampling(results: Results) -> list[str]:
                     seconds(results, section, key),
                     skipped or seconds(results, section, peer),
                     "" if skipped else times(results, section, peer, key),
-                    *_against_floor(results, partial(roofline.sampling_floor_s, size, steps), section, key),
+                    *_against_floor(
+                        results, partial(roofline.sampling_floor_s, size, steps), section, key
+                    ),
                     gibibytes(results, section, key),
                 ]
             )
@@ -187,7 +228,12 @@ def sampling(results: Results) -> list[str]:
 
 def training(results: Results) -> list[str]:
     """Compare training steps with the peers' formulation."""
-    headings = ["training step, 1.3B, LoRA, checkpointing", "ours", "peers' formulation", "time ratio"]
+    headings = [
+        "training step, 1.3B, LoRA, checkpointing",
+        "ours",
+        "peers' formulation",
+        "time ratio",
+    ]
     headings += ["floor, ours", "ours / floor", "peak, ours", "peak, peers'", "ours / peers' peak"]
     rows = []
     steps = {
@@ -213,11 +259,24 @@ def training(results: Results) -> list[str]:
 
 
 def operators(results: Results) -> list[str]:
-    """List every operator: Triton, against the copy, the eager and the compiled reference, and a native CUDA kernel."""
-    headings = ["operator", "direction", "ms", "GB/s", "of copy", "eager / ours", "compile / ours", "native / ours"]
+    """List every operator: Triton, against the copy, the eager and the compiled reference, and a
+    native CUDA kernel.
+    """
+    headings = [
+        "operator",
+        "direction",
+        "ms",
+        "GB/s",
+        "of copy",
+        "eager / ours",
+        "compile / ours",
+        "native / ours",
+    ]
     entries = {name: e for name, e in results.entries("ops").items() if isinstance(e, dict)}
     if not entries:
-        return table(headings, [["all", "forward, backward", *[results.why("ops", "")] * 6]], right=2)
+        return table(
+            headings, [["all", "forward, backward", *[results.why("ops", "")] * 6]], right=2
+        )
     rows = []
     for name, entry in entries.items():
         if "op" not in entry or "error" in entry:
@@ -245,7 +304,9 @@ def _operator_cells(results: Results, entry: dict[str, Any], direction: str) -> 
 
 
 def _not_timed(reason: str) -> str:
-    """Write why a variant has no time, in a word where there is one; errors stand below the table."""
+    """Write why a variant has no time, in a word where there is one; errors stand below the
+    table.
+    """
     if reason.startswith("no native CUDA kernel"):
         return "none"
     kind = reason.split(":")[0]
@@ -259,12 +320,18 @@ def _errors(entries: dict[str, dict[str, Any]]) -> list[str]:
         for direction in ("forward", "backward"):
             for variant, reason in entry.get(direction, {}).get("not_timed", {}).items():
                 if reason.split(":")[0].endswith("Error"):
-                    found.setdefault(f"{_VARIANTS.get(variant, variant)}: {reason}", []).append(f"{name} {direction}")
-    return [wrapped(f"Failed: {reason} ({'; '.join(names)}).", "- ") for reason, names in found.items()]
+                    found.setdefault(f"{_VARIANTS.get(variant, variant)}: {reason}", []).append(
+                        f"{name} {direction}"
+                    )
+    return [
+        wrapped(f"Failed: {reason} ({'; '.join(names)}).", "- ") for reason, names in found.items()
+    ]
 
 
 def native(results: Results) -> list[str]:
-    """Compare native CUDA kernels with Triton's, forward: what would have to be above 1 for them to be the choice."""
+    """Compare native CUDA kernels with Triton's, forward: what would have to be above 1 for them to
+    be the choice.
+    """
     headings = ["native CUDA kernel, forward", "ms", "Triton, ms", "Triton / native"]
     rows = []
     for name, entry in results.entries("native").items():
@@ -279,9 +346,15 @@ def native(results: Results) -> list[str]:
 
 def attention(results: Results) -> list[str]:
     """List the TFLOP/s of every backend at the models' shapes."""
-    entries = {name: e for name, e in results.entries("attention").items() if isinstance(e, dict) and "ms" in e}
+    entries = {
+        name: e
+        for name, e in results.entries("attention").items()
+        if isinstance(e, dict) and "ms" in e
+    }
     if not entries:
-        return table(["attention", "TFLOP/s by backend"], [["all shapes", results.why("attention", "")]])
+        return table(
+            ["attention", "TFLOP/s by backend"], [["all shapes", results.why("attention", "")]]
+        )
     backends = sorted({name for entry in entries.values() for name in entry["ms"]})
     rows = []
     for name, entry in entries.items():
@@ -301,8 +374,19 @@ def profile(results: Results) -> list[str]:
     if not shares:
         return table(headings, [["all kernels", results.why("profile_1.3b", "ms_by_category"), ""]])
     whole = sum(shares.values())
-    rows = [[name, f"{ms:.1f}", f"{ms / whole:.1%}"] for name, ms in sorted(shares.items(), key=lambda kv: -kv[1])]
+    rows = [
+        [name, f"{ms:.1f}", f"{ms / whole:.1%}"]
+        for name, ms in sorted(shares.items(), key=lambda kv: -kv[1])
+    ]
     wall = results.entry("profile_1.3b", "wall_ms")
-    rows.append(["all kernels", f"{whole:.1f}", f"{whole / wall:.1%} of {wall:.1f} ms" if wall else ""])
-    graph = f"as a CUDA graph: {seconds(results, 'profile_1.3b', 'CUDA graph')}, launched one by one: "
-    return [*table(headings, rows), "", f"The same forward {graph}{seconds(results, 'profile_1.3b', 'launched')}."]
+    rows.append(
+        ["all kernels", f"{whole:.1f}", f"{whole / wall:.1%} of {wall:.1f} ms" if wall else ""]
+    )
+    graph = (
+        f"as a CUDA graph: {seconds(results, 'profile_1.3b', 'CUDA graph')}, launched one by one: "
+    )
+    return [
+        *table(headings, rows),
+        "",
+        f"The same forward {graph}{seconds(results, 'profile_1.3b', 'launched')}.",
+    ]

@@ -1,9 +1,11 @@
-"""Counts the tiles of the kernels at the models' shapes: what padding the tokens changes, and how full waves are.
+"""Counts the tiles of the kernels at the models' shapes: what padding the tokens changes, and how
+full waves are.
 
-A kernel computes its result in tiles, one multiprocessor at a time for each; a tile that only partly lies in the result
-takes as long as a whole one. 32,760 tokens are 255 x 128 + 120. Tiles run in waves of as many as there are
-multiprocessors; the last wave takes as long as a full one. Kernels that hold several tiles per multiprocessor, or that
-split the last wave's tiles along the sum, lose less than is said here.
+A kernel computes its result in tiles, one multiprocessor at a time for each; a tile that only
+partly lies in the result takes as long as a whole one. 32,760 tokens are 255 x 128 + 120. Tiles run
+in waves of as many as there are multiprocessors; the last wave takes as long as a full one. Kernels
+that hold several tiles per multiprocessor, or that split the last wave's tiles along the sum, lose
+less than is said here.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class Grid:
 
     Attributes:
         tiles: of the result.
-        steps: that each of them takes one after the other, where their number depends on the tokens; else 1.
+        steps: that each of them takes one after the other, where their number depends on the
+            tokens; else 1.
     """
 
     tiles: int
@@ -100,4 +103,6 @@ def padding(size: Size) -> Iterator[Padding]:
     yield Padding("self-attention", (QUERIES, KEYS), *grids)
     for part, (_, out) in products(size).items():
         for tile in TILES:
-            yield Padding(part, tile, product_grid(tokens, out, tile), product_grid(more, out, tile))
+            yield Padding(
+                part, tile, product_grid(tokens, out, tile), product_grid(more, out, tile)
+            )

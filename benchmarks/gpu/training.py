@@ -1,7 +1,9 @@
-"""Training steps at 1.3B, adapters and gradient checkpointing: ours, and the peers' formulation on diffusers' model.
+"""Training steps at 1.3B, adapters and gradient checkpointing: ours, and the peers' formulation on
+diffusers' model.
 
 The peers' trainers evaluate the network four times on the whole batch in a pretrain step, with one
-modulation row per token, and each score of an on-policy step in a call of its own. A step is loss and backward.
+modulation row per token, and each score of an on-policy step in a call of its own. A step is loss
+and backward.
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ import timing
 import torch
 from torch import Tensor
 
-from anyflow.methods import AnyFlowOnPolicyMethod, AnyFlowPretrainMethod, OnPolicyConfig, PretrainConfig, TimePairs
+from anyflow.methods import (
+    AnyFlowOnPolicyMethod,
+    AnyFlowPretrainMethod,
+    OnPolicyConfig,
+    PretrainConfig,
+    TimePairs,
+)
 from gpu import networks
 from gpu.context import Context, last_line
 from gpu.sizes import Size
@@ -28,7 +36,8 @@ T, R = (0.7, 0.6), (0.7, 0.2)
 ROLLOUT = (8, 3)  # steps, and the one that carries the gradient: three segments
 SCORE_T = 0.5
 
-_PEERS_SIZE = dataclasses.replace(peers.SMALL, dtype=torch.float32)  # latents enter in fp32, as under autocast
+# latents enter in fp32, as under autocast
+_PEERS_SIZE = dataclasses.replace(peers.SMALL, dtype=torch.float32)
 
 Losses = Callable[[], dict[str, float]]
 
@@ -45,10 +54,13 @@ def run_on_policy(context: Context) -> None:
     _compare(context, size, {"ours": _our_on_policy, "peers' formulation": _peers_on_policy})
 
 
-def _compare(context: Context, size: Size, makers: dict[str, Callable[[Context, Size], Losses]]) -> None:
+def _compare(
+    context: Context, size: Size, makers: dict[str, Callable[[Context, Size], Losses]]
+) -> None:
     problem = networks.peer_problem()
     steps: dict[str, timing.Step] = {}
-    held: dict[str, int] = {}  # bytes that each keeps between its steps: no part of the other's peak
+    # bytes that each keeps between its steps: no part of the other's peak
+    held: dict[str, int] = {}
     for name, make in makers.items():
         if name != "ours" and problem is not None:
             context.put(name, {"skipped": problem})
@@ -86,7 +98,10 @@ def _failed(context: Context, name: str, error: Exception) -> None:
 
 
 def _round(
-    context: Context, steps: dict[str, timing.Step], before: dict[str, list[float]], held: dict[str, int]
+    context: Context,
+    steps: dict[str, timing.Step],
+    before: dict[str, list[float]],
+    held: dict[str, int],
 ) -> None:
     """Time each step once more, beside each other, and add it to the milliseconds ``before``.
 
@@ -103,11 +118,15 @@ def _round(
         peak = peaks.get(name)
         if peak is not None:
             peak -= sum(bytes_held for other, bytes_held in held.items() if other != name)
-        entry = {"ms": statistics.median(milliseconds), "peak_bytes": peak, "samples_ms": milliseconds}
+        entry = {
+            "ms": statistics.median(milliseconds),
+            "peak_bytes": peak,
+            "samples_ms": milliseconds,
+        }
         context.put(name, entry)
 
 
-# Data and networks --------------------------------------------------------------------------------------------------
+# Data and networks --------------------------------------------------------------------------------
 
 
 def _generator(context: Context, seed: int) -> torch.Generator:
@@ -122,7 +141,10 @@ def _data(context: Context, size: Size, batch: int) -> peers.Batch:
         return torch.randn(shape, generator=generator, device=context.device)
 
     latents, noise = (draw(batch, *size.latents) for _ in range(2))
-    prompt, negative = draw(batch, size.text_tokens, size.text_dim), draw(1, size.text_tokens, size.text_dim)
+    prompt, negative = (
+        draw(batch, size.text_tokens, size.text_dim),
+        draw(1, size.text_tokens, size.text_dim),
+    )
     return peers.Batch(latents, noise, prompt, negative.expand(batch, -1, -1))
 
 
@@ -133,10 +155,12 @@ def _network(context: Context, size: Size, peers: bool, trained: bool = True) ->
 
 
 def _autocast(context: Context) -> AbstractContextManager[Any]:
-    return torch.autocast(context.device.type, torch.bfloat16, enabled=context.cuda, cache_enabled=False)
+    return torch.autocast(
+        context.device.type, torch.bfloat16, enabled=context.cuda, cache_enabled=False
+    )
 
 
-# Pretrain -----------------------------------------------------------------------------------------------------------
+# Pretrain -----------------------------------------------------------------------------------------
 
 
 def _our_pretrain(context: Context, size: Size) -> Losses:
@@ -149,7 +173,9 @@ def _our_pretrain(context: Context, size: Size) -> Losses:
     def step() -> dict[str, float]:
         model.zero_grad(set_to_none=True)
         with _autocast(context):
-            output = method.loss(data.latents, data.prompt, data.negative, noise=data.noise, time_pairs=pairs)
+            output = method.loss(
+                data.latents, data.prompt, data.negative, noise=data.noise, time_pairs=pairs
+            )
         output.loss.backward()
         return {"loss": output.loss.item()}
 
@@ -168,7 +194,7 @@ def _peers_pretrain(context: Context, size: Size) -> Losses:
     return under_autocast
 
 
-# On-policy ----------------------------------------------------------------------------------------------------------
+# On-policy ----------------------------------------------------------------------------------------
 
 
 def _our_on_policy(context: Context, size: Size) -> Losses:
@@ -188,7 +214,9 @@ def _our_on_policy(context: Context, size: Size) -> Losses:
         critic.zero_grad(set_to_none=True)
         with _autocast(context):
             with torch.no_grad():
-                samples = method.rollout(data.noise, data.prompt, num_steps=steps, grad_step=grad_step)
+                samples = method.rollout(
+                    data.noise, data.prompt, num_steps=steps, grad_step=grad_step
+                )
             critic_output = method.critic_loss(samples, data.prompt, t=t, noise=noise)
         critic_output.loss.backward()
         return {"generator": generator.loss.item(), "critic": critic_output.loss.item()}
@@ -197,7 +225,9 @@ def _our_on_policy(context: Context, size: Size) -> Losses:
 
 
 def _segments() -> tuple[float, ...]:
-    """The times that the shortcut rollout goes through: from noise, over the step with the gradient, to data."""
+    """The times that the shortcut rollout goes through: from noise, over the step with the
+    gradient, to data.
+    """
     steps, grad_step = ROLLOUT
     sigmas = peers.scheduler().schedule(steps).tolist()
     return tuple(sigmas[i] for i in (0, grad_step, grad_step + 1, steps))
@@ -214,7 +244,9 @@ def _score_noise(context: Context, size: Size) -> Tensor:
 def _peers_on_policy(context: Context, size: Size) -> Losses:
     student, critic = (_network(context, size, peers=True) for _ in range(2))
     teacher, data = _network(context, size, peers=True, trained=False), _data(context, size, 1)
-    draws = peers.OnPolicy(_segments(), _score_time(context), _score_noise(context, size), TEACHER_GUIDANCE)
+    draws = peers.OnPolicy(
+        _segments(), _score_time(context), _score_noise(context, size), TEACHER_GUIDANCE
+    )
     generator = peers.generator_step(student, teacher, critic, _PEERS_SIZE, data, draws)
     critic_step = peers.critic_step(student, critic, _PEERS_SIZE, data, draws)
 

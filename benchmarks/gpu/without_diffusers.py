@@ -1,6 +1,8 @@
-"""The little that the model takes from diffusers, for a machine without it: the model runs, peers do not.
+"""The little that the model takes from diffusers, for a machine without it: the model runs, peers
+do not.
 
-No loading, no saving, no adapters: names and attributes alone. Nothing of it is used where diffusers is installed.
+No loading, no saving, no adapters: names and attributes alone. Nothing of it is used where
+diffusers is installed.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ def apply_lora_scale(_: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def problem() -> str | None:
-    """Return why ``import diffusers`` does not give what the model needs of diffusers, or None where it does."""
+    """Return why ``import diffusers`` does not give what the model needs of diffusers, or None
+    where it does.
+    """
     module = sys.modules.get("diffusers")
     if module is not None and hasattr(module, "_ANYFLOW_STAND_IN"):
         return str(module._ANYFLOW_STAND_IN)
@@ -95,12 +99,17 @@ def problem() -> str | None:
         for name in _NEEDED:
             importlib.import_module(name)
     except Exception as error:  # a package of its own that is missing or of another version
-        return f"diffusers does not import: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+        return (
+            f"diffusers does not import: {type(error).__name__}: "
+            f"{(str(error).strip() or '?').splitlines()[0]}"
+        )
     return None
 
 
 def install() -> str | None:
-    """Put the stand-in where ``import diffusers`` finds it, unless diffusers imports; return why it was needed."""
+    """Put the stand-in where ``import diffusers`` finds it, unless diffusers imports; return why it
+    was needed.
+    """
     reason = problem()
     if reason is None:
         return None
@@ -108,7 +117,10 @@ def install() -> str | None:
         del sys.modules[name]
     names: dict[str, dict[str, Any]] = {
         "diffusers": {"_ANYFLOW_STAND_IN": reason},
-        "diffusers.configuration_utils": {"ConfigMixin": ConfigMixin, "register_to_config": register_to_config},
+        "diffusers.configuration_utils": {
+            "ConfigMixin": ConfigMixin,
+            "register_to_config": register_to_config,
+        },
         "diffusers.loaders": {"PeftAdapterMixin": PeftAdapterMixin},
         "diffusers.models": {},
         "diffusers.models.modeling_outputs": {"Transformer2DModelOutput": Transformer2DModelOutput},
@@ -118,7 +130,8 @@ def install() -> str | None:
     for name, content in names.items():
         module = ModuleType(name)
         module.__path__ = []  # a package, so that those below it are found
-        module.__spec__ = ModuleSpec(name, None, is_package=True)  # who looks for one finds something
+        # who looks for one finds something
+        module.__spec__ = ModuleSpec(name, None, is_package=True)
         module.__dict__.update(content)
         sys.modules[name] = module
     return reason

@@ -1,4 +1,6 @@
-"""Measures, in a process of its own: section after section, each isolated from the others' exceptions."""
+"""Measures, in a process of its own: section after section, each isolated from the others'
+exceptions.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,34 @@ import torch
 
 from gpu import build, without_diffusers
 from gpu.context import Context, Section, Skip, last_line
-from gpu.state import DONE, FAILED, RUNNING, SKIPPED, RunFile, clocks, commit, die_with_parent, nvidia_smi
+from gpu.state import (
+    DONE,
+    FAILED,
+    RUNNING,
+    SKIPPED,
+    RunFile,
+    clocks,
+    commit,
+    die_with_parent,
+    nvidia_smi,
+)
 
-BROKEN_DEVICE = 70  # exit status: after such an error nothing on the device works any more in this process
+# exit status: after such an error nothing on the device works any more in this process
+BROKEN_DEVICE = 70
 
 
 def work(
-    path: Path, copy: Path, device: str, tiny: bool, deadline: float, names: list[str], parent: int, short: bool
+    path: Path,
+    copy: Path,
+    device: str,
+    tiny: bool,
+    deadline: float,
+    names: list[str],
+    parent: int,
+    short: bool,
 ) -> int:
-    """Run the named sections that have no status yet, in this order; the processes of a run share the file.
+    """Run the named sections that have no status yet, in this order; the processes of a run share
+    the file.
 
     Args:
         path, copy: of the results, and of the runner's own copy.
@@ -38,7 +59,8 @@ def work(
     build.find_package(device)
     stand_in = without_diffusers.install()
     without_extension = build.load_operators()
-    from gpu.sections import SECTIONS  # what is measured imports the package, which had to be found first
+    # what is measured imports the package, which had to be found first
+    from gpu.sections import SECTIONS
 
     context = Context(torch.device(device), tiny, RunFile.load(path, copy), deadline, short=short)
     if device == "cpu":
@@ -46,7 +68,10 @@ def work(
     else:
         torch.cuda.set_device(0)
         context.device = torch.device("cuda", 0)
-    environment = _environment(context.device) | {"diffusers_stand_in": stand_in, "extension": without_extension}
+    environment = _environment(context.device) | {
+        "diffusers_stand_in": stand_in,
+        "extension": without_extension,
+    }
     context.file.data["environment"] = environment
     context.file.save()
     sections = {section.name: section for section in SECTIONS}
@@ -59,7 +84,10 @@ def work(
 def _run(section: Section, context: Context) -> None:
     file, context.name = context.file, section.name
     if not context.affords(section.seconds):
-        left = f"about {section.seconds * context.slowness:.0f} s are needed, {max(context.remaining(), 0):.0f} s left"
+        left = (
+            f"about {section.seconds * context.slowness:.0f} s are needed, "
+            f"{max(context.remaining(), 0):.0f} s left"
+        )
         file.mark(section.name, SKIPPED, f"budget: {left}", title=section.title)
         print(f"{section.name}: skipped, {left}", flush=True)
         return
@@ -81,7 +109,13 @@ def _run(section: Section, context: Context) -> None:
     except Exception as error:
         traceback.print_exc()
         status, reason, broken = FAILED, last_line(error), _is_broken(context.device)
-    file.mark(section.name, status, reason, seconds=round(time.monotonic() - started, 2), clocks_after=clocks())
+    file.mark(
+        section.name,
+        status,
+        reason,
+        seconds=round(time.monotonic() - started, 2),
+        clocks_after=clocks(),
+    )
     if broken:
         os._exit(BROKEN_DEVICE)  # the supervisor starts a new process for what is left
     gc.collect()
@@ -91,7 +125,9 @@ def _run(section: Section, context: Context) -> None:
 
 
 def _is_broken(device: torch.device) -> bool:
-    """Tell whether an error such as an illegal memory access has taken the device away from this process."""
+    """Tell whether an error such as an illegal memory access has taken the device away from this
+    process.
+    """
     if device.type != "cuda":
         return False
     try:
@@ -103,7 +139,9 @@ def _is_broken(device: torch.device) -> bool:
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    """Describe what is measured, on what; a part that cannot be had is its problem, not the run's."""
+    """Describe what is measured, on what; a part that cannot be had is its problem, not the
+    run's.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     import anyflow
@@ -117,10 +155,15 @@ def _environment(device: torch.device) -> dict[str, Any]:
             return None
 
     def backends() -> dict[str, Any]:
-        return {op: f"{choice.backend}: {choice.reason}" for op, choice in backend_report(device).items()}
+        return {
+            op: f"{choice.backend}: {choice.reason}"
+            for op, choice in backend_report(device).items()
+        }
 
     def attention() -> dict[str, Any]:
-        report = attention_report(device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        report = attention_report(
+            device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+        )
         return {
             name: {"available": choice.available, "chosen": choice.chosen, "reason": choice.reason}
             for name, choice in report.items()

@@ -1,7 +1,9 @@
-"""Loading a transformer from a diffusers folder of safetensors, against diffusers' ``from_pretrained``.
+"""Loading a transformer from a diffusers folder of safetensors, against diffusers'
+``from_pretrained``.
 
-The file is in the system's cache, so that the disk is no part of it. A step also reads every weight once: diffusers
-maps a file of the right dtype into memory and copies nothing, which only moves the reading to the first use.
+The file is in the system's cache, so that the disk is no part of it. A step also reads every weight
+once: diffusers maps a file of the right dtype into memory and copies nothing, which only moves the
+reading to the first use.
 """
 
 from __future__ import annotations
@@ -44,15 +46,22 @@ def _load(size: Size, setting: Setting) -> Contest:
         model = diffusers.AnyFlowTransformer3DModel.from_pretrained(folder, torch_dtype=size.dtype)
         return read(model.to(setting.device))
 
-    return Contest({OURS: ours, DIFFUSERS: theirs}, bytes=3 * num_bytes)  # from the file, to the model, and once more
+    # from the file, to the model, and once more
+    return Contest({OURS: ours, DIFFUSERS: theirs}, bytes=3 * num_bytes)
 
 
 def _workload(size: Size, device: str, quick: bool = False) -> Workload:
     name = f"loading/transformer/{size.label}"
-    return Workload(name, (DIFFUSERS,), partial(_load, size), device, size.dtype, quick, memory=True)
+    return Workload(
+        name, (DIFFUSERS,), partial(_load, size), device, size.dtype, quick, memory=True
+    )
 
 
-WORKLOADS = [_workload(SMALL, "cpu", quick=True), _workload(MEDIUM, "cpu"), _workload(WAN_1B, "cuda")]
+WORKLOADS = [
+    _workload(SMALL, "cpu", quick=True),
+    _workload(MEDIUM, "cpu"),
+    _workload(WAN_1B, "cuda"),
+]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)

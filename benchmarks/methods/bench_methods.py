@@ -1,7 +1,8 @@
-"""Training steps, to the gradients: pretraining, the generator's and the critic's, against the peers' formulation.
+"""Training steps, to the gradients: pretraining, the generator's and the critic's, against the
+peers' formulation.
 
-fp32 on the CPU; on a GPU bf16 with gradient checkpointing. The optimizer's update is the same for everyone and left
-out.
+fp32 on the CPU; on a GPU bf16 with gradient checkpointing. The optimizer's update is the same for
+everyone and left out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from peers import SHORT_BATCH, SMALL_BATCH, WAN_1B_BATCH, Batch, OnPolicy, Size
 from torch import Tensor
 from workloads import COMPILED, Contest, Line, Setting, Workload
 
-from anyflow.methods import AnyFlowOnPolicyMethod, AnyFlowPretrainMethod, OnPolicyConfig, PretrainConfig, TimePairs
+from anyflow.methods import (
+    AnyFlowOnPolicyMethod,
+    AnyFlowPretrainMethod,
+    OnPolicyConfig,
+    PretrainConfig,
+    TimePairs,
+)
 
 FORMULATION = "peers' formulation"
 GOALS = {"pretrain": 1.6}
@@ -39,22 +46,34 @@ def _pretrain(size: Size, setting: Setting) -> Contest:
     def step() -> Tensor:
         ours.zero_grad(set_to_none=True)
         output = method.loss(
-            data.latents.to(size.dtype), data.prompt, data.negative, noise=data.noise, time_pairs=pairs
+            data.latents.to(size.dtype),
+            data.prompt,
+            data.negative,
+            noise=data.noise,
+            time_pairs=pairs,
         )
         output.loss.backward()
         return output.loss.detach()
 
-    steps = {OURS: step, FORMULATION: peers.pretrain_step(peer, size, data, t, r, GUIDANCE, EPSILON)}
+    steps = {
+        OURS: step,
+        FORMULATION: peers.pretrain_step(peer, size, data, t, r, GUIDANCE, EPSILON),
+    }
     if setting.compile:
-        steps[COMPILED] = peers.pretrain_step(peers.compiled(peer), size, data, t, r, GUIDANCE, EPSILON)
+        steps[COMPILED] = peers.pretrain_step(
+            peers.compiled(peer), size, data, t, r, GUIDANCE, EPSILON
+        )
     b, flow_map = len(T), int((t != r).sum())
-    evaluations = _gradient_passes(size) * b + 2 * flow_map + b  # with gradient; at t + and t -; unconditional
+    # with gradient; at t + and t -; unconditional
+    evaluations = _gradient_passes(size) * b + 2 * flow_map + b
     return Contest(steps, flops=evaluations * size.forward_flops())
 
 
 def _generator(size: Size, setting: Setting) -> Contest:
     device, data = setting.device, peers.batch(size, setting.device)
-    (peer, ours), (peer_teacher, teacher), (peer_critic, critic) = (_models(size, device, seed) for seed in range(3))
+    (peer, ours), (peer_teacher, teacher), (peer_critic, critic) = (
+        _models(size, device, seed) for seed in range(3)
+    )
     method, draws = _on_policy(ours, teacher, critic), _draws(data)
 
     def step() -> Tensor:
@@ -71,7 +90,8 @@ def _generator(size: Size, setting: Setting) -> Contest:
         return output.loss.detach()
 
     theirs = peers.generator_step(peer, peer_teacher, peer_critic, size, data, draws)
-    evaluations = len(T) * (3 * _gradient_passes(size) + 3)  # the rollout; critic, teacher with and without the prompt
+    # the rollout; critic, teacher with and without the prompt
+    evaluations = len(T) * (3 * _gradient_passes(size) + 3)
     return Contest({OURS: step, FORMULATION: theirs}, flops=evaluations * size.forward_flops())
 
 
@@ -84,7 +104,10 @@ def _critic(size: Size, setting: Setting) -> Contest:
         critic.zero_grad(set_to_none=True)
         with torch.no_grad():
             samples = method.rollout(
-                data.noise.to(size.dtype), data.prompt, num_steps=ROLLOUT_STEPS, grad_step=GRADIENT_STEP
+                data.noise.to(size.dtype),
+                data.prompt,
+                num_steps=ROLLOUT_STEPS,
+                grad_step=GRADIENT_STEP,
             )
         loss = method.critic_loss(samples, data.prompt, t=draws.t, noise=draws.noise).loss
         loss.backward()
@@ -108,7 +131,9 @@ def _checkpointed(size: Size) -> bool:
 
 
 def _gradient_passes(size: Size) -> int:
-    """What an evaluation and its backward compute, in evaluations: a backward is two, and checkpointing another."""
+    """What an evaluation and its backward compute, in evaluations: a backward is two, and
+    checkpointing another.
+    """
     return 4 if _checkpointed(size) else 3
 
 
@@ -121,7 +146,8 @@ def _draws(data: Batch) -> OnPolicy:
     sigmas = peers.scheduler().schedule(ROLLOUT_STEPS).tolist()
     kept = (sigmas[0], sigmas[GRADIENT_STEP], sigmas[GRADIENT_STEP + 1], sigmas[-1])
     score_times = torch.tensor(SCORE_TIMES, device=data.noise.device)
-    return OnPolicy(kept, score_times, data.latents, GUIDANCE)  # the latents are noise too, independent of the other
+    # the latents are noise too, independent of the other
+    return OnPolicy(kept, score_times, data.latents, GUIDANCE)
 
 
 def _workloads(size: Size, device: str) -> list[Workload]:
@@ -142,7 +168,11 @@ def _workloads(size: Size, device: str) -> list[Workload]:
     ]
 
 
-WORKLOADS = [*_workloads(SHORT_BATCH, "cpu"), *_workloads(SMALL_BATCH, "cpu"), *_workloads(WAN_1B_BATCH, "cuda")]
+WORKLOADS = [
+    *_workloads(SHORT_BATCH, "cpu"),
+    *_workloads(SMALL_BATCH, "cpu"),
+    *_workloads(WAN_1B_BATCH, "cuda"),
+]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)

@@ -1,4 +1,6 @@
-"""The transformer: one block, the forward pass, forward and backward, against diffusers' on the same weights."""
+"""The transformer: one block, the forward pass, forward and backward, against diffusers' on the
+same weights.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,16 @@ def _block(size: Size, setting: Setting) -> Contest:
     b, frames, _, height, width = size.latents
     grid = (frames, height // 2, width // 2)
     shapes = ((b, size.tokens, size.dim), (b, size.text_tokens, size.dim), (b, frames, 6, size.dim))
-    tokens, text, modulation = (torch.randn(s, generator=generator).to(setting.device, size.dtype) for s in shapes)
-    per_token = modulation.repeat_interleave(size.tokens // frames, dim=1)  # as diffusers' model does once per call
-    layout = {"total_frames": frames, "full_frame_shape": grid[1:], "full_token_per_frame": grid[1] * grid[2]}
+    tokens, text, modulation = (
+        torch.randn(s, generator=generator).to(setting.device, size.dtype) for s in shapes
+    )
+    # as diffusers' model does once per call
+    per_token = modulation.repeat_interleave(size.tokens // frames, dim=1)
+    layout = {
+        "total_frames": frames,
+        "full_frame_shape": grid[1:],
+        "full_token_per_frame": grid[1] * grid[2],
+    }
     peer_rotary = peer.rope(layout_cfg=layout, device=setting.device)
     rotary = ours.rope(grid, setting.device, torch.float32)
 
@@ -71,8 +80,9 @@ def _forward_backward(size: Size, setting: Setting) -> Contest:
 
 
 def _whole(size: Size, setting: Setting, make: Any, passes: int) -> Contest:
-    """The whole model; ``passes`` is what a step computes in forward passes: a backward is two, and another one where
-    its activations are computed again."""
+    """The whole model; ``passes`` is what a step computes in forward passes: a backward is two, and
+    another one where its activations are computed again.
+    """
     peer, ours = models(size, setting.device)
     if passes == 4:
         peer.enable_gradient_checkpointing()
@@ -82,7 +92,9 @@ def _whole(size: Size, setting: Setting, make: Any, passes: int) -> Contest:
     steps = {OURS: make(ours, *inputs), DIFFUSERS: make(peer, *inputs)}
     if setting.compile:
         steps[COMPILED] = make(compiled(peer), *inputs)
-    return Contest(steps, passes * size.forward_bytes(), passes * size.latents[0] * size.forward_flops())
+    return Contest(
+        steps, passes * size.forward_bytes(), passes * size.latents[0] * size.forward_flops()
+    )
 
 
 def _workloads(size: Size, device: str) -> list[Workload]:

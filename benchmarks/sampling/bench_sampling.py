@@ -1,4 +1,6 @@
-"""Sampling latents: the whole loop at 1 to 50 network evaluations, its caches, and a diffusers pipeline accelerated."""
+"""Sampling latents: the whole loop at 1 to 50 network evaluations, its caches, and a diffusers
+pipeline accelerated.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ ACCELERATE_GOAL = 1.3
 
 
 class WithoutCaches(nn.Module):
-    """A model that only takes timesteps and text: what samples with it embeds and projects both in every step."""
+    """A model that only takes timesteps and text: what samples with it embeds and projects both in
+    every step.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -35,7 +39,9 @@ class WithoutCaches(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def _pipeline(transformer: nn.Module, size: Size, data: Batch, steps: int, accelerated: bool) -> Step:
+def _pipeline(
+    transformer: nn.Module, size: Size, data: Batch, steps: int, accelerated: bool
+) -> Step:
     """The call of diffusers' pipeline, from prompt embeddings to latents ``[B, F, C, H, W]``."""
     import diffusers
 
@@ -47,7 +53,8 @@ def _pipeline(transformer: nn.Module, size: Size, data: Batch, steps: int, accel
     if accelerated:
         anyflow.accelerate(pipe)
     _, frames, _, height, width = size.latents
-    noise = data.noise.to(size.dtype).transpose(1, 2).contiguous()  # the pipeline's latents are [B, C, F, H, W]
+    # the pipeline's latents are [B, C, F, H, W]
+    noise = data.noise.to(size.dtype).transpose(1, 2).contiguous()
 
     def step() -> Tensor:
         latents = pipe(
@@ -94,7 +101,9 @@ def _accelerated(size: Size, steps: int, setting: Setting) -> Contest:
 
 
 def _workloads(size: Size, device: str) -> list[Workload]:
-    def workload(what: str, steps: int, against: tuple[str, ...], build: Any, goals: dict[str, float]) -> Workload:
+    def workload(
+        what: str, steps: int, against: tuple[str, ...], build: Any, goals: dict[str, float]
+    ) -> Workload:
         return Workload(
             f"sampling/{what}/{size.label}/{steps} steps",
             against,
@@ -107,7 +116,10 @@ def _workloads(size: Size, device: str) -> list[Workload]:
         )
 
     found = [workload("loop", n, (DIFFUSERS, COMPILED, UNCACHED), _loop, {}) for n in STEPS]
-    return [*found, workload("accelerate", QUICK_STEPS, (OWN_LOOP,), _accelerated, {OWN_LOOP: ACCELERATE_GOAL})]
+    return [
+        *found,
+        workload("accelerate", QUICK_STEPS, (OWN_LOOP,), _accelerated, {OWN_LOOP: ACCELERATE_GOAL}),
+    ]
 
 
 WORKLOADS = [*_workloads(SMALL, "cpu"), *_workloads(WAN_1B, "cuda")]

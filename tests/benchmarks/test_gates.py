@@ -20,7 +20,9 @@ CLASS = "cpu-avx2-amd"
 
 
 def workload(bench: SimpleNamespace, wrong: float = 0.0) -> object:
-    """A sum, and a peer that does it eight times over: between 4 and 16 times as slow on any machine."""
+    """A sum, and a peer that does it eight times over: between 4 and 16 times as slow on any
+    machine.
+    """
     x = torch.ones(1 << 18)
 
     def ours() -> Tensor:
@@ -35,10 +37,14 @@ def workload(bench: SimpleNamespace, wrong: float = 0.0) -> object:
     return bench.workloads.Workload(NAME, (PEER,), build)
 
 
-def measure(bench: SimpleNamespace, tmp_path: Path, gates: dict[str, float], wrong: float = 0.0) -> object:
+def measure(
+    bench: SimpleNamespace, tmp_path: Path, gates: dict[str, float], wrong: float = 0.0
+) -> object:
     setting = bench.workloads.Setting(CPU, False, tmp_path)
     budget = bench.interleave.Budget(0.05)
-    return bench.workloads.measure(workload(bench, wrong), setting, bench.limits.Limits(CPU), budget, gates)
+    return bench.workloads.measure(
+        workload(bench, wrong), setting, bench.limits.Limits(CPU), budget, gates
+    )
 
 
 def test_a_line_reports_what_was_measured(bench: SimpleNamespace, tmp_path: Path) -> None:
@@ -65,7 +71,10 @@ def test_a_miss_is_measured_once_more(bench: SimpleNamespace, tmp_path: Path) ->
 def test_the_lower_of_two_lines(bench: SimpleNamespace, tmp_path: Path) -> None:
     """What ``--raise`` makes gates of: each ratio is one that both measurements reached."""
     line = measure(bench, tmp_path, {})
-    first, second = (replace(line, ratios={"p": p, "q": 2.0}, busy=busy) for p, busy in ((3.0, False), (1.0, True)))
+    first, second = (
+        replace(line, ratios={"p": p, "q": 2.0}, busy=busy)
+        for p, busy in ((3.0, False), (1.0, True))
+    )
     assert first.lower(second).ratios == {"p": 1.0, "q": 2.0} and first.lower(second).busy
     assert not first.lower(first).busy
 
@@ -76,7 +85,9 @@ def test_a_busy_machine_tells_nothing_of_time(bench: SimpleNamespace, tmp_path: 
     judgments = bench.gates.Gates({CLASS: {f"{NAME} vs p": 2.0}}).judge(CLASS, [line])
     assert [j.busy for j in judgments] == [True, False]
     assert "run it again" in bench.report.summary(CLASS, judgments, [], [line])
-    assert bench.gates.Gates({}).raise_to(CLASS, judgments) == [f"{NAME} vs p, memory: no gate -> 0.90"]
+    assert bench.gates.Gates({}).raise_to(CLASS, judgments) == [
+        f"{NAME} vs p, memory: no gate -> 0.90"
+    ]
 
 
 def test_what_is_wrong_is_not_timed(bench: SimpleNamespace, tmp_path: Path) -> None:
@@ -89,10 +100,14 @@ def test_what_is_wrong_is_not_timed(bench: SimpleNamespace, tmp_path: Path) -> N
 def test_a_summary_names_the_misses_and_the_three_slowest(bench: SimpleNamespace) -> None:
     ratios = {"a": 3.0, "b": 1.0, "c": 2.0, "d": float("nan"), "e": 9.0}
     judgments = [bench.gates.Judgment(name, ratio, 2.0) for name, ratio in ratios.items()]
-    assert [j.name for j in judgments if j.missed] == ["b", "d"]  # at its gate c holds; NaN never does
+    # at its gate c holds; NaN never does
+    assert [j.name for j in judgments if j.missed] == ["b", "d"]
     lines = bench.report.summary(CLASS, judgments, ["gone"], []).splitlines()
     assert lines[0] == f"{CLASS}: 3 of 5 gates hold"
-    assert "NOT RUN, though it has a gate: gone" in lines and "MISSED: b is 1.00x, the gate is 2.00x" in lines
+    assert (
+        "NOT RUN, though it has a gate: gone" in lines
+        and "MISSED: b is 1.00x, the gate is 2.00x" in lines
+    )
     slowest = lines[lines.index("the 3 slowest lines against their gates:") + 1 :]
     assert [line.split(":")[0].strip() for line in slowest] == ["d", "b", "c"]
 
@@ -102,11 +117,17 @@ def test_gates_are_only_ever_raised(bench: SimpleNamespace, tmp_path: Path) -> N
     path.write_text(f'# Why.\n\n[{CLASS}]\n"x vs y" = 2.00\n"z vs y" = 1.00\n')
     gates = bench.gates.Gates.load(path)
     found = {"x vs y": 2.1, "z vs y": 2.0, "new vs y": 1.5, "nan vs y": float("nan")}
-    judgments = [bench.gates.Judgment(name, ratio, gates.of(CLASS).get(name)) for name, ratio in found.items()]
+    judgments = [
+        bench.gates.Judgment(name, ratio, gates.of(CLASS).get(name))
+        for name, ratio in found.items()
+    ]
     judgments.append(bench.gates.Judgment("busy vs y", 50.0, None, busy=True))
     assert len(gates.raise_to(CLASS, judgments)) == 2
     gates.save(path)
-    assert path.read_text() == f'# Why.\n\n[{CLASS}]\n"new vs y" = 1.35\n"x vs y" = 2.00\n"z vs y" = 1.80\n'
+    assert (
+        path.read_text()
+        == f'# Why.\n\n[{CLASS}]\n"new vs y" = 1.35\n"x vs y" = 2.00\n"z vs y" = 1.80\n'
+    )
     assert bench.gates.Gates.load(path).raise_to(CLASS, judgments) == []
 
 
@@ -114,7 +135,10 @@ def test_gates_are_only_ever_raised(bench: SimpleNamespace, tmp_path: Path) -> N
     "content, message",
     [
         ('[cpu-avx2-amd]\n"a vs b" = 1.0', "which no benchmark gives"),
-        ('[cpu-avx2-amd]\n"model/forward vs diffuser" = 1.0', "did you mean 'model/forward vs diffusers'"),
+        (
+            '[cpu-avx2-amd]\n"model/forward vs diffuser" = 1.0',
+            "did you mean 'model/forward vs diffusers'",
+        ),
         ('[cpu-avx22-amd]\n"model/forward vs diffusers" = 1.0', "no class of devices"),
         ('[cpu-avx2-amd]\n"model/forward vs diffusers" = "fast"', "must be a positive number"),
         ('[cpu-avx2-amd]\n"model/forward vs diffusers" = nan', "must be a positive number"),
@@ -145,7 +169,14 @@ def test_the_committed_gates_are_of_benchmarks_that_exist(bench: SimpleNamespace
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """One operator, for a moment; what is checked is the exit status, not the time."""
-    command = [sys.executable, "-m", "pytest", str(ROOT / "benchmarks" / "ops"), "-k", "gelu and forward"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(ROOT / "benchmarks" / "ops"),
+        "-k",
+        "gelu and forward",
+    ]
     options = ["--device", "cpu", "--quick", "--seconds", "0.02", *arguments]
     return subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
 
@@ -161,7 +192,9 @@ def test_from_the_command_line(bench: SimpleNamespace, tmp_path: Path) -> None:
         return run("--gates", str(path))
 
     done = gated("# none\n")
-    assert done.returncode == 0 and "0 of 0 gates hold" in done.stdout and "no gate" in done.stdout, done.stdout
+    assert (
+        done.returncode == 0 and "0 of 0 gates hold" in done.stdout and "no gate" in done.stdout
+    ), done.stdout
     done = gated(f'[{device_class}]\n"{name}" = 1e-3\n')
     assert done.returncode == 0 and "1 of 1 gates hold" in done.stdout, done.stdout
     done = gated(f'[{device_class}]\n"{name}" = 1e6\n')

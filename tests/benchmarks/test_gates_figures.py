@@ -1,4 +1,6 @@
-"""What the benchmarks report beside ratios: FLOPs, bytes, peak memory and the limits of the machine."""
+"""What the benchmarks report beside ratios: FLOPs, bytes, peak memory and the limits of the
+machine.
+"""
 
 from types import SimpleNamespace
 
@@ -16,7 +18,11 @@ CPU = torch.device("cpu")
 def counted(step: object) -> int:
     """FLOPs of the matrix products that torch sees in a step of the eager references."""
     # Of torch's attention it counts what is written as products, not the fused kernel for CPUs.
-    with FlopCounterMode(display=False) as counter, use_backend("eager"), sdpa_kernel(SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        use_backend("eager"),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         step()
     return counter.get_total_flops()
 
@@ -28,7 +34,9 @@ def test_flops_of_a_forward(bench: SimpleNamespace) -> None:
     data, t = bench.peers.batch(size, CPU), torch.full((2,), 500.0)
     with torch.no_grad():
         times = model.embed_time(t, t)
-        found = counted(lambda: model(data.noise, encoder_hidden_states=data.prompt, time_embedding=times))
+        found = counted(
+            lambda: model(data.noise, encoder_hidden_states=data.prompt, time_embedding=times)
+        )
     assert found == 2 * size.forward_flops()  # a batch of two
     block = sum(p.numel() for n, p in model.blocks[0].named_parameters() if p.ndim == 2)
     assert block == size.block_weights()
@@ -44,13 +52,19 @@ def test_flops_of_operators(bench: SimpleNamespace, name: str) -> None:
         outputs.extend(call.outputs())
 
     assert counted(forward) == case.forward.flops
-    # torch keeps the weights of attention for its backward, where a kernel forms the scores again: one product more.
+    # torch keeps the weights of attention for its backward, where a kernel forms the scores again:
+    # one product more.
     again = case.forward.flops // 2 if name == "attention_case" else 0
-    assert counted(lambda: torch.autograd.grad(outputs, call.wanted, outputs)) + again == case.backward.flops
+    assert (
+        counted(lambda: torch.autograd.grad(outputs, call.wanted, outputs)) + again
+        == case.backward.flops
+    )
 
 
 def test_bytes_by_dtype(bench: SimpleNamespace) -> None:
-    """By hand, [1, 10, 64] with one row of modulation: two passes over x, shift and scale in fp32."""
+    """By hand, [1, 10, 64] with one row of modulation: two passes over x, shift and scale in
+    fp32.
+    """
     case = next(c for c in bench.op_cases.row_cases(10, 64, 1) if c.op == "layer_norm_modulate")
     assert case.forward.bytes(torch.float32) == 2 * 640 * 4 + 2 * 64 * 4
     assert case.forward_bytes == case.forward.bytes(torch.bfloat16) == 2 * 640 * 2 + 2 * 64 * 4
@@ -73,7 +87,10 @@ def test_peak_memory(bench: SimpleNamespace) -> None:
 
 def test_limits(bench: SimpleNamespace) -> None:
     limits, dtype = bench.limits.Limits(CPU), torch.float32
-    moving, computing = limits.shortest_time(1 << 20, 0, dtype), limits.shortest_time(0, 10**9, dtype)
+    moving, computing = (
+        limits.shortest_time(1 << 20, 0, dtype),
+        limits.shortest_time(0, 10**9, dtype),
+    )
     assert moving == (1 << 20) / limits.copy_bandwidth(1 << 20) > 0
     assert computing == 1e9 / limits.product_rate(dtype) > 0
     assert limits.shortest_time(1 << 20, 10**9, dtype) == max(moving, computing)

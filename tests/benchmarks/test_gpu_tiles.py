@@ -19,7 +19,9 @@ def test_the_published_number_of_tokens() -> None:
 
 
 def test_attention_by_hand() -> None:
-    """12 heads x 256 blocks of queries are 23.3 waves of 132, 40 heads 77.6; each tile goes over 256 blocks of keys."""
+    """12 heads x 256 blocks of queries are 23.3 waves of 132, 40 heads 77.6; each tile goes over
+    256 blocks of keys.
+    """
     small, large = (tiles.attention_grid(32760, PUBLISHED[name].heads) for name in ("1.3B", "14B"))
     assert (small.tiles, small.waves, small.steps) == (3072, 24, 256)
     assert small.fill == pytest.approx(3072 / 3168)
@@ -44,7 +46,10 @@ def test_products_by_hand(columns: int, tile: tuple[int, int], count: int, waves
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_padding_changes_nothing_at_the_published_sizes(name: str) -> None:
     found = list(tiles.padding(PUBLISHED[name]))
-    assert {pad.part for pad in found} == {"self-attention", *tiles.products(PUBLISHED[name])} and len(found) == 9
+    assert {pad.part for pad in found} == {
+        "self-attention",
+        *tiles.products(PUBLISHED[name]),
+    } and len(found) == 9
     assert all(pad.plain == pad.padded and pad.change == 0 for pad in found)
 
 
@@ -53,5 +58,7 @@ def test_padding_that_adds_a_tile_is_seen() -> None:
     one, two = tiles.attention_grid(132 * 128, 1), tiles.attention_grid(132 * 128 + 1, 1)
     assert one.fill == 1 and two.fill == pytest.approx(133 / 264)
     assert two.time_over(one) == pytest.approx(2 * 133 / 132)
-    assert tiles.Padding("self-attention", (128, 128), one, two).change == pytest.approx(2 * 133 / 132 - 1)
+    assert tiles.Padding("self-attention", (128, 128), one, two).change == pytest.approx(
+        2 * 133 / 132 - 1
+    )
     assert next(tiles.padding(TINY["1.3B"])).plain == tiles.Grid(2, 1)  # two heads of 72 tokens

@@ -19,7 +19,11 @@ from gpu.targets import FORWARD_GOAL_S  # noqa: E402
 
 
 def timed(seconds: float, gib: float | None = None) -> dict[str, Any]:
-    return {"ms": 1e3 * seconds, "peak_bytes": None if gib is None else gib * 2**30, "samples_ms": [1e3 * seconds]}
+    return {
+        "ms": 1e3 * seconds,
+        "peak_bytes": None if gib is None else gib * 2**30,
+        "samples_ms": [1e3 * seconds],
+    }
 
 
 def results() -> dict[str, Any]:
@@ -43,17 +47,33 @@ def results() -> dict[str, Any]:
             beside: timed(0.55),
             "diffusers + compile": timed(0.66),
         },
-        "forward_14b": {"ours": timed(2.5), "diffusers": {"error": "OutOfMemoryError: CUDA out of memory"}},
+        "forward_14b": {
+            "ours": timed(2.5),
+            "diffusers": {"error": "OutOfMemoryError: CUDA out of memory"},
+        },
         "sampling_14b": {
             "ours NFE 4": timed(10.0, 30.0),
             "ours NFE 50": {**timed(125.0), "extrapolated": True, "source": "8 steps"},
         },
-        "native": {"rms_norm_rope[rotary] L=32760": {"forward": {"ms": {"triton": 0.3, "native": 0.2}}}},
+        "native": {
+            "rms_norm_rope[rotary] L=32760": {"forward": {"ms": {"triton": 0.3, "native": 0.2}}}
+        },
         "ops": {"layer_norm_modulate[bf16] L=32760 D=1536 R=1": operator},
     }
-    sections = {name: {"status": "done", "reason": None, "data": entries} for name, entries in data.items()}
-    sections["pretrain_1.3b"] = {"status": "skipped", "reason": "budget: about 50 s are needed, 7 s left"}
-    head = {"schema": SCHEMA, "device": "Test GPU", "kind": "cuda", "tiny": False, "runs": [{"started": "2026-01-01"}]}
+    sections = {
+        name: {"status": "done", "reason": None, "data": entries} for name, entries in data.items()
+    }
+    sections["pretrain_1.3b"] = {
+        "status": "skipped",
+        "reason": "budget: about 50 s are needed, 7 s left",
+    }
+    head = {
+        "schema": SCHEMA,
+        "device": "Test GPU",
+        "kind": "cuda",
+        "tiny": False,
+        "runs": [{"started": "2026-01-01"}],
+    }
     return {**head, "environment": {"commit": "abc", "clean": True}, "sections": sections}
 
 
@@ -80,7 +100,9 @@ def test_without_results_there_is_no_number(tmp_path: Path) -> None:
     page = (tmp_path / "docs" / "performance.md").read_text()
     assert "No GPU has been available to this project so far" in page
     targets = page[page.index("## Targets") : page.index("## The floor")]
-    cells = [line.split("|")[3].strip() for line in targets.splitlines() if re.match(r"\| .*(≤|≥)", line)]
+    cells = [
+        line.split("|")[3].strip() for line in targets.splitlines() if re.match(r"\| .*(≤|≥)", line)
+    ]
     assert len(cells) == 14 and set(cells[:-1]) == {"not measured yet"} and cells[-1] == "not built"
     devices = page[page.index("## H100 SXM 80 GB") :]
     assert "## H200" in devices
@@ -93,22 +115,38 @@ def test_limits_and_floors_of_both_cards_are_on_the_page(tmp_path: Path) -> None
     """14B: 1678 TFLOP at 800 or 790 TFLOP/s, and 258 GB at 3.0 or 4.3 TB/s beside them."""
     assert make(tmp_path / "none", tmp_path) == 0
     page = (tmp_path / "docs" / "performance.md").read_text()
-    assert row(page, "H100 SXM 80 GB | 800 TFLOP/s | 3.0 TB/s | measured on one H100 SXM 80 GB with driver 580")
+    assert row(
+        page,
+        "H100 SXM 80 GB | 800 TFLOP/s | 3.0 TB/s | measured on one H100 SXM 80 GB with driver 580",
+    )
     assert row(page, "H200 | 790 TFLOP/s | 4.3 TB/s | measured on H200s")
-    norms = 40 * (19 * 32760 * 5120 * 2 + 4 * 32760 * 64 * 4 + 4 * 512 * 5120) + 3 * 32760 * 5120 * 2
+    norms = (
+        40 * (19 * 32760 * 5120 * 2 + 4 * 32760 * 64 * 4 + 4 * 512 * 5120) + 3 * 32760 * 5120 * 2
+    )
     cells = row(page[page.index("| 14B (14.32 B") :], "norms, rotary, residuals").split(" | ")
-    assert cells[3:] == [f"{norms / 3e9:.2f}", "3.9%", "memory", f"{norms / 4.3e9:.2f}", "2.7%", "memory |"]
+    assert cells[3:] == [
+        f"{norms / 3e9:.2f}",
+        "3.9%",
+        "memory",
+        f"{norms / 4.3e9:.2f}",
+        "2.7%",
+        "memory |",
+    ]
     assert row(page, "14B, one forward | 2.184 s").endswith("| 2.184 s | 2.185 s |")
     assert row(page, "14B, the target of 2.35 s / the floor").endswith("| 1.08x | 1.08x |")
     # (2.35 s - everything but self-attention) of 879 TFLOP
     needed = [879.18 / (2.35 - floor) for floor in (2.1843 - 1.0990, 2.1847 - 1.1129)]
-    assert row(page, "14B, self-attention").endswith("".join(f"| {rate:.0f} TFLOP/s " for rate in needed) + "|")
+    assert row(page, "14B, self-attention").endswith(
+        "".join(f"| {rate:.0f} TFLOP/s " for rate in needed) + "|"
+    )
 
 
 def test_others_figures_are_called_theirs(tmp_path: Path) -> None:
     make(tmp_path / "none", tmp_path)
     page = (tmp_path / "docs" / "performance.md").read_text()
-    anchors = page[page.index("### Anchors: others' published figures") : page.index("## The floor")]
+    anchors = page[
+        page.index("### Anchors: others' published figures") : page.index("## The floor")
+    ]
     assert "nothing in\nthis project measured them" in anchors
     rows = [line.split(" | ") for line in anchors.splitlines() if re.match(r"\| (14B|1.3B) ", line)]
     assert [cells[1:4] for cells in rows] == [
@@ -134,13 +172,16 @@ def test_cells_hold_what_was_measured(tmp_path: Path) -> None:
     assert "No GPU has been available" not in page and "Measured so far on: Test GPU." in page
     assert row(page, "1.3B, one forward").endswith("| 0.500 s, **missed** |")
     assert row(page, "1.3B, diffusers eager / ours").endswith("| 2.00x, reached |")
-    assert row(page, "1.3B, diffusers + compile / ours").endswith("| 1.20x, **missed** |")  # beside each other
+    # beside each other
+    assert row(page, "1.3B, diffusers + compile / ours").endswith("| 1.20x, **missed** |")
     assert row(page, "14B, one forward").endswith("| 2.500 s, **missed** |")
-    assert row(page, "14B, one forward / its floor").endswith("| not measured yet |")  # no attention in this run
+    # no attention in this run
+    assert row(page, "14B, one forward / its floor").endswith("| not measured yet |")
     assert row(page, "14B, 50 steps").endswith("| 125.000 s (extrapolated), reached |")
     assert row(page, "14B, peak memory").endswith("| 32.2 GB (30.0 GiB), reached |")
     assert row(page, "1.3B pretrain step").endswith("| budget: about 50 s are needed, 7 s left |")
-    assert row(page, "fused operators, forward").endswith("| 86%, reached |")  # 2^30 bytes in 0.25 ms of 5 TB/s
+    # 2^30 bytes in 0.25 ms of 5 TB/s
+    assert row(page, "fused operators, forward").endswith("| 86%, reached |")
     assert row(page, "fused operators, backward").endswith("| 43%, **missed** |")
     operator = "| layer_norm_modulate[bf16] L=32760 D=1536 R=1"
     assert f"{operator} | forward | 0.2500 | 4295 | 86% | 4.00x | 2.00x | none |" in page
@@ -153,7 +194,9 @@ def test_cells_hold_what_was_measured(tmp_path: Path) -> None:
     assert floor == "0.416 s"  # at the limits of that run
 
 
-def test_a_page_or_a_plot_that_is_not_the_results_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_or_a_plot_that_is_not_the_results_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, docs = write(tmp_path / "r", results()), tmp_path / "docs"
     assert make(folder, tmp_path, "--check") == 1
     make(folder, tmp_path)
@@ -165,6 +208,10 @@ def test_a_page_or_a_plot_that_is_not_the_results_is_found(tmp_path: Path, capsy
     assert capsys.readouterr().out == f"out of date: {page}; run `make perf-docs`\n"
     make(folder, tmp_path)
     changed = results()
-    changed["sections"]["forward_14b"]["data"]["ours"]["samples_ms"] = [2499.0]  # in no cell, but a plot might show it
+    # in no cell, but a plot might show it
+    changed["sections"]["forward_14b"]["data"]["ours"]["samples_ms"] = [2499.0]
     write(folder, changed)
-    assert make(folder, tmp_path, "--check") == 1 and "performance_test_gpu.png" in capsys.readouterr().out
+    assert (
+        make(folder, tmp_path, "--check") == 1
+        and "performance_test_gpu.png" in capsys.readouterr().out
+    )

@@ -1,4 +1,6 @@
-"""benchmarks/perf_docs.py on made-up runs of an H100 and an H200: each card's limits, targets and further tables."""
+"""benchmarks/perf_docs.py on made-up runs of an H100 and an H200: each card's limits, targets and
+further tables.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,16 @@ TOKENS, DIM = 32760, 5120
 
 def results(device: str, data: dict[str, dict[str, Any]]) -> Results:
     """A run of made-up numbers."""
-    sections = {name: {"status": "done", "reason": None, "data": entries} for name, entries in data.items()}
-    head = {"schema": SCHEMA, "device": device, "kind": "cuda", "tiny": False, "runs": [{"started": "2026-01-01"}]}
+    sections = {
+        name: {"status": "done", "reason": None, "data": entries} for name, entries in data.items()
+    }
+    head = {
+        "schema": SCHEMA,
+        "device": device,
+        "kind": "cuda",
+        "tiny": False,
+        "runs": [{"started": "2026-01-01"}],
+    }
     return Results(device, {**head, "environment": {}, "sections": sections})
 
 
@@ -33,12 +43,16 @@ def attention(rate: float, keys: int) -> dict[str, Any]:
     return {"flops": flops, "ms": {"slow": 2e3 * flops / rate, "fast": 1e3 * flops / rate}}
 
 
-def run(device: str, limits: tuple[float, float], rates: dict[str, float], seconds: float) -> Results:
+def run(
+    device: str, limits: tuple[float, float], rates: dict[str, float], seconds: float
+) -> Results:
     keys = {"self": TOKENS, "text": 512}
     data = {
         "limits": {"matmul_flops": limits[0], "copy_bytes_per_s": limits[1]},
         "forward_14b": {"ours": {"ms": 1e3 * seconds}},
-        "attention": {f"14B {name} forward": attention(rate, keys[name]) for name, rate in rates.items()},
+        "attention": {
+            f"14B {name} forward": attention(rate, keys[name]) for name, rate in rates.items()
+        },
     }
     return results(device, data)
 
@@ -49,11 +63,17 @@ H200 = run("NVIDIA H200", (790e12, 4.3e12), {"self": 700e12, "text": 400e12}, 2.
 
 def cell(device: Results, start: str) -> str:
     lines = tables.targets([device])
-    return next(line for line in lines if line.startswith(f"| {start} |")).split(" | ")[2].removesuffix(" |")
+    return (
+        next(line for line in lines if line.startswith(f"| {start} |"))
+        .split(" | ")[2]
+        .removesuffix(" |")
+    )
 
 
 def by_hand(limits: tuple[float, float], own: float, text: float) -> float:
-    """Seconds of 14B: attention, text's attention, linear layers, norms; the embeddings are less than a millisecond."""
+    """Seconds of 14B: attention, text's attention, linear layers, norms; the embeddings are less
+    than a millisecond.
+    """
     products = 40 * 2 * (TOKENS * (6 * DIM**2 + 2 * DIM * 13824) + 2 * 512 * DIM**2)
     block = 19 * TOKENS * DIM * 2 + 4 * TOKENS * 64 * 4 + 4 * 512 * DIM
     norms = 40 * block + 3 * TOKENS * DIM * 2
@@ -63,10 +83,15 @@ def by_hand(limits: tuple[float, float], own: float, text: float) -> float:
 
 def test_the_floor_by_measured_rates() -> None:
     """Without a measurement of the text's attention, it runs at the rate of a product."""
-    expected = {"H100": by_hand((750e12, 2.5e12), 500e12, 750e12), "H200": by_hand((790e12, 4.3e12), 700e12, 400e12)}
+    expected = {
+        "H100": by_hand((750e12, 2.5e12), 500e12, 750e12),
+        "H200": by_hand((790e12, 4.3e12), 700e12, 400e12),
+    }
     assert targets.measured_floor_s(H100, "14B") == pytest.approx(expected["H100"], abs=1e-3)
     assert targets.measured_floor_s(H200, "14B") == pytest.approx(expected["H200"], abs=1e-3)
-    assert expected["H100"] == pytest.approx(2.927, abs=1e-3) and expected["H200"] == pytest.approx(2.345, abs=1e-3)
+    assert expected["H100"] == pytest.approx(2.927, abs=1e-3) and expected["H200"] == pytest.approx(
+        2.345, abs=1e-3
+    )
     assert targets.measured_floor_s(H100, "1.3B") is None
 
 
@@ -112,8 +137,17 @@ def test_the_limit_of_memory_is_the_fastest_large_copy() -> None:
             "copy": {"bytes": 2e9},
             "copy: 320 MiB, by a kernel": {"bytes": 6e8, "ms": 0.15},
         },
-        "probes": {"copy: 32 MiB": {"bytes": 6e7, "ms": 0.012}, "copy: 320 MiB": {"bytes": 6e8, "ms": 0.2}},
-        "ops": {"gelu": {"op": "gelu", "bytes": {"forward": 1e9}, "forward": {"ms": {"compile": 0.24, "triton": 0.5}}}},
+        "probes": {
+            "copy: 32 MiB": {"bytes": 6e7, "ms": 0.012},
+            "copy: 320 MiB": {"bytes": 6e8, "ms": 0.2},
+        },
+        "ops": {
+            "gelu": {
+                "op": "gelu",
+                "bytes": {"forward": 1e9},
+                "forward": {"ms": {"compile": 0.24, "triton": 0.5}},
+            }
+        },
     }
     device = results("NVIDIA H200", data)
     assert device.copies == pytest.approx({6e7: 5e12, 6e8: 4e12, 2e9: 2.5e12})
@@ -128,7 +162,9 @@ def test_the_limit_of_memory_is_the_fastest_large_copy() -> None:
 
 
 def test_the_whole_page_with_both_cards(tmp_path: Path) -> None:
-    """H100's floor at 750 TFLOP/s and 2.5 TB/s, H200's at its own; `--check` agrees with what was written."""
+    """H100's floor at 750 TFLOP/s and 2.5 TB/s, H200's at its own; `--check` agrees with what was
+    written.
+    """
     folder, docs = tmp_path / "results", tmp_path / "docs"
     folder.mkdir()
     for device in (H100, H200):
@@ -143,7 +179,10 @@ def test_the_whole_page_with_both_cards(tmp_path: Path) -> None:
         row = next(line for line in part.splitlines() if line.startswith("| 14B | ")).split(" | ")
         assert device.limits is not None
         floor = roofline.forward_floor_s(PUBLISHED["14B"], device.limits)
-        assert row[6] == f"{floor:.3f} s" and row[7] == f"{device.number('forward_14b', 'ours') / 1e3 / floor:.2f}x"
+        assert (
+            row[6] == f"{floor:.3f} s"
+            and row[7] == f"{device.number('forward_14b', 'ours') / 1e3 / floor:.2f}x"
+        )
         assert (docs / "images" / perf_docs.plot_name(device)).exists()
 
 
@@ -152,17 +191,29 @@ def test_a_plot_without_limits_has_no_floor(tmp_path: Path) -> None:
     assert plots.key_of(tmp_path / "plot.png") == "key"
 
 
-# Checks, launch options, probes -------------------------------------------------------------------------------------
+# Checks, launch options, probes -------------------------------------------------------------------
 
 CHECKS = {
-    "layer_norm_modulate 32760x1536 R=1": {"ok": True, "error": 1e-3, "limit": 4e-3, "problem": None},
+    "layer_norm_modulate 32760x1536 R=1": {
+        "ok": True,
+        "error": 1e-3,
+        "limit": 4e-3,
+        "problem": None,
+    },
     "gated_residual 32760x5120 R=1": {"ok": False, "error": 8e-3, "limit": 4e-3, "problem": None},
-    "a network, bf16 against fp32": {"ok": False, "error": None, "limit": 2e-2, "problem": "NaN | in\nthe output"},
+    "a network, bf16 against fp32": {
+        "ok": False,
+        "error": None,
+        "limit": 2e-2,
+        "problem": "NaN | in\nthe output",
+    },
 }
 
 
 def test_checks_and_their_alarm() -> None:
-    device = results("NVIDIA H200", {"checks": {"outcomes": CHECKS, "wrong": {"gated_residual": ["triton"]}}})
+    device = results(
+        "NVIDIA H200", {"checks": {"outcomes": CHECKS, "wrong": {"gated_residual": ["triton"]}}}
+    )
     lines = device_tables.checks(device)
     assert lines[0] == "1 of 3 checks passed."
     assert lines[4:] == [
@@ -172,10 +223,17 @@ def test_checks_and_their_alarm() -> None:
     ]
     page = perf_docs.page([device])
     top = page[page.index("## NVIDIA H200") :].splitlines()[2]
-    assert top.startswith("> **WRONG: a network computed something else on this device (a network, bf16")
+    assert top.startswith(
+        "> **WRONG: a network computed something else on this device (a network, bf16"
+    )
     assert "> **Failed checks of kernels: gated_residual 32760x5120 R=1." in page
-    right = results("NVIDIA H200", {"checks": {"outcomes": {"a network": {"ok": True, "error": 0.0, "limit": 1.0}}}})
-    assert device_tables.alarms(right) == [] and device_tables.alarms(results("NVIDIA H200", {})) == []
+    right = results(
+        "NVIDIA H200",
+        {"checks": {"outcomes": {"a network": {"ok": True, "error": 0.0, "limit": 1.0}}}},
+    )
+    assert (
+        device_tables.alarms(right) == [] and device_tables.alarms(results("NVIDIA H200", {})) == []
+    )
     assert right.data is not None
     right.data["warnings"] = ["gradients of a network: NaN"]  # of an earlier run of the section
     assert (
@@ -191,24 +249,35 @@ def test_launch_options() -> None:
         "best_ms": 0.16,
         "best": "pair 4 64",
     }
-    data = {"copy_bytes_per_s": 2.5e12, "tasks": {"rms_norm_rope backward": task, "gelu": {"error": "no | launch"}}}
-    limits = {"matmul_flops": 7e14, "copy_bytes_per_s": 2.0e12}  # those of the run, not the tuner's own copy
+    data = {
+        "copy_bytes_per_s": 2.5e12,
+        "tasks": {"rms_norm_rope backward": task, "gelu": {"error": "no | launch"}},
+    }
+    # those of the run, not the tuner's own copy
+    limits = {"matmul_flops": 7e14, "copy_bytes_per_s": 2.0e12}
     lines = device_tables.tune_rows(results("NVIDIA H200", {"limits": limits, "tune_rows": data}))
     assert lines == device_tables.tune_rows(
         results("NVIDIA H200", {"limits": limits, "tune_rows": {"tune_rows": data}})
     )
-    assert lines[2] == "| rms_norm_rope backward | 0.2000 | 67% | 0.1600 | 84% | 1.25x | pair 4 64 |"
+    assert (
+        lines[2] == "| rms_norm_rope backward | 0.2000 | 67% | 0.1600 | 84% | 1.25x | pair 4 64 |"
+    )
     assert lines[3] == "| gelu | no / launch |  |  |  |  |  |"
 
 
 def test_probes_and_padding() -> None:
-    plain, more = (f"attention 14B: cudnn, {tokens} tokens, [B, L, H, Dh] in memory" for tokens in (32760, 32768))
+    plain, more = (
+        f"attention 14B: cudnn, {tokens} tokens, [B, L, H, Dh] in memory"
+        for tokens in (32760, 32768)
+    )
     heads_first = plain.replace("[B, L, H, Dh]", "[B, H, L, Dh]")
     data = {
         plain: {"ms": 40.0, "flops": 24e12, "tokens": 32760},
         heads_first: {"ms": 38.0, "flops": 24e12, "tokens": 32760, "against": plain},
         more: {"ms": 39.0, "flops": 24e12, "tokens": 32768, "against": plain},
-        "attention 14B: flash, 32760 tokens, [B, L, H, Dh] in memory": {"error": "RuntimeError: no kernel"},
+        "attention 14B: flash, 32760 tokens, [B, L, H, Dh] in memory": {
+            "error": "RuntimeError: no kernel"
+        },
         "copy: 32 MiB": {"ms": 0.02, "bytes": 2.0**26},
         "feed-forward 14B": {"skipped": "budget"},
     }
@@ -219,11 +288,17 @@ def test_probes_and_padding() -> None:
     assert lines[5].endswith("| RuntimeError: no kernel |  |  |  |")
     assert lines[6] == "| copy: 32 MiB | 0.0200 | 3355 GB/s |  |  |"
     assert lines[7] == "| feed-forward 14B | budget |  |  |  |"
-    assert device_tables.padding(device)[2:] == [f"| {more} | 0.0 % | -2.5 % |"]  # no other pair differs in tokens
+    # no other pair differs in tokens
+    assert device_tables.padding(device)[2:] == [f"| {more} | 0.0 % | -2.5 % |"]
 
 
 def test_every_padded_probe_has_a_prediction() -> None:
     for network in PUBLISHED:
-        for name in ("attention {}: cudnn", "feed-forward {}: product", "q, k, v {}: apart", "q, k, v {}: in one"):
+        for name in (
+            "attention {}: cudnn",
+            "feed-forward {}: product",
+            "q, k, v {}: apart",
+            "q, k, v {}: in one",
+        ):
             assert device_tables.predicted(name.format(network)) == "0.0 %"
     assert device_tables.percent(0.0042) == "+0.4 %" and device_tables.percent(-1e-5) == "0.0 %"

@@ -1,4 +1,6 @@
-"""benchmarks/run_gpu.py without a GPU: whole runs on tiny shapes, in real processes, some of which are killed."""
+"""benchmarks/run_gpu.py without a GPU: whole runs on tiny shapes, in real processes, some of which
+are killed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "run_gpu.py"
 TINY = ("--device", "cpu", "--tiny")
 SHORT = (
-    *("build", "checks", "limits", "forward_1.3b", "attention", "sampling_14b", "forward_14b", "pretrain_1.3b"),
+    *(
+        "build",
+        "checks",
+        "limits",
+        "forward_1.3b",
+        "attention",
+        "sampling_14b",
+        "forward_14b",
+        "pretrain_1.3b",
+    ),
     *("ops", "profile_1.3b", "native", "tune_rows", "probes", "tests"),
 )
 SECTIONS = {*SHORT, "sampling_1.3b", "on_policy_1.3b"}
@@ -30,11 +41,18 @@ SECTIONS = {*SHORT, "sampling_1.3b", "on_policy_1.3b"}
 
 def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     """Start a run from another folder than the checkout, with a runner's folder of its own."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")
+    }
     environment |= {"ANYFLOW_GPU_RUNNER": str(folder / "runner"), **variables}
     command = [sys.executable, str(SCRIPT), "--out", str(folder / "out"), *arguments]
     return subprocess.Popen(
-        command, cwd="/", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd="/",
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -80,11 +98,17 @@ def test_every_section_runs(tmp_path: Path) -> None:
     assert code == 0, output
     data = result(tmp_path)
     assert set(data["sections"]) == SECTIONS and data["warnings"] == []
-    assert all(s["status"] == "done" or s["reason"].startswith("no benchmarks/") for s in data["sections"].values())
+    assert all(
+        s["status"] == "done" or s["reason"].startswith("no benchmarks/")
+        for s in data["sections"].values()
+    )
     found = {name: section.get("data", {}) for name, section in data["sections"].items()}
     assert found["checks"]["wrong"] == {} and found["checks"]["counts"]["passed"] > 30
     assert found["tests"]["wrong"] == {} and found["tests"]["pytest"]["passed"] > 5
-    assert found["limits"]["matmul_flops"] > 0 and found["limits"]["copy: 4 MiB, by the driver"]["samples_ms"]
+    assert (
+        found["limits"]["matmul_flops"] > 0
+        and found["limits"]["copy: 4 MiB, by the driver"]["samples_ms"]
+    )
 
     for name in ("forward_1.3b", "forward_14b"):
         for variant in ("ours", "ours, torch's attention", "diffusers", "diffusers + compile"):
@@ -141,14 +165,18 @@ def test_the_short_plan_goes_on_after_kills_and_an_emptied_folder(tmp_path: Path
     assert data["sections"]["ops"]["status"] == "failed"
     assert data["sections"]["ops"]["reason"] == "its process ended with signal 9"
     assert data["sections"]["native"]["run"] == 1 and data["sections"]["limits"]["run"] == 0
-    assert data["sections"]["forward_14b"]["data"]["diffusers + compile"] == {"skipped": "not in the short plan"}
+    assert data["sections"]["forward_14b"]["data"]["diffusers + compile"] == {
+        "skipped": "not in the short plan"
+    }
     shutil.rmtree(tmp_path / "out")
 
     code, output = run(tmp_path, *plan)
     assert code == 0, output
     data = result(tmp_path)
     assert [
-        name for name, section in data["sections"].items() if section["run"] == 2 and section["status"] == "done"
+        name
+        for name, section in data["sections"].items()
+        if section["run"] == 2 and section["status"] == "done"
     ] == ["ops"]
     reasons = {name: s["reason"] for name, s in data["sections"].items() if s["status"] != "done"}
     assert all(reason.startswith("no benchmarks/") for reason in reasons.values())
@@ -157,9 +185,13 @@ def test_the_short_plan_goes_on_after_kills_and_an_emptied_folder(tmp_path: Path
 @pytest.mark.slow
 def test_without_diffusers_and_pytest_ours_is_measured(tmp_path: Path) -> None:
     """One of them is not there, the other one does not import."""
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['pytest'] = None  # as if not installed\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['pytest'] = None  # as if not installed\n"
+    )
     (tmp_path / "diffusers").mkdir()
-    (tmp_path / "diffusers" / "__init__.py").write_text("raise RuntimeError('needs another torch')\n")
+    (tmp_path / "diffusers" / "__init__.py").write_text(
+        "raise RuntimeError('needs another torch')\n"
+    )
     wanted = ("forward_1.3b", "pretrain_1.3b", "tests")
     skipped = [argument for name in SHORT if name not in wanted for argument in ("--skip", name)]
     code, output = run(tmp_path, *TINY, "--plan", "short", *skipped, PYTHONPATH=str(tmp_path))
@@ -170,8 +202,13 @@ def test_without_diffusers_and_pytest_ours_is_measured(tmp_path: Path) -> None:
     assert result(tmp_path)["environment"]["diffusers_stand_in"] == problem
     assert sections["forward_1.3b"]["data"]["ours"]["ms"] > 0
     assert sections["forward_1.3b"]["data"]["peers"] == f"not measured: {problem}"
-    assert sections["pretrain_1.3b"]["data"]["peers' formulation"] == {"skipped": f"not measured: {problem}"}
-    assert sections["tests"]["status"] == "skipped" and sections["tests"]["reason"] == "not installed: pytest"
+    assert sections["pretrain_1.3b"]["data"]["peers' formulation"] == {
+        "skipped": f"not measured: {problem}"
+    }
+    assert (
+        sections["tests"]["status"] == "skipped"
+        and sections["tests"]["reason"] == "not installed: pytest"
+    )
 
 
 def test_without_budget_everything_is_skipped_with_the_reason(tmp_path: Path) -> None:
@@ -193,9 +230,13 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert run(tmp_path, "--device", "cpu")[0] == 2  # the published sizes
-    without_out = subprocess.run([sys.executable, str(SCRIPT), *TINY], capture_output=True, text=True)
+    without_out = subprocess.run(
+        [sys.executable, str(SCRIPT), *TINY], capture_output=True, text=True
+    )
     assert without_out.returncode == 2 and "--tiny needs --out DIR" in without_out.stderr
     code, output = run(tmp_path, *TINY, "--only", "forwards")
     assert code == 2 and output.splitlines()[-1].startswith("run_gpu.py: error: --only 'forwards'")
     code, output = run(tmp_path, *TINY, "--skip", "test")
-    assert code == 2 and output.splitlines()[-1].startswith("run_gpu.py: error: --skip 'test' is no section")
+    assert code == 2 and output.splitlines()[-1].startswith(
+        "run_gpu.py: error: --skip 'test' is no section"
+    )

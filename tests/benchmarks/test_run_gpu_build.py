@@ -1,4 +1,6 @@
-"""benchmarks/gpu/build.py: the package that a run's processes find, and which extension is kept, used or forgotten."""
+"""benchmarks/gpu/build.py: the package that a run's processes find, and which extension is kept,
+used or forgotten.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,33 @@ EXTENSION = Path(anyflow._C.__file__)
 
 
 def python(runner: Path, code: str, path: Path | None = None) -> Any:
-    """Run code that prints one JSON value, in a runner's folder of its own, as one of the runner's processes would."""
-    before = f"import json, sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from gpu import build\n"
-    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"ANYFLOW_GPU_RUNNER": str(runner)}
+    """Run code that prints one JSON value, in a runner's folder of its own, as one of the runner's
+    processes would.
+    """
+    before = (
+        f"import json, sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from gpu import "
+        "build\n"
+    )
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "ANYFLOW_GPU_RUNNER": str(runner)
+    }
     if path is not None:
         variables["PYTHONPATH"] = str(path)
-    done = subprocess.run([sys.executable, "-c", before + code], cwd="/", env=variables, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", before + code],
+        cwd="/",
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_every_process_finds_this_checkout_and_no_other_one(tmp_path: Path) -> None:
-    """Where another copy is first on the path, with kernels of its own, and in a child process too."""
+    """Where another copy is first on the path, with kernels of its own, and in a child process
+    too.
+    """
     other = tmp_path / "other"
     (other / "anyflow" / "kernels").mkdir(parents=True)
     for name in ("anyflow/__init__.py", "anyflow/kernels/__init__.py", "anyflow/kernels/rows.py"):
@@ -38,10 +55,13 @@ def test_every_process_finds_this_checkout_and_no_other_one(tmp_path: Path) -> N
     code = (
         "import subprocess\n"
         "build.find_package('cpu')\n"
-        "child = 'import json, anyflow as a, anyflow.kernels.rows as r; print(json.dumps([a.__file__, r.__file__]))'\n"
-        "done = subprocess.run([sys.executable, '-c', child], cwd=build.workplace(), capture_output=True, text=True)\n"
+        "child = 'import json, anyflow as a, anyflow.kernels.rows as r; "
+        "print(json.dumps([a.__file__, r.__file__]))'\n"
+        "done = subprocess.run([sys.executable, '-c', child], cwd=build.workplace(), "
+        "capture_output=True, text=True)\n"
         "import anyflow, anyflow.kernels.rows as rows\n"
-        "print(json.dumps([anyflow.__file__, rows.__file__, *json.loads(done.stdout or repr(done.stderr))]))\n"
+        "print(json.dumps([anyflow.__file__, rows.__file__, *json.loads(done.stdout or "
+        "repr(done.stderr))]))\n"
     )
     before = {path for path in ROOT.iterdir() if path.name != "build"}
     files = [Path(file).resolve() for file in python(tmp_path / "runner", code, other)]
@@ -60,14 +80,20 @@ def test_an_extension_of_the_same_sources_is_kept(tmp_path: Path) -> None:
     record = tmp_path / "extension.json"
     built.parent.mkdir()
     shutil.copy(EXTENSION, built)
-    code = "status, reason, data = build.prepare_extension('cpu', 1.0); print(json.dumps([status, reason, data]))"
+    code = (
+        "status, reason, data = build.prepare_extension('cpu', 1.0); print(json.dumps([status, "
+        "reason, data]))"
+    )
     status, reason, data = python(tmp_path, code)
     assert (status, reason, data["sources"]) == ("done", None, "not recorded")
     assert Path(data["file"]).resolve() == built
-    record.write_text(json.dumps({"sources": python(tmp_path, "print(json.dumps(build._sources()))")}))
+    record.write_text(
+        json.dumps({"sources": python(tmp_path, "print(json.dumps(build._sources()))")})
+    )
     _, _, data = python(tmp_path, code)
     assert data["sources"] == "those of the checkout" and Path(data["file"]).resolve() == built
     record.write_text('{"sources": "others"}')
     status, _, data = python(tmp_path, code)
-    assert status == "done" and Path(data["file"]).resolve() == EXTENSION.resolve()  # the one that is installed
+    # the one that is installed
+    assert status == "done" and Path(data["file"]).resolve() == EXTENSION.resolve()
     assert not built.exists() and not record.exists()

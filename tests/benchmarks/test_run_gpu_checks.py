@@ -1,4 +1,6 @@
-"""benchmarks/run_gpu.py: what its device checks and its operator tests say of kernels, and what follows from that."""
+"""benchmarks/run_gpu.py: what its device checks and its operator tests say of kernels, and what
+follows from that.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def context(tmp_path: Path) -> Context:
     return Context(CPU, True, file, time.monotonic() + 1000, "checks")
 
 
-def outcome(name: str, accuses: Backends, stops: str, numbers: bool = True, ok: bool = False) -> dict[str, object]:
+def outcome(
+    name: str, accuses: Backends, stops: str, numbers: bool = True, ok: bool = False
+) -> dict[str, object]:
     problem = None if ok else "the error is 1.0e+00, allowed are 1.0e-03"
     return dataclasses.asdict(Outcome(name, ok, 1.0, 1e-3, problem, numbers, 0.1, accuses, stops))
 
@@ -45,8 +49,10 @@ def test_a_wrong_kernel_stops_only_what_runs_it(context: Context) -> None:
     """A network that is wrong, and sizes that no network has, are warnings and stop nothing."""
     found = [
         outcome("flow_map_loss: native", {"flow_map_loss": ["native"]}, NETWORKS),
-        outcome("gated_residual: triton", {"gated_residual": ["triton"]}, NETWORKS),  # which no network runs here
-        outcome("rms_norm_rope: native", {"rms_norm_rope": ["native"]}, NETWORKS, numbers=False),  # it raised
+        # which no network runs here
+        outcome("gated_residual: triton", {"gated_residual": ["triton"]}, NETWORKS),
+        # it raised
+        outcome("rms_norm_rope: native", {"rms_norm_rope": ["native"]}, NETWORKS, numbers=False),
         outcome("a stream", {"layer_norm_modulate": ["native"]}, OPERATOR),
         outcome("2^31", {"residual_layer_norm": ["native"]}, RECORD),
         outcome("a network", {}, RECORD),
@@ -58,7 +64,9 @@ def test_a_wrong_kernel_stops_only_what_runs_it(context: Context) -> None:
         context.require_right_kernels(PRETRAIN)
     worker._run(Section("pretrain", "pretrain", 1.0, lambda c: c.put("x", 1), PRETRAIN), context)
     assert context.file.status("pretrain") == "skipped"
-    assert context.file.data["warnings"][-1] == "a network: the error is 1.0e+00, allowed are 1.0e-03"
+    assert (
+        context.file.data["warnings"][-1] == "a network: the error is 1.0e+00, allowed are 1.0e-03"
+    )
     assert len(context.file.data["warnings"]) == 6
     wrong = {"flow_map_loss", "gated_residual", "layer_norm_modulate", "rms_norm_rope"}
     assert context.wrong_kernels().keys() == wrong
@@ -70,7 +78,9 @@ def test_a_wrong_kernel_stops_only_what_runs_it(context: Context) -> None:
     assert set(entry["forward"]["ms"]) == set(entry["backward"]["ms"]) == {"eager"}
 
 
-def test_a_failing_test_skips_no_network_and_accuses_rows_by_numbers_alone(context: Context) -> None:
+def test_a_failing_test_skips_no_network_and_accuses_rows_by_numbers_alone(
+    context: Context,
+) -> None:
     accused = {"gated_residual": ["native"]}
     context.file.section("tests")["data"] = {"wrong": accused, "wrong_numbers": {}}
     assert context.wrong_kernels() == {}
@@ -89,7 +99,11 @@ def broken(case: Case, how: str) -> Case:
             result = call.function(*inputs)
             if forced_backend() != ("native", "forced by use_backend()"):
                 return result
-            return result * 1.01 if how == "numbers" else torch.where(torch.arange(42)[:, None] < 41, result, torch.nan)
+            return (
+                result * 1.01
+                if how == "numbers"
+                else torch.where(torch.arange(42)[:, None] < 41, result, torch.nan)
+            )
 
         return Call(function, call.inputs, call.wanted)
 
@@ -99,22 +113,40 @@ def broken(case: Case, how: str) -> Case:
 def test_wrong_kernels_are_found_out() -> None:
     case = op_cases.row_cases(42, 64, 21)[0]
     found = {}
-    for how, checked in (("right", case), *((how, broken(case, how)) for how in ("numbers", "unwritten"))):
-        check = DeviceCheck(how, 5e-3, lambda c=checked: device_checks._compare(c, "native", CPU), {"o": ["native"]})
+    for how, checked in (
+        ("right", case),
+        *((how, broken(case, how)) for how in ("numbers", "unwritten")),
+    ):
+        check = DeviceCheck(
+            how, 5e-3, lambda c=checked: device_checks._compare(c, "native", CPU), {"o": ["native"]}
+        )
         found[how] = device_checks.evaluate(check)
     assert found["right"].ok and 1e-4 < (found["right"].error or 0.0)
-    assert not found["numbers"].ok and found["numbers"].numbers and (found["numbers"].error or 0.0) > 9e-3
+    assert (
+        not found["numbers"].ok
+        and found["numbers"].numbers
+        and (found["numbers"].error or 0.0) > 9e-3
+    )
     assert not found["unwritten"].ok and found["unwritten"].numbers
     assert (found["unwritten"].problem or "").startswith("not the same bits twice, or NaN")
     raised = device_checks.evaluate(DeviceCheck("x", 1.0, lambda: [][0]))
-    assert not raised.ok and not raised.numbers and raised.problem == "IndexError: list index out of range"
+    assert (
+        not raised.ok
+        and not raised.numbers
+        and raised.problem == "IndexError: list index out of range"
+    )
 
 
 def test_the_catalogue_covers_every_operator_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from anyflow.doctor import self_check
 
     found = device_checks.catalogue(CPU, True)
-    accused = {op for check in found for op, names in check.accuses.items() if check.stops == NETWORKS and names}
+    accused = {
+        op
+        for check in found
+        for op, names in check.accuses.items()
+        if check.stops == NETWORKS and names
+    }
     assert accused == set(PRETRAIN)
     monkeypatch.setattr(self_check, "TOLERANCE", {torch.float32: 1e-12})  # which nothing holds
     wrong = next(check for check in found if check.name == "rms_norm_rope, small: native")
@@ -122,7 +154,9 @@ def test_the_catalogue_covers_every_operator_with_kernels(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_a_check_that_takes_its_process_down_costs_no_other_check(context: Context, tmp_path: Path) -> None:
+def test_a_check_that_takes_its_process_down_costs_no_other_check(
+    context: Context, tmp_path: Path
+) -> None:
     wanted = device_checks.catalogue(CPU, True)[:14]
     part = checks.Part(context, tmp_path / "part", wanted, time.monotonic() + 200)
     try:
@@ -138,26 +172,36 @@ def test_a_check_that_takes_its_process_down_costs_no_other_check(context: Conte
     (failed,) = (found for found in part.outcomes.values() if not found["ok"])
     assert "its process ended with signal 9" in failed["problem"] and not failed["numbers"]
 
-    part = checks.Part(context, tmp_path / "other", [DeviceCheck("of another device", 1.0, float)], part._deadline)
+    part = checks.Part(
+        context, tmp_path / "other", [DeviceCheck("of another device", 1.0, float)], part._deadline
+    )
     while part.runs():
         time.sleep(0.05)
-    assert "KeyError: 'of another device'" in (part.problem or "") and part.outcomes == {}  # nothing is accused
+    # nothing is accused
+    assert "KeyError: 'of another device'" in (part.problem or "") and part.outcomes == {}
 
 
-# Operator tests -----------------------------------------------------------------------------------------------------
+# Operator tests -----------------------------------------------------------------------------------
 
 
 def test_failures_of_pytest_accuse_operators_and_backends() -> None:
-    numbers, other = '<failure message="AssertionError: not close"/>', '<failure message="RuntimeError: no compiler"/>'
+    numbers, other = (
+        '<failure message="AssertionError: not close"/>',
+        '<failure message="RuntimeError: no compiler"/>',
+    )
     cases = [
         ("tests/ops/test_gelu.py", "test_values[native-float32]", numbers),
         ("tests/ops/test_gated_residual.py", "test_compiles", other),  # names no backend
-        ("tests/ops/test_rms_norm_rope.py", "test_values[eager-float16]", "<error/>"),  # the reference itself
+        # the reference itself
+        ("tests/ops/test_rms_norm_rope.py", "test_values[eager-float16]", "<error/>"),
         ("tests/ops/test_ahead_of_time.py", "test_values[triton]", numbers),  # no operator
         ("tests/ops/test_rms_norm_rope.py", "test_values[triton-float16]", ""),
         ("tests/ops/test_gelu.py", "test_values[triton-float32]", "<skipped/>"),
     ]
-    xml = "".join(f'<testcase classname="c" file="{file}" name="{name}">{x}</testcase>' for file, name, x in cases)
+    xml = "".join(
+        f'<testcase classname="c" file="{file}" name="{name}">{x}</testcase>'
+        for file, name, x in cases
+    )
     report = operator_tests.read_report(f"<testsuites><testsuite>{xml}</testsuite></testsuites>")
     assert (report["passed"], report["failed"], report["skipped_tests"]) == (1, 4, 1)
     assert report["wrong"] == {"gelu": ["native"], "gated_residual": ["native", "triton"]}
@@ -167,7 +211,9 @@ def test_failures_of_pytest_accuse_operators_and_backends() -> None:
 
 @pytest.mark.slow
 def test_tests_that_are_interrupted_report_what_they_have(tmp_path: Path) -> None:
-    """With pytest-xdist, as on a GPU, and started in the background, where processes ignore the interrupt."""
+    """With pytest-xdist, as on a GPU, and started in the background, where processes ignore the
+    interrupt.
+    """
     pytest.importorskip("xdist")
     (tmp_path / "test_gelu.py").write_text(
         "import os, signal, time\n"
@@ -184,14 +230,18 @@ def test_tests_that_are_interrupted_report_what_they_have(tmp_path: Path) -> Non
     finally:
         signal.signal(signal.SIGINT, before)
     assert report["exit_status"] == 2 and not report["stopped"]
-    assert (report["passed"], report["failed"]) == (1, 1), report  # and not the one that was interrupted
+    # and not the one that was interrupted
+    assert (report["passed"], report["failed"]) == (1, 1), report
     (tmp_path / "test_gelu.py").write_text("import time\ndef test_hangs(): time.sleep(1000)\n")
-    report = operator_tests.pytest([str(tmp_path)], "cpu", limit_s=1.0, stop_s=10.0)  # it has not even started
+    # it has not even started
+    report = operator_tests.pytest([str(tmp_path)], "cpu", limit_s=1.0, stop_s=10.0)
     assert report["stopped"] and report["seconds"] < 60
 
 
 @pytest.mark.slow
-def test_what_the_tuner_has_written_is_kept_when_it_is_killed(context: Context, tmp_path: Path) -> None:
+def test_what_the_tuner_has_written_is_kept_when_it_is_killed(
+    context: Context, tmp_path: Path
+) -> None:
     with pytest.raises(Skip, match=r"^no .*tune_rows.py$"):
         tuner.run_tuner(context, tmp_path / "tune_rows.py")
     script = tmp_path / "tuner.py"

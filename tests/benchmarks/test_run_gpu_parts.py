@@ -1,4 +1,6 @@
-"""The parts of benchmarks/run_gpu.py by themselves: isolation, extrapolation, budgets, networks, what a file keeps."""
+"""The parts of benchmarks/run_gpu.py by themselves: isolation, extrapolation, budgets, networks,
+what a file keeps.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,13 @@ def test_an_exception_is_recorded_and_the_next_section_goes_on(context: Context)
     for name, function in (("bad", fail), ("half", half), ("good", lambda c: c.put("x", 1))):
         worker._run(Section(name, name, 1.0, function), context)
     on_disk = json.loads(context.file.path.read_text())["sections"]
-    assert on_disk["bad"]["status"] == "failed" and on_disk["bad"]["reason"] == "ValueError: the kernel"
-    assert on_disk["half"]["status"] == "skipped" and on_disk["half"]["reason"] == "no second one here"
+    assert (
+        on_disk["bad"]["status"] == "failed"
+        and on_disk["bad"]["reason"] == "ValueError: the kernel"
+    )
+    assert (
+        on_disk["half"]["status"] == "skipped" and on_disk["half"]["reason"] == "no second one here"
+    )
     assert on_disk["half"]["data"] == {"first": {"ms": 1.0}}  # what it had is kept
     assert on_disk["good"]["status"] == "done" and on_disk["good"]["data"] == {"x": 1}
 
@@ -68,10 +75,14 @@ def test_a_variant_that_raises_costs_no_other_one(context: Context) -> None:
     for direction in ("forward", "backward"):
         call = Call(function, [x], [x])
         entry, problems = kernels._measure(context, call, direction, ("native", "eager"), None, 1)
-        assert problems == {"native": "ValueError: no such kernel"} and set(entry["ms"]) == {"eager"}
+        assert problems == {"native": "ValueError: no such kernel"} and set(entry["ms"]) == {
+            "eager"
+        }
     steps = {"ours": lambda: None, "diffusers": lambda: fail(context)}
     assert models._record(context, steps, rounds=2) == {"diffusers": "ValueError: the kernel"}
-    assert context.file.get("section", "ours")["samples_ms"] and "error" in context.file.get("section", "diffusers")
+    assert context.file.get("section", "ours")["samples_ms"] and "error" in context.file.get(
+        "section", "diffusers"
+    )
 
 
 def test_a_peer_that_raises_fails_no_section(context: Context) -> None:
@@ -93,30 +104,43 @@ def test_a_peer_that_raises_fails_no_section(context: Context) -> None:
     peer, own = raises_on("eager"), raises_on("triton")
     kernels._measure_cases(context, [peer], ("triton", "eager"), None, rounds=1)
     assert "problem" not in context.file.section("section")
-    assert context.file.get("section", peer.name)["forward"]["not_timed"] == {"eager": "ValueError: no such kernel"}
+    assert context.file.get("section", peer.name)["forward"]["not_timed"] == {
+        "eager": "ValueError: no such kernel"
+    }
     kernels._measure_cases(context, [own], ("triton", "eager"), None, rounds=1)
     assert "triton: ValueError: no such kernel" in context.file.section("section")["problem"]
 
 
 def test_cases_that_an_earlier_run_measured_are_not_measured_again(context: Context) -> None:
     first, second, *_ = kernels.cases(context)
-    measured = {"op": first.op, "forward": {"ms": {"native": 1.0}}, "backward": {"ms": {"native": 1.0}}}
+    measured = {
+        "op": first.op,
+        "forward": {"ms": {"native": 1.0}},
+        "backward": {"ms": {"native": 1.0}},
+    }
     context.put(first.name, measured)
     kernels._measure_cases(context, [first, second], ("eager",), None)
     assert context.file.get("section", first.name) == measured
     assert set(context.file.get("section", second.name)["forward"]["ms"]) == {"eager"}
     context.tiny, context.deadline = False, time.monotonic()
     with pytest.raises(Skip, match="budget: 1 of 3 cases"):
-        kernels._measure_cases(context, [first, second, kernels.cases(context)[3]], ("eager",), None)
+        kernels._measure_cases(
+            context, [first, second, kernels.cases(context)[3]], ("eager",), None
+        )
 
 
 def test_fifty_steps_are_extrapolated_from_measured_ones_and_labelled(context: Context) -> None:
     models._extrapolate(context, 50)
-    assert context.file.get("section", "ours NFE 50") == {"skipped": "budget"}  # nothing to extrapolate from
+    # nothing to extrapolate from
+    assert context.file.get("section", "ours NFE 50") == {"skipped": "budget"}
     models._record_sample(context, "ours NFE 4", [30.0, 40.0, 52.0, 62.0, 63.0], None)
     models._extrapolate(context, 50)
     entry = context.file.get("section", "ours NFE 50")
-    assert entry["ms"] == 30 + 49 * 10 + 1 and entry["extrapolated"] and "4 measured steps" in entry["source"]
+    assert (
+        entry["ms"] == 30 + 49 * 10 + 1
+        and entry["extrapolated"]
+        and "4 measured steps" in entry["source"]
+    )
 
 
 def test_a_section_starts_only_while_it_fits(context: Context) -> None:
@@ -131,7 +155,9 @@ def test_a_section_starts_only_while_it_fits(context: Context) -> None:
     assert context.affords(0.5)
 
 
-def test_what_still_runs_after_the_budget_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_still_runs_after_the_budget_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Importing torch alone takes longer than this budget."""
     monkeypatch.setattr(supervisor, "GRACE_S", 0.0)
     options = supervisor.Options(tmp_path, "cpu", True, 0.2)
@@ -164,8 +190,10 @@ def test_only_what_the_same_sources_measured_is_kept(open_file: Callable[..., Ru
         **{"build": "failed", "limits": "done"},  # a build fails once for the same sources
         **{"ops": None, "native": None, "tests": None},
     }
-    assert supervisor._order(again, names) == ["limits", "native", "ops", "tests"]  # what failed, after what never ran
-    assert again.get("ops", "case") == 1 and len(again.data["runs"]) == 2  # its data stays until it runs again
+    # what failed, after what never ran
+    assert supervisor._order(again, names) == ["limits", "native", "ops", "tests"]
+    # its data stays until it runs again
+    assert again.get("ops", "case") == 1 and len(again.data["runs"]) == 2
     assert open_file(["limits"], only="limits").status("limits") is None  # asked for by name
     assert open_file(names, torch="2.10.0").data["sections"] == {}
 
@@ -208,27 +236,47 @@ def test_peers_have_the_memory_of_our_weights(context: Context) -> None:
 
     with networks._without_parameters():  # made without a second copy, not even for a moment
         empty = Peer(**size.config())
-    assert all(p.is_meta for p in empty.parameters()) and not any(b.is_meta for b in empty.buffers())
+    assert all(p.is_meta for p in empty.parameters()) and not any(
+        b.is_meta for b in empty.buffers()
+    )
     peer = networks.build_peer(context, size, ours)
     theirs = dict(peer.named_parameters())
-    others = {name for name, p in ours.named_parameters() if theirs[name].data_ptr() != p.data_ptr()}
-    assert others == {f"condition_embedder.delta_embedder.linear_{i}.{n}" for i in (1, 2) for n in ("weight", "bias")}
+    others = {
+        name for name, p in ours.named_parameters() if theirs[name].data_ptr() != p.data_ptr()
+    }
+    assert others == {
+        f"condition_embedder.delta_embedder.linear_{i}.{n}"
+        for i in (1, 2)
+        for n in ("weight", "bias")
+    }
     assert sum(p.numel() for p in ours.parameters()) == size.parameters
     wide = {name for name, p in ours.named_parameters() if p.dtype == torch.float32}
-    assert "scale_shift_table" in wide and "blocks.0.norm2.weight" in wide and "blocks.0.attn1.to_q.weight" not in wide
+    assert (
+        "scale_shift_table" in wide
+        and "blocks.0.norm2.weight" in wide
+        and "blocks.0.attn1.to_q.weight" not in wide
+    )
 
 
 def test_networks_agree_in_bf16(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: forward, and training steps under autocast, where every adapter gets a gradient."""
+    """As on a GPU: forward, and training steps under autocast, where every adapter gets a
+    gradient.
+    """
     monkeypatch.setattr(Context, "dtype", torch.bfloat16)
-    monkeypatch.setattr(training, "_autocast", lambda _: torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
+    monkeypatch.setattr(
+        training, "_autocast", lambda _: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    )
     size, trained = TINY["1.3B"], []
     prepare = networks.prepare_training
-    monkeypatch.setattr(networks, "prepare_training", lambda *a: trained.append(prepare(*a)) or trained[-1])
+    monkeypatch.setattr(
+        networks, "prepare_training", lambda *a: trained.append(prepare(*a)) or trained[-1]
+    )
     ours, data = networks.build(context, size), networks.inputs(context, size)
     peer = networks.build_peer(context, size, ours)
     with torch.no_grad():
-        difference = networks.relative_difference(peer(*data.peers()).sample, ours(*data.ours()).sample)
+        difference = networks.relative_difference(
+            peer(*data.peers()).sample, ours(*data.ours()).sample
+        )
     assert 0 < difference < models.TOLERANCE[torch.bfloat16]
     for make in (
         (training._our_pretrain, training._peers_pretrain),
@@ -238,7 +286,9 @@ def test_networks_agree_in_bf16(context: Context, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(*losses, rtol=2e-2, atol=0)
     assert len(trained) == 6
     for model in trained:
-        assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+        assert all(
+            p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad
+        )
 
 
 class Operators(TorchDispatchMode):
@@ -248,7 +298,9 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.names: set[str] = set()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function.namespace == "anyflow":
             self.names.add(function._opname.removesuffix("_native").removesuffix("_backward"))
         return function(*args, **(kwargs or {}))
@@ -268,8 +320,15 @@ def test_sections_name_the_operators_that_they_run(context: Context) -> None:
             step()
         # For few tokens, and on some processors for all of them, linear layers are torch's.
         assert found.names - {"linear"} == named[name] - {"linear"}, name
-    assert named["sampling_14b"] == named["profile_1.3b"] == named["forward_14b"] == named["forward_1.3b"]
-    assert not any(named[name] for name in ("checks", "limits", "attention", "ops", "native", "tests"))
+    assert (
+        named["sampling_14b"]
+        == named["profile_1.3b"]
+        == named["forward_14b"]
+        == named["forward_1.3b"]
+    )
+    assert not any(
+        named[name] for name in ("checks", "limits", "attention", "ops", "native", "tests")
+    )
 
 
 def test_adapters_are_the_published_ones(context: Context) -> None:
@@ -296,6 +355,8 @@ def test_a_stand_in_is_not_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     from gpu import without_diffusers
 
     assert without_diffusers.problem() is None and without_diffusers.install() is None
-    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(_ANYFLOW_STAND_IN="it is not installed"))
+    monkeypatch.setitem(
+        sys.modules, "diffusers", SimpleNamespace(_ANYFLOW_STAND_IN="it is not installed")
+    )
     assert without_diffusers.problem() == "it is not installed"
     assert networks.peer_problem() == "not measured: it is not installed"

@@ -1,4 +1,6 @@
-"""benchmarks/gpu/roofline.py: a forward has the FLOPs that torch counts, the floors are those of the arithmetic."""
+"""benchmarks/gpu/roofline.py: a forward has the FLOPs that torch counts, the floors are those of
+the arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ def parts(size: Size) -> dict[str, float]:
     components = roofline.forward(size)
     attention = components[0].flops / TERA
     linear = sum(c.flops for c in components if c.name.startswith("linear")) / TERA
-    return {"attention": attention, "rest": roofline.total(components).flops / TERA - attention, "linear": linear}
+    return {
+        "attention": attention,
+        "rest": roofline.total(components).flops / TERA - attention,
+        "linear": linear,
+    }
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -45,13 +51,20 @@ def test_flops_are_those_of_torchs_counter(name: str) -> None:
 
 
 def test_published_sizes() -> None:
-    """480x832, 81 frames: 198 and 85 TFLOP at 1.3B; at 14B 880 of attention, and less than 920 of everything else."""
+    """480x832, 81 frames: 198 and 85 TFLOP at 1.3B; at 14B 880 of attention, and less than 920 of
+    everything else.
+    """
     small, large = (parts(PUBLISHED[name]) for name in ("1.3B", "14B"))
     assert PUBLISHED["1.3B"].tokens == 32760
-    assert small["attention"] == pytest.approx(198, rel=0.01) and small["rest"] == pytest.approx(85, rel=0.01)
+    assert small["attention"] == pytest.approx(198, rel=0.01) and small["rest"] == pytest.approx(
+        85, rel=0.01
+    )
     assert large["attention"] == pytest.approx(880, rel=0.01)
-    assert large["linear"] == pytest.approx(785, rel=0.01) and large["rest"] == pytest.approx(799, rel=0.01)
-    # 920 is every matrix of the blocks times every token; the keys and values of the text have 512 tokens.
+    assert large["linear"] == pytest.approx(785, rel=0.01) and large["rest"] == pytest.approx(
+        799, rel=0.01
+    )
+    # 920 is every matrix of the blocks times every token; the keys and values of the text have 512
+    # tokens.
     size = PUBLISHED["14B"]
     charged_twice = 4 * (size.tokens - size.text_tokens) * size.dim**2 * size.layers / TERA
     assert large["linear"] + charged_twice == pytest.approx(920, rel=0.01)
@@ -75,10 +88,20 @@ def test_a_component_takes_the_longer_of_its_two_limits() -> None:
 
 
 def test_a_card_is_found_by_its_whole_name() -> None:
-    """The PCIe and NVL forms, a Grace Hopper and a part of a card are slower than what was measured."""
-    assert roofline.card("NVIDIA H100 80GB HBM3") is roofline.H100 is roofline.card(roofline.H100.name)
+    """The PCIe and NVL forms, a Grace Hopper and a part of a card are slower than what was
+    measured.
+    """
+    assert (
+        roofline.card("NVIDIA H100 80GB HBM3") is roofline.H100 is roofline.card(roofline.H100.name)
+    )
     assert roofline.card("NVIDIA H200") is roofline.H200 is roofline.card("H200")
-    others = ["NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""]
+    others = [
+        "NVIDIA H100 PCIe",
+        "NVIDIA H200 NVL",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "",
+    ]
     assert [roofline.card(name) for name in others] == [None] * len(others)
     assert all(limits.source for limits in roofline.CARDS.values())
 
@@ -86,8 +109,10 @@ def test_a_card_is_found_by_its_whole_name() -> None:
 def test_a_components_own_rate_takes_the_place_of_a_products() -> None:
     limits = roofline.Limits("toy", flops=10.0, bandwidth=2.0)
     parts = [roofline.Component("a", 100.0, 4.0), roofline.Component("b", 10.0, 40.0)]
-    assert roofline.floor_s(parts, limits, {"a": 5.0, "b": 1e9}) == 20.0 + 20.0  # b stays bound by memory
-    # 14B on an H100: 40 blocks of 4 L^2 D, 879.2 TFLOP of attention at 600 instead of 800 TFLOP/s are 366.3 ms more.
+    # b stays bound by memory
+    assert roofline.floor_s(parts, limits, {"a": 5.0, "b": 1e9}) == 20.0 + 20.0
+    # 14B on an H100: 40 blocks of 4 L^2 D, 879.2 TFLOP of attention at 600 instead of 800 TFLOP/s
+    # are 366.3 ms more.
     size, attention = PUBLISHED["14B"], 40 * 4 * 32760**2 * 5120
     slower = roofline.forward_floor_s(size, roofline.H100, {roofline.SELF_ATTENTION: 600e12})
     gained = attention / 600e12 - attention / 800e12
@@ -99,7 +124,9 @@ def test_a_components_own_rate_takes_the_place_of_a_products() -> None:
 
 
 def test_norms_and_residuals_by_hand() -> None:
-    """14B: 19 passes over [32760, 5120] in bf16, cosines and sines for q and k, the text's keys, in 40 blocks."""
+    """14B: 19 passes over [32760, 5120] in bf16, cosines and sines for q and k, the text's keys, in
+    40 blocks.
+    """
     size = PUBLISHED["14B"]
     norms = next(c for c in roofline.forward(size) if c.name == "norms, rotary, residuals")
     token_pass = 32760 * 5120 * 2
@@ -114,19 +141,29 @@ class _Bytes(TorchDispatchMode):
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        is_view = any(
+            r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns
+        )
         names = ("mm", "linear", "attention", "detach", "_unsafe_view", "empty")
         if not is_view and not any(name in function.name() for name in names):
-            tensors = [t for t in tree_flatten((args, kwargs, result))[0] if isinstance(t, torch.Tensor)]
-            self.total += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+            tensors = [
+                t for t in tree_flatten((args, kwargs, result))[0] if isinstance(t, torch.Tensor)
+            ]
+            self.total += sum(
+                min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors
+            )
         return result
 
 
 @pytest.mark.parametrize(("name", "expected"), [("1.3B", 489), ("14B", 475)])
 def test_bytes_that_diffusers_moves_in_eager_mode(name: str, expected: float) -> None:
-    """Per element of [L, D], of a block in bf16, beside products and attention; it is in docs/performance-log.md."""
+    """Per element of [L, D], of a block in bf16, beside products and attention; it is in
+    docs/performance-log.md.
+    """
     from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformerBlock
 
     size, tokens = PUBLISHED[name], 256
@@ -140,7 +177,8 @@ def test_bytes_that_diffusers_moves_in_eager_mode(name: str, expected: float) ->
     rotary = torch.polar(torch.ones_like(angles), angles)
     with torch.no_grad(), _Bytes() as counted:
         block(x, text, modulation, {"query": rotary, "key": rotary}, None)
-    activation = 4 * (size.ffn_dim - 64) / size.dim  # GELU of the whole width, read and written in bf16
+    # GELU of the whole width, read and written in bf16
+    activation = 4 * (size.ffn_dim - 64) / size.dim
     assert counted.total / (tokens * size.dim) + activation == pytest.approx(expected, rel=0.05)
 
 
@@ -151,7 +189,10 @@ def test_floors_of_sampling_and_training(limits: roofline.Limits) -> None:
     assert roofline.sampling_floor_s(size, 1, limits) == pytest.approx(one)
     assert 49 * one < roofline.sampling_floor_s(size, 50, limits) < 50 * one  # text and times once
     steps = roofline.pretrain_evaluations(batch=2, flow_map_rows=1)
-    assert steps["ours"] == roofline.Evaluations(4, 2) and steps["peers' formulation"] == roofline.Evaluations(6, 2)
+    assert steps["ours"] == roofline.Evaluations(4, 2) and steps[
+        "peers' formulation"
+    ] == roofline.Evaluations(6, 2)
     ours, peers = (roofline.training_floor_s(size, e, limits) for e in steps.values())
-    # 14 / 12 if a gradient costs four forwards, 12 / 10 if it costs three: frozen weights are in between.
+    # 14 / 12 if a gradient costs four forwards, 12 / 10 if it costs three: frozen weights are in
+    # between.
     assert 14 / 12 < peers / ours < 12 / 10

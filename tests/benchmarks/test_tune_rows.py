@@ -1,4 +1,6 @@
-"""benchmarks/tune_rows.py without a GPU: its candidates, what it does with wrong ones, and a whole tiny run."""
+"""benchmarks/tune_rows.py without a GPU: its candidates, what it does with wrong ones, and a whole
+tiny run.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ def task(call: Any = lambda: torch.ones(4), dim: int = 1536) -> Task:
 
 
 @pytest.mark.parametrize(("dim", "warps"), [(1536, {1, 2, 4}), (5120, {4, 8, 16}), (64, {1})])
-def test_candidates_are_todays_options_and_what_fits_into_registers(dim: int, warps: set[int]) -> None:
+def test_candidates_are_todays_options_and_what_fits_into_registers(
+    dim: int, warps: set[int]
+) -> None:
     candidates = tune_rows.first_round(task(dim=dim))
     assert candidates[0] == TODAY and candidates.count(TODAY) == 1
     assert {c["num_warps"] for c in candidates} == warps | {2}
     assert {c["STAGES"] for c in candidates} == set(tune_rows.STAGES)
-    assert {c["TOKENS"] for c in tune_rows.second_round(TODAY)} == set(tune_rows.TOKENS_PER_PROGRAM) - {16}
+    assert {c["TOKENS"] for c in tune_rows.second_round(TODAY)} == set(
+        tune_rows.TOKENS_PER_PROGRAM
+    ) - {16}
 
 
 def test_what_gives_other_numbers_or_fails_is_not_timed() -> None:
@@ -48,7 +54,11 @@ def test_what_gives_other_numbers_or_fails_is_not_timed() -> None:
     times = tune_rows.measure(task(call), candidates, CPU, [torch.ones(4)])
     found = [times[tune_rows.described(c)] for c in candidates]
     assert isinstance(found[0], float)
-    assert found[1:] == ["other numbers", "RuntimeError: out of resource: shared memory", "other numbers"]
+    assert found[1:] == [
+        "other numbers",
+        "RuntimeError: out of resource: shared memory",
+        "other numbers",
+    ]
 
 
 def test_the_advice_names_what_is_worth_a_change() -> None:
@@ -74,6 +84,8 @@ def test_a_tiny_run_times_every_candidate(tmp_path: Path) -> None:
     entry = found["tasks"][name]
     assert name == "layer_norm_modulate_forward D=64" and found["copy_bytes_per_s"] > 0
     assert entry["bytes"] == 2 * 2 * 64 * 5
-    assert len(entry["candidates"]) == 3 + 4 and all(isinstance(t, float) for t in entry["candidates"].values())
+    assert len(entry["candidates"]) == 3 + 4 and all(
+        isinstance(t, float) for t in entry["candidates"].values()
+    )
     assert entry["best_ms"] == min(entry["candidates"].values()) <= entry["today_ms"]
     assert run.stdout.startswith(name)

@@ -1,4 +1,6 @@
-"""Tiny checkpoints in every format, made by diffusers, PEFT and renaming that is written apart from the library's."""
+"""Tiny checkpoints in every format, made by diffusers, PEFT and renaming that is written apart from
+the library's.
+"""
 
 import json
 import re
@@ -93,13 +95,17 @@ def randomized(model: nn.Module, generator: torch.Generator) -> nn.Module:
 @pytest.fixture
 def anyflow_model(generator: torch.Generator) -> Callable[..., nn.Module]:
     """``anyflow_model(**changes)``: diffusers' flow map."""
-    return lambda **changes: randomized(diffusers.AnyFlowTransformer3DModel(**(TINY | changes)), generator)
+    return lambda **changes: randomized(
+        diffusers.AnyFlowTransformer3DModel(**(TINY | changes)), generator
+    )
 
 
 @pytest.fixture
 def wan_model(generator: torch.Generator) -> Callable[..., nn.Module]:
     """``wan_model(**changes)``: diffusers' plain Wan."""
-    return lambda **changes: randomized(diffusers.WanTransformer3DModel(**(TINY | changes)), generator)
+    return lambda **changes: randomized(
+        diffusers.WanTransformer3DModel(**(TINY | changes)), generator
+    )
 
 
 @pytest.fixture
@@ -109,9 +115,20 @@ def causal_model(generator: torch.Generator) -> nn.Module:
 
 
 @pytest.fixture
-def lora_state(anyflow_model: Callable[..., nn.Module], generator: torch.Generator) -> tuple[dict, dict]:
-    """A state dict with PEFT's names of adapters called ``real``, rank 4, and what PEFT merges it to."""
-    targets = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+def lora_state(
+    anyflow_model: Callable[..., nn.Module], generator: torch.Generator
+) -> tuple[dict, dict]:
+    """A state dict with PEFT's names of adapters called ``real``, rank 4, and what PEFT merges it
+    to.
+    """
+    targets = [
+        "attn1.to_q",
+        "attn1.to_k",
+        "attn1.to_v",
+        "attn1.to_out.0",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    ]
     config = LoraConfig(r=4, lora_alpha=LORA_ALPHA, target_modules=targets)
     model = randomized(get_peft_model(anyflow_model(), config, adapter_name="real"), generator)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -119,16 +136,28 @@ def lora_state(anyflow_model: Callable[..., nn.Module], generator: torch.Generat
 
 
 def write_older_layout(model: nn.Module, folder: Path, **changes: Any) -> Path:
-    """The older layout of the hub: another class, with fields of its own; the same names of tensors."""
+    """The older layout of the hub: another class, with fields of its own; the same names of
+    tensors.
+    """
     model.save_pretrained(folder / "transformer")
     file = folder / "transformer" / "config.json"
-    fields = {"qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None, "chunk_partition": None}
-    flags = {"init_far_model": False, "init_flowmap_model": True, "compressed_patch_size": [1, 4, 4]}
+    fields = {
+        "qk_norm": "rms_norm_across_heads",
+        "added_kv_proj_dim": None,
+        "chunk_partition": None,
+    }
+    flags = {
+        "init_far_model": False,
+        "init_flowmap_model": True,
+        "compressed_patch_size": [1, 4, 4],
+    }
     config = json.loads(file.read_text()) | {"full_chunk_limit": 3} | fields | flags | changes
     file.write_text(json.dumps(config | {"_class_name": "FAR_Wan_Transformer3DModel"}))
     (folder / "scheduler").mkdir()
     scheduler = {"_class_name": "FlowMapDiscreteScheduler", "num_train_timesteps": 1000, "shift": 5}
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | {"weight_type": "gaussian"}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(scheduler | {"weight_type": "gaussian"})
+    )
     return folder
 
 
@@ -151,8 +180,12 @@ def fastvideo_state() -> Callable[[nn.Module], dict[str, Tensor]]:
 
 
 @pytest.fixture
-def original_folder(original_state: Callable[..., dict[str, Tensor]]) -> Callable[[nn.Module, Path], Path]:
-    """``original_folder(model, folder)``: two files without an index, and a config of the original class."""
+def original_folder(
+    original_state: Callable[..., dict[str, Tensor]],
+) -> Callable[[nn.Module, Path], Path]:
+    """``original_folder(model, folder)``: two files without an index, and a config of the original
+    class.
+    """
 
     def write(model: nn.Module, folder: Path) -> Path:
         folder.mkdir()
@@ -171,7 +204,11 @@ def same_weights() -> Callable[[nn.Module, dict[str, Tensor]], bool]:
 
     def same(model: nn.Module, state: dict[str, Tensor]) -> bool:
         ours = model.state_dict()
-        alike = all(ours[n].dtype == t.dtype and torch.equal(ours[n], t) for n, t in state.items() if n in ours)
+        alike = all(
+            ours[n].dtype == t.dtype and torch.equal(ours[n], t)
+            for n, t in state.items()
+            if n in ours
+        )
         return ours.keys() == state.keys() and alike
 
     return same

@@ -1,4 +1,6 @@
-"""Every format gives the model that diffusers or PEFT gives: the same bits, and the same outputs."""
+"""Every format gives the model that diffusers or PEFT gives: the same bits, and the same
+outputs.
+"""
 
 import json
 from collections.abc import Callable
@@ -12,7 +14,13 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anyflow.checkpoints import CheckpointFormat, CheckpointFormatError, FlowMap, detect, load_transformer
+from anyflow.checkpoints import (
+    CheckpointFormat,
+    CheckpointFormatError,
+    FlowMap,
+    detect,
+    load_transformer,
+)
 
 TOLERANCE = 2e-6
 HEAD_DIM = 24
@@ -38,20 +46,33 @@ def plain_error(ours: nn.Module, theirs: nn.Module, inputs: dict[str, Tensor]) -
 
 @pytest.mark.parametrize("where", ["pipeline", "transformer", "file", "index"])
 def test_a_diffusers_flow_map_loads_from_its_pipeline_its_folder_its_file_and_its_index(
-    where: str, anyflow_model: Callable, same_weights: Callable, inputs: dict[str, Tensor], tmp_path: Path
+    where: str,
+    anyflow_model: Callable,
+    same_weights: Callable,
+    inputs: dict[str, Tensor],
+    tmp_path: Path,
 ) -> None:
     theirs = anyflow_model(gate_value=0.4, deltatime_type="t-r", cross_attn_norm=False, eps=1e-4)
     folder = tmp_path / "transformer"
     theirs.save_pretrained(folder, max_shard_size=40_000 if where == "index" else "1GB")
     name = "diffusion_pytorch_model.safetensors"
-    path = {"pipeline": tmp_path, "transformer": folder, "file": folder / name, "index": folder / f"{name}.index.json"}
+    path = {
+        "pipeline": tmp_path,
+        "transformer": folder,
+        "file": folder / name,
+        "index": folder / f"{name}.index.json",
+    }
     ours = load_transformer(path[where])
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (where == "index")
     assert detect(path[where]) is CheckpointFormat.ANYFLOW
     assert same_weights(ours, theirs.state_dict())
     assert flow_map_error(ours, theirs, inputs) < TOLERANCE
     assert not ours.training and all(p.requires_grad for p in ours.parameters())
-    assert (ours.config.gate_value, ours.config.deltatime_type, ours.config.eps) == (0.4, "t-r", 1e-4)
+    assert (ours.config.gate_value, ours.config.deltatime_type, ours.config.eps) == (
+        0.4,
+        "t-r",
+        1e-4,
+    )
 
 
 def test_a_plain_wan_model_loads_with_and_without_a_new_flow_map(
@@ -69,7 +90,10 @@ def test_a_plain_wan_model_loads_with_and_without_a_new_flow_map(
     for name, p in embedder.time_embedder.named_parameters():
         copied = embedder.delta_embedder.get_parameter(name)
         assert torch.equal(p, copied) and p.data_ptr() != copied.data_ptr()
-    assert embedder.delta_emb_gate.tolist() == [pytest.approx(0.3)] and flow_map.config.deltatime_type == "t-r"
+    assert (
+        embedder.delta_emb_gate.tolist() == [pytest.approx(0.3)]
+        and flow_map.config.deltatime_type == "t-r"
+    )
     assert plain_error(flow_map, theirs, inputs) < TOLERANCE
 
 
@@ -108,51 +132,76 @@ def test_a_causal_model_is_refused_unless_it_is_asked_for_as_a_bidirectional_one
     causal_model.save_pretrained(tmp_path / "transformer")
     with pytest.raises(CheckpointFormatError, match="far_patch_embedding.weight") as raised:
         load_transformer(tmp_path)
-    assert "far_patch_embedding.bias" in str(raised.value) and "bidirectional=True" in str(raised.value)
+    assert "far_patch_embedding.bias" in str(raised.value) and "bidirectional=True" in str(
+        raised.value
+    )
     theirs = anyflow_model()
     extra = {"far_patch_embedding.weight", "far_patch_embedding.bias"}
     theirs.load_state_dict({n: t for n, t in causal_model.state_dict().items() if n not in extra})
-    assert flow_map_error(load_transformer(tmp_path, bidirectional=True), theirs, inputs) < TOLERANCE
+    assert (
+        flow_map_error(load_transformer(tmp_path, bidirectional=True), theirs, inputs) < TOLERANCE
+    )
     theirs.save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointFormatError, match="not one"):
         load_transformer(tmp_path / "other", bidirectional=True)
 
 
 def test_the_original_wan_loads_as_diffusers_converts_it(
-    wan_model: Callable, original_state: Callable, original_folder: Callable, same_weights: Callable,
+    wan_model: Callable, original_state: Callable, original_folder: Callable,
+    same_weights: Callable,
     inputs: dict[str, Tensor], tmp_path: Path,
 ) -> None:  # fmt: skip
     theirs = wan_model()
     state = original_state(theirs)
     converted = convert_wan_transformer_to_diffusers(dict(state))
-    assert converted.keys() == theirs.state_dict().keys()  # the names that this test writes are the original's
+    # the names that this test writes are the original's
+    assert converted.keys() == theirs.state_dict().keys()
 
     ours = load_transformer(original_folder(theirs, tmp_path / "folder"))
     assert same_weights(ours, converted)
     assert plain_error(ours, theirs, inputs) < TOLERANCE
     save_file(state, tmp_path / "wan.safetensors")
-    assert same_weights(load_transformer(tmp_path / "wan.safetensors", attention_head_dim=HEAD_DIM), converted)
+    assert same_weights(
+        load_transformer(tmp_path / "wan.safetensors", attention_head_dim=HEAD_DIM), converted
+    )
     torch.save(state, tmp_path / "wan.pth")
-    assert same_weights(load_transformer(tmp_path / "wan.pth", attention_head_dim=HEAD_DIM), converted)
-    save_file({f"model.diffusion_model.{n}": t for n, t in state.items()}, tmp_path / "comfy.safetensors")
-    assert same_weights(load_transformer(tmp_path / "comfy.safetensors", attention_head_dim=HEAD_DIM), converted)
+    assert same_weights(
+        load_transformer(tmp_path / "wan.pth", attention_head_dim=HEAD_DIM), converted
+    )
+    save_file(
+        {f"model.diffusion_model.{n}": t for n, t in state.items()}, tmp_path / "comfy.safetensors"
+    )
+    assert same_weights(
+        load_transformer(tmp_path / "comfy.safetensors", attention_head_dim=HEAD_DIM), converted
+    )
     for name in ("folder", "wan.safetensors", "wan.pth", "comfy.safetensors"):
         assert detect(tmp_path / name) is CheckpointFormat.ORIGINAL
 
 
 @pytest.mark.parametrize("kind", ["anyflow_model", "wan_model"])
 def test_fastvideo_names_load(
-    kind: str, request: pytest.FixtureRequest, fastvideo_state: Callable, same_weights: Callable, tmp_path: Path
+    kind: str,
+    request: pytest.FixtureRequest,
+    fastvideo_state: Callable,
+    same_weights: Callable,
+    tmp_path: Path,
 ) -> None:
     theirs = request.getfixturevalue(kind)()
     state = fastvideo_state(theirs)
-    assert "blocks.0.self_attn_residual_norm.norm.weight" in state and "blocks.1.attn2.to_out.bias" in state
+    assert (
+        "blocks.0.self_attn_residual_norm.norm.weight" in state
+        and "blocks.1.attn2.to_out.bias" in state
+    )
     save_file(state, tmp_path / "model.safetensors")
     assert detect(tmp_path) is CheckpointFormat.FASTVIDEO
-    assert same_weights(load_transformer(tmp_path, attention_head_dim=HEAD_DIM), theirs.state_dict())
+    assert same_weights(
+        load_transformer(tmp_path, attention_head_dim=HEAD_DIM), theirs.state_dict()
+    )
 
 
-def test_heads_have_wans_128_channels_where_nothing_says_otherwise(anyflow_model: Callable, tmp_path: Path) -> None:
+def test_heads_have_wans_128_channels_where_nothing_says_otherwise(
+    anyflow_model: Callable, tmp_path: Path
+) -> None:
     theirs = anyflow_model(num_attention_heads=3, attention_head_dim=128)
     torch.save(theirs.state_dict(), tmp_path / "model.pt")
     ours = load_transformer(tmp_path / "model.pt")
@@ -172,7 +221,9 @@ def test_a_training_file_gives_the_average_or_the_parameters(
     torch.save(content, file)
     load = lambda **options: load_transformer(file, attention_head_dim=HEAD_DIM, **options)  # noqa: E731
     assert detect(file) is CheckpointFormat.TRAINING
-    assert same_weights(load(), average.state_dict()) and same_weights(load(weights="ema"), average.state_dict())
+    assert same_weights(load(), average.state_dict()) and same_weights(
+        load(weights="ema"), average.state_dict()
+    )
     assert same_weights(load(weights="raw"), raw.state_dict())
     assert load(flow_map=FlowMap(gate_value=0.5)).config.gate_value == 0.5
 
@@ -188,7 +239,11 @@ def test_a_training_file_gives_the_average_or_the_parameters(
 
 @pytest.mark.parametrize("container", ["pt", "safetensors"])
 def test_adapters_are_merged_in_fp64_and_rounded_once(
-    container: str, lora_state: tuple[dict, dict], inputs: dict[str, Tensor], anyflow_model: Callable, tmp_path: Path
+    container: str,
+    lora_state: tuple[dict, dict],
+    inputs: dict[str, Tensor],
+    anyflow_model: Callable,
+    tmp_path: Path,
 ) -> None:
     state, merged_by_peft = lora_state
     file = tmp_path / f"lora.{container}"
@@ -202,7 +257,9 @@ def test_adapters_are_merged_in_fp64_and_rounded_once(
             a, b = (state_of[f"{layer}.lora_{half}.real.weight"].double() for half in "AB")
             expected = (state_of[f"{layer}.base_layer.weight"].double() + 6.0 / 4 * (b @ a)).float()
             # Sums of four in another order: fp64 differs in the last bits, so fp32 in at most one.
-            assert ((tensor - expected).abs() <= torch.finfo(torch.float32).eps * expected.abs()).all()
+            assert (
+                (tensor - expected).abs() <= torch.finfo(torch.float32).eps * expected.abs()
+            ).all()
             assert not torch.equal(tensor, state_of[f"{layer}.base_layer.weight"])
             merged += 1
         else:
@@ -213,7 +270,9 @@ def test_adapters_are_merged_in_fp64_and_rounded_once(
     assert flow_map_error(ours, theirs, inputs) < TOLERANCE
 
 
-def test_the_alpha_of_adapters_is_never_guessed(lora_state: tuple[dict, dict], tmp_path: Path) -> None:
+def test_the_alpha_of_adapters_is_never_guessed(
+    lora_state: tuple[dict, dict], tmp_path: Path
+) -> None:
     state, merged = lora_state
     file = tmp_path / "lora.pt"
     torch.save(state, file)
@@ -235,7 +294,10 @@ def test_adapters_that_do_not_fit_are_listed(lora_state: tuple[dict, dict], tmp_
     layer = "base_model.model.blocks.0.attn1.to_q"
     broken: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
         ("without its other half", lambda s: s.pop(f"{layer}.lora_B.real.weight")),
-        ("A is float32 [5, 48]", lambda s: s.update({f"{layer}.lora_A.real.weight": torch.zeros(5, 48)})),
+        (
+            "A is float32 [5, 48]",
+            lambda s: s.update({f"{layer}.lora_A.real.weight": torch.zeros(5, 48)}),
+        ),
         ("2 kinds", lambda s: s.update({f"{layer}.lora_A.fake.weight": torch.zeros(4, 48)})),
         ("both", lambda s: s.update({f"{layer}.weight": torch.zeros(48, 48)})),
     ]
@@ -254,7 +316,9 @@ def test_types_are_those_that_diffusers_gives(
 ) -> None:
     anyflow_model().save_pretrained(tmp_path / "transformer")
     ours = load_transformer(tmp_path, dtype=dtype)
-    theirs = diffusers.AnyFlowTransformer3DModel.from_pretrained(tmp_path / "transformer", torch_dtype=dtype)
+    theirs = diffusers.AnyFlowTransformer3DModel.from_pretrained(
+        tmp_path / "transformer", torch_dtype=dtype
+    )
     for name, tensor in theirs.state_dict().items():
         own = ours.state_dict()[name]
         if "delta_embedder" in name or dtype == torch.float64:  # theirs rounds both, ours neither
@@ -267,7 +331,10 @@ def test_types_are_those_that_diffusers_gives(
     torch.save(theirs.state_dict(), tmp_path / "all.pt")
     stored = load_transformer(tmp_path / "all.pt", attention_head_dim=HEAD_DIM)
     assert stored.dtype == theirs.patch_embedding.weight.dtype
-    assert all(torch.equal(t.double(), theirs.state_dict()[n].double()) for n, t in stored.state_dict().items())
+    assert all(
+        torch.equal(t.double(), theirs.state_dict()[n].double())
+        for n, t in stored.state_dict().items()
+    )
 
 
 def test_a_mixture_of_types_needs_a_dtype(anyflow_model: Callable, tmp_path: Path) -> None:
@@ -276,7 +343,9 @@ def test_a_mixture_of_types_needs_a_dtype(anyflow_model: Callable, tmp_path: Pat
     save_file(model.state_dict(), tmp_path / "mixed.safetensors")
     with pytest.raises(CheckpointFormatError, match="bfloat16 and float32; give dtype"):
         load_transformer(tmp_path / "mixed.safetensors", attention_head_dim=HEAD_DIM)
-    loaded = load_transformer(tmp_path / "mixed.safetensors", attention_head_dim=HEAD_DIM, dtype=torch.bfloat16)
+    loaded = load_transformer(
+        tmp_path / "mixed.safetensors", attention_head_dim=HEAD_DIM, dtype=torch.bfloat16
+    )
     assert loaded.blocks[1].attn1.to_q.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="dtype must be one of"):
         load_transformer(tmp_path / "mixed.safetensors", dtype=torch.int8)
@@ -294,10 +363,14 @@ def test_what_no_file_holds_is_right_and_nothing_is_left_on_the_meta_device(
     assert gate.dtype == torch.float32 and gate.item() == pytest.approx(0.7)
     reference = type(model)(**{k: v for k, v in model.config.items() if not k.startswith("_")})
     grid = ((3, 2, 3), torch.device("cpu"), torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(model.rope(*grid), reference.rope(*grid), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.rope(*grid), reference.rope(*grid), strict=True)
+    )
 
 
-def test_the_loaded_model_does_not_share_memory_with_the_file(anyflow_model: Callable, tmp_path: Path) -> None:
+def test_the_loaded_model_does_not_share_memory_with_the_file(
+    anyflow_model: Callable, tmp_path: Path
+) -> None:
     theirs = anyflow_model()
     for name, write in (("a.safetensors", save_file), ("a.pt", torch.save)):
         file = tmp_path / name

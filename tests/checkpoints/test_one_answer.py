@@ -1,4 +1,6 @@
-"""``inspect`` says complete exactly where ``load_transformer`` loads, and whatever is raised is a ValueError."""
+"""``inspect`` says complete exactly where ``load_transformer`` loads, and whatever is raised is a
+ValueError.
+"""
 
 import json
 import random
@@ -15,17 +17,20 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
 SIZES: dict[str, Any] = {
-    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 2, "out_channels": 2, "text_dim": 8,
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 2, "out_channels": 2,
+    "text_dim": 8,
     "freq_dim": 8, "ffn_dim": 16, "num_layers": 1,
 }  # fmt: skip
 VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 12, 10**9, 2**31, 2**63, 10**400, 1.5, 1e300, float("nan"), float("inf"), "", "2",
+    None, True, False, 0, -1, 1, 2, 12, 10**9, 2**31, 2**63, 10**400, 1.5, 1e300, float("nan"),
+    float("inf"), "", "2",
     "x" * 5000, [], [1], [1, 2, 2], [1] * 1000, {}, {"a": 1}, [2**40] * 3, [True, 2, 2],
 ]  # fmt: skip
 KINDS = ["AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel", "FAR_Wan_Transformer3DModel",
          "WanTransformer3DModel", "WanModel"]  # fmt: skip
 OTHER_KEYS = [
-    "num_heads", "dim", "in_dim", "qk_norm", "_class_name", "init_far_model", "init_flowmap_model", "r_embedder",
+    "num_heads", "dim", "in_dim", "qk_norm", "_class_name", "init_far_model", "init_flowmap_model",
+    "r_embedder",
     "window_size", "image_dim", "gate_value", "eps", "unknown", "",
 ]  # fmt: skip
 
@@ -37,7 +42,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = AnyFlowTransformer3DModel(**SIZES)
     save(model, folder / "model", scheduler=FlowMapEulerDiscreteScheduler(shift=5.0))
-    torch.save({"ema": model.state_dict(), "model_state_dict_g": model.state_dict()}, folder / "training.pt")
+    torch.save(
+        {"ema": model.state_dict(), "model_state_dict_g": model.state_dict()},
+        folder / "training.pt",
+    )
     torch.save(model.state_dict(), folder / "legacy.pt", _use_new_zipfile_serialization=False)
     return folder
 
@@ -95,7 +103,9 @@ def change_tensors(file: Path, rng: random.Random) -> None:
         lambda: tensors.update({"far_patch_embedding.weight": torch.zeros(24, 2, 1, 2, 2)}),
         lambda: tensors.update({"vae.x": torch.zeros(2)}),
         lambda: [tensors.pop(n) for n in list(tensors) if n.startswith("blocks.")],
-        lambda: tensors.update({rng.choice(["blocks.9.x", "blocks.\u0663.x", "a" * 3000]): torch.zeros(2)}),
+        lambda: tensors.update(
+            {rng.choice(["blocks.9.x", "blocks.\u0663.x", "a" * 3000]): torch.zeros(2)}
+        ),
         lambda: [tensors.update({prefix + n: tensors.pop(n)}) for n in list(tensors)],
         lambda: [tensors.update({prefix + n: tensors[n].clone()}) for n in list(tensors)],
     ]
@@ -116,7 +126,9 @@ CHANGES: list[tuple[str, Callable[[Path, random.Random], None]]] = [
 
 
 def answer(call: Callable[[], Any]) -> Any:
-    """What a call returns, or None where it raises a ValueError with a message of a bounded size."""
+    """What a call returns, or None where it raises a ValueError with a message of a bounded
+    size.
+    """
     try:
         return call()
     except ValueError as error:

@@ -39,7 +39,8 @@ def load_theirs(folder: Path, name: str = "AnyFlowTransformer3DModel") -> nn.Mod
 
 @pytest.mark.parametrize("source", ["older", "fastvideo", "training", "lora", "causal"])
 def test_every_flow_map_converts_to_what_diffusers_loads(
-    source: str, anyflow_model: Callable, causal_model: nn.Module, older_layout: Callable, fastvideo_state: Callable,
+    source: str, anyflow_model: Callable, causal_model: nn.Module, older_layout: Callable,
+    fastvideo_state: Callable,
     lora_state: tuple[dict, dict], inputs: dict[str, Tensor], tmp_path: Path,
 ) -> None:  # fmt: skip
     model, out, path = anyflow_model(), tmp_path / "out", tmp_path / "in"
@@ -90,11 +91,15 @@ def test_a_plain_model_is_written_as_diffusers_wan(
 def test_types_are_kept_and_files_are_split(anyflow_model: Callable, tmp_path: Path) -> None:
     torch.save(anyflow_model().state_dict(), tmp_path / "in.pt")
     out = tmp_path / "out"
-    convert(tmp_path / "in.pt", out, attention_head_dim=24, dtype=torch.bfloat16, max_shard_size=50_000)
+    convert(
+        tmp_path / "in.pt", out, attention_head_dim=24, dtype=torch.bfloat16, max_shard_size=50_000
+    )
     assert len(list((out / "transformer").glob("*.safetensors"))) > 1
     assert (out / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     expected = load_transformer(tmp_path / "in.pt", attention_head_dim=24, dtype=torch.bfloat16)
-    theirs = diffusers.AnyFlowTransformer3DModel.from_pretrained(out / "transformer", torch_dtype=torch.bfloat16)
+    theirs = diffusers.AnyFlowTransformer3DModel.from_pretrained(
+        out / "transformer", torch_dtype=torch.bfloat16
+    )
     for name, tensor in expected.state_dict().items():
         if "delta_embedder" in name:  # diffusers rounds these
             assert torch.equal(load_transformer(out).state_dict()[name], tensor)
@@ -103,7 +108,9 @@ def test_types_are_kept_and_files_are_split(anyflow_model: Callable, tmp_path: P
             assert loaded.dtype == tensor.dtype and torch.equal(loaded, tensor), name
 
 
-def test_the_scheduler_comes_along(anyflow_model: Callable, older_layout: Callable, tmp_path: Path) -> None:
+def test_the_scheduler_comes_along(
+    anyflow_model: Callable, older_layout: Callable, tmp_path: Path
+) -> None:
     older_layout(anyflow_model(), tmp_path / "in")
     for name, options, shift in (("a", {}, 5), ("b", {"shift": 3.0}, 3)):
         convert(tmp_path / "in", tmp_path / name, **options)
@@ -122,7 +129,9 @@ def test_the_scheduler_comes_along(anyflow_model: Callable, older_layout: Callab
     assert not (tmp_path / "c").exists()
 
 
-def test_what_cannot_be_written_is_refused_before_anything_is(anyflow_model: Callable, tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_refused_before_anything_is(
+    anyflow_model: Callable, tmp_path: Path
+) -> None:
     torch.save(anyflow_model().state_dict(), tmp_path / "in.pt")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").touch()
@@ -147,13 +156,17 @@ def test_what_cannot_be_written_is_refused_before_anything_is(anyflow_model: Cal
 
 @pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_under_the_name_of_the_result(tmp_path: Path) -> None:
-    """Killed at times that cover the whole run: the result is whole or absent, and the next run is not in the way."""
+    """Killed at times that cover the whole run: the result is whole or absent, and the next run is
+    not in the way.
+    """
     command = [sys.executable, str(SCRIPTS / "convert_large.py"), str(tmp_path)]
     subprocess.run([*command, "make"], check=True, timeout=300)
     killed = 0
     for milliseconds in (0, 80, 160, 240, 320):
         out = tmp_path / f"out-{milliseconds}"
-        process = subprocess.Popen([*command, "convert", out.name], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, "convert", out.name], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None and process.stdout.readline() == "starting\n"
         try:
             process.wait(milliseconds / 1000)

@@ -1,4 +1,6 @@
-"""Whatever is wrong with a checkpoint is one CheckpointFormatError that names it, and never a model."""
+"""Whatever is wrong with a checkpoint is one CheckpointFormatError that names it, and never a
+model.
+"""
 
 import json
 import os
@@ -78,12 +80,20 @@ def test_a_long_list_is_cut_and_says_by_how_much(folder: Path) -> None:
     assert total == len(load_file(folder / WEIGHTS)) + 40
 
 
-def test_messages_use_the_names_of_the_file(wan_model: Callable, original_folder: Callable, tmp_path: Path) -> None:
+def test_messages_use_the_names_of_the_file(
+    wan_model: Callable, original_folder: Callable, tmp_path: Path
+) -> None:
     folder = original_folder(wan_model(), tmp_path / "original")
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
         tensors.pop("blocks.1.norm3.weight", None)
-        save_file({n.replace("time_projection.1.bias", "time_projection.3.bias"): t for n, t in tensors.items()}, file)
+        save_file(
+            {
+                n.replace("time_projection.1.bias", "time_projection.3.bias"): t
+                for n, t in tensors.items()
+            },
+            file,
+        )
     message = refused(folder)
     assert "missing: blocks.1.norm3.weight (blocks.1.norm2.weight)" in message
     assert "missing: time_projection.1.bias (condition_embedder.time_proj.bias)" in message
@@ -111,7 +121,8 @@ def test_a_flow_map_without_its_second_branch_is_not_taken_for_a_plain_model(fol
         ("eps", 0, "eps=0 is not possible"),
         ("gate_value", float("nan"), "gate_value=nan is not possible"),
         ("deltatime_type", "r-t", "deltatime_type must be one of"),
-        ("r_embedder", False, "r_embedder: False in the config, but there are tensors of a delta_embedder"),
+        ("r_embedder", False, "r_embedder: False in the config, but there are tensors of a "
+                              "delta_embedder"),
         ("qk_norm", "layer_norm", "qk_norm='layer_norm' is not supported"),
         ("added_kv_proj_dim", 48, "added_kv_proj_dim=48 is not supported"),
         ("num_layer", 2, "num_layer is unknown; did you mean num_layers?"),
@@ -128,8 +139,12 @@ def test_a_config_that_is_impossible_or_contradicts_the_tensors_is_refused(
 def test_arguments_that_contradict_the_config_are_refused(folder: Path) -> None:
     from anyflow.checkpoints import FlowMap
 
-    assert "gate_value: 0.25 in the config, 0.5 given" in refused(folder, flow_map=FlowMap(gate_value=0.5))
-    assert "attention_head_dim: 24 in the config, 12 given" in refused(folder, attention_head_dim=12)
+    assert "gate_value: 0.25 in the config, 0.5 given" in refused(
+        folder, flow_map=FlowMap(gate_value=0.5)
+    )
+    assert "attention_head_dim: 24 in the config, 12 given" in refused(
+        folder, attention_head_dim=12
+    )
     assert "one set of weights only" in refused(folder, weights="ema")
     assert "has no folder transformer_2" in refused(folder, subfolder="transformer_2")
     assert "does not exist" in refused(folder / "absent")
@@ -145,12 +160,15 @@ def test_gaps_between_blocks_and_absurd_numbers_of_blocks_are_refused(folder: Pa
 def test_a_size_that_nothing_tells_is_named(folder: Path) -> None:
     (folder / "config.json").unlink()
     rewrite(folder, lambda t: t.pop("blocks.0.ffn.net.0.proj.weight"))
-    assert "ffn_dim: neither in a config nor told by a tensor" in refused(folder, attention_head_dim=24)
+    assert "ffn_dim: neither in a config nor told by a tensor" in refused(
+        folder, attention_head_dim=24
+    )
 
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x.safetensors", "C:\\x.safetensors", "x.pt", 3,
+    ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x.safetensors",
+     "C:\\x.safetensors", "x.pt", 3,
      None, "", "..", "x\0.safetensors"],
 )  # fmt: skip
 def test_an_index_refers_only_to_files_beside_it(name: Any, shards: Path) -> None:
@@ -158,12 +176,16 @@ def test_an_index_refers_only_to_files_beside_it(name: Any, shards: Path) -> Non
     (shards.parent / "outside.safetensors").write_bytes(some.read_bytes())
     (shards / "sub").mkdir()
     (shards / "sub" / "x.safetensors").write_bytes(some.read_bytes())
-    rewrite_json(shards / f"{WEIGHTS}.index.json", lambda i: i["weight_map"].update({"proj_out.bias": name}))
+    rewrite_json(
+        shards / f"{WEIGHTS}.index.json", lambda i: i["weight_map"].update({"proj_out.bias": name})
+    )
     message = refused(shards)
     assert "not a .safetensors file beside it" in message and repr(name) in message
 
 
-def test_links_are_followed_as_the_cache_of_the_hub_is_made_of_them(folder: Path, same_weights: Callable) -> None:
+def test_links_are_followed_as_the_cache_of_the_hub_is_made_of_them(
+    folder: Path, same_weights: Callable
+) -> None:
     linked = folder.parent / "linked"
     linked.mkdir()
     for file in folder.iterdir():
@@ -186,7 +208,15 @@ def test_an_index_and_its_files_must_agree(shards: Path) -> None:
     index.write_text(sound)
     (shards / first).unlink()
     assert f"absent:\n  {first}" in refused(shards)
-    for content in ("", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}', "[" * 100_000, "\xff"):
+    for content in (
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": [1]}',
+        "[" * 100_000,
+        "\xff",
+    ):
         index.write_text(content, encoding="latin-1")
         assert str(index) in refused(shards)
 
@@ -210,7 +240,9 @@ def test_a_file_cut_short_is_refused(size: int, folder: Path, shards: Path) -> N
         content = file.read_bytes()
         file.write_bytes(content[:size])
         message = refused(file.parent)
-        assert ("not a complete safetensors file" if size else "an empty file") in message and file.name in message
+        assert (
+            "not a complete safetensors file" if size else "an empty file"
+        ) in message and file.name in message
 
 
 class Harmful:
@@ -225,7 +257,10 @@ class Harmful:
 
 def test_a_pickle_that_needs_code_is_refused_and_not_executed(folder: Path, tmp_path: Path) -> None:
     harmed, file = tmp_path / "harmed", tmp_path / "model.pt"
-    for content in ({"ema": Harmful(harmed)}, {"ema": {}, "model_state_dict_g": {"x": Harmful(harmed)}}):
+    for content in (
+        {"ema": Harmful(harmed)},
+        {"ema": {}, "model_state_dict_g": {"x": Harmful(harmed)}},
+    ):
         torch.save(content, file)
         assert "needs Python code" in refused(file)
         file.write_bytes(pickle.dumps(content))
@@ -237,8 +272,10 @@ def test_a_pickle_that_needs_code_is_refused_and_not_executed(folder: Path, tmp_
     "content",
     [
         {}, [], torch.zeros(3), {"ema": {}}, {"ema": {"proj_out.bias": 3}}, {1: torch.zeros(3)},
-        {"proj_out.weight": torch.zeros(3).to_sparse()}, {"proj_out.weight": torch.zeros(1).expand(10**12)},
-        {"proj_out.weight": torch.zeros(3, device="meta")}, {"names": torch.zeros(3), "of": torch.zeros(3)},
+        {"proj_out.weight": torch.zeros(3).to_sparse()},
+        {"proj_out.weight": torch.zeros(1).expand(10**12)},
+        {"proj_out.weight": torch.zeros(3, device="meta")},
+        {"names": torch.zeros(3), "of": torch.zeros(3)},
         {"condition_embedder.time_proj.weight": torch.zeros(())},
     ],
     ids=str,
@@ -289,7 +326,9 @@ def damages() -> Iterator[st.SearchStrategy[Damage]]:
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "config", "index"])
 @given(damage=st.one_of(*damages()))
 @FUZZ
-def test_a_damaged_file_is_an_error_or_a_whole_model(kind: str, damage: Damage, shards: Path, folder: Path) -> None:
+def test_a_damaged_file_is_an_error_or_a_whole_model(
+    kind: str, damage: Damage, shards: Path, folder: Path
+) -> None:
     torch_file = folder.parent / "model.pt"
     if not torch_file.exists():
         torch.save(load_file(folder / WEIGHTS), torch_file)
@@ -303,7 +342,11 @@ def test_a_damaged_file_is_an_error_or_a_whole_model(kind: str, damage: Damage, 
     try:
         file.write_bytes(damage(bytearray(sound)))
         options = {"attention_head_dim": 24} if kind == "pt" else {}
-        for read in (detect, lambda p: inspect(p, **options), lambda p: load_transformer(p, **options)):
+        for read in (
+            detect,
+            lambda p: inspect(p, **options),
+            lambda p: load_transformer(p, **options),
+        ):
             try:
                 result = read(path)
             except CheckpointFormatError as error:
@@ -318,7 +361,9 @@ def test_a_damaged_file_is_an_error_or_a_whole_model(kind: str, damage: Damage, 
 
 @given(data=st.data())
 @FUZZ
-def test_no_tensor_can_be_renamed_reshaped_retyped_dropped_or_added(data: st.DataObject, folder: Path) -> None:
+def test_no_tensor_can_be_renamed_reshaped_retyped_dropped_or_added(
+    data: st.DataObject, folder: Path
+) -> None:
     sound = (folder / WEIGHTS).read_bytes()
     config = folder / "config.json"
     has_config = data.draw(st.booleans(), "config")
@@ -326,13 +371,17 @@ def test_no_tensor_can_be_renamed_reshaped_retyped_dropped_or_added(data: st.Dat
     name = data.draw(st.sampled_from(sorted(tensors)), "name")
     kind = data.draw(st.sampled_from(["rename", "reshape", "retype", "drop", "add"]), "kind")
     if kind == "rename":
-        tensors[data.draw(st.text("abcdefg_.0123", min_size=1).filter(lambda n: n not in tensors))] = tensors.pop(name)
+        tensors[
+            data.draw(st.text("abcdefg_.0123", min_size=1).filter(lambda n: n not in tensors))
+        ] = tensors.pop(name)
     elif kind == "reshape":
         tensors[name] = torch.zeros(data.draw(st.lists(st.integers(0, 50), max_size=5), "shape"))
         if tensors[name].shape == load_file(folder / WEIGHTS)[name].shape:
             return
     elif kind == "retype":
-        tensors[name] = tensors[name].to(data.draw(st.sampled_from([torch.int32, torch.bool, torch.float8_e4m3fn])))
+        tensors[name] = tensors[name].to(
+            data.draw(st.sampled_from([torch.int32, torch.bool, torch.float8_e4m3fn]))
+        )
     elif kind == "drop":
         del tensors[name]
     else:
@@ -350,7 +399,9 @@ def test_no_tensor_can_be_renamed_reshaped_retyped_dropped_or_added(data: st.Dat
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=str)
-def test_values_that_are_not_finite_are_warned_of_and_refused_on_demand(value: float, folder: Path) -> None:
+def test_values_that_are_not_finite_are_warned_of_and_refused_on_demand(
+    value: float, folder: Path
+) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["blocks.1.ffn.net.2.bias"][3] = value
         tensors["proj_out.weight"][0, 0] = value
@@ -373,13 +424,20 @@ def test_a_single_file_gives_the_transformers_part_and_names_what_is_left_out(
 ) -> None:
     sound = load_file(folder / WEIGHTS)
     all_in_one = {f"model.diffusion_model.{name}": tensor for name, tensor in sound.items()}
-    all_in_one |= {"vae.decoder.conv1.weight": torch.ones(3), "text_encoders.umt5xxl.shared.weight": torch.ones(3)}
+    all_in_one |= {
+        "vae.decoder.conv1.weight": torch.ones(3),
+        "text_encoders.umt5xxl.shared.weight": torch.ones(3),
+    }
     file = folder.parent / f"all{suffix}"
     save_file(all_in_one, file) if suffix != ".pt" else torch.save(all_in_one, file)
-    with pytest.warns(UserWarning, match=r"left out are 1 tensors of text_encoders., 1 tensors of vae."):
+    with pytest.warns(
+        UserWarning, match=r"left out are 1 tensors of text_encoders., 1 tensors of vae."
+    ):
         assert same_weights(load_transformer(file, attention_head_dim=24), sound)
     summary = inspect(file, attention_head_dim=24)
-    assert summary.left_out == {"vae.": 1, "text_encoders.": 1} and summary.num_tensors == len(sound)
+    assert summary.left_out == {"vae.": 1, "text_encoders.": 1} and summary.num_tensors == len(
+        sound
+    )
     half = {f"ema.{name}": tensor for name, tensor in list(sound.items())[::2]}
     both = sound | {name: tensor.clone() for name, tensor in half.items()}
     save_file(both, file) if suffix != ".pt" else torch.save(both, file)
@@ -387,10 +445,24 @@ def test_a_single_file_gives_the_transformers_part_and_names_what_is_left_out(
 
 
 @pytest.mark.parametrize(
-    "kind", ["folder", "fifo", "device", "loop", "link to nothing", "pointer", "web page", "empty", "absent", "long"]
+    "kind",
+    [
+        "folder",
+        "fifo",
+        "device",
+        "loop",
+        "link to nothing",
+        "pointer",
+        "web page",
+        "empty",
+        "absent",
+        "long",
+    ],
 )
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
-def test_what_is_no_file_of_weights_is_named_without_waiting(name: str, kind: str, folder: Path) -> None:
+def test_what_is_no_file_of_weights_is_named_without_waiting(
+    name: str, kind: str, folder: Path
+) -> None:
     file = folder / name
     file.unlink()
     path = folder
@@ -402,12 +474,17 @@ def test_what_is_no_file_of_weights_is_named_without_waiting(name: str, kind: st
         file.symlink_to({"device": "/dev/zero", "loop": file, "link to nothing": "/nowhere"}[kind])
     elif kind in ("pointer", "web page", "empty"):
         pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
-        file.write_text({"pointer": pointer, "web page": "\n<!DOCTYPE html><html>", "empty": ""}[kind])
+        file.write_text(
+            {"pointer": pointer, "web page": "\n<!DOCTYPE html><html>", "empty": ""}[kind]
+        )
     else:
         path = file if kind == "absent" else folder / ("x" * 300)
-    expected = {"folder": "is a folder", "fifo": "is a FIFO", "device": "is a device", "loop": "symbolic links",
-                "link to nothing": "is a link to /nowhere", "pointer": "git lfs pull", "web page": "a web page",
-                "empty": "an empty file", "absent": "does not exist", "long": "too long"}[kind]  # fmt: skip
+    expected = {"folder": "is a folder", "fifo": "is a FIFO", "device": "is a device",
+                "loop": "symbolic links",
+                "link to nothing": "is a link to /nowhere", "pointer": "git lfs pull",
+                "web page": "a web page",
+                "empty": "an empty file", "absent": "does not exist",
+                "long": "too long"}[kind]  # fmt: skip
     for read in (load_transformer, inspect, detect):
         with pytest.raises(CheckpointFormatError) as raised:
             read(path)
@@ -415,9 +492,12 @@ def test_what_is_no_file_of_weights_is_named_without_waiting(name: str, kind: st
 
 
 @pytest.mark.parametrize(
-    "field", ["num_layers", "ffn_dim", "num_attention_heads", "rope_max_seq_len", "freq_dim", "text_dim"]
+    "field",
+    ["num_layers", "ffn_dim", "num_attention_heads", "rope_max_seq_len", "freq_dim", "text_dim"],
 )
-def test_sizes_without_a_tensor_that_tells_them_are_bounded_before_anything_is_built(field: str, folder: Path) -> None:
+def test_sizes_without_a_tensor_that_tells_them_are_bounded_before_anything_is_built(
+    field: str, folder: Path
+) -> None:
     kept = {"patch_embedding.weight", "proj_out.weight", "condition_embedder.time_proj.weight"}
     rewrite(folder, lambda t: [t.pop(name) for name in list(t) if name not in kept])
     rewrite_json(folder / "config.json", lambda c: c.update({field: 10**9}))

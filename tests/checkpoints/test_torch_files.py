@@ -1,4 +1,6 @@
-"""Files of torch.save give what torch.load gives, or are refused; nothing in one is executed or asks for memory."""
+"""Files of torch.save give what torch.load gives, or are refused; nothing in one is executed or
+asks for memory.
+"""
 
 import io
 import pickle
@@ -40,7 +42,10 @@ def state(generator: torch.Generator) -> dict[str, Any]:
         "scalar": torch.tensor(3.5),
         "empty": torch.zeros(0, 4),
         "parameter": nn.Parameter(torch.randn(3, generator=generator)),
-        **{str(t): base.to(t) for t in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)},
+        **{
+            str(t): base.to(t)
+            for t in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+        },
         "fp8": base.to(torch.float8_e4m3fn),
         "uint16": torch.arange(5).to(torch.uint16),
     }
@@ -57,7 +62,9 @@ def test_values_are_those_of_torch_load(way: str, state: dict[str, Any], tmp_pat
     finally:
         torch.serialization.set_crc32_options(True)
     if way == "compressed":
-        repack(file, lambda packed, name, content: packed.writestr(name, content, zipfile.ZIP_DEFLATED))
+        repack(
+            file, lambda packed, name, content: packed.writestr(name, content, zipfile.ZIP_DEFLATED)
+        )
     expected = torch.load(file, weights_only=True, mmap=False)
     reader = TorchReader(file, None)
     assert reader.infos.keys() == expected.keys()
@@ -96,7 +103,9 @@ def test_files_of_the_other_byte_order_give_the_same_values(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("change", [-4, 4, 400])
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_an_entry_of_another_size_than_its_tensor_is_refused(change: int, method: int, tmp_path: Path) -> None:
+def test_an_entry_of_another_size_than_its_tensor_is_refused(
+    change: int, method: int, tmp_path: Path
+) -> None:
     torch.save({"x": torch.arange(20.0), "y": torch.zeros(5)}, tmp_path / "model.pt")
 
     def resize(packed: zipfile.ZipFile, name: str, content: bytes) -> None:
@@ -112,7 +121,10 @@ def test_absent_doubled_overlapping_and_damaged_entries_are_refused(tmp_path: Pa
     tensors = {"x": torch.arange(20.0), "y": torch.ones(20)}
     torch.save(tensors, file)
     sound = file.read_bytes()
-    repack(file, lambda packed, name, content: name.endswith("data/1") or packed.writestr(name, content))
+    repack(
+        file,
+        lambda packed, name, content: name.endswith("data/1") or packed.writestr(name, content),
+    )
     assert "has no model/data/1" in refused(file)
     file.write_bytes(sound)
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(file, "a") as archive:
@@ -122,9 +134,12 @@ def test_absent_doubled_overlapping_and_damaged_entries_are_refused(tmp_path: Pa
     file.write_bytes(sound[:position] + b"\1" + sound[position + 1 :])
     assert "data/1 in it is damaged: its CRC-32" in refused(file)
     directory = sound.index(b"PK\1\2")
-    first, second = (sound.index(name, directory) - 46 for name in (b"model/data/0", b"model/data/1"))
+    first, second = (
+        sound.index(name, directory) - 46 for name in (b"model/data/0", b"model/data/1")
+    )
     moved = bytearray(sound)
-    moved[second + 42 : second + 46] = sound[first + 42 : first + 46]  # both entries point at the first one
+    # both entries point at the first one
+    moved[second + 42 : second + 46] = sound[first + 42 : first + 46]
     file.write_bytes(moved)
     assert "another name in its header" in refused(file)
     for size in (0, 3, 100, len(sound) // 2, len(sound) - 1):
@@ -135,8 +150,10 @@ def test_absent_doubled_overlapping_and_damaged_entries_are_refused(tmp_path: Pa
 @pytest.mark.parametrize(
     "arguments",
     [
-        (0, (9,), (1,)), (5, (4,), (1,)), (-1, (4,), (1,)), (0, (4,), (-1,)), (0, (2, 2), (1,)), (0, (2, 2), (8, 1)),
-        (0, (10**30,), (0,)), (0, (10**9,), (0,)), (0.0, (4,), (1,)), (0, (True,), (1,)), (0, ("4",), (1,)),
+        (0, (9,), (1,)), (5, (4,), (1,)), (-1, (4,), (1,)), (0, (4,), (-1,)), (0, (2, 2), (1,)),
+        (0, (2, 2), (8, 1)),
+        (0, (10**30,), (0,)), (0, (10**9,), (0,)), (0.0, (4,), (1,)), (0, (True,), (1,)),
+        (0, ("4",), (1,)),
         (0, [4], [1]), (2**62, (4,), (1,)),
     ],
 )  # fmt: skip
@@ -160,7 +177,9 @@ def tensor_pickle(arguments: Any) -> bytes:
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj: Any) -> Any:
-            return ("storage", torch.FloatStorage, "0", "cpu", 8) if isinstance(obj, Stored) else None
+            return (
+                ("storage", torch.FloatStorage, "0", "cpu", 8) if isinstance(obj, Stored) else None
+            )
 
     stream = io.BytesIO()
     Pickler(stream, 2).dump({"x": Rebuilt()})
@@ -178,7 +197,10 @@ def with_pickle(file: Path, content: bytes) -> Path:
     [
         (b"\x80\x02N" + b"r" + struct.pack("<L", 2**31 - 1) + b".", "places in the memo"),
         (b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".", "bytearray8"),
-        (b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R.", "should hold a dictionary"),
+        (
+            b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R.",
+            "should hold a dictionary",
+        ),
         (b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"Ns.", f"more than {MAX_TUPLE_DEPTH} deep"),
         (b"\x80\x02}(" + b"Nq\x00" + b"\x30" * 3 + b".", "damaged"),
         (b"\x80\x02X" + struct.pack("<L", 2**32 - 1) + b"x.", "damaged"),
@@ -186,7 +208,9 @@ def with_pickle(file: Path, content: bytes) -> Path:
     ],
     ids=["memo", "buffer", "bytearray", "tuples", "stack", "text", "code"],
 )
-def test_a_pickle_that_asks_for_memory_is_refused_without_it(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_pickle_that_asks_for_memory_is_refused_without_it(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
     file = with_pickle(tmp_path / "model.pt", content)
     tracemalloc.start()
     try:
@@ -221,7 +245,9 @@ def test_other_archives_are_named_for_what_they_are(tmp_path: Path) -> None:
 
 def test_a_legacy_file_is_checked_against_its_size(tmp_path: Path) -> None:
     file = tmp_path / "model.pt"
-    torch.save({"x": torch.arange(50.0), "y": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
+    torch.save(
+        {"x": torch.arange(50.0), "y": torch.ones(3)}, file, _use_new_zipfile_serialization=False
+    )
     sound = file.read_bytes()
     for size in (20, len(sound) // 2, len(sound) - 1):
         file.write_bytes(sound[:size])
@@ -233,8 +259,16 @@ def test_a_legacy_file_is_checked_against_its_size(tmp_path: Path) -> None:
 def test_what_is_no_tensor_beside_the_weights_is_not_read(tmp_path: Path) -> None:
     """A training file's other values, which torch.load(weights_only=True) takes, too."""
     file = tmp_path / "model.pt"
-    others = {"step": 3, "sizes": torch.Size([2]), "bytes": b"\xff", "set": {1}, "device": torch.device("cpu")}
-    torch.save({"ema": {"x": torch.ones(2)}, "others": others, "sparse": torch.eye(3).to_sparse()}, file)
+    others = {
+        "step": 3,
+        "sizes": torch.Size([2]),
+        "bytes": b"\xff",
+        "set": {1},
+        "device": torch.device("cpu"),
+    }
+    torch.save(
+        {"ema": {"x": torch.ones(2)}, "others": others, "sparse": torch.eye(3).to_sparse()}, file
+    )
     torch.load(file, weights_only=True)
     assert torch.equal(TorchReader(file, None).read("x"), torch.ones(2))
     assert TorchFile(file).content["others"]["step"] == 3

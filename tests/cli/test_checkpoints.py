@@ -35,8 +35,13 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_converted_checkpoint_has_the_same_weights_for_diffusers(checkpoint: Path, tmp_path: Path) -> None:
-    assert run("convert", checkpoint, tmp_path / "out", "--shift", 5) == (0, f"Written to {tmp_path / 'out'}\n")
+def test_a_converted_checkpoint_has_the_same_weights_for_diffusers(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    assert run("convert", checkpoint, tmp_path / "out", "--shift", 5) == (
+        0,
+        f"Written to {tmp_path / 'out'}\n",
+    )
     before, after = (load_file(f / "transformer" / WEIGHTS) for f in (checkpoint, tmp_path / "out"))
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     diffusers.AnyFlowTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer")
@@ -51,10 +56,15 @@ def test_a_converted_checkpoint_has_the_same_weights_for_diffusers(checkpoint: P
     )
     for name in ("float16", "fp16"):
         assert run("convert", checkpoint, tmp_path / name, "--dtype", name)[0] == 0
-        assert load_file(tmp_path / name / "transformer" / WEIGHTS)["proj_out.weight"].dtype == torch.float16
+        assert (
+            load_file(tmp_path / name / "transformer" / WEIGHTS)["proj_out.weight"].dtype
+            == torch.float16
+        )
 
 
-def test_inspect_tells_a_sound_checkpoint_from_one_that_lacks_a_tensor(checkpoint: Path, tmp_path: Path) -> None:
+def test_inspect_tells_a_sound_checkpoint_from_one_that_lacks_a_tensor(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     status, output = run("inspect", checkpoint)
     assert status == 0 and "diffusers AnyFlow" in output and "gate_value 0.25" in output
     file = checkpoint / "transformer" / WEIGHTS
@@ -67,11 +77,16 @@ def test_inspect_tells_a_sound_checkpoint_from_one_that_lacks_a_tensor(checkpoin
     assert status == 2 and output.count("\n") == 1 and "does not exist" in output
 
 
-def test_verify_agrees_with_diffusers_and_says_so_when_more_is_asked_than_there_is(checkpoint: Path) -> None:
+def test_verify_agrees_with_diffusers_and_says_so_when_more_is_asked_than_there_is(
+    checkpoint: Path,
+) -> None:
     size = ("--height", 64, "--width", 64, "--num-frames", 5)
     status, output = run("verify", "--model", checkpoint, *size)
     assert status == 0, output
     assert run("verify", "--model", checkpoint, *size, "--max-forward", 1e-12)[0] == 1
     assert run("verify", "--model", checkpoint, "--dtype", "fp8")[0] == 2
     status, output = run("verify", "--model", checkpoint, "--height", 16 * 65)
-    assert status == 2 and output == "anyflow: height must be <= 1024 pixels for this model, got 1040\n"
+    assert (
+        status == 2
+        and output == "anyflow: height must be <= 1024 pixels for this model, got 1040\n"
+    )

@@ -16,23 +16,32 @@ from anyflow.cli.examples import EPILOGS
 
 
 def anyflow_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "anyflow", *arguments], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "anyflow", *arguments], cwd=cwd, capture_output=True, text=True
+    )
 
 
 def test_version_and_help(tmp_path: Path) -> None:
-    assert anyflow_command("--version", cwd=tmp_path).stdout.strip() == f"anyflow {anyflow.__version__}"
+    assert (
+        anyflow_command("--version", cwd=tmp_path).stdout.strip()
+        == f"anyflow {anyflow.__version__}"
+    )
     assert "demo" in anyflow_command("--help", cwd=tmp_path).stdout
     assert "--budget" in anyflow_command("demo", "--help", cwd=tmp_path).stdout
 
 
 def test_every_command_ends_its_help_with_examples_that_it_understands() -> None:
-    """Each begins with the command's name and has only options that its help lists; the page exists."""
+    """Each begins with the command's name and has only options that its help lists; the page
+    exists.
+    """
     docs = Path(__file__).parents[2] / "docs"
     names = [command.name or command.callback.__name__ for command in app.registered_commands]
     assert set(names) == set(EPILOGS)
     for name in names:
         output = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "300"}).output
-        page = re.search(r"More: https://github.com/anyflow-video/anyflow/blob/main/docs/(\S+)", output)
+        page = re.search(
+            r"More: https://github.com/anyflow-video/anyflow/blob/main/docs/(\S+)", output
+        )
         examples = re.findall(r"\$ (.*)", output)
         assert page is not None and (docs / page[1]).is_file() and examples, name
         for example in examples:
@@ -53,22 +62,31 @@ def test_a_warning_is_one_line_and_names_can_be_shown_in_any_encoding() -> None:
         "except SystemExit: warnings.warn('one thing'); print('熊猫', '\\udcff')\n"
     )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
     assert done.stderr == "anyflow: warning: one thing\n"
     assert done.stdout.splitlines()[1] == "\\u718a\\u732b \\udcff"
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-@pytest.mark.parametrize(("line", "completed"), [("anyflow do", ["doctor"]), ("anyflow demo --budget fu", ["full"])])
-def test_a_shell_completes_commands_and_choices(line: str, completed: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "completed"), [("anyflow do", ["doctor"]), ("anyflow demo --budget fu", ["full"])]
+)
+def test_a_shell_completes_commands_and_choices(
+    line: str, completed: list[str], tmp_path: Path
+) -> None:
     command = tmp_path / "anyflow"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m anyflow "$@"\n')
     command.chmod(0o755)
     words = line.split()
     script = (
         'source <(anyflow --show-completion bash); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))\n'
-        '"$(complete -p anyflow | sed "s/.*-F \\([^ ]*\\).*/\\1/")" anyflow; printf "%s\\n" "${COMPREPLY[@]}"'
+        '"$(complete -p anyflow | sed "s/.*-F \\([^ ]*\\).*/\\1/")" anyflow; printf "%s\\n" '
+        '"${COMPREPLY[@]}"'
     )
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *words], capture_output=True, text=True, env=environment
+    )
     assert done.stdout.split() == completed and done.stderr == ""

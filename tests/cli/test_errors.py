@@ -1,4 +1,6 @@
-"""How commands end: one line for what the system refuses, 130 after Ctrl-C, and streams that are closed or full."""
+"""How commands end: one line for what the system refuses, 130 after Ctrl-C, and streams that are
+closed or full.
+"""
 
 import os
 import signal
@@ -17,7 +19,10 @@ ANYFLOW = f"{sys.executable} -m anyflow"
 
 def _shell(command: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[bytes]":
     return subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command}"], cwd=cwd, capture_output=True, env={**os.environ, **environment}
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        cwd=cwd,
+        capture_output=True,
+        env={**os.environ, **environment},
     )
 
 
@@ -43,7 +48,8 @@ def test_what_the_system_refuses_is_one_line_with_path_and_reason(tmp_path: Path
 
 
 def test_ctrl_c_ends_every_command_with_130() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores Ctrl-C
+    # a shell's background ignores Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert _end_of(lambda: signal.raise_signal(signal.SIGINT)) == (130, "\nStopped.\n")
     finally:
@@ -57,7 +63,10 @@ def test_a_bug_stays_a_traceback() -> None:
 
 def test_output_that_nobody_can_read_is_no_traceback(tmp_path: Path) -> None:
     full = _shell(f"{ANYFLOW} --version > /dev/full", tmp_path)
-    assert (full.returncode, full.stderr) == (1, b"anyflow: standard output: No space left on device\n")
+    assert (full.returncode, full.stderr) == (
+        1,
+        b"anyflow: standard output: No space left on device\n",
+    )
     assert _shell(f"{ANYFLOW} --version >&-", tmp_path).returncode == 0
     both = _shell(f"{ANYFLOW} fly <&- >&- 2>&-", tmp_path)
     assert both.returncode == 2
@@ -65,8 +74,12 @@ def test_output_that_nobody_can_read_is_no_traceback(tmp_path: Path) -> None:
     assert gone.stderr in (b"0\n", b"1\n")  # as the shell's `true` ends before or after it
 
 
-def test_names_that_the_terminal_has_no_characters_for_are_printed_all_the_same(tmp_path: Path) -> None:
-    done = _shell(f"{ANYFLOW} $'\\xc3\\xa9\\xff'", tmp_path, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+def test_names_that_the_terminal_has_no_characters_for_are_printed_all_the_same(
+    tmp_path: Path,
+) -> None:
+    done = _shell(
+        f"{ANYFLOW} $'\\xc3\\xa9\\xff'", tmp_path, PYTHONIOENCODING="ascii", PYTHONUTF8="0"
+    )
     assert done.returncode == 2 and b"Traceback" not in done.stderr
     assert b"No such command" in done.stderr
 

@@ -1,4 +1,6 @@
-"""`anyflow evaluate` as a user runs it, on a small model of moving shapes: files, record, resuming, refusals."""
+"""`anyflow evaluate` as a user runs it, on a small model of moving shapes: files, record, resuming,
+refusals.
+"""
 
 import json
 import os
@@ -35,7 +37,9 @@ def content(folder: Path) -> dict[str, bytes]:
 def grays(file: Path) -> np.ndarray:
     """Read the gray levels ``[F, H, W]`` of a video."""
     with av.open(str(file)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24").mean(-1) for frame in container.decode(video=0)])
+        return np.stack(
+            [frame.to_ndarray(format="rgb24").mean(-1) for frame in container.decode(video=0)]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +70,19 @@ def test_a_run_leaves_videos_record_and_report(finished: Path, shapes_model: Pat
     assert np.allclose(record.references["motion"], 1 / 12, rtol=0.02)  # a pixel per frame, of 12
     output = (finished.parent / "output.txt").read_text()
     assert "24 videos made, 0 there already" in output
-    assert output.splitlines()[-1] == f"Report: {finished / 'report.html'}" and (finished / "report.html").is_file()
+    assert (
+        output.splitlines()[-1] == f"Report: {finished / 'report.html'}"
+        and (finished / "report.html").is_file()
+    )
     for metric, where in (("clip", "clip-vit-base-patch32"), ("lpips", ""), ("fvd", "i3d")):
         needs = record.metrics[metric].needs
         assert needs is not None and where in needs and needs in output and "\n" not in needs
     assert not (finished / ".work").exists() and not list(finished.rglob("*.partial*"))
 
 
-def test_a_video_is_what_the_model_makes_of_its_own_noise(finished: Path, shapes_model: Path) -> None:
+def test_a_video_is_what_the_model_makes_of_its_own_noise(
+    finished: Path, shapes_model: Path
+) -> None:
     """From the noise's seed by hand: a hash of the seed, the index and the prompt."""
     import hashlib
 
@@ -90,15 +99,23 @@ def test_a_video_is_what_the_model_makes_of_its_own_noise(finished: Path, shapes
             latents = sample(model, scheduler, noise, prompt, num_inference_steps=made)
             expected = shapes.to_uint8(pixel_shuffle_3d(latents))[0].double().numpy()
             for written in (1, 2, 3):
-                pixels = grays(finished / "samples" / "student" / str(written) / "cross right-1.mp4")
+                pixels = grays(
+                    finished / "samples" / "student" / str(written) / "cross right-1.mp4"
+                )
                 assert pixels.shape == (8, 96, 96)
                 errors[made, written] = np.abs(pixels[:, 4::8, 4::8] - expected).mean()
-    assert all(errors[n, n] < 2 and errors[n, n] == min(errors[n, m] for m in (1, 2, 3)) for n in (1, 2, 3)), errors
+    assert all(
+        errors[n, n] < 2 and errors[n, n] == min(errors[n, m] for m in (1, 2, 3)) for n in (1, 2, 3)
+    ), errors
 
 
 def test_the_numbers_are_those_of_the_files(finished: Path) -> None:
     record = EvaluationRecord.load(finished / "evaluation.json")
-    files = [finished / "samples" / "student" / "2" / f"{prompt}-{i}.mp4" for prompt in CLASSES for i in range(2)]
+    files = [
+        finished / "samples" / "student" / "2" / f"{prompt}-{i}.mp4"
+        for prompt in CLASSES
+        for i in range(2)
+    ]
     videos = [grays(file) for file in files]
     references = [grays(file.parents[1] / "3" / file.name) for file in files]
     flicker = [np.abs(np.diff(video, axis=0)).mean() / 255 for video in videos]
@@ -117,9 +134,13 @@ def test_a_second_run_makes_nothing_and_a_resumed_one_the_same_bytes(
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
     result = run("--model", shapes_model, *SMALL, "--out", out)
     assert result.exit_code == 0 and "0 videos made, 24 there already" in result.output
-    assert content(out) == before and {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")} == times
+    assert (
+        content(out) == before
+        and {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")} == times
+    )
 
-    record = json.loads((out / "evaluation.json").read_text())  # as a run leaves it that is killed while it samples
+    # as a run leaves it that is killed while it samples
+    record = json.loads((out / "evaluation.json").read_text())
     for table in ("values", "sets"):
         for cells in record[table]["student"].values():
             cells.pop("2", None)
@@ -144,17 +165,29 @@ def test_another_model_and_more_steps_join_and_other_settings_are_refused(
     assert result.exit_code == 0 and "16 videos made" in result.output, result.output
     record = EvaluationRecord.load(out / "evaluation.json")
     assert list(record.models) == ["student", "velocity"] and record.steps == (1, 2, 4)
-    assert record.models["velocity"].sampler["euler"] is True and list(record.values["velocity"]["psnr"]) == [4]
-    assert record.values["student"] == EvaluationRecord.load(finished / "evaluation.json").values["student"]
+    assert record.models["velocity"].sampler["euler"] is True and list(
+        record.values["velocity"]["psnr"]
+    ) == [4]
+    assert (
+        record.values["student"]
+        == EvaluationRecord.load(finished / "evaluation.json").values["student"]
+    )
 
     before = content(out)
     for arguments, message in (
         ([*small, "--euler"], "(euler False is now True)"),
         ([*small, "--seed", "1"], "(--seed 0 is now 1)"),
-        (["--num-samples", "3", "--reference-steps", "3", "--out", out], "(--num-samples 2 is now 3)"),
+        (
+            ["--num-samples", "3", "--reference-steps", "3", "--out", out],
+            "(--num-samples 2 is now 3)",
+        ),
     ):
         result = run("--model", f"student={shapes_model}", "--steps", "1", *arguments)
-        assert result.exit_code == 2 and message in result.output and len(result.output.splitlines()) == 1
+        assert (
+            result.exit_code == 2
+            and message in result.output
+            and len(result.output.splitlines()) == 1
+        )
     assert content(out) == before
 
 
@@ -171,7 +204,11 @@ def test_report_only(finished: Path, tmp_path: Path) -> None:
         (["--report-only", out, "--model", "x"], "goes with no --model"),
     ):
         result = run(*arguments)
-        assert result.exit_code == 2 and message in result.output and len(result.output.splitlines()) == 1
+        assert (
+            result.exit_code == 2
+            and message in result.output
+            and len(result.output.splitlines()) == 1
+        )
 
 
 def test_a_run_of_the_demo_is_its_last_stage(shapes_model: Path, tmp_path: Path) -> None:
@@ -183,17 +220,22 @@ def test_a_run_of_the_demo_is_its_last_stage(shapes_model: Path, tmp_path: Path)
     result = run("--model", demo, *small)
     assert result.exit_code == 0, result.output
     record = EvaluationRecord.load(out / "evaluation.json")
-    assert list(record.models) == ["demo"] and not record.sets and "psnr" not in record.values["demo"]
+    assert (
+        list(record.models) == ["demo"] and not record.sets and "psnr" not in record.values["demo"]
+    )
     assert "at least 2 videos each" in str(record.metrics["fd"].needs)
     assert "--reference-steps is 0" in str(record.metrics["psnr"].needs)
-    result = run("--model", f"demo={demo / 'checkpoints' / 'on_policy'}", *small)  # the same model by another path
+    # the same model by another path
+    result = run("--model", f"demo={demo / 'checkpoints' / 'on_policy'}", *small)
     assert result.exit_code == 0 and "0 videos made, 4 there already" in result.output
     shutil.rmtree(demo / "checkpoints" / "on_policy")
     result = run("--model", demo, *small)
     assert result.exit_code == 2 and "without a model of stage 2" in result.output
 
 
-def test_what_cannot_be_evaluated(shapes_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_evaluated(
+    shapes_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each is one line and exit status 2, and leaves nothing behind."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red panda\n")
@@ -204,14 +246,20 @@ def test_what_cannot_be_evaluated(shapes_model: Path, tmp_path: Path, monkeypatc
     for arguments, message in (
         (model, "--model and --out must be given"),
         (out, "--model and --out must be given"),
-        ([*model, *out, "--prompts", "prompts.txt"], "which knows the prompts disc right, disc down"),
+        (
+            [*model, *out, "--prompts", "prompts.txt"],
+            "which knows the prompts disc right, disc down",
+        ),
         ([*model, *out, "--prompts", "missing.txt"], "prompts: missing.txt cannot be read"),
         ([*model, *out, "--steps", "0"], "steps must be whole numbers >= 1"),
         ([*model, *out, "--num-samples", "0"], "num_samples must be a whole number from 1"),
         ([*model, *out, "--height", "64"], "--height cannot be chosen"),
         ([*model, *out, "--references", "full"], "--references is not for models of moving shapes"),
         ([*model, *model, *out], "two models have the name 'student'"),
-        ([*model, "--model", "b=full", "--transformer", "x", *out], "--transformer and --lora go with one --model"),
+        (
+            [*model, "--model", "b=full", "--transformer", "x", *out],
+            "--transformer and --lora go with one --model",
+        ),
         ([*model, *out, "--vbench-dimensions", "color"], "those of --vbench-python"),
         ([*model, *out, "--vbench-python", "full"], "is not a program that can be run"),
         ([*model, "--out", "full"], "is not empty and holds no evaluation"),
@@ -223,5 +271,8 @@ def test_what_cannot_be_evaluated(shapes_model: Path, tmp_path: Path, monkeypatc
     ):
         result = run(*arguments)
         assert result.exit_code == 2, (arguments, result.output)
-        assert message in result.output and len(result.output.splitlines()) == 1, (arguments, result.output)
+        assert message in result.output and len(result.output.splitlines()) == 1, (
+            arguments,
+            result.output,
+        )
         assert content(tmp_path) == before and not os.path.lexists(tmp_path / "out"), arguments

@@ -53,7 +53,11 @@ def test_a_recipe_is_copied_and_the_copy_is_used() -> None:
 def test_a_mistake_is_one_line_and_status_2(arguments: tuple[str, ...], message: str) -> None:
     Path("there.yaml").touch()
     done = _run("recipes", *arguments)
-    assert done.exit_code == 2 and done.stderr.startswith(f"anyflow: {message}") and done.stderr.count("\n") == 1
+    assert (
+        done.exit_code == 2
+        and done.stderr.startswith(f"anyflow: {message}")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_train_finds_a_recipe_by_name() -> None:

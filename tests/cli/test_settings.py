@@ -26,12 +26,17 @@ CASES = {
     "--compile false": "--compile false: settings are written compile=false",
     "--no-compile": "--no-compile: settings are written compile=false",
     "--out": "--out: settings are written out=VALUE",
-    "--loggers wandb tensorboard": "--loggers wandb tensorboard: settings are written 'loggers=[wandb, tensorboard]'",
-    "--preview.step_counts [1,2]": "--preview.step_counts [1,2]: settings are written 'preview.step_counts=[1,2]'",
-    "--stepz 3": "--stepz 3: there is no setting stepz; did you mean steps? Settings are written steps=3",
-    "--learning_rate 3": "--learning_rate 3: there is no setting learning_rate; did you mean optimizer.lr? "
+    "--loggers wandb tensorboard": "--loggers wandb tensorboard: settings are written "
+    "'loggers=[wandb, tensorboard]'",
+    "--preview.step_counts [1,2]": "--preview.step_counts [1,2]: settings are written "
+    "'preview.step_counts=[1,2]'",
+    "--stepz 3": "--stepz 3: there is no setting stepz; did you mean steps? Settings are written "
+    "steps=3",
+    "--learning_rate 3": "--learning_rate 3: there is no setting learning_rate; did you mean "
+    "optimizer.lr? "
     "Settings are written optimizer.lr=3",
-    "--wings 3": "--wings 3: there is no such option or setting; settings are written key=value, and `anyflow train "
+    "--wings 3": "--wings 3: there is no such option or setting; settings are written key=value, "
+    "and `anyflow train "
     "RECIPE --print-config` shows all of them",
     "--print_confg": "--print_confg: did you mean --print-config?",
     "--no-resum": "--no-resum: did you mean --no-resume?",
@@ -51,7 +56,13 @@ def test_names_of_other_trainers_lead_to_keys() -> None:
 
 
 def test_settings_as_they_should_be_are_no_problem() -> None:
-    for text in ("", "steps=3", "steps=3 student={path:null}", "a.b=--c=d", "optimizer.betas=[0,1]"):
+    for text in (
+        "",
+        "steps=3",
+        "steps=3 student={path:null}",
+        "a.b=--c=d",
+        "optimizer.betas=[0,1]",
+    ):
         assert settings_problem(["no/such.yaml", *text.split()]) is None
     assert settings_problem(["smoke_pretrain", "steps = 3"]) is None
 
@@ -60,7 +71,10 @@ def test_settings_as_they_should_be_are_no_problem() -> None:
     ("text", "lines"),
     [
         ("steps=3", [f"the recipe is missing: anyflow train RECIPE steps=3 {MISSING}"]),
-        ("steps=3 smoke_pretrain", ["the recipe comes first: anyflow train smoke_pretrain steps=3"]),
+        (
+            "steps=3 smoke_pretrain",
+            ["the recipe comes first: anyflow train smoke_pretrain steps=3"],
+        ),
         (
             "--steps 3 seed=1",
             [
@@ -83,7 +97,11 @@ def test_the_recipe_is_missing_or_comes_last(text: str, lines: list[str]) -> Non
 
 
 def test_the_command_ends_with_status_2_and_trains_nothing() -> None:
-    for arguments in (["smoke_pretrain", "--steps", "3"], ["steps=3"], ["smoke_pretrain", "--steps=3", "--no-resume"]):
+    for arguments in (
+        ["smoke_pretrain", "--steps", "3"],
+        ["steps=3"],
+        ["smoke_pretrain", "--steps=3", "--no-resume"],
+    ):
         result = CliRunner().invoke(app, ["train", *arguments])
         assert result.exit_code == 2 and result.output.count("\n") == 1
         assert result.stderr.startswith("anyflow: ") and "steps=3" in result.stderr

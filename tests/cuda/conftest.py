@@ -1,6 +1,8 @@
-"""Fake CUDA tensors: what runs on a device is traced without one, and every wait of the host for it is noted.
+"""Fake CUDA tensors: what runs on a device is traced without one, and every wait of the host for it
+is noted.
 
-The tests are in ``traced_*.py``. ``test_traced.py`` runs each file in a process of its own, see there.
+The tests are in ``traced_*.py``. ``test_traced.py`` runs each file in a process of its own, see
+there.
 """
 
 import traceback
@@ -24,12 +26,19 @@ from anyflow.ops.backend import assume_capability
 
 aten = torch.ops.aten
 PACKAGE = Path(anyflow.__file__).parent
-SIZES_READ = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.equal.default)
+SIZES_READ = (
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.equal.default,
+)
 
 
 @dataclass(frozen=True)
 class Call:
-    """An operator that ran on the device; operands as (shape, stride, dtype), in the order of the arguments."""
+    """An operator that ran on the device; operands as (shape, stride, dtype), in the order of the
+    arguments.
+    """
 
     operator: str
     operands: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
@@ -63,7 +72,8 @@ class Device(TorchDispatchMode):
 
     def __enter__(self) -> "Device":
         self._lifted = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device="cuda") is seen as the copy it is
+        # so that torch.tensor(..., device="cuda") is seen as the copy it is
+        torch._C._set_only_lift_cpu_tensors(True)
         self.fakes.__enter__()
         super().__enter__()
         return self
@@ -82,16 +92,24 @@ class Device(TorchDispatchMode):
         return Counter(n.split(".")[1] for n in names if n.startswith(f"{namespace}."))
 
     def parameters(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """A module's parameters and buffers as fakes on the device; floating-point parameters in a dtype."""
+        """A module's parameters and buffers as fakes on the device; floating-point parameters in a
+        dtype.
+        """
         with self.fakes:
             for part in module.modules():
                 for table in (part._parameters, part._buffers):
                     for name, old in table.items():
                         if old is None:
                             continue
-                        kind = dtype if dtype is not None and table is part._parameters else old.dtype
+                        kind = (
+                            dtype if dtype is not None and table is part._parameters else old.dtype
+                        )
                         new = torch.empty(old.shape, dtype=kind, device="cuda")
-                        table[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                        table[name] = (
+                            nn.Parameter(new, old.requires_grad)
+                            if isinstance(old, nn.Parameter)
+                            else new
+                        )
         return module
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -131,15 +149,28 @@ class Device(TorchDispatchMode):
             elif func in (aten._to_copy.default, aten.copy_.default):
                 source = args[0] if func is aten._to_copy.default else args[1]
                 target = kwargs.get("device") if func is aten._to_copy.default else args[0].device
-                queued = kwargs.get("non_blocking", False) or (func is aten.copy_.default and args[2:] == (True,))
+                queued = kwargs.get("non_blocking", False) or (
+                    func is aten.copy_.default and args[2:] == (True,)
+                )
                 if target is not None and target.type != source.device.type:
                     if target.type == "cpu":
-                        why, value = "reads a tensor", torch.zeros(source.shape, dtype=kwargs.get("dtype"))
+                        why, value = (
+                            "reads a tensor",
+                            torch.zeros(source.shape, dtype=kwargs.get("dtype")),
+                        )
                     elif not queued or source.untyped_storage().data_ptr() not in self._pinned:
                         why = "copies from pageable memory"
         if why is not None:
-            frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PACKAGE)]
-            where = f"{Path(frames[-1].filename).relative_to(PACKAGE)}:{frames[-1].name}" if frames else "the test"
+            frames = [
+                frame
+                for frame in traceback.extract_stack()
+                if Path(frame.filename).is_relative_to(PACKAGE)
+            ]
+            where = (
+                f"{Path(frames[-1].filename).relative_to(PACKAGE)}:{frames[-1].name}"
+                if frames
+                else "the test"
+            )
             self.waits.append(Wait(str(func), why, where))
         return why is not None, value
 
@@ -152,7 +183,9 @@ def _on_device(leaf: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def _as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The choices of a GPU of compute capability 9.0, autocast included, which turns itself off without a device."""
+    """The choices of a GPU of compute capability 9.0, autocast included, which turns itself off
+    without a device.
+    """
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     with use_backend(None), assume_capability(9, 0):

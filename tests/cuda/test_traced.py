@@ -1,7 +1,8 @@
-"""Runs ``traced_*.py``: what a GPU would be asked to do, traced on fake CUDA tensors, with or without a GPU.
+"""Runs ``traced_*.py``: what a GPU would be asked to do, traced on fake CUDA tensors, with or
+without a GPU.
 
-A CPU build of torch cannot differentiate fake CUDA tensors until ``no_device.cpp`` is loaded before it, hence a process
-for each file. A CUDA build needs a GPU for that.
+A CPU build of torch cannot differentiate fake CUDA tensors until ``no_device.cpp`` is loaded before
+it, hence a process for each file. A CUDA build needs a GPU for that.
 """
 
 import os
@@ -27,9 +28,25 @@ def no_device(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    torch_folder, out = Path(torch.__file__).parent, tmp_path_factory.mktemp("no_device") / "no_device.so"
-    command = [compiler, "-std=c++20", "-shared", "-fPIC", str(FOLDER / "no_device.cpp"), "-o", str(out)]
-    command += [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
+    torch_folder, out = (
+        Path(torch.__file__).parent,
+        tmp_path_factory.mktemp("no_device") / "no_device.so",
+    )
+    command = [
+        compiler,
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        str(FOLDER / "no_device.cpp"),
+        "-o",
+        str(out),
+    ]
+    command += [
+        f"-I{torch_folder / 'include'}",
+        f"-L{torch_folder / 'lib'}",
+        "-lc10",
+        "-ltorch_cpu",
+    ]
     subprocess.run([*command, f"-Wl,-rpath,{torch_folder / 'lib'}"], check=True)
     return out
 

@@ -1,4 +1,6 @@
-"""Traces what a CUDA graph records: one evaluation after another, as ``anyflow.cuda_graph`` makes them."""
+"""Traces what a CUDA graph records: one evaluation after another, as ``anyflow.cuda_graph`` makes
+them.
+"""
 
 from typing import Any
 
@@ -14,10 +16,16 @@ LAYERS = 2
 
 @pytest.mark.parametrize("per_frame", [False, True])
 @torch.no_grad()
-def test_an_evaluation_that_is_recorded_asks_nothing_of_the_host(per_frame: bool, device: Any) -> None:
-    """No wait, no copy from the host, no random number; the tables are those of the first evaluation, not new ones."""
+def test_an_evaluation_that_is_recorded_asks_nothing_of_the_host(
+    per_frame: bool, device: Any
+) -> None:
+    """No wait, no copy from the host, no random number; the tables are those of the first
+    evaluation, not new ones.
+    """
     with torch.device("meta"), device.fakes:
-        model = AnyFlowTransformer3DModel(num_attention_heads=2, text_dim=32, ffn_dim=64, num_layers=LAYERS)
+        model = AnyFlowTransformer3DModel(
+            num_attention_heads=2, text_dim=32, ffn_dim=64, num_layers=LAYERS
+        )
     device.parameters(model, torch.bfloat16)
     x = torch.empty(1, 3, 16, 4, 4, dtype=torch.bfloat16, device=CUDA)
     times = model.embed_time(torch.empty((1, 3) if per_frame else (1,), device=CUDA))
@@ -32,6 +40,13 @@ def test_an_evaluation_that_is_recorded_asks_nothing_of_the_host(per_frame: bool
     first, recorded = runs
     assert sum(name == "anyflow.gated_residual.default" for name in recorded) == LAYERS
     assert "aten.cos.default" in first and "aten.cos.default" not in recorded
-    assert not [name for name in recorded if "rand" in name or "normal" in name or "dropout" in name]
-    assert all(t.device == CUDA for call in device.calls for t in call.arguments if isinstance(t, torch.Tensor))
+    assert not [
+        name for name in recorded if "rand" in name or "normal" in name or "dropout" in name
+    ]
+    assert all(
+        t.device == CUDA
+        for call in device.calls
+        for t in call.arguments
+        if isinstance(t, torch.Tensor)
+    )
     assert len(model.rope._cache) == 1  # what the recording keeps alive

@@ -1,4 +1,6 @@
-"""The whole model on fake CUDA tensors: which operators run, on which backend, in which dtypes and layouts."""
+"""The whole model on fake CUDA tensors: which operators run, on which backend, in which dtypes and
+layouts.
+"""
 
 import importlib
 from collections import Counter
@@ -24,12 +26,18 @@ from anyflow.ops.backend import choose
 BF16 = torch.bfloat16
 HEADS, HEAD_DIM, LAYERS = 12, 128, 2  # of the 1.3B model, but for the layers
 DIM, TOKENS = HEADS * HEAD_DIM, 21 * 30 * 52  # 480 x 832 x 81
-PER_BLOCK = {"layer_norm_modulate": 1, "rms_norm_rope": 4, "residual_layer_norm": 2, "gated_residual": 1}
+PER_BLOCK = {
+    "layer_norm_modulate": 1,
+    "rms_norm_rope": 4,
+    "residual_layer_norm": 2,
+    "gated_residual": 1,
+}
 COPIES = ("aten.clone", "aten._to_copy", "aten.copy_", "aten.contiguous", "aten._unsafe_view")
 
 
 class CuDNN(TorchFunctionMode):
-    """Runs cuDNN's kernel for attention, as torch does on Hopper, which only a real device can choose.
+    """Runs cuDNN's kernel for attention, as torch does on Hopper, which only a real device can
+    choose.
 
     Attributes:
         operands: (shape, stride, dtype) of query, key and value of each call.
@@ -39,12 +47,16 @@ class CuDNN(TorchFunctionMode):
         super().__init__()
         self.operands: list[list[tuple[torch.Size, tuple[int, ...], torch.dtype]]] = []
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function is not F.scaled_dot_product_attention:
             return function(*args, **({} if kwargs is None else kwargs))
         self.operands.append([(t.shape, t.stride(), t.dtype) for t in args])
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in args)
-        return torch.ops.aten._scaled_dot_product_cudnn_attention(*args, None, gradient, 0.0, False, False)[0]
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *args, None, gradient, 0.0, False, False
+        )[0]
 
 
 def network(device: Any, dtype: torch.dtype) -> AnyFlowTransformer3DModel:
@@ -56,11 +68,16 @@ def network(device: Any, dtype: torch.dtype) -> AnyFlowTransformer3DModel:
 
 
 def run(device: Any, variant: str, rows: int) -> tuple[CuDNN, Tensor]:
-    """One forward, and a backward unless the variant is ``"inference"``; the model is bf16 but for ``"autocast"``."""
+    """One forward, and a backward unless the variant is ``"inference"``; the model is bf16 but for
+    ``"autocast"``.
+    """
     model = network(device, torch.float32 if variant == "autocast" else BF16)
     if variant == "autocast":
         model.enable_gradient_checkpointing()
-    x, text = (torch.empty(shape, dtype=BF16, device="cuda") for shape in ((1, 21, 16, 60, 104), (1, 512, 4096)))
+    x, text = (
+        torch.empty(shape, dtype=BF16, device="cuda")
+        for shape in ((1, 21, 16, 60, 104), (1, 512, 4096))
+    )
     t = torch.empty((1,) if rows == 1 else (1, rows), device="cuda")
     device.clear()
     with CuDNN() as attention:
@@ -72,7 +89,9 @@ def run(device: Any, variant: str, rows: int) -> tuple[CuDNN, Tensor]:
         if variant != "inference":
             # torch.autograd.backward itself, which is one call to a mode that is off inside of it
             engine, gradient = torch.autograd.Variable._execution_engine, torch.empty_like(out)
-            engine.run_backward((out,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            engine.run_backward(
+                (out,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
     return attention, out
 
 
@@ -82,7 +101,8 @@ def test_every_operator_of_the_model_is_a_kernel(variant: str, rows: int, device
     assert out.dtype == BF16 and out.device.type == "cuda" and device.waits == []
 
     forward = {op: LAYERS * n for op, n in PER_BLOCK.items()}
-    again = Counter(forward) if variant == "autocast" else Counter()  # the blocks, in the backward pass
+    # the blocks, in the backward pass
+    again = Counter(forward) if variant == "autocast" else Counter()
     forward["layer_norm_modulate"] += 1
     forward["dual_timestep_embedding"] = 1
     backward = {} if variant == "inference" else {f"{op}_backward": n for op, n in forward.items()}
@@ -96,21 +116,36 @@ def test_every_operator_of_the_model_is_a_kernel(variant: str, rows: int, device
 
 
 def check_dtypes(device: Any, rows: int) -> None:
-    """Tokens are bf16 but before the output projection, modulation and tables are fp32 and keep R rows."""
+    """Tokens are bf16 but before the output projection, modulation and tables are fp32 and keep R
+    rows.
+    """
     for call in device.calls:
         if not call.operator.startswith("anyflow.") or "embedding" in call.operator:
             continue
         tokens = [o for o in call.operands if o[0][:2] == (1, TOKENS) or o[0][:2] == (1, 512)]
         modulation = [o for o in call.operands if len(o[0]) == 3 and o[0][1] == rows]
         tables = [o for o in call.operands if o[0] == (TOKENS, HEAD_DIM // 2)]
-        last = call.operator.startswith("anyflow.layer_norm_modulate") and tokens[0][2] == torch.float32
-        assert tokens and {o[2] for o in tokens} == ({torch.float32} if last else {BF16}), call.operator
+        last = (
+            call.operator.startswith("anyflow.layer_norm_modulate")
+            and tokens[0][2] == torch.float32
+        )
+        assert tokens and {o[2] for o in tokens} == ({torch.float32} if last else {BF16}), (
+            call.operator
+        )
         assert {o[2] for o in (*modulation, *tables)} <= {torch.float32}
-        assert len(modulation) + len(tables) + ("rms_norm" in call.operator) + ("residual" in call.operator) > 0
+        assert (
+            len(modulation)
+            + len(tables)
+            + ("rms_norm" in call.operator)
+            + ("residual" in call.operator)
+            > 0
+        )
 
 
 def check_attention(device: Any, attention: CuDNN, calls: int) -> None:
-    """Queries, keys and values are views ``[B, H, L, Dh]`` of contiguous ``[B, L, H, Dh]``, and so is the result."""
+    """Queries, keys and values are views ``[B, H, L, Dh]`` of contiguous ``[B, L, H, Dh]``, and so
+    is the result.
+    """
     assert len(attention.operands) == calls
     for operands in attention.operands:
         for shape, stride, dtype in operands:
@@ -120,21 +155,31 @@ def check_attention(device: Any, attention: CuDNN, calls: int) -> None:
     gradients = [call for call in kernels if "backward" in call.operator]
     assert len(kernels) == calls + len(gradients) and len(gradients) in (0, 2 * LAYERS)
     for call in kernels:
-        for result in (r for r in call.result if isinstance(r, Tensor) and r.ndim == 4 and r.shape[3] == HEAD_DIM):
+        for result in (
+            r
+            for r in call.result
+            if isinstance(r, Tensor) and r.ndim == 4 and r.shape[3] == HEAD_DIM
+        ):
             assert result.stride()[1:] == (HEAD_DIM, DIM, 1)
 
 
 def check_copies(device: Any) -> None:
-    """No operator copies tokens: only the latents are, into patches and back, and what changes its dtype."""
+    """No operator copies tokens: only the latents are, into patches and back, and what changes its
+    dtype.
+    """
     for call in device.calls:
         if not call.operator.startswith(COPIES) or not call.operands:
             continue
         shape, _, dtype = call.operands[0]
         large = (
-            shape.numel() >= 512 * DIM and shape[-1] in (DIM, HEAD_DIM, 8960) and shape[:2] in [(1, TOKENS), (1, 512)]
+            shape.numel() >= 512 * DIM
+            and shape[-1] in (DIM, HEAD_DIM, 8960)
+            and shape[:2] in [(1, TOKENS), (1, 512)]
         )
         if large:
-            assert call.operator.startswith("aten._to_copy") and call.result.dtype != dtype, call.operator
+            assert call.operator.startswith("aten._to_copy") and call.result.dtype != dtype, (
+                call.operator
+            )
 
 
 class Copied(TorchDispatchMode):
@@ -144,20 +189,28 @@ class Copied(TorchDispatchMode):
         super().__init__()
         self.copies: list[str] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(function).startswith(COPIES) and args[0].numel() >= DIM * 21:  # not what finishes a sum
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # not what finishes a sum
+        if str(function).startswith(COPIES) and args[0].numel() >= DIM * 21:
             self.copies.append(str(function))
         return function(*args, **({} if kwargs is None else kwargs))
 
 
 def check_launches(device: Any) -> None:
-    """The wrappers of the kernels launch on the very tensors of the model: none is copied to be read."""
+    """The wrappers of the kernels launch on the very tensors of the model: none is copied to be
+    read.
+    """
     with _disable_current_modes():
         for call in device.calls:
             namespace, name = call.operator.split(".")[:2]
             if namespace != "anyflow":
                 continue
-            op, direction = name.removesuffix("_backward"), "backward" if name.endswith("_backward") else "forward"
+            op, direction = (
+                name.removesuffix("_backward"),
+                "backward" if name.endswith("_backward") else "forward",
+            )
             assert choose(op, torch.device("cuda"), lambda *_: None, ()) == "triton"
             wrapper = getattr(importlib.import_module(f"anyflow.kernels.{op}"), direction)
             with record() as launches, Copied() as copied:
@@ -172,7 +225,9 @@ def on_meta(x: Tensor) -> Tensor:
 def test_gelu_is_in_the_epilogue_of_the_product(device: Any) -> None:
     """One product and no copy: what the feed-forward runs where no gradient is needed."""
     x = torch.empty(1, TOKENS, DIM, dtype=BF16, device="cuda")
-    weight, bias = (torch.empty(shape, dtype=BF16, device="cuda") for shape in ((8960, DIM), (8960,)))
+    weight, bias = (
+        torch.empty(shape, dtype=BF16, device="cuda") for shape in ((8960, DIM), (8960,))
+    )
     device.clear()
     assert linear_gelu(x, weight, bias).shape == (1, TOKENS, 8960)
     assert device.counts("aten")["_addmm_activation"] == 1
@@ -180,7 +235,9 @@ def test_gelu_is_in_the_epilogue_of_the_product(device: Any) -> None:
 
 
 def test_a_compiled_block_keeps_the_operators(device: Any) -> None:
-    """One graph forward and one backward, by torch.compile on the fakes, with the same operators in them."""
+    """One graph forward and one backward, by torch.compile on the fakes, with the same operators in
+    them.
+    """
     with torch.device("meta"), device.fakes:
         block = AnyFlowTransformerBlock(DIM, 8960, HEADS, cross_attn_norm=True, eps=1e-6)
     device.parameters(block, BF16)
@@ -191,11 +248,19 @@ def test_a_compiled_block_keeps_the_operators(device: Any) -> None:
         graphs.append(Counter(name.split(".")[1] for name in names if name.startswith("anyflow.")))
         return make_boxed_func(graph.forward)
 
-    compiled = torch.compile(block, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    compiled = torch.compile(
+        block, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    )
     with _disable_current_modes(), device.fakes:  # torch.compile takes no modes but the fakes'
         x = torch.empty(1, 42, DIM, dtype=BF16, device="cuda", requires_grad=True)
-        text, modulation = torch.empty(1, 5, DIM, dtype=BF16, device="cuda"), torch.empty(1, 21, 6, DIM, device="cuda")
+        text, modulation = (
+            torch.empty(1, 5, DIM, dtype=BF16, device="cuda"),
+            torch.empty(1, 21, 6, DIM, device="cuda"),
+        )
         table = torch.empty(42, HEAD_DIM // 2, device="cuda")
         out = compiled(x, text, modulation, (table, table))
         out.backward(torch.empty_like(out))
-    assert graphs == [Counter(PER_BLOCK), Counter({f"{op}_backward": n for op, n in PER_BLOCK.items()})]
+    assert graphs == [
+        Counter(PER_BLOCK),
+        Counter({f"{op}_backward": n for op, n in PER_BLOCK.items()}),
+    ]

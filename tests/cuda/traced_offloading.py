@@ -1,4 +1,6 @@
-"""Plan ``low`` brings the transformer to the device: without waiting, once its weights are in pinned memory."""
+"""Plan ``low`` brings the transformer to the device: without waiting, once its weights are in
+pinned memory.
+"""
 
 from typing import Any
 
@@ -15,7 +17,9 @@ def test_weights_come_from_pinned_memory_at_the_second_turn(device: Any) -> None
     turns = Turns("low", torch.device("cuda", 0), cuda_graph=False)
     device.clear()
     turns.transformer(first)
-    assert len(device.waits) == 4 and {wait.why for wait in device.waits} == {"copies from pageable memory"}
+    assert len(device.waits) == 4 and {wait.why for wait in device.waits} == {
+        "copies from pageable memory"
+    }
 
     turns = Turns("low", torch.device("cuda", 0), cuda_graph=False)
     turns.rest(again)

@@ -1,4 +1,6 @@
-"""The host never waits for the device in a step: of the samplers, of both training stages, and of the scheduler."""
+"""The host never waits for the device in a step: of the samplers, of both training stages, and of
+the scheduler.
+"""
 
 from contextlib import suppress
 from typing import Any
@@ -38,7 +40,8 @@ ARCHITECTURE = ArchitectureConfig(
 )
 # The guard of an update: its only wait, so that no update is made of gradients that are not finite.
 GUARD = {"training/guard.py:_anywhere"}
-END = ["validation.py:first"]  # of a sampling: whether all was finite is read once, after the last step
+# of a sampling: whether all was finite is read once, after the last step
+END = ["validation.py:first"]
 
 
 def recipe(stage: str, **changes: Any) -> Recipe:
@@ -62,11 +65,18 @@ def recipe(stage: str, **changes: Any) -> Recipe:
 def batch() -> Batch:
     data = SyntheticVideos()
     rows = tuple(range(4))
-    return Batch(torch.stack([data[i].latents for i in rows]), torch.stack([data[i].prompt_embeds for i in rows]), rows)
+    return Batch(
+        torch.stack([data[i].latents for i in rows]),
+        torch.stack([data[i].prompt_embeds for i in rows]),
+        rows,
+    )
 
 
 def make_step(device: Any, recipe: Recipe) -> PretrainStep | OnPolicyStep:
-    student, negative = device.parameters(build_student(recipe)), SyntheticVideos().negative_prompt_embeds
+    student, negative = (
+        device.parameters(build_student(recipe)),
+        SyntheticVideos().negative_prompt_embeds,
+    )
     if recipe.on_policy is None:
         return PretrainStep(recipe, Mesh(CUDA), student, negative)
     teacher = build_teacher(recipe)
@@ -77,7 +87,9 @@ def make_step(device: Any, recipe: Recipe) -> PretrainStep | OnPolicyStep:
 
 @pytest.mark.parametrize("stage", ["pretrain", "on_policy"])
 def test_an_update_waits_for_nothing_but_its_guard(stage: str, device: Any) -> None:
-    """Co-training, so that the loss of pretraining is in both; the draws are made in host memory."""
+    """Co-training, so that the loss of pretraining is in both; the draws are made in host
+    memory.
+    """
     step = make_step(device, recipe(stage))
     device.clear()
     Window(CUDA).add(step.update([batch()], 0))
@@ -90,9 +102,15 @@ def student(device: Any) -> AnyFlowTransformer3DModel:
     return device.parameters(build_student(recipe("pretrain")))
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0}, {"context": True}, {"callback": True}], ids=str)
-def test_the_sampler_waits_once_at_its_end(options: dict[str, Any], student: Any, device: Any) -> None:
-    """With what it is given in host memory too: context frames, and latents that a callback returns."""
+@pytest.mark.parametrize(
+    "options", [{}, {"guidance_scale": 2.0}, {"context": True}, {"callback": True}], ids=str
+)
+def test_the_sampler_waits_once_at_its_end(
+    options: dict[str, Any], student: Any, device: Any
+) -> None:
+    """With what it is given in host memory too: context frames, and latents that a callback
+    returns.
+    """
     noise, text = torch.empty(2, 3, 8, 4, 4, device=CUDA), torch.empty(1, 4, 32, device=CUDA)
     options = dict(options)
     if options.pop("context", False):
@@ -111,12 +129,19 @@ def test_the_consistency_sampler_waits_once_at_its_end(student: Any, device: Any
     generator = torch.Generator().manual_seed(1)  # in host memory
     device.clear()
     sample_consistency(
-        student, FlowMapEulerDiscreteScheduler(), noise, text, num_inference_steps=3, generator=generator
+        student,
+        FlowMapEulerDiscreteScheduler(),
+        noise,
+        text,
+        num_inference_steps=3,
+        generator=generator,
     )
     assert device.counts()["gated_residual"] == 3 and [wait.where for wait in device.waits] == END
 
 
-@pytest.mark.parametrize("t", [500.0, torch.tensor(500.0), torch.tensor([500.0, 400.0])], ids=["float", "0-d", "[B]"])
+@pytest.mark.parametrize(
+    "t", [500.0, torch.tensor(500.0), torch.tensor([500.0, 400.0])], ids=["float", "0-d", "[B]"]
+)
 def test_a_step_of_the_scheduler_waits_for_nothing(t: float | torch.Tensor, device: Any) -> None:
     x = torch.empty(2, 3, 8, 4, 4, device=CUDA)
     scheduler = FlowMapEulerDiscreteScheduler()
@@ -136,8 +161,12 @@ def test_a_step_of_the_scheduler_waits_for_nothing(t: float | torch.Tensor, devi
     ],
     ids=["default", "dropout, i2v", "extrapolate, no guidance", "flow matching"],
 )
-def test_the_pretrain_loss_draws_and_computes_without_a_wait(settings: dict[str, Any], student, device: Any) -> None:
-    method = AnyFlowPretrainMethod(student, FlowMapEulerDiscreteScheduler(), PretrainConfig(**settings))
+def test_the_pretrain_loss_draws_and_computes_without_a_wait(
+    settings: dict[str, Any], student, device: Any
+) -> None:
+    method = AnyFlowPretrainMethod(
+        student, FlowMapEulerDiscreteScheduler(), PretrainConfig(**settings)
+    )
     latents, text = torch.empty(4, 3, 8, 4, 4, device=CUDA), torch.empty(4, 4, 32, device=CUDA)
     device.clear()
     output = method.loss(latents, text, text[:1], generator=torch.Generator().manual_seed(1))

@@ -12,9 +12,16 @@ WriteVideo = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def write_video() -> WriteVideo:
-    """``write_video(path, grays, fps=16, size=(64, 64))``: one plain frame per gray level; or per array given."""
+    """``write_video(path, grays, fps=16, size=(64, 64))``: one plain frame per gray level; or per
+    array given.
+    """
 
-    def write(path: Path, frames: Sequence[int | np.ndarray], fps: int = 16, size: tuple[int, int] = (64, 64)) -> Path:
+    def write(
+        path: Path,
+        frames: Sequence[int | np.ndarray],
+        fps: int = 16,
+        size: tuple[int, int] = (64, 64),
+    ) -> Path:
         with av.open(str(path), "w") as container:
             stream = container.add_stream("libx264", rate=fps, options={"crf": "1", "threads": "1"})
             stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"

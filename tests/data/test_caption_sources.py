@@ -52,7 +52,12 @@ def test_a_text_file_that_cannot_be_used_breaks_its_video_alone(videos: Path) ->
     found = find_captions(None, videos)
     *broken, sound = found.rows[:3] + found.rows[4:] + found.rows[3:4]
     assert sound == Caption(4, "e.mp4", "a disc")
-    reasons = ["byte 0xf6 is not UTF-8", "the caption is empty", "d.txt does not exist", "is a FIFO"]
+    reasons = [
+        "byte 0xf6 is not UTF-8",
+        "the caption is empty",
+        "d.txt does not exist",
+        "is a FIFO",
+    ]
     for row, reason in zip(broken, reasons, strict=True):
         assert isinstance(row, Broken) and reason in row.reason
     assert found.place(broken[0]) == "A.MOV"
@@ -88,11 +93,16 @@ def test_the_columns_of_a_table_in_the_folder(videos: Path) -> None:
 def test_several_tables_in_the_folder_are_an_error(videos: Path) -> None:
     for suffix in ("csv", "jsonl"):
         (videos / f"metadata.{suffix}").write_text("")
-    with pytest.raises(ValueError, match=r"has metadata\.csv and metadata\.jsonl; give the one to read as --captions"):
+    with pytest.raises(
+        ValueError,
+        match=r"has metadata\.csv and metadata\.jsonl; give the one to read as --captions",
+    ):
         find_captions(None, videos)
 
 
-@pytest.mark.parametrize(("files", "prompts"), [("videos.txt", "prompts.txt"), ("video.txt", "captions.txt")])
+@pytest.mark.parametrize(
+    ("files", "prompts"), [("videos.txt", "prompts.txt"), ("video.txt", "captions.txt")]
+)
 def test_two_lists_in_the_folder(videos: Path, files: str, prompts: str) -> None:
     (videos / files).write_text("b.mp4\r\nsub/c.webm\r\nA.MOV\n\n")
     (videos / prompts).write_text("a disc, red\na line\u2028break\n\n")
@@ -101,13 +111,18 @@ def test_two_lists_in_the_folder(videos: Path, files: str, prompts: str) -> None
     (videos / prompts).write_text("a disc, red\na line\u2028break\n \nof nothing\n")
     (videos / files).write_text("b.mp4\nsub/c.webm\nA.MOV\n\t\n")
     *rows, no_caption, no_file = find_captions(None, videos).rows
-    assert rows == [Caption(1, "b.mp4", "a disc, red"), Caption(2, "sub/c.webm", "a line\u2028break")]
+    assert rows == [
+        Caption(1, "b.mp4", "a disc, red"),
+        Caption(2, "sub/c.webm", "a line\u2028break"),
+    ]
     assert isinstance(no_caption, Broken) and (no_caption.line, no_caption.file) == (3, "A.MOV")
     assert isinstance(no_file, Broken) and no_file.line == 4
 
 
 def test_a_folder_without_captions_or_videos_is_empty(videos: Path, tmp_path: Path) -> None:
-    with pytest.raises(EmptyDatasetError, match=r"no metadata\.csv.*no \.txt file for any of the 3 videos.*A\.txt"):
+    with pytest.raises(
+        EmptyDatasetError, match=r"no metadata\.csv.*no \.txt file for any of the 3 videos.*A\.txt"
+    ):
         find_captions(None, videos)
     (tmp_path / "empty").mkdir()
     with pytest.raises(EmptyDatasetError, match=r"empty holds no videos: .*\.mp4"):

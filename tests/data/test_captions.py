@@ -1,4 +1,6 @@
-"""Tables of captions: CSV, TSV, JSON lines and JSON, under the names that people give the columns."""
+"""Tables of captions: CSV, TSV, JSON lines and JSON, under the names that people give the
+columns.
+"""
 
 import csv
 import json
@@ -23,7 +25,8 @@ EXPECTED = [("a.mp4", 'A "red" disc,\nmoving'), ("sub/b.mp4", "Ein Kreuz – gro
 def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
     table = tmp_path / "captions.csv"
     table.write_text(
-        'caption,file,extra\n"A ""red"" disc,\nmoving",a.mp4,1\nEin Kreuz – groß,sub/b.mp4,\n', encoding="utf-8-sig"
+        'caption,file,extra\n"A ""red"" disc,\nmoving",a.mp4,1\nEin Kreuz – groß,sub/b.mp4,\n',
+        encoding="utf-8-sig",
     )
     lines = tmp_path / "captions.jsonl"
     lines.write_text(
@@ -32,7 +35,9 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     for path, numbers in ((table, (3, 4)), (lines, (1, 3))):
-        assert read_captions(path) == [Caption(line, *row) for line, row in zip(numbers, EXPECTED, strict=True)]
+        assert read_captions(path) == [
+            Caption(line, *row) for line, row in zip(numbers, EXPECTED, strict=True)
+        ]
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -40,7 +45,9 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
 def test_what_writers_of_csv_make_is_read_back(tmp_path: Path, ending: str, quoting: int) -> None:
     rows = [("a.mp4", 'a 5" screen, dark'), ("b, c.mp4", "two\nlines"), ("d.mp4", " spaces ")]
     with (tmp_path / "c.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator=ending, quoting=quoting).writerows([("file", "caption"), *rows])
+        csv.writer(file, lineterminator=ending, quoting=quoting).writerows(
+            [("file", "caption"), *rows]
+        )
     assert [(row.file, row.caption) for row in read_captions(tmp_path / "c.csv")] == rows
 
 
@@ -81,14 +88,18 @@ BROKEN_JSONL = {
 
 @pytest.mark.parametrize(
     ("suffix", "row", "reason"),
-    [(".csv", *case) for case in BROKEN_CSV.items()] + [(".jsonl", *case) for case in BROKEN_JSONL.items()],
+    [(".csv", *case) for case in BROKEN_CSV.items()]
+    + [(".jsonl", *case) for case in BROKEN_JSONL.items()],
     ids=lambda value: value[:30],
 )
 def test_one_odd_row_is_an_error_with_its_line_and_does_not_hide_the_others(
     tmp_path: Path, suffix: str, row: str, reason: str
 ) -> None:
     path = tmp_path / f"c{suffix}"
-    sound = [f"{i}.mp4,b" if suffix == ".csv" else json.dumps({"file": f"{i}.mp4", "caption": "b"}) for i in (1, 2)]
+    sound = [
+        f"{i}.mp4,b" if suffix == ".csv" else json.dumps({"file": f"{i}.mp4", "caption": "b"})
+        for i in (1, 2)
+    ]
     start = [HEADER.strip()] if suffix == ".csv" else [""]
     path.write_text("\n".join([*start, sound[0], row, sound[1]]) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=rf"c\{suffix}, line 3: .*({reason})") as caught:
@@ -104,28 +115,78 @@ def test_one_odd_row_is_an_error_with_its_line_and_does_not_hide_the_others(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.csv", b"file,words\na.mp4,x\n", r"c\.csv, line 1: .*'file', 'words'.*'caption', 'text', 'prompt'"),
-        ("c.csv", b"name,text\na.mp4,x\n", r"c\.csv, line 1: .*'name', 'text'.*'file', 'file_name'.*--file-column"),
-        ("c.csv", b"file;caption\na.mp4;x\n", r"c\.csv, line 1: .*must have a comma.*with a semicolon"),
-        ("c.csv", b"file\tcaption\na.mp4\tx\n", r"c\.csv, line 1: .*must have a comma.*with a tab .*is a \.tsv"),
+        (
+            "c.csv",
+            b"file,words\na.mp4,x\n",
+            r"c\.csv, line 1: .*'file', 'words'.*'caption', 'text', 'prompt'",
+        ),
+        (
+            "c.csv",
+            b"name,text\na.mp4,x\n",
+            r"c\.csv, line 1: .*'name', 'text'.*'file', 'file_name'.*--file-column",
+        ),
+        (
+            "c.csv",
+            b"file;caption\na.mp4;x\n",
+            r"c\.csv, line 1: .*must have a comma.*with a semicolon",
+        ),
+        (
+            "c.csv",
+            b"file\tcaption\na.mp4\tx\n",
+            r"c\.csv, line 1: .*must have a comma.*with a tab .*is a \.tsv",
+        ),
         ("c.tsv", b"file,caption\na.mp4,x\n", r"c\.tsv, line 1: .*must have a tab.*with a comma"),
-        ("c.csv", b"file,text,prompt\na.mp4,x,y\n", r"\['text', 'prompt'\] could each be .*--caption-column"),
-        ("c.csv", b"path,video,text\na.mp4,x,y\n", r"\['path', 'video'\] could each be .*--file-column"),
-        ("c.jsonl", b'{"file": "a", "text": "b"}\n{"file": "a", "prompt": "b"}\n', r"\['text', 'prompt'\] could each"),
-        ("c.jsonl", b'{"clip": "a", "text": "b"}\n', r"c\.jsonl: no column of the videos: .*'clip', 'text'"),
+        (
+            "c.csv",
+            b"file,text,prompt\na.mp4,x,y\n",
+            r"\['text', 'prompt'\] could each be .*--caption-column",
+        ),
+        (
+            "c.csv",
+            b"path,video,text\na.mp4,x,y\n",
+            r"\['path', 'video'\] could each be .*--file-column",
+        ),
+        (
+            "c.jsonl",
+            b'{"file": "a", "text": "b"}\n{"file": "a", "prompt": "b"}\n',
+            r"\['text', 'prompt'\] could each",
+        ),
+        (
+            "c.jsonl",
+            b'{"clip": "a", "text": "b"}\n',
+            r"c\.jsonl: no column of the videos: .*'clip', 'text'",
+        ),
         ("c.json", b'"a"', "must hold a list of objects, or one object"),
         ("c.json", b'[{"file": "a.mp4", "caption": "b"}', "cannot be read as JSON"),
         ("c.json", b'{"a.mp4": "b", "a.mp4": "c"}', "more than once"),
-        ("c.csv", b"file,caption,caption\na.mp4,x,y\n", r"line 1: the header names \['caption'\] more than once"),
-        ("c.csv", b'file,caption\na.mp4,x\nb.mp4,"a disc\nc.mp4,y\nd.mp4,z\n', "line 3: .*never closed"),
-        ("c.csv", "file,caption\na.mp4,schön\n".encode("latin-1"), r"c\.csv, line 2: byte 0xf6 is not UTF-8"),
-        ("c.csv", "file,caption\na.mp4,x\n".encode("utf-16"), r"c\.csv, line 1: byte 0xff is not UTF-8"),
+        (
+            "c.csv",
+            b"file,caption,caption\na.mp4,x,y\n",
+            r"line 1: the header names \['caption'\] more than once",
+        ),
+        (
+            "c.csv",
+            b'file,caption\na.mp4,x\nb.mp4,"a disc\nc.mp4,y\nd.mp4,z\n',
+            "line 3: .*never closed",
+        ),
+        (
+            "c.csv",
+            "file,caption\na.mp4,schön\n".encode("latin-1"),
+            r"c\.csv, line 2: byte 0xf6 is not UTF-8",
+        ),
+        (
+            "c.csv",
+            "file,caption\na.mp4,x\n".encode("utf-16"),
+            r"c\.csv, line 1: byte 0xff is not UTF-8",
+        ),
         ("c.csv", "file,caption\na.mp4,x\n".encode("utf-16-le"), r"c\.csv, line 1"),
         ("c.jsonl", '{"file": "a.mp4", "caption": "x"}\n'.encode("utf-16-le"), r"c\.jsonl, line 1"),
         ("c.txt", b"", r"\.csv, \.tsv, \.jsonl or \.json file, or a folder .*, got .*c\.txt"),
     ],
 )
-def test_a_fault_of_the_whole_table_is_an_error(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_fault_of_the_whole_table_is_an_error(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     for read in (read_captions, scan_captions):
         with pytest.raises(ValueError, match=message):
@@ -142,17 +203,24 @@ def test_a_fault_of_the_whole_table_is_an_error(tmp_path: Path, name: str, conte
         ("c.json", b"[]", "no captions"),
         ("c.json", b"{}", "no captions"),
         ("c.json", b'["a", 3]', r"c\.json, entry 1: .*no object .*no other entry"),
-        ("c.jsonl", b'[\n{"file": "a.mp4",\n"caption": "x"}\n]\n', r"c\.jsonl, line 1: .*no other line"),
+        (
+            "c.jsonl",
+            b'[\n{"file": "a.mp4",\n"caption": "x"}\n]\n',
+            r"c\.jsonl, line 1: .*no other line",
+        ),
     ],
 )
-def test_a_table_without_a_row_is_empty(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_table_without_a_row_is_empty(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     for read in (read_captions, scan_captions):
         with pytest.raises(EmptyDatasetError, match=message):
             read(tmp_path / name)
 
 
-# Tables of others: Hugging Face's VideoFolder, the trainers of diffusers, DiffSynth, musubi-tuner, LTX and Open-Sora.
+# Tables of others: Hugging Face's VideoFolder, the trainers of diffusers, DiffSynth, musubi-tuner,
+# LTX and Open-Sora.
 NAMES = [
     ("file", "caption"),
     ("file_name", "text"),
@@ -166,7 +234,9 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("file", "caption"), NAMES)
-def test_the_columns_have_the_names_that_people_give_them(tmp_path: Path, file: str, caption: str) -> None:
+def test_the_columns_have_the_names_that_people_give_them(
+    tmp_path: Path, file: str, caption: str
+) -> None:
     rows = [("a.mp4", "a disc, red"), ("sub/b.mp4", "007")]
     tables = {
         "csv": f'{caption},id,{file}\n"a disc, red",1,a.mp4\n007,2,sub/b.mp4\n',
@@ -191,12 +261,17 @@ def test_a_json_object_gives_the_caption_of_each_file(tmp_path: Path) -> None:
 
 def test_columns_of_other_names_are_named_by_the_caller(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("clip,text,prompt,other\n0.mp4,a,b,c\n")
-    (tmp_path / "c.jsonl").write_text('{"clip": "0.mp4", "text": "a", "prompt": "b", "other": "c"}\n')
+    (tmp_path / "c.jsonl").write_text(
+        '{"clip": "0.mp4", "text": "a", "prompt": "b", "other": "c"}\n'
+    )
     for name in ("c.csv", "c.jsonl"):
         for caption, expected in (("prompt", "b"), ("other", "c")):
             [row] = read_captions(tmp_path / name, Columns("clip", caption))
             assert (row.file, row.caption) == ("0.mp4", expected)
-        with pytest.raises(ValueError, match=r"--caption-column names 'words', which is none of the columns: 'clip'"):
+        with pytest.raises(
+            ValueError,
+            match=r"--caption-column names 'words', which is none of the columns: 'clip'",
+        ):
             read_captions(tmp_path / name, Columns("clip", "words"))
 
 

@@ -13,7 +13,9 @@ SIZE = {"height": 32, "width": 48}
 
 
 def test_a_picture_is_turned_upright_and_cut_to_the_size(tmp_path: Path) -> None:
-    """A portrait of 40 x 100, red above and blue below, as a phone stores it: lying, with a note to turn it."""
+    """A portrait of 40 x 100, red above and blue below, as a phone stores it: lying, with a note to
+    turn it.
+    """
     pixels = np.zeros((100, 40, 3), np.uint8)
     pixels[:50, :, 0], pixels[50:, :, 2] = 255, 255
     exif = Image.Exif()
@@ -32,18 +34,27 @@ def test_a_picture_is_turned_upright_and_cut_to_the_size(tmp_path: Path) -> None
 
 def test_the_first_frames_of_a_video(tmp_path: Path) -> None:
     """Brightness counts the 14 frames; half of 33 are 17, of which there are 13 (4k + 1) here."""
-    clip = np.broadcast_to((np.arange(14) * 15).astype(np.uint8)[:, None, None, None], (14, 64, 96, 3))
+    clip = np.broadcast_to(
+        (np.arange(14) * 15).astype(np.uint8)[:, None, None, None], (14, 64, 96, 3)
+    )
     write_video(clip, tmp_path / "clip.mp4", fps=8)
 
     def brightness(frames: int | None, num_frames: int, fps: float = 8) -> list[int]:
-        video = read_first_frames(tmp_path / "clip.mp4", frames, num_frames=num_frames, fps=fps, **SIZE)
+        video = read_first_frames(
+            tmp_path / "clip.mp4", frames, num_frames=num_frames, fps=fps, **SIZE
+        )
         assert video.shape[1:] == (3, 32, 48)
         return [round(float(v) / 15) for v in video.float().mean((1, 2, 3))]
 
     assert brightness(None, 33) == list(range(13)) and brightness(None, 17) == list(range(9))
     assert brightness(None, 5) == [0] and brightness(5, 9) == list(range(5))
     assert brightness(5, 9, fps=4) == [0, 2, 4, 6, 8]
-    for frames, message in ((17, "too short: 14 frames"), (8, r"4k \+ 1"), (81, "fewer than the 81"), (0, "whole")):
+    for frames, message in (
+        (17, "too short: 14 frames"),
+        (8, r"4k \+ 1"),
+        (81, "fewer than the 81"),
+        (0, "whole"),
+    ):
         with pytest.raises(ValueError, match=message):
             brightness(frames, 81)
     (tmp_path / "clip.mp4").write_bytes(b"no video")

@@ -20,7 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyflow.data import TrainingData, open_dataset
-from anyflow.data.latent_dataset import SCHEMA, DatasetInfo, LatentDataset, LatentWriter, damages, shards, written_rows
+from anyflow.data.latent_dataset import (
+    SCHEMA,
+    DatasetInfo,
+    LatentDataset,
+    LatentWriter,
+    damages,
+    shards,
+    written_rows,
+)
 from anyflow.data.latent_format import map_shard, read_record, shard_digest, write_record
 from anyflow.training.config import DataConfig
 
@@ -66,9 +74,15 @@ def test_everything_written_is_read_back_bit_for_bit(folder: Path, rows: list[Ro
         assert (dataset.file(i), dataset.caption(i)) == (file, caption)
         assert torch.equal(sample.latents, latents)
         assert torch.equal(sample.prompt_embeds[: len(prompt)], prompt)
-        assert not sample.prompt_embeds[len(prompt) :].any() and sample.prompt_embeds.shape == (6, 5)
+        assert not sample.prompt_embeds[len(prompt) :].any() and sample.prompt_embeds.shape == (
+            6,
+            5,
+        )
     assert torch.equal(dataset.negative_prompt_embeds[0, :2], NEGATIVE)
-    assert dataset.negative_prompt_embeds.shape == (1, 6, 5) and not dataset.negative_prompt_embeds[0, 2:].any()
+    assert (
+        dataset.negative_prompt_embeds.shape == (1, 6, 5)
+        and not dataset.negative_prompt_embeds[0, 2:].any()
+    )
 
 
 def test_a_sample_is_the_callers_to_change(folder: Path, rows: list[Row]) -> None:
@@ -89,7 +103,8 @@ def test_workers_read_the_dataset_by_its_path(folder: Path) -> None:
     content = pickle.dumps(LatentDataset(folder))
     assert len(content) < 1000 and len(pickle.loads(content)) == 7
     here, ahead = (
-        next(TrainingData(open_dataset(DataConfig(path=str(folder))), batch_size=7, num_workers=n)) for n in (0, 2)
+        next(TrainingData(open_dataset(DataConfig(path=str(folder))), batch_size=7, num_workers=n))
+        for n in (0, 2)
     )
     assert sorted(here.index) == list(range(7)) and torch.equal(here.latents, ahead.latents)
 
@@ -101,10 +116,14 @@ def test_the_datasets_library_reads_a_shard(folder: Path, rows: list[Row]) -> No
     assert table[5]["latents"] == rows[5][2].flatten().tolist()
 
 
-def test_the_fingerprint_follows_content_and_order(rows: list[Row], folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_follows_content_and_order(
+    rows: list[Row], folder: Path, tmp_path: Path
+) -> None:
     fingerprint = LatentDataset(folder).fingerprint
     changed = [*rows[:6], (*rows[6][:2], rows[6][2] + 1e-6, rows[6][3])]
-    assert LatentDataset(write(tmp_path / "same", rows, rows_per_shard=2)).fingerprint == fingerprint
+    assert (
+        LatentDataset(write(tmp_path / "same", rows, rows_per_shard=2)).fingerprint == fingerprint
+    )
     for name, others in (("order", rows[::-1]), ("less", rows[:6]), ("changed", changed)):
         assert LatentDataset(write(tmp_path / name, others)).fingerprint != fingerprint
 
@@ -115,12 +134,17 @@ def test_a_row_of_another_shape_is_named_when_the_dataset_is_opened(
 ) -> None:
     folder = write(tmp_path / "data", rows[:3])
     odd = replace(INFO, latent_shape=shape)
-    shard = shards(write(tmp_path / "odd", [("odd.mp4", "odd", torch.ones(shape), torch.ones(1, 5))], odd))[0]
+    shard = shards(
+        write(tmp_path / "odd", [("odd.mp4", "odd", torch.ones(shape), torch.ones(1, 5))], odd)
+    )[0]
     shard.rename(folder / "shard-000001.arrow")
     record_shards(folder)
     with pytest.raises(ValueError) as caught:
         LatentDataset(folder)
-    assert all(part in str(caught.value) for part in ("row 3", "odd.mp4", str(folder), str(shape), "(3, 4, 2, 2)"))
+    assert all(
+        part in str(caught.value)
+        for part in ("row 3", "odd.mp4", str(folder), str(shape), "(3, 4, 2, 2)")
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, 7])
@@ -142,19 +166,28 @@ def test_a_row_that_is_not_finite_is_named_when_it_is_read(
     folder = write(tmp_path, [*rows[:4], (file, caption, latents, prompt)])
     dataset = LatentDataset(folder, sampled_rows=0)
     assert len([dataset[i] for i in range(4)]) == 4
-    for read in (lambda: dataset[4], lambda: LatentDataset(folder)):  # opening reads the last row, among others
+    # opening reads the last row, among others
+    for read in (lambda: dataset[4], lambda: LatentDataset(folder)):
         with pytest.raises(ValueError, match=rf"row 4 \(4\.mp4\) of .*{column} hold NaN"):
             read()
 
 
 def test_the_writer_refuses_another_shape(rows: list[Row], tmp_path: Path) -> None:
-    with LatentWriter(tmp_path, INFO, NEGATIVE) as writer, pytest.raises(ValueError, match=r"a\.mp4.*\[3, 4, 2, 2\]"):
+    with (
+        LatentWriter(tmp_path, INFO, NEGATIVE) as writer,
+        pytest.raises(ValueError, match=r"a\.mp4.*\[3, 4, 2, 2\]"),
+    ):
         writer.add("a.mp4", "", torch.ones(3, 5, 2, 2), rows[0][3])
 
 
-def test_a_writer_that_fails_leaves_whole_shards_and_is_resumed(rows: list[Row], tmp_path: Path) -> None:
+def test_a_writer_that_fails_leaves_whole_shards_and_is_resumed(
+    rows: list[Row], tmp_path: Path
+) -> None:
     folder = tmp_path / "data"
-    with pytest.raises(KeyboardInterrupt), LatentWriter(folder, INFO, NEGATIVE, rows_per_shard=3) as writer:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        LatentWriter(folder, INFO, NEGATIVE, rows_per_shard=3) as writer,
+    ):
         for row in rows[:5]:
             writer.add(*row)
         raise KeyboardInterrupt
@@ -191,7 +224,9 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
         ({"text_length": 7}, "damaged or edited"),
     ],
 )
-def test_a_description_that_does_not_fit_is_refused(folder: Path, change: dict[str, object], message: str) -> None:
+def test_a_description_that_does_not_fit_is_refused(
+    folder: Path, change: dict[str, object], message: str
+) -> None:
     path = folder / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
@@ -209,22 +244,37 @@ def test_a_description_that_does_not_fit_is_refused(folder: Path, change: dict[s
         (b"", "empty file"),
     ],
 )
-def test_a_description_that_cannot_be_read_names_the_file(folder: Path, content: bytes, message: str) -> None:
+def test_a_description_that_cannot_be_read_names_the_file(
+    folder: Path, content: bytes, message: str
+) -> None:
     (folder / "dataset.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"dataset\.json.*{message}"):
         LatentDataset(folder)
 
 
-def test_a_dataset_of_an_earlier_release_is_read_and_added_to(folder: Path, rows: list[Row], tmp_path: Path) -> None:
-    """Its digests are of the numbers alone, and dataset.json has none; a changed number is found all the same."""
+def test_a_dataset_of_an_earlier_release_is_read_and_added_to(
+    folder: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    """Its digests are of the numbers alone, and dataset.json has none; a changed number is found
+    all the same.
+    """
     for path in shards(folder):
         table = pa.ipc.open_stream(path.read_bytes()).read_all()
-        numbers = [[np.float32(table[name][i].as_py()).tobytes() for name in NUMBERS] for i in range(len(table))]
+        numbers = [
+            [np.float32(table[name][i].as_py()).tobytes() for name in NUMBERS]
+            for i in range(len(table))
+        ]
         digests = [hashlib.blake2b(b"".join(row), digest_size=16).hexdigest() for row in numbers]
         with pa.ipc.new_stream(str(path), SCHEMA) as stream:
-            stream.write_table(table.set_column(5, SCHEMA.field("digest"), pa.array(digests)), max_chunksize=1)
+            stream.write_table(
+                table.set_column(5, SCHEMA.field("digest"), pa.array(digests)), max_chunksize=1
+            )
     facts = json.loads((folder / "dataset.json").read_text())
-    old = {name: facts[name] for name in facts if name not in ("packages", "shards", "negative", "digest")}
+    old = {
+        name: facts[name]
+        for name in facts
+        if name not in ("packages", "shards", "negative", "digest")
+    }
     (folder / "dataset.json").write_text(json.dumps(old))
     assert torch.equal(LatentDataset(folder)[6].latents, rows[6][2]) and damages(folder) == []
 
@@ -276,7 +326,10 @@ def test_any_flipped_bit_is_an_error_or_changes_nothing(folder: Path, rows: list
             for i, (file, caption, latents, _) in enumerate(rows):
                 assert torch.equal(dataset[i].latents, latents)
                 assert (dataset.file(i), dataset.caption(i)) == (file, caption)
-            assert torch.equal(dataset.negative_prompt_embeds[0, :2], NEGATIVE) and dataset.info == INFO
+            assert (
+                torch.equal(dataset.negative_prompt_embeds[0, :2], NEGATIVE)
+                and dataset.info == INFO
+            )
         except ValueError:
             found += 1
         path.write_bytes(content)
@@ -296,10 +349,19 @@ def test_shards_that_are_exchanged_missing_or_of_another_dataset_are_found(
 
     changes = {
         "exchange": (exchange, "shard-000000.arrow is damaged or of another dataset"),
-        "foreign": (lambda: shutil.copy(shards(other)[1], second), "shard-000001.arrow is damaged or of another"),
+        "foreign": (
+            lambda: shutil.copy(shards(other)[1], second),
+            "shard-000001.arrow is damaged or of another",
+        ),
         "missing": (second.unlink, "shard-000001.arrow is missing"),
-        "more": (lambda: shutil.copy(third, folder / "shard-000003.arrow"), "shard-000003.arrow is not of this"),
-        "cut off": (lambda: third.write_bytes(contents[third][:-300]), "shard-000002.arrow is damaged"),
+        "more": (
+            lambda: shutil.copy(third, folder / "shard-000003.arrow"),
+            "shard-000003.arrow is not of this",
+        ),
+        "cut off": (
+            lambda: third.write_bytes(contents[third][:-300]),
+            "shard-000002.arrow is damaged",
+        ),
     }
     for change, message in changes.values():
         change()
@@ -312,7 +374,9 @@ def test_shards_that_are_exchanged_missing_or_of_another_dataset_are_found(
     assert damages(folder) == [] and len(LatentDataset(folder)) == 7
 
 
-def test_a_damaged_shard_is_refused_by_a_writer_and_made_anew_when_deleted(folder: Path, rows: list[Row]) -> None:
+def test_a_damaged_shard_is_refused_by_a_writer_and_made_anew_when_deleted(
+    folder: Path, rows: list[Row]
+) -> None:
     first = shards(folder)[0]
     shutil.copy(shards(folder)[1], first)
     with pytest.raises(ValueError, match=r"shard-000000\.arrow is damaged.*delete it"):
@@ -324,7 +388,9 @@ def test_a_damaged_shard_is_refused_by_a_writer_and_made_anew_when_deleted(folde
             writer.add(*row)
         writer.finish()
     dataset = LatentDataset(folder)
-    assert damages(folder) == [] and sorted(dataset.file(i) for i in range(7)) == [row[0] for row in rows]
+    assert damages(folder) == [] and sorted(dataset.file(i) for i in range(7)) == [
+        row[0] for row in rows
+    ]
 
 
 def test_damaged_shards_are_refused(folder: Path) -> None:
@@ -335,7 +401,9 @@ def test_damaged_shards_are_refused(folder: Path) -> None:
         with pytest.raises(ValueError, match="shard"):
             LatentDataset(folder)
     last.unlink()
-    with pytest.raises(ValueError, match="should have 7 rows, not 6: shard-000002.arrow is missing"):
+    with pytest.raises(
+        ValueError, match="should have 7 rows, not 6: shard-000002.arrow is missing"
+    ):
         LatentDataset(folder)
 
 
@@ -343,7 +411,9 @@ def test_a_negative_prompt_that_is_damaged_or_missing_is_refused(folder: Path) -
     path = folder / "negative_prompt.safetensors"
     for embeds in (torch.ones(7, 5), torch.ones(2, 4), torch.ones(5)):
         save_file({"prompt_embeds": embeds}, path)
-        with pytest.raises(ValueError, match=r"negative_prompt\.safetensors must hold prompt_embeds \[1\.\.6, 5\]"):
+        with pytest.raises(
+            ValueError, match=r"negative_prompt\.safetensors must hold prompt_embeds \[1\.\.6, 5\]"
+        ):
             LatentDataset(folder)
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"negative_prompt\.safetensors cannot be read"):
@@ -355,14 +425,18 @@ def test_a_negative_prompt_that_is_damaged_or_missing_is_refused(folder: Path) -
 
 def test_a_missing_package_is_named_with_what_installs_it() -> None:
     program = (
-        "import sys; sys.modules.update({'pyarrow': None, 'av': None}); import anyflow.data, importlib\n"
+        "import sys; sys.modules.update({'pyarrow': None, 'av': None}); import anyflow.data, "
+        "importlib\n"
         "for module in ('latent_dataset', 'video'):\n"
         "    try: importlib.import_module('anyflow.data.' + module)\n"
         "    except ImportError as error: print(error)\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert result.stdout == (
-        "a dataset of latents needs the package pyarrow, which is not installed: pip install pyarrow\n"
+        "a dataset of latents needs the package pyarrow, which is not installed: pip install "
+        "pyarrow\n"
         "decoding a video needs the package av, which is not installed: pip install av\n"
     )
 
@@ -387,7 +461,9 @@ def record_shards(folder: Path) -> None:
     """Let dataset.json have the shards that are there, as if they had been written so."""
     digests = {path.name: map_shard(path)["digest"].to_pylist() for path in shards(folder)}
     recorded = {name: shard_digest(rows) for name, rows in digests.items()}
-    write_record(folder, replace(read_record(folder), rows=sum(map(len, digests.values())), shards=recorded))
+    write_record(
+        folder, replace(read_record(folder), rows=sum(map(len, digests.values())), shards=recorded)
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:

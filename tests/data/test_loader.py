@@ -1,4 +1,6 @@
-"""The order of the samples: exact at any batch size, number of ranks, position and number of workers."""
+"""The order of the samples: exact at any batch size, number of ranks, position and number of
+workers.
+"""
 
 import multiprocessing
 from dataclasses import FrozenInstanceError
@@ -37,10 +39,21 @@ class Rows:
         return Sample(torch.full((1, 1, 1, 1), float(index)), torch.full((1, 1), -float(index)))
 
 
-def stream(length: int, count: int, *, batch: int = 1, world: int = 1, seed: int = 0, consumed: int = 0) -> list[int]:
-    """The next rows of the global stream, put together from the batches of all ranks; whole batches, so maybe more."""
+def stream(
+    length: int, count: int, *, batch: int = 1, world: int = 1, seed: int = 0, consumed: int = 0
+) -> list[int]:
+    """The next rows of the global stream, put together from the batches of all ranks; whole
+    batches, so maybe more.
+    """
     ranks = [
-        TrainingData(Rows(length), batch_size=batch, data_rank=r, data_world=world, seed=seed, consumed=consumed)
+        TrainingData(
+            Rows(length),
+            batch_size=batch,
+            data_rank=r,
+            data_world=world,
+            seed=seed,
+            consumed=consumed,
+        )
         for r in range(world)
     ]
     rows: list[int] = []
@@ -87,9 +100,19 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 @settings(max_examples=3)
 @given(lengths, batches, worlds)
-def test_workers_change_neither_batches_nor_what_counts_as_consumed(length: int, batch: int, world: int) -> None:
-    arguments = {"batch_size": batch, "data_rank": world - 1, "data_world": world, "seed": 3, "consumed": 7}
-    here, ahead = (TrainingData(Rows(length), num_workers=workers, **arguments) for workers in (0, 2))
+def test_workers_change_neither_batches_nor_what_counts_as_consumed(
+    length: int, batch: int, world: int
+) -> None:
+    arguments = {
+        "batch_size": batch,
+        "data_rank": world - 1,
+        "data_world": world,
+        "seed": 3,
+        "consumed": 7,
+    }
+    here, ahead = (
+        TrainingData(Rows(length), num_workers=workers, **arguments) for workers in (0, 2)
+    )
     for a, b in islice(zip(here, ahead, strict=True), 8):
         assert a.index == b.index
         assert torch.equal(a.latents, b.latents) and torch.equal(a.prompt_embeds, b.prompt_embeds)
@@ -157,7 +180,9 @@ def test_the_videos_and_prompts_are_those_of_the_quickstart() -> None:
     dataset = open_dataset(DataConfig(kind="synthetic"))
     world = World(DemoConfig())
     videos, labels = world.shapes.sample(24, torch.Generator().manual_seed(1))
-    decoded = world.decode(torch.stack([sample.latents for sample in (dataset[row] for row in range(len(dataset)))]))
+    decoded = world.decode(
+        torch.stack([sample.latents for sample in (dataset[row] for row in range(len(dataset)))])
+    )
     for video, label, prompt in zip(videos, labels, world.prompts(labels), strict=True):
         (row,) = [row for row in range(len(dataset)) if torch.equal(decoded[row], video)]
         assert row // 144 == label and torch.equal(dataset[row].prompt_embeds, prompt)

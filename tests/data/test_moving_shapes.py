@@ -18,7 +18,9 @@ def shapes() -> MovingShapes:
     return SHAPES
 
 
-def _reference_gray(cfg: MovingShapesConfig, label: int, row: float, col: float, frame: int, y: int, x: int) -> float:
+def _reference_gray(
+    cfg: MovingShapesConfig, label: int, row: float, col: float, frame: int, y: int, x: int
+) -> float:
     """One pixel by scalar arithmetic, from the docstring of the config."""
     if label % 2 == 0:
         col += frame * cfg.speed
@@ -33,7 +35,8 @@ def _reference_gray(cfg: MovingShapesConfig, label: int, row: float, col: float,
     if label // 2 == 0:
         return soft(cfg.radius - math.hypot(dy, dx))
     return max(
-        soft(cfg.arm_length - dy) * soft(cfg.arm_width - dx), soft(cfg.arm_width - dy) * soft(cfg.arm_length - dx)
+        soft(cfg.arm_length - dy) * soft(cfg.arm_width - dx),
+        soft(cfg.arm_width - dy) * soft(cfg.arm_length - dx),
     )
 
 
@@ -45,7 +48,9 @@ def test_render_matches_scalar_reference() -> None:
         for frame in range(3):
             for y in range(11):
                 for x in range(11):
-                    want = _reference_gray(shapes.config, label, *positions[label].tolist(), frame, y, x)
+                    want = _reference_gray(
+                        shapes.config, label, *positions[label].tolist(), frame, y, x
+                    )
                     assert video[label, frame, 0, y, x].item() == pytest.approx(want, abs=2e-6)
 
 
@@ -55,7 +60,9 @@ def test_motion_is_one_pixel_per_frame_and_wraps(label: int, row: int, col: int)
     video = SHAPES.render(torch.tensor([label]), torch.tensor([[row, col]]))[0, :, 0]
     axis = 1 if SHAPES.class_names[label].endswith("right") else 0
     for frame in range(video.shape[0]):
-        torch.testing.assert_close(video[frame], torch.roll(video[0], frame, dims=axis), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            video[frame], torch.roll(video[0], frame, dims=axis), rtol=0, atol=1e-5
+        )
 
 
 def test_positions_wrap_around(shapes: MovingShapes) -> None:
@@ -83,7 +90,9 @@ def test_templates_are_distinct_and_numbered_by_position(shapes: MovingShapes) -
     # A cross is its own mirror image about its center.
     centered = torch.roll(direct[0, 0], (-7, -5), dims=(0, 1))
     for axis in (0, 1):
-        torch.testing.assert_close(centered, torch.roll(centered.flip(axis), 1, dims=axis), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            centered, torch.roll(centered.flip(axis), 1, dims=axis), rtol=0, atol=1e-5
+        )
 
 
 def test_sample_uses_only_its_generator(shapes: MovingShapes) -> None:
@@ -171,14 +180,17 @@ def test_bad_render_and_sample_input(shapes: MovingShapes) -> None:
     factor=st.tuples(*[st.integers(1, 3)] * 3),
 )
 @settings(max_examples=60, deadline=None)
-def test_space_time_round_trip(b: int, f: int, c: int, h: int, w: int, factor: tuple[int, int, int]) -> None:
+def test_space_time_round_trip(
+    b: int, f: int, c: int, h: int, w: int, factor: tuple[int, int, int]
+) -> None:
     ff, fh, fw = factor
     shape = (b, f * ff, c, h * fh, w * fw)
     video = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
     latents = pixel_unshuffle_3d(video, factor)
     assert latents.shape == (b, f, c * ff * fh * fw, h, w)
     assert torch.equal(pixel_shuffle_3d(latents, factor), video)
-    assert torch.equal(latents.flatten().sort().values, video.flatten())  # a permutation, hence orthogonal
+    # a permutation, hence orthogonal
+    assert torch.equal(latents.flatten().sort().values, video.flatten())
 
 
 def test_space_time_agrees_with_pixel_unshuffle_of_torch() -> None:
@@ -189,7 +201,8 @@ def test_space_time_agrees_with_pixel_unshuffle_of_torch() -> None:
 
 def test_space_time_channel_order() -> None:
     video = torch.arange(8.0).reshape(1, 2, 1, 2, 2)
-    assert pixel_unshuffle_3d(video).flatten().tolist() == list(range(8))  # frame, row, column; the last fastest
+    # frame, row, column; the last fastest
+    assert pixel_unshuffle_3d(video).flatten().tolist() == list(range(8))
 
 
 def test_space_time_errors() -> None:

@@ -1,4 +1,6 @@
-"""From video files and captions to a dataset, with a real (tiny) Wan model, against diffusers' own pipeline."""
+"""From video files and captions to a dataset, with a real (tiny) Wan model, against diffusers' own
+pipeline.
+"""
 
 import csv
 import dataclasses
@@ -30,14 +32,29 @@ from anyflow.data.captions import Broken
 from anyflow.data.encoders import TextEncoder, VideoEncoder
 from anyflow.data.latent_dataset import LatentDataset, shards
 from anyflow.data.latent_format import read_record, write_record
-from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, NothingEncodedError, PreprocessReport, preprocess
+from anyflow.data.preprocess import (
+    WAN_NEGATIVE_PROMPT,
+    NothingEncodedError,
+    PreprocessReport,
+    preprocess,
+)
 from anyflow.data.video import read_video
 from anyflow.pipelines.wan import clean_prompt
 from anyflow.training.config import DataConfig
 
 WriteVideo = Callable[..., Path]
-SIZE: dict[str, Any] = {"num_frames": 9, "height": 64, "width": 64, "text_length": 12, "dtype": "fp32"}
-CAPTIONS = {"0.mp4": "a red disc moves slowly", "1.mp4": "the  blue\ncross &amp; a disc", "2.mp4": "a cross"}
+SIZE: dict[str, Any] = {
+    "num_frames": 9,
+    "height": 64,
+    "width": 64,
+    "text_length": 12,
+    "dtype": "fp32",
+}
+CAPTIONS = {
+    "0.mp4": "a red disc moves slowly",
+    "1.mp4": "the  blue\ncross &amp; a disc",
+    "2.mp4": "a cross",
+}
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +93,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def encode_pipeline(pipeline: AnyFlowPipeline, prompt: str) -> torch.Tensor:
     with torch.no_grad():
-        return pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=12)[0][0]
+        return pipeline.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=12
+        )[0][0]
 
 
 def test_stored_latents_are_those_of_the_anyflow_pipeline(
     videos: Path, wan_model: Path, pipeline: AnyFlowPipeline, tmp_path: Path
 ) -> None:
-    assert preprocess(videos, table(tmp_path / "c.csv", CAPTIONS), wan_model, tmp_path / "out", **SIZE) == (
-        PreprocessReport(3, 0, ())
-    )
+    assert preprocess(
+        videos, table(tmp_path / "c.csv", CAPTIONS), wan_model, tmp_path / "out", **SIZE
+    ) == (PreprocessReport(3, 0, ()))
     dataset = LatentDataset(tmp_path / "out")
     assert dataset.latent_shape == (3, 16, 8, 8)
     for row, file in enumerate(CAPTIONS):
@@ -102,7 +121,9 @@ def test_latents_are_the_normalized_mean_of_the_posterior(videos: Path, wan_mode
         mean = vae.encode((pixels.float() / 127.5 - 1).transpose(0, 1)[None]).latent_dist.mean[0]
     latents = VideoEncoder(wan_model, torch.device("cpu"))(pixels)
     for channel in range(16):
-        expected = (mean[channel] - vae.config.latents_mean[channel]) / vae.config.latents_std[channel]
+        expected = (mean[channel] - vae.config.latents_mean[channel]) / vae.config.latents_std[
+            channel
+        ]
         torch.testing.assert_close(latents[:, channel], expected, atol=1e-6, rtol=1e-6)
 
 
@@ -111,7 +132,14 @@ def test_prompts_are_those_of_the_anyflow_pipeline(
 ) -> None:
     captions = {**CAPTIONS, "3.mp4": " ".join(["slowly to the right"] * 9)}
     out = tmp_path / "out"
-    preprocess(videos, table(tmp_path / "c.csv", captions), wan_model, out, negative_prompt="bad quality", **SIZE)
+    preprocess(
+        videos,
+        table(tmp_path / "c.csv", captions),
+        wan_model,
+        out,
+        negative_prompt="bad quality",
+        **SIZE,
+    )
     dataset = LatentDataset(out)
     assert dataset.text_shape == (12, 16)
     for row, caption in enumerate(captions.values()):
@@ -120,11 +148,15 @@ def test_prompts_are_those_of_the_anyflow_pipeline(
     assert load_file(out / "negative_prompt.safetensors")["prompt_embeds"].shape == (3, 16)
 
 
-def test_the_text_encoder_runs_in_the_dtype_asked_for(wan_model: Path, pipeline: AnyFlowPipeline) -> None:
+def test_the_text_encoder_runs_in_the_dtype_asked_for(
+    wan_model: Path, pipeline: AnyFlowPipeline
+) -> None:
     encoder = TextEncoder(wan_model, torch.device("cpu"), dtype=torch.bfloat16, text_length=12)
     embeds = encoder("a red disc")
     assert embeds.dtype == torch.float32 and torch.equal(embeds, embeds.bfloat16().float())
-    torch.testing.assert_close(embeds, encode_pipeline(pipeline, "a red disc")[:4], atol=0.1, rtol=0.1)
+    torch.testing.assert_close(
+        embeds, encode_pipeline(pipeline, "a red disc")[:4], atol=0.1, rtol=0.1
+    )
 
 
 def test_videos_that_cannot_be_used_are_listed_and_stop_nothing(
@@ -138,7 +170,8 @@ def test_videos_that_cannot_be_used_are_listed_and_stop_nothing(
     (folder / "text.mp4").write_text("not a video")
     write_video(folder / "short.mp4", [100] * 8)
     captions = {
-        "text.mp4": "a", "0.mp4": "b", "cut.mp4": "c", "1.mp4": "d", "absent.mp4": "e", "short.mp4": "f", "2.mp4": " "
+        "text.mp4": "a", "0.mp4": "b", "cut.mp4": "c", "1.mp4": "d", "absent.mp4": "e",
+        "short.mp4": "f", "2.mp4": " "
     }  # fmt: skip
     report = preprocess(folder, table(tmp_path / "c.csv", captions), wan_model, out, **SIZE)
     assert (report.done, report.skipped) == (2, 0)
@@ -149,7 +182,9 @@ def test_videos_that_cannot_be_used_are_listed_and_stop_nothing(
         (7, "short.mp4", "too short"),
         (8, "2.mp4", "the caption is empty"),
     ]
-    listed = [Broken(**json.loads(line)) for line in (out / "broken.jsonl").read_text().splitlines()]
+    listed = [
+        Broken(**json.loads(line)) for line in (out / "broken.jsonl").read_text().splitlines()
+    ]
     assert tuple(listed) == report.broken
     assert [LatentDataset(out).file(row) for row in range(2)] == ["0.mp4", "1.mp4"]
 
@@ -157,7 +192,12 @@ def test_videos_that_cannot_be_used_are_listed_and_stop_nothing(
         shutil.copy(videos / "3.mp4", folder / name)
     again = preprocess(folder, tmp_path / "c.csv", wan_model, out, **SIZE)
     assert (again.done, again.skipped, len(again.broken)) == (2, 2, 3)
-    assert [LatentDataset(out).file(row) for row in range(4)] == ["0.mp4", "1.mp4", "cut.mp4", "absent.mp4"]
+    assert [LatentDataset(out).file(row) for row in range(4)] == [
+        "0.mp4",
+        "1.mp4",
+        "cut.mp4",
+        "absent.mp4",
+    ]
 
 
 def test_odd_files_and_lines_of_captions_are_one_line_each_and_stop_nothing(
@@ -186,22 +226,36 @@ def test_odd_files_and_lines_of_captions_are_one_line_each_and_stop_nothing(
         "..": outside,
     }
     lines = [json.dumps({"file": name, "caption": "a red disc"}) for name in (*sound, *odd)]
-    lines += ['{"file": "0.mp4", "caption": "\\ud800"}', "[" * 10_000, '{"file": "0.mp4", "caption": "&nbsp;"}']
+    lines += [
+        '{"file": "0.mp4", "caption": "\\ud800"}',
+        "[" * 10_000,
+        '{"file": "0.mp4", "caption": "&nbsp;"}',
+    ]
     captions = tmp_path / "c.jsonl"
     captions.write_text("\n".join(lines), encoding="utf-8")
     report = preprocess(folder, captions, wan_model, out, **SIZE)
     dataset = LatentDataset(out)
     assert [dataset.file(row) for row in range(len(dataset))] == sound and report.done == 4
-    reasons = [*odd.values(), "the line has a lone surrogate", "the line is nested", "the caption is empty once"]
+    reasons = [
+        *odd.values(),
+        "the line has a lone surrogate",
+        "the line is nested",
+        "the caption is empty once",
+    ]
     assert [entry.line for entry in report.broken] == list(range(5, len(lines) + 1))
     for entry, reason in zip(report.broken, reasons, strict=True):
         assert entry.reason.startswith(reason)
-    listed = [Broken(**json.loads(line)) for line in (out / "broken.jsonl").read_text("utf-8").split("\n")[:-1]]
+    listed = [
+        Broken(**json.loads(line))
+        for line in (out / "broken.jsonl").read_text("utf-8").split("\n")[:-1]
+    ]
     assert tuple(listed) == report.broken
 
     again = preprocess(folder, captions, wan_model, out, allow_outside=True, **SIZE)
     assert (again.done, again.skipped) == (3, 4)
-    assert "is a device" in next(entry.reason for entry in again.broken if entry.file == "/dev/zero")
+    assert "is a device" in next(
+        entry.reason for entry in again.broken if entry.file == "/dev/zero"
+    )
 
 
 def test_a_caption_with_a_comma_without_quotes_is_left_out_and_named(
@@ -212,7 +266,9 @@ def test_a_caption_with_a_comma_without_quotes_is_left_out_and_named(
     report = preprocess(videos, captions, wan_model, tmp_path / "out", **SIZE)
     assert [(entry.line, entry.file) for entry in report.broken] == [(2, "0.mp4")]
     dataset = LatentDataset(tmp_path / "out")
-    assert [(dataset.file(row), dataset.caption(row)) for row in range(len(dataset))] == [("1.mp4", "a cross")]
+    assert [(dataset.file(row), dataset.caption(row)) for row in range(len(dataset))] == [
+        ("1.mp4", "a cross")
+    ]
 
 
 def test_a_dataset_has_the_versions_that_made_it_and_a_change_is_said_once(
@@ -223,15 +279,21 @@ def test_a_dataset_has_the_versions_that_made_it_and_a_change_is_said_once(
     record = read_record(out)
     assert record.packages is not None
     assert record.packages["ftfy"] == [importlib.metadata.version("ftfy")]
-    assert {"av", "libswscale", "transformers", "diffusers", "tokenizers", "torch"} <= set(record.packages)
+    assert {"av", "libswscale", "transformers", "diffusers", "tokenizers", "torch"} <= set(
+        record.packages
+    )
     open_dataset(DataConfig(path=str(out)))
     assert not [warning for warning in recwarn if str(out) in str(warning.message)]
 
-    write_record(out, dataclasses.replace(record, packages={**record.packages, "ftfy": [None], "av": ["9.0"]}))
+    write_record(
+        out,
+        dataclasses.replace(record, packages={**record.packages, "ftfy": [None], "av": ["9.0"]}),
+    )
     with pytest.warns(UserWarning, match="may have been encoded without ftfy"):
         open_dataset(DataConfig(path=str(out)))
     with pytest.warns(
-        UserWarning, match=rf"{out} was begun with other versions \(ftfy not installed, here .*; av 9\.0"
+        UserWarning,
+        match=rf"{out} was begun with other versions \(ftfy not installed, here .*; av 9\.0",
     ) as said:
         preprocess(videos, table(captions, {"0.mp4": "a", "1.mp4": "b"}), wan_model, out, **SIZE)
     assert len(said) == 1 and "\n" not in str(said[0].message)
@@ -240,7 +302,9 @@ def test_a_dataset_has_the_versions_that_made_it_and_a_change_is_said_once(
 
     packages = {**record.packages, "transformers": ["4.50.0"]}
     write_record(out, dataclasses.replace(read_record(out), packages=packages))
-    with pytest.warns(UserWarning, match=r"encoded with other versions \(transformers 4\.50\.0, here"):
+    with pytest.warns(
+        UserWarning, match=r"encoded with other versions \(transformers 4\.50\.0, here"
+    ):
         open_dataset(DataConfig(path=str(out)))
     write_record(out, dataclasses.replace(read_record(out), packages=None))
     with pytest.warns(UserWarning, match="does not say what made it"):
@@ -248,7 +312,9 @@ def test_a_dataset_has_the_versions_that_made_it_and_a_change_is_said_once(
 
 
 def test_prompts_are_cleaned_as_those_of_the_published_models(wan_model: Path) -> None:
-    """The right sides are what ftfy 6.3.1 documents: curly quotes, ligatures, full-width commas, mojibake."""
+    """The right sides are what ftfy 6.3.1 documents: curly quotes, ligatures, full-width commas,
+    mojibake.
+    """
     pairs = {
         "a man\u2019s \u201cred\u201d disc": 'a man\'s "red" disc',
         "a \ufb01ne disc": "a fine disc",
@@ -280,9 +346,13 @@ def test_the_command_verifies_every_row(videos: Path, wan_model: Path, tmp_path:
     assert result.exit_code == 2 and "--videos is missing" in result.stderr
 
 
-def test_a_video_may_have_several_captions_but_not_one_twice(videos: Path, wan_model: Path, tmp_path: Path) -> None:
+def test_a_video_may_have_several_captions_but_not_one_twice(
+    videos: Path, wan_model: Path, tmp_path: Path
+) -> None:
     lines = tmp_path / "c.jsonl"
-    lines.write_text("".join(json.dumps({"file": "0.mp4", "caption": text}) + "\n" for text in ("a", "red", "a")))
+    lines.write_text(
+        "".join(json.dumps({"file": "0.mp4", "caption": text}) + "\n" for text in ("a", "red", "a"))
+    )
     for done, skipped in ((2, 0), (0, 2)):
         report = preprocess(videos, lines, wan_model, tmp_path / "out", **SIZE)
         assert (report.done, report.skipped) == (done, skipped)
@@ -292,7 +362,9 @@ def test_a_video_may_have_several_captions_but_not_one_twice(videos: Path, wan_m
     assert torch.equal(dataset[0].latents, dataset[1].latents)
 
 
-def test_a_finished_run_is_not_repeated_and_can_be_added_to(videos: Path, wan_model: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated_and_can_be_added_to(
+    videos: Path, wan_model: Path, tmp_path: Path
+) -> None:
     out, captions = tmp_path / "out", tmp_path / "c.csv"
     preprocess(videos, table(captions, {"0.mp4": "a", "1.mp4": "red"}), wan_model, out, **SIZE)
     before = contents(out)
@@ -324,7 +396,9 @@ def test_another_run_with_other_settings_is_refused(
     assert contents(tmp_path / "out") == before
 
 
-def test_another_run_with_another_model_is_refused(videos: Path, wan_model: Path, tmp_path: Path) -> None:
+def test_another_run_with_another_model_is_refused(
+    videos: Path, wan_model: Path, tmp_path: Path
+) -> None:
     captions = table(tmp_path / "c.csv", {"0.mp4": "a"})
     preprocess(videos, captions, wan_model, tmp_path / "out", **SIZE)
     other = shutil.copytree(wan_model, tmp_path / "other")
@@ -337,17 +411,26 @@ def test_another_run_with_another_model_is_refused(videos: Path, wan_model: Path
         preprocess(videos, captions, other, tmp_path / "out", **SIZE)
 
 
-def test_a_model_with_missing_or_foreign_weights_is_refused(wan_model: Path, tmp_path: Path) -> None:
+def test_a_model_with_missing_or_foreign_weights_is_refused(
+    wan_model: Path, tmp_path: Path
+) -> None:
     for part, load in (
         ("vae", lambda model: VideoEncoder(model, torch.device("cpu"))),
-        ("text_encoder", lambda model: TextEncoder(model, torch.device("cpu"), dtype=torch.float32, text_length=12)),
+        (
+            "text_encoder",
+            lambda model: TextEncoder(
+                model, torch.device("cpu"), dtype=torch.float32, text_length=12
+            ),
+        ),
     ):
         model = shutil.copytree(wan_model, tmp_path / part)
         weights = next((model / part).glob("*.safetensors"))
         tensors = load_file(weights)
         tensors["renamed"] = tensors.pop(sorted(tensors)[3])
         save_file(tensors, weights, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=rf"{part} does not hold.*(missing.*unexpected|unexpected.*missing)"):
+        with pytest.raises(
+            ValueError, match=rf"{part} does not hold.*(missing.*unexpected|unexpected.*missing)"
+        ):
             load(model)
         shutil.rmtree(model / part)
         with pytest.raises(ValueError, match=f"has no {part}/"):
@@ -374,13 +457,20 @@ def test_a_model_with_missing_or_foreign_weights_is_refused(wan_model: Path, tmp
 def test_unusable_arguments_are_refused_before_anything_is_written(
     videos: Path, wan_model: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    arguments = {"videos": videos, "captions": table(tmp_path / "c.csv", CAPTIONS), "model": wan_model, **SIZE}
+    arguments = {
+        "videos": videos,
+        "captions": table(tmp_path / "c.csv", CAPTIONS),
+        "model": wan_model,
+        **SIZE,
+    }
     with pytest.raises(ValueError, match=message):
         preprocess(**arguments | change, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_vae_that_gives_nan_breaks_its_videos_and_stores_none(videos: Path, wan_model: Path, tmp_path: Path) -> None:
+def test_a_vae_that_gives_nan_breaks_its_videos_and_stores_none(
+    videos: Path, wan_model: Path, tmp_path: Path
+) -> None:
     model = shutil.copytree(wan_model, tmp_path / "model")
     weights = next((model / "vae").glob("*.safetensors"))
     tensors = load_file(weights)
@@ -388,14 +478,19 @@ def test_a_vae_that_gives_nan_breaks_its_videos_and_stores_none(videos: Path, wa
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(NothingEncodedError) as caught:
         preprocess(videos, table(tmp_path / "c.csv", CAPTIONS), model, tmp_path / "out", **SIZE)
-    assert {entry.reason for entry in caught.value.report.broken} == {"its latents come out as NaN or infinity"}
+    assert {entry.reason for entry in caught.value.report.broken} == {
+        "its latents come out as NaN or infinity"
+    }
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["broken.jsonl"]
 
 
 def test_nothing_that_can_be_used_is_an_error_and_the_folder_is_free_for_a_mended_run(
     videos: Path, wan_model: Path, tmp_path: Path
 ) -> None:
-    out, captions = tmp_path / "out", table(tmp_path / "c.csv", {"none.mp4": "a", "1.mp4": "&nbsp;"})
+    out, captions = (
+        tmp_path / "out",
+        table(tmp_path / "c.csv", {"none.mp4": "a", "1.mp4": "&nbsp;"}),
+    )
     message = r"none of the 2 captioned videos of .*c\.csv .*: line 2 of .* \(none\.mp4\): there is no such file"
     for size in (SIZE, SIZE | {"num_frames": 5}):
         with pytest.raises(NothingEncodedError, match=message):
@@ -403,13 +498,17 @@ def test_nothing_that_can_be_used_is_an_error_and_the_folder_is_free_for_a_mende
         assert [path.name for path in out.iterdir()] == ["broken.jsonl"]
         assert len((out / "broken.jsonl").read_text().splitlines()) == 2
     with pytest.raises(NothingEncodedError, match="too short: 9 frames"):
-        preprocess(videos, table(captions, {"1.mp4": "a"}), wan_model, out, **SIZE | {"num_frames": 13})
+        preprocess(
+            videos, table(captions, {"1.mp4": "a"}), wan_model, out, **SIZE | {"num_frames": 13}
+        )
     assert preprocess(videos, captions, wan_model, out, **SIZE) == PreprocessReport(1, 0, ())
     before = contents(out)
     with pytest.raises(NothingEncodedError):
         preprocess(videos, table(captions, {"none.mp4": "a"}), wan_model, out, **SIZE)
     del before["broken.jsonl"]
-    assert {name: content for name, content in contents(out).items() if name != "broken.jsonl"} == before
+    assert {
+        name: content for name, content in contents(out).items() if name != "broken.jsonl"
+    } == before
     assert LatentDataset(out).file(0) == "1.mp4"
 
 
@@ -425,7 +524,9 @@ def test_a_run_killed_before_its_first_shard_leaves_the_folder_free(
     assert LatentDataset(out).latent_shape[0] == 2
 
 
-def test_the_command_says_what_an_empty_result_is_with_status_1(videos: Path, wan_model: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_an_empty_result_is_with_status_1(
+    videos: Path, wan_model: Path, tmp_path: Path
+) -> None:
     runner, out, empty = CliRunner(), tmp_path / "out", tmp_path / "empty"
     empty.mkdir()
     common = ["preprocess", "--model", str(wan_model), "--out", str(out)]
@@ -435,11 +536,16 @@ def test_the_command_says_what_an_empty_result_is_with_status_1(videos: Path, wa
         assert result.exit_code and "Traceback" not in result.output
         return result.exit_code, result.stderr
 
-    status, said = run("--videos", videos, "--captions", table(tmp_path / "none.csv", {"none.mp4": "a"}))
+    status, said = run(
+        "--videos", videos, "--captions", table(tmp_path / "none.csv", {"none.mp4": "a"})
+    )
     assert status == 1 and "none of the 1 captioned videos" in said
     assert [path.name for path in out.iterdir()] == ["broken.jsonl"]
     for arguments, message in (
-        (["--videos", videos, "--captions", table(tmp_path / "empty.csv", {})], "empty.csv has no captions"),
+        (
+            ["--videos", videos, "--captions", table(tmp_path / "empty.csv", {})],
+            "empty.csv has no captions",
+        ),
         (["--videos", empty], "empty holds no videos"),
         (["--videos", videos], "no captions: "),
     ):
@@ -460,7 +566,18 @@ def test_the_command_takes_a_text_file_beside_each_video_and_columns_by_name(
     (folder / "0.txt").write_text("a red disc")
     (folder / "2.txt").write_text("a cross")
     (folder / "metadata.csv.off").write_text("")
-    size = ["--num-frames", "9", "--height", "64", "--width", "64", "--dtype", "fp32", "--device", "cpu"]
+    size = [
+        "--num-frames",
+        "9",
+        "--height",
+        "64",
+        "--width",
+        "64",
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
     common = ["preprocess", "--videos", str(folder), "--model", str(wan_model), *size]
     result = CliRunner().invoke(app, [*common, "--out", str(tmp_path / "a b")])
     assert result.exit_code == 0, result.output
@@ -483,13 +600,24 @@ def test_progress_is_shown_on_the_console_and_the_global_generator_left_alone(
     screen = StringIO()
     state = torch.get_rng_state()
     captions = table(tmp_path / "c.csv", CAPTIONS)
-    preprocess(videos, captions, wan_model, tmp_path / "out", console=Console(file=screen, width=80), **SIZE)
+    preprocess(
+        videos,
+        captions,
+        wan_model,
+        tmp_path / "out",
+        console=Console(file=screen, width=80),
+        **SIZE,
+    )
     assert "encoding" in screen.getvalue() and "100%" in screen.getvalue()
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_negative_prompt_is_wans_by_default(videos: Path, wan_model: Path, tmp_path: Path) -> None:
-    preprocess(videos, table(tmp_path / "c.csv", {"0.mp4": "a"}), wan_model, tmp_path / "out", **SIZE)
+def test_the_negative_prompt_is_wans_by_default(
+    videos: Path, wan_model: Path, tmp_path: Path
+) -> None:
+    preprocess(
+        videos, table(tmp_path / "c.csv", {"0.mp4": "a"}), wan_model, tmp_path / "out", **SIZE
+    )
     assert LatentDataset(tmp_path / "out").info.source["negative_prompt"] == WAN_NEGATIVE_PROMPT
     assert len(WAN_NEGATIVE_PROMPT.split("，")) == 28
 
@@ -498,15 +626,20 @@ def test_the_negative_prompt_is_wans_by_default(videos: Path, wan_model: Path, t
 def test_a_run_that_is_killed_and_run_again_gives_the_dataset_of_one_that_was_not(
     videos: Path, wan_model: Path, tmp_path: Path
 ) -> None:
-    captions = table(tmp_path / "c.csv", {f"{i}.mp4": f"a disc {i}" for i in (*range(5), 99, *range(5, 12))})
+    captions = table(
+        tmp_path / "c.csv", {f"{i}.mp4": f"a disc {i}" for i in (*range(5), 99, *range(5, 12))}
+    )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     program = (
-        "import sys, torch; from pathlib import Path; from anyflow.data.preprocess import preprocess;"
+        "import sys, torch; from pathlib import Path; from anyflow.data.preprocess import "
+        "preprocess;"
         "torch.set_num_threads(2);"
         "videos, captions, model, out = map(Path, sys.argv[1:]);"
         f"preprocess(videos, captions, model, out, rows_per_shard=2, **{SIZE!r})"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, *map(str, (videos, captions, wan_model, killed))])
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, (videos, captions, wan_model, killed))]
+    )
     while process.poll() is None and len(shards(killed)) < 2:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -528,8 +661,30 @@ def test_the_command_makes_a_dataset_that_the_training_command_takes(
     videos: Path, wan_model: Path, tmp_path: Path
 ) -> None:
     runner, captions = CliRunner(), table(tmp_path / "c.csv", {**CAPTIONS, "none.mp4": "nothing"})
-    places = ["--videos", videos, "--captions", captions, "--model", wan_model, "--out", tmp_path / "data"]
-    size = ["--num-frames", 9, "--height", 64, "--width", 64, "--text-length", 12, "--dtype", "fp32", "--device", "cpu"]
+    places = [
+        "--videos",
+        videos,
+        "--captions",
+        captions,
+        "--model",
+        wan_model,
+        "--out",
+        tmp_path / "data",
+    ]
+    size = [
+        "--num-frames",
+        9,
+        "--height",
+        64,
+        "--width",
+        64,
+        "--text-length",
+        12,
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
     result = runner.invoke(app, ["preprocess", *map(str, [*places, *size])])
     assert result.exit_code == 0, result.output
     assert "3 videos encoded" in result.output and "none.mp4" in result.output
@@ -538,7 +693,8 @@ def test_the_command_makes_a_dataset_that_the_training_command_takes(
     recipe.write_text(
         f"stage: pretrain\nout: {tmp_path / 'run'}\nsteps: 2\ndevice: cpu\nprecision: fp32\n"
         f"data: {{path: {tmp_path / 'data'}, batch_size: 2, num_workers: 0}}\n"
-        "student: {architecture: {num_attention_heads: 2, attention_head_dim: 12, num_layers: 1, ffn_dim: 32, "
+        "student: {architecture: {num_attention_heads: 2, attention_head_dim: 12, num_layers: 1, "
+        "ffn_dim: 32, "
         f"freq_dim: 16, text_dim: {text_dim}}}}}\n"
     )
     result = runner.invoke(app, ["train", str(recipe)])

@@ -38,17 +38,23 @@ def test_frames_are_those_on_the_screen_at_the_times_asked_for(
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
-@pytest.mark.parametrize(("fps", "frames", "enough"), [(16, 9, 9), (24, 13, 9), (24, 12, 8), (8, 4, 8)])
+@pytest.mark.parametrize(
+    ("fps", "frames", "enough"), [(16, 9, 9), (24, 13, 9), (24, 12, 8), (8, 4, 8)]
+)
 def test_a_video_is_as_long_as_its_last_frame_is_shown(
     write_video: WriteVideo, tmp_path: Path, fps: int, frames: int, enough: int, container: str
 ) -> None:
     path = write_video(tmp_path / f"video.{container}", GRAYS[:frames], fps=fps)
     assert len(read(path, enough)) == enough
-    with pytest.raises(VideoError, match=f"too short: {enough} frames at 16 fps, and {enough + 1} are needed"):
+    with pytest.raises(
+        VideoError, match=f"too short: {enough} frames at 16 fps, and {enough + 1} are needed"
+    ):
         read(path, enough + 1)
 
 
-def test_frames_are_resized_to_cover_and_their_middle_is_cut_out(write_video: WriteVideo, tmp_path: Path) -> None:
+def test_frames_are_resized_to_cover_and_their_middle_is_cut_out(
+    write_video: WriteVideo, tmp_path: Path
+) -> None:
     image = np.full((64, 192, 3), 30, np.uint8)
     image[:, 64:128] = 200
     wide = write_video(tmp_path / "wide.mp4", [image] * 2, size=(64, 192))
@@ -73,8 +79,11 @@ def test_a_phones_rotation_is_applied(write_video: WriteVideo, tmp_path: Path) -
     image[:32, :48] = 220  # a bright top left corner
     path = write_video(tmp_path / "video.mp4", [image], size=(64, 96))
     content = bytearray(path.read_bytes())
-    matrix = content.index(b"tkhd") + 4 + 40  # ISO 14496-12: (x, y) -> (-y, x), a quarter turn clockwise
-    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    # ISO 14496-12: (x, y) -> (-y, x), a quarter turn clockwise
+    matrix = content.index(b"tkhd") + 4 + 40
+    content[matrix : matrix + 36] = struct.pack(
+        ">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30
+    )
     path.write_bytes(content)
     video = read(path, 1, height=96, width=64)[0, 0]
     corners = [int(video[y, x]) // 100 for y in (10, 86) for x in (10, 54)]
@@ -83,7 +92,11 @@ def test_a_phones_rotation_is_applied(write_video: WriteVideo, tmp_path: Path) -
 
 def test_files_that_are_no_video_say_what_is_wrong(write_video: WriteVideo, tmp_path: Path) -> None:
     whole = write_video(tmp_path / "whole.mp4", GRAYS).read_bytes()
-    contents = {"cut.mp4": whole[: len(whole) // 2], "text.mp4": b"not a video\n" * 50, "empty.mp4": b""}
+    contents = {
+        "cut.mp4": whole[: len(whole) // 2],
+        "text.mp4": b"not a video\n" * 50,
+        "empty.mp4": b"",
+    }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(VideoError, match="^cannot be decoded: Invalid data"):
@@ -103,7 +116,9 @@ def test_a_file_with_sound_only_has_no_video_stream(tmp_path: Path) -> None:
         read(path, 1)
 
 
-def test_frames_that_would_be_resized_to_gigabytes_are_refused(write_video: WriteVideo, tmp_path: Path) -> None:
+def test_frames_that_would_be_resized_to_gigabytes_are_refused(
+    write_video: WriteVideo, tmp_path: Path
+) -> None:
     path = write_video(tmp_path / "narrow.mp4", [100], size=(4, 1024))
     with pytest.raises(VideoError, match="frames of 1024 x 4 are too narrow for 832 x 1200"):
         read(path, 1, height=1200, width=832)
@@ -126,20 +141,34 @@ def test_metadata_that_is_not_utf8_does_not_matter(write_video: WriteVideo, tmp_
     assert torch.equal(read(tmp_path / "title.mkv", 5), read(file, 5))
 
 
-def test_what_is_not_a_video_file_is_not_waited_for(write_video: WriteVideo, tmp_path: Path) -> None:
+def test_what_is_not_a_video_file_is_not_waited_for(
+    write_video: WriteVideo, tmp_path: Path
+) -> None:
     os.mkfifo(tmp_path / "fifo.mp4")
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "zero.mp4").symlink_to("/dev/zero")
     write_video(tmp_path / "whole.mp4", GRAYS)
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile 'whole.mp4'\n")
-    reasons = {"fifo": "a FIFO", "folder": "a folder", "zero": "a device", "list": "a list of other files"}
+    reasons = {
+        "fifo": "a FIFO",
+        "folder": "a folder",
+        "zero": "a device",
+        "list": "a list of other files",
+    }
     for name, reason in reasons.items():
         with pytest.raises(VideoError, match=reason):
             read(tmp_path / f"{name}.mp4", 5)
 
 
-def test_frames_that_the_decoder_only_guesses_are_refused(write_video: WriteVideo, tmp_path: Path) -> None:
-    blocks = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+def test_frames_that_the_decoder_only_guesses_are_refused(
+    write_video: WriteVideo, tmp_path: Path
+) -> None:
+    blocks = (
+        np.random.default_rng(0)
+        .integers(0, 256, (5, 8, 8, 3), np.uint8)
+        .repeat(8, axis=1)
+        .repeat(8, axis=2)
+    )
     content = write_video(tmp_path / "whole.mp4", list(blocks)).read_bytes()
     start, draw, guessed = content.index(b"mdat"), random.Random(0), 0
     for _ in range(20):
@@ -153,13 +182,19 @@ def test_frames_that_the_decoder_only_guesses_are_refused(write_video: WriteVide
             continue
         if len(frames) == 5 and any(frame.is_corrupt for frame in frames):
             guessed += 1
-            with pytest.raises(VideoError, match="is damaged: the decoder marks the frame at .* as corrupt"):
+            with pytest.raises(
+                VideoError, match="is damaged: the decoder marks the frame at .* as corrupt"
+            ):
                 read(tmp_path / "damaged.mp4", 5)
     assert guessed > 0
 
 
-def test_damage_anywhere_in_a_file_is_a_video_error(write_video: WriteVideo, tmp_path: Path) -> None:
-    """Half of the places are in the first and last kilobyte, where a file has its tables; some damage does no harm."""
+def test_damage_anywhere_in_a_file_is_a_video_error(
+    write_video: WriteVideo, tmp_path: Path
+) -> None:
+    """Half of the places are in the first and last kilobyte, where a file has its tables; some
+    damage does no harm.
+    """
     content = write_video(tmp_path / "whole.mp4", GRAYS).read_bytes()
     draw, refused = random.Random(0), 0
     for _ in range(100):

@@ -1,4 +1,6 @@
-"""The quickstart end to end on tiny budgets: files, resuming after a real kill, determinism, and mistakes."""
+"""The quickstart end to end on tiny budgets: files, resuming after a real kill, determinism, and
+mistakes.
+"""
 
 import io
 import json
@@ -97,7 +99,9 @@ class Interrupted(DemoProgress):
 
 
 class Log(io.StringIO):
-    """Text of a run without a terminal, and the threads of torch when each piece of it was written."""
+    """Text of a run without a terminal, and the threads of torch when each piece of it was
+    written.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,13 +115,23 @@ class Log(io.StringIO):
 def test_folder_holds_everything_promised(finished: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics) == {"floor", "curves", "seconds", "seed", "budget"}
-    assert set(metrics["curves"]) == {"flow_matching", "pretrain", "on_policy", "consistency_sampler"}
+    assert set(metrics["curves"]) == {
+        "flow_matching",
+        "pretrain",
+        "on_policy",
+        "consistency_sampler",
+    }
     for curve in metrics["curves"].values():
         assert set(curve) == {"1", "4"}
-        assert all(set(point) == {"fd", "template_mse", "coverage_tv", "motion"} for point in curve.values())
+        assert all(
+            set(point) == {"fd", "template_mse", "coverage_tv", "motion"}
+            for point in curve.values()
+        )
     assert metrics["floor"]["fd"] > 0 and metrics["floor"]["motion"] == pytest.approx(1.0, rel=0.02)
     assert {*STAGES, "evaluation", "total"} == set(metrics["seconds"])
-    assert metrics["seconds"]["total"] == pytest.approx(sum(metrics["seconds"][k] for k in (*STAGES, "evaluation")))
+    assert metrics["seconds"]["total"] == pytest.approx(
+        sum(metrics["seconds"][k] for k in (*STAGES, "evaluation"))
+    )
     with Image.open(finished / "samples" / "on_policy_4.gif") as animation:
         assert animation.n_frames == 8
     report = (finished / "report.html").read_text()
@@ -130,11 +144,20 @@ def test_checkpoints_are_diffusers_folders(finished: Path) -> None:
     folder = finished / "checkpoints" / "on_policy"
     ours = AnyFlowTransformer3DModel.from_pretrained(folder / "transformer")
     theirs = DiffusersTransformer.from_pretrained(folder / "transformer")
-    assert FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler").config.num_train_timesteps == 100
+    assert (
+        FlowMapEulerDiscreteScheduler.from_pretrained(
+            folder / "scheduler"
+        ).config.num_train_timesteps
+        == 100
+    )
     x, text = torch.randn(1, 4, 8, 6, 6), torch.randn(1, 4, 32)
     t, r = torch.full((1, 4), 60.0), torch.full((1, 4), 20.0)
-    torch.testing.assert_close(ours(x, t, r, text).sample, theirs(x, t, r, text).sample, rtol=1e-5, atol=1e-6)
-    teacher = AnyFlowTransformer3DModel.from_pretrained(finished / "checkpoints" / "flow_matching" / "transformer")
+    torch.testing.assert_close(
+        ours(x, t, r, text).sample, theirs(x, t, r, text).sample, rtol=1e-5, atol=1e-6
+    )
+    teacher = AnyFlowTransformer3DModel.from_pretrained(
+        finished / "checkpoints" / "flow_matching" / "transformer"
+    )
     assert teacher.condition_embedder.delta_embedder is None
 
 
@@ -145,19 +168,26 @@ def test_other_seed_other_weights_and_the_log_says_how_far_it_is(
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     log = Log()
-    with pytest.raises(KeyboardInterrupt), Interrupted(Console(file=log, width=200), line_seconds=0.0) as progress:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Interrupted(Console(file=log, width=200), line_seconds=0.0) as progress,
+    ):
         run_demo(replace(tiny_config(), seed=1), tmp_path / "other", progress)
     weights = Path("checkpoints", "pretrain", "transformer", "diffusion_pytorch_model.safetensors")
     assert (tmp_path / "other" / weights).read_bytes() != (finished / weights).read_bytes()
     line = r"everything: \d+ %, .* left; stage 1: flow-map pretraining: step 3 of 6, 50 %, .* left, loss \d+\.\d+"
     assert re.search(line, log.getvalue())
-    assert log.threads == {1, torch.get_num_threads()} and torch.get_num_threads() == 2  # outside of the run
+    # outside of the run
+    assert log.threads == {1, torch.get_num_threads()} and torch.get_num_threads() == 2
 
 
 def test_a_network_that_diverges_ends_the_run(tmp_path: Path) -> None:
     config = tiny_config()
     with pytest.raises(TrainingError, match="of the student"):
-        run(replace(config, flow_matching=replace(config.flow_matching, lr=1e30, cosine=False)), tmp_path / "run")
+        run(
+            replace(config, flow_matching=replace(config.flow_matching, lr=1e30, cosine=False)),
+            tmp_path / "run",
+        )
 
 
 def test_finished_folder_is_recognized_and_other_settings_are_refused(finished: Path) -> None:
@@ -173,7 +203,13 @@ def test_killed_run_goes_on_within_its_stage(finished: Path, tmp_path: Path) -> 
     process = subprocess.run([sys.executable, "-c", KILLED, str(out)], timeout=600)
     assert process.returncode == -signal.SIGKILL
     assert list(json.loads((out / "state.json").read_text())["finished"]) == ["flow_matching"]
-    weights = out / "checkpoints" / "flow_matching" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = (
+        out
+        / "checkpoints"
+        / "flow_matching"
+        / "transformer"
+        / "diffusion_pytorch_model.safetensors"
+    )
     written = weights.stat().st_mtime_ns
 
     log = io.StringIO()
@@ -205,7 +241,9 @@ def test_a_state_that_is_none_names_the_file(tmp_path: Path, content: bytes) -> 
         finished_report(tiny_config(), tmp_path)
 
 
-def test_a_run_on_a_full_disk_goes_on_when_there_is_room_again(finished: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room_again(
+    finished: Path, tmp_path: Path
+) -> None:
     """Refused in its first stage, and then in the results: what was there stays, to the byte."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     out = tmp_path / "demo"
@@ -224,14 +262,22 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room_again(finished: Path, t
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         after = {file: file.read_bytes() for file in folder.rglob("*.*") if file.is_file()}
         assert set(after) - {out / "state.json"} == set(before)
-        assert all(after[file] == before[file] for file in before if file.suffix in (".gif", ".png", ".html"))
+        assert all(
+            after[file] == before[file]
+            for file in before
+            if file.suffix in (".gif", ".png", ".html")
+        )
     resumed = run(tiny_config(), out)
     assert resumed.curves == EvaluationResults.load(finished / "metrics.json").curves
 
 
 def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "anyflow", *arguments], cwd=cwd, capture_output=True, text=True, timeout=900
+        [sys.executable, "-m", "anyflow", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
 
 
@@ -278,7 +324,9 @@ def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_fast_demo_shows_the_any_step_property(fast: Path) -> None:
-    """The whole command on the CI budget; only what held with a wide margin on several seeds is asserted."""
+    """The whole command on the CI budget; only what held with a wide margin on several seeds is
+    asserted.
+    """
     fd = EvaluationResults.load(fast / "run" / "metrics.json").values("fd")
     assert fd["flow_matching"][1] / fd["pretrain"][1] > 5
     assert fd["flow_matching"][2] / fd["pretrain"][2] > 2
@@ -300,19 +348,31 @@ def test_the_notebook_is_committed_without_results() -> None:
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(cells) > 5
-    assert all(not cell.outputs and cell.execution_count is None and not cell.metadata for cell in cells)
+    assert all(
+        not cell.outputs and cell.execution_count is None and not cell.metadata for cell in cells
+    )
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_on_what_the_demo_leaves(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_on_what_the_demo_leaves(
+    fast: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ANYFLOW_DEMO", str(fast / "run"))
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]), prepend=os.pathsep)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client = NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}
+    )
     client.execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    printed = "".join(
+        output.text
+        for output in outputs
+        if output.output_type == "stream" and output.name == "stdout"
+    )
     assert len(pictures) == 3
     rows = re.findall(r"^(flow map|flow matching) +1: +([0-9.]+)", printed, re.MULTILINE)
     first = {name: float(value) for name, value in rows}

@@ -1,4 +1,6 @@
-"""What a run leaves, and one report of several seeds, on real tiny results: untrained networks, drawn and measured."""
+"""What a run leaves, and one report of several seeds, on real tiny results: untrained networks,
+drawn and measured.
+"""
 
 import io
 import json
@@ -21,12 +23,17 @@ METHODS = ("flow_matching", "on_policy")
 
 
 def make_run(out: Path, seed: int) -> EvaluationResults:
-    config = DemoConfig(seed=seed, num_layers=1, num_heads=2, samples=32, heldout=64, step_counts=(1, 2))
+    config = DemoConfig(
+        seed=seed, num_layers=1, num_heads=2, samples=32, heldout=64, step_counts=(1, 2)
+    )
     world = World(config)
     evaluator, all_samplers, model = build_evaluator(world), samplers(world), world.model()
     plain = evaluate_method(world, evaluator, all_samplers["flow_matching"], model, lambda: None)
     model.enable_flow_map(config.gate_value)
-    scored = (plain, evaluate_method(world, evaluator, all_samplers["on_policy"], model, lambda: None))
+    scored = (
+        plain,
+        evaluate_method(world, evaluator, all_samplers["on_policy"], model, lambda: None),
+    )
     curves = {method: metrics for method, (metrics, _) in zip(METHODS, scored, strict=True)}
     examples = {method: videos for method, (_, videos) in zip(METHODS, scored, strict=True)}
     seconds = {"flow_matching": 3.0, "pretrain": 1.0, "on_policy": 2.0}
@@ -56,12 +63,17 @@ def test_run_has_the_moving_picture_and_small_animations(runs) -> None:
 
 def test_report_command_merges_seeds(runs, tmp_path: Path) -> None:
     paths, results = runs
-    done = CliRunner().invoke(app, ["report", *map(str, paths), "--out", str(tmp_path / "new" / "both")])
+    done = CliRunner().invoke(
+        app, ["report", *map(str, paths), "--out", str(tmp_path / "new" / "both")]
+    )
     assert done.exit_code == 0, done.output
     out = tmp_path / "new" / "both"
     assert str((out / "report.html").resolve()) in done.output
     assert {path.name for path in out.iterdir()} == set(MERGED_FILES)
-    merged = [EvaluationResults.from_dict(run) for run in json.loads((out / "metrics.json").read_text())["runs"]]
+    merged = [
+        EvaluationResults.from_dict(run)
+        for run in json.loads((out / "metrics.json").read_text())["runs"]
+    ]
     assert merged == results
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "mean of 2 seeds (0, 1)" in page and "the videos are those of seed 0" in page
@@ -74,10 +86,14 @@ def test_report_command_merges_seeds(runs, tmp_path: Path) -> None:
     assert torch.__version__ in page and "Stage 1: flow-map pretraining" in page
     assert (out / "any_step.gif").read_bytes() == (paths[0] / "any_step.gif").read_bytes()
     assert "Do they move as much as real videos?" in page and "earlier version" not in page
-    # An earlier report is replaced; a run of an earlier version has no motion, and neither has the report.
+    # An earlier report is replaced; a run of an earlier version has no motion, and neither has the
+    # report.
     old = Path(shutil.copytree(paths[0], tmp_path / "old"))
     metrics = json.loads((old / "metrics.json").read_text())
-    for score in (metrics["floor"], *(score for curve in metrics["curves"].values() for score in curve.values())):
+    for score in (
+        metrics["floor"],
+        *(score for curve in metrics["curves"].values() for score in curve.values()),
+    ):
         del score["motion"]
     (old / "metrics.json").write_text(json.dumps(metrics))
     merge_runs([old], out)
@@ -86,7 +102,9 @@ def test_report_command_merges_seeds(runs, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["flow_matching", "consistency_sampler"])
-def test_parts_on_several_cores_have_the_numbers_of_one_call(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_on_several_cores_have_the_numbers_of_one_call(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("anyflow.demo.evaluate.user_chose_threads", lambda: False)
     world = World(DemoConfig(num_layers=1, num_heads=2, samples=300, heldout=64, step_counts=(2,)))
     model, evaluator = world.model(), build_evaluator(world)
@@ -110,7 +128,9 @@ def test_report_command_refuses_what_cannot_be_merged(runs, tmp_path: Path) -> N
     (tmp_path / "other" / "metrics.json").write_text(json.dumps(metrics))
     damaged = tmp_path / "damaged"
     shutil.copytree(first, damaged)
-    (damaged / "samples" / "videos.safetensors").write_bytes(b"no tensors, but long enough for a header")
+    (damaged / "samples" / "videos.safetensors").write_bytes(
+        b"no tensors, but long enough for a header"
+    )
     about = tmp_path / "about"
     shutil.copytree(first, about)
     (about / "samples" / "about.json").write_text('{"recipe": 3}')
@@ -127,5 +147,8 @@ def test_report_command_refuses_what_cannot_be_merged(runs, tmp_path: Path) -> N
         ([first, second, "--out", first], "holds other files (samples)"),
     ):
         done = CliRunner().invoke(app, ["report", *map(str, arguments)])
-        assert done.exit_code == 2 and words in done.stderr and done.stderr.count("\n") == 1, (words, done.output)
+        assert done.exit_code == 2 and words in done.stderr and done.stderr.count("\n") == 1, (
+            words,
+            done.output,
+        )
         assert not new.exists()

@@ -9,7 +9,9 @@ from anyflow.evaluation import EvaluationResults, Metrics
 
 @pytest.fixture(scope="session")
 def make_results() -> Callable[..., EvaluationResults]:
-    """Build results at 1, 2 and 4 steps; the template error is a fiftieth of the distance, real videos move by 0.08."""
+    """Build results at 1, 2 and 4 steps; the template error is a fiftieth of the distance, real
+    videos move by 0.08.
+    """
 
     def make(
         flow_matching: tuple[float, ...] = (54.0, 8.0, 0.17),
@@ -24,7 +26,9 @@ def make_results() -> Callable[..., EvaluationResults]:
             moves = (None,) if motion is None else motion
             return {
                 n: Metrics(f, f / 50, t, m)
-                for n, f, t, m in zip(steps, fd, tv, moves * (len(steps) // len(moves)), strict=True)
+                for n, f, t, m in zip(
+                    steps, fd, tv, moves * (len(steps) // len(moves)), strict=True
+                )
             }
 
         even = (0.1,) * len(steps)

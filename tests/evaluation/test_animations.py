@@ -1,4 +1,6 @@
-"""Tiles, animations and the any-step picture: the pixels are read back and compared with what went in."""
+"""Tiles, animations and the any-step picture: the pixels are read back and compared with what went
+in.
+"""
 
 import io
 
@@ -17,14 +19,17 @@ def _pixels(image) -> torch.Tensor:
 
 
 def test_tile_videos_places_each_pixel() -> None:
-    videos = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    videos = torch.randint(
+        0, 256, (5, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     canvas = tile_videos(videos, 2, 3, upscale=2, padding=3, background=9)
     assert canvas.shape == (3, 2 * 8 + 3, 3 * 12 + 6) and canvas.dtype == torch.uint8
     for i in range(5):
         top, left = i // 3 * 11, i % 3 * 15
         assert torch.equal(canvas[:, top : top + 8 : 2, left : left + 12 : 2], videos[i])
         assert torch.equal(canvas[:, top + 1 : top + 8 : 2, left + 1 : left + 12 : 2], videos[i])
-    assert (canvas[:, 8:11] == 9).all() and (canvas[:, 11:, 30:] == 9).all()  # the gap and the empty cell
+    # the gap and the empty cell
+    assert (canvas[:, 8:11] == 9).all() and (canvas[:, 11:, 30:] == 9).all()
 
 
 def test_tile_videos_errors() -> None:
@@ -39,7 +44,9 @@ def test_tile_videos_errors() -> None:
 
 @pytest.mark.parametrize("kind", ["webp", "gif"])
 def test_animation_is_lossless_and_loops(kind: str, tmp_path) -> None:
-    frames = torch.randint(0, 256, (5, 10, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    frames = torch.randint(
+        0, 256, (5, 10, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     save_animation(tmp_path / f"a.{kind}", frames, fps=10)
     data = (tmp_path / f"a.{kind}").read_bytes()
     assert data == encode_animation(frames, format=kind, fps=10)
@@ -60,11 +67,14 @@ def test_animation_errors(tmp_path) -> None:
         encode_animation(frames, fps=0)
 
 
-def _samples(methods: tuple[str, ...], steps: tuple[int, ...]) -> dict[str, dict[int, torch.Tensor]]:
+def _samples(
+    methods: tuple[str, ...], steps: tuple[int, ...]
+) -> dict[str, dict[int, torch.Tensor]]:
     generator = torch.Generator().manual_seed(2)
     shape = (4, 3, 6, 6)
     return {
-        m: {n: torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for n in steps} for m in methods
+        m: {n: torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for n in steps}
+        for m in methods
     }
 
 
@@ -91,17 +101,25 @@ def test_any_step_picture_has_a_row_for_each_method_and_a_column_for_each_number
     for top, method in zip(tops, ("flow_matching", "on_policy"), strict=True):
         for column, n in enumerate(steps):
             x = left + column * (cell + 6)
-            tiled = tile_videos(samples[method][n], 2, 2, upscale=upscale, padding=2, background=110)
+            tiled = tile_videos(
+                samples[method][n], 2, 2, upscale=upscale, padding=2, background=110
+            )
             for frame, wanted in zip(frames, tiled, strict=True):
                 shown = frame[top : top + cell, x : x + cell]
                 assert torch.equal(shown[..., 0], shown[..., 1])
-                assert (shown[..., 0] - wanted.long()).abs().max() <= 1  # the palette has every third gray
-    for top, method in zip(tops, ("flow_matching", "on_policy"), strict=True):  # each name in its color
+                # the palette has every third gray
+                assert (shown[..., 0] - wanted.long()).abs().max() <= 1
+    # each name in its color
+    for top, method in zip(tops, ("flow_matching", "on_policy"), strict=True):
         color = torch.tensor([int(METHOD_STYLES[method][1][i : i + 2], 16) for i in (1, 3, 5)])
         assert (frames[0][top - 44 : top] == color).all(-1).sum() > 50
-    assert (frames[0][:8] == 255).all() and (frames[0][:, :8] == 255).all()  # as white as the page it stands on
+    # as white as the page it stands on
+    assert (frames[0][:8] == 255).all() and (frames[0][:, :8] == 255).all()
     header = frames[0][12 : 12 + 30, :, 0] < 100
-    assert all(header[:, left + c * (cell + 6) : left + c * (cell + 6) + cell].any() for c in range(len(steps)))
+    assert all(
+        header[:, left + c * (cell + 6) : left + c * (cell + 6) + cell].any()
+        for c in range(len(steps))
+    )
 
 
 def test_any_step_picture_takes_every_method_and_stays_within_the_width() -> None:

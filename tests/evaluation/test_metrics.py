@@ -34,7 +34,9 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 
 def _with_moments(n: int, mean: Tensor, root: Tensor, seed: int) -> Tensor:
-    """``n`` points whose sample mean is exactly ``mean`` and whose unbiased covariance is exactly ``root @ root.T``."""
+    """``n`` points whose sample mean is exactly ``mean`` and whose unbiased covariance is exactly
+    ``root @ root.T``.
+    """
     x = torch.randn(n, mean.numel(), generator=_generator(seed), dtype=torch.float64)
     x = torch.linalg.qr(x - x.mean(0)).Q
     return (x - x.mean(0)) * math.sqrt(n - 1) @ root.T + mean
@@ -45,13 +47,20 @@ def _by_eigenvalues(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))
     roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * roots).item()
+    return (
+        (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * roots
+    ).item()
 
 
 def test_frechet_closed_form_for_commuting_covariances() -> None:
     dim = 5
-    rotation = torch.linalg.qr(torch.randn(dim, dim, generator=_generator(3), dtype=torch.float64)).Q
-    sd_a, sd_b = torch.tensor([1.0, 2, 0.5, 3, 0.1]).double(), torch.tensor([2.0, 2, 1.5, 0.2, 0.1]).double()
+    rotation = torch.linalg.qr(
+        torch.randn(dim, dim, generator=_generator(3), dtype=torch.float64)
+    ).Q
+    sd_a, sd_b = (
+        torch.tensor([1.0, 2, 0.5, 3, 0.1]).double(),
+        torch.tensor([2.0, 2, 1.5, 0.2, 0.1]).double(),
+    )
     mean_a, mean_b = torch.zeros(dim).double(), torch.tensor([1.0, -1, 0, 2, 0.5]).double()
     a = _with_moments(50, mean_a, rotation @ sd_a.diag(), 1)
     b = _with_moments(80, mean_b, rotation @ sd_b.diag(), 2)
@@ -59,12 +68,19 @@ def test_frechet_closed_form_for_commuting_covariances() -> None:
     assert frechet_distance(a, b) == pytest.approx(want.item(), rel=1e-10)
 
 
-@given(seed=st.integers(0, 10_000), dim=st.integers(1, 12), n=st.integers(20, 60), m=st.integers(20, 60))
+@given(
+    seed=st.integers(0, 10_000),
+    dim=st.integers(1, 12),
+    n=st.integers(20, 60),
+    m=st.integers(20, 60),
+)
 @settings(max_examples=15, deadline=None)
 def test_frechet_agrees_with_the_textbook_formula(seed: int, dim: int, n: int, m: int) -> None:
     g = _generator(seed)
     a = torch.randn(n, dim, generator=g) @ torch.randn(dim, dim, generator=g)
-    b = torch.randn(m, dim, generator=g) @ torch.randn(dim, dim, generator=g) + torch.randn(dim, generator=g)
+    b = torch.randn(m, dim, generator=g) @ torch.randn(dim, dim, generator=g) + torch.randn(
+        dim, generator=g
+    )
     assert frechet_distance(a, b) == pytest.approx(_by_eigenvalues(a, b), rel=1e-5, abs=1e-5)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9, abs=1e-9)
 
@@ -90,7 +106,10 @@ def test_frechet_errors() -> None:
 
 
 def test_per_class_distance_is_the_mean_over_classes() -> None:
-    a, b = torch.randn(60, 3, generator=_generator(1)), torch.randn(90, 3, generator=_generator(2)) * 2
+    a, b = (
+        torch.randn(60, 3, generator=_generator(1)),
+        torch.randn(90, 3, generator=_generator(2)) * 2,
+    )
     la, lb = torch.arange(60) % 3, torch.arange(90) % 3
     want = sum(frechet_distance(a[la == c], b[lb == c]) for c in range(3)) / 3
     assert per_class_frechet_distance(a, la, b, lb) == pytest.approx(want, rel=1e-12)
@@ -109,7 +128,9 @@ def test_features_are_fixed_by_the_seed_alone() -> None:
     assert first.shape == (3, 7) and not first.requires_grad
     assert list(RandomConv3dFeatures().parameters()) == []
     # Each video's features are its own.
-    torch.testing.assert_close(RandomConv3dFeatures(dim=7, seed=1)(videos[1:2]), first[1:2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        RandomConv3dFeatures(dim=7, seed=1)(videos[1:2]), first[1:2], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_features_errors() -> None:
@@ -121,21 +142,32 @@ def test_features_errors() -> None:
         RandomConv3dFeatures(dim=0)
 
 
-@given(seed=st.integers(0, 1000), n=st.integers(1, 9), classes=st.integers(1, 3), bank=st.integers(1, 6))
+@given(
+    seed=st.integers(0, 1000),
+    n=st.integers(1, 9),
+    classes=st.integers(1, 3),
+    bank=st.integers(1, 6),
+)
 @settings(max_examples=15, deadline=None)
 def test_nearest_template_against_a_loop(seed: int, n: int, classes: int, bank: int) -> None:
     g = _generator(seed)
     templates = torch.randn(classes, bank, 2, 1, 3, 3, generator=g)
     videos = torch.randn(n, 2, 1, 3, 3, generator=g)
     labels = torch.randint(classes, (n,), generator=g)
-    errors = [[(videos[i] - t).square().mean().item() for t in templates[labels[i]]] for i in range(n)]
+    errors = [
+        [(videos[i] - t).square().mean().item() for t in templates[labels[i]]] for i in range(n)
+    ]
     assert nearest_template(videos, labels, templates).tolist() == [e.index(min(e)) for e in errors]
     want = sum(min(e) for e in errors) / n
     assert nearest_template_mse(videos, labels, templates) == pytest.approx(want, rel=1e-5)
 
 
 def test_nearest_template_errors() -> None:
-    templates, videos, labels = torch.zeros(2, 4, 2, 1, 3, 3), torch.zeros(3, 2, 1, 3, 3), torch.tensor([0, 1, 0])
+    templates, videos, labels = (
+        torch.zeros(2, 4, 2, 1, 3, 3),
+        torch.zeros(3, 2, 1, 3, 3),
+        torch.tensor([0, 1, 0]),
+    )
     with pytest.raises(ValueError, match="templates must be"):
         nearest_template(videos, labels, templates[..., :2])
     with pytest.raises(ValueError, match=r"0\.\.1"):
@@ -147,7 +179,8 @@ def test_nearest_template_errors() -> None:
 
 
 def test_coverage_by_hand() -> None:
-    # 4 x 4 grid in 2 x 2 cells: indices 0, 1, 4, 5 are the first cell, 2, 3 the second, 8 the third.
+    # 4 x 4 grid in 2 x 2 cells: indices 0, 1, 4, 5 are the first cell, 2, 3 the second, 8 the
+    # third.
     even = torch.tensor([0, 2, 8, 10])
     zeros = torch.zeros(4, dtype=torch.int64)
     assert coverage_tv(even, zeros, (4, 4), bins=2) == pytest.approx(0)
@@ -171,11 +204,20 @@ def test_coverage_errors() -> None:
 def setting() -> tuple[MovingShapes, Evaluator, Tensor, Metrics]:
     shapes = MovingShapes()
     labels = torch.arange(4).repeat_interleave(128)
-    heldout, heldout_labels = shapes.sample(1024, _generator(0), torch.arange(4).repeat_interleave(256))
+    heldout, heldout_labels = shapes.sample(
+        1024, _generator(0), torch.arange(4).repeat_interleave(256)
+    )
     black_white = (-shapes.mean / shapes.std, (1 - shapes.mean) / shapes.std)
-    evaluator = Evaluator.from_videos(heldout, heldout_labels, shapes.templates(), GRID, black_white=black_white)
+    evaluator = Evaluator.from_videos(
+        heldout, heldout_labels, shapes.templates(), GRID, black_white=black_white
+    )
     g = _generator(1)
-    return shapes, evaluator, labels, evaluator.floor(shapes.sample(512, g, labels) for _ in range(3))
+    return (
+        shapes,
+        evaluator,
+        labels,
+        evaluator.floor(shapes.sample(512, g, labels) for _ in range(3)),
+    )
 
 
 def test_floor_of_real_data(setting: tuple[MovingShapes, Evaluator, Tensor, Metrics]) -> None:
@@ -211,7 +253,8 @@ def test_defects_score_far_above_the_floor(
         "class mean": shapes.templates().mean(1)[labels],
         "noise": torch.randn(real.shape, generator=_generator(23)),
         "ghost": 0.8 * real + 0.2 * other,
-        "blurred": sum(torch.roll(real, (i, j), (-2, -1)) for i in (-1, 0, 1) for j in (-1, 0, 1)) / 9,
+        "blurred": sum(torch.roll(real, (i, j), (-2, -1)) for i in (-1, 0, 1) for j in (-1, 0, 1))
+        / 9,
         "reversed": real.flip(1),
         "frozen": real[:, :1].expand_as(real),
         "wrong shape": real.roll(256, 0),
@@ -220,14 +263,18 @@ def test_defects_score_far_above_the_floor(
     assert evaluator.evaluate(broken, labels).fd > times_floor * floor.fd
 
 
-def test_template_mse_measures_noise_variance(setting: tuple[MovingShapes, Evaluator, Tensor, Metrics]) -> None:
+def test_template_mse_measures_noise_variance(
+    setting: tuple[MovingShapes, Evaluator, Tensor, Metrics],
+) -> None:
     shapes, evaluator, labels, _ = setting
     real, _ = shapes.sample(512, _generator(31), labels)
     noisy = real + 0.2 * torch.randn(real.shape, generator=_generator(32))
     assert evaluator.evaluate(noisy, labels).template_mse == pytest.approx(0.04, rel=0.02)
 
 
-def test_collapse_shows_in_coverage_alone(setting: tuple[MovingShapes, Evaluator, Tensor, Metrics]) -> None:
+def test_collapse_shows_in_coverage_alone(
+    setting: tuple[MovingShapes, Evaluator, Tensor, Metrics],
+) -> None:
     shapes, evaluator, labels, floor = setting
     collapsed = shapes.templates()[labels, 40]
     score = evaluator.evaluate(collapsed, labels)
@@ -237,18 +284,26 @@ def test_collapse_shows_in_coverage_alone(setting: tuple[MovingShapes, Evaluator
     assert evaluator.evaluate(half, labels).coverage_tv > 3 * floor.coverage_tv
 
 
-def test_motion_is_the_speed_of_the_shapes(setting: tuple[MovingShapes, Evaluator, Tensor, Metrics]) -> None:
+def test_motion_is_the_speed_of_the_shapes(
+    setting: tuple[MovingShapes, Evaluator, Tensor, Metrics],
+) -> None:
     shapes, evaluator, labels, floor = setting
     assert floor.motion == pytest.approx(shapes.config.speed, rel=0.02)
     real, _ = shapes.sample(512, _generator(61), labels)
     few = torch.cat([real[labels == c][:16] for c in range(4)])
     others = 0 * real
     others[torch.cat([(labels == c).nonzero()[:16, 0] for c in range(4)])] = few
-    assert evaluator.evaluate(others, labels).motion == evaluator.evaluate(real, labels).motion  # 16 of each class
+    # 16 of each class
+    assert evaluator.evaluate(others, labels).motion == evaluator.evaluate(real, labels).motion
     assert evaluator.evaluate(real[:, :1].expand_as(real), labels).motion == 0
-    jumps = real[:, [0, 0, 2, 2, 4, 4, 6, 6]]  # three of the seven changes are left, each twice as far
-    assert evaluator.evaluate(jumps, labels).motion == pytest.approx(6 / 7 * shapes.config.speed, rel=0.02)
-    assert evaluator.evaluate(0.5 * real, labels).motion == pytest.approx(shapes.config.speed, rel=0.02)
+    # three of the seven changes are left, each twice as far
+    jumps = real[:, [0, 0, 2, 2, 4, 4, 6, 6]]
+    assert evaluator.evaluate(jumps, labels).motion == pytest.approx(
+        6 / 7 * shapes.config.speed, rel=0.02
+    )
+    assert evaluator.evaluate(0.5 * real, labels).motion == pytest.approx(
+        shapes.config.speed, rel=0.02
+    )
     assert replace(evaluator, black_white=None).evaluate(real, labels).motion is None
 
 
@@ -285,7 +340,10 @@ def test_results_schema_and_round_trip(tmp_path: Path) -> None:
     assert results.as_dict() == {
         "floor": {"fd": 0.2, "template_mse": 0.0, "coverage_tv": 0.1, "motion": 0.07},
         "curves": {
-            "on_policy": {str(n): {"fd": 0.5, "template_mse": 0.02, "coverage_tv": 0.1, "motion": 0.06} for n in (1, 4)}
+            "on_policy": {
+                str(n): {"fd": 0.5, "template_mse": 0.02, "coverage_tv": 0.1, "motion": 0.06}
+                for n in (1, 4)
+            }
         },
         "seconds": {"all": 1.5},
         "seed": 3,
@@ -299,7 +357,10 @@ def test_results_schema_and_round_trip(tmp_path: Path) -> None:
 def test_results_of_an_earlier_version_have_no_motion(tmp_path: Path) -> None:
     content = _results().as_dict()
     del content["floor"]["motion"], content["curves"]["on_policy"]["1"]["motion"]
-    with pytest.raises(ValueError, match="motion must be measured for every set of videos or for none; floor has none"):
+    with pytest.raises(
+        ValueError,
+        match="motion must be measured for every set of videos or for none; floor has none",
+    ):
         EvaluationResults.from_dict(content)
     del content["curves"]["on_policy"]["4"]["motion"]
     (tmp_path / "metrics.json").write_text(json.dumps(content))
@@ -333,11 +394,17 @@ def test_results_errors() -> None:
         ({"seconds": {"a": "1"}}, "seconds of 'a' must be a number"),
         ({"seconds": [1]}, "seconds must be an object"),
         ({"floor": {"fd": 1, "template_mse": 0}}, "floor lack the key 'coverage_tv'"),
-        ({"floor": {"fd": "1", "template_mse": 0, "coverage_tv": 0}}, "fd of floor must be a number"),
+        (
+            {"floor": {"fd": "1", "template_mse": 0, "coverage_tv": 0}},
+            "fd of floor must be a number",
+        ),
         ({"curves": {"a": {"01": {}}}}, "step counts such as '4', got '01'"),
         ({"curves": {"a": {"1_0": {}}}}, "step counts such as '4', got '1_0'"),
         ({"curves": {"a": [1]}}, "curves of 'a' must be an object"),
-        ({"curves": {"a": {"1": {"fd": 1, "template_mse": 0, "coverage_tv": 0, "psnr": 1}}}}, "unknown keys"),
+        (
+            {"curves": {"a": {"1": {"fd": 1, "template_mse": 0, "coverage_tv": 0, "psnr": 1}}}},
+            "unknown keys",
+        ),
     ],
 )
 def test_results_that_are_not_exactly_results_are_refused(
@@ -349,7 +416,9 @@ def test_results_that_are_not_exactly_results_are_refused(
         EvaluationResults.load(file)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"seed": NaN}', b'{"seed": 1, "seed": 2}', b"\xff\xfe{\x00"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"seed": NaN}', b'{"seed": 1, "seed": 2}', b"\xff\xfe{\x00"]
+)
 def test_results_that_cannot_be_read_name_the_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "metrics.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"metrics\.json"):
@@ -358,9 +427,12 @@ def test_results_that_cannot_be_read_name_the_file(tmp_path: Path, content: byte
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, torch, anyflow.evaluation; from anyflow.evaluation.video_metrics import flicker, motion, psnr; "
-        "videos = torch.zeros(1, 2, 1, 8, 8); motion(videos), flicker(videos), psnr(videos, videos); "
-        "heavy = ('matplotlib', 'PIL', 'jinja2', 'diffusers', 'transformers', 'cv2', 'torchmetrics', 'torchvision'); "
+        "import sys, torch, anyflow.evaluation; from anyflow.evaluation.video_metrics import "
+        "flicker, motion, psnr; "
+        "videos = torch.zeros(1, 2, 1, 8, 8); motion(videos), flicker(videos), psnr(videos, "
+        "videos); "
+        "heavy = ('matplotlib', 'PIL', 'jinja2', 'diffusers', 'transformers', 'cv2', "
+        "'torchmetrics', 'torchvision'); "
         "print([m for m in heavy if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

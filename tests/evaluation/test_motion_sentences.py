@@ -1,4 +1,6 @@
-"""Sentences about motion: a sampler that freezes is called frozen in the lead, beside the chart and in the findings."""
+"""Sentences about motion: a sampler that freezes is called frozen in the lead, beside the chart and
+in the findings.
+"""
 
 import html
 import re
@@ -24,9 +26,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 
-def with_motion(results: EvaluationResults, *motion: float, method: str = "on_policy") -> EvaluationResults:
+def with_motion(
+    results: EvaluationResults, *motion: float, method: str = "on_policy"
+) -> EvaluationResults:
     """Results with another motion of one method."""
-    curve = {n: replace(results.curves[method][n], motion=m) for n, m in zip(results.steps, motion, strict=True)}
+    curve = {
+        n: replace(results.curves[method][n], motion=m)
+        for n, m in zip(results.steps, motion, strict=True)
+    }
     return replace(results, curves={**results.curves, method: curve})
 
 
@@ -37,18 +44,28 @@ def sentence(results: EvaluationResults | SeedResults) -> str:
 
 def test_frozen_videos_are_called_frozen_in_the_report(make_results, tmp_path: Path) -> None:
     """Real videos whose first frame is repeated, measured and written as a run's are."""
-    shapes, labels, g = MovingShapes(), torch.arange(4).repeat_interleave(8), torch.Generator().manual_seed(0)
+    shapes, labels, g = (
+        MovingShapes(),
+        torch.arange(4).repeat_interleave(8),
+        torch.Generator().manual_seed(0),
+    )
     real, _ = shapes.sample(32, g, labels)
     black = -shapes.mean / shapes.std
     black_white = (black, black + 1 / shapes.std)
-    evaluator = Evaluator.from_videos(real, labels, shapes.templates(), (12, 12), black_white=black_white)
+    evaluator = Evaluator.from_videos(
+        real, labels, shapes.templates(), (12, 12), black_white=black_white
+    )
     frozen, moving = real[:, :1].expand_as(real), shapes.sample(32, g, labels)[0]
     scores = {n: evaluator.evaluate(frozen if n < 4 else moving, labels) for n in (1, 2, 4)}
     results = make_results()
     floor = evaluator.floor([(real, labels)])
     results = replace(results, floor=floor, curves={**results.curves, "on_policy": scores})
-    examples = {"on_policy": {n: shapes.to_uint8(frozen[::8] if n < 4 else moving[::8]) for n in (1, 2, 4)}}
-    page = write_report(tmp_path / "r.html", ReportData(results, examples, shapes.to_uint8(real[::8])))
+    examples = {
+        "on_policy": {n: shapes.to_uint8(frozen[::8] if n < 4 else moving[::8]) for n in (1, 2, 4)}
+    }
+    page = write_report(
+        tmp_path / "r.html", ReportData(results, examples, shapes.to_uint8(real[::8]))
+    )
     text = re.sub(r"\s+", " ", html.unescape(page.read_text(encoding="utf-8")))
     assert "the flow map gives frozen pictures" in takeaway(results)
     assert text.count("<figcaption>frozen pictures</figcaption>") == 2
@@ -65,14 +82,27 @@ def test_frozen_videos_are_called_frozen_in_the_report(make_results, tmp_path: P
     ("motion", "words"),
     [
         ((0.04, 0.06, 0.082), "move 50 % as much as real ones at 1 step and 102 % at 4."),
-        ((0.08, 0.03, 0.08), "move 100 % as much as real ones at 1 step and 100 % at 4, least at 2 (38 %)."),
-        ((0.06, 0.12, 0.08), "move 75 % as much as real ones at 1 step and 100 % at 4, most at 2 (150 %)."),
-        ((0.0, 0.0, 0.0), "are frozen at every number of steps: they move 0 % as much as real ones."),
+        (
+            (0.08, 0.03, 0.08),
+            "move 100 % as much as real ones at 1 step and 100 % at 4, least at 2 (38 %).",
+        ),
+        (
+            (0.06, 0.12, 0.08),
+            "move 75 % as much as real ones at 1 step and 100 % at 4, most at 2 (150 %).",
+        ),
+        (
+            (0.0, 0.0, 0.0),
+            "are frozen at every number of steps: they move 0 % as much as real ones.",
+        ),
         (
             (0.001, 0.003, 0.08),
-            "move 1 % as much as real ones at 1 step and 100 % at 4, and are frozen at 1 and 2 steps.",
+            "move 1 % as much as real ones at 1 step and 100 % at 4, and are frozen at 1 and 2 "
+            "steps.",
         ),
-        ((0.08, 0.08, 0.0001), "move 100 % as much as real ones at 1 step and 0.1 % at 4, and are frozen at 4 steps."),
+        (
+            (0.08, 0.08, 0.0001),
+            "move 100 % as much as real ones at 1 step and 0.1 % at 4, and are frozen at 4 steps.",
+        ),
     ],
 )
 def test_sentence_follows_the_numbers(make_results, motion: tuple[float, ...], words: str) -> None:
@@ -89,14 +119,18 @@ def test_lead_warns_only_of_what_moves_less_than_half_as_much(make_results) -> N
         "But at 1 step its videos move 25 % as much as real ones."
     )
     frozen = lead.replace("clear shapes", "frozen pictures")
-    assert takeaway(with_motion(make_results(), 0.0, 0.03, 0.08)) == f"{frozen} But its videos are frozen at 1 step."
+    assert (
+        takeaway(with_motion(make_results(), 0.0, 0.03, 0.08))
+        == f"{frozen} But its videos are frozen at 1 step."
+    )
 
 
 def test_findings_name_where_videos_move_least_and_most(make_results) -> None:
     results = with_motion(make_results(), 0.02, 0.1, 0.08)
     (found,) = (text for text in findings(results) if "move" in text)
     assert found == (
-        "Videos move between 25 % (the flow map, 1 step) and 125 % (the flow map, 2 steps) as much as real ones, "
+        "Videos move between 25 % (the flow map, 1 step) and 125 % (the flow map, 2 steps) as much "
+        "as real ones, "
         "noise left out."
     )
     frozen = with_motion(with_motion(results, 0.0, 0.0, 0.08), 0.0, 0.0, 0.0, method="pretrain")
@@ -110,7 +144,8 @@ def test_findings_name_where_videos_move_least_and_most(make_results) -> None:
 def test_a_seed_that_is_frozen_is_not_lost_in_the_mean(make_results) -> None:
     seeds = SeedResults((make_results(seed=0), with_motion(make_results(seed=1), 0.0, 0.08, 0.08)))
     assert sentence(seeds) == (
-        "move 50 % as much as real ones at 1 step and 100 % at 4, and are frozen at 1 step in 1 of 2 seeds."
+        "move 50 % as much as real ones at 1 step and 100 % at 4, and are frozen at 1 step in 1 of "
+        "2 seeds."
     )
     assert takeaway(seeds).endswith("But its videos are frozen at 1 step in 1 of 2 seeds.")
 

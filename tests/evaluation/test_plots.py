@@ -26,7 +26,11 @@ def test_figure_holds_the_data() -> None:
     drawn = [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in axes.lines]
     assert drawn == list(CURVES.values())
     assert axes.get_xscale() == axes.get_yscale() == "log"
-    assert len({line.get_color() for line in axes.lines}) == len({line.get_marker() for line in axes.lines}) == 3
+    assert (
+        len({line.get_color() for line in axes.lines})
+        == len({line.get_marker() for line in axes.lines})
+        == 3
+    )
     low, high = axes.get_ylim()
     assert low < 0.16 and high > 54
     (band,) = axes.patches
@@ -35,7 +39,10 @@ def test_figure_holds_the_data() -> None:
 
 def test_svg_is_xml_with_labels_and_repeatable() -> None:
     svg = figure_svg(any_step_figure(CURVES, floor=0.16, ylabel="Distance"))
-    texts = {"".join(node.itertext()).strip() for node in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")}
+    texts = {
+        "".join(node.itertext()).strip()
+        for node in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+    }
     assert {
         "plain flow matching",
         "flow map",
@@ -65,17 +72,25 @@ def test_reference_is_a_dashed_line_at_its_value(log: bool) -> None:
 
 
 def test_error_bars_reach_from_the_lowest_to_the_highest_seed() -> None:
-    ranges = {m: {n: (v / (i + 2), v * (i + 3)) for n, v in c.items()} for i, (m, c) in enumerate(CURVES.items())}
+    ranges = {
+        m: {n: (v / (i + 2), v * (i + 3)) for n, v in c.items()}
+        for i, (m, c) in enumerate(CURVES.items())
+    }
     axes = any_step_figure(CURVES, ranges=ranges).axes[0]
     assert len(axes.containers) == 3
-    for bars, line, (method, curve) in zip(axes.containers, axes.lines[:1], CURVES.items(), strict=False):
+    for bars, line, (method, curve) in zip(
+        axes.containers, axes.lines[:1], CURVES.items(), strict=False
+    ):
         (segments,) = bars[2]
         drawn = [(x, low, high) for (x, low), (_, high) in segments.get_segments()]
-        assert [(low, high) for _, low, high in drawn] == [pytest.approx(ranges[method][n]) for n in sorted(curve)]
+        assert [(low, high) for _, low, high in drawn] == [
+            pytest.approx(ranges[method][n]) for n in sorted(curve)
+        ]
         assert [x for x, _, _ in drawn] == pytest.approx(list(line.get_xdata()))
     columns = [[segment[0][0] for segment in bars[2][0].get_segments()] for bars in axes.containers]
     for beside, n in zip(zip(*columns, strict=True), CURVES["flow_matching"], strict=True):
-        assert len(set(beside)) == 3 and all(abs(x / n - 1) < 0.1 for x in beside)  # beside each other, near their step
+        # beside each other, near their step
+        assert len(set(beside)) == 3 and all(abs(x / n - 1) < 0.1 for x in beside)
     low, high = axes.get_ylim()
     assert low < min(r[0] for c in ranges.values() for r in c.values())
     assert high > max(r[1] for c in ranges.values() for r in c.values())
@@ -158,4 +173,8 @@ def test_spread_keeps_order_and_distance(positions: list[float], gap: float) -> 
 def test_every_method_has_its_own_look() -> None:
     spare = [method_style("mine", rank)[1] for rank in range(4)]
     assert set(DARK_COLORS) == {style[1] for style in METHOD_STYLES.values()} | set(spare)
-    assert len({style[1] for style in METHOD_STYLES.values()}) == len({s[2] for s in METHOD_STYLES.values()}) == 4
+    assert (
+        len({style[1] for style in METHOD_STYLES.values()})
+        == len({s[2] for s in METHOD_STYLES.values()})
+        == 4
+    )

@@ -32,11 +32,16 @@ _VOID = {"meta", "source", "img", "br", "link", "input", "hr"}
 
 
 def _videos(n: int, seed: int) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (n, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def _data(results: EvaluationResults | SeedResults, **changes: object) -> ReportData:
-    samples = {m: {n: _videos(4, 10 * i + n) for n in STEPS} for i, m in enumerate(SeedResults.of(results).methods)}
+    samples = {
+        m: {n: _videos(4, 10 * i + n) for n in STEPS}
+        for i, m in enumerate(SeedResults.of(results).methods)
+    }
     fields = {
         "results": results,
         "samples": samples,
@@ -94,7 +99,9 @@ def page_text(tmp_path_factory, results: EvaluationResults) -> str:
 
 @pytest.fixture(scope="module")
 def page_of_seeds(tmp_path_factory, make_results) -> str:
-    runs = tuple(make_results(on_policy=(0.8 + seed / 10, 0.36, 0.32), seed=seed) for seed in range(3))
+    runs = tuple(
+        make_results(on_policy=(0.8 + seed / 10, 0.36, 0.32), seed=seed) for seed in range(3)
+    )
     path = write_report(tmp_path_factory.mktemp("seeds") / "report.html", _data(SeedResults(runs)))
     return Path(path).read_text(encoding="utf-8")
 
@@ -124,10 +131,18 @@ def test_report_parses_and_shows_the_numbers(page_text: str, results: Evaluation
 
 
 def test_videos_come_first_and_jargon_last(page_text: str) -> None:
-    """What a newcomer reads before the part with definitions has none of the field's terms of measurement."""
+    """What a newcomer reads before the part with definitions has none of the field's terms of
+    measurement.
+    """
     text = _text(page_text)
     order = [
-        text.index(title) for title in ("The videos", "How far from real videos?", "Method and definitions", "Findings")
+        text.index(title)
+        for title in (
+            "The videos",
+            "How far from real videos?",
+            "Method and definitions",
+            "Findings",
+        )
     ]
     assert order == sorted(order)
     plain = text[text.index("anyflow demo") : order[2]]
@@ -135,9 +150,13 @@ def test_videos_come_first_and_jargon_last(page_text: str) -> None:
         assert term not in plain, term
 
 
-def test_report_of_several_seeds_has_means_ranges_and_error_bars(page_of_seeds: str, page_text: str) -> None:
+def test_report_of_several_seeds_has_means_ranges_and_error_bars(
+    page_of_seeds: str, page_text: str
+) -> None:
     text = _text(page_of_seeds)
-    assert "mean of 3 seeds (0, 1, 2)" in text and "bars reach from the lowest to the highest" in text
+    assert (
+        "mean of 3 seeds (0, 1, 2)" in text and "bars reach from the lowest to the highest" in text
+    )
     assert "0.9000.800 – 1.00" in text  # mean and range of the flow map in one step
     assert "the videos are those of seed 0" in text and "ahead in 3 of 3 seeds" in text
     assert "3 min 03 s" in text  # three times 61 s
@@ -148,7 +167,11 @@ def test_report_of_several_seeds_has_means_ranges_and_error_bars(page_of_seeds: 
 def test_motion_is_a_chart_with_the_real_videos_as_a_line(page_text: str) -> None:
     text = _text(page_text)
     assert "Do they move as much as real videos?" in text and "real videos (dashed): 0.08" in text
-    assert text.index("How far from real videos?") < text.index("Do they move") < text.index("Two closer looks")
+    assert (
+        text.index("How far from real videos?")
+        < text.index("Do they move")
+        < text.index("Two closer looks")
+    )
     assert "Motion: the speed of what can be seen to move" in text and "earlier version" not in text
 
 
@@ -156,34 +179,44 @@ def test_a_run_of_an_earlier_version_has_a_report_without_motion(make_results, t
     old = make_results(motion=None)
     text = _text(write_report(tmp_path / "old.html", _data(old)).read_text(encoding="utf-8"))
     assert "this run was made by an earlier version of anyflow, which did not measure it" in text
-    assert "Do they move" not in text and "Lower is better everywhere" in text and "frozen" not in text
+    assert (
+        "Do they move" not in text and "Lower is better everywhere" in text and "frozen" not in text
+    )
     both = SeedResults((old, make_results(seed=8)))
     assert not both.has_motion and both.floor.motion is None
     text = _text(write_report(tmp_path / "both.html", _data(both)).read_text(encoding="utf-8"))
     assert "a run here was made by an earlier version" in text and "Do they move" not in text
 
 
-def test_every_picture_and_chart_has_a_text_and_still_pictures_where_motion_is_unwanted(page_text: str) -> None:
+def test_every_picture_and_chart_has_a_text_and_still_pictures_where_motion_is_unwanted(
+    page_text: str,
+) -> None:
     images = re.findall(r"<img [^>]*>", page_text)
     texts = [html.unescape(re.search(r'alt="([^"]*)"', image)[1]) for image in images]
     assert len(texts) == 4 * len(STEPS) + 3 and all(texts)
     assert "Videos by plain flow matching in 1 step: noise" in texts
     assert "Videos by flow map in 4 steps: clear shapes" in texts
     stills = re.findall(
-        r'<source media="\(prefers-reduced-motion: reduce\)" srcset="data:image/webp;base64,([^"]*)"', page_text
+        r'<source media="\(prefers-reduced-motion: reduce\)" srcset="data:image/webp;base64,([^"]*)"',
+        page_text,
     )
     assert len(stills) == len(images)
     with Image.open(io.BytesIO(base64.b64decode(stills[0]))) as image:
         assert image.n_frames == 1
     labels = re.findall(r'<svg [^>]*role="img" aria-label="([^"]+)"', page_text)
-    assert len(labels) == page_text.count("<svg") == 6  # the first two charts are drawn for wide and for narrow pages
+    # the first two charts are drawn for wide and for narrow pages
+    assert len(labels) == page_text.count("<svg") == 6
     assert page_text.startswith("<!DOCTYPE html>") and '<html lang="en">' in page_text
     assert 'name="viewport" content="width=device-width, initial-scale=1"' in page_text
 
 
 def test_report_needs_nothing_from_outside(page_text: str) -> None:
     page = _Page(page_text)
-    loaded = [v for k, v in page.attributes if k in {"src", "href", "xlink:href", "data", "poster", "srcset", "action"}]
+    loaded = [
+        v
+        for k, v in page.attributes
+        if k in {"src", "href", "xlink:href", "data", "poster", "srcset", "action"}
+    ]
     assert len(loaded) > len(STEPS)
     assert all(v.startswith(("data:", "#")) for v in loaded)
     assert "://" not in page_text and "@import" not in page_text and "<script" not in page_text
@@ -193,7 +226,9 @@ def test_report_needs_nothing_from_outside(page_text: str) -> None:
 def test_report_local_references_resolve(page_text: str) -> None:
     page = _Page(page_text)
     ids = [v for k, v in page.attributes if k == "id"]
-    used = {v[1:] for k, v in page.attributes if k == "href"} | set(re.findall(r"url\(#([^)]*)\)", page_text))
+    used = {v[1:] for k, v in page.attributes if k == "href"} | set(
+        re.findall(r"url\(#([^)]*)\)", page_text)
+    )
     assert used and used <= set(ids)
     assert len(ids) == len(set(ids))
 
@@ -241,4 +276,10 @@ def test_formats() -> None:
         "1 min 00 s",
         "5 min 03 s",
     ]
-    assert [figures(v) for v in (0.0, 2.0, 0.0123, 173.6, 12.34)] == ["0", "2.00", "0.0123", "174", "12.3"]
+    assert [figures(v) for v in (0.0, 2.0, 0.0123, 173.6, 12.34)] == [
+        "0",
+        "2.00",
+        "0.0123",
+        "174",
+        "12.3",
+    ]

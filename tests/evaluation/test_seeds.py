@@ -20,7 +20,10 @@ def test_means_and_ranges(make_results) -> None:
     assert list(ranges["on_policy"].values()) == list(zip(table.min(0), table.max(0), strict=True))
     assert seeds.seeds == (0, 1, 2) and seeds.steps == (1, 2, 4)
     assert seeds.floor.fd == pytest.approx(0.16)
-    assert seeds.seconds == {"flow_matching": pytest.approx(183.0), "evaluation": pytest.approx(13.5)}
+    assert seeds.seconds == {
+        "flow_matching": pytest.approx(183.0),
+        "evaluation": pytest.approx(13.5),
+    }
 
 
 def test_one_run_is_itself_and_has_no_ranges(make_results) -> None:

@@ -1,4 +1,6 @@
-"""Plain sentences follow the numbers: falling curves, rising ones, and runs that do not show what is claimed."""
+"""Plain sentences follow the numbers: falling curves, rising ones, and runs that do not show what
+is claimed.
+"""
 
 import pytest
 
@@ -31,31 +33,46 @@ def test_trend_of_one_point() -> None:
 
 def test_quality_words_by_the_template_error() -> None:
     words = [quality(error) for error in (2.0, 0.6, 0.59, 0.25, 0.24, 0.1, 0.09, 0.0)]
-    assert words == [word for word in ("noise", "blurred shapes", "shapes", "clear shapes") for _ in range(2)]
+    assert words == [
+        word for word in ("noise", "blurred shapes", "shapes", "clear shapes") for _ in range(2)
+    ]
 
 
 def test_takeaway_follows_the_numbers(make_results) -> None:
     good = takeaway(make_results())
     assert good == (
-        "In 1 step plain flow matching gives noise; the flow map gives clear shapes, 66 times closer to real videos. "
+        "In 1 step plain flow matching gives noise; the flow map gives clear shapes, 66 times "
+        "closer to real videos. "
         "More steps help further, up to 4."
     )
-    assert takeaway(make_results(on_policy=(0.34, 0.33, 0.33))).endswith("More steps keep that quality.")
+    assert takeaway(make_results(on_policy=(0.34, 0.33, 0.33))).endswith(
+        "More steps keep that quality."
+    )
     rising = takeaway(make_results(on_policy=(3.4, 0.3, 0.4)))
     assert rising.endswith("More steps help up to 2; at 4 it is slightly worse again.")
     assert takeaway(make_results(on_policy=(3.4, 0.3, 0.9))).endswith("at 4 it is worse again.")
     worse = takeaway(make_results(on_policy=(0.8, 1.0, 1.6)))
     assert worse.endswith("But at 4 steps it is worse than at 1, which a flow map should not be.")
     same = takeaway(make_results(on_policy=(40.0, 5.0, 1.0)))
-    assert same.startswith("In 1 step both give noise; the flow map's videos are 1.4 times closer to real videos.")
+    assert same.startswith(
+        "In 1 step both give noise; the flow map's videos are 1.4 times closer to real videos."
+    )
 
 
 def test_takeaway_denies_what_a_run_does_not_show(make_results) -> None:
     alike = takeaway(make_results(flow_matching=(0.8, 0.5, 0.3)))
-    assert alike.startswith("This run does not show") and "as far from real videos as those of plain" in alike
+    assert (
+        alike.startswith("This run does not show")
+        and "as far from real videos as those of plain" in alike
+    )
     behind = takeaway(make_results(on_policy=(90.0, 5.0, 1.0)))
-    assert behind.startswith("This run does not show") and "farther from real videos than those of plain" in behind
-    seeds = SeedResults((make_results(on_policy=(90.0, 5.0, 1.0)), make_results(on_policy=(80.0, 5.0, 1.0), seed=1)))
+    assert (
+        behind.startswith("This run does not show")
+        and "farther from real videos than those of plain" in behind
+    )
+    seeds = SeedResults(
+        (make_results(on_policy=(90.0, 5.0, 1.0)), make_results(on_policy=(80.0, 5.0, 1.0), seed=1))
+    )
     assert takeaway(seeds).startswith("These runs do not show")
 
 
@@ -67,15 +84,20 @@ def test_takeaway_of_several_seeds_counts_those_that_agree(make_results) -> None
 def test_figure_sentences_of_falling_curves(make_results) -> None:
     sentences = figure_sentences(make_results())
     assert sentences == {
-        "videos": "Plain flow matching gives noise at 1 step, shapes at 2 steps and clear shapes at 4 steps; "
+        "videos": "Plain flow matching gives noise at 1 step, shapes at 2 steps and clear shapes "
+        "at 4 steps; "
         "the flow map gives clear shapes from 1 step.",
-        "fd": "The flow map is closer to real videos at 1 and 2, plain flow matching is closer at 4 steps; "
+        "fd": "The flow map is closer to real videos at 1 and 2, plain flow matching is closer at "
+        "4 steps; "
         "the flow map's distance falls up to 4 steps.",
-        "template_mse": "With plain flow matching the difference to the nearest real clip falls up to 4 steps; "
+        "template_mse": "With plain flow matching the difference to the nearest real clip falls up "
+        "to 4 steps; "
         "with the flow map it falls up to 4 steps.",
-        "coverage_tv": "With the flow map the unevenness of positions stays about the same from 1 to 4 steps; "
+        "coverage_tv": "With the flow map the unevenness of positions stays about the same from 1 "
+        "to 4 steps; "
         "with the consistency sampler it rises with more steps, from 0.14 at 1 step to 0.25.",
-        "motion": "The videos of plain flow matching are noise at 1 step; they move 100 % as much as real ones at 2 "
+        "motion": "The videos of plain flow matching are noise at 1 step; they move 100 % as much "
+        "as real ones at 2 "
         "steps and 100 % at 4; "
         "the videos of the flow map move 100 % as much as real ones at 1 step and 100 % at 4.",
     }
@@ -91,11 +113,14 @@ def test_figure_sentences_of_a_curve_that_rises_again(make_results) -> None:
     )
     sentences = figure_sentences(results)
     assert sentences["fd"] == (
-        "The flow map is closer to real videos at 1, 2 and 4, plain flow matching is closer at 16 and 32, "
-        "both are alike at 8 steps; the flow map's distance falls until 4 steps and rises again to 13 at 32."
+        "The flow map is closer to real videos at 1, 2 and 4, plain flow matching is closer at 16 "
+        "and 32, "
+        "both are alike at 8 steps; the flow map's distance falls until 4 steps and rises again to "
+        "13 at 32."
     )
     assert sentences["videos"].endswith(
-        "the flow map gives blurred shapes at 1 step, shapes at 2 steps, clear shapes from 4 steps, "
+        "the flow map gives blurred shapes at 1 step, shapes at 2 steps, clear shapes from 4 "
+        "steps, "
         "shapes at 16 steps and blurred shapes at 32 steps."
     )
 
@@ -105,5 +130,10 @@ def test_sentences_about_methods_of_ones_own() -> None:
     results = EvaluationResults(Metrics(0.1, 0.1, 0.1), curves, {}, 0, "x")
     assert "nothing is said here about few steps" in takeaway(results)
     sentences = figure_sentences(results)
-    assert sentences["videos"] == "The mine gives blurred shapes at 4 steps; the yours gives blurred shapes at 4 steps."
-    assert sentences["fd"].startswith("With the mine the distance from real videos is 1.0 at 4 steps; with the yours")
+    assert (
+        sentences["videos"]
+        == "The mine gives blurred shapes at 4 steps; the yours gives blurred shapes at 4 steps."
+    )
+    assert sentences["fd"].startswith(
+        "With the mine the distance from real videos is 1.0 at 4 steps; with the yours"
+    )

@@ -1,4 +1,6 @@
-"""Networks whose flow map is known in closed form, small transformers, and a record of every network call."""
+"""Networks whose flow map is known in closed form, small transformers, and a record of every
+network call.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +16,13 @@ from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
 
 class GaussianFlowMap(nn.Module):
-    """The exact flow map of independent Gaussian data ``N(mean_c + mean(prompt), scale_c^2)``, per channel c.
+    """The exact flow map of independent Gaussian data ``N(mean_c + mean(prompt), scale_c^2)``, per
+    channel c.
 
-    With ``s_t^2 = (1-t)^2 scale^2 + t^2`` the path is ``x_r = m_r + s_r / s_t (x_t - m_t)``, so that
-    ``u = -mean + (x - m_t) / s_t * ((t + r) - scale^2 (2 - t - r)) / (s_t + s_r)``, which is the velocity at r = t.
-    Computed in fp64 whatever goes in; the result has the dtype of ``hidden_states``, as a network's would.
+    With ``s_t^2 = (1-t)^2 scale^2 + t^2`` the path is ``x_r = m_r + s_r / s_t (x_t - m_t)``, so
+    that ``u = -mean + (x - m_t) / s_t * ((t + r) - scale^2 (2 - t - r)) / (s_t + s_r)``, which is
+    the velocity at r = t. Computed in fp64 whatever goes in; the result has the dtype of
+    ``hidden_states``, as a network's would.
     """
 
     def __init__(self, num_train_timesteps: int = 1000, channels: int = 3) -> None:
@@ -57,7 +61,9 @@ class GaussianFlowMap(nn.Module):
         return (mean + self.scale[:, None, None] * noise.double()).detach()
 
     def data_on_path(self, x: Tensor, t: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Data and noise of the straight line that passes x at time t with exactly the flow's velocity there."""
+        """Data and noise of the straight line that passes x at time t with exactly the flow's
+        velocity there.
+        """
         sigma = self._lead(t.double())
         v = self.average(x.double(), sigma, sigma, prompt).detach()
         return x - sigma * v, x + (1 - sigma) * v
@@ -82,7 +88,9 @@ class Call:
 def _record(module: nn.Module) -> list[Call]:
     calls: list[Call] = []
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor]) -> None:
+    def hook(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor]
+    ) -> None:
         assert not args
         x, text = kwargs["hidden_states"].detach(), kwargs["encoder_hidden_states"]
         grad, result = torch.is_grad_enabled(), output[0].detach()
@@ -93,7 +101,9 @@ def _record(module: nn.Module) -> list[Call]:
 
 
 class Probe(nn.Module):
-    """Adds a zero parameter to the prediction; its gradient tells the target that a squared error was taken to."""
+    """Adds a zero parameter to the prediction; its gradient tells the target that a squared error
+    was taken to.
+    """
 
     def __init__(self, network: nn.Module, shape: torch.Size) -> None:
         super().__init__()
@@ -119,11 +129,15 @@ def _target(
     r: Tensor,
     prompt: Tensor,
 ) -> tuple[Tensor, LossOutput]:
-    """The regression target of the pretrain loss, and the loss; uniform weight, no guidance, no diffusion samples."""
+    """The regression target of the pretrain loss, and the loss; uniform weight, no guidance, no
+    diffusion samples.
+    """
     assert scheduler.config.weight_type == "uniform" and config.fuse_guidance_scale == 1
     probe = Probe(network, latents.shape)
     pairs = TimePairs(t, r, torch.zeros_like(t, dtype=torch.bool))
-    output = AnyFlowPretrainMethod(probe, scheduler, config).loss(latents, prompt, noise=noise, time_pairs=pairs)
+    output = AnyFlowPretrainMethod(probe, scheduler, config).loss(
+        latents, prompt, noise=noise, time_pairs=pairs
+    )
     output.loss.backward()
     assert probe.offset.grad is not None
     return probe.pred - probe.offset.grad * latents.numel() / 2, output

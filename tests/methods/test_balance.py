@@ -10,9 +10,13 @@ KINDS = torch.tensor([True, True, False, False, False])
 
 
 @pytest.mark.parametrize("sizes", [(5,), (1, 1, 1, 1, 1), (2, 3), (3, 2)])
-def test_flow_map_losses_are_scaled_to_the_mean_of_all_diffusion_losses(sizes: tuple[int, ...]) -> None:
+def test_flow_map_losses_are_scaled_to_the_mean_of_all_diffusion_losses(
+    sizes: tuple[int, ...],
+) -> None:
     balance = DiffusionBalance()
-    scales = [balance.scales(*part) for part in zip(LOSSES.split(sizes), KINDS.split(sizes), strict=True)]
+    scales = [
+        balance.scales(*part) for part in zip(LOSSES.split(sizes), KINDS.split(sizes), strict=True)
+    ]
     want = torch.where(KINDS, 1.0, 4.0 / (LOSSES + 1e-5))
     torch.testing.assert_close(torch.cat(scales), want, rtol=1e-12, atol=0)
     assert balance.metrics()["loss_diffusion"].item() == 4.0
@@ -23,7 +27,10 @@ def test_without_a_diffusion_sample_nothing_is_scaled() -> None:
     balance = DiffusionBalance()
     for loss in LOSSES.split(1):
         assert balance.scales(loss, torch.tensor([False])).item() == 1
-    assert balance.metrics() == {"loss_diffusion": torch.tensor(0.0), "loss_flow_map": LOSSES.mean()}
+    assert balance.metrics() == {
+        "loss_diffusion": torch.tensor(0.0),
+        "loss_flow_map": LOSSES.mean(),
+    }
 
 
 def test_a_loss_of_one_kind_that_is_infinite_does_not_spoil_the_mean_of_the_other() -> None:
@@ -33,11 +40,15 @@ def test_a_loss_of_one_kind_that_is_infinite_does_not_spoil_the_mean_of_the_othe
 
 
 @pytest.mark.parametrize("offset", range(9))
-@pytest.mark.parametrize(("world", "micros", "size"), [(1, 8, 1), (2, 4, 1), (3, 3, 1), (2, 2, 3), (4, 1, 2)])
+@pytest.mark.parametrize(
+    ("world", "micros", "size"), [(1, 8, 1), (2, 4, 1), (3, 3, 1), (2, 2, 3), (4, 1, 2)]
+)
 def test_ranks_that_put_diffusion_first_never_need_a_mean_that_is_not_whole(
     world: int, micros: int, size: int, offset: int
 ) -> None:
-    """For every share of diffusion: the last micro-step with one is not after the first with another kind."""
+    """For every share of diffusion: the last micro-step with one is not after the first with
+    another kind.
+    """
     count = micros * size
     for diffusion in range(world * count + 1):
         last, first, found = -1, micros, 0
@@ -63,11 +74,16 @@ def test_selected_pairs_keep_their_order_and_rows() -> None:
     pairs = TimePairs(t, torch.where(kinds, t, t / 2), kinds)
     assert pairs.diffusion_first() == [1, 3, 0, 2]
     chosen = pairs.select([2, 3, 0], "cpu")
-    assert chosen.t.tolist() == t[[2, 3, 0]].tolist() and chosen.r.tolist() == pairs.r[[2, 3, 0]].tolist()
+    assert (
+        chosen.t.tolist() == t[[2, 3, 0]].tolist()
+        and chosen.r.tolist() == pairs.r[[2, 3, 0]].tolist()
+    )
     assert chosen.flow_map_rows().tolist() == [0, 2]
 
 
 def test_times_come_from_the_uniforms_given() -> None:
     uniforms = torch.tensor([[0.2, 0.8], [0.6, 0.1]])
     pairs = sample_time_pairs(2, diffusion_ratio=0.5, consistency_ratio=0, uniforms=uniforms)
-    assert torch.equal(pairs.t, torch.tensor([0.6, 0.8])) and torch.equal(pairs.r, torch.tensor([0.6, 0.1]))
+    assert torch.equal(pairs.t, torch.tensor([0.6, 0.8])) and torch.equal(
+        pairs.r, torch.tensor([0.6, 0.1])
+    )

@@ -1,4 +1,6 @@
-"""Two real processes under torchrun: global balance, choices that agree, and as many network calls on every rank."""
+"""Two real processes under torchrun: global balance, choices that agree, and as many network calls
+on every rank.
+"""
 
 import subprocess
 from collections.abc import Callable
@@ -31,7 +33,9 @@ def ranks(
 def test_loss_over_the_ranks_is_that_of_the_whole_batch(
     how: str, case: tuple[str, float], ranks: list[dict[str, Any]]
 ) -> None:
-    """The balance needs the mean over all ranks; also when one rank, or no rank, has a diffusion sample."""
+    """The balance needs the mean over all ranks; also when one rank, or no rank, has a diffusion
+    sample.
+    """
     want = ranks[0]["expected"][case]
     for results in ranks:
         got = results[how][case]
@@ -47,8 +51,12 @@ def test_ranks_hold_different_samples(ranks: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_rank_calls_the_network_as_often(case: tuple[str, float], ranks: list[dict[str, Any]]) -> None:
-    """One call without gradient, one with; sharded parameters are gathered in each, by all ranks or by none."""
+def test_every_rank_calls_the_network_as_often(
+    case: tuple[str, float], ranks: list[dict[str, Any]]
+) -> None:
+    """One call without gradient, one with; sharded parameters are gathered in each, by all ranks or
+    by none.
+    """
     for results in ranks:
         assert results["got"][case]["calls"] == [False, True]
         assert results["sharded"][case]["calls"] == [False, True]

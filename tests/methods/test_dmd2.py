@@ -1,4 +1,6 @@
-"""Distribution matching: the gradient and its precision, both losses, the drawn choices and the re-noising rollout."""
+"""Distribution matching: the gradient and its precision, both losses, the drawn choices and the
+re-noising rollout.
+"""
 
 import math
 from collections import Counter
@@ -25,7 +27,9 @@ def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.
     return torch.randn(shape, generator=generator, dtype=dtype)
 
 
-def _method(student: Any, teacher: Any, critic: Any, shift: float = 5.0, **config: Any) -> DMD2Method:
+def _method(
+    student: Any, teacher: Any, critic: Any, shift: float = 5.0, **config: Any
+) -> DMD2Method:
     scheduler = FlowMapEulerDiscreteScheduler(num_train_timesteps=N, shift=shift)
     return DMD2Method(student, teacher, critic, scheduler, DMD2Config(**config))
 
@@ -50,11 +54,15 @@ def negative(generator: torch.Generator) -> Tensor:
     return 0.3 * _normal(generator, 1, 2, 3)
 
 
-# The gradient ------------------------------------------------------------------------------------------------------
+# The gradient -------------------------------------------------------------------------------------
 
 
-def _x0_space_gradient(samples: Tensor, noise: Tensor, sigma: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """``(x0_fake - x0_real) / mean |x - x0_real|`` with both x0 predicted from the noised samples."""
+def _x0_space_gradient(
+    samples: Tensor, noise: Tensor, sigma: Tensor, real: Tensor, fake: Tensor
+) -> Tensor:
+    """``(x0_fake - x0_real) / mean |x - x0_real|`` with both x0 predicted from the noised
+    samples.
+    """
     sigma = sigma.reshape(-1, 1, 1, 1, 1)
     x_t = (1 - sigma) * samples + sigma * noise
     x0_real, x0_fake = x_t - sigma * real, x_t - sigma * fake
@@ -68,7 +76,9 @@ def test_gradient_is_the_difference_of_predicted_data(seed: int, sigma: float) -
     samples, noise, real, fake = (_normal(g, *SHAPE) for _ in range(4))
     sigmas = torch.full(SHAPE[:1], sigma, dtype=torch.float64)
     got = dmd_gradient(samples, noise, sigmas, real, fake)
-    torch.testing.assert_close(got, _x0_space_gradient(samples, noise, sigmas, real, fake), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        got, _x0_space_gradient(samples, noise, sigmas, real, fake), rtol=1e-3, atol=0
+    )
     distance = (sigma * (real - (noise - samples))).abs().mean((1, 2, 3, 4), keepdim=True)
     torch.testing.assert_close(got, sigma * (real - fake) / (distance + 1e-6), rtol=1e-9, atol=0)
 
@@ -87,7 +97,9 @@ def test_gradient_of_bf16_velocities_does_not_cancel(generator: torch.Generator)
     assert error[0] < 1e-4 and error[1] > 0.1
 
 
-def test_gradient_is_finite_where_the_teacher_agrees_with_the_sample(generator: torch.Generator) -> None:
+def test_gradient_is_finite_where_the_teacher_agrees_with_the_sample(
+    generator: torch.Generator,
+) -> None:
     samples, noise = _normal(generator, *SHAPE), _normal(generator, *SHAPE)
     sigma = torch.tensor([0.02, 0.5, 0.9, 0.98], dtype=torch.float64)
     real = noise - samples
@@ -95,10 +107,12 @@ def test_gradient_is_finite_where_the_teacher_agrees_with_the_sample(generator: 
     assert dmd_gradient(samples, noise, sigma, real, real + 0.1).isfinite().all()
 
 
-# Generator loss ----------------------------------------------------------------------------------------------------
+# Generator loss -----------------------------------------------------------------------------------
 
 
-def test_generator_loss_is_the_formula(networks: list[Any], prompt: Tensor, negative: Tensor) -> None:
+def test_generator_loss_is_the_formula(
+    networks: list[Any], prompt: Tensor, negative: Tensor
+) -> None:
     student, teacher, critic = networks
     method = _method(*networks, real_guidance_scale=2.5)
     g = torch.Generator().manual_seed(3)
@@ -110,7 +124,9 @@ def test_generator_loss_is_the_formula(networks: list[Any], prompt: Tensor, nega
     sigma = method.scheduler.apply_shift(t.double())
     lead = sigma.reshape(-1, 1, 1, 1, 1)
     x = (1 - lead) * x0 + lead * noise
-    cond, uncond = (teacher.average(x, lead, lead, text).detach() for text in (prompt, negative.repeat(4, 1, 1)))
+    cond, uncond = (
+        teacher.average(x, lead, lead, text).detach() for text in (prompt, negative.repeat(4, 1, 1))
+    )
     x0_cond, x0_uncond = x - lead * cond, x - lead * uncond
     x0_real = x0_cond + 2.5 * (x0_cond - x0_uncond)
     x0_fake = x - lead * critic.average(x, lead, lead, prompt).detach()
@@ -124,13 +140,19 @@ def test_generator_loss_is_the_formula(networks: list[Any], prompt: Tensor, nega
     assert output.metrics and not any(value.requires_grad for value in output.metrics.values())
 
 
-def test_generator_loss_moves_samples_to_the_teacher(networks: list[Any], prompt: Tensor, negative: Tensor) -> None:
-    """Descent on the samples takes their mean from the critic's distribution towards the teacher's."""
+def test_generator_loss_moves_samples_to_the_teacher(
+    networks: list[Any], prompt: Tensor, negative: Tensor
+) -> None:
+    """Descent on the samples takes their mean from the critic's distribution towards the
+    teacher's.
+    """
     _, teacher, critic = networks
     with torch.no_grad():
         critic.scale.copy_(teacher.scale)
     method = _method(*networks, real_guidance_scale=0.0)
-    samples = critic.clean(_normal(torch.Generator().manual_seed(0), 64, *SHAPE[1:]), prompt[:1]).requires_grad_()
+    samples = critic.clean(
+        _normal(torch.Generator().manual_seed(0), 64, *SHAPE[1:]), prompt[:1]
+    ).requires_grad_()
     text = prompt[:1]
     output = method.generator_loss(samples, text, None, generator=torch.Generator().manual_seed(1))
     output.loss.backward()
@@ -142,7 +164,12 @@ def test_generator_loss_moves_samples_to_the_teacher(networks: list[Any], prompt
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])
 def test_unconditional_score_runs_only_with_guidance(
-    scale: float, networks: list[Any], prompt: Tensor, negative: Tensor, record: Factory, generator: torch.Generator
+    scale: float,
+    networks: list[Any],
+    prompt: Tensor,
+    negative: Tensor,
+    record: Factory,
+    generator: torch.Generator,
 ) -> None:
     student, teacher, critic = (record(network) for network in networks)
     method = _method(*networks, real_guidance_scale=scale)
@@ -155,15 +182,24 @@ def test_unconditional_score_runs_only_with_guidance(
         assert torch.equal(teacher[0].x, critic[0].x)
     else:
         assert torch.equal(teacher[0].text, torch.cat([prompt, negative.repeat(4, 1, 1)]))
-        with pytest.raises(ValueError, match="real_guidance_scale=3.0 needs negative_prompt_embeds"):
+        with pytest.raises(
+            ValueError, match="real_guidance_scale=3.0 needs negative_prompt_embeds"
+        ):
             method.generator_loss(samples, prompt, generator=generator)
 
 
 @pytest.mark.parametrize("score_r", ["t", "zero"])
 def test_second_timestep_of_the_scores(
-    score_r: str, networks: list[Any], prompt: Tensor, negative: Tensor, record: Factory, generator: torch.Generator
+    score_r: str,
+    networks: list[Any],
+    prompt: Tensor,
+    negative: Tensor,
+    record: Factory,
+    generator: torch.Generator,
 ) -> None:
-    """The setting is honored by teacher and critic, in both losses; a peer has it and never reads it."""
+    """The setting is honored by teacher and critic, in both losses; a peer has it and never reads
+    it.
+    """
     calls = [record(network) for network in networks]
     method = _method(*networks, dmd_score_r=score_r)
     samples = _normal(generator, *SHAPE)
@@ -172,7 +208,9 @@ def test_second_timestep_of_the_scores(
     scores = calls[1] + calls[2]
     assert len(scores) == 3
     for call in scores:
-        assert torch.equal(call.r_timestep, call.timestep if score_r == "t" else torch.zeros_like(call.timestep))
+        assert torch.equal(
+            call.r_timestep, call.timestep if score_r == "t" else torch.zeros_like(call.timestep)
+        )
         assert bool((call.timestep > 0).all())
 
 
@@ -180,15 +218,26 @@ def test_default_score_is_at_r_equal_t() -> None:
     assert DMD2Config().dmd_score_r == "t" and OnPolicyConfig().dmd_score_r == "t"
 
 
-def test_a_plain_model_as_score(tiny_transformer: Factory, record: Factory, generator: torch.Generator) -> None:
+def test_a_plain_model_as_score(
+    tiny_transformer: Factory, record: Factory, generator: torch.Generator
+) -> None:
     """A plain Wan model is the score at r = t; it cannot be asked for another r."""
-    student, critic, plain = tiny_transformer(), tiny_transformer(), tiny_transformer(r_embedder=False)
+    student, critic, plain = (
+        tiny_transformer(),
+        tiny_transformer(),
+        tiny_transformer(r_embedder=False),
+    )
     calls = record(plain)
     samples = _normal(generator, *SHAPE, dtype=torch.float32)
     text = _normal(generator, SHAPE[0], 5, 8, dtype=torch.float32)
-    output = _method(student, plain, critic).generator_loss(samples, text, text, generator=generator)
+    output = _method(student, plain, critic).generator_loss(
+        samples, text, text, generator=generator
+    )
     assert output.loss.isfinite() and calls[0].r_timestep is None
-    for networks, name in (((student, plain, critic), "teacher"), ((student, critic, plain), "critic")):
+    for networks, name in (
+        ((student, plain, critic), "teacher"),
+        ((student, critic, plain), "critic"),
+    ):
         with pytest.raises(ValueError, match=f"needs a {name} with a second timestep branch"):
             _method(*networks, dmd_score_r="zero")
 
@@ -208,14 +257,20 @@ def test_timesteps_are_shifted_then_clamped(
         torch.testing.assert_close(call.timestep, want)
 
 
-# Critic loss -------------------------------------------------------------------------------------------------------
+# Critic loss --------------------------------------------------------------------------------------
 
 
-def test_critic_loss_is_flow_matching_on_detached_samples(networks: list[Any], prompt: Tensor) -> None:
+def test_critic_loss_is_flow_matching_on_detached_samples(
+    networks: list[Any], prompt: Tensor
+) -> None:
     student, teacher, critic = networks
     method = _method(*networks)
     g = torch.Generator().manual_seed(0)
-    x, noise, t = _normal(g, *SHAPE).requires_grad_(), _normal(g, *SHAPE), torch.tensor([0.1, 0.4, 0.7, 0.9])
+    x, noise, t = (
+        _normal(g, *SHAPE).requires_grad_(),
+        _normal(g, *SHAPE),
+        torch.tensor([0.1, 0.4, 0.7, 0.9]),
+    )
     samples = x + 0 * student.mean.sum()
     output = method.critic_loss(samples, prompt, t=t, noise=noise)
     lead = method.scheduler.apply_shift(t.double()).reshape(-1, 1, 1, 1, 1)
@@ -227,23 +282,31 @@ def test_critic_loss_is_flow_matching_on_detached_samples(networks: list[Any], p
     assert bool(critic.mean.grad.any()) and bool(critic.scale.grad.any())
 
 
-def test_distribution_of_drawn_times(gaussian: Factory, record: Factory, generator: torch.Generator) -> None:
+def test_distribution_of_drawn_times(
+    gaussian: Factory, record: Factory, generator: torch.Generator
+) -> None:
     """Uniform for the generator, logit-normal(0, 1) for the critic, both before the shift."""
     network = gaussian(N)
     calls = record(network)
-    method = _method(network, network, network, real_guidance_scale=0.0, min_timestep=0.0, max_timestep=1000.0)
+    method = _method(
+        network, network, network, real_guidance_scale=0.0, min_timestep=0.0, max_timestep=1000.0
+    )
     samples = torch.zeros(20_000, 1, 3, 1, 1)
     text = torch.zeros(1, 1, 1)
     method.generator_loss(samples, text, generator=generator)
     method.critic_loss(samples, text, generator=generator)
-    uniform, logit_normal = (method.scheduler.invert_shift(calls[i].timestep.double() / N) for i in (0, -1))
+    uniform, logit_normal = (
+        method.scheduler.invert_shift(calls[i].timestep.double() / N) for i in (0, -1)
+    )
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
     assert uniform.std().item() == pytest.approx(math.sqrt(1 / 12), abs=0.01)
     z = logit_normal.logit()
-    assert z.mean().item() == pytest.approx(0.0, abs=0.03) and z.std().item() == pytest.approx(1.0, abs=0.03)
+    assert z.mean().item() == pytest.approx(0.0, abs=0.03) and z.std().item() == pytest.approx(
+        1.0, abs=0.03
+    )
 
 
-# Draws and rollout -------------------------------------------------------------------------------------------------
+# Draws and rollout --------------------------------------------------------------------------------
 
 
 def test_draw_steps(networks: list[Any]) -> None:
@@ -273,7 +336,9 @@ def test_pinned_timesteps_are_used_verbatim(
     method = _method(*networks, timesteps=pinned)
     assert torch.equal(method.schedule(), torch.tensor([*pinned, 0.0], dtype=torch.float64) / N)
     assert all(method.draw_steps(generator)[0] == 4 for _ in range(5))
-    method.rollout(_normal(generator, *SHAPE), prompt, num_steps=4, grad_step=3, generator=generator)
+    method.rollout(
+        _normal(generator, *SHAPE), prompt, num_steps=4, grad_step=3, generator=generator
+    )
     assert [call.timestep.tolist() for call in calls] == [[t] * 4 for t in pinned]
     with pytest.raises(ValueError, match="num_steps=8, but the pinned timesteps have 4 steps"):
         method.rollout(_normal(generator, *SHAPE), prompt, num_steps=8)
@@ -315,7 +380,7 @@ def test_rollout_renoises_between_jumps(
     assert student.mean.grad is not None
 
 
-# Configuration and inputs ------------------------------------------------------------------------------------------
+# Configuration and inputs -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [DMD2Config, OnPolicyConfig])
@@ -332,7 +397,9 @@ def test_rollout_renoises_between_jumps(
         ({"dmd_score_r": "none"}, "dmd_score_r"),
     ],
 )
-def test_impossible_settings(kind: type[DMD2Config], settings_: dict[str, Any], message: str) -> None:
+def test_impossible_settings(
+    kind: type[DMD2Config], settings_: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=f"{kind.__name__}.*{message}"):
         kind(**settings_)
 
@@ -378,7 +445,9 @@ def test_bad_inputs_are_named(
         getattr(_method(*networks), loss)(inputs["samples"], *text, t=t, noise=inputs["noise"])
 
 
-def test_bad_rollout_inputs_are_named(networks: list[Any], prompt: Tensor, generator: torch.Generator) -> None:
+def test_bad_rollout_inputs_are_named(
+    networks: list[Any], prompt: Tensor, generator: torch.Generator
+) -> None:
     method, noise = _method(*networks), _normal(generator, *SHAPE)
     for arguments, message in (
         ({"noise": noise[0]}, "noise must be"),
@@ -401,7 +470,11 @@ def test_the_generator_decides_and_the_global_one_is_left_alone(
         g = None if seed is None else torch.Generator().manual_seed(seed)
         samples = method.rollout(noise, prompt, num_steps=4, grad_step=3, generator=g)
         generator_loss = method.generator_loss(samples, prompt, negative, generator=g).loss
-        return samples.sum().item(), generator_loss.item(), method.critic_loss(samples, prompt, generator=g).loss.item()
+        return (
+            samples.sum().item(),
+            generator_loss.item(),
+            method.critic_loss(samples, prompt, generator=g).loss.item(),
+        )
 
     before = torch.get_rng_state()
     first, again, other, fresh = results(1), results(1), results(2), results(None)
@@ -431,9 +504,14 @@ def test_plain_student_is_refused_at_construction() -> None:
 def test_samples_that_are_not_finite_are_the_students(
     loss: str, networks: list[Any], prompt: Tensor, negative: Tensor, generator: torch.Generator
 ) -> None:
-    """They come from a network, not from data, and a device could not be asked: the first norm tells who failed."""
+    """They come from a network, not from data, and a device could not be asked: the first norm
+    tells who failed.
+    """
     method = DMD2Method(*networks, FlowMapEulerDiscreteScheduler(), DMD2Config())
     samples = _normal(generator, *SHAPE) * float("nan")
     text = (prompt, negative) if loss == "generator_loss" else (prompt,)
     output = getattr(method, loss)(samples, *text, generator=generator)
-    assert next(name for name, norm in output.norms.items() if not norm.isfinite()) == "rollout of the student"
+    assert (
+        next(name for name, norm in output.norms.items() if not norm.isfinite())
+        == "rollout of the student"
+    )

@@ -1,4 +1,6 @@
-"""Flow-map rollouts: the same data at any step count, where gradient flows, and the whole student step."""
+"""Flow-map rollouts: the same data at any step count, where gradient flows, and the whole student
+step.
+"""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -29,7 +31,9 @@ def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.
     return torch.randn(shape, generator=generator, dtype=dtype)
 
 
-def _method(student: Any, teacher: Any = None, critic: Any = None, **config: Any) -> AnyFlowOnPolicyMethod:
+def _method(
+    student: Any, teacher: Any = None, critic: Any = None, **config: Any
+) -> AnyFlowOnPolicyMethod:
     scheduler = FlowMapEulerDiscreteScheduler(num_train_timesteps=N, shift=5.0)
     networks = [student if network is None else network for network in (teacher, critic)]
     return AnyFlowOnPolicyMethod(student, *networks, scheduler, OnPolicyConfig(**config))
@@ -40,7 +44,9 @@ class PerCallNetwork(nn.Module):
 
     def __init__(self, calls: int) -> None:
         super().__init__()
-        self.p = nn.ParameterList([nn.Parameter(torch.tensor(0.3 + 0.1 * i).double()) for i in range(calls)])
+        self.p = nn.ParameterList(
+            [nn.Parameter(torch.tensor(0.3 + 0.1 * i).double()) for i in range(calls)]
+        )
         self.inputs: list[Tensor] = []
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
@@ -58,7 +64,9 @@ def prompt(generator: torch.Generator) -> Tensor:
 def test_rollouts_of_the_exact_flow_map_end_at_the_same_data(
     n: int, data: st.DataObject, seed: int, gaussian: Factory
 ) -> None:
-    """Any number of steps, any step with gradient, either rollout: what one step gives, which is known."""
+    """Any number of steps, any step with gradient, either rollout: what one step gives, which is
+    known.
+    """
     g = data.draw(st.integers(0, n - 1))
     source = torch.Generator().manual_seed(seed)
     network, noise, prompt = gaussian(N), _normal(source, *SHAPE), _normal(source, SHAPE[0], 2, 3)
@@ -71,7 +79,9 @@ def test_rollouts_of_the_exact_flow_map_end_at_the_same_data(
 
 @pytest.mark.parametrize(("n", "g"), [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 3), (50, 20)])
 def test_segments(n: int, g: int, gaussian: Factory, record: Factory, prompt: Tensor) -> None:
-    """At most three evaluations for a shortcut, n for Euler, and times that follow one another down to 0."""
+    """At most three evaluations for a shortcut, n for Euler, and times that follow one another down
+    to 0.
+    """
     noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
     for rollout in ("shortcut", "euler"):
         network = gaussian(N)
@@ -109,7 +119,9 @@ def test_gradient_through_every_evaluation_of_a_shortcut(prompt: Tensor) -> None
     ({"rollout": "euler"}, 4, 0, 0),
     ({"rollout": "euler", "grad_through": "step"}, 4, 3, 3),
 ])  # fmt: skip
-def test_gradient_through_one_evaluation(config: dict[str, str], n: int, g: int, index: int, prompt: Tensor) -> None:
+def test_gradient_through_one_evaluation(
+    config: dict[str, str], n: int, g: int, index: int, prompt: Tensor
+) -> None:
     """Only the chosen one has a graph; the later ones carry its result on by the identity."""
     network = PerCallNetwork(n)
     method = _method(network, **config)
@@ -129,13 +141,17 @@ def test_euler_returns_clean_data(gaussian: Factory, prompt: Tensor) -> None:
     x = method.rollout(noise, prompt, num_steps=4, grad_step=0).detach()
     sigma = method.schedule(4)[:2].reshape(2, 1, 1, 1, 1, 1)
     with torch.no_grad():
-        intermediate = noise - (sigma[0] - sigma[1]) * network.average(noise, sigma[0], sigma[1], prompt)
+        intermediate = noise - (sigma[0] - sigma[1]) * network.average(
+            noise, sigma[0], sigma[1], prompt
+        )
     clean = network.clean(noise, prompt)
     torch.testing.assert_close(x, clean, rtol=1e-5, atol=1e-5)
     assert (intermediate - clean).abs().mean() > 0.1
 
 
-def test_rollout_in_half_precision_returns_fp32(tiny_transformer: Factory, generator: torch.Generator) -> None:
+def test_rollout_in_half_precision_returns_fp32(
+    tiny_transformer: Factory, generator: torch.Generator
+) -> None:
     student = tiny_transformer().bfloat16()
     noise = _normal(generator, *SHAPE, dtype=torch.bfloat16)
     text = _normal(generator, SHAPE[0], 5, 8, dtype=torch.bfloat16)
@@ -159,7 +175,9 @@ def test_drawn_gradient_step(gaussian: Factory, record: Factory, prompt: Tensor)
     assert len(seen) == 4
 
 
-def test_pinned_timesteps_are_used_verbatim(gaussian: Factory, record: Factory, prompt: Tensor) -> None:
+def test_pinned_timesteps_are_used_verbatim(
+    gaussian: Factory, record: Factory, prompt: Tensor
+) -> None:
     network = gaussian(N)
     calls = record(network)
     noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
@@ -167,7 +185,11 @@ def test_pinned_timesteps_are_used_verbatim(gaussian: Factory, record: Factory, 
         calls.clear()
         method = _method(network, timesteps=timesteps)
         method.rollout(noise, prompt, num_steps=4, grad_step=2)
-        assert [(c.timestep[0].item(), c.r_timestep[0].item()) for c in calls] == [(999, 833), (833, 624), (624, 0)]
+        assert [(c.timestep[0].item(), c.r_timestep[0].item()) for c in calls] == [
+            (999, 833),
+            (833, 624),
+            (624, 0),
+        ]
         with pytest.raises(ValueError, match="num_steps=2, but the pinned timesteps have 4 steps"):
             method.rollout(noise, prompt, num_steps=2)
 
@@ -175,10 +197,11 @@ def test_pinned_timesteps_are_used_verbatim(gaussian: Factory, record: Factory, 
 def test_is_a_dmd2_method_with_its_settings() -> None:
     assert issubclass(AnyFlowOnPolicyMethod, DMD2Method)
     config = OnPolicyConfig(real_guidance_scale=0.0, min_timestep=0.0)
-    assert config.real_guidance_scale == 0.0 and config.min_timestep == 0.0  # an explicit zero stays zero
+    # an explicit zero stays zero
+    assert config.real_guidance_scale == 0.0 and config.min_timestep == 0.0
 
 
-# The whole step -----------------------------------------------------------------------------------------------------
+# The whole step -----------------------------------------------------------------------------------
 
 
 def test_student_loss_reaches_the_student_alone(gaussian: Factory, prompt: Tensor) -> None:
@@ -187,7 +210,9 @@ def test_student_loss_reaches_the_student_alone(gaussian: Factory, prompt: Tenso
         teacher.mean.add_(0.5)
     method = _method(student, teacher, critic, num_steps=(1, 2, 4))
     noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
-    output = method.student_loss(noise, prompt, prompt[:1], generator=torch.Generator().manual_seed(0))
+    output = method.student_loss(
+        noise, prompt, prompt[:1], generator=torch.Generator().manual_seed(0)
+    )
     output.loss.backward()
     assert bool(student.mean.grad.any())
     assert teacher.mean.grad is None and critic.mean.grad is None
@@ -199,13 +224,20 @@ def test_cotraining_adds_the_pretrain_loss(gaussian: Factory, prompt: Tensor) ->
         teacher.mean.add_(0.5)
     pretrain = PretrainConfig(epsilon=2.0, fuse_guidance_scale=2.0)
     plain = _method(student, teacher, critic, num_steps=(1, 2, 4))
-    cotrained = _method(student, teacher, critic, num_steps=(1, 2, 4), cotrain_pretrain=True, pretrain=pretrain)
+    cotrained = _method(
+        student, teacher, critic, num_steps=(1, 2, 4), cotrain_pretrain=True, pretrain=pretrain
+    )
     source = torch.Generator().manual_seed(0)
-    noise, latents, data_prompt = _normal(source, *SHAPE), _normal(source, 5, *SHAPE[1:]), prompt[:1] * 2
+    noise, latents, data_prompt = (
+        _normal(source, *SHAPE),
+        _normal(source, 5, *SHAPE[1:]),
+        prompt[:1] * 2,
+    )
     negative = prompt[:1]
 
     g = torch.Generator().manual_seed(1)
-    dmd = plain.student_loss(noise, prompt, negative, generator=g)  # leaves g where co-training goes on drawing
+    # leaves g where co-training goes on drawing
+    dmd = plain.student_loss(noise, prompt, negative, generator=g)
     data = AnyFlowPretrainMethod(student, plain.scheduler, pretrain).loss(
         latents, data_prompt, negative, generator=g, offset=3
     )
@@ -236,7 +268,9 @@ def test_student_loss_is_decided_by_the_generator(gaussian: Factory, prompt: Ten
     noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
     before = torch.get_rng_state()
     losses = [
-        method.student_loss(noise, prompt, prompt, generator=torch.Generator().manual_seed(s)).loss.item()
+        method.student_loss(
+            noise, prompt, prompt, generator=torch.Generator().manual_seed(s)
+        ).loss.item()
         for s in (1, 1, 2)
     ]
     losses.append(method.student_loss(noise, prompt, prompt).loss.item())

@@ -1,4 +1,6 @@
-"""The pretrain loss: the formula written out, rows and network calls, guidance, image to video, input checks."""
+"""The pretrain loss: the formula written out, rows and network calls, guidance, image to video,
+input checks.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +28,12 @@ def _plain(**overrides: Any) -> PretrainConfig:
     return PretrainConfig(**{"fuse_guidance_scale": 1.0, **overrides})
 
 
-def _scheduler(weight_type: str = "uniform", shift: float = 1.0, n: int = N) -> FlowMapEulerDiscreteScheduler:
-    return FlowMapEulerDiscreteScheduler(num_train_timesteps=n, shift=shift, weight_type=weight_type)
+def _scheduler(
+    weight_type: str = "uniform", shift: float = 1.0, n: int = N
+) -> FlowMapEulerDiscreteScheduler:
+    return FlowMapEulerDiscreteScheduler(
+        num_train_timesteps=n, shift=shift, weight_type=weight_type
+    )
 
 
 def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -44,10 +50,12 @@ def _gradients(module: nn.Module, loss: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in module.parameters() if p.grad is not None]
 
 
-# The formula, written out plainly -----------------------------------------------------------------------------------
+# The formula, written out plainly -----------------------------------------------------------------
 
 
-def _written_out(network: Any, scheduler: Any, config: PretrainConfig, data: dict[str, Tensor]) -> Tensor:
+def _written_out(
+    network: Any, scheduler: Any, config: PretrainConfig, data: dict[str, Tensor]
+) -> Tensor:
     """The loss sample by sample, one network call at a time."""
     g, e = config.fuse_guidance_scale, config.epsilon / N
     losses = []
@@ -74,7 +82,10 @@ def _written_out(network: Any, scheduler: Any, config: PretrainConfig, data: dic
             slope = (u(x + e * v, t + e, c) - u(x - e * v, t - e, c)) / (2 * e * g)
             uncond = u(x, t, neg)
         pred = (u(x, t, c) - (1 - g) * uncond) / g
-        losses.append(scheduler.get_train_weight(t * N).double() * (pred - (v - (t - r) * slope)).square().mean())
+        losses.append(
+            scheduler.get_train_weight(t * N).double()
+            * (pred - (v - (t - r) * slope)).square().mean()
+        )
     loss = torch.cat(losses)
     mean = loss.detach()[KINDS.is_diffusion].mean()
     return torch.where(KINDS.is_diffusion, loss, loss * mean / (loss.detach() + 1e-5)).mean()
@@ -98,8 +109,12 @@ def test_loss_and_gradients_against_the_formula(
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-9
 
 
-def test_weight_is_that_of_the_grid_not_of_the_batch(gaussian: Factory, data: dict[str, Tensor]) -> None:
-    """Doubling the batch changes nothing, and one sample at the largest weight has 1.41, not 1000."""
+def test_weight_is_that_of_the_grid_not_of_the_batch(
+    gaussian: Factory, data: dict[str, Tensor]
+) -> None:
+    """Doubling the batch changes nothing, and one sample at the largest weight has 1.41, not
+    1000.
+    """
     network = gaussian(N)
     t = torch.tensor([0.667])
     pairs = TimePairs(t, t, torch.tensor([True]))
@@ -117,7 +132,9 @@ def test_weight_is_that_of_the_grid_not_of_the_batch(gaussian: Factory, data: di
     assert losses[1] / losses[0] == pytest.approx(weight, rel=1e-5)
 
 
-def test_balance_gives_every_flow_map_sample_the_diffusion_loss(gaussian: Factory, data: dict[str, Tensor]) -> None:
+def test_balance_gives_every_flow_map_sample_the_diffusion_loss(
+    gaussian: Factory, data: dict[str, Tensor]
+) -> None:
     network = gaussian(N)
     output = AnyFlowPretrainMethod(network, _scheduler("uniform"), _plain()).loss(
         data["latents"], data["prompt"], noise=data["noise"], time_pairs=KINDS
@@ -125,28 +142,38 @@ def test_balance_gives_every_flow_map_sample_the_diffusion_loss(gaussian: Factor
     mean = output.metrics["loss_diffusion"]
     assert mean > 0.1
     torch.testing.assert_close(output.loss.detach(), mean, rtol=1e-4, atol=0)
-    assert abs(output.metrics["loss_flow_map"] / mean - 1) > 0.05  # which it would not have had by itself
+    # which it would not have had by itself
+    assert abs(output.metrics["loss_flow_map"] / mean - 1) > 0.05
     assert not output.metrics["loss_flow_map"].requires_grad
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_without_a_diffusion_sample_nothing_is_rescaled(batch: int, gaussian: Factory, data: dict[str, Tensor]) -> None:
+def test_without_a_diffusion_sample_nothing_is_rescaled(
+    batch: int, gaussian: Factory, data: dict[str, Tensor]
+) -> None:
     """The reference divides by zero samples here: NaN, always at a global batch of one."""
     network = gaussian(N)
     pairs = TimePairs(KINDS.t[:batch], KINDS.r[:batch] * 0.5, torch.zeros(batch, dtype=torch.bool))
     output = AnyFlowPretrainMethod(network, _scheduler("beta08", 5.0), _plain()).loss(
-        data["latents"][:batch], data["prompt"][:batch], noise=data["noise"][:batch], time_pairs=pairs
+        data["latents"][:batch],
+        data["prompt"][:batch],
+        noise=data["noise"][:batch],
+        time_pairs=pairs,
     )
     assert output.loss.isfinite() and output.loss > 1e-3
     torch.testing.assert_close(output.loss.detach(), output.metrics["loss_flow_map"])
     assert output.metrics["loss_diffusion"] == 0
 
 
-# Rows and network calls ---------------------------------------------------------------------------------------------
+# Rows and network calls ---------------------------------------------------------------------------
 
 
-def _with_every_row(network: Any, scheduler: Any, guidance: float, data: dict[str, Tensor]) -> Tensor:
-    """The loss from the public operators, with x+- evaluated for the r = t samples too (their factor is 0)."""
+def _with_every_row(
+    network: Any, scheduler: Any, guidance: float, data: dict[str, Tensor]
+) -> Tensor:
+    """The loss from the public operators, with x+- evaluated for the r = t samples too (their
+    factor is 0).
+    """
     dtype = data["latents"].dtype
     times = [(scheduler.apply_shift(tau.double()) * N).float() for tau in (KINDS.t, KINDS.r)]
     t, r = (timestep.double() / N for timestep in times)
@@ -156,7 +183,9 @@ def _with_every_row(network: Any, scheduler: Any, guidance: float, data: dict[st
     negative = data["negative"].to(dtype).repeat(SHAPE[0], 1, 1)
 
     def u(x: Tensor, t: Tensor, r: Tensor, text: Tensor) -> Tensor:
-        return network(hidden_states=x, timestep=t, r_timestep=r, encoder_hidden_states=text, return_dict=False)[0]
+        return network(
+            hidden_states=x, timestep=t, r_timestep=r, encoder_hidden_states=text, return_dict=False
+        )[0]
 
     prompt = data["prompt"]
     with torch.no_grad():
@@ -182,22 +211,30 @@ def _with_every_row(network: Any, scheduler: Any, guidance: float, data: dict[st
     )
     detached, diffusion = per_sample.detach(), KINDS.is_diffusion
     mean = (detached * diffusion).sum() / diffusion.sum()
-    return (per_sample * torch.where(diffusion, torch.ones_like(detached), mean / (detached + 1e-5))).mean()
+    return (
+        per_sample * torch.where(diffusion, torch.ones_like(detached), mean / (detached + 1e-5))
+    ).mean()
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "transformer"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_skipping_rows_changes_nothing(
-    kind: str, guidance: float, gaussian: Factory, tiny_transformer: Factory, data: dict[str, Tensor]
+    kind: str,
+    guidance: float,
+    gaussian: Factory,
+    tiny_transformer: Factory,
+    data: dict[str, Tensor],
 ) -> None:
-    """A pointwise network shows it to the bit; matrix products round differently in batches of another size."""
+    """A pointwise network shows it to the bit; matrix products round differently in batches of
+    another size.
+    """
     network = gaussian(N) if kind == "gaussian" else tiny_transformer().double()
     scheduler = _scheduler("beta08", shift=5.0)
     want = _with_every_row(network, scheduler, guidance, data)
     want_gradients = _gradients(network, want)
-    got = AnyFlowPretrainMethod(network, scheduler, PretrainConfig(fuse_guidance_scale=guidance)).loss(
-        data["latents"], data["prompt"], data["negative"], noise=data["noise"], time_pairs=KINDS
-    )
+    got = AnyFlowPretrainMethod(
+        network, scheduler, PretrainConfig(fuse_guidance_scale=guidance)
+    ).loss(data["latents"], data["prompt"], data["negative"], noise=data["noise"], time_pairs=KINDS)
     gradients = _gradients(network, got.loss)
     assert len(gradients) > 1
     tolerance = 0.0 if kind == "gaussian" else 1e-12
@@ -209,9 +246,16 @@ def test_skipping_rows_changes_nothing(
 @pytest.mark.parametrize("flow_map", [0, 2, 5])
 @pytest.mark.parametrize("derivative", ["central", "jvp"])
 def test_network_calls_do_not_depend_on_the_rows(
-    derivative: str, flow_map: int, guidance: float, gaussian: Factory, record: Factory, data: dict[str, Tensor]
+    derivative: str,
+    flow_map: int,
+    guidance: float,
+    gaussian: Factory,
+    record: Factory,
+    data: dict[str, Tensor],
 ) -> None:
-    """Two calls per step with the central difference, whatever the samples: FSDP deadlocks otherwise."""
+    """Two calls per step with the central difference, whatever the samples: FSDP deadlocks
+    otherwise.
+    """
     network = gaussian(N)
     calls = record(network)
     diffusion = torch.arange(5) >= flow_map
@@ -230,7 +274,9 @@ def test_network_calls_do_not_depend_on_the_rows(
         assert others == ([uncond] if uncond else []) + [max(flow_map, 1)]
 
 
-def test_pure_flow_matching_is_one_call(gaussian: Factory, record: Factory, data: dict[str, Tensor]) -> None:
+def test_pure_flow_matching_is_one_call(
+    gaussian: Factory, record: Factory, data: dict[str, Tensor]
+) -> None:
     network = gaussian(N)
     calls = record(network)
     for derivative in ("central", "jvp"):
@@ -243,13 +289,15 @@ def test_pure_flow_matching_is_one_call(gaussian: Factory, record: Factory, data
             method.loss(data["latents"], data["prompt"], time_pairs=KINDS)
 
 
-# Guidance and prompts -----------------------------------------------------------------------------------------------
+# Guidance and prompts -----------------------------------------------------------------------------
 
 
 def test_guidance_needs_the_negative_prompt(gaussian: Factory, data: dict[str, Tensor]) -> None:
     for config in (PretrainConfig(), _plain(prompt_dropout=0.1)):
         with pytest.raises(ValueError, match="negative_prompt_embeds is required"):
-            AnyFlowPretrainMethod(gaussian(N), _scheduler(), config).loss(data["latents"], data["prompt"])
+            AnyFlowPretrainMethod(gaussian(N), _scheduler(), config).loss(
+                data["latents"], data["prompt"]
+            )
 
 
 def test_one_negative_prompt_is_repeated_not_broadcast(
@@ -260,7 +308,9 @@ def test_one_negative_prompt_is_repeated_not_broadcast(
     method = AnyFlowPretrainMethod(network, _scheduler(), PretrainConfig())
     losses = []
     for negative in (data["negative"], data["negative"].repeat(5, 1, 1)):
-        output = method.loss(data["latents"], data["prompt"], negative, noise=data["noise"], time_pairs=KINDS)
+        output = method.loss(
+            data["latents"], data["prompt"], negative, noise=data["noise"], time_pairs=KINDS
+        )
         losses.append(output.loss)
         text = calls[-2].text
         assert text.shape == (2 * 3 + 5, 5, 8) and text.is_contiguous()
@@ -288,17 +338,20 @@ def test_prompt_dropout(gaussian: Factory, record: Factory, data: dict[str, Tens
         calls.clear()
         loss(0.25, data["prompt"], seed)
         first, last = calls[0].text, calls[-1].text
-        dropped = torch.stack([torch.equal(row, data["negative"][0]) * torch.ones(()) for row in last]).bool()
+        dropped = torch.stack(
+            [torch.equal(row, data["negative"][0]) * torch.ones(()) for row in last]
+        ).bool()
         assert torch.equal(last[~dropped], data["prompt"][~dropped])
         rows = KINDS.flow_map_rows()
-        assert torch.equal(first, last[rows].repeat(2, 1, 1))  # the derivative is that of the prompt trained
+        # the derivative is that of the prompt trained
+        assert torch.equal(first, last[rows].repeat(2, 1, 1))
         replaced += int(dropped.sum())
     assert 45 <= replaced <= 105  # of 300, expected 75: five standard deviations are 38
     for name, before in zip(("latents", "prompt", "negative", "noise"), inputs, strict=True):
         assert torch.equal(data[name], before), f"{name} was written to"
 
 
-# Image to video -----------------------------------------------------------------------------------------------------
+# Image to video -----------------------------------------------------------------------------------
 
 
 def test_image_to_video_keeps_frame_zero_clean_and_out_of_the_loss(
@@ -321,7 +374,8 @@ def test_image_to_video_keeps_frame_zero_clean_and_out_of_the_loss(
     assert last.r_timestep is not None
     assert torch.equal(last.r_timestep[:, 0], last.r_timestep[:, 1])
 
-    # Frame 1 alone, by the same method without image-to-video: the network is pointwise, so nothing else changes.
+    # Frame 1 alone, by the same method without image-to-video: the network is pointwise, so nothing
+    # else changes.
     alone = AnyFlowPretrainMethod(network, scheduler, _plain()).loss(
         latents[:, 1:].detach(), data["prompt"], noise=noise[:, 1:].detach(), time_pairs=KINDS
     )
@@ -333,7 +387,9 @@ def test_image_to_video_keeps_frame_zero_clean_and_out_of_the_loss(
     assert not latents.grad[:, 0].any() and bool(latents.grad[:, 1].any())
 
 
-def test_image_to_video_is_drawn_per_step(gaussian: Factory, record: Factory, data: dict[str, Tensor]) -> None:
+def test_image_to_video_is_drawn_per_step(
+    gaussian: Factory, record: Factory, data: dict[str, Tensor]
+) -> None:
     network = gaussian(N)
     calls = record(network)
     method = AnyFlowPretrainMethod(network, _scheduler(), _plain(i2v_prob=0.5))
@@ -350,7 +406,7 @@ def test_image_to_video_needs_two_frames(gaussian: Factory, data: dict[str, Tens
         method.loss(data["latents"][:, :1], data["prompt"])
 
 
-# Configuration and inputs -------------------------------------------------------------------------------------------
+# Configuration and inputs -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -387,13 +443,18 @@ def test_a_plain_model_is_trained_by_flow_matching_only(
     tiny_transformer: Factory, record: Factory, data: dict[str, Tensor]
 ) -> None:
     plain = tiny_transformer(r_embedder=False)
-    for overrides in ({}, {"diffusion_ratio": 1.0, "consistency_ratio": 0.0, "fuse_guidance_scale": 3.0}):
+    for overrides in (
+        {},
+        {"diffusion_ratio": 1.0, "consistency_ratio": 0.0, "fuse_guidance_scale": 3.0},
+    ):
         with pytest.raises(ValueError, match="enable_flow_map"):
             AnyFlowPretrainMethod(plain, _scheduler(), PretrainConfig(**overrides))
     config = _plain(diffusion_ratio=1.0, consistency_ratio=0.0)
     calls = record(plain)
     method = AnyFlowPretrainMethod(plain, _scheduler(), config)
-    output = method.loss(data["latents"].float(), data["prompt"].float(), generator=torch.Generator().manual_seed(0))
+    output = method.loss(
+        data["latents"].float(), data["prompt"].float(), generator=torch.Generator().manual_seed(0)
+    )
     output.loss.backward()
     assert len(calls) == 1 and calls[0].r_timestep is None
 
@@ -447,12 +508,19 @@ def test_the_generator_decides_and_the_global_one_is_left_alone(
     assert len({first.item(), other.item(), fresh.item()}) == 3
 
 
-def test_offset_rotates_the_kinds(gaussian: Factory, record: Factory, data: dict[str, Tensor]) -> None:
+def test_offset_rotates_the_kinds(
+    gaussian: Factory, record: Factory, data: dict[str, Tensor]
+) -> None:
     network = gaussian(N)
     calls = record(network)
     method = AnyFlowPretrainMethod(network, _scheduler(), _plain())
     kinds = []
     for offset in range(4):
-        method.loss(data["latents"][:4], data["prompt"][:4], generator=torch.Generator().manual_seed(0), offset=offset)
+        method.loss(
+            data["latents"][:4],
+            data["prompt"][:4],
+            generator=torch.Generator().manual_seed(0),
+            offset=offset,
+        )
         kinds.append((calls[-1].timestep == calls[-1].r_timestep).tolist())
     assert kinds == [[(i + offset) % 4 < 2 for i in range(4)] for offset in range(4)]

@@ -1,4 +1,6 @@
-"""The target of the pretrain loss: exact flow maps, the ends of the time interval, precision, forward mode."""
+"""The target of the pretrain loss: exact flow maps, the ends of the time interval, precision,
+forward mode.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +29,12 @@ def _plain(**overrides: Any) -> PretrainConfig:
     return PretrainConfig(**{"fuse_guidance_scale": 1.0, **overrides})
 
 
-def _scheduler(weight_type: str = "uniform", shift: float = 1.0, n: int = N) -> FlowMapEulerDiscreteScheduler:
-    return FlowMapEulerDiscreteScheduler(num_train_timesteps=n, shift=shift, weight_type=weight_type)
+def _scheduler(
+    weight_type: str = "uniform", shift: float = 1.0, n: int = N
+) -> FlowMapEulerDiscreteScheduler:
+    return FlowMapEulerDiscreteScheduler(
+        num_train_timesteps=n, shift=shift, weight_type=weight_type
+    )
 
 
 def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -49,11 +55,13 @@ def _gradients(module: nn.Module, loss: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in module.parameters() if p.grad is not None]
 
 
-# The target on exact flow maps -------------------------------------------------------------------------------------
+# The target on exact flow maps --------------------------------------------------------------------
 
 
 def _on_the_path(network: Any, t: list[float], seed: int) -> tuple[Tensor, ...]:
-    """Random points x at times t, as (latents, noise, t, prompt) whose straight line has the flow's own velocity."""
+    """Random points x at times t, as (latents, noise, t, prompt) whose straight line has the flow's
+    own velocity.
+    """
     times = torch.tensor(t, dtype=torch.float64)
     prompt = _no_prompt(len(t))
     x = _normal(torch.Generator().manual_seed(seed), len(t), *SHAPE[1:])
@@ -61,10 +69,14 @@ def _on_the_path(network: Any, t: list[float], seed: int) -> tuple[Tensor, ...]:
     return latents, noise, times, prompt
 
 
-def _exact(network: Any, latents: Tensor, noise: Tensor, t: Tensor, r: Tensor, prompt: Tensor) -> Tensor:
+def _exact(
+    network: Any, latents: Tensor, noise: Tensor, t: Tensor, r: Tensor, prompt: Tensor
+) -> Tensor:
     lead = (-1, 1, 1, 1, 1)
     sigma = t.reshape(lead)
-    return network.average((1 - sigma) * latents + sigma * noise, sigma, r.reshape(lead), prompt).detach()
+    return network.average(
+        (1 - sigma) * latents + sigma * noise, sigma, r.reshape(lead), prompt
+    ).detach()
 
 
 @settings(max_examples=30)
@@ -79,7 +91,9 @@ def test_target_of_the_exact_flow_map_is_the_average_velocity(
     network = gaussian(N)
     latents, noise, t, prompt = _on_the_path(network, [max(p) / 64 for p in times], seed)
     r = torch.tensor([min(p) / 64 for p in times], dtype=torch.float64)
-    target, output = regression_target(network, _scheduler(), _plain(epsilon=0.01), latents, noise, t, r, prompt)
+    target, output = regression_target(
+        network, _scheduler(), _plain(epsilon=0.01), latents, noise, t, r, prompt
+    )
     exact = _exact(network, latents, noise, t, r, prompt)
     assert _rms(target - exact) <= 1e-4 * (1 + _rms(exact))
     assert output.loss.item() <= 1e-8
@@ -92,7 +106,9 @@ def test_central_difference_is_second_order(gaussian: Factory, regression_target
     exact = _exact(network, latents, noise, t, r, prompt)
     errors = []
     for epsilon in (40.0, 20.0, 10.0):
-        target, _ = regression_target(network, _scheduler(), _plain(epsilon=epsilon), latents, noise, t, r, prompt)
+        target, _ = regression_target(
+            network, _scheduler(), _plain(epsilon=epsilon), latents, noise, t, r, prompt
+        )
         errors.append(_rms(target - exact))
     assert 1e-6 < errors[2] < 1e-2
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
@@ -105,7 +121,9 @@ def test_forward_mode_target_is_exact(gaussian: Factory, regression_target: Fact
     r = torch.tensor([0.125, 0.0, 0.25], dtype=torch.float64)
     config = _plain(derivative="jvp")
     target, output = regression_target(network, _scheduler(), config, latents, noise, t, r, prompt)
-    torch.testing.assert_close(target, _exact(network, latents, noise, t, r, prompt), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        target, _exact(network, latents, noise, t, r, prompt), rtol=1e-9, atol=1e-9
+    )
     assert output.loss.item() < 1e-18
 
 
@@ -115,12 +133,16 @@ def test_r_equal_t_regresses_the_velocity(
     """Whatever the network says at other times, and exactly."""
     t = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
     latents, noise = _normal(generator, 4, *SHAPE[1:]), _normal(generator, 4, *SHAPE[1:])
-    target, _ = regression_target(gaussian(N), _scheduler(), _plain(), latents, noise, t, t, _no_prompt(4))
+    target, _ = regression_target(
+        gaussian(N), _scheduler(), _plain(), latents, noise, t, t, _no_prompt(4)
+    )
     torch.testing.assert_close(target, noise - latents, rtol=1e-12, atol=1e-12)
 
 
 def test_zero_loss_on_a_single_data_point() -> None:
-    """All of the data at one point: ``u = (x - x0) / t`` for every r, and every kind of sample has nothing to learn."""
+    """All of the data at one point: ``u = (x - x0) / t`` for every r, and every kind of sample has
+    nothing to learn.
+    """
 
     class ToPoint(nn.Module):
         def __init__(self) -> None:
@@ -133,13 +155,16 @@ def test_zero_loss_on_a_single_data_point() -> None:
     network = ToPoint()
     noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
     output = AnyFlowPretrainMethod(network, _scheduler("beta08", shift=5.0), _plain()).loss(
-        torch.full(SHAPE, 0.7, dtype=torch.float64), _no_prompt(SHAPE[0]), noise=noise, time_pairs=KINDS
+        torch.full(SHAPE, 0.7, dtype=torch.float64),
+        _no_prompt(SHAPE[0]),
+        noise=noise,
+        time_pairs=KINDS,
     )
     assert output.loss.item() < 1e-20
     assert max(value.item() for value in output.metrics.values()) < 1e-12
 
 
-# Ends of the time interval -----------------------------------------------------------------------------------------
+# Ends of the time interval ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("boundary", ["one_sided", "extrapolate"])
@@ -152,7 +177,10 @@ def test_evaluation_times_at_the_ends(
     pairs = TimePairs(t, r, torch.zeros(5, dtype=torch.bool))
     config = _plain(epsilon=5.0, boundary=boundary)
     output = AnyFlowPretrainMethod(network, _scheduler(), config).loss(
-        _normal(generator, *SHAPE), _no_prompt(5), noise=_normal(generator, *SHAPE), time_pairs=pairs
+        _normal(generator, *SHAPE),
+        _no_prompt(5),
+        noise=_normal(generator, *SHAPE),
+        time_pairs=pairs,
     )
     assert output.loss.isfinite()
     above, below = calls[0].timestep.double().chunk(2)
@@ -165,8 +193,12 @@ def test_evaluation_times_at_the_ends(
     assert outside == (boundary == "extrapolate")
 
 
-def test_one_sided_difference_divides_by_the_width_used(gaussian: Factory, regression_target: Factory) -> None:
-    """First order at t = 1; dividing by 2 epsilon there would halve the derivative at every epsilon."""
+def test_one_sided_difference_divides_by_the_width_used(
+    gaussian: Factory, regression_target: Factory
+) -> None:
+    """First order at t = 1; dividing by 2 epsilon there would halve the derivative at every
+    epsilon.
+    """
     network = gaussian(N)
     latents, noise, t, prompt = _on_the_path(network, [1.0, 1.0], 3)
     r = torch.tensor([0.5, 0.0], dtype=torch.float64)
@@ -174,7 +206,9 @@ def test_one_sided_difference_divides_by_the_width_used(gaussian: Factory, regre
     velocity = noise - latents
     errors = []
     for epsilon in (8.0, 4.0):
-        target, _ = regression_target(network, _scheduler(), _plain(epsilon=epsilon), latents, noise, t, r, prompt)
+        target, _ = regression_target(
+            network, _scheduler(), _plain(epsilon=epsilon), latents, noise, t, r, prompt
+        )
         errors.append(_rms(target - exact))
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
     assert errors[1] < 0.02 * _rms(exact - velocity)
@@ -191,11 +225,15 @@ def test_boundaries_agree_away_from_the_ends(gaussian: Factory, data: dict[str, 
     assert torch.equal(losses[0], losses[1])
 
 
-# Precision ----------------------------------------------------------------------------------------------------------
+# Precision ----------------------------------------------------------------------------------------
 
 
-def _naive_bf16_slope(network: Any, x0: Tensor, eps: Tensor, t: Tensor, r: Tensor, prompt: Tensor) -> Tensor:
-    """dF/dt as the peers form it: bf16 latents, timesteps and outputs, divided by the nominal width."""
+def _naive_bf16_slope(
+    network: Any, x0: Tensor, eps: Tensor, t: Tensor, r: Tensor, prompt: Tensor
+) -> Tensor:
+    """dF/dt as the peers form it: bf16 latents, timesteps and outputs, divided by the nominal
+    width.
+    """
     x0, eps, t, r = x0.bfloat16(), eps.bfloat16(), (t * N).bfloat16(), (r * N).bfloat16()
     sigma, velocity = (t / N).reshape(-1, 1, 1, 1, 1), eps - x0
     x = (1 - sigma) * x0 + sigma * eps
@@ -221,7 +259,9 @@ def test_bf16_central_difference(
     record: Factory,
     generator: torch.Generator,
 ) -> None:
-    """t +- 5 rounds to t +- 4 in bf16, and x+- lose 20 % of their difference: both stay fp32 here."""
+    """t +- 5 rounds to t +- 4 in bf16, and x+- lose 20 % of their difference: both stay fp32
+    here.
+    """
     b = 8
     t, r = torch.linspace(0.55, 0.97, b), torch.linspace(0.05, 0.4, b)
     x0, eps = (_normal(generator, b, *SHAPE[1:], dtype=torch.bfloat16) for _ in range(2))
@@ -248,20 +288,25 @@ def test_bf16_central_difference(
         naive = velocity - interval * _naive_bf16_slope(network, x0, eps, t, r, prompt)
     scale = _rms(exact - velocity)
     ours, theirs = _rms(target - exact) / scale, _rms(naive - exact) / scale
-    if kind == "gaussian":  # only the method rounds: what it feeds and divides by is the whole error
+    # only the method rounds: what it feeds and divides by is the whole error
+    if kind == "gaussian":
         assert ours < 1e-4 < 0.05 < theirs
     else:  # the blocks themselves compute in bf16
         assert ours < 0.5 * theirs
 
 
 def test_realized_width_of_the_times_is_used(gaussian: Factory, regression_target: Factory) -> None:
-    """A width of a few units in the last place of the fp32 timesteps: dividing by the nominal one is 6 % off."""
+    """A width of a few units in the last place of the fp32 timesteps: dividing by the nominal one
+    is 6 % off.
+    """
     network = gaussian(N)
     latents, noise, t, prompt = _on_the_path(network, [0.75, 0.9375], 5)
     r = torch.tensor([0.125, 0.25], dtype=torch.float64)
     exact = _exact(network, latents, noise, t, r, prompt)
     epsilon = 7.5 * 2.0**-14  # timesteps in [512, 1024) are spaced by 2^-14
-    target, _ = regression_target(network, _scheduler(), _plain(epsilon=epsilon), latents, noise, t, r, prompt)
+    target, _ = regression_target(
+        network, _scheduler(), _plain(epsilon=epsilon), latents, noise, t, r, prompt
+    )
     assert _rms(target - exact) < 1e-4 * _rms(exact - (noise - latents))
 
 
@@ -269,7 +314,9 @@ def test_realized_width_of_the_times_is_used(gaussian: Factory, regression_targe
 def test_forward_mode_agrees_with_the_central_difference(
     guidance: float, tiny_transformer: Factory, data: dict[str, Tensor]
 ) -> None:
-    """Gradients too; the error falls as epsilon squared. Ten timesteps, so that the sinusoid is smooth."""
+    """Gradients too; the error falls as epsilon squared. Ten timesteps, so that the sinusoid is
+    smooth.
+    """
     n = 10
     student = tiny_transformer(num_layers=2).double()
     scheduler = _scheduler("beta08", shift=3.0, n=n)
@@ -282,7 +329,9 @@ def test_forward_mode_agrees_with_the_central_difference(
         return torch.cat([g.flatten() for g in _gradients(student, output.loss)])
 
     exact = gradients(derivative="jvp", epsilon=1.0)
-    errors = [((gradients(epsilon=e) - exact).norm() / exact.norm()).item() for e in (0.2, 0.1, 0.05)]
+    errors = [
+        ((gradients(epsilon=e) - exact).norm() / exact.norm()).item() for e in (0.2, 0.1, 0.05)
+    ]
     assert errors[2] < 2e-3
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.2)

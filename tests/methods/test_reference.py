@@ -1,4 +1,6 @@
-"""The methods against numbers measured on the reference trainers: weights, inputs, losses, rollouts and gradients."""
+"""The methods against numbers measured on the reference trainers: weights, inputs, losses, rollouts
+and gradients.
+"""
 
 import json
 from pathlib import Path
@@ -47,13 +49,19 @@ def variant() -> dict[str, Any]:
 
 
 @pytest.fixture
-def networks(reference: dict[str, Tensor], variant: dict[str, Any]) -> dict[str, AnyFlowTransformer3DModel]:
+def networks(
+    reference: dict[str, Tensor], variant: dict[str, Any]
+) -> dict[str, AnyFlowTransformer3DModel]:
     """student, real (teacher) and fake (critic) with the reference's weights."""
     loaded = {}
     for name in ("student", "real", "fake"):
-        model = AnyFlowTransformer3DModel(**variant["config"], gate_value=variant["gate"], deltatime_type=variant["dt"])
+        model = AnyFlowTransformer3DModel(
+            **variant["config"], gate_value=variant["gate"], deltatime_type=variant["dt"]
+        )
         prefix = f"{name}."
-        model.load_state_dict({k.removeprefix(prefix): v for k, v in reference.items() if k.startswith(prefix)})
+        model.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in reference.items() if k.startswith(prefix)}
+        )
         loaded[name] = model
     return loaded
 
@@ -67,7 +75,9 @@ def scheduler(variant: dict[str, Any]) -> FlowMapEulerDiscreteScheduler:
 def on_policy(
     networks: dict[str, AnyFlowTransformer3DModel], scheduler: FlowMapEulerDiscreteScheduler
 ) -> AnyFlowOnPolicyMethod:
-    return AnyFlowOnPolicyMethod(networks["student"], networks["real"], networks["fake"], scheduler, OnPolicyConfig())
+    return AnyFlowOnPolicyMethod(
+        networks["student"], networks["real"], networks["fake"], scheduler, OnPolicyConfig()
+    )
 
 
 def _frames_first(x: Tensor) -> Tensor:
@@ -78,7 +88,9 @@ def test_the_file_holds_what_the_tests_below_iterate_over() -> None:
     assert len(ROLLOUTS) == 4 and len(PRETRAIN_GRADIENTS) == 10 and len(DMD_GRADIENTS) == 1
 
 
-def test_forward(reference: dict[str, Tensor], networks: dict[str, AnyFlowTransformer3DModel]) -> None:
+def test_forward(
+    reference: dict[str, Tensor], networks: dict[str, AnyFlowTransformer3DModel]
+) -> None:
     with torch.no_grad():
         y = networks["student"](
             reference["fwd.x"], reference["fwd.t"], reference["fwd.r"], reference["prompt_embeds"]
@@ -86,8 +98,13 @@ def test_forward(reference: dict[str, Tensor], networks: dict[str, AnyFlowTransf
     assert _relative(y, reference["fwd.y"]) <= TOLERANCE
 
 
-def test_train_weight(reference: dict[str, Tensor], scheduler: FlowMapEulerDiscreteScheduler) -> None:
-    assert _relative(scheduler.get_train_weight(reference["weight.t"]), reference["weight.w"]) <= TOLERANCE
+def test_train_weight(
+    reference: dict[str, Tensor], scheduler: FlowMapEulerDiscreteScheduler
+) -> None:
+    assert (
+        _relative(scheduler.get_train_weight(reference["weight.t"]), reference["weight.w"])
+        <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("boundary", ["one_sided", "extrapolate"])
@@ -100,19 +117,24 @@ def test_pretrain_loss_and_gradients(
 ) -> None:
     """Both kinds of ends: the reference's times are further than epsilon from them."""
     student = networks["student"]
-    config = PretrainConfig(epsilon=variant["eps"], fuse_guidance_scale=variant["g"], boundary=boundary)
+    config = PretrainConfig(
+        epsilon=variant["eps"], fuse_guidance_scale=variant["g"], boundary=boundary
+    )
     output = AnyFlowPretrainMethod(student, scheduler, config).loss(
         _frames_first(reference["latents_bcfhw"]),
         reference["prompt_embeds"],
         reference["negative_prompt_embeds"],
         noise=reference["pre.noise_bfchw"],
-        time_pairs=TimePairs(reference["pre.t_unit"], reference["pre.r_unit"], reference["pre.is_diffusion"]),
+        time_pairs=TimePairs(
+            reference["pre.t_unit"], reference["pre.r_unit"], reference["pre.is_diffusion"]
+        ),
     )
     assert _relative(output.loss, reference["pre.loss"]) <= TOLERANCE
     output.loss.backward()
     parameters = dict(student.named_parameters())
     errors = {
-        key: _relative(parameters[key.removeprefix("pre.grad.")].grad, reference[key]) for key in PRETRAIN_GRADIENTS
+        key: _relative(parameters[key.removeprefix("pre.grad.")].grad, reference[key])
+        for key in PRETRAIN_GRADIENTS
     }
     assert max(errors.values()) <= TOLERANCE, errors
 
@@ -120,11 +142,15 @@ def test_pretrain_loss_and_gradients(
 @pytest.mark.parametrize("key", ROLLOUTS)
 def test_rollout(key: str, reference: dict[str, Tensor], on_policy: AnyFlowOnPolicyMethod) -> None:
     n, g = (int(part[1:]) for part in key.split(".")[1:])
-    x = on_policy.rollout(reference["roll.noise_bfchw"], reference["prompt_embeds"], num_steps=n, grad_step=g)
+    x = on_policy.rollout(
+        reference["roll.noise_bfchw"], reference["prompt_embeds"], num_steps=n, grad_step=g
+    )
     assert _relative(x, reference[key]) <= TOLERANCE
 
 
-def test_dmd_loss_and_gradient_of_the_samples(reference: dict[str, Tensor], on_policy: AnyFlowOnPolicyMethod) -> None:
+def test_dmd_loss_and_gradient_of_the_samples(
+    reference: dict[str, Tensor], on_policy: AnyFlowOnPolicyMethod
+) -> None:
     samples = reference["dmd.pred"].clone().requires_grad_()
     output = on_policy.generator_loss(
         samples,
@@ -144,7 +170,9 @@ def test_dmd_gradient_through_the_rollout(
     networks: dict[str, AnyFlowTransformer3DModel],
     on_policy: AnyFlowOnPolicyMethod,
 ) -> None:
-    samples = on_policy.rollout(reference["roll.noise_bfchw"], reference["prompt_embeds"], num_steps=4, grad_step=1)
+    samples = on_policy.rollout(
+        reference["roll.noise_bfchw"], reference["prompt_embeds"], num_steps=4, grad_step=1
+    )
     assert _relative(samples, reference["dmd.pred"]) <= TOLERANCE
     output = on_policy.generator_loss(
         samples,
@@ -156,7 +184,9 @@ def test_dmd_gradient_through_the_rollout(
     output.loss.backward()
     parameters = dict(networks["student"].named_parameters())
     for key in DMD_GRADIENTS:
-        assert _relative(parameters[key.removeprefix("dmd.grad.")].grad, reference[key]) <= TOLERANCE, key
+        assert (
+            _relative(parameters[key.removeprefix("dmd.grad.")].grad, reference[key]) <= TOLERANCE
+        ), key
 
 
 def test_critic_loss(reference: dict[str, Tensor], on_policy: AnyFlowOnPolicyMethod) -> None:

@@ -1,4 +1,6 @@
-"""Kinds of samples over the global batch, ranges of the times, determinism, and the checks of TimePairs."""
+"""Kinds of samples over the global batch, ranges of the times, determinism, and the checks of
+TimePairs.
+"""
 
 from dataclasses import replace
 
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 from anyflow.methods import TimePairs, sample_time_pairs
 
 _RATIOS = st.one_of(
-    st.sampled_from([(0.0, 0.0), (0.5, 0.25), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.25, 0.75), (0.75, 0.0)]),
+    st.sampled_from(
+        [(0.0, 0.0), (0.5, 0.25), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.25, 0.75), (0.75, 0.0)]
+    ),
     st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda p: (p[0], (1 - p[0]) * p[1])),
 )
 
@@ -19,7 +23,9 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _all_ranks(batch: int, world: int, ratios: tuple[float, float], seed: int = 0, offset: int = 0) -> list[TimePairs]:
+def _all_ranks(
+    batch: int, world: int, ratios: tuple[float, float], seed: int = 0, offset: int = 0
+) -> list[TimePairs]:
     return [
         sample_time_pairs(
             batch,
@@ -54,8 +60,13 @@ def test_exact_share_of_each_kind_interleaved_over_ranks(
     pairs = _all_ranks(batch, world, ratios, seed)
     total = batch * world
     diffusion = round(ratios[0] * total)
-    consistency = min(round(ratios[1] * total), total - diffusion)  # both may round up where they share everything
-    want = ["diffusion"] * diffusion + ["consistency"] * consistency + ["free"] * (total - diffusion - consistency)
+    # both may round up where they share everything
+    consistency = min(round(ratios[1] * total), total - diffusion)
+    want = (
+        ["diffusion"] * diffusion
+        + ["consistency"] * consistency
+        + ["free"] * (total - diffusion - consistency)
+    )
     assert _kinds(pairs) == want
     for p in pairs:
         assert p.t.shape == p.r.shape == p.is_diffusion.shape == (batch,)
@@ -88,7 +99,11 @@ def test_offset_rotates_the_kinds_over_the_ranks() -> None:
         for rank, kind in enumerate(kinds):
             seen[rank].append(kind)
     for history in seen:
-        assert (history.count("diffusion"), history.count("consistency"), history.count("free")) == (4, 2, 2)
+        assert (
+            history.count("diffusion"),
+            history.count("consistency"),
+            history.count("free"),
+        ) == (4, 2, 2)
     assert len({tuple(history) for history in seen}) == world
 
 
@@ -102,14 +117,18 @@ def test_offset_keeps_the_counts(batch: int, world: int, offset: int) -> None:
 
 
 def test_times_are_the_larger_and_the_smaller_of_two_uniforms() -> None:
-    pairs = sample_time_pairs(20_000, diffusion_ratio=0.0, consistency_ratio=0.0, generator=_generator(0))
+    pairs = sample_time_pairs(
+        20_000, diffusion_ratio=0.0, consistency_ratio=0.0, generator=_generator(0)
+    )
     assert pairs.t.mean().item() == pytest.approx(2 / 3, abs=0.01)
     assert pairs.r.mean().item() == pytest.approx(1 / 3, abs=0.01)
     assert pairs.t.square().mean().item() == pytest.approx(1 / 2, abs=0.01)
 
 
 def test_an_explicit_zero_ratio_stays_zero() -> None:
-    pairs = sample_time_pairs(64, diffusion_ratio=0.0, consistency_ratio=0.0, generator=_generator(1))
+    pairs = sample_time_pairs(
+        64, diffusion_ratio=0.0, consistency_ratio=0.0, generator=_generator(1)
+    )
     assert not pairs.is_diffusion.any() and bool((pairs.r > 0).all())
     pairs = sample_time_pairs(64, diffusion_ratio=0.0, generator=_generator(1))
     assert _kinds([pairs]).count("consistency") == 16
@@ -133,7 +152,8 @@ def test_impossible_ratios(ratios: tuple[float, float], name: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"batch_size": 0}, {"batch_size": 4, "world_size": 0}, {"batch_size": 4, "rank": 2, "world_size": 2},
+    [{"batch_size": 0}, {"batch_size": 4, "world_size": 0},
+     {"batch_size": 4, "rank": 2, "world_size": 2},
      {"batch_size": 4, "rank": -1}],
 )  # fmt: skip
 def test_impossible_sizes(arguments: dict[str, int]) -> None:
@@ -177,6 +197,8 @@ def test_rows_of_pairs_made_by_hand_and_of_edited_ones() -> None:
         ([0.5], [0.1], [0.0], "boolean"),
     ],
 )
-def test_inconsistent_pairs(t: list[float], r: list[float], is_diffusion: list[bool], message: str) -> None:
+def test_inconsistent_pairs(
+    t: list[float], r: list[float], is_diffusion: list[bool], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         TimePairs(torch.tensor(t), torch.tensor(r), torch.tensor(is_diffusion))

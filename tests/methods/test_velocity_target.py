@@ -1,4 +1,6 @@
-"""The velocity of a teacher in place of a pair's: exact flow maps have no loss at all, and its ends are one line's."""
+"""The velocity of a teacher in place of a pair's: exact flow maps have no loss at all, and its ends
+are one line's.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +29,9 @@ Factory = Callable[..., Any]
 
 
 def _config(**overrides: Any) -> PretrainConfig:
-    return PretrainConfig(**{"fuse_guidance_scale": 1.0, "epsilon": 0.01, "velocity_target": "teacher", **overrides})
+    return PretrainConfig(
+        **{"fuse_guidance_scale": 1.0, "epsilon": 0.01, "velocity_target": "teacher", **overrides}
+    )
 
 
 def _scheduler() -> FlowMapEulerDiscreteScheduler:
@@ -37,7 +41,9 @@ def _scheduler() -> FlowMapEulerDiscreteScheduler:
 @pytest.fixture
 def pair(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Data and noise that have nothing to do with each other, and prompts."""
-    latents, noise = (torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
+    latents, noise = (
+        torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     return latents, noise, torch.randn(SHAPE[0], 2, 4, generator=generator, dtype=torch.float64)
 
 
@@ -47,11 +53,16 @@ def test_the_exact_flow_map_has_no_loss_on_any_pair(
 ) -> None:
     latents, noise, prompt = pair
     network, data = gaussian(N), {"noise": noise, "time_pairs": KINDS}
-    taught = AnyFlowPretrainMethod(network, _scheduler(), _config(derivative=derivative), teacher=gaussian(N))
+    taught = AnyFlowPretrainMethod(
+        network, _scheduler(), _config(derivative=derivative), teacher=gaussian(N)
+    )
     assert taught.sample_losses(latents, prompt, **data)[0].max().item() < 1e-9
     of_data = _config(derivative=derivative, velocity_target="data")
-    scattered = AnyFlowPretrainMethod(network, _scheduler(), of_data).sample_losses(latents, prompt, **data)[0]
-    assert scattered.min().item() > 1e-2  # the same network, the same pairs: the target of a pair scatters
+    scattered = AnyFlowPretrainMethod(network, _scheduler(), of_data).sample_losses(
+        latents, prompt, **data
+    )[0]
+    # the same network, the same pairs: the target of a pair scatters
+    assert scattered.min().item() > 1e-2
 
 
 def test_both_targets_are_one_where_the_pair_has_the_flows_velocity(
@@ -63,9 +74,9 @@ def test_both_targets_are_one_where_the_pair_has_the_flows_velocity(
         student.mean += 0.1  # not the teacher: the losses are not zero
     latents, noise = teacher.data_on_path(x, KINDS.t.double(), prompt)
     losses = [
-        AnyFlowPretrainMethod(student, _scheduler(), _config(velocity_target=name), teacher=network).sample_losses(
-            latents, prompt, noise=noise, time_pairs=KINDS
-        )[0]
+        AnyFlowPretrainMethod(
+            student, _scheduler(), _config(velocity_target=name), teacher=network
+        ).sample_losses(latents, prompt, noise=noise, time_pairs=KINDS)[0]
         for name, network in (("data", None), ("teacher", teacher))
     ]
     assert losses[0].min().item() > 1e-3
@@ -79,7 +90,9 @@ def test_the_frame_held_clean_stays_clean(
     student, teacher = gaussian(N), gaussian(N)
     calls = record(student)
     method = AnyFlowPretrainMethod(student, _scheduler(), _config(i2v_prob=0.5), teacher=teacher)
-    losses = method.sample_losses(latents, prompt, noise=noise, time_pairs=KINDS, image_to_video=True)[0]
+    losses = method.sample_losses(
+        latents, prompt, noise=noise, time_pairs=KINDS, image_to_video=True
+    )[0]
     assert losses.max().item() < 1e-9
     torch.testing.assert_close(calls[-1].x[:, 0], latents[:, 0])
 
@@ -103,12 +116,21 @@ def test_cotraining_takes_the_real_score(
     latents, noise, prompt = pair
     teacher = gaussian(N)
     config = OnPolicyConfig(
-        cotrain_pretrain=True, num_steps=(2,), real_guidance_scale=0.0, pretrain=_config(epsilon=1.0)
+        cotrain_pretrain=True,
+        num_steps=(2,),
+        real_guidance_scale=0.0,
+        pretrain=_config(epsilon=1.0),
     )
     method = AnyFlowOnPolicyMethod(gaussian(N), teacher, gaussian(N), _scheduler(), config)
     calls = record(teacher)
     output = method.student_loss(
-        noise, prompt, latents=latents, data_prompt_embeds=prompt, data_noise=noise, time_pairs=KINDS, steps=(2, 0)
+        noise,
+        prompt,
+        latents=latents,
+        data_prompt_embeds=prompt,
+        data_noise=noise,
+        time_pairs=KINDS,
+        steps=(2, 0),
     )
     assert len(calls) == 2  # the score of the rollout, the target of the data
     assert output.metrics["loss_diffusion"].item() < 1e-9
@@ -118,8 +140,12 @@ def test_a_target_and_a_teacher_go_together(gaussian: Factory) -> None:
     with pytest.raises(ValueError, match="velocity_target='teacher' and teacher=None"):
         AnyFlowPretrainMethod(gaussian(N), _scheduler(), _config())
     with pytest.raises(ValueError, match="velocity_target='data' and teacher=a network"):
-        AnyFlowPretrainMethod(gaussian(N), _scheduler(), _config(velocity_target="data"), teacher=gaussian(N))
-    with pytest.raises(ValueError, match=r"velocity_target must be one of \('data', 'teacher'\), got 'student'"):
+        AnyFlowPretrainMethod(
+            gaussian(N), _scheduler(), _config(velocity_target="data"), teacher=gaussian(N)
+        )
+    with pytest.raises(
+        ValueError, match=r"velocity_target must be one of \('data', 'teacher'\), got 'student'"
+    ):
         _config(velocity_target="student")
 
 
@@ -138,7 +164,12 @@ def test_the_weight_of_cotraining_scales_its_gradient_alone(
             pretrain=_config(epsilon=1.0, velocity_target="data"),
         )
         method = AnyFlowOnPolicyMethod(student, gaussian(N), gaussian(N), _scheduler(), config)
-        draws = {"data_noise": noise, "time_pairs": KINDS, "steps": (2, 0), "t": torch.full((SHAPE[0],), 0.5)}
+        draws = {
+            "data_noise": noise,
+            "time_pairs": KINDS,
+            "steps": (2, 0),
+            "t": torch.full((SHAPE[0],), 0.5),
+        }
         output = method.student_loss(
             noise, prompt, latents=latents, data_prompt_embeds=prompt, score_noise=latents, **draws
         )

@@ -48,10 +48,18 @@ def tiny() -> dict[str, Any]:
 
 @pytest.fixture
 def make_inputs(generator: torch.Generator) -> Callable[..., Inputs]:
-    """``make_inputs(b, f, h, w, image=False, per_sample=False)`` in fp32, times in [0, 1000] with r <= t."""
+    """``make_inputs(b, f, h, w, image=False, per_sample=False)`` in fp32, times in [0, 1000] with r
+    <= t.
+    """
 
     def make(
-        b: int = 2, f: int = 3, h: int = 4, w: int = 6, *, image: bool = False, per_sample: bool = False
+        b: int = 2,
+        f: int = 3,
+        h: int = 4,
+        w: int = 6,
+        *,
+        image: bool = False,
+        per_sample: bool = False,
     ) -> Inputs:
         def randn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator)
@@ -60,7 +68,9 @@ def make_inputs(generator: torch.Generator) -> Callable[..., Inputs]:
         r = t * torch.rand(b, f, generator=generator)
         if per_sample:
             t, r = (v[:, :1].expand(b, f).contiguous() for v in (t, r))
-        return Inputs(randn(b, f, 16, h, w), t, r, randn(b, 7, 20), randn(b, 5, 12) if image else None)
+        return Inputs(
+            randn(b, f, 16, h, w), t, r, randn(b, 7, 20), randn(b, 5, 12) if image else None
+        )
 
     return make
 
@@ -83,7 +93,11 @@ def _automatic_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def qkv(generator: torch.Generator) -> Callable[..., tuple[Tensor, ...]]:
     """``qkv((B, L, S, H, Dh), dtype=fp32, grad=False)``: query, key and value."""
 
-    def make(shape: tuple[int, ...] = (2, 37, 7, 3, 64), dtype: torch.dtype = torch.float32, grad: bool = False) -> Any:
+    def make(
+        shape: tuple[int, ...] = (2, 37, 7, 3, 64),
+        dtype: torch.dtype = torch.float32,
+        grad: bool = False,
+    ) -> Any:
         b, l, s, h, d = shape
         tensors = (torch.randn(b, n, h, d, generator=generator).to(dtype) for n in (l, s, s))
         return tuple(t.requires_grad_(grad) for t in tensors)
@@ -98,7 +112,9 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.names.append(function.__name__)
         return function(*args, **(kwargs or {}))
 
@@ -118,12 +134,16 @@ def operators_of() -> Callable[..., list[str]]:
 @pytest.fixture
 def automatic() -> str:
     """The backend of attention that nobody forces, for fp32 on this CPU."""
-    return "flash" if EXTENSION is None or EXTENSION.cpu_instruction_set() == "generic" else "native"
+    return (
+        "flash" if EXTENSION is None or EXTENSION.cpu_instruction_set() == "generic" else "native"
+    )
 
 
 @pytest.fixture
 def kernel_among() -> Callable[[list[str]], str]:
-    """``kernel_among(operators)``: which of the CPU kernels for attention they hold, ours or torch's."""
+    """``kernel_among(operators)``: which of the CPU kernels for attention they hold, ours or
+    torch's.
+    """
 
     def kernel(names: list[str]) -> str:
         if any(name.removeprefix("anyflow.").startswith("attention") for name in names):
@@ -136,6 +156,10 @@ def kernel_among() -> Callable[[list[str]], str]:
 
 
 @pytest.fixture
-def kernel_of(operators_of: Callable[..., list[str]], kernel_among: Callable[[list[str]], str]) -> Callable[..., str]:
-    """``kernel_of(function, *args, **kwargs)``: which of the CPU kernels for attention really runs."""
+def kernel_of(
+    operators_of: Callable[..., list[str]], kernel_among: Callable[[list[str]], str]
+) -> Callable[..., str]:
+    """``kernel_of(function, *args, **kwargs)``: which of the CPU kernels for attention really
+    runs.
+    """
     return lambda *args, **kwargs: kernel_among(operators_of(*args, **kwargs))

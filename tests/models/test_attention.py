@@ -1,4 +1,6 @@
-"""Attention: values and gradients of every backend that runs here, degenerate and strided inputs, and the errors."""
+"""Attention: values and gradients of every backend that runs here, degenerate and strided inputs,
+and the errors.
+"""
 
 import math
 
@@ -32,13 +34,17 @@ SHAPES = {  # B, L, S, H, Dh
 def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The textbook formula in fp64."""
     query, key, value = (t.double() for t in (query, key, value))
-    weights = torch.einsum("blhd,bshd->bhls", query, key).div(math.sqrt(query.shape[-1])).softmax(-1)
+    weights = (
+        torch.einsum("blhd,bshd->bhls", query, key).div(math.sqrt(query.shape[-1])).softmax(-1)
+    )
     return torch.einsum("bhls,bshd->blhd", weights, value).flatten(2)
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """What the model ran before it chose: torch's own choice."""
-    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    )
     return out.transpose(1, 2).flatten(2)
 
 
@@ -51,7 +57,10 @@ def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def test_values_and_gradients(backend, shape, dtype, qkv, generator, relative) -> None:
     tensors = qkv(shape, dtype, grad=True)
     if backend == "native" and (dtype not in NATIVE_DTYPES or shape[4] % 8):
-        pytest.skip("the native kernel does not take them, and says so: test_forced_native_kernel_does_not_take_these")
+        pytest.skip(
+            "the native kernel does not take them, and says so: "
+            "test_forced_native_kernel_does_not_take_these"
+        )
     out = attention(*tensors, attention_backend=backend)
     assert out.shape == (shape[0], shape[1], shape[3] * shape[4]) and out.dtype == dtype
     expected = reference(*tensors)
@@ -61,7 +70,8 @@ def test_values_and_gradients(backend, shape, dtype, qkv, generator, relative) -
     theirs = torch.autograd.grad((expected * weights).sum(), tensors)
     largest = max(want.double().norm().item() for want in theirs)
     for name, got, want in zip(("query", "key", "value"), ours, theirs, strict=True):
-        scale = max(want.double().norm().item(), 0.1 * largest)  # of one key, the gradients of query and key vanish
+        # of one key, the gradients of query and key vanish
+        scale = max(want.double().norm().item(), 0.1 * largest)
         assert (got.double() - want.double()).norm().item() / scale < 2 * TOLERANCE[dtype], name
 
 
@@ -79,12 +89,15 @@ def test_automatic_choice_on_the_cpu(dtype, grad, qkv, kernel_of, automatic) -> 
 
 
 @pytest.mark.parametrize("backend", [None, *ON_CPU])
-@pytest.mark.parametrize("shape", [(0, 4, 4, 2, 8), (2, 0, 4, 2, 8), (2, 4, 0, 2, 8), (2, 4, 4, 0, 8), (0, 0, 0, 2, 8)])
+@pytest.mark.parametrize(
+    "shape", [(0, 4, 4, 2, 8), (2, 0, 4, 2, 8), (2, 4, 0, 2, 8), (2, 4, 4, 0, 8), (0, 0, 0, 2, 8)]
+)
 def test_empty(shape, backend, qkv) -> None:
     tensors = qkv(shape, grad=True)
     out = attention(*tensors, attention_backend=backend)
     assert out.shape == (shape[0], shape[1], shape[3] * shape[4])
-    assert torch.equal(out, torch.zeros_like(out))  # also without keys, where there is nothing to average
+    # also without keys, where there is nothing to average
+    assert torch.equal(out, torch.zeros_like(out))
     out.sum().backward()
     assert all(t.grad is not None and torch.equal(t.grad, torch.zeros_like(t)) for t in tensors)
 
@@ -99,7 +112,9 @@ def test_strided_inputs(backend, qkv, kernel_of) -> None:
     assert columns[0].stride(-1) != 1
     for strided in (heads_first, columns, packed):
         assert not strided[0].is_contiguous()
-        torch.testing.assert_close(attention(*strided, attention_backend=backend), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            attention(*strided, attention_backend=backend), expected, rtol=1e-5, atol=1e-6
+        )
     if backend is not None:
         assert kernel_of(attention, *columns, attention_backend=backend) == backend
     shared = [t[:1].expand(3, -1, -1, -1) for t in tensors]
@@ -112,7 +127,9 @@ def test_autocast_casts_as_torch_does(backend, qkv) -> None:
     query, key, value = qkv()
     with torch.autocast("cpu", torch.bfloat16):
         out = attention(query, key.bfloat16(), value, attention_backend=backend)
-        expected = attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), attention_backend=backend)
+        expected = attention(
+            query.bfloat16(), key.bfloat16(), value.bfloat16(), attention_backend=backend
+        )
         assert attention(query.double(), key.double(), value.double()).dtype == torch.float64
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected)
@@ -129,14 +146,18 @@ def test_meta_device(qkv) -> None:
 @pytest.mark.parametrize("name", ["sdpa", "FLASH", "_native", "_native_math", ""])
 def test_unknown_names(name, qkv, monkeypatch, kernel_of, automatic) -> None:
     listed = "expected one of flash_attn_3, flash_attn_2, native, cudnn, flash, efficient, math"
-    with pytest.raises(ValueError, match=f"attention_backend: unknown attention backend '{name}'; {listed}"):
+    with pytest.raises(
+        ValueError, match=f"attention_backend: unknown attention backend '{name}'; {listed}"
+    ):
         attention(*qkv(), attention_backend=name)
     with pytest.raises(ValueError, match=listed):
         use_attention_backend(name)
     assert kernel_of(attention, *qkv()) == automatic
     monkeypatch.setenv("ANYFLOW_ATTENTION", name)
     if name:  # an empty variable is an unset one
-        with pytest.raises(ValueError, match=f"ANYFLOW_ATTENTION: unknown attention backend '{name}'"):
+        with pytest.raises(
+            ValueError, match=f"ANYFLOW_ATTENTION: unknown attention backend '{name}'"
+        ):
             attention(*qkv())
 
 
@@ -148,9 +169,15 @@ def test_forced_but_missing(backend, qkv, monkeypatch) -> None:
         message = f"'{backend}' \\(forced by attention_backend=\\) is not available: ({why})"
         with pytest.raises(RuntimeError, match=message):
             attention(*tensors, attention_backend=backend)
-        with use_attention_backend(backend), pytest.raises(RuntimeError, match=f"'{backend}' .*use_attention_backend"):
+        with (
+            use_attention_backend(backend),
+            pytest.raises(RuntimeError, match=f"'{backend}' .*use_attention_backend"),
+        ):
             attention(*tensors)
-        with monkeypatch.context() as m, pytest.raises(RuntimeError, match=f"'{backend}' .*ANYFLOW_ATTENTION"):
+        with (
+            monkeypatch.context() as m,
+            pytest.raises(RuntimeError, match=f"'{backend}' .*ANYFLOW_ATTENTION"),
+        ):
             m.setenv("ANYFLOW_ATTENTION", backend)
             attention(*tensors)
 
@@ -166,7 +193,8 @@ def test_missing_packages_say_how_to_install_them(qkv) -> None:
 def test_forced_but_not_for_these_tensors() -> None:
     x = torch.zeros(1, 4, 2, 8).to(torch.float8_e4m3fn)
     message = (
-        "'flash' \\(forced by attention_backend=\\) does not support query of dtype torch.float8_e4m3fn with head_dim 8"
+        "'flash' \\(forced by attention_backend=\\) does not support query of dtype "
+        "torch.float8_e4m3fn with head_dim 8"
     )
     with pytest.raises(ValueError, match=message):
         attention(x, x, x, attention_backend="flash")
@@ -174,7 +202,12 @@ def test_forced_but_not_for_these_tensors() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "why"),
-    [(torch.float64, 64, "float64"), (torch.float16, 64, "float16"), (FP32, 12, "Dh=12"), (FP32, 264, "Dh=264")],
+    [
+        (torch.float64, 64, "float64"),
+        (torch.float16, 64, "float16"),
+        (FP32, 12, "Dh=12"),
+        (FP32, 264, "Dh=264"),
+    ],
 )
 def test_forced_native_kernel_does_not_take_these(dtype, head_dim, why, qkv) -> None:
     message = rf"'native' \(forced by .*\) does not support query of dtype {dtype} with head_dim {head_dim}: {why} \("
@@ -185,12 +218,17 @@ def test_forced_native_kernel_does_not_take_these(dtype, head_dim, why, qkv) -> 
 
 @needs_native
 @pytest.mark.parametrize("operators", ["eager", "triton"])
-def test_no_native_kernel_where_the_operators_are_forced_elsewhere(operators, qkv, monkeypatch, kernel_of) -> None:
+def test_no_native_kernel_where_the_operators_are_forced_elsewhere(
+    operators, qkv, monkeypatch, kernel_of
+) -> None:
     tensors = qkv()
     with use_backend(operators):
         assert kernel_of(attention, *tensors) == "flash"
         assert not attention_report("cpu", dtype=FP32)["native"].available
-        message = f"'native' .* is not available: anyflow.ops runs on '{operators}', forced by use_backend"
+        message = (
+            f"'native' .* is not available: anyflow.ops runs on '{operators}', forced by "
+            "use_backend"
+        )
         with pytest.raises(RuntimeError, match=message):
             attention(*tensors, attention_backend="native")
     monkeypatch.setenv("ANYFLOW_BACKEND", operators)
@@ -209,12 +247,15 @@ def test_derivatives_that_the_native_kernel_does_not_have(qkv) -> None:
     values = tuple(t.detach() for t in tensors)
     with (
         use_attention_backend("native"),
-        pytest.raises(RuntimeError, match=r"no forward-mode derivative.*use_attention_backend\('math'\)"),
+        pytest.raises(
+            RuntimeError, match=r"no forward-mode derivative.*use_attention_backend\('math'\)"
+        ),
     ):
         torch.func.jvp(attention, values, values)
     with use_attention_backend("math"):
         expected = torch.func.jvp(attention, values, values)[1]
-    torch.testing.assert_close(torch.func.jvp(attention, values, values)[1], expected)  # not the kernel's choice
+    # not the kernel's choice
+    torch.testing.assert_close(torch.func.jvp(attention, values, values)[1], expected)
 
 
 Q, K = (2, 5, 3, 8), (2, 7, 3, 8)
@@ -227,7 +268,10 @@ Q, K = (2, 5, 3, 8), (2, 7, 3, 8)
         ((Q[1:], K, K), r"query must be \[B, L, H, Dh\], got \(5, 3, 8\)"),
         ((Q, (1, *K), K), r"key must be \[B, S, H, Dh\], got \(1, 2, 7, 3, 8\)"),
         ((Q, K, K[:3]), r"value must be \[B, S, H, Dh\], got \(2, 7, 3\)"),
-        ((Q, (1, 7, 3, 8), (1, 7, 3, 8)), r"key must be \[B=2, S, H=3, Dh=8\] to fit query, got \(1, 7, 3, 8\)"),
+        (
+            (Q, (1, 7, 3, 8), (1, 7, 3, 8)),
+            r"key must be \[B=2, S, H=3, Dh=8\] to fit query, got \(1, 7, 3, 8\)",
+        ),
         ((Q, (2, 7, 1, 8), (2, 7, 1, 8)), r"key must be .*got \(2, 7, 1, 8\)"),
         ((Q, (2, 7, 3, 4), (2, 7, 3, 4)), r"key must be .*got \(2, 7, 3, 4\)"),
         ((Q, K, (2, 6, 3, 8)), r"value \(2, 6, 3, 8\) must have the shape of key \(2, 7, 3, 8\)"),
@@ -241,13 +285,19 @@ def test_bad_shapes(shapes, message, backend) -> None:
 
 def test_bad_dtypes_and_devices(qkv) -> None:
     query, key, value = qkv()
-    with pytest.raises(ValueError, match="key is torch.float64 on cpu, query is torch.float32 on cpu"):
+    with pytest.raises(
+        ValueError, match="key is torch.float64 on cpu, query is torch.float32 on cpu"
+    ):
         attention(query, key.double(), value)
     with pytest.raises(ValueError, match="value is torch.bfloat16 on cpu"):
         attention(query, key, value.bfloat16())
-    with pytest.raises(ValueError, match="value is torch.float32 on meta, query is torch.float32 on cpu"):
+    with pytest.raises(
+        ValueError, match="value is torch.float32 on meta, query is torch.float32 on cpu"
+    ):
         attention(query, key, value.to("meta"))
-    with pytest.raises(ValueError, match="query must be of a floating-point dtype, got torch.int64"):
+    with pytest.raises(
+        ValueError, match="query must be of a floating-point dtype, got torch.int64"
+    ):
         attention(query.long(), key.long(), value.long())
 
 
@@ -274,18 +324,27 @@ def test_every_backend_of_the_report_on_cuda(head_dim, dtype, grad, qkv, relativ
             out, expected = attention(*tensors, attention_backend=name), reference(*tensors)
             assert relative(out, expected) < 2 * tolerance, name
             if grad:
-                ours, theirs = (torch.autograd.grad(x.double().square().sum(), tensors) for x in (out, expected))
-                assert all(relative(a, b) < 4 * tolerance for a, b in zip(ours, theirs, strict=True)), name
+                ours, theirs = (
+                    torch.autograd.grad(x.double().square().sum(), tensors) for x in (out, expected)
+                )
+                assert all(
+                    relative(a, b) < 4 * tolerance for a, b in zip(ours, theirs, strict=True)
+                ), name
 
 
 @cuda
 @pytest.mark.parametrize("backend", [None, *ATTENTION_BACKENDS])
-@pytest.mark.parametrize("shape", [(0, 4, 4, 2, 64), (2, 0, 4, 2, 64), (2, 4, 0, 2, 64), (2, 4, 1, 2, 64)])
+@pytest.mark.parametrize(
+    "shape", [(0, 4, 4, 2, 64), (2, 0, 4, 2, 64), (2, 4, 0, 2, 64), (2, 4, 1, 2, 64)]
+)
 def test_degenerate_lengths_on_cuda(shape, backend, qkv) -> None:
     tensors = [t.cuda() for t in qkv(shape, torch.bfloat16)]
     try:
         out = attention(*tensors, attention_backend=backend)
-    except (RuntimeError, ValueError) as error:  # a missing backend, or cuDNN, which refuses a single key
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # a missing backend, or cuDNN, which refuses a single key
         assert f"attention: backend '{backend}' (forced by attention_backend=)" in str(error)
         assert not attention_report("cuda", head_dim=64)[backend].available or shape[2] == 1
     else:
@@ -293,12 +352,16 @@ def test_degenerate_lengths_on_cuda(shape, backend, qkv) -> None:
 
 
 @cuda
-@pytest.mark.parametrize(("backend", "dtype"), [("flash", FP32), ("cudnn", FP32), ("efficient", torch.float64)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("flash", FP32), ("cudnn", FP32), ("efficient", torch.float64)]
+)
 def test_unsupported_arguments_on_cuda(backend, dtype) -> None:
     if not attention_report("cuda")[backend].available:
         pytest.skip(f"{backend} is not available")
     x = torch.zeros(1, 8, 2, 64, device="cuda", dtype=dtype)
-    with pytest.raises(ValueError, match=f"'{backend}' .* does not support query of dtype {dtype} with head_dim 64"):
+    with pytest.raises(
+        ValueError, match=f"'{backend}' .* does not support query of dtype {dtype} with head_dim 64"
+    ):
         attention(x, x, x, attention_backend=backend)
     x = torch.zeros(1, 8, 2, 268, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=f"'{backend}' .* with head_dim 268"):

@@ -1,4 +1,6 @@
-"""The choice of an attention backend: overrides, sdpa_kernel, torch.compile, the report and the model's setter."""
+"""The choice of an attention backend: overrides, sdpa_kernel, torch.compile, the report and the
+model's setter.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -61,7 +63,9 @@ def test_use_attention_backend_sets_and_restores(qkv, kernel_of, automatic) -> N
     assert kernel_of(attention, *tensors) == automatic
 
 
-def test_an_automatic_choice_keeps_to_sdpa_kernel_and_a_forced_one_does_not(qkv, kernel_of, automatic) -> None:
+def test_an_automatic_choice_keeps_to_sdpa_kernel_and_a_forced_one_does_not(
+    qkv, kernel_of, automatic
+) -> None:
     tensors = qkv()
     with sdpa_kernel(SDPBackend.MATH):
         assert kernel_of(attention, *tensors) == "math"
@@ -100,7 +104,9 @@ def test_an_implementation_that_the_user_has_activated_comes_first() -> None:
             assert order[0] == "flash" and sorted(order) == sorted(preference(capability, 91002))
 
 
-@pytest.mark.skipif(not hasattr(torch.nn.attention, "activate_flash_attention_impl"), reason="needs torch 2.11")
+@pytest.mark.skipif(
+    not hasattr(torch.nn.attention, "activate_flash_attention_impl"), reason="needs torch 2.11"
+)
 def test_an_activated_implementation_is_noticed_and_named() -> None:
     """By torch's own registry, with an implementation that registers no kernel."""
     registry, removed = torch.nn.attention, []
@@ -116,7 +122,8 @@ def test_an_activated_implementation_is_noticed_and_named() -> None:
     try:
         assert flash_implementation() == "ours"
         assert "the kernel is ours's, activated" in attention_report("cuda")["flash"].reason
-        assert "activated" not in attention_report("cpu")["flash"].reason  # which it does not replace
+        # which it does not replace
+        assert "activated" not in attention_report("cpu")["flash"].reason
     finally:
         registry.restore_flash_attention_impl()
     assert flash_implementation() is None and removed == [True]
@@ -126,7 +133,9 @@ def test_an_activated_implementation_is_noticed_and_named() -> None:
 def test_forward_mode_derivative(qkv, relative) -> None:
     tensors = qkv(dtype=torch.float64)
     twice_reverse = torch.autograd.functional.jvp  # the same derivative without forward mode
-    expected = twice_reverse(lambda *x: attention(*x, attention_backend="math"), tensors, tensors)[1]
+    expected = twice_reverse(lambda *x: attention(*x, attention_backend="math"), tensors, tensors)[
+        1
+    ]
     with sdpa_kernel(SDPBackend.MATH):
         assert relative(torch.func.jvp(attention, tensors, tensors)[1], expected) < 1e-12
     with use_attention_backend("math"):
@@ -134,7 +143,9 @@ def test_forward_mode_derivative(qkv, relative) -> None:
 
 
 def test_a_fake_call_does_not_spoil_the_choice_for_real_ones(qkv, kernel_of) -> None:
-    """Support is probed once per kind of tensor, with real tensors: a fake CPU tensor only has the math kernel."""
+    """Support is probed once per kind of tensor, with real tensors: a fake CPU tensor only has the
+    math kernel.
+    """
     unsupported.cache_clear()
     with FakeTensorMode():
         fake = torch.empty(1, 4, 2, 56)
@@ -153,15 +164,18 @@ def test_support_is_probed_once(qkv) -> None:
 
 
 class Compiler:
-    """A backend of torch.compile that runs the graphs as they are, and keeps the kernel of the last forward graph."""
+    """A backend of torch.compile that runs the graphs as they are, and keeps the kernel of the last
+    forward graph.
+    """
 
     def __init__(self, kernel_among: Callable[[list[str]], str]) -> None:
         self.kernel_among, self.kernels = kernel_among, []
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
-        return aot_autograd(fw_compiler=self.forward, bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward))(
-            graph, inputs
-        )
+        return aot_autograd(
+            fw_compiler=self.forward,
+            bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        )(graph, inputs)
 
     def forward(self, graph: Any, inputs: Any) -> Any:
         self.kernels.append(self.kernel_among([str(node.target) for node in graph.graph.nodes]))
@@ -230,7 +244,10 @@ def test_compiled_code_follows_use_attention_backend(qkv, kernel_among, automati
 
 def test_compile_reports_a_missing_backend(qkv) -> None:
     torch._dynamo.reset()
-    with use_attention_backend("cudnn"), pytest.raises(Exception, match="'cudnn' .* is not available"):
+    with (
+        use_attention_backend("cudnn"),
+        pytest.raises(Exception, match="'cudnn' .* is not available"),
+    ):
         torch.compile(unforced, fullgraph=True, backend="eager")(*qkv())
 
 
@@ -239,7 +256,9 @@ def test_compile_reports_a_missing_backend(qkv) -> None:
 
 def test_report_on_the_cpu(monkeypatch, automatic) -> None:
     report = attention_report("cpu")
-    assert tuple(report) == ATTENTION_BACKENDS and all(row.name == name for name, row in report.items())
+    assert tuple(report) == ATTENTION_BACKENDS and all(
+        row.name == name for name, row in report.items()
+    )
     assert [name for name, row in report.items() if row.chosen] == [automatic]
     assert [name for name, row in report.items() if row.available] == list(ON_CPU)
     assert report["cudnn"].reason == "runs on CUDA devices only, not on cpu"
@@ -255,10 +274,16 @@ def test_report_of_what_cannot_run() -> None:
     with use_attention_backend("cudnn"):
         report = attention_report("cpu")
         assert not any(row.chosen for row in report.values())
-        assert report["cudnn"].reason == "forced by use_attention_backend(): runs on CUDA devices only, not on cpu"
+        assert (
+            report["cudnn"].reason
+            == "forced by use_attention_backend(): runs on CUDA devices only, not on cpu"
+        )
     with sdpa_kernel(SDPBackend.MATH):
         report = attention_report("cpu")
-        assert report["math"].chosen and report["flash"].reason == "disabled by sdpa_kernel or torch.backends.cuda"
+        assert (
+            report["math"].chosen
+            and report["flash"].reason == "disabled by sdpa_kernel or torch.backends.cuda"
+        )
     report = attention_report("cpu", dtype=torch.float8_e4m3fn)
     assert report["math"].chosen and not report["flash"].available
     assert "query of dtype torch.float8_e4m3fn with head_dim 128" in report["flash"].reason
@@ -297,7 +322,9 @@ def test_set_attention_backend_is_validated_at_once(tiny) -> None:
     model = AnyFlowTransformer3DModel(**tiny)
     model.set_attention_backend("math")
     for diffusers_name in ("_native", "_native_cudnn", "sage"):
-        with pytest.raises(ValueError, match="set_attention_backend: .*expected one of flash_attn_3, "):
+        with pytest.raises(
+            ValueError, match="set_attention_backend: .*expected one of flash_attn_3, "
+        ):
             model.set_attention_backend(diffusers_name)
     if not torch.cuda.is_available():
         for backend in NOT_ON_CPU:

@@ -1,4 +1,6 @@
-"""How a block runs its linear layers and the GELU: when a faster way may be taken, and what it computes."""
+"""How a block runs its linear layers and the GELU: when a faster way may be taken, and what it
+computes.
+"""
 
 from collections.abc import Callable
 
@@ -109,15 +111,26 @@ def test_a_layer_gives_what_its_call_gives(wrap: Callable[[FeedForward], None], 
 
 
 def test_the_models_layers_take_the_operator(generator) -> None:
-    """All four of self-attention, those of cross-attention that see tokens, and both of the feed-forward."""
+    """All four of self-attention, those of cross-attention that see tokens, and both of the
+    feed-forward.
+    """
     block = AnyFlowTransformerBlock(64, 128, 2, cross_attn_norm=True, eps=1e-6)
-    x, text = torch.randn(1, 1024, 64, generator=generator), torch.randn(1, 4, 64, generator=generator)
-    angle, modulation = torch.rand(1024, 16, generator=generator), torch.randn(1, 1, 6, 64, generator=generator)
+    x, text = (
+        torch.randn(1, 1024, 64, generator=generator),
+        torch.randn(1, 4, 64, generator=generator),
+    )
+    angle, modulation = (
+        torch.rand(1024, 16, generator=generator),
+        torch.randn(1, 1, 6, 64, generator=generator),
+    )
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         block(x, text, modulation, (angle.cos(), angle.sin())).sum().backward()
     runs = {event.key: event.count for event in seen.key_averages()}
     expected = 0 if "linear" in LEFT_TO_TORCH else 4 + 2 + 2
-    assert runs.get("anyflow::linear", 0) == expected and runs.get("anyflow::linear_backward_native", 0) == expected
+    assert (
+        runs.get("anyflow::linear", 0) == expected
+        and runs.get("anyflow::linear_backward_native", 0) == expected
+    )
 
 
 def test_a_removed_hook_is_no_hook() -> None:
@@ -150,14 +163,18 @@ def test_no_derivative_is_lost() -> None:
 
 
 def test_what_torch_offers(generator) -> None:
-    """The facts behind the conditions: erf-GELU on a CPU, and no derivative; with the wiring of the arguments."""
+    """The facts behind the conditions: erf-GELU on a CPU, and no derivative; with the wiring of the
+    arguments.
+    """
     x = torch.randn(2, 3, DIM, generator=generator)
     weight, bias = torch.randn(FFN, DIM, generator=generator), torch.randn(FFN, generator=generator)
     out = linear_gelu(x, weight, bias)
     assert out.shape == (2, 3, FFN)
     torch.testing.assert_close(out, F.gelu(F.linear(x, weight, bias)), rtol=1e-5, atol=1e-5)
     assert (out - F.gelu(F.linear(x, weight, bias), approximate="tanh")).abs().max() > 1e-4
-    with pytest.raises(RuntimeError, match="derivative for aten::_addmm_activation is not implemented"):
+    with pytest.raises(
+        RuntimeError, match="derivative for aten::_addmm_activation is not implemented"
+    ):
         linear_gelu(x, weight.requires_grad_(), bias).sum().backward()
     meta = linear_gelu(x.to("meta"), weight.to("meta"), bias.to("meta"))
     assert meta.shape == (2, 3, FFN) and meta.is_meta
@@ -189,7 +206,10 @@ def test_the_conditions_compile() -> None:
 def test_fused_against_unfused_on_cuda(dtype, generator, relative) -> None:
     module = GELUProjection(256, 512).to("cuda", dtype)
     x = torch.randn(2, 33, 256, generator=generator).to("cuda", dtype)
-    exact = F.gelu(F.linear(x.double(), module.proj.weight.double(), module.proj.bias.double()), approximate="tanh")
+    exact = F.gelu(
+        F.linear(x.double(), module.proj.weight.double(), module.proj.bias.double()),
+        approximate="tanh",
+    )
     unfused = module(x)
     assert unfused.requires_grad and not fuses_gelu(module.proj, x)
     with torch.no_grad():

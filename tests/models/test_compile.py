@@ -58,7 +58,9 @@ def test_block_compiles_in_one_graph(backend, compiler, dtype, generator) -> Non
 
 
 def test_a_change_of_backend_recompiles(generator) -> None:
-    """The choice is made while tracing: forcing another backend must not reuse the graph of the first."""
+    """The choice is made while tracing: forcing another backend must not reuse the graph of the
+    first.
+    """
     pytest.importorskip("triton")
     block = AnyFlowTransformerBlock(DIM, 2 * DIM, HEADS, cross_attn_norm=True, eps=1e-6)
     inputs = arguments(generator, 3, torch.float32)
@@ -80,7 +82,9 @@ def test_model_compiles_in_one_graph(tiny, make_inputs) -> None:
     i = make_inputs()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(*i.tuple()).sample, model(*i.tuple()).sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            compiled(*i.tuple()).sample, model(*i.tuple()).sample, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_repeated_blocks_compile_once(tiny, make_inputs) -> None:

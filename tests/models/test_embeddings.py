@@ -11,7 +11,9 @@ def test_tables_are_safe_to_share_among_threads() -> None:
     """More grids than are kept: every thread gets the tables of its own, while others drop them."""
     rope = RotaryEmbedding(16, 64)
     grids = [(1, 2, n) for n in range(1, 13)]
-    expected = {grid: RotaryEmbedding(16, 64)(grid, torch.device("cpu"), torch.float32) for grid in grids}
+    expected = {
+        grid: RotaryEmbedding(16, 64)(grid, torch.device("cpu"), torch.float32) for grid in grids
+    }
     wrong: list[object] = []
 
     def run(offset: int) -> None:

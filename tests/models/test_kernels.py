@@ -1,4 +1,6 @@
-"""The model on the fused operators: parity under every backend, which operators a block runs, what it allocates."""
+"""The model on the fused operators: parity under every backend, which operators a block runs, what
+it allocates.
+"""
 
 import itertools
 from collections import Counter
@@ -9,7 +11,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformerBlock as DiffusersBlock
+from diffusers.models.transformers.transformer_anyflow import (
+    AnyFlowTransformerBlock as DiffusersBlock,
+)
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +25,18 @@ from anyflow.ops import use_backend
 pytest.importorskip("triton")
 
 BF16 = torch.bfloat16
-MODULATION = {"layer_norm_modulate": (1, 2), "residual_layer_norm": (2, 5, 6), "gated_residual": (2,)}  # arguments
-PER_BLOCK = {"layer_norm_modulate": 1, "rms_norm_rope": 4, "residual_layer_norm": 2, "gated_residual": 1}
+# arguments
+MODULATION = {
+    "layer_norm_modulate": (1, 2),
+    "residual_layer_norm": (2, 5, 6),
+    "gated_residual": (2,),
+}
+PER_BLOCK = {
+    "layer_norm_modulate": 1,
+    "rms_norm_rope": 4,
+    "residual_layer_norm": 2,
+    "gated_residual": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +47,14 @@ def _poisoned() -> Any:
     torch.use_deterministic_algorithms(False)
 
 
-def pair(config: dict[str, Any], generator: torch.Generator) -> tuple[nn.Module, AnyFlowTransformer3DModel]:
+def pair(
+    config: dict[str, Any], generator: torch.Generator
+) -> tuple[nn.Module, AnyFlowTransformer3DModel]:
     """diffusers' model and ours with the same random weights, one-dimensional ones included."""
-    theirs, ours = diffusers.AnyFlowTransformer3DModel(**config), AnyFlowTransformer3DModel(**config)
+    theirs, ours = (
+        diffusers.AnyFlowTransformer3DModel(**config),
+        AnyFlowTransformer3DModel(**config),
+    )
     with torch.no_grad():
         for p in theirs.parameters():
             if p.ndim == 1:
@@ -75,7 +94,9 @@ class Trace(TorchDispatchMode):
 @pytest.mark.parametrize(
     "config", [{}, {"cross_attn_norm": False}, {"num_attention_heads": 3, "attention_head_dim": 40}]
 )
-def test_triton_matches_diffusers_and_eager(config, per_sample, tiny, make_inputs, generator, relative) -> None:
+def test_triton_matches_diffusers_and_eager(
+    config, per_sample, tiny, make_inputs, generator, relative
+) -> None:
     theirs, ours = pair(tiny | config, generator)
     inputs = make_inputs(2, 3, 4, 6, per_sample=per_sample)
     cotangent = torch.randn(inputs.x.shape, generator=generator)
@@ -96,7 +117,9 @@ def test_triton_matches_diffusers_and_eager(config, per_sample, tiny, make_input
 def test_bf16_is_closer_to_fp64_than_diffusers(
     backend, seed, tiny, make_inputs, generator, relative: Callable[..., float], tmp_path: Path
 ) -> None:
-    """Outputs and gradients; both load one checkpoint whose weights bf16 holds exactly. Measured: 3 to 5 % closer."""
+    """Outputs and gradients; both load one checkpoint whose weights bf16 holds exactly. Measured: 3
+    to 5 % closer.
+    """
     torch.manual_seed(seed)
     generator.manual_seed(seed)
     theirs, ours = pair(tiny | {"attention_head_dim": 48, "num_layers": 4}, generator)
@@ -116,7 +139,9 @@ def test_bf16_is_closer_to_fp64_than_diffusers(
         model = kind.from_pretrained(tmp_path, torch_dtype=BF16)
         with use_backend(backend):
             out = model(x, inputs.t, inputs.r, text).sample
-            errors.append((relative(out, wide), relative(gradients(model, out, cotangent), wide_gradients)))
+            errors.append(
+                (relative(out, wide), relative(gradients(model, out, cotangent), wide_gradients))
+            )
     (our_output, our_gradients), (their_output, their_gradients) = errors
     assert our_output < 0.99 * their_output and our_gradients < 0.99 * their_gradients
 
@@ -130,10 +155,14 @@ def test_a_block_runs_these_operators_and_no_others(tiny, make_inputs) -> None:
     forward = {op: n * layers for op, n in PER_BLOCK.items()}
     forward["layer_norm_modulate"] += 1  # before the output projection
     forward["dual_timestep_embedding"] = 1
-    assert trace.operators == Counter(forward) + Counter({f"{op}_backward": n for op, n in forward.items()})
+    assert trace.operators == Counter(forward) + Counter(
+        {f"{op}_backward": n for op, n in forward.items()}
+    )
 
 
-def block_arguments(generator: torch.Generator, dim: int, length: int, rows: int, heads: int) -> tuple[Any, ...]:
+def block_arguments(
+    generator: torch.Generator, dim: int, length: int, rows: int, heads: int
+) -> tuple[Any, ...]:
     half = dim // heads // 2
     angle = torch.rand(length, half, generator=generator)
     x, text = (torch.randn(1, n, dim, generator=generator) for n in (length, 16))
@@ -143,9 +172,13 @@ def block_arguments(generator: torch.Generator, dim: int, length: int, rows: int
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
 def test_modulation_is_never_expanded_to_tokens(backend, rows, generator) -> None:
-    """With a narrow feed-forward layer nothing in a block is wider than 2 D, forward or backward."""
+    """With a narrow feed-forward layer nothing in a block is wider than 2 D, forward or
+    backward.
+    """
     dim, length = 64, 128
-    block = AnyFlowTransformerBlock(dim, ffn_dim=2 * dim, num_heads=2, cross_attn_norm=True, eps=1e-6)
+    block = AnyFlowTransformerBlock(
+        dim, ffn_dim=2 * dim, num_heads=2, cross_attn_norm=True, eps=1e-6
+    )
     arguments = block_arguments(generator, dim, length, rows, 2)
     with use_backend(backend), Trace() as trace:
         block(*arguments).sum().backward()
@@ -155,7 +188,9 @@ def test_modulation_is_never_expanded_to_tokens(backend, rows, generator) -> Non
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_memory_of_a_block(rows, generator) -> None:
-    """By the profiler: no allocation of a forward pass comes near [L, 6 D], where diffusers' block makes one."""
+    """By the profiler: no allocation of a forward pass comes near [L, 6 D], where diffusers' block
+    makes one.
+    """
     dim, length, heads = 256, 1024, 4
     options = {"cross_attn_norm": True, "eps": 1e-6}
     block = AnyFlowTransformerBlock(dim, ffn_dim=2 * dim, num_heads=heads, **options)
@@ -180,5 +215,8 @@ def memory(block: nn.Module, *arguments: Any) -> tuple[int, int]:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             block(*arguments)
     events = profiler.profiler.kineto_results.events()
-    changes = [size for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")]
+    changes = [
+        size
+        for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    ]
     return max(changes), max(itertools.accumulate(changes))

@@ -1,4 +1,6 @@
-"""Parity with diffusers' AnyFlowTransformer3DModel on random weights: outputs, gradients, files and adapters."""
+"""Parity with diffusers' AnyFlowTransformer3DModel on random weights: outputs, gradients, files and
+adapters.
+"""
 
 import inspect
 from pathlib import Path
@@ -24,7 +26,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "no-cross-attn-norm": {"cross_attn_norm": False},
     "image": {"image_dim": 12},
     "one-wide-head": {"num_attention_heads": 1, "attention_head_dim": 40, "num_layers": 1},
-    "three-heads-odd-widths": {"num_attention_heads": 3, "attention_head_dim": 14, "ffn_dim": 33, "freq_dim": 17},
+    "three-heads-odd-widths": {
+        "num_attention_heads": 3,
+        "attention_head_dim": 14,
+        "ffn_dim": 33,
+        "freq_dim": 17,
+    },
 }
 SIZES = [(2, 3, 4, 6), (1, 5, 6, 10), (3, 1, 2, 2)]
 
@@ -67,7 +74,9 @@ def test_output(config, per_sample, size, tiny, make_inputs, generator, relative
         expected = theirs(*inputs.tuple()).sample
         assert relative(ours(*inputs.tuple()).sample, expected) < TOLERANCE
         if per_sample:
-            by_sample = ours(inputs.x, inputs.t[:, 0], inputs.r[:, 0], inputs.text, inputs.image).sample
+            by_sample = ours(
+                inputs.x, inputs.t[:, 0], inputs.r[:, 0], inputs.text, inputs.image
+            ).sample
             assert relative(by_sample, expected) < TOLERANCE
 
 
@@ -87,15 +96,18 @@ def test_gradients(config, per_sample, tiny, make_inputs, generator, relative) -
     assert relative(x_ours.grad, x_theirs.grad) < TOLERANCE
     total = flat[1].norm().item()
     for name, gradient in expected.items():
-        # A key bias shifts all scores of a query alike, which softmax ignores: its true gradient is 0 (before the
-        # norm it is nearly so), and what remains is rounding. The same holds where a gate of 0 or 1 cuts a branch.
+        # A key bias shifts all scores of a query alike, which softmax ignores: its true gradient is
+        # 0 (before the norm it is nearly so), and what remains is rounding. The same holds where a
+        # gate of 0 or 1 cuts a branch.
         error = (actual[name] - gradient).norm().item()
         assert error < max(5 * TOLERANCE * gradient.norm().item(), 1e-8 * total), name
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_gradients_of_every_parameter_in_fp64(config, tiny, make_inputs, generator) -> None:
-    """In fp64 the cancellations resolve too. diffusers rounds its sinusoid and its norms to fp32, hence the 1e-6."""
+    """In fp64 the cancellations resolve too. diffusers rounds its sinusoid and its norms to fp32,
+    hence the 1e-6.
+    """
     theirs, ours = pair(tiny | config, generator, torch.float64)
     inputs = make_inputs(1, 5, 6, 10, image="image_dim" in config)
     arguments = [inputs.x.double(), inputs.t, inputs.r, inputs.text.double(), inputs.image]
@@ -134,13 +146,23 @@ def test_return_dict_and_keywords(tiny, make_inputs, generator) -> None:
     i = make_inputs()
     with torch.no_grad():
         positional = ours(i.x, i.t, i.r, i.text, None, None, False)
-        named = ours(hidden_states=i.x, timestep=i.t, r_timestep=i.r, encoder_hidden_states=i.text, return_dict=True)
+        named = ours(
+            hidden_states=i.x,
+            timestep=i.t,
+            r_timestep=i.r,
+            encoder_hidden_states=i.text,
+            return_dict=True,
+        )
     assert isinstance(positional, tuple) and len(positional) == 1
     assert torch.equal(positional[0], named.sample)
 
 
-@pytest.mark.parametrize("config", [{}, {"gate_value": 0.6, "deltatime_type": "t-r", "image_dim": 12}], ids=str)
-def test_folders_interchange_both_ways(config, tiny, make_inputs, generator, relative, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config", [{}, {"gate_value": 0.6, "deltatime_type": "t-r", "image_dim": 12}], ids=str
+)
+def test_folders_interchange_both_ways(
+    config, tiny, make_inputs, generator, relative, tmp_path: Path
+) -> None:
     theirs, ours = pair(tiny | config, generator)
     inputs = make_inputs(image="image_dim" in config)
     ours.save_pretrained(tmp_path / "ours")
@@ -168,14 +190,27 @@ def test_additive_fusion_survives_the_file(tiny, make_inputs, tmp_path: Path) ->
 def test_lora_adapter(tiny, make_inputs, generator, relative) -> None:
     """The published recipe's targets; the adapter's scale is what attention_kwargs can set."""
     theirs, ours = pair(tiny, generator)
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", "linear_1", "linear_2"]
+    targets = [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+        "linear_1",
+        "linear_2",
+    ]
     i = make_inputs()
     with torch.no_grad():
         before = ours(*i.tuple()).sample
         for model in (theirs, ours):
-            model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False))
+            model.add_adapter(
+                LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+            )
         adapters = {
-            k: 0.1 * torch.randn(v.shape, generator=generator) for k, v in theirs.state_dict().items() if "lora" in k
+            k: 0.1 * torch.randn(v.shape, generator=generator)
+            for k, v in theirs.state_dict().items()
+            if "lora" in k
         }
         trainable = {n for n, p in ours.named_parameters() if p.requires_grad}
         assert trainable == {n for n, _ in ours.named_parameters() if "lora" in n}
@@ -185,7 +220,9 @@ def test_lora_adapter(tiny, make_inputs, generator, relative) -> None:
         adapted = ours(*i.tuple()).sample
         assert relative(adapted, before) > 1e-3
         assert relative(adapted, theirs(*i.tuple()).sample) < TOLERANCE
-        scaled = [m(i.x, i.t, i.r, i.text, attention_kwargs={"scale": 0.5}).sample for m in (ours, theirs)]
+        scaled = [
+            m(i.x, i.t, i.r, i.text, attention_kwargs={"scale": 0.5}).sample for m in (ours, theirs)
+        ]
         assert relative(*scaled) < TOLERANCE and relative(scaled[0], adapted) > 1e-4
         ours.disable_adapters()
         assert torch.equal(ours(*i.tuple()).sample, before)

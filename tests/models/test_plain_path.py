@@ -22,11 +22,15 @@ def flow_map_and_plain(
     """A flow map, and the same weights without the second branch."""
     flow_map = AnyFlowTransformer3DModel(**(tiny | settings))
     plain = AnyFlowTransformer3DModel(**(tiny | settings), r_embedder=False)
-    plain.load_state_dict({k: v for k, v in flow_map.state_dict().items() if not k.startswith(DELTA)}, strict=True)
+    plain.load_state_dict(
+        {k: v for k, v in flow_map.state_dict().items() if not k.startswith(DELTA)}, strict=True
+    )
     return flow_map, plain
 
 
-@pytest.mark.parametrize("config", [{}, {"cross_attn_norm": False}, {"num_attention_heads": 3}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"cross_attn_norm": False}, {"num_attention_heads": 3}], ids=str
+)
 @pytest.mark.parametrize("size", [(2, 3, 4, 6), (1, 5, 6, 10)], ids=str)
 def test_parity_with_wan(config, size, tiny, make_inputs, generator, relative) -> None:
     wan = diffusers.WanTransformer3DModel(**(tiny | config))
@@ -40,7 +44,8 @@ def test_parity_with_wan(config, size, tiny, make_inputs, generator, relative) -
 
     cotangent = torch.randn(i.x.shape, generator=generator)
     grads = [
-        torch.autograd.grad((y * cotangent).sum(), list(m.parameters())) for y, m in ((actual, ours), (expected, wan))
+        torch.autograd.grad((y * cotangent).sum(), list(m.parameters()))
+        for y, m in ((actual, ours), (expected, wan))
     ]
     names = [[n for n, _ in m.named_parameters()] for m in (ours, wan)]
     named = [dict(zip(n, g, strict=True)) for n, g in zip(names, grads, strict=True)]
@@ -54,10 +59,16 @@ def test_r_none_is_bit_identical_to_the_plain_model(per_frame, tiny, make_inputs
     i = make_inputs()
     t, r = (i.t, i.r) if per_frame else (i.t[:, 0], i.r[:, 0])
     with torch.no_grad():
-        assert torch.equal(flow_map(i.x, t, None, i.text).sample, plain(i.x, t, None, i.text).sample)
+        assert torch.equal(
+            flow_map(i.x, t, None, i.text).sample, plain(i.x, t, None, i.text).sample
+        )
         # None is not r = t: the second branch has weights of its own.
-        assert not torch.allclose(flow_map(i.x, t, t, i.text).sample, plain(i.x, t, None, i.text).sample)
-        assert not torch.allclose(flow_map(i.x, t, t, i.text).sample, flow_map(i.x, t, r, i.text).sample)
+        assert not torch.allclose(
+            flow_map(i.x, t, t, i.text).sample, plain(i.x, t, None, i.text).sample
+        )
+        assert not torch.allclose(
+            flow_map(i.x, t, t, i.text).sample, flow_map(i.x, t, r, i.text).sample
+        )
 
 
 def test_no_second_branch_is_allocated(tiny) -> None:
@@ -75,7 +86,9 @@ def test_gate_is_a_buffer_outside_the_state_dict(tiny) -> None:
 
 
 def test_gate_survives_meta_and_casts(tiny, make_inputs) -> None:
-    """No file fills a non-persistent buffer, so loading through the meta device must not lose it."""
+    """No file fills a non-persistent buffer, so loading through the meta device must not lose
+    it.
+    """
     model = AnyFlowTransformer3DModel(**tiny, gate_value=0.6)
     with torch.device("meta"):
         loaded = AnyFlowTransformer3DModel(**tiny, gate_value=0.6)
@@ -91,7 +104,9 @@ def test_gate_survives_meta_and_casts(tiny, make_inputs) -> None:
 def test_r_timestep_to_a_plain_model_is_an_error(tiny, make_inputs) -> None:
     _, plain = flow_map_and_plain(tiny)
     i = make_inputs()
-    with pytest.raises(ValueError, match="r_timestep was given, but this model has no second timestep branch"):
+    with pytest.raises(
+        ValueError, match="r_timestep was given, but this model has no second timestep branch"
+    ):
         plain(i.x, i.t, i.r, i.text)
     with pytest.raises(ValueError, match="r_timestep was given"):
         plain.embed_time(i.t, i.r)
@@ -105,10 +120,13 @@ def test_enable_flow_map(fusion, deltatime, tiny, make_inputs, relative) -> None
     model = copy.deepcopy(plain)
     assert model.enable_flow_map(0.3, deltatime, fusion) is model
     embedder = model.condition_embedder
-    for a, b in zip(embedder.delta_embedder.parameters(), embedder.time_embedder.parameters(), strict=True):
+    for a, b in zip(
+        embedder.delta_embedder.parameters(), embedder.time_embedder.parameters(), strict=True
+    ):
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
     config = model.config
-    assert (config.r_embedder, config.gate_value, config.deltatime_type, config.r_embedder_fusion) == (
+    assert (config.r_embedder, config.gate_value, config.deltatime_type,
+            config.r_embedder_fusion) == (
         True, 0.3, deltatime, fusion,
     )  # fmt: skip
     with torch.no_grad():
@@ -148,7 +166,8 @@ def test_additive_fusion(tiny, make_inputs) -> None:
     model = AnyFlowTransformer3DModel(**tiny, r_embedder_fusion="additive", gate_value=0.7)
     i = make_inputs()
     embedder = model.condition_embedder
-    with torch.no_grad(), use_backend("eager"):  # the other path has no fused activation: not bit for bit
+    # the other path has no fused activation: not bit for bit
+    with torch.no_grad(), use_backend("eager"):
         emb = model.embed_time(i.t[:, 0], i.r[:, 0]).emb[:, 0]
         t_emb = model.embed_time(i.t[:, 0]).emb[:, 0]
         r_emb = embedder._embed(embedder.delta_embedder, i.r[:, 0], torch.float32)
@@ -168,7 +187,9 @@ def test_per_sample_and_per_frame_times_agree(r_none, tiny, make_inputs, relativ
 
 
 def test_times_of_different_frames_matter(tiny, make_inputs) -> None:
-    """A frame reads its own row: without attention between tokens, only the frame whose time changes is changed."""
+    """A frame reads its own row: without attention between tokens, only the frame whose time
+    changes is changed.
+    """
     model = AnyFlowTransformer3DModel(**tiny)
     i = make_inputs()
     other = i.t.clone()
@@ -177,7 +198,9 @@ def test_times_of_different_frames_matter(tiny, make_inputs) -> None:
         for block in model.blocks:
             block.attn1.to_out[0].weight.zero_()
         change = (
-            (model(i.x, i.t, None, i.text).sample - model(i.x, other, None, i.text).sample).square().sum((0, 2, 3, 4))
+            (model(i.x, i.t, None, i.text).sample - model(i.x, other, None, i.text).sample)
+            .square()
+            .sum((0, 2, 3, 4))
         )
     assert change[0] == change[2] == 0 and change[1] > 0.01
 
@@ -195,10 +218,13 @@ def test_cached_conditioning_is_bit_identical(config, per_frame, tiny, make_inpu
         assert times.emb.shape[1] == (3 if per_frame else 1)
         assert torch.equal(model(i.x, time_embedding=times, text_context=text).sample, expected)
         assert torch.equal(model(i.x, t, r, text_context=text).sample, expected)
-        assert torch.equal(model(i.x, encoder_hidden_states=i.text, encoder_hidden_states_image=i.image,
+        assert torch.equal(model(i.x, encoder_hidden_states=i.text,
+                                 encoder_hidden_states_image=i.image,
                                  time_embedding=times).sample, expected)  # fmt: skip
         one = model.embed_time(torch.stack([t[0]]), None if r is None else torch.stack([r[0]]))
-        assert torch.equal(times[0].emb, one.emb) or torch.allclose(times[0].emb, one.emb, rtol=1e-6, atol=1e-6)
+        assert torch.equal(times[0].emb, one.emb) or torch.allclose(
+            times[0].emb, one.emb, rtol=1e-6, atol=1e-6
+        )
         shared = times[1].expand(2)
         assert shared.emb.shape[0] == 2 and torch.equal(shared.modulation[0], times.modulation[1])
 
@@ -219,7 +245,9 @@ class LargestTensors(TorchDispatchMode):
 
 @pytest.mark.parametrize("per_frame", [False, True])
 def test_modulation_is_never_expanded_per_token(per_frame, tiny, make_inputs) -> None:
-    """The peers make a [B, L, 6 D] tensor. Nothing of ours is larger than the FFN's hidden layer."""
+    """The peers make a [B, L, 6 D] tensor. Nothing of ours is larger than the FFN's hidden
+    layer.
+    """
     settings = tiny | {"ffn_dim": 2 * 48}
     i = make_inputs(1, 4, 16, 16)
     tokens, width = 4 * 8 * 8, 48
@@ -245,7 +273,9 @@ def test_many_frames_and_long_axes(tiny, make_inputs) -> None:
 
 
 def test_rotary_tables_follow_the_grid(tiny, make_inputs) -> None:
-    """The cache of tables is keyed by the grid: the same model on alternating shapes is not confused."""
+    """The cache of tables is keyed by the grid: the same model on alternating shapes is not
+    confused.
+    """
     model = AnyFlowTransformer3DModel(**tiny)
     fresh = copy.deepcopy(model)
     with torch.no_grad():
@@ -273,7 +303,8 @@ def test_rotary_tables_follow_the_grid(tiny, make_inputs) -> None:
         ({"encoder_hidden_states": torch.zeros(2, 20)}, "encoder_hidden_states must be"),
         ({"encoder_hidden_states": torch.zeros(1, 7, 20)}, "encoder_hidden_states must be"),
         ({"encoder_hidden_states": torch.zeros(2, 7, 21)}, "encoder_hidden_states must be"),
-        ({"encoder_hidden_states_image": torch.zeros(2, 5, 12)}, "encoder_hidden_states_image was given"),
+        ({"encoder_hidden_states_image": torch.zeros(2, 5, 12)}, "encoder_hidden_states_image was "
+                                                                 "given"),
     ],
 )  # fmt: skip
 def test_bad_input(changes, message, tiny) -> None:

@@ -46,7 +46,12 @@ def difference(model: nn.Module, g: torch.Generator) -> Difference:
     t = torch.tensor([0.9, 0.7, 0.5, 0.3], dtype=torch.float64)
     sigma = t.view(-1, 1, 1, 1, 1)
     x, v = (1 - sigma) * x0 + sigma * noise, noise - x0
-    plus, minus, t_plus, t_minus = x + EPSILON * v, x - EPSILON * v, (t + EPSILON) * 1000, (t - EPSILON) * 1000
+    plus, minus, t_plus, t_minus = (
+        x + EPSILON * v,
+        x - EPSILON * v,
+        (t + EPSILON) * 1000,
+        (t - EPSILON) * 1000,
+    )
     wide = AnyFlowTransformer3DModel.from_config(model.config).double()
     wide.load_state_dict(model.state_dict())
     r = 300 * t
@@ -75,12 +80,19 @@ def peer_quotient(model: nn.Module, d: Difference) -> Tensor:
     return (u_plus - u_minus) / (2 * EPSILON)
 
 
-def test_central_difference_survives_bf16(tiny, generator, relative: Callable[..., float], tmp_path: Path) -> None:
-    """Measured over three seeds: fp32 6e-6, ours 0.054 to 0.057, the peer's formulation 0.40 to 0.43."""
+def test_central_difference_survives_bf16(
+    tiny, generator, relative: Callable[..., float], tmp_path: Path
+) -> None:
+    """Measured over three seeds: fp32 6e-6, ours 0.054 to 0.057, the peer's formulation 0.40 to
+    0.43.
+    """
     reference = save_rounded(tiny, tmp_path)
     d = difference(reference, generator)
     assert relative(our_quotient(reference, d), d.exact) < 1e-4
-    ours = relative(our_quotient(AnyFlowTransformer3DModel.from_pretrained(tmp_path, torch_dtype=BF16), d), d.exact)
+    ours = relative(
+        our_quotient(AnyFlowTransformer3DModel.from_pretrained(tmp_path, torch_dtype=BF16), d),
+        d.exact,
+    )
     theirs = diffusers.AnyFlowTransformer3DModel.from_pretrained(tmp_path, torch_dtype=BF16)
     peer = relative(peer_quotient(theirs, d), d.exact)
     assert ours < 0.08
@@ -89,7 +101,9 @@ def test_central_difference_survives_bf16(tiny, generator, relative: Callable[..
 
 @pytest.mark.parametrize("latents", [BF16, torch.float32, torch.float64])
 @pytest.mark.parametrize("weights", [BF16, torch.float32])
-def test_velocity_has_the_dtype_of_the_latents(latents, weights, tiny, make_inputs, tmp_path: Path) -> None:
+def test_velocity_has_the_dtype_of_the_latents(
+    latents, weights, tiny, make_inputs, tmp_path: Path
+) -> None:
     save_rounded(tiny, tmp_path)
     model = AnyFlowTransformer3DModel.from_pretrained(tmp_path, torch_dtype=weights)
     i = make_inputs()
@@ -97,8 +111,12 @@ def test_velocity_has_the_dtype_of_the_latents(latents, weights, tiny, make_inpu
         assert model(i.x.to(latents), i.t, i.r, i.text.to(weights)).sample.dtype == latents
 
 
-def test_fp32_latents_are_not_rounded_on_their_way_in_or_out(tiny, make_inputs, relative, tmp_path: Path) -> None:
-    """x at bf16 resolution plus a hundredth of it: a model that rounds its input cannot see the difference."""
+def test_fp32_latents_are_not_rounded_on_their_way_in_or_out(
+    tiny, make_inputs, relative, tmp_path: Path
+) -> None:
+    """x at bf16 resolution plus a hundredth of it: a model that rounds its input cannot see the
+    difference.
+    """
     save_rounded(tiny, tmp_path)
     model = AnyFlowTransformer3DModel.from_pretrained(tmp_path, torch_dtype=BF16)
     i = make_inputs()
@@ -115,8 +133,12 @@ def test_fp32_latents_are_not_rounded_on_their_way_in_or_out(tiny, make_inputs, 
 
 
 @pytest.mark.parametrize("enabled_by", ["config", "enable_flow_map"])
-def test_both_time_embedders_stay_in_fp32(enabled_by, tiny, make_inputs, relative, tmp_path: Path) -> None:
-    """Every parameter that is to stay in fp32 does, and keeps its last digits; the others are bf16."""
+def test_both_time_embedders_stay_in_fp32(
+    enabled_by, tiny, make_inputs, relative, tmp_path: Path
+) -> None:
+    """Every parameter that is to stay in fp32 does, and keeps its last digits; the others are
+    bf16.
+    """
     model = AnyFlowTransformer3DModel(**tiny, r_embedder=enabled_by == "config")
     if enabled_by == "enable_flow_map":
         model.enable_flow_map()
@@ -129,7 +151,11 @@ def test_both_time_embedders_stay_in_fp32(enabled_by, tiny, make_inputs, relativ
         assert p.dtype == (torch.float32 if any(k in name.split(".") for k in keep) else BF16), name
         assert p.dtype == BF16 or torch.equal(p, original[name])
     kept = [n for n, p in loaded.named_parameters() if p.dtype == torch.float32]
-    assert len([n for n in kept if "delta_embedder" in n]) == len([n for n in kept if "time_embedder" in n]) == 4
+    assert (
+        len([n for n in kept if "delta_embedder" in n])
+        == len([n for n in kept if "time_embedder" in n])
+        == 4
+    )
     i = make_inputs()
     with torch.no_grad():
         out = loaded(i.x, i.t, i.r, i.text.bfloat16()).sample

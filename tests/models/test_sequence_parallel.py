@@ -1,4 +1,6 @@
-"""Ulysses sequence parallelism under torchrun (gloo): what the ranks compute together is what one computes alone."""
+"""Ulysses sequence parallelism under torchrun (gloo): what the ranks compute together is what one
+computes alone.
+"""
 
 import subprocess
 from collections.abc import Callable
@@ -30,19 +32,27 @@ def ranks(
         output, _ = job.communicate(timeout=600)
         assert job.returncode == 0, output[-4000:]
         assert "Warning" not in output, output
-        written[world] = [torch.load(folder / f"rank{i}-of-{world}.pt", weights_only=True) for i in range(world)]
+        written[world] = [
+            torch.load(folder / f"rank{i}-of-{world}.pt", weights_only=True) for i in range(world)
+        ]
     return written
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", [*CASES, "compiled"])
-def test_velocity_and_gradients_are_those_of_the_whole_model(case: Any, world: int, ranks: dict[int, Any]) -> None:
-    """In fp64, through two chained calls; gradients of the latents and parameters, as their mean over the ranks."""
+def test_velocity_and_gradients_are_those_of_the_whole_model(
+    case: Any, world: int, ranks: dict[int, Any]
+) -> None:
+    """In fp64, through two chained calls; gradients of the latents and parameters, as their mean
+    over the ranks.
+    """
     for results in ranks[world]:
         got, want = results["shared"][case], results["whole"][case]
         assert bool(want["gradient"].any())
         for name in ("out", "gradient"):
-            torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-11 * want[name].abs().max().item())
+            torch.testing.assert_close(
+                got[name], want[name], rtol=1e-9, atol=1e-11 * want[name].abs().max().item()
+            )
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -56,7 +66,9 @@ def test_every_rank_has_the_same_velocity(world: int, ranks: dict[int, Any]) -> 
     ("what", "tolerance"),
     [("cached", 1e-9), ("copied", 1e-9), ("float32", 1e-5), ("bfloat16", 2e-2), ("off", 0.0)],
 )
-def test_other_ways_to_call_the_model(what: str, tolerance: float, world: int, ranks: dict[int, Any]) -> None:
+def test_other_ways_to_call_the_model(
+    what: str, tolerance: float, world: int, ranks: dict[int, Any]
+) -> None:
     """Cached time and text, a deep copy, autocast; and off, it is exactly as never on."""
     for results in ranks[world]:
         got, want = (x.double() for x in results[what])

@@ -1,8 +1,10 @@
-"""csrc/cuda compiles for every architecture without a warning, a spill or local memory, and computes what it should.
+"""csrc/cuda compiles for every architecture without a warning, a spill or local memory, and
+computes what it should.
 
-No GPU is needed. What a thread does is a function of its place in a block and of a sum over that block, so that the
-same functions run here too, with the CPU's threads: that proves addresses, rounding and arithmetic. The warp shuffles
-and the launch itself are left to the tests of the operators, on a GPU.
+No GPU is needed. What a thread does is a function of its place in a block and of a sum over that
+block, so that the same functions run here too, with the CPU's threads: that proves addresses,
+rounding and arithmetic. The warp shuffles and the launch itself are left to the tests of the
+operators, on a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +34,14 @@ ON_HOST = Path(__file__).with_name("cuda_on_host.cu")
 SOURCES = sorted(CUDA.glob("*.cu"))
 assert SOURCES, f"no CUDA sources in {CUDA}"
 ARCHS = ("80", "90a", "100a")
-STRICT = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage"]
+STRICT = [
+    "-std=c++17",
+    "-O3",
+    "-Werror",
+    "all-warnings",
+    "-Xptxas",
+    "-v,--warn-on-spills,--warn-on-local-memory-usage",
+]
 
 Compiled = Callable[[Path, str], tuple[Path, str]]
 
@@ -58,13 +67,18 @@ def find_nvdisasm() -> str | None:
     """CUDA's, or the one that Triton brings along."""
     spec = importlib.util.find_spec("triton")
     origin = None if spec is None else spec.origin
-    return find("nvdisasm", *([] if origin is None else [Path(origin).parent / "backends" / "nvidia" / "bin"]))
+    return find(
+        "nvdisasm",
+        *([] if origin is None else [Path(origin).parent / "backends" / "nvidia" / "bin"]),
+    )
 
 
 needs_nvcc = pytest.mark.skipif(
     find_nvcc() is None, reason="no nvcc in $CUDACXX, $CUDA_HOME/bin, $PATH or /usr/local/cuda/bin"
 )
-needs_nvdisasm = pytest.mark.skipif(find_nvdisasm() is None, reason="neither CUDA nor Triton brings an nvdisasm")
+needs_nvdisasm = pytest.mark.skipif(
+    find_nvdisasm() is None, reason="neither CUDA nor Triton brings an nvdisasm"
+)
 
 
 def nvcc(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -79,7 +93,9 @@ def defects(report: str) -> list[str]:
     found = [] if kernels else ["no kernel was compiled"]
     for kernel in kernels:
         name = kernel.split("'")[1]
-        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", kernel)
+        frame = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", kernel
+        )
         if frame is None or any(map(int, frame.groups())):
             found.append(f"{name}: {None if frame is None else frame[0]}")
         found += [f"{name}: {local}" for local in re.findall(r"\d+ bytes lmem", kernel)]
@@ -88,7 +104,9 @@ def defects(report: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """``compiled(source, arch)``: a cubin and the report on it, made once; nvcc's failure is the test's."""
+    """``compiled(source, arch)``: a cubin and the report on it, made once; nvcc's failure is the
+    test's.
+    """
     folder = tmp_path_factory.mktemp("cubins")
 
     @functools.cache
@@ -105,7 +123,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 @pytest.mark.parametrize("arch", ARCHS)
 @needs_nvcc
 @pytest.mark.slow
-def test_compiles_without_spills_or_local_memory(source: Path, arch: str, compiled: Compiled) -> None:
+def test_compiles_without_spills_or_local_memory(
+    source: Path, arch: str, compiled: Compiled
+) -> None:
     _, report = compiled(source, arch)
     print(report)
     assert not defects(report)
@@ -114,7 +134,8 @@ def test_compiles_without_spills_or_local_memory(source: Path, arch: str, compil
 @pytest.mark.parametrize(
     ("body", "defect"),
     [
-        ("float a[64]; for (int i = 0; i < 64; ++i) a[i * n % 64] = x[i]; x[0] = a[n] - a[n / 2];", "local memory"),
+        ("float a[64]; for (int i = 0; i < 64; ++i) a[i * n % 64] = x[i]; x[0] = a[n] - a[n / 2];",
+         "local memory"),
         ("float a[64]; for (int i = 0; i < 64; ++i) a[i] = x[i]; __syncthreads();"
          "for (int i = 0; i < 64; ++i) x[i] = a[63 - i] * a[i];", "spill"),
         ("int unused; x[0] = n;", "warning|never referenced"),
@@ -123,11 +144,17 @@ def test_compiles_without_spills_or_local_memory(source: Path, arch: str, compil
 )  # fmt: skip
 @needs_nvcc
 def test_a_defect_is_found(body: str, defect: str, tmp_path: Path) -> None:
-    """The same flags and the same reading of the report, on kernels that have what they look for."""
+    """The same flags and the same reading of the report, on kernels that have what they look
+    for.
+    """
     source = tmp_path / "bad.cu"
-    source.write_text(f"__global__ void __launch_bounds__(1024, 2) bad(volatile float* x, int n) {{ {body} }}\n")
+    source.write_text(
+        f"__global__ void __launch_bounds__(1024, 2) bad(volatile float* x, int n) {{ {body} }}\n"
+    )
     process = nvcc(*STRICT, "-arch=sm_90a", "-cubin", source, "-o", tmp_path / "bad.cubin")
-    assert process.returncode != 0 and re.search(defect, process.stdout, re.IGNORECASE), process.stdout
+    assert process.returncode != 0 and re.search(defect, process.stdout, re.IGNORECASE), (
+        process.stdout
+    )
     assert defects(process.stdout)
 
 
@@ -141,16 +168,22 @@ def test_a_report_without_kernels_is_a_defect() -> None:
 @needs_nvdisasm
 @pytest.mark.slow
 def test_memory_is_accessed_by_16_bytes(source: Path, arch: str, compiled: Compiled) -> None:
-    """Every store, and every load but those of the tables of a rotation, which may be unaligned or of odd width."""
+    """Every store, and every load but those of the tables of a rotation, which may be unaligned or
+    of odd width.
+    """
     cubin, _ = compiled(source, arch)
-    listing = subprocess.run([str(find_nvdisasm()), "-c", str(cubin)], capture_output=True, text=True)
+    listing = subprocess.run(
+        [str(find_nvdisasm()), "-c", str(cubin)], capture_output=True, text=True
+    )
     if listing.returncode != 0:
         pytest.skip(f"this nvdisasm does not read sm_{arch}: {listing.stderr.strip()}")
     kernels = re.split(r"^\.text\.", listing.stdout, flags=re.MULTILINE)[1:]
     assert kernels
     for kernel in kernels:
         name, accesses = kernel.splitlines()[0], re.findall(r"\b(LDG|STG|LDL|STL)\.(\S+)", kernel)
-        loads, stores = ([width for access, width in accesses if access == kind] for kind in ("LDG", "STG"))
+        loads, stores = (
+            [width for access, width in accesses if access == kind] for kind in ("LDG", "STG")
+        )
         assert loads and stores, name
         assert not [access for access, _ in accesses if access in ("LDL", "STL")], name
         assert all("128" in width for width in stores), (name, stores)
@@ -158,11 +191,15 @@ def test_memory_is_accessed_by_16_bytes(source: Path, arch: str, compiled: Compi
         assert "RmsNormRope" in name or all("128" in width for width in loads), (name, loads)
 
 
-@pytest.mark.parametrize("path", sorted([*SOURCES, *CUDA.glob("*.cuh"), *CUDA.glob("*.h")]), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted([*SOURCES, *CUDA.glob("*.cuh"), *CUDA.glob("*.h")]), ids=lambda path: path.name
+)
 def test_no_torch_header(path: Path) -> None:
     """nvcc alone compiles the kernels; only csrc/bindings.cpp and its like know torch."""
     included = re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text())
-    assert included and not [name for name in included if re.match(r"(torch|ATen|c10|pybind11|Python)\b", name)]
+    assert included and not [
+        name for name in included if re.match(r"(torch|ATen|c10|pybind11|Python)\b", name)
+    ]
 
 
 def test_interface_is_plain_cpp(tmp_path: Path) -> None:
@@ -170,12 +207,21 @@ def test_interface_is_plain_cpp(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no C++ compiler")
     source = tmp_path / "user.cpp"
-    source.write_text(f'#include "{CUDA / "launch.h"}"\nint main() {{ return anyflow::cuda::kMaxDim != 8192; }}\n')
-    subprocess.run([compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", source], check=True)
+    source.write_text(
+        f'#include "{CUDA / "launch.h"}"\nint main() {{ return anyflow::cuda::kMaxDim != 8192; }}\n'
+    )
+    subprocess.run(
+        [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", source], check=True
+    )
 
 
-# (relative to the element, relative to the largest), as in tests/ops: one rounding of an fp32 accumulation.
-TOLERANCES = {torch.float32: (2e-6, 1e-6), torch.float16: (2**-10, 2**-12), torch.bfloat16: (2**-7, 2**-9)}
+# (relative to the element, relative to the largest), as in tests/ops: one rounding of an fp32
+# accumulation.
+TOLERANCES = {
+    torch.float32: (2e-6, 1e-6),
+    torch.float16: (2**-10, 2**-12),
+    torch.bfloat16: (2**-7, 2**-9),
+}
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 every_dtype = pytest.mark.parametrize("dtype", CODES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -212,16 +258,25 @@ def operand(t: Tensor | None) -> Operand:
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels, built for this machine's CPU by the compiler that builds them for a GPU."""
     folder = tmp_path_factory.mktemp("on_host")
-    target = ["-arch=compute_80", "-code=compute_80", "-shared", "-Xcompiler", "-fPIC,-pthread,-fsanitize=alignment"]
+    target = [
+        "-arch=compute_80",
+        "-code=compute_80",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC,-pthread,-fsanitize=alignment",
+    ]
     warnings = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
-    process = nvcc("-std=c++17", "-O1", *warnings, *target, "-I", CUDA, ON_HOST, "-o", folder / "on_host.so")
+    process = nvcc(
+        "-std=c++17", "-O1", *warnings, *target, "-I", CUDA, ON_HOST, "-o", folder / "on_host.so"
+    )
     assert process.returncode == 0, process.stdout
     return ctypes.CDLL(str(folder / "on_host.so"))
 
 
 @pytest.fixture
 def host(library: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> Iterator[Host]:
-    """``host(name, x, *arguments)``: run a kernel over tensors and numbers; the error message, if there is one.
+    """``host(name, x, *arguments)``: run a kernel over tensors and numbers; the error message, if
+    there is one.
 
     The sanitizer reports the access to an unaligned address, which a GPU would not bear.
     """
@@ -230,9 +285,11 @@ def host(library: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> Iterator[Ho
         function = getattr(library, f"host_{name}")
         function.restype = ctypes.c_char_p
         outputs = 2 if name == "residual_layer_norm" else 1
-        converted = [ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_float(a) if isinstance(a, float)
+        converted = [ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_float(a) if isinstance(a,
+                                                                                                  float)
                      else operand(a) for a in arguments]  # fmt: skip
-        for i in range(len(converted) - 1 - outputs, len(converted) - 1):  # before eps: where the results go
+        # before eps: where the results go
+        for i in range(len(converted) - 1 - outputs, len(converted) - 1):
             converted[i] = ctypes.c_void_p(arguments[i].data_ptr())
         error = function(Sizes(*x.shape), operand(x), *converted)
         return None if error is None else error.decode()
@@ -255,7 +312,9 @@ def draw(generator: torch.Generator) -> Draw:
 
 
 class Result:
-    """A contiguous tensor to be written, whole and nothing else: NaN inside, sevens before and after."""
+    """A contiguous tensor to be written, whole and nothing else: NaN inside, sevens before and
+    after.
+    """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         self.memory = torch.full((shape.numel() + 64,), 7.0, dtype=dtype)
@@ -266,7 +325,9 @@ class Result:
         assert (self.memory[:32] == 7).all() and (self.memory[-32:] == 7).all()
         rtol, atol = TOLERANCES[self.tensor.dtype]
         largest = expected.nan_to_num(0, 0, 0).abs().max().item()
-        torch.testing.assert_close(self.tensor.double(), expected, rtol=rtol, atol=atol * largest, equal_nan=True)
+        torch.testing.assert_close(
+            self.tensor.double(), expected, rtol=rtol, atol=atol * largest, equal_nan=True
+        )
         return self.tensor
 
 
@@ -274,10 +335,12 @@ def doubled(*tensors: Tensor | None) -> Iterator[Tensor | None]:
     return (None if t is None else t.double() for t in tensors)
 
 
-# Widths of one warp and many, of one and two vectors per thread, full and with a rest; runs of one token and of three
-# with a rest, in one segment or many. Few tokens where a block has many threads: each is a thread of the CPU.
+# Widths of one warp and many, of one and two vectors per thread, full and with a rest; runs of one
+# token and of three with a rest, in one segment or many. Few tokens where a block has many threads:
+# each is a thread of the CPU.
 SHAPES = [
-    (1, 5, 8, 1), (2, 6, 24, 3), (1, 4, 264, 4), (2, 3, 1536, 1), (1, 2, 2048, 1), (1, 4, 2056, 2), (1, 3, 5120, 1),
+    (1, 5, 8, 1), (2, 6, 24, 3), (1, 4, 264, 4), (2, 3, 1536, 1), (1, 2, 2048, 1), (1, 4, 2056, 2),
+    (1, 3, 5120, 1),
     (1, 2, 8192, 2), (1, 3100, 8, 1), (2, 1550, 16, 31),
 ]  # fmt: skip
 every_shape = pytest.mark.parametrize(("b", "length", "d", "r"), SHAPES)
@@ -292,7 +355,9 @@ def on_host(test: Callable[..., None]) -> Callable[..., None]:
 @every_shape
 @every_dtype
 def test_layer_norm_modulate(b, length, d, r, dtype, host: Host, draw: Draw) -> None:
-    check_modulate(host, draw(b, length, d, dtype=dtype), draw(b, r, d), draw(b, r, d, dtype=torch.bfloat16))
+    check_modulate(
+        host, draw(b, length, d, dtype=dtype), draw(b, r, d), draw(b, r, d, dtype=torch.bfloat16)
+    )
 
 
 def check_modulate(host: Host, x: Tensor, shift: Tensor, scale: Tensor) -> None:
@@ -302,11 +367,20 @@ def check_modulate(host: Host, x: Tensor, shift: Tensor, scale: Tensor) -> None:
 
 
 @on_host
-@pytest.mark.parametrize("dtypes", list(itertools.product(CODES, CODES)), ids=lambda p: "-".join(str(d)[6:] for d in p))
-@pytest.mark.parametrize(("d", "names"), [(40, "gate weight bias"), (1536, "shift scale"), (2056, "gate scale shift")])
+@pytest.mark.parametrize(
+    "dtypes", list(itertools.product(CODES, CODES)), ids=lambda p: "-".join(str(d)[6:] for d in p)
+)
+@pytest.mark.parametrize(
+    ("d", "names"), [(40, "gate weight bias"), (1536, "shift scale"), (2056, "gate scale shift")]
+)
 def test_residual_layer_norm(dtypes, d, names, host: Host, draw: Draw) -> None:
     x, y = (draw(2, 6, d, dtype=dtype) for dtype in dtypes)
-    check_residual(host, x, y, {k: draw(*((d,) if k in ("weight", "bias") else (2, 3, d))) for k in names.split()})
+    check_residual(
+        host,
+        x,
+        y,
+        {k: draw(*((d,) if k in ("weight", "bias") else (2, 3, d))) for k in names.split()},
+    )
 
 
 @on_host
@@ -314,7 +388,9 @@ def test_residual_layer_norm(dtypes, d, names, host: Host, draw: Draw) -> None:
 def test_residual_layer_norm_when_rows_differ(b, length, d, r, host: Host, draw: Draw) -> None:
     gate_rows = 2 if length % 2 == 0 else length
     x, y = draw(b, length, d, dtype=torch.bfloat16), draw(b, length, d, dtype=torch.bfloat16)
-    check_residual(host, x, y, {"gate": draw(b, gate_rows, d), "shift": draw(b, r, d), "scale": draw(b, r, d)})
+    check_residual(
+        host, x, y, {"gate": draw(b, gate_rows, d), "shift": draw(b, r, d), "scale": draw(b, r, d)}
+    )
 
 
 @on_host
@@ -322,25 +398,35 @@ def test_residual_layer_norm_when_rows_differ(b, length, d, r, host: Host, draw:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_residual_layer_norm_with_absent_operands(names, dtype, host: Host, draw: Draw) -> None:
     x, y = draw(2, 4, 24, dtype=dtype), draw(2, 4, 24, dtype=dtype)
-    h = check_residual(host, x, y, {k: draw(*((2, 4, 24) if k == "gate" else (24,))) for k in names.split()})
+    h = check_residual(
+        host, x, y, {k: draw(*((2, 4, 24) if k == "gate" else (24,))) for k in names.split()}
+    )
     if "gate" not in names:
         assert torch.equal(h, (x.float() + y.float()).to(dtype))  # to nearest even
 
 
 @on_host
 def test_norm_reads_the_rounded_sum(host: Host, draw: Draw) -> None:
-    """Next to 64, bf16 has steps of a half: the norm of the sum before rounding would be quite another."""
+    """Next to 64, bf16 has steps of a half: the norm of the sum before rounding would be quite
+    another.
+    """
     x, y = 64 + draw(2, 4, 24, dtype=torch.bfloat16), draw(2, 4, 24, dtype=torch.bfloat16)
     check_residual(host, x, y, {})
 
 
 def check_residual(host: Host, x: Tensor, y: Tensor, named: dict[str, Tensor]) -> Tensor:
     """h to the reference, and n to the norm of the h that was written."""
-    gate, weight, bias, shift, scale = (named.get(k) for k in ("gate", "weight", "bias", "shift", "scale"))
+    gate, weight, bias, shift, scale = (
+        named.get(k) for k in ("gate", "weight", "bias", "shift", "scale")
+    )
     h, n = Result(x.shape, x.dtype), Result(x.shape, x.dtype)
-    error = host("residual_layer_norm", x, y, gate, weight, bias, shift, scale, h.tensor, n.tensor, 1e-6)
+    error = host(
+        "residual_layer_norm", x, y, gate, weight, bias, shift, scale, h.tensor, n.tensor, 1e-6
+    )
     assert error is None
-    x64, y64, gate64, weight64, bias64, shift64, scale64 = doubled(x, y, gate, weight, bias, shift, scale)
+    x64, y64, gate64, weight64, bias64, shift64, scale64 = doubled(
+        x, y, gate, weight, bias, shift, scale
+    )
     written = h.check(residual_layer_norm_reference(x64, y64, gate64)[0])
     expected = F.layer_norm(written.double(), x.shape[-1:], weight64, bias64, 1e-6)
     n.check(expected if scale is None else modulate(expected, shift64, scale64))
@@ -350,10 +436,13 @@ def check_residual(host: Host, x: Tensor, y: Tensor, named: dict[str, Tensor]) -
 @on_host
 @pytest.mark.parametrize(
     ("b", "length", "d", "heads"),
-    [(2, 3, 24, 4), (1, 5, 16, 8), (2, 3, 40, 5), (1, 4, 1536, 12), (1, 3, 2056, 257), (1, 3, 5120, 40),
+    [(2, 3, 24, 4), (1, 5, 16, 8), (2, 3, 40, 5), (1, 4, 1536, 12), (1, 3, 2056, 257),
+     (1, 3, 5120, 40),
      (1, 2, 8192, 64), (2, 1550, 16, 2)],
 )  # fmt: skip
-@pytest.mark.parametrize("tables", [None, torch.float32, torch.bfloat16], ids=["plain", "fp32", "bf16"])
+@pytest.mark.parametrize(
+    "tables", [None, torch.float32, torch.bfloat16], ids=["plain", "fp32", "bf16"]
+)
 @every_dtype
 def test_rms_norm_rope(b, length, d, heads, tables, dtype, host: Host, draw: Draw) -> None:
     x, weight, cos, sin = draw(b, length, d, dtype=dtype), draw(d), None, None
@@ -369,7 +458,9 @@ def test_tables_at_odd_addresses(host: Host, draw: Draw) -> None:
     check_rms(host, x, weight, angles.cos()[:, 1:], angles.sin()[:, :16], 2)
 
 
-def check_rms(host: Host, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int) -> None:
+def check_rms(
+    host: Host, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int
+) -> None:
     out = Result(x.shape, x.dtype)
     assert host("rms_norm_rope", x, weight, cos, sin, heads, out.tensor, 1e-6) is None
     out.check(rms_norm_rope_reference(*doubled(x, weight, cos, sin), heads, 1e-6).flatten(2))
@@ -388,7 +479,8 @@ def test_large_mean_and_what_is_not_finite(host: Host, draw: Draw) -> None:
     assert written[3].isnan().all() and written[4].isnan().all()
     rows = torch.tensor([0, 1, 2, 5])
     expected = layer_norm_modulate_reference(*doubled(x[:, rows], shift, scale), 1e-6)[0]
-    # fp32 has the mean of 64 to within 4e-6 and some; a variance from the mean of squares would be 2e-4 off.
+    # fp32 has the mean of 64 to within 4e-6 and some; a variance from the mean of squares would be
+    # 2e-4 off.
     torch.testing.assert_close(written[rows].double(), expected, rtol=1e-5, atol=2e-5)
 
 
@@ -421,9 +513,18 @@ def test_empty_tensors_and_refusals(host: Host, draw: Draw) -> None:
     rows = torch.zeros(1, 1, 16)
     assert modulated(torch.empty(0, 4, 16), rows[:0], rows[:0]) is None
     assert modulated(torch.empty(1, 0, 16), rows, rows) is None
-    assert modulated(torch.empty(1, 2, 12), rows[..., :12], rows[..., :12]) == "D must be a multiple of 8 up to 8192"
-    assert modulated(torch.empty(1, 2, 8200), *torch.empty(2, 1, 1, 8200)) == "D must be a multiple of 8 up to 8192"
-    assert modulated(torch.empty(1, 3, 16), rows.expand(1, 2, 16), rows) == "the rows of an operand must divide L"
+    assert (
+        modulated(torch.empty(1, 2, 12), rows[..., :12], rows[..., :12])
+        == "D must be a multiple of 8 up to 8192"
+    )
+    assert (
+        modulated(torch.empty(1, 2, 8200), *torch.empty(2, 1, 1, 8200))
+        == "D must be a multiple of 8 up to 8192"
+    )
+    assert (
+        modulated(torch.empty(1, 3, 16), rows.expand(1, 2, 16), rows)
+        == "the rows of an operand must divide L"
+    )
     unaligned = "every row of an operand must begin at a multiple of 16 bytes"
     assert modulated(torch.empty(33)[1:].view(1, 2, 16), rows, rows) == unaligned
     assert modulated(torch.empty(1, 2, 18)[..., :16], rows, rows) == unaligned
@@ -433,6 +534,9 @@ def test_empty_tensors_and_refusals(host: Host, draw: Draw) -> None:
         (8, torch.zeros(2, 1), "D / num_heads must be even for a rotation"),
         (4, torch.zeros(1, 3), "cos and sin must have L rows"),
     ):
-        assert host("rms_norm_rope", x, weight, cos, cos, heads, torch.empty(1, 2, 24), 1e-6) == message
+        assert (
+            host("rms_norm_rope", x, weight, cos, cos, heads, torch.empty(1, 2, 24), 1e-6)
+            == message
+        )
     with_both = [x, None, weight, None, x, x, torch.empty_like(x), torch.empty_like(x), 1e-6]
     assert host("residual_layer_norm", x, *with_both) == "give an affine or a modulation, not both"

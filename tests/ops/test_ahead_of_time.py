@@ -25,7 +25,8 @@ KERNELS = {
     )
     for direction in ("forward", "backward")
 }
-# What a token costs on sm_90 in bf16, at D = 1536 and at D = 5120; only a measurement on a GPU is a reason to raise it.
+# What a token costs on sm_90 in bf16, at D = 1536 and at D = 5120; only a measurement on a GPU is a
+# reason to raise it.
 BARRIERS = {
     ("layer_norm_modulate_forward", ""): (6, 6),
     ("layer_norm_modulate_backward", ""): (6, 6),
@@ -41,7 +42,9 @@ BARRIERS = {
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: this one interprets the kernels, and an interpreted kernel cannot be compiled."""
+    """In a process of its own: this one interprets the kernels, and an interpreted kernel cannot be
+    compiled.
+    """
     command = [sys.executable, "-m", "anyflow.kernels.ahead_of_time", *arguments]
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(command, cwd=ROOT.parent, env=variables, capture_output=True, text=True)
@@ -77,17 +80,26 @@ def test_every_kernel_everywhere() -> None:
 
 @pytest.mark.slow
 def test_the_machine_code_gets_no_worse() -> None:
-    """Accesses of 16 bytes, no spills, no more barriers, and the loads before the reductions where they fit."""
+    """Accesses of 16 bytes, no spills, no more barriers, and the loads before the reductions where
+    they fit.
+    """
     entries = compiled("--report", "--rows", "1")
     assert {e["kernel"] for e in entries} == KERNELS
-    over_rows = {(e["kernel"], e["variant"], e["dim"]): e for e in entries if e["share"] is not None and e["dim"]}
-    assert {(kernel, variant) for kernel, variant, _ in over_rows} == set(BARRIERS) and len(over_rows) == 20
+    over_rows = {
+        (e["kernel"], e["variant"], e["dim"]): e
+        for e in entries
+        if e["share"] is not None and e["dim"]
+    }
+    assert {(kernel, variant) for kernel, variant, _ in over_rows} == set(BARRIERS) and len(
+        over_rows
+    ) == 20
     for (kernel, variant, dim), e in over_rows.items():
         assert e["narrow"] == 0, e
         assert e["barriers"] <= BARRIERS[kernel, variant][dim == 5120], e
         assert 0.5 < e["share"]["H200"] <= e["share"]["H100"] < 1, e
     assert not [e for e in entries if e["spills"]]
-    assert all(e["narrow"] <= 6 for e in entries)  # times, widths, weights and gates, one number each
+    # times, widths, weights and gates, one number each
+    assert all(e["narrow"] <= 6 for e in entries)
     late = {key for key, e in over_rows.items() if e["late_loads"]}
     assert late <= {
         ("residual_layer_norm_backward", "gate, affine", 5120),
@@ -108,15 +120,20 @@ def test_a_spill_is_found(tmp_path: Path) -> None:
         "    x = tl.load(x_ptr + i)\n"
         "    tl.store(x_ptr + i, x - tl.sum(x, 0) * tl.max(x, 0))\n"
         "x = torch.empty(16384, device='meta')\n"
-        "print(compile_launch(Launch(greedy, (1,), (x,), {'N': 16384, 'num_warps': 1}), 90)['spills'])\n"
+        "print(compile_launch(Launch(greedy, (1,), (x,), {'N': 16384, 'num_warps': 1}), "
+        "90)['spills'])\n"
     )
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    process = subprocess.run([sys.executable, str(script)], env=variables, capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, str(script)], env=variables, capture_output=True, text=True
+    )
     assert process.returncode == 0, process.stderr
     assert int(process.stdout) > 0
 
 
 def test_an_interpreting_process_says_that_it_cannot() -> None:
     command = [sys.executable, "-m", "anyflow.kernels.ahead_of_time"]
-    process = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    process = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert process.returncode == 2 and "TRITON_INTERPRET=1 is set" in process.stderr

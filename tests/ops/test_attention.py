@@ -59,7 +59,9 @@ both = pytest.mark.parametrize("on", ["eager", "native"], indirect=True)
 
 @pytest.fixture
 def qkv(draw) -> Callable[..., QKV]:
-    def make(b: int, length: int, keys: int, heads: int, head_dim: int, kind: torch.dtype = torch.float32) -> QKV:
+    def make(
+        b: int, length: int, keys: int, heads: int, head_dim: int, kind: torch.dtype = torch.float32
+    ) -> QKV:
         return [draw(b, n, heads, head_dim, dtype=kind) for n in (length, keys, keys)]
 
     return make
@@ -75,16 +77,23 @@ def doubled(tensors: Sequence[Tensor]) -> QKV:
 
 
 def errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """Of the largest element of each; of all where one vanishes, as the gradients of q and k do for a single key."""
+    """Of the largest element of each; of all where one vanishes, as the gradients of q and k do for
+    a single key.
+    """
     sizes = [e.abs().max().item() for e in expected]
     sizes = [size if size > 1e-9 * max(sizes) else max(sizes) for size in sizes]
-    return [((a.double() - e).abs().max() / size).item() for a, e, size in zip(actual, expected, sizes, strict=True)]
+    return [
+        ((a.double() - e).abs().max() / size).item()
+        for a, e, size in zip(actual, expected, sizes, strict=True)
+    ]
 
 
 # ---- values and gradients
 
 
-@pytest.mark.parametrize(("on", "kind", "spread"), [*RUNS, ("native", torch.float32, 3.0)], indirect=["on"])
+@pytest.mark.parametrize(
+    ("on", "kind", "spread"), [*RUNS, ("native", torch.float32, 3.0)], indirect=["on"]
+)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients(shape, spread, on, kind, qkv, generator) -> None:
     q, k, v = qkv(*shape, kind)
@@ -95,7 +104,8 @@ def test_values_and_gradients(shape, spread, on, kind, qkv, generator) -> None:
         cotangent = torch.randn(expected.shape, generator=generator).to(kind)
         ours = torch.autograd.grad(out, tensors, cotangent)
     theirs = torch.autograd.grad(expected, wide, cotangent.double())
-    values, gradients = (spread**0.5 * bound for bound in TOLERANCES[kind])  # larger logits have larger errors
+    # larger logits have larger errors
+    values, gradients = (spread**0.5 * bound for bound in TOLERANCES[kind])
     assert out.dtype == kind and out.shape == q.shape
     assert max(errors([out], [expected])) <= values
     assert [(g.dtype, g.shape) for g in ours] == [(t.dtype, t.shape) for t in tensors]
@@ -104,7 +114,9 @@ def test_values_and_gradients(shape, spread, on, kind, qkv, generator) -> None:
 
 @both
 def test_registered_operator(on, qkv, generator) -> None:
-    """``torch.ops.anyflow.attention`` returns the log-sum-exp too, and has a backward formula on the eager backend."""
+    """``torch.ops.anyflow.attention`` returns the log-sum-exp too, and has a backward formula on
+    the eager backend.
+    """
     tensors = qkv(2, 37, 21, 3, 24)
     wide = doubled(tensors)
     with use_backend(on):
@@ -161,7 +173,9 @@ def test_strides(on, qkv, generator) -> None:
         "packed": lambda t: list(packed.unbind(2)),
         "heads first": lambda t: [x.transpose(1, 2).contiguous().transpose(1, 2) for x in t],
         "columns": lambda t: [x.transpose(1, 3).contiguous().transpose(1, 3) for x in t],
-        "every second": lambda t: [torch.stack([x, x * math.nan], 3).flatten(2, 3)[:, :, ::2] for x in t],
+        "every second": lambda t: [
+            torch.stack([x, x * math.nan], 3).flatten(2, 3)[:, :, ::2] for x in t
+        ],
     }
     with use_backend(on):
         plain = [t.clone().requires_grad_() for t in tensors]
@@ -172,7 +186,9 @@ def test_strides(on, qkv, generator) -> None:
             assert not views[0].is_contiguous(), name
             strided = attention(*views)
             torch.testing.assert_close(strided, out, rtol=1e-6, atol=1e-6)
-            gradients = torch.autograd.grad(strided, views, cotangent.transpose(0, 3).contiguous().transpose(0, 3))
+            gradients = torch.autograd.grad(
+                strided, views, cotangent.transpose(0, 3).contiguous().transpose(0, 3)
+            )
             torch.testing.assert_close(gradients, expected, rtol=2e-6, atol=3e-6)
             raw = torch.ops.anyflow.attention(*[t.detach() for t in views])[0]
             assert raw.is_contiguous() and torch.equal(raw, strided)
@@ -185,19 +201,26 @@ def test_shared_over_the_batch(on, qkv) -> None:
         out = attention(*tensors)
         shared = attention(*[t.expand(3, -1, -1, -1) for t in tensors])
         torch.testing.assert_close(shared, out.expand(3, -1, -1, -1), rtol=1e-6, atol=1e-6)
-        gradients = torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(shared.sum(), tensors)
+        gradients = (
+            torch.autograd.grad(out.sum(), tensors),
+            torch.autograd.grad(shared.sum(), tensors),
+        )
     for one, three in zip(*gradients, strict=True):
         torch.testing.assert_close(3 * one, three, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 4, 2, 8), (2, 0, 4, 2, 8), (2, 4, 0, 2, 8), (2, 4, 4, 0, 8), (0, 0, 0, 0, 8)])
+@pytest.mark.parametrize(
+    "shape", [(0, 4, 4, 2, 8), (2, 0, 4, 2, 8), (2, 4, 0, 2, 8), (2, 4, 4, 0, 8), (0, 0, 0, 0, 8)]
+)
 @both
 def test_empty(shape, on, qkv) -> None:
     """Without keys there is nothing to average: 0, as from torch."""
     tensors = qkv(*shape)
     with use_backend(on):
         out, logsumexp = torch.ops.anyflow.attention(*tensors)
-        assert torch.equal(attention(*tensors), out) and torch.equal(out, torch.zeros_like(tensors[0]))
+        assert torch.equal(attention(*tensors), out) and torch.equal(
+            out, torch.zeros_like(tensors[0])
+        )
         gradients = torch.autograd.grad(out, tensors, torch.ones_like(out))
     assert logsumexp.shape == (shape[0], shape[3], shape[1])
     assert shape[2] > 0 or torch.equal(logsumexp, torch.full_like(logsumexp, -math.inf))
@@ -210,7 +233,9 @@ def test_empty(shape, on, qkv) -> None:
 @pytest.mark.parametrize("size", [1e2, 1e4])
 @both
 def test_large_logits(size, on, qkv) -> None:
-    """Scores have an error of their size times 2^-24. For the largest, the gradients of q and k are nothing else."""
+    """Scores have an error of their size times 2^-24. For the largest, the gradients of q and k are
+    nothing else.
+    """
     q, k, v = (t.detach() for t in qkv(1, 70, 150, 2, 64))
     tensors = [(q * size / 5).requires_grad_(), k.requires_grad_(), v.requires_grad_()]
     wide = doubled(tensors)
@@ -268,7 +293,9 @@ def test_same_bits_in_every_call_and_for_every_number_of_threads(kind, native, q
     try:
         with use_backend("native"):
             first = run(2)
-            assert all(torch.equal(a, b) for n in (1, 2, 3, 2) for a, b in zip(run(n), first, strict=True))
+            assert all(
+                torch.equal(a, b) for n in (1, 2, 3, 2) for a, b in zip(run(n), first, strict=True)
+            )
     finally:
         torch.set_num_threads(before)
 
@@ -285,7 +312,9 @@ def test_writes_all_that_it_allocates_and_nothing_else(native, qkv) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(t.isfinite().all() for t in (out, *gradients))
-    assert torch.equal(out, saved) and all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+    assert torch.equal(out, saved) and all(
+        torch.equal(t, b) for t, b in zip(tensors, before, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -305,7 +334,9 @@ def test_compiles_in_one_graph(dynamic, on, qkv) -> None:
 def test_gradcheck(qkv) -> None:
     with use_backend("eager"):
         tensors = qkv(1, 3, 4, 2, 3, torch.float64)
-        assert torch.autograd.gradcheck(attention, tensors) and torch.autograd.gradgradcheck(attention, tensors)
+        assert torch.autograd.gradcheck(attention, tensors) and torch.autograd.gradgradcheck(
+            attention, tensors
+        )
 
 
 @both
@@ -320,7 +351,9 @@ def test_second_and_forward_derivatives(on, qkv) -> None:
             assert torch.autograd.grad(gradient.square().sum(), tensors[0])[0].isfinite().all()
             assert torch.func.jvp(attention, values, directions)[1].isfinite().all()
         else:
-            with pytest.raises(RuntimeError, match="attention: a fused kernel has no second derivative"):
+            with pytest.raises(
+                RuntimeError, match="attention: a fused kernel has no second derivative"
+            ):
                 torch.autograd.grad(gradient.square().sum(), tensors[0])
             for some in (directions, (directions[0] * 0, directions[1], directions[2] * 0)):
                 with pytest.raises(RuntimeError, match="no forward-mode derivative.*use_backend"):
@@ -329,7 +362,8 @@ def test_second_and_forward_derivatives(on, qkv) -> None:
                 dual = torch.autograd.forward_ad.make_dual(values[0], directions[0])
                 with pytest.raises(RuntimeError, match="no forward-mode derivative"):
                     attention(dual, *values[1:])
-                assert attention(*values).isfinite().all()  # of what has no tangent nobody asks for a derivative
+                # of what has no tangent nobody asks for a derivative
+                assert attention(*values).isfinite().all()
 
 
 # ---- the choice
@@ -338,7 +372,9 @@ def test_second_and_forward_derivatives(on, qkv) -> None:
 def test_what_the_kernel_does_not_take_runs_on_torchs(native, qkv) -> None:
     for shape, kind in (((1, 5, 7, 2, 12), torch.float32), ((1, 5, 7, 2, 8), torch.float64)):
         tensors = qkv(*shape, kind)
-        expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in tensors)).transpose(1, 2)
+        expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in tensors)).transpose(
+            1, 2
+        )
         with use_backend(None):
             assert torch.equal(attention(*tensors), expected)
             fallbacks = backend_report("cpu")["attention"].fallbacks
@@ -357,7 +393,10 @@ def test_what_the_kernel_does_not_take_runs_on_torchs(native, qkv) -> None:
     ],
 )
 def test_forced_kernel_says_what_it_does_not_take(head_dim, kind, message, native, qkv) -> None:
-    with use_backend("native"), pytest.raises(ValueError, match=f"attention: backend 'native' .* support {message}"):
+    with (
+        use_backend("native"),
+        pytest.raises(ValueError, match=f"attention: backend 'native' .* support {message}"),
+    ):
         attention(*qkv(1, 3, 4, 2, head_dim, kind))
 
 
@@ -391,7 +430,9 @@ def test_bad_dtypes_and_devices() -> None:
     q, k = torch.zeros(Q), torch.zeros(K)
     with pytest.raises(ValueError, match="q must be a floating-point .*int64"):
         attention(q.long(), k.long(), k.long())
-    with pytest.raises(ValueError, match="k and v must have the dtype of q, torch.float32, got torch.float64"):
+    with pytest.raises(
+        ValueError, match="k and v must have the dtype of q, torch.float32, got torch.float64"
+    ):
         attention(q, k.double(), k)
     with pytest.raises(ValueError, match="v is on meta, expected cpu"):
         attention(q, k, k.to("meta"))

@@ -54,7 +54,11 @@ def test_setter_stays_and_none_returns_to_automatic() -> None:
 
 
 def test_context_manager_restores_also_after_an_error(missing_backend) -> None:
-    with use_backend("eager"), pytest.raises(RuntimeError, match="not available"), use_backend(missing_backend):
+    with (
+        use_backend("eager"),
+        pytest.raises(RuntimeError, match="not available"),
+        use_backend(missing_backend),
+    ):
         ops.layer_norm_modulate(X, ROW, ROW)
     assert all("forced" not in c.reason for c in backend_report().values())
 
@@ -104,7 +108,10 @@ def test_unknown_name_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_ops_load_neither_diffusers_nor_triton(run_python) -> None:
-    code = "import sys, anyflow.ops; print([m for m in ('diffusers', 'transformers', 'triton') if m in sys.modules])"
+    code = (
+        "import sys, anyflow.ops; print([m for m in ('diffusers', 'transformers', 'triton') if m "
+        "in sys.modules])"
+    )
     assert run_python(code) == "[]"
 
 
@@ -114,7 +121,10 @@ class TestTriton:
 
     def test_is_never_automatic_on_a_cpu(self, run_python) -> None:
         """Not even where its interpreter is on."""
-        code = "from anyflow.ops import backend_report; print({c.backend for c in backend_report('cpu').values()})"
+        code = (
+            "from anyflow.ops import backend_report; print({c.backend for c in "
+            "backend_report('cpu').values()})"
+        )
         assert "triton" not in run_python(code, TRITON_INTERPRET="1")
 
     def test_needs_a_gpu_or_the_interpreter(self, run_python) -> None:
@@ -122,11 +132,15 @@ class TestTriton:
             "import torch, anyflow.ops as ops\n"
             "ops.use_backend('triton')\n"
             "print(ops.backend_report('cpu')['rms_norm_rope'])\n"
-            "try: ops.layer_norm_modulate(torch.zeros(1, 2, 8), torch.zeros(1, 1, 8), torch.zeros(1, 1, 8))\n"
+            "try: ops.layer_norm_modulate(torch.zeros(1, 2, 8), torch.zeros(1, 1, 8), "
+            "torch.zeros(1, 1, 8))\n"
             "except RuntimeError as e: print(e)"
         )
         out = run_python(code)
-        assert "backend='unavailable'" in out and "'triton' (forced by use_backend()) is not available" in out
+        assert (
+            "backend='unavailable'" in out
+            and "'triton' (forced by use_backend()) is not available" in out
+        )
         assert "TRITON_INTERPRET=1" in out and "use 'eager'" in out
         assert "not available" not in run_python(code, TRITON_INTERPRET="1")
 
@@ -141,11 +155,17 @@ class TestTriton:
     @pytest.mark.parametrize("d", [0, 4, 12, 8200])
     def test_forced_on_an_unsupported_width_is_a_value_error(self, d, device) -> None:
         x, row = torch.zeros(1, 2, d, device=device), torch.zeros(1, 1, d, device=device)
-        with use_backend("triton"), pytest.raises(ValueError, match=rf"layer_norm_modulate: .*does not support D={d} "):
+        with (
+            use_backend("triton"),
+            pytest.raises(ValueError, match=rf"layer_norm_modulate: .*does not support D={d} "),
+        ):
             ops.layer_norm_modulate(x, row, row)
 
     def test_forced_on_an_unsupported_dtype_is_a_value_error(self, device) -> None:
-        with use_backend("triton"), pytest.raises(ValueError, match=r"does not support \(1, 2, 8\) float64"):
+        with (
+            use_backend("triton"),
+            pytest.raises(ValueError, match=r"does not support \(1, 2, 8\) float64"),
+        ):
             ops.layer_norm_modulate(X.double().to(device), ROW.to(device), ROW.to(device))
 
     def test_environment_reaches_the_kernels(self, monkeypatch, device) -> None:
@@ -154,7 +174,9 @@ class TestTriton:
 
         with record() as launched:
             ops.layer_norm_modulate(X.to(device), ROW.to(device), ROW.to(device))
-        assert [entry.kernel.fn.__name__ for entry in launched] == ["layer_norm_modulate_forward_kernel"]
+        assert [entry.kernel.fn.__name__ for entry in launched] == [
+            "layer_norm_modulate_forward_kernel"
+        ]
 
 
 class TestNative:
@@ -164,7 +186,9 @@ class TestNative:
         expected = dict.fromkeys(OPS, "native") | dict.fromkeys(LEFT_TO_TORCH, "eager")
         report = backend_report("cpu")
         assert {op: c.backend for op, c in report.items()} == expected
-        assert set(LEFT_TO_TORCH) <= {"linear"} and all(report[op].reason == why for op, why in LEFT_TO_TORCH.items())
+        assert set(LEFT_TO_TORCH) <= {"linear"} and all(
+            report[op].reason == why for op, why in LEFT_TO_TORCH.items()
+        )
 
     def test_run_by_default(self) -> None:
         """The bits are those of the native kernels, not those of the reference."""
@@ -177,15 +201,23 @@ class TestNative:
 
     def test_what_they_do_not_take_falls_back_visibly(self) -> None:
         assert ops.layer_norm_modulate(X.double(), ROW, ROW).dtype == torch.float64
-        assert any("float64" in reason for reason in backend_report("cpu")["layer_norm_modulate"].fallbacks)
+        assert any(
+            "float64" in reason for reason in backend_report("cpu")["layer_norm_modulate"].fallbacks
+        )
 
     def test_forced_on_an_unsupported_dtype_is_a_value_error(self) -> None:
-        with use_backend("native"), pytest.raises(ValueError, match=r"does not support \(1, 2, 8\) float64"):
+        with (
+            use_backend("native"),
+            pytest.raises(ValueError, match=r"does not support \(1, 2, 8\) float64"),
+        ):
             ops.layer_norm_modulate(X.double(), ROW, ROW)
 
     def test_forced_on_another_device_is_an_error(self) -> None:
         x, row = X.to("meta"), ROW.to("meta")
-        expected = "layer_norm_modulate: backend 'native' .*no native kernel of layer_norm_modulate for meta"
+        expected = (
+            "layer_norm_modulate: backend 'native' .*no native kernel of layer_norm_modulate for "
+            "meta"
+        )
         with use_backend("native"), pytest.raises(RuntimeError, match=expected):
             ops.layer_norm_modulate(x, row, row)
 
@@ -198,7 +230,10 @@ def test_operators_without_a_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     with use_backend("triton"):
         report = backend_report("cpu")
         assert ops.gelu(X).equal(X)
-    assert all(report[op].backend == "eager" and f"{op} has no Triton kernel" in report[op].reason for op in without)
+    assert all(
+        report[op].backend == "eager" and f"{op} has no Triton kernel" in report[op].reason
+        for op in without
+    )
     assert {c.backend for op, c in report.items() if op not in without} == {"unavailable"}
 
 
@@ -222,7 +257,10 @@ def test_forward_mode_derivative_is_the_references(function, generator) -> None:
         expected = _jvp(function, x)
     assert expected.abs().max() > 0.1
     assert torch.equal(_jvp(function, x), expected)
-    with use_backend("native"), pytest.raises(RuntimeError, match="no forward-mode derivative.*use_backend"):
+    with (
+        use_backend("native"),
+        pytest.raises(RuntimeError, match="no forward-mode derivative.*use_backend"),
+    ):
         _jvp(function, x)
 
 
@@ -237,7 +275,9 @@ class TestAutomaticOnCuda:
     def test_unsupported_shapes_fall_back_visibly(self) -> None:
         x, row = torch.zeros(1, 2, 12, device="cuda"), torch.zeros(1, 1, 12, device="cuda")
         assert ops.layer_norm_modulate(x, row, row).shape == x.shape
-        assert any("D=12" in reason for reason in backend_report("cuda")["layer_norm_modulate"].fallbacks)
+        assert any(
+            "D=12" in reason for reason in backend_report("cuda")["layer_norm_modulate"].fallbacks
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -249,11 +289,18 @@ class TestWithoutADevice:
         assert {choice.backend for choice in report.values()} == {"eager"}
         assert report["rms_norm_rope"].reason == "torch finds no CUDA device"
 
-    @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+    @pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="triton is not installed"
+    )
     def test_the_choice_of_an_assumed_one(self) -> None:
         with assume_capability(9, 0):
-            assert {c.backend for op, c in backend_report("cuda").items() if op not in WITHOUT_TRITON} == {"triton"}
+            assert {
+                c.backend for op, c in backend_report("cuda").items() if op not in WITHOUT_TRITON
+            } == {"triton"}
             with assume_capability(7, 5):
-                assert "(7, 5), the Triton kernels need (8, 0)" in backend_report("cuda")["rms_norm_rope"].reason
+                assert (
+                    "(7, 5), the Triton kernels need (8, 0)"
+                    in backend_report("cuda")["rms_norm_rope"].reason
+                )
             assert backend_report("cuda")["rms_norm_rope"].backend == "triton"
         assert backend_report("cuda")["rms_norm_rope"].backend == "eager"

@@ -29,7 +29,9 @@ def inputs(draw, n: int, d: int, dtype: torch.dtype = torch.float32) -> list[Ten
 @pytest.mark.parametrize("fusion", ["gated", "additive"])
 @pytest.mark.parametrize("gate", [0.25, 0.0, 1.0, -0.5])
 @pytest.mark.parametrize(("n", "d"), [(3, 16), (1, 7)])
-def test_values_and_gradients(n, d, gate, fusion, backend, dtype, draw, assert_matches, assert_gradients) -> None:
+def test_values_and_gradients(
+    n, d, gate, fusion, backend, dtype, draw, assert_matches, assert_gradients
+) -> None:
     args = inputs(draw, n, d, dtype)
     args64 = doubled(args)
     out = dual_timestep_embedding(*args, gate, fusion)
@@ -42,7 +44,9 @@ def test_values_and_gradients(n, d, gate, fusion, backend, dtype, draw, assert_m
 
 @pytest.mark.parametrize(("n", "d"), [(1, 8), (7, 96), (21, 1536), (1, 5120), (1023, 1), (4, 256)])
 def test_real_sizes(n, d, backend, draw, assert_matches, assert_gradients) -> None:
-    """One row per frame at the widths of the models, and sizes below, above and at a program's share."""
+    """One row per frame at the widths of the models, and sizes below, above and at a program's
+    share.
+    """
     args = inputs(draw, n, d, torch.bfloat16)
     args64 = doubled(args)
     out = dual_timestep_embedding(*args, 0.25)
@@ -54,8 +58,12 @@ def test_real_sizes(n, d, backend, draw, assert_matches, assert_gradients) -> No
 
 @pytest.mark.parametrize("fusion", ["gated", "additive"])
 @pytest.mark.parametrize(("n", "d"), [(3, 16), (5, 1000)])
-def test_gradient_of_the_gate(n, d, fusion, backend, dtype, draw, assert_matches, assert_gradients) -> None:
-    """A sum over everything, in fp32 for half-precision embeddings; the gate keeps its own dtype and shape."""
+def test_gradient_of_the_gate(
+    n, d, fusion, backend, dtype, draw, assert_matches, assert_gradients
+) -> None:
+    """A sum over everything, in fp32 for half-precision embeddings; the gate keeps its own dtype
+    and shape.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     gate = torch.tensor([0.25], dtype=wide, device=draw(1).device, requires_grad=True)
     args = [*inputs(draw, n, d, dtype), gate]
@@ -69,22 +77,32 @@ def test_gradient_of_the_gate_alone(backend, draw, assert_gradients) -> None:
     t, r = (e.detach() for e in inputs(draw, 3, 16))
     gate = torch.tensor(0.25, device=t.device, requires_grad=True)
     gate64 = doubled([gate])
-    out, expected = dual_timestep_embedding(t, r, gate), formula(t.double(), r.double(), gate64[0], "gated")
+    out, expected = (
+        dual_timestep_embedding(t, r, gate),
+        formula(t.double(), r.double(), gate64[0], "gated"),
+    )
     assert_gradients(out, [gate], expected, gate64)
 
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_gradient_of_one_result(used, backend, draw, assert_gradients) -> None:
-    """As when the projection reads the activation and nothing reads the embedding, or the other way round."""
+    """As when the projection reads the activation and nothing reads the embedding, or the other way
+    round.
+    """
     args = inputs(draw, 3, 16)
     args64 = doubled(args)
-    out, expected = dual_timestep_embedding(*args, 0.25)[used], formula(*args64, 0.25, "gated")[used]
+    out, expected = (
+        dual_timestep_embedding(*args, 0.25)[used],
+        formula(*args64, 0.25, "gated")[used],
+    )
     assert_gradients([out], args, [expected], args64)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_activation_is_of_the_returned_embedding(half, backend, draw, approximation) -> None:
-    """Half a unit in the last place off at most, which that of the embedding before rounding is not."""
+    """Half a unit in the last place off at most, which that of the embedding before rounding is
+    not.
+    """
     emb, activated = dual_timestep_embedding(*inputs(draw, 4, 256, half), 0.3)
     expected = torch.nn.functional.silu(emb.double())
     unit = torch.finfo(half)
@@ -95,8 +113,12 @@ def test_activation_is_of_the_returned_embedding(half, backend, draw, approximat
     assert ((activated.double() - expected).abs() <= limit).all()
 
 
-@pytest.mark.parametrize(("t_dtype", "r_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
-def test_embeddings_keep_their_own_dtypes(t_dtype, r_dtype, backend, draw, assert_matches, assert_gradients) -> None:
+@pytest.mark.parametrize(
+    ("t_dtype", "r_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
+)
+def test_embeddings_keep_their_own_dtypes(
+    t_dtype, r_dtype, backend, draw, assert_matches, assert_gradients
+) -> None:
     args = [draw(3, 16, dtype=t_dtype), draw(3, 16, dtype=r_dtype)]
     args64 = doubled(args)
     out = dual_timestep_embedding(*args, 0.25)
@@ -109,9 +131,16 @@ def test_embeddings_keep_their_own_dtypes(t_dtype, r_dtype, backend, draw, asser
 
 @pytest.mark.parametrize("fusion", ["gated", "additive"])
 @pytest.mark.parametrize("gate_gradient", [True, False])
-def test_registered_operator(fusion, gate_gradient, backend, draw, assert_matches, assert_gradients) -> None:
-    """``torch.ops.anyflow.dual_timestep_embedding``: on the eager backend too it has a backward formula of its own."""
-    operator, backward = torch.ops.anyflow.dual_timestep_embedding, torch.ops.anyflow.dual_timestep_embedding_backward
+def test_registered_operator(
+    fusion, gate_gradient, backend, draw, assert_matches, assert_gradients
+) -> None:
+    """``torch.ops.anyflow.dual_timestep_embedding``: on the eager backend too it has a backward
+    formula of its own.
+    """
+    operator, backward = (
+        torch.ops.anyflow.dual_timestep_embedding,
+        torch.ops.anyflow.dual_timestep_embedding_backward,
+    )
     args = inputs(draw, 3, 16)
     gate = torch.full((1,), 0.25, device=args[0].device, requires_grad=gate_gradient)
     leaves = [*args, gate] if gate_gradient else args
@@ -155,14 +184,18 @@ def test_random_shapes(kernel, device, data: st.DataObject) -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_gate_as_a_tensor(shape, backend, draw) -> None:
     t, r = inputs(draw, 3, 8)
-    outputs = (dual_timestep_embedding(t, r, g) for g in (torch.full(shape, 0.25, device=t.device), 0.25))
+    outputs = (
+        dual_timestep_embedding(t, r, g) for g in (torch.full(shape, 0.25, device=t.device), 0.25)
+    )
     for a, b in zip(*outputs, strict=True):
         assert torch.equal(a, b)
 
 
 def test_default_is_gated_and_gate_zero_ignores_r(backend, draw) -> None:
     t, r = inputs(draw, 3, 8)
-    assert torch.equal(dual_timestep_embedding(t, r, 0.25)[0], dual_timestep_embedding(t, r, 0.25, "gated")[0])
+    assert torch.equal(
+        dual_timestep_embedding(t, r, 0.25)[0], dual_timestep_embedding(t, r, 0.25, "gated")[0]
+    )
     for fusion in ("gated", "additive"):
         emb, activated = dual_timestep_embedding(t, r, 0.0, fusion)
         assert torch.equal(emb, t)
@@ -193,11 +226,16 @@ def test_non_contiguous(backend, draw, assert_matches, assert_gradients) -> None
     assert not views[0].is_contiguous()
     plain = dual_timestep_embedding(*(v.contiguous() for v in views), 0.25)
     out = dual_timestep_embedding(*views, 0.25)
-    assert all(o.is_contiguous() and torch.equal(o, p) for o, p in zip(out, plain, strict=True) if backend != "eager")
+    assert all(
+        o.is_contiguous() and torch.equal(o, p)
+        for o, p in zip(out, plain, strict=True)
+        if backend != "eager"
+    )
     expected = formula(*views64, 0.25, "gated")
     for o, e in zip(out, expected, strict=True):
         assert_matches(o, e)
-    assert_gradients([o.T for o in out], args, [e.T for e in expected], args64)  # gradients arrive as views as well
+    # gradients arrive as views as well
+    assert_gradients([o.T for o in out], args, [e.T for e in expected], args64)
     row = args[0].detach()[:1].expand(8, -1)
     emb = dual_timestep_embedding(row, args[1].detach(), 0.25)[0]
     assert_matches(emb, formula(row.double(), args[1].detach().double(), 0.25, "gated")[0])

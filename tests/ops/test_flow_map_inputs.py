@@ -14,7 +14,9 @@ SHAPE = (B, F, 2, 3, 5)
 ROWS = [None, [2, 0], [1], [0, 1, 2, 3], [-1, 0, 2, 2, -4], []]
 
 
-def formula(x0: Tensor, eps: Tensor, t: Tensor, plus: Tensor, minus: Tensor, rows: list[int] | None) -> list[Tensor]:
+def formula(
+    x0: Tensor, eps: Tensor, t: Tensor, plus: Tensor, minus: Tensor, rows: list[int] | None
+) -> list[Tensor]:
     """One frame at a time; t, plus, minus are [B, F]."""
     at, above, below = (torch.zeros_like(x0) for _ in range(3))
     for b in range(x0.shape[0]):
@@ -30,7 +32,9 @@ def doubled(tensors: list[Tensor]) -> list[Tensor]:
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
-def inputs(draw, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE) -> list[Tensor]:
+def inputs(
+    draw, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE
+) -> list[Tensor]:
     return [draw(*shape, dtype=dtype) for _ in range(2)]
 
 
@@ -48,11 +52,17 @@ def indices(rows: list[int] | None, device: torch.device) -> Tensor | None:
 
 @pytest.mark.parametrize("per_frame", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
-def test_values_and_gradients(per_frame, rows, backend, dtype, draw, device, assert_matches, assert_gradients) -> None:
+def test_values_and_gradients(
+    per_frame, rows, backend, dtype, draw, device, assert_matches, assert_gradients
+) -> None:
     args = inputs(draw, dtype)
     args64 = doubled(args)
     shape = (B, F) if per_frame else (B,)
-    t, plus, minus = uniform(draw, *shape), 0.01 * uniform(draw, *shape), 0.02 * uniform(draw, *shape)
+    t, plus, minus = (
+        uniform(draw, *shape),
+        0.01 * uniform(draw, *shape),
+        0.02 * uniform(draw, *shape),
+    )
     out = flow_map_inputs(*args, t, (plus, minus), indices(rows, device))
     expected = formula(*args64, frames(t), frames(plus), frames(minus), rows)
     wide = torch.promote_types(dtype, torch.float32)
@@ -62,7 +72,9 @@ def test_values_and_gradients(per_frame, rows, backend, dtype, draw, device, ass
     assert_gradients(out, args, expected, args64)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1), (3, 2), (1, 5, 7), (2, 3, 1023), (1, 2, 4, 16, 33), (1, 1, 8, 2, 64)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1), (3, 2), (1, 5, 7), (2, 3, 1023), (1, 2, 4, 16, 33), (1, 1, 8, 2, 64)]
+)
 @pytest.mark.parametrize("rows", [None, [-1]])
 def test_sizes(shape, rows, backend, draw, device, assert_matches, assert_gradients) -> None:
     """Frames of one element, of any number of chunks, and no dimensions after F at all."""
@@ -80,7 +92,9 @@ def test_sizes(shape, rows, backend, draw, device, assert_matches, assert_gradie
 @settings(max_examples=20)
 @given(data=st.data())
 def test_random_shapes(kernel, device, data: st.DataObject) -> None:
-    shape = tuple(data.draw(st.integers(low, high)) for low, high in ((1, 4), (0, 3), (0, 3), (1, 700)))
+    shape = tuple(
+        data.draw(st.integers(low, high)) for low, high in ((1, 4), (0, 3), (0, 3), (1, 700))
+    )
     rows = data.draw(st.none() | st.lists(st.integers(-shape[0], shape[0] - 1), max_size=6))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x0, eps = (torch.randn(shape, generator=g).to(device) for _ in range(2))
@@ -89,14 +103,23 @@ def test_random_shapes(kernel, device, data: st.DataObject) -> None:
         out = flow_map_inputs(x0, eps, t, 0.02, indices(rows, x0.device))
     width = torch.full(shape[:2], 0.02, dtype=torch.float64)
     times = t.double().reshape(shape[0], -1).expand(shape[:2]) if t.numel() else width
-    for o, e in zip(out, formula(x0.double(), eps.double(), times, width, width, rows), strict=True):
+    for o, e in zip(
+        out, formula(x0.double(), eps.double(), times, width, width, rows), strict=True
+    ):
         torch.testing.assert_close(o.double(), e, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("rows", "with_x_t"), [(None, False), ([3, 0, -1], True)])
-def test_registered_operator(rows, with_x_t, backend, draw, device, assert_matches, assert_gradients) -> None:
-    """``torch.ops.anyflow.flow_map_inputs``: on the eager backend too it has a backward formula of its own."""
-    operator, gradient = torch.ops.anyflow.flow_map_inputs, torch.ops.anyflow.flow_map_inputs_backward
+def test_registered_operator(
+    rows, with_x_t, backend, draw, device, assert_matches, assert_gradients
+) -> None:
+    """``torch.ops.anyflow.flow_map_inputs``: on the eager backend too it has a backward formula of
+    its own.
+    """
+    operator, gradient = (
+        torch.ops.anyflow.flow_map_inputs,
+        torch.ops.anyflow.flow_map_inputs_backward,
+    )
     args = inputs(draw)
     args64 = doubled(args)
     t, plus, minus = uniform(draw, B), 0.01 * uniform(draw, B, F), torch.tensor(0.02, device=device)
@@ -124,14 +147,20 @@ def test_compiles_in_one_graph(rows, backend, draw, device) -> None:
 
 @pytest.mark.parametrize("rows", [None, [2], []])
 def test_batch_holds_what_the_network_reads(rows, backend, dtype, draw, device) -> None:
-    """One buffer ``[x+ ; x- ; x_t]`` in fp32 at least, its x_t not rounded to the dtype that x_t is asked in."""
+    """One buffer ``[x+ ; x- ; x_t]`` in fp32 at least, its x_t not rounded to the dtype that x_t is
+    asked in.
+    """
     args = [a.detach() for a in inputs(draw, dtype)]
     t, index = uniform(draw, B), indices(rows, device)
     wide = torch.promote_types(dtype, torch.float32)
     x_t, plus, minus = flow_map_inputs(*args, t, 0.01, index, dtype=wide)
     assert x_t.dtype == wide
     narrow, batch = flow_map_batch(*args, t, 0.01, index)
-    assert batch.dtype == wide and batch.is_contiguous() and torch.equal(batch, torch.cat([plus, minus, x_t]))
+    assert (
+        batch.dtype == wide
+        and batch.is_contiguous()
+        and torch.equal(batch, torch.cat([plus, minus, x_t]))
+    )
     assert narrow.dtype == dtype and torch.equal(narrow, x_t.to(dtype))
     without = flow_map_batch(*args, t, 0.01, index, dtype=torch.float16, with_x_t=False)
     assert torch.equal(without[1], torch.cat([plus, minus])) and torch.equal(without[0], x_t.half())
@@ -162,7 +191,9 @@ def test_mask_equals_indices(backend, draw, device) -> None:
 @pytest.mark.parametrize("rows", [None, [0, 3]])
 @pytest.mark.parametrize("times", [torch.float32, torch.float64])
 def test_one_sided_pairs(per_frame, rows, times, backend, draw, device, assert_matches) -> None:
-    """At t = 1 nothing lies above, at t = 0 nothing below: each side has its own width; fp64 times as the methods'."""
+    """At t = 1 nothing lies above, at t = 0 nothing below: each side has its own width; fp64 times
+    as the methods'.
+    """
     x0, eps = (a.detach() for a in inputs(draw))
     t = torch.tensor([1.0, 0.5, 0.3, 0.0], dtype=times, device=device)
     sides = (1 - t).clamp(max=0.01), t.clamp(max=0.01)
@@ -178,10 +209,14 @@ def test_one_sided_pairs(per_frame, rows, times, backend, draw, device, assert_m
 def test_epsilon_forms_agree(shape, backend, draw, device) -> None:
     args, t = inputs(draw), uniform(draw, B, F)
     number = flow_map_inputs(*args, t, 0.01)
-    for epsilon in (torch.full(shape, 0.01, device=device), (0.01, torch.full(shape, 0.01, device=device))):
+    for epsilon in (
+        torch.full(shape, 0.01, device=device),
+        (0.01, torch.full(shape, 0.01, device=device)),
+    ):
         for a, b in zip(flow_map_inputs(*args, t, epsilon), number, strict=True):
             torch.testing.assert_close(a, b)
-    on_cpu = flow_map_inputs(*args, t, torch.tensor(0.01))  # a 0-d tensor is a number, wherever it is
+    # a 0-d tensor is a number, wherever it is
+    on_cpu = flow_map_inputs(*args, t, torch.tensor(0.01))
     assert all(torch.equal(a, b) for a, b in zip(on_cpu, number, strict=True))
 
 
@@ -195,8 +230,13 @@ def test_ends_are_exact(backend, draw, device) -> None:
 @pytest.mark.parametrize("rows", [None, []])
 def test_empty(shape, rows, backend, device) -> None:
     x0, eps = (torch.empty(shape, device=device, requires_grad=True) for _ in range(2))
-    x_t, plus, minus = flow_map_inputs(x0, eps, torch.zeros(shape[0], device=device), 0.01, indices(rows, device))
-    assert x_t.shape == shape and plus.shape == minus.shape == (shape[0] if rows is None else 0, *shape[1:])
+    x_t, plus, minus = flow_map_inputs(
+        x0, eps, torch.zeros(shape[0], device=device), 0.01, indices(rows, device)
+    )
+    assert x_t.shape == shape and plus.shape == minus.shape == (
+        shape[0] if rows is None else 0,
+        *shape[1:],
+    )
     (x_t.sum() + plus.sum()).backward()
     assert x0.grad is not None and x0.grad.shape == shape
 
@@ -205,7 +245,8 @@ def test_non_contiguous(backend, draw, assert_gradients) -> None:
     args, t = inputs(draw), uniform(draw, B, F)
     plain = flow_map_inputs(*args, t, 0.01)
     channels_first = [a.transpose(1, 2).contiguous().transpose(1, 2) for a in args]
-    frames_first = [a.transpose(0, 1).contiguous().transpose(0, 1) for a in args]  # strides of B and F only
+    # strides of B and F only
+    frames_first = [a.transpose(0, 1).contiguous().transpose(0, 1) for a in args]
     sliced = [torch.cat([a, a], dim=1)[:, :F] for a in args]
     times = t.t().contiguous().t()
     for x0, eps in (channels_first, frames_first, sliced, (channels_first[0], sliced[1])):
@@ -219,12 +260,15 @@ def test_non_contiguous(backend, draw, assert_gradients) -> None:
     width = torch.full((B, F), 0.01, dtype=torch.float64)
     expected = formula(*args64, t.double(), width, width, None)
     out = flow_map_inputs(*channels_first, t, 0.01)
-    transposed = [o.transpose(2, 3).contiguous().transpose(2, 3) for o in out]  # their gradients arrive strided
+    # their gradients arrive strided
+    transposed = [o.transpose(2, 3).contiguous().transpose(2, 3) for o in out]
     assert_gradients(transposed, args, expected, args64)
 
 
 def test_mixed_dtypes(backend, draw, device, assert_matches, assert_gradients) -> None:
-    """bf16 latents beside fp32 noise, as the data and the generator give them; x_t in a dtype of its own."""
+    """bf16 latents beside fp32 noise, as the data and the generator give them; x_t in a dtype of
+    its own.
+    """
     args = [draw(*SHAPE, dtype=torch.bfloat16), draw(*SHAPE)]
     args64 = doubled(args)
     t = uniform(draw, B, F)
@@ -247,7 +291,9 @@ def test_times_and_widths_are_constants(backend, draw) -> None:
 def test_gradient_of_one_result(backend, draw) -> None:
     args, t = inputs(draw), uniform(draw, B)
     width = torch.tensor(0.25, device=t.device)
-    x_t, batch = torch.ops.anyflow.flow_map_inputs(*args, t, width, width, None, torch.float32, False)
+    x_t, batch = torch.ops.anyflow.flow_map_inputs(
+        *args, t, width, width, None, torch.float32, False
+    )
     for result, factor in ((x_t, t), (batch[:B], t + 0.25), (batch[B:], t - 0.25)):
         latents, noise = torch.autograd.grad(result.sum(), args, retain_graph=True)
         torch.testing.assert_close(noise[..., 0, 0, 0], factor[:, None].expand(B, F))
@@ -263,11 +309,19 @@ def test_inputs_are_not_written(backend, draw, device) -> None:
 
 
 def test_index_of_no_sample(backend, draw, device, monkeypatch) -> None:
-    """Found on the CPU, where reading is free; else those rows are NaN, the others right, and nothing is raised."""
+    """Found on the CPU, where reading is free; else those rows are NaN, the others right, and
+    nothing is raised.
+    """
     args, t = inputs(draw), uniform(draw, B)
-    good, bad = (torch.tensor(r, device=device) for r in ([2, 0, 2, 1, 0], [2, B, 2, -B - 1, 10**12]))
+    good, bad = (
+        torch.tensor(r, device=device) for r in ([2, 0, 2, 1, 0], [2, B, 2, -B - 1, 10**12])
+    )
     for rows in (bad, bad.neg()):
-        with pytest.raises(ValueError, match=r"rows must be in \[-4, 4\)") if device.type == "cpu" else _nothing():
+        with (
+            pytest.raises(ValueError, match=r"rows must be in \[-4, 4\)")
+            if device.type == "cpu"
+            else _nothing()
+        ):
             flow_map_inputs(*args, t, 0.01, rows)
     if backend == "native" and device.type == "cpu":
         return  # its C++ looks at every index itself
@@ -286,7 +340,9 @@ def test_index_of_no_sample(backend, draw, device, monkeypatch) -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
     torch.testing.assert_close(gradients[1], gradients[2])
     width = torch.tensor(0.01, device=device)
-    x_t, batch = torch.ops.anyflow.flow_map_inputs(*args, t, width, width, bad, torch.float32, False)
+    x_t, batch = torch.ops.anyflow.flow_map_inputs(
+        *args, t, width, width, bad, torch.float32, False
+    )
     cotangents = [cotangents[0], torch.cat(cotangents[1:])]
     torch.testing.assert_close(torch.autograd.grad([x_t, batch], args, cotangents), gradients[2])
 

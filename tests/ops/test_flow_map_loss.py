@@ -1,4 +1,6 @@
-"""flow_map_loss against the target of the central difference, written out sample by sample in fp64."""
+"""flow_map_loss against the target of the central difference, written out sample by sample in
+fp64.
+"""
 
 from typing import Any
 
@@ -50,7 +52,9 @@ def inputs(
     b, f = shape[:2]
     n = b if rows is None else len(rows)
     sizes = {"u_plus": n, "u_minus": n}
-    named: dict[str, Any] = {name: draw(sizes.get(name, b), *shape[1:], dtype=dtype).detach() for name in TENSORS}
+    named: dict[str, Any] = {
+        name: draw(sizes.get(name, b), *shape[1:], dtype=dtype).detach() for name in TENSORS
+    }
     if guidance == 1:
         named["uncond"] = None
 
@@ -60,18 +64,28 @@ def inputs(
     lead = (b, f) if per_frame else (b,)
     t, r = torch.sort(uniform(2, *lead), dim=0, descending=True).values
     device = named["pred"].device
-    widths = {"number": 0.01, "scalar": torch.tensor(0.01, device=device), "sample": (n,), "frame": (n, f)}[step]
+    widths = {
+        "number": 0.01,
+        "scalar": torch.tensor(0.01, device=device),
+        "sample": (n,),
+        "frame": (n, f),
+    }[step]
     if isinstance(widths, tuple):
         widths = 0.01 + 0.01 * uniform(*widths)
     named |= {"t": t, "r": r, "weight": uniform(*lead), "guidance": guidance, "step": widths}
-    return named | {"rows": None if rows is None else torch.tensor(rows, dtype=torch.long, device=device)}
+    return named | {
+        "rows": None if rows is None else torch.tensor(rows, dtype=torch.long, device=device)
+    }
 
 
 def widened(named: dict[str, Any]) -> dict[str, Any]:
     """The same arguments for the formula: fp64, with per-frame times, weights and steps."""
     b, f = named["pred"].shape[:2]
     n = b if named["rows"] is None else len(named["rows"])
-    out = {k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in named.items()}
+    out = {
+        k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in named.items()
+    }
     for key, count in (("t", b), ("r", b), ("weight", b), ("step", n)):
         value = torch.as_tensor(out[key], dtype=torch.float64, device=named["pred"].device)
         value = value.expand(count) if value.ndim == 0 else value
@@ -107,11 +121,15 @@ def test_values_and_gradient(per_frame, step, guidance, rows, backend, draw, che
 
 @pytest.mark.parametrize("rows", [[0, 2], [-1, 0, 3, -1], [3, 2, 1, 0]])
 def test_dtypes(rows, backend, dtype, draw, check) -> None:
-    """Accumulated, and returned, in fp32 at least: a bf16 loss would have two digits. Any order, duplicates add."""
+    """Accumulated, and returned, in fp32 at least: a bf16 loss would have two digits. Any order,
+    duplicates add.
+    """
     check(inputs(draw, dtype, rows=rows, step="frame"))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 5, 7), (2, 3, 1023), (1, 2, 4, 16, 33), (1, 1, 8, 2, 64)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1), (1, 5, 7), (2, 3, 1023), (1, 2, 4, 16, 33), (1, 1, 8, 2, 64)]
+)
 @pytest.mark.parametrize("rows", [None, [0]])
 def test_sizes(shape, rows, backend, draw, check) -> None:
     """Frames of one element and of any number of chunks."""
@@ -121,7 +139,9 @@ def test_sizes(shape, rows, backend, draw, check) -> None:
 @settings(max_examples=20)
 @given(data=st.data())
 def test_random_shapes(kernel, device, data: st.DataObject) -> None:
-    shape = tuple(data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 3), (1, 3), (1, 700)))
+    shape = tuple(
+        data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 3), (1, 3), (1, 700))
+    )
     rows = data.draw(st.none() | st.lists(st.integers(-shape[0], shape[0] - 1), max_size=6))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
 
@@ -138,7 +158,9 @@ def test_random_shapes(kernel, device, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("times", [torch.float32, torch.float64])
 def test_velocities_and_times_keep_their_precision(times, backend, draw, check) -> None:
-    """bf16 data beside fp32 velocities and fp64 times, whose difference is formed before it is rounded."""
+    """bf16 data beside fp32 velocities and fp64 times, whose difference is formed before it is
+    rounded.
+    """
     named = inputs(draw, torch.bfloat16, rows=[1], times=times, step="sample")
     named |= {key: draw(1, F, C, H, W).detach() for key in ("u_plus", "u_minus")}
     check(named)
@@ -149,7 +171,9 @@ def test_velocities_and_times_keep_their_precision(times, backend, draw, check) 
 
 
 def test_scaled_gradient_in_fp16_does_not_underflow(backend, draw) -> None:
-    """Loss scaling works: the mean over a video, a factor of 1e-5, is applied together with the scale, not before."""
+    """Loss scaling works: the mean over a video, a factor of 1e-5, is applied together with the
+    scale, not before.
+    """
     named = inputs(draw, torch.float16, shape=(1, 2, 30, 50, 33), guidance=1.0)
     named["pred"].requires_grad_()
     named64 = widened(named)
@@ -158,9 +182,15 @@ def test_scaled_gradient_in_fp16_does_not_underflow(backend, draw) -> None:
     assert ((actual.double() - expected).abs() <= 2**-9 * expected.abs() + 2**-24).all()
 
 
-@pytest.mark.parametrize(("rows", "guidance", "need_grad"), [(None, 1.0, True), ([3, 0], 3.0, True), ([1], 3.0, False)])
-def test_registered_operator(rows, guidance, need_grad, backend, draw, assert_matches, assert_gradients) -> None:
-    """``torch.ops.anyflow.flow_map_loss``: on the eager backend too it has a backward formula of its own."""
+@pytest.mark.parametrize(
+    ("rows", "guidance", "need_grad"), [(None, 1.0, True), ([3, 0], 3.0, True), ([1], 3.0, False)]
+)
+def test_registered_operator(
+    rows, guidance, need_grad, backend, draw, assert_matches, assert_gradients
+) -> None:
+    """``torch.ops.anyflow.flow_map_loss``: on the eager backend too it has a backward formula of
+    its own.
+    """
     operator, gradient = torch.ops.anyflow.flow_map_loss, torch.ops.anyflow.flow_map_loss_backward
     named = inputs(draw, rows=rows, guidance=guidance, step="sample", per_frame=True)
     named["pred"].requires_grad_(need_grad)
@@ -170,7 +200,10 @@ def test_registered_operator(rows, guidance, need_grad, backend, draw, assert_ma
     out, residual = operator(*args)
     expected = formula(named64)
     assert_matches(out, expected)
-    assert residual.shape == (named["pred"].shape if need_grad else (0,)) and not residual.requires_grad
+    assert (
+        residual.shape == (named["pred"].shape if need_grad else (0,))
+        and not residual.requires_grad
+    )
     torch.library.opcheck(operator.default, args)
     if need_grad:
         assert_gradients([out], [named["pred"]], [expected], [named64["pred"]])
@@ -228,7 +261,9 @@ def test_t_equals_r_needs_no_neighbors(backend, draw) -> None:
 
 
 def test_exact_flow_map_of_a_linear_field_has_zero_loss(backend, draw, device) -> None:
-    """One data point: u(x, t, r) = (x - x0) / t solves the flow-map equation, so its residual is 0 at any t, r."""
+    """One data point: u(x, t, r) = (x - x0) / t solves the flow-map equation, so its residual is 0
+    at any t, r.
+    """
     wide, zero = (torch.float64, 1e-24) if backend == "eager" else (torch.float32, 1e-8)
     x0, eps = (draw(B, F, C, H, W, dtype=torch.float64).detach() for _ in range(2))
     t = torch.tensor([0.9, 0.6, 0.4, 1.0], dtype=torch.float64, device=device)
@@ -255,14 +290,19 @@ def test_non_contiguous(backend, draw, check) -> None:
         return {k: change(v) if k in names else v for k, v in named.items()}
 
     for one in (0, 1):  # strides that the kernel takes, and strides that it does not
-        strided = changed(TENSORS, lambda x, d=one: x.transpose(d, d + 1).contiguous().transpose(d, d + 1))
+        strided = changed(
+            TENSORS, lambda x, d=one: x.transpose(d, d + 1).contiguous().transpose(d, d + 1)
+        )
         assert not strided["pred"].is_contiguous()
         torch.testing.assert_close(check(strided), plain)
     sliced = changed(TENSORS, lambda x: torch.cat([x, x], dim=1)[:, :F])
     torch.testing.assert_close(check(sliced), plain)
     times = changed(("t", "r", "weight", "step"), lambda x: x.t().contiguous().t())
-    torch.testing.assert_close(check(times | {"rows": named["rows"].repeat_interleave(2)[::2]}), plain)
-    triple = torch.cat([named["u_plus"], named["u_minus"], named["uncond"]])  # slices of one batch, as the methods'
+    torch.testing.assert_close(
+        check(times | {"rows": named["rows"].repeat_interleave(2)[::2]}), plain
+    )
+    # slices of one batch, as the methods'
+    triple = torch.cat([named["u_plus"], named["u_minus"], named["uncond"]])
     views = dict(zip(("u_plus", "u_minus", "uncond"), triple.split([3, 3, B]), strict=True))
     torch.testing.assert_close(check(named | views), plain)
 
@@ -280,7 +320,9 @@ def test_empty(shape, rows, backend, draw) -> None:
 
 
 def test_index_of_no_sample(backend, draw, device, monkeypatch) -> None:
-    """Found on the CPU, where reading is free; else it makes the nearest sample's loss NaN, and nothing is raised."""
+    """Found on the CPU, where reading is free; else it makes the nearest sample's loss NaN, and
+    nothing is raised.
+    """
     named = inputs(draw, rows=[1, 2, 0], step="sample")
     named["pred"].requires_grad_()
     expected = flow_map_loss(**named)

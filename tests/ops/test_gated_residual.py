@@ -21,16 +21,21 @@ def doubled(tensors: list[Tensor]) -> list[Tensor]:
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
-def inputs(draw, b: int, length: int, d: int, r: int | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(
+    draw, b: int, length: int, d: int, r: int | None, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """x, y and, unless r is None, a gate."""
     shapes = [(b, length, d), (b, length, d)] + ([] if r is None else [(b, r, d)])
     return [draw(*shape, dtype=dtype) for shape in shapes]
 
 
 @pytest.mark.parametrize(
-    ("b", "length", "d", "r"), [(2, 12, 16, 3), (1, 7, 96, 1), (3, 1, 8, 1), (1, 74, 40, 2), (2, 6, 8, None)]
+    ("b", "length", "d", "r"),
+    [(2, 12, 16, 3), (1, 7, 96, 1), (3, 1, 8, 1), (1, 74, 40, 2), (2, 6, 8, None)],
 )
-def test_values_and_gradients(b, length, d, r, backend, dtype, draw, assert_matches, assert_gradients) -> None:
+def test_values_and_gradients(
+    b, length, d, r, backend, dtype, draw, assert_matches, assert_gradients
+) -> None:
     args = inputs(draw, b, length, d, r, dtype)
     args64 = doubled(args)
     out, expected = gated_residual(*args), formula(*args64)
@@ -51,7 +56,9 @@ def test_values_and_gradients(b, length, d, r, backend, dtype, draw, assert_matc
     ],
 )
 def test_real_sizes(length, d, r, backend, draw, assert_matches, assert_gradients) -> None:
-    """The widths of the models and beyond, and lengths that no run of tokens divides: bf16 tokens, an fp32 gate."""
+    """The widths of the models and beyond, and lengths that no run of tokens divides: bf16 tokens,
+    an fp32 gate.
+    """
     args = [*inputs(draw, 1, length, d, None, torch.bfloat16), draw(1, r, d)]
     args64 = doubled(args)
     out, expected = gated_residual(*args), formula(*args64)
@@ -70,8 +77,12 @@ def test_real_sizes(length, d, r, backend, draw, assert_matches, assert_gradient
         (torch.float32, torch.bfloat16, None),
     ],
 )
-def test_every_tensor_keeps_its_dtype(x, y, gate, backend, draw, assert_matches, assert_gradients) -> None:
-    args = [draw(2, 6, 8, dtype=x), draw(2, 6, 8, dtype=y)] + ([] if gate is None else [draw(2, 2, 8, dtype=gate)])
+def test_every_tensor_keeps_its_dtype(
+    x, y, gate, backend, draw, assert_matches, assert_gradients
+) -> None:
+    args = [draw(2, 6, 8, dtype=x), draw(2, 6, 8, dtype=y)] + (
+        [] if gate is None else [draw(2, 2, 8, dtype=gate)]
+    )
     args64 = doubled(args)
     out, expected = gated_residual(*args), formula(*args64)
     assert out.dtype == x
@@ -80,10 +91,17 @@ def test_every_tensor_keeps_its_dtype(x, y, gate, backend, draw, assert_matches,
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(("narrow", "half_step"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize(
+    ("narrow", "half_step"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)]
+)
 def test_wider_branch_is_rounded_once(gated, narrow, half_step, backend, device) -> None:
-    """x in 16 bits, y in fp32: half a step and a bit more rounds up; rounding y first would make it a tie, to even."""
-    x, y = torch.ones(1, 1, 8, dtype=narrow, device=device), torch.full((1, 1, 8), half_step + 2**-20, device=device)
+    """x in 16 bits, y in fp32: half a step and a bit more rounds up; rounding y first would make it
+    a tie, to even.
+    """
+    x, y = (
+        torch.ones(1, 1, 8, dtype=narrow, device=device),
+        torch.full((1, 1, 8), half_step + 2**-20, device=device),
+    )
     gate = torch.ones(1, 1, 8, device=device) if gated else None
     assert (gated_residual(x, y, gate) == 1 + 2 * half_step).all()
 
@@ -106,7 +124,9 @@ def test_gradient_of_the_stream_is_the_gradient(backend, draw) -> None:
 
 
 def test_registered_operator(backend, draw, assert_matches, assert_gradients) -> None:
-    """``torch.ops.anyflow.gated_residual``: on the eager backend too it has a backward formula of its own."""
+    """``torch.ops.anyflow.gated_residual``: on the eager backend too it has a backward formula of
+    its own.
+    """
     operator, gradient = torch.ops.anyflow.gated_residual, torch.ops.anyflow.gated_residual_backward
     for r in (1, 3):
         args = inputs(draw, 2, 12, 16, r)
@@ -151,7 +171,9 @@ def test_random_shapes(kernel, device, data: st.DataObject) -> None:
     expected = formula(*(args64 := doubled(args)))
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     expected_gradients = torch.autograd.grad(expected.square().sum(), args64)
-    torch.testing.assert_close([t.double() for t in gradients], list(expected_gradients), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        [t.double() for t in gradients], list(expected_gradients), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 8), (2, 0, 8)])
@@ -163,7 +185,9 @@ def test_empty(shape, gated, backend, device) -> None:
     assert out.shape == shape
     out.sum().backward()
     assert x.grad is not None and y.grad is not None and x.grad.shape == y.grad.shape == shape
-    assert not gated or (gate.grad is not None and gate.grad.shape == gate.shape and not gate.grad.any())
+    assert not gated or (
+        gate.grad is not None and gate.grad.shape == gate.shape and not gate.grad.any()
+    )
 
 
 @pytest.mark.parametrize("r", [1, 3])
@@ -175,18 +199,23 @@ def test_non_contiguous(r, backend, draw, assert_gradients) -> None:
     out = gated_residual(*strided)
     assert backend == "eager" or out.is_contiguous()
     torch.testing.assert_close(out, plain)
-    modulation = torch.stack([gate, gate], dim=2)  # the model passes views of one [B, R, 6, D] tensor
+    # the model passes views of one [B, R, 6, D] tensor
+    modulation = torch.stack([gate, gate], dim=2)
     torch.testing.assert_close(gated_residual(x, y, modulation.unbind(2)[1]), plain)
     shared = gated_residual(x, y, gate[:1].expand(2, -1, -1))
     torch.testing.assert_close(shared[:1], plain[:1])
-    x_apart, y_apart = (torch.stack([t] * n, dim=2)[:, :, 0] for t, n in ((x, 2), (y, 3)))  # strides of their own
+    # strides of their own
+    x_apart, y_apart = (torch.stack([t] * n, dim=2)[:, :, 0] for t, n in ((x, 2), (y, 3)))
     out64 = formula(*(args64 := doubled([x, y, gate])))
     torch.testing.assert_close(gated_residual(x_apart, y_apart, gate), plain)
     assert_gradients([gated_residual(x_apart, y_apart, gate)], [x, y, gate], [out64], args64)
     out = gated_residual(x, y, gate)
-    gradients = torch.autograd.grad(out.transpose(1, 2).contiguous().sum(), [x, y, gate])  # strides of a transpose
+    # strides of a transpose
+    gradients = torch.autograd.grad(out.transpose(1, 2).contiguous().sum(), [x, y, gate])
     expected = torch.autograd.grad(formula(*args64).sum(), args64)
-    torch.testing.assert_close([g.double() for g in gradients], list(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        [g.double() for g in gradients], list(expected), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("r", [None, 1, 2])
@@ -223,9 +252,13 @@ def test_bad_input(args, message) -> None:
 
 
 @pytest.mark.parametrize(
-    ("d", "wide", "message"), [(4, None, "D=4"), (8, 0, "float64"), (8, 1, "float64"), (8, 2, "float64")]
+    ("d", "wide", "message"),
+    [(4, None, "D=4"), (8, 0, "float64"), (8, 1, "float64"), (8, 2, "float64")],
 )
 def test_forced_kernel_says_what_it_does_not_take(kernel, d, wide, message, draw) -> None:
     args = [a.double() if i == wide else a for i, a in enumerate(inputs(draw, 2, 6, d, 2))]
-    with use_backend(kernel), pytest.raises(ValueError, match=f"gated_residual: .*does not support .*{message}"):
+    with (
+        use_backend(kernel),
+        pytest.raises(ValueError, match=f"gated_residual: .*does not support .*{message}"),
+    ):
         gated_residual(*args)

@@ -22,7 +22,9 @@ def doubled(x: Tensor) -> Tensor:
 def units(actual: Tensor, expected: Tensor) -> Tensor:
     """The errors in units of fp32's last place, which below 2^-126 is 2^-149."""
     exponent = torch.frexp(expected.abs().clamp_min(2.0**-126)).exponent
-    return (actual.double() - expected).abs() / torch.ldexp(torch.ones_like(expected), exponent - 24)
+    return (actual.double() - expected).abs() / torch.ldexp(
+        torch.ones_like(expected), exponent - 24
+    )
 
 
 @pytest.fixture
@@ -32,7 +34,9 @@ def native(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 16), (7,), (), (3, 1, 2, 33), (1, 1280, 24)])
-def test_values_and_gradients(shape, backend, dtype, draw, assert_matches, assert_gradients) -> None:
+def test_values_and_gradients(
+    shape, backend, dtype, draw, assert_matches, assert_gradients
+) -> None:
     x = draw(*shape, dtype=dtype)
     x64 = doubled(x)
     out, expected = gelu(x), formula(x64)
@@ -65,9 +69,13 @@ def test_compiles_in_one_graph(backend, draw) -> None:
 @settings(max_examples=20)
 @given(data=st.data())
 def test_random_shapes(kernel, device, data: st.DataObject) -> None:
-    """Sizes around the kernel's blocks of 1024 elements and its threads' shares, and their offsets in memory."""
+    """Sizes around the kernel's blocks of 1024 elements and its threads' shares, and their offsets
+    in memory.
+    """
     size, offset, seed = (data.draw(st.integers(0, high)) for high in (40000, 20, 99))
-    x = torch.randn(size + offset, generator=torch.Generator().manual_seed(seed)).to(device)[offset:]
+    x = torch.randn(size + offset, generator=torch.Generator().manual_seed(seed)).to(device)[
+        offset:
+    ]
     with use_backend(kernel):
         torch.testing.assert_close(gelu(x).double(), formula(x.double()), rtol=2e-6, atol=1e-6)
 
@@ -75,7 +83,8 @@ def test_random_shapes(kernel, device, data: st.DataObject) -> None:
 def test_values_are_good_to_the_last_places_everywhere(native) -> None:
     """Also where they are subnormal, around x = -10, where an error of 2 u counts 90 times."""
     bits = torch.arange(0, 2**31, 9973)
-    numbers = torch.cat([bits, bits - 2**31]).to(torch.int32).view(torch.float32)  # of every sign and exponent
+    # of every sign and exponent
+    numbers = torch.cat([bits, bits - 2**31]).to(torch.int32).view(torch.float32)
     x = torch.cat([numbers[numbers.isfinite()], torch.linspace(-11, 7, 200_000)])
     with use_backend("native"):
         assert units(gelu(x), formula(x.double().clamp(min=-30))).max() < 4
@@ -95,7 +104,9 @@ def test_derivative_is_good_to_the_last_places(native) -> None:
 
 def test_limits(native) -> None:
     """torch gives NaN at -inf: 0 times infinity."""
-    x = torch.tensor([math.inf, -math.inf, 0.0, -0.0, 3e38, -3e38, 1e-40, math.nan], requires_grad=True)
+    x = torch.tensor(
+        [math.inf, -math.inf, 0.0, -0.0, 3e38, -3e38, 1e-40, math.nan], requires_grad=True
+    )
     with use_backend("native"):
         out = gelu(x)
         out.sum().backward()
@@ -117,7 +128,11 @@ def test_empty(shape, backend, device) -> None:
 def test_non_contiguous(backend, draw, assert_matches, assert_gradients) -> None:
     x = draw(6, 5, 8)
     x64 = doubled(x)
-    for view in (lambda t: t.transpose(0, 2), lambda t: t[:, ::2, 1:], lambda t: t[:1].expand(4, -1, -1)):
+    for view in (
+        lambda t: t.transpose(0, 2),
+        lambda t: t[:, ::2, 1:],
+        lambda t: t[:1].expand(4, -1, -1),
+    ):
         out, expected = gelu(view(x)), formula(view(x64))
         assert_matches(out, expected)
         assert_gradients([out.transpose(0, 1)], [x], [expected.transpose(0, 1)], [x64])
@@ -140,7 +155,9 @@ def test_second_derivative(backend, draw) -> None:
 
 
 def test_without_a_triton_kernel_the_reference_runs(draw) -> None:
-    """Under ``use_backend("triton")`` a whole model runs, so this is no error; the report says what happens."""
+    """Under ``use_backend("triton")`` a whole model runs, so this is no error; the report says what
+    happens.
+    """
     x = draw(3, 5).detach()
     with use_backend("eager"):
         expected = gelu(x)
@@ -156,5 +173,8 @@ def test_bad_input() -> None:
 
 
 def test_forced_kernel_refuses_fp64(native, draw) -> None:
-    with use_backend("native"), pytest.raises(ValueError, match=r"gelu: .* does not support \(2,\) float64"):
+    with (
+        use_backend("native"),
+        pytest.raises(ValueError, match=r"gelu: .* does not support \(2,\) float64"),
+    ):
         gelu(draw(2, dtype=torch.float64))

@@ -22,12 +22,18 @@ def doubled(tensors: list[Tensor]) -> list[Tensor]:
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
-def inputs(draw, b: int, length: int, d: int, r: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(
+    draw, b: int, length: int, d: int, r: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     return [draw(b, length, d, dtype=dtype), draw(b, r, d, dtype=dtype), draw(b, r, d, dtype=dtype)]
 
 
-@pytest.mark.parametrize(("b", "length", "d", "r"), [(2, 12, 16, 3), (1, 7, 96, 1), (3, 1, 8, 1), (1, 74, 40, 2)])
-def test_values_and_gradients(b, length, d, r, backend, dtype, draw, assert_matches, assert_gradients) -> None:
+@pytest.mark.parametrize(
+    ("b", "length", "d", "r"), [(2, 12, 16, 3), (1, 7, 96, 1), (3, 1, 8, 1), (1, 74, 40, 2)]
+)
+def test_values_and_gradients(
+    b, length, d, r, backend, dtype, draw, assert_matches, assert_gradients
+) -> None:
     args = inputs(draw, b, length, d, r, dtype)
     args64 = doubled(args)
     out, expected = layer_norm_modulate(*args), formula(*args64)
@@ -48,7 +54,9 @@ def test_values_and_gradients(b, length, d, r, backend, dtype, draw, assert_matc
     ],
 )
 def test_real_sizes(length, d, r, backend, draw, assert_matches, assert_gradients) -> None:
-    """The widths of the models and beyond, and lengths that no run of tokens divides, as the model calls it in bf16."""
+    """The widths of the models and beyond, and lengths that no run of tokens divides, as the model
+    calls it in bf16.
+    """
     args = [draw(1, length, d, dtype=torch.bfloat16), draw(1, r, d), draw(1, r, d)]
     args64 = doubled(args)
     out, expected = layer_norm_modulate(*args), formula(*args64)
@@ -57,8 +65,13 @@ def test_real_sizes(length, d, r, backend, draw, assert_matches, assert_gradient
 
 
 def test_registered_operator(backend, draw, assert_matches, assert_gradients) -> None:
-    """``torch.ops.anyflow.layer_norm_modulate``: on the eager backend too it has a backward formula of its own."""
-    operator, gradient = torch.ops.anyflow.layer_norm_modulate, torch.ops.anyflow.layer_norm_modulate_backward
+    """``torch.ops.anyflow.layer_norm_modulate``: on the eager backend too it has a backward formula
+    of its own.
+    """
+    operator, gradient = (
+        torch.ops.anyflow.layer_norm_modulate,
+        torch.ops.anyflow.layer_norm_modulate_backward,
+    )
     args = inputs(draw, 2, 12, 16, 3)
     args64 = doubled(args)
     out, expected = operator(*args), formula(*args64)
@@ -92,15 +105,23 @@ def test_random_shapes(kernel, device, data: st.DataObject) -> None:
     b, r, tokens = (data.draw(st.integers(low, high)) for low, high in ((0, 3), (1, 3), (0, 40)))
     d, seed = 8 * data.draw(st.integers(1, 20)), data.draw(st.integers(0, 99))
     g = torch.Generator().manual_seed(seed)
-    args = [torch.randn(s, generator=g).to(device) for s in ((b, r * tokens, d), (b, r, d), (b, r, d))]
+    args = [
+        torch.randn(s, generator=g).to(device) for s in ((b, r * tokens, d), (b, r, d), (b, r, d))
+    ]
     with use_backend(kernel):
         out = layer_norm_modulate(*args)
-    torch.testing.assert_close(out.double(), formula(*(a.double() for a in args)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out.double(), formula(*(a.double() for a in args)), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
-def test_modulation_keeps_its_own_dtype(x_dtype, backend, draw, assert_matches, assert_gradients) -> None:
-    """The model modulates bf16 tokens with fp32 rows: the result has x's dtype, gradients each their own."""
+def test_modulation_keeps_its_own_dtype(
+    x_dtype, backend, draw, assert_matches, assert_gradients
+) -> None:
+    """The model modulates bf16 tokens with fp32 rows: the result has x's dtype, gradients each
+    their own.
+    """
     args = [draw(2, 6, 8, dtype=x_dtype), draw(2, 2, 8), draw(2, 2, 8)]
     args64 = doubled(args)
     out, expected = layer_norm_modulate(*args), formula(*args64)
@@ -116,7 +137,9 @@ def test_eps_is_used(backend, draw, assert_matches) -> None:
 
 
 def test_large_offset_does_not_cancel(backend, draw) -> None:
-    """mean(x^2) - mean(x)^2 would be off by 100 % here; a centered variance is good to fp32's resolution at 1e4."""
+    """mean(x^2) - mean(x)^2 would be off by 100 % here; a centered variance is good to fp32's
+    resolution at 1e4.
+    """
     x = (1e4 + draw(2, 6, 64, dtype=torch.float64)).float().detach()
     zero = torch.zeros(2, 1, 64, device=x.device)
     out = layer_norm_modulate(x, zero, zero)
@@ -133,11 +156,18 @@ def test_constant_tokens_give_the_shift(backend, draw) -> None:
 @pytest.mark.parametrize("shape", [(0, 6, 8), (2, 0, 8)])
 def test_empty(shape, backend, device) -> None:
     x = torch.empty(shape, requires_grad=True, device=device)
-    shift, scale = (torch.zeros(shape[0], 2, 8, requires_grad=True, device=device) for _ in range(2))
+    shift, scale = (
+        torch.zeros(shape[0], 2, 8, requires_grad=True, device=device) for _ in range(2)
+    )
     out = layer_norm_modulate(x, shift, scale)
     assert out.shape == shape
     out.sum().backward()
-    assert x.grad is not None and x.grad.shape == shape and not shift.grad.any() and not scale.grad.any()
+    assert (
+        x.grad is not None
+        and x.grad.shape == shape
+        and not shift.grad.any()
+        and not scale.grad.any()
+    )
 
 
 @pytest.mark.parametrize("r", [1, 3])
@@ -147,11 +177,13 @@ def test_non_contiguous(r, backend, draw, assert_gradients) -> None:
     strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, shift, scale)]
     assert r == 1 or not any(t.is_contiguous() for t in strided)
     torch.testing.assert_close(layer_norm_modulate(*strided), plain)
-    modulation = torch.stack([shift, scale], dim=2)  # the model passes views of one [B, R, 6, D] tensor
+    # the model passes views of one [B, R, 6, D] tensor
+    modulation = torch.stack([shift, scale], dim=2)
     torch.testing.assert_close(layer_norm_modulate(x, *modulation.unbind(2)), plain)
     batch_of_one = layer_norm_modulate(x, shift[:1].expand(2, -1, -1), scale[:1].expand(2, -1, -1))
     torch.testing.assert_close(batch_of_one[:1], plain[:1])
-    padded = torch.cat([x, x], dim=1)[:, :6]  # a slice: rows of D are contiguous, samples are not adjacent
+    # a slice: rows of D are contiguous, samples are not adjacent
+    padded = torch.cat([x, x], dim=1)[:, :6]
     out64 = formula(*(a64 := doubled([x, shift, scale])))
     assert_gradients([layer_norm_modulate(padded, shift, scale)], [x, shift, scale], [out64], a64)
 
@@ -175,12 +207,16 @@ def test_rows_of_memory_with_gaps(backend, draw, assert_matches) -> None:
 def test_second_derivative(backend, draw) -> None:
     """The reference has one; a kernel says that it has none, instead of a wrong one."""
     args = inputs(draw, 1, 4, 8, 2)
-    gradients = torch.autograd.grad(layer_norm_modulate(*args).square().sum(), args, create_graph=True)
+    gradients = torch.autograd.grad(
+        layer_norm_modulate(*args).square().sum(), args, create_graph=True
+    )
     penalty = sum(g.square().sum() for g in gradients)
     if backend == "eager":
         assert all(g.isfinite().all() for g in torch.autograd.grad(penalty, args))
     else:
-        with pytest.raises(RuntimeError, match="layer_norm_modulate: a fused kernel has no second derivative"):
+        with pytest.raises(
+            RuntimeError, match="layer_norm_modulate: a fused kernel has no second derivative"
+        ):
             torch.autograd.grad(penalty, args)
 
 

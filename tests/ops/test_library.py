@@ -1,4 +1,6 @@
-"""What every registered operator does with operands that are none of its: an error in words, never a crash."""
+"""What every registered operator does with operands that are none of its: an error in words, never
+a crash.
+"""
 
 import subprocess
 import sys
@@ -11,7 +13,8 @@ import anyflow.ops  # noqa: F401, registers the operators
 
 FUZZER = Path(__file__).parent / "scripts" / "fuzz_operators.py"
 Z = torch.zeros
-# Of each operator, operands of sizes that are only read to make a result like them, and what the error names.
+# Of each operator, operands of sizes that are only read to make a result like them, and what the
+# error names.
 REFUSED = {
     "gated_residual_backward": [
         ((Z(1, 64, 64), Z(1, 1, 64), Z(1, 1, 64)), "y"),
@@ -24,7 +27,10 @@ REFUSED = {
         ((Z(1, 4, 64), Z(1, 4, 64), Z(1, 1, 64), Z(1, 1, 64), -1.0), "eps"),
     ],
     "residual_layer_norm_backward": [
-        ((None, Z(1, 4, 64), None, Z(1, 4, 64), None, None, None, Z(8), Z(1, 1, 64), 1e-6), "shift"),
+        (
+            (None, Z(1, 4, 64), None, Z(1, 4, 64), None, None, None, Z(8), Z(1, 1, 64), 1e-6),
+            "shift",
+        ),
         ((None, Z(1, 4, 64), None, Z(1, 4, 64), None, Z(64), Z(8), None, None, 1e-6), "bias"),
         ((None, Z(1, 4, 64), Z(1, 1, 64), Z(1, 4, 64), None, None, None, None, None, 1e-6), "y"),
     ],
@@ -38,7 +44,10 @@ REFUSED = {
     ],
     "flow_map_inputs": [
         ((Z(2, 3, 8), Z(2, 3, 8), Z(3), Z([]), Z([]), None, torch.float32, True), "t"),
-        ((Z(2, 3, 8), Z(2, 3, 8), Z(2), Z([]), Z([]), torch.tensor([2]), torch.float32, True), ".*"),
+        (
+            (Z(2, 3, 8), Z(2, 3, 8), Z(2), Z([]), Z([]), torch.tensor([2]), torch.float32, True),
+            ".*",
+        ),
     ],
     "flow_map_loss_backward": [((Z(3), Z(2, 3, 8), Z(2), 1.0), "grad")],
     "attention_backward": [((Z(1, 2, 1, 8),) * 5 + (Z(1, 1, 3),), "logsumexp")],
@@ -71,9 +80,13 @@ def test_meta_tensors_are_checked_too() -> None:
 
 
 def test_fuzzed(tmp_path, process_environment) -> None:
-    """In a process of its own: a crash is a failure that names the call. ``make sanitize`` makes thousands of calls."""
+    """In a process of its own: a crash is a failure that names the call. ``make sanitize`` makes
+    thousands of calls.
+    """
     trace = tmp_path / "call"
     command = [sys.executable, FUZZER, "--calls", "400", "--seed", "5", "--trace", trace]
-    done = subprocess.run(command, env=process_environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=process_environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{done.stdout[-3000:]}{done.stderr[-2000:]}\n{trace.read_text()}"
     assert "400 calls of" in done.stdout

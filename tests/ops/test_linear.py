@@ -14,8 +14,16 @@ from anyflow.models.linear import apply_linear
 from anyflow.ops import backend_report, linear, use_backend
 from anyflow.ops.backend import LEFT_TO_TORCH
 
-# x, N; the last ones are large enough for oneDNN, with odd sizes, and for its product of the weight's gradient.
-SHAPES = [((2, 5, 16), 24), ((7,), 3), ((3, 1, 2, 33), 1), ((1, 1), 1), ((2, 193, 130), 101), ((1, 1031, 184), 190)]
+# x, N; the last ones are large enough for oneDNN, with odd sizes, and for its product of the
+# weight's gradient.
+SHAPES = [
+    ((2, 5, 16), 24),
+    ((7,), 3),
+    ((3, 1, 2, 33), 1),
+    ((1, 1), 1),
+    ((2, 193, 130), 101),
+    ((1, 1031, 184), 190),
+]
 
 
 class Calls(TorchDispatchMode):
@@ -57,8 +65,14 @@ def doubled(*tensors: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize(("shape", "n"), SHAPES, ids=str)
-def test_values_and_gradients(shape, n, with_bias, backend, dtype, draw, assert_matches, assert_gradients) -> None:
-    inputs = [draw(*shape, dtype=dtype), draw(n, shape[-1], dtype=dtype), *([draw(n, dtype=dtype)] * with_bias)]
+def test_values_and_gradients(
+    shape, n, with_bias, backend, dtype, draw, assert_matches, assert_gradients
+) -> None:
+    inputs = [
+        draw(*shape, dtype=dtype),
+        draw(n, shape[-1], dtype=dtype),
+        *([draw(n, dtype=dtype)] * with_bias),
+    ]
     exact = doubled(*inputs)
     out, expected = linear(*inputs), F.linear(*exact)
     assert out.dtype == dtype and out.shape == (*shape[:-1], n)
@@ -67,7 +81,9 @@ def test_values_and_gradients(shape, n, with_bias, backend, dtype, draw, assert_
 
 
 def test_registered_operator(backend, draw, assert_matches, assert_gradients) -> None:
-    """``torch.ops.anyflow.linear``: on the eager backend too it has a backward formula of its own."""
+    """``torch.ops.anyflow.linear``: on the eager backend too it has a backward formula of its
+    own.
+    """
     operator, backward = torch.ops.anyflow.linear, torch.ops.anyflow.linear_backward
     inputs = [draw(3, 2, 17), draw(5, 17), draw(5)]
     exact = doubled(*inputs)
@@ -77,7 +93,12 @@ def test_registered_operator(backend, draw, assert_matches, assert_gradients) ->
     for bias in (inputs[2], None):
         torch.library.opcheck(operator.default, (*inputs[:2], bias))
     grad, x, weight = (t.detach() for t in (out, *inputs[:2]))
-    for wanted in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+    for wanted in (
+        (True, True, True),
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ):
         torch.library.opcheck(backward.default, (grad, x, weight, *wanted))
 
 
@@ -104,11 +125,19 @@ def test_compiles_in_one_graph(backend, draw) -> None:
 @settings(max_examples=20)
 @given(data=st.data())
 def test_random_shapes(device, data: st.DataObject) -> None:
-    """Sizes on both sides of those from which oneDNN takes over, down to none, and views of larger tensors."""
+    """Sizes on both sides of those from which oneDNN takes over, down to none, and views of larger
+    tensors.
+    """
     m, k, n = (data.draw(st.integers(0, high)) for high in (2000, 300, 300))
-    offset, seed, transposed = data.draw(st.integers(0, 9)), data.draw(st.integers(0, 99)), data.draw(st.booleans())
+    offset, seed, transposed = (
+        data.draw(st.integers(0, 9)),
+        data.draw(st.integers(0, 99)),
+        data.draw(st.booleans()),
+    )
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn((k, m + offset) if transposed else (m + offset, k), generator=generator).to(device)
+    x = torch.randn((k, m + offset) if transposed else (m + offset, k), generator=generator).to(
+        device
+    )
     x = x.t()[offset:] if transposed else x[offset:]
     weight, bias = (torch.randn(*s, generator=generator).to(device) for s in ((n, k), (n,)))
     inputs = [t.requires_grad_() for t in (x.detach(), weight, bias)]
@@ -122,10 +151,16 @@ def test_random_shapes(device, data: st.DataObject) -> None:
         torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize(("shape", "n"), [((0, 4), 3), ((2, 0, 4), 3), ((2, 4), 0), ((2, 0), 3)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "n"), [((0, 4), 3), ((2, 0, 4), 3), ((2, 4), 0), ((2, 0), 3)], ids=str
+)
 def test_empty(shape, n, backend, device) -> None:
     x, weight = torch.empty(shape, device=device), torch.empty(n, shape[-1], device=device)
-    inputs = [x.requires_grad_(), weight.requires_grad_(), torch.ones(n, device=device, requires_grad=True)]
+    inputs = [
+        x.requires_grad_(),
+        weight.requires_grad_(),
+        torch.ones(n, device=device, requires_grad=True),
+    ]
     out = linear(*inputs)
     out.sum().backward()
     assert torch.equal(out, torch.ones(*shape[:-1], n, device=device))
@@ -135,15 +170,25 @@ def test_empty(shape, n, backend, device) -> None:
 def test_non_contiguous(backend, draw, assert_matches, assert_gradients) -> None:
     x, weight = draw(6, 5, 8), draw(8, 7)
     x64, weight64 = doubled(x, weight)
-    for view in (lambda t: t.transpose(0, 1), lambda t: t[:, ::2], lambda t: t[:1].expand(4, -1, -1)):
+    for view in (
+        lambda t: t.transpose(0, 1),
+        lambda t: t[:, ::2],
+        lambda t: t[:1].expand(4, -1, -1),
+    ):
         out, expected = linear(view(x), weight.t()), F.linear(view(x64), weight64.t())
         assert_matches(out, expected)
-        assert_gradients([out.transpose(0, 1)], [x, weight], [expected.transpose(0, 1)], [x64, weight64])
+        assert_gradients(
+            [out.transpose(0, 1)], [x, weight], [expected.transpose(0, 1)], [x64, weight64]
+        )
         assert torch.ops.anyflow.linear(view(x), weight.t(), None).is_contiguous()
 
 
 def test_gradcheck(draw) -> None:
-    inputs = [draw(3, 5, dtype=torch.float64), draw(2, 5, dtype=torch.float64), draw(2, dtype=torch.float64)]
+    inputs = [
+        draw(3, 5, dtype=torch.float64),
+        draw(2, 5, dtype=torch.float64),
+        draw(2, dtype=torch.float64),
+    ]
     assert torch.autograd.gradcheck(linear, inputs)
 
 
@@ -159,7 +204,9 @@ def test_second_derivative(backend, draw) -> None:
 
 
 def test_the_operator_runs_where_it_is_faster(automatic, generator) -> None:
-    """Large fp32 products. For others the call is ``F.linear`` itself, with all that torch gives it."""
+    """Large fp32 products. For others the call is ``F.linear`` itself, with all that torch gives
+    it.
+    """
     large, small, weight = (torch.randn(n, 256, generator=generator) for n in (256, 8, 128))
     assert calls(lambda: linear(large, weight)) == ["linear"]
     assert calls(lambda: linear(small, weight)) == []
@@ -171,7 +218,9 @@ def test_the_operator_runs_where_it_is_faster(automatic, generator) -> None:
     with use_backend("eager"):
         assert calls(lambda: linear(large, weight)) == []
     with torch.no_grad():
-        torch.testing.assert_close(linear(large, weight), F.linear(large, weight), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            linear(large, weight), F.linear(large, weight), rtol=1e-5, atol=1e-4
+        )
 
 
 def test_a_forward_mode_derivative_is_torchs(automatic, generator) -> None:
@@ -191,13 +240,38 @@ def test_without_a_triton_kernel_torch_runs(draw) -> None:
 @pytest.mark.parametrize(
     ("x", "weight", "bias", "message"),
     [
-        (torch.ones(2, 3, dtype=torch.long), torch.ones(4, 3), None, "x must be a floating-point .* int64"),
-        (torch.ones(()), torch.ones(4, 3), None, r"x must be a floating-point \[\.\.\., K\] tensor"),
-        (torch.ones(2, 3), torch.ones(3, 4), None, r"weight must be \[N, K=3\] .*for x \(2, 3\), got \(3, 4\)"),
+        (
+            torch.ones(2, 3, dtype=torch.long),
+            torch.ones(4, 3),
+            None,
+            "x must be a floating-point .* int64",
+        ),
+        (
+            torch.ones(()),
+            torch.ones(4, 3),
+            None,
+            r"x must be a floating-point \[\.\.\., K\] tensor",
+        ),
+        (
+            torch.ones(2, 3),
+            torch.ones(3, 4),
+            None,
+            r"weight must be \[N, K=3\] .*for x \(2, 3\), got \(3, 4\)",
+        ),
         (torch.ones(2, 3), torch.ones(3), None, r"weight must be \[N, K=3\]"),
-        (torch.ones(2, 3), torch.ones(4, 3).bfloat16(), None, "of x's dtype torch.float32.* got .* bfloat16"),
+        (
+            torch.ones(2, 3),
+            torch.ones(4, 3).bfloat16(),
+            None,
+            "of x's dtype torch.float32.* got .* bfloat16",
+        ),
         (torch.ones(2, 3), torch.ones(4, 3), torch.ones(3), r"bias must be \[N=4\] .*got \(3,\)"),
-        (torch.ones(2, 3), torch.ones(4, 3), torch.ones(4).double(), r"bias must be .* got \(4,\) float64"),
+        (
+            torch.ones(2, 3),
+            torch.ones(4, 3),
+            torch.ones(4).double(),
+            r"bias must be .* got \(4,\) float64",
+        ),
         (torch.ones(2, 3), torch.ones(4, 3, device="meta"), None, "weight.*meta"),
     ],
 )
@@ -208,7 +282,10 @@ def test_bad_input(x, weight, bias, message) -> None:
 
 def test_forced_kernel_refuses_fp64(native, draw) -> None:
     x, weight = draw(2, 3, dtype=torch.float64), draw(4, 3, dtype=torch.float64)
-    with use_backend("native"), pytest.raises(ValueError, match=r"linear: .* does not support \(2, 3\) float64"):
+    with (
+        use_backend("native"),
+        pytest.raises(ValueError, match=r"linear: .* does not support \(2, 3\) float64"),
+    ):
         linear(x, weight)
 
 
@@ -219,9 +296,9 @@ STRIDED = {
     "flipped copy": lambda n: torch.randn(n).flip(0),
     "offset": lambda n: torch.randn(n + 3)[3:],
     "negative bit": lambda n: torch.complex(torch.zeros(n), torch.randn(n)).conj().imag,
-    "misaligned": lambda n: torch.frombuffer(bytearray(4 * n + 1), dtype=torch.float32, count=n, offset=1).add_(
-        torch.randn(n)
-    ),
+    "misaligned": lambda n: torch.frombuffer(
+        bytearray(4 * n + 1), dtype=torch.float32, count=n, offset=1
+    ).add_(torch.randn(n)),
 }
 
 
@@ -231,15 +308,23 @@ def test_bias_by_any_stride(native, bias) -> None:
     x, weight, view = torch.randn(64, 512), torch.randn(512, 512), bias(512)
     expected = F.linear(x.double(), weight.double(), view.double())
     with use_backend("native"), torch.no_grad():
-        for left, right in ((x, weight), (x.t().contiguous().t(), weight), (x, weight.t().contiguous().t())):
-            torch.testing.assert_close(linear(left, right, view).double(), expected, rtol=1e-4, atol=1e-3)
+        for left, right in (
+            (x, weight),
+            (x.t().contiguous().t(), weight),
+            (x, weight.t().contiguous().t()),
+        ):
+            torch.testing.assert_close(
+                linear(left, right, view).double(), expected, rtol=1e-4, atol=1e-3
+            )
 
 
 @pytest.mark.parametrize("strides", [(0, 1), (1, 0), (1, 1), (3, 1)], ids=str)
 def test_weight_with_overlapping_rows(native, strides) -> None:
     x, weight = torch.randn(64, 512), torch.randn(512 * 4).as_strided((512, 512), strides)
     with use_backend("native"), torch.no_grad():
-        torch.testing.assert_close(linear(x, weight), F.linear(x, weight.contiguous()), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            linear(x, weight), F.linear(x, weight.contiguous()), rtol=1e-4, atol=1e-3
+        )
         out = torch.ops.anyflow.linear_backward(x, x, weight, True, True, True)
     torch.testing.assert_close(out[0], x @ weight.contiguous(), rtol=1e-4, atol=1e-3)
 
@@ -256,11 +341,14 @@ def test_layer_whose_parameters_are_views(native) -> None:
         expected = F.linear(x, layer.weight.contiguous(), layer.bias.contiguous())
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
         gradients = torch.autograd.grad(out.sum(), list(layer.parameters()))
-    for a, e in zip(gradients, torch.autograd.grad(expected.sum(), list(layer.parameters())), strict=True):
+    for a, e in zip(
+        gradients, torch.autograd.grad(expected.sum(), list(layer.parameters())), strict=True
+    ):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-2)
 
 
 def test_no_rows_of_no_elements(backend) -> None:
     assert torch.equal(
-        torch.ops.anyflow.linear(torch.ones(2, 3, 0), torch.ones(4, 0), torch.ones(4)), torch.ones(2, 3, 4)
+        torch.ops.anyflow.linear(torch.ones(2, 3, 0), torch.ones(4, 0), torch.ones(4)),
+        torch.ones(2, 3, 4),
     )

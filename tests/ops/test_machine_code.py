@@ -1,4 +1,6 @@
-"""Counting machine code, predicting from the counts, and the launch options and sums that kernels over rows share."""
+"""Counting machine code, predicting from the counts, and the launch options and sums that kernels
+over rows share.
+"""
 
 import os
 
@@ -15,7 +17,8 @@ from anyflow.kernels.launch import record
 from anyflow.kernels.machine_code import MachineCode, Traffic
 
 INTERPRETS = pytest.mark.skipif(
-    os.environ.get("ANYFLOW_TEST_DEVICE", "cpu") != "cpu", reason="interprets the kernels on the CPU"
+    os.environ.get("ANYFLOW_TEST_DEVICE", "cpu") != "cpu",
+    reason="interprets the kernels on the CPU",
 )
 
 # A loop of Triton's disassembler: control codes (the last is the stall), predicate, name, operands.
@@ -81,7 +84,14 @@ def test_what_is_no_disassembly_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("registers", "warps", "shared", "held"),
-    [(64, 4, 16, 8), (255, 1, 0, 8), (32, 4, 0, 16), (16, 1, 0, 32), (128, 16, 64, 1), (40, 4, 98304, 2)],
+    [
+        (64, 4, 16, 8),
+        (255, 1, 0, 8),
+        (32, 4, 0, 16),
+        (16, 1, 0, 32),
+        (128, 16, 64, 1),
+        (40, 4, 98304, 2),
+    ],
 )
 def test_programs_of_a_multiprocessor(registers: int, warps: int, shared: int, held: int) -> None:
     assert machine_code.programs_per_multiprocessor(registers, warps, shared) == held
@@ -89,7 +99,9 @@ def test_programs_of_a_multiprocessor(registers: int, warps: int, shared: int, h
 
 def code(**changes: object) -> MachineCode:
     still = {"loop": True, "instructions": 0, "stall_cycles": 0, "barriers": 0, "shuffles": 0}
-    return MachineCode(**still | {"load_bits": (), "store_bits": (), "late_loads": 0, "ahead": 1} | changes)  # type: ignore[arg-type]
+    return MachineCode(
+        **still | {"load_bits": (), "store_bits": (), "late_loads": 0, "ahead": 1} | changes
+    )  # type: ignore[arg-type]
 
 
 def test_predictions_by_hand() -> None:
@@ -103,7 +115,9 @@ def test_predictions_by_hand() -> None:
     assert share(code()) == pytest.approx(1.0)
     waiting = 10 * 800 / 1.98e9  # a program's ten trips to memory
     assert share(code(ahead=0)) == pytest.approx(moving / (moving**2 + waiting**2) ** 0.5)
-    assert share(code(ahead=0, late_loads=1)) == pytest.approx(moving / (moving**2 + 4 * waiting**2) ** 0.5)
+    assert share(code(ahead=0, late_loads=1)) == pytest.approx(
+        moving / (moving**2 + 4 * waiting**2) ** 0.5
+    )
     issuing = 2640 * 100 * 4 / (4 * 132 * 1.98e9)
     assert share(code(instructions=100)) == pytest.approx(moving / (moving**2 + issuing**2) ** 0.5)
     summed = Traffic(6000.0, 4000.0, 2640, 264, extra=2640 * 1e4, sums=1)
@@ -114,18 +128,22 @@ def test_predictions_by_hand() -> None:
 def test_a_last_wave_counts_as_a_whole_one() -> None:
     slow = code(stall_cycles=10**6)
     full, more = (Traffic(1.0, 1.0, n, n) for n in (264, 265))
-    shares = [machine_code.predicted_share(slow, t, held=2, num_warps=1, copy=3e12) for t in (full, more)]
+    shares = [
+        machine_code.predicted_share(slow, t, held=2, num_warps=1, copy=3e12) for t in (full, more)
+    ]
     assert shares[1] == pytest.approx(shares[0] * 265 / 264 / 2, rel=1e-3)
 
 
-# What kernels over rows share ---------------------------------------------------------------------------------------
+# What kernels over rows share ---------------------------------------------------------------------
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-@pytest.mark.parametrize(("dim", "warps"), [(8, 1), (1536, 2), (2048, 2), (3072, 4), (5120, 4), (8192, 8)])
+@pytest.mark.parametrize(
+    ("dim", "warps"), [(8, 1), (1536, 2), (2048, 2), (3072, 4), (5120, 4), (8192, 8)]
+)
 def test_no_lane_is_idle_at_the_widths_of_models(dim: int, warps: int) -> None:
     assert rows.row_options(dim, tokens=16, elements=rows.FEW_TENSORS)["num_warps"] == warps
     assert dim % (256 * warps) == 0 or dim < 256
@@ -192,13 +210,18 @@ def test_sums_of_gradients_with_different_rows(generator: torch.Generator) -> No
     first, second, third = rows.finish_sums(partial, like)
     torch.testing.assert_close(first, partial[0].view(2, 2, 3, 40).sum(2))
     torch.testing.assert_close(second, partial[1].sum(0))
-    torch.testing.assert_close(third, partial[2].view(2, 1, 6, 40).sum(2).bfloat16(), rtol=2**-8, atol=0)
-    assert len({t.untyped_storage().data_ptr() for t in (first, second, third)}) == 3  # autograd wants them apart
+    torch.testing.assert_close(
+        third, partial[2].view(2, 1, 6, 40).sum(2).bfloat16(), rtol=2**-8, atol=0
+    )
+    # autograd wants them apart
+    assert len({t.untyped_storage().data_ptr() for t in (first, second, third)}) == 3
 
 
 @INTERPRETS
 def test_sums_over_more_programs_than_a_tile_and_over_none(generator: torch.Generator) -> None:
     partial = torch.randn(1, 300, 8, generator=generator)
-    torch.testing.assert_close(rows.finish_sums(partial, [torch.empty(8)])[0], partial[0].sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        rows.finish_sums(partial, [torch.empty(8)])[0], partial[0].sum(0), rtol=1e-5, atol=1e-5
+    )
     empty, affine = rows.finish_sums(torch.empty(2, 0, 8), [torch.empty(0, 3, 8), torch.empty(8)])
     assert empty.shape == (0, 3, 8) and torch.equal(affine, torch.zeros(8))

@@ -1,4 +1,6 @@
-"""The operators as modules: the layers that they stand for, on the same parameters; and inputs of other layouts."""
+"""The operators as modules: the layers that they stand for, on the same parameters; and inputs of
+other layouts.
+"""
 
 import pytest
 import torch
@@ -49,7 +51,10 @@ def test_rms_norm_rope_takes_the_state_of_rms_norm(generator) -> None:
     x, angle = rand(generator, B, L, D), rand(generator, L, DH // 2)
     heads = norm(x).unflatten(-1, (H, DH))
     torch.testing.assert_close(module(x), heads, **TOLERANCE)
-    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous()) * torch.exp(1j * angle)[:, None]
+    pairs = (
+        torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
+        * torch.exp(1j * angle)[:, None]
+    )
     rotated = torch.view_as_real(pairs).flatten(-2)
     torch.testing.assert_close(module(x, (angle.cos(), angle.sin())), rotated, **TOLERANCE)
 
@@ -62,7 +67,9 @@ def test_the_others_are_torch_layers(generator) -> None:
     ours.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(ours(x), theirs(x), **TOLERANCE)
     q, k, v = (rand(generator, B, L, H, DH) for _ in range(3))
-    expected = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    ).transpose(1, 2)
     torch.testing.assert_close(ops.DotProductAttention()(q, k, v), expected, **TOLERANCE)
 
 
@@ -101,7 +108,9 @@ def test_rotary_tables_of_diffusers_are_refused_with_the_way_to_ours(generator) 
         way = message[message.index(f"{name}.reshape") : message.index(";")]
         converted = eval(way, {"cos": cos[None, :, None], "sin": sin[None, :, None]})
         assert torch.equal(converted, ours[0] if name == "cos" else ours[1])
-    message = refusal(lambda: ops.rms_norm_rope(x, weight, ours[0][None, :, None], ours[1], num_heads=H))
+    message = refusal(
+        lambda: ops.rms_norm_rope(x, weight, ours[0][None, :, None], ours[1], num_heads=H)
+    )
     assert message.endswith("cos.reshape(6, 4)")
 
 

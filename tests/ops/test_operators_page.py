@@ -1,4 +1,6 @@
-"""Every recipe of docs/operators.md runs, and computes what diffusers' block computes; its figures are the gates'."""
+"""Every recipe of docs/operators.md runs, and computes what diffusers' block computes; its figures
+are the gates'.
+"""
 
 import re
 import sys
@@ -25,7 +27,11 @@ B, FRAMES, D, HEADS = 2, 3, 48, 2
 
 def snippets(section: str) -> dict[str, str]:
     text = PAGE[PAGE.index(f"\n## {section}") :]
-    return dict(re.findall(r"^### (.*?)\n.*?```python\n(.*?)```", text.split("\n## ")[1], re.DOTALL | re.MULTILINE))
+    return dict(
+        re.findall(
+            r"^### (.*?)\n.*?```python\n(.*?)```", text.split("\n## ")[1], re.DOTALL | re.MULTILINE
+        )
+    )
 
 
 RECIPES = snippets("Recipes for diffusers' Wan block")
@@ -44,7 +50,11 @@ def block() -> WanTransformerBlock:
 
 def test_recipes_are_those_of_every_operator_of_the_block() -> None:
     flow_maps = {"dual_timestep_embedding", "flow_map_inputs", "flow_map_batch", "flow_map_loss"}
-    functions = {name for name in ops.__all__ if name.islower() and name not in ("backend_report", "use_backend")}
+    functions = {
+        name
+        for name in ops.__all__
+        if name.islower() and name not in ("backend_report", "use_backend")
+    }
     assert set(RECIPES) == functions - flow_maps
 
 
@@ -81,7 +91,12 @@ def test_recipes_for_flow_maps_run() -> None:
 
 def test_the_call_for_a_whole_pipeline() -> None:
     transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=32, ffn_dim=32, num_layers=1
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
     )
     lines = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert lines is not None
@@ -95,9 +110,15 @@ def test_the_call_for_a_whole_pipeline() -> None:
 
 def test_figures_are_not_above_the_gates() -> None:
     gates = tomllib.loads((ROOT / "benchmarks" / "gates.toml").read_text())["cpu-avx512-amd-zen4"]
-    rows = re.findall(r"^\| `([a-z_.+=A-Z0-9]+)`[^|]*\| ([0-9.]+) \| ([0-9.]+) \|$", PAGE, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([a-z_.+=A-Z0-9]+)`[^|]*\| ([0-9.]+) \| ([0-9.]+) \|$", PAGE, re.MULTILINE
+    )
     assert len(rows) == 11
     for name, forward, backward in rows:
         for direction, figure in (("forward", forward), ("backward", backward)):
-            gate = [v for k, v in gates.items() if k.startswith(f"ops/{name}/") and f"/{direction}/" in k]
+            gate = [
+                v
+                for k, v in gates.items()
+                if k.startswith(f"ops/{name}/") and f"/{direction}/" in k
+            ]
             assert len(gate) == 1 and float(figure) <= gate[0], (name, direction)

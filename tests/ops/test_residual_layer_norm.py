@@ -8,7 +8,15 @@ from torch import Tensor
 
 from anyflow.ops import layer_norm_modulate, residual_layer_norm, use_backend
 
-SHAPES = {"x": "BLD", "y": "BLD", "gate": "BRD", "weight": "D", "bias": "D", "shift": "BRD", "scale": "BRD"}
+SHAPES = {
+    "x": "BLD",
+    "y": "BLD",
+    "gate": "BRD",
+    "weight": "D",
+    "bias": "D",
+    "shift": "BRD",
+    "scale": "BRD",
+}
 VARIANTS = {
     "plain": (),
     "gate": ("gate",),
@@ -18,7 +26,8 @@ VARIANTS = {
     "modulation": ("shift", "scale"),
     "gate-modulation": ("gate", "shift", "scale"),
 }
-MODEL = {"norm2": VARIANTS["gate-affine"], "norm3": VARIANTS["modulation"]}  # what a block of the model calls
+# what a block of the model calls
+MODEL = {"norm2": VARIANTS["gate-affine"], "norm3": VARIANTS["modulation"]}
 every_variant = pytest.mark.parametrize("names", VARIANTS.values(), ids=VARIANTS)
 model_variants = pytest.mark.parametrize("names", MODEL.values(), ids=MODEL)
 
@@ -40,7 +49,9 @@ def formula(
     returned: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """h, and the norm of the h that was returned, rounded, with the gradient of the unrounded one."""
+    """h, and the norm of the h that was returned, rounded, with the gradient of the unrounded
+    one.
+    """
     h = x + y * (1 if gate is None else per_token(gate, x.shape[1]))
     rounded = h if returned is None else h + (returned.detach().double() - h).detach()
     centered = rounded - rounded.mean(-1, keepdim=True)
@@ -53,9 +64,18 @@ def formula(
 
 
 def inputs(
-    draw, names: tuple[str, ...], b: int, length: int, d: int, r: int, dtype: torch.dtype = torch.float32, **other
+    draw,
+    names: tuple[str, ...],
+    b: int,
+    length: int,
+    d: int,
+    r: int,
+    dtype: torch.dtype = torch.float32,
+    **other,
 ) -> dict[str, Tensor]:
-    """x, y and what is named; ``other`` gives a tensor another dtype, by its name, or the gate its ``gate_rows``."""
+    """x, y and what is named; ``other`` gives a tensor another dtype, by its name, or the gate its
+    ``gate_rows``.
+    """
     rows = {"gate": other.get("gate_rows", r)}
     return {
         name: draw(
@@ -76,7 +96,9 @@ def positional(named: dict[str, Tensor]) -> list[Tensor | None]:
 
 
 def spread(t: Tensor, factor: int) -> Tensor:
-    """The same rows of D, ``factor`` times as far apart: no two tensors of a call share their strides."""
+    """The same rows of D, ``factor`` times as far apart: no two tensors of a call share their
+    strides.
+    """
     return torch.stack([t] * factor, dim=2)[:, :, 0]
 
 
@@ -115,7 +137,9 @@ def test_values_and_gradients(names, b, length, d, r, backend, dtype, draw, chec
     ],
 )
 def test_real_sizes(variant, length, d, r, backend, draw, check) -> None:
-    """The widths of the models and beyond, and lengths that no run of tokens divides, as the model calls it in bf16."""
+    """The widths of the models and beyond, and lengths that no run of tokens divides, as the model
+    calls it in bf16.
+    """
     check(inputs(draw, MODEL[variant], 1, length, d, r, x=torch.bfloat16, y=torch.bfloat16))
 
 
@@ -139,7 +163,12 @@ def test_tokens_in_bf16_parameters_in_fp32(names, backend, draw, check) -> None:
 
 @pytest.mark.parametrize("names", [VARIANTS[v] for v in ("plain", "affine", "gate-modulation")])
 @pytest.mark.parametrize(
-    ("x", "y"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)]
+    ("x", "y"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32),
+    ],
 )
 def test_branch_keeps_its_own_dtype(x, y, names, backend, draw, check) -> None:
     check(inputs(draw, names, 2, 6, 8, 2, x=x, y=y))
@@ -153,13 +182,17 @@ def test_gate_and_modulation_differ_in_rows(gate_rows, r, backend, draw, check) 
 @every_variant
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_result_unused(used, names, backend, draw) -> None:
-    """The gradient of the other result is no tensor of zeros: what does not depend on it gets none."""
+    """The gradient of the other result is no tensor of zeros: what does not depend on it gets
+    none.
+    """
     named = inputs(draw, names, 2, 6, 8, 2)
     named64 = doubled(named)
     out, expected = residual_layer_norm(**named)[used], formula(**named64)[used]
     cotangent = draw(2, 6, 8).detach()
     actual = torch.autograd.grad(out, list(named.values()), cotangent, allow_unused=True)
-    wanted = torch.autograd.grad(expected, list(named64.values()), cotangent.double(), allow_unused=True)
+    wanted = torch.autograd.grad(
+        expected, list(named64.values()), cotangent.double(), allow_unused=True
+    )
     for name, a, w in zip(named, actual, wanted, strict=True):
         assert (a is None) == (w is None), name
         if a is not None:
@@ -168,20 +201,28 @@ def test_one_result_unused(used, names, backend, draw) -> None:
 
 @every_variant
 def test_kernel_saves_no_more_than_it_needs(kernel, names, draw) -> None:
-    """h instead of x, and y only where there is a gate. (Through the eager reference autograd saves what it likes.)"""
+    """h instead of x, and y only where there is a gate. (Through the eager reference autograd saves
+    what it likes.)
+    """
     named = inputs(draw, names, 2, 6, 8, 2)
     saved: list[int] = []
     with (
         use_backend(kernel),
-        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t.data_ptr()) or t, lambda t: t
+        ),
     ):
         h, n = residual_layer_norm(**named)
-    assert h.data_ptr() in saved and n.data_ptr() not in saved and named["x"].data_ptr() not in saved
+    assert (
+        h.data_ptr() in saved and n.data_ptr() not in saved and named["x"].data_ptr() not in saved
+    )
     assert (named["y"].data_ptr() in saved) == ("gate" in names)
 
 
 def test_norm_reads_the_rounded_sum(backend, draw) -> None:
-    """n is the norm of the h that is returned, so that h can be handed on without a second tensor."""
+    """n is the norm of the h that is returned, so that h can be handed on without a second
+    tensor.
+    """
     named = inputs(draw, VARIANTS["gate-modulation"], 2, 6, 8, 2, torch.bfloat16)
     h, n = residual_layer_norm(**named)
     assert torch.equal(n, layer_norm_modulate(h, named["shift"], named["scale"]))
@@ -195,9 +236,13 @@ def test_eps_is_used(names, backend, draw, assert_matches) -> None:
     assert not torch.allclose(n, residual_layer_norm(**named)[1])
 
 
-@pytest.mark.parametrize("names", [VARIANTS[v] for v in ("plain", "weight-only", "gate-affine", "modulation")])
+@pytest.mark.parametrize(
+    "names", [VARIANTS[v] for v in ("plain", "weight-only", "gate-affine", "modulation")]
+)
 def test_registered_operator(names, backend, draw, check) -> None:
-    """``torch.ops.anyflow.residual_layer_norm``: on the eager backend too it has a backward formula of its own."""
+    """``torch.ops.anyflow.residual_layer_norm``: on the eager backend too it has a backward formula
+    of its own.
+    """
     named = inputs(draw, names, 2, 4, 8, 2)
     check(named, lambda named: torch.ops.anyflow.residual_layer_norm(*positional(named), 1e-6))
     detached = {k: v.detach() for k, v in named.items()}
@@ -205,11 +250,16 @@ def test_registered_operator(names, backend, draw, check) -> None:
     gradient = torch.ops.anyflow.residual_layer_norm_backward.default
     x, y, gate, *others = positional(detached)
     for dh in (x, None):
-        torch.library.opcheck(gradient, (dh, x, y if "gate" in names else None, x, gate, *others, 1e-6))
+        torch.library.opcheck(
+            gradient, (dh, x, y if "gate" in names else None, x, gate, *others, 1e-6)
+        )
 
 
 def test_registered_operator_when_rows_and_dtypes_differ(backend, draw, check) -> None:
-    for names, other in ((VARIANTS["gate-modulation"], {"gate_rows": 2}), ((), {"y": torch.float64})):
+    for names, other in (
+        (VARIANTS["gate-modulation"], {"gate_rows": 2}),
+        ((), {"y": torch.float64}),
+    ):
         if backend != "eager" and "y" in other:
             other["y"] = torch.bfloat16
         named = inputs(draw, names, 2, 12, 16, 3, **other)
@@ -229,7 +279,8 @@ def test_compiles_in_one_graph(used, names, backend, draw) -> None:
     outputs = compiled(named), loss(named)
     gradients = [torch.autograd.grad(o, list(named.values()), allow_unused=True) for o in outputs]
     torch.testing.assert_close(outputs[0], outputs[1])
-    for a, b, v in zip(*gradients, named.values(), strict=True):  # compiled code may write zeros for what is unused
+    # compiled code may write zeros for what is unused
+    for a, b, v in zip(*gradients, named.values(), strict=True):
         a, b = (torch.zeros_like(v) if g is None else g for g in (a, b))
         torch.testing.assert_close(a, b)
 
@@ -243,8 +294,13 @@ def test_any_width_runs_eagerly(names, d, r, draw, check) -> None:
 @settings(max_examples=20)
 @given(data=st.data())
 def test_random_shapes(kernel, device, data: st.DataObject) -> None:
-    b, r, ratio, tokens = (data.draw(st.integers(*bounds)) for bounds in ((0, 2), (1, 2), (1, 2), (0, 20)))
-    d, names = 8 * data.draw(st.integers(1, 20)), data.draw(st.sampled_from(list(VARIANTS.values())))
+    b, r, ratio, tokens = (
+        data.draw(st.integers(*bounds)) for bounds in ((0, 2), (1, 2), (1, 2), (0, 20))
+    )
+    d, names = (
+        8 * data.draw(st.integers(1, 20)),
+        data.draw(st.sampled_from(list(VARIANTS.values()))),
+    )
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
 
     def normal(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -263,7 +319,9 @@ def test_random_shapes(kernel, device, data: st.DataObject) -> None:
 
 @model_variants
 def test_large_offset_does_not_cancel(names, backend, draw) -> None:
-    """mean(x^2) - mean(x)^2 would be off by 100 % here; a centered variance is good to fp32's resolution at 1e4."""
+    """mean(x^2) - mean(x)^2 would be off by 100 % here; a centered variance is good to fp32's
+    resolution at 1e4.
+    """
     named = {k: v.detach() for k, v in inputs(draw, names, 2, 6, 64, 1).items()}
     named["x"] = (1e4 + draw(2, 6, 64, dtype=torch.float64)).float().detach()
     h, n = residual_layer_norm(**named)
@@ -275,7 +333,9 @@ def test_large_offset_does_not_cancel(names, backend, draw) -> None:
 @every_variant
 def test_constant_tokens_give_the_offset(names, backend, draw) -> None:
     named = inputs(draw, tuple(name for name in names if name != "gate"), 2, 4, 8, 2)
-    h, n = residual_layer_norm(**named | {"x": torch.full_like(named["x"], 3.0), "y": torch.zeros_like(named["y"])})
+    h, n = residual_layer_norm(
+        **named | {"x": torch.full_like(named["x"], 3.0), "y": torch.zeros_like(named["y"])}
+    )
     expected = torch.zeros_like(n)
     if "bias" in named:
         expected = named["bias"].expand_as(n)
@@ -303,9 +363,13 @@ def test_non_contiguous(names, backend, draw, assert_gradients) -> None:
     plain = residual_layer_norm(**named)
     strided = {k: v.transpose(-1, 0).contiguous().transpose(-1, 0) for k, v in named.items()}
     assert not strided["x"].is_contiguous()
-    every_second = {k: torch.stack([v, v], dim=-1)[..., 0] for k, v in named.items()}  # stride 2 in D
-    modulation = torch.stack([named[k] if k in named else draw(2, 3, 8) for k in ("gate", "shift", "scale")], dim=2)
-    views = dict(zip(("gate", "shift", "scale"), modulation.unbind(2), strict=True))  # as the model passes them
+    # stride 2 in D
+    every_second = {k: torch.stack([v, v], dim=-1)[..., 0] for k, v in named.items()}
+    modulation = torch.stack(
+        [named[k] if k in named else draw(2, 3, 8) for k in ("gate", "shift", "scale")], dim=2
+    )
+    # as the model passes them
+    views = dict(zip(("gate", "shift", "scale"), modulation.unbind(2), strict=True))
     views = named | {k: v for k, v in views.items() if k in named}
     padded = named | {"x": spread(named["x"], 2), "y": spread(named["y"], 3)}
     for other in (strided, every_second, views, padded):
@@ -321,7 +385,9 @@ def test_non_contiguous(names, backend, draw, assert_gradients) -> None:
 
 @every_variant
 def test_non_contiguous_gradients(names, backend, draw) -> None:
-    """The cotangents of h and n come with any strides: of a slice, of a transpose, of an expanded scalar."""
+    """The cotangents of h and n come with any strides: of a slice, of a transpose, of an expanded
+    scalar.
+    """
     named = inputs(draw, names, 2, 6, 8, 3)
     named64 = doubled(named)
     token, transposed = draw(2, 6, 8).detach(), draw(2, 8, 6).detach().transpose(1, 2)
@@ -331,7 +397,9 @@ def test_non_contiguous_gradients(names, backend, draw) -> None:
         cotangents = [c.expand(2, 6, 8) for c in (dh, dn)]
         actual = torch.autograd.grad(out, list(named.values()), cotangents)
         expected = formula(**named64, returned=out[0])
-        wanted = torch.autograd.grad(expected, list(named64.values()), [c.double() for c in cotangents])
+        wanted = torch.autograd.grad(
+            expected, list(named64.values()), [c.double() for c in cotangents]
+        )
         torch.testing.assert_close([a.double() for a in actual], list(wanted), rtol=1e-5, atol=1e-5)
 
 
@@ -340,7 +408,8 @@ def test_gradcheck(names, draw) -> None:
     named = inputs(draw, names, 2, 4, 3, 2, torch.float64)
     keys = list(named)
     assert torch.autograd.gradcheck(
-        lambda *values: residual_layer_norm(**dict(zip(keys, values, strict=True))), tuple(named.values())
+        lambda *values: residual_layer_norm(**dict(zip(keys, values, strict=True))),
+        tuple(named.values()),
     )
 
 

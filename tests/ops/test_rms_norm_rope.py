@@ -13,7 +13,12 @@ from anyflow.ops import rms_norm_rope, use_backend
 
 
 def formula(
-    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float = 1e-6,
 ) -> Tensor:
     n = x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps) * weight
     heads = n.unflatten(-1, (num_heads, x.shape[-1] // num_heads))
@@ -38,19 +43,25 @@ def inputs(
     weight_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """x and a weight about 1, in x's dtype unless told otherwise; both are leaves."""
-    x, weight = draw(b, length, heads * head_dim, dtype=dtype), draw(heads * head_dim, dtype=torch.float64)
+    x, weight = (
+        draw(b, length, heads * head_dim, dtype=dtype),
+        draw(heads * head_dim, dtype=torch.float64),
+    )
     weight = (1 + 0.2 * weight.detach()).to(dtype if weight_dtype is None else weight_dtype)
     return [x, weight.requires_grad_()]
 
 
-def tables(draw, length: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def tables(
+    draw, length: int, head_dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     angle = 10 * draw(length, head_dim // 2, dtype=torch.float64).detach()
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 @pytest.mark.parametrize("rotate", [True, False])
 @pytest.mark.parametrize(
-    ("b", "length", "heads", "head_dim"), [(2, 6, 3, 8), (1, 35, 4, 14), (3, 1, 4, 2), (1, 7, 12, 6), (2, 17, 1, 24)]
+    ("b", "length", "heads", "head_dim"),
+    [(2, 6, 3, 8), (1, 35, 4, 14), (3, 1, 4, 2), (1, 7, 12, 6), (2, 17, 1, 24)],
 )
 def test_values_and_gradients(
     b, length, heads, head_dim, rotate, backend, dtype, draw, assert_gradients, approximation
@@ -59,12 +70,21 @@ def test_values_and_gradients(
     wide = torch.promote_types(dtype, torch.float32)
     cos, sin = tables(draw, length, head_dim, wide) if rotate else (None, None)
     args64 = doubled(args)
-    out, expected = rms_norm_rope(*args, cos, sin, num_heads=heads), formula(*args64, cos, sin, heads)
+    out, expected = (
+        rms_norm_rope(*args, cos, sin, num_heads=heads),
+        formula(*args64, cos, sin, heads),
+    )
     assert out.dtype == dtype and out.shape == (b, length, heads, head_dim)
-    # A rotation mixes two numbers: the error of a pair scales with its length, not with each of the two.
+    # A rotation mixes two numbers: the error of a pair scales with its length, not with each of the
+    # two.
     error = (out.double() - expected).unflatten(-1, (-1, 2)).norm(dim=-1)
     length_of_pair = expected.unflatten(-1, (-1, 2)).norm(dim=-1)
-    limit = {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 2**-10, torch.bfloat16: 2**-8}[dtype]
+    limit = {
+        torch.float64: 1e-14,
+        torch.float32: 5e-7,
+        torch.float16: 2**-10,
+        torch.bfloat16: 2**-8,
+    }[dtype]
     if dtype != torch.float64:  # the root of a mean, which halves what its division is off by
         limit += approximation("rsqrt") + approximation("division") / 2
     assert (error <= limit * length_of_pair).all()
@@ -83,12 +103,19 @@ def test_values_and_gradients(
         (3, 1, 8, True),
     ],
 )
-def test_real_sizes(length, heads, head_dim, rotate, backend, draw, assert_matches, assert_gradients) -> None:
-    """The widths of the models and beyond, and lengths that no run of tokens divides, as the model calls it in bf16."""
+def test_real_sizes(
+    length, heads, head_dim, rotate, backend, draw, assert_matches, assert_gradients
+) -> None:
+    """The widths of the models and beyond, and lengths that no run of tokens divides, as the model
+    calls it in bf16.
+    """
     args = inputs(draw, 1, length, heads, head_dim, torch.bfloat16, torch.float32)
     args64 = doubled(args)
     cos, sin = tables(draw, length, head_dim) if rotate else (None, None)
-    out, expected = rms_norm_rope(*args, cos, sin, num_heads=heads), formula(*args64, cos, sin, heads)
+    out, expected = (
+        rms_norm_rope(*args, cos, sin, num_heads=heads),
+        formula(*args64, cos, sin, heads),
+    )
     assert out.dtype == torch.bfloat16
     assert_matches(out, expected)
     assert_gradients([out], args, [expected], args64)
@@ -104,7 +131,9 @@ def test_odd_heads_without_rotation(backend, draw, assert_matches, assert_gradie
 
 @pytest.mark.parametrize("rotate", [True, False])
 def test_registered_operator(rotate, backend, draw, assert_matches, assert_gradients) -> None:
-    """``torch.ops.anyflow.rms_norm_rope``: on the eager backend too it has a backward formula of its own."""
+    """``torch.ops.anyflow.rms_norm_rope``: on the eager backend too it has a backward formula of
+    its own.
+    """
     operator, backward = torch.ops.anyflow.rms_norm_rope, torch.ops.anyflow.rms_norm_rope_backward
     args = inputs(draw, 2, 6, 3, 8)
     cos, sin = tables(draw, 6, 8) if rotate else (None, None)
@@ -113,7 +142,9 @@ def test_registered_operator(rotate, backend, draw, assert_matches, assert_gradi
     assert_matches(out, expected)
     assert_gradients([out], args, [expected], args64)
     torch.library.opcheck(operator.default, (*args, cos, sin, 3, 1e-6))
-    torch.library.opcheck(backward.default, (out.detach(), *(a.detach() for a in args), cos, sin, 3, 1e-6))
+    torch.library.opcheck(
+        backward.default, (out.detach(), *(a.detach() for a in args), cos, sin, 3, 1e-6)
+    )
 
 
 @pytest.mark.parametrize("rotate", [True, False])
@@ -132,7 +163,10 @@ def test_any_width_runs_eagerly(heads, head_dim, draw, assert_matches, assert_gr
     args = inputs(draw, 2, 5, heads, head_dim)
     args64 = doubled(args)
     cos, sin = tables(draw, 5, head_dim)
-    out, expected = rms_norm_rope(*args, cos, sin, num_heads=heads), formula(*args64, cos, sin, heads)
+    out, expected = (
+        rms_norm_rope(*args, cos, sin, num_heads=heads),
+        formula(*args64, cos, sin, heads),
+    )
     assert_matches(out, expected)
     assert_gradients([out], args, [expected], args64)
 
@@ -141,11 +175,15 @@ def test_any_width_runs_eagerly(heads, head_dim, draw, assert_matches, assert_gr
 @given(data=st.data())
 def test_random_shapes(kernel, device, data: st.DataObject) -> None:
     b, length, seed = (data.draw(st.integers(0, high)) for high in (3, 40, 99))
-    heads, half = data.draw(st.sampled_from([(4, 1), (8, 5), (1, 4), (4, 7), (3, 8), (2, 6), (5, 20)]))
+    heads, half = data.draw(
+        st.sampled_from([(4, 1), (8, 5), (1, 4), (4, 7), (3, 8), (2, 6), (5, 20)])
+    )
     rotate = data.draw(st.booleans())
     d = 2 * heads * half
     g = torch.Generator().manual_seed(seed)
-    x, weight, angle = (torch.randn(s, generator=g).to(device) for s in ((b, length, d), (d,), (length, half)))
+    x, weight, angle = (
+        torch.randn(s, generator=g).to(device) for s in ((b, length, d), (d,), (length, half))
+    )
     cos, sin = (angle.cos(), angle.sin()) if rotate else (None, None)
     with use_backend(kernel):
         out = rms_norm_rope(x, weight, cos, sin, num_heads=heads)
@@ -155,7 +193,9 @@ def test_random_shapes(kernel, device, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
-def test_each_tensor_keeps_its_own_dtype(x_dtype, table_dtype, backend, draw, assert_matches, assert_gradients) -> None:
+def test_each_tensor_keeps_its_own_dtype(
+    x_dtype, table_dtype, backend, draw, assert_matches, assert_gradients
+) -> None:
     """The model normalizes bf16 tokens with an fp32 weight, and its tables are fp32."""
     args = inputs(draw, 2, 6, 2, 8, x_dtype, torch.float32)
     args64 = doubled(args)
@@ -221,7 +261,9 @@ def test_large_offset(backend, draw, assert_matches) -> None:
     x, weight = (t.detach() for t in inputs(draw, 2, 3, 2, 8))
     x = x + 1e4
     cos, sin = tables(draw, 3, 8)
-    assert_matches(rms_norm_rope(x, weight, cos, sin, num_heads=2), formula(*doubled([x, weight]), cos, sin, 2))
+    assert_matches(
+        rms_norm_rope(x, weight, cos, sin, num_heads=2), formula(*doubled([x, weight]), cos, sin, 2)
+    )
 
 
 def test_zero_input_has_finite_gradient(backend, device) -> None:
@@ -262,12 +304,16 @@ def test_non_contiguous(backend, draw, assert_gradients) -> None:
     same = x[:1].expand(2, -1, -1)
     torch.testing.assert_close(rms_norm_rope(same, weight, cos, sin, num_heads=2)[1], plain[0])
     out64 = formula(*(a64 := doubled([x, weight])), cos, sin, 2)
-    assert_gradients([rms_norm_rope(wide, weight, *columns, num_heads=2)], [x, weight], [out64], a64)
+    assert_gradients(
+        [rms_norm_rope(wide, weight, *columns, num_heads=2)], [x, weight], [out64], a64
+    )
 
 
 @pytest.mark.parametrize("rotate", [True, False])
 def test_gradient_arrives_as_a_view(rotate, backend, draw, generator, device) -> None:
-    """Attention may hand back ``[B, H, L, Dh]`` transposed, a slice of a wider gradient, or one number for all."""
+    """Attention may hand back ``[B, H, L, Dh]`` transposed, a slice of a wider gradient, or one
+    number for all.
+    """
     args = inputs(draw, 2, 6, 2, 8)
     cos, sin = tables(draw, 6, 8) if rotate else (None, None)
     wide = torch.randn(2, 6, 4, 8, generator=generator).to(device)
@@ -275,7 +321,9 @@ def test_gradient_arrives_as_a_view(rotate, backend, draw, generator, device) ->
     one = torch.ones(1, 1, 1, 1, device=device).expand(2, 6, 2, 8)
     for gradient in (wide[:, :, 1:3], transposed, one, wide[..., :2, :].flip(-1)):
         views = [torch.autograd.grad(f(*args), args, gradient) for f in _both(cos, sin)]
-        plain = [torch.autograd.grad(f(*args), args, gradient.contiguous()) for f in _both(cos, sin)]
+        plain = [
+            torch.autograd.grad(f(*args), args, gradient.contiguous()) for f in _both(cos, sin)
+        ]
         torch.testing.assert_close(views, plain, rtol=0, atol=0)
 
 
@@ -294,8 +342,12 @@ def test_no_index_overflows_32_bits(kernel, device) -> None:
     x.copy_(torch.arange(17.0)[:, None] - torch.arange(8.0))
     weight = torch.ones(8)
     with use_backend(kernel):
-        gradient = torch.ops.anyflow.rms_norm_rope_backward(x.unflatten(2, (2, 4)), x, weight, None, None, 2, 1e-6)
-        assert torch.equal(rms_norm_rope(x, weight, num_heads=2), rms_norm_rope(x.clone(), weight, num_heads=2))
+        gradient = torch.ops.anyflow.rms_norm_rope_backward(
+            x.unflatten(2, (2, 4)), x, weight, None, None, 2, 1e-6
+        )
+        assert torch.equal(
+            rms_norm_rope(x, weight, num_heads=2), rms_norm_rope(x.clone(), weight, num_heads=2)
+        )
         plain = x.contiguous()
         expected = torch.ops.anyflow.rms_norm_rope_backward(
             plain.unflatten(2, (2, 4)), plain, weight, None, None, 2, 1e-6
@@ -304,13 +356,17 @@ def test_no_index_overflows_32_bits(kernel, device) -> None:
 
 
 def _reserve(size: int) -> mmap.mmap:
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    return mmap.mmap(
+        -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    )
 
 
 def test_gradcheck(draw) -> None:
     args = inputs(draw, 2, 3, 2, 4, torch.float64)
     cos, sin = tables(draw, 3, 4, torch.float64)
-    assert torch.autograd.gradcheck(lambda x, weight: rms_norm_rope(x, weight, cos, sin, num_heads=2), args)
+    assert torch.autograd.gradcheck(
+        lambda x, weight: rms_norm_rope(x, weight, cos, sin, num_heads=2), args
+    )
     assert torch.autograd.gradcheck(lambda x, weight: rms_norm_rope(x, weight, num_heads=2), args)
 
 

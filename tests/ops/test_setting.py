@@ -1,4 +1,6 @@
-"""A choice of backend holds in its context: threads, tasks, generators, overlapping blocks, the threads of autograd."""
+"""A choice of backend holds in its context: threads, tasks, generators, overlapping blocks, the
+threads of autograd.
+"""
 
 import asyncio
 import contextvars
@@ -154,9 +156,13 @@ def test_many_threads(use) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("setting", [OPERATOR_BACKEND, ATTENTION_BACKEND], ids=["operators", "attention"])
+@pytest.mark.parametrize(
+    "setting", [OPERATOR_BACKEND, ATTENTION_BACKEND], ids=["operators", "attention"]
+)
 def test_an_autograd_thread_reads_that_of_backward(setting) -> None:
-    """Nested backward passes that are too many for one stack run in threads of autograd's own, as those of a GPU do."""
+    """Nested backward passes that are too many for one stack run in threads of autograd's own, as
+    those of a GPU do.
+    """
     seen: list[tuple[int, object]] = []
 
     class Nested(torch.autograd.Function):
@@ -183,10 +189,16 @@ def test_an_autograd_thread_reads_that_of_backward(setting) -> None:
 
 
 def test_a_backward_keeps_the_choice_of_its_forward(generator) -> None:
-    """The gradients have the bits of the forward's backend, whatever is forced when they are taken, and where."""
-    x, row = (torch.randn(*s, generator=generator).requires_grad_() for s in ((1, 6, 1536), (1, 2, 1536)))
+    """The gradients have the bits of the forward's backend, whatever is forced when they are taken,
+    and where.
+    """
+    x, row = (
+        torch.randn(*s, generator=generator).requires_grad_() for s in ((1, 6, 1536), (1, 2, 1536))
+    )
 
-    def gradient(outer: str | None, inner: str | None, function: Callable[[Callable[[], object]], object]) -> Tensor:
+    def gradient(
+        outer: str | None, inner: str | None, function: Callable[[Callable[[], object]], object]
+    ) -> Tensor:
         with use_backend(outer):
             out = torch.ops.anyflow.layer_norm_modulate(x, row, row).square().sum()
         with use_backend(inner):
@@ -201,7 +213,9 @@ def test_a_backward_keeps_the_choice_of_its_forward(generator) -> None:
 
 
 def test_a_held_function_is_recomputed_as_it_ran(generator) -> None:
-    x, row = (torch.randn(*s, generator=generator).requires_grad_() for s in ((1, 6, 64), (1, 2, 64)))
+    x, row = (
+        torch.randn(*s, generator=generator).requires_grad_() for s in ((1, 6, 64), (1, 2, 64))
+    )
     seen: list[object] = []
 
     def run(x: Tensor) -> Tensor:
@@ -216,9 +230,13 @@ def test_a_held_function_is_recomputed_as_it_ran(generator) -> None:
 
 
 def test_compiled_code_follows_the_context() -> None:
-    """The guards of a compiled function read the context of the caller, also of one task among several."""
+    """The guards of a compiled function read the context of the caller, also of one task among
+    several.
+    """
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: x + {None: 1, "eager": 2, "native": 3}[OPERATOR_BACKEND.get()], backend="eager")
+    compiled = torch.compile(
+        lambda x: x + {None: 1, "eager": 2, "native": 3}[OPERATOR_BACKEND.get()], backend="eager"
+    )
     x = torch.zeros(1)
 
     async def run(value: str | None) -> list[float]:
@@ -238,7 +256,8 @@ def test_compiled_code_follows_the_context() -> None:
 
 
 def test_a_value_that_autograd_reads_is_counted() -> None:
-    # torch 2.11 stores an object without a reference of its own and drops one when another object takes its place.
+    # torch 2.11 stores an object without a reference of its own and drops one when another object
+    # takes its place.
     setting, value = Setting("counted"), [object()]
     before = sys.getrefcount(value)
     for _ in range(100):

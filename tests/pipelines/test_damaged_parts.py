@@ -1,4 +1,6 @@
-"""A damaged file in any part of a model is one ValueError that names the part, whichever library would read it."""
+"""A damaged file in any part of a model is one ValueError that names the part, whichever library
+would read it.
+"""
 
 import json
 import os
@@ -31,11 +33,18 @@ def refused(folder: Any) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("kind", ["cut off", "pointer", "empty", "web page", "absent", "folder", "fifo"])
+@pytest.mark.parametrize(
+    "kind", ["cut off", "pointer", "empty", "web page", "absent", "folder", "fifo"]
+)
 @pytest.mark.parametrize("part", WEIGHTS)
 def test_damaged_weights_are_named(part: str, kind: str, copy: Path) -> None:
     file = copy / part / WEIGHTS[part]
-    content = {"cut off": file.read_bytes()[:-100], "pointer": POINTER, "web page": b"<html>", "empty": b""}.get(kind)
+    content = {
+        "cut off": file.read_bytes()[:-100],
+        "pointer": POINTER,
+        "web page": b"<html>",
+        "empty": b"",
+    }.get(kind)
     file.unlink()
     if content is not None:
         file.write_bytes(content)
@@ -44,12 +53,16 @@ def test_damaged_weights_are_named(part: str, kind: str, copy: Path) -> None:
     elif kind == "fifo":
         os.mkfifo(file)
     message = refused(copy)
-    assert part in message and {"pointer": "git lfs pull", "empty": "empty", "fifo": "FIFO"}.get(kind, "") in message
+    assert (
+        part in message
+        and {"pointer": "git lfs pull", "empty": "empty", "fifo": "FIFO"}.get(kind, "") in message
+    )
 
 
 @pytest.mark.parametrize(
     "file",
-    ["transformer/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer.json",
+    ["transformer/config.json", "vae/config.json", "text_encoder/config.json",
+     "tokenizer/tokenizer.json",
      "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"],
 )  # fmt: skip
 @pytest.mark.parametrize("content", [POINTER, b"", b"[]", b"\xff", b"[" * 10_000, b"3"], ids=str)
@@ -59,9 +72,12 @@ def test_a_damaged_configuration_is_named(file: str, content: bytes, copy: Path)
 
 
 @pytest.mark.parametrize(
-    ("part", "name"), [("vae", "num_res_blocks"), ("text_encoder", "num_layers"), ("transformer", "num_layers")]
+    ("part", "name"),
+    [("vae", "num_res_blocks"), ("text_encoder", "num_layers"), ("transformer", "num_layers")],
 )
-def test_more_layers_than_tensors_are_refused_before_they_are_built(part: str, name: str, copy: Path) -> None:
+def test_more_layers_than_tensors_are_refused_before_they_are_built(
+    part: str, name: str, copy: Path
+) -> None:
     file = copy / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: 10**9}))
     message = refused(copy)

@@ -1,4 +1,6 @@
-"""Our transformer and our scheduler inside diffusers.AnyFlowPipeline, with real (tiny) VAE, text encoder, tokenizer."""
+"""Our transformer and our scheduler inside diffusers.AnyFlowPipeline, with real (tiny) VAE, text
+encoder, tokenizer.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,21 @@ from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
 TOLERANCE = 1e-5
 SHIFT = 5.0
-WORDS = ["a", "red", "blue", "disc", "cross", "moves", "slowly", "to", "the", "right", "stops", "bad", "quality"]
+WORDS = [
+    "a",
+    "red",
+    "blue",
+    "disc",
+    "cross",
+    "moves",
+    "slowly",
+    "to",
+    "the",
+    "right",
+    "stops",
+    "bad",
+    "quality",
+]
 TRANSFORMER: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -37,9 +53,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=32
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=32,
     )
 
 
@@ -47,9 +69,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def parts() -> dict[str, Any]:
     """Everything of a pipeline; ``transformer`` and ``scheduler`` are diffusers'."""
     torch.manual_seed(0)
-    config = UMT5Config(vocab_size=3 + len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    config = UMT5Config(
+        vocab_size=3 + len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
     vae = AutoencoderKLWan(
-        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        base_dim=4,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
     )
     return {
         "tokenizer": make_tokenizer(),
@@ -147,14 +175,23 @@ def test_scheduler_assigned_to_a_finished_pipeline(parts, ours, expected) -> Non
 
 @pytest.mark.parametrize("timesteps", [[999, 937, 833, 624], [999, 937, 833, 624, 0], [1000, 500]])
 def test_custom_timesteps(timesteps, parts, ours) -> None:
-    """Ours are verbatim at any shift. diffusers shifts them again, so it agrees where its shift is 1."""
+    """Ours are verbatim at any shift. diffusers shifts them again, so it agrees where its shift is
+    1.
+    """
     unshifted = diffusers.FlowMapEulerDiscreteScheduler(shift=1.0)
     # diffusers' pipeline skips a last step from 0 to 0, which is what its terminal 0 makes.
     expected = video(build(parts, scheduler=unshifted), timesteps=timesteps, **LATENT)
     both = build(parts, **ours)
-    np.testing.assert_allclose(video(both, timesteps=timesteps, **LATENT), expected, rtol=0, atol=TOLERANCE)
-    assert both.scheduler.timesteps.tolist() == [t for t in timesteps if t] and both.scheduler.config.shift == SHIFT
-    assert np.abs(video(build(parts), timesteps=timesteps, **LATENT) - expected).max() > 10 * TOLERANCE
+    np.testing.assert_allclose(
+        video(both, timesteps=timesteps, **LATENT), expected, rtol=0, atol=TOLERANCE
+    )
+    assert (
+        both.scheduler.timesteps.tolist() == [t for t in timesteps if t]
+        and both.scheduler.config.shift == SHIFT
+    )
+    assert (
+        np.abs(video(build(parts), timesteps=timesteps, **LATENT) - expected).max() > 10 * TOLERANCE
+    )
 
 
 def test_custom_sigmas(parts, ours) -> None:
@@ -174,10 +211,14 @@ def test_pixel_context(parts, ours) -> None:
 
 
 def test_callback_and_attention_kwargs(parts, ours) -> None:
-    """The pipeline hands its callback the latents of every step and its attention_kwargs to the transformer."""
+    """The pipeline hands its callback the latents of every step and its attention_kwargs to the
+    transformer.
+    """
     seen: list[float] = []
 
-    def watch(pipe: AnyFlowPipeline, index: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+    def watch(
+        pipe: AnyFlowPipeline, index: int, timestep: torch.Tensor, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
         seen.append(float(timestep))
         return {"latents": 0.9 * tensors["latents"]}
 
@@ -218,17 +259,25 @@ def test_saved_pipeline_loads_our_transformer(parts, ours, expected, tmp_path: P
 
 
 def test_scheduler_of_a_saved_pipeline(parts, expected, tmp_path: Path) -> None:
-    """Assigned after loading: from_pretrained(scheduler=...) takes subclasses of diffusers' SchedulerMixin only."""
+    """Assigned after loading: from_pretrained(scheduler=...) takes subclasses of diffusers'
+    SchedulerMixin only.
+    """
     build(parts).save_pretrained(tmp_path)
     loaded = AnyFlowPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    loaded.scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    loaded.scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(
+        tmp_path, subfolder="scheduler"
+    )
     assert loaded.scheduler.config.shift == SHIFT
     np.testing.assert_allclose(video(loaded), expected["four-steps"], rtol=0, atol=TOLERANCE)
 
 
-def test_readme_snippet_loads_our_transformer_into_a_saved_pipeline(parts, expected, tmp_path: Path) -> None:
-    """README, "the call of diffusers' own", up to its call: its default video is too large for a test."""
+def test_readme_snippet_loads_our_transformer_into_a_saved_pipeline(
+    parts, expected, tmp_path: Path
+) -> None:
+    """README, "the call of diffusers' own", up to its call: its default video is too large for a
+    test.
+    """
     build(parts).save_pretrained(tmp_path)
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     snippet = next(s for s in readme.split("```python\n") if "anyflow.accelerate(pipe)" in s)

@@ -13,7 +13,14 @@ from typer.testing import CliRunner
 from anyflow.cli import app
 from anyflow.pipelines import AnyFlowPipeline
 from anyflow.training.checkpoint import Checkpointer
-from anyflow.training.config import ArchitectureConfig, DataConfig, LoRAConfig, NetworkConfig, Recipe, SchedulerConfig
+from anyflow.training.config import (
+    ArchitectureConfig,
+    DataConfig,
+    LoRAConfig,
+    NetworkConfig,
+    Recipe,
+    SchedulerConfig,
+)
 from anyflow.training.export import export
 from anyflow.training.networks import build_student
 from anyflow.training.recipe import dump_recipe
@@ -43,7 +50,9 @@ CALL: dict[str, Any] = {
 def run(folder: Path, stage: str = "pretrain", lora: bool = False, **sizes: int) -> Path:
     """The folder of a run with one checkpoint of values that are not those of the start."""
     adapters = LoRAConfig(rank=4, alpha=6.0) if lora else None
-    network = NetworkConfig(architecture=ArchitectureConfig(**{**SIZES, **sizes}), seed=3, lora=adapters)
+    network = NetworkConfig(
+        architecture=ArchitectureConfig(**{**SIZES, **sizes}), seed=3, lora=adapters
+    )
     recipe = Recipe(
         stage=stage,  # type: ignore[arg-type]
         out="unused",
@@ -73,7 +82,9 @@ def ours(path: Path, **options: Any) -> AnyFlowPipeline:
 
 
 @pytest.mark.parametrize("copy", [False, True])
-def test_a_run_becomes_a_pipeline_of_both_libraries(copy: bool, model: Path, tmp_path: Path) -> None:
+def test_a_run_becomes_a_pipeline_of_both_libraries(
+    copy: bool, model: Path, tmp_path: Path
+) -> None:
     arguments = ["export", str(run(tmp_path / "run")), str(tmp_path / "out"), "--base", str(model)]
     result = CliRunner().invoke(app, [*arguments, *(["--copy"] if copy else [])])
     assert result.exit_code == 0 and f"The model is {tmp_path}/out" in result.output
@@ -107,7 +118,9 @@ def test_a_teacher_becomes_a_pipeline_of_wan(model: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_a_base_that_does_not_do_is_refused_before_anything_is_written(model: Path, tmp_path: Path) -> None:
+def test_a_base_that_does_not_do_is_refused_before_anything_is_written(
+    model: Path, tmp_path: Path
+) -> None:
     folder, base = run(tmp_path / "run"), tmp_path / "base"
     narrow = run(tmp_path / "narrow", text_dim=8)
 
@@ -137,5 +150,7 @@ def test_the_choices_are_those_of_the_help(tmp_path: Path) -> None:
     text = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"}).output
     for choices in ("ema|raw", "merged|separate", "diffusers|comfyui"):
         assert choices in text
-    result = CliRunner().invoke(app, ["export", str(tmp_path), str(tmp_path / "out"), "--weights", "average"])
+    result = CliRunner().invoke(
+        app, ["export", str(tmp_path), str(tmp_path / "out"), "--weights", "average"]
+    )
     assert result.exit_code == 2 and "'average'" in result.output and "'ema'" in result.output

@@ -1,4 +1,6 @@
-"""LoRA files of every origin: merged to what PEFT or the formula in fp64 gives, or refused by their own keys, whole."""
+"""LoRA files of every origin: merged to what PEFT or the formula in fp64 gives, or refused by their
+own keys, whole.
+"""
 
 import copy
 import json
@@ -20,7 +22,8 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.pipelines.lora import merge_lora
 
 SIZES = {
-    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 2, "out_channels": 2, "text_dim": 8,
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 2, "out_channels": 2,
+    "text_dim": 8,
     "freq_dim": 16, "ffn_dim": 32, "num_layers": 2,
 }  # fmt: skip
 OURS = {  # the original Wan's modules with weights, and ours
@@ -41,18 +44,24 @@ NAMES: dict[str, tuple[Callable[[str], str], str, str]] = {
     "diffusers": (lambda o: f"transformer.{OURS[o]}", "lora_A.weight", "lora_B.weight"),
     "diffusers, older": (lambda o: f"transformer.{OURS[o]}", "lora.down.weight", "lora.up.weight"),
     "our own names": (lambda o: OURS[o], "lora_A.weight", "lora_B.weight"),
-    "kohya, musubi": (lambda o: f"lora_unet_{o.translate(UNDERSCORES)}", "lora_down.weight", "lora_up.weight"),
+    "kohya, musubi": (lambda o: f"lora_unet_{o.translate(UNDERSCORES)}", "lora_down.weight",
+                      "lora_up.weight"),
     "kohya, diffusers": (
-        lambda o: f"lora_unet_{OURS[o].translate(UNDERSCORES)}", "lora_down.weight", "lora_up.weight"
+        lambda o: f"lora_unet_{OURS[o].translate(UNDERSCORES)}", "lora_down.weight",
+        "lora_up.weight"
     ),
     "ComfyUI": (lambda o: f"diffusion_model.{o}", "lora_A.weight", "lora_B.weight"),
-    "ComfyUI, down and up": (lambda o: f"diffusion_model.{o}", "lora_down.weight", "lora_up.weight"),
+    "ComfyUI, down and up": (lambda o: f"diffusion_model.{o}", "lora_down.weight",
+                             "lora_up.weight"),
     "all in one": (lambda o: f"model.diffusion_model.{o}", "lora_down.weight", "lora_up.weight"),
     "DiffSynth": (lambda o: o, "lora_A.default.weight", "lora_B.default.weight"),
-    "DiffSynth, pipeline": (lambda o: f"pipe.dit.{o}", "lora_A.default.weight", "lora_B.default.weight"),
+    "DiffSynth, pipeline": (lambda o: f"pipe.dit.{o}", "lora_A.default.weight",
+                            "lora_B.default.weight"),
     "original Wan": (lambda o: o, "lora_down.weight", "lora_up.weight"),
-    "compiled": (lambda o: OURS[o].replace("blocks.0.", "blocks.0._orig_mod."), "lora_A.weight", "lora_B.weight"),
-    "LyCORIS": (lambda o: f"lycoris_{OURS[o].translate(UNDERSCORES)}", "lora_down.weight", "lora_up.weight"),
+    "compiled": (lambda o: OURS[o].replace("blocks.0.", "blocks.0._orig_mod."), "lora_A.weight",
+                 "lora_B.weight"),
+    "LyCORIS": (lambda o: f"lycoris_{OURS[o].translate(UNDERSCORES)}", "lora_down.weight",
+                "lora_up.weight"),
 }  # fmt: skip
 
 
@@ -73,7 +82,10 @@ def copy_of(model: torch.nn.Module) -> dict[str, Tensor]:
 def error(model: torch.nn.Module, expected: dict[str, Tensor]) -> float:
     state = model.state_dict()
     assert state.keys() == expected.keys()
-    return max(float((state[name].double() - tensor.double()).abs().max()) for name, tensor in expected.items())
+    return max(
+        float((state[name].double() - tensor.double()).abs().max())
+        for name, tensor in expected.items()
+    )
 
 
 def refused(model: AnyFlowTransformer3DModel, path: Path, *parts: str, scale: Any = 1.0) -> str:
@@ -94,13 +106,17 @@ def pair(shape: tuple[int, ...], rank: int, generator: torch.Generator) -> tuple
     )
 
 
-# Names -----------------------------------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", [None, 2.0])
 @pytest.mark.parametrize("origin", NAMES)
-def test_names_of_every_trainer(origin: str, alpha: float | None, generator: torch.Generator, tmp_path: Path) -> None:
-    """Of a part of the layers, each of another rank, with biases, norms and modulations that differ beside them."""
+def test_names_of_every_trainer(
+    origin: str, alpha: float | None, generator: torch.Generator, tmp_path: Path
+) -> None:
+    """Of a part of the layers, each of another rank, with biases, norms and modulations that differ
+    beside them.
+    """
     name, down, up = NAMES[origin]
     model = build(image_dim=6)
     before, state, expected = copy_of(model), {}, copy_of(model)
@@ -152,7 +168,10 @@ def test_differences_of_norms_modulations_and_convolutions(
 
     a, b = pair(tuple(weight.shape), 3, generator)
     layer = rename("patch_embedding")
-    save_file({f"{layer}.lora_down.weight": a, f"{layer}.lora_up.weight": b}, tmp_path / "lora.safetensors")
+    save_file(
+        {f"{layer}.lora_down.weight": a, f"{layer}.lora_up.weight": b},
+        tmp_path / "lora.safetensors",
+    )
     merge_lora(model, tmp_path / "lora.safetensors")
     expected["patch_embedding.weight"] += (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
     assert error(model, expected) < 1e-6
@@ -161,7 +180,10 @@ def test_differences_of_norms_modulations_and_convolutions(
 def test_two_keys_for_one_tensor_are_refused(generator: torch.Generator, tmp_path: Path) -> None:
     model, file = build(), tmp_path / "lora.safetensors"
     a, b = pair((24, 24), 2, generator)
-    sound = {"transformer.blocks.0.attn1.to_q.lora_A.weight": a, "transformer.blocks.0.attn1.to_q.lora_B.weight": b}
+    sound = {
+        "transformer.blocks.0.attn1.to_q.lora_A.weight": a,
+        "transformer.blocks.0.attn1.to_q.lora_B.weight": b,
+    }
     for more in (
         {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": a.clone()},
         {"lora_unet_blocks_0_self_attn_q.diff": torch.zeros(24, 24)},
@@ -169,7 +191,10 @@ def test_two_keys_for_one_tensor_are_refused(generator: torch.Generator, tmp_pat
     ):
         save_file(sound | more, file)
         refused(model, file, *more)
-    both = {"blocks.0.attn1.to_q.diff_b": torch.zeros(24), "blocks.0.attn1.to_q.lora_B.bias": torch.zeros(24)}
+    both = {
+        "blocks.0.attn1.to_q.diff_b": torch.zeros(24),
+        "blocks.0.attn1.to_q.lora_B.bias": torch.zeros(24),
+    }
     save_file(sound | both, file)
     refused(model, file, *both)
 
@@ -178,25 +203,35 @@ def test_two_keys_for_one_tensor_are_refused(generator: torch.Generator, tmp_pat
     "key",
     [
         "transformer.blocks.0.attn1.to_q.hada_w1_a", "lora_unet_blocks_0_self_attn_q.lokr_w1",
-        "lora_unet_blocks_0_self_attn_q.oft_blocks", "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
-        "text_encoder.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight", "transformer_2.blocks.0.attn1.to_q.alpha",
-        "diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "diffusion_model.blocks.7.self_attn.q.diff_b",
-        "diffusion_model.img_emb.proj.1.diff_b", "transformer.blocks.0.attn1.to_k.alpha", "blocks.0.attn1.to_k.bias",
-        "transformer.blocks.0.attn1.to_qkv.lora_A.weight", "blocks.0.attn1.to_k.lora_embedding_A", "step",
-        "blocks.0.attn1.to_q.lora_A.bias", "blocks.0.attn1.to_k.dora_scale", "blocks.0.attn1.norm_q.diff_b",
-        "diffusion_model.blocks.0.self_attn.q.reshape_weight", "diffusion_model.blocks.0.self_attn.q.set_weight",
-        "diffusion_model.blocks.0.self_attn.q.scale_weight", "lora_unet_blocks_0_self_attn_q.lora_mid.weight",
+        "lora_unet_blocks_0_self_attn_q.oft_blocks",
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+        "text_encoder.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight",
+        "transformer_2.blocks.0.attn1.to_q.alpha",
+        "diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight",
+        "diffusion_model.blocks.7.self_attn.q.diff_b",
+        "diffusion_model.img_emb.proj.1.diff_b", "transformer.blocks.0.attn1.to_k.alpha",
+        "blocks.0.attn1.to_k.bias",
+        "transformer.blocks.0.attn1.to_qkv.lora_A.weight", "blocks.0.attn1.to_k.lora_embedding_A",
+        "step",
+        "blocks.0.attn1.to_q.lora_A.bias", "blocks.0.attn1.to_k.dora_scale",
+        "blocks.0.attn1.norm_q.diff_b",
+        "diffusion_model.blocks.0.self_attn.q.reshape_weight",
+        "diffusion_model.blocks.0.self_attn.q.set_weight",
+        "diffusion_model.blocks.0.self_attn.q.scale_weight",
+        "lora_unet_blocks_0_self_attn_q.lora_mid.weight",
     ],
 )  # fmt: skip
 def test_no_tensor_is_left_out(key: str, generator: torch.Generator, tmp_path: Path) -> None:
     model, file = build(), tmp_path / "lora.safetensors"
     a, b = pair((24, 24), 2, generator)
     layer = "transformer.blocks.1.attn1.to_q"
-    save_file({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b, key: torch.zeros(24)}, file)
+    save_file(
+        {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b, key: torch.zeros(24)}, file
+    )
     refused(model, file, key, str(file))
 
 
-# Configurations --------------------------------------------------------------------------------------------------
+# Configurations -----------------------------------------------------------------------------------
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -207,7 +242,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lora_bias": {"lora_bias": True},
     "bias": {"bias": "all"},
     "lora_only": {"bias": "lora_only"},
-    "modules_to_save": {"modules_to_save": ["proj_out", "condition_embedder.time_embedder", "norm2"]},
+    "modules_to_save": {
+        "modules_to_save": ["proj_out", "condition_embedder.time_embedder", "norm2"]
+    },
     "exclude_modules": {"exclude_modules": ["blocks.0.attn1.to_q"]},
     "layers_to_transform": {"layers_to_transform": [1], "layers_pattern": "blocks"},
     "pattern": {"target_modules": r"blocks\.\d+\.attn1\.to_(q|k)"},
@@ -217,7 +254,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def trained_by_peft(options: dict[str, Any], generator: torch.Generator) -> torch.nn.Module:
     targets = ["attn1.to_q", "attn2.to_out.0", "ffn.net.2"]
-    model = get_peft_model(build(), LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **options}))
+    model = get_peft_model(
+        build(), LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **options})
+    )
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -226,7 +265,9 @@ def trained_by_peft(options: dict[str, Any], generator: torch.Generator) -> torc
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_peft_saves_is_merged_as_peft_does(name: str, generator: torch.Generator, tmp_path: Path) -> None:
+def test_what_peft_saves_is_merged_as_peft_does(
+    name: str, generator: torch.Generator, tmp_path: Path
+) -> None:
     theirs, model = trained_by_peft(CONFIGS[name], generator), build()
     before = copy_of(model)
     theirs.save_pretrained(tmp_path)
@@ -235,17 +276,22 @@ def test_what_peft_saves_is_merged_as_peft_does(name: str, generator: torch.Gene
 
 
 @pytest.mark.parametrize("name", ["plain", "rslora", "alpha_pattern", "rank_pattern", "dora"])
-def test_metadata_of_diffusers_is_obeyed(name: str, generator: torch.Generator, tmp_path: Path) -> None:
+def test_metadata_of_diffusers_is_obeyed(
+    name: str, generator: torch.Generator, tmp_path: Path
+) -> None:
     """In the header of the file, whatever the file's name."""
     theirs, model = trained_by_peft(CONFIGS[name], generator), build()
     diffusers.loaders.WanLoraLoaderMixin.save_lora_weights(
         tmp_path,
         transformer_lora_layers={
-            k.removeprefix("base_model.model."): t for k, t in get_peft_model_state_dict(theirs).items()
+            k.removeprefix("base_model.model."): t
+            for k, t in get_peft_model_state_dict(theirs).items()
         },
         transformer_lora_adapter_metadata=theirs.peft_config["default"].to_dict(),
     )
-    merge_lora(model, (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "mine.safetensors"))
+    merge_lora(
+        model, (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "mine.safetensors")
+    )
     assert error(model, theirs.merge_and_unload().state_dict()) < 1e-6
 
 
@@ -254,21 +300,33 @@ def test_metadata_of_diffusers_is_obeyed(name: str, generator: torch.Generator, 
     [
         ({"lora_alpha": 10**400}, "lora_alpha should be a number >= 0 and finite"),
         ({"lora_alpha": -8}, "lora_alpha"), ({"lora_alpha": float("nan")}, "lora_alpha"),
-        ({"lora_alpha": "8"}, "lora_alpha"), ({"lora_alpha": True}, "lora_alpha"), ({"lora_alpha": None}, "lora_alpha"),
-        ({"r": 0}, "r should be a whole number >= 1, not 0"), ({"r": 4.5}, "r should be"), ({"r": 8}, "rank 4, but 8"),
-        ({"rank_pattern": {"to_q": 0}}, "rank_pattern.to_q"), ({"rank_pattern": {"to_q": 3}}, "rank 4, but 3"),
+        ({"lora_alpha": "8"}, "lora_alpha"), ({"lora_alpha": True}, "lora_alpha"),
+        ({"lora_alpha": None}, "lora_alpha"),
+        ({"r": 0}, "r should be a whole number >= 1, not 0"), ({"r": 4.5}, "r should be"),
+        ({"r": 8}, "rank 4, but 8"),
+        ({"rank_pattern": {"to_q": 0}}, "rank_pattern.to_q"),
+        ({"rank_pattern": {"to_q": 3}}, "rank 4, but 3"),
         ({"rank_pattern": []}, "rank_pattern should be an object"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern should be a regular expression"),
-        ({"alpha_pattern": {"to_q": "1"}}, "alpha_pattern.to_q"), ({"use_rslora": "yes"}, "use_rslora"),
-        ({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias"), ({"bias": "all"}, "bias='all'"),
-        ({"bias": "some"}, "bias should be one of none, all, lora_only"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"modules_to_save": ["proj_out"]}, "proj_out"), ({"peft_type": "LOHA"}, "peft_type should be LORA"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"), ({"init_lora_weights": "olora"}, "olora"),
-        ({"exclude_modules": ["to_q"]}, "a layer without adapters"), ({"target_modules": ["to_k"]}, "a layer without"),
+        ({"alpha_pattern": {"to_q": "1"}}, "alpha_pattern.to_q"),
+        ({"use_rslora": "yes"}, "use_rslora"),
+        ({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "some"}, "bias should be one of none, all, lora_only"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"modules_to_save": ["proj_out"]}, "proj_out"), ({"peft_type": "LOHA"}, "peft_type should "
+                                                                                 "be LORA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"exclude_modules": ["to_q"]}, "a layer without adapters"),
+        ({"target_modules": ["to_k"]}, "a layer without"),
         ({"layers_to_transform": [1], "layers_pattern": "("}, "layers_pattern"),
-        ({"rank_pattern": {"(.*)*x": 1}}, "repeats"), ({"target_modules": ".*.*.*.*.*x"}, "repeats"),
-        ({"layers_to_transform": [1]}, "a layer without"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"use_qalora": True}, "use_qalora"), ({"a_new_field": 2}, "a_new_field"), ({"target_modules": 3}, "target"),
+        ({"rank_pattern": {"(.*)*x": 1}}, "repeats"),
+        ({"target_modules": ".*.*.*.*.*x"}, "repeats"),
+        ({"layers_to_transform": [1]}, "a layer without"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"use_qalora": True}, "use_qalora"), ({"a_new_field": 2}, "a_new_field"),
+        ({"target_modules": 3}, "target"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("beside", [True, False])
@@ -282,18 +340,28 @@ def test_settings_that_cannot_be_obeyed_are_refused(
     state = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
     model, where = build(), "adapter_config.json" if beside else "lora_adapter_metadata"
     if beside:
-        save_file({f"base_model.model.{k}": t for k, t in state.items()}, tmp_path / "adapter_model.safetensors")
+        save_file(
+            {f"base_model.model.{k}": t for k, t in state.items()},
+            tmp_path / "adapter_model.safetensors",
+        )
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     else:
         text = json.dumps({f"transformer.{k}": v for k, v in config.items()})
-        save_file(state, tmp_path / "pytorch_lora_weights.safetensors", metadata={"lora_adapter_metadata": text})
+        save_file(
+            state,
+            tmp_path / "pytorch_lora_weights.safetensors",
+            metadata={"lora_adapter_metadata": text},
+        )
     refused(model, tmp_path, message, where)
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "3", "", "{", '{"r": 1, "r": 2}', "[" * 10**5, '{"lora_alpha": ' + "9" * 5000 + "}"]
+    "text",
+    ["[]", "3", "", "{", '{"r": 1, "r": 2}', "[" * 10**5, '{"lora_alpha": ' + "9" * 5000 + "}"],
 )
-def test_configurations_that_are_none(text: str, generator: torch.Generator, tmp_path: Path) -> None:
+def test_configurations_that_are_none(
+    text: str, generator: torch.Generator, tmp_path: Path
+) -> None:
     a, b = pair((24, 24), 4, generator)
     layer = "blocks.0.attn1.to_q"
     state = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
@@ -318,20 +386,29 @@ def test_alpha_is_never_guessed_and_must_agree(generator: torch.Generator, tmp_p
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
     save_file(state | {f"{layer}.alpha": torch.tensor(4)}, tmp_path / "lora.safetensors")
     refused(model, tmp_path, "scales that differ, 1 by", f"{layer}.alpha", "adapter_config.json")
-    save_file(state | {f"{layer}.alpha": torch.tensor(8, dtype=torch.bfloat16)}, tmp_path / "lora.safetensors")
+    save_file(
+        state | {f"{layer}.alpha": torch.tensor(8, dtype=torch.bfloat16)},
+        tmp_path / "lora.safetensors",
+    )
     merge_lora(model, tmp_path)
     expected["blocks.0.attn1.to_q.weight"] += 2 * b @ a
     assert error(model, expected) < 1e-6
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((24, 1), 1), ((1, 24), 0)])
-def test_magnitudes_of_lycoris(shape: tuple[int, int], dim: int, generator: torch.Generator, tmp_path: Path) -> None:
+def test_magnitudes_of_lycoris(
+    shape: tuple[int, int], dim: int, generator: torch.Generator, tmp_path: Path
+) -> None:
     """By rows, or as its older files by columns."""
     model, file = build(), tmp_path / "lora.safetensors"
     a, b = pair((24, 24), 4, generator)
     magnitude = torch.rand(shape, generator=generator)
     layer = "lora_unet_blocks_0_self_attn_q"
-    state = {f"{layer}.lora_down.weight": a, f"{layer}.lora_up.weight": b, f"{layer}.dora_scale": magnitude}
+    state = {
+        f"{layer}.lora_down.weight": a,
+        f"{layer}.lora_up.weight": b,
+        f"{layer}.dora_scale": magnitude,
+    }
     save_file(state | {f"{layer}.alpha": torch.tensor(2.0)}, file)
     refused(model, file, f"{layer}.dora_scale", scale=0.5)
     expected = copy_of(model)
@@ -341,10 +418,12 @@ def test_magnitudes_of_lycoris(shape: tuple[int, int], dim: int, generator: torc
     assert error(model, expected) < 1e-6
 
 
-# Numbers ---------------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_only_rounding_is_to_the_weights_dtype(
     dtype: torch.dtype, stored: torch.dtype, generator: torch.Generator, tmp_path: Path
@@ -353,25 +432,35 @@ def test_the_only_rounding_is_to_the_weights_dtype(
     before = copy_of(model)
     a, b = (t.to(stored) for t in pair((24, 24), 4, generator))
     layer = "blocks.0.attn1.to_q"
-    save_file({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}, tmp_path / "lora.safetensors")
+    save_file(
+        {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}, tmp_path / "lora.safetensors"
+    )
     merge_lora(model, tmp_path / "lora.safetensors", 0.7)
     exact = before[f"{layer}.weight"].double() + 0.7 * (b.double() @ a.double())
     merged = model.state_dict()[f"{layer}.weight"]
-    # Sums of four in another order: fp64 differs in the last bits, so the result in at most one, and seldom.
+    # Sums of four in another order: fp64 differs in the last bits, so the result in at most one,
+    # and seldom.
     assert merged.dtype == dtype and (merged == exact.to(dtype)).float().mean() > 0.99
     assert ((merged - exact).abs() <= torch.finfo(dtype).eps * exact.abs()).all()
 
 
-def test_several_add_up_and_nothing_is_left_behind(generator: torch.Generator, tmp_path: Path) -> None:
+def test_several_add_up_and_nothing_is_left_behind(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
     model, layer = build(), "blocks.0.attn1.to_q"
     before, expected = copy_of(model), copy_of(model)
     for i, scale in enumerate((0.5, -2, 0)):
         a, b = pair((24, 24), i + 1, generator)
-        save_file({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}, tmp_path / f"{i}.safetensors")
+        save_file(
+            {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b},
+            tmp_path / f"{i}.safetensors",
+        )
         merge_lora(model, tmp_path / f"{i}.safetensors", scale)
         expected[f"{layer}.weight"] += scale * b @ a
     assert list(model.state_dict()) == list(before) and error(model, expected) < 1e-6
-    assert not getattr(model, "peft_config", {}) and all(p.requires_grad for p in model.parameters())
+    assert not getattr(model, "peft_config", {}) and all(
+        p.requires_grad for p in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None, True, 10**400])
@@ -380,7 +469,9 @@ def test_a_scale_is_a_finite_number(scale: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-def test_numbers_that_are_not_finite_change_nothing(value: float, generator: torch.Generator, tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_change_nothing(
+    value: float, generator: torch.Generator, tmp_path: Path
+) -> None:
     """In the last layer, before or after merging, when the others could be merged."""
     model, file, state = build(), tmp_path / "lora.safetensors", {}
     for layer in ("blocks.0.attn1.to_q", "blocks.1.ffn.net.2"):
@@ -389,21 +480,30 @@ def test_numbers_that_are_not_finite_change_nothing(value: float, generator: tor
     state["blocks.1.ffn.net.2.lora_B.weight"][0, 0] = value
     state["blocks.1.ffn.net.2.lora_A.weight"][0] += 5
     save_file(state, file)
-    refused(model, file, "finite" if value == 3e38 else "NaN or infinity", "blocks.1.ffn.net.2.lora_B.weight")
+    refused(
+        model,
+        file,
+        "finite" if value == 3e38 else "NaN or infinity",
+        "blocks.1.ffn.net.2.lora_B.weight",
+    )
 
 
-# Transformers ----------------------------------------------------------------------------------------------------
+# Transformers -------------------------------------------------------------------------------------
 
 
 def one_layer(folder: Path, generator: torch.Generator) -> tuple[Path, Tensor]:
     """A LoRA of ``blocks.0.attn1.to_q``, and what it adds."""
     a, b = pair((24, 24), 2, generator)
     layer = "transformer.blocks.0.attn1.to_q"
-    save_file({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}, folder / "one.safetensors")
+    save_file(
+        {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}, folder / "one.safetensors"
+    )
     return folder / "one.safetensors", b @ a
 
 
-def test_weights_in_use_elsewhere_stay_where_they_are(generator: torch.Generator, tmp_path: Path) -> None:
+def test_weights_in_use_elsewhere_stay_where_they_are(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
     """A pinned copy, a graph or an optimizer holds the very tensors."""
     file, added = one_layer(tmp_path, generator)
     with torch.inference_mode():
@@ -417,11 +517,15 @@ def test_weights_in_use_elsewhere_stay_where_they_are(generator: torch.Generator
         torch.testing.assert_close(weight.detach(), before + added, rtol=0, atol=1e-6)
 
 
-def test_an_accelerated_pipeline_with_an_adapter(model: Path, generator: torch.Generator, tmp_path: Path) -> None:
+def test_an_accelerated_pipeline_with_an_adapter(
+    model: Path, generator: torch.Generator, tmp_path: Path
+) -> None:
     """diffusers' own layers get the change, under the adapter that is loaded."""
     file, added = one_layer(tmp_path, generator)
     pipe = diffusers.AnyFlowPipeline.from_pretrained(model)
-    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    pipe.transformer.add_adapter(
+        LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    )
     before = copy_of(pipe.transformer)
     anyflow.accelerate(pipe)
     merge_lora(pipe.transformer, file)
@@ -440,7 +544,7 @@ def test_weights_that_cannot_be_changed(generator: torch.Generator, tmp_path: Pa
             merge_lora(wrong, file)
 
 
-# Files -----------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 def test_files_that_are_none(generator: torch.Generator, tmp_path: Path) -> None:
@@ -487,7 +591,9 @@ def test_files_of_torch(generator: torch.Generator, tmp_path: Path) -> None:
     refused(model, tmp_path / "model.pt", "model.pt")
 
 
-def test_a_configuration_of_another_file_is_left_alone(generator: torch.Generator, tmp_path: Path) -> None:
+def test_a_configuration_of_another_file_is_left_alone(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
     file, added = one_layer(tmp_path, generator)
     save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 64, "lora_alpha": 1}))

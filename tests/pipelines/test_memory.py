@@ -1,4 +1,6 @@
-"""The memory plans and the speed options of the pipeline: what they give, what they leave behind, what they refuse."""
+"""The memory plans and the speed options of the pipeline: what they give, what they leave behind,
+what they refuse.
+"""
 
 import json
 import shutil
@@ -34,8 +36,14 @@ CALL: dict[str, Any] = {
 PROMPT = "a red disc moves slowly"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "graph": ({"cuda_graph": True}, "cuda_graph needs a CUDA device, but the device is cpu"),
-    "graph-low": ({"cuda_graph": True, "memory": "low"}, "cuda_graph needs a CUDA device, but the device is cpu"),
-    "stream": ({"memory": "stream"}, "memory='stream' copies weights to a CUDA device, but the device is cpu"),
+    "graph-low": (
+        {"cuda_graph": True, "memory": "low"},
+        "cuda_graph needs a CUDA device, but the device is cpu",
+    ),
+    "stream": (
+        {"memory": "stream"},
+        "memory='stream' copies weights to a CUDA device, but the device is cpu",
+    ),
     "plan": ({"memory": "tiny"}, "memory must be one of auto, fast, low, stream, got 'tiny'"),
 }
 
@@ -48,7 +56,9 @@ def no_weights(model: Path, tmp_path: Path) -> Path:
 
 
 def load(model: Path, memory: str, device: str = "cpu", **options: Any) -> AnyFlowPipeline:
-    return AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device=device, memory=memory, **options)
+    return AnyFlowPipeline.from_pretrained(
+        model, dtype=torch.float32, device=device, memory=memory, **options
+    )
 
 
 def video(pipe: AnyFlowPipeline, **call: Any) -> Tensor:
@@ -56,7 +66,9 @@ def video(pipe: AnyFlowPipeline, **call: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_a_cpu_cannot_do_is_refused_before_anything_is_loaded(options, message, no_weights: Path) -> None:
+def test_what_a_cpu_cannot_do_is_refused_before_anything_is_loaded(
+    options, message, no_weights: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         AnyFlowPipeline.from_pretrained(no_weights, device="cpu", **options)
 
@@ -64,9 +76,22 @@ def test_what_a_cpu_cannot_do_is_refused_before_anything_is_loaded(options, mess
 @pytest.mark.parametrize("arguments", [["--cuda-graph"], ["--memory", "stream"]], ids=" ".join)
 def test_the_command_refuses_it_too(arguments: list[str], no_weights: Path, tmp_path: Path) -> None:
     size = ["--height", "16", "--width", "32", "--num-frames", "5", "--device", "cpu"]
-    command = ["sample", "--model", str(no_weights), "--out", str(tmp_path / "out"), "--prompt", PROMPT, *size]
+    command = [
+        "sample",
+        "--model",
+        str(no_weights),
+        "--out",
+        str(tmp_path / "out"),
+        "--prompt",
+        PROMPT,
+        *size,
+    ]
     result = CliRunner().invoke(app, [*command, *arguments])
-    assert result.exit_code == 2 and result.output.startswith("anyflow: ") and result.output.count("\n") == 1
+    assert (
+        result.exit_code == 2
+        and result.output.startswith("anyflow: ")
+        and result.output.count("\n") == 1
+    )
     assert arguments[0].strip("-").replace("-", "_") in result.output
     assert not (tmp_path / "out").exists()
 
@@ -75,7 +100,9 @@ def test_the_command_refuses_it_too(arguments: list[str], no_weights: Path, tmp_
 def test_weights_that_stream_are_not_compiled_or_recorded(option: str, no_weights: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.raises(ValueError, match="needs weights that stay|copies weights to a CUDA device"):
-        AnyFlowPipeline.from_pretrained(no_weights, device=device, memory="stream", **{option: True})
+        AnyFlowPipeline.from_pretrained(
+            no_weights, device=device, memory="stream", **{option: True}
+        )
 
 
 @pytest.mark.parametrize("memory", ["fast", "low", pytest.param("stream", marks=needs_cuda)])
@@ -97,14 +124,23 @@ def test_a_pipeline_first_used_in_inference_mode_can_be_trained(memory: str, mod
 
 
 @pytest.mark.parametrize("made_by", ["from_pretrained", "load_transformer", "accelerate"])
-def test_a_transformer_made_in_inference_mode_can_be_trained(made_by: str, model: Path, generator) -> None:
+def test_a_transformer_made_in_inference_mode_can_be_trained(
+    made_by: str, model: Path, generator
+) -> None:
     theirs = diffusers.AnyFlowTransformer3DModel.from_pretrained(model, subfolder="transformer")
     with torch.inference_mode():
         if made_by == "from_pretrained":
             network = load(model, "fast").transformer
         else:
-            network = load_transformer(model) if made_by == "load_transformer" else anyflow.accelerate(theirs)
-        x, text = torch.randn(1, 2, 16, 2, 4, generator=generator), torch.randn(1, 12, 16, generator=generator)
+            network = (
+                load_transformer(model)
+                if made_by == "load_transformer"
+                else anyflow.accelerate(theirs)
+            )
+        x, text = (
+            torch.randn(1, 2, 16, 2, 4, generator=generator),
+            torch.randn(1, 12, 16, generator=generator),
+        )
         t = torch.full((1, 2), 700.0)
         before = network(x, t, t / 2, text).sample
     after = network(*(tensor.clone() for tensor in (x, t, t / 2, text))).sample
@@ -115,8 +151,12 @@ def test_a_transformer_made_in_inference_mode_can_be_trained(made_by: str, model
 def adapter(model: Path, folder: Path) -> Path:
     """A LoRA file that changes the transformer."""
     torch.manual_seed(1)
-    transformer = diffusers.AnyFlowTransformer3DModel.from_pretrained(model, subfolder="transformer")
-    transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "net.2"], init_lora_weights=False))
+    transformer = diffusers.AnyFlowTransformer3DModel.from_pretrained(
+        model, subfolder="transformer"
+    )
+    transformer.add_adapter(
+        LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "net.2"], init_lora_weights=False)
+    )
     diffusers.loaders.WanLoraLoaderMixin.save_lora_weights(
         folder, transformer_lora_layers=get_peft_model_state_dict(transformer)
     )
@@ -125,14 +165,44 @@ def adapter(model: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
 def test_the_command_merges_a_lora(memory: str, model: Path, tmp_path: Path) -> None:
-    size = ["--height", "16", "--width", "32", "--num-frames", "5", "--device", "cpu", "--memory", memory]
-    command = ["sample", "--model", str(model), "--prompt", PROMPT, "--steps", "2", "--dtype", "float32", *size]
-    for out, more in (("plain", []), ("merged", ["--lora", str(adapter(model, tmp_path / "lora"))])):
+    size = [
+        "--height",
+        "16",
+        "--width",
+        "32",
+        "--num-frames",
+        "5",
+        "--device",
+        "cpu",
+        "--memory",
+        memory,
+    ]
+    command = [
+        "sample",
+        "--model",
+        str(model),
+        "--prompt",
+        PROMPT,
+        "--steps",
+        "2",
+        "--dtype",
+        "float32",
+        *size,
+    ]
+    for out, more in (
+        ("plain", []),
+        ("merged", ["--lora", str(adapter(model, tmp_path / "lora"))]),
+    ):
         result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / out), *more])
         assert result.exit_code == 0, result.output
-    plain, merged = (next((tmp_path / out).rglob("steps-02-seed-0.mp4")).read_bytes() for out in ("plain", "merged"))
+    plain, merged = (
+        next((tmp_path / out).rglob("steps-02-seed-0.mp4")).read_bytes()
+        for out in ("plain", "merged")
+    )
     assert plain != merged
-    assert json.loads((tmp_path / "merged" / "results.json").read_text())["settings"]["lora"] == str(tmp_path / "lora")
+    assert json.loads((tmp_path / "merged" / "results.json").read_text())["settings"][
+        "lora"
+    ] == str(tmp_path / "lora")
 
 
 PLANS: dict[str, dict[str, Any]] = {
@@ -146,11 +216,17 @@ PLANS: dict[str, dict[str, Any]] = {
 
 @needs_cuda
 @pytest.mark.parametrize("options", PLANS.values(), ids=PLANS)
-def test_every_plan_gives_the_same_on_a_gpu(options: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    """Twice, as a graph replays and streams learn their order in the first; with a LoRA that is merged in between."""
+def test_every_plan_gives_the_same_on_a_gpu(
+    options: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    """Twice, as a graph replays and streams learn their order in the first; with a LoRA that is
+    merged in between.
+    """
     expected, actual = load(model, "fast", "cuda"), load(model, device="cuda", **options)
     for call in ({"num_inference_steps": 4}, {"num_inference_steps": 2, "seed": 2}):
-        torch.testing.assert_close(video(actual, **call), video(expected, **call), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            video(actual, **call), video(expected, **call), rtol=0, atol=1e-4
+        )
     before = video(actual)
     for pipe in (expected, actual):
         pipe.load_lora(adapter(model, tmp_path))
@@ -181,8 +257,14 @@ def test_the_transformer_leaves_the_gpu(memory: str, model: Path) -> None:
 def test_a_transformer_of_40_blocks_streams_in_the_memory_of_a_few(model: Path) -> None:
     """Blocks of 31 MB, and 1.3 GB in all."""
     pipe = load(model, "stream", "cuda")
-    sizes = dict(pipe.transformer.config) | {"num_layers": 40, "num_attention_heads": 64, "ffn_dim": 2048}
-    pipe.transformer = type(pipe.transformer)(**{k: v for k, v in sizes.items() if not k.startswith("_")}).eval()
+    sizes = dict(pipe.transformer.config) | {
+        "num_layers": 40,
+        "num_attention_heads": 64,
+        "ffn_dim": 2048,
+    }
+    pipe.transformer = type(pipe.transformer)(
+        **{k: v for k, v in sizes.items() if not k.startswith("_")}
+    ).eval()
     block = sum(p.nbytes for p in pipe.transformer.blocks[0].parameters())
     weights = sum(p.nbytes for p in pipe.transformer.parameters())
     video(pipe, output_type="latent", num_inference_steps=1)
@@ -199,29 +281,41 @@ def test_a_text_encoder_streams_layer_by_layer(model: Path) -> None:
     expected = encode_prompt(text_encoder, tokenizer, PROMPT, 12)
     stream(text_encoder, torch.device("cuda"))
     for _ in range(2):
-        torch.testing.assert_close(encode_prompt(text_encoder, tokenizer, PROMPT, 12), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            encode_prompt(text_encoder, tokenizer, PROMPT, 12), expected, rtol=0, atol=1e-4
+        )
         assert not any(p.is_cuda for p in text_encoder.parameters())
     stop_streaming(text_encoder)
     assert not has_hooks(text_encoder)
-    torch.testing.assert_close(encode_prompt(text_encoder, tokenizer, PROMPT, 12), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        encode_prompt(text_encoder, tokenizer, PROMPT, 12), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_hooks_come_off_and_leave_the_weights(model: Path, tmp_path: Path) -> None:
     """Those of a transformer whose weights wait on a disk, as a CPU has no streams."""
     transformer = load_transformer(model)
-    names, weights = list(transformer.state_dict()), [p.detach().clone() for p in transformer.parameters()]
+    names, weights = (
+        list(transformer.state_dict()),
+        [p.detach().clone() for p in transformer.parameters()],
+    )
     buffers = [b.clone() for b in transformer.buffers()]
     x, t, text = torch.zeros(1, 2, 16, 2, 4), torch.full((1,), 700.0), torch.zeros(1, 12, 16)
     with torch.no_grad():
         expected = transformer(x, t, t / 2, text).sample
         cpu = torch.device("cpu")
-        apply_group_offloading(transformer, cpu, cpu, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path))
+        apply_group_offloading(
+            transformer, cpu, cpu, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
+        )
         assert has_hooks(transformer)
-        torch.testing.assert_close(transformer(x, t, t / 2, text).sample, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            transformer(x, t, t / 2, text).sample, expected, rtol=0, atol=1e-5
+        )
         stop_streaming(transformer)
         for parameter, weight in zip(transformer.parameters(), weights, strict=True):
             parameter.copy_(2 * weight)
-        for buffer, value in zip(transformer.buffers(), buffers, strict=True):  # which wait on the disk, too
+        # which wait on the disk, too
+        for buffer, value in zip(transformer.buffers(), buffers, strict=True):
             buffer.copy_(value)
     assert not has_hooks(transformer) and list(transformer.state_dict()) == names
     with torch.no_grad():
@@ -233,6 +327,8 @@ def test_hooks_come_off_and_leave_the_weights(model: Path, tmp_path: Path) -> No
 def test_a_transformer_put_in_place_of_the_own_is_used(model: Path) -> None:
     pipe = load(model, "low")
     before = video(pipe)
-    other = type(pipe.transformer)(**{k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")})
+    other = type(pipe.transformer)(
+        **{k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
+    )
     pipe.transformer = other.eval()
     assert isinstance(pipe.transformer, nn.Module) and not torch.equal(video(pipe), before)

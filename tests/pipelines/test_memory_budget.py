@@ -1,7 +1,9 @@
-"""What each stage of the 14B model takes at 480 x 832 x 81 in bf16, counted on tensors that have sizes but no memory.
+"""What each stage of the 14B model takes at 480 x 832 x 81 in bf16, counted on tensors that have
+sizes but no memory.
 
-`python tests/pipelines/test_memory_budget.py` prints the table of docs/sampling.md. Counted is what is allocated, as
-torch.cuda.max_memory_allocated() does; not the workspaces of libraries, nor what an allocator loses between blocks.
+`python tests/pipelines/test_memory_budget.py` prints the table of docs/sampling.md. Counted is what
+is allocated, as torch.cuda.max_memory_allocated() does; not the workspaces of libraries, nor what
+an allocator loses between blocks.
 """
 
 import copy
@@ -29,7 +31,14 @@ DOCS = Path(__file__).parents[2] / "docs" / "sampling.md"
 README = Path(__file__).parents[2] / "README.md"
 GB = 1e9
 SEED_PEAK = 57 * GB  # of the published 14B script, on an H200
-UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+UMT5_XXL = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+}
 MODELS = {
     "1.3B": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     "14B": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
@@ -45,10 +54,15 @@ class Peak(TorchDispatchMode):
         self.bytes = self._live = 0
         self._known = {id(tensor.untyped_storage()) for tensor in existing}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self._known:
+            if (
+                isinstance(tensor, Tensor)
+                and id(storage := tensor.untyped_storage()) not in self._known
+            ):
                 self._known.add(id(storage))
                 self._live += storage.nbytes()
                 weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
@@ -109,7 +123,11 @@ def count(tiled: bool, architecture: Mapping[str, int] = MODELS["14B"]) -> Budge
     """All stages at true size, with the VAE in tiles or not."""
     with torch.device("meta"):
         transformer = AnyFlowTransformer3DModel(**architecture).eval()
-        text_encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL, feed_forward_proj="gated-gelu")).bfloat16().eval()
+        text_encoder = (
+            UMT5EncoderModel(UMT5Config(**UMT5_XXL, feed_forward_proj="gated-gelu"))
+            .bfloat16()
+            .eval()
+        )
         vae = AutoencoderKLWan().eval()
     with torch.no_grad(), torch.device("meta"):
         vae.use_slicing, vae.use_tiling = True, tiled
@@ -134,7 +152,8 @@ def count(tiled: bool, architecture: Mapping[str, int] = MODELS["14B"]) -> Budge
 
 def prompt(text_encoder: nn.Module) -> int:
     """Of one prompt."""
-    with FakeTensorMode(), torch.no_grad():  # not on the meta device, as the mask's values are asked for
+    # not on the meta device, as the mask's values are asked for
+    with FakeTensorMode(), torch.no_grad():
         faked(text_encoder)
         with Peak(weights(text_encoder)) as peak:
             tokens = torch.zeros(1, 512, dtype=torch.long)
@@ -219,13 +238,18 @@ def test_the_workspaces_of_the_plans_are_enough(budget: Budget) -> None:
     assert budget.encoding < TEXT_WORKSPACE
 
 
-@pytest.mark.parametrize(("card", "plan"), [(80, "fast"), (48, "low"), (40, "stream"), (24, "stream"), (16, "stream")])
+@pytest.mark.parametrize(
+    ("card", "plan"), [(80, "fast"), (48, "low"), (40, "stream"), (24, "stream"), (16, "stream")]
+)
 def test_the_plan_of_14b_on_a_card(card: int, plan: str, budget: Budget) -> None:
     model = Sizes(budget.transformer, budget.text_encoder, budget.vae)
     free = int(0.97 * card * 2**30)
     assert choose_plan("auto", model, free) == plan
     assert choose_plan("low", model, free) == ("low" if plan == "fast" else plan)
-    assert choose_plan("fast", model, free) == "fast" and choose_plan("stream", model, free) == "stream"
+    assert (
+        choose_plan("fast", model, free) == "fast"
+        and choose_plan("stream", model, free) == "stream"
+    )
     if plan == "stream":
         for option in ("compile", "cuda_graph"):
             with pytest.raises(ValueError, match=f"{option} needs weights that stay.*GB are free"):
@@ -234,17 +258,32 @@ def test_the_plan_of_14b_on_a_card(card: int, plan: str, budget: Budget) -> None
 
 def test_everything_fits_where_nothing_is_known_of_the_memory() -> None:
     huge = Sizes(10**15, 10**15, 10**15)
-    assert [choose_plan(memory, huge, None) for memory in ("auto", "fast", "low")] == ["fast", "fast", "low"]
+    assert [choose_plan(memory, huge, None) for memory in ("auto", "fast", "low")] == [
+        "fast",
+        "fast",
+        "low",
+    ]
 
 
 def table(untiled: Budget, tiled: Budget) -> str:
     """In Markdown; GB."""
-    plans = {"fast": untiled.stages("fast"), "low": tiled.stages("low"), "stream": tiled.stages("stream")}
+    plans = {
+        "fast": untiled.stages("fast"),
+        "low": tiled.stages("low"),
+        "stream": tiled.stages("stream"),
+    }
     lines = ["| GB on the device | `fast` | `low` | `stream` |", "|---|---|---|---|"]
     for stage in plans["low"]:
-        lines.append(f"| {stage} | " + " | ".join(f"{plans[plan][stage]:.1f}" for plan in plans) + " |")
+        lines.append(
+            f"| {stage} | " + " | ".join(f"{plans[plan][stage]:.1f}" for plan in plans) + " |"
+        )
     return "\n".join(
-        [*lines, "| **peak** | " + " | ".join(f"**{max(p.values()):.1f}**" for p in plans.values()) + " |"]
+        [
+            *lines,
+            "| **peak** | "
+            + " | ".join(f"**{max(p.values()):.1f}**" for p in plans.values())
+            + " |",
+        ]
     )
 
 
@@ -261,13 +300,21 @@ def test_the_table_of_the_docs_is_this_one(budget: Budget) -> None:
 def test_the_table_of_the_readme_is_this_one(budget: Budget) -> None:
     with torch.device("meta"):
         small = AnyFlowTransformer3DModel(**MODELS["1.3B"]).eval()
-    parts = {"transformer": sizes(in_bf16(small)), "block": sizes(small.blocks[0]), "num_blocks": 30}
+    parts = {
+        "transformer": sizes(in_bf16(small)),
+        "block": sizes(small.blocks[0]),
+        "num_blocks": 30,
+    }
     steps = {"sampling": step(small, guided=False), "guided": step(small, guided=True)}
     for name, counted in (("1.3B", replace(budget, **parts, **steps)), ("14B", budget)):
         peaks = [max(counted.stages(plan).values()) for plan in ("fast", "low", "stream")]
         start = f"| `nvidia/AnyFlow-Wan2.1-T2V-{name}-"
         row = next(line for line in README.read_text().splitlines() if line.startswith(start))
-        assert row.split("|")[3].split(" / ") == [f" {peaks[0]:.1f}", f"{peaks[1]:.1f}", f"{peaks[2]:.1f} "]
+        assert row.split("|")[3].split(" / ") == [
+            f" {peaks[0]:.1f}",
+            f"{peaks[1]:.1f}",
+            f"{peaks[2]:.1f} ",
+        ]
 
 
 if __name__ == "__main__":

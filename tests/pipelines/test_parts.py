@@ -1,4 +1,6 @@
-"""diffusers' methods on our pipeline: moving, offloading, LoRA, writing and assembling, under every memory plan."""
+"""diffusers' methods on our pipeline: moving, offloading, LoRA, writing and assembling, under every
+memory plan.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ CALL: dict[str, Any] = {
 
 
 def load(model: Path, **options: Any) -> AnyFlowPipeline:
-    pipe = AnyFlowPipeline.from_pretrained(model, **{"torch_dtype": torch.float32, "device": "cpu", **options})
+    pipe = AnyFlowPipeline.from_pretrained(
+        model, **{"torch_dtype": torch.float32, "device": "cpu", **options}
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -60,7 +64,8 @@ def test_it_is_a_pipeline_of_diffusers(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "dtype"),
-    [({}, torch.bfloat16), ({"torch_dtype": torch.float16}, torch.float16), ({"dtype": "float32"}, torch.float32),
+    [({}, torch.bfloat16), ({"torch_dtype": torch.float16}, torch.float16),
+     ({"dtype": "float32"}, torch.float32),
      ({"dtype": torch.float32, "torch_dtype": "float32"}, torch.float32)],
 )  # fmt: skip
 def test_the_dtype_has_both_names(options: dict[str, Any], dtype: torch.dtype, model: Path) -> None:
@@ -71,18 +76,23 @@ def test_the_dtype_has_both_names(options: dict[str, Any], dtype: torch.dtype, m
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"dtype": torch.float16, "torch_dtype": torch.bfloat16}, "dtype and torch_dtype are one setting"),
+    [({"dtype": torch.float16, "torch_dtype": torch.bfloat16}, "dtype and torch_dtype are one "
+                                                               "setting"),
      ({"torch_dtype": "bf8"}, "torch_dtype must be one of .*float16, got 'bf8'"),
      ({"dtype": torch.int8}, "dtype must be one of")],
 )  # fmt: skip
-def test_a_dtype_that_cannot_be_is_refused(options: dict[str, Any], message: str, model: Path) -> None:
+def test_a_dtype_that_cannot_be_is_refused(
+    options: dict[str, Any], message: str, model: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         AnyFlowPipeline.from_pretrained(model, device="cpu", **options)
 
 
 def test_moving_to_a_dtype_is_diffusers(model: Path, peer: diffusers.AnyFlowPipeline) -> None:
     pipe = load(model)
-    assert pipe.to(torch.float64) is pipe and {p.dtype for p in pipe.vae.parameters()} == {torch.float64}
+    assert pipe.to(torch.float64) is pipe and {p.dtype for p in pipe.vae.parameters()} == {
+        torch.float64
+    }
     wide = latents(pipe)
     assert pipe.to("cpu", torch.float32).dtype == torch.float32
     torch.testing.assert_close(latents(pipe), latents(peer), rtol=0, atol=1e-5)
@@ -92,7 +102,9 @@ def test_moving_to_a_dtype_is_diffusers(model: Path, peer: diffusers.AnyFlowPipe
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("memory", ["fast", "low"])
-def test_what_needs_a_gpu_says_so_and_changes_nothing(memory: str, model: Path, expected: torch.Tensor) -> None:
+def test_what_needs_a_gpu_says_so_and_changes_nothing(
+    memory: str, model: Path, expected: torch.Tensor
+) -> None:
     pipe = load(model, memory=memory)
     with pytest.raises(ValueError, match="device cuda cannot be used"):
         pipe.to("cuda")
@@ -104,7 +116,9 @@ def test_what_needs_a_gpu_says_so_and_changes_nothing(memory: str, model: Path, 
 
 def test_the_plan_low_keeps_its_dtype_and_may_move(model: Path, expected: torch.Tensor) -> None:
     pipe = load(model, memory="low")
-    with pytest.raises(ValueError, match=r"memory='low' loads parts .* from_pretrained \(torch_dtype"):
+    with pytest.raises(
+        ValueError, match=r"memory='low' loads parts .* from_pretrained \(torch_dtype"
+    ):
         pipe.to(torch.float16)
     assert pipe.to("cpu") is pipe and pipe.device.type == "cpu"
     pipe.to("meta")
@@ -112,13 +126,19 @@ def test_the_plan_low_keeps_its_dtype_and_may_move(model: Path, expected: torch.
 
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
-def test_offloading_of_diffusers_takes_the_plans_place(memory: str, model: Path, expected: torch.Tensor) -> None:
-    """From the CPU to itself (by layers accelerate cannot do that); with a context, which the VAE encodes."""
+def test_offloading_of_diffusers_takes_the_plans_place(
+    memory: str, model: Path, expected: torch.Tensor
+) -> None:
+    """From the CPU to itself (by layers accelerate cannot do that); with a context, which the VAE
+    encodes.
+    """
     pipe = load(model, memory=memory)
     video = torch.zeros(1, 1, 3, 16, 32)
     with_context = latents(pipe, video=video)
     pipe.enable_model_cpu_offload(device="cpu")
-    assert all(hasattr(module, "_hf_hook") for module in (pipe.transformer, pipe.text_encoder, pipe.vae))
+    assert all(
+        hasattr(module, "_hf_hook") for module in (pipe.transformer, pipe.text_encoder, pipe.vae)
+    )
     for _ in range(2):
         torch.testing.assert_close(latents(pipe), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(latents(pipe, video=video), with_context, rtol=0, atol=1e-6)
@@ -131,8 +151,12 @@ def loras(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folders = []
     for rank, targets in ((2, ["to_q", "to_k"]), (4, ["to_v", "net.2"])):
         torch.manual_seed(rank)
-        network = diffusers.AnyFlowTransformer3DModel.from_pretrained(model, subfolder="transformer")
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=6, target_modules=targets, init_lora_weights=False))
+        network = diffusers.AnyFlowTransformer3DModel.from_pretrained(
+            model, subfolder="transformer"
+        )
+        network.add_adapter(
+            LoraConfig(r=rank, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+        )
         folders.append(tmp_path_factory.mktemp("lora"))
         AnyFlowPipeline.save_lora_weights(folders[-1], get_peft_model_state_dict(network))
     return folders
@@ -170,7 +194,9 @@ def test_loras_are_those_of_diffusers(memory: str, model: Path, loras: list[Path
 
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
-def test_a_saved_pipeline_is_loaded_by_both(memory: str, model: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+def test_a_saved_pipeline_is_loaded_by_both(
+    memory: str, model: Path, expected: torch.Tensor, tmp_path: Path
+) -> None:
     load(model, memory=memory).save_pretrained(tmp_path / "saved")
     assert torch.equal(latents(load(tmp_path / "saved")), expected)
     theirs = diffusers.AnyFlowPipeline.from_pretrained(tmp_path / "saved")
@@ -197,8 +223,16 @@ def test_pipelines_are_made_of_parts_and_of_other_pipelines(
         torch.testing.assert_close(latents(pipe), expected, rtol=0, atol=1e-5)
     vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float64)
     network = load_transformer(model)
-    pipe = load(model, vae=vae, transformer=network, text_encoder=peer.text_encoder, scheduler=peer.scheduler)
-    assert pipe.vae is vae and pipe.transformer is network and pipe.text_encoder is peer.text_encoder
+    pipe = load(
+        model,
+        vae=vae,
+        transformer=network,
+        text_encoder=peer.text_encoder,
+        scheduler=peer.scheduler,
+    )
+    assert (
+        pipe.vae is vae and pipe.transformer is network and pipe.text_encoder is peer.text_encoder
+    )
     assert torch.equal(latents(pipe), expected)
     low = load(model, memory="low", text_encoder=peer.text_encoder)
     assert torch.equal(latents(low), expected) and low.text_encoder is peer.text_encoder
@@ -210,11 +244,15 @@ def test_a_scheduler_of_diffusers_is_taken_by_its_settings(model: Path) -> None:
     other.scheduler = other.scheduler.from_config(other.scheduler.config, shift=2.0)
     assert torch.equal(latents(pipe), latents(other))
     pipe.scheduler = diffusers.UniPCMultistepScheduler()
-    with pytest.raises(ValueError, match="scheduler must be a FlowMapEuler.*, got UniPCMultistepScheduler"):
+    with pytest.raises(
+        ValueError, match="scheduler must be a FlowMapEuler.*, got UniPCMultistepScheduler"
+    ):
         latents(pipe)
 
 
-def test_encode_prompt_is_diffusers_under_every_plan(model: Path, peer: diffusers.AnyFlowPipeline) -> None:
+def test_encode_prompt_is_diffusers_under_every_plan(
+    model: Path, peer: diffusers.AnyFlowPipeline
+) -> None:
     arguments = (["a red disc", "a blue cross stops"], "bad quality", True, 2)
     theirs = peer.encode_prompt(*arguments, max_sequence_length=12)
     for memory in ("fast", "low"):
@@ -257,5 +295,7 @@ def test_a_plain_model_is_saved_as_wans_pipeline(model: Path, tmp_path: Path) ->
     theirs.set_progress_bar_config(disable=True)
     call = {**CALL, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(1)}
     frames = theirs(PROMPT, **call).frames
-    actual = latents(load(tmp_path / "wan", euler=True), sigmas=np.asarray(theirs.scheduler.sigmas[:2]))
+    actual = latents(
+        load(tmp_path / "wan", euler=True), sigmas=np.asarray(theirs.scheduler.sigmas[:2])
+    )
     torch.testing.assert_close(actual, frames, rtol=0, atol=1e-5)

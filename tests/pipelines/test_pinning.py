@@ -1,4 +1,6 @@
-"""Pinned weights: where they go, what stays when there is no memory for them, and that no bit changes."""
+"""Pinned weights: where they go, what stays when there is no memory for them, and that no bit
+changes.
+"""
 
 import itertools
 import warnings
@@ -29,13 +31,19 @@ def test_tensors_lie_one_behind_another_in_chunks(sizes: list[int]) -> None:
             assert offset % 256 == 0 and end <= offset < end + 256
             end = offset + sizes[index]
         assert end <= 1024 or len(places) == 1
-    for before, after in itertools.pairwise(chunks):  # a chunk ends where the next tensor does not fit
+    # a chunk ends where the next tensor does not fit
+    for before, after in itertools.pairwise(chunks):
         last, offset = before[-1]
-        assert offset + sizes[last] + 255 >= 1024 or -(-(offset + sizes[last]) // 256) * 256 + sizes[after[0][0]] > 1024
+        assert (
+            offset + sizes[last] + 255 >= 1024
+            or -(-(offset + sizes[last]) // 256) * 256 + sizes[after[0][0]] > 1024
+        )
 
 
 def test_the_weights_of_the_14b_model_lose_little() -> None:
-    """One by one they would take half as much again: torch rounds pinned memory up to powers of two."""
+    """One by one they would take half as much again: torch rounds pinned memory up to powers of
+    two.
+    """
     block = [2 * 5120 * n for n in (*[5120, 1] * 8, 13824, 13824, 1, 3, 1, 1, 6)]
     sizes = block * 40
     rounded = sum(1 << (size - 1).bit_length() for size in sizes)
@@ -48,7 +56,9 @@ def network() -> nn.Module:
 
 
 def test_pinned_weights_have_the_same_bits() -> None:
-    """Without a device, whose driver pins memory, they stay where they are, and a warning says so."""
+    """Without a device, whose driver pins memory, they stay where they are, and a warning says
+    so.
+    """
     module = network()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     same = list(module.parameters())
@@ -58,14 +68,17 @@ def test_pinned_weights_have_the_same_bits() -> None:
     after = dict(module.named_parameters())
     assert all(p is q for p, q in zip(module.parameters(), same, strict=True))
     assert all(
-        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
+        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype
+        for name, tensor in before.items()
     )
     if torch.cuda.is_available():
         assert left == 0 and not caught and all(p.is_pinned() for p in after.values())
         assert pin_weights(module) == 0  # and there is nothing left to do
     else:
         assert left == sum(p.nbytes for p in after.values())
-        assert [w.category for w in caught] == [UserWarning] and "pageable memory" in str(caught[0].message)
+        assert [w.category for w in caught] == [UserWarning] and "pageable memory" in str(
+            caught[0].message
+        )
 
 
 def test_available_memory() -> None:

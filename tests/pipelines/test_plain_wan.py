@@ -25,7 +25,10 @@ def flow_match() -> diffusers.FlowMatchEulerDiscreteScheduler:
 
 def unipc() -> diffusers.UniPCMultistepScheduler:
     return diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT, num_train_timesteps=1000
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=SHIFT,
+        num_train_timesteps=1000,
     )
 
 
@@ -60,14 +63,25 @@ def load(path: Path, **options: Any) -> AnyFlowPipeline:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_a_plain_wan_model_gives_wans_video_at_the_same_sigmas(guidance: float, peer, wan: Path) -> None:
-    call = {**CALL, "prompt": PROMPTS, "negative_prompt": ["bad quality"] * 2, "guidance_scale": guidance}
-    seeded = [{"generator": torch.Generator().manual_seed(3), "output_type": "np"} for _ in range(2)]
+def test_a_plain_wan_model_gives_wans_video_at_the_same_sigmas(
+    guidance: float, peer, wan: Path
+) -> None:
+    call = {
+        **CALL,
+        "prompt": PROMPTS,
+        "negative_prompt": ["bad quality"] * 2,
+        "guidance_scale": guidance,
+    }
+    seeded = [
+        {"generator": torch.Generator().manual_seed(3), "output_type": "np"} for _ in range(2)
+    ]
     expected = peer(**call, **seeded[0], num_inference_steps=4).frames
     sigmas = peer.scheduler.sigmas[:4]  # end at S(S(1/1000)), and ours at S(1/4)
     frames = load(wan, euler=True)(**call, **seeded[1], sigmas=sigmas).frames
     assert expected.std() > 0.01
-    torch.testing.assert_close(torch.from_numpy(frames), torch.from_numpy(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.from_numpy(frames), torch.from_numpy(expected), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("scheduler", [flow_match, unipc])
@@ -76,7 +90,9 @@ def test_the_shift_is_that_of_the_folders_scheduler(scheduler, wan: Path, tmp_pa
     ours = load_scheduler(tmp_path, euler=True)
     assert isinstance(ours, FlowMapEulerDiscreteScheduler)
     assert (ours.config.shift, ours.config.num_train_timesteps) == (SHIFT, 1000)
-    with pytest.raises(ValueError, match=f"is of '{scheduler().__class__.__name__}', which is no scheduler of flow"):
+    with pytest.raises(
+        ValueError, match=f"is of '{scheduler().__class__.__name__}', which is no scheduler of flow"
+    ):
         load_scheduler(tmp_path)
 
 
@@ -97,7 +113,9 @@ def test_a_schedule_that_is_no_shift_is_refused(settings, message, tmp_path: Pat
     assert str(file) in str(error.value)
 
 
-def test_a_plain_wan_model_is_refused_before_weights_are_read(wan: Path, model: Path, tmp_path: Path) -> None:
+def test_a_plain_wan_model_is_refused_before_weights_are_read(
+    wan: Path, model: Path, tmp_path: Path
+) -> None:
     message = "is a plain Wan model.*euler=True.*--euler"
     copy = tmp_path / "wan"
     shutil.copytree(wan, copy)
@@ -116,7 +134,11 @@ def test_a_plain_wan_model_is_refused_before_weights_are_read(wan: Path, model: 
 
 def test_a_teacher_of_training_is_sampled_by_euler(wan: Path, model: Path, tmp_path: Path) -> None:
     """Beside the parts of another model, with its own shift; and in place of them it is Wan's."""
-    teacher = save(load_transformer(wan), tmp_path / "run", scheduler=FlowMapEulerDiscreteScheduler(shift=SHIFT))
+    teacher = save(
+        load_transformer(wan),
+        tmp_path / "run",
+        scheduler=FlowMapEulerDiscreteScheduler(shift=SHIFT),
+    )
     call = {**CALL, "prompt": PROMPTS[0], "seed": 2, "num_inference_steps": 4, "output_type": "pt"}
     pipe = load(model, transformer=teacher, euler=True)
     assert pipe.scheduler.config.shift == SHIFT

@@ -1,4 +1,6 @@
-"""Every command and every piece of Python of docs/sampling.md runs, on a tiny model and small videos."""
+"""Every command and every piece of Python of docs/sampling.md runs, on a tiny model and small
+videos.
+"""
 
 import functools
 import re
@@ -28,9 +30,15 @@ def workplace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(model)
     _plain_wan(model, tmp_path / "wan")
-    (tmp_path / "prompts.csv").write_text("prompt,negative_prompt\na red disc,blurry\na blue cross,\n")
-    transformer = diffusers.AnyFlowTransformer3DModel.from_pretrained(model, subfolder="transformer")
-    adapted = get_peft_model(transformer, LoraConfig(r=2, target_modules=["to_q"]), adapter_name="real")
+    (tmp_path / "prompts.csv").write_text(
+        "prompt,negative_prompt\na red disc,blurry\na blue cross,\n"
+    )
+    transformer = diffusers.AnyFlowTransformer3DModel.from_pretrained(
+        model, subfolder="transformer"
+    )
+    adapted = get_peft_model(
+        transformer, LoraConfig(r=2, target_modules=["to_q"]), adapter_name="real"
+    )
     torch.save({"ema": adapted.state_dict()}, "anyflow.pt")
     layers = get_peft_model_state_dict(adapted, adapter_name="real")
     layers = {name.removeprefix("base_model.model."): tensor for name, tensor in layers.items()}
@@ -42,34 +50,63 @@ def workplace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 def _plain_wan(model: Path, folder: Path) -> None:
     """Write a folder as that of Wan itself is: another transformer and another scheduler."""
     shutil.copytree(model, folder)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "rope_max_seq_len": 32}
+    sizes = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    }
     transformer = diffusers.WanTransformer3DModel(**sizes, text_dim=16, freq_dim=32, ffn_dim=32)
     transformer.save_pretrained(folder / "transformer")
-    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3)
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3
+    )
     scheduler.save_pretrained(folder / "scheduler")
 
 
 def test_the_python(workplace: Path) -> None:
-    """One piece after the other, as a reader runs them; only paths, and the size of videos, are other ones."""
+    """One piece after the other, as a reader runs them; only paths, and the size of videos, are
+    other ones.
+    """
     pieces = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     assert len(pieces) == 9
-    scope: dict[str, Any] = {"path": workplace / "model", "small": lambda pipe: functools.partial(pipe, **SMALL)}
+    scope: dict[str, Any] = {
+        "path": workplace / "model",
+        "small": lambda pipe: functools.partial(pipe, **SMALL),
+    }
     for piece in pieces:
-        piece = piece.replace(f'"{NAME}"', 'str(path), device="cpu"').replace("compile=True", "compile=False")
+        piece = piece.replace(f'"{NAME}"', 'str(path), device="cpu"').replace(
+            "compile=True", "compile=False"
+        )
         exec(re.sub(r"\b(pipe|theirs)\(", r"small(\1)(", piece), scope)
     assert len(scope["video"]) == 5 and (workplace / "panda.mp4").stat().st_size > 500
-    assert scope["latents"].shape == (1, 3, 16, 8, 12) and scope["frames"].shape == (1, 9, 3, 64, 96)
+    assert scope["latents"].shape == (1, 3, 16, 8, 12) and scope["frames"].shape == (
+        1,
+        9,
+        3,
+        64,
+        96,
+    )
     assert type(scope["theirs"].transformer) is diffusers.AnyFlowTransformer3DModel
 
 
 def test_the_python_of_the_readme(workplace: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    pieces = [p for p in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "from_pretrained(" in p]
+    pieces = [
+        p
+        for p in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+        if "from_pretrained(" in p
+    ]
     pieces = [piece for piece in pieces if "AnyFlowPipeline" in piece]
     assert len(pieces) == 2
-    scope: dict[str, Any] = {"path": workplace / "model", "small": lambda pipe: functools.partial(pipe, **SMALL)}
+    scope: dict[str, Any] = {
+        "path": workplace / "model",
+        "small": lambda pipe: functools.partial(pipe, **SMALL),
+    }
     for piece in pieces:
-        piece = piece.replace(f'"{NAME}"', 'path, device="cpu"').replace("(path)", "(path, torch_dtype=None)")
+        piece = piece.replace(f'"{NAME}"', 'path, device="cpu"').replace(
+            "(path)", "(path, torch_dtype=None)"
+        )
         exec(re.sub(r"\bpipe\(", r"small(pipe)(", piece), scope)
     assert len(scope["video"]) == 5 and (workplace / "panda.mp4").stat().st_size > 500
     assert type(scope["pipe"].transformer) is diffusers.AnyFlowTransformer3DModel
@@ -94,6 +131,10 @@ def test_every_option_that_the_page_names_is_one() -> None:
     named = set(re.findall(OPTION, re.sub(r"`(pip install|hf download) [^`]*`", "", PAGE)))
     known: set[str] = set()
     for name in ("sample", "inspect", "convert", "verify"):
-        known |= set(re.findall(OPTION, CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output))
+        known |= set(
+            re.findall(
+                OPTION, CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
+            )
+        )
     assert {"--prompt", "--shift", "--max-loss"} <= known
     assert named and named <= known

@@ -11,7 +11,9 @@ from PIL import Image
 
 from anyflow.pipelines import write_comparison, write_video
 
-COLORS = np.array([[200, 30, 30], [30, 180, 40], [30, 40, 200], [240, 240, 240], [10, 10, 10]], np.uint8)
+COLORS = np.array(
+    [[200, 30, 30], [30, 180, 40], [30, 40, 200], [240, 240, 240], [10, 10, 10]], np.uint8
+)
 
 
 def plain(height: int = 48, width: int = 64) -> np.ndarray:
@@ -53,7 +55,9 @@ def test_every_kind_of_frames_gives_one_file(tmp_path: Path) -> None:
         "tensor": torch.from_numpy(pixels).permute(0, 3, 1, 2),
         "half": torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255),
     }
-    contents = {write_video(frames, tmp_path / f"{name}.mp4").read_bytes() for name, frames in kinds.items()}
+    contents = {
+        write_video(frames, tmp_path / f"{name}.mp4").read_bytes() for name, frames in kinds.items()
+    }
     assert len(contents) == 1
 
 
@@ -85,8 +89,12 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path) -> None:
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (3, 3, 1), (5, 3, 2), (8, 4, 2)])
-def test_a_comparison_has_each_video_under_its_label(count: int, columns: int, rows: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (3, 3, 1), (5, 3, 2), (8, 4, 2)]
+)
+def test_a_comparison_has_each_video_under_its_label(
+    count: int, columns: int, rows: int, tmp_path: Path
+) -> None:
     height, width = 96, 160  # wide enough not to be enlarged
     videos = {}
     for i in range(count):
@@ -96,7 +104,10 @@ def test_a_comparison_has_each_video_under_its_label(count: int, columns: int, r
     assert grid.shape == (3, rows * (height + 32) + 8, columns * (width + 8) + 8, 3)
     for i in range(count):
         top, left = 8 + i // columns * (height + 32), 8 + i % columns * (width + 8)
-        label, cell = grid[0, top : top + 24, left : left + width], grid[0, top + 24 :, left:][:height, :width]
+        label, cell = (
+            grid[0, top : top + 24, left : left + width],
+            grid[0, top + 24 :, left:][:height, :width],
+        )
         assert abs(float(cell.mean()) - 30 * i) < 3
         assert label.max() > 250 and label.min() < 100
     with av.open(str(tmp_path / "grid.mp4")) as container:

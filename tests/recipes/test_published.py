@@ -1,4 +1,6 @@
-"""The recipes that come with anyflow: the published numbers, and that every one of them can be used."""
+"""The recipes that come with anyflow: the published numbers, and that every one of them can be
+used.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -14,7 +16,14 @@ from anyflow.training.recipe import dump_recipe, load_recipe, print_config
 
 SHIPPED = Path(__file__).parents[2] / "anyflow" / "recipes"
 NAMES = sorted(file.name for file in SHIPPED.glob("*.yaml"))
-ADAPTED = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2")
+ADAPTED = (
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "ffn.net.0.proj",
+    "ffn.net.2",
+)
 EMBEDDERS = tuple(f"{name}_embedder.linear_{i}" for name in ("time", "delta") for i in (1, 2))
 STAGE_1 = {
     "stage": "pretrain",
@@ -101,7 +110,11 @@ PUBLISHED = {
         "on_policy.method.timesteps": (999.0, 937.0, 833.0, 624.0, 0.0),
     },
     "teacher_t2v": STAGE_1
-    | {"stage": "teacher", "student.lora.target_modules": ADAPTED, "scheduler.weight_type": "uniform"},
+    | {
+        "stage": "teacher",
+        "student.lora.target_modules": ADAPTED,
+        "scheduler.weight_type": "uniform",
+    },
 }
 
 
@@ -114,7 +127,9 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_numbers_are_in_the_recipes(name: str) -> None:
-    """The published recipes, written down a second time; the global batch is that of eight processes."""
+    """The published recipes, written down a second time; the global batch is that of eight
+    processes.
+    """
     recipe = load_recipe(SHIPPED / f"{name}.yaml")
     found = {key: _value(recipe, key) for key in PUBLISHED[name] if key != "global_batch"}
     if "global_batch" in PUBLISHED[name]:
@@ -139,14 +154,20 @@ def test_what_a_recipe_starts_from_is_plain_wan_or_what_another_writes(name: str
     if recipe.on_policy is not None:
         networks += [recipe.on_policy.teacher, *filter(None, [recipe.on_policy.critic])]
     for path in [Path(network.path) for network in networks if network.path is not None]:
-        assert path.parent == Path("models") or (path.name == "model" and f"{path.parent.name}.yaml" in NAMES)
+        assert path.parent == Path("models") or (
+            path.name == "model" and f"{path.parent.name}.yaml" in NAMES
+        )
 
 
 def test_the_smoke_recipes_are_small_and_their_methods_accept_them() -> None:
     for name, steps in (("smoke_teacher", 60), ("smoke_pretrain", 60), ("smoke_onpolicy", 15)):
         recipe = load_recipe(SHIPPED / f"{name}.yaml")
         assert (recipe.steps, recipe.data.batch_size, recipe.data.kind) == (steps, 8, "synthetic")
-        assert (recipe.device, recipe.precision, recipe.preview.step_counts) == ("cpu", "fp32", (1, 2, 4, 8))
+        assert (recipe.device, recipe.precision, recipe.preview.step_counts) == (
+            "cpu",
+            "fp32",
+            (1, 2, 4, 8),
+        )
     architecture = load_recipe(SHIPPED / "smoke_pretrain.yaml").student.architecture
     model = AnyFlowTransformer3DModel(**dataclasses.asdict(architecture))
     scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))

@@ -20,14 +20,16 @@ TURBO = [999, 937, 833, 624]
 
 
 def pair(**settings: Any) -> tuple[FlowMapEulerDiscreteScheduler, Any]:
-    return FlowMapEulerDiscreteScheduler(**settings), diffusers.FlowMapEulerDiscreteScheduler(**settings)
+    return FlowMapEulerDiscreteScheduler(**settings), diffusers.FlowMapEulerDiscreteScheduler(
+        **settings
+    )
 
 
 def randn(g: torch.Generator, count: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(SHAPE, generator=g, dtype=dtype) for _ in range(count)]
 
 
-# Schedule --------------------------------------------------------------------------------------------------------
+# Schedule -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 0.5])
@@ -46,7 +48,12 @@ def test_schedule_parity(shift, n) -> None:
 def test_state_before_set_timesteps_parity() -> None:
     ours, theirs = pair(shift=5.0, num_train_timesteps=100)
     torch.testing.assert_close(ours.timesteps, theirs.timesteps)
-    assert (ours.order, ours.init_noise_sigma, ours.step_index, ours.begin_index) == (1, 1.0, None, None)
+    assert (ours.order, ours.init_noise_sigma, ours.step_index, ours.begin_index) == (
+        1,
+        1.0,
+        None,
+        None,
+    )
     x = torch.zeros(2)
     assert ours.scale_model_input(x, 5) is x
 
@@ -57,7 +64,9 @@ def test_published_four_step_schedule_is_the_floored_shift() -> None:
     assert [math.floor(t) for t in scheduler.timesteps.tolist()] == [1000, 937, 833, 625]
 
 
-@pytest.mark.parametrize("values", [TURBO, [*TURBO, 0], tuple(TURBO), torch.tensor(TURBO), [999.0, 937.5, 0.25]])
+@pytest.mark.parametrize(
+    "values", [TURBO, [*TURBO, 0], tuple(TURBO), torch.tensor(TURBO), [999.0, 937.5, 0.25]]
+)
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_custom_timesteps_are_verbatim(values, shift) -> None:
     """The peer shifts them a second time (999 stays, but 624 becomes 892 at shift 5)."""
@@ -72,7 +81,9 @@ def test_custom_timesteps_are_verbatim(values, shift) -> None:
         assert abs(theirs.timesteps[1].item() - values[1]) > 10
 
 
-@pytest.mark.parametrize(("n", "values"), [(4, TURBO), (4, [*TURBO, 0]), (5, [*TURBO, 0]), (None, TURBO)])
+@pytest.mark.parametrize(
+    ("n", "values"), [(4, TURBO), (4, [*TURBO, 0]), (5, [*TURBO, 0]), (None, TURBO)]
+)
 def test_count_given_beside_custom_timesteps(n, values) -> None:
     scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
     scheduler.set_timesteps(n, "cpu", timesteps=values)
@@ -93,7 +104,9 @@ def test_schedule_leaves_the_scheduler_alone() -> None:
     scheduler.set_timesteps(4)
     before = scheduler.timesteps.clone()
     sigmas = scheduler.schedule(2)
-    assert sigmas.tolist() == pytest.approx([1.0, 5 / 6, 0.0]) and torch.equal(scheduler.timesteps, before)
+    assert sigmas.tolist() == pytest.approx([1.0, 5 / 6, 0.0]) and torch.equal(
+        scheduler.timesteps, before
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,14 +143,26 @@ def test_bad_schedules(values) -> None:
         ({}, "num_inference_steps is required"),
         ({"num_inference_steps": 0}, "a whole number from 1 to 10000"),
         ({"num_inference_steps": -3}, "a whole number from 1 to 10000"),
-        ({"num_inference_steps": 3, "timesteps": TURBO}, "num_inference_steps=3, but timesteps has 4 steps"),
-        ({"num_inference_steps": 5, "timesteps": TURBO}, "num_inference_steps=5, but timesteps has 4 steps"),
-        ({"num_inference_steps": 2, "sigmas": [1.0]}, "num_inference_steps=2, but sigmas has 1 steps"),
+        (
+            {"num_inference_steps": 3, "timesteps": TURBO},
+            "num_inference_steps=3, but timesteps has 4 steps",
+        ),
+        (
+            {"num_inference_steps": 5, "timesteps": TURBO},
+            "num_inference_steps=5, but timesteps has 4 steps",
+        ),
+        (
+            {"num_inference_steps": 2, "sigmas": [1.0]},
+            "num_inference_steps=2, but sigmas has 1 steps",
+        ),
         ({"sigmas": [1.0], "timesteps": [1000]}, "not both"),
         ({"num_inference_steps": 10**9}, "from 1 to 10000, got 1000000000"),
         ({"num_inference_steps": 2.0}, "a whole number"),
         ({"num_inference_steps": True}, "a whole number"),
-        ({"timesteps": "999, 500"}, "timesteps must be a sequence of at most 10000 numbers, got '999, 500'"),
+        (
+            {"timesteps": "999, 500"},
+            "timesteps must be a sequence of at most 10000 numbers, got '999, 500'",
+        ),
         ({"timesteps": ["999", "500"]}, "a sequence of at most 10000 numbers"),
         ({"timesteps": {999: 1, 500: 2}}, "a sequence of at most 10000 numbers"),
         ({"timesteps": 999}, "a sequence of at most 10000 numbers, got 999"),
@@ -160,25 +185,35 @@ def test_bad_set_timesteps(arguments, message) -> None:
 def test_schedules_of_any_sequence_of_numbers(kind) -> None:
     values = [992.0, 752.0, 500.0]
     given = kind(values)
-    assert FlowMapEulerDiscreteScheduler().schedule(timesteps=given).tolist() == [0.992, 0.752, 0.5, 0.0]
+    assert FlowMapEulerDiscreteScheduler().schedule(timesteps=given).tolist() == [
+        0.992,
+        0.752,
+        0.5,
+        0.0,
+    ]
 
 
-@pytest.mark.parametrize("number", [np.int64(4), np.uint8(4), np.array(4), torch.tensor(4)], ids=repr)
+@pytest.mark.parametrize(
+    "number", [np.int64(4), np.uint8(4), np.array(4), torch.tensor(4)], ids=repr
+)
 def test_step_counts_of_numpy_and_torch(number) -> None:
     scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
     assert torch.equal(scheduler.schedule(number), scheduler.schedule(4))
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "3", "null", '"shift"', "{", '{"shift": "5"}', '{"shift": NaN}',
-                                     '{"num_train_timesteps": 1e12}', '{"num_train_timesteps": 1000000000000}',
-                                     '{"num_train_timesteps": true}', '{"weight_type": []}'])  # fmt: skip
+@pytest.mark.parametrize("content",
+                         ["[1, 2]", "3", "null", '"shift"', "{", '{"shift": "5"}', '{"shift": NaN}',
+                                     '{"num_train_timesteps": 1e12}', '{"num_train_timesteps": '
+                                                                      '1000000000000}',
+                                     '{"num_train_timesteps": true}',
+                                     '{"weight_type": []}'])  # fmt: skip
 def test_a_configuration_that_cannot_be_is_refused_with_its_file(content, tmp_path: Path) -> None:
     (tmp_path / "scheduler_config.json").write_text(content)
     with pytest.raises(ValueError, match=str(tmp_path)):
         FlowMapEulerDiscreteScheduler.from_pretrained(tmp_path)
 
 
-# Steps -----------------------------------------------------------------------------------------------------------
+# Steps --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 4, 7])
@@ -193,7 +228,8 @@ def test_step_parity(n, explicit, generator) -> None:
         u = torch.randn(SHAPE, generator=generator)
         r = ours.sigmas[i + 1] * 1000 if explicit else None
         a = ours.step(u, t, a, r).prev_sample
-        # diffusers looks the final r = 0 up among the timesteps, which do not hold it, and then divides: the same.
+        # diffusers looks the final r = 0 up among the timesteps, which do not hold it, and then
+        # divides: the same.
         b = theirs.step(u, t, b, r).prev_sample
         assert ours.step_index == theirs.step_index == i + 1
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -221,7 +257,11 @@ def test_per_sample_timesteps_equal_a_loop_over_samples(per_frame, on_schedule, 
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(4)
     x, u = randn(generator)
-    t = ours.timesteps[[0, 1, 3]] if on_schedule else torch.tensor([900.0, 500.0, 20.0], dtype=torch.float64)
+    t = (
+        ours.timesteps[[0, 1, 3]]
+        if on_schedule
+        else torch.tensor([900.0, 500.0, 20.0], dtype=torch.float64)
+    )
     r = t * torch.tensor([0.1, 0.9, 0.5])
     if per_frame:
         t, r = (v[:, None] * torch.tensor([1.0, 0.75]) for v in (t, r))
@@ -229,7 +269,9 @@ def test_per_sample_timesteps_equal_a_loop_over_samples(per_frame, on_schedule, 
     for b in range(3):
         for f in range(2):
             tb, rb = (v[b, f] if per_frame else v[b] for v in (t, r))
-            expected = ours.step(u[b : b + 1, f : f + 1], tb, x[b : b + 1, f : f + 1], rb).prev_sample
+            expected = ours.step(
+                u[b : b + 1, f : f + 1], tb, x[b : b + 1, f : f + 1], rb
+            ).prev_sample
             torch.testing.assert_close(out[b : b + 1, f : f + 1], expected)
     if on_schedule and not per_frame:
         wrong = theirs.step(u, t, x, r).prev_sample
@@ -243,14 +285,21 @@ def test_per_sample_timesteps_find_their_own_successors(generator) -> None:
     x, u = randn(generator)
     t = scheduler.timesteps[[2, 0, 3]]
     following = torch.stack([scheduler.timesteps[3], scheduler.timesteps[1], torch.tensor(0.0)])
-    assert torch.equal(scheduler.step(u, t, x).prev_sample, scheduler.step(u, t, x, following).prev_sample)
+    assert torch.equal(
+        scheduler.step(u, t, x).prev_sample, scheduler.step(u, t, x, following).prev_sample
+    )
 
 
-@pytest.mark.parametrize(("t_shape", "r_shape"), [((3, 2), (3,)), ((3,), (3, 2)), ((3, 2), ()), ((), (3, 2))])
+@pytest.mark.parametrize(
+    ("t_shape", "r_shape"), [((3, 2), (3,)), ((3,), (3, 2)), ((3, 2), ()), ((), (3, 2))]
+)
 def test_times_of_different_rank(t_shape, r_shape, generator) -> None:
     scheduler = FlowMapEulerDiscreteScheduler()
     x, u = randn(generator)
-    t, r = 500 + 500 * torch.rand(t_shape, generator=generator), 500 * torch.rand(r_shape, generator=generator)
+    t, r = (
+        500 + 500 * torch.rand(t_shape, generator=generator),
+        500 * torch.rand(r_shape, generator=generator),
+    )
     wide = [v.reshape(v.shape + (1,) * (2 - v.ndim)).expand(3, 2) for v in (t, r)]
     expected = scheduler.step(u, wide[0], x, wide[1]).prev_sample
     torch.testing.assert_close(scheduler.step(u, t, x, r).prev_sample, expected)
@@ -272,7 +321,10 @@ def test_step_computes_in_fp32_and_returns_the_samples_dtype(dtype, generator) -
     exact = x.double() - 0.8 * u.double()
     assert out.dtype == dtype
     torch.testing.assert_close(
-        out.double(), exact, rtol=torch.finfo(dtype).eps, atol=4e-7 if dtype != torch.float64 else 1e-15
+        out.double(),
+        exact,
+        rtol=torch.finfo(dtype).eps,
+        atol=4e-7 if dtype != torch.float64 else 1e-15,
     )
 
 
@@ -280,7 +332,9 @@ def test_step_off_the_schedule_needs_r(generator) -> None:
     scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
     scheduler.set_timesteps(4)
     x, u = randn(generator)
-    assert torch.equal(scheduler.step(u, 1000, x).prev_sample, scheduler.step(u, 1000, x, 937.5).prev_sample)
+    assert torch.equal(
+        scheduler.step(u, 1000, x).prev_sample, scheduler.step(u, 1000, x, 937.5).prev_sample
+    )
     with pytest.raises(ValueError, match=r"timestep 123.0 is not on the schedule.*pass r_timestep"):
         scheduler.step(u, 123.0, x)
 
@@ -317,8 +371,16 @@ def test_begin_index(generator) -> None:
         (500.0, float("nan"), "r_timestep must be in"),
         (500.0, -1.0, "r_timestep must be in"),
         (500.0, 600.0, "must not exceed timestep"),
-        (torch.tensor([900.0, 100.0, 500.0]), torch.tensor([100.0, 200.0, 100.0]), "must not exceed timestep"),
-        (torch.full((3, 2), 500.0), torch.tensor([100.0, 600.0, 100.0]), "must not exceed timestep"),
+        (
+            torch.tensor([900.0, 100.0, 500.0]),
+            torch.tensor([100.0, 200.0, 100.0]),
+            "must not exceed timestep",
+        ),
+        (
+            torch.full((3, 2), 500.0),
+            torch.tensor([100.0, 600.0, 100.0]),
+            "must not exceed timestep",
+        ),
         (torch.zeros(2), 0.0, "timestep"),
         (torch.zeros(3, 3), 0.0, "timestep"),
         (500.0, torch.zeros(4), "r_timestep"),
@@ -338,10 +400,12 @@ def test_bad_shapes(generator) -> None:
         FlowMapEulerDiscreteScheduler().scale_noise(x, 500.0, u[:1])
 
 
-# Noise -----------------------------------------------------------------------------------------------------------
+# Noise --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("t", [torch.tensor([900.0, 500.0, 0.0]), 1000 * torch.ones(3, 2), torch.tensor(250.0)])
+@pytest.mark.parametrize(
+    "t", [torch.tensor([900.0, 500.0, 0.0]), 1000 * torch.ones(3, 2), torch.tensor(250.0)]
+)
 def test_scale_noise_parity(t, generator) -> None:
     ours, theirs = pair(shift=5.0)
     x, noise = randn(generator)
@@ -358,14 +422,15 @@ def test_scale_noise_ends_and_dtype(generator) -> None:
     assert torch.equal(scheduler.scale_noise(x, 0, noise), x) and torch.equal(
         scheduler.scale_noise(x, 1000, noise), noise
     )
-    middle = scheduler.scale_noise(x, 999.0, noise)  # 999 is 1000 in bf16: sigma must not be rounded to it
+    # 999 is 1000 in bf16: sigma must not be rounded to it
+    middle = scheduler.scale_noise(x, 999.0, noise)
     assert middle.dtype == torch.bfloat16
     assert torch.equal(middle, (0.001 * x.double() + 0.999 * noise.double()).float().bfloat16())
     with pytest.raises(ValueError, match="timestep must be in"):
         scheduler.add_noise(x, noise, 1001.0)
 
 
-# Configuration ---------------------------------------------------------------------------------------------------
+# Configuration ------------------------------------------------------------------------------------
 
 
 def test_set_shift() -> None:
@@ -403,13 +468,17 @@ def test_bad_settings(settings, message) -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    scheduler = FlowMapEulerDiscreteScheduler(num_train_timesteps=100, shift=3.0, weight_type="gaussian")
+    scheduler = FlowMapEulerDiscreteScheduler(
+        num_train_timesteps=100, shift=3.0, weight_type="gaussian"
+    )
     scheduler.save_pretrained(tmp_path / "pipeline" / "scheduler")
     file = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
     assert json.loads(file.read_text())["_class_name"] == "FlowMapEulerDiscreteScheduler"
     for source, folder in ((tmp_path / "pipeline", "scheduler"), (file.parent, None), (file, None)):
         again = FlowMapEulerDiscreteScheduler.from_pretrained(source, subfolder=folder)
-        assert dict(again.config) == dict(scheduler.config) and torch.equal(again.timesteps, scheduler.timesteps)
+        assert dict(again.config) == dict(scheduler.config) and torch.equal(
+            again.timesteps, scheduler.timesteps
+        )
     assert FlowMapEulerDiscreteScheduler.from_pretrained(file, shift=7.0).config.shift == 7.0
     theirs = diffusers.FlowMapEulerDiscreteScheduler.from_pretrained(file.parent)
     assert (theirs.config.num_train_timesteps, theirs.config.shift) == (100, 3.0)
@@ -419,7 +488,10 @@ def test_load_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no scheduler_config.json"):
         FlowMapEulerDiscreteScheduler.from_pretrained(tmp_path / "missing")
     (tmp_path / "scheduler_config.json").write_text('{"shift": 5.0, "sigma_min": 0.0}')
-    with pytest.raises(ValueError, match="unknown scheduler settings sigma_min; expected num_train_timesteps, shift"):
+    with pytest.raises(
+        ValueError,
+        match="unknown scheduler settings sigma_min; expected num_train_timesteps, shift",
+    ):
         FlowMapEulerDiscreteScheduler.from_pretrained(tmp_path)
 
 
@@ -430,13 +502,19 @@ def test_config_of_a_diffusers_scheduler(tmp_path: Path) -> None:
         FlowMapEulerDiscreteScheduler.from_config(theirs.config),
         FlowMapEulerDiscreteScheduler.from_pretrained(tmp_path),
     ):
-        assert dict(ours.config) == {"num_train_timesteps": 500, "shift": 5.0, "weight_type": "beta08"}
+        assert dict(ours.config) == {
+            "num_train_timesteps": 500,
+            "shift": 5.0,
+            "weight_type": "beta08",
+        }
     defaults = diffusers.FlowMapEulerDiscreteScheduler()
     assert FlowMapEulerDiscreteScheduler.from_config(defaults.config).config.shift == 1.0
     back = diffusers.FlowMapEulerDiscreteScheduler.from_config(dict(ours.config))
     assert (back.config.num_train_timesteps, back.config.shift) == (500, 5.0)
     with pytest.raises(ValueError, match="unknown scheduler settings"):
-        FlowMapEulerDiscreteScheduler.from_config(diffusers.FlowMatchEulerDiscreteScheduler().config)
+        FlowMapEulerDiscreteScheduler.from_config(
+            diffusers.FlowMatchEulerDiscreteScheduler().config
+        )
 
 
 def test_config_is_read_only() -> None:
@@ -445,7 +523,9 @@ def test_config_is_read_only() -> None:
         scheduler.config.shift = 1.0
     with pytest.raises(TypeError):
         scheduler.config["shift"] = 1.0
-    assert scheduler.config.shift == scheduler.config["shift"] == scheduler.config.get("shift") == 5.0
+    assert (
+        scheduler.config.shift == scheduler.config["shift"] == scheduler.config.get("shift") == 5.0
+    )
     assert "shift" in scheduler.config and scheduler.config.get("sigma", 3) == 3
     assert repr(scheduler) == (
         "FlowMapEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0, weight_type='beta08')"
@@ -456,7 +536,9 @@ def test_copies_and_pickles() -> None:
     scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
     scheduler.set_timesteps(4)
     for twin in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
-        assert dict(twin.config) == dict(scheduler.config) and torch.equal(twin.timesteps, scheduler.timesteps)
+        assert dict(twin.config) == dict(scheduler.config) and torch.equal(
+            twin.timesteps, scheduler.timesteps
+        )
         twin.set_shift(1.0)
         assert scheduler.config.shift == 5.0 and scheduler.timesteps[1] == 937.5
 
@@ -464,13 +546,18 @@ def test_copies_and_pickles() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("num_train_timesteps", 10**12), ("num_train_timesteps", 10**400), ("num_train_timesteps", 0),
-        ("num_train_timesteps", True), ("num_train_timesteps", 1000.0), ("num_train_timesteps", None),
-        ("shift", 10**400), ("shift", float("nan")), ("shift", "5"), ("shift", True), ("shift", 1e300), ("shift", 0),
+        ("num_train_timesteps", 10**12), ("num_train_timesteps", 10**400),
+        ("num_train_timesteps", 0),
+        ("num_train_timesteps", True), ("num_train_timesteps", 1000.0),
+        ("num_train_timesteps", None),
+        ("shift", 10**400), ("shift", float("nan")), ("shift", "5"), ("shift", True),
+        ("shift", 1e300), ("shift", 0),
         ("weight_type", []), ("weight_type", None), ("weight_type", "x" * 5000),
     ],
 )  # fmt: skip
-def test_a_file_with_a_setting_that_cannot_be_is_refused(name: str, value: object, tmp_path: Path) -> None:
+def test_a_file_with_a_setting_that_cannot_be_is_refused(
+    name: str, value: object, tmp_path: Path
+) -> None:
     FlowMapEulerDiscreteScheduler(shift=5.0).save_pretrained(tmp_path)
     file = tmp_path / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))

@@ -1,4 +1,6 @@
-"""The timestep shift and the training weights on its grid: reference numbers, formulas, properties."""
+"""The timestep shift and the training weights on its grid: reference numbers, formulas,
+properties.
+"""
 
 from pathlib import Path
 
@@ -14,13 +16,15 @@ from anyflow.schedulers import FlowMapEulerDiscreteScheduler, invert_shift, shif
 
 REFERENCE = Path(__file__).parents[1] / "data" / "anyflow_reference_c.safetensors"
 
-# Training weights ------------------------------------------------------------------------------------------------
+# Training weights ---------------------------------------------------------------------------------
 
 
 def test_weights_match_the_reference() -> None:
     with safe_open(REFERENCE, "pt") as f:
         t, w = f.get_tensor("weight.t"), f.get_tensor("weight.w")
-    torch.testing.assert_close(FlowMapEulerDiscreteScheduler(shift=5.0).get_train_weight(t), w, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        FlowMapEulerDiscreteScheduler(shift=5.0).get_train_weight(t), w, rtol=1e-6, atol=0
+    )
 
 
 def grid(shift: float) -> Tensor:
@@ -80,11 +84,12 @@ def test_units_are_never_guessed() -> None:
     assert scheduler.get_train_weight(torch.tensor([1.0])) < 0.01
     short = FlowMapEulerDiscreteScheduler(num_train_timesteps=100, shift=5.0)
     torch.testing.assert_close(
-        short.get_train_weight(torch.tensor([66.7])), scheduler.get_train_weight(torch.tensor([667.0]))
+        short.get_train_weight(torch.tensor([66.7])),
+        scheduler.get_train_weight(torch.tensor([667.0])),
     )
 
 
-# Shift -----------------------------------------------------------------------------------------------------------
+# Shift --------------------------------------------------------------------------------------------
 
 shifts = st.floats(0.05, 20)
 fractions = st.floats(0, 1)
@@ -109,10 +114,15 @@ def test_shift_is_monotone_with_fixed_ends(u, v, shift) -> None:
 
 @given(shift=shifts, other=shifts, u=fractions)
 def test_shifts_compose_by_multiplying(shift, other, u) -> None:
-    assert shift_times(shift_times(u, shift), other) == pytest.approx(shift_times(u, shift * other), rel=1e-9)
+    assert shift_times(shift_times(u, shift), other) == pytest.approx(
+        shift_times(u, shift * other), rel=1e-9
+    )
 
 
 def test_apply_shift_on_tensors_matches_diffusers() -> None:
-    ours, theirs = FlowMapEulerDiscreteScheduler(shift=5.0), diffusers.FlowMapEulerDiscreteScheduler(shift=5.0)
+    ours, theirs = (
+        FlowMapEulerDiscreteScheduler(shift=5.0),
+        diffusers.FlowMapEulerDiscreteScheduler(shift=5.0),
+    )
     u = torch.linspace(0, 1, 21, dtype=torch.float64).reshape(3, 7)
     torch.testing.assert_close(ours.apply_shift(u), theirs.apply_shift(u))

@@ -72,7 +72,9 @@ def latents(tmp_path: Path, wan_model: Path, generator: torch.Generator) -> Path
     with LatentWriter(folder, info, torch.zeros(1, 16), packages=packages) as writer:
         for row in range(5):
             values, prompt = (torch.randn(s, generator=generator) for s in ((2, 16, 4, 6), (3, 16)))
-            writer.add(f"{row}.mp4", f"a red disc moves to the right, for the {row}th time", values, prompt)
+            writer.add(
+                f"{row}.mp4", f"a red disc moves to the right, for the {row}th time", values, prompt
+            )
         writer.finish()
     return folder
 
@@ -81,6 +83,8 @@ def latents(tmp_path: Path, wan_model: Path, generator: torch.Generator) -> Path
 def latents_recipe(latents: Path, tmp_path: Path, small_recipe: Callable[..., Recipe]) -> Recipe:
     """A recipe of one step on these latents."""
     small = small_recipe(tmp_path / "run", steps=1)
-    sizes = dataclasses.replace(small.student.architecture, in_channels=16, out_channels=16, text_dim=16)
+    sizes = dataclasses.replace(
+        small.student.architecture, in_channels=16, out_channels=16, text_dim=16
+    )
     data = DataConfig(path=str(latents), batch_size=2, num_workers=0)
     return dataclasses.replace(small, student=NetworkConfig(architecture=sizes), data=data)

@@ -27,7 +27,9 @@ def reference() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("case", layouts.CASES)
 @pytest.mark.parametrize("layout", ["2", "1"])
-def test_micro_steps_are_the_batch(layout: str, case: str, reference: dict[str, dict[str, Any]]) -> None:
+def test_micro_steps_are_the_batch(
+    layout: str, case: str, reference: dict[str, dict[str, Any]]
+) -> None:
     """Losses, every metric, norms, parameters, optimizer state and average, to 1e-9 in fp64."""
     layouts.same(layouts.updates(case, CPU, *layouts.LAYOUTS[1][layout]), reference[case])
 
@@ -35,13 +37,19 @@ def test_micro_steps_are_the_batch(layout: str, case: str, reference: dict[str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_and_their_micro_steps_are_the_batch(
-    world: int, tmp_path: Path, torchrun: Callable[..., subprocess.Popen[str]], free_port: Callable[[], int]
+    world: int,
+    tmp_path: Path,
+    torchrun: Callable[..., subprocess.Popen[str]],
+    free_port: Callable[[], int],
 ) -> None:
     """Real processes, sharded and with shared samples; and as many network calls on every rank."""
     job = torchrun(world, SCRIPT, tmp_path, *(free_port() for _ in layouts.LAYOUTS[world]))
     output, _ = job.communicate(timeout=800)
     assert job.returncode == 0, output[-4000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}-of-{world}.pt", weights_only=True) for rank in range(world)]
+    ranks = [
+        torch.load(tmp_path / f"rank{rank}-of-{world}.pt", weights_only=True)
+        for rank in range(world)
+    ]
     for layout in layouts.LAYOUTS[world]:
         for case in layouts.ON_RANKS:
             for results in ranks:
@@ -53,26 +61,42 @@ def test_ranks_and_their_micro_steps_are_the_batch(
 def test_the_updates_are_worth_comparing(reference: dict[str, dict[str, Any]]) -> None:
     """Balance and clipping matter, kinds are as asked for, and the updates differ."""
     first, *others = reference["pretrain"]["metrics"]
-    assert all(metrics["grad_norm"] > 0.05 for case in reference.values() for metrics in case["metrics"])
+    assert all(
+        metrics["grad_norm"] > 0.05 for case in reference.values() for metrics in case["metrics"]
+    )
     assert all(abs(metrics["loss"] / first["loss"] - 1) > 1e-3 for metrics in others)
-    for metrics in (m for case in ("pretrain", "few_diffusion") for m in reference[case]["metrics"]):
-        assert metrics["loss"] == pytest.approx(metrics["loss_diffusion"], rel=1e-3)  # what balancing means
+    for metrics in (
+        m for case in ("pretrain", "few_diffusion") for m in reference[case]["metrics"]
+    ):
+        # what balancing means
+        assert metrics["loss"] == pytest.approx(metrics["loss_diffusion"], rel=1e-3)
         assert abs(metrics["loss_flow_map"] / metrics["loss_diffusion"] - 1) > 0.05
     for metrics in reference["no_diffusion"]["metrics"]:
-        assert metrics["loss"] == pytest.approx(metrics["loss_flow_map"], rel=1e-9) and metrics["loss_diffusion"] == 0
+        assert (
+            metrics["loss"] == pytest.approx(metrics["loss_flow_map"], rel=1e-9)
+            and metrics["loss_diffusion"] == 0
+        )
 
 
 def test_explicit_draws_in_any_order_are_the_batch() -> None:
-    """A list has the draws of each micro-step; flow-map samples that come first are put after the others."""
+    """A list has the draws of each micro-step; flow-map samples that come first are put after the
+    others.
+    """
     batches = [layouts.Batch(x.double(), y.double(), (i,)) for i, (x, y) in enumerate(_samples(4))]
     whole = layouts.Batch(
-        torch.cat([b.latents for b in batches]), torch.cat([b.prompt_embeds for b in batches]), (0, 1, 2, 3)
+        torch.cat([b.latents for b in batches]),
+        torch.cat([b.prompt_embeds for b in batches]),
+        (0, 1, 2, 3),
     )
-    noise = torch.randn(whole.latents.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = torch.randn(
+        whole.latents.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     t, kinds = torch.tensor([0.9, 0.5, 0.7, 0.3]), torch.tensor([False, True, False, True])
     r = torch.where(kinds, t, t / 2)
     once, apart = (
-        layouts.make_step(layouts.make_recipe("pretrain", layouts.ParallelConfig(), size, count), CPU)
+        layouts.make_step(
+            layouts.make_recipe("pretrain", layouts.ParallelConfig(), size, count), CPU
+        )
         for size, count in ((4, 1), (1, 4))
     )
     draws = {"image_to_video": False, "dropped_prompts": torch.zeros(4, dtype=torch.bool)}
@@ -86,7 +110,9 @@ def test_explicit_draws_in_any_order_are_the_batch() -> None:
         image_to_video=False,
         dropped_prompts=torch.zeros(1, dtype=torch.bool),
     )
-    assert {k: float(v) for k, v in got.items()} == pytest.approx({k: float(v) for k, v in want.items()}, rel=1e-9)
+    assert {k: float(v) for k, v in got.items()} == pytest.approx(
+        {k: float(v) for k, v in want.items()}, rel=1e-9
+    )
     for name, tensor in apart.tensors().items():
         torch.testing.assert_close(tensor, once.tensors()[name], rtol=1e-9, atol=1e-11, msg=name)
 

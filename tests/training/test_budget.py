@@ -22,10 +22,14 @@ SMOKE = Path("smoke_pretrain")
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("gradient", [True, False])
-def test_a_block_on_fakes_takes_what_it_takes_on_real_tensors(precision: str, gradient: bool) -> None:
+def test_a_block_on_fakes_takes_what_it_takes_on_real_tensors(
+    precision: str, gradient: bool
+) -> None:
     block = AnyFlowTransformerBlock(64, 128, 2, True, 1e-6)
     sizes = (block, 2, 24, 8, precision)
-    assert block_bytes(*sizes, gradient=gradient) == block_bytes(*sizes, gradient=gradient, fake=False)
+    assert block_bytes(*sizes, gradient=gradient) == block_bytes(
+        *sizes, gradient=gradient, fake=False
+    )
 
 
 def test_storages_are_counted_while_they_are_alive() -> None:
@@ -44,13 +48,22 @@ def test_storages_are_counted_while_they_are_alive() -> None:
 def test_state_and_parameters_are_those_of_a_real_training_step() -> None:
     recipe = load_recipe(SMOKE)
     dataset = open_dataset(recipe.data)
-    step = PretrainStep(recipe, Mesh(torch.device("cpu")), build_student(recipe), dataset.negative_prompt_embeds)
+    step = PretrainStep(
+        recipe, Mesh(torch.device("cpu")), build_student(recipe), dataset.negative_prompt_embeds
+    )
     budget = count(recipe, 1, dataset.latent_shape, dataset.text_shape[0])
     assert budget.parameters == sum(p.numel() for p in step.student.parameters()) == budget.trained
-    moments = sum(t.nbytes for name, t in step.optimizer.tensors().items() if name.endswith(("exp_avg", "exp_avg_sq")))
+    moments = sum(
+        t.nbytes
+        for name, t in step.optimizer.tensors().items()
+        if name.endswith(("exp_avg", "exp_avg_sq"))
+    )
     assert budget.memory.optimizer == moments
     assert budget.memory.average == sum(t.nbytes for t in step.ema.state_dict().values())
-    assert budget.memory.gradients == budget.memory.weights == 4 * budget.parameters and budget.memory.gathered == 0
+    assert (
+        budget.memory.gradients == budget.memory.weights == 4 * budget.parameters
+        and budget.memory.gathered == 0
+    )
     steps = sum(name.endswith("/step") for name in step.tensors())
     assert budget.checkpoint == sum(t.nbytes for t in step.tensors().values()) - 4 * steps
 
@@ -86,9 +99,13 @@ def test_sizes_of_networks_follow_folders_and_recipes(tmp_path: Path) -> None:
     assert architecture(NetworkConfig("runs/anyflow_pretrain_t2v_14b/model")) == large
     assert architecture(NetworkConfig("nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers")).num_layers == 30
     (tmp_path / "transformer").mkdir()
-    (tmp_path / "transformer" / "config.json").write_text('{"num_layers": 3, "patch_size": [1, 2, 2], "_x": 1}')
+    (tmp_path / "transformer" / "config.json").write_text(
+        '{"num_layers": 3, "patch_size": [1, 2, 2], "_x": 1}'
+    )
     assert architecture(NetworkConfig(str(tmp_path))).num_layers == 3
-    with pytest.raises(ValueError, match=r"models/mine: there is no such folder, and its name does not say"):
+    with pytest.raises(
+        ValueError, match=r"models/mine: there is no such folder, and its name does not say"
+    ):
         architecture(NetworkConfig("models/mine"))
 
 
@@ -99,10 +116,14 @@ def test_the_published_recipe_on_eight_gpus() -> None:
     embedder = 256 * 1536 + 1536 + 1536 * 1536 + 1536
     assert budget.parameters == 1_418_996_800 + embedder
     assert budget.memory.kept == 30 * 32760 * 1536 * 2
-    forward = 2 * 30 * 32760 * (6 * 1536**2 + 2 * 1536 * 8960) + 4 * 30 * 1536 * 32760 * (32760 + 512)
+    forward = 2 * 30 * 32760 * (6 * 1536**2 + 2 * 1536 * 8960) + 4 * 30 * 1536 * 32760 * (
+        32760 + 512
+    )
     assert budget.update_flops == pytest.approx(32 * (1 + 2 + 1 + 1) * forward, rel=0.05)
     assert budget.gpu_hours() == pytest.approx(budget.update_flops * 6000 / (989e12 * 0.4) / 3600)
-    shared = dataclasses.replace(recipe, parallel=ParallelConfig(sequence=4), gradient_accumulation=16)
+    shared = dataclasses.replace(
+        recipe, parallel=ParallelConfig(sequence=4), gradient_accumulation=16
+    )
     assert count(shared, 8).memory.kept == budget.memory.kept // 4
     assert count(shared, 8).update_flops == budget.update_flops
     with pytest.raises(ValueError, match="must divide the 6 processes"):

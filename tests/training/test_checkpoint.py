@@ -1,4 +1,6 @@
-"""Checkpoints: what is saved is loaded, at any world size; damage and code are refused; no kill leaves half of one."""
+"""Checkpoints: what is saved is loaded, at any world size; damage and code are refused; no kill
+leaves half of one.
+"""
 
 import json
 import os
@@ -25,7 +27,12 @@ from anyflow.training.manifest import FileRecord, Manifest
 
 SCRIPTS = Path(__file__).parent / "scripts"
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "GLOO_SOCKET_IFNAME": "lo",
+}
 
 
 def state(seed: int) -> dict[str, Tensor]:
@@ -36,7 +43,9 @@ def state(seed: int) -> dict[str, Tensor]:
         "student/blocks.0.weight": torch.nn.Parameter(weight),
         "student/table": torch.randn(4, 6, generator=g).T,
         "ema/blocks.0.weight": weight.to(torch.bfloat16),
-        "optimizer/student/blocks.0.weight/exp_avg": torch.randn(5, 7, generator=g, dtype=torch.float64),
+        "optimizer/student/blocks.0.weight/exp_avg": torch.randn(
+            5, 7, generator=g, dtype=torch.float64
+        ),
         "optimizer/student/blocks.0.weight/step": torch.tensor(float(seed)),
         "counter": torch.tensor([seed, 2**40]),
         "empty": torch.empty(0, 3),
@@ -65,14 +74,21 @@ def saved(tmp_path: Path) -> Checkpointer:
 def resign(folder: Path) -> None:
     """Make the manifest agree with whatever the files hold now."""
     manifest = Manifest.read(folder)
-    replace(manifest, files={name: FileRecord.of(folder / name) for name in manifest.files}).write(folder)
+    replace(manifest, files={name: FileRecord.of(folder / name) for name in manifest.files}).write(
+        folder
+    )
 
 
-# Saving and loading --------------------------------------------------------------------------------------------------
+# Saving and loading -------------------------------------------------------------------------------
 
 
 def test_what_was_saved_is_loaded_in_place(tmp_path: Path) -> None:
-    info = {"consumed": 2**40, "loss": 0.1, "data": {"fingerprint": "é", "shape": [1, 2]}, "none": None}
+    info = {
+        "consumed": 2**40,
+        "loss": 0.1,
+        "data": {"fingerprint": "é", "shape": [1, 2]},
+        "none": None,
+    }
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", keep=1)
     path = checkpointer.save(3, state(3), info)
     assert path == tmp_path / "run" / "checkpoints" / "step-00000003"
@@ -90,7 +106,10 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         path = checkpointer.save(step, state(step), {})
     assert checkpointer.steps() == [12, 100]
     assert checkpointer.latest() == tmp_path / "checkpoints" / "step-00000100"
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000012", "step-00000100"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000012",
+        "step-00000100",
+    ]
     assert path == checkpointer.save(6, state(6), {}).with_name("step-00000012")
     assert checkpointer.steps() == [6, 12, 100]  # never the one just written
 
@@ -141,10 +160,14 @@ def test_a_save_that_cannot_write_leaves_the_others(saved: Checkpointer) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(p.name for p in saved.folder.iterdir()) == ["step-00000010", "step-00000020"]
     saved.save(30, state(30), {})
-    assert sorted(p.name for p in saved.folder.iterdir()) == ["step-00000010", "step-00000020", "step-00000030"]
+    assert sorted(p.name for p in saved.folder.iterdir()) == [
+        "step-00000010",
+        "step-00000020",
+        "step-00000030",
+    ]
 
 
-# Damage --------------------------------------------------------------------------------------------------------------
+# Damage -------------------------------------------------------------------------------------------
 
 
 def flip_bit(file: Path) -> None:
@@ -171,7 +194,12 @@ def test_a_damaged_file_is_named_and_the_previous_checkpoint_offered(
     tensors = state(1)
     with pytest.raises(CheckpointError) as error:
         saved.load(path, tensors)
-    for part in (str(path), name, message, f"the previous complete checkpoint is {saved.folder / 'step-00000010'}"):
+    for part in (
+        str(path),
+        name,
+        message,
+        f"the previous complete checkpoint is {saved.folder / 'step-00000010'}",
+    ):
         assert part in str(error.value)
     assert equal(tensors, state(1))
 
@@ -180,7 +208,9 @@ def test_every_damaged_file_is_named(saved: Checkpointer) -> None:
     path = saved.folder / "step-00000010"
     for name in ("__0_0.distcp", "tensors.json"):
         flip_bit(path / name)
-    with pytest.raises(CheckpointError, match=r"__0_0.distcp is .*; tensors.json is .*; there is no earlier one"):
+    with pytest.raises(
+        CheckpointError, match=r"__0_0.distcp is .*; tensors.json is .*; there is no earlier one"
+    ):
         saved.load(path, state(1))
 
 
@@ -195,7 +225,8 @@ def test_any_flipped_bit_of_a_manifest_is_seen(saved: Checkpointer) -> None:
             continue  # white space
         tensors = state(1)
         with pytest.raises(
-            CheckpointError, match=r"step-00000020.*the previous complete checkpoint is .*step-00000010"
+            CheckpointError,
+            match=r"step-00000020.*the previous complete checkpoint is .*step-00000010",
         ):
             saved.load(path, tensors)
         assert equal(tensors, state(1))
@@ -215,7 +246,9 @@ def test_a_folder_without_manifest_is_no_checkpoint(saved: Checkpointer) -> None
     with pytest.raises(CheckpointError, match=r"not a complete checkpoint.*step-00000010"):
         saved.load(newest, state(1))
     assert saved.save(20, state(20), {}) == newest == saved.latest()
-    with pytest.raises(CheckpointError, match=r"step-00000030 is not a complete checkpoint.*step-00000020"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000030 is not a complete checkpoint.*step-00000020"
+    ):
         saved.load(saved.folder / "step-00000030", state(1))
 
 
@@ -242,7 +275,7 @@ def test_another_architecture_is_one_error_that_lists_every_difference(saved: Ch
     assert equal(tensors, before)
 
 
-# Malice --------------------------------------------------------------------------------------------------------------
+# Malice -------------------------------------------------------------------------------------------
 
 
 class Malicious:
@@ -303,15 +336,23 @@ def test_files_outside_the_checkpoint_are_not_read(saved: Checkpointer) -> None:
         saved.load(path, state(1))
 
 
-# Kills ---------------------------------------------------------------------------------------------------------------
+# Kills --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [30, 20])
-def test_a_kill_at_any_file_system_call_leaves_the_old_checkpoints_or_the_new(step: int, tmp_path: Path) -> None:
+def test_a_kill_at_any_file_system_call_leaves_the_old_checkpoints_or_the_new(
+    step: int, tmp_path: Path
+) -> None:
     """Of a save of a new step, and of one that is replaced; 10 and 20 exist and two are kept."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "checkpoint_kills.py"), str(tmp_path), "[10, 20]", str(step)],
+        [
+            sys.executable,
+            str(SCRIPTS / "checkpoint_kills.py"),
+            str(tmp_path),
+            "[10, 20]",
+            str(step),
+        ],
         capture_output=True,
         text=True,
         timeout=300,
@@ -331,11 +372,18 @@ def test_a_kill_at_any_file_system_call_leaves_the_old_checkpoints_or_the_new(st
 
 @pytest.mark.slow
 def test_kills_at_random_moments_of_many_saves_leave_complete_checkpoints(tmp_path: Path) -> None:
-    script, folder, delays = SCRIPTS / "checkpoint_loop.py", tmp_path / "checkpoints", random.Random(0)
+    script, folder, delays = (
+        SCRIPTS / "checkpoint_loop.py",
+        tmp_path / "checkpoints",
+        random.Random(0),
+    )
     expected: Callable[[int], dict[str, Tensor]] = runpy.run_path(str(script))["state"]
     for _ in range(10):
         process = subprocess.Popen(
-            [sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+            [sys.executable, str(script), str(folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
         )
         assert process.stdout is not None
         printed = [process.stdout.readline()]
@@ -349,14 +397,17 @@ def test_kills_at_random_moments_of_many_saves_leave_complete_checkpoints(tmp_pa
         steps = checkpointer.steps()
         finished = max(int(line) for line in printed if line.endswith("\n"))
         assert steps[-1] in (finished, finished + 1)
-        assert steps == list(range(max(0, steps[-1] - len(steps) + 1), steps[-1] + 1)) and len(steps) <= 3
+        assert (
+            steps == list(range(max(0, steps[-1] - len(steps) + 1), steps[-1] + 1))
+            and len(steps) <= 3
+        )
         for step, path in complete_checkpoints(folder).items():
             tensors = expected(10**6)
             assert checkpointer.load(path, tensors) == {"step": step}
             assert equal(tensors, expected(step))
 
 
-# World sizes ---------------------------------------------------------------------------------------------------------
+# World sizes --------------------------------------------------------------------------------------
 
 
 Ranks = Callable[..., list[dict[str, Any]]]
@@ -380,12 +431,18 @@ def training_state(seed: int) -> dict[str, Tensor]:
     """That of checkpoint_ranks.py, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPTS)
-        return runpy.run_path(str(SCRIPTS / "checkpoint_ranks.py"))["training_state"](seed, sharded=False)
+        return runpy.run_path(str(SCRIPTS / "checkpoint_ranks.py"))["training_state"](
+            seed, sharded=False
+        )
 
 
 @pytest.fixture(scope="module")
-def worlds(ranks_of: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A folder with checkpoints that one process (``plain``) and two (``sharded``) wrote, and what they hold."""
+def worlds(
+    ranks_of: Ranks, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A folder with checkpoints that one process (``plain``) and two (``sharded``) wrote, and what
+    they hold.
+    """
     folder = tmp_path_factory.mktemp("worlds")
     plain = training_state(3)
     Checkpointer(folder / "plain", keep=1).save(10, plain, {"consumed": 70})
@@ -421,7 +478,12 @@ def test_one_rank_and_two_to_more_and_errors_on_all(
             assert results[name]["info"] == info
             assert equal(results[name]["tensors"], saved[name])
             other, damaged = results[f"{name} other"], results[f"{name} damaged"]
-            assert "missing in the checkpoint: student/extra" in other["message"] and other["unchanged"]
+            assert (
+                "missing in the checkpoint: student/extra" in other["message"]
+                and other["unchanged"]
+            )
             shard = "__0_0" if name == "plain" else "__1_0"
-            assert re.search(rf"{shard}\.distcp has \d+ bytes, \d+ were written", damaged["message"])
+            assert re.search(
+                rf"{shard}\.distcp has \d+ bytes, \d+ were written", damaged["message"]
+            )
             assert damaged["unchanged"]

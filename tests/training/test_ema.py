@@ -55,7 +55,12 @@ def test_names_are_the_parameters_own() -> None:
 def test_only_trainable_parameters_are_averaged() -> None:
     module = _module()
     module[0].requires_grad_(False)
-    assert set(EMA(module, 0.9).state_dict()) == {"1.0.weight", "1.0.bias", "1.1.weight", "1.1.bias"}
+    assert set(EMA(module, 0.9).state_dict()) == {
+        "1.0.weight",
+        "1.0.bias",
+        "1.1.weight",
+        "1.1.bias",
+    }
 
 
 def test_bf16_parameters_have_an_fp32_average(generator: torch.Generator) -> None:
@@ -78,7 +83,9 @@ def test_bf16_parameters_have_an_fp32_average(generator: torch.Generator) -> Non
 
 
 def test_fp64_parameters_keep_their_precision() -> None:
-    assert all(a.dtype == torch.float64 for a in EMA(_module(torch.float64), 0.9).state_dict().values())
+    assert all(
+        a.dtype == torch.float64 for a in EMA(_module(torch.float64), 0.9).state_dict().values()
+    )
 
 
 def test_the_average_is_a_copy(generator: torch.Generator) -> None:
@@ -141,7 +148,9 @@ def test_an_average_resumes_bit_for_bit(generator: torch.Generator) -> None:
     _train(module, generator)
     for each in (ema, again):
         each.update(module)
-    assert all(torch.equal(average, again.state_dict()[name]) for name, average in ema.state_dict().items())
+    assert all(
+        torch.equal(average, again.state_dict()[name]) for name, average in ema.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,9 +164,13 @@ def test_applied_for_a_while_and_the_parameters_come_back_bit_for_bit(
     trained = {name: p.detach().clone() for name, p in module.named_parameters()}
     averages = {name: average.clone() for name, average in ema.state_dict().items()}
     with pytest.raises(KeyError), ema.applied(module):  # also when what is done with it fails
-        assert all(torch.equal(p, averages[name].to(dtype)) for name, p in module.named_parameters())
+        assert all(
+            torch.equal(p, averages[name].to(dtype)) for name, p in module.named_parameters()
+        )
         raise KeyError
-    assert all(torch.equal(p, trained[name]) and p.requires_grad for name, p in module.named_parameters())
+    assert all(
+        torch.equal(p, trained[name]) and p.requires_grad for name, p in module.named_parameters()
+    )
     assert all(torch.equal(average, averages[name]) for name, average in ema.state_dict().items())
 
 

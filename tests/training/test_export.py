@@ -1,4 +1,6 @@
-"""Export: what diffusers loads computes what was trained, with adapters merged, separate or absent."""
+"""Export: what diffusers loads computes what was trained, with adapters merged, separate or
+absent.
+"""
 
 import copy
 import dataclasses
@@ -50,7 +52,9 @@ def recipe(lora: bool) -> Recipe:
     return Recipe(
         stage="pretrain",
         out="unused",
-        student=NetworkConfig(architecture=TINY, seed=3, lora=LoRAConfig(rank=4, alpha=6.0) if lora else None),
+        student=NetworkConfig(
+            architecture=TINY, seed=3, lora=LoRAConfig(rank=4, alpha=6.0) if lora else None
+        ),
         data=DataConfig(kind="synthetic"),
         flow_map=FlowMapConfig(gate_value=0.4, deltatime_type="t-r"),
         scheduler=SchedulerConfig(shift=3.0, weight_type="uniform"),
@@ -61,7 +65,9 @@ def trained(student: AnyFlowTransformer3DModel, seed: int) -> dict[str, Tensor]:
     """Other values for everything that is trained."""
     g = torch.Generator().manual_seed(seed)
     parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    return {name: p.detach() + 0.1 * torch.randn(p.shape, generator=g) for name, p in parameters.items()}
+    return {
+        name: p.detach() + 0.1 * torch.randn(p.shape, generator=g) for name, p in parameters.items()
+    }
 
 
 def velocity(model: Any) -> Tensor:
@@ -72,7 +78,9 @@ def velocity(model: Any) -> Tensor:
         return model.eval()(x, t, t / 3, text, return_dict=False)[0]
 
 
-def filled(student: AnyFlowTransformer3DModel, tensors: Mapping[str, Tensor]) -> AnyFlowTransformer3DModel:
+def filled(
+    student: AnyFlowTransformer3DModel, tensors: Mapping[str, Tensor]
+) -> AnyFlowTransformer3DModel:
     """A copy of the student with what was trained, adapters and all."""
     student = copy.deepcopy(student)
     parameters = dict(student.named_parameters())
@@ -84,7 +92,9 @@ def filled(student: AnyFlowTransformer3DModel, tensors: Mapping[str, Tensor]) ->
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Path]:
-    """``run(lora)``: checkpoints of steps 1 and 2, with parameters from seeds 1 and 2, averages from 11 and 12."""
+    """``run(lora)``: checkpoints of steps 1 and 2, with parameters from seeds 1 and 2, averages
+    from 11 and 12.
+    """
 
     def make(lora: bool) -> Path:
         folder, r = tmp_path / "run", recipe(lora)
@@ -102,11 +112,12 @@ def run(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-# Fully trained ---------------------------------------------------------------------------------------------------
+# Fully trained ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("options", "seed"), [({}, 12), ({"weights": "raw"}, 2), ({"step": 1}, 11), ({"weights": "raw", "step": 1}, 1)]
+    ("options", "seed"),
+    [({}, 12), ({"weights": "raw"}, 2), ({"step": 1}, 11), ({"weights": "raw", "step": 1}, 1)],
 )
 def test_a_checkpoint_loads_in_diffusers_to_the_bit(
     run: Callable[..., Path], tmp_path: Path, options: dict[str, Any], seed: int
@@ -114,53 +125,82 @@ def test_a_checkpoint_loads_in_diffusers_to_the_bit(
     assert export(run(lora=False), tmp_path / "model", **options) == tmp_path / "model"
     student = build_student(recipe(lora=False))
     want = trained(student, seed)
-    theirs = diffusers.AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model", subfolder="transformer")
+    theirs = diffusers.AnyFlowTransformer3DModel.from_pretrained(
+        tmp_path / "model", subfolder="transformer"
+    )
     ours = AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model", subfolder="transformer")
     for model in (ours, theirs):
         state = model.state_dict()
         assert state.keys() == want.keys()
-        assert all(torch.equal(state[name], tensor) and tensor.dtype == torch.float32 for name, tensor in want.items())
+        assert all(
+            torch.equal(state[name], tensor) and tensor.dtype == torch.float32
+            for name, tensor in want.items()
+        )
     assert torch.equal(velocity(ours), velocity(filled(student, want)))
     torch.testing.assert_close(velocity(theirs), velocity(ours), rtol=1e-5, atol=1e-5)
 
 
-def test_settings_of_flow_map_and_scheduler_are_exported(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_settings_of_flow_map_and_scheduler_are_exported(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
     export(run(lora=False), tmp_path / "model")
-    config = AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model", subfolder="transformer").config
-    wanted = {"r_embedder": True, "gate_value": 0.4, "deltatime_type": "t-r", "r_embedder_fusion": "gated"}
+    config = AnyFlowTransformer3DModel.from_pretrained(
+        tmp_path / "model", subfolder="transformer"
+    ).config
+    wanted = {
+        "r_embedder": True,
+        "gate_value": 0.4,
+        "deltatime_type": "t-r",
+        "r_embedder_fusion": "gated",
+    }
     assert {key: config[key] for key in wanted} == wanted
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["scheduler", "transformer"]
-    scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(tmp_path / "model", subfolder="scheduler")
+    scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(
+        tmp_path / "model", subfolder="scheduler"
+    )
     assert dict(scheduler.config.items()) == dataclasses.asdict(recipe(lora=False).scheduler)
 
 
-# Adapters --------------------------------------------------------------------------------------------------------
+# Adapters -----------------------------------------------------------------------------------------
 
 
 def test_a_teacher_is_written_as_a_wan_model(tmp_path: Path) -> None:
-    """diffusers' AnyFlow class would fill the second timestep branch, which it has not, with random weights."""
+    """diffusers' AnyFlow class would fill the second timestep branch, which it has not, with random
+    weights.
+    """
     plain = dataclasses.replace(recipe(lora=False), stage="teacher")
     want = trained(build_student(plain), 3)
     write_model(build_student(plain), want, SCHEDULER, tmp_path / "model")
     theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "model" / "transformer")
     ours = AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model" / "transformer")
-    assert json.loads((tmp_path / "model/transformer/config.json").read_text())["_class_name"] == type(theirs).__name__
+    assert (
+        json.loads((tmp_path / "model/transformer/config.json").read_text())["_class_name"]
+        == type(theirs).__name__
+    )
     for model in (ours, theirs):
         state = model.state_dict()
-        assert state.keys() == want.keys() and all(torch.equal(state[name], want[name]) for name in want)
+        assert state.keys() == want.keys() and all(
+            torch.equal(state[name], want[name]) for name in want
+        )
 
 
 def test_a_flow_map_that_diffusers_does_not_have_is_written_for_our_class(tmp_path: Path) -> None:
     additive = dataclasses.replace(recipe(lora=False), flow_map=FlowMapConfig(fusion="additive"))
-    write_model(build_student(additive), trained(build_student(additive), 3), SCHEDULER, tmp_path / "model")
+    write_model(
+        build_student(additive), trained(build_student(additive), 3), SCHEDULER, tmp_path / "model"
+    )
     assert load_transformer(tmp_path / "model").config.r_embedder_fusion == "additive"
 
 
-def test_merged_adapters_compute_what_the_adapters_did(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_merged_adapters_compute_what_the_adapters_did(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
     export(run(lora=True), tmp_path / "model")
     student = build_student(recipe(lora=True))
     want = velocity(filled(student, trained(student, 12)))
-    theirs = diffusers.AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model", subfolder="transformer")
+    theirs = diffusers.AnyFlowTransformer3DModel.from_pretrained(
+        tmp_path / "model", subfolder="transformer"
+    )
     ours = AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model", subfolder="transformer")
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert not [name for name in ours.state_dict() if "lora" in name or "base_layer" in name]
@@ -169,7 +209,9 @@ def test_merged_adapters_compute_what_the_adapters_did(run: Callable[..., Path],
     assert (velocity(student) - want).abs().max() > 0.1  # what was trained matters
 
 
-@pytest.mark.parametrize("library", [AnyFlowTransformer3DModel, diffusers.AnyFlowTransformer3DModel])
+@pytest.mark.parametrize(
+    "library", [AnyFlowTransformer3DModel, diffusers.AnyFlowTransformer3DModel]
+)
 def test_separate_adapters_compute_what_the_adapters_did(
     run: Callable[..., Path], tmp_path: Path, library: Any
 ) -> None:
@@ -180,7 +222,9 @@ def test_separate_adapters_compute_what_the_adapters_did(
     want = velocity(filled(student, tensors))
     model = library.from_pretrained(tmp_path / "model", subfolder="transformer")
     in_full = {name: tensor for name, tensor in tensors.items() if "lora" not in name}
-    assert in_full and all(torch.equal(model.state_dict()[name], tensor) for name, tensor in in_full.items())
+    assert in_full and all(
+        torch.equal(model.state_dict()[name], tensor) for name, tensor in in_full.items()
+    )
     assert (velocity(model) - want).abs().max() > 0.1
     model.load_lora_adapter(tmp_path / "model" / "lora", use_safetensors=True)
     torch.testing.assert_close(velocity(model), want, rtol=1e-5, atol=1e-5)
@@ -191,8 +235,12 @@ def test_separate_adapters_load_in_pipelines(run: Callable[..., Path], tmp_path:
     student = build_student(recipe(lora=True))
     want = velocity(filled(student, trained(student, 12)))
     pipeline = diffusers.AnyFlowPipeline(
-        transformer=AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model", subfolder="transformer"),
-        scheduler=FlowMapEulerDiscreteScheduler.from_pretrained(tmp_path / "model", subfolder="scheduler"),
+        transformer=AnyFlowTransformer3DModel.from_pretrained(
+            tmp_path / "model", subfolder="transformer"
+        ),
+        scheduler=FlowMapEulerDiscreteScheduler.from_pretrained(
+            tmp_path / "model", subfolder="scheduler"
+        ),
         vae=None,
         text_encoder=None,
         tokenizer=None,
@@ -205,7 +253,9 @@ def test_separate_adapters_load_in_pipelines(run: Callable[..., Path], tmp_path:
 
 
 @pytest.mark.parametrize("format", ["diffusers", "comfyui"])
-def test_a_separate_lora_is_right_in_every_reader(format: Any, run: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_separate_lora_is_right_in_every_reader(
+    format: Any, run: Callable[..., Path], tmp_path: Path
+) -> None:
     """In diffusers' pipeline, in ours, and by the factors as PEFT has them."""
     export(run(lora=True), tmp_path / "model", lora="separate", format=format)
     student = build_student(recipe(lora=True))
@@ -213,18 +263,27 @@ def test_a_separate_lora_is_right_in_every_reader(format: Any, run: Callable[...
     (file,) = (tmp_path / "model" / "lora").iterdir()
     state = load_file(file)
     layer = "blocks.0.attn1.to_q"
-    name = {"diffusers": f"transformer.{layer}", "comfyui": "diffusion_model.blocks.0.self_attn.q"}[format]
+    name = {"diffusers": f"transformer.{layer}", "comfyui": "diffusion_model.blocks.0.self_attn.q"}[
+        format
+    ]
     parts = {"A": student.get_submodule(layer).lora_A, "B": student.get_submodule(layer).lora_B}
-    assert all(torch.equal(state[f"{name}.lora_{half}.weight"], p["default"].weight) for half, p in parts.items())
+    assert all(
+        torch.equal(state[f"{name}.lora_{half}.weight"], p["default"].weight)
+        for half, p in parts.items()
+    )
     if format == "comfyui":
-        assert state[f"{name}.alpha"] == 6 and all(key.startswith("diffusion_model.blocks.") for key in state)
+        assert state[f"{name}.alpha"] == 6 and all(
+            key.startswith("diffusion_model.blocks.") for key in state
+        )
         assert len(state) == 3 * len({key.split(".lora_")[0] for key in state if ".lora_" in key})
     student.fuse_lora()
     student.unload_lora()
     want = student.state_dict()
 
     def plain() -> AnyFlowTransformer3DModel:
-        return AnyFlowTransformer3DModel.from_pretrained(tmp_path / "model", subfolder="transformer")
+        return AnyFlowTransformer3DModel.from_pretrained(
+            tmp_path / "model", subfolder="transformer"
+        )
 
     ours, pipeline = (
         plain(),
@@ -237,27 +296,44 @@ def test_a_separate_lora_is_right_in_every_reader(format: Any, run: Callable[...
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     for state in (ours.state_dict(), pipeline.transformer.state_dict()):
-        assert state.keys() == want.keys() and max(float((state[n] - want[n]).abs().max()) for n in want) < 1e-6
+        assert (
+            state.keys() == want.keys()
+            and max(float((state[n] - want[n]).abs().max()) for n in want) < 1e-6
+        )
 
 
 def test_a_layer_that_the_format_has_no_name_for(tmp_path: Path) -> None:
     lora = LoRAConfig(rank=2, target_modules=("delta_embedder.linear_1",), trained_modules=())
-    other = dataclasses.replace(recipe(lora=True), student=NetworkConfig(architecture=TINY, lora=lora))
+    other = dataclasses.replace(
+        recipe(lora=True), student=NetworkConfig(architecture=TINY, lora=lora)
+    )
     student = build_student(other)
     with pytest.raises(ValueError, match=r"delta_embedder\.linear_1.*no name in the original Wan"):
-        write_model(student, trained(student, 1), SCHEDULER, tmp_path / "model", lora="separate", format="comfyui")
+        write_model(
+            student,
+            trained(student, 1),
+            SCHEDULER,
+            tmp_path / "model",
+            lora="separate",
+            format="comfyui",
+        )
     assert not (tmp_path / "model").exists()
 
 
-# Mistakes --------------------------------------------------------------------------------------------------------
+# Mistakes -----------------------------------------------------------------------------------------
 
 
-def test_mistakes_say_what_is_wrong_and_leave_nothing_behind(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_mistakes_say_what_is_wrong_and_leave_nothing_behind(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
     folder, out = run(lora=False), tmp_path / "model"
     for options, message in (
         ({"weights": "both"}, "weights must be ema or raw, got 'both'"),
         ({"lora": "both"}, "lora must be merged or separate, got 'both'"),
-        ({"lora": "separate", "format": "kohya"}, "format must be diffusers or comfyui, got 'kohya'"),
+        (
+            {"lora": "separate", "format": "kohya"},
+            "format must be diffusers or comfyui, got 'kohya'",
+        ),
         ({"format": "comfyui"}, "format='comfyui'.*needs lora='separate'"),
         ({"lora": "separate"}, "needs a student with adapters"),
         ({"step": 7}, "has no checkpoint of step 7; it has 1, 2"),
@@ -272,7 +348,9 @@ def test_mistakes_say_what_is_wrong_and_leave_nothing_behind(run: Callable[..., 
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_folder_with_something_in_it_is_left_alone(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_folder_with_something_in_it_is_left_alone(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
     folder, out = run(lora=False), tmp_path / "model"
     out.mkdir()
     export(folder, out)

@@ -27,7 +27,12 @@ def _run(recipe: Recipe, kills: int) -> list[dict]:
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -37,9 +42,13 @@ def _run(recipe: Recipe, kills: int) -> list[dict]:
 def test_twenty_kills_at_random_moments_lose_at_most_an_interval_each(
     small_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    """Every resume starts from a complete checkpoint, and the end is that of a run that nothing has happened to."""
+    """Every resume starts from a complete checkpoint, and the end is that of a run that nothing has
+    happened to.
+    """
     recipes = [
-        small_recipe(tmp_path / name, steps=240, checkpoint=CheckpointConfig(every=INTERVAL, keep=2))
+        small_recipe(
+            tmp_path / name, steps=240, checkpoint=CheckpointConfig(every=INTERVAL, keep=2)
+        )
         for name in ("straight", "killed")
     ]
     _run(recipes[0], 0)
@@ -52,7 +61,8 @@ def test_twenty_kills_at_random_moments_lose_at_most_an_interval_each(
         assert step % INTERVAL == 0 and kill["reached"] - step <= INTERVAL
 
     straight, killed = (
-        load_file(Path(r.out) / "model/transformer/diffusion_pytorch_model.safetensors") for r in recipes
+        load_file(Path(r.out) / "model/transformer/diffusion_pytorch_model.safetensors")
+        for r in recipes
     )
     assert straight.keys() == killed.keys()
     for name, tensor in straight.items():

@@ -1,4 +1,6 @@
-"""Model FLOPs against torch's counter: on diffusers' networks of the same sizes, and on every call of an update."""
+"""Model FLOPs against torch's counter: on diffusers' networks of the same sizes, and on every call
+of an update.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +26,9 @@ TEXT = 4
 
 
 def _counted(recipe: Recipe) -> tuple[NetworkFlops, int, int]:
-    """Our count, and torch's forward and backward of diffusers' network with the same parameters training."""
+    """Our count, and torch's forward and backward of diffusers' network with the same parameters
+    training.
+    """
     ours = build_student(recipe)
     settings = dataclasses.asdict(recipe.student.architecture)
     theirs = WanTransformer3DModel(**settings)
@@ -33,14 +37,18 @@ def _counted(recipe: Recipe) -> tuple[NetworkFlops, int, int]:
 
         lora = recipe.student.lora
         theirs.requires_grad_(False)
-        theirs.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules)))
+        theirs.add_adapter(
+            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules))
+        )
         for name in lora.trained_modules:
             theirs.get_submodule(name).requires_grad_(True)
     data = SyntheticVideos()
     frames, channels, height, width = data.latent_shape
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         video = theirs(
-            torch.randn(1, channels, frames, height, width), torch.tensor([500.0]), torch.randn(1, TEXT, 32)
+            torch.randn(1, channels, frames, height, width),
+            torch.tensor([500.0]),
+            torch.randn(1, TEXT, 32),
         ).sample
         forward = counter.get_total_flops()
         video.sum().backward()
@@ -82,7 +90,10 @@ class _Calls:
 def _batch() -> Batch:
     data = SyntheticVideos()
     samples = [data[i] for i in range(4)]
-    return Batch(*(torch.stack([getattr(s, n) for s in samples]) for n in ("latents", "prompt_embeds")), range(4))
+    return Batch(
+        *(torch.stack([getattr(s, n) for s in samples]) for n in ("latents", "prompt_embeds")),
+        range(4),
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,21 +106,35 @@ def _batch() -> Batch:
     ],
     ids=["guided", "not guided", "flow matching", "micro-steps"],
 )
-def test_every_call_of_a_pretrain_update_is_counted(changes: dict[str, Any], small_recipe: Make) -> None:
+def test_every_call_of_a_pretrain_update_is_counted(
+    changes: dict[str, Any], small_recipe: Make
+) -> None:
     recipe = small_recipe("unused", **changes)
     step = _build_step(recipe, Mesh(torch.device("cpu")), SyntheticVideos())
     calls = _Calls(student=step.student)
     step.update([_batch()] * recipe.gradient_accumulation, 0)
-    one = network_flops(step.student, token_count(step.student, SyntheticVideos().latent_shape), TEXT)
-    assert step.flops == calls.forward["student"] * one.forward + calls.backward["student"] * one.backward
+    one = network_flops(
+        step.student, token_count(step.student, SyntheticVideos().latent_shape), TEXT
+    )
+    assert (
+        step.flops
+        == calls.forward["student"] * one.forward + calls.backward["student"] * one.backward
+    )
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"rollout": "euler"}, {"grad_through": "step", "real_guidance_scale": 0.0}, {"cotrain_pretrain": False}],
+    [
+        {},
+        {"rollout": "euler"},
+        {"grad_through": "step", "real_guidance_scale": 0.0},
+        {"cotrain_pretrain": False},
+    ],
     ids=str,
 )
-def test_every_call_of_an_on_policy_update_is_counted(settings: dict[str, Any], small_recipe: Make) -> None:
+def test_every_call_of_an_on_policy_update_is_counted(
+    settings: dict[str, Any], small_recipe: Make
+) -> None:
     recipe = small_recipe("unused", stage="on_policy")
     method = OnPolicyConfig(**{"num_steps": (1, 2, 4), "cotrain_pretrain": True} | settings)
     stage = dataclasses.replace(recipe.on_policy, method=method, generator_update_interval=2)
@@ -123,7 +148,9 @@ def test_every_call_of_an_on_policy_update_is_counted(settings: dict[str, Any], 
     for index in range(2):  # with and without the student
         step.update([_batch()], index)
         counted += step.flops
-    expected = sum(calls.forward[n] * ones[n].forward + calls.backward[n] * ones[n].backward for n in networks)
+    expected = sum(
+        calls.forward[n] * ones[n].forward + calls.backward[n] * ones[n].backward for n in networks
+    )
     assert counted == expected
     assert ones["teacher"].backward == 0 < calls.forward["teacher"]
 
@@ -134,20 +161,29 @@ def test_a_network_of_the_published_size_needs_what_its_parameters_suggest() -> 
         network = AnyFlowTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30)
     counted = network_flops(network, 100, 0)
     blocks = sum(p.numel() for p in network.blocks.parameters())
-    text = sum(p.numel() for b in network.blocks for p in (b.attn2.to_k.weight, b.attn2.to_v.weight))
+    text = sum(
+        p.numel() for b in network.blocks for p in (b.attn2.to_k.weight, b.attn2.to_v.weight)
+    )
     assert counted.forward + counted.backward == pytest.approx(6 * 100 * (blocks - text), rel=0.02)
 
 
 def test_peaks_are_found_by_the_name_of_the_device() -> None:
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("NVIDIA GeForce GTX 1080") is None
+    assert (
+        peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA H100 PCIe") == 756e12
+    )
+    assert (
+        peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+        and peak_flops("NVIDIA GeForce GTX 1080") is None
+    )
 
 
 def test_forward_mode_costs_an_evaluation_and_its_tangent(small_recipe: Make) -> None:
     student = NetworkConfig(architecture=small_recipe("unused").student.architecture)
     pretrain = PretrainConfig(derivative="jvp", fuse_guidance_scale=1.0)
     step = _build_step(
-        small_recipe("unused", student=student, pretrain=pretrain), Mesh(torch.device("cpu")), SyntheticVideos()
+        small_recipe("unused", student=student, pretrain=pretrain),
+        Mesh(torch.device("cpu")),
+        SyntheticVideos(),
     )
     step.update([_batch()], 0)
     tokens = token_count(step.student, SyntheticVideos().latent_shape)

@@ -31,10 +31,14 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def test_a_run_goes_on_bit_for_bit_when_there_is_room_again(small_recipe: Make, tmp_path: Path) -> None:
+def test_a_run_goes_on_bit_for_bit_when_there_is_room_again(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     """A limit on the size of files refuses the write of a checkpoint, then that of an export."""
     straight, full = (
-        lambda steps, name=name: small_recipe(tmp_path / name, steps=steps, checkpoint=CheckpointConfig(every=2))
+        lambda steps, name=name: small_recipe(
+            tmp_path / name, steps=steps, checkpoint=CheckpointConfig(every=2)
+        )
         for name in ("straight", "full")
     )
     train(straight(4))
@@ -45,7 +49,9 @@ def test_a_run_goes_on_bit_for_bit_when_there_is_room_again(small_recipe: Make, 
     assert [p.name for p in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000002"]
     train(full(4))
     before, after = _weights(tmp_path / "straight" / "model"), _weights(tmp_path / "full" / "model")
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
 
     with _small_files(), pytest.raises(OSError, match="File too large"):
         export(tmp_path / "full", tmp_path / "model")
@@ -55,7 +61,9 @@ def test_a_run_goes_on_bit_for_bit_when_there_is_room_again(small_recipe: Make, 
     assert not list((tmp_path / "full").glob(".*"))
 
 
-def test_a_second_run_in_a_folder_is_refused_before_it_touches_anything(small_recipe: Make, tmp_path: Path) -> None:
+def test_a_second_run_in_a_folder_is_refused_before_it_touches_anything(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     recipe = small_recipe(tmp_path / "run", steps=1)
     with folder_lock(tmp_path / "run"):
         before = sorted(tmp_path.rglob("*"))

@@ -18,7 +18,13 @@ from anyflow.training.trainer import _build_step, train
 
 Make = Callable[..., Recipe]
 CPU = Mesh(torch.device("cpu"))
-TIMING = {"seconds", "samples_per_second", "tokens_per_second", "tflops_per_second", "peak_memory_gb"}
+TIMING = {
+    "seconds",
+    "samples_per_second",
+    "tokens_per_second",
+    "tflops_per_second",
+    "peak_memory_gb",
+}
 
 
 def _lines(out: Path) -> list[dict[str, float]]:
@@ -38,12 +44,16 @@ def test_rows_that_are_held_out_are_never_trained_on(small_recipe: Make) -> None
 
 
 def test_without_validation_every_row_is_trained_on(small_recipe: Make) -> None:
-    split = split_data(small_recipe("unused", validation=ValidationConfig(num_samples=5)), SyntheticVideos())
+    split = split_data(
+        small_recipe("unused", validation=ValidationConfig(num_samples=5)), SyntheticVideos()
+    )
     assert list(split.rows) == list(range(len(SyntheticVideos()))) and split.held_out_rows == ()
 
 
 def test_the_loss_is_that_of_the_averaged_weights(small_recipe: Make) -> None:
-    """Against the method's own loss of all videos in one batch, on a network with the averages in it."""
+    """Against the method's own loss of all videos in one batch, on a network with the averages in
+    it.
+    """
     recipe = small_recipe(
         "unused",
         validation=ValidationConfig(every=1, num_samples=5),
@@ -54,7 +64,9 @@ def test_the_loss_is_that_of_the_averaged_weights(small_recipe: Make) -> None:
     for average in step.ema.state_dict().values():
         average.mul_(0.7)
     before = {name: p.detach().clone() for name, p in step.student.named_parameters()}
-    found = validation_losses(recipe, CPU, split, data.negative_prompt_embeds, step.student, step.ema)
+    found = validation_losses(
+        recipe, CPU, split, data.negative_prompt_embeds, step.student, step.ema
+    )
     assert all(torch.equal(p, before[name]) for name, p in step.student.named_parameters())
 
     from anyflow.training.draws import SampleDraws
@@ -69,35 +81,52 @@ def test_the_loss_is_that_of_the_averaged_weights(small_recipe: Make) -> None:
         torch.stack([sample.prompt_embeds for sample in samples]),
         data.negative_prompt_embeds,
         noise=draws.normal("validation noise", data.latent_shape),
-        time_pairs=sample_time_pairs(5, uniforms=draws.uniform("validation times", (2,)).T, device="cpu"),
+        time_pairs=sample_time_pairs(
+            5, uniforms=draws.uniform("validation times", (2,)).T, device="cpu"
+        ),
         balance=balance,
     )
     expected = {name: value.item() for name, value in balance.metrics().items()}
     assert found["validation_loss_diffusion"] == pytest.approx(expected["loss_diffusion"], rel=1e-5)
     assert found["validation_loss_flow_map"] == pytest.approx(expected["loss_flow_map"], rel=1e-5)
-    mean = (2 * expected["loss_diffusion"] + 3 * expected["loss_flow_map"]) / 5  # round(0.5 * 5) samples with r = t
+    # round(0.5 * 5) samples with r = t
+    mean = (2 * expected["loss_diffusion"] + 3 * expected["loss_flow_map"]) / 5
     assert found["validation_loss"] == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["teacher", "on_policy"])
-def test_a_run_evaluates_it_and_trains_as_without(stage: str, small_recipe: Make, tmp_path: Path) -> None:
-    """The same rows are held out of both runs; every number but the loss in question is the same, bit for bit."""
+def test_a_run_evaluates_it_and_trains_as_without(
+    stage: str, small_recipe: Make, tmp_path: Path
+) -> None:
+    """The same rows are held out of both runs; every number but the loss in question is the same,
+    bit for bit.
+    """
     often, once = (ValidationConfig(every=every, num_samples=5) for every in (2, 4))
     for name, validation in (("often", often), ("once", once)):
         train(small_recipe(tmp_path / name, stage=stage, validation=validation, log_every=3))
     found, other = (_lines(tmp_path / name) for name in ("often", "once"))
-    assert [line["step"] for line in found] == [1, 2, 3, 4] and [line["step"] for line in other] == [1, 3, 4]
-    assert [("validation_loss" in line, "grad_norm" in line or "critic_loss" in line) for line in found] == [
+    assert [line["step"] for line in found] == [1, 2, 3, 4] and [
+        line["step"] for line in other
+    ] == [1, 3, 4]
+    assert [
+        ("validation_loss" in line, "grad_norm" in line or "critic_loss" in line) for line in found
+    ] == [
         *((False, True), (True, False), (False, True), (True, False)),
     ]
     assert found[3]["validation_loss"] == other[2]["validation_loss"] != found[1]["validation_loss"]
     assert ("validation_loss_flow_map" in found[1]) == (stage != "teacher")
     for line, same in ((found[0], other[0]), (found[2], other[1])):
-        assert {k: v for k, v in line.items() if k not in TIMING} == {k: v for k, v in same.items() if k not in TIMING}
+        assert {k: v for k, v in line.items() if k not in TIMING} == {
+            k: v for k, v in same.items() if k not in TIMING
+        }
 
 
-def test_a_run_goes_on_with_other_validation_but_not_with_other_rows(small_recipe: Make, tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path / "run", steps=1, validation=ValidationConfig(every=1, num_samples=5))
+def test_a_run_goes_on_with_other_validation_but_not_with_other_rows(
+    small_recipe: Make, tmp_path: Path
+) -> None:
+    recipe = small_recipe(
+        tmp_path / "run", steps=1, validation=ValidationConfig(every=1, num_samples=5)
+    )
     train(recipe)
     more = dataclasses.replace(recipe, steps=2, validation=ValidationConfig(every=2, num_samples=6))
     with pytest.raises(ValueError, match=r"differs in validation\.num_samples \(5 there, 6 here\)"):
@@ -108,8 +137,15 @@ def test_a_run_goes_on_with_other_validation_but_not_with_other_rows(small_recip
 
 def test_what_cannot_be_held_out_is_refused(small_recipe: Make, tmp_path: Path) -> None:
     everything = ValidationConfig(every=1, num_samples=len(SyntheticVideos()))
-    with pytest.raises(ValueError, match=r"validation\.num_samples=\d+ leaves none of the \d+ videos to train on"):
+    with pytest.raises(
+        ValueError, match=r"validation\.num_samples=\d+ leaves none of the \d+ videos to train on"
+    ):
         train(small_recipe(tmp_path / "run", validation=everything))
     with pytest.raises(ValueError, match="nowhere"):
-        train(small_recipe(tmp_path / "run", validation=ValidationConfig(every=1, path=str(tmp_path / "nowhere"))))
+        train(
+            small_recipe(
+                tmp_path / "run",
+                validation=ValidationConfig(every=1, path=str(tmp_path / "nowhere")),
+            )
+        )
     assert not (tmp_path / "run").exists()

@@ -58,8 +58,12 @@ def test_random_weights_are_those_of_the_seed_and_the_global_generator_is_left_a
 ) -> None:
     recipe = small_recipe(tmp_path)
     assert recipe.student.architecture is not None
-    adapted = small_recipe(tmp_path, student=NetworkConfig(architecture=recipe.student.architecture, lora=LORA))
-    other = small_recipe(tmp_path, student=NetworkConfig(architecture=recipe.student.architecture, seed=1, lora=LORA))
+    adapted = small_recipe(
+        tmp_path, student=NetworkConfig(architecture=recipe.student.architecture, lora=LORA)
+    )
+    other = small_recipe(
+        tmp_path, student=NetworkConfig(architecture=recipe.student.architecture, seed=1, lora=LORA)
+    )
     before = torch.get_rng_state()
     first, again, different = (_state(build_student(r)) for r in (adapted, adapted, other))
     assert torch.equal(torch.get_rng_state(), before)
@@ -83,7 +87,10 @@ def test_a_wan_folder_becomes_a_flow_map_but_for_the_teacher_stage(
     assert all(torch.equal(state[name], tensor) for name, tensor in wan.state_dict().items())
     for name, tensor in state.items():
         if "delta_embedder" in name:  # a copy in the same precision
-            assert torch.equal(tensor, state[name.replace("delta", "time")]) and tensor.dtype == torch.float32
+            assert (
+                torch.equal(tensor, state[name.replace("delta", "time")])
+                and tensor.dtype == torch.float32
+            )
     assert student.config.gate_value == 0.5 and student.config.deltatime_type == "t-r"
     assert student.condition_embedder.delta_emb_gate.item() == 0.5
 
@@ -91,7 +98,9 @@ def test_a_wan_folder_becomes_a_flow_map_but_for_the_teacher_stage(
     assert not plain.config.r_embedder and _same(_state(plain), _state(wan))
 
 
-def test_a_flow_map_is_loaded_whole_in_fp32_with_its_gate_on_the_cpu(small_recipe: Make, tmp_path: Path) -> None:
+def test_a_flow_map_is_loaded_whole_in_fp32_with_its_gate_on_the_cpu(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     """The gate is in no file, and must not stay on the meta device."""
     model = AnyFlowTransformer3DModel(**SIZES).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
@@ -99,12 +108,18 @@ def test_a_flow_map_is_loaded_whole_in_fp32_with_its_gate_on_the_cpu(small_recip
     assert student.condition_embedder.delta_emb_gate.device.type == "cpu"
     assert student.condition_embedder.delta_emb_gate.item() == 0.25
     for name, p in student.named_parameters():
-        assert p.dtype == torch.float32 and torch.equal(p, model.state_dict()[name].float()) and p.requires_grad
+        assert (
+            p.dtype == torch.float32
+            and torch.equal(p, model.state_dict()[name].float())
+            and p.requires_grad
+        )
 
 
 def test_another_flow_map_than_the_recipes_is_refused(small_recipe: Make, tmp_path: Path) -> None:
     AnyFlowTransformer3DModel(**SIZES, gate_value=0.5).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"gate_value=0\.5.*but the recipe's flow_map is.*gate_value=0\.25"):
+    with pytest.raises(
+        ValueError, match=r"gate_value=0\.5.*but the recipe's flow_map is.*gate_value=0\.25"
+    ):
         build_student(small_recipe(tmp_path, student=_from(tmp_path)))
     with pytest.raises(ValueError, match="stage=teacher trains a plain model"):
         build_student(small_recipe(tmp_path, stage="teacher", student=_from(tmp_path)))
@@ -127,8 +142,12 @@ def test_weights_that_do_not_fit_are_all_named(small_recipe: Make, tmp_path: Pat
 
 def test_half_a_second_timestep_branch_is_refused(small_recipe: Make, tmp_path: Path) -> None:
     AnyFlowTransformer3DModel(**SIZES).save_pretrained(tmp_path)
-    _edit_weights(tmp_path, lambda weights: weights.pop("condition_embedder.delta_embedder.linear_1.weight"))
-    with pytest.raises(ValueError, match=r"missing: condition_embedder\.delta_embedder\.linear_1\.weight"):
+    _edit_weights(
+        tmp_path, lambda weights: weights.pop("condition_embedder.delta_embedder.linear_1.weight")
+    )
+    with pytest.raises(
+        ValueError, match=r"missing: condition_embedder\.delta_embedder\.linear_1\.weight"
+    ):
         build_student(small_recipe(tmp_path, student=_from(tmp_path)))
 
 
@@ -151,9 +170,19 @@ def test_a_folder_without_a_network_is_named(small_recipe: Make, tmp_path: Path)
 def test_lora_trains_its_adapters_and_the_modules_named(small_recipe: Make, tmp_path: Path) -> None:
     AnyFlowTransformer3DModel(**SIZES).save_pretrained(tmp_path)
     student = build_student(small_recipe(tmp_path, student=_from(tmp_path, lora=LORA)))
-    linear = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    linear = (
+        "attn1.to_q",
+        "attn1.to_k",
+        "attn1.to_v",
+        "attn1.to_out.0",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    )
     assert _trained(student) == {
-        f"blocks.{i}.{name}.lora_{ab}.default.weight" for i in range(2) for name in linear for ab in "AB"
+        f"blocks.{i}.{name}.lora_{ab}.default.weight"
+        for i in range(2)
+        for name in linear
+        for ab in "AB"
     } | {
         f"condition_embedder.{kind}_embedder.linear_{i}.{part}"
         for kind in ("time", "delta")
@@ -168,28 +197,51 @@ def test_lora_trains_its_adapters_and_the_modules_named(small_recipe: Make, tmp_
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (LoRAConfig(target_modules=("attn1.to_q", "attn3.to_q")), r"target_modules: 'attn3\.to_q' is the end of no"),
-        (LoRAConfig(target_modules=("to_q", "ttn1.to_k")), r"target_modules: 'ttn1\.to_k' is the end of no"),
-        (LoRAConfig(trained_modules=("condition_embedder.time",)), r"trained_modules: 'condition_embedder\.time' is"),
-        (LoRAConfig(target_modules=("patch_embedding",)), "patch_embedding is not a linear layer but PatchEmbedding"),
-        (LoRAConfig(trained_modules=("attn1",)), r"attn1\.to_q cannot have an adapter and be trained in full"),
+        (
+            LoRAConfig(target_modules=("attn1.to_q", "attn3.to_q")),
+            r"target_modules: 'attn3\.to_q' is the end of no",
+        ),
+        (
+            LoRAConfig(target_modules=("to_q", "ttn1.to_k")),
+            r"target_modules: 'ttn1\.to_k' is the end of no",
+        ),
+        (
+            LoRAConfig(trained_modules=("condition_embedder.time",)),
+            r"trained_modules: 'condition_embedder\.time' is",
+        ),
+        (
+            LoRAConfig(target_modules=("patch_embedding",)),
+            "patch_embedding is not a linear layer but PatchEmbedding",
+        ),
+        (
+            LoRAConfig(trained_modules=("attn1",)),
+            r"attn1\.to_q cannot have an adapter and be trained in full",
+        ),
     ],
 )
-def test_lora_names_that_do_not_fit(lora: LoRAConfig, message: str, small_recipe: Make, tmp_path: Path) -> None:
+def test_lora_names_that_do_not_fit(
+    lora: LoRAConfig, message: str, small_recipe: Make, tmp_path: Path
+) -> None:
     recipe = small_recipe(tmp_path)
     with pytest.raises(ValueError, match=f"student.lora.*{message}"):
         build_student(
-            small_recipe(tmp_path, student=NetworkConfig(architecture=recipe.student.architecture, lora=lora))
+            small_recipe(
+                tmp_path, student=NetworkConfig(architecture=recipe.student.architecture, lora=lora)
+            )
         )
 
 
-def test_the_critic_starts_as_a_copy_of_the_frozen_teacher(small_recipe: Make, tmp_path: Path) -> None:
+def test_the_critic_starts_as_a_copy_of_the_frozen_teacher(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     recipe = small_recipe(tmp_path, stage="on_policy", compile=True)
     teacher = build_teacher(recipe)
     critic = build_critic(recipe, teacher)
     assert not _trained(teacher) and _trained(critic) == set(critic.state_dict())
     assert _same(_state(teacher), _state(critic))
-    assert not {p.data_ptr() for p in teacher.parameters()} & {p.data_ptr() for p in critic.parameters()}
+    assert not {p.data_ptr() for p in teacher.parameters()} & {
+        p.data_ptr() for p in critic.parameters()
+    }
     assert not teacher.config.r_embedder and build_student(recipe).config.r_embedder
     assert critic.gradient_checkpointing and not teacher.gradient_checkpointing
 
@@ -197,14 +249,21 @@ def test_the_critic_starts_as_a_copy_of_the_frozen_teacher(small_recipe: Make, t
 def test_activation_checkpointing_changes_no_gradient(
     small_recipe: Make, tmp_path: Path, generator: torch.Generator
 ) -> None:
-    x, text = torch.randn(2, 4, 8, 6, 6, generator=generator), torch.randn(2, 4, 32, generator=generator)
+    x, text = (
+        torch.randn(2, 4, 8, 6, 6, generator=generator),
+        torch.randn(2, 4, 32, generator=generator),
+    )
     t, r = torch.tensor([900.0, 500.0]), torch.tensor([400.0, 500.0])
     gradients = []
     for activation_checkpointing in (False, True):
-        student = build_student(small_recipe(tmp_path, activation_checkpointing=activation_checkpointing))
+        student = build_student(
+            small_recipe(tmp_path, activation_checkpointing=activation_checkpointing)
+        )
         assert student.gradient_checkpointing == activation_checkpointing
         student(x, t, r, text).sample.square().mean().backward()
-        gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        )
     assert _same(*gradients)
 
 
@@ -212,7 +271,12 @@ def test_an_architecture_that_cannot_be_is_refused_before_it_is_built() -> None:
     from anyflow.training.config import ArchitectureConfig, NetworkConfig
     from anyflow.training.networks import _build
 
-    for name, size in (("num_layers", 10**9), ("num_layers", -1), ("ffn_dim", 10**400), ("eps", float("nan"))):
+    for name, size in (
+        ("num_layers", 10**9),
+        ("num_layers", -1),
+        ("ffn_dim", 10**400),
+        ("eps", float("nan")),
+    ):
         with pytest.raises(ValueError, match=f"architecture.{name}"):
             ArchitectureConfig(**{name: size})
     huge = ArchitectureConfig(num_attention_heads=512, ffn_dim=2**20, num_layers=1000)

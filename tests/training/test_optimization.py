@@ -45,8 +45,12 @@ def test_a_run_of_warm_up_alone_or_of_one_update_has_a_rate() -> None:
     assert lr_factor(OptimizerConfig(schedule="cosine"), 0, 1) == 1.0
 
 
-def test_updates_are_those_of_adamw_with_its_own_clipping_and_schedule(generator: torch.Generator) -> None:
-    config = OptimizerConfig(lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1, warmup_steps=3, clip_norm=0.05)
+def test_updates_are_those_of_adamw_with_its_own_clipping_and_schedule(
+    generator: torch.Generator,
+) -> None:
+    config = OptimizerConfig(
+        lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1, warmup_steps=3, clip_norm=0.05
+    )
     ours, theirs = _network(), _network()
     theirs.load_state_dict(ours.state_dict())
     optimizer = NetworkOptimizer("student", ours, config, total_steps=10)
@@ -67,13 +71,18 @@ def test_updates_are_those_of_adamw_with_its_own_clipping_and_schedule(generator
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
-def test_the_state_exists_before_the_first_update_and_resumes_it_bit_for_bit(generator: torch.Generator) -> None:
+def test_the_state_exists_before_the_first_update_and_resumes_it_bit_for_bit(
+    generator: torch.Generator,
+) -> None:
     config = OptimizerConfig(lr=1e-2)
     straight, resumed = _network(), _network()
     optimizer = NetworkOptimizer("student", straight, config, 10)
     names = {"weight", "bias"}
     assert set(optimizer.tensors()) == {f"student/{i}.{n}" for i in range(3) for n in names} | {
-        f"optimizer/student/{i}.{n}/{key}" for i in range(3) for n in names for key in ("step", "exp_avg", "exp_avg_sq")
+        f"optimizer/student/{i}.{n}/{key}"
+        for i in range(3)
+        for n in names
+        for key in ("step", "exp_avg", "exp_avg_sq")
     }
     for step in range(3):
         optimizer.update(step, _backward(straight, generator))
@@ -104,7 +113,9 @@ def test_a_gradient_that_is_not_finite_is_named_before_anything_changes(
     losses = _backward(network, generator)
     network[1].weight.grad[0, 0] = value
     before = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
-    with pytest.raises(TrainingError, match=r"step 8: gradient norm of the student .* is that of 1\.weight"):
+    with pytest.raises(
+        TrainingError, match=r"step 8: gradient norm of the student .* is that of 1\.weight"
+    ):
         optimizer.update(7, losses)
     assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.tensors().items())
 
@@ -121,7 +132,10 @@ def test_an_output_of_another_network_is_suspected_first(generator: torch.Genera
     network = _network()
     optimizer = NetworkOptimizer("student", network, OptimizerConfig(), 10)
     losses = {**_backward(network, generator), "loss_data": torch.tensor(math.inf)}
-    norms = {"rollout of the student": torch.tensor(1.0), "score of the teacher": torch.tensor(math.nan)}
+    norms = {
+        "rollout of the student": torch.tensor(1.0),
+        "score of the teacher": torch.tensor(math.nan),
+    }
     with pytest.raises(TrainingError, match="step 3: score of the teacher is not finite") as error:
         optimizer.update(2, losses, norms)
     assert (error.value.network, error.value.step) == ("teacher", 3)
@@ -138,11 +152,22 @@ def test_an_output_of_another_network_is_suspected_first(generator: torch.Genera
     ],
 )
 def test_state_that_is_not_finite_is_named(name: str, value: float, network: str) -> None:
-    names = ("student/a.weight", "critic/b", "optimizer/critic/b/exp_avg_sq", "optimizer/critic/b/step", "ema/a.weight")
+    names = (
+        "student/a.weight",
+        "critic/b",
+        "optimizer/critic/b/exp_avg_sq",
+        "optimizer/critic/b/step",
+        "ema/a.weight",
+    )
     tensors = {n: torch.ones(3) for n in names}
-    tensors |= {"optimizer/critic/b/exp_avg": torch.full((3,), 1e30), "optimizer/critic/c/exp_avg": torch.ones(0)}
+    tensors |= {
+        "optimizer/critic/b/exp_avg": torch.full((3,), 1e30),
+        "optimizer/critic/c/exp_avg": torch.ones(0),
+    }
     check_state(4, tensors)
     tensors[name] = torch.tensor([1.0, value, 1.0])
-    with pytest.raises(TrainingError, match=f"step 4: {name} of the {network} is not finite") as error:
+    with pytest.raises(
+        TrainingError, match=f"step 4: {name} of the {network} is not finite"
+    ) as error:
         check_state(4, tensors)
     assert error.value.network == network

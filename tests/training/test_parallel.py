@@ -1,4 +1,6 @@
-"""Real processes under torchrun (gloo): every mesh makes the updates of one process on the global batch."""
+"""Real processes under torchrun (gloo): every mesh makes the updates of one process on the global
+batch.
+"""
 
 import os
 import signal
@@ -14,7 +16,14 @@ import torch
 
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.config import ParallelConfig
-from anyflow.training.distributed import Mesh, clip_gradients, full_state, setup, shard_network, teardown
+from anyflow.training.distributed import (
+    Mesh,
+    clip_gradients,
+    full_state,
+    setup,
+    shard_network,
+    teardown,
+)
 
 SCRIPTS = Path(__file__).parent / "scripts"
 VARIANTS = ("full", "full_per_frame_checkpointing", "lora_checkpointing", "lora_per_frame")
@@ -37,11 +46,15 @@ def ranks(
     folder = tmp_path_factory.mktemp("updates")
     written = {}
     for world, meshes in {1: ("single",), **DATA_WORLDS}.items():
-        job = torchrun(world, SCRIPTS / "parallel_updates.py", folder, *(free_port() for _ in meshes))
+        job = torchrun(
+            world, SCRIPTS / "parallel_updates.py", folder, *(free_port() for _ in meshes)
+        )
         output, _ = job.communicate(timeout=800)
         assert job.returncode == 0, output[-4000:]
         assert "Warning" not in output, output
-        written[world] = [torch.load(folder / f"rank{i}-of-{world}.pt", weights_only=True) for i in range(world)]
+        written[world] = [
+            torch.load(folder / f"rank{i}-of-{world}.pt", weights_only=True) for i in range(world)
+        ]
     return written
 
 
@@ -49,8 +62,12 @@ def ranks(
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("stage", ["pretrain", "on_policy"])
 @pytest.mark.parametrize(("world", "mesh"), MESHES)
-def test_a_mesh_makes_the_updates_of_one_process(world: int, mesh: str, stage: str, variant: str, ranks: Ranks) -> None:
-    """Losses, norms and parameters of two clipped AdamW steps in fp64; 9 tokens a frame, 3 frames."""
+def test_a_mesh_makes_the_updates_of_one_process(
+    world: int, mesh: str, stage: str, variant: str, ranks: Ranks
+) -> None:
+    """Losses, norms and parameters of two clipped AdamW steps in fp64; 9 tokens a frame, 3
+    frames.
+    """
     case = (stage, variant) if stage == "pretrain" else (stage, variant, DATA_WORLDS[world][mesh])
     want = ranks[1][0]["single"][case]
     assert min(want["norms"]) > 0.05  # so that they were clipped
@@ -58,7 +75,8 @@ def test_a_mesh_makes_the_updates_of_one_process(world: int, mesh: str, stage: s
         got = results[mesh][case]
         assert got["losses"] == pytest.approx(want["losses"], rel=1e-9)
         assert got["norms"] == pytest.approx(want["norms"], rel=1e-9)
-        assert got["calls"] == want["calls"]  # as many network calls, in the same order, whatever a rank's samples
+        # as many network calls, in the same order, whatever a rank's samples
+        assert got["calls"] == want["calls"]
     parameters = ranks[world][0][mesh][case]["parameters"]
     assert parameters.keys() == want["parameters"].keys()
     for name, parameter in want["parameters"].items():
@@ -67,12 +85,17 @@ def test_a_mesh_makes_the_updates_of_one_process(world: int, mesh: str, stage: s
 
 @pytest.mark.slow
 def test_the_updates_are_worth_comparing(ranks: Ranks) -> None:
-    """Steps move the parameters, LoRA trains little, and ranks that have samples of their own have other losses."""
+    """Steps move the parameters, LoRA trains little, and ranks that have samples of their own have
+    other losses.
+    """
     single = ranks[1][0]["single"]
     first, later = single["pretrain", "full"]["losses"]
     assert first != pytest.approx(later, rel=1e-3)
     assert any("lora_A" in name for name in single["pretrain", "lora_per_frame"]["parameters"])
-    assert len(single["pretrain", "lora_per_frame"]["parameters"]) < len(single["pretrain", "full"]["parameters"]) / 2
+    assert (
+        len(single["pretrain", "lora_per_frame"]["parameters"])
+        < len(single["pretrain", "full"]["parameters"]) / 2
+    )
     own = [results["fsdp4"]["pretrain", "full"]["own"][0] for results in ranks[4]]
     assert len({round(loss, 6) for loss in own}) == 4
     own = [results["shard2_sequence2"]["pretrain", "full"]["own"][0] for results in ranks[4]]
@@ -82,7 +105,9 @@ def test_the_updates_are_worth_comparing(ranks: Ranks) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "mesh"), MESHES)
 def test_a_sharded_network_samples_as_a_whole_one(world: int, mesh: str, ranks: Ranks) -> None:
-    """Straight after sharding, through embed_time and encode_text, and with its gate, which no checkpoint holds."""
+    """Straight after sharding, through embed_time and encode_text, and with its gate, which no
+    checkpoint holds.
+    """
     want = ranks[1][0]["single"]["sample"]
     for results in ranks[world]:
         got = results[mesh]["sample"]
@@ -110,12 +135,16 @@ def test_places_in_the_mesh(world: int, mesh: str, ranks: Ranks) -> None:
 def _wait_for(files: list[Path], seconds: float = 120) -> None:
     until = time.monotonic() + seconds
     while not all(f.exists() and f.read_text() for f in files):
-        assert time.monotonic() < until, f"{[f.name for f in files if not f.exists()]} have not begun"
+        assert time.monotonic() < until, (
+            f"{[f.name for f in files if not f.exists()]} have not begun"
+        )
         time.sleep(0.2)
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job(tmp_path: Path, torchrun: Callable[..., subprocess.Popen[str]]) -> None:
+def test_a_killed_rank_ends_the_job(
+    tmp_path: Path, torchrun: Callable[..., subprocess.Popen[str]]
+) -> None:
     job = torchrun(2, SCRIPTS / "parallel_endless.py", tmp_path, 1, 600)
     _wait_for([tmp_path / "rank0", tmp_path / "rank1"])
     os.kill(int((tmp_path / "rank1").read_text()), signal.SIGKILL)
@@ -133,9 +162,17 @@ def test_a_rank_that_is_gone_does_not_hang_the_others(
     tmp_path: Path,
     process_environment: Callable[[], dict[str, str]],
 ) -> None:
-    """Without torchrun, which would end them: a closed connection is an error at once, silence after the timeout."""
+    """Without torchrun, which would end them: a closed connection is an error at once, silence
+    after the timeout.
+    """
     env = process_environment()
-    command = [sys.executable, str(SCRIPTS / "parallel_endless.py"), str(tmp_path), str(sequence), str(timeout_s)]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "parallel_endless.py"),
+        str(tmp_path),
+        str(sequence),
+        str(timeout_s),
+    ]
     jobs = [
         subprocess.Popen(
             command,
@@ -157,13 +194,18 @@ def test_a_rank_that_is_gone_does_not_hang_the_others(
     assert "Error" in error
 
 
-# One process ---------------------------------------------------------------------------------------------------------
+# One process --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def tiny() -> AnyFlowTransformer3DModel:
     return AnyFlowTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=16, ffn_dim=32, num_layers=1
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
     )
 
 
@@ -173,7 +215,9 @@ def test_one_process_is_a_mesh_that_changes_nothing(tiny: AnyFlowTransformer3DMo
     assert mesh == Mesh(torch.device("cpu")) and mesh.is_main and mesh.data_world == 1
     shard_network(tiny, mesh, trains=True)
     after = full_state(tiny.state_dict())
-    assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
+    assert after.keys() == before.keys() and all(
+        torch.equal(after[name], p) for name, p in before.items()
+    )
     assert all(type(p) is torch.nn.Parameter and p.requires_grad for p in tiny.parameters())
     teardown(mesh)
 
@@ -207,11 +251,16 @@ def test_clipping_is_that_of_torch(generator: torch.Generator) -> None:
     ("parallel", "message"),
     [
         (ParallelConfig(sequence=2), "sequence 2 does not make 1,"),
-        (ParallelConfig(replicate=3), "replicate 3 x shard what is left x sequence 1 does not make 1,"),
+        (
+            ParallelConfig(replicate=3),
+            "replicate 3 x shard what is left x sequence 1 does not make 1,",
+        ),
         (ParallelConfig(shard=4), "shard 4"),
     ],
 )
-def test_sizes_that_do_not_make_the_world_are_refused(parallel: ParallelConfig, message: str) -> None:
+def test_sizes_that_do_not_make_the_world_are_refused(
+    parallel: ParallelConfig, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         setup(parallel, "cpu")
 

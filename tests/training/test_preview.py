@@ -38,12 +38,17 @@ def _frames(file: Path) -> list[Tensor]:
     """Each frame as ``[H, W, 3]``."""
     if file.suffix == ".mp4":
         with av.open(str(file)) as container:
-            return [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+            return [
+                torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                for frame in container.decode(video=0)
+            ]
     with Image.open(file) as image:
         frames = []
         for index in range(image.n_frames):
             image.seek(index)
-            frames.append(torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8))
+            frames.append(
+                torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+            )
         return [frame.view(image.height, image.width, 3) for frame in frames]
 
 
@@ -60,18 +65,26 @@ def test_previews_are_animated_grids_and_change_nothing(small_recipe: Make, tmp_
     assert [file.name for file in files] == ["step-00000002.gif", "step-00000003.gif"]
     frames = _frames(files[0])
     assert len(frames) == 8
-    # Three prompts, two step counts and the real videos, of 132 x 132 pixels, text to the left and above.
+    # Three prompts, two step counts and the real videos, of 132 x 132 pixels, text to the left and
+    # above.
     height, width = frames[0].shape[:2]
     assert 3 * 132 + 8 < width < 3 * 132 + 100 and 3 * 132 + 8 < height < 3 * 132 + 60
-    models = [tmp_path / name / "model" / "transformer" / "diffusion_pytorch_model.safetensors" for name in _BOTH]
+    models = [
+        tmp_path / name / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+        for name in _BOTH
+    ]
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
 _BOTH = ("with", "without")
 
 
-def test_a_preview_samples_the_average_in_a_plain_model_too(small_recipe: Make, tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path, stage="teacher", preview=PreviewConfig(every=1, step_counts=(2,), num_samples=2))
+def test_a_preview_samples_the_average_in_a_plain_model_too(
+    small_recipe: Make, tmp_path: Path
+) -> None:
+    recipe = small_recipe(
+        tmp_path, stage="teacher", preview=PreviewConfig(every=1, step_counts=(2,), num_samples=2)
+    )
     data = SyntheticVideos()
     step, previews = _build_step(recipe, CPU, data), _previews(recipe, data)
     before = {name: p.detach().clone() for name, p in step.student.named_parameters()}
@@ -87,7 +100,9 @@ def test_a_preview_samples_the_average_in_a_plain_model_too(small_recipe: Make, 
 def test_a_preview_that_is_not_finite_is_said_and_not_written(
     small_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = small_recipe(tmp_path, preview=PreviewConfig(every=1, step_counts=(1, 2), num_samples=2))
+    recipe = small_recipe(
+        tmp_path, preview=PreviewConfig(every=1, step_counts=(1, 2), num_samples=2)
+    )
     data = SyntheticVideos()
     step = _build_step(recipe, CPU, data)
     next(iter(step.ema.state_dict().values())).fill_(3e38)
@@ -96,7 +111,9 @@ def test_a_preview_that_is_not_finite_is_said_and_not_written(
     assert not (tmp_path / "previews").exists()
 
 
-def test_the_vae_decodes_prompts_of_ones_own(recipe: Recipe, wan_model: Path, tmp_path: Path) -> None:
+def test_the_vae_decodes_prompts_of_ones_own(
+    recipe: Recipe, wan_model: Path, tmp_path: Path
+) -> None:
     """The embeddings are those of ``anyflow preprocess``, and the pictures those of the VAE."""
     prompts = ("a blue cross moves slowly", "a red disc")
     preview = PreviewConfig(1, (1, 2), prompts=prompts, model=str(wan_model), vae=str(wan_model))
@@ -114,7 +131,8 @@ def test_the_vae_decodes_prompts_of_ones_own(recipe: Recipe, wan_model: Path, tm
     assert file.name == "step-00000001.mp4" and len(frames) == 5  # two latent frames
     latents = previews.sample(step.student, step.ema)
     expected = uint8_pixels(decode_latents(load_vae(wan_model), latents[1, 1:]))[0]
-    enlarged = expected.repeat_interleave(3, 1).repeat_interleave(3, 2)  # 48 pixels wide: 144 on the picture
+    # 48 pixels wide: 144 on the picture
+    enlarged = expected.repeat_interleave(3, 1).repeat_interleave(3, 2)
     height, width = enlarged.shape[1:3]
     # The last cell ends where the picture does, but for the even size.
     bottom, right = frames[0].shape[:2]
@@ -127,12 +145,17 @@ def test_the_vae_decodes_prompts_of_ones_own(recipe: Recipe, wan_model: Path, tm
 
 
 def _decoded_by_diffusers(folder: Path, latents: Tensor) -> Tensor:
-    """Decode normalized ``latents[F, C, h, w]`` to ``[F', H, W, 3]`` uint8 by diffusers' classes and numpy alone."""
+    """Decode normalized ``latents[F, C, h, w]`` to ``[F', H, W, 3]`` uint8 by diffusers' classes
+    and numpy alone.
+    """
     from diffusers import AutoencoderKLWan
     from diffusers.video_processor import VideoProcessor
 
     vae = AutoencoderKLWan.from_pretrained(folder / "vae").eval()
-    mean, std = (np.array(vae.config[f"latents_{name}"], np.float32)[:, None, None, None] for name in ("mean", "std"))
+    mean, std = (
+        np.array(vae.config[f"latents_{name}"], np.float32)[:, None, None, None]
+        for name in ("mean", "std")
+    )
     stretched = torch.from_numpy(latents.numpy().transpose(1, 0, 2, 3) * std + mean)
     with torch.no_grad():
         video = vae.decode(stretched[None]).sample
@@ -141,7 +164,9 @@ def _decoded_by_diffusers(folder: Path, latents: Tensor) -> Tensor:
 
 
 def test_decoded_pixels_are_those_of_diffusers(recipe: Recipe, wan_model: Path) -> None:
-    """Means and deviations differ from channel to channel; a second video is decoded as the first."""
+    """Means and deviations differ from channel to channel; a second video is decoded as the
+    first.
+    """
     recipe = dataclasses.replace(recipe, preview=PreviewConfig(every=1, vae=str(wan_model)))
     data = LatentDataset(Path(recipe.data.path))
     latents = torch.stack([data[0].latents, 2 * data[3].latents])
@@ -166,7 +191,10 @@ def test_the_data_s_own_videos_are_beside_the_samples(recipe: Recipe, wan_model:
         expected = _decoded_by_diffusers(wan_model, data[row].latents)
         enlarged = expected.repeat_interleave(3, 1).repeat_interleave(3, 2)
         differences = [
-            (frames[4][y : y + height, x : x + width].float() - enlarged[4].float()).abs().mean().item()
+            (frames[4][y : y + height, x : x + width].float() - enlarged[4].float())
+            .abs()
+            .mean()
+            .item()
             for y in (bottom - height, bottom - height - 1)
             for x in (right - (2 - column) * width - 4 * (1 - column) - i for i in range(2))
         ]
@@ -194,25 +222,47 @@ def test_a_model_that_does_not_fit_is_refused_before_training(
         with pytest.raises(ValueError, match=message):
             train(dataclasses.replace(recipe, preview=PreviewConfig(every=1, **settings)))
     own = PreviewConfig(every=1, prompts=("a",), model=str(wan_model))
-    with pytest.raises(ValueError, match=r"preview\.model: the text encoder of .* has width 16, the data's prompts 32"):
+    with pytest.raises(
+        ValueError,
+        match=r"preview\.model: the text encoder of .* has width 16, the data's prompts 32",
+    ):
         train(small_recipe(tmp_path / "run", preview=own))
     assert not (tmp_path / "run").exists()
-    for settings in ({"preview": PreviewConfig(prompts=("a",))}, {"metrics": MetricsConfig(prompts=("a",))}):
-        with pytest.raises(ValueError, match=rf"preview\.model is required with {next(iter(settings))}\.prompts: its"):
+    for settings in (
+        {"preview": PreviewConfig(prompts=("a",))},
+        {"metrics": MetricsConfig(prompts=("a",))},
+    ):
+        with pytest.raises(
+            ValueError,
+            match=rf"preview\.model is required with {next(iter(settings))}\.prompts: its",
+        ):
             small_recipe(tmp_path, **settings)
-    with pytest.raises(ValueError, match=r"preview\.model is required with preview\.prompts or metrics\.prompts, and"):
+    with pytest.raises(
+        ValueError,
+        match=r"preview\.model is required with preview\.prompts or metrics\.prompts, and",
+    ):
         small_recipe(tmp_path, preview=PreviewConfig(model="x"))
-    with pytest.raises(ValueError, match=r"preview\.vae must be left alone with data\.kind=synthetic"):
+    with pytest.raises(
+        ValueError, match=r"preview\.vae must be left alone with data\.kind=synthetic"
+    ):
         small_recipe(tmp_path, preview=PreviewConfig(vae="x"))
 
 
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])
 def test_a_grid_has_its_videos_beside_their_labels(suffix: str, tmp_path: Path) -> None:
-    """Plain colors, far enough from each other to be told after compression; text only where labels are."""
+    """Plain colors, far enough from each other to be told after compression; text only where labels
+    are.
+    """
     colors = torch.tensor([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]], dtype=torch.uint8)
     videos = colors[:, :, None, None, None].expand(2, 2, 3, 20, 200, 3)
     file = tmp_path / "folder" / f"grid.{suffix}"
-    write_grid(videos, ["1 step", "16 steps"], ["short", "a caption that is too long for its column " * 5], file, 8)
+    write_grid(
+        videos,
+        ["1 step", "16 steps"],
+        ["short", "a caption that is too long for its column " * 5],
+        file,
+        8,
+    )
     frames = _frames(file)
     assert len(frames) == (1 if suffix == "gif" else 3)  # a GIF has frames that are the same once
     picture = frames[-1].float()
@@ -222,7 +272,10 @@ def test_a_grid_has_its_videos_beside_their_labels(suffix: str, tmp_path: Path) 
         assert (picture[height + y, width + x] - colors[row, column].float()).abs().max() < 40
     dark = picture.amax(2) < 100
     assert dark[: height - 46, -404:-204].any() and dark[: height - 46, -200:].any()  # captions
-    assert dark[height - 44 : height - 24, : width - 410].any() and dark[height - 20 :, : width - 410].any()
+    assert (
+        dark[height - 44 : height - 24, : width - 410].any()
+        and dark[height - 20 :, : width - 410].any()
+    )
     assert not dark[:, :2].any()
 
 

@@ -1,4 +1,6 @@
-"""Recipes and configurations without bounds: each is refused at once, in one line with its place."""
+"""Recipes and configurations without bounds: each is refused at once, in one line with its
+place.
+"""
 
 import os
 import re
@@ -8,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from anyflow.methods import OnPolicyConfig, PretrainConfig
-from anyflow.training.config import CheckpointConfig, EMAConfig, LoRAConfig, OptimizerConfig, PreviewConfig
+from anyflow.training.config import (
+    CheckpointConfig,
+    EMAConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    PreviewConfig,
+)
 from anyflow.training.recipe import RecipeError, load_recipe, print_config
 
 SMALL = "stage: pretrain\nout: runs/a\nstudent: {path: model}\ndata: {path: latents}\n"
@@ -58,7 +66,17 @@ ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ('device: "\\ud800"', "device: \\ud800 has a lone surrogate"),
         ("".join(f"k{i}: 1\n" for i in range(1900)), "1870 more problems"),
     ],
-    ids=["aliases", "lists", "mappings", "digits", "more digits", "digits of lr", "bytes", "surrogate", "keys"],
+    ids=[
+        "aliases",
+        "lists",
+        "mappings",
+        "digits",
+        "more digits",
+        "digits of lr",
+        "bytes",
+        "surrogate",
+        "keys",
+    ],
 )
 def test_a_document_without_bounds_is_refused(text: str, expected: str, tmp_path: Path) -> None:
     assert expected in _errors(_write(tmp_path, SMALL + text + "\n"))[-1]
@@ -70,9 +88,13 @@ def test_a_base_that_is_no_small_file_is_refused_with_its_place(kind: str, tmp_p
     os.mkfifo(tmp_path / "fifo")
     for i in range(17):
         _write(tmp_path, f"base: b{i + 1}.yaml\n", f"b{i}.yaml")
-    base = {"device": "/dev/zero", "folder": ".", "long": "x" * 3000, "chain": "b0.yaml"}.get(kind, kind)
+    base = {"device": "/dev/zero", "folder": ".", "long": "x" * 3000, "chain": "b0.yaml"}.get(
+        kind, kind
+    )
     [line] = _errors(_write(tmp_path, f"{SMALL}base: {base}\n"))
-    assert re.match(r"b14\.yaml:1: base: more than 16" if kind == "chain" else r"recipe\.yaml:5: base: ", line)
+    assert re.match(
+        r"b14\.yaml:1: base: more than 16" if kind == "chain" else r"recipe\.yaml:5: base: ", line
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,22 +105,36 @@ def test_a_base_that_is_no_small_file_is_refused_with_its_place(kind: str, tmp_p
         ("steps=" + "[" * 70000, "its value is larger than the 65536 bytes allowed"),
         ("steps=\udcff", "not valid YAML: unacceptable character"),
         ("steps=&a [*a]", "steps: contains itself"),
-        ("student.architecture.num_layers=-1", "num_layers: must be a whole number from 1 to 1000, got -1"),
+        (
+            "student.architecture.num_layers=-1",
+            "num_layers: must be a whole number from 1 to 1000, got -1",
+        ),
         (
             "student.architecture.num_layers=1000000000",
             "num_layers: must be a whole number from 1 to 1000, got 1000000000",
         ),
-        ("student.architecture.patch_size=[1,0,2]", "patch_size (rows) must be a whole number from 1 to 64, got 0"),
+        (
+            "student.architecture.patch_size=[1,0,2]",
+            "patch_size (rows) must be a whole number from 1 to 64, got 0",
+        ),
         ("parallel.timeout_s=999999999999999", "timeout_s: must be at most 2592000"),
         ("parallel.sequence=4", "sequence: must divide the 2 attention heads of student, got 4"),
-        ("scheduler.num_train_timesteps=1000000000", "num_train_timesteps: must be at most 1000000"),
-        ("scheduler.num_train_timesteps=4", "epsilon=5.0 timesteps must be below half of num_train_timesteps=4"),
+        (
+            "scheduler.num_train_timesteps=1000000000",
+            "num_train_timesteps: must be at most 1000000",
+        ),
+        (
+            "scheduler.num_train_timesteps=4",
+            "epsilon=5.0 timesteps must be below half of num_train_timesteps=4",
+        ),
         ("scheduler.shift=-1", "shift: must be a positive number, got -1.0"),
         ("out=' '", "out: must be text that is not empty"),
         ("data.num_workers=100000", "num_workers: must be at most 1024"),
     ],
 )
-def test_an_override_that_cannot_work_is_refused(override: str, expected: str, tmp_path: Path) -> None:
+def test_an_override_that_cannot_work_is_refused(
+    override: str, expected: str, tmp_path: Path
+) -> None:
     assert expected in _errors(_write(tmp_path, BUILT), override)[0]
 
 

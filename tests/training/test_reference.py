@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from anyflow.training.config import DataConfig, LoRAConfig, NetworkConfig, OnPolicyStageConfig, Recipe
+from anyflow.training.config import (
+    DataConfig,
+    LoRAConfig,
+    NetworkConfig,
+    OnPolicyStageConfig,
+    Recipe,
+)
 from anyflow.training.recipe import RecipeError, dump_recipe, load_recipe
 from anyflow.training.reference import keys, main, render, sections
 
@@ -23,11 +29,15 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == render(), "python -m anyflow.training.reference docs/recipes.md"
+    assert PAGE.read_text(encoding="utf-8") == render(), (
+        "python -m anyflow.training.reference docs/recipes.md"
+    )
 
 
 def test_the_keys_are_those_of_a_recipe_with_every_section(tmp_path: Path) -> None:
-    """Counted by writing such a recipe out; the values that are not required are the defaults of the page."""
+    """Counted by writing such a recipe out; the values that are not required are the defaults of
+    the page.
+    """
     full = dataclasses.replace(NETWORK, lora=LoRAConfig())
     stage = OnPolicyStageConfig(NETWORK, critic=NETWORK, critic_lora=LoRAConfig())
     recipe = Recipe("on_policy", "runs/a", full, DataConfig(path="latents"), on_policy=stage)
@@ -45,10 +55,19 @@ def test_the_keys_are_those_of_a_recipe_with_every_section(tmp_path: Path) -> No
     # A teacher of its own belongs to another stage; the section is that of the others.
     assert flat.pop("teacher") is None
     teacher = {name for name in listed if name.startswith("teacher.")}
-    assert teacher == {name.removeprefix("on_policy.") for name in listed if name.startswith("on_policy.teacher.")}
+    assert teacher == {
+        name.removeprefix("on_policy.") for name in listed if name.startswith("on_policy.teacher.")
+    }
     listed = {name: key for name, key in listed.items() if name not in teacher}
     assert set(listed) == set(flat)
-    given = {"stage", "out", "student.path", "on_policy.teacher.path", "on_policy.critic.path", "data.path"}
+    given = {
+        "stage",
+        "out",
+        "student.path",
+        "on_policy.teacher.path",
+        "on_policy.critic.path",
+        "data.path",
+    }
     for name in set(listed) - given:
         default, value = listed[name].default, flat[name]
         shown = value if isinstance(value, str) else json.dumps(value)
@@ -73,11 +92,15 @@ def test_every_key_says_what_it_means_and_what_it_may_be() -> None:
 
 def test_a_key_without_a_meaning_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DataConfig, "__doc__", "The dataset and its loader.")
-    with pytest.raises(ValueError, match=r"data\.kind: the docstring of DataConfig does not say what it means"):
+    with pytest.raises(
+        ValueError, match=r"data\.kind: the docstring of DataConfig does not say what it means"
+    ):
         sections()
 
 
-def test_the_command_prints_or_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_or_writes_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main([])
     assert capsys.readouterr().out == render()
     main([str(tmp_path / "page.md")])
@@ -85,6 +108,10 @@ def test_the_command_prints_or_writes_the_page(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_key_of_another_section_is_named(tmp_path: Path) -> None:
-    for key, where in (("epsilon", "pretrain.epsilon"), ("lr", "optimizer.lr"), ("batch_size", "data.batch_size")):
+    for key, where in (
+        ("epsilon", "pretrain.epsilon"),
+        ("lr", "optimizer.lr"),
+        ("batch_size", "data.batch_size"),
+    ):
         with pytest.raises(RecipeError, match=rf"{key}: unknown key; did you mean {where}\?"):
             load_recipe(Path("smoke_pretrain"), [f"{key}=3"])

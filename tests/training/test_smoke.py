@@ -1,4 +1,6 @@
-"""What the guide shows first: both stages by their smoke recipes on two processes, then sampling."""
+"""What the guide shows first: both stages by their smoke recipes on two processes, then
+sampling.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,10 @@ from anyflow.data import SyntheticVideos
 
 @pytest.mark.slow
 def test_both_stages_train_on_two_processes_and_the_model_samples_at_any_number_of_steps(
-    torchrun: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+    torchrun: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    generator: torch.Generator,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the recipes name their folders relative to where the command runs
     for recipe in ("smoke_pretrain", "smoke_onpolicy"):

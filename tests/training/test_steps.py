@@ -58,22 +58,35 @@ def _batches(count: int = 1, size: int = 4) -> list[Batch]:
     data = SyntheticVideos()
     rows = [tuple(37 * (i * size + b) % len(data) for b in range(size)) for i in range(count)]
     return [
-        Batch(torch.stack([data[i].latents for i in row]), torch.stack([data[i].prompt_embeds for i in row]), row)
+        Batch(
+            torch.stack([data[i].latents for i in row]),
+            torch.stack([data[i].prompt_embeds for i in row]),
+            row,
+        )
         for row in rows
     ]
 
 
 def _pretrain_step(recipe: Recipe) -> PretrainStep:
-    return PretrainStep(recipe, CPU, build_student(recipe), SyntheticVideos().negative_prompt_embeds)
+    return PretrainStep(
+        recipe, CPU, build_student(recipe), SyntheticVideos().negative_prompt_embeds
+    )
 
 
 def _on_policy_step(recipe: Recipe) -> OnPolicyStep:
     teacher = build_teacher(recipe)
     critic = build_critic(recipe, teacher)
-    return OnPolicyStep(recipe, CPU, build_student(recipe), teacher, critic, SyntheticVideos().negative_prompt_embeds)
+    return OnPolicyStep(
+        recipe,
+        CPU,
+        build_student(recipe),
+        teacher,
+        critic,
+        SyntheticVideos().negative_prompt_embeds,
+    )
 
 
-# Parity ------------------------------------------------------------------------------------------------------------
+# Parity -------------------------------------------------------------------------------------------
 
 
 class _Reference:
@@ -85,7 +98,9 @@ class _Reference:
             self.variant = json.loads(file.metadata()["variant"])
         latents = self.values["latents_bcfhw"].transpose(1, 2).contiguous()
         self.batch = Batch(latents, self.values["prompt_embeds"], tuple(range(len(latents))))
-        self.time_pairs = TimePairs(self["pre.t_unit"], self["pre.r_unit"], self["pre.is_diffusion"])
+        self.time_pairs = TimePairs(
+            self["pre.t_unit"], self["pre.r_unit"], self["pre.is_diffusion"]
+        )
 
     def __getitem__(self, key: str) -> Tensor:
         return self.values[key]
@@ -93,14 +108,20 @@ class _Reference:
     def network(self, name: str) -> AnyFlowTransformer3DModel:
         config, gate, deltatime = (self.variant[key] for key in ("config", "gate", "dt"))
         model = AnyFlowTransformer3DModel(**config, gate_value=gate, deltatime_type=deltatime)
-        weights = {k.removeprefix(f"{name}."): v for k, v in self.values.items() if k.startswith(f"{name}.")}
+        weights = {
+            k.removeprefix(f"{name}."): v
+            for k, v in self.values.items()
+            if k.startswith(f"{name}.")
+        }
         model.load_state_dict(weights)
         return model
 
     def settings(self) -> dict[str, Any]:
         return {
             "scheduler": SchedulerConfig(shift=self.variant["shift"]),
-            "pretrain": PretrainConfig(epsilon=self.variant["eps"], fuse_guidance_scale=self.variant["g"]),
+            "pretrain": PretrainConfig(
+                epsilon=self.variant["eps"], fuse_guidance_scale=self.variant["g"]
+            ),
             "optimizer": STANDING_STILL,
         }
 
@@ -114,8 +135,12 @@ def test_the_pretrain_update_has_the_references_loss_and_gradients(
     reference: _Reference, small_recipe: Make, tmp_path: Path
 ) -> None:
     recipe = small_recipe(tmp_path, **reference.settings())
-    step = PretrainStep(recipe, CPU, reference.network("student"), reference["negative_prompt_embeds"])
-    scalars = step.update([reference.batch], 0, noise=reference["pre.noise_bfchw"], time_pairs=reference.time_pairs)
+    step = PretrainStep(
+        recipe, CPU, reference.network("student"), reference["negative_prompt_embeds"]
+    )
+    scalars = step.update(
+        [reference.batch], 0, noise=reference["pre.noise_bfchw"], time_pairs=reference.time_pairs
+    )
     assert _relative(scalars["loss"], reference["pre.loss"]) <= TOLERANCE
     gradients = _gradients(step)
     keys = [key for key in reference.values if key.startswith("pre.grad.")]
@@ -137,7 +162,11 @@ def test_the_on_policy_update_has_the_references_losses_and_gradients(
     recipe = dataclasses.replace(small, **reference.settings(), on_policy=stage)
     networks = [reference.network(name) for name in ("student", "real", "fake")]
     step = OnPolicyStep(recipe, CPU, *networks, reference["negative_prompt_embeds"])
-    data = {"data_noise": reference["pre.noise_bfchw"], "time_pairs": reference.time_pairs} if cotrain else {}
+    data = (
+        {"data_noise": reference["pre.noise_bfchw"], "time_pairs": reference.time_pairs}
+        if cotrain
+        else {}
+    )
     scalars = step.update(
         [reference.batch],
         0,
@@ -162,13 +191,17 @@ def test_the_on_policy_update_has_the_references_losses_and_gradients(
         name, want = key.removeprefix("dmd.grad."), reference[key]
         if cotrain:  # one gradient of both losses
             assert _relative(scalars["loss_data"], reference["pre.loss"]) <= TOLERANCE
-            alone = PretrainStep(recipe, CPU, reference.network("student"), reference["negative_prompt_embeds"])
-            alone.update([reference.batch], 0, noise=data["data_noise"], time_pairs=data["time_pairs"])
+            alone = PretrainStep(
+                recipe, CPU, reference.network("student"), reference["negative_prompt_embeds"]
+            )
+            alone.update(
+                [reference.batch], 0, noise=data["data_noise"], time_pairs=data["time_pairs"]
+            )
             want = want + _gradients(alone)[name]
         assert _relative(gradients[name], want) <= TOLERANCE, key
 
 
-# Draws -------------------------------------------------------------------------------------------------------------
+# Draws --------------------------------------------------------------------------------------------
 
 
 def test_draws_differ_by_every_argument_and_repeat() -> None:
@@ -176,11 +209,14 @@ def test_draws_differ_by_every_argument_and_repeat() -> None:
     draws = [tuple(torch.rand(2, generator=draw_generator(*a)).tolist()) for a in arguments]
     assert len(set(draws)) == len(arguments)
     assert draws == [tuple(torch.rand(2, generator=draw_generator(*a)).tolist()) for a in arguments]
-    assert draw_seed(0, "student", 1, 0, 0) == 11705185558200858141  # of this and every later release
+    # of this and every later release
+    assert draw_seed(0, "student", 1, 0, 0) == 11705185558200858141
 
 
 @pytest.mark.parametrize("stage", ["teacher", "pretrain", "on_policy"])
-def test_an_update_is_a_function_of_its_number_and_the_state(stage: str, small_recipe: Make, tmp_path: Path) -> None:
+def test_an_update_is_a_function_of_its_number_and_the_state(
+    stage: str, small_recipe: Make, tmp_path: Path
+) -> None:
     build = _on_policy_step if stage == "on_policy" else _pretrain_step
     recipe = small_recipe(tmp_path, stage=stage)
     before = torch.get_rng_state()
@@ -193,10 +229,12 @@ def test_an_update_is_a_function_of_its_number_and_the_state(stage: str, small_r
     assert other["loss"] != scalars[0]["loss"]
 
 
-# What an update does -----------------------------------------------------------------------------------------------
+# What an update does ------------------------------------------------------------------------------
 
 
-def test_the_teacher_stage_is_flow_matching_of_a_plain_model(small_recipe: Make, tmp_path: Path) -> None:
+def test_the_teacher_stage_is_flow_matching_of_a_plain_model(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     recipe = small_recipe(tmp_path, stage="teacher", optimizer=STANDING_STILL)
     step, batch = _pretrain_step(recipe), _batches()[0]
     t = torch.tensor([0.1, 0.4, 0.6, 0.9])
@@ -210,7 +248,9 @@ def test_the_teacher_stage_is_flow_matching_of_a_plain_model(small_recipe: Make,
     with torch.no_grad():
         v = step.student(x_t, s.flatten() * 1000, None, batch.prompt_embeds).sample
     error = (v - (noise - batch.latents)).square().mean((1, 2, 3, 4))
-    torch.testing.assert_close(loss, (scheduler.get_train_weight(s.flatten() * 1000) * error).mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        loss, (scheduler.get_train_weight(s.flatten() * 1000) * error).mean(), rtol=1e-4, atol=0
+    )
 
 
 def test_micro_steps_add_up_to_the_mean(small_recipe: Make, tmp_path: Path) -> None:
@@ -219,14 +259,18 @@ def test_micro_steps_add_up_to_the_mean(small_recipe: Make, tmp_path: Path) -> N
     noise = torch.randn(batch.latents.shape, generator=draw_generator(0, "test"))
     t, r = torch.tensor([0.2, 0.5, 0.7, 0.9]), torch.tensor([0.2, 0.5, 0.3, 0.0])
     draws = {"noise": noise, "time_pairs": TimePairs(t, r, t == r)}
-    once, thrice = (_pretrain_step(small_recipe(tmp_path, gradient_accumulation=n, **settings)) for n in (1, 3))
+    once, thrice = (
+        _pretrain_step(small_recipe(tmp_path, gradient_accumulation=n, **settings)) for n in (1, 3)
+    )
     one, three = once.update([batch], 0, **draws), thrice.update([batch] * 3, 0, **draws)
     torch.testing.assert_close(one["loss"], three["loss"])
     for name, gradient in _gradients(once).items():
         torch.testing.assert_close(_gradients(thrice)[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_bf16_gradients_agree_with_fp32_and_parameters_stay_fp32(small_recipe: Make, tmp_path: Path) -> None:
+def test_bf16_gradients_agree_with_fp32_and_parameters_stay_fp32(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     gradients = []
     for precision in ("fp32", "bf16"):
         step = _pretrain_step(small_recipe(tmp_path, precision=precision, optimizer=STANDING_STILL))
@@ -236,7 +280,9 @@ def test_bf16_gradients_agree_with_fp32_and_parameters_stay_fp32(small_recipe: M
     assert 0 < _relative(gradients[1], gradients[0]) < 0.05
 
 
-def test_the_critic_sees_a_rollout_of_the_student_after_its_update(small_recipe: Make, tmp_path: Path) -> None:
+def test_the_critic_sees_a_rollout_of_the_student_after_its_update(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     small = small_recipe(tmp_path, stage="on_policy", optimizer=OptimizerConfig(lr=0.05))
     stage = dataclasses.replace(small.on_policy, critic_optimizer=STANDING_STILL)
     step, batch = _on_policy_step(dataclasses.replace(small, on_policy=stage)), _batches()[0]
@@ -268,7 +314,9 @@ def test_student_and_critic_draw_their_rollouts_apart(small_recipe: Make, tmp_pa
     assert len(starts) == 2 and not torch.isclose(*starts).any()
 
 
-def test_the_student_is_updated_at_its_interval_and_the_critic_always(small_recipe: Make, tmp_path: Path) -> None:
+def test_the_student_is_updated_at_its_interval_and_the_critic_always(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     small = small_recipe(tmp_path, stage="on_policy")
     stage = dataclasses.replace(small.on_policy, generator_update_interval=2)
     step = _on_policy_step(dataclasses.replace(small, on_policy=stage))
@@ -277,9 +325,14 @@ def test_the_student_is_updated_at_its_interval_and_the_critic_always(small_reci
         before = [_parameters(network) for network in networks]
         average = {name: tensor.clone() for name, tensor in step.ema.state_dict().items()}
         scalars = step.update(_batches(), index)
-        moved = [not _same(_parameters(network), old) for network, old in zip(networks, before, strict=True)]
+        moved = [
+            not _same(_parameters(network), old)
+            for network, old in zip(networks, before, strict=True)
+        ]
         assert moved == [index % 2 == 0, True, False]
-        assert ("loss" in scalars) == (not _same(step.ema.state_dict(), average)) == (index % 2 == 0)
+        assert (
+            ("loss" in scalars) == (not _same(step.ema.state_dict(), average)) == (index % 2 == 0)
+        )
     assert step.ema.updates == 2
     resumed = _on_policy_step(dataclasses.replace(small, on_policy=stage))
     resumed.resume_at(4)
@@ -301,16 +354,27 @@ def test_a_second_pretrain_config_is_refused(small_recipe: Make, tmp_path: Path)
     small = small_recipe(tmp_path, stage="on_policy")
     method = dataclasses.replace(small.on_policy.method, pretrain=PretrainConfig(epsilon=2.0))
     with pytest.raises(ValueError, match=r"on_policy\.method\.pretrain must be left alone"):
-        _on_policy_step(dataclasses.replace(small, on_policy=dataclasses.replace(small.on_policy, method=method)))
+        _on_policy_step(
+            dataclasses.replace(
+                small, on_policy=dataclasses.replace(small.on_policy, method=method)
+            )
+        )
 
 
-def test_the_target_of_a_teacher_is_learned_exactly_by_its_own_weights(small_recipe: Make, tmp_path: Path) -> None:
-    """A student that is its teacher has nothing to learn where r = t, whatever the pairs; on data it has."""
+def test_the_target_of_a_teacher_is_learned_exactly_by_its_own_weights(
+    small_recipe: Make, tmp_path: Path
+) -> None:
+    """A student that is its teacher has nothing to learn where r = t, whatever the pairs; on data
+    it has.
+    """
     losses = {}
     for target in ("data", "teacher"):
         recipe = small_recipe(tmp_path)
         loss = PretrainConfig(
-            diffusion_ratio=1.0, consistency_ratio=0.0, fuse_guidance_scale=1.0, velocity_target=target
+            diffusion_ratio=1.0,
+            consistency_ratio=0.0,
+            fuse_guidance_scale=1.0,
+            velocity_target=target,
         )
         recipe = dataclasses.replace(
             recipe,
@@ -326,9 +390,13 @@ def test_the_target_of_a_teacher_is_learned_exactly_by_its_own_weights(small_rec
 
 def test_a_recipes_teacher_is_for_its_target_alone(small_recipe: Make, tmp_path: Path) -> None:
     taught = PretrainConfig(velocity_target="teacher")
-    with pytest.raises(ValueError, match="teacher is required with pretrain.velocity_target=teacher"):
+    with pytest.raises(
+        ValueError, match="teacher is required with pretrain.velocity_target=teacher"
+    ):
         small_recipe(tmp_path, pretrain=taught)
-    with pytest.raises(ValueError, match="teacher is required with pretrain.velocity_target=teacher"):
+    with pytest.raises(
+        ValueError, match="teacher is required with pretrain.velocity_target=teacher"
+    ):
         small_recipe(tmp_path, teacher=small_recipe(tmp_path).student)
     recipe = small_recipe(tmp_path, stage="on_policy", pretrain=taught)
     step = _on_policy_step(recipe)

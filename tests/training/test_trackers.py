@@ -15,7 +15,12 @@ from PIL import Image
 
 from anyflow.training.trackers import Trackers, check_loggers, run_id
 
-CONFIG = {"stage": "pretrain", "optimizer.lr": 1e-4, "student.path": None, "optimizer.betas": (0.9, 0.95)}
+CONFIG = {
+    "stage": "pretrain",
+    "optimizer.lr": 1e-4,
+    "student.path": None,
+    "optimizer.betas": (0.9, 0.95),
+}
 
 
 @pytest.fixture
@@ -42,9 +47,15 @@ def test_tensorboard_has_the_scalars_the_recipe_and_the_preview(tmp_path: Path, 
     _log(run, ("tensorboard",), 0, range(1, 5), gif)
     _log(run, ("tensorboard",), 2, range(3, 4), gif)
     events = EventAccumulator(str(run / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(s, pytest.approx(s / 10)) for s in (1, 2, 3)]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (s, pytest.approx(s / 10)) for s in (1, 2, 3)
+    ]
     (image,) = events.Images("preview")
-    assert image.step == 3 and image.encoded_image_string == gif.read_bytes() and (image.width, image.height) == (8, 6)
+    assert (
+        image.step == 3
+        and image.encoded_image_string == gif.read_bytes()
+        and (image.width, image.height) == (8, 6)
+    )
     (settings,) = (run / "tensorboard").glob("*/hparams.yml")
     assert "optimizer.betas: '[0.9, 0.95]'" in settings.read_text()
 
@@ -91,16 +102,22 @@ def test_weights_and_biases_knows_a_run_that_goes_on(
     run.mkdir()
     _log(run, ("wandb",), 0, range(1, 4), gif)
     _log(run, ("wandb",), 3, range(4, 6), gif)
-    first, second = sorted((run / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_ctime)
+    first, second = sorted(
+        (run / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_ctime
+    )
     started = [next(r.run for r in _wandb_records(f) if r.HasField("run")) for f in (first, second)]
-    assert {r.run_id for r in started} == {run_id(run)} and {r.project for r in started} == {"project"}
+    assert {r.run_id for r in started} == {run_id(run)} and {r.project for r in started} == {
+        "project"
+    }
     config = {item.key: json.loads(item.value_json) for item in started[0].config.update}
     assert {name: config[name] for name in ("optimizer.lr", "student.path")} == {
         "optimizer.lr": 1e-4,
         "student.path": None,
     }
     rows = [r.history for r in _wandb_records(second) if r.HasField("history")]
-    logged = [{i.key or i.nested_key[0]: json.loads(i.value_json) for i in row.item} for row in rows]
+    logged = [
+        {i.key or i.nested_key[0]: json.loads(i.value_json) for i in row.item} for row in rows
+    ]
     assert [row["loss"] for row in logged if "loss" in row] == [0.4, 0.5]
     assert [row["metrics/psnr/4_steps"] for row in logged if "loss" in row] == [24.0, 25.0]
     assert [row["_step"] for row in logged if "preview" in row] == [5]
@@ -111,7 +128,8 @@ def test_weights_and_biases_knows_a_run_that_goes_on(
 @pytest.mark.skipif(importlib.util.find_spec("trackio") is not None, reason="trackio is installed")
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(
-        ValueError, match=r"loggers: trackio needs the package trackio, which is not installed: pip install trackio$"
+        ValueError,
+        match=r"loggers: trackio needs the package trackio, which is not installed: pip install trackio$",
     ):
         check_loggers(("trackio",))
     check_loggers(())

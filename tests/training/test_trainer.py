@@ -121,7 +121,7 @@ def test_a_recipe_names_its_threads_and_the_environment_comes_first(
         torch.set_num_threads(before)
 
 
-# Going on ----------------------------------------------------------------------------------------------------------
+# Going on -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -144,10 +144,14 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
         for name in ("straight", "killed")
     ]
     straight, killed = recipes
-    subprocess.run(_command(_write(straight, tmp_path / "straight.yaml")), check=True, capture_output=True)
+    subprocess.run(
+        _command(_write(straight, tmp_path / "straight.yaml")), check=True, capture_output=True
+    )
 
     file = _write(killed, tmp_path / "killed.yaml")
-    process = subprocess.Popen(_command(file), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        _command(file), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     _wait_for(lambda: _reported(tmp_path / "killed") >= 3, process)  # of the steps 1, 4 and 8
     process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -156,7 +160,12 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
     assert "Going on after step 6" in resumed.stdout
 
     assert [line["step"] for line in _metrics(tmp_path / "straight")] == [1, 4, 8, 12]
-    assert ["metrics/psnr/2_steps" in line for line in _metrics(tmp_path / "straight")] == [False, True, True, True]
+    assert ["metrics/psnr/2_steps" in line for line in _metrics(tmp_path / "straight")] == [
+        False,
+        True,
+        True,
+        True,
+    ]
     assert _metrics(tmp_path / "killed") == _metrics(tmp_path / "straight")
     infos = [Manifest.read(Path(r.out) / "checkpoints" / "step-00000012").info for r in recipes]
     assert infos[0]["consumed"] == infos[1]["consumed"] == 12 * 2 * 2
@@ -165,10 +174,17 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
     assert any(name.startswith("critic/") for name in one) == (stage == "on_policy")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     models = [
-        AnyFlowTransformer3DModel.from_pretrained(Path(r.out) / "model" / "transformer").state_dict() for r in recipes
+        AnyFlowTransformer3DModel.from_pretrained(
+            Path(r.out) / "model" / "transformer"
+        ).state_dict()
+        for r in recipes
     ]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    assert all(torch.equal(models[0][n.removeprefix("ema/")], t) for n, t in one.items() if n.startswith("ema/"))
+    assert all(
+        torch.equal(models[0][n.removeprefix("ema/")], t)
+        for n, t in one.items()
+        if n.startswith("ema/")
+    )
 
 
 @pytest.mark.slow
@@ -186,7 +202,11 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_status_zero(
     )
     file = _write(recipe, tmp_path / "recipe.yaml")
     process = subprocess.Popen(
-        _command(file), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        _command(file),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     _wait_for(lambda: _reported(out) >= 3, process)
     if number == signal.SIGINT:
@@ -204,36 +224,57 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_status_zero(
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model_and_one_process_goes_on_with_it(small_recipe: Make, tmp_path: Path) -> None:
+def test_two_processes_train_one_model_and_one_process_goes_on_with_it(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     recipe = small_recipe(
         out,
         steps=2,
         data=DataConfig(kind="synthetic", batch_size=2, num_workers=0),
         preview=PreviewConfig(every=2, step_counts=(1,), num_samples=1),
-        validation=ValidationConfig(every=2, num_samples=3),  # a rank evaluates one video, the other two
+        # a rank evaluates one video, the other two
+        validation=ValidationConfig(every=2, num_samples=3),
         metrics=MetricsConfig(every=2, step_counts=(1, 2), num_samples=3, reference_steps=4),
         loggers=("tensorboard",) if importlib.util.find_spec("tensorboard") else (),
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     file = _write(recipe, tmp_path / "recipe.yaml")
     result = subprocess.run([*torchrun, *_command(file)[1:]], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Finished 2 steps") == 1
     assert (out / "previews" / "step-00000002.gif").is_file()
-    average = {k.removeprefix("ema/"): v for k, v in _checkpoint(recipe, 2).items() if k.startswith("ema/")}
+    average = {
+        k.removeprefix("ema/"): v for k, v in _checkpoint(recipe, 2).items() if k.startswith("ema/")
+    }
     model = AnyFlowTransformer3DModel.from_pretrained(out / "model" / "transformer").state_dict()
     assert average and all(torch.equal(model[name], tensor) for name, tensor in average.items())
 
-    alone = dataclasses.replace(recipe, steps=3, data=dataclasses.replace(recipe.data, batch_size=4))
-    step, data = _build_step(alone, Mesh(torch.device("cpu")), open_dataset(alone.data)), open_dataset(alone.data)
-    Checkpointer(out / "checkpoints", keep=1).load(out / "checkpoints" / "step-00000002", step.tensors())
+    alone = dataclasses.replace(
+        recipe, steps=3, data=dataclasses.replace(recipe.data, batch_size=4)
+    )
+    step, data = (
+        _build_step(alone, Mesh(torch.device("cpu")), open_dataset(alone.data)),
+        open_dataset(alone.data),
+    )
+    Checkpointer(out / "checkpoints", keep=1).load(
+        out / "checkpoints" / "step-00000002", step.tensors()
+    )
     once = validation_losses(
         *(alone, Mesh(torch.device("cpu")), split_data(alone, data), data.negative_prompt_embeds),
         *(step.student, step.ema),
     )
     assert once == pytest.approx({name: _metrics(out)[1][name] for name in once}, rel=1e-5)
-    measured = {name: value for name, value in _metrics(out)[1].items() if name.startswith("metrics/")}
+    measured = {
+        name: value for name, value in _metrics(out)[1].items() if name.startswith("metrics/")
+    }
     samples = _build_samples(alone, Mesh(torch.device("cpu")), data, Console(quiet=True))
     again = samples.metrics.evaluate(step, 2, Console(quiet=True))
     del again["metrics/seconds"]
@@ -257,7 +298,9 @@ def test_a_finished_run_says_so_and_one_with_more_steps_goes_on(
 
     longer = dataclasses.replace(recipe, steps=3, log_every=1, device=None)
     train(longer)
-    assert (tmp_path / "run" / "model").is_dir() and (tmp_path / "run" / "model-step-00000002").is_dir()
+    assert (tmp_path / "run" / "model").is_dir() and (
+        tmp_path / "run" / "model-step-00000002"
+    ).is_dir()
     straight = small_recipe(tmp_path / "straight", steps=3)
     train(straight)
     assert _metrics(tmp_path / "run") == _metrics(tmp_path / "straight")
@@ -267,7 +310,9 @@ def test_a_finished_run_says_so_and_one_with_more_steps_goes_on(
         train(recipe)
 
 
-def test_a_run_killed_before_its_export_exports_when_started_again(small_recipe: Make, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_export_exports_when_started_again(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     recipe = small_recipe(tmp_path, steps=1)
     train(recipe)
     model = tmp_path / "model"
@@ -287,9 +332,12 @@ def test_metrics_after_the_step_and_torn_lines_are_cut_off(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "line", ["", "{", "[1]", '{"loss": 1}', '{"step": "3"}', '{"step": true}', '{"step": NaN}', "\0\0"]
+    "line",
+    ["", "{", "[1]", '{"loss": 1}', '{"step": "3"}', '{"step": true}', '{"step": NaN}', "\0\0"],
 )
-def test_a_line_of_metrics_that_is_none_is_named_unless_it_is_the_last(tmp_path: Path, line: str) -> None:
+def test_a_line_of_metrics_that_is_none_is_named_unless_it_is_the_last(
+    tmp_path: Path, line: str
+) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 21}}\n')
     before = file.read_bytes()
@@ -301,10 +349,12 @@ def test_a_line_of_metrics_that_is_none_is_named_unless_it_is_the_last(tmp_path:
     assert file.read_text() == '{"step": 1}\n'
 
 
-# What is refused ---------------------------------------------------------------------------------------------------
+# What is refused ----------------------------------------------------------------------------------
 
 
-def test_an_existing_checkpoint_is_not_written_over_without_resume(small_recipe: Make, tmp_path: Path) -> None:
+def test_an_existing_checkpoint_is_not_written_over_without_resume(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     recipe = small_recipe(tmp_path, steps=1)
     train(recipe)
     files = _files(tmp_path)
@@ -316,13 +366,19 @@ def test_an_existing_checkpoint_is_not_written_over_without_resume(small_recipe:
 def test_another_recipe_and_other_data_are_refused(small_recipe: Make, tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, steps=1)
     train(recipe)
-    changed = dataclasses.replace(recipe, seed=1, optimizer=OptimizerConfig(lr=2e-3, eps=1e-7), log_every=5)
-    with pytest.raises(ValueError, match=r"differs in optimizer\.eps \(1e-08 there, 1e-07 here\), seed \(0 there"):
+    changed = dataclasses.replace(
+        recipe, seed=1, optimizer=OptimizerConfig(lr=2e-3, eps=1e-7), log_every=5
+    )
+    with pytest.raises(
+        ValueError, match=r"differs in optimizer\.eps \(1e-08 there, 1e-07 here\), seed \(0 there"
+    ):
         train(changed)
     manifest = tmp_path / "checkpoints" / "step-00000001"
     saved = Manifest.read(manifest)
     dataclasses.replace(saved, info={**saved.info, "fingerprint": "other"}).write(manifest)
-    with pytest.raises(ValueError, match="these are not the videos that the run .* has been trained on"):
+    with pytest.raises(
+        ValueError, match="these are not the videos that the run .* has been trained on"
+    ):
         train(dataclasses.replace(recipe, steps=2))
 
 
@@ -334,10 +390,16 @@ def _architecture(recipe: Recipe, **changes: object) -> NetworkConfig:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"in_channels": 16, "out_channels": 16}, "latents have 8 channels, the student takes 16 and gives 16"),
+        (
+            {"in_channels": 16, "out_channels": 16},
+            "latents have 8 channels, the student takes 16 and gives 16",
+        ),
         ({"text_dim": 64}, "prompts have width 32, the student takes text_dim=64"),
         ({"patch_size": (1, 4, 4)}, "latents have 6 rows; the student takes multiples of 4"),
-        ({"rope_max_seq_len": 2}, "latents have 4 frames; the student takes multiples of 1 up to 2"),
+        (
+            {"rope_max_seq_len": 2},
+            "latents have 4 frames; the student takes multiples of 1 up to 2",
+        ),
     ],
 )
 def test_data_that_do_not_fit_the_network_are_refused(
@@ -363,7 +425,9 @@ def test_checkpoints_without_a_recipe_are_not_touched(small_recipe: Make, tmp_pa
         train(small_recipe(tmp_path))
 
 
-def test_weights_that_are_not_finite_stop_the_run_before_its_first_update(small_recipe: Make, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_stop_the_run_before_its_first_update(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     """Real ones: a folder whose weights overflow."""
     sizes = dataclasses.asdict(small_recipe(tmp_path).student.architecture)
     model = AnyFlowTransformer3DModel(**sizes)
@@ -373,7 +437,9 @@ def test_weights_that_are_not_finite_stop_the_run_before_its_first_update(small_
     recipe = small_recipe(tmp_path / "run", student=NetworkConfig(path=str(tmp_path / "model")))
     with pytest.raises(TrainingError, match="step 1: loss of the student is not finite"):
         train(recipe)
-    assert not list((tmp_path / "run" / "checkpoints").glob("*")) and _reported(tmp_path / "run") == 0
+    assert (
+        not list((tmp_path / "run" / "checkpoints").glob("*")) and _reported(tmp_path / "run") == 0
+    )
 
 
 def test_a_rate_that_is_far_too_large_stops_the_run(small_recipe: Make, tmp_path: Path) -> None:
@@ -392,28 +458,50 @@ def _train(file: Path, *arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_what_the_guard_advises_can_be_done_in_the_same_folder(small_recipe: Make, tmp_path: Path) -> None:
-    """A run into infinity; every setting that its error names is taken, and one after another leads to the end."""
-    file = _write(small_recipe(tmp_path / "run", precision="bf16", optimizer=OptimizerConfig(lr=1e25)), tmp_path / "r")
+def test_what_the_guard_advises_can_be_done_in_the_same_folder(
+    small_recipe: Make, tmp_path: Path
+) -> None:
+    """A run into infinity; every setting that its error names is taken, and one after another leads
+    to the end.
+    """
+    file = _write(
+        small_recipe(tmp_path / "run", precision="bf16", optimizer=OptimizerConfig(lr=1e25)),
+        tmp_path / "r",
+    )
     status, printed = _train(file)
-    assert status == 1 and "step 2: loss of the student is not finite" in printed and "starts anew" in printed
+    assert (
+        status == 1
+        and "step 2: loss of the student is not finite" in printed
+        and "starts anew" in printed
+    )
     advised = ADVICE.findall(printed.partition("The same command")[2])
     assert advised == ["optimizer.lr=1e+24", "optimizer.warmup_steps=100", "precision=fp32"]
-    for number, advice in enumerate(advised, 1):  # still far too large a rate: the same error, not a refusal
+    # still far too large a rate: the same error, not a refusal
+    for number, advice in enumerate(advised, 1):
         status, printed = _train(file, *advised[:number])
-        assert status == 1 and f"The run goes on with {advice}" in printed.replace("e24", "e+24"), printed
+        assert status == 1 and f"The run goes on with {advice}" in printed.replace("e24", "e+24"), (
+            printed
+        )
     settings = ["precision=fp32", "optimizer.warmup_steps=100", "optimizer.lr=1e-3"]
     assert _train(file, *settings)[0] == 0
     assert [line["step"] for line in _metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def test_a_checkpoint_that_is_past_help_is_left_as_advised(small_recipe: Make, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_past_help_is_left_as_advised(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     """Its weights are finite, and so large that every loss is not."""
-    recipe = small_recipe(tmp_path / "run", checkpoint=CheckpointConfig(every=1), optimizer=OptimizerConfig(lr=1e-3))
+    recipe = small_recipe(
+        tmp_path / "run", checkpoint=CheckpointConfig(every=1), optimizer=OptimizerConfig(lr=1e-3)
+    )
     file = _write(recipe, tmp_path / "r.yaml")
     assert _train(file, "steps=1")[0] == 0
     status, printed = _train(file, "optimizer.lr=1e15")
-    assert status == 1 and "step 3: loss of the student is not finite" in printed and "goes on after step 2" in printed
+    assert (
+        status == 1
+        and "step 3: loss of the student is not finite" in printed
+        and "goes on after step 2" in printed
+    )
     status, printed = _train(file, "optimizer.lr=1e-3")
     assert status == 1 and "step 3: loss" in printed
     delete = Path(re.search(r"delete (\S+), and it goes on after step 1", printed)[1])
@@ -431,8 +519,12 @@ def test_a_checkpoint_that_is_past_help_is_left_as_advised(small_recipe: Make, t
 
 
 @pytest.mark.parametrize("network", ["student", "teacher", "critic"])
-def test_a_network_of_stage_two_that_is_not_finite_is_named(network: str, small_recipe: Make, tmp_path: Path) -> None:
-    """Real weights that overflow; the data are not blamed, and the settings are those of that network."""
+def test_a_network_of_stage_two_that_is_not_finite_is_named(
+    network: str, small_recipe: Make, tmp_path: Path
+) -> None:
+    """Real weights that overflow; the data are not blamed, and the settings are those of that
+    network.
+    """
     small = small_recipe(tmp_path / "run", stage="on_policy")
     model = AnyFlowTransformer3DModel(**dataclasses.asdict(small.student.architecture))
     with torch.no_grad():
@@ -440,7 +532,11 @@ def test_a_network_of_stage_two_that_is_not_finite_is_named(network: str, small_
         model.proj_out.bias[3] = 1e38
     model.save_pretrained(tmp_path / "model")
     broken = NetworkConfig(path=str(tmp_path / "model"))
-    parts = {"student": {"student": broken}, "teacher": {"teacher": broken}, "critic": {"critic": broken}}[network]
+    parts = {
+        "student": {"student": broken},
+        "teacher": {"teacher": broken},
+        "critic": {"critic": broken},
+    }[network]
     stage = dataclasses.replace(small.on_policy, **({} if network == "student" else parts))
     if network == "teacher":
         stage = dataclasses.replace(stage, critic=small.on_policy.teacher)
@@ -451,22 +547,39 @@ def test_a_network_of_stage_two_that_is_not_finite_is_named(network: str, small_
     advice = {
         "student": "with optimizer.lr=0.0001 or optimizer.warmup_steps=100 starts anew",
         "teacher": "The teacher does not train: give other weights as on_policy.teacher.path=",
-        "critic": "with on_policy.critic_optimizer.lr=0.0001 or on_policy.critic_optimizer.warmup_steps=100 starts",
+        "critic": "with on_policy.critic_optimizer.lr=0.0001 or "
+        "on_policy.critic_optimizer.warmup_steps=100 starts",
     }
-    assert advice[network] in printed and "data" not in printed and "first such gradient" not in printed
+    assert (
+        advice[network] in printed
+        and "data" not in printed
+        and "first such gradient" not in printed
+    )
 
 
 @pytest.mark.parametrize(("network", "phrase"), [("student", "1: rollout"), ("critic", "2: score")])
 def test_a_network_that_diverges_in_stage_two_is_named_and_not_kept(
     network: str, phrase: str, small_recipe: Make, tmp_path: Path
 ) -> None:
-    """The student's rollouts for the critic come after its own update; the critic's scores in the next step."""
+    """The student's rollouts for the critic come after its own update; the critic's scores in the
+    next step.
+    """
     fast, small = OptimizerConfig(lr=1e36), small_recipe(tmp_path / "run", stage="on_policy")
-    stage = dataclasses.replace(small.on_policy, critic_optimizer=fast) if network == "critic" else small.on_policy
-    recipe = dataclasses.replace(small, on_policy=stage, optimizer=fast if network == "student" else small.optimizer)
+    stage = (
+        dataclasses.replace(small.on_policy, critic_optimizer=fast)
+        if network == "critic"
+        else small.on_policy
+    )
+    recipe = dataclasses.replace(
+        small, on_policy=stage, optimizer=fast if network == "student" else small.optimizer
+    )
     file = _write(recipe, tmp_path / "r.yaml")
     status, printed = _train(file)
-    assert status == 1 and f"step {phrase} of the {network} is not finite" in printed and "data" not in printed, printed
+    assert (
+        status == 1
+        and f"step {phrase} of the {network} is not finite" in printed
+        and "data" not in printed
+    ), printed
     status, printed = _train(file, "checkpoint.every=1")
     assert status == 1 and f"of the {network} is not finite" in printed and "starts anew" in printed
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
@@ -476,21 +589,34 @@ def test_a_network_that_diverges_in_stage_two_is_named_and_not_kept(
 def test_no_checkpoint_has_weights_that_are_not_finite(
     lr: float, kept: int, small_recipe: Make, tmp_path: Path
 ) -> None:
-    """The rate of the first update decides whether its weights are, have a norm that is not, or are not."""
-    file = _write(small_recipe(tmp_path / "run", optimizer=OptimizerConfig(lr=lr), steps=1), tmp_path / "r.yaml")
+    """The rate of the first update decides whether its weights are, have a norm that is not, or are
+    not.
+    """
+    file = _write(
+        small_recipe(tmp_path / "run", optimizer=OptimizerConfig(lr=lr), steps=1),
+        tmp_path / "r.yaml",
+    )
     status, printed = _train(file)
     assert status == (0 if kept else 1)
-    assert ("of the student is not finite, or its norm is not. No checkpoint was written" in printed) == (not kept)
+    assert (
+        "of the student is not finite, or its norm is not. No checkpoint was written" in printed
+    ) == (not kept)
     assert len(list((tmp_path / "run").glob("checkpoints/step-*"))) == kept
     assert (tmp_path / "run" / "model").is_dir() == bool(kept)
 
 
-def test_data_that_are_not_finite_are_to_blame_and_not_a_network(small_recipe: Make, tmp_path: Path) -> None:
+def test_data_that_are_not_finite_are_to_blame_and_not_a_network(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     step = _build_step(small_recipe(tmp_path), Mesh(torch.device("cpu")), SyntheticVideos())
     data = SyntheticVideos()
-    latents, prompts = (torch.stack([getattr(data[i], n) for i in (5, 6)]) for n in ("latents", "prompt_embeds"))
+    latents, prompts = (
+        torch.stack([getattr(data[i], n) for i in (5, 6)]) for n in ("latents", "prompt_embeds")
+    )
     latents[1, 0, 0, 0, 0] = torch.inf
-    with pytest.raises(ValueError, match=r"the data's rows \[5, 6\]: latents holds NaN or infinite values"):
+    with pytest.raises(
+        ValueError, match=r"the data's rows \[5, 6\]: latents holds NaN or infinite values"
+    ):
         step.update([Batch(latents, prompts, (5, 6))], 0)
 
 
@@ -509,7 +635,11 @@ def test_data_that_are_not_finite_are_to_blame_and_not_a_network(small_recipe: M
     ],
 )
 def test_a_mistake_is_one_line_and_status_two_and_writes_nothing(
-    arguments: tuple[str, ...], message: str, small_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...],
+    message: str,
+    small_recipe: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "trackio" in message and importlib.util.find_spec("trackio") is not None:
         pytest.skip("trackio is installed")
@@ -528,10 +658,12 @@ def test_the_whole_recipe_can_be_printed(small_recipe: Make, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-# What a run leaves -------------------------------------------------------------------------------------------------
+# What a run leaves --------------------------------------------------------------------------------
 
 
-def test_lora_checkpoints_hold_what_trains_and_the_model_has_it_merged(small_recipe: Make, tmp_path: Path) -> None:
+def test_lora_checkpoints_hold_what_trains_and_the_model_has_it_merged(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     architecture = small_recipe(tmp_path).student.architecture
     student = NetworkConfig(architecture=architecture, lora=LoRAConfig(rank=2, alpha=4.0))
     recipe = small_recipe(tmp_path, stage="pretrain", student=student, steps=2)
@@ -565,11 +697,15 @@ def _charts(events: Any) -> dict[str, list[str]]:
     return {chart.title: list(chart.multiline.tag) for chart in category.chart}
 
 
-def test_loggers_get_the_scalars_the_recipe_and_previews(small_recipe: Make, tmp_path: Path) -> None:
+def test_loggers_get_the_scalars_the_recipe_and_previews(
+    small_recipe: Make, tmp_path: Path
+) -> None:
     pytest.importorskip("tensorboard")
     preview = PreviewConfig(every=2, step_counts=(1,), num_samples=1)
     metrics = MetricsConfig(every=1, step_counts=(1, 4), num_samples=2, reference_steps=6)
-    train(small_recipe(tmp_path, steps=2, loggers=("tensorboard",), preview=preview, metrics=metrics))
+    train(
+        small_recipe(tmp_path, steps=2, loggers=("tensorboard",), preview=preview, metrics=metrics)
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -582,7 +718,9 @@ def test_loggers_get_the_scalars_the_recipe_and_previews(small_recipe: Make, tmp
             (line["step"], pytest.approx(line[name])) for line in _metrics(tmp_path)
         ]
     charts = _charts(events)
-    assert charts["motion"] == [rf"^metrics/motion/{which}$" for which in ("1_steps", "4_steps", "real")]
+    assert charts["motion"] == [
+        rf"^metrics/motion/{which}$" for which in ("1_steps", "4_steps", "real")
+    ]
     assert charts["psnr"] == [rf"^metrics/psnr/{which}$" for which in ("1_steps", "4_steps")]
     (settings,) = (tmp_path / "tensorboard").glob("*/hparams.yml")
     assert "optimizer.lr: 0.001" in settings.read_text()

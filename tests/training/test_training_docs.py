@@ -15,8 +15,12 @@ from anyflow.training.recipe import load_recipe
 from anyflow.training.reference import keys, sections
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^ {4}(?:torchrun .* -m )?anyflow (.*)$", PAGE.replace("\\\n", ""), flags=re.MULTILINE)
-TRAIN = [shlex.split(command, comments=True)[1:] for command in COMMANDS if command.startswith("train ")]
+COMMANDS = re.findall(
+    r"^ {4}(?:torchrun .* -m )?anyflow (.*)$", PAGE.replace("\\\n", ""), flags=re.MULTILINE
+)
+TRAIN = [
+    shlex.split(command, comments=True)[1:] for command in COMMANDS if command.startswith("train ")
+]
 
 
 def test_every_training_command_describes_a_recipe() -> None:

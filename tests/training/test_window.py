@@ -14,7 +14,13 @@ def test_means_are_over_the_updates_that_had_a_scalar() -> None:
     window = Window(CPU)
     window.add({"loss": torch.tensor(1.0), "lr": 0.1})
     window.add({"critic_loss": torch.tensor(5.0)})
-    window.add({"loss": torch.tensor(2.0, dtype=torch.float64), "critic_loss": torch.tensor(6.0), "lr": 0.2})
+    window.add(
+        {
+            "loss": torch.tensor(2.0, dtype=torch.float64),
+            "critic_loss": torch.tensor(6.0),
+            "lr": 0.2,
+        }
+    )
     assert window.take() == {"loss": 1.5, "critic_loss": 5.5, "lr": 0.2}
     assert window.take() == {}
     window.add({"loss": torch.tensor(7.0)})
@@ -22,8 +28,12 @@ def test_means_are_over_the_updates_that_had_a_scalar() -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 9])
-def test_a_window_that_is_gone_on_with_has_the_same_means_bit_for_bit(stop: int, generator: torch.Generator) -> None:
-    """Wherever it was interrupted, and also when its state is only read; values differ by many orders."""
+def test_a_window_that_is_gone_on_with_has_the_same_means_bit_for_bit(
+    stop: int, generator: torch.Generator
+) -> None:
+    """Wherever it was interrupted, and also when its state is only read; values differ by many
+    orders.
+    """
     values = torch.randn(10, generator=generator) * 10.0 ** torch.arange(-5, 5)
     straight, read = Window(CPU), Window(CPU)
     for value in values:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 9 * 2**20  # of all animations of a page, a third more in its text
 MAX_PROMPTS = 6
-MAX_CLIPS = 120  # a prompt is shown of every checkpoint at every step count, even where those are more
+# a prompt is shown of every checkpoint at every step count, even where those are more
+MAX_CLIPS = 120
 _MAX_SIDE = 192  # pixels
 _MAX_FRAMES = 24
 _TINY = 48  # pixels: sides below are shown pixel by pixel, without loss
@@ -28,7 +29,8 @@ Clips = Mapping[str, Mapping[int, Sequence[Path]]]
 
 @dataclass(frozen=True)
 class Clip:
-    """Hold a video for a page, as addresses of its animation and of a still picture; or why there is none.
+    """Hold a video for a page, as addresses of its animation and of a still picture; or why there
+    is none.
 
     ``tiny`` videos are to be enlarged pixel by pixel.
     """
@@ -55,12 +57,14 @@ class ClipGrid:
 
 
 def clip_grid(record: EvaluationRecord, clips: Clips, max_bytes: int = MAX_BYTES) -> ClipGrid:
-    """Take the first sample of prompts in turn, of every model at every step count, until ``max_bytes`` are full.
+    """Take the first sample of prompts in turn, of every model at every step count, until
+    ``max_bytes`` are full.
 
     Args:
         record: of the evaluation.
         clips: ``[model][steps]``, files prompt by prompt.
-        max_bytes: of all animations together. A further prompt is begun only where a row as large as the last fits.
+        max_bytes: of all animations together. A further prompt is begun only where a row as large
+            as the last fits.
     """
     grid, used, row = ClipGrid(), 0, 0
     places = [(m, n) for m in record.models for n in record.steps if n in clips.get(m, {})]
@@ -87,7 +91,9 @@ def clip_grid(record: EvaluationRecord, clips: Clips, max_bytes: int = MAX_BYTES
 
 
 def _clip(path: Path) -> tuple[Clip, int]:
-    """Return a file's animation and its bytes; a file that cannot be shown is named and takes no room."""
+    """Return a file's animation and its bytes; a file that cannot be shown is named and takes no
+    room.
+    """
     try:
         frames, milliseconds = _read(path)
     except Exception as error:  # a damaged file can make any part of the decoder fail
@@ -111,7 +117,9 @@ def _clip(path: Path) -> tuple[Clip, int]:
 
 
 def _read(path: Path) -> tuple[list[Image], int]:
-    """Return frames of a file, evenly over its time and small, and how long each is shown, in milliseconds."""
+    """Return frames of a file, evenly over its time and small, and how long each is shown, in
+    milliseconds.
+    """
     require_regular_file(path)
     with import_av().open(str(path.absolute()), options={"pattern_type": "none"}) as container:
         stream = container.streams.video[0]

@@ -1,4 +1,6 @@
-"""Renders the page of an evaluation: one HTML file that works offline, in light and dark, on a phone too."""
+"""Renders the page of an evaluation: one HTML file that works offline, in light and dark, on a
+phone too.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ _LABEL_LENGTH = 26  # characters beside a line
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★"}
 _COLORS = {
     f"c{i}": color
-    for i, color in enumerate(("#0b66c3", "#c2540a", "#08805f", "#b0468c", "#8a6d00", "#2a93c9", "#5b5f97", "#444444"))
+    for i, color in enumerate(
+        ("#0b66c3", "#c2540a", "#08805f", "#b0468c", "#8a6d00", "#2a93c9", "#5b5f97", "#444444")
+    )
 }
 assert set(_COLORS.values()) <= set(DARK_COLORS)
 
@@ -43,7 +47,8 @@ def write_evaluation_report(path: str | Path, record: EvaluationRecord, clips: C
     Args:
         path: of the HTML file; its folder must exist.
         record: the numbers.
-        clips: ``[model][steps]``, the files of the videos, prompt by prompt; as many as there is room for are shown.
+        clips: ``[model][steps]``, the files of the videos, prompt by prompt; as many as there is
+            room for are shown.
 
     Raises:
         OSError: the system refuses to write.
@@ -56,7 +61,9 @@ def write_evaluation_report(path: str | Path, record: EvaluationRecord, clips: C
 def _context(record: EvaluationRecord, clips: Clips) -> dict[str, Any]:
     statistics = Statistics(record)
     curves = {name: statistics.curves(name) for name in record.metrics}
-    shown = [name for name in sorted(record.metrics, key=lambda name: name != MOTION) if curves[name]]
+    shown = [
+        name for name in sorted(record.metrics, key=lambda name: name != MOTION) if curves[name]
+    ]
     styles = _styles(list(record.models))
     models = [
         {
@@ -79,10 +86,19 @@ def _context(record: EvaluationRecord, clips: Clips) -> dict[str, Any]:
         "grid": clip_grid(record, clips),
         "charts": [_chart(statistics, name, curves[name], styles) for name in shown],
         "bands": len(record.models) <= _MAX_BANDS,
-        "intervals": any(e.low is not None for c in curves.values() for curve in c.values() for e in curve.values()),
+        "intervals": any(
+            e.low is not None
+            for c in curves.values()
+            for curve in c.values()
+            for e in curve.values()
+        ),
         "comparison": _comparison(statistics, shown) if len(record.models) > 1 else None,
         "tables": [_table(statistics, name, curves[name]) for name in shown],
-        "missing": [metric for name, metric in record.metrics.items() if metric.needs is not None and not curves[name]],
+        "missing": [
+            metric
+            for name, metric in record.metrics.items()
+            if metric.needs is not None and not curves[name]
+        ],
         "partly": _partly(record, curves),
         "tolerance": percent(TOLERANCE),
         "resamples": RESAMPLES,
@@ -110,22 +126,37 @@ def _styles(models: list[str]) -> dict[str, tuple[str, str, str]]:
 
 
 def _chart(
-    statistics: Statistics, name: str, curves: Mapping[str, Curve], styles: Mapping[str, tuple[str, str, str]]
+    statistics: Statistics,
+    name: str,
+    curves: Mapping[str, Curve],
+    styles: Mapping[str, tuple[str, str, str]],
 ) -> dict[str, Any]:
     """Draw a metric for wide and for narrow pages, with the sentences that stand above it."""
     metric, real = statistics.record.metrics[name], statistics.reference(name)
     values = {model: {n: e.value for n, e in curve.items()} for model, curve in curves.items()}
     ranges = {model: {n: e.range for n, e in curve.items()} for model, curve in curves.items()}
-    numbers = [v for curve in values.values() for v in curve.values()] + ([] if real is None else [real])
+    numbers = [v for curve in values.values() for v in curve.values()] + (
+        [] if real is None else [real]
+    )
     with_ranges = len(curves) <= _MAX_BANDS and any(
         e.low is not None for curve in curves.values() for e in curve.values()
     )
-    bounds = [bound for curve in ranges.values() for pair in curve.values() for bound in pair] if with_ranges else []
+    bounds = (
+        [bound for curve in ranges.values() for pair in curve.values() for bound in pair]
+        if with_ranges
+        else []
+    )
     log = min(numbers + bounds) > 0 and max(numbers) > 20 * min(numbers)
     large = name == MOTION
-    signed = not log and not large and (min(numbers + bounds) < 0 or min(numbers) > 0.4 * max(numbers))
+    signed = (
+        not log and not large and (min(numbers + bounds) < 0 or min(numbers) > 0.4 * max(numbers))
+    )
     labels = len(curves) <= _MAX_LABELS
-    sizes = {"wide": ((8.4, 4.0), labels), "narrow": ((4.2, 3.4), False)} if large else {"any": ((4.4, 3.2), False)}
+    sizes = (
+        {"wide": ((8.4, 4.0), labels), "narrow": ((4.2, 3.4), False)}
+        if large
+        else {"any": ((4.4, 3.2), False)}
+    )
     title = _chart_title(metric)
     svgs = []
     for kind, (size, label_lines) in sizes.items():
@@ -142,9 +173,18 @@ def _chart(
             signed=signed,
         )
         label = f"Chart: {title}, against the number of steps"
-        svgs.append(chart(drawn, label=label, kind=kind, salt=f"anyflow-{name}-{kind}", colors=_COLORS))
+        svgs.append(
+            chart(drawn, label=label, kind=kind, salt=f"anyflow-{name}-{kind}", colors=_COLORS)
+        )
     sentences = motion_sentences(curves, real) if large else curve_sentences(metric, curves)
-    return {"title": title, "large": large, "svgs": svgs, "sentences": sentences, "real": real, "labels": labels}
+    return {
+        "title": title,
+        "large": large,
+        "svgs": svgs,
+        "sentences": sentences,
+        "real": real,
+        "labels": labels,
+    }
 
 
 def _chart_title(metric: MetricRecord) -> str:
@@ -182,12 +222,22 @@ def _comparison(statistics: Statistics, names: list[str]) -> dict[str, Any]:
                     "unit": metric.unit,
                     "curves": differences,
                     "decimals": {
-                        n: _decimals([v for c in differences.values() if n in c for v in (c[n].value, *c[n].range)])
+                        n: _decimals(
+                            [
+                                v
+                                for c in differences.values()
+                                if n in c
+                                for v in (c[n].value, *c[n].range)
+                            ]
+                        )
                         for n in statistics.record.steps
                     },
                 }
             )
-            sentences += [f"{metric.title}: {text}" for text in difference_sentences(metric, differences, first)]
+            sentences += [
+                f"{metric.title}: {text}"
+                for text in difference_sentences(metric, differences, first)
+            ]
     return {"first": first, "tables": tables, "sentences": sentences}
 
 
@@ -203,13 +253,17 @@ def _partly(record: EvaluationRecord, curves: Mapping[str, Mapping[str, Curve]])
     for name, by_model in curves.items():
         if not by_model:
             continue
-        lacking = {m: [n for n in record.steps if n not in by_model.get(m, {})] for m in record.models}
+        lacking = {
+            m: [n for n in record.steps if n not in by_model.get(m, {})] for m in record.models
+        }
         places = {m: steps_listed(steps, record.steps) for m, steps in lacking.items() if steps}
         if not places:
             continue
         same = len(places) == len(record.models) and len(set(places.values())) == 1
         where = (
-            f"at {next(iter(places.values()))}" if same else f"of {listed([f'{m} at {n}' for m, n in places.items()])}"
+            f"at {next(iter(places.values()))}"
+            if same
+            else f"of {listed([f'{m} at {n}' for m, n in places.items()])}"
         )
         needs = f" ({record.metrics[name].needs})" if record.metrics[name].needs else ""
         texts.append(f"{record.metrics[name].title}: not measured {where}{needs}.")
@@ -219,4 +273,8 @@ def _partly(record: EvaluationRecord, curves: Mapping[str, Mapping[str, Curve]])
 def _setting(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return listed([_setting(v) for v in value]) if isinstance(value, (list, tuple)) and value else str(value)
+    return (
+        listed([_setting(v) for v in value])
+        if isinstance(value, (list, tuple)) and value
+        else str(value)
+    )

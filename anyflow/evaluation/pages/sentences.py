@@ -1,4 +1,6 @@
-"""Says what the curves of an evaluation show, and no more: every claim is a comparison of the numbers drawn."""
+"""Says what the curves of an evaluation show, and no more: every claim is a comparison of the
+numbers drawn.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def figure(value: float) -> str:
 
 
 def worse_steps(curve: Curve, better: str) -> list[int]:
-    """Return the step counts that are worse, by more than ``TOLERANCE``, than the best at fewer steps."""
+    """Return the step counts that are worse, by more than ``TOLERANCE``, than the best at fewer
+    steps.
+    """
     found: list[int] = []
     best: float | None = None
     for n in sorted(curve):
@@ -33,45 +37,68 @@ def worse_steps(curve: Curve, better: str) -> list[int]:
 def lead(record: EvaluationRecord, curves: Mapping[str, Mapping[str, Curve]]) -> list[str]:
     """Return in which metrics more steps hurt, over all checkpoints, for the head of the page."""
     judged = {
-        name: by_model for name, by_model in curves.items() if by_model and record.metrics[name].better is not None
+        name: by_model
+        for name, by_model in curves.items()
+        if by_model and record.metrics[name].better is not None
     }
-    if len(record.steps) == 1 or not any(len(curve) > 1 for c in judged.values() for curve in c.values()):
+    if len(record.steps) == 1 or not any(
+        len(curve) > 1 for c in judged.values() for curve in c.values()
+    ):
         return []
     hurt: dict[str, list[str]] = {}
     for name, by_model in judged.items():
-        worse = [m for m, curve in by_model.items() if worse_steps(curve, record.metrics[name].better or "")]
+        worse = [
+            m
+            for m, curve in by_model.items()
+            if worse_steps(curve, record.metrics[name].better or "")
+        ]
         if worse:
             hurt[record.metrics[name].title] = worse
     measured = listed([record.metrics[name].title for name in judged])
     if not hurt:
         return [
-            f"More steps never hurt here: no value is more than {percent(TOLERANCE)} worse than the best with fewer "
+            f"More steps never hurt here: no value is more than {percent(TOLERANCE)} worse than "
+            "the best with fewer "
             f"steps, in {measured}."
         ]
     places = [
         title if len(record.models) == 1 else f"{title} ({_some(models, len(record.models))})"
         for title, models in hurt.items()
     ]
-    unhurt = [record.metrics[name].title for name in judged if record.metrics[name].title not in hurt]
+    unhurt = [
+        record.metrics[name].title for name in judged if record.metrics[name].title not in hurt
+    ]
     kept = f" They do not in {listed(unhurt)}." if unhurt else ""
-    return [f"More steps hurt, by more than {percent(TOLERANCE)} of the best with fewer, in {listed(places)}.{kept}"]
+    return [
+        f"More steps hurt, by more than {percent(TOLERANCE)} of the best with fewer, in "
+        f"{listed(places)}.{kept}"
+    ]
 
 
 def curve_sentences(metric: MetricRecord, curves: Mapping[str, Curve]) -> list[str]:
-    """Return what more steps do to a metric, a sentence for each checkpoint, or one that counts them."""
+    """Return what more steps do to a metric, a sentence for each checkpoint, or one that counts
+    them.
+    """
     if len(curves) > MANY and metric.better is not None:
         hurt = [model for model, curve in curves.items() if worse_steps(curve, metric.better)]
         if all(len(curve) == 1 for curve in curves.values()):
             return []
         if not hurt:
-            return [f"With none of {len(curves)} checkpoints is it worse with more steps, by more than {_tolerance()}."]
+            return [
+                f"With none of {len(curves)} checkpoints is it worse with more steps, by more than "
+                f"{_tolerance()}."
+            ]
         return [
-            f"With {_some(hurt, len(curves))} of {len(curves)} checkpoints it is worse with more steps, by more than "
+            f"With {_some(hurt, len(curves))} of {len(curves)} checkpoints it is worse with more "
+            "steps, by more than "
             f"{_tolerance()}."
         ]
     if len(curves) > MANY:
         return []
-    return [_sentence(metric, curve, "" if len(curves) == 1 else f"{model}: ") for model, curve in curves.items()]
+    return [
+        _sentence(metric, curve, "" if len(curves) == 1 else f"{model}: ")
+        for model, curve in curves.items()
+    ]
 
 
 def motion_sentences(curves: Mapping[str, Curve], real: float | None) -> list[str]:
@@ -81,7 +108,9 @@ def motion_sentences(curves: Mapping[str, Curve], real: float | None) -> list[st
         curves: ``{model: {steps: estimate}}``, in shorter sides of the frame per frame.
         real: motion of real videos, if it was measured.
     """
-    most = max((estimate.value for curve in curves.values() for estimate in curve.values()), default=0.0)
+    most = max(
+        (estimate.value for curve in curves.values() for estimate in curve.values()), default=0.0
+    )
     if real is not None and real <= _STILL:
         return ["The real videos do not move, so there is nothing to compare with."]
     if most <= _STILL:
@@ -94,12 +123,17 @@ def motion_sentences(curves: Mapping[str, Curve], real: float | None) -> list[st
             continue
         texts.append(_moves(f"{model}: " if len(curves) > 1 else "", curve, unit, whole, frozen))
     if len(curves) > MANY and not texts:
-        return [f"No checkpoint is frozen: each moves at least {percent(FROZEN)} as much as {whole}."]
+        return [
+            f"No checkpoint is frozen: each moves at least {percent(FROZEN)} as much as {whole}."
+        ]
     return texts
 
 
-def difference_sentences(metric: MetricRecord, differences: Mapping[str, Curve], first: str) -> list[str]:
-    """Return where other checkpoints are better or worse than ``first``: where the interval does not hold 0.
+def difference_sentences(
+    metric: MetricRecord, differences: Mapping[str, Curve], first: str
+) -> list[str]:
+    """Return where other checkpoints are better or worse than ``first``: where the interval does
+    not hold 0.
 
     Nothing is said of differences without an interval.
     """
@@ -126,7 +160,10 @@ def _sentence(metric: MetricRecord, curve: Curve, name: str) -> str:
     first, last = steps[0], steps[-1]
     if first == last:
         return f"{name}{figure(curve[first].value)} at {steps_text(first)}."
-    ends = f"{figure(curve[first].value)} at {steps_text(first)}, {figure(curve[last].value)} at {last}"
+    ends = (
+        f"{figure(curve[first].value)} at {steps_text(first)}, {figure(curve[last].value)} at "
+        f"{last}"
+    )
     if metric.better is None:
         return f"{name}{ends}."
     worse = worse_steps(curve, metric.better)
@@ -134,7 +171,10 @@ def _sentence(metric: MetricRecord, curve: Curve, name: str) -> str:
         return f"{name}More steps never hurt, by more than {_tolerance()}: {ends}."
     choose = max if metric.better == "higher" else min
     best = choose(steps, key=lambda n: curve[n].value)
-    return f"{name}Best at {steps_text(best)} ({figure(curve[best].value)}); worse at {_values(worse, curve)}."
+    return (
+        f"{name}Best at {steps_text(best)} ({figure(curve[best].value)}); worse at "
+        f"{_values(worse, curve)}."
+    )
 
 
 def _values(steps: list[int], curve: Curve) -> str:
@@ -145,13 +185,21 @@ def _tolerance() -> str:
     return f"{percent(TOLERANCE)} of the best with fewer"
 
 
-def _moves(name: str, curve: Mapping[int, Estimate], unit: float, whole: str, frozen: list[int]) -> str:
+def _moves(
+    name: str, curve: Mapping[int, Estimate], unit: float, whole: str, frozen: list[int]
+) -> str:
     steps = sorted(curve)
     first, last = steps[0], steps[-1]
     if len(frozen) == len(steps):
         most = percent(max(estimate.value for estimate in curve.values()) / unit)
-        return f"{name}Frozen at {steps_listed(frozen, curve)}: the videos move at most {most} as much as {whole}."
-    text = f"{name}The videos move {percent(curve[first].value / unit)} as much as {whole} at {steps_text(first)}"
+        return (
+            f"{name}Frozen at {steps_listed(frozen, curve)}: the videos move at most {most} as "
+            f"much as {whole}."
+        )
+    text = (
+        f"{name}The videos move {percent(curve[first].value / unit)} as much as {whole} at "
+        f"{steps_text(first)}"
+    )
     if first != last:
         text += f" and {percent(curve[last].value / unit)} at {last}"
     return f"{text}, and are frozen at {steps_listed(frozen, curve)}." if frozen else f"{text}."

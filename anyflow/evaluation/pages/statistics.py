@@ -1,4 +1,6 @@
-"""Estimates means over videos and paired differences of checkpoints, with 95 % intervals by bootstrap over prompts."""
+"""Estimates means over videos and paired differences of checkpoints, with 95 % intervals by
+bootstrap over prompts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _TAIL = 2.5  # percent on each side
 
 @dataclass(frozen=True)
 class Estimate:
-    """Hold a mean with its 95 % interval; ``low`` and ``high`` are None where there is no interval."""
+    """Hold a mean with its 95 % interval; ``low`` and ``high`` are None where there is no
+    interval.
+    """
 
     value: float
     low: float | None = None
@@ -25,11 +29,16 @@ class Estimate:
     @property
     def range(self) -> tuple[float, float]:
         """Return the interval, of no width where there is none."""
-        return (self.value if self.low is None else self.low, self.value if self.high is None else self.high)
+        return (
+            self.value if self.low is None else self.low,
+            self.value if self.high is None else self.high,
+        )
 
     @property
     def sign(self) -> int:
-        """Return 1 or -1 where the whole interval is above or below 0; 0 where it holds 0, or where there is none."""
+        """Return 1 or -1 where the whole interval is above or below 0; 0 where it holds 0, or where
+        there is none.
+        """
         if self.low is None or self.high is None:
             return 0
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
@@ -41,9 +50,10 @@ Curve = Mapping[int, Estimate]
 class Statistics:
     """Estimates of a record; a record's numbers always give the same ones.
 
-    Prompts are drawn with replacement, with all samples of each: samples of one prompt are not independent. Every
-    interval uses the same draws, and differences are taken prompt by prompt, as checkpoints share their noise. An
-    interval needs at least two prompts and a number for each video.
+    Prompts are drawn with replacement, with all samples of each: samples of one prompt are not
+    independent. Every interval uses the same draws, and differences are taken prompt by prompt, as
+    checkpoints share their noise. An interval needs at least two prompts and a number for each
+    video.
 
     Args:
         record: of the evaluation.
@@ -59,21 +69,34 @@ class Statistics:
         curves: dict[str, Curve] = {}
         for model in self.record.models:
             values, sets = self._cells(model, metric)
-            curve = {n: self._mean(values[n]) if n in values else Estimate(sets[n]) for n in sorted({*values, *sets})}
+            curve = {
+                n: self._mean(values[n]) if n in values else Estimate(sets[n])
+                for n in sorted({*values, *sets})
+            }
             if curve:
                 curves[model] = curve
         return curves
 
     def differences(self, metric: str, first: str) -> dict[str, Curve]:
-        """Return ``{model: {steps: estimate}}`` of every other model's mean minus that of ``first``."""
+        """Return ``{model: {steps: estimate}}`` of every other model's mean minus that of
+        ``first``.
+        """
         values, sets = self._cells(first, metric)
         result: dict[str, Curve] = {}
         for model in self.record.models:
             if model == first:
                 continue
             others, other_sets = self._cells(model, metric)
-            curve = {n: self._mean(np.subtract(others[n], values[n])) for n in sorted(others) if n in values}
-            curve |= {n: Estimate(other_sets[n] - sets[n]) for n in sorted(other_sets) if n in sets and n not in curve}
+            curve = {
+                n: self._mean(np.subtract(others[n], values[n]))
+                for n in sorted(others)
+                if n in values
+            }
+            curve |= {
+                n: Estimate(other_sets[n] - sets[n])
+                for n in sorted(other_sets)
+                if n in sets and n not in curve
+            }
             if curve:
                 result[model] = dict(sorted(curve.items()))
         return result
@@ -83,12 +106,18 @@ class Statistics:
         values = self.record.references.get(metric)
         return float(np.mean(values)) if values else None
 
-    def _cells(self, model: str, metric: str) -> tuple[Mapping[int, Sequence[float]], Mapping[int, float]]:
+    def _cells(
+        self, model: str, metric: str
+    ) -> tuple[Mapping[int, Sequence[float]], Mapping[int, float]]:
         record = self.record
-        return record.values.get(model, {}).get(metric, {}), record.sets.get(model, {}).get(metric, {})
+        return record.values.get(model, {}).get(metric, {}), record.sets.get(model, {}).get(
+            metric, {}
+        )
 
     def _mean(self, values: Sequence[float] | np.ndarray) -> Estimate:
-        by_prompt = np.asarray(values, dtype=np.float64).reshape(len(self.record.prompts), -1).mean(axis=1)
+        by_prompt = (
+            np.asarray(values, dtype=np.float64).reshape(len(self.record.prompts), -1).mean(axis=1)
+        )
         mean = float(by_prompt.mean())
         if len(by_prompt) < 2:
             return Estimate(mean)

@@ -1,4 +1,6 @@
-"""Samples models at several numbers of steps, measures the videos, and keeps both in a folder that can be resumed."""
+"""Samples models at several numbers of steps, measures the videos, and keeps both in a folder that
+can be resumed.
+"""
 
 from anyflow.evaluation.runs.record import RECORD_FILE, EvaluationRecord, MetricRecord, ModelRecord
 

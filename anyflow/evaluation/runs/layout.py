@@ -58,16 +58,24 @@ class Layout:
         return self.folder / PROMPTS_FILE
 
     def videos(self, model: str, steps: int) -> list[Path]:
-        """List the videos of a model at a number of steps, whether they are there or not, prompt by prompt."""
+        """List the videos of a model at a number of steps, whether they are there or not, prompt by
+        prompt.
+        """
         folder = self.samples(model, steps)
         return [folder / name for name in self.names()]
 
     def names(self) -> list[str]:
         """List the names of the videos of any model, prompt by prompt."""
-        return [f"{stem}-{index}.mp4" for stem in self.stems.values() for index in range(self.num_samples)]
+        return [
+            f"{stem}-{index}.mp4"
+            for stem in self.stems.values()
+            for index in range(self.num_samples)
+        ]
 
     def samples(self, model: str, steps: int) -> Path:
-        """Return the folder of the videos of a model at a number of steps, which holds nothing else."""
+        """Return the folder of the videos of a model at a number of steps, which holds nothing
+        else.
+        """
         return self.folder / _SAMPLES / model / str(steps)
 
     def vbench(self, model: str, steps: int) -> Path:
@@ -79,17 +87,21 @@ class Layout:
         return self.folder / _WORK / name
 
     def write_prompts(self) -> None:
-        """Write ``prompts.json``: VBench's ``--prompt_file``, and the key to names that are not the prompt itself."""
+        """Write ``prompts.json``: VBench's ``--prompt_file``, and the key to names that are not the
+        prompt itself.
+        """
         texts = [text for text in self.stems for _ in range(self.num_samples)]
         content = dict(zip(self.names(), texts, strict=True))
         write_text(self.prompts, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def video_stems(prompts: Sequence[str]) -> dict[str, str]:
-    """Return what the name of a video begins with for each prompt: the prompt itself wherever a file can have its name.
+    """Return what the name of a video begins with for each prompt: the prompt itself wherever a
+    file can have its name.
 
-    Another prompt (with a slash or a control character, too long, or told from another by its case or by the form of
-    its accents alone) begins with words of it and a hash; ``prompts.json`` says which prompt that is.
+    Another prompt (with a slash or a control character, too long, or told from another by its case
+    or by the form of its accents alone) begins with words of it and a hash; ``prompts.json`` says
+    which prompt that is.
 
     Args:
         prompts: each once.
@@ -97,7 +109,11 @@ def video_stems(prompts: Sequence[str]) -> dict[str, str]:
     stems: dict[str, str] = {}
     taken: set[str] = set()
     for prompt in prompts:
-        stem = prompt if _is_file_name(prompt) and _folded(prompt) not in taken else folder_name(Prompt(prompt))
+        stem = (
+            prompt
+            if _is_file_name(prompt) and _folded(prompt) not in taken
+            else folder_name(Prompt(prompt))
+        )
         taken.add(_folded(stem))
         stems[prompt] = stem
     if len(taken) < len(stems):
@@ -113,8 +129,10 @@ def check_model_name(name: str) -> str:
     """
     if not _MODEL_NAME.fullmatch(name) or name != name.strip() or len(name.encode()) > _MAX_STEM:
         raise ValueError(
-            f"{shortened(name)!r} cannot be the name of a model; give another one before its path, as "
-            "--model student=path: letters, digits, spaces and . + @ - _, at most 100, a letter or digit first"
+            f"{shortened(name)!r} cannot be the name of a model; give another one before its path, "
+            "as "
+            "--model student=path: letters, digits, spaces and . + @ - _, at most 100, a letter or "
+            "digit first"
         )
     return name
 
@@ -124,7 +142,12 @@ def _is_file_name(prompt: str) -> bool:
         size = len(os.fsencode(prompt))
     except UnicodeEncodeError:
         return False
-    return size <= _MAX_STEM and prompt.isprintable() and not set(prompt) & set("/\\") and not prompt.startswith(".")
+    return (
+        size <= _MAX_STEM
+        and prompt.isprintable()
+        and not set(prompt) & set("/\\")
+        and not prompt.startswith(".")
+    )
 
 
 def _folded(stem: str) -> str:

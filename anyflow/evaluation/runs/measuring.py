@@ -1,4 +1,6 @@
-"""Measures finished sets of videos by every metric that can run here, and says of the others what they need."""
+"""Measures finished sets of videos by every metric that can run here, and says of the others what
+they need.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,12 @@ from anyflow.pipelines.loading import resolve_device
 from anyflow.progress import counted
 
 METRICS = {
-    name: MetricRecord(metric.title, metric.unit, cast(Better, metric.better)) for name, metric in VIDEO_METRICS.items()
+    name: MetricRecord(metric.title, metric.unit, cast(Better, metric.better))
+    for name, metric in VIDEO_METRICS.items()
 }
 METRICS["psnr"] = replace(METRICS["psnr"], unit=f"dB, at most {MAX_PSNR:g}")
-METRICS["motion"] = replace(METRICS["motion"], unit="shorter sides per frame")  # videos of different sizes compare
+# videos of different sizes compare
+METRICS["motion"] = replace(METRICS["motion"], unit="shorter sides per frame")
 _OF_REFERENCE = ("psnr", "lpips")
 _OF_REAL_VIDEOS = ("motion", "dynamic_degree", "flicker")
 _SETS = ("fvd", *SHAPES_METRICS)
@@ -73,27 +77,37 @@ class Measurer:
         self._models = metric_models
         shapes = [model for model in plan.models.values() if isinstance(model, ShapesModel)]
         if shapes and references is not None:
-            raise ValueError("--references is not for models of moving shapes, which bring their real videos")
+            raise ValueError(
+                "--references is not for models of moving shapes, which bring their real videos"
+            )
         self._shapes = ShapesMetrics(shapes[0].seed, plan) if shapes else None
         self._real = None if references is None else RealVideos(references, self._format())
         self.needs = self._missing()
         self._loaded: dict[str, Callable[..., Tensor]] = {}
 
     def prepare(self, record: EvaluationRecord) -> EvaluationRecord:
-        """Return the record with the metrics of this run; what an earlier run has measured stays measured."""
+        """Return the record with the metrics of this run; what an earlier run has measured stays
+        measured.
+        """
         table = dict(METRICS) if self._shapes is None else {**METRICS, **SHAPES_METRICS}
         if self._plan.reference_steps:
             reference = f"the same model at {counted(self._plan.reference_steps, 'step')}"
             for name in _OF_REFERENCE:
-                table[name] = replace(table[name], title=table[name].title.replace("the reference", reference))
+                table[name] = replace(
+                    table[name], title=table[name].title.replace("the reference", reference)
+                )
         if self._real is not None:
-            table["fvd"] = replace(table["fvd"], title=f"{METRICS['fvd'].title} from {self._real.title}")
+            table["fvd"] = replace(
+                table["fvd"], title=f"{METRICS['fvd'].title} from {self._real.title}"
+            )
             if "fvd" in record.metrics and record.metrics["fvd"].title not in (
                 table["fvd"].title,
                 METRICS["fvd"].title,
             ):
                 record = _without(record, "fvd")  # of other real videos
-        measured = {name for values in (record.values, record.sets) for m in values.values() for name in m}
+        measured = {
+            name for values in (record.values, record.sets) for m in values.values() for name in m
+        }
         metrics = {
             name: record.metrics[name] if name in measured and name in self.needs else
             replace(metric, needs=self.needs.get(name))
@@ -101,7 +115,9 @@ class Measurer:
         }  # fmt: skip
         return replace(record, metrics={**record.metrics, **metrics})
 
-    def lacking(self, record: EvaluationRecord, model: str, steps: int, *, compared: bool) -> list[str]:
+    def lacking(
+        self, record: EvaluationRecord, model: str, steps: int, *, compared: bool
+    ) -> list[str]:
         """List the metrics that can run and of which a record has no number of a set of videos.
 
         Args:
@@ -117,7 +133,9 @@ class Measurer:
             for name in names
             if name not in self.needs
             and steps not in done.get(name, {})
-            and not (name in _OF_REFERENCE and (not compared or steps == self._plan.reference_steps))
+            and not (
+                name in _OF_REFERENCE and (not compared or steps == self._plan.reference_steps)
+            )
         ]
 
     def measure(
@@ -147,7 +165,9 @@ class Measurer:
         values = self._measure_videos([name for name in metrics if name not in _SETS], triples)
         sets: dict[str, float] = {}
         if "fvd" in metrics:
-            distance = self._attempt("fvd", self._distance, (read_whole(file, form) for file in files))
+            distance = self._attempt(
+                "fvd", self._distance, (read_whole(file, form) for file in files)
+            )
             sets |= {} if distance is None else {"fvd": distance}
         if self._shapes is not None and set(metrics) & set(SHAPES_METRICS):
             sets |= self._shapes.measure(read_whole(file, form) for file in files)
@@ -166,17 +186,21 @@ class Measurer:
         if self._shapes is not None:
             videos = self._shapes.real_videos()
         names = [name for name in metrics if name in _OF_REAL_VIDEOS]
-        values = self._measure_videos(names, ((video, None, "") for video in videos)) if names else {}
+        values = (
+            self._measure_videos(names, ((video, None, "") for video in videos)) if names else {}
+        )
         if self._shapes is not None and set(metrics) & set(SHAPES_METRICS):
             values |= self._shapes.floor()
         return values
 
-    # One metric -----------------------------------------------------------------------------------------------------
+    # One metric -----------------------------------------------------------------------------------
 
     def _measure_videos(
         self, names: Iterable[str], videos: Iterable[tuple[Tensor, Tensor | None, str]]
     ) -> dict[str, list[float]]:
-        """Compute metrics of videos, each with its reference and its prompt; without those that fail."""
+        """Compute metrics of videos, each with its reference and its prompt; without those that
+        fail.
+        """
         values: dict[str, list[float]] = {name: [] for name in names}
         for video, reference, text in videos:
             for name in list(values):
@@ -211,7 +235,9 @@ class Measurer:
         assert self._real is not None
         network = self._network("fvd")
         if self._real.features is None:
-            self._real.features = torch.cat([network(video[None]).double().cpu() for video in self._real])
+            self._real.features = torch.cat(
+                [network(video[None]).double().cpu() for video in self._real]
+            )
         features = torch.cat([network(video[None]).double().cpu() for video in videos])
         return float(frechet_video_distance(features, self._real.features))
 
@@ -223,7 +249,9 @@ class Measurer:
             self._loaded[name] = kind(model_path(name, self._models), device=device)
         return self._loaded[name]
 
-    def _attempt(self, name: str, compute: Callable[..., float], *arguments: object) -> float | None:
+    def _attempt(
+        self, name: str, compute: Callable[..., float], *arguments: object
+    ) -> float | None:
         """Return what a metric gives, or None where it cannot be computed, which is noted."""
         try:
             return compute(*arguments)
@@ -252,7 +280,8 @@ class Measurer:
 
 
 class RealVideos:
-    """The videos of a folder, cut to the size and rate of those that are made; all are looked at before a model is.
+    """The videos of a folder, cut to the size and rate of those that are made; all are looked at
+    before a model is.
 
     Args:
         folder: with files of videos; others, and those in folders below, are left out.
@@ -266,9 +295,13 @@ class RealVideos:
         if not folder.is_dir():
             raise ValueError(f"--references {shortened(folder)} is not a folder")
         self._form = form
-        self._files = sorted(p for p in folder.iterdir() if p.suffix.lower() in _VIDEO_SUFFIXES and p.name[0] != ".")
+        self._files = sorted(
+            p for p in folder.iterdir() if p.suffix.lower() in _VIDEO_SUFFIXES and p.name[0] != "."
+        )
         if not self._files:
-            raise ValueError(f"--references {shortened(folder)} has no videos ({', '.join(_VIDEO_SUFFIXES)})")
+            raise ValueError(
+                f"--references {shortened(folder)} has no videos ({', '.join(_VIDEO_SUFFIXES)})"
+            )
         for _ in self:
             pass
         self.title = f"{counted(len(self._files), 'video')} of {folder.resolve().name}"
@@ -286,7 +319,9 @@ def read_whole(file: Path, form: VideoFormat) -> Tensor:
     from anyflow.data.video import VideoError, read_video
 
     try:
-        return read_video(file, num_frames=form.num_frames, height=form.height, width=form.width, fps=form.fps)
+        return read_video(
+            file, num_frames=form.num_frames, height=form.height, width=form.width, fps=form.fps
+        )
     except VideoError as error:
         raise ValueError(f"{shortened(file)} {error}") from None
 
@@ -294,7 +329,12 @@ def read_whole(file: Path, form: VideoFormat) -> Tensor:
 def _without(record: EvaluationRecord, metric: str) -> EvaluationRecord:
     """Return a record without the numbers of a metric."""
 
-    def kept(table: Mapping[str, Mapping[str, Mapping[int, object]]]) -> dict[str, dict[str, Mapping[int, object]]]:
-        return {m: {name: cells for name, cells in row.items() if name != metric} for m, row in table.items()}
+    def kept(
+        table: Mapping[str, Mapping[str, Mapping[int, object]]],
+    ) -> dict[str, dict[str, Mapping[int, object]]]:
+        return {
+            m: {name: cells for name, cells in row.items() if name != metric}
+            for m, row in table.items()
+        }
 
     return replace(record, values=kept(record.values), sets=kept(record.sets))  # type: ignore[arg-type]

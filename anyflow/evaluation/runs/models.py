@@ -1,4 +1,6 @@
-"""Models that can be evaluated: pipelines from text to video, and those of the quickstart's moving shapes."""
+"""Models that can be evaluated: pipelines from text to video, and those of the quickstart's moving
+shapes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from anyflow.pipelines.sample_settings import SampleSettings
 from anyflow.sampling import Callback, sample
 from anyflow.threads import torch_threads
 
-_BLOCKS, _BLOCK = 16, 2**16  # of a file of weights: what tells two checkpoints apart without reading all of them
+# of a file of weights: what tells two checkpoints apart without reading all of them
+_BLOCKS, _BLOCK = 16, 2**16
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".json")
 
 
@@ -121,7 +124,12 @@ class PipelineModel:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise a ValueError for what cannot work."""
         self.settings.check()
-        check_options(self.memory, resolve_device(self.device), compile=self.compile, cuda_graph=self.cuda_graph)
+        check_options(
+            self.memory,
+            resolve_device(self.device),
+            compile=self.compile,
+            cuda_graph=self.cuda_graph,
+        )
 
     def sampler(self) -> dict[str, Any]:
         """Return the settings, and a fingerprint of the weights."""
@@ -131,7 +139,12 @@ class PipelineModel:
         lora = [] if settings.lora is None else [Path(settings.lora)]
         skipped = ("model", "image", "video", "video_frames")
         values = {name: value for name, value in asdict(settings).items() if name not in skipped}
-        return {**values, "weights": fingerprint([*parts, paths.model / "vae", paths.model / "text_encoder", *lora])}
+        return {
+            **values,
+            "weights": fingerprint(
+                [*parts, paths.model / "vae", paths.model / "text_encoder", *lora]
+            ),
+        }
 
     def load(self, prompts: Sequence[Prompt]) -> VideoMaker:
         """Load the weights, and encode the prompts."""
@@ -158,10 +171,11 @@ class _PipelineMaker:
 
 @dataclass(frozen=True)
 class ShapesModel:
-    """A model of :class:`anyflow.data.MovingShapes`, as ``anyflow demo`` and the recipes ``smoke_*`` train them.
+    """A model of :class:`anyflow.data.MovingShapes`, as ``anyflow demo`` and the recipes
+    ``smoke_*`` train them.
 
-    Its prompts are the classes, and its decoder is the pixel shuffle; a file has each pixel enlarged to
-    :data:`SHAPES_UPSCALE` x :data:`SHAPES_UPSCALE`.
+    Its prompts are the classes, and its decoder is the pixel shuffle; a file has each pixel
+    enlarged to :data:`SHAPES_UPSCALE` x :data:`SHAPES_UPSCALE`.
 
     Args:
         path: what the user named: the folder of a run of ``anyflow demo``, or that of a checkpoint.
@@ -188,14 +202,20 @@ class ShapesModel:
         for prompt in prompts:
             if prompt.text not in names:
                 raise ValueError(
-                    f"{shortened(self.path)} is a model of moving shapes, which knows the prompts {', '.join(names)}; "
+                    f"{shortened(self.path)} is a model of moving shapes, which knows the prompts "
+                    f"{', '.join(names)}; "
                     f"got {shortened(prompt.text)!r}. Leave out --prompts to take them all"
                 )
 
     def sampler(self) -> dict[str, Any]:
         """Return the settings, and a fingerprint of the weights."""
         weights = fingerprint([self.folder / "transformer", self.folder / "scheduler"])
-        return {"data": "moving shapes", **asdict(self.video), "euler": self.euler, "weights": weights}
+        return {
+            "data": "moving shapes",
+            **asdict(self.video),
+            "euler": self.euler,
+            "weights": weights,
+        }
 
     def load(self, prompts: Sequence[Prompt]) -> VideoMaker:
         """Load the weights."""
@@ -243,16 +263,20 @@ class _ShapesMaker:
 
 
 def shapes_prompts() -> tuple[str, ...]:
-    """Return the prompts that a model of moving shapes knows: ``disc right`` and the other classes."""
+    """Return the prompts that a model of moving shapes knows: ``disc right`` and the other
+    classes.
+    """
     return _shapes().class_names
 
 
-def find_shapes_model(path: str, *, euler: bool = False, device: str | None = None) -> ShapesModel | None:
+def find_shapes_model(
+    path: str, *, euler: bool = False, device: str | None = None
+) -> ShapesModel | None:
     """Return the model of moving shapes that a path names, or None where it is something else.
 
     Args:
-        path: the folder of a run of ``anyflow demo``, whose stage 2 is taken; or of a checkpoint of such a model, which
-            has ``transformer`` and ``scheduler`` and no VAE.
+        path: the folder of a run of ``anyflow demo``, whose stage 2 is taken; or of a checkpoint of
+            such a model, which has ``transformer`` and ``scheduler`` and no VAE.
         euler: evaluate r = t.
         device: torch device.
 
@@ -264,7 +288,8 @@ def find_shapes_model(path: str, *, euler: bool = False, device: str | None = No
         chosen = folder / "checkpoints" / "on_policy"
         if not chosen.is_dir():
             raise ValueError(
-                f"{shortened(path)} is a run of `anyflow demo` without a model of stage 2: let it finish, or name one "
+                f"{shortened(path)} is a run of `anyflow demo` without a model of stage 2: let it "
+                "finish, or name one "
                 f"of {shortened(folder / 'checkpoints')}"
             )
         folder = chosen
@@ -277,20 +302,25 @@ def find_shapes_model(path: str, *, euler: bool = False, device: str | None = No
 
 
 def fingerprint(parts: Iterable[Path]) -> str:
-    """Hash the names, sizes and some blocks of the files of weights and configuration below folders.
+    """Hash the names, sizes and some blocks of the files of weights and configuration below
+    folders.
 
-    Training changes every weight, so that blocks spread over a file tell two checkpoints apart in the time that a
-    folder of any size can be read.
+    Training changes every weight, so that blocks spread over a file tell two checkpoints apart in
+    the time that a folder of any size can be read.
 
     Args:
         parts: folders or files; one that is not there adds nothing.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        files = sorted(p for p in part.rglob("*") if p.suffix in _WEIGHTS) if part.is_dir() else [part]
+        files = (
+            sorted(p for p in part.rglob("*") if p.suffix in _WEIGHTS) if part.is_dir() else [part]
+        )
         for file in (file for file in files if file.is_file()):
             size = file.stat().st_size
-            digest.update(f"{part.name}/{file.name if part.is_file() else file.relative_to(part)}:{size}\0".encode())
+            digest.update(
+                f"{part.name}/{file.name if part.is_file() else file.relative_to(part)}:{size}\0".encode()
+            )
             with file.open("rb") as stream:
                 for block in range(_BLOCKS):
                     stream.seek(max(0, size - _BLOCK) * block // (_BLOCKS - 1))
@@ -302,7 +332,10 @@ def fingerprint(parts: Iterable[Path]) -> str:
 
 def _takes_shapes(config: dict[str, Any]) -> bool:
     data = _shapes()
-    return config.get("in_channels") == data.latent_shape[1] and config.get("text_dim") == data.text_shape[1]
+    return (
+        config.get("in_channels") == data.latent_shape[1]
+        and config.get("text_dim") == data.text_shape[1]
+    )
 
 
 @lru_cache(maxsize=1)
@@ -311,7 +344,9 @@ def _shapes() -> SyntheticVideos:
 
 
 def _seed_of_run(folder: Path) -> int:
-    """Read the seed of the run of ``anyflow demo`` that a checkpoint lies in; 0 where it lies in none."""
+    """Read the seed of the run of ``anyflow demo`` that a checkpoint lies in; 0 where it lies in
+    none.
+    """
     state = folder.resolve().parent.parent / "state.json"
     if not state.is_file():
         return 0
@@ -322,7 +357,8 @@ def _seed_of_run(folder: Path) -> int:
 
 
 def split_model_name(text: str) -> tuple[str, str]:
-    """Split ``NAME=PATH``; a bare path is named after its folder, and a name on the Hub after its last part.
+    """Split ``NAME=PATH``; a bare path is named after its folder, and a name on the Hub after its
+    last part.
 
     Raises:
         ValueError: a folder could not have the name.
@@ -331,7 +367,9 @@ def split_model_name(text: str) -> tuple[str, str]:
     if not equals or "/" in name or os.path.exists(text):
         name, path = "", text
     if not path.strip():
-        raise ValueError(f"--model must name a folder, or a model on the Hugging Face Hub, got {text!r}")
+        raise ValueError(
+            f"--model must name a folder, or a model on the Hugging Face Hub, got {text!r}"
+        )
     if not name.strip():
         name = (Path(path).resolve() if os.path.isdir(path) else Path(path.partition("@")[0])).name
     return check_model_name(name.strip()), path

@@ -1,4 +1,6 @@
-"""Plans an evaluation: which videos there must be, from which noise, and whether a folder is of the same plan."""
+"""Plans an evaluation: which videos there must be, from which noise, and whether a folder is of the
+same plan.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,12 @@ class EvaluationPlan:
         steps: numbers of network evaluations.
         num_samples: videos of each prompt.
         seed: of the noise.
-        reference_steps: of the video that each video is compared with, from the same noise; 0 for none.
+        reference_steps: of the video that each video is compared with, from the same noise; 0 for
+            none.
 
     Raises:
-        ValueError: a number is not possible, there is nothing to make, or a prompt occurs with two negative prompts.
+        ValueError: a number is not possible, there is nothing to make, or a prompt occurs with two
+            negative prompts.
     """
 
     models: Mapping[str, VideoModel]
@@ -59,7 +63,10 @@ class EvaluationPlan:
         for prompt in prompts:
             prompt.check(f"{shortened(prompt.text)!r}: ")
             if negatives.setdefault(prompt.text, prompt) != prompt:
-                raise ValueError(f"the prompt {shortened(prompt.text)!r} occurs with two negative prompts; keep one")
+                raise ValueError(
+                    f"the prompt {shortened(prompt.text)!r} occurs with two negative prompts; keep "
+                    "one"
+                )
         object.__setattr__(self, "prompts", prompts)
         object.__setattr__(self, "steps", tuple(sorted(set(self.steps))))
 
@@ -75,7 +82,8 @@ class EvaluationPlan:
         return (self.reference_steps, *others) if self.reference_steps else others
 
     def noise_seed(self, prompt: str, sample: int) -> int:
-        """Return the seed of a video's noise: the same for every model, number of steps, process and order.
+        """Return the seed of a video's noise: the same for every model, number of steps, process
+        and order.
 
         Args:
             prompt: its text.
@@ -87,26 +95,36 @@ class EvaluationPlan:
     def record(self) -> EvaluationRecord:
         """Return the record of the plan before anything is measured."""
         negatives = [prompt.negative for prompt in self.prompts]
-        more = {_NEGATIVES: negatives} if any(negative is not None for negative in negatives) else {}
+        more = (
+            {_NEGATIVES: negatives} if any(negative is not None for negative in negatives) else {}
+        )
         models = {
-            name: ModelRecord(model.path, {**model.sampler(), REFERENCE_STEPS: self.reference_steps, **more})
+            name: ModelRecord(
+                model.path, {**model.sampler(), REFERENCE_STEPS: self.reference_steps, **more}
+            )
             for name, model in self.models.items()
         }
         return EvaluationRecord(models, self.texts, tuple(self.steps), self.num_samples, self.seed)
 
     def extend(self, before: EvaluationRecord, folder: Path) -> EvaluationRecord:
-        """Return the record of a folder with what the plan adds: other models, and other numbers of steps.
+        """Return the record of a folder with what the plan adds: other models, and other numbers of
+        steps.
 
         Args:
             before: that is there.
             folder: named in errors.
 
         Raises:
-            ValueError: the folder holds videos of other prompts, seeds or settings; the message says what differs.
+            ValueError: the folder holds videos of other prompts, seeds or settings; the message
+                says what differs.
         """
         now = self.record()
         changed = _differences(
-            {"prompts": list(before.prompts), "--num-samples": before.num_samples, "--seed": before.seed},
+            {
+                "prompts": list(before.prompts),
+                "--num-samples": before.num_samples,
+                "--seed": before.seed,
+            },
             {"prompts": list(now.prompts), "--num-samples": now.num_samples, "--seed": now.seed},
         )
         for name, model in now.models.items():
@@ -116,27 +134,39 @@ class EvaluationPlan:
                 changed += [f"{where}{line}" for line in _differences(old, new, skipped=_PATHS)]
         if changed:
             raise ValueError(
-                f"{shortened(folder)} holds an evaluation of other settings ({'; '.join(changed)}); name another "
+                f"{shortened(folder)} holds an evaluation of other settings "
+                f"({'; '.join(changed)}); name another "
                 "folder with --out, or another model as --model NAME=PATH"
             )
         steps = tuple(sorted({*before.steps, *now.steps}))
-        return replace(before, models={**before.models, **{**now.models, **before.models}}, steps=steps)
+        return replace(
+            before, models={**before.models, **{**now.models, **before.models}}, steps=steps
+        )
 
 
 def covers(record: EvaluationRecord, wanted: EvaluationRecord) -> bool:
-    """Tell whether a record has every model, prompt and number of steps of another one, with the same settings."""
-    same = (record.prompts, record.num_samples, record.seed) == (wanted.prompts, wanted.num_samples, wanted.seed)
+    """Tell whether a record has every model, prompt and number of steps of another one, with the
+    same settings.
+    """
+    same = (record.prompts, record.num_samples, record.seed) == (
+        wanted.prompts,
+        wanted.num_samples,
+        wanted.seed,
+    )
     return (
         same
         and set(wanted.steps) <= set(record.steps)
         and all(
-            name in record.models and not _differences(record.models[name].sampler, model.sampler, skipped=_PATHS)
+            name in record.models
+            and not _differences(record.models[name].sampler, model.sampler, skipped=_PATHS)
             for name, model in wanted.models.items()
         )
     )
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], skipped: Sequence[str] = ()) -> list[str]:
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], skipped: Sequence[str] = ()
+) -> list[str]:
     lines = []
     for name in {**now, **before}:
         old, new = before.get(name), now.get(name)
@@ -146,7 +176,9 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], skipped: Seq
             lines.append("the weights are others")
         elif isinstance(old, list) and isinstance(new, list):
             first = next((b for a, b in zip(old, new, strict=False) if a != b), None)
-            detail = f"{len(old)} are now {len(new)}" if first is None else f"{brief(first, 60)} is new"
+            detail = (
+                f"{len(old)} are now {len(new)}" if first is None else f"{brief(first, 60)} is new"
+            )
             lines.append(f"{name}: {detail}")
         else:
             lines.append(f"{name} {brief(old)} is now {brief(new)}")

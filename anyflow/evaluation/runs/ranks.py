@@ -1,4 +1,6 @@
-"""The processes of an evaluation, which meet in its folder: each makes what is missing and nobody else is making."""
+"""The processes of an evaluation, which meet in its folder: each makes what is missing and nobody
+else is making.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ _START_SECONDS = 600.0  # that other processes wait for the first one's record
 class Rank:
     """One of the processes of an evaluation, which torchrun numbers.
 
-    They have no process group: a video is claimed by a lock that the system ends with its process, so that the others
-    make what a killed one leaves.
+    They have no process group: a video is claimed by a lock that the system ends with its process,
+    so that the others make what a killed one leaves.
 
     Args:
         rank: 0 for the one that writes the record, measures and reports.
@@ -40,8 +42,15 @@ class Rank:
 
     @classmethod
     def of_environment(cls) -> Rank:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; without them there is one process."""
-        return cls(*(int(os.environ.get(n, d)) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))))
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; without them there is one
+        process.
+        """
+        return cls(
+            *(
+                int(os.environ.get(n, d))
+                for n, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+            )
+        )
 
     @property
     def is_main(self) -> bool:
@@ -61,7 +70,9 @@ class Rank:
         if self.world_size == 1 or not wants_gpu:
             return name
         if self.local_rank >= (count := torch.cuda.device_count()):
-            raise ValueError(f"process {self.local_rank} of this machine has no GPU: there are {count}")
+            raise ValueError(
+                f"process {self.local_rank} of this machine has no GPU: there are {count}"
+            )
         device = resolve_device(f"cuda:{self.local_rank}")
         torch.cuda.set_device(device)
         return str(device)
@@ -93,4 +104,7 @@ class Rank:
             if file.is_file() and covers(EvaluationRecord.load(file), wanted):
                 return
             time.sleep(POLL_SECONDS)
-        raise ValueError(f"process {self.rank} has waited {_START_SECONDS:.0f} s for the first one's {shortened(file)}")
+        raise ValueError(
+            f"process {self.rank} has waited {_START_SECONDS:.0f} s for the first one's "
+            f"{shortened(file)}"
+        )

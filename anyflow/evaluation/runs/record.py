@@ -1,4 +1,6 @@
-"""The record of an evaluation: every metric of every model at every number of steps, as ``evaluation.json`` has it."""
+"""The record of an evaluation: every metric of every model at every number of steps, as
+``evaluation.json`` has it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,17 @@ Better = Literal["higher", "lower"]
 PerSample = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
 PerSet = Mapping[str, Mapping[str, Mapping[int, float]]]
 
-_KEYS = ("models", "prompts", "steps", "num_samples", "seed", "metrics", "values", "sets", "references")
+_KEYS = (
+    "models",
+    "prompts",
+    "steps",
+    "num_samples",
+    "seed",
+    "metrics",
+    "values",
+    "sets",
+    "references",
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,8 @@ class EvaluationRecord:
         num_samples: videos of each prompt.
         seed: of the noise.
         metrics: by name.
-        values: ``[model][metric][steps]``, a number for each video: samples of the first prompt, then of the second.
+        values: ``[model][metric][steps]``, a number for each video: samples of the first prompt,
+            then of the second.
         sets: ``[model][metric][steps]``, a number for all the videos together.
         references: ``[metric]``, a number for each real video.
 
@@ -97,7 +110,10 @@ class EvaluationRecord:
         _check_names("metrics", self.metrics)
         for name, metric in self.metrics.items():
             if metric.better not in (*get_args(Better), None):
-                raise ValueError(f"'better' of {name!r} must be higher, lower or null, got {brief(metric.better)}")
+                raise ValueError(
+                    f"'better' of {name!r} must be higher, lower or null, got "
+                    f"{brief(metric.better)}"
+                )
         for where, values in self._cells("values", self.values):
             self._check_values(where, values, self.num_videos)
         for where, value in self._cells("sets", self.sets):
@@ -139,7 +155,9 @@ class EvaluationRecord:
         """Return the content of ``evaluation.json``, where numbers of steps are texts."""
         return {
             "format": FORMAT,
-            "models": {n: {"path": m.path, "sampler": dict(m.sampler)} for n, m in self.models.items()},
+            "models": {
+                n: {"path": m.path, "sampler": dict(m.sampler)} for n, m in self.models.items()
+            },
             "prompts": list(self.prompts),
             "steps": list(self.steps),
             "num_samples": self.num_samples,
@@ -150,7 +168,11 @@ class EvaluationRecord:
             },
             "values": self._texts_of_steps(self.values, list),
             "sets": self._texts_of_steps(self.sets, float),
-            "references": {name: list(self.references[name]) for name in self.metrics if name in self.references},
+            "references": {
+                name: list(self.references[name])
+                for name in self.metrics
+                if name in self.references
+            },
         }
 
     @classmethod
@@ -158,7 +180,8 @@ class EvaluationRecord:
         """Return the inverse of :meth:`as_dict`.
 
         Raises:
-            ValueError: a key is missing or unknown, or a value is not of its type; the message names it.
+            ValueError: a key is missing or unknown, or a value is not of its type; the message
+                names it.
         """
         content = _object("the record", data, ("format", *_KEYS))
         if content["format"] != FORMAT:
@@ -168,7 +191,9 @@ class EvaluationRecord:
             for name, model in _object("'models'", content["models"]).items()
         }
         metrics = {
-            name: MetricRecord(**_object(f"metric {name!r}", metric, ("title", "unit", "better", "needs")))
+            name: MetricRecord(
+                **_object(f"metric {name!r}", metric, ("title", "unit", "better", "needs"))
+            )
             for name, metric in _object("'metrics'", content["metrics"]).items()
         }
         for name, model in models.items():
@@ -176,7 +201,9 @@ class EvaluationRecord:
             _object(f"'sampler' of model {name!r}", model.sampler)
         for name, metric in metrics.items():
             optional = {} if metric.needs is None else {"needs": metric.needs}
-            _require_texts(f"metric {name!r}", {"title": metric.title, "unit": metric.unit, **optional})
+            _require_texts(
+                f"metric {name!r}", {"title": metric.title, "unit": metric.unit, **optional}
+            )
         return cls(
             models,
             tuple(_list("'prompts'", content["prompts"])),
@@ -191,7 +218,9 @@ class EvaluationRecord:
 
     def save(self, path: Path) -> None:
         """Write the file completely or not at all; OSError that names it."""
-        write_text(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(
+            path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        )
 
     @classmethod
     def load(cls, path: Path) -> EvaluationRecord:
@@ -206,8 +235,12 @@ class EvaluationRecord:
         except ValueError as error:
             raise ValueError(f"{shortened(path)} is no record of an evaluation: {error}") from None
 
-    def _texts_of_steps(self, table: Mapping[str, Mapping[str, Mapping[int, Any]]], kind: Any) -> dict[str, Any]:
-        """Return a table for JSON, in the order of models, metrics and steps: that of the work leaves no trace."""
+    def _texts_of_steps(
+        self, table: Mapping[str, Mapping[str, Mapping[int, Any]]], kind: Any
+    ) -> dict[str, Any]:
+        """Return a table for JSON, in the order of models, metrics and steps: that of the work
+        leaves no trace.
+        """
         return {
             model: {
                 name: {str(steps): kind(cell) for steps, cell in sorted(table[model][name].items())}
@@ -218,9 +251,11 @@ class EvaluationRecord:
             if model in table
         }
 
-    # Checks ---------------------------------------------------------------------------------------------------------
+    # Checks ---------------------------------------------------------------------------------------
 
-    def _cells(self, where: str, table: Mapping[str, Mapping[str, Mapping[int, Any]]]) -> Iterable[tuple[str, Any]]:
+    def _cells(
+        self, where: str, table: Mapping[str, Mapping[str, Mapping[int, Any]]]
+    ) -> Iterable[tuple[str, Any]]:
         for model, metrics in table.items():
             self._require_known(where, "model", model, self.models)
             for metric, by_steps in metrics.items():
@@ -244,10 +279,15 @@ class EvaluationRecord:
 
 
 def _added(
-    table: Mapping[str, Mapping[str, Mapping[int, Any]]], model: str, steps: int, fresh: Mapping[str, Any]
+    table: Mapping[str, Mapping[str, Mapping[int, Any]]],
+    model: str,
+    steps: int,
+    fresh: Mapping[str, Any],
 ) -> dict[str, dict[str, dict[int, Any]]]:
     """Return a table with more cells."""
-    result = {m: {name: dict(cells) for name, cells in metrics.items()} for m, metrics in table.items()}
+    result = {
+        m: {name: dict(cells) for name, cells in metrics.items()} for m, metrics in table.items()
+    }
     for name, cell in fresh.items():
         result.setdefault(model, {}).setdefault(name, {})[steps] = cell
     return result
@@ -260,8 +300,15 @@ def _numbers_of_steps(where: str, table: Any) -> dict[str, dict[str, dict[int, A
         for name, cells in _object(f"{where!r} of {model!r}", metrics).items():
             place = f"{where!r} of {name!r} of {model!r}"
             for text in _object(place, cells):
-                if not text.isdecimal() or not text.isascii() or len(text) > 9 or str(int(text)) != text:
-                    raise ValueError(f"{place} must have numbers of steps such as '4', got {brief(text)}")
+                if (
+                    not text.isdecimal()
+                    or not text.isascii()
+                    or len(text) > 9
+                    or str(int(text)) != text
+                ):
+                    raise ValueError(
+                        f"{place} must have numbers of steps such as '4', got {brief(text)}"
+                    )
             result[model][name] = {int(text): cell for text, cell in cells.items()}
     return result
 
@@ -272,7 +319,9 @@ def _object(where: str, value: Any, names: Sequence[str] | None = None) -> dict[
     if names is not None and set(value) != set(names):
         missing, unknown = sorted(set(names) - set(value)), sorted(set(value) - set(names))
         found = [f"lacks {missing}"] if missing else []
-        raise ValueError(f"{where} {' and '.join(found + ([f'has the unknown {unknown}'] if unknown else []))}")
+        raise ValueError(
+            f"{where} {' and '.join(found + ([f'has the unknown {unknown}'] if unknown else []))}"
+        )
     return dict(value)
 
 

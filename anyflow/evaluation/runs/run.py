@@ -1,4 +1,6 @@
-"""Runs `anyflow evaluate`: samples models, measures each finished set of videos, and writes the report."""
+"""Runs `anyflow evaluate`: samples models, measures each finished set of videos, and writes the
+report.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from anyflow.evaluation.runs.models import PipelineModel, VideoModel
 from anyflow.evaluation.runs.plan import EvaluationPlan
 from anyflow.evaluation.runs.ranks import Rank
 from anyflow.evaluation.runs.record import RECORD_FILE, EvaluationRecord, MetricRecord
-from anyflow.evaluation.runs.sampling import Failed, SampleMaker, SampleProgress, missing_jobs, remove_work
+from anyflow.evaluation.runs.sampling import (
+    Failed,
+    SampleMaker,
+    SampleProgress,
+    missing_jobs,
+    remove_work,
+)
 from anyflow.evaluation.runs.vbench import VBench, VBenchError
 from anyflow.locking import folder_lock
 from anyflow.pipelines.video import import_av
@@ -31,7 +39,8 @@ class EvaluationReport:
         skipped: videos that were there.
         failed: videos that could not be made.
         problems: what else went wrong, a line each.
-        report: the page, or None where there is nothing to report on, or for a process that does not write it.
+        report: the page, or None where there is nothing to report on, or for a process that does
+            not write it.
     """
 
     made: int = 0
@@ -50,10 +59,12 @@ def run_evaluation(
     vbench: VBench | None = None,
     console: Console | None = None,
 ) -> EvaluationReport:
-    """Make the videos of a plan, measure them, and report, alone or as one of the processes that torchrun started.
+    """Make the videos of a plan, measure them, and report, alone or as one of the processes that
+    torchrun started.
 
-    Writes ``samples/<model>/<steps>/<prompt>-<index>.mp4``, ``prompts.json``, ``evaluation.json`` after each set of
-    videos, and ``report.html``. What is there is not made again: the same call goes on where it was stopped.
+    Writes ``samples/<model>/<steps>/<prompt>-<index>.mp4``, ``prompts.json``, ``evaluation.json``
+    after each set of videos, and ``report.html``. What is there is not made again: the same call
+    goes on where it was stopped.
 
     Args:
         plan: of the evaluation.
@@ -64,15 +75,17 @@ def run_evaluation(
         console: gets progress and notes.
 
     Raises:
-        ValueError: before any weight is loaded, for what cannot work or a folder in use; then for weights that do not
-            fit.
+        ValueError: before any weight is loaded, for what cannot work or a folder in use; then for
+            weights that do not fit.
         OSError: the system refuses to write.
         ImportError: a package is missing.
     """
     import_av()  # missing, it would cost a video to find out
     rank = Rank.of_environment()
     if rank.world_size > 1:
-        plan = replace(plan, models={name: _placed(model, rank) for name, model in plan.models.items()})
+        plan = replace(
+            plan, models={name: _placed(model, rank) for name, model in plan.models.items()}
+        )
     for model in plan.models.values():
         model.check(plan.prompts)
     if vbench is not None:
@@ -110,7 +123,13 @@ class _Run:
         vbench: VBench | None,
         console: Console | None,
     ) -> None:
-        self.plan, self.layout, self.measurer, self.vbench, self.console = plan, layout, measurer, vbench, console
+        self.plan, self.layout, self.measurer, self.vbench, self.console = (
+            plan,
+            layout,
+            measurer,
+            vbench,
+            console,
+        )
         self.rank = Rank.of_environment()
         self.record = self._begin()
         self.measured: set[tuple[str, int]] = set()
@@ -124,7 +143,9 @@ class _Run:
         share = sum(job.steps for job in before) / self.rank.world_size
         with SampleProgress(self.console, share) as progress:
             for model in self.plan.models:
-                maker = SampleMaker(self.plan, self.layout, self.rank, model, self.console, progress)
+                maker = SampleMaker(
+                    self.plan, self.layout, self.rank, model, self.console, progress
+                )
                 for wait in (False, True):  # at first what nobody else is making
                     for steps in self.plan.sets:
                         if maker.make(steps, wait=wait):
@@ -133,25 +154,36 @@ class _Run:
         self._measure_references()
         remove_work(self.layout, self.rank)
         report = None
-        if any(self._is_whole(model, steps) for model in self.record.models for steps in self.record.steps):
+        if any(
+            self._is_whole(model, steps)
+            for model in self.record.models
+            for steps in self.record.steps
+        ):
             report = _write_report(self.record, self.layout)
         made = len(before) - len(missing_jobs(self.plan, self.layout))
         skipped = self.record.num_videos * len(self.plan.sets) * len(self.plan.models) - len(before)
         return EvaluationReport(made, skipped, tuple(failed), tuple(self.problems), report)
 
     def _begin(self) -> EvaluationRecord:
-        """Take over the record that is there, or begin one; it is on the disk before anything is made."""
+        """Take over the record that is there, or begin one; it is on the disk before anything is
+        made.
+        """
         out = self.layout.folder
         if self.layout.record.exists():
             record = self.plan.extend(EvaluationRecord.load(self.layout.record), out)
         elif any(not path.name.startswith(".") for path in out.iterdir()):
-            raise ValueError(f"{shortened(out)} is not empty and holds no evaluation; name another folder with --out")
+            raise ValueError(
+                f"{shortened(out)} is not empty and holds no evaluation; name another folder with "
+                "--out"
+            )
         else:
             record = self.plan.record()
         record = self.measurer.prepare(record)
         if self.vbench is not None:
             known = {name: _vbench_metric(name) for name in self.vbench.dimensions}
-            record = replace(record, metrics={**record.metrics, **{_vbench_name(n): m for n, m in known.items()}})
+            record = replace(
+                record, metrics={**record.metrics, **{_vbench_name(n): m for n, m in known.items()}}
+            )
         self.layout.write_prompts()
         record.save(self.layout.record)
         return record
@@ -163,7 +195,9 @@ class _Run:
             if isinstance(model, PipelineModel):
                 for hint in model.settings.hints(self.plan.prompts):
                     self.console.print(f"note: {hint}", markup=False)
-        self._note_needs([name for name, metric in self.record.metrics.items() if metric.needs is not None])
+        self._note_needs(
+            [name for name, metric in self.record.metrics.items() if metric.needs is not None]
+        )
 
     def _note_needs(self, metrics: Iterable[str]) -> None:
         for metric in (self.record.metrics[name] for name in metrics):
@@ -173,7 +207,8 @@ class _Run:
     def _measure(self, model: str, steps: int, *, last: bool) -> None:
         """Measure a set of videos, all of which are there, by what the record lacks.
 
-        Without the videos that they are compared with, nothing is done unless it is the ``last`` time.
+        Without the videos that they are compared with, nothing is done unless it is the ``last``
+        time.
         """
         if steps not in self.plan.steps or (model, steps) in self.measured:
             return
@@ -185,30 +220,41 @@ class _Run:
         lacking = self.measurer.lacking(self.record, model, steps, compared=compared)
         if lacking:
             before = set(self.measurer.needs)
-            with status(self.console, f"measuring {model} at {counted(steps, 'step')}: {', '.join(lacking)}"):
+            with status(
+                self.console, f"measuring {model} at {counted(steps, 'step')}: {', '.join(lacking)}"
+            ):
                 values, sets = self.measurer.measure(model, steps, lacking)
             self._keep(self.measurer.prepare(self.record).with_results(model, steps, values, sets))
             self._note_needs(name for name in self.measurer.needs if name not in before)
         self._score(model, steps)
 
     def _score(self, model: str, steps: int) -> None:
-        """Let VBench score a set of videos; what it cannot is one problem, and everything else goes on."""
+        """Let VBench score a set of videos; what it cannot is one problem, and everything else goes
+        on.
+        """
         if self.vbench is None:
             return
         done = self.record.sets.get(model, {})
-        lacking = [name for name in self.vbench.dimensions if steps not in done.get(_vbench_name(name), {})]
+        lacking = [
+            name for name in self.vbench.dimensions if steps not in done.get(_vbench_name(name), {})
+        ]
         if not lacking:
             return
         folder, out = self.layout.samples(model, steps), self.layout.vbench(model, steps)
         try:
-            with status(self.console, f"VBench scores {model} at {counted(steps, 'step')}: {', '.join(lacking)}"):
+            with status(
+                self.console,
+                f"VBench scores {model} at {counted(steps, 'step')}: {', '.join(lacking)}",
+            ):
                 scores = self.vbench.score(folder, self.layout.prompts, out, lacking)
         except VBenchError as error:
             self.problems.append(str(error))
             self.vbench = None  # it would fail again
             names = [_vbench_name(name) for name in lacking]
             metrics = {
-                name: replace(metric, needs=str(error)) if name in names and not self._has_values(name) else metric
+                name: replace(metric, needs=str(error))
+                if name in names and not self._has_values(name)
+                else metric
                 for name, metric in self.record.metrics.items()
             }
             self._keep(replace(self.record, metrics=metrics))
@@ -224,7 +270,11 @@ class _Run:
             self._keep(replace(self.record, references={**self.record.references, **values}))
 
     def _has_values(self, metric: str) -> bool:
-        return any(metric in metrics for table in (self.record.values, self.record.sets) for metrics in table.values())
+        return any(
+            metric in metrics
+            for table in (self.record.values, self.record.sets)
+            for metrics in table.values()
+        )
 
     def _is_whole(self, model: str, steps: int) -> bool:
         return all(file.is_file() for file in self.layout.videos(model, steps))
@@ -235,7 +285,9 @@ class _Run:
 
 
 def _help(plan: EvaluationPlan, layout: Layout, rank: Rank) -> None:
-    """Make videos beside the process that writes the record, which tries those that fail once more and says why."""
+    """Make videos beside the process that writes the record, which tries those that fail once more
+    and says why.
+    """
     with SampleProgress(None, 0) as progress:
         for model in plan.models:
             maker = SampleMaker(plan, layout, rank, model, None, progress)
@@ -256,7 +308,9 @@ def _write_report(record: EvaluationRecord, layout: Layout) -> Path:
     clips: dict[str, Mapping[int, Sequence[Path]]] = {}
     for model in record.models:
         sets = {steps: layout.videos(model, steps) for steps in record.steps}
-        clips[model] = {steps: files for steps, files in sets.items() if all(file.is_file() for file in files)}
+        clips[model] = {
+            steps: files for steps, files in sets.items() if all(file.is_file() for file in files)
+        }
     write_evaluation_report(layout.report, record, clips)
     return layout.report
 
@@ -267,5 +321,7 @@ def _vbench_name(dimension: str) -> str:
 
 def _vbench_metric(dimension: str) -> MetricRecord:
     return MetricRecord(
-        f"VBench: {dimension.replace('_', ' ')}", "", None if dimension == "dynamic_degree" else "higher"
+        f"VBench: {dimension.replace('_', ' ')}",
+        "",
+        None if dimension == "dynamic_degree" else "higher",
     )

@@ -1,4 +1,6 @@
-"""Makes the missing videos of an evaluation, alone or with other processes, each file whole or not at all."""
+"""Makes the missing videos of an evaluation, alone or with other processes, each file whole or not
+at all.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ def jobs_of(plan: EvaluationPlan, layout: Layout, model: str, steps: int) -> lis
 
 
 class SampleProgress:
-    """Shows a bar of all the steps of all the missing videos; without a terminal a line every half minute.
+    """Shows a bar of all the steps of all the missing videos; without a terminal a line every half
+    minute.
 
     Args:
         console: where it goes; None for nothing.
@@ -78,7 +81,9 @@ class SampleProgress:
                 TextColumn("{task.fields[note]}", markup=False),
             )
             hidden = not self._console.is_terminal
-            self._bars = LoggedProgress(*columns, console=self._console, transient=True, disable=hidden)
+            self._bars = LoggedProgress(
+                *columns, console=self._console, transient=True, disable=hidden
+            )
             self._bars.start()
             self._task = self._bars.add_task("sampling", total=self._total, note="")
         return self
@@ -144,8 +149,11 @@ class SampleMaker:
         """
         jobs = jobs_of(self._plan, self._layout, self._model, steps)
         rank, world = self._rank.rank, self._rank.world_size
-        order = [job for share in range(world) for job in jobs[(rank + share) % world :: world]]  # its own share first
-        while missing := [job for job in order if not job.file.is_file() and job.file not in self._failed]:
+        # its own share first
+        order = [job for share in range(world) for job in jobs[(rank + share) % world :: world]]
+        while missing := [
+            job for job in order if not job.file.is_file() and job.file not in self._failed
+        ]:
             attempts = [self._attempt(job) for job in missing]
             if not wait:
                 break
@@ -167,12 +175,20 @@ class SampleMaker:
 
     def _make(self, job: Job) -> None:
         maker = self._loaded()
-        samples = f", sample {job.sample + 1} of {self._plan.num_samples}" if self._plan.num_samples > 1 else ""
-        self._progress.say(f"{job.model}, {counted(job.steps, 'step')}: {job.prompt.text[:40]}{samples}")
+        samples = (
+            f", sample {job.sample + 1} of {self._plan.num_samples}"
+            if self._plan.num_samples > 1
+            else ""
+        )
+        self._progress.say(
+            f"{job.model}, {counted(job.steps, 'step')}: {job.prompt.text[:40]}{samples}"
+        )
         seed = self._plan.noise_seed(job.prompt.text, job.sample)
         partial = self._layout.work(f"rank-{self._rank.rank}") / "video.mp4"
         try:
-            frames = maker.frames(job.prompt, job.steps, seed, lambda index, time, latents: self._progress.advance())
+            frames = maker.frames(
+                job.prompt, job.steps, seed, lambda index, time, latents: self._progress.advance()
+            )
             write_video(frames, partial, self._plan.models[job.model].video.fps)
             job.file.parent.mkdir(parents=True, exist_ok=True)
             publish(partial, job.file)
@@ -186,7 +202,9 @@ class SampleMaker:
     def _loaded(self) -> VideoMaker:
         if self._maker is None:
             model, prompts = self._plan.models[self._model], self._plan.prompts
-            with status(self._console, f"loading {model.path}, encoding {counted(len(prompts), 'prompt')}"):
+            with status(
+                self._console, f"loading {model.path}, encoding {counted(len(prompts), 'prompt')}"
+            ):
                 self._maker = model.load(prompts)
         return self._maker
 
@@ -198,5 +216,9 @@ def missing_jobs(plan: EvaluationPlan, layout: Layout) -> list[Job]:
 
 
 def remove_work(layout: Layout, rank: Rank) -> None:
-    """Remove what is not finished: of this process, or of all, killed ones too, after the first one's last video."""
-    shutil.rmtree(layout.work("") if rank.is_main else layout.work(f"rank-{rank.rank}"), ignore_errors=True)
+    """Remove what is not finished: of this process, or of all, killed ones too, after the first
+    one's last video.
+    """
+    shutil.rmtree(
+        layout.work("") if rank.is_main else layout.work(f"rank-{rank.rank}"), ignore_errors=True
+    )

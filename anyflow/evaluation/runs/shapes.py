@@ -1,4 +1,6 @@
-"""The metrics of models of moving shapes, whose real videos are known: those of the quickstart's report."""
+"""The metrics of models of moving shapes, whose real videos are known: those of the quickstart's
+report.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,18 @@ class ShapesMetrics:
         return self._score(torch.stack([self._reduced(video) for video in videos]))
 
     def floor(self) -> dict[str, list[float]]:
-        """Measure several sets of real videos of the size of the plan's: what a perfect model would get."""
+        """Measure several sets of real videos of the size of the plan's: what a perfect model would
+        get.
+        """
         scores = [self._score(videos) for videos in self._real_sets()]
         return {name: [score[name] for score in scores] for name in SHAPES_METRICS}
 
     def real_videos(self) -> Iterator[Tensor]:
         """Yield a real video for each of the plan's at a number of steps, enlarged as they are."""
         for gray in self._world.shapes.to_uint8(next(self._real_sets())):
-            enlarged = gray.repeat_interleave(SHAPES_UPSCALE, 1).repeat_interleave(SHAPES_UPSCALE, 2)
+            enlarged = gray.repeat_interleave(SHAPES_UPSCALE, 1).repeat_interleave(
+                SHAPES_UPSCALE, 2
+            )
             yield enlarged[:, None].expand(-1, 3, -1, -1)
 
     def _score(self, videos: Tensor) -> dict[str, float]:
@@ -66,6 +72,10 @@ class ShapesMetrics:
             yield self._world.shapes.sample(len(self._labels), generator, self._labels)[0]
 
     def _reduced(self, video: Tensor) -> Tensor:
-        """Return an enlarged video at its own size, normalized as the models' data are: ``[8, 1, 12, 12]``."""
-        gray = torch.nn.functional.avg_pool2d(video.float().mean(1, keepdim=True) / 255, SHAPES_UPSCALE)
+        """Return an enlarged video at its own size, normalized as the models' data are:
+        ``[8, 1, 12, 12]``.
+        """
+        gray = torch.nn.functional.avg_pool2d(
+            video.float().mean(1, keepdim=True) / 255, SHAPES_UPSCALE
+        )
         return (gray - self._world.shapes.mean) / self._world.shapes.std

@@ -14,7 +14,8 @@ from typing import Any
 from anyflow.documents import read_json, shortened
 from anyflow.validation import brief
 
-# The dimensions that VBench computes of any videos (its mode custom_input), and those that need its own prompts.
+# The dimensions that VBench computes of any videos (its mode custom_input), and those that need its
+# own prompts.
 CUSTOM_DIMENSIONS = (
     "subject_consistency",
     "background_consistency",
@@ -35,14 +36,24 @@ STANDARD_DIMENSIONS = (
     "scene",
     "appearance_style",
 )
-DEFAULT_DIMENSIONS = CUSTOM_DIMENSIONS[:2] + CUSTOM_DIMENSIONS[3:7]  # that VBench documents for videos of one's own
+# that VBench documents for videos of one's own
+DEFAULT_DIMENSIONS = CUSTOM_DIMENSIONS[:2] + CUSTOM_DIMENSIONS[3:7]
 
 _NAME = "anyflow"  # of the results: VBench writes {name}_eval_results.json
 _LOG = "log.txt"
 _TAIL = 2**14  # bytes of it
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+_TORCHRUN = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
-# The Python calls that the README of VBench documents; its command line names results by the time of day.
+# The Python calls that the README of VBench documents; its command line names results by the time
+# of day.
 _PROGRAM = """
 import json, os, sys
 import vbench
@@ -79,23 +90,31 @@ class VBench:
     dimensions: Sequence[str] = DEFAULT_DIMENSIONS
 
     def check(self) -> None:
-        """Raise a ValueError unless there is such an interpreter and VBench takes videos of one's own for all that."""
+        """Raise a ValueError unless there is such an interpreter and VBench takes videos of one's
+        own for all that.
+        """
         if not os.access(self.python, os.X_OK) or not self.python.is_file():
-            raise ValueError(f"--vbench-python {shortened(self.python)} is not a program that can be run")
+            raise ValueError(
+                f"--vbench-python {shortened(self.python)} is not a program that can be run"
+            )
         if not self.dimensions:
             raise ValueError("--vbench-dimensions names no dimension")
         for dimension in self.dimensions:
             if dimension in STANDARD_DIMENSIONS:
                 raise ValueError(
-                    f"--vbench-dimensions: VBench computes {dimension} of its own prompts only; run it by hand on the "
+                    f"--vbench-dimensions: VBench computes {dimension} of its own prompts only; "
+                    "run it by hand on the "
                     "folders of samples, whose files are named as it wants them"
                 )
             if dimension not in CUSTOM_DIMENSIONS:
                 raise ValueError(
-                    f"--vbench-dimensions must be of {', '.join(CUSTOM_DIMENSIONS)}, got {brief(dimension)}"
+                    f"--vbench-dimensions must be of {', '.join(CUSTOM_DIMENSIONS)}, got "
+                    f"{brief(dimension)}"
                 )
 
-    def score(self, videos: Path, prompts: Path, out: Path, dimensions: Sequence[str]) -> dict[str, float]:
+    def score(
+        self, videos: Path, prompts: Path, out: Path, dimensions: Sequence[str]
+    ) -> dict[str, float]:
         """Score a folder of videos in a process of its own.
 
         Args:
@@ -122,39 +141,63 @@ class VBench:
             "dimension_list": list(dimensions),
         }
         # Neither the modules of this environment nor the ranks of this run are VBench's.
-        environment = {k: v for k, v in os.environ.items() if k not in (*_TORCHRUN, "PYTHONPATH", "PYTHONHOME")}
+        environment = {
+            k: v for k, v in os.environ.items() if k not in (*_TORCHRUN, "PYTHONPATH", "PYTHONHOME")
+        }
         command = [str(self.python.absolute()), "-c", _PROGRAM, json.dumps(arguments)]
         with (out / _LOG).open("wb") as log:
             try:
                 process = subprocess.run(
-                    command, cwd=out, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                    command,
+                    cwd=out,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
                 )
             except OSError as error:
-                raise VBenchError(f"VBench cannot be started: {shortened(self.python)}: {error.strerror}") from None
+                raise VBenchError(
+                    f"VBench cannot be started: {shortened(self.python)}: {error.strerror}"
+                ) from None
         if process.returncode != 0:
-            raise VBenchError(f"VBench has failed with status {process.returncode}: {_last_line(out / _LOG)}")
+            raise VBenchError(
+                f"VBench has failed with status {process.returncode}: {_last_line(out / _LOG)}"
+            )
         try:
             return _scores(read_json(results, finite=True), dimensions)
         except ValueError as error:
-            raise VBenchError(f"VBench has left no scores: {error}; see {shortened(out / _LOG)}") from None
+            raise VBenchError(
+                f"VBench has left no scores: {error}; see {shortened(out / _LOG)}"
+            ) from None
 
 
 def _scores(content: Any, dimensions: Sequence[str]) -> dict[str, float]:
-    """Return the scores of a results file, ``{dimension: [score, [one for each video]]}``; ValueError for another."""
+    """Return the scores of a results file, ``{dimension: [score, [one for each video]]}``;
+    ValueError for another.
+    """
     scores = {}
     for dimension in dimensions:
         found = content.get(dimension) if isinstance(content, Mapping) else None
         score = found[0] if isinstance(found, list) and found else found
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        if (
+            isinstance(score, bool)
+            or not isinstance(score, (int, float))
+            or not math.isfinite(score)
+        ):
             raise ValueError(f"{dimension} must begin with a number, got {brief(found)}")
         scores[dimension] = float(score)
     return scores
 
 
 def _last_line(log: Path) -> str:
-    """Return the last line of what a process has printed, which of a Python program names its error."""
+    """Return the last line of what a process has printed, which of a Python program names its
+    error.
+    """
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL))
         text = file.read().decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"{lines[-1][:300] if lines else 'it printed nothing'} (all it printed is in {shortened(log)})"
+    return (
+        f"{lines[-1][:300] if lines else 'it printed nothing'} (all it printed is in "
+        f"{shortened(log)})"
+    )

@@ -6,7 +6,12 @@ installation does not have are imported by what needs them.
 """
 
 from anyflow.evaluation.video_metrics.clip import Clip
-from anyflow.evaluation.video_metrics.flow import dynamic_degree, flow_peaks, is_dynamic, optical_flow
+from anyflow.evaluation.video_metrics.flow import (
+    dynamic_degree,
+    flow_peaks,
+    is_dynamic,
+    optical_flow,
+)
 from anyflow.evaluation.video_metrics.fvd import I3DFeatures, frechet_video_distance
 from anyflow.evaluation.video_metrics.lpips import Lpips, video_reference_metrics
 from anyflow.evaluation.video_metrics.lucas_kanade import motion

@@ -16,7 +16,8 @@ from anyflow.validation import brief, require_whole
 
 
 class Clip:
-    """Measures how well videos show what texts say, by a CLIP model (Radford et al. 2021, arXiv 2103.00020).
+    """Measures how well videos show what texts say, by a CLIP model (Radford et al. 2021, arXiv
+    2103.00020).
 
     Frames are resized, cropped and normalized as ``preprocessor_config.json`` of the model says, by
     Pillow as in OpenAI's own code. Values of different CLIP models do not compare.
@@ -32,7 +33,11 @@ class Clip:
     """
 
     def __init__(
-        self, folder: Path | str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        folder: Path | str,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -47,9 +52,13 @@ class Clip:
             )
         except Exception as error:  # of transformers, safetensors, tokenizers or JSON
             reason = brief(" ".join(str(error).split()), 300)
-            raise ValueError(f"the CLIP model in {shortened(folder)} cannot be loaded: {reason}") from error
+            raise ValueError(
+                f"the CLIP model in {shortened(folder)} cannot be loaded: {reason}"
+            ) from error
         if lacking := sorted(info["missing_keys"]):
-            names = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+            names = ", ".join(lacking[:3]) + (
+                f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+            )
             raise ValueError(f"the CLIP model in {shortened(folder)} lacks the weights {names}")
         self._model = model.eval().requires_grad_(False).to(device)
         self._device, self._dtype = torch.device(device), dtype
@@ -76,7 +85,9 @@ class Clip:
         if len(texts) != len(frames):
             raise ValueError(f"texts must be as many as videos, {len(frames)}, got {len(texts)}")
         require_whole("batch_size", batch_size)
-        wanted = torch.cat([self._text_embeds(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)])
+        wanted = torch.cat(
+            [self._text_embeds(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
+        )
         flat = frames.flatten(0, 1).expand(-1, 3, -1, -1).cpu()
         shown = torch.cat([self._image_embeds(piece) for piece in flat.split(batch_size)])
         similarity = torch.einsum("nfd,nd->nf", shown.unflatten(0, frames.shape[:2]), wanted)
@@ -86,9 +97,12 @@ class Clip:
     def _text_embeds(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors ``[B, D]`` float32 of texts."""
         length = self._model.config.text_config.max_position_embeddings
-        tokens = self._tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
         features = self._model.get_text_features(
-            input_ids=tokens["input_ids"].to(self._device), attention_mask=tokens["attention_mask"].to(self._device)
+            input_ids=tokens["input_ids"].to(self._device),
+            attention_mask=tokens["attention_mask"].to(self._device),
         )
         return _unit(features.pooler_output)
 
@@ -97,7 +111,9 @@ class Clip:
         """Return unit vectors ``[B, D]`` float32 of ``frames[B, 3, H, W]`` uint8."""
         from PIL import Image
 
-        images = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().numpy()]
+        images = [
+            Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().numpy()
+        ]
         pixels = self._processor(images=images, return_tensors="pt")["pixel_values"]
         features = self._model.get_image_features(pixel_values=pixels.to(self._device, self._dtype))
         return _unit(features.pooler_output)
@@ -106,5 +122,7 @@ class Clip:
 def _unit(features: Tensor) -> Tensor:
     embeds = F.normalize(features.float().cpu(), dim=-1)
     if not torch.isfinite(embeds).all():
-        raise ValueError("the CLIP model gives NaN or infinity; float16 overflows, use float32 or bfloat16")
+        raise ValueError(
+            "the CLIP model gives NaN or infinity; float16 overflows, use float32 or bfloat16"
+        )
     return embeds

@@ -27,21 +27,21 @@ def optical_flow(videos: Tensor) -> Tensor:
     """Compute the optical flow between successive frames, in pixels per frame.
 
     The method is OpenCV's dense inverse search (Kroeger et al. 2016, arXiv 1603.03590, preset
-    ``MEDIUM``) on 8-bit gray levels. It has no weights. What moves farther than about a fifth of the
-    shorter side in one frame is not followed.
+    ``MEDIUM``) on 8-bit gray levels. It has no weights. What moves farther than about a fifth of
+    the shorter side in one frame is not followed.
 
     Args:
-        videos: ``[N, F, C, H, W]`` with F >= 2 and H, W >= 12, floating-point in [0, 1] or uint8; C is
-            1 or 3.
+        videos: ``[N, F, C, H, W]`` with F >= 2 and H, W >= 12, floating-point in [0, 1] or uint8; C
+            is 1 or 3.
 
     Returns:
-        ``[N, F - 1, 2, H, W]`` float32 on the CPU: how far right (0) and how far down (1) the pixel of
-        a frame lies in the next one.
+        ``[N, F - 1, 2, H, W]`` float32 on the CPU: how far right (0) and how far down (1) the pixel
+        of a frame lies in the next one.
 
     Raises:
         ImportError: OpenCV is missing.
-        ValueError: another shape or dtype, too few frames or pixels, NaN or infinity, or floating-point
-            values outside [0, 1].
+        ValueError: another shape or dtype, too few frames or pixels, NaN or infinity, or
+            floating-point values outside [0, 1].
     """
     gray = _gray_levels(videos)
     count, frames, height, width = gray.shape
@@ -53,10 +53,11 @@ def optical_flow(videos: Tensor) -> Tensor:
 
 
 def flow_peaks(videos: Tensor) -> Tensor:
-    """Compute the mean length of the longest 5 % of the flow vectors between each two successive frames.
+    """Compute the mean length of the longest 5 % of the flow vectors between each two successive
+    frames.
 
-    VBench reads this number from RAFT's flow, in pixels; here it comes from :func:`optical_flow` and is
-    divided by the shorter side, so that videos of different sizes compare.
+    VBench reads this number from RAFT's flow, in pixels; here it comes from :func:`optical_flow`
+    and is divided by the shorter side, so that videos of different sizes compare.
 
     Args:
         videos: see :func:`optical_flow`.
@@ -75,7 +76,8 @@ def flow_peaks(videos: Tensor) -> Tensor:
 
 
 def dynamic_degree(videos: Tensor) -> Tensor:
-    """Compute how much the fastest parts of each video move: the mean of :func:`flow_peaks` over time.
+    """Compute how much the fastest parts of each video move: the mean of :func:`flow_peaks` over
+    time.
 
     Args:
         videos: see :func:`optical_flow`.
@@ -92,10 +94,10 @@ def dynamic_degree(videos: Tensor) -> Tensor:
 def is_dynamic(videos: Tensor, fps: float) -> Tensor:
     """Decide for each video whether it moves, by the rule of VBench's ``dynamic_degree``.
 
-    Every ``round(fps / 8)``-th frame is looked at. A video moves if at least a quarter of the frames,
-    but one pair in any case, have a peak above ``6 / 256`` of the shorter side (and ``8 / fps`` times as
-    much where fps < 8). VBench's score of a set is the share of videos that move. Its flow is RAFT's:
-    near the threshold the two may decide differently.
+    Every ``round(fps / 8)``-th frame is looked at. A video moves if at least a quarter of the
+    frames, but one pair in any case, have a peak above ``6 / 256`` of the shorter side (and
+    ``8 / fps`` times as much where fps < 8). VBench's score of a set is the share of videos that
+    move. Its flow is RAFT's: near the threshold the two may decide differently.
 
     Args:
         videos: see :func:`optical_flow`.
@@ -126,7 +128,9 @@ def _gray_levels(videos: Tensor) -> np.ndarray:
 
 
 def _pair_flows(frames: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the flow ``[H, W, 2]`` (right, down) from each of ``frames[F, H, W]`` uint8 to the next."""
+    """Yield the flow ``[H, W, 2]`` (right, down) from each of ``frames[F, H, W]`` uint8 to the
+    next.
+    """
     cv2 = _import_cv2()
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     for first, second in itertools.pairwise(frames):

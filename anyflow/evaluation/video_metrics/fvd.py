@@ -21,9 +21,9 @@ class I3DFeatures:
 
     The network is the I3D of Kinetics-400 in the TorchScript file of StyleGAN-V (Skorokhodov et al.
     2022), which reproduces the original one of TensorFlow Hub. It is called as there:
-    ``detector(videos, rescale=True, resize=True, return_features=True)`` with videos
-    ``[B, 3, F, H, W]`` uint8, which it resizes to 224 x 224 itself. A TorchScript file is a program: load
-    one that you trust.
+    ``detector(videos, rescale=True, resize=True, return_features=True)`` with videos ``[B, 3, F, H,
+    W]`` uint8, which it resizes to 224 x 224 itself. A TorchScript file is a program: load one that
+    you trust.
 
     Args:
         file: ``i3d_torchscript.pt``; ``model_path("fvd")`` is the usual one. Nothing is downloaded.
@@ -51,24 +51,29 @@ class I3DFeatures:
         """Compute the features of each video.
 
         Args:
-            videos: ``[N, F, C, H, W]`` with F >= 10, floating-point in [0, 1] or uint8; C is 1 or 3.
+            videos: ``[N, F, C, H, W]`` with F >= 10, floating-point in [0, 1] or uint8; C is 1 or
+                3.
             batch_size: videos in one call of the network.
 
         Returns:
             ``[N, D]`` float32 on the CPU; D is 400 for the published file.
 
         Raises:
-            ValueError: too few frames, a batch size below 1, videos of another shape, dtype or range,
-                or a file whose network is called otherwise or gives something else.
+            ValueError: too few frames, a batch size below 1, videos of another shape, dtype or
+                range, or a file whose network is called otherwise or gives something else.
         """
         frames = levels(unit_videos(videos, least_frames=LEAST_FRAMES))
         require_whole("batch_size", batch_size)
         channels_first = frames.expand(-1, -1, 3, -1, -1).transpose(1, 2)
-        return torch.cat([self._features(piece.contiguous()) for piece in channels_first.split(batch_size)])
+        return torch.cat(
+            [self._features(piece.contiguous()) for piece in channels_first.split(batch_size)]
+        )
 
     def _features(self, videos: Tensor) -> Tensor:
         try:
-            found = self._detector(videos.to(self._device), rescale=True, resize=True, return_features=True)
+            found = self._detector(
+                videos.to(self._device), rescale=True, resize=True, return_features=True
+            )
         except RuntimeError as error:
             reason = brief(" ".join(str(error).split())[-300:], 300)
             raise ValueError(f"the network in {shortened(self._path)} failed: {reason}") from error
@@ -81,11 +86,12 @@ class I3DFeatures:
 
 
 def frechet_video_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Compute the Fréchet video distance (Unterthiner et al. 2018, arXiv 1812.01717) between two sets.
+    """Compute the Fréchet video distance (Unterthiner et al. 2018, arXiv 1812.01717) between two
+    sets.
 
     It is :func:`anyflow.evaluation.frechet_distance` of their I3D features. Its bias falls with the
-    number of videos: compare values at equal numbers only; StyleGAN-V takes 2048. The order of the sets
-    does not matter.
+    number of videos: compare values at equal numbers only; StyleGAN-V takes 2048. The order of the
+    sets does not matter.
 
     Args:
         features_a: ``[N, D]`` of :class:`I3DFeatures`, N >= 2.

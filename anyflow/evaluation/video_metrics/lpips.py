@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from anyflow.documents import require_content, shortened
-from anyflow.evaluation.video_metrics.models import ALEXNET, missing_package, model_problem, package_problem
+from anyflow.evaluation.video_metrics.models import (
+    ALEXNET,
+    missing_package,
+    model_problem,
+    package_problem,
+)
 from anyflow.evaluation.video_metrics.pixels import psnr
 from anyflow.evaluation.video_metrics.values import require_equal_shapes, unit_videos
 from anyflow.packages import is_missing
@@ -18,10 +23,11 @@ LEAST_SIDE = 31  # pixels, below which AlexNet's second pooling has nothing to p
 
 
 class Lpips:
-    """Measures the perceptual distance of videos to references: LPIPS (Zhang et al. 2018, arXiv 1801.03924).
+    """Measures the perceptual distance of videos to references: LPIPS (Zhang et al. 2018, arXiv
+    1801.03924).
 
-    The network is AlexNet with the linear weights of version 0.1, as in the ``lpips`` package, in the
-    implementation of torchmetrics, which has those weights in it. AlexNet's come from a file.
+    The network is AlexNet with the linear weights of version 0.1, as in the ``lpips`` package, in
+    the implementation of torchmetrics, which has those weights in it. AlexNet's come from a file.
 
     Args:
         file: weights of AlexNet, named ``alexnet-owt-7be5be79.pth`` in a folder ``checkpoints``;
@@ -35,8 +41,12 @@ class Lpips:
 
     def __init__(self, file: Path | str, *, device: str | torch.device = "cpu") -> None:
         packages = ("torchmetrics", "torchvision")
-        problems = [missing_package("LPIPS", package) for package in packages if is_missing(package)]
-        problems = problems or [p for package in packages if (p := package_problem("LPIPS", package)) is not None]
+        problems = [
+            missing_package("LPIPS", package) for package in packages if is_missing(package)
+        ]
+        problems = problems or [
+            p for package in packages if (p := package_problem("LPIPS", package)) is not None
+        ]
         if problems:
             raise ImportError(problems[0])
         path = Path(file)
@@ -46,7 +56,8 @@ class Lpips:
         expected = Path(ALEXNET.path)
         if (path.parent.name, path.name) != (expected.parent.name, expected.name):
             raise ValueError(
-                f"torchvision loads AlexNet from {expected.parent.name}/{expected.name} only, got {shortened(path)}"
+                f"torchvision loads AlexNet from {expected.parent.name}/{expected.name} only, got "
+                f"{shortened(path)}"
             )
         self._network = _load(path).to(device)
         self._device = torch.device(device)
@@ -56,7 +67,8 @@ class Lpips:
         """Compute the distance of each video to its reference: the mean over frames of LPIPS.
 
         Args:
-            videos: ``[N, F, C, H, W]`` with H, W >= 31, floating-point in [0, 1] or uint8; C is 1 or 3.
+            videos: ``[N, F, C, H, W]`` with H, W >= 31, floating-point in [0, 1] or uint8; C is 1
+                or 3.
             references: of the same shape.
             batch_size: pairs of frames in one call of the network.
 
@@ -64,8 +76,8 @@ class Lpips:
             ``[N]`` float32 on the CPU; lower is closer, 0 for equal videos.
 
         Raises:
-            ValueError: shapes that differ, a batch size below 1, or videos of another shape, dtype or
-                range.
+            ValueError: shapes that differ, a batch size below 1, or videos of another shape, dtype
+                or range.
         """
         first = unit_videos(videos, least_side=LEAST_SIDE)
         second = unit_videos(references, "references", least_side=LEAST_SIDE)
@@ -73,7 +85,8 @@ class Lpips:
         require_whole("batch_size", batch_size)
         pairs = zip(_rgb_frames(first, batch_size), _rgb_frames(second, batch_size), strict=True)
         distances = [
-            self._network(a.to(self._device), b.to(self._device), normalize=True).flatten().cpu() for a, b in pairs
+            self._network(a.to(self._device), b.to(self._device), normalize=True).flatten().cpu()
+            for a, b in pairs
         ]
         return torch.cat(distances).view(first.shape[:2]).mean(dim=1)
 
@@ -81,7 +94,8 @@ class Lpips:
 def video_reference_metrics(
     videos: Tensor, references: Tensor, *, lpips: Lpips | None = None, batch_size: int = 16
 ) -> dict[str, Tensor]:
-    """Compare videos with references, such as the same model's videos at 50 steps from the same noise.
+    """Compare videos with references, such as the same model's videos at 50 steps from the same
+    noise.
 
     Args:
         videos: ``[N, F, C, H, W]``, floating-point in [0, 1] or uint8; C is 1 or 3.
@@ -111,7 +125,8 @@ def _load(path: Path) -> torch.nn.Module:
 
     require_content(path)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)  # which torch.hub's loading is not
+        # which torch.hub's loading is not
+        weights = torch.load(path, map_location="cpu", weights_only=True)
         if "features.0.weight" not in weights:
             raise ValueError("it has no features.0.weight")
     except Exception as error:  # of pickle, zipfile or torch

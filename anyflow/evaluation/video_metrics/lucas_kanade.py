@@ -1,7 +1,8 @@
 """The amount of motion in videos of any size, by optical flow in PyTorch alone.
 
-The mean absolute difference of frames is not a measure of motion: it halves with the contrast, grows
-less than the speed, and reads noise that does not move as motion. Lengths of flow vectors do not.
+The mean absolute difference of frames is not a measure of motion: it halves with the contrast,
+grows less than the speed, and reads noise that does not move as motion. Lengths of flow vectors do
+not.
 """
 
 from __future__ import annotations
@@ -23,29 +24,31 @@ _PIXELS = 2**18  # pixels in one piece of work, which bounds memory
 def motion(videos: Tensor) -> Tensor:
     """Compute the mean speed of what can be seen to move in each video, in pixels per frame.
 
-    The flow is that of Lucas and Kanade (1981) with a 7-tap binomial window, refined by warping from
-    coarse to fine. The mean of its lengths is weighted by the squared gradient of the gray levels, so
-    that flat areas, where motion cannot be seen, do not count; then it is averaged over time. It needs
-    no weights and no package beside PyTorch, runs on the device of the videos, and does not depend on
-    their contrast. Noise in a video that stands still is read as some motion, and only up to about a
-    quarter of the shorter side per frame is followed.
+    The flow is that of Lucas and Kanade (1981) with a 7-tap binomial window, refined by warping
+    from coarse to fine. The mean of its lengths is weighted by the squared gradient of the gray
+    levels, so that flat areas, where motion cannot be seen, do not count; then it is averaged over
+    time. It needs no weights and no package beside PyTorch, runs on the device of the videos, and
+    does not depend on their contrast. Noise in a video that stands still is read as some motion,
+    and only up to about a quarter of the shorter side per frame is followed.
 
     Args:
-        videos: ``[N, F, C, H, W]`` with F >= 2 and H, W >= 4, floating-point in [0, 1] or uint8; C is 1 or
-            3.
+        videos: ``[N, F, C, H, W]`` with F >= 2 and H, W >= 4, floating-point in [0, 1] or uint8; C
+            is 1 or 3.
 
     Returns:
         ``[N]`` float64; 0 for a frozen video.
 
     Raises:
-        ValueError: another shape or dtype, too few frames or pixels, NaN or infinity, or floating-point
-            values outside [0, 1].
+        ValueError: another shape or dtype, too few frames or pixels, NaN or infinity, or
+            floating-point values outside [0, 1].
     """
     gray = gray_frames(unit_videos(videos, least_frames=2, least_side=4)).float()
     count, frames, height, width = gray.shape
     first, second = gray[:, :-1].reshape(-1, height, width), gray[:, 1:].reshape(-1, height, width)
     piece = max(1, _PIXELS // (height * width))
-    speeds = [_mean_speeds(a, b) for a, b in zip(first.split(piece), second.split(piece), strict=True)]
+    speeds = [
+        _mean_speeds(a, b) for a, b in zip(first.split(piece), second.split(piece), strict=True)
+    ]
     return torch.cat(speeds).view(count, frames - 1).mean(dim=1)
 
 
@@ -58,7 +61,9 @@ def _mean_speeds(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _lucas_kanade(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return flow ``[B, 2, H, W]`` (right, down) between frames ``[B, H, W]``, and gradient energy."""
+    """Return flow ``[B, 2, H, W]`` (right, down) between frames ``[B, H, W]``, and gradient
+    energy.
+    """
     pyramid = [(_smooth(first, _BLUR), _smooth(second, _BLUR))]
     while min(pyramid[-1][0].shape[1:]) >= 2 * _COARSEST:
         pyramid.append((_halve(pyramid[-1][0]), _halve(pyramid[-1][1])))
@@ -75,7 +80,9 @@ def _lucas_kanade(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _flow_step(first: Tensor, second: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve the normal equations of one linearization around ``flow``; return its step and the energy."""
+    """Solve the normal equations of one linearization around ``flow``; return its step and the
+    energy.
+    """
     warped, inside = _warp(second, flow)
     down, right = torch.gradient((first + warped) / 2, dim=(1, 2))
     change = warped - first
@@ -94,7 +101,9 @@ def _flow_step(first: Tensor, second: Tensor, flow: Tensor) -> tuple[Tensor, Ten
 
 
 def _warp(frames: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Look up ``frames[B, H, W]`` where ``flow`` points, and say where that lies inside of the frame."""
+    """Look up ``frames[B, H, W]`` where ``flow`` points, and say where that lies inside of the
+    frame.
+    """
     height, width = frames.shape[1:]
     x = torch.arange(width, device=flow.device) + flow[:, 0]
     y = torch.arange(height, device=flow.device)[:, None] + flow[:, 1]

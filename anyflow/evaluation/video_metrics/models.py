@@ -42,7 +42,8 @@ class PretrainedModel:
 
     Attributes:
         path: where it is expected, relative to the folder of the models.
-        files: that must be in the folder ``path``; of a tuple, one is enough. Empty where ``path`` is a file.
+        files: that must be in the folder ``path``; of a tuple, one is enough. Empty where ``path``
+            is a file.
         source: where it is published.
     """
 
@@ -71,12 +72,18 @@ I3D = PretrainedModel(
     "https://huggingface.co/flateon/FVD-I3D-torchscript",
 )
 VIDEO_METRICS: dict[str, VideoMetric] = {
-    "clip": VideoMetric("CLIP similarity to the text", "", "higher", ("transformers", "pillow"), CLIP),
+    "clip": VideoMetric(
+        "CLIP similarity to the text", "", "higher", ("transformers", "pillow"), CLIP
+    ),
     "psnr": VideoMetric("PSNR to the reference", "dB", "higher"),
-    "lpips": VideoMetric("LPIPS to the reference", "", "lower", ("torchmetrics", "torchvision"), ALEXNET),
+    "lpips": VideoMetric(
+        "LPIPS to the reference", "", "lower", ("torchmetrics", "torchvision"), ALEXNET
+    ),
     "flicker": VideoMetric("Temporal flicker", "", None),
     "motion": VideoMetric("Motion", "pixels per frame", None),
-    "dynamic_degree": VideoMetric("Dynamic degree", "shorter sides per frame", None, ("opencv-python-headless",)),
+    "dynamic_degree": VideoMetric(
+        "Dynamic degree", "shorter sides per frame", None, ("opencv-python-headless",)
+    ),
     "fvd": VideoMetric("Fréchet video distance", "", "lower", (), I3D),
 }
 
@@ -94,8 +101,8 @@ def model_path(metric: str, models: Path | str | None = None) -> Path:
     """Return where the pretrained model of a metric is expected: the argument of its class.
 
     Args:
-        metric: ``clip`` (a folder, for :class:`Clip`), ``lpips`` (a file, for :class:`Lpips`) or ``fvd``
-            (a file, for :class:`I3DFeatures`).
+        metric: ``clip`` (a folder, for :class:`Clip`), ``lpips`` (a file, for :class:`Lpips`) or
+            ``fvd`` (a file, for :class:`I3DFeatures`).
         models: see :func:`models_folder`.
 
     Raises:
@@ -115,20 +122,26 @@ def available_metrics(models: Path | str | None = None) -> dict[str, str | None]
         models: see :func:`models_folder`.
 
     Returns:
-        By name of the metric, in the order of :data:`VIDEO_METRICS`: None where everything is there, else
-        one sentence that names each package that is missing with the command that installs it, and
-        each file or folder that is missing with the place where it is published.
+        By name of the metric, in the order of :data:`VIDEO_METRICS`: None where everything is
+        there, else one sentence that names each package that is missing with the command that
+        installs it, and each file or folder that is missing with the place where it is published.
     """
     return {name: _lacking(name, metric, models) for name, metric in VIDEO_METRICS.items()}
 
 
 def _lacking(name: str, metric: VideoMetric, models: Path | str | None) -> str | None:
-    problems = [missing_package(metric.title, package) for package in metric.packages if is_missing(package)]
+    problems = [
+        missing_package(metric.title, package) for package in metric.packages if is_missing(package)
+    ]
     if metric.model is not None:
         problem = model_problem(metric.title, metric.model, model_path(name, models))
         problems += [] if problem is None else [problem]
     if not problems:  # importing takes seconds
-        problems = [p for package in metric.packages if (p := package_problem(metric.title, package)) is not None]
+        problems = [
+            p
+            for package in metric.packages
+            if (p := package_problem(metric.title, package)) is not None
+        ]
     return "; ".join(problems) or None
 
 
@@ -145,7 +158,10 @@ def package_problem(purpose: str, package: str) -> str | None:
         importlib.import_module(module_name(package))
     except Exception as error:  # compiled for another torch or Python, it may fail in any way
         reason = " ".join(str(error).split())
-        return f"{purpose} needs the package {package}{_build_of(package)}; the one installed does not import: {reason}"
+        return (
+            f"{purpose} needs the package {package}{_build_of(package)}; the one installed does "
+            f"not import: {reason}"
+        )
     return None
 
 
@@ -154,7 +170,9 @@ def _build_of(package: str) -> str:
 
 
 def model_problem(purpose: str, model: PretrainedModel, path: Path) -> str | None:
-    """Say which file or folder of a model is missing and where it is published; None where it is there."""
+    """Say which file or folder of a model is missing and where it is published; None where it is
+    there.
+    """
     if not model.files:
         if path.is_file():
             return None

@@ -13,9 +13,9 @@ MAX_PSNR = 100.0  # dB, where equal videos have infinity: JSON and the charts of
 def psnr(videos: Tensor, references: Tensor) -> Tensor:
     """Compute the peak signal-to-noise ratio of each video to its reference, in dB.
 
-    ``10 log10(1 / MSE)``, with values in [0, 1] and the mean squared error over all frames, channels
-    and pixels of the video: the "average" of FFmpeg's ``psnr`` filter. The mean of the ratios of
-    single frames is larger, and infinite as soon as one frame is reproduced exactly.
+    ``10 log10(1 / MSE)``, with values in [0, 1] and the mean squared error over all frames,
+    channels and pixels of the video: the "average" of FFmpeg's ``psnr`` filter. The mean of the
+    ratios of single frames is larger, and infinite as soon as one frame is reproduced exactly.
 
     Args:
         videos: ``[N, F, C, H, W]``, floating-point in [0, 1] or uint8; C is 1 or 3.
@@ -34,10 +34,11 @@ def psnr(videos: Tensor, references: Tensor) -> Tensor:
 
 
 def flicker(videos: Tensor) -> Tensor:
-    """Compute the temporal flicker of each video: the mean absolute difference of successive frames.
+    """Compute the temporal flicker of each video: the mean absolute difference of successive
+    frames.
 
-    VBench's ``temporal_flickering`` is ``1 - flicker``, computed on levels 0..255 and divided by 255.
-    It is meant for scenes that should stand still: motion changes pixels, too.
+    VBench's ``temporal_flickering`` is ``1 - flicker``, computed on levels 0..255 and divided by
+    255. It is meant for scenes that should stand still: motion changes pixels, too.
 
     Args:
         videos: ``[N, F, C, H, W]`` with F >= 2, floating-point in [0, 1] or uint8; C is 1 or 3.
@@ -46,8 +47,8 @@ def flicker(videos: Tensor) -> Tensor:
         ``[N]`` float64 in [0, 1]; 0 for a frozen video.
 
     Raises:
-        ValueError: another shape or dtype, fewer than two frames, NaN or infinity, or floating-point
-            values outside [0, 1].
+        ValueError: another shape or dtype, fewer than two frames, NaN or infinity, or
+            floating-point values outside [0, 1].
     """
     frames = unit_videos(videos, least_frames=2)
     return (frames[:, 1:] - frames[:, :-1]).abs().mean(dim=(1, 2, 3, 4), dtype=torch.float64)

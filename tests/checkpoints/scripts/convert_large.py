@@ -8,7 +8,13 @@ import torch
 from anyflow.checkpoints import convert
 from anyflow.models import AnyFlowTransformer3DModel
 
-SIZES = {"num_attention_heads": 8, "attention_head_dim": 128, "ffn_dim": 2048, "num_layers": 2, "text_dim": 64}
+SIZES = {
+    "num_attention_heads": 8,
+    "attention_head_dim": 128,
+    "ffn_dim": 2048,
+    "num_layers": 2,
+    "text_dim": 64,
+}
 
 
 def main(folder: Path, action: str, out: str = "") -> None:

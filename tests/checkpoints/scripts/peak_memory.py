@@ -1,4 +1,6 @@
-"""Run by test_memory.py: makes checkpoints of some 350 MB, or loads one and prints the growth of memory in MB."""
+"""Run by test_memory.py: makes checkpoints of some 350 MB, or loads one and prints the growth of
+memory in MB.
+"""
 
 import sys
 from pathlib import Path
@@ -8,7 +10,13 @@ import torch
 from anyflow.checkpoints import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
 
-SIZES = {"num_attention_heads": 8, "attention_head_dim": 128, "ffn_dim": 4096, "num_layers": 4, "text_dim": 64}
+SIZES = {
+    "num_attention_heads": 8,
+    "attention_head_dim": 128,
+    "ffn_dim": 4096,
+    "num_layers": 4,
+    "text_dim": 64,
+}
 MB = 1e6
 
 
@@ -17,7 +25,10 @@ def make(folder: Path) -> None:
     state = model.state_dict()
     model.save_pretrained(folder / "one")
     model.save_pretrained(folder / "several", max_shard_size="40MB")
-    torch.save({"ema": state, "model_state_dict_g": {n: t + 1 for n, t in state.items()}}, folder / "training.pt")
+    torch.save(
+        {"ema": state, "model_state_dict_g": {n: t + 1 for n, t in state.items()}},
+        folder / "training.pt",
+    )
     lora = {}
     for name, tensor in state.items():
         layer, _, leaf = name.rpartition(".")
@@ -32,10 +43,13 @@ def make(folder: Path) -> None:
 
 
 def load(path: Path, dtype: str) -> None:
-    AnyFlowTransformer3DModel(**(SIZES | {"num_layers": 1, "num_attention_heads": 1}))  # whatever loads on first use
+    # whatever loads on first use
+    AnyFlowTransformer3DModel(**(SIZES | {"num_layers": 1, "num_attention_heads": 1}))
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    model = load_transformer(path, dtype=getattr(torch, dtype), lora_alpha=16.0 if "lora" in path.name else None)
+    model = load_transformer(
+        path, dtype=getattr(torch, dtype), lora_alpha=16.0 if "lora" in path.name else None
+    )
     print((status("VmHWM") - before) / MB, (status("VmRSS") - before) / MB)
     assert model is not None
 

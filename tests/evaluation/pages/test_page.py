@@ -62,7 +62,11 @@ def evaluation(tmp_path_factory) -> tuple[EvaluationRecord, Clips]:
         for n in STEPS:
             real, _ = shapes.sample(6, torch.Generator().manual_seed(10 * i + n), labels)
             frames = shapes.to_uint8(real[:, :1].expand_as(real) if (i, n) == (0, 1) else real)
-            big = frames.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, None].expand(-1, -1, 3, -1, -1)
+            big = (
+                frames.repeat_interleave(8, 2)
+                .repeat_interleave(8, 3)[:, :, None]
+                .expand(-1, -1, 3, -1, -1)
+            )
             videos[model, n] = big
             clips[model][n] = [folder / f"{model}-{n}-{k}.mp4" for k in range(6)]
             for file, video in zip(clips[model][n], big, strict=True):
@@ -73,7 +77,10 @@ def evaluation(tmp_path_factory) -> tuple[EvaluationRecord, Clips]:
 
     moves, flickers = table(lambda v: motion(v) / 96), table(flicker)
     record = EvaluationRecord(
-        models={m: ModelRecord(f"/models/{m} & more", {"guidance_scale": 1.0, "shift": 5}) for m in clips},
+        models={
+            m: ModelRecord(f"/models/{m} & more", {"guidance_scale": 1.0, "shift": 5})
+            for m in clips
+        },
         prompts=PROMPTS,
         steps=STEPS,
         num_samples=2,
@@ -93,7 +100,9 @@ def evaluation(tmp_path_factory) -> tuple[EvaluationRecord, Clips]:
 
 @pytest.fixture(scope="module")
 def page(evaluation, tmp_path_factory) -> str:
-    return write_evaluation_report(tmp_path_factory.mktemp("page") / "report.html", *evaluation).read_text("utf-8")
+    return write_evaluation_report(
+        tmp_path_factory.mktemp("page") / "report.html", *evaluation
+    ).read_text("utf-8")
 
 
 def text(page: str) -> str:
@@ -123,7 +132,11 @@ def test_page_says_what_was_measured_and_what_was_not(page: str, evaluation) -> 
     assert f"{mean:#.3g}" in seen
     difference = mean - sum(record.values["first"]["flicker"][4]) / 6
     assert f"{difference:.2g}".replace("-", "−")[:6] in seen
-    assert seen.index("The videos") < seen.index("Motion (mean speed)") < seen.index("Quality by number of steps")
+    assert (
+        seen.index("The videos")
+        < seen.index("Motion (mean speed)")
+        < seen.index("Quality by number of steps")
+    )
 
 
 def test_page_stands_alone_and_is_well_formed(page: str) -> None:
@@ -144,8 +157,11 @@ def test_clips_are_the_first_videos_of_the_prompts(page: str, evaluation) -> Non
     """Blocks of eight pixels of one gray, through two lossy codecs."""
     images = re.findall(r'<img src="data:image/webp;base64,([^"]*)"', page)
     assert len(images) == 2 * 3 * 2
-    want, _ = MovingShapes().sample(6, torch.Generator().manual_seed(14), torch.arange(3).repeat_interleave(2))
-    want = MovingShapes().to_uint8(want)[2].float()  # the second model's second prompt at four steps
+    want, _ = MovingShapes().sample(
+        6, torch.Generator().manual_seed(14), torch.arange(3).repeat_interleave(2)
+    )
+    # the second model's second prompt at four steps
+    want = MovingShapes().to_uint8(want)[2].float()
     with Image.open(io.BytesIO(base64.b64decode(images[6 + 2 + 1]))) as image:
         assert image.n_frames == 8 and image.size == (96, 96)
         image.seek(3)
@@ -153,7 +169,9 @@ def test_clips_are_the_first_videos_of_the_prompts(page: str, evaluation) -> Non
     assert (pixels[4::8, 4::8].float() - want[3]).abs().mean() < 8
 
 
-def test_videos_stop_where_there_is_no_more_room_and_damaged_ones_are_named(evaluation, tmp_path: Path) -> None:
+def test_videos_stop_where_there_is_no_more_room_and_damaged_ones_are_named(
+    evaluation, tmp_path: Path
+) -> None:
     record, clips = evaluation
     whole = clip_grid(record, clips)
     assert whole.prompts == [0, 1, 2] and whole.left_out == 0
@@ -171,8 +189,13 @@ def test_videos_stop_where_there_is_no_more_room_and_damaged_ones_are_named(eval
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     bad = clip_grid(record, {"first": {1: [broken, *clips["first"][1][1:]]}})
-    assert bad.cells["first"][0][1].problem.startswith("broken.mp4: ") and not bad.cells["first"][0][1].moving
-    path = write_evaluation_report(tmp_path / "r.html", record, {"first": {1: [broken, *clips["first"][1][1:]]}})
+    assert (
+        bad.cells["first"][0][1].problem.startswith("broken.mp4: ")
+        and not bad.cells["first"][0][1].moving
+    )
+    path = write_evaluation_report(
+        tmp_path / "r.html", record, {"first": {1: [broken, *clips["first"][1][1:]]}}
+    )
     assert "broken.mp4" in text(path.read_text("utf-8"))
 
 
@@ -187,7 +210,11 @@ def test_page_of_one_model_one_prompt_one_step_and_no_videos(tmp_path: Path) -> 
         {"m": {"psnr": {4: [31.0]}, "motion": {4: [0.0]}}},
     )
     seen = text(write_evaluation_report(tmp_path / "r.html", record, {}).read_text("utf-8"))
-    assert "All videos are frozen" in seen and "31 at 4 steps." in seen and "so there is none here" in seen
+    assert (
+        "All videos are frozen" in seen
+        and "31 at 4 steps." in seen
+        and "so there is none here" in seen
+    )
     assert "The videos" not in seen.split("All videos")[0] and "Checkpoints compared" not in seen
 
 
@@ -213,4 +240,7 @@ def test_twelve_models_have_colors_and_markers_of_their_own(evaluation, tmp_path
     page = write_evaluation_report(tmp_path / "r.html", many, {}).read_text("utf-8")
     looks = re.findall(r'<strong class="name" style="color: var\(--(c\d)\)">(.) ', page)
     assert len(set(looks)) == 12
-    assert "12 checkpoints, by number of steps" in page and "95 % intervals of so many lines" in text(page)
+    assert (
+        "12 checkpoints, by number of steps" in page
+        and "95 % intervals of so many lines" in text(page)
+    )

@@ -1,4 +1,6 @@
-"""Intervals and differences: the normal approximation for many prompts, exact cases, and pairing."""
+"""Intervals and differences: the normal approximation for many prompts, exact cases, and
+pairing.
+"""
 
 import numpy as np
 import pytest
@@ -14,7 +16,10 @@ def make(values: dict[str, list[float]], prompts: int, num_samples: int = 1) -> 
         steps=(4,),
         num_samples=num_samples,
         seed=0,
-        metrics={"psnr": MetricRecord("PSNR", "dB", "higher"), "fvd": MetricRecord("FVD", "", "lower")},
+        metrics={
+            "psnr": MetricRecord("PSNR", "dB", "higher"),
+            "fvd": MetricRecord("FVD", "", "lower"),
+        },
         values={name: {"psnr": {4: numbers}} for name, numbers in values.items()},
         sets={name: {"fvd": {4: 3.0 + i}} for i, name in enumerate(values)},
         references={"psnr": [1.0, 2.0]},
@@ -29,13 +34,16 @@ def test_interval_of_many_prompts_is_that_of_the_normal_distribution() -> None:
     assert estimate.value == pytest.approx(numbers.mean())
     assert estimate.low == pytest.approx(numbers.mean() - half, abs=0.12 * half)
     assert estimate.high == pytest.approx(numbers.mean() + half, abs=0.12 * half)
-    assert make({"a": list(numbers)}, 400).curves("psnr")["a"][4] == estimate  # always the same draws
+    # always the same draws
+    assert make({"a": list(numbers)}, 400).curves("psnr")["a"][4] == estimate
 
 
 def test_samples_of_one_prompt_are_drawn_together() -> None:
     """Ten equal samples of each of four prompts say no more than one of each."""
     once = make({"a": [1.0, 2.0, 3.0, 5.0]}, 4).curves("psnr")["a"][4]
-    often = make({"a": [v for v in (1.0, 2.0, 3.0, 5.0) for _ in range(10)]}, 4, num_samples=10).curves("psnr")["a"][4]
+    often = make(
+        {"a": [v for v in (1.0, 2.0, 3.0, 5.0) for _ in range(10)]}, 4, num_samples=10
+    ).curves("psnr")["a"][4]
     assert (often.value, often.low, often.high) == pytest.approx((once.value, once.low, once.high))
     assert once.low < once.value < once.high
 
@@ -43,7 +51,9 @@ def test_samples_of_one_prompt_are_drawn_together() -> None:
 def test_differences_are_paired() -> None:
     """A constant difference is certain, however much the prompts differ."""
     numbers = [1.0, 20.0, 300.0, 4000.0]
-    statistics = make({"a": numbers, "b": [v + 0.5 for v in numbers], "c": [v - 2 for v in numbers]}, 4)
+    statistics = make(
+        {"a": numbers, "b": [v + 0.5 for v in numbers], "c": [v - 2 for v in numbers]}, 4
+    )
     differences = statistics.differences("psnr", "a")
     assert set(differences) == {"b", "c"}
     assert differences["b"][4].range == pytest.approx((0.5, 0.5)) and differences["b"][4].sign == 1
@@ -55,7 +65,8 @@ def test_differences_are_paired() -> None:
 def test_what_has_no_interval() -> None:
     statistics = make({"a": [1.0], "b": [2.0]}, 1)
     assert statistics.curves("psnr")["a"] == {4: Estimate(1.0)}  # one prompt
-    assert statistics.curves("fvd") == {"a": {4: Estimate(3.0)}, "b": {4: Estimate(4.0)}}  # a number of the set
+    # a number of the set
+    assert statistics.curves("fvd") == {"a": {4: Estimate(3.0)}, "b": {4: Estimate(4.0)}}
     assert statistics.differences("fvd", "a") == {"b": {4: Estimate(1.0)}}
     assert Estimate(1.0).range == (1.0, 1.0) and Estimate(1.0).sign == 0
     assert statistics.reference("psnr") == 1.5 and statistics.reference("fvd") is None

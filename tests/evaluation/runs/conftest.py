@@ -29,7 +29,9 @@ class VBench:
 
 @pytest.fixture(scope="session")
 def vbench_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with packages named vbench and torch, and without anyflow's."""
+    """The interpreter of an environment with packages named vbench and torch, and without
+    anyflow's.
+    """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")

@@ -11,7 +11,9 @@ from anyflow.evaluation.runs.models import split_model_name
 
 
 def vbench_prompt(name: str) -> str:
-    """Read the prompt off the name of a file as VBench documents it: without the suffix, and without ``-<number>``."""
+    """Read the prompt off the name of a file as VBench documents it: without the suffix, and
+    without ``-<number>``.
+    """
     return re.sub(r"-\d+$", "", Path(name).stem)
 
 
@@ -28,7 +30,9 @@ def test_vbench_reads_the_prompt_off_the_names(tmp_path: Path) -> None:
     layout = Layout.of(tmp_path, PROMPTS, 5)
     names = [file.name for file in layout.videos("student", 4)]
     assert names[:2] == ["a red panda-0.mp4", "a red panda-1.mp4"]
-    assert [vbench_prompt(name) for name in names] == [prompt for prompt in PROMPTS for _ in range(5)]
+    assert [vbench_prompt(name) for name in names] == [
+        prompt for prompt in PROMPTS for _ in range(5)
+    ]
     assert layout.samples("student", 4) == tmp_path / "samples" / "student" / "4"
 
 
@@ -37,11 +41,15 @@ def test_vbench_reads_the_prompt_off_the_names(tmp_path: Path) -> None:
     ["on/off", "back\\slash", "line\nbreak", ".hidden", "x" * 201, "雪" * 70],
     ids=["slash", "backslash", "line", "dot", "long", "bytes"],
 )
-def test_a_prompt_that_no_file_can_be_named_after_has_a_name_in_prompts_json(prompt: str, tmp_path: Path) -> None:
+def test_a_prompt_that_no_file_can_be_named_after_has_a_name_in_prompts_json(
+    prompt: str, tmp_path: Path
+) -> None:
     layout = Layout.of(tmp_path, [prompt, "a cat"], 2)
     files = layout.videos("student", 1)
     for file in files:
-        assert len(file.name.encode()) < 220 and file.parent == tmp_path / "samples" / "student" / "1"
+        assert (
+            len(file.name.encode()) < 220 and file.parent == tmp_path / "samples" / "student" / "1"
+        )
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"")
     layout.write_prompts()
@@ -71,7 +79,10 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert split_model_name("student/") == ("student", "student/")
     assert split_model_name("teacher=runs/x=1/model") == ("teacher", "runs/x=1/model")
     assert split_model_name("runs/x=1/model") == ("model", "runs/x=1/model")
-    assert split_model_name("nvidia/AnyFlow-Wan2.1@main") == ("AnyFlow-Wan2.1", "nvidia/AnyFlow-Wan2.1@main")
+    assert split_model_name("nvidia/AnyFlow-Wan2.1@main") == (
+        "AnyFlow-Wan2.1",
+        "nvidia/AnyFlow-Wan2.1@main",
+    )
     assert split_model_name(".") == (tmp_path.name, ".")
     with pytest.raises(ValueError, match="cannot be the name of a model"):
         split_model_name("odd=name")

@@ -14,16 +14,26 @@ from anyflow.pipelines.prompts import Prompt
 def plan(shapes_model: Path) -> EvaluationPlan:
     model = find_shapes_model(str(shapes_model))
     assert model is not None
-    return EvaluationPlan({"student": model}, [Prompt("disc right"), Prompt("cross down")], [4, 1, 4], 2, 7, 8)
+    return EvaluationPlan(
+        {"student": model}, [Prompt("disc right"), Prompt("cross down")], [4, 1, 4], 2, 7, 8
+    )
 
 
 def test_the_noise_depends_on_seed_prompt_and_sample_alone(plan: EvaluationPlan) -> None:
     seed = plan.noise_seed("disc right", 1)
     assert seed == 7890882593769654539  # the same in every process, version and order
-    other = replace(plan, prompts=[Prompt("cross right"), *plan.prompts], steps=[2], num_samples=5, reference_steps=0)
+    other = replace(
+        plan,
+        prompts=[Prompt("cross right"), *plan.prompts],
+        steps=[2],
+        num_samples=5,
+        reference_steps=0,
+    )
     assert other.noise_seed("disc right", 1) == seed
     texts = [(text, sample) for text in plan.texts for sample in range(5)]
-    seeds = {plan.noise_seed(*place) for place in texts} | {replace(plan, seed=8).noise_seed(*p) for p in texts}
+    seeds = {plan.noise_seed(*place) for place in texts} | {
+        replace(plan, seed=8).noise_seed(*p) for p in texts
+    }
     assert len(seeds) == 2 * len(texts) and all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -38,7 +48,9 @@ def test_a_folder_takes_more_models_and_steps(plan: EvaluationPlan, tmp_path: Pa
     more = replace(plan, models={"other": plan.models["student"]}, steps=[2])
     after = more.extend(before, tmp_path)
     assert list(after.models) == ["student", "other"] and after.steps == (1, 2, 4)
-    assert covers(after, before) and covers(after, more.record()) and not covers(before, more.record())
+    assert (
+        covers(after, before) and covers(after, more.record()) and not covers(before, more.record())
+    )
 
 
 def test_another_setting_is_refused_with_what_differs(plan: EvaluationPlan, tmp_path: Path) -> None:
@@ -46,10 +58,14 @@ def test_another_setting_is_refused_with_what_differs(plan: EvaluationPlan, tmp_
     cases = {
         "--seed 7 is now 8": replace(plan, seed=8),
         "--num-samples 2 is now 3": replace(plan, num_samples=3),
-        "prompts: 'disc down' is new": replace(plan, prompts=[Prompt("disc down"), Prompt("cross down")]),
+        "prompts: 'disc down' is new": replace(
+            plan, prompts=[Prompt("disc down"), Prompt("cross down")]
+        ),
         "prompts: 2 are now 1": replace(plan, prompts=[Prompt("disc right")]),
         "reference_steps 8 is now 0": replace(plan, reference_steps=0),
-        "euler False is now True": replace(plan, models={"student": replace(plan.models["student"], euler=True)}),  # type: ignore[type-var]
+        "euler False is now True": replace(
+            plan, models={"student": replace(plan.models["student"], euler=True)}
+        ),  # type: ignore[type-var]
     }
     for message, other in cases.items():
         with pytest.raises(ValueError, match="holds an evaluation of other settings") as failure:

@@ -1,4 +1,6 @@
-"""Several real processes on a Wan-shaped pipeline: killed, resumed, and one that goes on without the other."""
+"""Several real processes on a Wan-shaped pipeline: killed, resumed, and one that goes on without
+the other.
+"""
 
 import os
 import shutil
@@ -32,10 +34,17 @@ def arguments(wan_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     torch.manual_seed(1)
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(wan_model / part, folder / "tiny" / part)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "rope_max_seq_len": 32}
+    sizes = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 1,
+        "rope_max_seq_len": 32,
+    }
     transformer = diffusers.AnyFlowTransformer3DModel(**sizes, text_dim=16, freq_dim=32, ffn_dim=32)
     transformer.save_pretrained(folder / "tiny" / "transformer")
-    diffusers.FlowMapEulerDiscreteScheduler(shift=5.0).save_pretrained(folder / "tiny" / "scheduler")
+    diffusers.FlowMapEulerDiscreteScheduler(shift=5.0).save_pretrained(
+        folder / "tiny" / "scheduler"
+    )
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     model = ["--model", str(folder / "tiny"), "--prompts", str(folder / "prompts.txt")]
     return ["evaluate", *model, *SIZES, *PIXELS, "--out"]
@@ -43,7 +52,9 @@ def arguments(wan_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 @pytest.fixture(scope="module")
 def expected(
-    arguments: list[str], process_environment: Callable[[], dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+    arguments: list[str],
+    process_environment: Callable[[], dict[str, str]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, bytes]:
     """Return what one process leaves that nobody stops."""
     out = tmp_path_factory.mktemp("alone") / "out"
@@ -55,7 +66,9 @@ def expected(
 
 def content(folder: Path) -> dict[str, bytes]:
     """The files of an evaluation; the page is left out, which is made of the others."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "report.html")
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != "report.html"
+    )
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -68,7 +81,10 @@ def wait_for_videos(out: Path, count: int, *processes: subprocess.Popen[str]) ->
 
 @pytest.mark.slow
 def test_two_ranks_killed_and_resumed_leave_the_bytes_of_one(
-    arguments: list[str], expected: dict[str, bytes], torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    arguments: list[str],
+    expected: dict[str, bytes],
+    torchrun: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
     job = torchrun(2, "-m", "anyflow", *arguments, out)
@@ -86,7 +102,10 @@ def test_two_ranks_killed_and_resumed_leave_the_bytes_of_one(
 
 @pytest.mark.slow
 def test_a_rank_makes_what_a_killed_one_leaves(
-    arguments: list[str], expected: dict[str, bytes], process_environment: Callable[[], dict[str, str]], tmp_path: Path
+    arguments: list[str],
+    expected: dict[str, bytes],
+    process_environment: Callable[[], dict[str, str]],
+    tmp_path: Path,
 ) -> None:
     """Without torchrun, which would end both."""
     out = tmp_path / "out"
@@ -94,7 +113,12 @@ def test_a_rank_makes_what_a_killed_one_leaves(
     ranks = [
         subprocess.Popen(
             command,
-            env={**process_environment(), "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+            env={
+                **process_environment(),
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": str(rank),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -116,8 +140,12 @@ def workers(parent: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_real_videos_are_measured_beside_those_of_a_pipeline(arguments: list[str], tmp_path: Path) -> None:
-    """One that stands still and one that moves by two pixels a frame, each as a file of its own size and length."""
+def test_real_videos_are_measured_beside_those_of_a_pipeline(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    """One that stands still and one that moves by two pixels a frame, each as a file of its own
+    size and length.
+    """
     folder = tmp_path / "real"
     folder.mkdir()
     texture = gaussian_filter(np.random.default_rng(0).random((64, 96)), 2, mode="wrap")
@@ -125,13 +153,18 @@ def test_real_videos_are_measured_beside_those_of_a_pipeline(arguments: list[str
     for name, speed in (("frozen", 0), ("moving", 4)):
         frames = np.stack([np.roll(levels, speed * index, axis=1)[:, :64] for index in range(9)])
         write_video(np.repeat(frames[..., None], 3, axis=-1), folder / f"{name}.mp4", fps=16)
-    result = CliRunner().invoke(app, [*arguments, str(tmp_path / "out"), "--references", str(folder)])
+    result = CliRunner().invoke(
+        app, [*arguments, str(tmp_path / "out"), "--references", str(folder)]
+    )
     assert result.exit_code == 0, result.output
     record = EvaluationRecord.load(tmp_path / "out" / "evaluation.json")
     frozen, moving = record.references["motion"]
-    assert frozen < 0.002 and moving == pytest.approx(2 / 32, rel=0.1)  # of the shorter side, at 32 x 32
+    # of the shorter side, at 32 x 32
+    assert frozen < 0.002 and moving == pytest.approx(2 / 32, rel=0.1)
     assert record.references["flicker"][0] < 0.01 < record.references["flicker"][1]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "real videos" in page
-    missing = CliRunner().invoke(app, [*arguments, str(tmp_path / "other"), "--references", str(tmp_path / "no")])
+    missing = CliRunner().invoke(
+        app, [*arguments, str(tmp_path / "other"), "--references", str(tmp_path / "no")]
+    )
     assert missing.exit_code == 2 and "is not a folder" in missing.output

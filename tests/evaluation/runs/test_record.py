@@ -12,7 +12,9 @@ from anyflow.evaluation.runs import EvaluationRecord, MetricRecord, ModelRecord
 
 
 def record() -> EvaluationRecord:
-    """Build the record of two prompts with two samples each, measured at 1 of 2 numbers of steps."""
+    """Build the record of two prompts with two samples each, measured at 1 of 2 numbers of
+    steps.
+    """
     return EvaluationRecord(
         models={"student": ModelRecord("runs/student", {"height": 32, "euler": False})},
         prompts=("a red panda", "ein Fuß"),
@@ -45,8 +47,12 @@ def test_a_record_is_the_same_after_a_file(tmp_path: Path) -> None:
 def test_the_order_of_the_work_leaves_no_trace_in_the_file(tmp_path: Path) -> None:
     more = {"flicker": [1.0, 2.0, 3.0, 4.0]}
     empty = replace(record(), values={}, sets={})
-    empty.with_results("student", 1, more, {}).with_results("student", 4, more, {}).save(tmp_path / "a.json")
-    empty.with_results("student", 4, more, {}).with_results("student", 1, more, {}).save(tmp_path / "b.json")
+    empty.with_results("student", 1, more, {}).with_results("student", 4, more, {}).save(
+        tmp_path / "a.json"
+    )
+    empty.with_results("student", 4, more, {}).with_results("student", 1, more, {}).save(
+        tmp_path / "b.json"
+    )
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
@@ -74,18 +80,42 @@ def _set(*keys: str, to: Any) -> Callable[[dict[str, Any]], None]:
         (_set("seed", to=-1), "seed must be a whole number"),
         (_set("models", to=[]), "'models' must be an object"),
         (_set("models", "student", "path", to=7), "'path' of model 'student' must be a text"),
-        (_set("models", "student", "sampler", to=[]), "'sampler' of model 'student' must be an object"),
-        (_set("metrics", "flicker", "better", to="up"), "'better' of 'flicker' must be higher, lower or null"),
+        (
+            _set("models", "student", "sampler", to=[]),
+            "'sampler' of model 'student' must be an object",
+        ),
+        (
+            _set("metrics", "flicker", "better", to="up"),
+            "'better' of 'flicker' must be higher, lower or null",
+        ),
         (_set("metrics", "flicker", "title", to=1), "'title' of metric 'flicker' must be a text"),
         (_set("values", "other", to={"flicker": {}}), "values has the unknown model 'other'"),
         (_set("values", "student", "ssim", to={}), "values has the unknown metric 'ssim'"),
-        (_set("values", "student", "flicker", to={"8": []}), "values has the unknown number of steps 8"),
-        (_set("values", "student", "flicker", to={"04": []}), "must have numbers of steps such as '4', got '04'"),
-        (_set("values", "student", "flicker", "4", to=[1.0]), "must be 4 numbers, one for each video"),
-        (_set("values", "student", "flicker", "4", to=[1, 2, 3, "4"]), "must be a finite number, got '4'"),
-        (_set("sets", "student", "fvd", "4", to=[1.0]), "sets of 'fvd' of 'student' at 4 steps must be a finite"),
+        (
+            _set("values", "student", "flicker", to={"8": []}),
+            "values has the unknown number of steps 8",
+        ),
+        (
+            _set("values", "student", "flicker", to={"04": []}),
+            "must have numbers of steps such as '4', got '04'",
+        ),
+        (
+            _set("values", "student", "flicker", "4", to=[1.0]),
+            "must be 4 numbers, one for each video",
+        ),
+        (
+            _set("values", "student", "flicker", "4", to=[1, 2, 3, "4"]),
+            "must be a finite number, got '4'",
+        ),
+        (
+            _set("sets", "student", "fvd", "4", to=[1.0]),
+            "sets of 'fvd' of 'student' at 4 steps must be a finite",
+        ),
         (_set("references", "ssim", to=[]), "references has the unknown metric 'ssim'"),
-        (_set("references", "flicker", to=[None]), "references of 'flicker' must be a finite number"),
+        (
+            _set("references", "flicker", to=[None]),
+            "references of 'flicker' must be a finite number",
+        ),
     ],
 )
 def test_a_damaged_record_is_refused_by_name(

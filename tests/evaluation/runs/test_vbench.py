@@ -1,8 +1,9 @@
-"""VBench as a process: a package of its name stands in for an installation, which cannot be had here.
+"""VBench as a process: a package of its name stands in for an installation, which cannot be had
+here.
 
-It has the calls of VBench's README (``VBench(device, full_info_dir, output_path).evaluate(...)``) and writes the file
-that VBench writes; its scores are no measurement. What is tested is the process: interpreter, arguments, environment,
-log, results and failures.
+It has the calls of VBench's README (``VBench(device, full_info_dir, output_path).evaluate(...)``)
+and writes the file that VBench writes; its scores are no measurement. What is tested is the
+process: interpreter, arguments, environment, log, results and failures.
 """
 
 import json
@@ -32,12 +33,20 @@ def test_a_process_of_the_other_interpreter_scores_a_folder(
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.chdir(tmp_path)
-    vbench = VBench(vbench_python.relative_to(tmp_path) if vbench_python.is_relative_to(tmp_path) else vbench_python)
+    vbench = VBench(
+        vbench_python.relative_to(tmp_path)
+        if vbench_python.is_relative_to(tmp_path)
+        else vbench_python
+    )
     vbench.check()
     scores = vbench.score(*videos, tmp_path / "out", ["motion_smoothness", "imaging_quality"])
     assert scores == {"motion_smoothness": 0.17, "imaging_quality": 0.15}
     seen = json.loads((tmp_path / "out" / "seen.json").read_text())
-    assert seen == {"ranks": False, "python": str(vbench_python.parents[1]), "prompts": {"a cat-0.mp4": "a cat"}}
+    assert seen == {
+        "ranks": False,
+        "python": str(vbench_python.parents[1]),
+        "prompts": {"a cat-0.mp4": "a cat"},
+    }
     assert "evaluating" in (tmp_path / "out" / "log.txt").read_text()
     assert sorted(file.name for file in videos[0].iterdir()) == ["a cat-0.mp4"]
 
@@ -52,7 +61,8 @@ def test_a_failure_is_one_line_with_what_vbench_said_last(
         vbench.score(*videos, out, ["human_action"])
     assert str(out / "log.txt") in str(failure.value) and "\n" not in str(failure.value)
     vbench.score(*videos, out, ["motion_smoothness"])
-    with pytest.raises(VBenchError, match="VBench has left no scores"):  # not those of the call before
+    # not those of the call before
+    with pytest.raises(VBenchError, match="VBench has left no scores"):
         vbench.score(*videos, out, ["temporal_style"])
 
 
@@ -64,9 +74,17 @@ def test_an_environment_without_vbench(tmp_path: Path, videos: tuple[Path, Path]
 @pytest.mark.parametrize(
     ("python", "dimensions", "message"),
     [
-        ("missing/python", ["motion_smoothness"], "--vbench-python missing/python is not a program"),
+        (
+            "missing/python",
+            ["motion_smoothness"],
+            "--vbench-python missing/python is not a program",
+        ),
         (sys.executable, ["color"], "VBench computes color of its own prompts only"),
-        (sys.executable, ["smoothness"], "--vbench-dimensions must be of subject_consistency, .*, got 'smoothness'"),
+        (
+            sys.executable,
+            ["smoothness"],
+            "--vbench-dimensions must be of subject_consistency, .*, got 'smoothness'",
+        ),
         (sys.executable, [], "names no dimension"),
     ],
 )

@@ -20,7 +20,9 @@ def _opencv() -> None:
 
 
 @pytest.mark.parametrize("velocity", [(0.3, 0.2), (-1.5, 0.5), (3.0, -2.0), (0.0, 4.5)])
-def test_a_texture_that_moves_by_a_known_vector(moving_texture: Texture, velocity: tuple[float, float]) -> None:
+def test_a_texture_that_moves_by_a_known_vector(
+    moving_texture: Texture, velocity: tuple[float, float]
+) -> None:
     flow = optical_flow(moving_texture(*velocity, size=(64, 80)))
     assert flow.shape == (1, 2, 2, 64, 80) and flow.dtype == torch.float32
     error = (flow - torch.tensor(velocity).view(1, 1, 2, 1, 1)).norm(dim=2)[..., 8:-8, 8:-8]
@@ -28,18 +30,31 @@ def test_a_texture_that_moves_by_a_known_vector(moving_texture: Texture, velocit
 
 
 def test_rotation_turns_around_the_center() -> None:
-    """Waves in rotated coordinates: the flow at a point is the distance that the rotation takes it."""
+    """Waves in rotated coordinates: the flow at a point is the distance that the rotation takes
+    it.
+    """
     size, angle, center = 64, math.radians(2), 31.5
     y, x = np.mgrid[:size, :size] - center
 
     def frame(turned: float) -> np.ndarray:
-        u, v = x * math.cos(turned) + y * math.sin(turned), -x * math.sin(turned) + y * math.cos(turned)
-        waves = np.sin(0.5 * u) + np.sin(0.43 * v + 1) + np.sin(0.31 * (u + v)) + np.sin(0.37 * (u - v) + 2)
+        u, v = (
+            x * math.cos(turned) + y * math.sin(turned),
+            -x * math.sin(turned) + y * math.cos(turned),
+        )
+        waves = (
+            np.sin(0.5 * u)
+            + np.sin(0.43 * v + 1)
+            + np.sin(0.31 * (u + v))
+            + np.sin(0.37 * (u - v) + 2)
+        )
         return (waves + 4) / 8
 
     video = torch.from_numpy(np.stack([frame(0), frame(angle)]))[None, :, None]
     flow = optical_flow(video)[0, 0]
-    right, down = (math.cos(angle) - 1) * x - math.sin(angle) * y, math.sin(angle) * x + (math.cos(angle) - 1) * y
+    right, down = (
+        (math.cos(angle) - 1) * x - math.sin(angle) * y,
+        math.sin(angle) * x + (math.cos(angle) - 1) * y,
+    )
     error = (flow - torch.from_numpy(np.stack([right, down]))).norm(dim=0)
     assert error[8:-8, 8:-8].mean() < 0.1
     assert flow[:, 31:33, 31:33].norm(dim=0).max() < 0.2 < flow[:, 31, 60].norm()
@@ -53,7 +68,9 @@ def test_a_frozen_video_does_not_move(moving_texture: Texture) -> None:
 
 
 def test_the_degree_is_that_of_the_fastest_part_in_shorter_sides(moving_texture: Texture) -> None:
-    """A fifth of the frame moves by 4 pixels: the mean of the longest 5 % sees it and nothing else."""
+    """A fifth of the frame moves by 4 pixels: the mean of the longest 5 % sees it and nothing
+    else.
+    """
     still, moving = moving_texture(0, 0, size=(80, 96)), moving_texture(4, 0, size=(80, 96))
     still[..., 16:64, 24:56] = moving[..., 16:64, 24:56]
     assert dynamic_degree(still).item() == pytest.approx(4 / 80, rel=0.1)
@@ -72,7 +89,9 @@ def test_the_peaks_are_vbenchs_score_of_the_same_flow(moving_texture: Texture) -
 
 
 def test_the_rule_of_vbench_for_what_moves(moving_texture: Texture) -> None:
-    """The threshold is 1.5 pixels per frame of 64 at 8 frames per second, in a quarter of the frames."""
+    """The threshold is 1.5 pixels per frame of 64 at 8 frames per second, in a quarter of the
+    frames.
+    """
     fast, slow = (moving_texture(speed, 0, size=(64, 72), frames=8) for speed in (2.2, 1.0))
     assert is_dynamic(torch.cat([fast, slow]), fps=8).tolist() == [True, False]
     assert is_dynamic(fast, fps=4).tolist() == [False]  # frames are farther apart in time: 3 pixels
@@ -94,7 +113,9 @@ def test_order_of_the_batch_dtype_and_channels_do_not_matter(moving_texture: Tex
     expected = dynamic_degree(videos)
     assert torch.equal(dynamic_degree(videos.flip(0)), expected.flip(0))
     assert torch.equal(dynamic_degree(as_bytes), expected)
-    torch.testing.assert_close(dynamic_degree(as_bytes.repeat(1, 1, 3, 1, 1)), expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(
+        dynamic_degree(as_bytes.repeat(1, 1, 3, 1, 1)), expected, rtol=0.02, atol=0
+    )
 
 
 def test_small_frames_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

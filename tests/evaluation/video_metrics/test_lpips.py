@@ -49,9 +49,15 @@ def test_the_distance_is_that_of_the_lpips_package(file: Path) -> None:
     theirs.net.load_state_dict(backbone)
     first, second = _videos(0), _videos(1)
     with torch.no_grad():
-        expected = theirs(first.flatten(0, 1) / 255, second.flatten(0, 1) / 255, normalize=True).view(2, 3).mean(1)
+        expected = (
+            theirs(first.flatten(0, 1) / 255, second.flatten(0, 1) / 255, normalize=True)
+            .view(2, 3)
+            .mean(1)
+        )
     for batch_size in (1, 4, 16):
-        torch.testing.assert_close(Lpips(file)(first, second, batch_size=batch_size), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            Lpips(file)(first, second, batch_size=batch_size), expected, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_equal_videos_gray_videos_and_dtypes(file: Path) -> None:
@@ -62,7 +68,9 @@ def test_equal_videos_gray_videos_and_dtypes(file: Path) -> None:
     expected = lpips(first, second)
     assert expected.min() > 0
     torch.testing.assert_close(lpips(second.double() / 255, first), expected)
-    torch.testing.assert_close(lpips(first.repeat(1, 1, 3, 1, 1), second.repeat(1, 1, 3, 1, 1)), expected)
+    torch.testing.assert_close(
+        lpips(first.repeat(1, 1, 3, 1, 1), second.repeat(1, 1, 3, 1, 1)), expected
+    )
     found = video_reference_metrics(first, second, lpips=lpips)
     assert torch.equal(found["lpips"], expected) and torch.equal(found["psnr"], psnr(first, second))
 
@@ -72,17 +80,25 @@ def test_references_without_lpips() -> None:
     assert list(found) == ["psnr"] and torch.equal(found["psnr"], psnr(_videos(0), _videos(1)))
 
 
-def test_files_that_are_no_weights_and_videos_that_are_too_small(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"LPIPS needs the file .*alexnet-owt-7be5be79\.pth, published at https"):
+def test_files_that_are_no_weights_and_videos_that_are_too_small(
+    file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"LPIPS needs the file .*alexnet-owt-7be5be79\.pth, published at https"
+    ):
         Lpips(tmp_path / ALEXNET.path)
     other = tmp_path / "alexnet.pth"
     other.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"checkpoints/alexnet-owt-7be5be79\.pth only, got .*/alexnet\.pth"):
+    with pytest.raises(
+        ValueError, match=r"checkpoints/alexnet-owt-7be5be79\.pth only, got .*/alexnet\.pth"
+    ):
         Lpips(other)
     damaged = tmp_path / ALEXNET.path
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"alexnet-owt-7be5be79\.pth is no file of AlexNet's weights"):
+    with pytest.raises(
+        ValueError, match=r"alexnet-owt-7be5be79\.pth is no file of AlexNet's weights"
+    ):
         Lpips(damaged)
     torch.save({"features.0.weight": torch.zeros(1)}, damaged)
     with pytest.raises(ValueError, match="is no file of AlexNet's weights"):

@@ -42,13 +42,18 @@ def test_frozen_flat_and_half_frozen_videos() -> None:
     real = _shapes(1.0)
     assert motion(real[:, :1].expand_as(real)).abs().max() == 0
     assert motion(torch.full((2, 4, 3, 8, 8), 0.5)).tolist() == [0, 0]
-    assert motion(torch.linspace(0, 1, 4).view(1, 4, 1, 1, 1).expand(1, 4, 1, 8, 8)).item() == 0  # flat, and brighter
+    # flat, and brighter
+    assert motion(torch.linspace(0, 1, 4).view(1, 4, 1, 1, 1).expand(1, 4, 1, 8, 8)).item() == 0
     stopping = torch.cat([real[:, :5], real[:, 4:5].expand(-1, 3, -1, -1, -1)], dim=1)
-    torch.testing.assert_close(motion(stopping).mean(), motion(real).mean() * 4 / 7, rtol=0.08, atol=0)
+    torch.testing.assert_close(
+        motion(stopping).mean(), motion(real).mean() * 4 / 7, rtol=0.08, atol=0
+    )
 
 
 @pytest.mark.parametrize(("right", "down"), [(0.5, 0.0), (-3.0, 2.0), (6.0, 8.0)])
-def test_textures_from_coarse_to_fine(moving_texture: Callable[..., Tensor], right: float, down: float) -> None:
+def test_textures_from_coarse_to_fine(
+    moving_texture: Callable[..., Tensor], right: float, down: float
+) -> None:
     video = moving_texture(right, down, size=(96, 128), frames=3)
     assert motion(video).item() == pytest.approx((right**2 + down**2) ** 0.5, rel=0.03)
 
@@ -63,13 +68,19 @@ def test_order_of_the_batch_dtype_and_channels_do_not_matter() -> None:
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(motion(videos[order]), motion(videos)[order], rtol=1e-4, atol=1e-6)
     as_bytes = (videos * 255).round().to(torch.uint8)
-    torch.testing.assert_close(motion(as_bytes), motion(as_bytes.double() / 255), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        motion(as_bytes), motion(as_bytes.double() / 255), rtol=1e-4, atol=1e-6
+    )
     torch.testing.assert_close(motion(as_bytes), motion(videos), rtol=0.02, atol=1e-6)
-    torch.testing.assert_close(motion(as_bytes.repeat(1, 1, 3, 1, 1)), motion(as_bytes), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        motion(as_bytes.repeat(1, 1, 3, 1, 1)), motion(as_bytes), rtol=1e-3, atol=1e-6
+    )
 
 
 def test_a_long_video_is_the_mean_of_its_parts(moving_texture: Callable[..., Tensor]) -> None:
-    """The work is cut into pieces of 2^18 pixels, which 6 pairs of 212 x 216 pixels are more than."""
+    """The work is cut into pieces of 2^18 pixels, which 6 pairs of 212 x 216 pixels are more
+    than.
+    """
     video = moving_texture(1.5, -1.0, size=(212, 216), frames=7)
     video[:, 4:] = video[:, 4:5]
     parts = [motion(video[:, :4]), motion(video[:, 3:5]), motion(video[:, 4:])]

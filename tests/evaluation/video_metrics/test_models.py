@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyflow.evaluation.video_metrics import VIDEO_METRICS, available_metrics, model_path, models_folder
+from anyflow.evaluation.video_metrics import (
+    VIDEO_METRICS,
+    available_metrics,
+    model_path,
+    models_folder,
+)
 from anyflow.evaluation.video_metrics.models import ALEXNET, CLIP, I3D, package_problem
 from anyflow.packages import is_missing
 
@@ -15,25 +20,43 @@ from anyflow.packages import is_missing
 def test_the_folder_of_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert models_folder() == tmp_path / ".cache/anyflow/evaluation"
-    assert models_folder("~/other") == tmp_path / "other" and models_folder(Path("here")) == Path("here")
+    assert models_folder("~/other") == tmp_path / "other" and models_folder(Path("here")) == Path(
+        "here"
+    )
     assert model_path("clip", "m") == Path("m/clip-vit-base-patch32")
     assert model_path("lpips", "m") == Path("m/lpips/checkpoints/alexnet-owt-7be5be79.pth")
     assert model_path("fvd", "m") == Path("m/i3d/i3d_torchscript.pt")
     for metric in ("psnr", "nonsense"):
-        with pytest.raises(ValueError, match=rf"pretrained model \(clip, lpips, fvd\), got '{metric}'"):
+        with pytest.raises(
+            ValueError, match=rf"pretrained model \(clip, lpips, fvd\), got '{metric}'"
+        ):
             model_path(metric)
 
 
-def test_what_needs_no_model_runs_without_one_and_the_others_say_where_it_is_expected(tmp_path: Path) -> None:
+def test_what_needs_no_model_runs_without_one_and_the_others_say_where_it_is_expected(
+    tmp_path: Path,
+) -> None:
     pytest.importorskip("cv2")
     found = available_metrics(tmp_path)
     assert list(found) == list(VIDEO_METRICS)
-    assert [name for name, reason in found.items() if reason is None] == ["psnr", "flicker", "motion", "dynamic_degree"]
+    assert [name for name, reason in found.items() if reason is None] == [
+        "psnr",
+        "flicker",
+        "motion",
+        "dynamic_degree",
+    ]
     assert found["clip"] == (
-        f"CLIP similarity to the text needs the folder {tmp_path}/clip-vit-base-patch32 with the files of {CLIP.source}"
+        f"CLIP similarity to the text needs the folder {tmp_path}/clip-vit-base-patch32 with the "
+        f"files of {CLIP.source}"
     )
-    assert found["fvd"] == f"Fréchet video distance needs the file {tmp_path}/{I3D.path}, published at {I3D.source}"
-    file = f"LPIPS to the reference needs the file {tmp_path}/{ALEXNET.path}, published at {ALEXNET.source}"
+    assert (
+        found["fvd"]
+        == f"Fréchet video distance needs the file {tmp_path}/{I3D.path}, published at {I3D.source}"
+    )
+    file = (
+        f"LPIPS to the reference needs the file {tmp_path}/{ALEXNET.path}, published at "
+        f"{ALEXNET.source}"
+    )
     assert found["lpips"].endswith(file)
 
 
@@ -59,7 +82,9 @@ def test_a_package_that_is_missing_or_broken_is_named_with_the_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     reason = available_metrics(tmp_path)["dynamic_degree"]
-    assert reason.startswith("Dynamic degree needs the package opencv-python-headless, which is not installed: pip")
+    assert reason.startswith(
+        "Dynamic degree needs the package opencv-python-headless, which is not installed: pip"
+    )
     assert "pip install opencv-python-headless" in reason
     if is_missing("torchvision"):
         assert re.search(
@@ -68,7 +93,9 @@ def test_a_package_that_is_missing_or_broken_is_named_with_the_command(
             available_metrics(tmp_path)["lpips"],
         )
     monkeypatch.delitem(sys.modules, "cv2")
-    (tmp_path / "cv2.py").write_text("raise RuntimeError('operator torchvision::nms\\ndoes not exist')")
+    (tmp_path / "cv2.py").write_text(
+        "raise RuntimeError('operator torchvision::nms\\ndoes not exist')"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     problem = package_problem("it", "opencv-python-headless")
     assert problem == (

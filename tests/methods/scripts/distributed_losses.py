@@ -1,4 +1,6 @@
-"""Run by test_distributed.py under torchrun on two processes: writes what every rank saw to ``rank<i>.pt``."""
+"""Run by test_distributed.py under torchrun on two processes: writes what every rank saw to
+``rank<i>.pt``.
+"""
 
 import sys
 from datetime import timedelta
@@ -51,23 +53,39 @@ def model(dtype: torch.dtype = torch.float64) -> AnyFlowTransformer3DModel:
 def data() -> dict[str, Tensor]:
     """The global batch."""
     g = torch.Generator().manual_seed(1)
-    sizes = {"latents": (6, 2, 3, 4, 4), "noise": (6, 2, 3, 4, 4), "prompt": (6, 5, 8), "negative": (1, 5, 8)}
-    return {name: torch.randn(size, generator=g, dtype=torch.float64) for name, size in sizes.items()}
+    sizes = {
+        "latents": (6, 2, 3, 4, 4),
+        "noise": (6, 2, 3, 4, 4),
+        "prompt": (6, 5, 8),
+        "negative": (1, 5, 8),
+    }
+    return {
+        name: torch.randn(size, generator=g, dtype=torch.float64) for name, size in sizes.items()
+    }
 
 
 def pretrain(student: Any, kinds: str, guidance: float, samples: slice) -> dict[str, Any]:
-    """Loss, metrics, gradients averaged over ranks, and the number of network calls on some of the samples."""
+    """Loss, metrics, gradients averaged over ranks, and the number of network calls on some of the
+    samples.
+    """
     student.zero_grad()  # before the forward, during which FSDP puts other parameters in place
     calls = []
     handle = student.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     dtype = next(student.parameters()).dtype
-    batch = {name: x.to(dtype) if name == "negative" else x[samples].to(dtype) for name, x in data().items()}
+    batch = {
+        name: x.to(dtype) if name == "negative" else x[samples].to(dtype)
+        for name, x in data().items()
+    }
     diffusion = torch.tensor(KINDS[kinds])
     pairs = TimePairs(T[samples], torch.where(diffusion, T, R)[samples], diffusion[samples])
     method = AnyFlowPretrainMethod(
-        student, FlowMapEulerDiscreteScheduler(shift=3.0), PretrainConfig(fuse_guidance_scale=guidance)
+        student,
+        FlowMapEulerDiscreteScheduler(shift=3.0),
+        PretrainConfig(fuse_guidance_scale=guidance),
     )
-    output = method.loss(batch["latents"], batch["prompt"], batch["negative"], noise=batch["noise"], time_pairs=pairs)
+    output = method.loss(
+        batch["latents"], batch["prompt"], batch["negative"], noise=batch["noise"], time_pairs=pairs
+    )
     output.loss.backward()
     handle.remove()
     gradients = []
@@ -99,11 +117,15 @@ def draws(rank: int) -> dict[str, Any]:
     student = model()
     g = torch.Generator().manual_seed(100 + rank)
     scheduler = FlowMapEulerDiscreteScheduler(shift=3.0)
-    on_policy = AnyFlowOnPolicyMethod(student, student, student, scheduler, OnPolicyConfig(num_steps=(1, 2, 4, 8)))
+    on_policy = AnyFlowOnPolicyMethod(
+        student, student, student, scheduler, OnPolicyConfig(num_steps=(1, 2, 4, 8))
+    )
     batch = data()
     latents, prompt = batch["latents"][:1], batch["prompt"][:1]
     timesteps: list[Tensor] = []
-    handle = student.register_forward_pre_hook(lambda m, a, kw: timesteps.append(kw["timestep"]), with_kwargs=True)
+    handle = student.register_forward_pre_hook(
+        lambda m, a, kw: timesteps.append(kw["timestep"]), with_kwargs=True
+    )
 
     results: dict[str, Any] = {"own": torch.rand(1, generator=g).item()}
     results["steps"] = [on_policy.draw_steps(g) for _ in range(20)]
@@ -127,7 +149,9 @@ def draws(rank: int) -> dict[str, Any]:
     handle.remove()
 
     results["kinds"] = [
-        sample_time_pairs(1, rank=rank, world_size=WORLD, generator=g, offset=step).is_diffusion.item()
+        sample_time_pairs(
+            1, rank=rank, world_size=WORLD, generator=g, offset=step
+        ).is_diffusion.item()
         for step in range(4)
     ]
     return results
@@ -136,7 +160,9 @@ def draws(rank: int) -> dict[str, Any]:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     cases = [(kinds, guidance) for kinds in KINDS for guidance in (1.0, 3.0)]
-    results: dict[str, Any] = {"expected": {case: pretrain(model(), *case, slice(None)) for case in cases}}
+    results: dict[str, Any] = {
+        "expected": {case: pretrain(model(), *case, slice(None)) for case in cases}
+    }
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))  # a deadlock becomes an error
     rank = dist.get_rank()
     own = slice(rank * BATCH, (rank + 1) * BATCH)

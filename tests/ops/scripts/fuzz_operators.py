@@ -1,9 +1,11 @@
-"""Calls every operator of ``anyflow::`` with what it does not expect, and compares what it returns with its reference.
+"""Calls every operator of ``anyflow::`` with what it does not expect, and compares what it returns
+with its reference.
 
-The operators are those that the dispatcher knows. Valid calls of each are recorded while the cases of
-``anyflow doctor`` run; the fuzzer changes some of their arguments: sizes, ranks, strides, expanded and overlapping
-memory, freed memory, dtypes, layouts, devices, numbers. A call must raise a Python exception or return what the eager
-reference returns in fp64. Crashes are for the parent process to see: the file of ``--trace`` names the last call.
+The operators are those that the dispatcher knows. Valid calls of each are recorded while the cases
+of ``anyflow doctor`` run; the fuzzer changes some of their arguments: sizes, ranks, strides,
+expanded and overlapping memory, freed memory, dtypes, layouts, devices, numbers. A call must raise
+a Python exception or return what the eager reference returns in fp64. Crashes are for the parent
+process to see: the file of ``--trace`` names the last call.
 
     python tests/ops/scripts/fuzz_operators.py --calls 5000 --seed 0
 """
@@ -27,7 +29,8 @@ from anyflow.ops import use_backend
 from anyflow.ops.library import REFERENCES
 
 DTYPES = (
-    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool,
+    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32,
+    torch.uint8, torch.bool,
     torch.complex64, torch.float8_e4m3fn,
 )  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 3, 7, 2**31, 2**62, -(2**63), 2**63 - 1)
@@ -58,7 +61,11 @@ class Recorder(TorchDispatchMode):
 
 def operators() -> list[str]:
     """Every operator in the namespace ``anyflow``, as the dispatcher lists them."""
-    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "anyflow::" in name}
+    names = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if "anyflow::" in name
+    }
     return sorted(names)
 
 
@@ -70,7 +77,9 @@ def valid_calls() -> dict[str, list[tuple[Any, ...]]]:
             for dtype in (torch.float32, torch.bfloat16):
                 generator = torch.Generator().manual_seed(3)
 
-                def draw(*shape: int, dtype: torch.dtype = dtype, generator: torch.Generator = generator) -> Tensor:
+                def draw(
+                    *shape: int, dtype: torch.dtype = dtype, generator: torch.Generator = generator
+                ) -> Tensor:
                     return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
 
                 function, inputs = build(draw)
@@ -111,7 +120,8 @@ def _freed(x: Tensor, dim: int, draw: random.Random) -> Tensor:
 
 
 def _expanded(x: Tensor, dim: int, draw: random.Random) -> Tensor:
-    if x.ndim == 0 or x.shape[dim] == 0 or (dim == x.ndim - 1 and x.ndim > 1):  # equal rows have no variance to norm by
+    # equal rows have no variance to norm by
+    if x.ndim == 0 or x.shape[dim] == 0 or (dim == x.ndim - 1 and x.ndim > 1):
         return x
     return x.narrow(dim, 0, 1).expand_as(x)
 
@@ -218,8 +228,12 @@ def describe(value: Any) -> str:
     return repr(value)[:60]
 
 
-def is_of_forward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> bool:
-    """Whether a log-sum-exp is that of queries and keys: with another one the gradients are nobody's."""
+def is_of_forward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
+) -> bool:
+    """Whether a log-sum-exp is that of queries and keys: with another one the gradients are
+    nobody's.
+    """
     _, expected = REFERENCES["attention"](q.float(), k.float(), v.float())
     return torch.allclose(logsumexp, expected, rtol=1e-4, atol=1e-4)
 
@@ -238,7 +252,8 @@ def check_call(name: str, args: tuple[Any, ...]) -> tuple[bool, str | None]:
     dtypes += [a for a in args if isinstance(a, torch.dtype)]
     tolerance = max((TOLERANCES.get(d, 0.0) for d in dtypes), default=0.0)
     problems = []
-    # In fp32 too: a log-sum-exp that is not that of the other operands is taken again in fp64, and nowhere else.
+    # In fp32 too: a log-sum-exp that is not that of the other operands is taken again in fp64, and
+    # nowhere else.
     for dtype in (torch.float64, torch.float32):
         try:
             with torch.no_grad():
@@ -268,7 +283,9 @@ def main() -> None:
         args = list(draw.choice(seeds[name.removesuffix("_native")]))
         kinds = [str(a.type) for a in getattr(torch.ops.anyflow, name).default._schema.arguments]
         others = [a.detach() for a in args if isinstance(a, Tensor)]
-        for at in draw.sample(range(len(args)), draw.choice([0, 1, 1, 1, 2, 3]) if len(args) > 3 else 1):
+        for at in draw.sample(
+            range(len(args)), draw.choice([0, 1, 1, 1, 2, 3]) if len(args) > 3 else 1
+        ):
             args[at] = changed_argument(args[at], kinds[at], draw, others)
         call = f"{name}({', '.join(map(describe, args))})"
         if options.trace is not None:

@@ -1,4 +1,5 @@
-"""Prints, for each Triton kernel, how many addresses it forms and which 32-bit products are in their offsets, as JSON.
+"""Prints, for each Triton kernel, how many addresses it forms and which 32-bit products are in
+their offsets, as JSON.
 
 Also the recorded launches' devices: each is made on that of its first argument.
 """
@@ -19,9 +20,17 @@ DEFINITION = re.compile(r"\s*(%[\w#]+)(?::\d+)? = (\S+) (.*)")
 
 
 def products(ttir: str) -> tuple[int, list[str]]:
-    """Number of addresses, and what the offsets are computed from that multiplies in 32 bits; not what is loaded."""
-    definitions = {m.group(1): (m.group(2), m.group(3)) for m in map(DEFINITION.match, ttir.splitlines()) if m}
-    constants = {n: r.split(" : ")[0] for n, (operation, r) in definitions.items() if operation == "arith.constant"}
+    """Number of addresses, and what the offsets are computed from that multiplies in 32 bits; not
+    what is loaded.
+    """
+    definitions = {
+        m.group(1): (m.group(2), m.group(3)) for m in map(DEFINITION.match, ttir.splitlines()) if m
+    }
+    constants = {
+        n: r.split(" : ")[0]
+        for n, (operation, r) in definitions.items()
+        if operation == "arith.constant"
+    }
     addresses = [rest for operation, rest in definitions.values() if operation == "tt.addptr"]
     found = set()
     for address in addresses:
@@ -33,9 +42,12 @@ def products(ttir: str) -> tuple[int, list[str]]:
             seen.add(name)
             operation, rest = definitions[name]
             operands = re.findall(r"%[\w#]+", rest.split(" : ")[0])
-            if operation in ("arith.muli", "arith.shli") and re.search(r" : (tensor<[\dx]+x)?i32", rest):
+            if operation in ("arith.muli", "arith.shli") and re.search(
+                r" : (tensor<[\dx]+x)?i32", rest
+            ):
                 found.add(" * ".join(constants.get(operand, operand) for operand in operands))
-            if operation not in ("tt.load", "arith.divsi", "arith.remsi"):  # what divides makes numbers smaller
+            # what divides makes numbers smaller
+            if operation not in ("tt.load", "arith.divsi", "arith.remsi"):
                 todo += operands
     return len(addresses), sorted(found)
 
@@ -55,6 +67,8 @@ for _, call in calls:
         name = launch.kernel.fn.__name__
         if name not in report:
             source = ASTSource(launch.kernel, *ahead_of_time._specialize(launch))
-            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+            compiled = triton.compile(
+                source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}
+            )
             report[name] = products(compiled.asm["ttir"])
 print(json.dumps(report))

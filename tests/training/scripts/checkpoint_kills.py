@@ -1,7 +1,9 @@
-"""Run by test_checkpoint.py: a save that is killed at its first file-system call, at its second, and so on.
+"""Run by test_checkpoint.py: a save that is killed at its first file-system call, at its second,
+and so on.
 
-A child process is forked for each kill; an audit hook of Python counts its calls and sends it the signal. Prints one
-JSON line per kill: which checkpoints are complete, what they hold, and what is there after one more save.
+A child process is forked for each kill; an audit hook of Python counts its calls and sends it the
+signal. Prints one JSON line per kill: which checkpoints are complete, what they hold, and what is
+there after one more save.
 """
 
 import json
@@ -58,7 +60,9 @@ def main(folder: Path, existing: list[int], step: int) -> None:
             checkpointer.save(step, state(step + 0.5), {"value": step + 0.5})
             os._exit(0)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        values = [contents(checkpointer, path) for path in complete_checkpoints(checkpoints).values()]
+        values = [
+            contents(checkpointer, path) for path in complete_checkpoints(checkpoints).values()
+        ]
         seen = {"killed": killed, "steps": checkpointer.steps(), "values": values}
         checkpointer.save(99, state(99), {"value": 99})  # nothing that was left stands in the way
         seen["then"] = sorted(p.name for p in checkpoints.iterdir())

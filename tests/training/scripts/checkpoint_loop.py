@@ -1,4 +1,6 @@
-"""Run and killed by test_checkpoint.py: goes on from the newest checkpoint and writes one after the other."""
+"""Run and killed by test_checkpoint.py: goes on from the newest checkpoint and writes one after the
+other.
+"""
 
 import sys
 from pathlib import Path
@@ -19,7 +21,8 @@ def main(folder: Path) -> None:
     newest = checkpointer.latest()
     step = 0 if newest is None else checkpointer.load(newest, state(0))["step"]
     while True:
-        checkpointer.save(step, state(step), {"step": step})  # the first one is in place of the newest
+        # the first one is in place of the newest
+        checkpointer.save(step, state(step), {"step": step})
         print(step, flush=True)
         step += 1
 

@@ -1,6 +1,8 @@
-"""Run by test_checkpoint.py under torchrun: sharded checkpoints from and to other world sizes, and errors on all ranks.
+"""Run by test_checkpoint.py under torchrun: sharded checkpoints from and to other world sizes, and
+errors on all ranks.
 
-Arguments: the folder to work in, and what to do: ``save``, or ``load`` and the folders of checkpoints.
+Arguments: the folder to work in, and what to do: ``save``, or ``load`` and the folders of
+checkpoints.
 """
 
 import sys
@@ -19,7 +21,9 @@ from anyflow.training.checkpoint import Checkpointer, CheckpointError
 
 
 def training_state(seed: int, *, sharded: bool) -> dict[str, Tensor]:
-    """Parameters and the AdamW state after a step on random gradients, equal for a seed however it is sharded."""
+    """Parameters and the AdamW state after a step on random gradients, equal for a seed however it
+    is sharded.
+    """
     network = tiny_model(seed)  # tables of one row: ranks but the first hold nothing of them
     gradients = [torch.randn_like(p) for p in network.parameters()]
     if sharded:
@@ -28,7 +32,11 @@ def training_state(seed: int, *, sharded: bool) -> dict[str, Tensor]:
         fully_shard(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, foreach=False)
     for p, gradient in zip(network.parameters(), gradients, strict=True):
-        p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if isinstance(p, DTensor) else gradient
+        p.grad = (
+            distribute_tensor(gradient, p.device_mesh, p.placements)
+            if isinstance(p, DTensor)
+            else gradient
+        )
     optimizer.step()
     tensors = {f"student/{name}": p for name, p in network.named_parameters()}
     for name, p in network.named_parameters():

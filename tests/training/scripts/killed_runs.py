@@ -1,9 +1,10 @@
-"""Run by test_faults.py: trains a recipe in forked children, each killed at a random moment, then to the end.
+"""Run by test_faults.py: trains a recipe in forked children, each killed at a random moment, then
+to the end.
 
     killed_runs.py RECIPE KILLS
 
-Prints one JSON line per kill: the steps of the complete checkpoints, the step that the metrics had reached, the child's
-status, and whether it was writing a checkpoint.
+Prints one JSON line per kill: the steps of the complete checkpoints, the step that the metrics had
+reached, the child's status, and whether it was writing a checkpoint.
 """
 
 import json
@@ -18,7 +19,8 @@ from anyflow.training.checkpoint import complete_checkpoints
 from anyflow.training.recipe import load_recipe
 from anyflow.training.trainer import train
 
-AHEAD = 9  # steps beyond the newest checkpoint at which a child is killed at the latest, so that no run ends
+# steps beyond the newest checkpoint at which a child is killed at the latest, so that no run ends
+AHEAD = 9
 
 
 def run(recipe_file: Path) -> int:
@@ -57,7 +59,12 @@ def main() -> None:
         newest = max(steps, default=0)
         longest *= 1.2 if newest == before else 0.6 if newest > before + 5 else 1
         before = newest
-        print(json.dumps({"steps": steps, "reached": reached(out), "writing": writing, "status": status}), flush=True)
+        print(
+            json.dumps(
+                {"steps": steps, "reached": reached(out), "writing": writing, "status": status}
+            ),
+            flush=True,
+        )
     child = run(recipe_file)
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 

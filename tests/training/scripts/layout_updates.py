@@ -1,4 +1,5 @@
-"""Updates of one global batch in several layouts: ``layout_updates.py FOLDER PORT...`` writes ``rank<i>-of-<n>.pt``.
+"""Updates of one global batch in several layouts: ``layout_updates.py FOLDER PORT...`` writes
+``rank<i>-of-<n>.pt``.
 
 Rank 0 makes the reference too: one process, one micro-step, before it joins the others.
 """
@@ -36,14 +37,16 @@ LAYOUTS = {  # by the number of processes: the mesh, and samples in a micro-step
     4: {"replicate2_sequence2": (ParallelConfig(replicate=2, shard=1, sequence=2), 2)},
     8: {"sequence8": (ParallelConfig(sequence=8), 1)},  # run by hand: it needs as many cores
 }
-CASES = {  # image-to-video and dropped prompts in some updates; without flow matching; without co-training
+# image-to-video and dropped prompts in some updates; without flow matching; without co-training
+CASES = {
     "pretrain": PretrainConfig(prompt_dropout=0.5, i2v_prob=0.5),
     "few_diffusion": PretrainConfig(diffusion_ratio=0.2, fuse_guidance_scale=1.0),
     "no_diffusion": PretrainConfig(diffusion_ratio=0.0, fuse_guidance_scale=1.0),
     "on_policy": PretrainConfig(i2v_prob=0.5, epsilon=20.0),
 }
 ON_RANKS = ("pretrain", "on_policy")
-OPTIMIZER = OptimizerConfig(lr=1e-2, clip_norm=0.05)  # below the norms, so that every update is clipped
+# below the norms, so that every update is clipped
+OPTIMIZER = OptimizerConfig(lr=1e-2, clip_norm=0.05)
 
 
 def make_recipe(case: str, parallel: ParallelConfig, batch_size: int, accumulation: int) -> Recipe:
@@ -101,7 +104,11 @@ def updates(case: str, mesh: Mesh, parallel: ParallelConfig, batch_size: int) ->
     calls: list[bool] = []
     step.student.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     data = TrainingData(
-        SyntheticVideos(), batch_size=batch_size, data_rank=mesh.data_rank, data_world=mesh.data_world, seed=3
+        SyntheticVideos(),
+        batch_size=batch_size,
+        data_rank=mesh.data_rank,
+        data_world=mesh.data_world,
+        seed=3,
     )
     metrics = []
     for index in range(UPDATES):
@@ -121,7 +128,9 @@ def main(folder: Path, ports: list[str]) -> None:
     world = int(os.environ["WORLD_SIZE"])
     results: dict[str, dict[str, Any]] = {}
     if os.environ["RANK"] == "0":
-        results["reference"] = {case: updates(case, Mesh(torch.device("cpu")), *LAYOUTS[1]["8"]) for case in ON_RANKS}
+        results["reference"] = {
+            case: updates(case, Mesh(torch.device("cpu")), *LAYOUTS[1]["8"]) for case in ON_RANKS
+        }
     for (name, (parallel, batch_size)), port in zip(LAYOUTS[world].items(), ports, strict=True):
         os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
         mesh = setup(parallel, "cpu")

@@ -1,4 +1,6 @@
-"""Trains for ever: ``parallel_endless.py FOLDER SEQUENCE TIMEOUT_S`` writes its process id to ``rank<i>``."""
+"""Trains for ever: ``parallel_endless.py FOLDER SEQUENCE TIMEOUT_S`` writes its process id to
+``rank<i>``.
+"""
 
 import os
 import sys
@@ -16,7 +18,12 @@ def main(folder: Path, sequence: int, timeout_s: int) -> None:
     mesh = setup(ParallelConfig(sequence=sequence, timeout_s=timeout_s), "cpu")
     torch.manual_seed(0)
     network = AnyFlowTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=16, ffn_dim=32, num_layers=2
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
     )
     shard_network(network, mesh, trains=True)
     x, text, t = torch.ones(1, 2, 16, 4, 4), torch.ones(1, 3, 8), torch.full((1,), 500.0)

@@ -1,4 +1,5 @@
-"""Sequence parallelism of the bare model under torchrun: ``parallel_forward.py FOLDER`` writes ``rank<i>-of-<n>.pt``.
+"""Sequence parallelism of the bare model under torchrun: ``parallel_forward.py FOLDER`` writes
+``rank<i>-of-<n>.pt``.
 
 Every rank runs the whole model first, then its part of it.
 """
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from anyflow.models import AnyFlowTransformer3DModel
 
-SHAPES = {"odd": (3, 6, 6), "even": (2, 4, 8), "one_token": (5, 2, 2)}  # F, H, W; 9, 8 and 1 tokens a frame
+# F, H, W; 9, 8 and 1 tokens a frame
+SHAPES = {"odd": (3, 6, 6), "even": (2, 4, 8), "one_token": (5, 2, 2)}
 
 
 def inputs(shape: tuple[int, int, int], per_frame: bool) -> dict[str, Tensor]:
@@ -32,14 +34,19 @@ def inputs(shape: tuple[int, int, int], per_frame: bool) -> dict[str, Tensor]:
 
 
 def run(model: AnyFlowTransformer3DModel, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Output and mean gradients of a loss that chains two calls, as a rollout does; those of the latents too."""
+    """Output and mean gradients of a loss that chains two calls, as a rollout does; those of the
+    latents too.
+    """
     model.zero_grad()
     x = arguments["hidden_states"].clone().requires_grad_()
     out = model(**{**arguments, "hidden_states": x}, return_dict=False)[0]
     again = model(**{**arguments, "hidden_states": x - 0.5 * out}, return_dict=False)[0]
     (out.square().mean() + again.pow(3).mean()).backward()
     grads = [x.grad, *(p.grad for p in model.parameters())]
-    return {"out": out.detach(), "gradient": torch.cat([mean(g).flatten() for g in grads if g is not None])}
+    return {
+        "out": out.detach(),
+        "gradient": torch.cat([mean(g).flatten() for g in grads if g is not None]),
+    }
 
 
 def mean(x: Tensor) -> Tensor:
@@ -49,7 +56,9 @@ def mean(x: Tensor) -> Tensor:
 
 
 def cases() -> dict[tuple[str, bool, bool], tuple[dict[str, Tensor], bool]]:
-    names = [(shape, per_frame, checkpointing) for shape in SHAPES for per_frame, checkpointing in FLAGS]
+    names = [
+        (shape, per_frame, checkpointing) for shape in SHAPES for per_frame, checkpointing in FLAGS
+    ]
     return {name: (inputs(SHAPES[name[0]], name[1]), name[2]) for name in names}
 
 
@@ -68,7 +77,11 @@ def main(folder: Path) -> None:
     results["unchanged"] = (set(shared.state_dict()), dict(shared.config)) == before
     for name, (arguments, checkpointing) in cases().items():
         for m in (model, shared):
-            (m.enable_gradient_checkpointing if checkpointing else m.disable_gradient_checkpointing)()
+            (
+                m.enable_gradient_checkpointing
+                if checkpointing
+                else m.disable_gradient_checkpointing
+            )()
         results["whole"][name] = run(model, arguments)
         results["shared"][name] = run(shared, arguments)
     model.disable_gradient_checkpointing()
@@ -80,13 +93,20 @@ def main(folder: Path) -> None:
     with torch.no_grad():
         time = shared.embed_time(arguments["timestep"], arguments["r_timestep"])
         text = shared.encode_text(arguments["encoder_hidden_states"])
-        results["cached"] = shared(arguments["hidden_states"], time_embedding=time, text_context=text)[0], whole
+        results["cached"] = (
+            shared(arguments["hidden_states"], time_embedding=time, text_context=text)[0],
+            whole,
+        )
 
     one, compiled = tiny_model().double(), tiny_model().double()
     one.blocks, compiled.blocks = one.blocks[:1], compiled.blocks[:1]
     compiled.set_sequence_parallel(group)
-    compiled.blocks[0].compile(backend="aot_eager", fullgraph=True)  # the trace; the code of inductor is not ours
-    results["whole"]["compiled"], results["shared"]["compiled"] = run(one, arguments), run(compiled, arguments)
+    # the trace; the code of inductor is not ours
+    compiled.blocks[0].compile(backend="aot_eager", fullgraph=True)
+    results["whole"]["compiled"], results["shared"]["compiled"] = (
+        run(one, arguments),
+        run(compiled, arguments),
+    )
 
     results["float32"] = tuple(m.float()(**narrow(arguments))[0].detach() for m in (shared, model))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():

@@ -2,8 +2,8 @@
 
 One mesh after another, each with a port to meet at: a store remembers those who met before.
 
-Run plainly it is the reference, on the global batch; under torchrun every data rank takes its part of that batch. With
-samples drawn inside a loss, the reference makes each data rank's draws in turn.
+Run plainly it is the reference, on the global batch; under torchrun every data rank takes its part
+of that batch. With samples drawn inside a loss, the reference makes each data rank's draws in turn.
 """
 
 import itertools
@@ -30,7 +30,14 @@ from anyflow.rng import rand, randn_like
 from anyflow.sampling import sample
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.config import ParallelConfig
-from anyflow.training.distributed import Mesh, clip_gradients, full_state, setup, shard_network, teardown
+from anyflow.training.distributed import (
+    Mesh,
+    clip_gradients,
+    full_state,
+    setup,
+    shard_network,
+    teardown,
+)
 
 GLOBAL_BATCH, STEPS, FRAMES, SIZE = 4, 2, 3, 6  # 9 tokens a frame: no degree divides them
 MESHES = {  # by the number of processes
@@ -54,7 +61,9 @@ VARIANTS = {
 CLIP = 0.05  # well below the norms, so that every update is clipped
 
 
-def network(seed: int, *, lora: bool = False, checkpointing: bool = False) -> AnyFlowTransformer3DModel:
+def network(
+    seed: int, *, lora: bool = False, checkpointing: bool = False
+) -> AnyFlowTransformer3DModel:
     model = tiny_model(seed)
     if lora:
         from peft import LoraConfig
@@ -74,8 +83,16 @@ def data() -> dict[str, Tensor]:
     """The global batch."""
     g = torch.Generator().manual_seed(1)
     video, text = (GLOBAL_BATCH, FRAMES, 3, SIZE, SIZE), (GLOBAL_BATCH, 5, 8)
-    shapes = {"latents": video, "noise": video, "prompt": text, "data_prompt": text, "negative": (1, 5, 8)}
-    return {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+    shapes = {
+        "latents": video,
+        "noise": video,
+        "prompt": text,
+        "data_prompt": text,
+        "negative": (1, 5, 8),
+    }
+    return {
+        name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()
+    }
 
 
 def generator(step: int, data_rank: int) -> torch.Generator:
@@ -129,7 +146,11 @@ def pretrain(mesh: Mesh, variant: str) -> dict[str, Any]:
     results: dict[str, Any] = {"losses": [], "norms": [], "own": []}
     for _ in range(STEPS):
         output = method.loss(
-            batch["latents"], batch["prompt"], batch["negative"], noise=batch["noise"], time_pairs=pairs
+            batch["latents"],
+            batch["prompt"],
+            batch["negative"],
+            noise=batch["noise"],
+            time_pairs=pairs,
         )
         results["own"].append(output.loss.item())
         results["losses"].append(mean(output.loss, mesh))
@@ -145,12 +166,18 @@ def on_policy(mesh: Mesh, variant: str, data_worlds: int) -> dict[str, Any]:
     calls: list[tuple[str, bool]] = []
     for name, model in (("student", student), ("teacher", teacher), ("critic", critic)):
         shard_network(model, mesh, trains=name != "teacher")
-        model.register_forward_pre_hook(lambda *_, name=name: calls.append((name, torch.is_grad_enabled())))
+        model.register_forward_pre_hook(
+            lambda *_, name=name: calls.append((name, torch.is_grad_enabled()))
+        )
     config = OnPolicyConfig(
-        num_steps=(4,), cotrain_pretrain=True, pretrain=PretrainConfig(i2v_prob=float(per_frame), epsilon=20.0)
+        num_steps=(4,),
+        cotrain_pretrain=True,
+        pretrain=PretrainConfig(i2v_prob=float(per_frame), epsilon=20.0),
     )
     scheduler = FlowMapEulerDiscreteScheduler(shift=3.0)
-    method = AnyFlowOnPolicyMethod(student, teacher, critic, scheduler, config, process_group=mesh.data_group)
+    method = AnyFlowOnPolicyMethod(
+        student, teacher, critic, scheduler, config, process_group=mesh.data_group
+    )
     networks = {"student": (student, optimizer(student)), "critic": (critic, optimizer(critic))}
     batch = own(data(), mesh)
     results: dict[str, Any] = {"losses": [], "norms": [], "own": []}
@@ -172,28 +199,40 @@ def on_policy(mesh: Mesh, variant: str, data_worlds: int) -> dict[str, Any]:
                 g = generator(step + 50, mesh.data_rank)
                 with torch.no_grad():
                     num_steps, grad_step = method.draw_steps(g)
-                    samples = method.rollout(batch["noise"], batch["prompt"], num_steps=num_steps, grad_step=grad_step)
+                    samples = method.rollout(
+                        batch["noise"], batch["prompt"], num_steps=num_steps, grad_step=grad_step
+                    )
                 loss = method.critic_loss(samples, batch["prompt"], generator=g).loss
             results["own"].append(loss.item())
             results["losses"].append(mean(loss, mesh))
             results["norms"].append(update(loss, model, adamw))
-    parameters = {f"{name}/{key}": x for name, (m, _) in networks.items() for key, x in trained(m).items()}
+    parameters = {
+        f"{name}/{key}": x for name, (m, _) in networks.items() for key, x in trained(m).items()
+    }
     return {**results, "parameters": parameters, "calls": calls}
 
 
 def reference_loss(
     method: AnyFlowOnPolicyMethod, name: str, batch: dict[str, Tensor], step: int, data_worlds: int
 ) -> Tensor:
-    """The loss of the global batch, with each data rank's draws in the order in which the losses make them."""
-    generators = [generator(step + (0 if name == "student" else 50), rank) for rank in range(data_worlds)]
+    """The loss of the global batch, with each data rank's draws in the order in which the losses
+    make them.
+    """
+    generators = [
+        generator(step + (0 if name == "student" else 50), rank) for rank in range(data_worlds)
+    ]
     parts = [x.chunk(data_worlds) for x in (batch["noise"], batch["latents"])]
     num_steps, grad_step = method.draw_steps(generators[0])
     for g in generators[1:]:
         rand((2,), g)
     with torch.set_grad_enabled(name == "student"):
-        samples = method.rollout(batch["noise"], batch["prompt"], num_steps=num_steps, grad_step=grad_step)
+        samples = method.rollout(
+            batch["noise"], batch["prompt"], num_steps=num_steps, grad_step=grad_step
+        )
     if name == "critic":
-        t = torch.cat([randn_like(x[:, 0, 0, 0, 0], g) for x, g in zip(parts[0], generators, strict=True)]).sigmoid()
+        t = torch.cat(
+            [randn_like(x[:, 0, 0, 0, 0], g) for x, g in zip(parts[0], generators, strict=True)]
+        ).sigmoid()
         noise = torch.cat([randn_like(x, g) for x, g in zip(parts[0], generators, strict=True)])
         return method.critic_loss(samples, batch["prompt"], t=t, noise=noise).loss
     t = torch.cat([rand((len(x),), g) for x, g in zip(parts[0], generators, strict=True)])
@@ -205,7 +244,9 @@ def reference_loss(
         sample_time_pairs(size, rank=rank, world_size=data_worlds, generator=g, offset=step)
         for rank, g in enumerate(generators)
     ]
-    pairs = TimePairs(*(torch.cat([getattr(p, field) for p in drawn]) for field in ("t", "r", "is_diffusion")))
+    pairs = TimePairs(
+        *(torch.cat([getattr(p, field) for p in drawn]) for field in ("t", "r", "is_diffusion"))
+    )
     assert method.pretrain is not None
     pretrained = method.pretrain.loss(
         batch["latents"], batch["data_prompt"], batch["negative"], noise=noise, time_pairs=pairs
@@ -214,11 +255,15 @@ def reference_loss(
 
 
 def sampled(mesh: Mesh) -> dict[str, Any]:
-    """Sampling first thing after sharding, with cached text and times, and the buffer that no checkpoint holds."""
+    """Sampling first thing after sharding, with cached text and times, and the buffer that no
+    checkpoint holds.
+    """
     model = network(0)
     shard_network(model, mesh, trains=False)
     batch = data()
-    latents = sample(model, FlowMapEulerDiscreteScheduler(shift=3.0), batch["noise"], batch["prompt"])
+    latents = sample(
+        model, FlowMapEulerDiscreteScheduler(shift=3.0), batch["noise"], batch["prompt"]
+    )
     gate = model.condition_embedder.delta_emb_gate
     return {
         "latents": latents,
@@ -237,7 +282,9 @@ def main(folder: Path, ports: list[str]) -> None:
         results[name] = {"sample": sampled(mesh), "mesh": {k: getattr(mesh, k) for k in PLACE}}
         for variant in VARIANTS:
             results[name]["pretrain", variant] = pretrain(mesh, variant)
-        for variant, d in itertools.product(VARIANTS, (1, 2, 4) if world == 1 else (mesh.data_world,)):
+        for variant, d in itertools.product(
+            VARIANTS, (1, 2, 4) if world == 1 else (mesh.data_world,)
+        ):
             results[name]["on_policy", variant, d] = on_policy(mesh, variant, d)
         teardown(mesh)
     torch.save(results, folder / f"rank{mesh.rank}-of-{world}.pt")
