@@ -16,9 +16,9 @@ __all__ = [
     "FlowMapEulerDiscreteScheduler",
     "__version__",
     "accelerate",
-    "checkpoints",
     "data",
     "evaluation",
+    "formats",
     "kernels",
     "methods",
     "models",
@@ -34,9 +34,9 @@ __all__ = [
 if TYPE_CHECKING:
     import anyflow.kernels as kernels
     from anyflow import (
-        checkpoints,
         data,
         evaluation,
+        formats,
         methods,
         models,
         ops,
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
         schedulers,
         training,
     )
-    from anyflow.acceleration import accelerate, restore
     from anyflow.models import AnyFlowTransformer3DModel
     from anyflow.pipelines import AnyFlowPipeline
+    from anyflow.pipelines.acceleration import accelerate, restore
     from anyflow.sampling import sample
     from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 else:  # a type checker that saw __getattr__ would let every misspelled name pass
@@ -55,8 +55,8 @@ else:  # a type checker that saw __getattr__ would let every misspelled name pas
         "AnyFlowPipeline": "pipelines",
         "AnyFlowTransformer3DModel": "models",
         "FlowMapEulerDiscreteScheduler": "schedulers",
-        "accelerate": "acceleration",
-        "restore": "acceleration",
+        "accelerate": "pipelines.acceleration",
+        "restore": "pipelines.acceleration",
         "sample": "sampling",
     }
 
@@ -65,7 +65,7 @@ else:  # a type checker that saw __getattr__ would let every misspelled name pas
 
         if name in _EXPORTS:
             return getattr(importlib.import_module(f"anyflow.{_EXPORTS[name]}"), name)
-        if name in __all__:
+        if name in __all__ or name == "checkpoints":  # the former name of formats
             return importlib.import_module(f"anyflow.{name}")
         raise AttributeError(f"module 'anyflow' has no attribute {name!r}")
 

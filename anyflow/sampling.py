@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.network import evaluate, has_flow_map, has_hooks
-from anyflow.rng import randn_like
+from anyflow.models.network import evaluate, has_flow_map, has_hooks
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.transfer import device_tensor, to_device
-from anyflow.validation import (
+from anyflow.utils.rng import randn_like
+from anyflow.utils.transfer import device_tensor, to_device
+from anyflow.utils.validation import (
     FiniteCheck,
     batched_embeds,
     numbered,

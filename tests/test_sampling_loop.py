@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anyflow.cuda_graph import CudaGraphTransformer
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models.cuda_graph import CudaGraphTransformer
 from anyflow.sampling import sample, sample_consistency
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 

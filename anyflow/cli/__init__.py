@@ -27,7 +27,7 @@ from anyflow.cli import (
 from anyflow.cli.common import full_dtype_name
 from anyflow.cli.errors import Commands, finish_streams, prepare_streams
 from anyflow.cli.examples import EPILOGS, MAIN
-from anyflow.threads import configure_openmp
+from anyflow.utils.threads import configure_openmp
 
 app = typer.Typer(
     name="anyflow",

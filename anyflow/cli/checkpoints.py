@@ -35,7 +35,7 @@ def inspect(
     """Say what a checkpoint is: format, size, types, sizes of the model; exit status 1 if it cannot
     be loaded.
     """
-    from anyflow.checkpoints import inspect
+    from anyflow.formats import inspect
 
     try:
         info = inspect(
@@ -90,7 +90,7 @@ def convert(
     ] = False,
 ) -> None:
     """Write a checkpoint of any known format as a folder for diffusers."""
-    from anyflow.checkpoints import FlowMap, convert
+    from anyflow.formats import FlowMap, convert
 
     try:
         folder = convert(
@@ -146,8 +146,8 @@ def verify(
     """Compare the network with diffusers' on the same weights; exit status 1 if they differ by more
     than rounding.
     """
+    from anyflow.formats.verify import Thresholds, verify
     from anyflow.pipelines.loading import resolve_device
-    from anyflow.verify import Thresholds, verify
 
     given = {"forward": max_forward, "loss": max_loss, "sample": max_sample}
     try:

@@ -12,8 +12,8 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from anyflow.documents import shortened
-from anyflow.writing import system_error
+from anyflow.utils.documents import shortened
+from anyflow.utils.writing import system_error
 
 
 class Commands(TyperGroup):

@@ -208,7 +208,7 @@ def _run(
     from anyflow.evaluation.runs.run import run_evaluation
     from anyflow.pipelines.prompts import Prompt, read_prompts
     from anyflow.pipelines.render import parse_numbers
-    from anyflow.progress import counted
+    from anyflow.utils.progress import counted
 
     of_shapes = {name for name, model in models.items() if isinstance(model, ShapesModel)}
     if of_shapes and len(of_shapes) < len(models):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from anyflow import recipes
-from anyflow.documents import shortened
+from anyflow.utils.documents import shortened
 
 if TYPE_CHECKING:
     from anyflow.training.reference import Key

@@ -21,7 +21,7 @@ from anyflow.data.captions import (
     scan_captions,
     unit,
 )
-from anyflow.documents import read_text, shortened
+from anyflow.utils.documents import read_text, shortened
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv"),

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from anyflow.documents import parse_json, read_text, shortened, text_problem
+from anyflow.utils.documents import parse_json, read_text, shortened, text_problem
 
 MAX_FILE_BYTES = 4 * 2**30
 MAX_CAPTION = 2**17  # characters; a text encoder takes 512 tokens

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.data.video import VideoError, read_video
-from anyflow.documents import require_content, shortened
-from anyflow.validation import brief, whole_number
+from anyflow.utils.documents import require_content, shortened
+from anyflow.utils.validation import brief, whole_number
 
 
 def read_image(path: str | Path, height: int, width: int) -> Any:

@@ -43,8 +43,8 @@ from anyflow.data.latent_format import (
     written_rows,
 )
 from anyflow.data.sample import Sample
-from anyflow.documents import require_regular_file
-from anyflow.writing import publish, write_bytes, writing
+from anyflow.utils.documents import require_regular_file
+from anyflow.utils.writing import publish, write_bytes, writing
 
 __all__ = [
     "INFO_FILE",

@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from anyflow.documents import read_json, require_regular_file
-from anyflow.packages import missing
-from anyflow.writing import write_bytes
+from anyflow.utils.documents import read_json, require_regular_file
+from anyflow.utils.packages import missing
+from anyflow.utils.writing import write_bytes
 
 try:
     import pyarrow as pa

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from anyflow.data.sample import Batch, Sample, VideoDataset
-from anyflow.versions import TEXT_PACKAGES, differences, installed_versions
+from anyflow.utils.versions import TEXT_PACKAGES, differences, installed_versions
 
 if TYPE_CHECKING:
     from anyflow.training.config import DataConfig

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from anyflow.checkpoints.hub import ENCODERS, local_folder
 from anyflow.data.caption_sources import Captions, find_captions
 from anyflow.data.captions import MAX_CAPTION, Broken, Caption, Columns, EmptyDatasetError
 from anyflow.data.encoders import TextEncoder, VideoEncoder, model_identity
@@ -33,11 +32,12 @@ from anyflow.data.latent_format import (
     written_rows,
 )
 from anyflow.data.video import VideoError, color_conversion, read_video
-from anyflow.documents import require_regular_file, shortened, text_problem
-from anyflow.locking import locks_folder
+from anyflow.formats.hub import ENCODERS, local_folder
 from anyflow.pipelines.wan import clean_prompt
-from anyflow.versions import differences, installed_versions
-from anyflow.writing import write_text
+from anyflow.utils.documents import require_regular_file, shortened, text_problem
+from anyflow.utils.locking import locks_folder
+from anyflow.utils.versions import differences, installed_versions
+from anyflow.utils.writing import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -366,7 +366,7 @@ def _with_progress(
     if console is None:
         yield from items
         return
-    from anyflow.progress import LoggedProgress
+    from anyflow.utils.progress import LoggedProgress
 
     with LoggedProgress(*LoggedProgress.get_default_columns(), console=console) as bars:
         task = bars.add_task("encoding", total=len(todo))

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.documents import require_regular_file, shortened
-from anyflow.packages import missing
+from anyflow.utils.documents import require_regular_file, shortened
+from anyflow.utils.packages import missing
 
 try:
     import av

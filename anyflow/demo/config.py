@@ -34,7 +34,7 @@ class Stage:
 class DemoConfig:
     """Everything a run of the quickstart depends on.
 
-    ``num_threads`` (on a CPU, see :func:`anyflow.threads.torch_threads`) is 1: the network is so
+    ``num_threads`` (on a CPU, see :func:`anyflow.utils.threads.torch_threads`) is 1: the network is so
     small that sharing its operators out costs more than it saves. ``num_train_timesteps`` is 100:
     with 1000, the time embedding of so small a model aliases at the finite difference. ``epsilon``
     is in timesteps of that range. ``flow_matching`` trains the network that the two stages start

@@ -15,7 +15,7 @@ from anyflow.evaluation import Evaluator, Metrics
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.transformer import TextContext, TimeEmbedding
 from anyflow.sampling import sample, sample_consistency
-from anyflow.threads import usable_cores, user_chose_threads
+from anyflow.utils.threads import usable_cores, user_chose_threads
 
 # The network is an AnyFlowTransformer3DModel, or one that is evaluated in parts (_InParts).
 Sampler = Callable[[Any, Tensor, Tensor, int], Tensor]

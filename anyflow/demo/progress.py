@@ -12,7 +12,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from anyflow.progress import LINE_SECONDS, LoggedProgress
+from anyflow.utils.progress import LINE_SECONDS, LoggedProgress
 
 TITLES = {
     "flow_matching": "flow matching (teacher)",

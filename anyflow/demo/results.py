@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 import anyflow
-from anyflow.checkpoints.readers import SafetensorsReader
 from anyflow.demo.config import DemoConfig, Stage
 from anyflow.demo.world import World
-from anyflow.documents import read_json, require_content, shortened
 from anyflow.evaluation import (
     EvaluationResults,
     RecipeStage,
@@ -30,7 +28,9 @@ from anyflow.evaluation import (
     tile_videos,
     write_report,
 )
-from anyflow.writing import write_bytes, write_text
+from anyflow.formats.readers import SafetensorsReader
+from anyflow.utils.documents import read_json, require_content, shortened
+from anyflow.utils.writing import write_bytes, write_text
 
 METRICS_FILE, REPORT_FILE = "metrics.json", "report.html"
 CURVE_FILE, ANIMATION_FILE = "curve.png", "any_step.gif"

@@ -21,12 +21,12 @@ from anyflow.demo.progress import DemoProgress
 from anyflow.demo.results import REPORT_FILE, write_results
 from anyflow.demo.stages import stage_recipe, train_stage
 from anyflow.demo.world import World
-from anyflow.documents import read_json
 from anyflow.evaluation import EvaluationResults, Metrics
-from anyflow.locking import locks_folder
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.threads import torch_threads
-from anyflow.writing import write_text, writing
+from anyflow.utils.documents import read_json
+from anyflow.utils.locking import locks_folder
+from anyflow.utils.threads import torch_threads
+from anyflow.utils.writing import write_text, writing
 
 STATE_FILE = "state.json"
 

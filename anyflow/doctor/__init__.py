@@ -16,7 +16,7 @@ import torch
 
 from anyflow.doctor.environment import environment, load_operators
 from anyflow.doctor.requirements import hub, install_commands, packages, video_encoder
-from anyflow.packages import OPTIONAL
+from anyflow.utils.packages import OPTIONAL
 
 
 def run(device: str | None = None, *, as_json: bool = False) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import anyflow
-from anyflow.threads import usable_cores
+from anyflow.utils.threads import usable_cores
 
 _PACKAGE = Path(anyflow.__file__).parent
 _SETTINGS = {

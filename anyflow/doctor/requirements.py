@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from anyflow.documents import shortened
-from anyflow.packages import GROUPS, is_missing, module_name
-from anyflow.versions import installed_versions, is_below, required_floors
+from anyflow.utils.documents import shortened
+from anyflow.utils.packages import GROUPS, is_missing, module_name
+from anyflow.utils.versions import installed_versions, is_below, required_floors
 
 # The parts of a package that sampling takes, where importing the package itself loads next to
 # nothing of it.

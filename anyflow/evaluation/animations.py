@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anyflow.evaluation.plots import FAINT, INK, method_style
-from anyflow.writing import write_bytes
+from anyflow.utils.writing import write_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image

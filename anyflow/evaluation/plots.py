@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anyflow.writing import write_bytes
+from anyflow.utils.writing import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

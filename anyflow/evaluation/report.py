@@ -21,7 +21,7 @@ from anyflow.evaluation.results import EvaluationResults
 from anyflow.evaluation.seeds import SeedResults
 from anyflow.evaluation.summary import figure_sentences, main_methods, takeaway
 from anyflow.evaluation.wording import FROZEN_PICTURES, QUALITY_LEVELS, look
-from anyflow.writing import write_text
+from anyflow.utils.writing import write_text
 
 _METRIC_TITLES = {
     "fd": "Fréchet distance",

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow.documents import read_json
 from anyflow.evaluation.metrics import Metrics
-from anyflow.writing import write_text
+from anyflow.utils.documents import read_json
+from anyflow.utils.writing import write_text
 
 METRIC_NAMES = ("fd", "template_mse", "coverage_tv", "motion")
 _OPTIONAL = ("motion",)  # which runs of earlier versions lack

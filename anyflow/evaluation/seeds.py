@@ -9,7 +9,7 @@ from pathlib import Path
 
 from anyflow.evaluation.metrics import Metrics
 from anyflow.evaluation.results import EvaluationResults
-from anyflow.writing import write_text
+from anyflow.utils.writing import write_text
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from anyflow.methods.collectives import broadcast_from_rank_zero
 from anyflow.methods.output import LossOutput
-from anyflow.network import has_flow_map, velocity
-from anyflow.rng import rand, randn_like, resolve_generator
+from anyflow.models.network import has_flow_map, velocity
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.validation import (
+from anyflow.utils.rng import rand, randn_like, resolve_generator
+from anyflow.utils.validation import (
     batched_embeds,
     require_finite,
     require_latents,

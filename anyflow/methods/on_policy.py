@@ -17,9 +17,9 @@ from anyflow.methods.output import LossOutput
 from anyflow.methods.pretrain import AnyFlowPretrainMethod
 from anyflow.methods.pretrain_config import PretrainConfig
 from anyflow.methods.time_pairs import TimePairs
-from anyflow.rng import resolve_generator
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.validation import require_positive
+from anyflow.utils.rng import resolve_generator
+from anyflow.utils.validation import require_positive
 
 
 @dataclass(frozen=True)

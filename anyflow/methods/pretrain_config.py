@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anyflow.methods.time_pairs import check_ratios
-from anyflow.validation import require_number, require_positive
+from anyflow.utils.validation import require_number, require_positive
 
 
 @dataclass(frozen=True)

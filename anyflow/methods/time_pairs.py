@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from anyflow.rng import rand, resolve_generator
-from anyflow.transfer import device_tensor, to_device
+from anyflow.utils.rng import rand, resolve_generator
+from anyflow.utils.transfer import device_tensor, to_device
 
 
 @dataclass(frozen=True)

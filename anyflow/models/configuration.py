@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from anyflow.validation import brief, is_finite_number, whole_number
+from anyflow.utils.validation import brief, is_finite_number, whole_number
 
 # Smallest and largest value of each size. A width of 2^16 is 13 times that of the published 14B
 # model.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from anyflow.models.linear import apply_linear
 from anyflow.ops import dual_timestep_embedding, gelu, linear
 from anyflow.ops.dual_timestep_embedding import FUSIONS
-from anyflow.validation import brief, is_finite_number
+from anyflow.utils.validation import brief, is_finite_number
 
 DELTATIME_TYPES = ("r", "t-r")
 

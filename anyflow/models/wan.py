@@ -10,14 +10,14 @@ from torch import Tensor
 
 from anyflow.models.diffusers_typing import register_to_config
 from anyflow.models.transformer import AnyFlowTransformer3DModel
-from anyflow.validation import brief
+from anyflow.utils.validation import brief
 
 
 class WanTransformer3DModel(AnyFlowTransformer3DModel):
     """The plain path of :class:`AnyFlowTransformer3DModel` for diffusers' Wan pipelines.
 
     Settings, parameter names and call are those of diffusers' class of the same name (proven by
-    ``tests/test_accelerate.py``), so folders interchange both ways.
+    ``tests/pipelines/test_acceleration.py``), so folders interchange both ways.
 
     Raises:
         ValueError: ``added_kv_proj_dim`` or ``pos_embed_seq_len`` is set (image-to-video with image

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anyflow.ops._common import check_device, check_indices, check_times, describe
-from anyflow.transfer import to_device
+from anyflow.utils.transfer import to_device
 
 
 def constant_times(

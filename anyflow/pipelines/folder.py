@@ -13,11 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from anyflow.checkpoints.hub import ENCODERS, local_folder
-from anyflow.documents import read_json
+from anyflow.formats.hub import ENCODERS, local_folder
 from anyflow.pipelines.request import ModelLayout
 from anyflow.pipelines.wan import load_tokenizer, part_folder, require_sound_folder
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.utils.documents import read_json
 
 INDEX = "model_index.json"
 SHARED = ("vae", "text_encoder", "tokenizer")

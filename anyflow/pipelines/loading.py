@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from anyflow.checkpoints.hub import PIPELINE, SCHEDULER, TRANSFORMER, local_folder
+from anyflow.formats.hub import PIPELINE, SCHEDULER, TRANSFORMER, local_folder
 from anyflow.pipelines.request import ModelLayout
 from anyflow.pipelines.wan import part_folder
-from anyflow.validation import brief
+from anyflow.utils.validation import brief
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
@@ -74,7 +74,7 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> AnyFlowTransformer3DMo
     Raises:
         ValueError: weights are missing or left over.
     """
-    from anyflow.checkpoints import load_transformer
+    from anyflow.formats import load_transformer
 
     return load_transformer(part_folder(folder, "transformer"), dtype=dtype)
 
@@ -87,7 +87,7 @@ def resolve_dtype(
     Raises:
         ValueError: two different ones are given, or one is no floating-point dtype of the models.
     """
-    from anyflow.checkpoints.readers import FLOATS
+    from anyflow.formats.readers import FLOATS
 
     found = []
     for name, given in (("dtype", dtype), ("torch_dtype", torch_dtype)):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from anyflow.checkpoints.adapter_updates import LowRank, Plan, Replacement, Update
-from anyflow.checkpoints.errors import listed
-from anyflow.checkpoints.lora_file import open_lora
-from anyflow.checkpoints.readers import FLOATS
-from anyflow.network import widest_float
+from anyflow.formats.adapter_updates import LowRank, Plan, Replacement, Update
+from anyflow.formats.errors import listed
+from anyflow.formats.lora_file import open_lora
+from anyflow.formats.readers import FLOATS
+from anyflow.models.network import widest_float
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
@@ -26,7 +26,7 @@ def merge_lora(
     costs nothing more.
 
     Names are read as PEFT, diffusers, kohya and musubi, ComfyUI, diffusion-pipe and DiffSynth write
-    them (:mod:`anyflow.checkpoints.adapter_keys`), with alphas, ranks by layer, rsLoRA, DoRA,
+    them (:mod:`anyflow.formats.adapter_keys`), with alphas, ranks by layer, rsLoRA, DoRA,
     biases of B, and differences of weights, biases, norms and modulations. Everything in the file
     and in its configuration is applied, or the file is refused. Results are computed in fp64, where
     the device has it, and rounded once to the dtype of the weights.
@@ -34,7 +34,7 @@ def merge_lora(
     Args:
         transformer: changed in place, and only if everything is well; several may be merged one
             after the other.
-        path: a file or a folder, as for :func:`anyflow.checkpoints.lora_file.open_lora`.
+        path: a file or a folder, as for :func:`anyflow.formats.lora_file.open_lora`.
         scale: of what is added; for a LoRA with magnitudes (DoRA) or with whole modules it must be
             1.
 

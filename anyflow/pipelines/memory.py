@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from anyflow.network import has_hooks
+from anyflow.models.network import has_hooks
 from anyflow.pipelines.loading import ModelPaths
 from anyflow.pipelines.pinning import pin_weights
 
@@ -178,7 +178,7 @@ class Turns:
         if not self.cuda_graph:
             return module
         if self._graph is None or self._graph.transformer is not module:
-            from anyflow.cuda_graph import CudaGraphTransformer
+            from anyflow.models.cuda_graph import CudaGraphTransformer
 
             self._graph = CudaGraphTransformer(module)
         return self._graph
@@ -258,7 +258,7 @@ def _num_parameters(folder: Path) -> int:
     """Count the numbers in the safetensors files of a folder, of which only the headers are
     read.
     """
-    from anyflow.checkpoints.readers import read_header
+    from anyflow.formats.readers import read_header
 
     files = sorted(folder.glob("*.safetensors"))
     return sum(math.prod(info.shape) for file in files for info in read_header(file).values())

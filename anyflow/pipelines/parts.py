@@ -16,10 +16,10 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from typing_extensions import Self
 
-from anyflow.acceleration import accelerate
-from anyflow.checkpoints.saving import new_folder, write_transformer
+from anyflow.formats.saving import new_folder, write_transformer
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.network import execution_device, has_flow_map
+from anyflow.models.network import execution_device, has_flow_map
+from anyflow.pipelines.acceleration import accelerate
 from anyflow.pipelines.folder import write_index, write_scheduler
 from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_device, resolve_dtype
 from anyflow.pipelines.memory import (
@@ -159,7 +159,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             vae_dtype: of the VAE. bf16 halves its time and memory, and shows.
             compile: compile the transformer's blocks with ``torch.compile``; not while they stream.
             cuda_graph: replay the transformer's evaluations from a graph; see
-                :class:`anyflow.cuda_graph.CudaGraphTransformer`. Not while its blocks stream.
+                :class:`anyflow.models.cuda_graph.CudaGraphTransformer`. Not while its blocks stream.
             euler: evaluate r = t, which is plain Euler, where a call does not say otherwise. Needed
                 for a plain Wan model, as diffusers' WanPipeline and a teacher of ``anyflow train``
                 have it: its own scheduler's shift is taken (see

@@ -27,7 +27,7 @@ from anyflow.pipelines.request import (
 from anyflow.pipelines.steps import StepEnd, lora_scale, progress_bar, run_steps
 from anyflow.pipelines.wan import decode_latents, encode_prompt, encode_video
 from anyflow.sampling import Callback, Schedule
-from anyflow.validation import brief
+from anyflow.utils.validation import brief
 
 
 @dataclass

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from anyflow.checkpoints.architecture import ANYFLOW, FLOW_MAP_KEYS
-from anyflow.checkpoints.readers import read_header
-from anyflow.documents import read_json, shortened
-from anyflow.network import has_flow_map
+from anyflow.formats.architecture import ANYFLOW, FLOW_MAP_KEYS
+from anyflow.formats.readers import read_header
+from anyflow.models.network import has_flow_map
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.validation import brief
+from anyflow.utils.documents import read_json, shortened
+from anyflow.utils.validation import brief
 
 _SCHEDULER = "FlowMapEulerDiscreteScheduler"
 # Settings of other schedulers that make their schedule another one than a shift alone does.

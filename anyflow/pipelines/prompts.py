@@ -10,8 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from anyflow.documents import parse_json, read_text, shortened, text_problem
-from anyflow.validation import brief
+from anyflow.utils.documents import parse_json, read_text, shortened, text_problem
+from anyflow.utils.validation import brief
 
 MAX_PROMPT = 2**17  # characters; a text encoder takes 512 tokens
 COLUMNS = ("prompt", "negative_prompt")

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anyflow.documents import shortened
-from anyflow.locking import locks_folder
 from anyflow.pipelines.loading import resolve_device
 from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.prompts import Prompt
@@ -26,9 +24,11 @@ from anyflow.pipelines.request import MAX_SEED, VideoRequest
 from anyflow.pipelines.results import Results, comparison_name, file_name, folder_name
 from anyflow.pipelines.sample_settings import SampleSettings
 from anyflow.pipelines.video import import_av, write_comparison, write_video
-from anyflow.progress import LoggedProgress, counted, status
-from anyflow.validation import brief, whole_number
-from anyflow.versions import installed_versions
+from anyflow.utils.documents import shortened
+from anyflow.utils.locking import locks_folder
+from anyflow.utils.progress import LoggedProgress, counted, status
+from anyflow.utils.validation import brief, whole_number
+from anyflow.utils.versions import installed_versions
 
 if TYPE_CHECKING:
     from rich.console import Console

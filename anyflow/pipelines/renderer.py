@@ -15,7 +15,7 @@ from anyflow.pipelines.pipeline import AnyFlowPipeline
 from anyflow.pipelines.prompts import Prompt
 from anyflow.pipelines.sample_settings import DTYPES, SampleSettings
 from anyflow.sampling import Callback
-from anyflow.writing import system_error
+from anyflow.utils.writing import system_error
 
 
 class Renderer:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.documents import read_json, shortened
-from anyflow.rng import randn_like
 from anyflow.sampling import Schedule
 from anyflow.schedulers import MAX_STEPS, FlowMapEulerDiscreteScheduler
-from anyflow.validation import brief, finite_number, whole_number
+from anyflow.utils.documents import read_json, shortened
+from anyflow.utils.rng import randn_like
+from anyflow.utils.validation import brief, finite_number, whole_number
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # the encoder's attention takes memory by the square of it; trained models know 512

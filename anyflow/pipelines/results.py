@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow.documents import read_json, shortened
 from anyflow.pipelines.prompts import Prompt
-from anyflow.validation import brief
-from anyflow.versions import differences, installed_versions
-from anyflow.writing import write_text
+from anyflow.utils.documents import read_json, shortened
+from anyflow.utils.validation import brief
+from anyflow.utils.versions import differences, installed_versions
+from anyflow.utils.writing import write_text
 
 RESULTS_FILE = "results.json"
 _VIDEO = re.compile(r"steps-(\d+)-seed-(\d+)\.mp4")

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from anyflow.checkpoints.lora_file import open_lora
-from anyflow.documents import shortened
+from anyflow.formats.lora_file import open_lora
 from anyflow.pipelines.loading import ModelPaths
 from anyflow.pipelines.plain_wan import (
     is_plain_wan,
@@ -20,7 +19,8 @@ from anyflow.pipelines.plain_wan import (
 )
 from anyflow.pipelines.prompts import Prompt
 from anyflow.pipelines.request import VideoRequest
-from anyflow.validation import finite_number
+from anyflow.utils.documents import shortened
+from anyflow.utils.validation import finite_number
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

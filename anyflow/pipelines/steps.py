@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from anyflow.sampling import Callback, sample
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.validation import brief, finite_number
+from anyflow.utils.validation import brief, finite_number
 
 _TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from anyflow.packages import missing
 from anyflow.pipelines.frames import uint8_frames
+from anyflow.utils.packages import missing
 
 _BT709 = 1
 _LIMITED_RANGE = 1

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.documents import require_content, shortened
-from anyflow.network import execution_device
-from anyflow.validation import FiniteCheck, brief, numbered, overflow_advice
-from anyflow.versions import require_ftfy
+from anyflow.models.network import execution_device
+from anyflow.utils.documents import require_content, shortened
+from anyflow.utils.validation import FiniteCheck, brief, numbered, overflow_advice
+from anyflow.utils.versions import require_ftfy
 
 
 def load_vae(model: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -176,8 +176,8 @@ def require_sound_folder(folder: Path) -> None:
             file; an index and its files do not agree; or the configuration has more layers than
             there are tensors.
     """
-    from anyflow.checkpoints.files import find_files, read_json
-    from anyflow.checkpoints.readers import SafetensorsReader
+    from anyflow.formats.files import find_files, read_json
+    from anyflow.formats.readers import SafetensorsReader
 
     files = find_files(chosen_weights(folder), None)
     tensors = SafetensorsReader(files.weights, files.index).infos

@@ -9,8 +9,8 @@ import difflib
 import os
 from pathlib import Path
 
-from anyflow.documents import shortened
-from anyflow.writing import writing
+from anyflow.utils.documents import shortened
+from anyflow.utils.writing import writing
 
 FOLDER = Path(__file__).parent
 _SUFFIX = ".yaml"

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.documents import read_json, shortened
 from anyflow.schedulers.shift import (
     WEIGHT_TYPES,
     invert_shift,
@@ -22,8 +21,9 @@ from anyflow.schedulers.shift import (
     shift_times,
     train_weight_grid,
 )
-from anyflow.transfer import to_device
-from anyflow.validation import brief, is_finite_number, whole_number
+from anyflow.utils.documents import read_json, shortened
+from anyflow.utils.transfer import to_device
+from anyflow.utils.validation import brief, is_finite_number, whole_number
 
 MAX_STEPS = 10_000  # of a schedule: more are a mistake, and would only fill the memory
 MAX_TRAIN_TIMESTEPS = 10**6

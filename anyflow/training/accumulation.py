@@ -29,8 +29,8 @@ from anyflow.methods import (
 from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.draws import SampleDraws, draw_generator
-from anyflow.transfer import device_tensor, to_device
-from anyflow.validation import require_finite
+from anyflow.utils.transfer import device_tensor, to_device
+from anyflow.utils.validation import require_finite
 
 
 @dataclass(frozen=True)

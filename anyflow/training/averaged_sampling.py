@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from anyflow.network import has_flow_map
+from anyflow.models.network import has_flow_map
 from anyflow.sampling import sample
 from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from anyflow import recipes
-from anyflow.documents import read_json
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.blocks import AnyFlowTransformerBlock
 from anyflow.training.activations import block_bytes
@@ -35,6 +34,7 @@ from anyflow.training.flops import (
 from anyflow.training.networks import prepare_critic, prepare_student
 from anyflow.training.recipe import load_recipe
 from anyflow.training.steps import pretrain_config
+from anyflow.utils.documents import read_json
 
 LATENTS = (21, 16, 60, 104)  # F, C, H, W of 81 frames of 480 x 832
 TEXT_TOKENS = 512

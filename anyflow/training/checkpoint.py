@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from anyflow.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest, sync_folder
 from anyflow.training.tensor_files import INDEX, TensorReader, TensorWriter, difference, read_index
-from anyflow.writing import system_error, writing
+from anyflow.utils.writing import system_error, writing
 
 __all__ = ["CheckpointError", "Checkpointer", "complete_checkpoints"]
 

@@ -27,7 +27,7 @@ from anyflow.training.report_config import (
     PreviewConfig,
     ValidationConfig,
 )
-from anyflow.validation import require_number, require_positive, require_text, require_whole
+from anyflow.utils.validation import require_number, require_positive, require_text, require_whole
 
 __all__ = [
     "ArchitectureConfig",

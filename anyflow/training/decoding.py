@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.checkpoints.hub import local_folder
 from anyflow.data import MovingShapes, VideoDataset, pixel_shuffle_3d
+from anyflow.formats.hub import local_folder
 from anyflow.pipelines.frames import uint8_pixels
 from anyflow.pipelines.wan import decode_latents, load_vae
 from anyflow.training.config import Recipe

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from anyflow.transfer import to_device
+from anyflow.utils.transfer import to_device
 
 
 def draw_seed(*parts: int | str) -> int:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor
 
-from anyflow.checkpoints.names import ORIGINAL
-from anyflow.checkpoints.saving import new_folder, require_empty, write_transformer
-from anyflow.locking import locks_folder
+from anyflow.formats.names import ORIGINAL
+from anyflow.formats.saving import new_folder, require_empty, write_transformer
 from anyflow.pipelines.folder import Base, write_scheduler
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.checkpoint import Checkpointer, CheckpointError, complete_checkpoints
+from anyflow.utils.locking import locks_folder
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

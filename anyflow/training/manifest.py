@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow.documents import read_json
-from anyflow.writing import sync, writing
+from anyflow.utils.documents import read_json
+from anyflow.utils.writing import sync, writing
 
 MANIFEST = "manifest.json"
 FORMAT = 1

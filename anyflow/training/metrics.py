@@ -18,10 +18,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from anyflow.documents import parse_json, read_text
-from anyflow.progress import LoggedProgress
 from anyflow.training.trackers import Trackers
-from anyflow.writing import write_text, writing
+from anyflow.utils.documents import parse_json, read_text
+from anyflow.utils.progress import LoggedProgress
+from anyflow.utils.writing import write_text, writing
 
 FILE = "metrics.jsonl"
 _MAX_BYTES = 4 * 2**30

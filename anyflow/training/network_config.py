@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from anyflow.validation import require_number, require_positive, require_text, require_whole
+from anyflow.utils.validation import require_number, require_positive, require_text, require_whole
 
 # More than any machine holds; a number beyond it is a mistake that would end in an error of the
 # allocator, or never.

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from anyflow.checkpoints import load_transformer
+from anyflow.formats import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.packages import missing
 from anyflow.training.config import FlowMapConfig, LoRAConfig, NetworkConfig, Recipe
 from anyflow.training.draws import draw_seed
+from anyflow.utils.packages import missing
 
 
 def build_student(recipe: Recipe) -> AnyFlowTransformer3DModel:

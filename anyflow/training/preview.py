@@ -12,7 +12,6 @@ from rich.console import Console
 from torch import Tensor
 
 from anyflow.data import VideoDataset
-from anyflow.rng import randn_like
 from anyflow.training.averaged_sampling import AveragedSampler
 from anyflow.training.config import Recipe
 from anyflow.training.decoding import Decoder
@@ -22,6 +21,7 @@ from anyflow.training.ema import EMA
 from anyflow.training.preview_grid import write_grid
 from anyflow.training.prompts import Prompt
 from anyflow.training.steps import Step
+from anyflow.utils.rng import randn_like
 
 REAL = "real"  # label of the data's own videos
 

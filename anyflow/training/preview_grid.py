@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from anyflow.pipelines.video import write_video
-from anyflow.writing import write_bytes
+from anyflow.utils.writing import write_bytes
 
 _MIN_WIDTH = 128  # pixels of a cell, so that a caption fits
 _MAX_WIDTH = 3840  # of the whole picture; H.264 ends at 4096

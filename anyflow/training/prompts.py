@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import pad
 
-from anyflow.checkpoints.hub import local_folder
 from anyflow.data import VideoDataset
+from anyflow.formats.hub import local_folder
 from anyflow.training.config import MetricsConfig, PreviewConfig, Recipe
 from anyflow.training.distributed import Mesh, main_result
 

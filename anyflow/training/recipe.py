@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from anyflow.documents import shortened
 from anyflow.methods import PretrainConfig
-from anyflow.packages import missing
 from anyflow.training.config import Recipe
 from anyflow.training.yaml_source import Located, RecipeError, read_file, read_override, write_yaml
+from anyflow.utils.documents import shortened
+from anyflow.utils.packages import missing
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

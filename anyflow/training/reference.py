@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from anyflow.training.config import Recipe
-from anyflow.writing import write_text
+from anyflow.utils.writing import write_text
 
 # Keys that a section has and that a recipe refuses: it gives them elsewhere, or not at all.
 _REFUSED = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from anyflow.validation import require_text, require_whole
+from anyflow.utils.validation import require_text, require_whole
 
 MAX_BATCH = 2**16
 MAX_TIMESTEPS = 10**6

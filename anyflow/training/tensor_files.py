@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from anyflow.documents import read_json
 from anyflow.training.manifest import CheckpointError, write_durably
-from anyflow.writing import writing
+from anyflow.utils.documents import read_json
+from anyflow.utils.writing import writing
 
 INDEX = "tensors.json"
 MAX_INDEX_BYTES = 2**30  # 14B parameters in pieces of hundreds of ranks

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from anyflow.documents import read_text, shortened
-from anyflow.packages import is_missing, missing
 from anyflow.training.report_config import Logger
-from anyflow.validation import brief
-from anyflow.writing import write_text
+from anyflow.utils.documents import read_text, shortened
+from anyflow.utils.packages import is_missing, missing
+from anyflow.utils.validation import brief
+from anyflow.utils.writing import write_text
 
 RUN_ID_FILE = "run_id"
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")

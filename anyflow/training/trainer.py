@@ -15,9 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from anyflow.data import TrainingData, VideoDataset, open_dataset
-from anyflow.locking import folder_lock
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.threads import torch_threads
 from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import Recipe
 from anyflow.training.decoding import Decoder
@@ -49,7 +47,9 @@ from anyflow.training.resuming import (
 from anyflow.training.sample_metrics import SampleMetrics
 from anyflow.training.steps import OnPolicyStep, PretrainStep, Step, build_scheduler
 from anyflow.training.trackers import check_loggers
-from anyflow.writing import write_text
+from anyflow.utils.locking import folder_lock
+from anyflow.utils.threads import torch_threads
+from anyflow.utils.writing import write_text
 
 
 def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anyflow.network import widest_float
+from anyflow.models.network import widest_float
 
 
 class Window:

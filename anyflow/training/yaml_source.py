@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from anyflow import recipes
-from anyflow.documents import read_text, shortened
-from anyflow.packages import missing
+from anyflow.utils.documents import read_text, shortened
+from anyflow.utils.packages import missing
 
 try:
     import yaml

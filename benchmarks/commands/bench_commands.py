@@ -23,7 +23,7 @@ from interleave import OURS
 from workloads import Contest, Line, Setting, Workload
 
 import anyflow
-from anyflow.threads import usable_cores
+from anyflow.utils.threads import usable_cores
 
 ROOT = Path(anyflow.__file__).resolve().parents[1]
 RECIPE = "smoke_teacher"

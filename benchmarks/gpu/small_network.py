@@ -99,7 +99,7 @@ def _gradients(device: torch.device, tiny: bool) -> float:
 
 def _replayed(device: torch.device, tiny: bool) -> float:
     """Compare samples by a replayed CUDA graph, of two shapes, with those of the network itself."""
-    from anyflow.cuda_graph import CudaGraphTransformer
+    from anyflow.models.cuda_graph import CudaGraphTransformer
     from anyflow.sampling import sample
     from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 

@@ -19,7 +19,7 @@ from peers import SMALL, WAN_1B, Size
 from torch import Tensor
 from workloads import Contest, Line, Setting, Workload
 
-from anyflow.checkpoints import load_transformer
+from anyflow.formats import load_transformer
 
 DIFFUSERS = "diffusers"
 MEDIUM = Size("110M", 12, 64, 12, 3072, 1024, 32, (1, 5, 16, 32, 32))

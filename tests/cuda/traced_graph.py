@@ -1,4 +1,4 @@
-"""Traces what a CUDA graph records: one evaluation after another, as ``anyflow.cuda_graph`` makes
+"""Traces what a CUDA graph records: one evaluation after another, as ``anyflow.models.cuda_graph`` makes
 them.
 """
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.network import evaluate
+from anyflow.models.network import evaluate
 
 CUDA = torch.device("cuda", 0)
 LAYERS = 2

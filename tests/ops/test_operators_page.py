@@ -13,7 +13,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 
 from anyflow import ops
-from anyflow.block_parts import replaced_parts
+from anyflow.pipelines.block_parts import replaced_parts
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import anyflow
-from anyflow.checkpoints import load_transformer
 from anyflow.cli import app
-from anyflow.network import has_hooks
+from anyflow.formats import load_transformer
+from anyflow.models.network import has_hooks
 from anyflow.pipelines import AnyFlowPipeline
 from anyflow.pipelines.memory import stop_streaming, stream
 from anyflow.pipelines.wan import encode_prompt, load_text_encoder, load_tokenizer

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 
-from anyflow.checkpoints import load_transformer
+from anyflow.formats import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.pipelines import AnyFlowPipeline
 

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from anyflow.checkpoints import load_transformer, save
+from anyflow.formats import load_transformer, save
 from anyflow.pipelines import AnyFlowPipeline
 from anyflow.pipelines.plain_wan import load_scheduler
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler

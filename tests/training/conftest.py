@@ -18,7 +18,7 @@ from anyflow.training.config import (
     OptimizerConfig,
     Recipe,
 )
-from anyflow.versions import TEXT_PACKAGES, installed_versions
+from anyflow.utils.versions import TEXT_PACKAGES, installed_versions
 
 ARCHITECTURE = ArchitectureConfig(
     num_attention_heads=2,

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anyflow.checkpoints import load_transformer
+from anyflow.formats import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.pipelines.lora import merge_lora
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anyflow.locking import FolderInUseError, folder_lock
 from anyflow.training import Recipe, train
 from anyflow.training.config import CheckpointConfig
 from anyflow.training.export import export
+from anyflow.utils.locking import FolderInUseError, folder_lock
 
 Make = Callable[..., Recipe]
 

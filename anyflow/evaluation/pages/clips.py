@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anyflow.documents import require_regular_file
 from anyflow.evaluation.rendering import data_uri
 from anyflow.evaluation.runs.record import EvaluationRecord
 from anyflow.pipelines.video import import_av
+from anyflow.utils.documents import require_regular_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -25,7 +25,7 @@ from anyflow.evaluation.plots import DARK_COLORS, any_step_figure
 from anyflow.evaluation.rendering import chart, render
 from anyflow.evaluation.runs.record import EvaluationRecord, MetricRecord
 from anyflow.evaluation.wording import listed, percent, steps_listed
-from anyflow.writing import write_text
+from anyflow.utils.writing import write_text
 
 MOTION = "motion"
 _MAX_BANDS = 5  # lines; the intervals of more would hide each other

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anyflow.documents import shortened
 from anyflow.evaluation.runs.record import RECORD_FILE
 from anyflow.pipelines.prompts import Prompt
 from anyflow.pipelines.results import folder_name
-from anyflow.writing import write_text
+from anyflow.utils.documents import shortened
+from anyflow.utils.writing import write_text
 
 REPORT_FILE = "report.html"
 PROMPTS_FILE = "prompts.json"

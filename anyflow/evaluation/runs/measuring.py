@@ -13,7 +13,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from anyflow.documents import shortened
 from anyflow.evaluation.runs.layout import Layout
 from anyflow.evaluation.runs.models import ShapesModel, VideoFormat
 from anyflow.evaluation.runs.plan import EvaluationPlan
@@ -34,7 +33,8 @@ from anyflow.evaluation.video_metrics import (
     psnr,
 )
 from anyflow.pipelines.loading import resolve_device
-from anyflow.progress import counted
+from anyflow.utils.documents import shortened
+from anyflow.utils.progress import counted
 
 METRICS = {
     name: MetricRecord(metric.title, metric.unit, cast(Better, metric.better))

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from anyflow.data import SyntheticVideos
-from anyflow.documents import read_json, shortened
 from anyflow.evaluation.runs.layout import check_model_name
 from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_device
 from anyflow.pipelines.memory import Memory, check_options
@@ -25,7 +24,8 @@ from anyflow.pipelines.prompts import Prompt
 from anyflow.pipelines.renderer import Renderer
 from anyflow.pipelines.sample_settings import SampleSettings
 from anyflow.sampling import Callback, sample
-from anyflow.threads import torch_threads
+from anyflow.utils.documents import read_json, shortened
+from anyflow.utils.threads import torch_threads
 
 # of a file of weights: what tells two checkpoints apart without reading all of them
 _BLOCKS, _BLOCK = 16, 2**16

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from anyflow.documents import shortened
 from anyflow.evaluation.runs.layout import check_model_name
 from anyflow.evaluation.runs.models import VideoModel
 from anyflow.evaluation.runs.record import MAX_SAMPLES, MAX_SEED, EvaluationRecord, ModelRecord
 from anyflow.pipelines.prompts import Prompt
 from anyflow.schedulers import MAX_STEPS
-from anyflow.validation import brief, whole_number
+from anyflow.utils.documents import shortened
+from anyflow.utils.validation import brief, whole_number
 
 REFERENCE_STEPS = "reference_steps"  # of a model's settings in the record
 _NEGATIVES = "negative_prompts"

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from anyflow.documents import shortened
 from anyflow.evaluation.runs.plan import covers
 from anyflow.evaluation.runs.record import EvaluationRecord
-from anyflow.locking import FolderInUseError, folder_lock
 from anyflow.pipelines.loading import resolve_device
+from anyflow.utils.documents import shortened
+from anyflow.utils.locking import FolderInUseError, folder_lock
 
 POLL_SECONDS = 0.2
 _START_SECONDS = 600.0  # that other processes wait for the first one's record

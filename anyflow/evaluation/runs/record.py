@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from anyflow.documents import read_json, shortened
-from anyflow.validation import brief, finite_number, require_text, whole_number
-from anyflow.writing import write_text
+from anyflow.utils.documents import read_json, shortened
+from anyflow.utils.validation import brief, finite_number, require_text, whole_number
+from anyflow.utils.writing import write_text
 
 RECORD_FILE = "evaluation.json"
 FORMAT = "anyflow-evaluation-1"

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from anyflow.documents import shortened
 from anyflow.evaluation.runs.layout import Layout
 from anyflow.evaluation.runs.measuring import Measurer
 from anyflow.evaluation.runs.models import PipelineModel, VideoModel
@@ -25,9 +24,10 @@ from anyflow.evaluation.runs.sampling import (
     remove_work,
 )
 from anyflow.evaluation.runs.vbench import VBench, VBenchError
-from anyflow.locking import folder_lock
 from anyflow.pipelines.video import import_av
-from anyflow.progress import counted, status
+from anyflow.utils.documents import shortened
+from anyflow.utils.locking import folder_lock
+from anyflow.utils.progress import counted, status
 
 
 @dataclass(frozen=True)

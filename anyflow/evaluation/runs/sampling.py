@@ -18,8 +18,8 @@ from anyflow.evaluation.runs.plan import EvaluationPlan
 from anyflow.evaluation.runs.ranks import POLL_SECONDS, Rank
 from anyflow.pipelines.prompts import Prompt
 from anyflow.pipelines.video import write_video
-from anyflow.progress import LoggedProgress, counted, status
-from anyflow.writing import publish, system_error
+from anyflow.utils.progress import LoggedProgress, counted, status
+from anyflow.utils.writing import publish, system_error
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow.documents import read_json, shortened
-from anyflow.validation import brief
+from anyflow.utils.documents import read_json, shortened
+from anyflow.utils.validation import brief
 
 # The dimensions that VBench computes of any videos (its mode custom_input), and those that need its
 # own prompts.

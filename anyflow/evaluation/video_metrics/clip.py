@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.documents import shortened
 from anyflow.evaluation.video_metrics.models import CLIP, model_problem
 from anyflow.evaluation.video_metrics.values import levels, unit_videos
-from anyflow.validation import brief, require_whole
+from anyflow.utils.documents import shortened
+from anyflow.utils.validation import brief, require_whole
 
 
 class Clip:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from anyflow.evaluation.video_metrics.values import gray_frames, levels, unit_videos
-from anyflow.packages import missing
-from anyflow.validation import require_positive
+from anyflow.utils.packages import missing
+from anyflow.utils.validation import require_positive
 
 # OpenCV's dense inverse search refuses frames that are smaller.
 LEAST_SIDE = 12

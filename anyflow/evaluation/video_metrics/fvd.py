@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anyflow.documents import require_content, shortened
 from anyflow.evaluation.frechet import frechet_distance
 from anyflow.evaluation.video_metrics.models import I3D, model_problem
 from anyflow.evaluation.video_metrics.values import levels, unit_videos
-from anyflow.validation import brief, require_whole
+from anyflow.utils.documents import require_content, shortened
+from anyflow.utils.validation import brief, require_whole
 
 LEAST_FRAMES = 10  # that the network's strides leave something of
 

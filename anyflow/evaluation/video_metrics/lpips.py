@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anyflow.documents import require_content, shortened
 from anyflow.evaluation.video_metrics.models import (
     ALEXNET,
     missing_package,
@@ -16,8 +15,9 @@ from anyflow.evaluation.video_metrics.models import (
 )
 from anyflow.evaluation.video_metrics.pixels import psnr
 from anyflow.evaluation.video_metrics.values import require_equal_shapes, unit_videos
-from anyflow.packages import is_missing
-from anyflow.validation import require_whole
+from anyflow.utils.documents import require_content, shortened
+from anyflow.utils.packages import is_missing
+from anyflow.utils.validation import require_whole
 
 LEAST_SIDE = 31  # pixels, below which AlexNet's second pooling has nothing to pool
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from anyflow.documents import shortened
-from anyflow.packages import is_missing, missing, module_name
+from anyflow.utils.documents import shortened
+from anyflow.utils.packages import is_missing, missing, module_name
 
 DEFAULT_FOLDER = Path("~/.cache/anyflow/evaluation")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anyflow.evaluation.video_metrics import Lpips, psnr, video_reference_metrics
 from anyflow.evaluation.video_metrics.models import ALEXNET
-from anyflow.packages import is_missing
+from anyflow.utils.packages import is_missing
 
 
 def _videos(seed: int, n: int = 2, channels: int = 3) -> Tensor:

@@ -14,7 +14,7 @@ from anyflow.evaluation.video_metrics import (
     models_folder,
 )
 from anyflow.evaluation.video_metrics.models import ALEXNET, CLIP, I3D, package_problem
-from anyflow.packages import is_missing
+from anyflow.utils.packages import is_missing
 
 
 def test_the_folder_of_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

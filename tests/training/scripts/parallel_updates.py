@@ -26,7 +26,6 @@ from anyflow.methods import (
     sample_time_pairs,
 )
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.rng import rand, randn_like
 from anyflow.sampling import sample
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.config import ParallelConfig
@@ -38,6 +37,7 @@ from anyflow.training.distributed import (
     shard_network,
     teardown,
 )
+from anyflow.utils.rng import rand, randn_like
 
 GLOBAL_BATCH, STEPS, FRAMES, SIZE = 4, 2, 3, 6  # 9 tokens a frame: no degree divides them
 MESHES = {  # by the number of processes

@@ -1,0 +1,24 @@
+"""Checkpoints of every origin: diffusers, the older hub layout, training files, the original Wan,
+FastVideo.
+"""
+
+from anyflow.formats.architecture import Architecture, FlowMap
+from anyflow.formats.checkpoint import CheckpointFormat, detect
+from anyflow.formats.errors import CheckpointFormatError
+from anyflow.formats.inspection import CheckpointInfo, inspect
+from anyflow.formats.loading import load_transformer
+from anyflow.formats.saving import convert, load_scheduler, save
+
+__all__ = [
+    "Architecture",
+    "CheckpointFormat",
+    "CheckpointFormatError",
+    "CheckpointInfo",
+    "FlowMap",
+    "convert",
+    "detect",
+    "inspect",
+    "load_scheduler",
+    "load_transformer",
+    "save",
+]

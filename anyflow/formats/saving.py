@@ -1,0 +1,212 @@
+"""Writing a transformer as a folder for diffusers, and converting any format to one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from anyflow.formats.architecture import ANYFLOW, WAN, FlowMap
+from anyflow.formats.errors import CheckpointFormatError
+from anyflow.formats.files import CONFIG, find_files, read_json
+from anyflow.formats.hub import local_checkpoint
+from anyflow.formats.loading import load_transformer
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.utils.documents import shortened
+from anyflow.utils.locking import locks_folder
+from anyflow.utils.writing import writing
+
+# The older class differs in the name, and in the default of a setting that it always writes.
+_SCHEDULERS = ("FlowMapEulerDiscreteScheduler", "FlowMapDiscreteScheduler")
+
+
+@locks_folder("out", beside=True)
+def save(
+    model: AnyFlowTransformer3DModel,
+    out: Path | str,
+    *,
+    scheduler: FlowMapEulerDiscreteScheduler | None = None,
+    max_shard_size: int | str = "10GB",
+) -> Path:
+    """Write ``out/transformer``, and ``out/scheduler`` if there is one, completely or not at all.
+
+    A flow map is written for diffusers' ``AnyFlowTransformer3DModel``, a plain model for its
+    ``WanTransformer3DModel``; both load it bit for bit (``tests/formats/test_saving.py``), and
+    so does :func:`load_transformer`.
+
+    Args:
+        model: without adapters.
+        out: a new or empty folder.
+        scheduler: whose settings are written.
+        max_shard_size: of one file, in bytes or as ``"10GB"``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: ``out`` is not empty or in use, or diffusers has no such model.
+        OSError: the system refuses to write, such as on a full disk; ``out`` is as before.
+    """
+    return _save(model, Path(out), scheduler, max_shard_size)
+
+
+def _save(
+    model: AnyFlowTransformer3DModel,
+    out: Path,
+    scheduler: FlowMapEulerDiscreteScheduler | None,
+    max_shard_size: int | str,
+) -> Path:
+    _diffusers_config(model)  # before anything is written
+    with new_folder(out) as partial:
+        write_transformer(model, partial / "transformer", max_shard_size=max_shard_size)
+        if scheduler is not None:
+            scheduler.save_pretrained(partial / "scheduler")
+    return out
+
+
+def write_transformer(
+    model: AnyFlowTransformer3DModel, folder: Path, *, max_shard_size: int | str = "10GB"
+) -> None:
+    """Write a model with the ``config.json`` of diffusers' class for it; ValueError if diffusers
+    has no such model.
+    """
+    config = _diffusers_config(model)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder to write to, which becomes ``out`` when nothing has failed, and goes
+    otherwise.
+
+    Raises:
+        ValueError: ``out`` is not empty.
+        OSError: the system refuses to write; the error names a path.
+    """
+    require_empty(out)
+    target = Path(os.path.realpath(out))
+    partial = target.with_name(f".{target.name}.tmp")
+    with writing(out):
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            os.replace(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # half a model would keep a full disk full
+            raise
+
+
+def require_empty(out: Path) -> None:
+    """Raise a ValueError unless there is nothing at ``out`` but perhaps an empty folder."""
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{shortened(out)} is a link to nothing; name another folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; name another one")
+
+
+@locks_folder("out", beside=True)
+def convert(
+    path: Path | str,
+    out: Path | str,
+    *,
+    to: Literal["diffusers"] = "diffusers",
+    dtype: torch.dtype | None = None,
+    subfolder: str | None = None,
+    flow_map: FlowMap | None = None,
+    weights: str | None = None,
+    lora_alpha: float | None = None,
+    attention_head_dim: int | None = None,
+    bidirectional: bool = False,
+    shift: float | None = None,
+    max_shard_size: int | str = "10GB",
+    strict_values: bool = False,
+) -> Path:
+    """Write a checkpoint of any format as :func:`save` does.
+
+    Args:
+        path: as for :func:`load_transformer`, like the arguments that are not listed here.
+        out: a new or empty folder.
+        to: the format to write.
+        shift: of the scheduler that is written. None takes over the flow-map scheduler of the
+            pipeline that the checkpoint is part of, and writes none if there is no such thing.
+        max_shard_size: of one file, in bytes or as ``"10GB"``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: as :func:`load_transformer` and :func:`save`.
+        OSError: as :func:`save`.
+    """
+    if to != "diffusers":
+        raise ValueError(f"to must be diffusers, got {to!r}")
+    require_empty(Path(out))
+    scheduler = (
+        load_scheduler(path, subfolder)
+        if shift is None
+        else FlowMapEulerDiscreteScheduler(shift=shift)
+    )
+    model = load_transformer(
+        path,
+        dtype=dtype,
+        subfolder=subfolder,
+        flow_map=flow_map,
+        weights=weights,
+        lora_alpha=lora_alpha,
+        attention_head_dim=attention_head_dim,
+        bidirectional=bidirectional,
+        strict_values=strict_values,
+    )
+    return _save(model, Path(out), scheduler, max_shard_size)
+
+
+def load_scheduler(
+    path: Path | str, subfolder: str | None = None
+) -> FlowMapEulerDiscreteScheduler | None:
+    """The flow-map scheduler of the pipeline that a checkpoint is part of, or None where it has
+    another or none.
+
+    Raises:
+        CheckpointFormatError: its file is damaged, or a setting is not possible.
+    """
+    file = find_files(local_checkpoint(path, subfolder), subfolder).scheduler
+    if file is None:
+        return None
+    config = read_json(file)
+    if config.get("_class_name") not in _SCHEDULERS:
+        return None
+    try:
+        return FlowMapEulerDiscreteScheduler.from_config(config)
+    except ValueError as error:
+        raise CheckpointFormatError(f"{file}: {error}") from error
+
+
+def _diffusers_config(model: AnyFlowTransformer3DModel) -> dict[str, Any]:
+    if getattr(model, "peft_config", None):
+        raise ValueError("this model has adapters; merge them first (fuse_lora, unload_lora)")
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    fusion, is_flow_map = config.pop("r_embedder_fusion"), config.pop("r_embedder")
+    if is_flow_map:
+        if fusion != "gated":
+            raise ValueError(
+                f"diffusers has no model whose times are fused as {fusion!r}, only 'gated'"
+            )
+        return {"_class_name": ANYFLOW, **config}
+    del config["gate_value"], config["deltatime_type"]
+    if config["image_dim"] is not None:
+        raise ValueError(
+            "diffusers' plain Wan model with an image branch has attention that this one does not "
+            "have"
+        )
+    # The last is for our own class, whose default is True; diffusers says that it ignores it.
+    return {"_class_name": WAN, **config, "qk_norm": "rms_norm_across_heads", "r_embedder": False}
