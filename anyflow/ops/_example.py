@@ -176,6 +176,28 @@ def public_call(op: str, arguments: Arguments) -> OperatorCall:
     return OperatorCall(function, [arguments[name] for name in names], training)
 
 
+def moved(
+    arguments: Arguments, device: torch.device | str, dtype: torch.dtype | None = None
+) -> Arguments:
+    """Copy arguments to a device, tensors as leaves like those that are given.
+
+    Args:
+        arguments: of a registered operator.
+        device: of the new tensors.
+        dtype: of floating-point tensors and of what asks for a dtype; None leaves each its own.
+    """
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return value if dtype is None else dtype
+        if not isinstance(value, Tensor):
+            return value
+        own = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        return value.detach().to(device, own, copy=True).requires_grad_(value.requires_grad)
+
+    return {name: converted(value) for name, value in arguments.items()}
+
+
 def registered_calls(op: str, arguments: Arguments) -> dict[str, tuple[Any, ...]]:
     """Return the arguments that the dispatcher sees of an operator and of its backward.
 

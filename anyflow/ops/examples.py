@@ -21,6 +21,7 @@ from torch import Tensor
 from anyflow.ops._example import Arguments, Draws, Example, LeastWork
 from anyflow.ops._example import OperatorCall as OperatorCall
 from anyflow.ops._example import as_tuple as as_tuple
+from anyflow.ops._example import moved as moved
 from anyflow.ops._example import public_call as public_call
 from anyflow.ops._example import registered_calls as registered_calls
 
