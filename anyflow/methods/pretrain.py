@@ -219,7 +219,7 @@ class AnyFlowPretrainMethod:
             self._weight(batch),
             self.config.fuse_guidance_scale,
             width,
-            rows=batch.rows,
+            picked=batch.rows,
         )
         return per_sample, batch.is_diffusion
 
