@@ -240,7 +240,7 @@ def _flow_map_loss(draw: Draw) -> Call:
         p: Tensor, u: Tensor, a: Tensor, b: Tensor, x: Tensor, e: Tensor, *constants: Tensor
     ) -> Tensor:
         t, weight, rows = constants
-        return ops.flow_map_loss(p, u, a, b, x, e, t, t * 0.5, weight, 3.0, 0.01, rows=rows)
+        return ops.flow_map_loss(p, u, a, b, x, e, t, t * 0.5, weight, 3.0, 0.01, picked=rows)
 
     return loss, [pred, uncond, plus, minus, latents, noise, t, weight, rows]
 

@@ -174,18 +174,18 @@ class AnyFlowPretrainMethod:
         x_t, terms = self._target_terms(data, times)  # (1), (8)
         r_timestep = None if self._plain else times.r_timestep
         losses = flow_map_loss(  # (9), (10)
-            velocity(self.student, x_t, times.timestep, r_timestep, data.text),
-            terms.uncond,
-            terms.u_plus,
-            terms.u_minus,
-            data.x0,
-            data.noise,
-            times.t,
-            times.r,
-            self._weight(times),
-            self.config.fuse_guidance_scale,
-            terms.width,
-            rows=times.picked,
+            pred=velocity(self.student, x_t, times.timestep, r_timestep, data.text),
+            uncond=terms.uncond,
+            u_plus=terms.u_plus,
+            u_minus=terms.u_minus,
+            latents=data.x0,
+            noise=data.noise,
+            t=times.t,
+            r=times.r,
+            weight=self._weight(times),  # (11)
+            guidance=self.config.fuse_guidance_scale,
+            width=terms.width,
+            picked=times.picked,
         )
         return losses, norms
 
