@@ -17,9 +17,10 @@ from anyflow.methods.collectives import broadcast_from_rank_zero, rank_and_world
 from anyflow.methods.output import LossOutput
 from anyflow.methods.pretrain_config import PretrainConfig
 from anyflow.methods.time_pairs import TimePairs, sample_time_pairs
-from anyflow.models.network import has_flow_map, velocity, widest_float
+from anyflow.models.network import has_flow_map, velocity
 from anyflow.ops import flow_map_batch, flow_map_loss, use_backend
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.utils.devices import widest_float
 from anyflow.utils.rng import rand, randn_like, resolve_generator
 from anyflow.utils.validation import (
     batched_embeds,

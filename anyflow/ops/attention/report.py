@@ -10,6 +10,7 @@ from anyflow.ops.attention.backends import ATTENTION_BACKENDS, AttentionCall, un
 from anyflow.ops.attention.choice import allowed, automatic, describe_call, unavailable
 from anyflow.ops.attention.dispatch import _forced_backend
 from anyflow.ops.backend import forced_backend
+from anyflow.utils.devices import default_device
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,7 @@ def attention_report(
     Returns:
         Backend name to :class:`AttentionChoice`. None is chosen where a forced backend cannot run.
     """
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    )
+    device = default_device() if device is None else torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     call = describe_call(device, dtype, head_dim, requires_grad, 8, False, forced_backend())
