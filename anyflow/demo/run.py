@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from anyflow.demo.config import DemoConfig
@@ -23,6 +22,7 @@ from anyflow.demo.stages import stage_recipe, train_stage
 from anyflow.demo.world import World
 from anyflow.evaluation import EvaluationResults, Metrics
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import read_json
 from anyflow.utils.locking import locks_folder
 from anyflow.utils.threads import torch_threads
@@ -184,7 +184,7 @@ def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
         raise ValueError(f"--out {out} is a file; name a folder")
     if (file := next((parent for parent in out.parents if parent.is_file()), None)) is not None:
         raise ValueError(f"--out {out} cannot be created: {file} is a file")
-    _check_device(config.device)
+    resolve_device(config.device, "--device", computes=True)
     settings = json.loads(json.dumps(asdict(config)))
     del settings["num_threads"]  # not what is run, but how
     file = out / STATE_FILE
@@ -214,11 +214,3 @@ def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
             "delete it"
         )
     return {"config": settings, "finished": finished}
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name!r} cannot be used here: {reason}") from None

@@ -21,7 +21,7 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.network import execution_device, has_flow_map
 from anyflow.pipelines.acceleration import accelerate
 from anyflow.pipelines.folder import write_index, write_scheduler
-from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_device, resolve_dtype
+from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_dtype
 from anyflow.pipelines.memory import (
     Memory,
     Plan,
@@ -41,6 +41,7 @@ from anyflow.pipelines.plain_wan import (
 from anyflow.pipelines.request import ModelLayout
 from anyflow.pipelines.wan import load_text_encoder, load_tokenizer, load_vae
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.utils.devices import resolve_device
 
 
 def _with_weights_at_rest(name: str) -> Callable[..., Any]:

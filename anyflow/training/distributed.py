@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.config import ParallelConfig
+from anyflow.utils.devices import default_device, known_device
 
 T = TypeVar("T")
 
@@ -131,11 +132,8 @@ def _shard_degree(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def _device(name: str | None, local_rank: int, world_size: int) -> torch.device:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown to PyTorch") from error
+    name = default_device().type if name is None else name
+    device = known_device(name)
     if world_size > 1 and name not in ("cpu", "cuda"):
         raise ValueError(
             f"device must be 'cpu' or 'cuda' with {world_size} processes, got {name!r}"

@@ -15,7 +15,7 @@ import torch
 
 from anyflow.evaluation.runs.plan import covers
 from anyflow.evaluation.runs.record import EvaluationRecord
-from anyflow.pipelines.loading import resolve_device
+from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import shortened
 from anyflow.utils.locking import FolderInUseError, folder_lock
 
