@@ -23,7 +23,6 @@ from anyflow.methods.time_pairs import TimePairs, sample_time_pairs
 from anyflow.models.network import has_flow_map, velocity
 from anyflow.ops import flow_map_loss
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.utils.devices import widest_float
 from anyflow.utils.rng import rand, randn_like, resolve_generator
 from anyflow.utils.validation import (
     batched_embeds,
