@@ -147,7 +147,7 @@ def verify(
     than rounding.
     """
     from anyflow.formats.verify import Thresholds, verify
-    from anyflow.pipelines.loading import resolve_device
+    from anyflow.utils.devices import resolve_device
 
     given = {"forward": max_forward, "loss": max_loss, "sample": max_sample}
     try:

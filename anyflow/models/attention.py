@@ -35,6 +35,7 @@ from anyflow.ops.attention import heads_first
 from anyflow.ops.backend import forced_backend
 from anyflow.ops.library import has_tangent
 from anyflow.ops.setting import ATTENTION_BACKEND, Use
+from anyflow.utils.devices import default_device
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,7 @@ def attention_report(
     Returns:
         Backend name to :class:`AttentionChoice`. None is chosen where a forced backend cannot run.
     """
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    )
+    device = default_device() if device is None else torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     switches = deterministic(), enabled(), flash_implementation()

@@ -32,7 +32,7 @@ from anyflow.evaluation.video_metrics import (
     motion,
     psnr,
 )
-from anyflow.pipelines.loading import resolve_device
+from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import shortened
 from anyflow.utils.progress import counted
 
