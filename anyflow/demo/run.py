@@ -5,7 +5,6 @@ samples, report.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import read_json
 from anyflow.utils.locking import locks_folder
 from anyflow.utils.threads import torch_threads
-from anyflow.utils.writing import write_text, writing
+from anyflow.utils.writing import whole_folder, write_text
 
 STATE_FILE = "state.json"
 
@@ -152,19 +151,10 @@ class _Run:
     # Files ----------------------------------------------------------------------------------------
 
     def _save(self, final: Path, model: AnyFlowTransformer3DModel) -> None:
-        """Write a model completely or not at all: a run may be killed at any moment."""
-        partial = final.with_name(f".{final.name}.partial")
-        with writing(final):
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                model.save_pretrained(partial / "transformer")
-                self.world.scheduler().save_pretrained(partial / "scheduler")
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(partial, final)
-            except BaseException:
-                # half a model would keep a full disk full
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+        """Write a model and its scheduler, in place of those of an earlier run."""
+        with whole_folder(final, replace=True) as partial:
+            model.save_pretrained(partial / "transformer")
+            self.world.scheduler().save_pretrained(partial / "scheduler")
 
     def _load(self, name: str) -> AnyFlowTransformer3DModel:
         folder = self.out / "checkpoints" / name / "transformer"
