@@ -106,8 +106,8 @@ def _check(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> C
                 if error is not None:
                     errors[direction] = max(errors.get(direction, 0.0), error)
     except Exception as error:
-        problem = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
-        return Check(op, backend, name, None, None, problem)
+        raised = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
+        return Check(op, backend, name, None, None, raised)
     wrong = [
         _describe(dtype, backward, error)
         for backward, error in errors.items()
