@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from anyflow.methods.time_pairs import TimePairs
-from anyflow.models.network import velocity, widest_float
+from anyflow.models.network import velocity
 from anyflow.ops import flow_map_batch
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.utils.devices import widest_float
 
 
 @dataclass(frozen=True)
