@@ -134,7 +134,7 @@ def verify(
     The exit status is 1 where a difference is larger.
     """
     from anyflow.formats.verify import verify
-    from anyflow.pipelines.loading import resolve_device
+    from anyflow.utils.devices import resolve_device
 
     limits = {"forward": max_forward, "loss": max_loss, "sample": max_sample}
     try:

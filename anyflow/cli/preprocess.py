@@ -96,7 +96,7 @@ def preprocess(
     try:
         from anyflow.data.captions import Columns, EmptyDatasetError
         from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, NothingEncodedError, preprocess
-        from anyflow.pipelines.loading import resolve_device
+        from anyflow.utils.devices import resolve_device
     except ImportError as error:
         fail(str(error))
     try:

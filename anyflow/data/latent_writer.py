@@ -31,7 +31,7 @@ from anyflow.data.latent_format import (
     write_record,
 )
 from anyflow.utils.documents import require_regular_file
-from anyflow.utils.writing import publish, write_bytes, writing
+from anyflow.utils.writing import hidden, publish, write_bytes, writing
 
 
 class LatentWriter:
@@ -161,7 +161,7 @@ class LatentWriter:
 
     @property
     def _temporary(self) -> Path:
-        return self._folder / f".shard-{self._shard:06d}.arrow.tmp"
+        return hidden(self._folder / f"shard-{self._shard:06d}.arrow")
 
     def _close_shard(self) -> None:
         name = f"shard-{self._shard:06d}.arrow"

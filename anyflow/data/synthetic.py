@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anyflow.data.moving_shapes import MovingShapes
 from anyflow.data.sample import Sample
-from anyflow.data.space_time import pixel_unshuffle_3d
+from anyflow.data.space_time import pixel_shuffle_3d, pixel_unshuffle_3d
 
 _TOKENS = 4
 _TEXT_DIM = 32
@@ -22,18 +22,20 @@ class SyntheticVideos:
     Sample i is of class ``i // (size * size)``.
 
     The prompt of a class is fixed random tokens, the negative prompt is zeros: a prompt that no
-    class has. Latents and prompts are those of the quickstart
-    (``test_the_videos_and_prompts_are_those_of_the_quickstart``).
+    class has. The quickstart trains on this set (:class:`anyflow.demo.World`).
+
+    Attributes:
+        shapes: the set of videos.
+        prompts: of each class, ``[4, 4, 32]``.
     """
 
     def __init__(self) -> None:
-        shapes = MovingShapes()
+        self.shapes = shapes = MovingShapes()
         bank = shapes.templates()
         self._latents = pixel_unshuffle_3d(bank.flatten(0, 1))
         self._per_class = bank.shape[1]
-        self._class_names = shapes.class_names
         generator = torch.Generator().manual_seed(_SEED)
-        self._prompts = torch.randn(shapes.num_classes, _TOKENS, _TEXT_DIM, generator=generator)
+        self.prompts = torch.randn(shapes.num_classes, _TOKENS, _TEXT_DIM, generator=generator)
         # Of what defines the values, not of the values: another machine may round one of them
         # differently.
         facts = f"moving shapes 1: {shapes.config}, {_TOKENS} x {_TEXT_DIM} tokens of seed {_SEED}"
@@ -43,16 +45,21 @@ class SyntheticVideos:
         return len(self._latents)
 
     def __getitem__(self, index: int, /) -> Sample:
-        return Sample(self._latents[index], self._prompts[index // self._per_class])
+        return Sample(self._latents[index], self.prompts[index // self._per_class])
 
     def caption(self, index: int, /) -> str:
         """Return the class of a sample, such as ``disc right``."""
-        return self._class_names[index // self._per_class]
+        return self.class_names[index // self._per_class]
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Return the class of each prompt: ``disc right`` and three more."""
-        return self._class_names
+        return self.shapes.class_names
+
+    @staticmethod
+    def decode(latents: Tensor) -> Tensor:
+        """Unfold latents ``[B, 4, 8, 6, 6]`` to videos ``[B, 8, 1, 12, 12]``, fp32 on the CPU."""
+        return pixel_shuffle_3d(latents).float().cpu()
 
     @property
     def negative_prompt_embeds(self) -> Tensor:

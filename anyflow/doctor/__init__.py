@@ -16,6 +16,7 @@ import torch
 
 from anyflow.doctor.environment import environment, load_operators
 from anyflow.doctor.requirements import hub, install_commands, packages, video_encoder
+from anyflow.utils.devices import resolve_device
 from anyflow.utils.packages import OPTIONAL
 
 
@@ -36,7 +37,7 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
     """
     from anyflow.doctor.page import Page  # needs rich, which the self-check does not
 
-    target = _device(device)
+    target = resolve_device(device, "--device", computes=True)
     page = Page(sys.stdout, quiet=as_json)
     problems: list[str] = []
 
@@ -108,17 +109,6 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
         }
         print(json.dumps(everything, indent=1, allow_nan=False))
     return not problems
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.ones(1, device=name).item()  # a meta tensor has no value
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name!r} cannot be used here: {reason}") from None
 
 
 def _attention(device: torch.device) -> tuple[dict[str, Any], str | None]:

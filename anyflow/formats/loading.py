@@ -20,8 +20,8 @@ from anyflow.formats.problems import (
 )
 from anyflow.formats.readers import FLOATS
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.utils.devices import known_device
 from anyflow.utils.documents import shortened
-from anyflow.utils.validation import brief
 
 
 @torch.inference_mode(False)  # what is made there can never be trained
@@ -72,7 +72,7 @@ def load_transformer(
     """
     if dtype is not None and dtype not in FLOATS.values():
         raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype}")
-    device = _device(device)
+    device = known_device(device)
     options = ReadOptions(subfolder, weights, lora_alpha, attention_head_dim, flow_map)
     # Adapters are merged in fp64, which not every other device has.
     checkpoint = open_checkpoint(
@@ -97,15 +97,6 @@ def load_transformer(
     if flow_map is not None and checkpoint.architecture.flow_map is None:
         model.enable_flow_map(flow_map.gate_value, flow_map.deltatime_type, flow_map.fusion)
     return model
-
-
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device {brief(device)} cannot be used: {str(error).splitlines()[0]}"
-        ) from None
 
 
 def _empty_model(

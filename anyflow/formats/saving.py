@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +15,8 @@ from anyflow.formats.hub import local_checkpoint
 from anyflow.formats.loading import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.utils.documents import shortened
 from anyflow.utils.locking import locks_folder
-from anyflow.utils.writing import writing
+from anyflow.utils.writing import require_empty, whole_folder
 
 # The older class differs in the name, and in the default of a setting that it always writes.
 _SCHEDULERS = ("FlowMapEulerDiscreteScheduler", "FlowMapDiscreteScheduler")
@@ -64,7 +59,7 @@ def _save(
     max_shard_size: int | str,
 ) -> Path:
     _diffusers_config(model)  # before anything is written
-    with new_folder(out) as partial:
+    with whole_folder(out) as partial:
         write_transformer(model, partial / "transformer", max_shard_size=max_shard_size)
         if scheduler is not None:
             scheduler.save_pretrained(partial / "scheduler")
@@ -78,37 +73,6 @@ def write_transformer(
     config = _diffusers_config(model)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``out`` at the end, or is removed after an error.
-
-    Raises:
-        ValueError: ``out`` is not empty.
-        OSError: the system refuses to write; the error names a path.
-    """
-    require_empty(out)
-    target = Path(os.path.realpath(out))
-    partial = target.with_name(f".{target.name}.tmp")
-    with writing(out):
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            os.replace(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # half a model would keep a full disk full
-            raise
-
-
-def require_empty(out: Path) -> None:
-    """Raise a ValueError unless there is nothing at ``out`` but perhaps an empty folder."""
-    if out.is_symlink() and not out.exists():
-        raise ValueError(f"{shortened(out)} is a link to nothing; name another folder")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; name another one")
 
 
 @locks_folder("out", beside=True)

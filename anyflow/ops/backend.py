@@ -15,6 +15,7 @@ import torch
 
 from anyflow.ops.native import missing_kernel
 from anyflow.ops.setting import ASSUMED_CAPABILITY, OPERATOR_BACKEND, Use
+from anyflow.utils.devices import default_device
 
 BACKENDS = ("eager", "triton", "native")
 # and the backends with kernels for it; filled by anyflow.ops.library
@@ -216,9 +217,7 @@ def backend_report(device: torch.device | str | None = None) -> dict[str, Backen
         Operator name to :class:`BackendChoice`. A forced backend that cannot run reads
         ``unavailable``.
     """
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    )
+    device = default_device() if device is None else torch.device(device)
     forced = forced_backend()
     report = {}
     for op in sorted(OPERATORS):

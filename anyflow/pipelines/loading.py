@@ -94,15 +94,3 @@ def resolve_dtype(
     if len(set(found)) > 1:
         raise ValueError(f"dtype and torch_dtype are one setting, got {dtype} and {torch_dtype}")
     return found[0] if found else torch.bfloat16
-
-
-def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device named, or a GPU if there is one, as tensors on it name it; ValueError for one that
-    is not there.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None

@@ -14,13 +14,13 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from typing_extensions import Self
 
-from anyflow.formats.saving import new_folder, write_transformer
+from anyflow.formats.saving import write_transformer
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.network import execution_device, has_flow_map
 from anyflow.pipelines.acceleration import accelerate
 from anyflow.pipelines.folder import write_index, write_scheduler
 from anyflow.pipelines.layout import ModelLayout
-from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_device, resolve_dtype
+from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_dtype
 from anyflow.pipelines.memory import (
     Memory,
     MemoryPlan,
@@ -39,6 +39,8 @@ from anyflow.pipelines.plain_wan import (
 )
 from anyflow.pipelines.wan import load_text_encoder, load_tokenizer, load_vae
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.utils.devices import resolve_device
+from anyflow.utils.writing import whole_folder
 
 
 def _with_weights_at_rest(name: str) -> Callable[..., Any]:
@@ -372,7 +374,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             )
         self._turns.release(self.transformer)
         transformer: Any = getattr(self.transformer, "_orig_mod", self.transformer)
-        with new_folder(Path(save_directory)) as folder:
+        with whole_folder(Path(save_directory)) as folder:
             if isinstance(transformer, AnyFlowTransformer3DModel):
                 write_transformer(
                     transformer, folder / "transformer", max_shard_size=max_shard_size

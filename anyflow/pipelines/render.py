@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anyflow.pipelines.loading import resolve_device
 from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.prompts import Prompt
 from anyflow.pipelines.renderer import Renderer
@@ -22,6 +21,7 @@ from anyflow.pipelines.request import MAX_SEED, VideoRequest
 from anyflow.pipelines.results import SampleResults, comparison_name, file_name, folder_name
 from anyflow.pipelines.sample_settings import SampleSettings
 from anyflow.pipelines.video import import_av, write_comparison, write_video
+from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import shortened
 from anyflow.utils.locking import locks_folder
 from anyflow.utils.progress import LoggedProgress, counted, status

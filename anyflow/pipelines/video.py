@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
@@ -15,6 +14,7 @@ import numpy as np
 
 from anyflow.pipelines.frames import uint8_frames
 from anyflow.utils.packages import missing
+from anyflow.utils.writing import whole_file
 
 _BT709 = 1
 _LIMITED_RANGE = 1
@@ -135,23 +135,20 @@ def _encode(frames: Iterable[np.ndarray], path: Path, rate: Fraction) -> Path:
     if height % 2 or width % 2:
         raise ValueError(f"{path}: height and width must be even, got {height} x {width}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.mp4")
-    try:
-        with av.open(str(partial), "w", options={"movflags": "+faststart"}) as container:
-            stream = _add_stream(container, rate, height, width)
-            for pixels in chain([first], frames):
-                if pixels.shape != first.shape:
-                    raise ValueError(
-                        f"{path}: frames of different sizes, {first.shape} and {pixels.shape}"
-                    )
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                container.mux(
-                    stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709"))
+    options = {"movflags": "+faststart"}
+    with (
+        whole_file(path) as partial,
+        av.open(str(partial), "w", format="mp4", options=options) as container,
+    ):
+        stream = _add_stream(container, rate, height, width)
+        for pixels in chain([first], frames):
+            if pixels.shape != first.shape:
+                raise ValueError(
+                    f"{path}: frames of different sizes, {first.shape} and {pixels.shape}"
                 )
-            container.mux(stream.encode(None))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+        container.mux(stream.encode(None))
     return path
 
 

@@ -77,7 +77,7 @@ def test_a_run_leaves_videos_record_and_report(finished: Path, shapes_model: Pat
     for metric, where in (("clip", "clip-vit-base-patch32"), ("lpips", ""), ("fvd", "i3d")):
         needs = record.metrics[metric].needs
         assert needs is not None and where in needs and needs in output and "\n" not in needs
-    assert not (finished / ".work").exists() and not list(finished.rglob("*.partial*"))
+    assert not (finished / ".work").exists() and not list(finished.rglob("*.tmp"))
 
 
 def test_a_video_is_what_the_model_makes_of_its_own_noise(
@@ -149,7 +149,7 @@ def test_a_second_run_makes_nothing_and_a_resumed_one_the_same_bytes(
     for name in ("2/disc down-1.mp4", "2/cross right-0.mp4"):
         (out / "samples" / "student" / name).unlink()
     (out / ".work" / "rank-0").mkdir(parents=True)
-    (out / ".work" / "rank-0" / ".video.partial.mp4").write_bytes(b"half a video")
+    (out / ".work" / "rank-0" / ".video.mp4.tmp").write_bytes(b"half a video")
     result = run("--model", shapes_model, *SMALL, "--out", out)
     assert result.exit_code == 0 and "2 videos made, 22 there already" in result.output
     assert content(out) == before

@@ -21,18 +21,15 @@ from anyflow.evaluation.runs.shapes import SHAPES_METRICS, ShapesMetrics
 from anyflow.evaluation.video_metrics import (
     MAX_PSNR,
     VIDEO_METRICS,
-    Clip,
-    I3DFeatures,
-    Lpips,
     available_metrics,
     dynamic_degree,
     flicker,
     frechet_video_distance,
-    model_path,
-    motion,
+    load_network,
     psnr,
+    relative_motion,
 )
-from anyflow.pipelines.loading import resolve_device
+from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import shortened
 from anyflow.utils.progress import counted
 
@@ -215,7 +212,7 @@ class Measurer:
         """Compute a metric of ``video[F, 3, H, W]`` uint8."""
         one = video[None]
         if name == "motion":
-            number = float(motion(one)) / min(one.shape[-2:])  # of any size
+            number = float(relative_motion(one))
         elif name == "dynamic_degree":
             number = float(dynamic_degree(one))
         elif name == "flicker":
@@ -244,9 +241,8 @@ class Measurer:
     def _network(self, name: str) -> Callable[..., Tensor]:
         """Load the network of a metric, once."""
         if name not in self._loaded:
-            kind = {"clip": Clip, "lpips": Lpips, "fvd": I3DFeatures}[name]
             device = resolve_device(next(iter(self._plan.models.values())).device)
-            self._loaded[name] = kind(model_path(name, self._models), device=device)
+            self._loaded[name] = load_network(name, self._models, device=device)
         return self._loaded[name]
 
     def _attempt(

@@ -17,13 +17,14 @@ import torch
 
 from anyflow.data import SyntheticVideos
 from anyflow.evaluation.runs.layout import check_model_name
-from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_device
+from anyflow.pipelines.loading import ModelPaths, load_transformer
 from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.plain_wan import load_scheduler, require_flow_map
 from anyflow.pipelines.prompts import Prompt
 from anyflow.pipelines.renderer import Renderer
 from anyflow.pipelines.sample_settings import SampleSettings
 from anyflow.sampling import Callback, sample
+from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import read_json, shortened
 from anyflow.utils.threads import torch_threads
 

@@ -15,7 +15,7 @@ import torch
 
 from anyflow.evaluation.runs.plan import covers
 from anyflow.evaluation.runs.record import EvaluationRecord
-from anyflow.pipelines.loading import resolve_device
+from anyflow.utils.devices import local_gpu
 from anyflow.utils.documents import shortened
 from anyflow.utils.locking import FolderInUseError, folder_lock
 
@@ -69,11 +69,7 @@ class Rank:
         wants_gpu = torch.cuda.is_available() if name is None else name == "cuda"
         if self.world_size == 1 or not wants_gpu:
             return name
-        if self.local_rank >= (count := torch.cuda.device_count()):
-            raise ValueError(
-                f"process {self.local_rank} of this machine has no GPU: there are {count}"
-            )
-        device = resolve_device(f"cuda:{self.local_rank}")
+        device = local_gpu(self.local_rank)
         torch.cuda.set_device(device)
         return str(device)
 

@@ -52,6 +52,21 @@ def motion(videos: Tensor) -> Tensor:
     return torch.cat(speeds).view(count, frames - 1).mean(dim=1)
 
 
+def relative_motion(videos: Tensor) -> Tensor:
+    """Compute :func:`motion` in shorter sides per frame, by which videos of any sizes compare.
+
+    Args:
+        videos: see :func:`motion`.
+
+    Returns:
+        ``[N]`` float64; 0 for a frozen video.
+
+    Raises:
+        ValueError: see :func:`motion`.
+    """
+    return motion(videos) / min(videos.shape[-2:])
+
+
 def _mean_speeds(first: Tensor, second: Tensor) -> Tensor:
     """Return the mean speed ``[B]`` float64 of each frame pair, weighted by the gradient energy."""
     flow, energy = _lucas_kanade(first, second)

@@ -6,10 +6,12 @@ Nothing is downloaded: a model that is missing is named with the place it is exp
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from anyflow.utils.documents import shortened
 from anyflow.utils.packages import is_missing, missing, module_name
@@ -113,6 +115,31 @@ def model_path(metric: str, models: Path | str | None = None) -> Path:
         names = ", ".join(name for name, entry in VIDEO_METRICS.items() if entry.model is not None)
         raise ValueError(f"metric must be one with a pretrained model ({names}), got {metric!r}")
     return models_folder(models) / found.model.path
+
+
+def load_network(
+    metric: str, models: Path | str | None = None, *, device: torch.device | str = "cpu"
+) -> Callable[..., Tensor]:
+    """Load the pretrained network of a metric, and leave the global generator as it was.
+
+    Args:
+        metric: ``clip`` (:class:`Clip`), ``lpips`` (:class:`Lpips`) or ``fvd``
+            (:class:`I3DFeatures`).
+        models: see :func:`models_folder`.
+        device: to compute on.
+
+    Raises:
+        ValueError: another metric, or weights that are missing or do not fit.
+        ImportError: a package is missing.
+    """
+    from anyflow.evaluation.video_metrics.clip import Clip
+    from anyflow.evaluation.video_metrics.fvd import I3DFeatures
+    from anyflow.evaluation.video_metrics.lpips import Lpips
+
+    path = model_path(metric, models)
+    networks = {"clip": Clip, "lpips": Lpips, "fvd": I3DFeatures}
+    with torch.random.fork_rng(devices=[]):  # libraries draw weights before they load others
+        return networks[metric](path, device=device)
 
 
 def available_metrics(models: Path | str | None = None) -> dict[str, str | None]:
