@@ -31,7 +31,7 @@ def resolve_device(
 
     Args:
         device: a name such as ``"cuda"`` or ``"cuda:1"``.
-        argument: named in errors, such as ``--device``.
+        argument: name in errors, such as ``--device``.
         meta: accept the meta device, whose tensors have no values.
 
     Raises:
