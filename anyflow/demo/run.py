@@ -172,7 +172,7 @@ def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
         raise ValueError(f"--out {out} is a file; name a folder")
     if (file := next((parent for parent in out.parents if parent.is_file()), None)) is not None:
         raise ValueError(f"--out {out} cannot be created: {file} is a file")
-    resolve_device(config.device, argument="--device", meta=False)
+    resolve_device(config.device, "--device", computes=True)
     settings = json.loads(json.dumps(asdict(config)))
     del settings["num_threads"]  # not what is run, but how
     file = out / STATE_FILE

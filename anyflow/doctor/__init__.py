@@ -47,7 +47,7 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
     """
     from anyflow.doctor.page import Page  # needs rich, which the self-check does not
 
-    target = resolve_device(device, argument="--device", meta=False)
+    target = resolve_device(device, "--device", computes=True)
     page = Page(sys.stdout, quiet=as_json)
 
     found = environment()

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anyflow.evaluation.plot_parts import (
     FAINT,
@@ -50,7 +50,7 @@ DARK_COLORS = {
     "#5b5f97": "#aeb2f5",
     "#444444": "#c9ced8",
 }
-_RC = {
+_RC: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.linewidth": 0.8,
     "text.color": INK,

@@ -20,7 +20,7 @@ from anyflow.formats.problems import (
 )
 from anyflow.formats.readers import FLOATS
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.utils.devices import resolve_device
+from anyflow.utils.devices import known_device
 from anyflow.utils.documents import shortened
 
 
@@ -71,7 +71,7 @@ def load_transformer(
     """
     if dtype is not None and dtype not in FLOATS.values():
         raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype}")
-    device = resolve_device(device)
+    device = known_device(device)
     options = ReadOptions(subfolder, weights, lora_alpha, attention_head_dim, flow_map)
     # Adapters are merged in fp64, which not every other device has.
     checkpoint = open_checkpoint(

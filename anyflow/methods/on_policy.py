@@ -204,6 +204,5 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             "loss_dmd": output.loss.detach(),
             "loss_data": data.loss.detach(),
         }
-        return LossOutput(
-            output.loss + self.config.cotrain_weight * data.loss, metrics, output.norms
-        )
+        loss = output.loss + self.config.cotrain_weight * data.loss
+        return LossOutput(loss, metrics, {**output.norms, **data.norms})

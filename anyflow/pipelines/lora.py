@@ -13,7 +13,7 @@ from anyflow.formats.adapter_updates import LowRank, Plan, Replacement, Update
 from anyflow.formats.errors import listed
 from anyflow.formats.lora_file import open_lora
 from anyflow.formats.readers import FLOATS
-from anyflow.models.network import widest_float
+from anyflow.utils.devices import widest_float
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.config import ParallelConfig
-from anyflow.utils.devices import local_gpu, parse_device
+from anyflow.utils.devices import default_device, known_device, local_gpu
 
 T = TypeVar("T")
 
@@ -132,8 +132,9 @@ def _shard_degree(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def _device(name: str | None, local_rank: int, world_size: int) -> torch.device:
-    device = parse_device(name)
-    if world_size > 1 and str(device) not in ("cpu", "cuda"):
+    name = default_device().type if name is None else name
+    device = known_device(name)
+    if world_size > 1 and name not in ("cpu", "cuda"):
         raise ValueError(
             f"device must be 'cpu' or 'cuda' with {world_size} processes, got {name!r}"
         )

@@ -109,10 +109,11 @@ def print_config(path: Path | str, overrides: Sequence[str] = ()) -> str:
     """
     from anyflow.training.networks import check_networks
     from anyflow.training.steps import build_scheduler
-    from anyflow.utils.devices import parse_device
+    from anyflow.utils.devices import known_device
 
     recipe = load_recipe(path, overrides)
-    parse_device(recipe.device)
+    if recipe.device is not None:
+        known_device(recipe.device)
     scheduler = build_scheduler(recipe)
     if recipe.on_policy is not None and recipe.on_policy.method.timesteps is not None:
         scheduler.schedule(timesteps=recipe.on_policy.method.timesteps)

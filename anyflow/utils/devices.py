@@ -1,4 +1,4 @@
-"""Choose the device to run on, and refuse one that is not there."""
+"""Name devices, check that they exist, and give the widest dtype that they compute in."""
 
 from __future__ import annotations
 
@@ -8,45 +8,49 @@ from anyflow.utils.validation import brief
 
 
 def default_device() -> torch.device:
-    """Return the GPU where torch finds one, else the CPU."""
+    """Return CUDA where torch finds a CUDA device, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def parse_device(device: torch.device | str | None) -> torch.device:
-    """Return the device that a name stands for, there or not; None is the default one.
+def known_device(device: torch.device | str, setting: str = "device") -> torch.device:
+    """Return the device of a name, which need not exist on this machine.
+
+    Args:
+        device: a device or its name, such as ``"cuda:1"``.
+        setting: the name of the argument or option, for the error.
 
     Raises:
-        ValueError: PyTorch knows no such name.
+        ValueError: PyTorch has no device of that name.
     """
     try:
-        return default_device() if device is None else torch.device(device)
+        return torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device {brief(device)} is unknown to PyTorch") from None
+        raise ValueError(f"{setting} {brief(device)} is unknown to PyTorch") from None
 
 
 def resolve_device(
-    device: torch.device | str | None, *, argument: str = "device", meta: bool = True
+    device: torch.device | str | None, setting: str = "device", *, computes: bool = False
 ) -> torch.device:
-    """Return the device named as tensors on the device name it; None is the default one.
+    """Return a device of this machine as tensors on it name it, such as ``cuda:0`` for ``cuda``.
 
     Args:
-        device: a name such as ``"cuda"`` or ``"cuda:1"``.
-        argument: name in errors, such as ``--device``.
-        meta: accept the meta device, whose tensors have no values.
+        device: a device or its name; None means CUDA where there is a CUDA device, else the CPU.
+        setting: the name of the argument or option, for the error.
+        computes: also require that a kernel runs there, which excludes ``meta``.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: the device is unknown, not there, or does not compute.
     """
     try:
-        found = torch.empty(0, device=default_device() if device is None else device).device
-    except (RuntimeError, AssertionError, TypeError) as error:  # a build without CUDA asserts
+        target = default_device() if device is None else device
+        if computes:
+            torch.ones(1, device=target).item()
+        return torch.empty(0, device=target).device
+    # a build of torch without CUDA asserts; a meta tensor has no item
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        name = device if isinstance(device, str) else str(device)
         reason = str(error).splitlines()[0]
-    else:
-        if meta or found.type != "meta":
-            return found
-        reason = "its tensors have no values"
-    name = brief(str(device) if isinstance(device, torch.device) else device)
-    raise ValueError(f"{argument} {name} cannot be used here: {reason}")
+        raise ValueError(f"{setting} {name!r} cannot be used here: {reason}") from None
 
 
 def local_gpu(index: int) -> torch.device:
@@ -58,3 +62,11 @@ def local_gpu(index: int) -> torch.device:
     if index >= (count := torch.cuda.device_count()):
         raise ValueError(f"this process needs GPU {index}, and torch finds {count} here")
     return torch.device("cuda", index)
+
+
+def widest_float(device: torch.device | str) -> torch.dtype:
+    """Return fp64, or fp32 where the device has no fp64.
+
+    Times near 1 differ by less than fp32 resolves well, and sums of many numbers need the width.
+    """
+    return torch.float32 if torch.device(device).type in ("mps", "npu") else torch.float64
