@@ -1,6 +1,4 @@
-"""Runs the quickstart stage by stage, each resumable, and writes its folder: checkpoints, metrics,
-samples, report.
-"""
+"""Run the quickstart stage by stage, each of which can be resumed, and write its folder."""
 
 from __future__ import annotations
 
@@ -48,7 +46,7 @@ _CHECKPOINT_OF = {
 
 @locks_folder("out")
 def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> EvaluationResults:
-    """Train, evaluate and report into ``out``; what a killed run has trained is not trained again.
+    """Train, evaluate and report into ``out``; a stage that is finished there is not trained again.
 
     Writes ``checkpoints/<stage>/transformer`` and ``/scheduler`` (diffusers folders),
     ``metrics.json``, ``samples/*.gif``, ``curve.png``, ``any_step.gif`` and ``report.html``.
@@ -61,11 +59,11 @@ def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> Evaluatio
             before.
     """
     with torch_threads(config.num_threads):
-        return _Run(config, out, progress).run()
+        return _DemoRun(config, out, progress).run()
 
 
 def finished_report(config: DemoConfig, out: Path) -> Path | None:
-    """The report of a finished run of this configuration in ``out``, or None.
+    """Return the report of a finished run of this configuration in ``out``, or None.
 
     Raises:
         ValueError: as :func:`run_demo`.
@@ -78,7 +76,7 @@ def finished_report(config: DemoConfig, out: Path) -> Path | None:
     )
 
 
-class _Run:
+class _DemoRun:
     def __init__(self, config: DemoConfig, out: Path, progress: DemoProgress) -> None:
         self.state = _load_state(config, out)
         self.config, self.out, self.progress = config, out, progress

@@ -34,7 +34,7 @@ class World:
         """Make a generator of this run's seed, on the CPU so that devices agree.
 
         Args:
-            stream: below 1000; each stream is independent of the others.
+            stream: number below 1000; each stream is independent of the others.
         """
         return torch.Generator().manual_seed(self.config.seed * 1000 + stream)
 
