@@ -13,7 +13,6 @@ from torch import Tensor
 from anyflow.demo.world import World
 from anyflow.evaluation import Evaluator, Metrics
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.models.transformer import TextContext, TimeEmbedding
 from anyflow.sampling import sample, sample_consistency
 from anyflow.utils.threads import usable_cores, user_chose_threads
 
@@ -100,35 +99,34 @@ def evaluate_method(
 
 
 class _InParts:
-    """Evaluate a network on parts of a batch, each on a core of its own: the same numbers as in one
-    call, sooner.
+    """Evaluate a network on parts of a batch, each on a core of its own; the numbers are the same.
+
+    A batch of small videos is computed sooner in parts than at once.
     """
 
     def __init__(self, model: AnyFlowTransformer3DModel, pool: ThreadPoolExecutor) -> None:
-        self._model, self._pool = model, pool
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        self._model, self._pool, self.config = model, pool, model.config
 
     def __call__(
         self,
         hidden_states: Tensor,
         *,
-        time_embedding: TimeEmbedding,
-        text_context: TextContext,
+        timestep: Tensor,
+        r_timestep: Tensor | None,
+        encoder_hidden_states: Tensor,
         return_dict: bool,
     ) -> tuple[Tensor]:
         assert not return_dict
 
         def part(start: int) -> Tensor:
-            rows = slice(start, start + _PART_SIZE)
-            text = TextContext(
-                tuple((key[rows], value[rows]) for key, value in text_context.key_values)
-            )
+            videos = slice(start, start + _PART_SIZE)
             with torch.inference_mode():  # each thread has a mode of its own
-                times = time_embedding[rows]
                 return self._model(
-                    hidden_states[rows], time_embedding=times, text_context=text, return_dict=False
+                    hidden_states[videos],
+                    timestep[videos],
+                    None if r_timestep is None else r_timestep[videos],
+                    encoder_hidden_states[videos],
+                    return_dict=False,
                 )[0]
 
         return (torch.cat(list(self._pool.map(part, range(0, len(hidden_states), _PART_SIZE)))),)
