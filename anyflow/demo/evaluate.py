@@ -1,4 +1,4 @@
-"""Scores and example videos of every method at every step count."""
+"""Score every method at every step count, and keep example videos."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def build_evaluator(world: World) -> Evaluator:
 
 
 def real_floor(world: World, evaluator: Evaluator) -> Metrics:
-    """Measure real videos against the held-out ones, averaged over several sets of the size of a
-    sample set.
+    """Measure real videos against the held-out ones.
+
+    The score is the mean over several sets of the size of a sample set.
     """
     labels = world.labels(world.config.samples).cpu()
     sets = (
@@ -99,9 +100,9 @@ def evaluate_method(
 
 
 class _InParts:
-    """Evaluate a network on parts of a batch, each on a core of its own; the numbers are the same.
+    """Evaluate a network on parts of a batch, each on a core of its own.
 
-    A batch of small videos is computed sooner in parts than at once.
+    The numbers are those of one call; only the time differs.
     """
 
     def __init__(self, model: AnyFlowTransformer3DModel, pool: ThreadPoolExecutor) -> None:
@@ -118,15 +119,17 @@ class _InParts:
     ) -> tuple[Tensor]:
         assert not return_dict
 
-        def part(start: int) -> Tensor:
-            videos = slice(start, start + _PART_SIZE)
+        def evaluate(start: int) -> Tensor:
+            part = slice(start, start + _PART_SIZE)
             with torch.inference_mode():  # each thread has a mode of its own
                 return self._model(
-                    hidden_states[videos],
-                    timestep[videos],
-                    None if r_timestep is None else r_timestep[videos],
-                    encoder_hidden_states[videos],
+                    hidden_states[part],
+                    timestep[part],
+                    None if r_timestep is None else r_timestep[part],
+                    encoder_hidden_states[part],
                     return_dict=False,
                 )[0]
 
-        return (torch.cat(list(self._pool.map(part, range(0, len(hidden_states), _PART_SIZE)))),)
+        return (
+            torch.cat(list(self._pool.map(evaluate, range(0, len(hidden_states), _PART_SIZE)))),
+        )

@@ -1,11 +1,8 @@
-"""Runs the quickstart stage by stage, each resumable, and writes its folder: checkpoints, metrics,
-samples, report.
-"""
+"""Run the quickstart stage by stage, each of which can be resumed, and write its folder."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict
@@ -26,7 +23,7 @@ from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import read_json
 from anyflow.utils.locking import locks_folder
 from anyflow.utils.threads import torch_threads
-from anyflow.utils.writing import write_text, writing
+from anyflow.utils.writing import whole_folder, write_text
 
 STATE_FILE = "state.json"
 
@@ -49,7 +46,7 @@ _CHECKPOINT_OF = {
 
 @locks_folder("out")
 def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> EvaluationResults:
-    """Train, evaluate and report into ``out``; what a killed run has trained is not trained again.
+    """Train, evaluate and report into ``out``; a stage that is finished there is not trained again.
 
     Writes ``checkpoints/<stage>/transformer`` and ``/scheduler`` (diffusers folders),
     ``metrics.json``, ``samples/*.gif``, ``curve.png``, ``any_step.gif`` and ``report.html``.
@@ -62,11 +59,11 @@ def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> Evaluatio
             before.
     """
     with torch_threads(config.num_threads):
-        return _Run(config, out, progress).run()
+        return _DemoRun(config, out, progress).run()
 
 
 def finished_report(config: DemoConfig, out: Path) -> Path | None:
-    """The report of a finished run of this configuration in ``out``, or None.
+    """Return the report of a finished run of this configuration in ``out``, or None.
 
     Raises:
         ValueError: as :func:`run_demo`.
@@ -79,7 +76,7 @@ def finished_report(config: DemoConfig, out: Path) -> Path | None:
     )
 
 
-class _Run:
+class _DemoRun:
     def __init__(self, config: DemoConfig, out: Path, progress: DemoProgress) -> None:
         self.state = _load_state(config, out)
         self.config, self.out, self.progress = config, out, progress
@@ -152,19 +149,10 @@ class _Run:
     # Files ----------------------------------------------------------------------------------------
 
     def _save(self, final: Path, model: AnyFlowTransformer3DModel) -> None:
-        """Write a model completely or not at all: a run may be killed at any moment."""
-        partial = final.with_name(f".{final.name}.partial")
-        with writing(final):
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                model.save_pretrained(partial / "transformer")
-                self.world.scheduler().save_pretrained(partial / "scheduler")
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(partial, final)
-            except BaseException:
-                # half a model would keep a full disk full
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+        """Write a model and its scheduler, in place of those of an earlier run."""
+        with whole_folder(final, replace=True) as partial:
+            model.save_pretrained(partial / "transformer")
+            self.world.scheduler().save_pretrained(partial / "scheduler")
 
     def _load(self, name: str) -> AnyFlowTransformer3DModel:
         folder = self.out / "checkpoints" / name / "transformer"

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.config import ParallelConfig
-from anyflow.utils.devices import default_device, known_device
+from anyflow.utils.devices import default_device, known_device, local_gpu
 
 T = TypeVar("T")
 
@@ -140,13 +140,7 @@ def _device(name: str | None, local_rank: int, world_size: int) -> torch.device:
         )
     if device.type != "cuda":
         return device
-    index = local_rank if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {name!r}: this process needs GPU {index}, but there are "
-            f"{torch.cuda.device_count()}"
-        )
-    return torch.device("cuda", index)
+    return local_gpu(local_rank if device.index is None else device.index)
 
 
 def main_result(mesh: Mesh, work: Callable[[], T]) -> T:

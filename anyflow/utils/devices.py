@@ -53,6 +53,17 @@ def resolve_device(
         raise ValueError(f"{setting} {name!r} cannot be used here: {reason}") from None
 
 
+def local_gpu(index: int) -> torch.device:
+    """Return the GPU of this machine with a number.
+
+    Raises:
+        ValueError: fewer GPUs are here.
+    """
+    if index >= (count := torch.cuda.device_count()):
+        raise ValueError(f"this process needs GPU {index}, and torch finds {count} here")
+    return torch.device("cuda", index)
+
+
 def widest_float(device: torch.device | str) -> torch.dtype:
     """Return fp64, or fp32 where the device has no fp64.
 

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from anyflow.utils.devices import default_device, known_device, resolve_device, widest_float
+from anyflow.utils.devices import (
+    default_device,
+    known_device,
+    local_gpu,
+    resolve_device,
+    widest_float,
+)
 
 
 def test_a_device_is_resolved_as_its_tensors_name_it() -> None:
@@ -30,3 +36,9 @@ def test_an_unknown_device_is_named(name: object) -> None:
 def test_devices_without_fp64() -> None:
     assert widest_float("mps") == torch.float32
     assert widest_float("cpu") == widest_float("cuda") == torch.float64
+
+
+def test_a_gpu_that_is_not_there_is_an_error_that_counts_those_that_are() -> None:
+    count = torch.cuda.device_count()
+    with pytest.raises(ValueError, match=f"needs GPU {count}, and torch finds {count} here"):
+        local_gpu(count)
