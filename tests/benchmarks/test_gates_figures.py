@@ -33,11 +33,9 @@ def test_flops_of_a_forward(bench: SimpleNamespace) -> None:
     _, model = bench.peers.models(size, CPU)
     data, t = bench.peers.batch(size, CPU), torch.full((2,), 500.0)
     with torch.no_grad():
-        times = model.embed_time(t, t)
-        found = counted(
-            lambda: model(data.noise, encoder_hidden_states=data.prompt, time_embedding=times)
-        )
-    assert found == 2 * size.forward_flops()  # a batch of two
+        times = counted(lambda: model.condition_embedder(t, t, torch.float32))
+        found = counted(lambda: model(data.noise, t, t, data.prompt))
+    assert found - times == 2 * size.forward_flops()  # a batch of two
     block = sum(p.numel() for n, p in model.blocks[0].named_parameters() if p.ndim == 2)
     assert block == size.block_weights()
 
