@@ -98,7 +98,7 @@ def _distance_to_floor(results: SeedResults) -> str:
     floor = results.floor.fd
     if floor == 0 or ratio(score, floor) >= SAME:
         return (
-            f"Nothing here is perfect: the lowest distance of all is {number(score)} "
+            f"No method is perfect: the lowest distance of all is {number(score)} "
             f"({method_style(method)[0]}, "
             f"{steps_text(steps)}), while real videos score {number(floor)} against each other."
         )

@@ -1,6 +1,4 @@
-"""The quickstart end to end on tiny budgets: files, resuming after a real kill, determinism, and
-mistakes.
-"""
+"""Run the quickstart on tiny budgets: files, a real kill, determinism, and mistakes."""
 
 import io
 import json
@@ -38,7 +36,9 @@ STAGES = ("flow_matching", "pretrain", "on_policy")
 TINY = """
 from dataclasses import replace
 from anyflow.demo import DemoConfig
-base = DemoConfig(num_layers=1, num_heads=2, samples=64, heldout=64, step_counts=(1, 4), checkpoint_every=2)
+base = DemoConfig(
+    num_layers=1, num_heads=2, samples=64, heldout=64, step_counts=(1, 4), checkpoint_every=2
+)
 stages = {name: replace(getattr(base, name), steps=6, batch_size=8) for name in
           ("flow_matching", "pretrain", "on_policy")}
 tiny = replace(base, **stages)
@@ -175,7 +175,10 @@ def test_other_seed_other_weights_and_the_log_says_how_far_it_is(
         run_demo(replace(tiny_config(), seed=1), tmp_path / "other", progress)
     weights = Path("checkpoints", "pretrain", "transformer", "diffusion_pytorch_model.safetensors")
     assert (tmp_path / "other" / weights).read_bytes() != (finished / weights).read_bytes()
-    line = r"everything: \d+ %, .* left; stage 1: flow-map pretraining: step 3 of 6, 50 %, .* left, loss \d+\.\d+"
+    line = (
+        r"everything: \d+ %, .* left; stage 1: flow-map pretraining: step 3 of 6, 50 %, .* left, "
+        r"loss \d+\.\d+"
+    )
     assert re.search(line, log.getvalue())
     # outside of the run
     assert log.threads == {1, torch.get_num_threads()} and torch.get_num_threads() == 2

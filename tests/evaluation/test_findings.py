@@ -24,4 +24,4 @@ def test_findings_follow_the_numbers(make_results) -> None:
     assert "stays behind" in bad
     assert "made 1 step worse" in bad
     assert "do not lose coverage" in bad
-    assert "Nothing here is perfect" in bad
+    assert "No method is perfect" in bad

@@ -45,18 +45,18 @@ def write_evaluation_report(path: str | Path, record: EvaluationRecord, clips: C
     Args:
         path: the HTML file; its folder must exist.
         record: the numbers.
-        clips: ``[model][steps]``, the files of the videos, prompt by prompt; as many as there is
-            room for are shown.
+        clips: ``[model][steps]``, the files of the videos, prompt by prompt; as many as fit are
+            shown.
 
     Raises:
         OSError: the system refuses to write.
     """
     path = Path(path)
-    write_text(path, render("evaluation.html.j2", _context(record, clips), colors=_COLORS))
+    write_text(path, render("evaluation.html.j2", _template_values(record, clips), colors=_COLORS))
     return path
 
 
-def _context(record: EvaluationRecord, clips: Clips) -> dict[str, Any]:
+def _template_values(record: EvaluationRecord, clips: Clips) -> dict[str, Any]:
     statistics = Statistics(record)
     curves = {name: statistics.curves(name) for name in record.metrics}
     shown = [

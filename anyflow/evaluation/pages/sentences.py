@@ -104,7 +104,7 @@ def motion_sentences(curves: Mapping[str, Curve], real: float | None) -> list[st
         (estimate.value for curve in curves.values() for estimate in curve.values()), default=0.0
     )
     if real is not None and real <= _STILL:
-        return ["The real videos do not move, so there is nothing to compare with."]
+        return ["The real videos do not move, so nothing is compared with them."]
     if most <= _STILL:
         return ["All videos are frozen: nothing moves at any number of steps."]
     unit, whole = (real, "real ones") if real is not None else (most, "those here that move most")

@@ -89,7 +89,8 @@ def test_a_package_that_is_missing_or_broken_is_named_with_the_command(
     if is_missing("torchvision"):
         assert re.search(
             rf"needs the package torchvision, which is not installed: pip install torchvision "
-            rf"\(the build for torch {re.escape(torch.__version__)}\); LPIPS to the reference needs the file ",
+            rf"\(the build for torch {re.escape(torch.__version__)}\); "
+            "LPIPS to the reference needs the file ",
             available_metrics(tmp_path)["lpips"],
         )
     monkeypatch.delitem(sys.modules, "cv2")
