@@ -137,7 +137,7 @@ def any_step_animation(
     return _animation(frames, format="gif", fps=8.0)
 
 
-# of the any-step picture's palette: 86 grays leave room for the colors of its letters
+# the any-step picture's palette has 86 grays, which leave room for the colors of its letters
 _GRAY_STEP = 3
 
 

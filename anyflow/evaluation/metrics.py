@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from anyflow.evaluation.frechet import frechet_distance
 from anyflow.evaluation.video_metrics import motion
 
-# of each class: their mean speed is known to 1 %, and more would cost more than all else
+# per class; more would cost more time than all other metrics
 _MOTION_VIDEOS = 16
 
 

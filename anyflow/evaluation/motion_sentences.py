@@ -19,7 +19,7 @@ from anyflow.evaluation.wording import (
     steps_text,
 )
 
-SLOW = 0.5  # of the motion of real videos: less is said in the lead
+SLOW = 0.5  # share of the motion of real videos; the lead names videos that move less
 
 
 def motion_shares(seeds: SeedResults) -> dict[str, dict[int, float]] | None:

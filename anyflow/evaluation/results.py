@@ -14,7 +14,7 @@ from anyflow.utils.documents import read_json
 from anyflow.utils.writing import write_text
 
 METRIC_NAMES = ("fd", "template_mse", "coverage_tv", "motion")
-_OPTIONAL = ("motion",)  # which runs of earlier versions lack
+_OPTIONAL = ("motion",)  # files of older versions lack these
 
 
 @dataclass(frozen=True)

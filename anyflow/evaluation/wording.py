@@ -9,7 +9,7 @@ from anyflow.evaluation.plots import method_style
 
 SAME = 1.1  # ratios below this are within what another seed would change
 
-FROZEN = 0.05  # of the motion of real videos: less cannot be seen
+FROZEN = 0.05  # share of the motion of real videos; less motion cannot be seen
 _STILL = 1e-6  # real videos that move less do not move
 
 # Words for videos by their mean squared difference to the nearest real one, where 1 is the variance

@@ -34,7 +34,7 @@ def configure_openmp() -> None:
     if not any(name in os.environ for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"
     cores = usable_cores()
-    # OpenMP knows of affinity, and of no quota
+    # OpenMP counts the cores of the affinity and knows no quota
     if not user_chose_threads() and cores < _cores_of_affinity():
         os.environ["OMP_NUM_THREADS"] = str(cores)
         _limited = True
@@ -98,8 +98,7 @@ def _quotas(root: Path) -> Iterator[float]:
             mounts = [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"]
         else:
             continue
-        # A container may see the path from outside, which is not there inside; its own group is the
-        # mount itself.
+        # A container may see a path that exists outside only; its own group is the mount itself.
         group = Path(path.lstrip("/"))
         for mount in mounts:
             for parent in (group, *group.parents):

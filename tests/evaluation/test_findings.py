@@ -1,4 +1,4 @@
-"""Sentences in the field's terms follow the numbers."""
+"""Test that sentences in the field's terms follow the numbers."""
 
 from anyflow.evaluation import findings
 

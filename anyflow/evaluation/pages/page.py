@@ -26,7 +26,7 @@ from anyflow.evaluation.wording import listed, percent, steps_listed
 from anyflow.utils.writing import write_text
 
 MOTION = "motion"
-_MAX_BANDS = 5  # lines; the intervals of more would hide each other
+_MAX_BANDS = 5  # the intervals of more lines would hide each other
 _MAX_LABELS = 5
 _LABEL_LENGTH = 26  # characters beside a line
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★"}

@@ -8,8 +8,8 @@ from anyflow.evaluation.pages.statistics import Curve, Estimate
 from anyflow.evaluation.runs.record import EvaluationRecord, MetricRecord
 from anyflow.evaluation.wording import FROZEN, listed, percent, steps_listed, steps_text
 
-TOLERANCE = 0.05  # of the best value with fewer steps: what is worse by more is called worse
-MANY = 3  # checkpoints: more are counted, not told one by one
+TOLERANCE = 0.05  # share of the best value with fewer steps; worse by more is called worse
+MANY = 3  # more checkpoints than these are counted, not told one by one
 _STILL = 1e-4  # shorter sides per frame: a fortieth of a pixel at 256 x 256
 
 

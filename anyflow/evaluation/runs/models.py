@@ -26,7 +26,7 @@ from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import read_json, shortened
 from anyflow.utils.threads import torch_threads
 
-# of a file of weights: what tells two checkpoints apart without reading all of them
+# a few blocks tell two files of weights apart without reading all of them
 _BLOCKS, _BLOCK = 16, 2**16
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".json")
 

@@ -18,7 +18,7 @@ from anyflow.utils.documents import shortened
 from anyflow.utils.locking import FolderInUseError, folder_lock
 
 POLL_SECONDS = 0.2
-_START_SECONDS = 600.0  # that other processes wait for the first one's record
+_START_SECONDS = 600.0  # other processes wait as long for the first one's record
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def run_evaluation(
         OSError: the system refuses to write.
         ImportError: a package is missing.
     """
-    import_av()  # missing, it would cost a video to find out
+    import_av()  # without PyAV the first video would be made in vain
     rank = Rank.of_environment()
     if rank.world_size > 1:
         plan = replace(
@@ -146,7 +146,7 @@ class _EvaluationRun:
                 maker = SampleMaker(
                     self.plan, self.layout, self.rank, model, self.console, progress
                 )
-                for wait in (False, True):  # at first what nobody else is making
+                for wait in (False, True):  # at first the videos that no other process is making
                     for num_inference_steps in self.plan.sets:
                         if maker.make(num_inference_steps, wait=wait):
                             self._measure(model, num_inference_steps, last=wait)
@@ -260,7 +260,7 @@ class _EvaluationRun:
                 scores = self.vbench.score(folder, self.layout.prompts, out, lacking)
         except VBenchError as error:
             self.problems.append(str(error))
-            self.vbench = None  # it would fail again
+            self.vbench = None  # VBench would fail again
             names = [_vbench_name(name) for name in lacking]
             metrics = {
                 name: replace(metric, needs=str(error))

@@ -13,7 +13,7 @@ from anyflow.evaluation.video_metrics.values import levels, unit_videos
 from anyflow.utils.documents import require_content, shortened
 from anyflow.utils.validation import brief, require_whole
 
-LEAST_FRAMES = 10  # that the network's strides leave something of
+LEAST_FRAMES = 10  # the network's strides leave nothing of fewer
 
 
 class I3DFeatures:
@@ -79,7 +79,9 @@ class I3DFeatures:
             raise ValueError(f"the network in {shortened(self._path)} failed: {reason}") from error
         if not isinstance(found, Tensor) or found.numel() == 0 or found.numel() % len(videos):
             raise ValueError(f"the network in {shortened(self._path)} must give features [B, D]")
-        features = found.float().cpu().reshape(len(videos), -1)  # of one video, it gives [D]
+        features = (
+            found.float().cpu().reshape(len(videos), -1)
+        )  # the network gives [D] for one video
         if not torch.isfinite(features).all():
             raise ValueError(f"the network in {shortened(self._path)} gives NaN or infinity")
         return features

@@ -16,8 +16,8 @@ from anyflow.evaluation.video_metrics.values import gray_frames, unit_videos
 _WINDOW = (1.0, 6.0, 15.0, 20.0, 15.0, 6.0, 1.0)  # pixels that are taken to move together
 _BLUR = (1.0, 2.0, 1.0)
 _COARSEST = 12  # pixels of the shorter side that halving stops above
-_ITERATIONS = 5  # at each size
-_DAMPING = 1e-2  # of the mean gradient energy: keeps flow at 0 where nothing can be seen to move
+_ITERATIONS = 5  # steps of the solver at each size
+_DAMPING = 1e-2  # share of the mean gradient energy; keeps flow at 0 where nothing can be seen
 _PIXELS = 2**18  # pixels in one piece of work, which bounds memory
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from anyflow.evaluation.video_metrics.values import require_equal_shapes, unit_videos
 
-MAX_PSNR = 100.0  # dB, where equal videos have infinity: JSON and the charts of loggers lack it
+MAX_PSNR = 100.0  # dB, in place of the infinity of equal videos, which JSON does not have
 
 
 def psnr(videos: Tensor, references: Tensor) -> Tensor:

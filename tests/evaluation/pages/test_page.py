@@ -1,4 +1,4 @@
-"""The page of an evaluation: real videos in files, measured, and read back from the page."""
+"""Write the page of real videos in files, measured, and read the page back."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Sentences of an evaluation follow the numbers: what is not drawn is not claimed."""
+"""Test that sentences of an evaluation follow the numbers and claim nothing else."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""An environment with a package that stands in for VBench."""
+"""Make an environment with a package that stands in for VBench."""
 
 import venv
 from pathlib import Path
@@ -30,8 +30,9 @@ class VBench:
 
 @pytest.fixture(scope="session")
 def vbench_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with packages named vbench and torch, and without
-    anyflow's.
+    """Return the interpreter of an environment with packages named vbench and torch.
+
+    The environment lacks anyflow's packages.
     """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)

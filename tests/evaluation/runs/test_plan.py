@@ -1,4 +1,4 @@
-"""Plans: whose noise is whose, and what may change in a folder."""
+"""Test whose noise is whose, and what may change in a folder of a plan."""
 
 from dataclasses import replace
 from pathlib import Path

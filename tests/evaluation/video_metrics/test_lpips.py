@@ -1,4 +1,4 @@
-"""LPIPS against the ``lpips`` package with the same weights, and what is said where it cannot run.
+"""Test LPIPS against the ``lpips`` package with the same weights, and its errors.
 
 What needs torchvision is skipped without it. The weights of AlexNet are random; those of the linear
 layers come with the packages.

@@ -1,4 +1,4 @@
-"""Which metrics can be computed, and what is said about the others."""
+"""Test which metrics can be computed, and what is said about the others."""
 
 import re
 import sys
