@@ -66,7 +66,7 @@ def finished_report(config: DemoConfig, out: Path) -> Path | None:
     """Return the report of a finished run of this configuration in ``out``, or None.
 
     Raises:
-        ValueError: as :func:`run_demo`.
+        ValueError: see :func:`run_demo`.
     """
     state = _load_state(config, out)
     return (

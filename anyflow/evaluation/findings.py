@@ -79,10 +79,10 @@ def _samplers(results: SeedResults) -> str | None:
 
 def _many_steps(results: SeedResults) -> str | None:
     fd, last = results.values("fd"), results.step_counts[-1]
-    ours = next((m for m in FLOW_MAPS if m in fd), None)
-    if ours is None or "flow_matching" not in fd or last == results.step_counts[0]:
+    flow_map = next((m for m in FLOW_MAPS if m in fd), None)
+    if flow_map is None or "flow_matching" not in fd or last == results.step_counts[0]:
         return None
-    flow, plain = fd[ours][last], fd["flow_matching"][last]
+    flow, plain = fd[flow_map][last], fd["flow_matching"][last]
     numbers = f"{number(plain)} against {number(flow)} for the flow map"
     if ratio(flow, plain) >= SAME:
         return f"With {last} steps plain flow matching is the better sampler here: {numbers}."

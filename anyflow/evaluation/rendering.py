@@ -42,8 +42,8 @@ def chart(figure: Figure, *, label: str, kind: str, salt: str, colors: Mapping[s
 
     Args:
         figure: the figure to draw.
-        label: says what the chart is to those who do not see it; plain text.
-        kind: CSS class: of pages that are ``wide`` or ``narrow``, or of ``any``.
+        label: plain text that says what the chart shows to those who do not see it.
+        kind: CSS class, for ``wide`` pages, ``narrow`` ones, or ``any``.
         salt: keeps the ids of the charts of a page apart.
         colors: CSS variables of the lines, ``{name: color}``.
     """

@@ -53,7 +53,7 @@ def steps_text(n: int) -> str:
 def steps_listed(steps: Sequence[int], of: Collection[int]) -> str:
     """Return step counts in words, such as ``1 and 2 steps``.
 
-    All of several are ``every number of steps``.
+    All of several step counts are ``every number of steps``.
     """
     if len(of) > 1 and len(steps) == len(of):
         return "every number of steps"
@@ -85,7 +85,7 @@ def look(score: Metrics, real: Metrics) -> str:
 def motion_share(score: Metrics, real: Metrics) -> float | None:
     """Return the motion of videos over that of real ones.
 
-    None without motion, or where real videos do not move.
+    Returns None without motion, or where real videos do not move.
     """
     if score.motion is None or real.motion is None or real.motion <= _STILL:
         return None

@@ -1,9 +1,9 @@
 """Set how torch's CPU threads wait, and how many the processor has room for.
 
-OpenMP, which runs them, reads its settings from the environment when torch is loaded. As shipped, a
-thread that waits for the others of an operator spins on its core: on a machine that does anything
-else, each operator then waits for the scheduler's next slot, and small networks train 10 to 20
-times slower.
+OpenMP, which runs the threads, reads its settings from the environment when torch is loaded. By
+default a thread that waits for the others of an operator spins on its core: on a machine that does
+other work too, each operator then waits for the scheduler's next slot, and small networks train
+about ten times slower.
 """
 
 from __future__ import annotations

@@ -126,9 +126,7 @@ def difference_sentences(
 ) -> list[str]:
     """Return where other checkpoints are better or worse than ``first``.
 
-    A difference counts where its interval does not hold 0.
-
-    Nothing is said of differences without an interval.
+    A difference counts where its interval does not hold 0, and not without an interval.
     """
     if len(differences) > MANY or metric.better is None:
         return []

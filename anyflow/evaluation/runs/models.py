@@ -102,7 +102,7 @@ class PipelineModel:
 
     Args:
         settings: settings of the model's videos.
-        memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
+        memory, device, compile, cuda_graph: see :meth:`AnyFlowPipeline.from_pretrained`.
     """
 
     settings: SampleSettings
@@ -178,7 +178,7 @@ class ShapesModel:
 
     ``anyflow demo`` and the recipes ``smoke_*`` train such models.
 
-    Its prompts are the classes, and its decoder is the pixel shuffle; a file has each pixel
+    The model's prompts are the classes, and its decoder is the pixel shuffle; a file has each pixel
     enlarged to :data:`SHAPES_UPSCALE` x :data:`SHAPES_UPSCALE`.
 
     Args:

@@ -143,7 +143,7 @@ class EvaluationRecord:
             sets: ``[metric]``, a number for all the videos.
 
         Raises:
-            ValueError: as the record itself.
+            ValueError: the result is no valid record.
         """
         return replace(
             self,
