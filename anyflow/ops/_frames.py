@@ -51,7 +51,7 @@ def sample_indices(op: str, picked: Tensor, like: Tensor) -> Tensor:
     check_indices(op, "picked", picked, like)
     picked, samples = picked.long(), like.shape[0]
     if picked.shape[0] and not samples:
-        raise ValueError(f"{op}: picked {describe(picked)} picks among 0 samples")
+        raise ValueError(f"{op}: picked {describe(picked)} cannot pick among 0 samples")
     if (
         on_host(picked)
         and not torch.compiler.is_compiling()

@@ -268,7 +268,7 @@ def test_what_cannot_be_evaluated(
         ([*model, "--out", "prompts.txt"], "prompts.txt is not a folder"),
         (["--model", "full", *out], "--prompts must be given"),
         (["--model", "full", *out, "--prompts", "prompts.txt"], "full"),
-        (["--model", "missing", *out, "--prompts", "prompts.txt"], "there is no folder missing"),
+        (["--model", "missing", *out, "--prompts", "prompts.txt"], "no folder missing"),
         (["--model", ".=full", *out, "--prompts", "prompts.txt"], "cannot be the name of a model"),
     ):
         result = run(*arguments)
