@@ -258,7 +258,18 @@ def flow_map_examples(batch: int, latents: tuple[int, ...]) -> list[Example]:
         pred, uncond, latents, noise = (_leaf(device, *shape, dtype=dtype) for _ in range(4))
         plus, minus = (_leaf(device, rows, *shape[1:], dtype=dtype) for _ in range(2))
         function = lambda p: ops.flow_map_loss(  # noqa: E731
-            p, uncond, plus, minus, latents, noise, t, r, torch.ones_like(t), 3.0, 0.01, rows=index
+            p,
+            uncond,
+            plus,
+            minus,
+            latents,
+            noise,
+            t,
+            r,
+            torch.ones_like(t),
+            3.0,
+            0.01,
+            picked=index,
         )
         return OperatorCall(function, [pred], [pred], training=True)
 

@@ -1,4 +1,4 @@
-"""Scores and example videos of every method at every step count."""
+"""Score every method at every step count, and keep example videos."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def build_evaluator(world: World) -> Evaluator:
 
 
 def real_floor(world: World, evaluator: Evaluator) -> Metrics:
-    """Measure real videos against the held-out ones, averaged over several sets of the size of a
-    sample set.
+    """Measure real videos against the held-out ones.
+
+    The score is the mean over several sets of the size of a sample set.
     """
     labels = world.labels(world.config.samples).cpu()
     sets = (
@@ -100,8 +101,9 @@ def evaluate_method(
 
 
 class _InParts:
-    """Evaluate a network on parts of a batch, each on a core of its own: the same numbers as in one
-    call, sooner.
+    """Evaluate a network on parts of a batch, each on a core of its own.
+
+    The numbers are those of one call; only the time differs.
     """
 
     def __init__(self, model: AnyFlowTransformer3DModel, pool: ThreadPoolExecutor) -> None:
@@ -120,15 +122,17 @@ class _InParts:
     ) -> tuple[Tensor]:
         assert not return_dict
 
-        def part(start: int) -> Tensor:
-            rows = slice(start, start + _PART_SIZE)
+        def evaluate(start: int) -> Tensor:
+            part = slice(start, start + _PART_SIZE)
             text = TextContext(
-                tuple((key[rows], value[rows]) for key, value in text_context.key_values)
+                tuple((key[part], value[part]) for key, value in text_context.key_values)
             )
             with torch.inference_mode():  # each thread has a mode of its own
-                times = time_embedding[rows]
+                times = time_embedding[part]
                 return self._model(
-                    hidden_states[rows], time_embedding=times, text_context=text, return_dict=False
+                    hidden_states[part], time_embedding=times, text_context=text, return_dict=False
                 )[0]
 
-        return (torch.cat(list(self._pool.map(part, range(0, len(hidden_states), _PART_SIZE)))),)
+        return (
+            torch.cat(list(self._pool.map(evaluate, range(0, len(hidden_states), _PART_SIZE)))),
+        )

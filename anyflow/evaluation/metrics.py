@@ -1,5 +1,4 @@
-"""Sample quality in four numbers: Frechet distance, nearest-template error, position coverage, and
-motion.
+"""Measure sample quality by Fréchet distance, template error, position coverage and motion.
 
 Layout of videos is ``[N, F, C, H, W]`` throughout; labels are ``[N]`` int64.
 """
@@ -23,7 +22,7 @@ _MOTION_VIDEOS = 16
 
 @dataclass(frozen=True)
 class Metrics:
-    """Hold the quality of one set of videos.
+    """Hold the numbers of one set of videos; lower is better in all but ``motion``.
 
     Args:
         fd: per-class Frechet distance (mean over the classes); lower is better.
@@ -42,16 +41,12 @@ class Metrics:
     motion: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        """Return the numbers by name, as ``metrics.json`` holds them, without motion where it was
-        not measured.
-        """
+        """Return the numbers as ``metrics.json`` holds them, without motion if not measured."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def mean(cls, scores: Sequence[Metrics]) -> Metrics:
-        """Return the mean of each number over ``scores``; motion is None where one of them has
-        none.
-        """
+        """Return the mean of each number over ``scores``; motion is None where a score has none."""
         if not scores:
             raise ValueError("scores must hold at least one set's metrics")
         motion = [score.motion for score in scores if score.motion is not None]
@@ -64,8 +59,9 @@ class Metrics:
 
 
 class RandomConv3dFeatures(nn.Module):
-    """Fixed random features of videos: two ReLU convolutions over space-time, averaged to ``dim``
-    numbers per video.
+    """Compute fixed random features of videos, ``dim`` numbers of each.
+
+    Two ReLU convolutions over space-time are averaged.
 
     Random convolutions are a sound yardstick for simple video: they react to sharpness, contrast,
     shape and the direction of motion, and unlike a trained network they need no download. The
@@ -99,7 +95,10 @@ class RandomConv3dFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, videos: Tensor) -> Tensor:
-        """Features ``[N, dim]`` of ``videos[N, F, C, H, W]``; ``ValueError`` for another shape."""
+        """Return features ``[N, dim]`` of ``videos[N, F, C, H, W]``.
+
+        Raises ``ValueError`` for another shape.
+        """
         if (
             videos.ndim != 5
             or videos.shape[2] != self.in_channels
@@ -139,8 +138,9 @@ def per_class_frechet_distance(
 
 
 def nearest_template(videos: Tensor, labels: Tensor, templates: Tensor) -> Tensor:
-    """Index ``[N]`` of the template of the same class closest to each of ``videos[N, F, C, H, W]``
-    in mean square.
+    """Return the index ``[N]`` of the template of the same class nearest to each video.
+
+    Distance is the mean square over a video of ``videos[N, F, C, H, W]``.
 
     ``templates`` is ``[num_classes, P, F, C, H, W]``. Raises ``ValueError`` for mismatched shapes,
     labels out of range, and NaN or infinity.
@@ -164,14 +164,14 @@ def nearest_template(videos: Tensor, labels: Tensor, templates: Tensor) -> Tenso
     flat, bank = videos.flatten(1), templates.flatten(2)
     index = torch.empty_like(labels)
     for c in labels.unique().tolist():
-        rows = labels == c
-        index[rows] = (bank[c].square().sum(1) - 2 * flat[rows] @ bank[c].T).argmin(dim=1)
+        picked = labels == c
+        # |a - b|^2 without |a|^2, which does not change the order
+        index[picked] = (bank[c].square().sum(1) - 2 * flat[picked] @ bank[c].T).argmin(dim=1)
     return index
 
 
 def nearest_template_mse(videos: Tensor, labels: Tensor, templates: Tensor) -> float:
-    """Mean over ``videos`` of the mean squared difference to the nearest template of the same
-    class.
+    """Return the mean squared difference to the nearest template of the class, averaged.
 
     Shapes and errors as :func:`nearest_template`; also a ``ValueError`` for an empty set.
     """
@@ -181,8 +181,7 @@ def nearest_template_mse(videos: Tensor, labels: Tensor, templates: Tensor) -> f
 
 
 def coverage_tv(indices: Tensor, labels: Tensor, grid: tuple[int, int], *, bins: int = 3) -> float:
-    """Total variation distance between the positions of a set and the uniform distribution,
-    averaged over classes.
+    """Return the total variation distance of positions from uniform, averaged over classes.
 
     ``indices[N]`` number positions on ``grid`` = (rows, columns) in row-major order, as
     :func:`nearest_template` returns them; they are counted on ``bins x bins`` cells. 0 is perfectly
@@ -213,8 +212,7 @@ def coverage_tv(indices: Tensor, labels: Tensor, grid: tuple[int, int], *, bins:
 
 @dataclass(frozen=True, eq=False)
 class Evaluator:
-    """Held-out real data in the form the metrics need; turns videos and labels into
-    :class:`Metrics`.
+    """Turn videos and labels into :class:`Metrics`, against held-out real videos.
 
     Build it with :meth:`from_videos`. ``heldout_features[M, D]`` are standardized by
     ``feature_mean[D]`` and ``feature_std[D]``, their own statistics over all classes, which gives
@@ -244,8 +242,9 @@ class Evaluator:
         extractor: nn.Module | None = None,
         black_white: tuple[float, float] | None = None,
     ) -> Evaluator:
-        """Evaluator over held-out ``videos[M, F, C, H, W]`` and the
-        ``templates[num_classes, rows*columns, ...]``.
+        """Make an evaluator from held-out videos and the templates of their classes.
+
+        The videos are ``[M, F, C, H, W]`` and the templates ``[num_classes, rows*columns, ...]``.
 
         Templates lie on ``grid`` = (rows, columns) positions in row-major order. ``extractor`` maps
         videos to ``[M, D]`` (default: :class:`RandomConv3dFeatures`). ``black_white`` are two
@@ -286,8 +285,9 @@ class Evaluator:
         )
 
     def evaluate(self, videos: Tensor, labels: Tensor) -> Metrics:
-        """Return all metrics of ``videos[N, F, C, H, W]``; errors are those of the functions they
-        come from.
+        """Return all metrics of ``videos[N, F, C, H, W]``.
+
+        The errors are those of the functions that compute them.
         """
         index = nearest_template(videos, labels, self.templates)
         features = (_features(self.extractor, videos) - self.feature_mean) / self.feature_std
@@ -301,8 +301,9 @@ class Evaluator:
         )
 
     def floor(self, real_sets: Iterable[tuple[Tensor, Tensor]]) -> Metrics:
-        """Return the mean score of other real sets ``(videos, labels)``, a perfect model's with as
-        many samples.
+        """Return the mean score of other real sets ``(videos, labels)``.
+
+        A perfect model would score as much with as many samples.
         """
         scores = [self.evaluate(videos, labels) for videos, labels in real_sets]
         if not scores:
@@ -313,8 +314,10 @@ class Evaluator:
         if self.black_white is None:
             return None
         black, white = self.black_white
-        rows = torch.cat([(labels == c).nonzero()[:_MOTION_VIDEOS, 0] for c in labels.unique()])
-        return motion(((videos[rows].float() - black) / (white - black)).clamp(0, 1)).mean().item()
+        picked = torch.cat([(labels == c).nonzero()[:_MOTION_VIDEOS, 0] for c in labels.unique()])
+        return (
+            motion(((videos[picked].float() - black) / (white - black)).clamp(0, 1)).mean().item()
+        )
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -322,7 +325,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _features(extractor: nn.Module, videos: Tensor) -> Tensor:
-    """Features in float64, computed in pieces to bound the memory of the convolutions."""
+    """Compute features in float64, in pieces that bound the memory of the convolutions."""
     return torch.cat([extractor(piece) for piece in videos.split(256)]).double()
 
 

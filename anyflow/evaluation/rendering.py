@@ -1,6 +1,4 @@
-"""Parts that the HTML reports share: the templates' environment, charts inside of a page, and
-numbers for tables.
-"""
+"""Share what the HTML reports need: templates, charts inside of a page, numbers for tables."""
 
 from __future__ import annotations
 
@@ -9,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyflow.evaluation.plots import BAND, DARK_COLORS, FAINT, INK, figure_svg
+from anyflow.evaluation.plot_parts import BAND, FAINT, INK
+from anyflow.evaluation.plots import DARK_COLORS, figure_svg
 from anyflow.evaluation.wording import number
 
 if TYPE_CHECKING:
@@ -39,11 +38,10 @@ def render(template: str, context: Mapping[str, Any], *, colors: Mapping[str, st
 
 
 def chart(figure: Figure, *, label: str, kind: str, salt: str, colors: Mapping[str, str]) -> str:
-    """Return a figure as SVG text for a page: no XML namespaces, CSS variables for colors (dark
-    mode), and a name.
+    """Return a figure as SVG text for a page, with CSS variables for colors and a name.
 
     Args:
-        figure: to be drawn.
+        figure: the figure to draw.
         label: says what the chart is to those who do not see it; plain text.
         kind: CSS class: of pages that are ``wide`` or ``narrow``, or of ``any``.
         salt: keeps the ids of the charts of a page apart.

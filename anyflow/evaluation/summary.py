@@ -1,6 +1,4 @@
-"""Says in plain words what a run shows. Every sentence follows from the numbers; what they do not
-bear is denied.
-"""
+"""Say in plain words what a run shows; every sentence follows from the numbers."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ from anyflow.evaluation.wording import (
 
 
 def main_methods(results: EvaluationResults | SeedResults) -> tuple[str, ...]:
-    """Return plain flow matching and the flow map that the story is about; without them, every
-    method.
-    """
+    """Return plain flow matching and the flow map of the story; without them, every method."""
     methods = SeedResults.of(results).methods
     ours = _flow_map(methods)
     return (
@@ -36,9 +32,7 @@ def main_methods(results: EvaluationResults | SeedResults) -> tuple[str, ...]:
 
 
 def takeaway(results: EvaluationResults | SeedResults) -> str:
-    """Return what plain flow matching and the flow map give in the fewest steps, and what more
-    steps do.
-    """
+    """Say what plain flow matching and the flow map give in the fewest steps, and what more do."""
     seeds = SeedResults.of(results)
     fd = seeds.values("fd")
     ours = _flow_map(seeds.methods)
@@ -48,7 +42,7 @@ def takeaway(results: EvaluationResults | SeedResults) -> str:
             f"{does} not compare a flow map with plain flow matching, so nothing is said here "
             "about few steps."
         )
-    first = seeds.steps[0]
+    first = seeds.step_counts[0]
     start, factor = f"In {steps_text(first)}", ratio(fd["flow_matching"][first], fd[ours][first])
     if factor < SAME:
         compared = (
@@ -78,8 +72,9 @@ def takeaway(results: EvaluationResults | SeedResults) -> str:
 
 
 def figure_sentences(results: EvaluationResults | SeedResults) -> dict[str, str]:
-    """Return one sentence for each figure: ``"videos"`` (of the first seed), and each metric's
-    chart by its name.
+    """Return one sentence for each figure, by its name.
+
+    ``"videos"`` (of the first seed), and each metric's chart by the metric's name.
     """
     seeds = SeedResults.of(results)
     return {
@@ -96,8 +91,7 @@ def figure_sentences(results: EvaluationResults | SeedResults) -> dict[str, str]
 
 
 def trend(curve: Mapping[int, float]) -> str:
-    """Return how a metric changes with the steps, as the end of a sentence whose subject is the
-    metric.
+    """Say how a metric changes with the steps, as the end of a sentence about the metric.
 
     Changes by less than a factor of ``SAME`` are none: another seed would make as much.
     """
@@ -139,7 +133,7 @@ def _agreement(seeds: SeedResults, ours: str) -> str:
     """Say in how many of several seeds the flow map is ahead at the fewest steps."""
     if len(seeds.runs) == 1:
         return ""
-    first = seeds.steps[0]
+    first = seeds.step_counts[0]
     curves = [run.values("fd") for run in seeds.runs]
     factors = [ratio(curve["flow_matching"][first], curve[ours][first]) for curve in curves]
     return (
@@ -165,11 +159,11 @@ def _videos(run: EvaluationResults) -> str:
     """Say from which number of steps on each method's videos look like what."""
     parts = []
     for method in main_methods(run):
-        words = [look(run.curves[method][n], run.floor) for n in run.steps]
+        words = [look(run.curves[method][n], run.floor) for n in run.step_counts]
         starts = [i for i in range(len(words)) if i == 0 or words[i] != words[i - 1]]
         told = [
             f"{words[i]} {'at' if i + 1 in starts or i + 1 == len(words) else 'from'} "
-            f"{steps_text(run.steps[i])}"
+            f"{steps_text(run.step_counts[i])}"
             for i in starts
         ]
         parts.append(f"{named(method)} gives {listed(told)}")
@@ -181,13 +175,15 @@ def _distances(seeds: SeedResults) -> str:
     if methods != ("flow_matching", _flow_map(seeds.methods)):
         return _trends(seeds, "fd", methods, "the distance from real videos")
     plain, ours = (curves[method] for method in methods)
-    ahead = [n for n in seeds.steps if ratio(plain[n], ours[n]) >= SAME]
-    behind = [n for n in seeds.steps if ratio(ours[n], plain[n]) >= SAME]
-    every = "every number of steps" if len(seeds.steps) > 1 else steps_text(seeds.steps[0])
-    alike = [n for n in seeds.steps if n not in ahead and n not in behind]
+    ahead = [n for n in seeds.step_counts if ratio(plain[n], ours[n]) >= SAME]
+    behind = [n for n in seeds.step_counts if ratio(ours[n], plain[n]) >= SAME]
+    every = (
+        "every number of steps" if len(seeds.step_counts) > 1 else steps_text(seeds.step_counts[0])
+    )
+    alike = [n for n in seeds.step_counts if n not in ahead and n not in behind]
     parts = [
         f"{text} at {listed([str(n) for n in where])}"
-        if len(where) < len(seeds.steps)
+        if len(where) < len(seeds.step_counts)
         else f"{text} at {every}"
         for text, where in (
             ("the flow map is closer to real videos", ahead),

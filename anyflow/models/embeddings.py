@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from anyflow.models.linear import apply_linear
 from anyflow.ops import dual_timestep_embedding, gelu, linear
 from anyflow.ops.dual_timestep_embedding import FUSIONS
+from anyflow.utils.devices import widest_float
 from anyflow.utils.validation import brief, is_finite_number
 
 DELTATIME_TYPES = ("r", "t-r")
@@ -100,7 +101,7 @@ class RotaryEmbedding(nn.Module):
     def _tables(
         self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.float32 if device.type in ("mps", "npu") else torch.float64
+        wide = widest_float(device)
         phases = []
         for axis, (length, dim) in enumerate(zip(grid, self.axis_dims, strict=True)):
             frequency = self.theta ** -(torch.arange(0, dim, 2, dtype=wide, device=device) / dim)

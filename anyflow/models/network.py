@@ -67,8 +67,3 @@ def execution_device(module: nn.Module) -> torch.device:
             if devices:
                 return torch.device(devices[0])
     return next(module.parameters()).device
-
-
-def widest_float(device: torch.device) -> torch.dtype:
-    """fp64 where the device has it: times near 1 differ by less than fp32 resolves well."""
-    return torch.float32 if device.type in ("mps", "npu") else torch.float64

@@ -31,7 +31,7 @@ def flow_map_inputs(
     noise: Tensor,
     t: Tensor,
     epsilon: Epsilon,
-    rows: Tensor | None = None,
+    picked: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,8 +49,9 @@ def flow_map_inputs(
         epsilon: half-width of the central difference in [0, 1] units: a number, ``[B]`` or
             ``[B, F]``, or a pair ``(plus, minus)`` of these when the two sides differ (one-sided
             ends).
-        rows: ``[n]`` integer indices, or a boolean ``[B]`` mask (read by the host), of the samples
-            that need ``x_pm``, in any order; negative ones count from the end. None means all.
+        picked: the samples that need ``x_pm``, in any order: ``[n]`` integer indices, of which
+            negative ones count from the end, or a boolean ``[B]`` mask (read by the host). None
+            means all.
         dtype: of x_t; None means that of latents.
 
     Returns:
@@ -63,7 +64,7 @@ def flow_map_inputs(
         ValueError: shapes, dtypes or devices do not fit together, an index on the CPU names no
             sample, or a forced backend does not support the dtypes.
     """
-    x_t, batch = flow_map_batch(latents, noise, t, epsilon, rows, dtype=dtype, with_x_t=False)
+    x_t, batch = flow_map_batch(latents, noise, t, epsilon, picked, dtype=dtype, with_x_t=False)
     n = batch.shape[0] // 2
     return x_t, batch[:n], batch[n:]
 
@@ -73,7 +74,7 @@ def flow_map_batch(
     noise: Tensor,
     t: Tensor,
     epsilon: Epsilon,
-    rows: Tensor | None = None,
+    picked: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
     with_x_t: bool = True,
@@ -90,13 +91,13 @@ def flow_map_batch(
     if not dtype.is_floating_point:
         raise ValueError(f"{_OP}: dtype must be floating-point, got {dtype}")
     plus, minus = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
-    if rows is not None:
-        if rows.dtype == torch.bool and rows.shape != latents.shape[:1]:
+    if picked is not None:
+        if picked.dtype == torch.bool and picked.shape != latents.shape[:1]:
             raise ValueError(
-                f"{_OP}: a rows mask must be [B={latents.shape[0]}], got {describe(rows)}"
+                f"{_OP}: a picked mask must be [B={latents.shape[0]}], got {describe(picked)}"
             )
-        rows = sample_indices(
-            _OP, rows.nonzero().flatten() if rows.dtype == torch.bool else rows, latents
+        picked = sample_indices(
+            _OP, picked.nonzero().flatten() if picked.dtype == torch.bool else picked, latents
         )
     return _operator(
         latents,
@@ -104,7 +105,7 @@ def flow_map_batch(
         constant_times(_OP, "t", t, latents),
         constant_times(_OP, "epsilon plus", plus, latents, scalar=True),
         constant_times(_OP, "epsilon minus", minus, latents, scalar=True),
-        rows,
+        picked,
         dtype,
         with_x_t,
     )
@@ -116,7 +117,7 @@ def flow_map_inputs_reference(
     t: Tensor,
     epsilon_plus: Tensor,
     epsilon_minus: Tensor,
-    rows: Tensor | None,
+    picked: Tensor | None,
     dtype: torch.dtype,
     with_x_t: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -126,11 +127,11 @@ def flow_map_inputs_reference(
     sigma = lead(t.to(acc), x0)
     x_t = (1 - sigma) * x0 + sigma * eps
     velocity, center, valid = eps - x0, x_t, None
-    if rows is not None:
-        rows, valid = clamp_indices(rows, latents.shape[0])
-        velocity, center = velocity[rows], center[rows]
-    plus = center + _side(epsilon_plus, rows, velocity) * velocity
-    minus = center - _side(epsilon_minus, rows, velocity) * velocity
+    if picked is not None:
+        picked, valid = clamp_indices(picked, latents.shape[0])
+        velocity, center = velocity[picked], center[picked]
+    plus = center + _side(epsilon_plus, picked, velocity) * velocity
+    minus = center - _side(epsilon_minus, picked, velocity) * velocity
     if valid is not None:
         plus, minus = (x.where(lead(valid, x), torch.nan) for x in (plus, minus))
     return x_t.to(dtype), torch.cat([plus, minus, x_t] if with_x_t else [plus, minus])
@@ -144,7 +145,7 @@ def flow_map_inputs_backward_reference(
     t: Tensor,
     epsilon_plus: Tensor,
     epsilon_minus: Tensor,
-    rows: Tensor | None,
+    picked: Tensor | None,
     with_x_t: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of latents and noise: ``(1 - t) dx - dv`` and ``t dx + dv`` with those of x_t and
@@ -154,19 +155,19 @@ def flow_map_inputs_backward_reference(
     """
     acc = accumulation_dtype(latents, noise)
     b = latents.shape[0]
-    n = b if rows is None else rows.shape[0]
+    n = b if picked is None else picked.shape[0]
     dx, (plus, minus) = grad.to(acc), grad_batch[: 2 * n].to(acc).unflatten(0, (2, n))
     if with_x_t:
         dx = dx + grad_batch[2 * n :].to(acc)
     valid = None
-    if rows is not None:
-        rows, valid = clamp_indices(rows, b)
+    if picked is not None:
+        picked, valid = clamp_indices(picked, b)
     sides = plus + minus
-    slopes = _side(epsilon_plus, rows, plus) * plus - _side(epsilon_minus, rows, minus) * minus
+    slopes = _side(epsilon_plus, picked, plus) * plus - _side(epsilon_minus, picked, minus) * minus
     if valid is not None:
         sides, slopes = (x.where(lead(valid, x), 0.0) for x in (sides, slopes))
-    if rows is not None:
-        sides, slopes = (torch.zeros_like(dx).index_add_(0, rows, x) for x in (sides, slopes))
+    if picked is not None:
+        sides, slopes = (torch.zeros_like(dx).index_add_(0, picked, x) for x in (sides, slopes))
     sigma, dx = lead(t.to(acc), dx), dx + sides
     return ((1 - sigma) * dx - slopes).to(latents.dtype), (sigma * dx + slopes).to(noise.dtype)
 
@@ -179,11 +180,11 @@ def _check_data(latents: Tensor, noise: Tensor) -> None:
     check_same_shape(_OP, "noise", noise, latents, "latents")
 
 
-def _check_times(latents: Tensor, rows: Tensor | None, **times: Tensor) -> None:
+def _check_times(latents: Tensor, picked: Tensor | None, **times: Tensor) -> None:
     for name, tensor in times.items():
         check_number_or_times(_OP, name, tensor, latents.shape[0], latents)
-    if rows is not None:
-        check_index_operand(_OP, rows, latents)
+    if picked is not None:
+        check_index_operand(_OP, picked, latents)
 
 
 def _check(
@@ -192,12 +193,12 @@ def _check(
     t: Tensor,
     epsilon_plus: Tensor,
     epsilon_minus: Tensor,
-    rows: Tensor | None,
+    picked: Tensor | None,
     dtype: torch.dtype,
     with_x_t: bool,
 ) -> None:
     _check_data(latents, noise)
-    _check_times(latents, rows, t=t, epsilon_plus=epsilon_plus, epsilon_minus=epsilon_minus)
+    _check_times(latents, picked, t=t, epsilon_plus=epsilon_plus, epsilon_minus=epsilon_minus)
     if not dtype.is_floating_point:
         raise ValueError(f"{_OP}: dtype must be floating-point, got {dtype}")
 
@@ -210,20 +211,20 @@ def _check_backward(
     t: Tensor,
     epsilon_plus: Tensor,
     epsilon_minus: Tensor,
-    rows: Tensor | None,
+    picked: Tensor | None,
     with_x_t: bool,
 ) -> None:
     _check_data(latents, noise)
-    _check_times(latents, rows, t=t, epsilon_plus=epsilon_plus, epsilon_minus=epsilon_minus)
+    _check_times(latents, picked, t=t, epsilon_plus=epsilon_plus, epsilon_minus=epsilon_minus)
     check_same_shape(_OP, "grad", grad, latents, "latents")
     samples = latents.shape[0]
-    n = 2 * (samples if rows is None else rows.shape[0]) + (samples if with_x_t else 0)
+    n = 2 * (samples if picked is None else picked.shape[0]) + (samples if with_x_t else 0)
     check_sizes(_OP, "grad_batch", grad_batch, (n, *latents.shape[1:]), latents)
 
 
-def _side(epsilon: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
-    if epsilon.ndim and rows is not None:
-        epsilon = epsilon[rows]
+def _side(epsilon: Tensor, picked: Tensor | None, like: Tensor) -> Tensor:
+    if epsilon.ndim and picked is not None:
+        epsilon = epsilon[picked]
     return lead(epsilon.to(like.dtype), like)
 
 
@@ -233,12 +234,12 @@ def _fake(
     t: Tensor,
     epsilon_plus: Tensor,
     epsilon_minus: Tensor,
-    rows: Tensor | None,
+    picked: Tensor | None,
     dtype: torch.dtype,
     with_x_t: bool,
 ) -> tuple[Tensor, Tensor]:
     b = latents.shape[0]
-    n = 2 * (b if rows is None else rows.shape[0]) + (b if with_x_t else 0)
+    n = 2 * (b if picked is None else picked.shape[0]) + (b if with_x_t else 0)
     batch = latents.new_empty((n, *latents.shape[1:]), dtype=accumulation_dtype(latents, noise))
     return latents.new_empty(latents.shape, dtype=dtype), batch
 
@@ -249,7 +250,7 @@ def _unsupported(
     t: Tensor,
     epsilon_plus: Tensor,
     epsilon_minus: Tensor,
-    rows: Tensor | None,
+    picked: Tensor | None,
     dtype: torch.dtype,
     with_x_t: bool,
 ) -> str | None:
@@ -261,7 +262,7 @@ def _unsupported(
 _operator = Operator(
     _OP,
     "(Tensor latents, Tensor noise, Tensor t, Tensor epsilon_plus, Tensor epsilon_minus, Tensor? "
-    "rows, "
+    "picked, "
     "ScalarType dtype, bool with_x_t) -> (Tensor, Tensor)",
     reference=flow_map_inputs_reference,
     fake=_fake,
@@ -270,7 +271,7 @@ _operator = Operator(
 )
 _operator.register_backward(
     "(Tensor grad, Tensor grad_batch, Tensor latents, Tensor noise, Tensor t, Tensor epsilon_plus, "
-    "Tensor epsilon_minus, Tensor? rows, bool with_x_t) -> (Tensor, Tensor)",
+    "Tensor epsilon_minus, Tensor? picked, bool with_x_t) -> (Tensor, Tensor)",
     reference=flow_map_inputs_backward_reference,
     fake=lambda grad, grad_batch, latents, noise, *_: (empty_like(latents), empty_like(noise)),
     check=_check_backward,

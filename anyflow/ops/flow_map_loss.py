@@ -35,14 +35,14 @@ def flow_map_loss(
     r: Tensor,
     weight: Tensor,
     guidance: float,
-    step: float | Tensor,
+    width: float | Tensor,
     *,
-    rows: Tensor | None = None,
+    picked: Tensor | None = None,
 ) -> Tensor:
     """Flow-map regression loss, differentiable with respect to ``pred`` only::
 
         p      = (pred - (1 - g) uncond) / g                 (p = pred when g is 1)
-        dF/dt  = (u_plus - u_minus) / (step g)
+        dF/dt  = (u_plus - u_minus) / (width g)
         target = (eps - x0) - (t - r) dF/dt
         loss_i = mean over frames of weight * mean over C, H, W of (p - target)^2
 
@@ -50,8 +50,8 @@ def flow_map_loss(
         pred: ``[B, F, C, H, W]`` conditional prediction u(x_t, t, r, c); the kernel takes any
             strides of B and F of the tensors but copies where the rest is not contiguous.
         uncond: u(x_t, t, r, negative) of the same shape, or None when ``guidance`` is 1.
-        u_plus: u at t + e, ``[n, F, C, H, W]`` for the samples in ``rows``, or None when no sample
-            needs it.
+        u_plus: u at t + e of the picked samples, ``[n, F, C, H, W]``, or None when no sample needs
+            it.
         u_minus: u at t - e, as u_plus.
         latents: x0, the shape of pred.
         noise: eps, the shape of pred.
@@ -59,8 +59,8 @@ def flow_map_loss(
         r: as t.
         weight: ``[B]`` or ``[B, F]``.
         guidance: g > 0.
-        step: full width of the difference, (t + e) - (t - e): a number, ``[n]`` or ``[n, F]``.
-        rows: ``[n]`` integer indices of the samples that u_plus and u_minus hold, in any order;
+        width: full width of the difference, (t + e) - (t - e): a number, ``[n]`` or ``[n, F]``.
+        picked: ``[n]`` integer indices of the samples that u_plus and u_minus hold, in any order;
             negative ones count from the end, and the differences of an index that comes twice are
             added. None means all B.
 
@@ -82,22 +82,22 @@ def flow_map_loss(
     if (u_plus is None) != (u_minus is None):
         raise ValueError(f"{_OP}: u_plus and u_minus are given together or not at all")
     if u_plus is None or u_minus is None:
-        rows, step = None, 1.0
+        picked, width = None, 1.0
     else:
-        rows = None if rows is None else sample_indices(_OP, rows, pred)
-        shape = (pred.shape[0] if rows is None else rows.shape[0], *pred.shape[1:])
+        picked = None if picked is None else sample_indices(_OP, picked, pred)
+        shape = (pred.shape[0] if picked is None else picked.shape[0], *pred.shape[1:])
         for name, tensor in (("u_plus", u_plus), ("u_minus", u_minus)):
             if tensor.shape != shape or not tensor.is_floating_point():
                 raise ValueError(
                     f"{_OP}: {name} must be a floating-point {shape}, got {describe(tensor)}"
                 )
             check_device(_OP, name, tensor, pred)
-    step = constant_times(_OP, "step", step, pred if u_plus is None else u_plus, scalar=True)
+    width = constant_times(_OP, "width", width, pred if u_plus is None else u_plus, scalar=True)
     need_grad = torch.is_grad_enabled() and pred.requires_grad
     constants = [
         None if x is None else x.detach() for x in (uncond, u_plus, u_minus, latents, noise)
     ]
-    loss, _ = _operator(pred, *constants, t, r, weight, step, rows, float(guidance), need_grad)
+    loss, _ = _operator(pred, *constants, t, r, weight, width, picked, float(guidance), need_grad)
     return loss
 
 
@@ -111,8 +111,8 @@ def flow_map_loss_reference(
     t: Tensor,
     r: Tensor,
     weight: Tensor,
-    step: Tensor,
-    rows: Tensor | None,
+    width: Tensor,
+    picked: Tensor | None,
     guidance: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -129,13 +129,13 @@ def flow_map_loss_reference(
         if u_plus is not None and u_minus is not None:
             slope = u_plus.to(acc) - u_minus.to(acc)
             interval, valid = (t.to(torch.promote_types(t.dtype, acc)) - r).to(acc), None
-            if rows is not None:
-                rows, valid = clamp_indices(rows, pred.shape[0])
-                interval = interval[rows] if interval.ndim else interval.expand(rows.shape)
+            if picked is not None:
+                picked, valid = clamp_indices(picked, pred.shape[0])
+                interval = interval[picked] if interval.ndim else interval.expand(picked.shape)
             if valid is not None:
                 interval = interval.where(lead(valid, interval), torch.nan)
-            slope = slope * (lead(interval, slope) / (lead(step.to(acc), slope) * guidance))
-            target = target - slope if rows is None else target.index_add(0, rows, -slope)
+            slope = slope * (lead(interval, slope) / (lead(width.to(acc), slope) * guidance))
+            target = target - slope if picked is None else target.index_add(0, picked, -slope)
     guided = pred.to(acc)
     if uncond is not None:
         guided = (guided - (1 - guidance) * uncond.detach().to(acc)) / guidance
@@ -165,25 +165,25 @@ def _check(
     t: Tensor,
     r: Tensor,
     weight: Tensor,
-    step: Tensor,
-    rows: Tensor | None,
+    width: Tensor,
+    picked: Tensor | None,
     guidance: float,
     need_grad: bool,
 ) -> None:
     _check_tensors(pred, uncond, latents, noise, guidance)
-    if (u_plus is None) != (u_minus is None) or (u_plus is None and rows is not None):
+    if (u_plus is None) != (u_minus is None) or (u_plus is None and picked is not None):
         raise ValueError(
-            f"{_OP}: u_plus and u_minus are given together or not at all, and rows with them only"
+            f"{_OP}: u_plus and u_minus are given together or not at all, and picked with them only"
         )
-    if rows is not None:
-        check_index_operand(_OP, rows, pred)
-    n = pred.shape[0] if rows is None else rows.shape[0]
+    if picked is not None:
+        check_index_operand(_OP, picked, pred)
+    n = pred.shape[0] if picked is None else picked.shape[0]
     for name, tensor in (("u_plus", u_plus), ("u_minus", u_minus)):
         if tensor is not None:
             check_sizes(_OP, name, tensor, (n, *pred.shape[1:]), pred)
     for name, times in (("t", t), ("r", r), ("weight", weight)):
         check_number_or_times(_OP, name, times, pred.shape[0], pred)
-    check_number_or_times(_OP, "step", step, n, pred)
+    check_number_or_times(_OP, "width", width, n, pred)
     if t.shape != r.shape:
         raise ValueError(f"{_OP}: t {tuple(t.shape)} and r {tuple(r.shape)} must have one shape")
 
@@ -223,7 +223,8 @@ _operator = Operator(
     _OP,
     "(Tensor pred, Tensor? uncond, Tensor? u_plus, Tensor? u_minus, Tensor latents, Tensor noise, "
     "Tensor t, Tensor r, "
-    "Tensor weight, Tensor step, Tensor? rows, float guidance, bool need_grad) -> (Tensor, Tensor)",
+    "Tensor weight, Tensor width, Tensor? picked, float guidance, bool need_grad) "
+    "-> (Tensor, Tensor)",
     reference=flow_map_loss_reference,
     fake=_fake,
     check=_check,

@@ -19,7 +19,7 @@ COLUMNS = ("prompt", "negative_prompt")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text that a video is made of.
+    """Hold a text that a video is made of.
 
     Args:
         text: what the video shows.

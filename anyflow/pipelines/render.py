@@ -1,13 +1,11 @@
-"""`anyflow sample`: prompts at several step counts from one noise, as MP4 files and comparisons of
-them.
-"""
+"""Make the videos of `anyflow sample`: prompts at several step counts from one noise."""
 
 from __future__ import annotations
 
 import dataclasses
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anyflow.pipelines.loading import resolve_device
 from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.prompts import Prompt
 from anyflow.pipelines.renderer import Renderer
 from anyflow.pipelines.request import MAX_SEED, VideoRequest
-from anyflow.pipelines.results import Results, comparison_name, file_name, folder_name
+from anyflow.pipelines.results import SampleResults, comparison_name, file_name, folder_name
 from anyflow.pipelines.sample_settings import SampleSettings
 from anyflow.pipelines.video import import_av, write_comparison, write_video
+from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import shortened
 from anyflow.utils.locking import locks_folder
 from anyflow.utils.progress import LoggedProgress, counted, status
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Failure:
-    """A video that was not made; ``steps`` is None for a comparison."""
+    """Describe a video that was not made; ``steps`` is None for a comparison."""
 
     prompt: str
     steps: int | None
@@ -46,11 +44,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What a run did.
+    """Report what a run did.
 
     Args:
         done: videos made.
-        skipped: videos that were there.
+        skipped: videos that were in the folder.
         failed: videos that could not be made.
     """
 
@@ -60,7 +58,7 @@ class SampleReport:
 
 
 def parse_numbers(name: str, text: str, low: int = 1) -> tuple[int, ...]:
-    """Parse whole numbers such as ``"1,2,4"``, in ascending order; ValueError for anything else."""
+    """Parse whole numbers such as ``"1,2,4"``, in ascending order, or raise a ValueError."""
     words = [word.strip() for word in text.split(",")]
     if not all(
         word.isascii() and word.isdecimal() and len(word) < 20 and int(word) >= low
@@ -81,29 +79,28 @@ def sample_command(
     out: Path,
     *,
     seeds: Sequence[int] = (0,),
-    context: Any = None,
+    first_frames: Any = None,
     memory: Memory = "auto",
     device: str | None = None,
     compile: bool = False,
     cuda_graph: bool = False,
     console: Console | None = None,
 ) -> SampleReport:
-    """Make every prompt at every step count from the same noise of each seed, and compare the step
-    counts.
+    """Make every prompt at every step count from the same noise, and compare the step counts.
 
-    Writes ``<prompt>/steps-04-seed-0.mp4``, ``<prompt>/comparison-seed-0.mp4`` (of all the step
-    counts that are there) and ``results.json`` with seconds by stage and peak memory. Videos that
-    are there are left alone, so that the same command goes on where it was stopped; one that fails
-    does not stop the others.
+    A run writes ``<prompt>/steps-04-seed-0.mp4``, ``<prompt>/comparison-seed-0.mp4`` of all step
+    counts in the folder, and ``results.json`` with seconds by stage and peak memory. Videos in the
+    folder are not made again, so that the same command continues a run that was stopped; one that
+    fails does not stop the others.
 
     Args:
         settings: what the videos have in common.
         prompts: each is made once, however often it is given.
         steps: network evaluations of each video.
         out: folder; one that was made with other settings is refused.
-        seeds: of the noise, the same for each prompt and step count.
-        context: the first frames of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`;
-            of what file, and how many, the settings say.
+        seeds: of the noise, which is the same for each prompt and step count.
+        first_frames: of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`; the settings
+            name their file and number.
         memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
         console: gets a bar of the steps, and the path of each file that was written.
 
@@ -117,22 +114,14 @@ def sample_command(
 
     settings.check()
     check_options(memory, resolve_device(device), compile=compile, cuda_graph=cuda_graph)
-    if settings.context_frames != (0 if context is None else len(context)):
+    if settings.first_frames != (0 if first_frames is None else len(first_frames)):
         raise ValueError(
-            f"the settings name {settings.context_frames} first frames, and context has others"
+            f"the settings name {settings.first_frames} first frames, and first_frames has others"
         )
-    for count in steps:
-        VideoRequest(num_inference_steps=count)
-    for seed in seeds:
-        whole_number("seed", seed, 0, MAX_SEED)
-    texts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    for text in texts:
-        text.check(f"{shortened(text.text)!r}: ")
+    texts = _checked(prompts, steps, seeds)
     folders = {text: out / folder_name(text) for text in texts}
-    if not folders or not steps or not seeds:
-        raise ValueError("there are no prompts, no step counts or no seeds")
     defaults = dataclasses.asdict(SampleSettings(settings.model))
-    results = Results.open(out, dataclasses.asdict(settings), defaults)
+    results = SampleResults.open(out, dataclasses.asdict(settings), defaults)
     results.write()
     if console is not None:
         for hint in settings.hints(texts):
@@ -143,23 +132,18 @@ def sample_command(
     failed: list[Failure] = []
     if todo:
         missing = list(dict.fromkeys(text for text, _, _ in todo))
-        with status(
-            console, f"loading {settings.model}, encoding {counted(len(missing), 'prompt')}"
-        ):
-            pipe = Renderer(
+        doing = f"loading {settings.model}, encoding {counted(len(missing), 'prompt')}"
+        with status(console, doing):
+            renderer = Renderer(
                 settings,
                 missing,
-                context,
+                first_frames,
                 memory=memory,
                 device=device,
                 compile=compile,
                 cuda_graph=cuda_graph,
             )
-            renderer = _Renderer(pipe, results, console)
-        for number, (text, seed, count) in enumerate(todo, start=1):
-            renderer.place = f"video {number} of {len(todo)}" if len(todo) > 1 else "sampling"
-            if (failure := renderer.render(text, count, seed, folders[text])) is not None:
-                failed.append(failure)
+        failed += _Videos(renderer, results, console).make(todo, folders)
     made = len(todo) - len(failed)
     for text, folder in folders.items():
         for seed in seeds:
@@ -168,12 +152,39 @@ def sample_command(
     return SampleReport(made, len(wanted) - len(todo), tuple(failed))
 
 
-class _Renderer:
-    """Makes videos, writes them and notes them in the results."""
+def _checked(
+    prompts: Sequence[Prompt | str], steps: Sequence[int], seeds: Sequence[int]
+) -> list[Prompt]:
+    """Return the prompts, or raise a ValueError for what a run cannot make videos of."""
+    for count in steps:
+        VideoRequest(num_inference_steps=count)
+    for seed in seeds:
+        whole_number("seed", seed, 0, MAX_SEED)
+    texts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    for text in texts:
+        text.check(f"{shortened(text.text)!r}: ")
+    if not texts or not steps or not seeds:
+        raise ValueError("a run needs prompts, numbers of steps and seeds, and has none of one")
+    return texts
 
-    def __init__(self, renderer: Renderer, results: Results, console: Console | None) -> None:
+
+class _Videos:
+    """Make videos, write them and note them in the results."""
+
+    def __init__(self, renderer: Renderer, results: SampleResults, console: Console | None) -> None:
         self.renderer, self.results, self.console = renderer, results, console
         self.place = ""
+
+    def make(
+        self, todo: Sequence[tuple[Prompt, int, int]], folders: Mapping[Prompt, Path]
+    ) -> list[Failure]:
+        """Make the videos of prompts, seeds and numbers of steps; return those that failed."""
+        failed = []
+        for number, (text, seed, steps) in enumerate(todo, start=1):
+            self.place = f"video {number} of {len(todo)}" if len(todo) > 1 else "sampling"
+            if (failure := self.render(text, steps, seed, folders[text])) is not None:
+                failed.append(failure)
+        return failed
 
     def render(self, prompt: Prompt, steps: int, seed: int, folder: Path) -> Failure | None:
         """Make and write one video and its line of the results."""
@@ -181,20 +192,16 @@ class _Renderer:
         try:
             with _steps_bar(self.console, label, steps) as bar:
                 entry = self._render(prompt, steps, seed, folder, bar)
-        except (
-            RuntimeError,
-            ValueError,
-            OSError,
-            FloatingPointError,
-        ) as error:  # memory, disk, NaN: the next may work
+        # memory, disk, NaN: the next video may work
+        except (RuntimeError, ValueError, OSError, FloatingPointError) as error:
             return Failure(prompt.text, steps, seed, self.renderer.reason(error))
         self.results.add(entry)
         if self.console is not None:
             seconds = entry["seconds"]
             self.console.print(
                 f"{folder.parent / entry['file']}: {seconds['sample']:.1f} s to sample, "
-                f"{seconds['decode']:.1f} s to "
-                f"decode, {entry['peak_memory_bytes'] / 2**30:.1f} GiB",
+                f"{seconds['decode']:.1f} s to decode, "
+                f"{entry['peak_memory_bytes'] / 2**30:.1f} GiB",
                 markup=False,
             )
         return None
@@ -229,7 +236,7 @@ class _Renderer:
 
 
 class _StepsBar:
-    """A bar of the steps of a video; without a terminal a line every half minute."""
+    """Show a bar of the steps of a video; without a terminal a line every half minute."""
 
     def __init__(self, bars: LoggedProgress, label: str, steps: int) -> None:
         from rich.markup import escape
@@ -268,11 +275,9 @@ def _steps_bar(console: Console | None, label: str, steps: int) -> Iterator[_Ste
 
 
 def _compare(
-    prompt: Prompt, seed: int, folder: Path, results: Results, console: Console | None
+    prompt: Prompt, seed: int, folder: Path, results: SampleResults, console: Console | None
 ) -> Failure | None:
-    """Write the comparison of all step counts of a seed, unless it is there or there is nothing to
-    compare.
-    """
+    """Write the comparison of a seed's step counts, unless it exists or has a single video."""
     videos = {
         steps: file
         for (steps, of_seed), file in sorted(results.there(folder).items())

@@ -1,4 +1,4 @@
-"""A pipeline with its prompts encoded ahead, which makes the frames of one video at a time."""
+"""Make the frames of one video at a time, with prompts that were encoded ahead."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from anyflow.utils.writing import system_error
 
 
 class Renderer:
-    """Makes videos of prompts that were encoded ahead, so that the text encoder is gone when
-    sampling starts.
+    """Make videos of prompts that were encoded ahead, without the text encoder in memory.
 
     Args:
         settings: of every video.
         prompts: those that videos will be made of.
-        context: the first frames of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`.
+        first_frames: of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`.
         memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
 
     Raises:
@@ -36,14 +35,14 @@ class Renderer:
         self,
         settings: SampleSettings,
         prompts: Sequence[Prompt],
-        context: Any = None,
+        first_frames: Any = None,
         *,
         memory: Memory = "auto",
         device: str | None = None,
         compile: bool = False,
         cuda_graph: bool = False,
     ) -> None:
-        self.settings, self.context = settings, context
+        self.settings, self.first_frames = settings, first_frames
         self.pipe = AnyFlowPipeline.from_pretrained(
             settings.model,
             dtype=DTYPES[settings.dtype],
@@ -106,7 +105,7 @@ class Renderer:
             num_inference_steps=steps,
             guidance_scale=settings.guidance_scale,
             seed=seed,
-            video=self.context,
+            video=self.first_frames,
             output_type="latent",
             progress=False,
             callback=callback,
@@ -123,9 +122,7 @@ class Renderer:
         return images, seconds
 
     def reason(self, error: Exception) -> str:
-        """Say in one line why a video could not be made, and free what the attempt left on a
-        GPU.
-        """
+        """Say in one line why a video could not be made, and free the attempt's memory on a GPU."""
         if self.pipe.device.type == "cuda":
             torch.cuda.empty_cache()
         settings, found = self.settings, system_error(error)

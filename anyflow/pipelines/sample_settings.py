@@ -1,6 +1,4 @@
-"""Holds and checks what decides the videos of `anyflow sample` beside prompts, step counts and
-seeds.
-"""
+"""Hold and check what decides the videos of a folder beside prompts, steps and seeds."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Holds what every video of a folder has in common.
+    """Hold what every video of a folder has in common.
 
     Args:
         model: diffusers folder, or the name of a model on the Hugging Face Hub.
@@ -62,7 +60,7 @@ class SampleSettings:
     video_frames: int | None = None
 
     def check(self) -> None:
-        """ValueError if the model is missing or cannot make such videos; no weight is loaded."""
+        """Raise a ValueError if the model cannot make such videos; no weight is loaded."""
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0.01 <= finite_number("fps", self.fps) < 1000:
@@ -83,15 +81,15 @@ class SampleSettings:
             num_frames=self.num_frames,
             guidance_scale=self.guidance_scale,
             negatives=1,
-            context_frames=self.context_frames,
+            context_frames=self.first_frames,
         ).check(paths.layout())
 
     @property
-    def context_frames(self) -> int:
-        """Number of frames that the videos begin with."""
-        return (
-            1 if self.image is not None else 0 if self.video_frames is None else self.video_frames
-        )
+    def first_frames(self) -> int:
+        """Return the number of frames that the videos begin with."""
+        if self.image is not None:
+            return 1
+        return 0 if self.video_frames is None else self.video_frames
 
     def hints(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return what a user may not have meant, a line each."""
@@ -100,8 +98,7 @@ class SampleSettings:
         if self.guidance_scale <= 1 and is_plain_wan(transformer):
             lines.append(
                 f"{shortened(transformer)} is a plain Wan model, which needs guidance and many "
-                "steps: "
-                "--guidance 5 --steps 50"
+                "steps: --guidance 5 --steps 50"
             )
         negatives = [self.negative_prompt, *(prompt.negative for prompt in prompts)]
         if self.guidance_scale <= 1 and any(negative is not None for negative in negatives):

@@ -21,6 +21,7 @@ from anyflow.schedulers.shift import (
     shift_times,
     train_weight_grid,
 )
+from anyflow.utils.devices import widest_float
 from anyflow.utils.documents import read_json, shortened
 from anyflow.utils.transfer import to_device
 from anyflow.utils.validation import brief, is_finite_number, whole_number
@@ -243,9 +244,7 @@ class FlowMapEulerDiscreteScheduler:
         values = self.schedule(num_inference_steps, sigmas=sigmas, timesteps=timesteps)
         # host copy: looking up a step must not wait for a GPU
         self._schedule = (values[:-1] * self._n).tolist()
-        dtype = (
-            torch.float32 if torch.device(device or "cpu").type in ("mps", "npu") else torch.float64
-        )
+        dtype = widest_float("cpu" if device is None else device)
         self.sigmas = values.to(device=device, dtype=dtype)
         self.timesteps = (values[:-1] * self._n).to(device=device, dtype=dtype)
         self.num_inference_steps = len(self._schedule)
@@ -365,7 +364,7 @@ class FlowMapEulerDiscreteScheduler:
         device = timesteps.device
         if device not in self._weights:
             tau, weight = train_weight_grid(self.config.weight_type, self.config.shift)
-            dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
+            dtype = widest_float(device)
             self._weights[device] = (
                 to_device(tau, device, dtype),
                 to_device(weight, device, dtype),
@@ -382,7 +381,7 @@ class FlowMapEulerDiscreteScheduler:
             host = _host(value)
             if not bool(((host >= 0) & (host <= self._n)).all()):  # also catches NaN
                 raise ValueError(f"{name} must be in [0, {self._n}], got {value}")
-        dtype = torch.float32 if like.device.type in ("mps", "npu") else torch.float64
+        dtype = widest_float(like.device)
         if isinstance(value, Tensor):
             times = to_device(value, like.device, dtype)
         else:

@@ -22,9 +22,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from anyflow.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest, sync_folder
+from anyflow.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
 from anyflow.training.tensor_files import INDEX, TensorReader, TensorWriter, difference, read_index
-from anyflow.utils.writing import system_error, writing
+from anyflow.utils.writing import hidden, publish, system_error, take_back, writing
 
 __all__ = ["CheckpointError", "Checkpointer", "complete_checkpoints"]
 
@@ -108,7 +108,7 @@ class Checkpointer:
             raise ValueError(f"info must be JSON: {error}") from None
 
         final = self.folder / f"step-{step:08d}"
-        partial = _hidden(final, "tmp")
+        partial = hidden(final)
         self._on_rank_zero(lambda: self._prepare(partial))
         try:
             with _dcp_errors(f"{partial} cannot be written"):
@@ -178,11 +178,7 @@ class Checkpointer:
     def _clear(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob(".step-*.old"):
-            final = self.folder / old.name.removeprefix(".").removesuffix(".old")
-            if final.exists():
-                shutil.rmtree(old)
-            else:
-                os.rename(old, final)
+            take_back(self.folder / old.name.removeprefix(".").removesuffix(".old"))
         for litter in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(litter)
         partial.mkdir()
@@ -195,20 +191,13 @@ class Checkpointer:
 
     def _commit(self, manifest: Manifest, partial: Path, final: Path) -> None:
         manifest.write(partial)
-        sync_folder(partial)
-        old = _hidden(final, "old")
-        if final.exists():
-            os.rename(final, old)
-        os.rename(partial, final)
-        sync_folder(self.folder)
-        if old.exists():
-            shutil.rmtree(old)
+        publish(partial, final)
         outdated = list(complete_checkpoints(self.folder).values())[: -self.keep]
         for path in outdated:
             if path != final:
                 # first: half a checkpoint must not have a name
-                os.rename(path, _hidden(path, "tmp"))
-                shutil.rmtree(_hidden(path, "tmp"))
+                os.rename(path, hidden(path))
+                shutil.rmtree(hidden(path))
 
     def _share(self, manifest: Manifest) -> list[str]:
         return sorted(manifest.files)[self._rank :: self._world_size]
@@ -268,10 +257,6 @@ def _previous(path: Path) -> str:
         if earlier
         else "; there is no earlier one"
     )
-
-
-def _hidden(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{suffix}")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.config import ParallelConfig
+from anyflow.utils.devices import default_device, known_device, local_gpu
 
 T = TypeVar("T")
 
@@ -131,24 +132,15 @@ def _shard_degree(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def _device(name: str | None, local_rank: int, world_size: int) -> torch.device:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown to PyTorch") from error
+    name = default_device().type if name is None else name
+    device = known_device(name)
     if world_size > 1 and name not in ("cpu", "cuda"):
         raise ValueError(
             f"device must be 'cpu' or 'cuda' with {world_size} processes, got {name!r}"
         )
     if device.type != "cuda":
         return device
-    index = local_rank if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {name!r}: this process needs GPU {index}, but there are "
-            f"{torch.cuda.device_count()}"
-        )
-    return torch.device("cuda", index)
+    return local_gpu(local_rank if device.index is None else device.index)
 
 
 def main_result(mesh: Mesh, work: Callable[[], T]) -> T:

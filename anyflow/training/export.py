@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from anyflow.formats.names import ORIGINAL
-from anyflow.formats.saving import new_folder, require_empty, write_transformer
+from anyflow.formats.saving import write_transformer
 from anyflow.pipelines.folder import Base, write_scheduler
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.checkpoint import Checkpointer, CheckpointError, complete_checkpoints
 from anyflow.utils.locking import locks_folder
+from anyflow.utils.writing import require_empty, whole_folder
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -154,7 +155,7 @@ def write_model(
         )
     _fill(student, tensors)
 
-    with new_folder(out) as partial:
+    with whole_folder(out) as partial:
         if adapters:
             if lora == "separate":
                 save_adapters = _save_for_comfyui if format == "comfyui" else _save_for_diffusers

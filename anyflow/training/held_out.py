@@ -15,12 +15,12 @@ from anyflow.data import VideoDataset, open_dataset
 from anyflow.methods import AnyFlowPretrainMethod, sample_time_pairs
 from anyflow.methods.collectives import all_reduce_sum
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.models.network import widest_float
 from anyflow.training.config import DataConfig, Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.draws import SampleDraws, draw_generator
 from anyflow.training.ema import EMA
 from anyflow.training.steps import build_scheduler, pretrain_config
+from anyflow.utils.devices import widest_float
 from anyflow.utils.transfer import to_device
 
 

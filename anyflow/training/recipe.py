@@ -107,16 +107,13 @@ def print_config(path: Path | str, overrides: Sequence[str] = ()) -> str:
         ValueError: training would refuse the schedule, the architecture or the adapters that the
             recipe describes.
     """
-    import torch
-
     from anyflow.training.networks import check_networks
     from anyflow.training.steps import build_scheduler
+    from anyflow.utils.devices import known_device
 
     recipe = load_recipe(path, overrides)
-    try:
-        torch.device("cpu" if recipe.device is None else recipe.device)
-    except RuntimeError:
-        raise ValueError(f"device {recipe.device!r} is unknown to PyTorch") from None
+    if recipe.device is not None:
+        known_device(recipe.device)
     scheduler = build_scheduler(recipe)
     if recipe.on_policy is not None and recipe.on_policy.method.timesteps is not None:
         scheduler.schedule(timesteps=recipe.on_policy.method.timesteps)

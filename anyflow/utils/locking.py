@@ -1,6 +1,4 @@
-"""One process at a time in a folder of results: a lock of the operating system, which ends with its
-holder.
-"""
+"""Let one process at a time write to a folder, by a lock that ends with its holder."""
 
 from __future__ import annotations
 
@@ -43,8 +41,8 @@ def folder_lock(folder: Path, *, beside: bool = False) -> Iterator[None]:
 
     The lock is ``flock`` on a small file that says who holds it, and the system ends it with the
     process, however that ends. Two threads of a process exclude each other like two processes. Over
-    NFS the server keeps the lock. Where the file system has no locks there is a warning, and the
-    block runs. The file goes when the lock is released, and so do folders that were made for it and
+    NFS the server keeps the lock. Where the file system has no locks, the block runs with
+    a warning. The file goes when the lock is released, and so do folders that were made for it and
     are still empty.
 
     Args:
@@ -115,8 +113,10 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _acquire(folder: Path, file: Path) -> int:
-    """Open and lock the file; again where its last holder has just removed it, or the folder made
-    for it.
+    """Open and lock the file.
+
+    The attempt is repeated where the last holder has just removed the file, or the folder made for
+    it.
     """
     for attempt in range(_ATTEMPTS):
         try:

@@ -1,5 +1,4 @@
-"""Packages that anyflow is installed with or can do without: what needs them, and the command that
-installs them.
+"""Say which packages anyflow needs for what, and the command that installs one.
 
 The command names the packages themselves, so that it is right for a wheel, for a checkout and in
 any environment.

@@ -1,4 +1,4 @@
-"""Real parts of a Wan model, tiny, and real video files."""
+"""Build the parts of a tiny Wan model, and video files."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +12,9 @@ WriteVideo = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def write_video() -> WriteVideo:
-    """``write_video(path, grays, fps=16, size=(64, 64))``: one plain frame per gray level; or per
-    array given.
+    """Return ``write_video(path, grays, fps=16, size=(64, 64))``.
+
+    A frame is plain for a gray level, or the array itself.
     """
 
     def write(

@@ -1,6 +1,4 @@
-"""From video files and captions to a dataset, with a real (tiny) Wan model, against diffusers' own
-pipeline.
-"""
+"""Test preprocessing with a tiny Wan model, against diffusers' own pipeline."""
 
 import csv
 import dataclasses
@@ -29,7 +27,7 @@ from typer.testing import CliRunner
 from anyflow.cli import app
 from anyflow.data import open_dataset
 from anyflow.data.captions import Broken
-from anyflow.data.encoders import TextEncoder, VideoEncoder
+from anyflow.data.encoders import LatentEncoder, TextEncoder
 from anyflow.data.latent_dataset import LatentDataset, shards
 from anyflow.data.latent_format import read_record, write_record
 from anyflow.data.preprocess import (
@@ -59,7 +57,7 @@ CAPTIONS = {
 
 @pytest.fixture(scope="module")
 def videos(write_video: WriteVideo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve videos of noise, ``0.mp4`` to ``11.mp4``."""
+    """Write twelve videos of noise, ``0.mp4`` to ``11.mp4``."""
     folder = tmp_path_factory.mktemp("videos")
     random = np.random.default_rng(0)
     for i in range(12):
@@ -70,7 +68,7 @@ def videos(write_video: WriteVideo, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def pipeline(wan_model: Path) -> AnyFlowPipeline:
-    """diffusers' pipeline of the parts of the model that encode."""
+    """Build diffusers' pipeline of the parts of the model that encode."""
     return AnyFlowPipeline(
         tokenizer=AutoTokenizer.from_pretrained(wan_model / "tokenizer"),
         text_encoder=UMT5EncoderModel.from_pretrained(wan_model / "text_encoder"),
@@ -106,12 +104,12 @@ def test_stored_latents_are_those_of_the_anyflow_pipeline(
     ) == (PreprocessReport(3, 0, ()))
     dataset = LatentDataset(tmp_path / "out")
     assert dataset.latent_shape == (3, 16, 8, 8)
-    for row, file in enumerate(CAPTIONS):
-        assert dataset.file(row) == file
+    for i, file in enumerate(CAPTIONS):
+        assert dataset.file(i) == file
         pixels = read_video(videos / file, num_frames=9, height=64, width=64, fps=16)
         with torch.no_grad():
             expected = pipeline.encode_video((pixels.float() / 255)[None], height=64, width=64)[0]
-        torch.testing.assert_close(dataset[row].latents, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(dataset[i].latents, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_latents_are_the_normalized_mean_of_the_posterior(videos: Path, wan_model: Path) -> None:
@@ -119,7 +117,7 @@ def test_latents_are_the_normalized_mean_of_the_posterior(videos: Path, wan_mode
     vae = AutoencoderKLWan.from_pretrained(wan_model / "vae")
     with torch.no_grad():
         mean = vae.encode((pixels.float() / 127.5 - 1).transpose(0, 1)[None]).latent_dist.mean[0]
-    latents = VideoEncoder(wan_model, torch.device("cpu"))(pixels)
+    latents = LatentEncoder(wan_model, torch.device("cpu"))(pixels)
     for channel in range(16):
         expected = (mean[channel] - vae.config.latents_mean[channel]) / vae.config.latents_std[
             channel
@@ -142,8 +140,8 @@ def test_prompts_are_those_of_the_anyflow_pipeline(
     )
     dataset = LatentDataset(out)
     assert dataset.text_shape == (12, 16)
-    for row, caption in enumerate(captions.values()):
-        assert torch.equal(dataset[row].prompt_embeds, encode_pipeline(pipeline, caption))
+    for i, caption in enumerate(captions.values()):
+        assert torch.equal(dataset[i].prompt_embeds, encode_pipeline(pipeline, caption))
     assert torch.equal(dataset.negative_prompt_embeds[0], encode_pipeline(pipeline, "bad quality"))
     assert load_file(out / "negative_prompt.safetensors")["prompt_embeds"].shape == (3, 16)
 
@@ -178,7 +176,7 @@ def test_videos_that_cannot_be_used_are_listed_and_stop_nothing(
     assert [(entry.line, entry.file, entry.reason.split(":")[0]) for entry in report.broken] == [
         (2, "text.mp4", "cannot be decoded"),
         (4, "cut.mp4", "cannot be decoded"),
-        (6, "absent.mp4", f"there is no such file in {folder}"),
+        (6, "absent.mp4", f"it is not in {folder}"),
         (7, "short.mp4", "too short"),
         (8, "2.mp4", "the caption is empty"),
     ]
@@ -186,13 +184,13 @@ def test_videos_that_cannot_be_used_are_listed_and_stop_nothing(
         Broken(**json.loads(line)) for line in (out / "broken.jsonl").read_text().splitlines()
     ]
     assert tuple(listed) == report.broken
-    assert [LatentDataset(out).file(row) for row in range(2)] == ["0.mp4", "1.mp4"]
+    assert [LatentDataset(out).file(i) for i in range(2)] == ["0.mp4", "1.mp4"]
 
     for name in ("cut.mp4", "absent.mp4"):
         shutil.copy(videos / "3.mp4", folder / name)
     again = preprocess(folder, tmp_path / "c.csv", wan_model, out, **SIZE)
     assert (again.done, again.skipped, len(again.broken)) == (2, 2, 3)
-    assert [LatentDataset(out).file(row) for row in range(4)] == [
+    assert [LatentDataset(out).file(i) for i in range(4)] == [
         "0.mp4",
         "1.mp4",
         "cut.mp4",
@@ -235,7 +233,7 @@ def test_odd_files_and_lines_of_captions_are_one_line_each_and_stop_nothing(
     captions.write_text("\n".join(lines), encoding="utf-8")
     report = preprocess(folder, captions, wan_model, out, **SIZE)
     dataset = LatentDataset(out)
-    assert [dataset.file(row) for row in range(len(dataset))] == sound and report.done == 4
+    assert [dataset.file(i) for i in range(len(dataset))] == sound and report.done == 4
     reasons = [
         *odd.values(),
         "the line has a lone surrogate",
@@ -266,7 +264,7 @@ def test_a_caption_with_a_comma_without_quotes_is_left_out_and_named(
     report = preprocess(videos, captions, wan_model, tmp_path / "out", **SIZE)
     assert [(entry.line, entry.file) for entry in report.broken] == [(2, "0.mp4")]
     dataset = LatentDataset(tmp_path / "out")
-    assert [(dataset.file(row), dataset.caption(row)) for row in range(len(dataset))] == [
+    assert [(dataset.file(i), dataset.caption(i)) for i in range(len(dataset))] == [
         ("1.mp4", "a cross")
     ]
 
@@ -312,9 +310,7 @@ def test_a_dataset_has_the_versions_that_made_it_and_a_change_is_said_once(
 
 
 def test_prompts_are_cleaned_as_those_of_the_published_models(wan_model: Path) -> None:
-    """The right sides are what ftfy 6.3.1 documents: curly quotes, ligatures, full-width commas,
-    mojibake.
-    """
+    """Compare with what ftfy 6.3.1 documents: quotes, ligatures, full-width commas, mojibake."""
     pairs = {
         "a man\u2019s \u201cred\u201d disc": 'a man\'s "red" disc',
         "a \ufb01ne disc": "a fine disc",
@@ -333,14 +329,14 @@ def test_the_command_verifies_every_row(videos: Path, wan_model: Path, tmp_path:
     preprocess(videos, table(tmp_path / "c.csv", CAPTIONS), wan_model, out, **SIZE)
     verify = ["preprocess", "--verify", "--out", str(out)]
     result = runner.invoke(app, verify)
-    assert result.exit_code == 0 and "every row is what was written" in result.output
+    assert result.exit_code == 0 and "every sample is what was written" in result.output
     (shard,) = shards(out)
     content = bytearray(shard.read_bytes())
     content[content.index(LatentDataset(out)[1].latents.numpy().tobytes())] ^= 1
     shard.write_bytes(content)
     result = runner.invoke(app, verify)
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
-    assert "shard-000000.arrow, row 1 of it (1.mp4) is damaged" in result.stderr
+    assert "shard-000000.arrow, sample 1 of it (1.mp4) is damaged" in result.stderr
     assert runner.invoke(app, [*verify[:-1], str(tmp_path / "none")]).exit_code == 2
     result = runner.invoke(app, ["preprocess", "--out", str(out)])
     assert result.exit_code == 2 and "--videos is missing" in result.stderr
@@ -358,7 +354,7 @@ def test_a_video_may_have_several_captions_but_not_one_twice(
         assert (report.done, report.skipped) == (done, skipped)
         assert report.broken == (Broken(3, "0.mp4", "the same file and caption as line 1"),)
     dataset = LatentDataset(tmp_path / "out")
-    assert [dataset.caption(row) for row in range(2)] == ["a", "red"]
+    assert [dataset.caption(i) for i in range(2)] == ["a", "red"]
     assert torch.equal(dataset[0].latents, dataset[1].latents)
 
 
@@ -372,7 +368,7 @@ def test_a_finished_run_is_not_repeated_and_can_be_added_to(
     assert contents(out) == before
     table(captions, {"0.mp4": "a", "2.mp4": "disc", "1.mp4": "red"})
     assert preprocess(videos, captions, wan_model, out, **SIZE) == PreprocessReport(1, 2, ())
-    assert [LatentDataset(out).file(row) for row in range(3)] == ["0.mp4", "1.mp4", "2.mp4"]
+    assert [LatentDataset(out).file(i) for i in range(3)] == ["0.mp4", "1.mp4", "2.mp4"]
 
 
 @pytest.mark.parametrize(
@@ -415,7 +411,7 @@ def test_a_model_with_missing_or_foreign_weights_is_refused(
     wan_model: Path, tmp_path: Path
 ) -> None:
     for part, load in (
-        ("vae", lambda model: VideoEncoder(model, torch.device("cpu"))),
+        ("vae", lambda model: LatentEncoder(model, torch.device("cpu"))),
         (
             "text_encoder",
             lambda model: TextEncoder(
@@ -448,10 +444,10 @@ def test_a_model_with_missing_or_foreign_weights_is_refused(
         ({"text_length": 0}, "text_length must"),
         ({"dtype": "fp8"}, "dtype must be one of bfloat16, float32, got 'fp8'"),
         ({"num_workers": 0}, "num_workers must be >= 1, got 0"),
-        ({"rows_per_shard": 0}, "rows_per_shard must be >= 1, got 0"),
-        ({"videos": Path("absent")}, "no folder of videos absent"),
-        ({"captions": Path("absent.csv")}, "no captions file absent.csv"),
-        ({"model": Path("absent")}, "there is no folder absent"),
+        ({"samples_per_shard": 0}, "samples_per_shard must be >= 1, got 0"),
+        ({"videos": Path("absent")}, "videos must be a folder, got absent"),
+        ({"captions": Path("absent.csv")}, "captions: absent.csv does not exist"),
+        ({"model": Path("absent")}, "no folder absent"),
     ],
 )
 def test_unusable_arguments_are_refused_before_anything_is_written(
@@ -491,7 +487,10 @@ def test_nothing_that_can_be_used_is_an_error_and_the_folder_is_free_for_a_mende
         tmp_path / "out",
         table(tmp_path / "c.csv", {"none.mp4": "a", "1.mp4": "&nbsp;"}),
     )
-    message = r"none of the 2 captioned videos of .*c\.csv .*: line 2 of .* \(none\.mp4\): there is no such file"
+    message = (
+        r"none of the 2 captioned videos of .*c\.csv .*: line 2 of .* \(none\.mp4\): "
+        "it is not in "
+    )
     for size in (SIZE, SIZE | {"num_frames": 5}):
         with pytest.raises(NothingEncodedError, match=message):
             preprocess(videos, captions, wan_model, out, **size)
@@ -517,7 +516,7 @@ def test_a_run_killed_before_its_first_shard_leaves_the_folder_free(
 ) -> None:
     out, captions = tmp_path / "out", table(tmp_path / "c.csv", {"1.mp4": "a"})
     preprocess(videos, captions, wan_model, out, **SIZE)
-    write_record(out, dataclasses.replace(read_record(out), rows=None, shards={}))
+    write_record(out, dataclasses.replace(read_record(out), num_samples=None, shards={}))
     for path in shards(out):
         path.unlink()
     assert preprocess(videos, captions, wan_model, out, **SIZE | {"num_frames": 5}).done == 1
@@ -584,7 +583,7 @@ def test_the_command_takes_a_text_file_beside_each_video_and_columns_by_name(
     assert "left out: 1.mp4: it has no caption" in result.output
     assert f"anyflow train anyflow_pretrain_t2v 'data.path={tmp_path / 'a b'}'" in result.output
     dataset = LatentDataset(tmp_path / "a b")
-    assert [(dataset.file(row), dataset.caption(row)) for row in range(len(dataset))] == [
+    assert [(dataset.file(i), dataset.caption(i)) for i in range(len(dataset))] == [
         ("0.mp4", "a red disc"), ("2.mp4", "a cross")
     ]  # fmt: skip
     (folder / "metadata.csv").write_text("clip,text,prompt\n1.mp4,a,red\n")
@@ -635,7 +634,7 @@ def test_a_run_that_is_killed_and_run_again_gives_the_dataset_of_one_that_was_no
         "preprocess;"
         "torch.set_num_threads(2);"
         "videos, captions, model, out = map(Path, sys.argv[1:]);"
-        f"preprocess(videos, captions, model, out, rows_per_shard=2, **{SIZE!r})"
+        f"preprocess(videos, captions, model, out, samples_per_shard=2, **{SIZE!r})"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, *map(str, (videos, captions, wan_model, killed))]
@@ -650,11 +649,11 @@ def test_a_run_that_is_killed_and_run_again_gives_the_dataset_of_one_that_was_no
     first = contents(killed)["shard-000000.arrow"]
 
     for out in (killed, whole):
-        preprocess(videos, captions, wan_model, out, rows_per_shard=2, **SIZE)
+        preprocess(videos, captions, wan_model, out, samples_per_shard=2, **SIZE)
     assert contents(killed) == contents(whole)
     assert contents(killed)["shard-000000.arrow"] == first
     dataset = LatentDataset(killed)
-    assert [dataset.file(row) for row in range(len(dataset))] == [f"{i}.mp4" for i in range(12)]
+    assert [dataset.file(i) for i in range(len(dataset))] == [f"{i}.mp4" for i in range(12)]
 
 
 def test_the_command_makes_a_dataset_that_the_training_command_takes(

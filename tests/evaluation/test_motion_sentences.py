@@ -32,7 +32,7 @@ def with_motion(
     """Results with another motion of one method."""
     curve = {
         n: replace(results.curves[method][n], motion=m)
-        for n, m in zip(results.steps, motion, strict=True)
+        for n, m in zip(results.step_counts, motion, strict=True)
     }
     return replace(results, curves={**results.curves, method: curve})
 

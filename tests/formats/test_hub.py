@@ -144,7 +144,7 @@ def test_what_the_hub_has_not_or_does_not_give(endpoint: str) -> None:
         return str(error.value)
 
     absent = (
-        "there is no folder someone/absent here, and the Hugging Face Hub has no model of this name"
+        "no folder someone/absent here, and the Hugging Face Hub has no model of this name"
     )
     assert refused("someone/absent").startswith(absent) and "hf download" not in refused(
         "someone/absent"
@@ -225,7 +225,7 @@ def test_a_copy_that_lacks_a_part_is_not_taken_for_the_model(
 def test_what_can_only_be_a_path_never_asks_the_hub(path: str, cache: Path) -> None:
     assert HubName.parse(path) is None
     if path not in (".",):
-        with pytest.raises(ValueError, match="^there is no folder"):
+        with pytest.raises(ValueError, match="^no folder"):
             local_folder(path)
 
 

@@ -121,7 +121,7 @@ def test_a_flow_map_without_its_second_branch_is_not_taken_for_a_plain_model(fol
         ("eps", 0, "eps=0 is not possible"),
         ("gate_value", float("nan"), "gate_value=nan is not possible"),
         ("deltatime_type", "r-t", "deltatime_type must be one of"),
-        ("r_embedder", False, "r_embedder: False in the config, but there are tensors of a "
+        ("r_embedder", False, "r_embedder: False in the config, but the tensors have a "
                               "delta_embedder"),
         ("qk_norm", "layer_norm", "qk_norm='layer_norm' is not supported"),
         ("added_kv_proj_dim", 48, "added_kv_proj_dim=48 is not supported"),

@@ -210,7 +210,10 @@ def test_forced_but_not_for_these_tensors() -> None:
     ],
 )
 def test_forced_native_kernel_does_not_take_these(dtype, head_dim, why, qkv) -> None:
-    message = rf"'native' \(forced by .*\) does not support query of dtype {dtype} with head_dim {head_dim}: {why} \("
+    message = (
+        rf"'native' \(forced by .*\) does not support query of dtype {dtype} with head_dim "
+        rf"{head_dim}: {why} \("
+    )
     with pytest.raises(ValueError, match=message):
         attention(*qkv((1, 5, 3, 2, head_dim), dtype), attention_backend="native")
     assert attention(*qkv((1, 5, 3, 2, head_dim), dtype)).shape == (1, 5, 2 * head_dim)

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import anyflow.models.attention as module
 from anyflow.models import AnyFlowTransformer3DModel, attention_report, use_attention_backend
 from anyflow.models.attention import ATTENTION_BACKENDS, attention
-from anyflow.models.attention_backends import flash_implementation, preference, unsupported
+from anyflow.ops.attention.backends import flash_implementation, unsupported
+from anyflow.ops.attention.choice import preference
 from anyflow.ops.native import EXTENSION
 
 NATIVE = EXTENSION is not None and EXTENSION.cpu_instruction_set() != "generic"

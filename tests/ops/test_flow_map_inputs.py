@@ -15,7 +15,7 @@ ROWS = [None, [2, 0], [1], [0, 1, 2, 3], [-1, 0, 2, 2, -4], []]
 
 
 def formula(
-    x0: Tensor, eps: Tensor, t: Tensor, plus: Tensor, minus: Tensor, rows: list[int] | None
+    x0: Tensor, eps: Tensor, t: Tensor, plus: Tensor, minus: Tensor, picked: list[int] | None
 ) -> list[Tensor]:
     """One frame at a time; t, plus, minus are [B, F]."""
     at, above, below = (torch.zeros_like(x0) for _ in range(3))
@@ -25,7 +25,7 @@ def formula(
             at[b, f] = (1 - t[b, f]) * x0[b, f] + t[b, f] * eps[b, f]
             above[b, f] = at[b, f] + plus[b, f] * v
             below[b, f] = at[b, f] - minus[b, f] * v
-    return [at, above, below] if rows is None else [at, above[rows], below[rows]]
+    return [at, above, below] if picked is None else [at, above[picked], below[picked]]
 
 
 def doubled(tensors: list[Tensor]) -> list[Tensor]:
@@ -46,14 +46,14 @@ def frames(times: Tensor, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return times.double().reshape(shape[0], -1).expand(shape[:2])
 
 
-def indices(rows: list[int] | None, device: torch.device) -> Tensor | None:
-    return None if rows is None else torch.tensor(rows, dtype=torch.long, device=device)
+def indices(picked: list[int] | None, device: torch.device) -> Tensor | None:
+    return None if picked is None else torch.tensor(picked, dtype=torch.long, device=device)
 
 
 @pytest.mark.parametrize("per_frame", [False, True])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("picked", ROWS)
 def test_values_and_gradients(
-    per_frame, rows, backend, dtype, draw, device, assert_matches, assert_gradients
+    per_frame, picked, backend, dtype, draw, device, assert_matches, assert_gradients
 ) -> None:
     args = inputs(draw, dtype)
     args64 = doubled(args)
@@ -63,8 +63,8 @@ def test_values_and_gradients(
         0.01 * uniform(draw, *shape),
         0.02 * uniform(draw, *shape),
     )
-    out = flow_map_inputs(*args, t, (plus, minus), indices(rows, device))
-    expected = formula(*args64, frames(t), frames(plus), frames(minus), rows)
+    out = flow_map_inputs(*args, t, (plus, minus), indices(picked, device))
+    expected = formula(*args64, frames(t), frames(plus), frames(minus), picked)
     wide = torch.promote_types(dtype, torch.float32)
     assert [o.dtype for o in out] == [dtype, wide, wide]
     for o, e in zip(out, expected, strict=True):
@@ -75,15 +75,15 @@ def test_values_and_gradients(
 @pytest.mark.parametrize(
     "shape", [(2, 1, 1), (3, 2), (1, 5, 7), (2, 3, 1023), (1, 2, 4, 16, 33), (1, 1, 8, 2, 64)]
 )
-@pytest.mark.parametrize("rows", [None, [-1]])
-def test_sizes(shape, rows, backend, draw, device, assert_matches, assert_gradients) -> None:
+@pytest.mark.parametrize("picked", [None, [-1]])
+def test_sizes(shape, picked, backend, draw, device, assert_matches, assert_gradients) -> None:
     """Frames of one element, of any number of chunks, and no dimensions after F at all."""
     args = inputs(draw, torch.bfloat16, shape)
     args64 = doubled(args)
     t = uniform(draw, *shape[:2])
-    out = flow_map_inputs(*args, t, 0.01, indices(rows, device))
+    out = flow_map_inputs(*args, t, 0.01, indices(picked, device))
     width = torch.full(shape[:2], 0.01, dtype=torch.float64)
-    expected = formula(*args64, frames(t, shape), width, width, rows)
+    expected = formula(*args64, frames(t, shape), width, width, picked)
     for o, e in zip(out, expected, strict=True):
         assert_matches(o, e)
     assert_gradients(out, args, expected, args64)
@@ -95,23 +95,23 @@ def test_random_shapes(kernel, device, data: st.DataObject) -> None:
     shape = tuple(
         data.draw(st.integers(low, high)) for low, high in ((1, 4), (0, 3), (0, 3), (1, 700))
     )
-    rows = data.draw(st.none() | st.lists(st.integers(-shape[0], shape[0] - 1), max_size=6))
+    picked = data.draw(st.none() | st.lists(st.integers(-shape[0], shape[0] - 1), max_size=6))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x0, eps = (torch.randn(shape, generator=g).to(device) for _ in range(2))
     t = torch.rand(shape[: data.draw(st.integers(1, 2))], generator=g).to(device)
     with use_backend(kernel):
-        out = flow_map_inputs(x0, eps, t, 0.02, indices(rows, x0.device))
+        out = flow_map_inputs(x0, eps, t, 0.02, indices(picked, x0.device))
     width = torch.full(shape[:2], 0.02, dtype=torch.float64)
     times = t.double().reshape(shape[0], -1).expand(shape[:2]) if t.numel() else width
     for o, e in zip(
-        out, formula(x0.double(), eps.double(), times, width, width, rows), strict=True
+        out, formula(x0.double(), eps.double(), times, width, width, picked), strict=True
     ):
         torch.testing.assert_close(o.double(), e, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "with_x_t"), [(None, False), ([3, 0, -1], True)])
+@pytest.mark.parametrize(("picked", "with_x_t"), [(None, False), ([3, 0, -1], True)])
 def test_registered_operator(
-    rows, with_x_t, backend, draw, device, assert_matches, assert_gradients
+    picked, with_x_t, backend, draw, device, assert_matches, assert_gradients
 ) -> None:
     """``torch.ops.anyflow.flow_map_inputs``: on the eager backend too it has a backward formula of
     its own.
@@ -123,9 +123,9 @@ def test_registered_operator(
     args = inputs(draw)
     args64 = doubled(args)
     t, plus, minus = uniform(draw, B), 0.01 * uniform(draw, B, F), torch.tensor(0.02, device=device)
-    times = (t, plus, minus, indices(rows, device))
+    times = (t, plus, minus, indices(picked, device))
     out = operator(*args, *times, torch.float32, with_x_t)
-    at, *sides = formula(*args64, frames(t), plus.double(), minus.double().expand(B, F), rows)
+    at, *sides = formula(*args64, frames(t), plus.double(), minus.double().expand(B, F), picked)
     expected = [at, torch.cat([*sides, at] if with_x_t else sides)]
     for o, e in zip(out, expected, strict=True):
         assert_matches(o, e)
@@ -135,9 +135,9 @@ def test_registered_operator(
     torch.library.opcheck(gradient.default, (*grads, *(a.detach() for a in args), *times, with_x_t))
 
 
-@pytest.mark.parametrize("rows", [None, [3, 0, 3]])
-def test_compiles_in_one_graph(rows, backend, draw, device) -> None:
-    args, t, index = inputs(draw), uniform(draw, B), indices(rows, device)
+@pytest.mark.parametrize("picked", [None, [3, 0, 3]])
+def test_compiles_in_one_graph(picked, backend, draw, device) -> None:
+    args, t, index = inputs(draw), uniform(draw, B), indices(picked, device)
     compiled = torch.compile(flow_map_inputs, fullgraph=True, backend="aot_eager")
     outputs = compiled(*args, t, 0.01, index), flow_map_inputs(*args, t, 0.01, index)
     gradients = [torch.autograd.grad(sum(o.square().sum() for o in out), args) for out in outputs]
@@ -145,13 +145,13 @@ def test_compiles_in_one_graph(rows, backend, draw, device) -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-@pytest.mark.parametrize("rows", [None, [2], []])
-def test_batch_holds_what_the_network_reads(rows, backend, dtype, draw, device) -> None:
+@pytest.mark.parametrize("picked", [None, [2], []])
+def test_batch_holds_what_the_network_reads(picked, backend, dtype, draw, device) -> None:
     """One buffer ``[x+ ; x- ; x_t]`` in fp32 at least, its x_t not rounded to the dtype that x_t is
     asked in.
     """
     args = [a.detach() for a in inputs(draw, dtype)]
-    t, index = uniform(draw, B), indices(rows, device)
+    t, index = uniform(draw, B), indices(picked, device)
     wide = torch.promote_types(dtype, torch.float32)
     x_t, plus, minus = flow_map_inputs(*args, t, 0.01, index, dtype=wide)
     assert x_t.dtype == wide
@@ -188,9 +188,9 @@ def test_mask_equals_indices(backend, draw, device) -> None:
 
 
 @pytest.mark.parametrize("per_frame", [False, True])
-@pytest.mark.parametrize("rows", [None, [0, 3]])
+@pytest.mark.parametrize("picked", [None, [0, 3]])
 @pytest.mark.parametrize("times", [torch.float32, torch.float64])
-def test_one_sided_pairs(per_frame, rows, times, backend, draw, device, assert_matches) -> None:
+def test_one_sided_pairs(per_frame, picked, times, backend, draw, device, assert_matches) -> None:
     """At t = 1 nothing lies above, at t = 0 nothing below: each side has its own width; fp64 times
     as the methods'.
     """
@@ -198,8 +198,8 @@ def test_one_sided_pairs(per_frame, rows, times, backend, draw, device, assert_m
     t = torch.tensor([1.0, 0.5, 0.3, 0.0], dtype=times, device=device)
     sides = (1 - t).clamp(max=0.01), t.clamp(max=0.01)
     pair = tuple(s[:, None].expand(B, F) if per_frame else s for s in sides)
-    out = flow_map_inputs(x0, eps, t, pair, indices(rows, device))
-    expected = formula(x0.double(), eps.double(), frames(t), *(frames(s) for s in sides), rows)
+    out = flow_map_inputs(x0, eps, t, pair, indices(picked, device))
+    expected = formula(x0.double(), eps.double(), frames(t), *(frames(s) for s in sides), picked)
     for o, e in zip(out, expected, strict=True):
         assert_matches(o, e)
     assert torch.equal(out[1][0], eps[0]) and torch.equal(out[2][-1], x0[3])
@@ -227,14 +227,14 @@ def test_ends_are_exact(backend, draw, device) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, F, 2), (B, 0, 2), (B, F, 0, 5)])
-@pytest.mark.parametrize("rows", [None, []])
-def test_empty(shape, rows, backend, device) -> None:
+@pytest.mark.parametrize("picked", [None, []])
+def test_empty(shape, picked, backend, device) -> None:
     x0, eps = (torch.empty(shape, device=device, requires_grad=True) for _ in range(2))
     x_t, plus, minus = flow_map_inputs(
-        x0, eps, torch.zeros(shape[0], device=device), 0.01, indices(rows, device)
+        x0, eps, torch.zeros(shape[0], device=device), 0.01, indices(picked, device)
     )
     assert x_t.shape == shape and plus.shape == minus.shape == (
-        shape[0] if rows is None else 0,
+        shape[0] if picked is None else 0,
         *shape[1:],
     )
     (x_t.sum() + plus.sum()).backward()
@@ -309,23 +309,23 @@ def test_inputs_are_not_written(backend, draw, device) -> None:
 
 
 def test_index_of_no_sample(backend, draw, device, monkeypatch) -> None:
-    """Found on the CPU, where reading is free; else those rows are NaN, the others right, and
+    """Found on the CPU, where reading is free; else those picked are NaN, the others right, and
     nothing is raised.
     """
     args, t = inputs(draw), uniform(draw, B)
     good, bad = (
         torch.tensor(r, device=device) for r in ([2, 0, 2, 1, 0], [2, B, 2, -B - 1, 10**12])
     )
-    for rows in (bad, bad.neg()):
+    for picked in (bad, bad.neg()):
         with (
-            pytest.raises(ValueError, match=r"rows must be in \[-4, 4\)")
+            pytest.raises(ValueError, match=r"picked must be in \[-4, 4\)")
             if device.type == "cpu"
             else _nothing()
         ):
-            flow_map_inputs(*args, t, 0.01, rows)
+            flow_map_inputs(*args, t, 0.01, picked)
     if backend == "native" and device.type == "cpu":
         return  # its C++ looks at every index itself
-    monkeypatch.setattr(_frames, "on_host", lambda rows: False)  # as on a GPU
+    monkeypatch.setattr(_frames, "on_host", lambda picked: False)  # as on a GPU
     expected, out = flow_map_inputs(*args, t, 0.01, good), flow_map_inputs(*args, t, 0.01, bad)
     assert torch.equal(out[0], expected[0])
     for o, e in zip(out[1:], expected[1:], strict=True):
@@ -363,8 +363,8 @@ def test_fp64_runs_eagerly(kernel, draw) -> None:
 
 def test_gradcheck(draw, device) -> None:
     args = [draw(2, 3, 2, dtype=torch.float64) for _ in range(2)]
-    t, rows = uniform(draw, 2).double(), indices([1, 0, 1], device)
-    assert torch.autograd.gradcheck(lambda a, b: flow_map_inputs(a, b, t, 0.01, rows), args)
+    t, picked = uniform(draw, 2).double(), indices([1, 0, 1], device)
+    assert torch.autograd.gradcheck(lambda a, b: flow_map_inputs(a, b, t, 0.01, picked), args)
 
 
 X, T = torch.zeros(SHAPE), torch.zeros(B)
@@ -389,12 +389,12 @@ X, T = torch.zeros(SHAPE), torch.zeros(B)
         ((X, X, T, (T, T[:2])), "epsilon minus must be"),
         ((X, X, T, T.to("meta")), "epsilon plus is on meta"),
         ((X, X, T, (0.1, T[0].to("meta"))), "epsilon minus is on meta"),
-        ((X, X, T, 0.1, torch.tensor([0], device="meta")), "rows is on meta"),
-        ((X, X, T, 0.1, torch.tensor([True])), "rows mask must be"),
-        ((X, X, T, 0.1, torch.tensor([0.0])), "rows must be"),
-        ((X, X, T, 0.1, torch.tensor([[0]])), "rows must be"),
-        ((X, X, T, 0.1, torch.tensor([0, B])), "rows must be in"),
-        ((X, X, T, 0.1, torch.tensor([-B - 1])), "rows must be in"),
+        ((X, X, T, 0.1, torch.tensor([0], device="meta")), "picked is on meta"),
+        ((X, X, T, 0.1, torch.tensor([True])), "picked mask must be"),
+        ((X, X, T, 0.1, torch.tensor([0.0])), "picked must be"),
+        ((X, X, T, 0.1, torch.tensor([[0]])), "picked must be"),
+        ((X, X, T, 0.1, torch.tensor([0, B])), "picked must be in"),
+        ((X, X, T, 0.1, torch.tensor([-B - 1])), "picked must be in"),
         ((X[:0], X[:0], T[:0], 0.1, torch.tensor([0])), "pick among 0 samples"),
     ],
 )

@@ -18,9 +18,11 @@ TENSORS = ("pred", "uncond", "u_plus", "u_minus", "latents", "noise")
 
 
 def formula(a: dict[str, Any]) -> Tensor:
-    """The loss of every sample, one after the other; times, weight and step given as [B, F]."""
+    """The loss of every sample, one after the other; times, weight and width given as [B, F]."""
     samples, frames = a["pred"].shape[:2]
-    rows = list(range(samples)) if a.get("rows") is None else [int(i) % samples for i in a["rows"]]
+    picked = (
+        list(range(samples)) if a.get("picked") is None else [int(i) % samples for i in a["picked"]]
+    )
     losses = []
     for b in range(samples):
         g = a["guidance"]
@@ -29,9 +31,9 @@ def formula(a: dict[str, Any]) -> Tensor:
         frame_losses = []
         for f in range(frames):
             v = target[f]
-            for n, row in enumerate(rows if a["u_plus"] is not None else []):
+            for n, row in enumerate(picked if a["u_plus"] is not None else []):
                 if row == b:
-                    slope = (a["u_plus"][n, f] - a["u_minus"][n, f]) / (a["step"][n, f] * g)
+                    slope = (a["u_plus"][n, f] - a["u_minus"][n, f]) / (a["width"][n, f] * g)
                     v = v - (a["t"][b, f] - a["r"][b, f]) * slope
             frame_losses.append(a["weight"][b, f] * ((p[f] - v) ** 2).mean())
         losses.append(torch.stack(frame_losses).mean())
@@ -44,13 +46,13 @@ def inputs(
     *,
     shape: tuple[int, ...] = SHAPE,
     per_frame: bool = False,
-    rows: list[int] | None = None,
+    picked: list[int] | None = None,
     guidance: float = 3.0,
-    step: str = "number",
+    width: str = "number",
     times: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     b, f = shape[:2]
-    n = b if rows is None else len(rows)
+    n = b if picked is None else len(picked)
     sizes = {"u_plus": n, "u_minus": n}
     named: dict[str, Any] = {
         name: draw(sizes.get(name, b), *shape[1:], dtype=dtype).detach() for name in TENSORS
@@ -69,24 +71,24 @@ def inputs(
         "scalar": torch.tensor(0.01, device=device),
         "sample": (n,),
         "frame": (n, f),
-    }[step]
+    }[width]
     if isinstance(widths, tuple):
         widths = 0.01 + 0.01 * uniform(*widths)
-    named |= {"t": t, "r": r, "weight": uniform(*lead), "guidance": guidance, "step": widths}
+    named |= {"t": t, "r": r, "weight": uniform(*lead), "guidance": guidance, "width": widths}
     return named | {
-        "rows": None if rows is None else torch.tensor(rows, dtype=torch.long, device=device)
+        "picked": None if picked is None else torch.tensor(picked, dtype=torch.long, device=device)
     }
 
 
 def widened(named: dict[str, Any]) -> dict[str, Any]:
     """The same arguments for the formula: fp64, with per-frame times, weights and steps."""
     b, f = named["pred"].shape[:2]
-    n = b if named["rows"] is None else len(named["rows"])
+    n = b if named["picked"] is None else len(named["picked"])
     out = {
         k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v
         for k, v in named.items()
     }
-    for key, count in (("t", b), ("r", b), ("weight", b), ("step", n)):
+    for key, count in (("t", b), ("r", b), ("weight", b), ("width", n)):
         value = torch.as_tensor(out[key], dtype=torch.float64, device=named["pred"].device)
         value = value.expand(count) if value.ndim == 0 else value
         out[key] = (value.unsqueeze(1) if value.ndim == 1 else value).expand(count, f)
@@ -112,28 +114,28 @@ def check(assert_matches, assert_gradients):
 
 
 @pytest.mark.parametrize("per_frame", [False, True])
-@pytest.mark.parametrize("step", ["number", "scalar", "sample", "frame"])
+@pytest.mark.parametrize("width", ["number", "scalar", "sample", "frame"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("rows", [None, [3, 1], []])
-def test_values_and_gradient(per_frame, step, guidance, rows, backend, draw, check) -> None:
-    check(inputs(draw, per_frame=per_frame, rows=rows, guidance=guidance, step=step))
+@pytest.mark.parametrize("picked", [None, [3, 1], []])
+def test_values_and_gradient(per_frame, width, guidance, picked, backend, draw, check) -> None:
+    check(inputs(draw, per_frame=per_frame, picked=picked, guidance=guidance, width=width))
 
 
-@pytest.mark.parametrize("rows", [[0, 2], [-1, 0, 3, -1], [3, 2, 1, 0]])
-def test_dtypes(rows, backend, dtype, draw, check) -> None:
+@pytest.mark.parametrize("picked", [[0, 2], [-1, 0, 3, -1], [3, 2, 1, 0]])
+def test_dtypes(picked, backend, dtype, draw, check) -> None:
     """Accumulated, and returned, in fp32 at least: a bf16 loss would have two digits. Any order,
     duplicates add.
     """
-    check(inputs(draw, dtype, rows=rows, step="frame"))
+    check(inputs(draw, dtype, picked=picked, width="frame"))
 
 
 @pytest.mark.parametrize(
     "shape", [(2, 1, 1), (1, 5, 7), (2, 3, 1023), (1, 2, 4, 16, 33), (1, 1, 8, 2, 64)]
 )
-@pytest.mark.parametrize("rows", [None, [0]])
-def test_sizes(shape, rows, backend, draw, check) -> None:
+@pytest.mark.parametrize("picked", [None, [0]])
+def test_sizes(shape, picked, backend, draw, check) -> None:
     """Frames of one element and of any number of chunks."""
-    check(inputs(draw, torch.bfloat16, shape=shape, rows=rows))
+    check(inputs(draw, torch.bfloat16, shape=shape, picked=picked))
 
 
 @settings(max_examples=20)
@@ -142,7 +144,7 @@ def test_random_shapes(kernel, device, data: st.DataObject) -> None:
     shape = tuple(
         data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 3), (1, 3), (1, 700))
     )
-    rows = data.draw(st.none() | st.lists(st.integers(-shape[0], shape[0] - 1), max_size=6))
+    picked = data.draw(st.none() | st.lists(st.integers(-shape[0], shape[0] - 1), max_size=6))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
 
     def draw(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -150,7 +152,9 @@ def test_random_shapes(kernel, device, data: st.DataObject) -> None:
 
     kind = data.draw(st.sampled_from(["number", "scalar", "sample", "frame"]))
     guidance, per_frame = data.draw(st.sampled_from([1.0, 2.5])), data.draw(st.booleans())
-    named = inputs(draw, shape=shape, rows=rows, guidance=guidance, step=kind, per_frame=per_frame)
+    named = inputs(
+        draw, shape=shape, picked=picked, guidance=guidance, width=kind, per_frame=per_frame
+    )
     with use_backend(kernel):
         out = flow_map_loss(**named)
     torch.testing.assert_close(out.double(), formula(widened(named)).detach(), rtol=1e-5, atol=1e-5)
@@ -161,12 +165,12 @@ def test_velocities_and_times_keep_their_precision(times, backend, draw, check) 
     """bf16 data beside fp32 velocities and fp64 times, whose difference is formed before it is
     rounded.
     """
-    named = inputs(draw, torch.bfloat16, rows=[1], times=times, step="sample")
+    named = inputs(draw, torch.bfloat16, picked=[1], times=times, width="sample")
     named |= {key: draw(1, F, C, H, W).detach() for key in ("u_plus", "u_minus")}
     check(named)
     named["r"] = named["t"] - 1e-9  # t and r are one number in fp32
     if times == torch.float64:
-        named["step"] = named["step"] * 1e-9
+        named["width"] = named["width"] * 1e-9
         check(named)
 
 
@@ -183,19 +187,19 @@ def test_scaled_gradient_in_fp16_does_not_underflow(backend, draw) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "guidance", "need_grad"), [(None, 1.0, True), ([3, 0], 3.0, True), ([1], 3.0, False)]
+    ("picked", "guidance", "need_grad"), [(None, 1.0, True), ([3, 0], 3.0, True), ([1], 3.0, False)]
 )
 def test_registered_operator(
-    rows, guidance, need_grad, backend, draw, assert_matches, assert_gradients
+    picked, guidance, need_grad, backend, draw, assert_matches, assert_gradients
 ) -> None:
     """``torch.ops.anyflow.flow_map_loss``: on the eager backend too it has a backward formula of
     its own.
     """
     operator, gradient = torch.ops.anyflow.flow_map_loss, torch.ops.anyflow.flow_map_loss_backward
-    named = inputs(draw, rows=rows, guidance=guidance, step="sample", per_frame=True)
+    named = inputs(draw, picked=picked, guidance=guidance, width="sample", per_frame=True)
     named["pred"].requires_grad_(need_grad)
     named64 = widened(named)
-    keys = (*TENSORS, "t", "r", "weight", "step", "rows", "guidance")
+    keys = (*TENSORS, "t", "r", "weight", "width", "picked", "guidance")
     args = (*(named[key] for key in keys), need_grad)
     out, residual = operator(*args)
     expected = formula(named64)
@@ -214,15 +218,15 @@ def test_operator_without_need_grad_has_no_gradient(backend, draw) -> None:
     named = inputs(draw)
     named["pred"].requires_grad_()
     args = [named[key] for key in (*TENSORS, "t", "r", "weight")]
-    step = torch.tensor(0.01, device=named["pred"].device)
-    out, _ = torch.ops.anyflow.flow_map_loss(*args, step, None, 3.0, False)
+    width = torch.tensor(0.01, device=named["pred"].device)
+    out, _ = torch.ops.anyflow.flow_map_loss(*args, width, None, 3.0, False)
     with pytest.raises(RuntimeError, match="ran without need_grad"):
         out.sum().backward()
 
 
-@pytest.mark.parametrize("rows", [None, [3, 0]])
-def test_compiles_in_one_graph(rows, backend, draw) -> None:
-    named = inputs(draw, rows=rows, step="sample")
+@pytest.mark.parametrize("picked", [None, [3, 0]])
+def test_compiles_in_one_graph(picked, backend, draw) -> None:
+    named = inputs(draw, picked=picked, width="sample")
     named["pred"].requires_grad_()
     compiled = torch.compile(flow_map_loss, fullgraph=True, backend="aot_eager")
     outputs = compiled(**named), flow_map_loss(**named)
@@ -232,8 +236,8 @@ def test_compiles_in_one_graph(rows, backend, draw) -> None:
 
 
 def test_gradient_flows_to_pred_only(backend, draw) -> None:
-    named = inputs(draw, step="sample")
-    constants = [named[key].requires_grad_() for key in (*TENSORS[1:], "t", "r", "weight", "step")]
+    named = inputs(draw, width="sample")
+    constants = [named[key].requires_grad_() for key in (*TENSORS[1:], "t", "r", "weight", "width")]
     assert not flow_map_loss(**named).requires_grad
     named["pred"].requires_grad_()
     flow_map_loss(**named).sum().backward()
@@ -248,7 +252,10 @@ def test_without_neighbors_it_is_flow_matching(backend, draw) -> None:
     v = named["noise"] - named["latents"]
     expected = named["weight"] * (named["pred"] - v).square().flatten(1).mean(1)
     torch.testing.assert_close(flow_map_loss(**named), expected)
-    ignored = {"rows": torch.tensor([9], device=v.device), "step": torch.zeros(9, device=v.device)}
+    ignored = {
+        "picked": torch.tensor([9], device=v.device),
+        "width": torch.zeros(9, device=v.device),
+    }
     torch.testing.assert_close(flow_map_loss(**(named | ignored)), expected)
 
 
@@ -283,7 +290,7 @@ def test_exact_flow_map_of_a_linear_field_has_zero_loss(backend, draw, device) -
 
 
 def test_non_contiguous(backend, draw, check) -> None:
-    named = inputs(draw, per_frame=True, step="frame", rows=[2, 0, 2])
+    named = inputs(draw, per_frame=True, width="frame", picked=[2, 0, 2])
     plain = flow_map_loss(**named)
 
     def changed(names: tuple[str, ...], change: Any) -> dict[str, Any]:
@@ -297,9 +304,9 @@ def test_non_contiguous(backend, draw, check) -> None:
         torch.testing.assert_close(check(strided), plain)
     sliced = changed(TENSORS, lambda x: torch.cat([x, x], dim=1)[:, :F])
     torch.testing.assert_close(check(sliced), plain)
-    times = changed(("t", "r", "weight", "step"), lambda x: x.t().contiguous().t())
+    times = changed(("t", "r", "weight", "width"), lambda x: x.t().contiguous().t())
     torch.testing.assert_close(
-        check(times | {"rows": named["rows"].repeat_interleave(2)[::2]}), plain
+        check(times | {"picked": named["picked"].repeat_interleave(2)[::2]}), plain
     )
     # slices of one batch, as the methods'
     triple = torch.cat([named["u_plus"], named["u_minus"], named["uncond"]])
@@ -308,10 +315,10 @@ def test_non_contiguous(backend, draw, check) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, F, C), (B, 0, C), (B, F, 0, 2)])
-@pytest.mark.parametrize("rows", [None, []])
-def test_empty(shape, rows, backend, draw) -> None:
+@pytest.mark.parametrize("picked", [None, []])
+def test_empty(shape, picked, backend, draw) -> None:
     """No samples, no losses; the mean of nothing is NaN."""
-    named = inputs(draw, shape=shape, rows=rows)
+    named = inputs(draw, shape=shape, picked=picked)
     named["pred"].requires_grad_()
     loss = flow_map_loss(**named)
     assert loss.shape == shape[:1] and loss.isnan().all()
@@ -323,23 +330,23 @@ def test_index_of_no_sample(backend, draw, device, monkeypatch) -> None:
     """Found on the CPU, where reading is free; else it makes the nearest sample's loss NaN, and
     nothing is raised.
     """
-    named = inputs(draw, rows=[1, 2, 0], step="sample")
+    named = inputs(draw, picked=[1, 2, 0], width="sample")
     named["pred"].requires_grad_()
     expected = flow_map_loss(**named)
-    bad = {"rows": torch.tensor([1, 2, B], device=device)}
+    bad = {"picked": torch.tensor([1, 2, B], device=device)}
     if device.type == "cpu":
-        for rows in (bad["rows"], torch.tensor([-B - 1, 0, 0])):
-            with pytest.raises(ValueError, match=r"rows must be in \[-4, 4\)"):
-                flow_map_loss(**(named | {"rows": rows}))
+        for picked in (bad["picked"], torch.tensor([-B - 1, 0, 0])):
+            with pytest.raises(ValueError, match=r"picked must be in \[-4, 4\)"):
+                flow_map_loss(**(named | {"picked": picked}))
     if backend == "native" and device.type == "cpu":
         return  # its C++ looks at every index itself
-    monkeypatch.setattr(_frames, "on_host", lambda rows: False)  # as on a GPU
+    monkeypatch.setattr(_frames, "on_host", lambda picked: False)  # as on a GPU
     torch.testing.assert_close(flow_map_loss(**named), expected)
     loss = flow_map_loss(**(named | bad))
     assert loss[3].isnan() and torch.equal(loss[1:3], expected[1:3]) and loss[0].isfinite()
     loss.sum().backward()
     assert named["pred"].grad[3].isnan().all() and named["pred"].grad[:3].isfinite().all()
-    loss = flow_map_loss(**(named | {"rows": torch.tensor([1, 2, -(10**12)], device=device)}))
+    loss = flow_map_loss(**(named | {"picked": torch.tensor([1, 2, -(10**12)], device=device)}))
     assert loss.isnan().tolist() == [True, False, False, False]
 
 
@@ -353,7 +360,7 @@ def test_fp64_runs_eagerly(kernel, draw) -> None:
 
 @pytest.mark.parametrize("per_frame", [False, True])
 def test_gradcheck(per_frame, draw) -> None:
-    named = inputs(draw, torch.float64, per_frame=per_frame, rows=[2, 0, 2], step="sample")
+    named = inputs(draw, torch.float64, per_frame=per_frame, picked=[2, 0, 2], width="sample")
     named = {k: v[..., :2, :1] if k in TENSORS else v for k, v in named.items()}
     pred = named.pop("pred").requires_grad_()
     assert torch.autograd.gradcheck(lambda p: flow_map_loss(p, **named), pred)
@@ -361,7 +368,7 @@ def test_gradcheck(per_frame, draw) -> None:
 
 X, T = torch.zeros(B, F, C, H, W), torch.zeros(B)
 GOOD: dict[str, Any] = dict.fromkeys(TENSORS, X) | {
-    "t": T, "r": T, "weight": T, "guidance": 3.0, "step": 0.01, "rows": None
+    "t": T, "r": T, "weight": T, "guidance": 3.0, "width": 0.01, "picked": None
 }  # fmt: skip
 
 
@@ -392,15 +399,15 @@ GOOD: dict[str, Any] = dict.fromkeys(TENSORS, X) | {
         ({"u_plus": X.long()}, "u_plus must be"),
         ({"u_minus": X[:, :1]}, "u_minus must be"),
         ({"u_minus": X.to("meta")}, "u_minus is on meta"),
-        ({"rows": torch.tensor([0])}, "u_plus must be"),
-        ({"rows": torch.ones(B, dtype=torch.bool)}, "rows must be"),
-        ({"rows": torch.arange(B, device="meta")}, "rows is on meta"),
-        ({"rows": torch.arange(1, B + 1)}, "rows must be in"),
-        ({"step": T[:2]}, "step must be"),
-        ({"step": T.long()}, "step must be"),
-        ({"step": torch.zeros(B, F + 1)}, "step must be"),
-        ({"step": T.to("meta")}, "step is on meta"),
-        ({"step": T[0].to("meta")}, "step is on meta"),
+        ({"picked": torch.tensor([0])}, "u_plus must be"),
+        ({"picked": torch.ones(B, dtype=torch.bool)}, "picked must be"),
+        ({"picked": torch.arange(B, device="meta")}, "picked is on meta"),
+        ({"picked": torch.arange(1, B + 1)}, "picked must be in"),
+        ({"width": T[:2]}, "width must be"),
+        ({"width": T.long()}, "width must be"),
+        ({"width": torch.zeros(B, F + 1)}, "width must be"),
+        ({"width": T.to("meta")}, "width is on meta"),
+        ({"width": T[0].to("meta")}, "width is on meta"),
     ],
 )
 def test_bad_input(changes, message) -> None:

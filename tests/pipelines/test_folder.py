@@ -130,7 +130,7 @@ def test_a_base_that_does_not_do_is_refused_before_anything_is_written(
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
     refused(narrow, model, "text_encoder has 16 text dimensions, but the transformer takes 8")
-    refused(folder, tmp_path / "none", "there is no folder")
+    refused(folder, tmp_path / "none", "no folder")
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(model, base, ignore=shutil.ignore_patterns(part))
         refused(folder, base, f"has no {part}/")

@@ -379,7 +379,7 @@ def test_alpha_is_never_guessed_and_must_agree(generator: torch.Generator, tmp_p
     save_file(state, tmp_path / "lora.safetensors")
     model = build()
     expected = copy_of(model)
-    refused(model, tmp_path / "lora.safetensors", "no adapter_config.json")
+    refused(model, tmp_path / "lora.safetensors", "needs adapter_config.json beside it")
     for alpha in (torch.tensor(float("inf")), torch.zeros(2), torch.tensor(True)):
         save_file(state | {f"{layer}.alpha": alpha}, tmp_path / "lora.safetensors")
         refused(model, tmp_path / "lora.safetensors", f"{layer}.alpha")

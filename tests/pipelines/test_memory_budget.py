@@ -28,7 +28,6 @@ from anyflow.pipelines.memory import TEXT_WORKSPACE, WORKSPACE, Sizes, choose_pl
 from anyflow.pipelines.wan import decode_latents, encode_video
 
 DOCS = Path(__file__).parents[2] / "docs" / "sampling.md"
-README = Path(__file__).parents[2] / "README.md"
 GB = 1e9
 SEED_PEAK = 57 * GB  # of the published 14B script, on an H200
 UMT5_XXL = {
@@ -297,7 +296,7 @@ def test_the_table_of_the_docs_is_this_one(budget: Budget) -> None:
     assert table(budget, budget).replace(row, documented) in text
 
 
-def test_the_table_of_the_readme_is_this_one(budget: Budget) -> None:
+def test_the_table_of_published_checkpoints_is_this_one(budget: Budget) -> None:
     with torch.device("meta"):
         small = AnyFlowTransformer3DModel(**MODELS["1.3B"]).eval()
     parts = {
@@ -309,7 +308,7 @@ def test_the_table_of_the_readme_is_this_one(budget: Budget) -> None:
     for name, counted in (("1.3B", replace(budget, **parts, **steps)), ("14B", budget)):
         peaks = [max(counted.stages(plan).values()) for plan in ("fast", "low", "stream")]
         start = f"| `nvidia/AnyFlow-Wan2.1-T2V-{name}-"
-        row = next(line for line in README.read_text().splitlines() if line.startswith(start))
+        row = next(line for line in DOCS.read_text().splitlines() if line.startswith(start))
         assert row.split("|")[3].split(" / ") == [
             f" {peaks[0]:.1f}",
             f"{peaks[1]:.1f}",

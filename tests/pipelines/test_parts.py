@@ -106,7 +106,7 @@ def test_what_needs_a_gpu_says_so_and_changes_nothing(
     memory: str, model: Path, expected: torch.Tensor
 ) -> None:
     pipe = load(model, memory=memory)
-    with pytest.raises(ValueError, match="device cuda cannot be used"):
+    with pytest.raises(ValueError, match="device 'cuda' cannot be used"):
         pipe.to("cuda")
     for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
         with pytest.raises(ValueError, match=f"{name}.* needs a GPU to bring the parts to"):

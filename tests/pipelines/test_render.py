@@ -292,8 +292,8 @@ def test_guidance_changes_the_video(settings, tmp_path: Path) -> None:
         ({"height": 10**9}, "height must be <= 512 pixels for this model, got 1000000000"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
         ({"lora": "/no/such/lora"}, "LoRA: /no/such/lora does not exist"),
-        ({"model": "/no/such/model"}, "there is no folder /no/such/model"),
-        ({"transformer": "/no/such/model"}, "there is no folder /no/such/model"),
+        ({"model": "/no/such/model"}, "no folder /no/such/model"),
+        ({"transformer": "/no/such/model"}, "no folder /no/such/model"),
     ],
 )
 def test_what_cannot_work_is_refused_before_loading(
@@ -321,7 +321,7 @@ def test_steps_and_prompts_are_checked_before_loading(settings, tmp_path: Path) 
         ):
             run(settings, tmp_path / "out", seeds=(seed,))
     with pytest.raises(ValueError, match="name 0 first frames"):
-        run(settings, tmp_path / "out", context=[Image.new("RGB", (48, 32))])
+        run(settings, tmp_path / "out", first_frames=[Image.new("RGB", (48, 32))])
 
 
 def test_a_folder_of_other_settings_is_refused(settings, tmp_path: Path) -> None:
@@ -426,14 +426,16 @@ def test_a_folder_of_names_without_seeds_goes_on(settings, tmp_path: Path) -> No
 
 def test_videos_begin_with_the_frames_of_a_file(settings, tmp_path: Path, model: Path) -> None:
     """As the pipeline makes them of the same frames; results name the file."""
-    from anyflow.data.context import read_first_frames
+    from anyflow.data.first_frames import read_first_frames
 
     frames = np.zeros((7, 64, 96, 3), np.uint8)
     frames[..., 0], frames[:, :, 48:, 1] = 200, 255
     write_video(frames, tmp_path / "clip.mp4", fps=8)
-    context = read_first_frames(tmp_path / "clip.mp4", 5, num_frames=9, height=32, width=48, fps=8)
+    first_frames = read_first_frames(
+        tmp_path / "clip.mp4", 5, num_frames=9, height=32, width=48, fps=8
+    )
     onward = dataclasses.replace(settings, video=str(tmp_path / "clip.mp4"), video_frames=5)
-    assert run(onward, tmp_path / "out", PROMPTS[:1], (2,), context=context).done == 1
+    assert run(onward, tmp_path / "out", PROMPTS[:1], (2,), first_frames=first_frames).done == 1
     (file,) = (tmp_path / "out").glob("*/steps-02-seed-3.mp4")
     pipe = AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu")
     call = {
@@ -444,7 +446,7 @@ def test_videos_begin_with_the_frames_of_a_file(settings, tmp_path: Path, model:
         "seed": 3,
         "output_type": "np",
     }
-    expected = pipe(PROMPTS[0], video=context, **call).frames[0] * 255
+    expected = pipe(PROMPTS[0], video=first_frames, **call).frames[0] * 255
     free = pipe(PROMPTS[0], **call).frames[0] * 255
     brightness = np.array([0.2126, 0.7152, 0.0722])
     error, other = (

@@ -557,6 +557,25 @@ def test_a_network_of_stage_two_that_is_not_finite_is_named(
     )
 
 
+def test_a_teacher_of_stage_one_that_is_not_finite_is_named(
+    small_recipe: Make, tmp_path: Path
+) -> None:
+    """Blame the network that gives the target, not the student whose loss the target spoils."""
+    small = small_recipe(tmp_path / "run")
+    model = AnyFlowTransformer3DModel(**dataclasses.asdict(small.student.architecture))
+    with torch.no_grad():
+        model.proj_out.weight[3, 3] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    recipe = dataclasses.replace(
+        small,
+        teacher=NetworkConfig(path=str(tmp_path / "model")),
+        pretrain=dataclasses.replace(small.pretrain, velocity_target="teacher"),
+    )
+    status, printed = _train(_write(recipe, tmp_path / "r.yaml"))
+    assert status == 1 and "step 1: velocity of the teacher is not finite" in printed, printed
+    assert "give other weights as teacher.path=" in printed
+
+
 @pytest.mark.parametrize(("network", "phrase"), [("student", "1: rollout"), ("critic", "2: score")])
 def test_a_network_that_diverges_in_stage_two_is_named_and_not_kept(
     network: str, phrase: str, small_recipe: Make, tmp_path: Path

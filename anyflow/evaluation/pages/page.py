@@ -1,6 +1,4 @@
-"""Renders the page of an evaluation: one HTML file that works offline, in light and dark, on a
-phone too.
-"""
+"""Render the page of an evaluation, one HTML file in light and dark, for a phone too."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ def write_evaluation_report(path: str | Path, record: EvaluationRecord, clips: C
     """Write the page of an evaluation, whole or as far as it has come, and return its path.
 
     Args:
-        path: of the HTML file; its folder must exist.
+        path: the HTML file; its folder must exist.
         record: the numbers.
         clips: ``[model][steps]``, the files of the videos, prompt by prompt; as many as there is
             room for are shown.
@@ -79,7 +77,7 @@ def _context(record: EvaluationRecord, clips: Clips) -> dict[str, Any]:
         "title": _title(list(record.models)),
         "lead": lead(record, curves),
         "models": models,
-        "steps": record.steps,
+        "step_counts": record.step_counts,
         "prompts": record.prompts,
         "num_samples": record.num_samples,
         "seed": record.seed,
@@ -196,7 +194,7 @@ def _table(statistics: Statistics, name: str, curves: Mapping[str, Curve]) -> di
     best: dict[int, float] = {}
     if metric.better is not None and len(curves) > 1:
         choose = max if metric.better == "higher" else min
-        for n in statistics.record.steps:
+        for n in statistics.record.step_counts:
             values = [curve[n].value for curve in curves.values() if n in curve]
             best |= {n: choose(values)} if values else {}
     return {
@@ -230,7 +228,7 @@ def _comparison(statistics: Statistics, names: list[str]) -> dict[str, Any]:
                                 for v in (c[n].value, *c[n].range)
                             ]
                         )
-                        for n in statistics.record.steps
+                        for n in statistics.record.step_counts
                     },
                 }
             )
@@ -254,9 +252,12 @@ def _partly(record: EvaluationRecord, curves: Mapping[str, Mapping[str, Curve]])
         if not by_model:
             continue
         lacking = {
-            m: [n for n in record.steps if n not in by_model.get(m, {})] for m in record.models
+            m: [n for n in record.step_counts if n not in by_model.get(m, {})]
+            for m in record.models
         }
-        places = {m: steps_listed(steps, record.steps) for m, steps in lacking.items() if steps}
+        places = {
+            m: steps_listed(steps, record.step_counts) for m, steps in lacking.items() if steps
+        }
         if not places:
             continue
         same = len(places) == len(record.models) and len(set(places.values())) == 1

@@ -53,8 +53,7 @@ def optical_flow(videos: Tensor) -> Tensor:
 
 
 def flow_peaks(videos: Tensor) -> Tensor:
-    """Compute the mean length of the longest 5 % of the flow vectors between each two successive
-    frames.
+    """Compute the mean length of the longest 5 % of the flow vectors between successive frames.
 
     VBench reads this number from RAFT's flow, in pixels; here it comes from :func:`optical_flow`
     and is divided by the shorter side, so that videos of different sizes compare.
@@ -76,8 +75,7 @@ def flow_peaks(videos: Tensor) -> Tensor:
 
 
 def dynamic_degree(videos: Tensor) -> Tensor:
-    """Compute how much the fastest parts of each video move: the mean of :func:`flow_peaks` over
-    time.
+    """Compute how much the fastest parts of each video move: :func:`flow_peaks`, averaged.
 
     Args:
         videos: see :func:`optical_flow`.
@@ -128,8 +126,9 @@ def _gray_levels(videos: Tensor) -> np.ndarray:
 
 
 def _pair_flows(frames: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the flow ``[H, W, 2]`` (right, down) from each of ``frames[F, H, W]`` uint8 to the
-    next.
+    """Yield the flow ``[H, W, 2]`` (right, down) from each of the frames to the next.
+
+    The frames are ``[F, H, W]`` uint8.
     """
     cv2 = _import_cv2()
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)

@@ -1,4 +1,4 @@
-"""The Fréchet video distance between two sets of videos, on the features of an I3D network."""
+"""Compute the Fréchet video distance between two sets, on features of an I3D network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEAST_FRAMES = 10  # that the network's strides leave something of
 
 
 class I3DFeatures:
-    """Computes the features that the Fréchet video distance is defined on.
+    """Compute the features that the Fréchet video distance is defined on.
 
     The network is the I3D of Kinetics-400 in the TorchScript file of StyleGAN-V (Skorokhodov et al.
     2022), which reproduces the original one of TensorFlow Hub. It is called as there:
@@ -27,7 +27,7 @@ class I3DFeatures:
 
     Args:
         file: ``i3d_torchscript.pt``; ``model_path("fvd")`` is the usual one. Nothing is downloaded.
-        device: to run the network on.
+        device: device of the network.
 
     Raises:
         ValueError: the file is missing, or no TorchScript file.
@@ -86,8 +86,7 @@ class I3DFeatures:
 
 
 def frechet_video_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Compute the Fréchet video distance (Unterthiner et al. 2018, arXiv 1812.01717) between two
-    sets.
+    """Compute the Fréchet video distance of two sets (Unterthiner et al. 2018, arXiv 1812.01717).
 
     It is :func:`anyflow.evaluation.frechet_distance` of their I3D features. Its bias falls with the
     number of videos: compare values at equal numbers only; StyleGAN-V takes 2048. The order of the

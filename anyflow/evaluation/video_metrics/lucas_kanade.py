@@ -1,4 +1,4 @@
-"""The amount of motion in videos of any size, by optical flow in PyTorch alone.
+"""Measure the motion in videos of any size, by optical flow in PyTorch alone.
 
 The mean absolute difference of frames is not a measure of motion: it halves with the contrast,
 grows less than the speed, and reads noise that does not move as motion. Lengths of flow vectors do
@@ -52,6 +52,21 @@ def motion(videos: Tensor) -> Tensor:
     return torch.cat(speeds).view(count, frames - 1).mean(dim=1)
 
 
+def relative_motion(videos: Tensor) -> Tensor:
+    """Compute :func:`motion` in shorter sides per frame, by which videos of any sizes compare.
+
+    Args:
+        videos: see :func:`motion`.
+
+    Returns:
+        ``[N]`` float64; 0 for a frozen video.
+
+    Raises:
+        ValueError: see :func:`motion`.
+    """
+    return motion(videos) / min(videos.shape[-2:])
+
+
 def _mean_speeds(first: Tensor, second: Tensor) -> Tensor:
     """Return the mean speed ``[B]`` float64 of each frame pair, weighted by the gradient energy."""
     flow, energy = _lucas_kanade(first, second)
@@ -61,8 +76,9 @@ def _mean_speeds(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _lucas_kanade(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return flow ``[B, 2, H, W]`` (right, down) between frames ``[B, H, W]``, and gradient
-    energy.
+    """Return flow ``[B, 2, H, W]`` (right, down) between frames, and the gradient energy.
+
+    The frames are ``[B, H, W]``.
     """
     pyramid = [(_smooth(first, _BLUR), _smooth(second, _BLUR))]
     while min(pyramid[-1][0].shape[1:]) >= 2 * _COARSEST:
@@ -80,8 +96,9 @@ def _lucas_kanade(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _flow_step(first: Tensor, second: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve the normal equations of one linearization around ``flow``; return its step and the
-    energy.
+    """Solve the normal equations of one linearization around ``flow``.
+
+    Returns the step of the flow, and the energy.
     """
     warped, inside = _warp(second, flow)
     down, right = torch.gradient((first + warped) / 2, dim=(1, 2))
@@ -101,9 +118,7 @@ def _flow_step(first: Tensor, second: Tensor, flow: Tensor) -> tuple[Tensor, Ten
 
 
 def _warp(frames: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Look up ``frames[B, H, W]`` where ``flow`` points, and say where that lies inside of the
-    frame.
-    """
+    """Look up ``frames[B, H, W]`` where ``flow`` points, and mark what lies inside of the frame."""
     height, width = frames.shape[1:]
     x = torch.arange(width, device=flow.device) + flow[:, 0]
     y = torch.arange(height, device=flow.device)[:, None] + flow[:, 1]
@@ -118,8 +133,8 @@ def _smooth(values: Tensor, taps: tuple[float, ...]) -> Tensor:
     kernel = kernel / kernel.sum()
     half = len(taps) // 2
     images = F.pad(values.reshape(-1, 1, *values.shape[-2:]), (half,) * 4, mode="replicate")
-    rows = F.conv2d(images, kernel.view(1, 1, -1, 1))
-    return F.conv2d(rows, kernel.view(1, 1, 1, -1)).view(values.shape)
+    smooth_down = F.conv2d(images, kernel.view(1, 1, -1, 1))
+    return F.conv2d(smooth_down, kernel.view(1, 1, 1, -1)).view(values.shape)
 
 
 def _halve(frames: Tensor) -> Tensor:

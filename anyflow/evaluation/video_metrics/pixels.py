@@ -1,4 +1,4 @@
-"""Metrics of pixels alone: the peak signal-to-noise ratio and temporal flicker."""
+"""Measure pixels alone: the peak signal-to-noise ratio and temporal flicker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def psnr(videos: Tensor, references: Tensor) -> Tensor:
 
     Args:
         videos: ``[N, F, C, H, W]``, floating-point in [0, 1] or uint8; C is 1 or 3.
-        references: of the same shape, in the same range or as uint8.
+        references: videos of the same shape, in the same range or as uint8.
 
     Returns:
         ``[N]`` float64, higher is closer; infinity where a video equals its reference.
@@ -34,8 +34,7 @@ def psnr(videos: Tensor, references: Tensor) -> Tensor:
 
 
 def flicker(videos: Tensor) -> Tensor:
-    """Compute the temporal flicker of each video: the mean absolute difference of successive
-    frames.
+    """Compute the flicker of each video, the mean absolute difference of successive frames.
 
     VBench's ``temporal_flickering`` is ``1 - flicker``, computed on levels 0..255 and divided by
     255. It is meant for scenes that should stand still: motion changes pixels, too.

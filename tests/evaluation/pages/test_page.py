@@ -82,7 +82,7 @@ def evaluation(tmp_path_factory) -> tuple[EvaluationRecord, Clips]:
             for m in clips
         },
         prompts=PROMPTS,
-        steps=STEPS,
+        step_counts=STEPS,
         num_samples=2,
         seed=7,
         metrics={

@@ -18,7 +18,7 @@ def record() -> EvaluationRecord:
     return EvaluationRecord(
         models={"student": ModelRecord("runs/student", {"height": 32, "euler": False})},
         prompts=("a red panda", "ein Fuß"),
-        steps=(1, 4),
+        step_counts=(1, 4),
         num_samples=2,
         seed=3,
         metrics={

@@ -11,14 +11,13 @@ from anyflow.utils.validation import brief, whole_number
 
 
 def read_image(path: str | Path, height: int, width: int) -> Any:
-    """Read a picture, upright, resized (Lanczos) until it just covers the size, with its middle cut
-    out.
+    """Read a picture upright, resize it (Lanczos) to cover the size, and cut out its middle.
 
     Returns:
         A PIL image, RGB.
 
     Raises:
-        ValueError: there is no such file, or it is no picture.
+        ValueError: the file does not exist, or is no picture.
     """
     from PIL import Image, ImageOps
 
@@ -40,8 +39,8 @@ def read_first_frames(
 
     Args:
         path: of the file.
-        frames: how many, 4k + 1 and fewer than ``num_frames``. None takes those that there are, 4k
-            + 1 of them and at most half of ``num_frames``.
+        frames: how many, 4k + 1 and fewer than ``num_frames``. None takes all of a shorter video,
+            4k + 1 of them and at most half of ``num_frames``.
         num_frames: of the video that is to be made.
         height, width: in pixels.
         fps: frames per second of the video that is to be made.
@@ -50,7 +49,8 @@ def read_first_frames(
         A tensor ``[F, 3, height, width]`` uint8.
 
     Raises:
-        ValueError: there is no such file, it is no video or too short, or ``frames`` cannot be.
+        ValueError: the file does not exist, is no video or is too short, or ``frames`` is not
+            possible.
     """
     if frames is not None:
         whole_number("the number of first frames", frames)

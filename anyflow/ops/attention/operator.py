@@ -1,4 +1,4 @@
-"""Softmax attention without a mask, in the model's ``[B, L, H, Dh]`` layout."""
+"""Define the operator of softmax attention without a mask, in the layout ``[B, L, H, Dh]``."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _GENERIC = EXTENSION is not None and EXTENSION.cpu_instruction_set() == "generic
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``softmax(q k^T / sqrt(Dh)) v`` per sample and head; without keys it is 0.
+    """Compute ``softmax(q k^T / sqrt(Dh)) v`` per sample and head; without keys it is 0.
 
-    The native kernel (CPU) keeps no matrix of scores; scores must stay below 1e9, where the
-    log-sum-exp that the backward starts from resolves no differences any more. Gradients have the
-    same bits in every call, and for every number of threads. What the kernel does not take runs on
+    The native kernel (CPU) keeps no matrix of scores. Scores must stay below 1e9: above, the
+    log-sum-exp that the backward starts from resolves no differences. Gradients have the same bits
+    in every call, and for every number of threads. Tensors that the kernel does not take run on
     torch's ``scaled_dot_product_attention``, which rounds the weights of half-precision tensors
-    once more; forcing ``"eager"`` runs the reference, which has derivatives of any order. There is
-    no Triton kernel: :func:`anyflow.models.attention.attention` chooses among those for a GPU.
+    once more. Forcing ``"eager"`` runs the reference, which has derivatives of any order. No Triton
+    kernel exists: :func:`anyflow.models.attention.attention` chooses among the kernels of a GPU.
 
     Args:
         q: ``[B, L, H, Dh]``. Dh: for the kernel, a multiple of 8 up to 256. The last dimension is
@@ -62,9 +62,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Eager reference; the result of :func:`attention`, and ``logsumexp[B, H, L]`` of the scores in
-    fp32.
-    """
+    """Return the result of :func:`attention` and fp32 ``logsumexp[B, H, L]`` of the scores."""
     acc = accumulation_dtype(q)
     scores = _scores(q, k, acc)
     out = torch.einsum("bhls,bshd->blhd", scores.softmax(-1), v.to(acc)).to(q.dtype)
@@ -74,9 +72,10 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 def attention_backward_reference(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v: with the weights ``P = exp(scores - logsumexp)``, those of the
-    scores are ``P (grad v^T - sum(grad * out))``. For fp64 the log-sum-exp, which is fp32, is taken
-    again.
+    """Return the gradients of q, k and v.
+
+    With the weights ``P = exp(scores - logsumexp)``, the gradient of the scores is
+    ``P (grad v^T - sum(grad * out))``. For fp64 the log-sum-exp, which is fp32, is taken again.
     """
     acc = accumulation_dtype(q)
     scores = _scores(q, k, acc)
@@ -94,7 +93,7 @@ def attention_backward_reference(
 
 
 def unsupported_kind(dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the native kernel does not take tensors of this kind, or None if it does."""
+    """Return why the native kernel does not take tensors of this kind, or None if it does."""
     if dtype not in _DTYPES:
         return f"{str(dtype).removeprefix('torch.')} (the kernel takes float32 and bfloat16)"
     if head_dim % 8 or not 0 < head_dim <= _MAX_HEAD_DIM:
@@ -126,7 +125,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def heads_first(q: Tensor, k: Tensor) -> str:
-    """Say so where shapes look like torch's ``[B, H, L, Dh]``."""
+    """Return a hint for an error where shapes look like torch's ``[B, H, L, Dh]``, else nothing."""
     if k.ndim == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]:
         return "; both look like [B, H, L, Dh]: transpose(1, 2) gives [B, L, H, Dh]"
     return ""

@@ -1,4 +1,4 @@
-"""First frames of pictures and of video files."""
+"""Test the first frames of pictures and of video files."""
 
 from pathlib import Path
 
@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anyflow.data.context import read_first_frames, read_image
+from anyflow.data.first_frames import read_first_frames, read_image
 from anyflow.pipelines.video import write_video
 
 SIZE = {"height": 32, "width": 48}
 
 
 def test_a_picture_is_turned_upright_and_cut_to_the_size(tmp_path: Path) -> None:
-    """A portrait of 40 x 100, red above and blue below, as a phone stores it: lying, with a note to
-    turn it.
-    """
+    """Store a portrait of 40 x 100 as a phone does: lying, with a note to turn it."""
     pixels = np.zeros((100, 40, 3), np.uint8)
     pixels[:50, :, 0], pixels[50:, :, 2] = 255, 255
     exif = Image.Exif()
@@ -33,7 +31,7 @@ def test_a_picture_is_turned_upright_and_cut_to_the_size(tmp_path: Path) -> None
 
 
 def test_the_first_frames_of_a_video(tmp_path: Path) -> None:
-    """Brightness counts the 14 frames; half of 33 are 17, of which there are 13 (4k + 1) here."""
+    """Count the 14 frames by brightness; of half of 33, 17, the file has 13 (4k + 1)."""
     clip = np.broadcast_to(
         (np.arange(14) * 15).astype(np.uint8)[:, None, None, None], (14, 64, 96, 3)
     )
