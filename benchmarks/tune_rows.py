@@ -162,7 +162,9 @@ def measure(
             )
             if device.type == "cuda":
                 torch.cuda.synchronize()
-    return timing.medians(timing.kernels(steps, device, rounds=9)) | found
+    rounds = timing.Interleaved(steps, device, graphs=True)
+    rounds.run(9 if device.type == "cuda" else 2)
+    return {name: rounds.milliseconds(name)["ms"] for name in steps} | found
 
 
 def _tensors(result: Any) -> list[Any]:
@@ -264,6 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     import timing
     import torch
     import triton
+    from gpu.kernels import copies
     from gpu.state import commit
 
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
@@ -272,7 +275,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda":
         compile_all(options, started + COMPILE_SHARE * options.seconds)
         print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
-    copy = timing.copy_bandwidth(device, *((2**20,) if options.tiny else ()))
+    size = 2**20 if options.tiny else 320 * 2**20
+    copying = timing.Interleaved(copies(device, size), device, graphs=True)
+    copying.run(9)
+    copy = max(2 * size / copying.seconds(name) for name in copying.steps)
     name = torch.cuda.get_device_name(device) if options.device == "cuda" else "cpu"
     found: dict[str, Any] = {
         "device": name,
