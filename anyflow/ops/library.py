@@ -190,7 +190,7 @@ class Operator:
         backward: ``<name>_backward_reference``, the eager implementation of the gradients. It has
             no derivative of its own, and says so.
         check: raises a ValueError about arguments that are none of the operator's; takes them all.
-            The native kernels have checks of their own (``csrc/checks.cpp``).
+            The native kernels have checks of their own.
         check_backward: the same for the backward.
         limit: what the kernels take.
         fake: results for fake tensors, made contiguous, such as those of the reference; None where
