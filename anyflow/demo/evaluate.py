@@ -16,10 +16,10 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.sampling import sample, sample_consistency
 from anyflow.utils.threads import usable_cores, user_chose_threads
 
-# The network is an AnyFlowTransformer3DModel, or one that is evaluated in parts (_InParts).
+# Its first argument is an AnyFlowTransformer3DModel, whole or evaluated in parts (_InParts).
 Sampler = Callable[[Any, Tensor, Tensor, int], Tensor]
 _FLOOR_SETS = 8
-_PART_SIZE = 128  # videos whose activations are fastest to compute on one core
+_PART_SIZE = 128  # videos that a core evaluates in one call
 
 
 def build_evaluator(world: World) -> Evaluator:
