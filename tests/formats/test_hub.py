@@ -143,9 +143,7 @@ def test_what_the_hub_has_not_or_does_not_give(endpoint: str) -> None:
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    absent = (
-        "no folder someone/absent here, and the Hugging Face Hub has no model of this name"
-    )
+    absent = "no folder someone/absent here, and the Hugging Face Hub has no model of this name"
     assert refused("someone/absent").startswith(absent) and "hf download" not in refused(
         "someone/absent"
     )
