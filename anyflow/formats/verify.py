@@ -146,16 +146,14 @@ def verify(
     theirs = list(_results(_Diffusers(network), inputs))
     del network  # before the other one is loaded
     ours = _results(load_transformer(folder, dtype=dtype, device=device), inputs)
-    title = (
-        f"{folder}: anyflow against diffusers {diffusers.__version__}, {dtype}, {device}, "
-        f"{num_frames} frames of {height} x {width}"
-    )
+    comparisons = [
+        _comparison(name, a, b, limits[kind])
+        for (kind, name, a), (_, _, b) in zip(ours, theirs, strict=True)
+    ]
     return VerifyReport(
-        title,
-        tuple(
-            _comparison(name, a, b, limits[kind])
-            for (kind, name, a), (_, _, b) in zip(ours, theirs, strict=True)
-        ),
+        f"{folder}: anyflow against diffusers {diffusers.__version__}, {dtype}, {device}, "
+        f"{num_frames} frames of {height} x {width}",
+        tuple(comparisons),
     )
 
 

@@ -302,10 +302,12 @@ def _problem(module: Any) -> str | None:
 
 def _problem_of_part(module: Any) -> str | None:
     """Return what keeps another class of a module from being run, or None."""
-    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
-        return "a forward of its own, which another package has set"
     problem = _hook_of_accelerate(module)
-    return _hook_of_diffusers(module) if problem is None else problem
+    if problem is None:
+        problem = _hook_of_diffusers(module)
+    if problem is None and "forward" in module.__dict__:  # hooks set a forward, too
+        problem = "a forward of its own, which another package has set"
+    return problem
 
 
 def _hook_of_accelerate(module: Any) -> str | None:

@@ -75,28 +75,29 @@ def _of_lines(text: str, where: str) -> Iterator[tuple[int, Prompt]]:
 
 def _of_csv(text: str, where: str) -> Iterator[tuple[int, Prompt]]:
     csv.field_size_limit(2 * MAX_PROMPT)
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     columns: list[str] | None = None
     try:
-        for row in rows:
-            cells = [cell.strip() for cell in row]
+        for line in lines:
+            cells = [cell.strip() for cell in line]
             if not any(cells):
                 continue
             if columns is None:
                 columns = cells
-                _check_columns(columns, f"{where}, line {rows.line_num}")
+                _check_columns(columns, f"{where}, line {lines.line_num}")
                 continue
             if len(cells) != len(columns):
                 raise ValueError(
-                    f"{where}, line {rows.line_num}: {len(cells)} cells in place of {len(columns)} "
-                    f"({', '.join(columns)}); a text with commas stands in double quotes"
+                    f"{where}, line {lines.line_num}: {len(cells)} cells in place of "
+                    f"{len(columns)} ({', '.join(columns)}); a text with commas stands in double "
+                    "quotes"
                 )
             values: dict[str, Any] = dict(zip(columns, cells, strict=True))
             if values.get("negative_prompt") == "":
                 values["negative_prompt"] = None
-            yield rows.line_num, _of_values(values, f"{where}, line {rows.line_num}")
+            yield lines.line_num, _of_values(values, f"{where}, line {lines.line_num}")
     except csv.Error as error:
-        raise ValueError(f"{where}, line {rows.line_num}: {error}") from None
+        raise ValueError(f"{where}, line {lines.line_num}: {error}") from None
 
 
 def _of_jsonl(text: str, where: str) -> Iterator[tuple[int, Prompt]]:

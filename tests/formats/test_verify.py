@@ -1,4 +1,4 @@
-"""verify(): our network against diffusers' on the weights of real folders."""
+"""Test verify(): our network against diffusers' on the weights of real folders."""
 
 import gc
 import json
@@ -28,7 +28,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def saved(network: nn.Module, folder: Path) -> Path:
-    """A folder of the network with random norms and biases too."""
+    """Save the network with random norms and biases, too."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -77,7 +77,7 @@ def test_the_folder_of_a_pipeline_and_of_our_own_class(tmp_path: Path) -> None:
 
 
 def test_a_real_difference_fails(tmp_path: Path) -> None:
-    """diffusers does not know this fusion and evaluates another."""
+    """Save a fusion that diffusers does not know: it evaluates another."""
     folder = saved(
         AnyFlowTransformer3DModel(**TINY, r_embedder_fusion="additive", gate_value=0.7), tmp_path
     )

@@ -1,4 +1,4 @@
-"""Files of prompts: lines, tables and objects, and what they cannot be."""
+"""Test files of prompts: lines, tables and objects, and what they cannot be."""
 
 import json
 from pathlib import Path
