@@ -23,7 +23,7 @@ DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Call:
+class OperatorCall:
     """``function(*inputs)``; gradients are taken of ``wanted``, which are among the inputs."""
 
     function: Callable[..., Any]
@@ -58,7 +58,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Case:
+class Example:
     """An operator at one shape.
 
     Attributes:
@@ -66,7 +66,7 @@ class Case:
         variant: which of its forms.
         tokens, dim, rows: L, D and R; for the flow-map operators B, numel of a sample and the rows
             with r != t.
-        build: makes the inputs on a device, in ``dtype`` unless told otherwise.
+        call: makes the inputs on a device, in ``dtype`` unless told otherwise.
         forward, backward: what each direction must do.
         dtype: in which the operator runs in a model.
     """
@@ -76,7 +76,7 @@ class Case:
     tokens: int
     dim: int
     rows: int
-    build: Callable[..., Call]
+    call: Callable[..., OperatorCall]
     forward: Work
     backward: Work
     dtype: torch.dtype = DTYPE
@@ -102,50 +102,50 @@ def _leaf(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32)
     return torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_()
 
 
-def row_cases(tokens: int, dim: int, rows: int) -> list[Case]:
+def row_examples(tokens: int, dim: int, rows: int) -> list[Example]:
     """The operators on ``[1, L, D]`` tokens with ``[1, R, D]`` modulation."""
     heads = max(dim // 128, 1)
     numel, row = tokens * dim, rows * dim
 
     def case(
-        op: str, variant: str, build: Callable[..., Call], forward: Work, backward: Work
-    ) -> Case:
-        return Case(op, variant, tokens, dim, rows, build, forward, backward)
+        op: str, variant: str, call: Callable[..., OperatorCall], forward: Work, backward: Work
+    ) -> Example:
+        return Example(op, variant, tokens, dim, rows, call, forward, backward)
 
-    def modulated(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
+    def modulated(device: torch.device, dtype: torch.dtype = DTYPE) -> OperatorCall:
         inputs = [
             _leaf(device, 1, tokens, dim, dtype=dtype),
             *(_leaf(device, 1, rows, dim) for _ in range(2)),
         ]
-        return Call(ops.layer_norm_modulate, inputs, inputs)
+        return OperatorCall(ops.layer_norm_modulate, inputs, inputs)
 
-    def gated_affine(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
+    def gated_affine(device: torch.device, dtype: torch.dtype = DTYPE) -> OperatorCall:
         x, y = (_leaf(device, 1, tokens, dim, dtype=dtype) for _ in range(2))
         gate, weight, bias = _leaf(device, 1, rows, dim), _leaf(device, dim), _leaf(device, dim)
         inputs = [x, y, gate, weight, bias]
-        return Call(
+        return OperatorCall(
             lambda x, y, g, w, b: ops.residual_layer_norm(x, y, g, weight=w, bias=b), inputs, inputs
         )
 
-    def residual_modulated(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
+    def residual_modulated(device: torch.device, dtype: torch.dtype = DTYPE) -> OperatorCall:
         x, y = (_leaf(device, 1, tokens, dim, dtype=dtype) for _ in range(2))
         inputs = [x, y, *(_leaf(device, 1, rows, dim) for _ in range(2))]
-        return Call(
+        return OperatorCall(
             lambda x, y, s, c: ops.residual_layer_norm(x, y, shift=s, scale=c), inputs, inputs
         )
 
-    def gated(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
+    def gated(device: torch.device, dtype: torch.dtype = DTYPE) -> OperatorCall:
         inputs = [
             *(_leaf(device, 1, tokens, dim, dtype=dtype) for _ in range(2)),
             _leaf(device, 1, rows, dim),
         ]
-        return Call(ops.gated_residual, inputs, inputs)
+        return OperatorCall(ops.gated_residual, inputs, inputs)
 
-    def rotary(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
+    def rotary(device: torch.device, dtype: torch.dtype = DTYPE) -> OperatorCall:
         x, weight = _leaf(device, 1, tokens, dim, dtype=dtype), _leaf(device, dim)
         angle = _leaf(device, tokens, dim // heads // 2).detach()
         function = lambda x, w, c, s: ops.rms_norm_rope(x, w, c, s, num_heads=heads)  # noqa: E731
-        return Call(function, [x, weight, angle.cos(), angle.sin()], [x, weight])
+        return OperatorCall(function, [x, weight, angle.cos(), angle.sin()], [x, weight])
 
     tables = 2 * tokens * (dim // heads // 2)
 
@@ -169,45 +169,45 @@ def row_cases(tokens: int, dim: int, rows: int) -> list[Case]:
     ]
 
 
-def embedding_case(rows: int, dim: int) -> Case:
+def dual_timestep_embedding(rows: int, dim: int) -> Example:
     """dual_timestep_embedding: far too small for a bandwidth, listed for its launch overhead."""
 
-    def build(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
+    def build(device: torch.device, dtype: torch.dtype = DTYPE) -> OperatorCall:
         inputs = [_leaf(device, rows, dim, dtype=dtype) for _ in range(2)]
         gate = torch.tensor(0.25, device=device)
-        return Call(lambda t, r: ops.dual_timestep_embedding(t, r, gate), inputs, inputs)
+        return OperatorCall(lambda t, r: ops.dual_timestep_embedding(t, r, gate), inputs, inputs)
 
     numel = rows * dim
-    return Case(
+    return Example(
         "dual_timestep_embedding", "gated", rows, dim, rows, build, Work(4 * numel), Work(6 * numel)
     )
 
 
-def gelu_case(tokens: int, dim: int) -> Case:
+def gelu(tokens: int, dim: int) -> Example:
     """The tanh-GELU of a feed-forward layer on ``[1, L, D]``; native on the CPU, torch's
     elsewhere.
     """
 
-    def build(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
+    def build(device: torch.device, dtype: torch.dtype = DTYPE) -> OperatorCall:
         inputs = [_leaf(device, 1, tokens, dim, dtype=dtype)]
-        return Call(ops.gelu, inputs, inputs)
+        return OperatorCall(ops.gelu, inputs, inputs)
 
     numel = tokens * dim
-    return Case("gelu", "tanh", tokens, dim, 1, build, Work(2 * numel), Work(3 * numel))
+    return Example("gelu", "tanh", tokens, dim, 1, build, Work(2 * numel), Work(3 * numel))
 
 
-def linear_case(tokens: int, dim: int, out: int) -> Case:
+def linear(tokens: int, dim: int, out: int) -> Example:
     """A linear layer, ``[1, L, D]`` to ``[1, L, N]`` with a bias; oneDNN's on the CPU, torch's
     elsewhere.
 
     Backward is two products of the size of forward's: the gradients of the input and of the weight.
     """
 
-    def build(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
+    def build(device: torch.device, dtype: torch.dtype = DTYPE) -> OperatorCall:
         inputs = [
             _leaf(device, *shape, dtype=dtype) for shape in ((1, tokens, dim), (out, dim), (out,))
         ]
-        return Call(ops.linear, inputs, inputs)
+        return OperatorCall(ops.linear, inputs, inputs)
 
     x, y, weight = tokens * dim, tokens * out, dim * out + out
     flops = 2 * tokens * dim * out
@@ -215,28 +215,28 @@ def linear_case(tokens: int, dim: int, out: int) -> Case:
         Work(x + weight + y, flops=flops),
         Work(2 * (x + weight) + y, flops=2 * flops),
     )
-    return Case("linear", f"N={out}", tokens, dim, 1, build, forward, backward)
+    return Example("linear", f"N={out}", tokens, dim, 1, build, forward, backward)
 
 
-def attention_case(tokens: int, dim: int, head_dim: int) -> Case:
+def attention(tokens: int, dim: int, head_dim: int) -> Example:
     """Self-attention over ``[1, L, H, Dh]``, native on the CPU; bytes are not what it is bound by.
 
     Forward is two products of L x L x D. Backward has five: the scores again, and the gradients of
     the scores, of the queries, of the keys and of the values.
     """
 
-    def build(device: torch.device, dtype: torch.dtype = DTYPE) -> Call:
+    def build(device: torch.device, dtype: torch.dtype = DTYPE) -> OperatorCall:
         inputs = [
             _leaf(device, 1, tokens, dim // head_dim, head_dim, dtype=dtype) for _ in range(3)
         ]
-        return Call(ops.attention, inputs, inputs)
+        return OperatorCall(ops.attention, inputs, inputs)
 
     numel, product = tokens * dim, 2 * tokens * tokens * dim
     forward, backward = Work(4 * numel, flops=2 * product), Work(8 * numel, flops=5 * product)
-    return Case("attention", f"Dh={head_dim}", tokens, dim, 1, build, forward, backward)
+    return Example("attention", f"Dh={head_dim}", tokens, dim, 1, build, forward, backward)
 
 
-def flow_map_cases(batch: int, latents: tuple[int, ...]) -> list[Case]:
+def flow_map_examples(batch: int, latents: tuple[int, ...]) -> list[Example]:
     """The two operators of the pretrain loss on ``[B, F, C, H, W]`` in fp32, half of the samples
     with r != t.
     """
@@ -247,13 +247,13 @@ def flow_map_cases(batch: int, latents: tuple[int, ...]) -> list[Case]:
         t = torch.linspace(0.2, 0.9, batch, device=device)
         return t, t * 0.5, torch.arange(rows, device=device)
 
-    def inputs(device: torch.device, dtype: torch.dtype = torch.float32) -> Call:
+    def inputs(device: torch.device, dtype: torch.dtype = torch.float32) -> OperatorCall:
         t, _, index = times(device)
         latents, noise = _leaf(device, *shape, dtype=dtype), _leaf(device, *shape, dtype=dtype)
         function = lambda x, e: ops.flow_map_inputs(x, e, t, 0.005, index)  # noqa: E731
-        return Call(function, [latents, noise], [latents, noise])
+        return OperatorCall(function, [latents, noise], [latents, noise])
 
-    def loss(device: torch.device, dtype: torch.dtype = torch.float32) -> Call:
+    def loss(device: torch.device, dtype: torch.dtype = torch.float32) -> OperatorCall:
         t, r, index = times(device)
         pred, uncond, latents, noise = (_leaf(device, *shape, dtype=dtype) for _ in range(4))
         plus, minus = (_leaf(device, rows, *shape[1:], dtype=dtype) for _ in range(2))
@@ -271,13 +271,13 @@ def flow_map_cases(batch: int, latents: tuple[int, ...]) -> list[Case]:
             0.01,
             picked=index,
         )
-        return Call(function, [pred], [pred], training=True)
+        return OperatorCall(function, [pred], [pred], training=True)
 
     whole, part = batch * size, rows * size
 
-    def case(op: str, build: Callable[..., Call], forward: int, backward: int) -> Case:
-        return Case(
-            op, "fp32", batch, size, rows, build, Work(forward), Work(backward), torch.float32
+    def case(op: str, call: Callable[..., OperatorCall], forward: int, backward: int) -> Example:
+        return Example(
+            op, "fp32", batch, size, rows, call, Work(forward), Work(backward), torch.float32
         )
 
     return [
@@ -286,16 +286,20 @@ def flow_map_cases(batch: int, latents: tuple[int, ...]) -> list[Case]:
     ]
 
 
-def model_cases() -> list[Case]:
+def model_examples() -> list[Example]:
     """Every operator at the shapes of both models."""
     cases = [
-        case for dim in (1536, 5120) for rows in (1, 21) for case in row_cases(TOKENS, dim, rows)
+        case for dim in (1536, 5120) for rows in (1, 21) for case in row_examples(TOKENS, dim, rows)
     ]
-    cases += [embedding_case(21, dim) for dim in (1536, 5120)]
-    return cases + flow_map_cases(8, LATENTS)
+    cases += [dual_timestep_embedding(21, dim) for dim in (1536, 5120)]
+    return cases + flow_map_examples(8, LATENTS)
 
 
-def small_cases() -> list[Case]:
+def small_examples() -> list[Example]:
     """Every operator at shapes that an interpreter can run and fp64 can check."""
-    cases = [*row_cases(21, 1536, 7), *row_cases(17, 256, 1), embedding_case(3, 1536)]
-    return cases + flow_map_cases(4, (3, 4, 6, 10))
+    cases = [
+        *row_examples(21, 1536, 7),
+        *row_examples(17, 256, 1),
+        dual_timestep_embedding(3, 1536),
+    ]
+    return cases + flow_map_examples(4, (3, 4, 6, 10))

@@ -83,23 +83,17 @@ def tasks(device: Any, tiny: bool) -> list[Task]:
     """List every kernel over rows at every width, on random tensors."""
     import torch
 
-    from anyflow.kernels.ahead_of_time import row_calls
-    from anyflow.kernels.report import token_bytes
+    from anyflow.kernels.ahead_of_time import kernel_calls
+    from anyflow.ops.examples import row_examples
 
     tokens, dtype = (5, torch.float32) if tiny else (TOKENS, torch.bfloat16)
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
     found: list[Task] = []
     for dim in TINY_DIMS if tiny else DIMS:
-        for variant, call in row_calls(dim, dtype, length=tokens, rows=1, make=make):
-            if variant == "no rotary":
-                continue
+        for example, direction, call in kernel_calls(row_examples(tokens, dim, 1), dtype, device):
             kernel, today = _launched(call)
-            moved = sum(token_bytes(kernel, variant, dim)) * tokens
-            label = f"{kernel}{f' ({variant})' if variant else ''} D={dim}"
-            found.append(Task(label, dim, moved, today, call))
+            work = example.forward if direction == "forward" else example.backward
+            form = f" ({example.variant})" if example.variant else ""
+            found.append(Task(f"{kernel}{form} D={dim}", dim, work.bytes(dtype), today, call))
     return found[:TINY_KERNELS] if tiny else found
 
 
@@ -168,7 +162,9 @@ def measure(
             )
             if device.type == "cuda":
                 torch.cuda.synchronize()
-    return timing.medians(timing.kernels(steps, device, rounds=9)) | found
+    rounds = timing.Interleaved(steps, device, graphs=True)
+    rounds.run(9 if device.type == "cuda" else 2)
+    return {name: rounds.milliseconds(name)["ms"] for name in steps} | found
 
 
 def _tensors(result: Any) -> list[Any]:
@@ -270,6 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     import timing
     import torch
     import triton
+    from gpu.kernels import copies
     from gpu.state import commit
 
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
@@ -278,7 +275,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda":
         compile_all(options, started + COMPILE_SHARE * options.seconds)
         print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
-    copy = timing.copy_bandwidth(device, *((2**20,) if options.tiny else ()))
+    size = 2**20 if options.tiny else 320 * 2**20
+    copying = timing.Interleaved(copies(device, size), device, graphs=True)
+    copying.run(9)
+    copy = max(2 * size / copying.seconds(name) for name in copying.steps)
     name = torch.cuda.get_device_name(device) if options.device == "cuda" else "cpu"
     found: dict[str, Any] = {
         "device": name,

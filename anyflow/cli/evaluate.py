@@ -181,17 +181,16 @@ def _run(
         raise ValueError("--prompts must be given: a text file with a prompt on each line")
     if numbers["num_samples"] is None:
         numbers["num_samples"] = 32 if of_shapes else 5
-    plan = EvaluationPlan(
-        models, texts, **{**numbers, "steps": parse_numbers("steps", numbers["steps"])}
-    )
+    step_counts = parse_numbers("steps", numbers.pop("steps"))
+    plan = EvaluationPlan(models, texts, step_counts, **numbers)
     main = Rank.of_environment().is_main
     console = Console(highlight=False, soft_wrap=True) if main else None
     report = run_evaluation(plan, out, **more, console=console)
     for failed in report.failed:
         job = failed.job
         typer.echo(
-            f"failed: {job.prompt.text} ({job.model}, {job.steps} steps, {job.sample}): "
-            f"{failed.reason}",
+            f"failed: {job.prompt.text} ({job.model}, {job.num_inference_steps} steps, "
+            f"{job.sample}): {failed.reason}",
             err=True,
         )
     for problem in report.problems:

@@ -1,5 +1,6 @@
-"""Distribution matching distillation: a teacher score, a critic score, and a re-noising student
-rollout (DMD2).
+"""Distill by distribution matching with a student that re-noises between steps (DMD2).
+
+Equation numbers are those of docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ _TINY = 1e-6  # keeps the gradient finite where the teacher already agrees with 
 
 @dataclass(frozen=True)
 class DMD2Config:
-    """Settings shared by the distribution-matching methods.
+    """Hold the settings that the distribution-matching methods share.
 
     Args:
         real_guidance_scale: s >= 0 of the teacher score, ``cond + s (cond - uncond)``; 0 runs no
             unconditional forward.
         min_timestep: lower clamp of the score's timestep, after the shift.
         max_timestep: upper clamp, at most num_train_timesteps.
-        num_steps: step counts a rollout is drawn from.
+        num_steps: numbers of steps that a rollout's is drawn from.
         timesteps: a pinned rollout schedule in timesteps, in place of ``num_steps``.
-        dmd_score_r: the second timestep both scores see: ``"t"`` or ``"zero"``.
+        dmd_score_r: the second timestep of both scores: ``"t"`` or ``"zero"``.
 
     Raises:
         ValueError: a value is out of range.
@@ -83,7 +84,7 @@ class DMD2Config:
 
 
 class DMD2Method:
-    """Distribution matching with a student that re-noises between steps.
+    """Compute the losses of distribution matching for a student that re-noises between steps.
 
     Args:
         student: the network that is trained on its own samples.
@@ -123,7 +124,7 @@ class DMD2Method:
     # Rollout --------------------------------------------------------------------------------------
 
     def schedule(self, num_steps: int | None = None) -> Tensor:
-        """Sigmas ``[n + 1]`` of a rollout: the pinned schedule, or ``S(linspace(1, 0, n + 1))``."""
+        """Return a rollout's sigmas ``[n + 1]``: pinned ones, or ``S(linspace(1, 0, n + 1))``."""
         if self.config.timesteps is None:
             return self.scheduler.schedule(
                 self.config.num_steps[0] if num_steps is None else num_steps
@@ -138,7 +139,7 @@ class DMD2Method:
     def draw_steps(
         self, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> tuple[int, int]:
-        """``(num_steps, grad_step)``, drawn uniformly on rank 0 and the same on every rank."""
+        """Draw ``(num_steps, grad_step)`` uniformly on rank 0, for every rank."""
         generator = resolve_generator(generator, device)
         u, v = rand((2,), generator).tolist()
         choices = (
@@ -158,8 +159,7 @@ class DMD2Method:
         grad_step: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Backward simulation: jump to t = 0 and re-noise, ``grad_step`` times, then one jump with
-        gradient.
+        """Jump to t = 0 and re-noise ``grad_step`` times, then jump once with gradient.
 
         Args:
             noise: ``[B, F, C, H, W]``.
@@ -222,8 +222,7 @@ class DMD2Method:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
-        """``mse(samples, stopgrad(samples - grad))`` with the distribution-matching gradient of
-        :func:`dmd_gradient`.
+        """Compute ``mse(samples, stopgrad(samples - gradient))``, (17), of :func:`dmd_gradient`.
 
         Args:
             samples: ``[B, F, C, H, W]`` from :meth:`rollout`, with gradient.
@@ -268,8 +267,7 @@ class DMD2Method:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
-        """Flow matching of the critic on detached samples: ``mean((v_critic - (eps - x))^2)``,
-        unweighted.
+        """Compute the critic's flow-matching loss (18) on detached samples, unweighted.
 
         Args:
             samples: ``[B, F, C, H, W]``; no gradient flows into them.
@@ -312,8 +310,9 @@ class DMD2Method:
     def _guided_score(
         self, x: Tensor, timestep: Tensor, text: Tensor, negative: Tensor | None
     ) -> Tensor:
-        """``v_c + s (v_c - v_u)``, both from one call; guidance in x0 space is the same linear map
-        of velocities.
+        """Return ``v_c + s (v_c - v_u)`` of (15), both velocities from one network call.
+
+        Guidance in x0 space is the same linear map of velocities.
         """
         scale = self.config.real_guidance_scale
         if scale == 0:
@@ -329,7 +328,7 @@ class DMD2Method:
 
 
 def _clean(samples: Tensor) -> Tensor:
-    # not that they are finite: a network has made them, see LossOutput.norms
+    # whether they are finite is not read here: LossOutput.norms blames the network that made them
     require_latents("samples", samples)
     return samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
 
@@ -337,16 +336,14 @@ def _clean(samples: Tensor) -> Tensor:
 def dmd_gradient(
     samples: Tensor, noise: Tensor, sigma: Tensor, real: Tensor, fake: Tensor
 ) -> Tensor:
-    """The normalized distribution-matching gradient
-    ``(x0_fake - x0_real) / (mean |x - x0_real| + tiny)`` per sample.
+    """Return the gradient (16), ``(x0_fake - x0_real) / (mean |x - x0_real| + tiny)`` per sample.
 
-    Formed from velocities, ``x0_fake - x0_real = sigma (v_real - v_fake)`` and
-    ``x - x0_real = sigma (v_real - (eps - x))``, so that nothing cancels (differencing x0 in bf16
-    loses 7-18 %).
+    The differences are formed from velocities, ``x0_fake - x0_real = sigma (v_real - v_fake)`` and
+    ``x - x0_real = sigma (v_real - (noise - x))``, so that no two large numbers cancel.
 
     Args:
-        samples: ``[B, ...]`` x.
-        noise: eps, the shape of samples.
+        samples: x, ``[B, ...]``.
+        noise: the shape of samples.
         sigma: ``[B]`` in [0, 1].
         real: teacher velocity at the noised samples.
         fake: critic velocity there.

@@ -1,4 +1,7 @@
-"""Stage 2: the flow map's own rollouts, corrected by distribution matching."""
+"""Correct a flow map's own rollouts by distribution matching (stage 2).
+
+Equation numbers are those of docs/algorithm.md.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ class OnPolicyConfig(DMD2Config):
 
 
 class AnyFlowOnPolicyMethod(DMD2Method):
-    """On-policy flow-map distillation; arguments and errors as :class:`DMD2Method`."""
+    """Compute the losses of on-policy flow-map distillation."""
 
     config: OnPolicyConfig
 
@@ -96,12 +99,12 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         grad_step: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Flow-map backward simulation from noise to clean data.
+        """Simulate the flow map backwards from noise to clean data.
 
-        ``shortcut``: t_0 -> t_g, t_g -> t_{g+1}, t_{g+1} -> 0, empty segments skipped. ``euler``:
-        every step of the schedule, network gradient only at step g; the later steps carry it to t =
-        0 along the identity path, so that what is returned is clean data (the peers return the
-        sample at t_{g+1}).
+        ``shortcut`` (14) takes t_0 -> t_g, t_g -> t_{g+1} and t_{g+1} -> 0, without empty segments.
+        ``euler`` takes every step of the schedule, with the network's gradient at step g only; the
+        later steps carry that gradient to t = 0, so that the result is clean data and not the
+        noisy sample at t_{g+1}.
 
         Args:
             noise: ``[B, F, C, H, W]`` at t_0.
@@ -146,8 +149,7 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         generator: torch.Generator | None = None,
         offset: int = 0,
     ) -> LossOutput:
-        """Compute one student step's whole loss: rollout, generator loss and, if configured, the
-        pretrain loss on data.
+        """Compute the student's loss: rollout, (17) and, with co-training, (10) on data.
 
         Args:
             noise: ``[B, F, C, H, W]`` start of the rollout.

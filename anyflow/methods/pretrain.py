@@ -263,7 +263,7 @@ class AnyFlowPretrainMethod:
             )
         if pairs.t.shape != (b,):
             raise ValueError(f"time_pairs hold {pairs.t.shape[0]} samples, latents hold {b}")
-        if self.config.is_flow_matching and len(pairs.flow_map_rows()):
+        if self.config.is_flow_matching and len(pairs.flow_map_indices()):
             raise ValueError(
                 "time_pairs hold samples with r != t, but the settings are those of flow matching"
             )

@@ -1,4 +1,4 @@
-"""Settings of the pretrain loss."""
+"""Configure the pretrain loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from anyflow.utils.validation import require_number, require_positive
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Settings of the pretrain loss; the defaults are the published ones.
+    """Hold the settings of the pretrain loss; the defaults are the published ones.
 
     Args:
         diffusion_ratio: share of the global batch with r = t.
@@ -24,12 +24,12 @@ class PretrainConfig:
             three network calls).
         prompt_dropout: chance that a prompt is replaced by the negative embedding (0.1 in the
             published recipe).
-        i2v_prob: chance that a step trains image-to-video: frame 0 is kept clean and left out of
+        i2v_prob: chance that an update trains image-to-video: frame 0 is kept clean and left out of
             the loss.
         velocity_target: ``"data"`` regresses on the velocity ``noise - x0`` of a pair, which is
-            right in the mean over pairs only; ``"teacher"`` on the velocity of a trained network at
-            (x_t, t), along which the time derivative is taken, too: one more evaluation, without
-            the scatter of pairs. Small steps then stay as good as that network's.
+            right in the mean over pairs only; ``"teacher"`` regresses on the velocity of a trained
+            network at (x_t, t), and takes the time derivative along it, too. A teacher costs one
+            more evaluation and removes the scatter of pairs from the target.
 
     Raises:
         ValueError: a value is out of range.
@@ -76,7 +76,5 @@ class PretrainConfig:
 
     @property
     def is_flow_matching(self) -> bool:
-        """Tell whether the loss is plain flow matching: no sample needs an evaluation without
-        gradient.
-        """
+        """Tell whether the loss is flow matching, which evaluates nothing without gradient."""
         return self.diffusion_ratio == 1 and self.fuse_guidance_scale == 1

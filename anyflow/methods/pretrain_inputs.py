@@ -104,7 +104,7 @@ class PretrainTimes:
             minus_timestep=minus_timestep,
             plus=plus_timestep.to(wide) / n - t,
             minus=t - minus_timestep.to(wide) / n,
-            picked=pairs.flow_map_rows(),
+            picked=pairs.flow_map_indices(),
             is_diffusion=pairs.is_diffusion,
             first_frames=first_frames,
         )

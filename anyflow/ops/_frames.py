@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from anyflow.ops._common import check_device, check_indices, check_times, describe
+from anyflow.ops.library import Limit
 from anyflow.utils.transfer import to_device
+
+# what kernels over frames take: times and indices have dtypes of their own
+FRAMES = Limit(free=("t", "r", "weight", "width", "epsilon_plus", "epsilon_minus", "picked"))
 
 
 def constant_times(
@@ -51,7 +55,7 @@ def sample_indices(op: str, picked: Tensor, like: Tensor) -> Tensor:
     check_indices(op, "picked", picked, like)
     picked, samples = picked.long(), like.shape[0]
     if picked.shape[0] and not samples:
-        raise ValueError(f"{op}: picked {describe(picked)} picks among 0 samples")
+        raise ValueError(f"{op}: picked {describe(picked)} cannot pick among 0 samples")
     if (
         on_host(picked)
         and not torch.compiler.is_compiling()

@@ -17,7 +17,7 @@ from anyflow.ops.native import missing_kernel
 from anyflow.ops.setting import ASSUMED_CAPABILITY, OPERATOR_BACKEND, Use
 from anyflow.utils.devices import default_device
 
-BACKENDS = ("eager", "triton", "native")
+BACKENDS = OPERATOR_BACKEND.names
 # and the backends with kernels for it; filled by anyflow.ops.library
 OPERATORS: dict[str, tuple[str, ...]] = {}
 # operators whose native kernel is not the faster one on this processor, and why
@@ -54,7 +54,7 @@ class use_backend(Use):
     setting = OPERATOR_BACKEND
 
     def __init__(self, name: str | None) -> None:
-        super().__init__(None if name is None else _validated(name))
+        super().__init__(name)
 
 
 class assume_capability:
@@ -106,14 +106,8 @@ class BackendChoice:
 
 
 def forced_backend() -> tuple[str, str] | None:
-    """The forced backend and who forced it, or None for the automatic choice."""
-    forced = OPERATOR_BACKEND.get()
-    if forced is not None:
-        return forced, "forced by use_backend()"
-    name = os.environ.get("ANYFLOW_BACKEND")
-    if name:
-        return _validated(name, "ANYFLOW_BACKEND: "), "forced by ANYFLOW_BACKEND"
-    return None
+    """Return the forced backend and who forces it, or None for the automatic choice."""
+    return OPERATOR_BACKEND.forced()
 
 
 def choose(
@@ -244,9 +238,3 @@ def _automatic(op: str, device: torch.device) -> tuple[str, str]:
     if reason is not None:
         return "eager", reason
     return name, "fused kernel; what it does not support runs on the eager reference"
-
-
-def _validated(name: str, prefix: str = "") -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{prefix}unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
-    return name

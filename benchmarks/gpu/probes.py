@@ -1,9 +1,8 @@
-"""Small measurements that decide what to build next: layouts, padding, epilogues, joined products,
-launches, copies.
+"""Measure what decides what to build next: layouts, padding, epilogues, joined products, launches.
 
 Every probe is recorded under its name: milliseconds, FLOPs or bytes where they mean something, and
-the probe that it is to be compared with. Probes that are compared take turns in the same rounds. An
-error is a result.
+the probe that it is to be compared with. Probes of a group take turns in the same rounds. An error
+is a result.
 """
 
 from __future__ import annotations
@@ -15,18 +14,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import timing
 import torch
 import torch.nn.functional as F
+from model.bench_model import forward
+from sizes import NetworkSize
+from timing import OURS, Step, captured
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu import networks
-from gpu.context import Context, Skip, last_line
-from gpu.sizes import Size
-from gpu.tiles import padded
+from gpu.run import DeviceRun, Skip, last_line
+from gpu.sections import FORWARD
 
 ROUNDS = 5
+PADDING = 128  # tokens are padded to a multiple of every tile
 COPIES_MIB = (32, 96, 320, 2048)  # below an L2 cache of 50 MiB, and above
 # in memory: which axes are tokens and heads
 LAYOUTS = {"[B, L, H, Dh]": (1, 2), "[B, H, L, Dh]": (2, 1)}
@@ -34,151 +34,115 @@ LAYOUTS = {"[B, L, H, Dh]": (1, 2), "[B, H, L, Dh]": (2, 1)}
 
 @dataclass(frozen=True)
 class Probe:
-    """Describes one measurement.
+    """Describe one measurement.
 
     Attributes:
         name: unique.
         step: what is timed.
-        flops, moved: FLOPs, and bytes read plus written, of one call; None where no rate is wanted.
-        against: the probe that it is compared with, or None.
-        tokens: that it ran on, where padding is the question.
+        known: ``flops`` and ``bytes`` (read plus written) of one call, where a rate is wanted; the
+            ``tokens`` that it ran on, where padding is the question; ``against``, the probe that
+            it is compared with.
     """
 
     name: str
-    step: timing.Step
-    flops: float | None = None
-    moved: float | None = None
-    against: str | None = None
-    tokens: int | None = None
-
-    def entry(self, **result: Any) -> dict[str, Any]:
-        """Return what is recorded, with a result: ``ms`` and ``samples_ms``, ``error`` or
-        ``skipped``.
-        """
-        known = {
-            "flops": self.flops,
-            "bytes": self.moved,
-            "against": self.against,
-            "tokens": self.tokens,
-        }
-        return {name: value for name, value in known.items() if value is not None} | result
+    step: Step
+    known: dict[str, Any]
 
 
-def run_probes(context: Context) -> None:
+def run_probes(run: DeviceRun) -> None:
     """Measure every probe that the budget allows.
 
     Raises:
         Skip: the budget allowed none.
     """
     groups: list[tuple[str, float, Callable[[], list[Probe]], bool]] = []
-    for size in context.sizes.values():
-        groups.append((f"attention {size.name}", 4.0, partial(_attention, context, size), False))
-    for size in context.sizes.values():
-        groups.append(
-            (f"feed-forward {size.name}", 5.0, partial(_feed_forward, context, size), True)
-        )
-        groups.append(
-            (f"q, k, v {size.name}", 4.0, partial(_queries_keys_values, context, size), True)
-        )
-    groups.append(("copy", 2.0, partial(_copies, context), True))
+    for size in run.sizes.values():
+        groups += [
+            (f"attention {size.name}", 4.0, partial(_attention, run, size), False),
+            (f"feed-forward {size.name}", 5.0, partial(_feed_forward, run, size), True),
+            (f"q, k, v {size.name}", 4.0, partial(_queries_keys_values, run, size), True),
+        ]
+    one_frame = f"host {run.sizes['1.3B'].name}, one frame"
+    groups += [
+        ("copy", 2.0, partial(_copies, run), True),
+        (one_frame, 8.0, partial(_host, run, one_frame), False),
+    ]
     for name, seconds, make, graphs in groups:
-        if not context.affords(seconds):
-            context.put(name, {"skipped": "budget"})
+        if not run.affords(seconds):
+            run.put(name, {"skipped": "budget"})
             continue
         try:
-            _measure(context, make(), graphs)
+            _measure(run, make(), graphs)
+        except Skip as skip:
+            run.put(name, {"skipped": str(skip)})
         except Exception as error:
-            context.put(name, {"error": last_line(error)})
-            _recover(context)
-    _host(context)
-    entries = context.file.section(context.name)["data"].values()
+            run.put(name, {"error": last_line(error)})
+            run.recover()
+    entries = run.file.section(run.name)["data"].values()
     if any("ms" in entry for entry in entries):
         return
     errors = [str(entry["error"]) for entry in entries if "error" in entry]
     if not errors:
         raise Skip("budget")
-    context.fail(f"no probe was measured: {errors[0]}")
+    run.fail(f"no probe was measured: {errors[0]}")
 
 
-def _measure(context: Context, probes: list[Probe], graphs: bool) -> None:
-    """Time probes in the same rounds; one that fails is recorded and leaves the others alone.
-
-    Args:
-        context: of the run.
-        probes: with inputs that exist already.
-        graphs: replay CUDA graphs of several calls, so that launches stay out; for what takes less
-            than about 10 ms.
-    """
-    able: dict[str, Probe] = {}
+def _measure(run: DeviceRun, probes: list[Probe], graphs: bool) -> None:
+    """Time probes beside each other; one that fails is recorded and leaves the others alone."""
+    problems: dict[str, str] = {}
     for probe in probes:
-        try:
-            probe.step()
-            timing.once(probe.step, context.device)
-            able[probe.name] = probe
-        except Exception as error:
-            context.put(probe.name, probe.entry(error=last_line(error)))
-            _recover(context)
-    steps = {name: probe.step for name, probe in able.items()}
-    if graphs:
-        samples = timing.kernels(steps, context.device, ROUNDS)
-    else:
-        samples, _ = timing.calls(steps, context.device, ROUNDS)
-    for name, values in samples.items():
-        context.put(name, able[name].entry(ms=statistics.median(values), samples_ms=values))
+        run.attempt(problems, probe.name, probe.step)
+    steps = {probe.name: probe.step for probe in probes if probe.name not in problems}
+    timed = run.time(steps, ROUNDS, problems, graphs)
+    for probe in probes:
+        found = (
+            timed.milliseconds(probe.name)
+            if probe.name in timed.steps
+            else {"error": problems[probe.name]}
+        )
+        run.put(probe.name, probe.known | found)
 
 
-def _recover(context: Context) -> None:
-    """Give memory back after an error; raise where the error has broken the device."""
-    if context.cuda:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+def _draw(run: DeviceRun, *shape: int) -> Tensor:
+    return torch.randn(shape, device=run.device, dtype=run.dtype)
 
 
-def _draw(context: Context, *shape: int) -> Tensor:
-    return torch.randn(shape, device=context.device, dtype=context.dtype)
+def _counts(size: NetworkSize) -> tuple[int, int]:
+    return size.tokens, -(-size.tokens // PADDING) * PADDING
 
 
-# Attention ----------------------------------------------------------------------------------------
-
-
-def _attention(context: Context, size: Size) -> list[Probe]:
-    """Compare torch's kernels, two layouts in memory, and a number of tokens that is a multiple of
-    every tile.
-    """
+def _attention(run: DeviceRun, size: NetworkSize) -> list[Probe]:
+    """Compare torch's kernels, two layouts in memory, and a padded number of tokens."""
     first, second = (
         (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
-        if context.cuda
+        if run.cuda
         else (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
     )
-    ours, heads_first = LAYOUTS
+    layout, heads_first = LAYOUTS
+
+    def name(kernel: SDPBackend, tokens: int, layout: str) -> str:
+        backend = kernel.name.removesuffix("_ATTENTION").lower()
+        return f"attention {size.name}: {backend}, {tokens} tokens, {layout} in memory"
+
     probes = []
-    for tokens in (size.tokens, padded(size.tokens)):
-        for kernel, layout in ((first, ours), (first, heads_first), (second, ours)):
-            name = partial(_attention_name, size)
-            against = None
+    for tokens in _counts(size):
+        for kernel, memory in ((first, layout), (first, heads_first), (second, layout)):
+            known: dict[str, Any] = {"flops": 4.0 * tokens**2 * size.dim, "tokens": tokens}
             if tokens != size.tokens:
-                against = name(kernel, size.tokens, layout)
-            elif (kernel, layout) != (first, ours):
-                against = name(first, tokens, ours)
-            step = partial(_attend, kernel, *_attention_inputs(context, size, tokens, layout))
-            flops = 4.0 * tokens**2 * size.dim
-            probes.append(
-                Probe(name(kernel, tokens, layout), step, flops, against=against, tokens=tokens)
-            )
+                known["against"] = name(kernel, size.tokens, memory)
+            elif (kernel, memory) != (first, layout):
+                known["against"] = name(first, tokens, layout)
+            step = partial(_attend, kernel, *_attention_inputs(run, size, tokens, memory))
+            probes.append(Probe(name(kernel, tokens, memory), step, known))
     return probes
 
 
-def _attention_name(size: Size, kernel: SDPBackend, tokens: int, layout: str) -> str:
-    backend = kernel.name.removesuffix("_ATTENTION").lower()
-    return f"attention {size.name}: {backend}, {tokens} tokens, {layout} in memory"
-
-
-def _attention_inputs(context: Context, size: Size, tokens: int, layout: str) -> list[Tensor]:
+def _attention_inputs(run: DeviceRun, size: NetworkSize, tokens: int, layout: str) -> list[Tensor]:
     """Draw queries, keys and values ``[1, H, L, Dh]`` that lie in memory as the layout says."""
     axes = LAYOUTS[layout]
     shape = [1, size.head_dim, size.head_dim, size.head_dim]
     shape[axes[0]], shape[axes[1]] = tokens, size.heads
-    drawn = [_draw(context, *shape) for _ in range(3)]
+    drawn = [_draw(run, *shape) for _ in range(3)]
     return [t.transpose(1, 2) for t in drawn] if axes == (1, 2) else drawn
 
 
@@ -187,21 +151,13 @@ def _attend(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Te
         return F.scaled_dot_product_attention(query, key, value)
 
 
-# Products -----------------------------------------------------------------------------------------
-
-
-def _feed_forward(context: Context, size: Size) -> list[Probe]:
-    """Compare the first product of the feed-forward alone, then a GELU, and with the GELU in its
-    epilogue.
-    """
-    weight, bias = (
-        _draw(context, size.ffn_dim, size.dim) / size.dim**0.5,
-        _draw(context, size.ffn_dim),
-    )
-    probes = []
-    for rows in (size.tokens, padded(size.tokens)):
-        x, flops = _draw(context, rows, size.dim), 2.0 * rows * size.dim * size.ffn_dim
-        variants: dict[str, timing.Step] = {
+def _feed_forward(run: DeviceRun, size: NetworkSize) -> list[Probe]:
+    """Compare the first product of the feed-forward alone, before a GELU, and with it inside."""
+    weight = _draw(run, size.ffn_dim, size.dim) / size.dim**0.5
+    bias, probes = _draw(run, size.ffn_dim), []
+    for count in _counts(size):
+        x = _draw(run, count, size.dim)
+        variants = {
             "product": partial(F.linear, x, weight, bias),
             "product, then GELU": partial(_then_gelu, x, weight, bias),
             "GELU in the epilogue": partial(
@@ -209,30 +165,29 @@ def _feed_forward(context: Context, size: Size) -> list[Probe]:
             ),
         }
         beside = {"GELU in the epilogue": "product, then GELU"}
-        probes += _products(f"feed-forward {size.name}", size.tokens, rows, variants, beside, flops)
-    return probes
-
-
-def _queries_keys_values(context: Context, size: Size) -> list[Probe]:
-    """Compare three products with the same input to one of three times the width."""
-    weights = [_draw(context, size.dim, size.dim) / size.dim**0.5 for _ in range(3)]
-    biases = [_draw(context, size.dim) for _ in range(3)]
-    joined, joined_bias = torch.cat(weights), torch.cat(biases)
-    probes = []
-    for rows in (size.tokens, padded(size.tokens)):
-        x, flops = _draw(context, rows, size.dim), 6.0 * rows * size.dim**2
-        variants: dict[str, timing.Step] = {
-            "apart": partial(_apart, x, weights, biases),
-            "in one": partial(F.linear, x, joined, joined_bias),
-        }
-        probes += _products(
-            f"q, k, v {size.name}", size.tokens, rows, variants, {"in one": "apart"}, flops
-        )
+        flops = 2.0 * count * size.dim * size.ffn_dim
+        probes += _products(f"feed-forward {size.name}", size, count, variants, beside, flops)
     return probes
 
 
 def _then_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def _queries_keys_values(run: DeviceRun, size: NetworkSize) -> list[Probe]:
+    """Compare three products with the same input to one of three times the width."""
+    weights = [_draw(run, size.dim, size.dim) / size.dim**0.5 for _ in range(3)]
+    biases = [_draw(run, size.dim) for _ in range(3)]
+    joined, joined_bias, probes = torch.cat(weights), torch.cat(biases), []
+    for count in _counts(size):
+        x = _draw(run, count, size.dim)
+        variants: dict[str, Step] = {
+            "apart": partial(_apart, x, weights, biases),
+            "in one": partial(F.linear, x, joined, joined_bias),
+        }
+        beside, flops = {"in one": "apart"}, 6.0 * count * size.dim**2
+        probes += _products(f"q, k, v {size.name}", size, count, variants, beside, flops)
+    return probes
 
 
 def _apart(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
@@ -241,105 +196,56 @@ def _apart(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tenso
 
 def _products(
     family: str,
-    tokens: int,
-    rows: int,
-    variants: dict[str, timing.Step],
+    size: NetworkSize,
+    count: int,
+    variants: dict[str, Step],
     beside: dict[str, str],
     flops: float,
 ) -> list[Probe]:
-    """Name the variants; padded rows are compared with as many as there are tokens."""
+    """Name the variants on ``count`` tokens; padded ones are compared with the plain ones."""
     probes = []
     for variant, step in variants.items():
-        against = None
-        if rows != tokens:
-            against = f"{family}: {variant}, {tokens} rows"
+        known: dict[str, Any] = {"flops": flops, "tokens": count}
+        if count != size.tokens:
+            known["against"] = f"{family}: {variant}, {size.tokens} rows"
         elif variant in beside:
-            against = f"{family}: {beside[variant]}, {rows} rows"
-        probes.append(
-            Probe(f"{family}: {variant}, {rows} rows", step, flops, against=against, tokens=rows)
-        )
+            known["against"] = f"{family}: {beside[variant]}, {count} rows"
+        probes.append(Probe(f"{family}: {variant}, {count} rows", step, known))
     return probes
 
 
-# Copies -------------------------------------------------------------------------------------------
-
-
-def _copies(context: Context) -> list[Probe]:
+def _copies(run: DeviceRun) -> list[Probe]:
     """Compare copies by size: what fits into the L2 cache is faster than the memory."""
     probes = []
-    for mebibytes in (1, 2) if context.tiny else COPIES_MIB:
-        source = torch.randint(
-            0, 255, (mebibytes * 2**20,), device=context.device, dtype=torch.uint8
-        )
-        target = torch.empty_like(source)
-        probes.append(
-            Probe(
-                f"copy: {mebibytes} MiB", partial(target.copy_, source), moved=2.0 * source.numel()
-            )
-        )
+    for mebibytes in (1, 2) if run.tiny else COPIES_MIB:
+        size = mebibytes * 2**20
+        source = torch.randint(0, 255, (size,), device=run.device, dtype=torch.uint8)
+        step = partial(torch.empty_like(source).copy_, source)
+        probes.append(Probe(f"copy: {mebibytes} MiB", step, {"bytes": 2.0 * size}))
     return probes
 
 
-# Host ---------------------------------------------------------------------------------------------
+def _host(run: DeviceRun, family: str) -> list[Probe]:
+    """Compare a 1.3B forward of one latent frame, launched, with its CUDA graph.
 
-
-def _host(context: Context) -> None:
-    """Time a 1.3B forward of one latent frame: until the host has enqueued it, whole, and as a CUDA
-    graph.
-
-    So few tokens leave the device waiting for the host, which a video of full length hides.
+    Few tokens leave the device waiting for the host, which a video of full length hides. Recorded
+    at once is the time until the host has enqueued a call.
     """
-    size = context.sizes["1.3B"]
-    size = replace(size, latents=(1, *size.latents[1:]))
-    family = f"host {size.name}, one frame"
-    if not context.affords(8.0):
-        context.put(family, {"skipped": "budget"})
-        return
-    try:
-        _require_right_kernels(context)
-        model, data = networks.build(context, size), networks.inputs(context, size)
-        step = partial(_call, model, data.ours())
-        launched, graph = f"{family}: launched", f"{family}: CUDA graph"
-        _measure(context, [Probe(launched, step)], graphs=False)
-        values = _enqueue(context, step)
-        probe = Probe(f"{family}: until enqueued", step, against=launched)
-        context.put(probe.name, probe.entry(ms=statistics.median(values), samples_ms=values))
-        if context.cuda:
-            replay = Probe(graph, timing.captured(step), against=launched)
-            _measure(context, [Probe(launched, step), replay], graphs=False)
-        else:
-            context.put(graph, {"skipped": "needs a GPU"})
-    except Skip as skip:
-        context.put(family, {"skipped": str(skip)})
-    except Exception as error:
-        context.put(family, {"error": last_line(error)})
-        _recover(context)
-
-
-def _require_right_kernels(context: Context) -> None:
-    backend = "triton" if context.cuda else "native"
-    wrong = sorted(op for op, backends in context.wrong_kernels().items() if backend in backends)
-    if wrong:
-        raise Skip(f"a wrong kernel is not timed: {', '.join(wrong)}")
-
-
-def _call(model: Any, arguments: tuple[Tensor, ...]) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(*arguments, return_dict=False)[0]
-        return result
-
-
-def _enqueue(context: Context, step: timing.Step) -> list[float]:
-    """Return the milliseconds until a call returns, with nothing left to do on the device before
-    it.
-    """
-    samples = []
+    run.require_right_kernels(FORWARD)
+    size = run.sizes["1.3B"]
+    step = forward(replace(size, latents=(1, *size.latents[1:])), run.place).makers[OURS]()
+    launched, samples = f"{family}: launched", []
+    step()
     for _ in range(ROUNDS):
-        if context.cuda:
-            torch.cuda.synchronize()
+        if run.cuda:
+            torch.cuda.synchronize()  # nothing is left to do on the device
         started = time.perf_counter()
         step()
         samples.append((time.perf_counter() - started) * 1e3)
-    if context.cuda:
-        torch.cuda.synchronize()
-    return samples
+    enqueued = {"against": launched, "ms": statistics.median(samples), "samples_ms": samples}
+    run.put(f"{family}: until enqueued", enqueued)
+    if not run.cuda:
+        run.put(f"{family}: CUDA graph", {"skipped": "needs a GPU"})
+        return [Probe(launched, step, {})]
+    graph = Probe(f"{family}: CUDA graph", captured(step), {"against": launched})
+    return [Probe(launched, step, {}), graph]

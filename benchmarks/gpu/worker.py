@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from gpu import build, without_diffusers
-from gpu.context import Context, Section, Skip, last_line
+from gpu.run import DeviceRun, RunSection, Skip, last_line
 from gpu.state import (
     DONE,
     FAILED,
@@ -62,31 +62,31 @@ def work(
     # what is measured imports the package, which had to be found first
     from gpu.sections import SECTIONS
 
-    context = Context(torch.device(device), tiny, RunFile.load(path, copy), deadline, short=short)
+    run = DeviceRun(torch.device(device), tiny, RunFile.load(path, copy), deadline, short=short)
     if device == "cpu":
         torch.set_num_threads(1)  # tiny networks, and a machine that may do other things
     else:
         torch.cuda.set_device(0)
-        context.device = torch.device("cuda", 0)
-    environment = _environment(context.device) | {
+        run.device = torch.device("cuda", 0)
+    environment = _environment(run.device) | {
         "diffusers_stand_in": stand_in,
         "extension": without_extension,
     }
-    context.file.data["environment"] = environment
-    context.file.save()
+    run.file.data["environment"] = environment
+    run.file.save()
     sections = {section.name: section for section in SECTIONS}
     for name in names:
-        if context.file.status(name) is None:
-            _run(sections[name], context)
+        if run.file.status(name) is None:
+            _run(sections[name], run)
     return 0
 
 
-def _run(section: Section, context: Context) -> None:
-    file, context.name = context.file, section.name
-    if not context.affords(section.seconds):
+def _run(section: RunSection, run: DeviceRun) -> None:
+    file, run.name = run.file, section.name
+    if not run.affords(section.seconds):
         left = (
-            f"about {section.seconds * context.slowness:.0f} s are needed, "
-            f"{max(context.remaining(), 0):.0f} s left"
+            f"about {section.seconds * run.slowness:.0f} s are needed, "
+            f"{max(run.remaining(), 0):.0f} s left"
         )
         file.mark(section.name, SKIPPED, f"budget: {left}", title=section.title)
         print(f"{section.name}: skipped, {left}", flush=True)
@@ -99,8 +99,8 @@ def _run(section: Section, context: Context) -> None:
     print(f"--- {section.name}: {section.title}", flush=True)
     broken = False
     try:
-        context.require_right_kernels(section.operators)
-        section.run(context)
+        run.require_right_kernels(section.operators)
+        section.run(run)
         reason = file.section(section.name).get("problem")
         status = FAILED if reason else DONE
         reason = reason or file.section(section.name).get("note")
@@ -108,7 +108,7 @@ def _run(section: Section, context: Context) -> None:
         status, reason = SKIPPED, str(skip)
     except Exception as error:
         traceback.print_exc()
-        status, reason, broken = FAILED, last_line(error), _is_broken(context.device)
+        status, reason, broken = FAILED, last_line(error), _is_broken(run.device)
     file.mark(
         section.name,
         status,
@@ -120,7 +120,7 @@ def _run(section: Section, context: Context) -> None:
         os._exit(BROKEN_DEVICE)  # the supervisor starts a new process for what is left
     gc.collect()
     torch._dynamo.reset()
-    if context.cuda:
+    if run.cuda:
         torch.cuda.empty_cache()
 
 

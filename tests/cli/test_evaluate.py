@@ -52,7 +52,9 @@ def finished(shapes_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_a_run_leaves_videos_record_and_report(finished: Path, shapes_model: Path) -> None:
     record = EvaluationRecord.load(finished / "evaluation.json")
-    assert list(record.prompts) == CLASSES and record.steps == (1, 2) and record.num_samples == 2
+    assert (
+        list(record.prompts) == CLASSES and record.step_counts == (1, 2) and record.num_samples == 2
+    )
     assert record.models["student"].path == str(shapes_model)
     names = [f"{prompt}-{index}.mp4" for prompt in CLASSES for index in range(2)]
     for steps in (1, 2, 3):
@@ -162,7 +164,7 @@ def test_another_model_and_more_steps_join_and_other_settings_are_refused(
     result = run("--model", f"velocity={shapes_model}", "--euler", "--steps", "4", *small)
     assert result.exit_code == 0 and "16 videos made" in result.output, result.output
     record = EvaluationRecord.load(out / "evaluation.json")
-    assert list(record.models) == ["student", "velocity"] and record.steps == (1, 2, 4)
+    assert list(record.models) == ["student", "velocity"] and record.step_counts == (1, 2, 4)
     assert record.models["velocity"].sampler["euler"] is True and list(
         record.values["velocity"]["psnr"]
     ) == [4]

@@ -190,7 +190,7 @@ def test_what_waits_is_noticed(device: Any) -> None:
         lambda: torch.tensor([1.0, 2.0], device=CUDA),
         lambda: x.copy_(torch.zeros(3)),
         lambda: torch.zeros(3).copy_(x),
-        lambda: TimePairs(x, x, mask).flow_map_rows(),
+        lambda: TimePairs(x, x, mask).flow_map_indices(),
     ):
         device.clear()
         with suppress(DynamicOutputShapeException):  # a fake has no size to give

@@ -95,7 +95,7 @@ class Budget:
     text_encoder: int
     vae: int
     encoding: int
-    context: int
+    first_frames: int
     sampling: int
     guided: int
     decoding: int
@@ -134,7 +134,7 @@ def count(tiled: bool, architecture: Mapping[str, int] = MODELS["14B"]) -> Budge
         with Peak(weights(vae)) as decoding:
             latents = torch.empty(LATENTS)
             uint8_pixels(decode_latents(vae, latents))
-        with Peak(weights(vae)) as context:
+        with Peak(weights(vae)) as first_frames:
             encode_video(vae, torch.empty(1, 5, 3, 480, 832))
     return Budget(
         transformer=sizes(in_bf16(transformer)),
@@ -143,7 +143,7 @@ def count(tiled: bool, architecture: Mapping[str, int] = MODELS["14B"]) -> Budge
         text_encoder=sizes(text_encoder),
         vae=sizes(vae),
         encoding=prompt(text_encoder),
-        context=context.bytes,
+        first_frames=first_frames.bytes,
         sampling=step(transformer, guided=False),
         guided=step(transformer, guided=True),
         decoding=decoding.bytes,
@@ -162,17 +162,16 @@ def prompt(text_encoder: nn.Module) -> int:
 
 
 def step(transformer: AnyFlowTransformer3DModel, guided: bool) -> int:
-    """Count a step of the sampler: texts and times embedded before, fp32 latents."""
-    rows = 2 if guided else 1
+    """Count a step as the sampler makes it, with fp32 latents."""
+    samples = 2 if guided else 1
     with FakeTensorMode(), torch.no_grad():  # not on the meta device, which autocast does not know
         faked(transformer)
         transformer.rope = copy.deepcopy(transformer.rope)  # without the tables of another mode
         with Peak(weights(transformer)) as peak:
             latents = torch.empty(LATENTS)
-            text = transformer.encode_text(torch.empty(rows, 512, 4096))
-            times = transformer.embed_time(torch.empty(4), torch.empty(4))[0].expand(rows)
-            x = torch.cat([latents] * rows) if guided else latents
-            velocity = transformer(x, time_embedding=times, text_context=text).sample
+            text, t = torch.empty(samples, 512, 4096), torch.empty(samples)
+            x = torch.cat([latents] * samples) if guided else latents
+            velocity = transformer(x, t, t, text).sample
             if guided:
                 negative, positive = velocity.chunk(2)
                 velocity = negative + 2.0 * (positive - negative)
@@ -233,7 +232,7 @@ def test_14b_fits_well_under_what_the_published_script_took(budget: Budget) -> N
 
 def test_the_workspaces_of_the_plans_are_enough(budget: Budget) -> None:
     """Check that they are enough, and not more than twice what is needed."""
-    most = max(budget.sampling, budget.guided, budget.decoding, budget.context)
+    most = max(budget.sampling, budget.guided, budget.decoding, budget.first_frames)
     assert most < WORKSPACE < 2 * most
     assert budget.encoding < TEXT_WORKSPACE
 

@@ -1,4 +1,4 @@
-"""Plans: whose noise is whose, and what may change in a folder."""
+"""Test whose noise is whose, and what may change in a folder of a plan."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_the_noise_depends_on_seed_prompt_and_sample_alone(plan: EvaluationPlan)
     other = replace(
         plan,
         prompts=[Prompt("cross right"), *plan.prompts],
-        steps=[2],
+        step_counts=[2],
         num_samples=5,
         reference_steps=0,
     )
@@ -38,16 +38,16 @@ def test_the_noise_depends_on_seed_prompt_and_sample_alone(plan: EvaluationPlan)
 
 
 def test_the_reference_comes_first_and_is_made_once(plan: EvaluationPlan) -> None:
-    assert plan.steps == (1, 4) and plan.sets == (8, 1, 4)
+    assert plan.step_counts == (1, 4) and plan.sets == (8, 1, 4)
     assert replace(plan, reference_steps=4).sets == (4, 1)
     assert replace(plan, reference_steps=0).sets == (1, 4)
 
 
 def test_a_folder_takes_more_models_and_steps(plan: EvaluationPlan, tmp_path: Path) -> None:
     before = plan.record()
-    more = replace(plan, models={"other": plan.models["student"]}, steps=[2])
+    more = replace(plan, models={"other": plan.models["student"]}, step_counts=[2])
     after = more.extend(before, tmp_path)
-    assert list(after.models) == ["student", "other"] and after.steps == (1, 2, 4)
+    assert list(after.models) == ["student", "other"] and after.step_counts == (1, 2, 4)
     assert (
         covers(after, before) and covers(after, more.record()) and not covers(before, more.record())
     )
@@ -90,11 +90,11 @@ def test_a_fingerprint_tells_checkpoints_apart_wherever_they_lie(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": [0]}, "steps must be a whole number from 1"),
+        ({"step_counts": [0]}, "steps must be a whole number from 1"),
         ({"num_samples": 0}, "num_samples must be a whole number from 1"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"reference_steps": -1}, "reference_steps must be a whole number from 0"),
-        ({"prompts": []}, "no prompts"),
+        ({"prompts": []}, "prompts and steps must not be empty"),
         ({"prompts": [Prompt("a"), Prompt("a", "b")]}, "'a' occurs with two negative prompts"),
         ({"models": {"a/b": None}}, "cannot be the name of a model"),
     ],
