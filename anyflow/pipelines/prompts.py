@@ -18,7 +18,7 @@ COLUMNS = ("prompt", "negative_prompt")
 
 
 @dataclass(frozen=True)
-class Prompt:
+class VideoPrompt:
     """Hold a text that a video is made of.
 
     Args:
@@ -38,7 +38,7 @@ class Prompt:
                 raise ValueError(f"{where}{name} {problem}")
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path) -> list[VideoPrompt]:
     """Read prompts from a file, by its suffix.
 
     ``.csv`` has a first line of columns, ``.jsonl`` an object on each line; both have ``prompt``
@@ -49,7 +49,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         ValueError: it is not a regular file in UTF-8, has none, or has a line that can be no
             prompt, which is named.
     """
-    readers: dict[str, Callable[[str, str], Iterator[tuple[int, Prompt]]]] = {
+    readers: dict[str, Callable[[str, str], Iterator[tuple[int, VideoPrompt]]]] = {
         ".csv": _of_csv,
         ".jsonl": _of_jsonl,
     }
@@ -67,13 +67,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def _of_lines(text: str, where: str) -> Iterator[tuple[int, Prompt]]:
+def _of_lines(text: str, where: str) -> Iterator[tuple[int, VideoPrompt]]:
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if line.strip():
-            yield number, Prompt(line.strip())
+            yield number, VideoPrompt(line.strip())
 
 
-def _of_csv(text: str, where: str) -> Iterator[tuple[int, Prompt]]:
+def _of_csv(text: str, where: str) -> Iterator[tuple[int, VideoPrompt]]:
     csv.field_size_limit(2 * MAX_PROMPT)
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     columns: list[str] | None = None
@@ -100,7 +100,7 @@ def _of_csv(text: str, where: str) -> Iterator[tuple[int, Prompt]]:
         raise ValueError(f"{where}, line {lines.line_num}: {error}") from None
 
 
-def _of_jsonl(text: str, where: str) -> Iterator[tuple[int, Prompt]]:
+def _of_jsonl(text: str, where: str) -> Iterator[tuple[int, VideoPrompt]]:
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if not line.strip():
             continue
@@ -126,10 +126,10 @@ def _check_columns(columns: list[str], where: str) -> None:
         )
 
 
-def _of_values(values: Mapping[str, Any], where: str) -> Prompt:
+def _of_values(values: Mapping[str, Any], where: str) -> VideoPrompt:
     text, negative = values["prompt"], values.get("negative_prompt")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: 'prompt' must be a text that is not empty, got {brief(text)}")
     if negative is not None and not isinstance(negative, str):
         raise ValueError(f"{where}: 'negative_prompt' must be a text, got {brief(negative)}")
-    return Prompt(text.strip(), None if negative is None else negative.strip())
+    return VideoPrompt(text.strip(), None if negative is None else negative.strip())

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from anyflow.formats.verify import Comparison, VerifyReport, verify
+from anyflow.formats.verify import Deviation, VerifyReport, verify
 from anyflow.models import AnyFlowTransformer3DModel
 
 TINY: dict[str, Any] = {
@@ -115,12 +115,12 @@ def test_sizes_beyond_the_network_and_weights_cut_off_are_refused(flow_map) -> N
 
 @pytest.mark.parametrize("mean", [float("nan"), float("inf")])
 def test_no_limit_passes_what_is_not_finite(mean) -> None:
-    assert not Comparison("a", mean, mean, float("inf")).passed
+    assert not Deviation("a", mean, mean, float("inf")).passed
 
 
 def test_table() -> None:
     report = VerifyReport(
-        "a title", (Comparison("one", 1e-7, 2e-7, 1e-5), Comparison("two", 3e-5, 4e-5, 1e-5))
+        "a title", (Deviation("one", 1e-7, 2e-7, 1e-5), Deviation("two", 3e-5, 4e-5, 1e-5))
     )
     assert str(report).splitlines() == [
         "a title",

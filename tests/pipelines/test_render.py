@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from anyflow.cli import app
 from anyflow.pipelines import AnyFlowPipeline
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.results import folder_name
 from anyflow.pipelines.video import write_video
 
@@ -81,7 +81,7 @@ def test_one_failure_does_not_stop_the_others(settings, tmp_path: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("in the way")
     report = run(settings, out)
-    assert report.done == 3 and [(f.prompt, f.steps) for f in report.failed] == [
+    assert report.done == 3 and [(f.prompt, f.num_inference_steps) for f in report.failed] == [
         (PROMPTS[0], s) for s in STEPS
     ]
     assert all("FileExistsError" in failure.reason for failure in report.failed)
@@ -127,7 +127,7 @@ def test_the_command_goes_on_and_tells_what_failed(model: Path, tmp_path: Path) 
     prompts.write_text(f"{PROMPTS[1]}\n")
     assert command("--steps", "1,2")[1].endswith("0 videos made, 2 there already\n")
 
-    in_the_way = tmp_path / "out" / folder_name(Prompt(PROMPTS[1]))
+    in_the_way = tmp_path / "out" / folder_name(VideoPrompt(PROMPTS[1]))
     in_the_way.write_text("a file")
     status, out, err = command("--steps", "1,2,4", "--prompts", str(prompts))
     assert status == 1 and "1 video made, 2 there already" in out
@@ -139,7 +139,7 @@ def test_the_command_goes_on_and_tells_what_failed(model: Path, tmp_path: Path) 
     assert status == 0 and "3 videos made, 3 there already" in out
     status, out, _ = command("--steps", "1,2", "--seed", "1,0", "--seed", "2")
     assert status == 0 and "4 videos made, 2 there already" in out
-    folder = tmp_path / "out" / folder_name(Prompt(PROMPTS[0]))
+    folder = tmp_path / "out" / folder_name(VideoPrompt(PROMPTS[0]))
     assert (
         f"{folder / 'steps-02-seed-2.mp4'}: " in out
         and f"{folder / 'comparison-seed-1.mp4'}: 2 step counts" in out
@@ -160,7 +160,10 @@ def test_nan_is_a_failure_of_its_videos_only(settings, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = run(broken, out, steps=(1, 2))
     assert (report.done, report.skipped) == (2, 0)
-    assert [(f.prompt, f.steps) for f in report.failed] == [(PROMPTS[1], 1), (PROMPTS[1], 2)]
+    assert [(f.prompt, f.num_inference_steps) for f in report.failed] == [
+        (PROMPTS[1], 1),
+        (PROMPTS[1], 2),
+    ]
     assert all("prompt_embeds holds NaN" in f.reason and "bf16" in f.reason for f in report.failed)
     assert sorted(p.parent.name[:5] for p in out.glob("*/steps-*.mp4")) == ["a-red", "a-red"]
     assert [e["prompt"] for e in json.loads((out / "results.json").read_text())["videos"]] == [
@@ -228,7 +231,7 @@ def test_each_prompt_has_a_negative_of_its_own(settings, tmp_path: Path) -> None
     """Expect another video for another negative prompt; a prompt without one takes the run's."""
     guided = dataclasses.replace(settings, guidance_scale=4.0, negative_prompt="bad quality")
     text = PROMPTS[0]
-    prompts = [Prompt(text), Prompt(text, "blue cross"), Prompt(text, "")]
+    prompts = [VideoPrompt(text), VideoPrompt(text, "blue cross"), VideoPrompt(text, "")]
     assert run(guided, tmp_path / "all", prompts, (2,)).done == 3
     entries = json.loads((tmp_path / "all" / "results.json").read_text())["videos"]
     assert [entry["negative_prompt"] for entry in entries] == ["bad quality", "blue cross", ""]
