@@ -79,23 +79,17 @@ def tasks(device: Any, tiny: bool) -> list[Task]:
     """List every kernel over rows at every width, on random tensors."""
     import torch
 
-    from anyflow.kernels.ahead_of_time import row_calls
-    from anyflow.kernels.report import token_bytes
+    from anyflow.kernels.ahead_of_time import kernel_calls
+    from anyflow.ops.examples import row_examples
 
     tokens, dtype = (5, torch.float32) if tiny else (TOKENS, torch.bfloat16)
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
     found: list[Task] = []
     for dim in TINY_DIMS if tiny else DIMS:
-        for variant, call in row_calls(dim, dtype, length=tokens, rows=1, make=make):
-            if variant == "no rotary":
-                continue
+        for example, direction, call in kernel_calls(row_examples(tokens, dim, 1), dtype, device):
             kernel, today = _launched(call)
-            moved = sum(token_bytes(kernel, variant, dim)) * tokens
-            label = f"{kernel}{f' ({variant})' if variant else ''} D={dim}"
-            found.append(Task(label, dim, moved, today, call))
+            work = example.forward if direction == "forward" else example.backward
+            form = f" ({example.variant})" if example.variant else ""
+            found.append(Task(f"{kernel}{form} D={dim}", dim, work.bytes(dtype), today, call))
     return found[:TINY_KERNELS] if tiny else found
 
 

@@ -39,7 +39,7 @@ class DemoConfig:
     100: with 1000, the time embedding of so small a model aliases at the finite difference.
     ``epsilon`` is in timesteps of that range. ``flow_matching`` trains the network that the two
     stages start from, that they take velocities from (``velocity_target``), and that they are
-    compared with. ``cotrain_weight`` is that of stage 1's loss in stage 2. A killed run continues
+    compared with. ``cotrain_weight`` weighs stage 1's loss in stage 2. A killed run continues
     from a checkpoint that is made every ``checkpoint_every`` updates of a stage.
     """
 

@@ -58,10 +58,8 @@ def write_results(
     """Write the results of a run: metrics, samples, the curve, the animation and the report.
 
     The files in ``out`` are ``metrics.json``, ``samples/``, ``curve.png``, ``any_step.gif`` and
-    ``report.html``.
-
-    ``samples`` has an animation of each method and number of steps, and what :func:`merge_runs`
-    reads.
+    ``report.html``. ``samples`` has an animation of each method and number of steps, and what
+    :func:`merge_runs` reads.
 
     Args:
         config: settings of the run.

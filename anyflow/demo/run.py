@@ -28,14 +28,14 @@ from anyflow.utils.writing import whole_folder, write_text
 STATE_FILE = "state.json"
 
 # Seconds per step of batch 32, and per evaluation of 512 samples, relative to a flow-matching step
-# of batch 32: for the estimate of the time left.
+# of batch 32; the estimate of the time left uses them.
 _STEP_COST = {"flow_matching": 1.0, "pretrain": 1.7, "on_policy": 5.6, "evaluation": 12.0}
 
 _CHECKPOINTS = ("flow_matching", "pretrain", "on_policy")  # a stage each, in their order
-# folder of the stage that runs: where it starts, and its own checkpoints
+# holds the start and the checkpoints of the stage that runs
 _UNFINISHED = ".unfinished"
 
-# The checkpoint that scores as each method of the report.
+# Each method of the report scores this checkpoint.
 _CHECKPOINT_OF = {
     "flow_matching": "flow_matching",
     "pretrain": "pretrain",
@@ -66,7 +66,7 @@ def finished_report(config: DemoConfig, out: Path) -> Path | None:
     """Return the report of a finished run of this configuration in ``out``, or None.
 
     Raises:
-        ValueError: as :func:`run_demo`.
+        ValueError: see :func:`run_demo`.
     """
     state = _load_state(config, out)
     return (
@@ -174,7 +174,7 @@ def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
         raise ValueError(f"--out {out} cannot be created: {file} is a file")
     resolve_device(config.device, "--device", computes=True)
     settings = json.loads(json.dumps(asdict(config)))
-    del settings["num_threads"]  # not what is run, but how
+    del settings["num_threads"]  # changes the time of a run and not its numbers
     file = out / STATE_FILE
     if not file.exists():
         if out.exists() and any(p for p in out.iterdir() if not p.name.startswith(".")):

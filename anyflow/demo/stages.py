@@ -77,7 +77,7 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
         else None,
         on_policy=on_policy,
         optimizer=_optimizer(stage, stage.lr),
-        # A short stage's average looks back over about a ninth of it: the start is forgotten.
+        # The average of a short stage spans about a ninth of it, and forgets the start.
         ema=EMAConfig(min(stage.ema_decay, (1 + stage.steps) / (10 + stage.steps)), start_step=0),
         checkpoint=CheckpointConfig(every=config.checkpoint_every, keep=1),
         precision="fp32",

@@ -125,11 +125,11 @@ def environment() -> Environment:
         driver=driver.splitlines()[0] if driver else None,
         gpus=_gpus(),
         programs={
-            # As Triton looks for it: CC, else these in this order.
+            # Triton looks for CC, else for these in this order.
             "c": _program(os.environ.get("CC"), "gcc", "clang"),
             "c++": _program(os.environ.get("CXX"), "c++", "g++", "clang++"),
             "nvcc": _nvcc(),
-            # As setup.py looks for them: beside Python first.
+            # setup.py looks beside Python first.
             "cmake": _program("cmake", folder=Path(sys.executable).parent),
             "ninja": _program("ninja", folder=Path(sys.executable).parent),
         },
@@ -147,7 +147,7 @@ def load_operators() -> NativeExtension:
         try:
             from anyflow.ops.native import load
 
-            load()  # in case anyflow.ops was imported before, where the variable made do without
+            load()  # an anyflow.ops that was imported before may have done without, by the variable
         except ImportError as error:
             problem = str(error)
             os.environ["ANYFLOW_BACKEND"] = "eager"

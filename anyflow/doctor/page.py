@@ -13,6 +13,7 @@ from rich.text import Text
 
 from anyflow.doctor.environment import Environment, NativeExtension
 from anyflow.doctor.requirements import Hub, Package, VideoCodec
+from anyflow.utils.progress import counted
 
 if TYPE_CHECKING:
     from anyflow.doctor.self_check import Check, Skipped
@@ -47,7 +48,7 @@ class Page:
             *([] if found.commit is None else [("commit", found.commit)]),
             ("python", f"{found.python} on {found.platform}"),
             ("torch", f"{found.torch}, built for {found.torch_built_for}"),
-            ("threads", f"{found.threads} on {_count(found.cores, 'core')}"),
+            ("threads", f"{found.threads} on {counted(found.cores, 'core')}"),
             ("triton", "missing" if found.triton is None else found.triton),
             ("CUDA", "\n".join([*([] if found.gpus else ["no CUDA device"]), *gpus])),
         ]
@@ -84,7 +85,7 @@ class Page:
                 else encoder.problem,
             ),
             *([] if encoder.warning is None else [("WARNING", encoder.warning)]),
-            ("hub cache", f"{hub.cache}: {_count(hub.models, 'model')}{size}"),
+            ("hub cache", f"{hub.cache}: {counted(hub.models, 'model')}{size}"),
             (
                 "hub",
                 "offline: models come from the cache only"
@@ -184,14 +185,14 @@ class Page:
                 self._item(problem)
             if len(problems) > _SHOWN_PROBLEMS:
                 self._item(f"and {len(problems) - _SHOWN_PROBLEMS} more")
-            text, style = f"{_count(len(problems), 'problem')}.", "bold red"
+            text, style = f"{counted(len(problems), 'problem')}.", "bold red"
         else:
             lacking = ", ".join(
                 f"anyflow {group} needs more: {command}" for group, command in commands.items()
             )
             well = f"All is well{' but for this: ' + lacking if lacking else ''}"
             text, style = (
-                f"{well}{', with ' + _count(warnings, 'warning') if warnings else ''}.",
+                f"{well}{', with ' + counted(warnings, 'warning') if warnings else ''}.",
                 "green",
             )
         self._console.print()
@@ -227,7 +228,3 @@ def _styled(text: str) -> Text:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"

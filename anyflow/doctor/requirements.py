@@ -13,8 +13,7 @@ from anyflow.utils.documents import shortened
 from anyflow.utils.packages import GROUPS, is_missing, module_name
 from anyflow.utils.versions import installed_versions, is_below, required_floors
 
-# The parts of a package that sampling takes, where importing the package itself loads next to
-# nothing of it.
+# Importing these packages loads next to nothing of them, so sampling's parts are imported too.
 _PARTS = {"diffusers": ("AutoencoderKLWan",), "transformers": ("AutoTokenizer", "UMT5EncoderModel")}
 _MAX_BLOBS = 10_000  # files whose sizes are looked at
 
@@ -104,9 +103,8 @@ def video_encoder() -> VideoCodec:
             with av.open(str(file)) as container:
                 codec = container.streams.video[0].codec_context.name
                 frames = sum(1 for _ in container.decode(video=0))
-    except (
-        Exception
-    ) as error:  # of PyAV, FFmpeg or the system: each is what a user would meet in `anyflow sample`
+    # PyAV, FFmpeg and the system fail in their own ways, and would in `anyflow sample`, too
+    except Exception as error:
         return VideoCodec(None, None, f"no MP4 file can be written: {_reason(error)}", None)
     if frames != 2:
         return VideoCodec(None, codec, f"an MP4 file of 2 frames was read back with {frames}", None)
@@ -151,9 +149,8 @@ def _package(group: str, name: str, floor: str | None) -> Package:
         module = importlib.import_module(module_name(name))
         for part in _PARTS.get(name, ()):
             getattr(module, part)
-    except (
-        Exception
-    ) as error:  # a package may fail in its own way: compiled for another Python, torch or library
+    # a package that was compiled for another Python, torch or library may fail in any way
+    except Exception as error:
         return Package(
             group, name, version, f"{name} is installed, but does not import: {_reason(error)}"
         )

@@ -34,11 +34,9 @@ def tile_videos(
 ) -> Tensor:
     """Lay ``videos[N, F, H, W]`` uint8 out on a grid, line by line.
 
-    The result is ``[F, rows*H' + ..., cols*W' + ...]`` uint8.
-
-    Each pixel becomes ``upscale x upscale``; ``padding`` pixels of gray level ``background`` lie
-    between the tiles and fill the cells left over. Raises ``ValueError`` for another dtype or
-    shape, or more videos than cells.
+    The result is ``[F, rows*H' + ..., cols*W' + ...]`` uint8. Each pixel becomes
+    ``upscale x upscale``; ``padding`` pixels of gray level ``background`` lie between the tiles and
+    fill the cells left over. Raises ``ValueError`` for another dtype or shape, or more videos than cells.
     """
     if videos.ndim != 4 or videos.dtype != torch.uint8:
         raise ValueError(
@@ -137,7 +135,7 @@ def any_step_animation(
     return _animation(frames, format="gif", fps=8.0)
 
 
-# of the any-step picture's palette: 86 grays leave room for the colors of its letters
+# the any-step picture's palette has 86 grays, which leave room for the colors of its letters
 _GRAY_STEP = 3
 
 

@@ -79,10 +79,10 @@ def _samplers(results: SeedResults) -> str | None:
 
 def _many_steps(results: SeedResults) -> str | None:
     fd, last = results.values("fd"), results.step_counts[-1]
-    ours = next((m for m in FLOW_MAPS if m in fd), None)
-    if ours is None or "flow_matching" not in fd or last == results.step_counts[0]:
+    flow_map = next((m for m in FLOW_MAPS if m in fd), None)
+    if flow_map is None or "flow_matching" not in fd or last == results.step_counts[0]:
         return None
-    flow, plain = fd[ours][last], fd["flow_matching"][last]
+    flow, plain = fd[flow_map][last], fd["flow_matching"][last]
     numbers = f"{number(plain)} against {number(flow)} for the flow map"
     if ratio(flow, plain) >= SAME:
         return f"With {last} steps plain flow matching is the better sampler here: {numbers}."
@@ -98,7 +98,7 @@ def _distance_to_floor(results: SeedResults) -> str:
     floor = results.floor.fd
     if floor == 0 or ratio(score, floor) >= SAME:
         return (
-            f"Nothing here is perfect: the lowest distance of all is {number(score)} "
+            f"No method is perfect: the lowest distance of all is {number(score)} "
             f"({method_style(method)[0]}, "
             f"{steps_text(steps)}), while real videos score {number(floor)} against each other."
         )

@@ -11,8 +11,7 @@ from torch import Tensor
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """Compute the squared Fréchet (2-Wasserstein) distance of Gaussians fitted to features.
 
-    The features are ``[N, D]`` and ``[M, D]``.
-
+    The features are ``[N, D]`` and ``[M, D]``, and the distance is
     ``|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2))`` with the unbiased covariances A and B, in
     float64. With ``A = R_a^T R_a`` (R from the QR factorization of the centered features) the last
     trace is the nuclear norm of ``R_a R_b^T``: no matrix square root, exact for rank-deficient

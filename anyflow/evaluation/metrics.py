@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from anyflow.evaluation.frechet import frechet_distance
 from anyflow.evaluation.video_metrics import motion
 
-# of each class: their mean speed is known to 1 %, and more would cost more than all else
+# per class; more would cost more time than all other metrics
 _MOTION_VIDEOS = 16
 
 
@@ -63,7 +63,7 @@ class RandomConv3dFeatures(nn.Module):
 
     Two ReLU convolutions over space-time are averaged.
 
-    Random convolutions are a sound yardstick for simple video: they react to sharpness, contrast,
+    Random convolutions react to sharpness, contrast,
     shape and the direction of motion, and unlike a trained network they need no download. The
     global average makes them nearly blind to position, which :func:`coverage_tv` measures instead.
     The same ``seed`` gives the same weights on every machine; the global random state is not
@@ -119,7 +119,7 @@ def per_class_frechet_distance(
 ) -> float:
     """Mean over the classes of :func:`frechet_distance` between the samples of that class.
 
-    Unlike one distance over everything, it notices a sample of the wrong class. Raises
+    Unlike one distance over all classes, the mean notices a sample of the wrong class. Raises
     ``ValueError`` when the two sets do not hold the same classes.
     """
     _check_labels(features_a, labels_a, "features_a", "labels_a")
@@ -140,10 +140,9 @@ def per_class_frechet_distance(
 def nearest_template(videos: Tensor, labels: Tensor, templates: Tensor) -> Tensor:
     """Return the index ``[N]`` of the template of the same class nearest to each video.
 
-    Distance is the mean square over a video of ``videos[N, F, C, H, W]``.
-
-    ``templates`` is ``[num_classes, P, F, C, H, W]``. Raises ``ValueError`` for mismatched shapes,
-    labels out of range, and NaN or infinity.
+    Distance is the mean square over a video of ``videos[N, F, C, H, W]``. ``templates`` is
+    ``[num_classes, P, F, C, H, W]``. Raises ``ValueError`` for mismatched shapes, labels out of
+    range, and NaN or infinity.
     """
     _check_labels(videos, labels, "videos", "labels")
     if (
@@ -173,7 +172,7 @@ def nearest_template(videos: Tensor, labels: Tensor, templates: Tensor) -> Tenso
 def nearest_template_mse(videos: Tensor, labels: Tensor, templates: Tensor) -> float:
     """Return the mean squared difference to the nearest template of the class, averaged.
 
-    Shapes and errors as :func:`nearest_template`; also a ``ValueError`` for an empty set.
+    Shapes and errors are those of :func:`nearest_template`; an empty set is a ``ValueError`` too.
     """
     if videos.shape[0] == 0:
         raise ValueError("videos must hold at least one video")
@@ -214,7 +213,7 @@ def coverage_tv(indices: Tensor, labels: Tensor, grid: tuple[int, int], *, bins:
 class Evaluator:
     """Turn videos and labels into :class:`Metrics`, against held-out real videos.
 
-    Build it with :meth:`from_videos`. ``heldout_features[M, D]`` are standardized by
+    Build an evaluator with :meth:`from_videos`. ``heldout_features[M, D]`` are standardized by
     ``feature_mean[D]`` and ``feature_std[D]``, their own statistics over all classes, which gives
     the Frechet distance its unit. ``black_white`` are the values of black and white in the videos;
     without them, motion is not measured.
@@ -245,7 +244,6 @@ class Evaluator:
         """Make an evaluator from held-out videos and the templates of their classes.
 
         The videos are ``[M, F, C, H, W]`` and the templates ``[num_classes, rows*columns, ...]``.
-
         Templates lie on ``grid`` = (rows, columns) positions in row-major order. ``extractor`` maps
         videos to ``[M, D]`` (default: :class:`RandomConv3dFeatures`). ``black_white`` are two
         values of the videos, such as ``(0.0, 1.0)``: motion is measured between them. Raises

@@ -19,13 +19,13 @@ from anyflow.evaluation.wording import (
     steps_text,
 )
 
-SLOW = 0.5  # of the motion of real videos: less is said in the lead
+SLOW = 0.5  # share of the motion of real videos; the lead names videos that move less
 
 
 def motion_shares(seeds: SeedResults) -> dict[str, dict[int, float]] | None:
     """Return each method's motion over that of real videos as ``{method: {steps: share}}``.
 
-    None where motion was not measured, or real videos do not move.
+    Returns None where motion was not measured, or real videos do not move.
     """
     result: dict[str, dict[int, float]] = {}
     for method in seeds.methods:
@@ -53,7 +53,7 @@ def motion_sentence(seeds: SeedResults, methods: Sequence[str]) -> str:
 def motion_warning(seeds: SeedResults, method: str) -> str | None:
     """Return a sentence for the lead where a method's videos move less than half as much as real.
 
-    Otherwise None.
+    Returns None for all others.
     """
     shares = motion_shares(seeds)
     if shares is None:

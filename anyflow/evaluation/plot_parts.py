@@ -46,7 +46,9 @@ def check_ranges(
                 f"ranges must have the points of curves: {method!r} needs {sorted(curve)}"
             )
         for steps, (low, high) in ranges[method].items():
-            room = 1e-9 * abs(curve[steps])  # means are rounded
+            room = 1e-9 * abs(
+                curve[steps]
+            )  # a mean is rounded and may pass the range of its values
             if not (
                 least <= low <= curve[steps] + room
                 and curve[steps] - room <= high < math.inf
@@ -70,8 +72,7 @@ def value_limits(
     if ranges is not None:
         values += [v for curve in ranges.values() for pair in curve.values() for v in pair]
     if signed:
-        # Of values that are almost equal, ticks would have many digits and differences would look
-        # large.
+        # Without room, ticks of almost equal values would have many digits.
         room = max(0.08 * (max(values) - min(values)), 0.05 * max(map(abs, values)))
         room = 1.0 if room == 0 else room
         return min(values) - room, max(values) + room
@@ -260,7 +261,7 @@ def spread(
 
     They stay within [low, high] if they fit there.
     """
-    # [center, count]: runs of touching labels, centered on their mean wish
+    # [center, count] of runs of touching labels, each centered on its mean position
     clusters: list[list[float]] = []
     for position in positions:
         clusters.append([position, 1])

@@ -151,7 +151,7 @@ class _Room:
     bottom: float
     width: float
     height: float
-    title: float  # of the width of the axes, left of them
+    title: float  # a share of the width of the axes, left of them
 
     @classmethod
     def of(cls, size: tuple[float, float], label_lines: bool) -> _Room:

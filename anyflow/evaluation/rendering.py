@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def render(template: str, context: Mapping[str, Any], *, colors: Mapping[str, str]) -> str:
+def render(template: str, values: Mapping[str, Any], *, colors: Mapping[str, str]) -> str:
     """Render a page from the file ``template``.
 
     Args:
         template: a file of ``templates`` that extends ``base.html.j2``.
-        context: names of the template.
+        values: the template's variables, by name.
         colors: CSS variables of the lines, ``{name: color}``; dark mode has colors of its own.
     """
     import jinja2
@@ -34,7 +34,7 @@ def render(template: str, context: Mapping[str, Any], *, colors: Mapping[str, st
     )
     environment.filters.update(number=number, figures=figures, duration=duration, decimals=decimals)
     dark = {name: DARK_COLORS[color] for name, color in colors.items()}
-    return environment.get_template(template).render(dict(context), colors=colors, dark_colors=dark)
+    return environment.get_template(template).render(dict(values), colors=colors, dark_colors=dark)
 
 
 def chart(figure: Figure, *, label: str, kind: str, salt: str, colors: Mapping[str, str]) -> str:
@@ -42,8 +42,8 @@ def chart(figure: Figure, *, label: str, kind: str, salt: str, colors: Mapping[s
 
     Args:
         figure: the figure to draw.
-        label: says what the chart is to those who do not see it; plain text.
-        kind: CSS class: of pages that are ``wide`` or ``narrow``, or of ``any``.
+        label: plain text that says what the chart shows to those who do not see it.
+        kind: CSS class, for ``wide`` pages, ``narrow`` ones, or ``any``.
         salt: keeps the ids of the charts of a page apart.
         colors: CSS variables of the lines, ``{name: color}``.
     """

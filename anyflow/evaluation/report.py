@@ -25,7 +25,7 @@ _METRIC_TITLES = {
     "fd": "Fréchet distance",
     "template_mse": "Template error",
     "coverage_tv": "Coverage error",
-    "motion": "Motion",
+    "motion": "Motion, in pixels per frame",
 }
 _CHART_TITLES = {
     "fd": "Distance from real videos (lower is better)",
@@ -106,11 +106,11 @@ class ReportData:
 def write_report(path: str | Path, data: ReportData) -> Path:
     """Render ``data`` to the HTML file ``path`` (its folder must exist) and return the path."""
     path = Path(path)
-    write_text(path, render("report.html.j2", _context(data), colors=_COLORS))
+    write_text(path, render("report.html.j2", _template_values(data), colors=_COLORS))
     return path
 
 
-def _context(data: ReportData) -> dict[str, Any]:
+def _template_values(data: ReportData) -> dict[str, Any]:
     results = SeedResults.of(data.results)
     main = main_methods(results)
     methods = [

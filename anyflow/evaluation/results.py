@@ -14,7 +14,7 @@ from anyflow.utils.documents import read_json
 from anyflow.utils.writing import write_text
 
 METRIC_NAMES = ("fd", "template_mse", "coverage_tv", "motion")
-_OPTIONAL = ("motion",)  # which runs of earlier versions lack
+_OPTIONAL = ("motion",)  # files of older versions lack these
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class EvaluationResults:
     ``curves[method][steps]`` has the scores, ``floor`` that of real data, ``seconds`` the time of
     each stage of the run.
 
-    Raises ``ValueError`` for no curve, curves over different step counts, step counts below 1,
-    metrics that are not finite or are negative, and motion that was measured for some sets of
+    Raises ``ValueError`` without a curve, for curves over different step counts, step counts below
+    1, metrics that are not finite or are negative, and motion that was measured for some sets of
     videos only.
     """
 

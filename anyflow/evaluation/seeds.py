@@ -35,15 +35,15 @@ class SeedResults:
             )
         first = self.runs[0]
         for run in self.runs[1:]:
-            for what, ours, theirs in (
+            for what, value, other in (
                 ("budget", first.budget, run.budget),
                 ("methods", sorted(first.curves), sorted(run.curves)),
                 ("step counts", list(first.step_counts), list(run.step_counts)),
             ):
-                if ours != theirs:
+                if value != other:
                     raise ValueError(
-                        f"runs of different {what} cannot be merged: {ours} of seed {first.seed}, "
-                        f"{theirs} of seed {run.seed}"
+                        f"runs of different {what} cannot be merged: {value} of seed {first.seed}, "
+                        f"{other} of seed {run.seed}"
                     )
 
     @classmethod

@@ -23,11 +23,11 @@ from anyflow.evaluation.wording import (
 def main_methods(results: EvaluationResults | SeedResults) -> tuple[str, ...]:
     """Return plain flow matching and the flow map of the story; without them, every method."""
     methods = SeedResults.of(results).methods
-    ours = _flow_map(methods)
+    flow_map = _flow_map(methods)
     return (
         tuple(methods)
-        if ours is None or "flow_matching" not in methods
-        else ("flow_matching", ours)
+        if flow_map is None or "flow_matching" not in methods
+        else ("flow_matching", flow_map)
     )
 
 
@@ -35,15 +35,16 @@ def takeaway(results: EvaluationResults | SeedResults) -> str:
     """Say what plain flow matching and the flow map give in the fewest steps, and what more do."""
     seeds = SeedResults.of(results)
     fd = seeds.values("fd")
-    ours = _flow_map(seeds.methods)
+    flow_map = _flow_map(seeds.methods)
     does = "This run does" if len(seeds.runs) == 1 else "These runs do"
-    if ours is None or "flow_matching" not in fd:
+    if flow_map is None or "flow_matching" not in fd:
         return (
             f"{does} not compare a flow map with plain flow matching, so nothing is said here "
             "about few steps."
         )
     first = seeds.step_counts[0]
-    start, factor = f"In {steps_text(first)}", ratio(fd["flow_matching"][first], fd[ours][first])
+    start = f"In {steps_text(first)}"
+    factor = ratio(fd["flow_matching"][first], fd[flow_map][first])
     if factor < SAME:
         compared = (
             "farther from real videos than"
@@ -56,17 +57,17 @@ def takeaway(results: EvaluationResults | SeedResults) -> str:
             f"of plain flow matching."
         )
     plain, mapped = (
-        look(seeds.score(method, first), seeds.floor) for method in ("flow_matching", ours)
+        look(seeds.score(method, first), seeds.floor) for method in ("flow_matching", flow_map)
     )
-    closer = f"{times_text(fd['flow_matching'][first], fd[ours][first])} closer to real videos"
+    closer = f"{times_text(fd['flow_matching'][first], fd[flow_map][first])} closer to real videos"
     if plain == mapped:
         lead = f"{start} both give {plain}; the flow map's videos are {closer}"
     else:
         lead = f"{start} plain flow matching gives {plain}; the flow map gives {mapped}, {closer}"
     sentences = (
-        f"{lead}{_agreement(seeds, ours)}.",
-        _more_steps(fd[ours]),
-        motion_warning(seeds, ours),
+        f"{lead}{_agreement(seeds, flow_map)}.",
+        _more_steps(fd[flow_map]),
+        motion_warning(seeds, flow_map),
     )
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -74,7 +75,7 @@ def takeaway(results: EvaluationResults | SeedResults) -> str:
 def figure_sentences(results: EvaluationResults | SeedResults) -> dict[str, str]:
     """Return one sentence for each figure, by its name.
 
-    ``"videos"`` (of the first seed), and each metric's chart by the metric's name.
+    The names are ``"videos"`` (of the first seed), and the metric of each chart.
     """
     seeds = SeedResults.of(results)
     return {
@@ -93,7 +94,7 @@ def figure_sentences(results: EvaluationResults | SeedResults) -> dict[str, str]
 def trend(curve: Mapping[int, float]) -> str:
     """Say how a metric changes with the steps, as the end of a sentence about the metric.
 
-    Changes by less than a factor of ``SAME`` are none: another seed would make as much.
+    Changes by less than a factor of ``SAME`` do not count: another seed would change as much.
     """
     steps = sorted(curve)
     first, last, best = steps[0], steps[-1], _best(curve)
@@ -129,13 +130,13 @@ def _best(curve: Mapping[int, float]) -> int:
     return min(sorted(curve), key=lambda n: curve[n])
 
 
-def _agreement(seeds: SeedResults, ours: str) -> str:
+def _agreement(seeds: SeedResults, flow_map: str) -> str:
     """Say in how many of several seeds the flow map is ahead at the fewest steps."""
     if len(seeds.runs) == 1:
         return ""
     first = seeds.step_counts[0]
     curves = [run.values("fd") for run in seeds.runs]
-    factors = [ratio(curve["flow_matching"][first], curve[ours][first]) for curve in curves]
+    factors = [ratio(curve["flow_matching"][first], curve[flow_map][first]) for curve in curves]
     return (
         f" (on average; ahead in {sum(factor >= SAME for factor in factors)} of {len(factors)} "
         "seeds)"
@@ -174,9 +175,9 @@ def _distances(seeds: SeedResults) -> str:
     curves, methods = seeds.values("fd"), main_methods(seeds)
     if methods != ("flow_matching", _flow_map(seeds.methods)):
         return _trends(seeds, "fd", methods, "the distance from real videos")
-    plain, ours = (curves[method] for method in methods)
-    ahead = [n for n in seeds.step_counts if ratio(plain[n], ours[n]) >= SAME]
-    behind = [n for n in seeds.step_counts if ratio(ours[n], plain[n]) >= SAME]
+    plain, mapped = (curves[method] for method in methods)
+    ahead = [n for n in seeds.step_counts if ratio(plain[n], mapped[n]) >= SAME]
+    behind = [n for n in seeds.step_counts if ratio(mapped[n], plain[n]) >= SAME]
     every = (
         "every number of steps" if len(seeds.step_counts) > 1 else steps_text(seeds.step_counts[0])
     )
@@ -194,7 +195,7 @@ def _distances(seeds: SeedResults) -> str:
     ]
     unit = "" if len(parts) == 1 else " steps"
     counts = f"{', '.join(parts)}{unit}"
-    return _sentence(f"{counts}; the flow map's distance {trend(ours)}")
+    return _sentence(f"{counts}; the flow map's distance {trend(mapped)}")
 
 
 def _samplers(seeds: SeedResults) -> tuple[str, ...]:

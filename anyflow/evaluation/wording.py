@@ -9,7 +9,7 @@ from anyflow.evaluation.plots import method_style
 
 SAME = 1.1  # ratios below this are within what another seed would change
 
-FROZEN = 0.05  # of the motion of real videos: less cannot be seen
+FROZEN = 0.05  # share of the motion of real videos; less motion cannot be seen
 _STILL = 1e-6  # real videos that move less do not move
 
 # Words for videos by their mean squared difference to the nearest real one, where 1 is the variance
@@ -53,7 +53,7 @@ def steps_text(n: int) -> str:
 def steps_listed(steps: Sequence[int], of: Collection[int]) -> str:
     """Return step counts in words, such as ``1 and 2 steps``.
 
-    All of several are ``every number of steps``.
+    All of several step counts are ``every number of steps``.
     """
     if len(of) > 1 and len(steps) == len(of):
         return "every number of steps"
@@ -85,7 +85,7 @@ def look(score: Metrics, real: Metrics) -> str:
 def motion_share(score: Metrics, real: Metrics) -> float | None:
     """Return the motion of videos over that of real ones.
 
-    None without motion, or where real videos do not move.
+    Returns None without motion, or where real videos do not move.
     """
     if score.motion is None or real.motion is None or real.motion <= _STILL:
         return None

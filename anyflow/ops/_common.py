@@ -12,25 +12,6 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_KERNEL_DIM = 8192
 
 
-def unsupported_dtype(*tensors: Tensor | None) -> str | None:
-    """Why the kernels do not take tensors of these dtypes, or None if they do."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
-            return f"{describe(tensor)} (kernels take bfloat16, float16 and float32)"
-    return None
-
-
-def unsupported_row(*tensors: Tensor | None) -> str | None:
-    """As :func:`unsupported_dtype`, for kernels that hold a whole row of the last dimension in
-    registers.
-    """
-    for tensor in tensors:
-        d = 8 if tensor is None else tensor.shape[-1] if tensor.ndim else 0
-        if d % 8 or not 0 < d <= MAX_KERNEL_DIM:
-            return f"D={d} (kernels take multiples of 8 up to {MAX_KERNEL_DIM})"
-    return unsupported_dtype(*tensors)
-
-
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype statistics and products are accumulated in: fp32, or fp64 when any operand is
     fp64.

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from anyflow.ops._common import check_device, check_indices, check_times, describe
+from anyflow.ops.library import Limit
 from anyflow.utils.transfer import to_device
+
+# what kernels over frames take: times and indices have dtypes of their own
+FRAMES = Limit(free=("t", "r", "weight", "width", "epsilon_plus", "epsilon_minus", "picked"))
 
 
 def constant_times(

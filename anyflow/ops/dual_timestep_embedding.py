@@ -13,9 +13,8 @@ from anyflow.ops._common import (
     check_device,
     check_same_shape,
     describe,
-    unsupported_dtype,
 )
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops.library import ELEMENTS, Operator
 
 _OP = "dual_timestep_embedding"
 FUSIONS = ("gated", "additive")
@@ -110,54 +109,10 @@ def _check_backward(grad_emb: Tensor, grad_activated: Tensor, t_emb: Tensor, *ot
     check_same_shape(_OP, "grad_activated", grad_activated, t_emb, "t_emb")
 
 
-def _fake_backward(
-    grad_emb: Tensor,
-    grad_activated: Tensor,
-    t_emb: Tensor,
-    r_emb: Tensor,
-    gate: Tensor,
-    fusion: str,
-    gate_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        empty_like(t_emb),
-        empty_like(r_emb),
-        empty_like(gate) if gate_gradient else gate.new_empty(0),
-    )
-
-
 _operator = Operator(
-    _OP,
-    "(Tensor t_emb, Tensor r_emb, Tensor gate, str fusion) -> (Tensor, Tensor)",
-    reference=dual_timestep_embedding_reference,
-    fake=lambda t_emb, r_emb, gate, fusion: (empty_like(t_emb), empty_like(t_emb)),
+    dual_timestep_embedding_reference,
+    dual_timestep_embedding_backward_reference,
     check=_check,
-    unsupported=lambda t_emb, r_emb, gate, fusion: unsupported_dtype(t_emb, r_emb, gate),
+    check_backward=_check_backward,
+    limit=ELEMENTS,
 )
-_operator.register_backward(
-    "(Tensor grad_emb, Tensor grad_activated, Tensor t_emb, Tensor r_emb, Tensor gate, str fusion, "
-    "bool gate_gradient)"
-    " -> (Tensor, Tensor, Tensor)",
-    reference=dual_timestep_embedding_backward_reference,
-    fake=_fake_backward,
-    check=_check_backward,
-    unsupported=lambda *args: unsupported_dtype(*args[:5]),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.fusion = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad_emb: Tensor, grad_activated: Tensor) -> tuple[Tensor | None, ...]:
-    # The gate of the model is a constant: its gradient is a reduction more, and only taken where
-    # needed. Autograd hands in zeros for a result that nothing read.
-    needed = ctx.needs_input_grad[2]
-    dt, dr, dgate = _operator.backward(
-        grad_emb, grad_activated, *ctx.saved_tensors, ctx.fusion, needed
-    )
-    return dt, dr, dgate if needed else None, None
-
-
-_operator.register_autograd(_setup_context, _backward)

@@ -4,23 +4,25 @@ path.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from anyflow.ops._common import (
-    KERNEL_DTYPES,
     accumulation_dtype,
     check_number_or_times,
     check_same_shape,
     check_sizes,
     describe,
     lead,
-    unsupported_dtype,
 )
-from anyflow.ops._frames import check_index_operand, clamp_indices, constant_times, sample_indices
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops._frames import (
+    FRAMES,
+    check_index_operand,
+    clamp_indices,
+    constant_times,
+    sample_indices,
+)
+from anyflow.ops.library import Operator
 
 _OP = "flow_map_inputs"
 Epsilon = float | Tensor | tuple[float | Tensor, float | Tensor]
@@ -228,67 +230,12 @@ def _side(epsilon: Tensor, picked: Tensor | None, like: Tensor) -> Tensor:
     return lead(epsilon.to(like.dtype), like)
 
 
-def _fake(
-    latents: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    epsilon_plus: Tensor,
-    epsilon_minus: Tensor,
-    picked: Tensor | None,
-    dtype: torch.dtype,
-    with_x_t: bool,
-) -> tuple[Tensor, Tensor]:
-    b = latents.shape[0]
-    n = 2 * (b if picked is None else picked.shape[0]) + (b if with_x_t else 0)
-    batch = latents.new_empty((n, *latents.shape[1:]), dtype=accumulation_dtype(latents, noise))
-    return latents.new_empty(latents.shape, dtype=dtype), batch
-
-
-def _unsupported(
-    latents: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    epsilon_plus: Tensor,
-    epsilon_minus: Tensor,
-    picked: Tensor | None,
-    dtype: torch.dtype,
-    with_x_t: bool,
-) -> str | None:
-    if dtype not in KERNEL_DTYPES:
-        return f"x_t in {str(dtype).removeprefix('torch.')}"
-    return unsupported_dtype(latents, noise)
-
-
 _operator = Operator(
-    _OP,
-    "(Tensor latents, Tensor noise, Tensor t, Tensor epsilon_plus, Tensor epsilon_minus, Tensor? "
-    "picked, "
-    "ScalarType dtype, bool with_x_t) -> (Tensor, Tensor)",
-    reference=flow_map_inputs_reference,
-    fake=_fake,
+    flow_map_inputs_reference,
+    flow_map_inputs_backward_reference,
     check=_check,
-    unsupported=_unsupported,
+    check_backward=_check_backward,
+    limit=FRAMES,
+    fake=flow_map_inputs_reference,
+    results=("x_t", "batch"),
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor grad_batch, Tensor latents, Tensor noise, Tensor t, Tensor epsilon_plus, "
-    "Tensor epsilon_minus, Tensor? picked, bool with_x_t) -> (Tensor, Tensor)",
-    reference=flow_map_inputs_backward_reference,
-    fake=lambda grad, grad_batch, latents, noise, *_: (empty_like(latents), empty_like(noise)),
-    check=_check_backward,
-    unsupported=lambda grad, grad_batch, latents, noise, *_: unsupported_dtype(
-        grad, grad_batch, latents, noise
-    ),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _, ctx.with_x_t = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor, grad_batch: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _operator.backward(grad, grad_batch, *ctx.saved_tensors, ctx.with_x_t)
-    return *grads, *[None] * 6
-
-
-_operator.register_autograd(_setup_context, _backward)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,10 +14,15 @@ from anyflow.ops._common import (
     check_sizes,
     describe,
     lead,
-    unsupported_dtype,
 )
-from anyflow.ops._frames import check_index_operand, clamp_indices, constant_times, sample_indices
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops._frames import (
+    FRAMES,
+    check_index_operand,
+    clamp_indices,
+    constant_times,
+    sample_indices,
+)
+from anyflow.ops.library import Operator
 
 _OP = "flow_map_loss"
 
@@ -213,45 +216,12 @@ def _check_tensors(
         )
 
 
-def _fake(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    latents, need_grad = args[3], args[-1]
-    loss = pred.new_empty(pred.shape[:1], dtype=accumulation_dtype(pred, latents))
-    return loss, empty_like(pred) if need_grad else pred.new_empty(0)
-
-
 _operator = Operator(
-    _OP,
-    "(Tensor pred, Tensor? uncond, Tensor? u_plus, Tensor? u_minus, Tensor latents, Tensor noise, "
-    "Tensor t, Tensor r, "
-    "Tensor weight, Tensor width, Tensor? picked, float guidance, bool need_grad) "
-    "-> (Tensor, Tensor)",
-    reference=flow_map_loss_reference,
-    fake=_fake,
+    flow_map_loss_reference,
+    flow_map_loss_backward_reference,
     check=_check,
-    unsupported=lambda *args: unsupported_dtype(*args[:6]),
+    check_backward=_check_backward,
+    limit=FRAMES,
+    fake=flow_map_loss_reference,
+    results=("loss", "residual"),
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor residual, Tensor weight, float guidance) -> Tensor",
-    reference=flow_map_loss_backward_reference,
-    fake=lambda grad, residual, weight, guidance: empty_like(residual),
-    check=_check_backward,
-    unsupported=lambda grad, residual, weight, guidance: unsupported_dtype(grad, residual),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.guidance, ctx.need_grad = inputs
-    ctx.save_for_backward(output[1], tensors[8])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    if not ctx.needs_input_grad[0]:
-        return (None,) * 13
-    if not ctx.need_grad:
-        raise RuntimeError(f"anyflow::{_OP} ran without need_grad, so it has no gradient")
-    residual, weight = ctx.saved_tensors
-    return _operator.backward(grad, residual, weight, ctx.guidance), *[None] * 12
-
-
-_operator.register_autograd(_setup_context, _backward)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.ops._common import check_same_shape, describe, unsupported_dtype
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops._common import check_same_shape, describe
+from anyflow.ops.library import ELEMENTS, Operator
 
 _OP = "gelu"
 
@@ -58,29 +56,10 @@ def _check_backward(grad: Tensor, x: Tensor) -> None:
 
 
 _operator = Operator(
-    _OP,
-    "(Tensor x) -> Tensor",
-    reference=gelu_reference,
-    fake=lambda x: empty_like(x),
+    gelu_reference,
+    gelu_backward_reference,
     check=_check,
-    unsupported=lambda x: unsupported_dtype(x),
+    check_backward=_check_backward,
+    limit=ELEMENTS,
     backends=("native",),
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor x) -> Tensor",
-    reference=gelu_backward_reference,
-    fake=lambda grad, x: empty_like(x),
-    check=_check_backward,
-    unsupported=lambda grad, x: unsupported_dtype(grad, x),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> Tensor:
-    return _operator.backward(grad, *ctx.saved_tensors)
-
-
-_operator.register_autograd(_setup_context, _backward)

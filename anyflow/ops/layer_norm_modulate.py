@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,9 +14,8 @@ from anyflow.ops._common import (
     check_tokens,
     split_rows,
     sum_rows,
-    unsupported_row,
 )
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops.library import WHOLE_ROWS, Operator
 
 _OP = "layer_norm_modulate"
 
@@ -107,29 +104,9 @@ def _check_backward(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: 
 
 
 _operator = Operator(
-    _OP,
-    "(Tensor x, Tensor shift, Tensor scale, float eps=1e-6) -> Tensor",
-    reference=layer_norm_modulate_reference,
-    fake=lambda x, shift, scale, eps=1e-6: empty_like(x),
+    layer_norm_modulate_reference,
+    layer_norm_modulate_backward_reference,
     check=_check,
-    unsupported=lambda x, shift, scale, eps=1e-6: unsupported_row(x, shift, scale),
+    check_backward=_check_backward,
+    limit=WHOLE_ROWS,
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
-    reference=layer_norm_modulate_backward_reference,
-    fake=lambda grad, x, shift, scale, eps: (empty_like(x), empty_like(shift), empty_like(scale)),
-    check=_check_backward,
-    unsupported=lambda grad, x, shift, scale, eps: unsupported_row(grad, x, shift, scale),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_operator.backward(grad, *ctx.saved_tensors, ctx.eps), None
-
-
-_operator.register_autograd(_setup_context, _backward)

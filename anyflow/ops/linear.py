@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.ops._common import check_device, check_sizes, describe, unsupported_dtype
+from anyflow.ops._common import check_device, check_sizes, describe
 from anyflow.ops.backend import LEFT_TO_TORCH, forced_backend
-from anyflow.ops.library import Operator
+from anyflow.ops.library import ELEMENTS, Operator
 from anyflow.ops.native import EXTENSION
 
 _OP = "linear"
@@ -131,51 +129,13 @@ def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: bool) -> None:
         raise ValueError(f"{_OP}: grad must be of x's dtype {x.dtype}, got {describe(grad)}")
 
 
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    x_gradient: bool,
-    weight_gradient: bool,
-    bias_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (x.shape, weight.shape, weight.shape[:1])
-    wanted = (x_gradient, weight_gradient, bias_gradient)
-    dx, dweight, dbias = (
-        grad.new_empty(shape if w else 0) for shape, w in zip(shapes, wanted, strict=True)
-    )
-    return dx, dweight, dbias
-
-
 _operator = Operator(
-    _OP,
-    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    reference=linear_reference,
-    fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    linear_reference,
+    linear_backward_reference,
     check=_check,
-    unsupported=lambda x, weight, bias: unsupported_dtype(x, weight, bias),
+    check_backward=_check_backward,
+    limit=ELEMENTS,
+    fake=linear_reference,
+    fake_backward=linear_backward_reference,
     backends=("native",),
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor x, Tensor weight, bool x_gradient, bool weight_gradient, bool "
-    "bias_gradient) "
-    "-> (Tensor, Tensor, Tensor)",
-    reference=linear_backward_reference,
-    fake=_fake_backward,
-    check=_check_backward,
-    unsupported=lambda grad, x, weight, *_: unsupported_dtype(grad, x, weight),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _operator.backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
-    return tuple(
-        g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=True)
-    )
-
-
-_operator.register_autograd(_setup_context, _backward)

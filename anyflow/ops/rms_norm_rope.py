@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,10 +14,8 @@ from anyflow.ops._common import (
     check_tokens,
     check_vector,
     describe,
-    unsupported_dtype,
-    unsupported_row,
 )
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops.library import WHOLE_ROWS, Operator
 
 _OP = "rms_norm_rope"
 
@@ -171,46 +167,13 @@ def rotate_pairs(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(1)).flatten(-2)
 
 
-def _unsupported(
-    x: Tensor,
-    weight: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    num_heads: int,
-    eps: float = 1e-6,
-) -> str | None:
-    return unsupported_row(x, weight) or unsupported_dtype(cos, sin)
-
-
 _operator = Operator(
-    _OP,
-    # num_heads has no default, so neither have the tables before it
-    "(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, int num_heads, float eps=1e-6) -> Tensor",
-    reference=rms_norm_rope_reference,
-    fake=lambda x, weight, cos, sin, num_heads, eps=1e-6: x.new_empty(
-        *x.shape[:2], num_heads, x.shape[2] // num_heads
-    ),
+    rms_norm_rope_reference,
+    rms_norm_rope_backward_reference,
     check=_check,
-    unsupported=_unsupported,
+    check_backward=_check_backward,
+    limit=WHOLE_ROWS,
+    fake=lambda x, weight, cos, sin, num_heads, eps: x.new_empty(
+        (*x.shape[:2], num_heads, x.shape[2] // num_heads)
+    ),
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? cos, Tensor? sin, int num_heads, float eps) -> "
-    "(Tensor, Tensor)",
-    reference=rms_norm_rope_backward_reference,
-    fake=lambda grad, x, weight, cos, sin, num_heads, eps: (empty_like(x), empty_like(weight)),
-    check=_check_backward,
-    unsupported=lambda grad, *args: unsupported_dtype(grad) or _unsupported(*args),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.num_heads, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _operator.backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.eps)
-    return *gradients, None, None, None, None
-
-
-_operator.register_autograd(_setup_context, _backward)

@@ -60,7 +60,7 @@ def folder_lock(folder: Path, *, beside: bool = False) -> Iterator[None]:
     if not beside and folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {shortened(folder)} is not a folder")
     if beside:
-        place = Path(os.path.realpath(folder))  # the same by every name of the folder
+        place = Path(os.path.realpath(folder))  # every name of a folder gives the same lock
         file = place.with_name(f".{place.name}.lock")
     else:
         file = folder / LOCK_FILE
@@ -73,7 +73,7 @@ def folder_lock(folder: Path, *, beside: bool = False) -> Iterator[None]:
             _release(descriptor, file)
     finally:
         for parent in made:
-            with suppress(OSError):  # it has something in it
+            with suppress(OSError):  # the folder has content
                 parent.rmdir()
 
 
@@ -133,7 +133,9 @@ def _acquire(folder: Path, file: Path) -> int:
                 )
             _lock(descriptor, folder, file)
             if _is_at(descriptor, file):
-                with suppress(OSError):  # a full disk; the lock holds all the same
+                with suppress(
+                    OSError
+                ):  # a full disk has no room for the holder's name; the lock holds anyway
                     os.ftruncate(descriptor, 0)
                     os.write(descriptor, _holder().encode("utf-8", "backslashreplace"))
                 return descriptor
@@ -178,7 +180,7 @@ def _lock(descriptor: int, folder: Path, file: Path) -> None:
 def _release(descriptor: int, file: Path) -> None:
     if descriptor not in _held:  # a forked child, which does not hold it
         return
-    # removed while the lock is held, so that nobody loses a file that he has locked
+    # The file goes while the lock is held, so that nobody loses a file that they have locked.
     if _is_at(descriptor, file):
         with suppress(OSError):
             file.unlink()

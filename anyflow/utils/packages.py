@@ -19,7 +19,7 @@ EVALUATE = ("opencv-python-headless", "torchmetrics")
 GROUPS = {"sample": SAMPLE, "demo": DEMO, "train": TRAIN, "evaluate": EVALUATE}
 OPTIONAL = ("train", "evaluate")  # groups that a base installation does without
 
-# Of packages whose module has another name.
+# These packages have modules of another name.
 _MODULES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
 
 

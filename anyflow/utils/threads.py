@@ -1,9 +1,9 @@
 """Set how torch's CPU threads wait, and how many the processor has room for.
 
-OpenMP, which runs them, reads its settings from the environment when torch is loaded. As shipped, a
-thread that waits for the others of an operator spins on its core: on a machine that does anything
-else, each operator then waits for the scheduler's next slot, and small networks train 10 to 20
-times slower.
+OpenMP, which runs the threads, reads its settings from the environment when torch is loaded. By
+default a thread that waits for the others of an operator spins on its core: on a machine that does
+other work too, each operator then waits for the scheduler's next slot, and small networks train
+about ten times slower.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def configure_openmp() -> None:
     if not any(name in os.environ for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"
     cores = usable_cores()
-    # OpenMP knows of affinity, and of no quota
+    # OpenMP counts the cores of the affinity and knows no quota
     if not user_chose_threads() and cores < _cores_of_affinity():
         os.environ["OMP_NUM_THREADS"] = str(cores)
         _limited = True
@@ -98,8 +98,7 @@ def _quotas(root: Path) -> Iterator[float]:
             mounts = [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"]
         else:
             continue
-        # A container may see the path from outside, which is not there inside; its own group is the
-        # mount itself.
+        # A container may see a path that exists outside only; its own group is the mount itself.
         group = Path(path.lstrip("/"))
         for mount in mounts:
             for parent in (group, *group.parents):

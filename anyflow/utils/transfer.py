@@ -19,7 +19,7 @@ def to_device(x: Tensor, device: torch.device | str, dtype: torch.dtype | None =
     if x.device.type != "cpu" or device.type != "cuda":
         return x.to(device, dtype)
     there = x.pin_memory().to(device, non_blocking=True)
-    return there.to(dtype)  # not in the copy, which would convert on the host, in pageable memory
+    return there.to(dtype)  # a conversion within the copy would run on the host, in pageable memory
 
 
 def device_tensor(

@@ -56,7 +56,7 @@ def finite_number(name: str, value: Any) -> float:
 
 def brief(value: Any, length: int = 100) -> str:
     """Return ``repr(value)`` in one line of at most ``length`` characters."""
-    # Python refuses to write those out
+    # Python refuses to write integers of thousands of digits out
     digits = isinstance(value, int) and value.bit_length() > 2000
     text = f"an integer of {value.bit_length()} bits" if digits else " ".join(repr(value).split())
     return text if len(text) <= length else f"{text[:length]}..."
@@ -166,7 +166,7 @@ class FiniteCheck:
         """
         sizes = [len(magnitude) for magnitude in self._magnitudes]
         bad = ~torch.isfinite(torch.cat(self._magnitudes))
-        if bad.is_meta:  # sizes without values
+        if bad.is_meta:  # a meta tensor has no values
             return None
         flags = iter(bad.cpu().tolist())
         for name, size in zip(self._names, sizes, strict=True):

@@ -1,4 +1,4 @@
-"""Time whole samples: the loop at 1 to 50 evaluations, its caches, and an accelerated pipeline."""
+"""Time whole samples: the loop at 1 to 50 evaluations, and an accelerated pipeline."""
 
 from __future__ import annotations
 
@@ -21,23 +21,11 @@ from anyflow.sampling import sample
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
 DIFFUSERS, COMPILED = "diffusers", "diffusers + compile"
-UNCACHED, OWN_LOOP = "without caches", "diffusers' own"
+OWN_LOOP = "diffusers' own"
 SHIFT = 5.0
 QUICK_STEPS = 4
 STEPS = (1, 4, 8, 50)
 ACCELERATE_GOAL = 1.3
-
-
-class WithoutCaches(nn.Module):
-    """Hide from the sampler that a model can embed text and times once for all steps."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
-        return self.model(*args, **kwargs)
 
 
 def _pipeline(
@@ -98,7 +86,6 @@ def loops(size: NetworkSize, place: Place) -> Callable[[int], Contest]:
 
         makers = {
             OURS: lambda: with_model(ours),
-            UNCACHED: lambda: with_model(WithoutCaches(ours)),
             DIFFUSERS: theirs,
             COMPILED: partial(theirs, place.compiler),
         }
@@ -136,7 +123,7 @@ def _workloads(size: NetworkSize, device: str) -> list[Workload]:
             min_rounds=3,
         )
 
-    found = [workload("loop", n, (DIFFUSERS, COMPILED, UNCACHED), _loop, {}) for n in STEPS]
+    found = [workload("loop", n, (DIFFUSERS, COMPILED), _loop, {}) for n in STEPS]
     goals = {OWN_LOOP: ACCELERATE_GOAL}
     return [*found, workload("accelerate", QUICK_STEPS, (OWN_LOOP,), _accelerated, goals)]
 

@@ -1,4 +1,4 @@
-"""Figures: what they draw is read back and compared with what went in."""
+"""Read back what figures draw, and compare it with what went in."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Several seeds: means and ranges against numpy's, and what cannot be merged."""
+"""Test means and ranges of several seeds against numpy's, and what cannot be merged."""
 
 import json
 from dataclasses import replace

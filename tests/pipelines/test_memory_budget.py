@@ -161,17 +161,16 @@ def prompt(text_encoder: nn.Module) -> int:
 
 
 def step(transformer: AnyFlowTransformer3DModel, guided: bool) -> int:
-    """Of a step as the sampler makes it: texts and times embedded before, fp32 latents."""
+    """Return the peak memory of a step as the sampler makes it, with fp32 latents."""
     rows = 2 if guided else 1
     with FakeTensorMode(), torch.no_grad():  # not on the meta device, which autocast does not know
         faked(transformer)
         transformer.rope = copy.deepcopy(transformer.rope)  # without the tables of another mode
         with Peak(weights(transformer)) as peak:
             latents = torch.empty(LATENTS)
-            text = transformer.encode_text(torch.empty(rows, 512, 4096))
-            times = transformer.embed_time(torch.empty(4), torch.empty(4))[0].expand(rows)
+            text, t = torch.empty(rows, 512, 4096), torch.empty(rows)
             x = torch.cat([latents] * rows) if guided else latents
-            velocity = transformer(x, time_embedding=times, text_context=text).sample
+            velocity = transformer(x, t, t, text).sample
             if guided:
                 negative, positive = velocity.chunk(2)
                 velocity = negative + 2.0 * (positive - negative)

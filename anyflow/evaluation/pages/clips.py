@@ -16,9 +16,9 @@ from anyflow.utils.documents import require_regular_file
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_BYTES = 9 * 2**20  # of all animations of a page, a third more in its text
+MAX_BYTES = 9 * 2**20  # size of all animations of a page; base64 adds a third
 MAX_PROMPTS = 6
-# a prompt is shown of every checkpoint at every step count, even where those are more
+# the first prompt is shown whole even if its videos are more
 MAX_CLIPS = 120
 _MAX_SIDE = 192  # pixels
 _MAX_FRAMES = 24

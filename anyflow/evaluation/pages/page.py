@@ -26,7 +26,7 @@ from anyflow.evaluation.wording import listed, percent, steps_listed
 from anyflow.utils.writing import write_text
 
 MOTION = "motion"
-_MAX_BANDS = 5  # lines; the intervals of more would hide each other
+_MAX_BANDS = 5  # the intervals of more lines would hide each other
 _MAX_LABELS = 5
 _LABEL_LENGTH = 26  # characters beside a line
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★"}
@@ -45,18 +45,18 @@ def write_evaluation_report(path: str | Path, record: EvaluationRecord, clips: C
     Args:
         path: the HTML file; its folder must exist.
         record: the numbers.
-        clips: ``[model][steps]``, the files of the videos, prompt by prompt; as many as there is
-            room for are shown.
+        clips: ``[model][steps]``, the files of the videos, prompt by prompt; as many as fit are
+            shown.
 
     Raises:
         OSError: the system refuses to write.
     """
     path = Path(path)
-    write_text(path, render("evaluation.html.j2", _context(record, clips), colors=_COLORS))
+    write_text(path, render("evaluation.html.j2", _template_values(record, clips), colors=_COLORS))
     return path
 
 
-def _context(record: EvaluationRecord, clips: Clips) -> dict[str, Any]:
+def _template_values(record: EvaluationRecord, clips: Clips) -> dict[str, Any]:
     statistics = Statistics(record)
     curves = {name: statistics.curves(name) for name in record.metrics}
     shown = [

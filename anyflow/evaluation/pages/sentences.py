@@ -8,8 +8,8 @@ from anyflow.evaluation.pages.statistics import Curve, Estimate
 from anyflow.evaluation.runs.record import EvaluationRecord, MetricRecord
 from anyflow.evaluation.wording import FROZEN, listed, percent, steps_listed, steps_text
 
-TOLERANCE = 0.05  # of the best value with fewer steps: what is worse by more is called worse
-MANY = 3  # checkpoints: more are counted, not told one by one
+TOLERANCE = 0.05  # share of the best value with fewer steps; worse by more is called worse
+MANY = 3  # more checkpoints than these are counted, not told one by one
 _STILL = 1e-4  # shorter sides per frame: a fortieth of a pixel at 256 x 256
 
 
@@ -104,7 +104,7 @@ def motion_sentences(curves: Mapping[str, Curve], real: float | None) -> list[st
         (estimate.value for curve in curves.values() for estimate in curve.values()), default=0.0
     )
     if real is not None and real <= _STILL:
-        return ["The real videos do not move, so there is nothing to compare with."]
+        return ["The real videos do not move, so nothing is compared with them."]
     if most <= _STILL:
         return ["All videos are frozen: nothing moves at any number of steps."]
     unit, whole = (real, "real ones") if real is not None else (most, "those here that move most")
@@ -126,9 +126,7 @@ def difference_sentences(
 ) -> list[str]:
     """Return where other checkpoints are better or worse than ``first``.
 
-    A difference counts where its interval does not hold 0.
-
-    Nothing is said of differences without an interval.
+    A difference counts where its interval does not hold 0, and not without an interval.
     """
     if len(differences) > MANY or metric.better is None:
         return []

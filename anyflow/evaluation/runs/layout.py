@@ -95,11 +95,9 @@ class Layout:
 def video_stems(prompts: Sequence[str]) -> dict[str, str]:
     """Return what the name of a video begins with, by prompt.
 
-    The beginning is the prompt itself wherever a file can have it as its name.
-
-    Another prompt (with a slash or a control character, too long, or told from another by its case
-    or by the form of its accents alone) begins with words of it and a hash; ``prompts.json`` says
-    which prompt that is.
+    The beginning is the prompt itself wherever a file can have it as its name. Another prompt (with
+    a slash or a control character, too long, or told from another by its case or by the form of its
+    accents alone) begins with words of it and a hash; ``prompts.json`` says which prompt that is.
 
     Args:
         prompts: each once.

@@ -100,7 +100,7 @@ class Measurer:
                 table["fvd"].title,
                 METRICS["fvd"].title,
             ):
-                record = _without(record, "fvd")  # of other real videos
+                record = _without(record, "fvd")  # its distances are from other real videos
         measured = {
             name for values in (record.values, record.sets) for m in values.values() for name in m
         }

@@ -26,7 +26,7 @@ from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import read_json, shortened
 from anyflow.utils.threads import torch_threads
 
-# of a file of weights: what tells two checkpoints apart without reading all of them
+# a few blocks tell two files of weights apart without reading all of them
 _BLOCKS, _BLOCK = 16, 2**16
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".json")
 
@@ -102,7 +102,7 @@ class PipelineModel:
 
     Args:
         settings: settings of the model's videos.
-        memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
+        memory, device, compile, cuda_graph: see :meth:`AnyFlowPipeline.from_pretrained`.
     """
 
     settings: SampleSettings
@@ -178,7 +178,7 @@ class ShapesModel:
 
     ``anyflow demo`` and the recipes ``smoke_*`` train such models.
 
-    Its prompts are the classes, and its decoder is the pixel shuffle; a file has each pixel
+    The model's prompts are the classes, and its decoder is the pixel shuffle; a file has each pixel
     enlarged to :data:`SHAPES_UPSCALE` x :data:`SHAPES_UPSCALE`.
 
     Args:

@@ -16,9 +16,12 @@ from anyflow.schedulers import MAX_STEPS
 from anyflow.utils.documents import shortened
 from anyflow.utils.validation import brief, whole_number
 
-REFERENCE_STEPS = "reference_steps"  # of a model's settings in the record
+REFERENCE_STEPS = "reference_steps"  # key among a model's settings in the record
 _NEGATIVES = "negative_prompts"
-_PATHS = ("transformer", "lora")  # settings that say where weights lie; the fingerprint says which
+_PATHS = (
+    "transformer",
+    "lora",
+)  # settings that say where weights lie; the fingerprint compares them
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from anyflow.utils.documents import shortened
 from anyflow.utils.locking import FolderInUseError, folder_lock
 
 POLL_SECONDS = 0.2
-_START_SECONDS = 600.0  # that other processes wait for the first one's record
+_START_SECONDS = 600.0  # other processes wait as long for the first one's record
 
 
 @dataclass(frozen=True)
 class Rank:
     """Describe one of the processes of an evaluation, which torchrun numbers.
 
-    They have no process group: a video is claimed by a lock that the system ends with its process,
-    so that the others make what a killed one leaves.
+    The processes have no process group: a video is claimed by a lock that the system ends with its
+    process, so that the others make the videos that a killed process leaves.
 
     Args:
         rank: 0 for the one that writes the record, measures and reports.

@@ -14,7 +14,7 @@ from anyflow.utils.writing import write_text
 
 RECORD_FILE = "evaluation.json"
 FORMAT = "anyflow-evaluation-1"
-MAX_SAMPLES = 10_000  # of a prompt
+MAX_SAMPLES = 10_000  # videos of a prompt
 MAX_SEED = 2**63 - 1
 
 Better = Literal["higher", "lower"]
@@ -143,7 +143,7 @@ class EvaluationRecord:
             sets: ``[metric]``, a number for all the videos.
 
         Raises:
-            ValueError: as the record itself.
+            ValueError: the result is no valid record.
         """
         return replace(
             self,

@@ -59,10 +59,9 @@ def run_evaluation(
 ) -> EvaluationReport:
     """Make the videos of a plan, measure them, and report.
 
-    The work is done alone or as one of the processes that torchrun started.
-
-    Writes ``samples/<model>/<steps>/<prompt>-<index>.mp4``, ``prompts.json``, ``evaluation.json``
-    after each set of videos, and ``report.html``. Videos that are there are not made again: the
+    This process works alone or is one of those that torchrun started. It writes
+    ``samples/<model>/<steps>/<prompt>-<index>.mp4``, ``prompts.json``, ``evaluation.json`` after
+    each set of videos, and ``report.html``. Videos that are there are not made again: the
         same
     call continues where it was stopped.
 
@@ -80,7 +79,7 @@ def run_evaluation(
         OSError: the system refuses to write.
         ImportError: a package is missing.
     """
-    import_av()  # missing, it would cost a video to find out
+    import_av()  # without PyAV the first video would be made in vain
     rank = Rank.of_environment()
     if rank.world_size > 1:
         plan = replace(
@@ -146,7 +145,7 @@ class _EvaluationRun:
                 maker = SampleMaker(
                     self.plan, self.layout, self.rank, model, self.console, progress
                 )
-                for wait in (False, True):  # at first what nobody else is making
+                for wait in (False, True):  # at first the videos that no other process is making
                     for num_inference_steps in self.plan.sets:
                         if maker.make(num_inference_steps, wait=wait):
                             self._measure(model, num_inference_steps, last=wait)
@@ -205,8 +204,7 @@ class _EvaluationRun:
     def _measure(self, model: str, num_inference_steps: int, *, last: bool) -> None:
         """Measure a set of videos, all of which are there, by what the record lacks.
 
-        Without the videos that they are compared with, nothing is done unless it is the ``last``
-        time.
+        Without the videos that they are compared with, nothing is done before the ``last`` call.
         """
         if (
             num_inference_steps not in self.plan.step_counts
@@ -260,7 +258,7 @@ class _EvaluationRun:
                 scores = self.vbench.score(folder, self.layout.prompts, out, lacking)
         except VBenchError as error:
             self.problems.append(str(error))
-            self.vbench = None  # it would fail again
+            self.vbench = None  # VBench would fail again
             names = [_vbench_name(name) for name in lacking]
             metrics = {
                 name: replace(metric, needs=str(error))
@@ -298,7 +296,7 @@ class _EvaluationRun:
 def _help(plan: EvaluationPlan, layout: Layout, rank: Rank) -> None:
     """Make videos beside the process that writes the record.
 
-    That process tries those that fail once more and says why.
+    That process tries failed videos once more and says why they fail.
     """
     with SampleProgress(None, 0) as progress:
         for model in plan.models:

@@ -152,7 +152,7 @@ class SampleMaker:
         """
         jobs = jobs_of(self._plan, self._layout, self._model, num_inference_steps)
         rank, world = self._rank.rank, self._rank.world_size
-        # its own share first
+        # this process's own share comes first
         order = [job for share in range(world) for job in jobs[(rank + share) % world :: world]]
         while missing := [
             job for job in order if not job.file.is_file() and job.file not in self._failed

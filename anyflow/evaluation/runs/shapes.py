@@ -17,7 +17,9 @@ SHAPES_METRICS = {
     "coverage_tv": MetricRecord("Unevenness of positions", "total variation, 0 to 1", "lower"),
 }
 _FLOOR_SETS = 8
-_FLOOR_STREAM = 950  # of the run's randomness; the quickstart's own streams are below
+_FLOOR_STREAM = (
+    950  # stream of the run's randomness; the quickstart's own streams have lower numbers
+)
 
 
 class ShapesMetrics:

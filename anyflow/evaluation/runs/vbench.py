@@ -36,12 +36,12 @@ STANDARD_DIMENSIONS = (
     "scene",
     "appearance_style",
 )
-# that VBench documents for videos of one's own
+# VBench documents these for a user's own videos
 DEFAULT_DIMENSIONS = CUSTOM_DIMENSIONS[:2] + CUSTOM_DIMENSIONS[3:7]
 
-_NAME = "anyflow"  # of the results: VBench writes {name}_eval_results.json
+_NAME = "anyflow"  # VBench writes {name}_eval_results.json
 _LOG = "log.txt"
-_TAIL = 2**14  # bytes of it
+_TAIL = 2**14  # bytes at the end of the output that are read
 _TORCHRUN = (
     "RANK",
     "WORLD_SIZE",

@@ -49,7 +49,9 @@ class Clip:
             model, info = CLIPModel.from_pretrained(
                 folder, local_files_only=True, dtype=dtype, output_loading_info=True
             )
-        except Exception as error:  # of transformers, safetensors, tokenizers or JSON
+        except (
+            Exception
+        ) as error:  # transformers, safetensors and tokenizers raise errors of many kinds
             reason = brief(" ".join(str(error).split()), 300)
             raise ValueError(
                 f"the CLIP model in {shortened(folder)} cannot be loaded: {reason}"

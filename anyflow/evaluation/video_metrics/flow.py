@@ -27,8 +27,8 @@ def optical_flow(videos: Tensor) -> Tensor:
     """Compute the optical flow between successive frames, in pixels per frame.
 
     The method is OpenCV's dense inverse search (Kroeger et al. 2016, arXiv 1603.03590, preset
-    ``MEDIUM``) on 8-bit gray levels. It has no weights. What moves farther than about a fifth of
-    the shorter side in one frame is not followed.
+    ``MEDIUM``) on 8-bit gray levels. The method has no weights. What moves farther than about a
+    fifth of the shorter side in one frame is not followed.
 
     Args:
         videos: ``[N, F, C, H, W]`` with F >= 2 and H, W >= 12, floating-point in [0, 1] or uint8; C
@@ -95,7 +95,7 @@ def is_dynamic(videos: Tensor, fps: float) -> Tensor:
     Every ``round(fps / 8)``-th frame is looked at. A video moves if at least a quarter of the
     frames, but one pair in any case, have a peak above ``6 / 256`` of the shorter side (and
     ``8 / fps`` times as much where fps < 8). VBench's score of a set is the share of videos that
-    move. Its flow is RAFT's: near the threshold the two may decide differently.
+    move. VBench's flow is RAFT's: near the threshold the two may decide differently.
 
     Args:
         videos: see :func:`optical_flow`.

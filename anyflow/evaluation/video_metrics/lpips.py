@@ -127,13 +127,13 @@ def _load(path: Path) -> torch.nn.Module:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         if "features.0.weight" not in weights:
             raise ValueError("it has no features.0.weight")
-    except Exception as error:  # of pickle, zipfile or torch
+    except Exception as error:  # pickle, zipfile and torch raise errors of many kinds
         raise ValueError(f"{shortened(path)} is no file of AlexNet's weights: {error}") from error
     folder = torch.hub.get_dir()
     torch.hub.set_dir(path.parent.parent)
     try:
         metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-    except RuntimeError as error:  # keys or shapes that do not fit
+    except RuntimeError as error:  # keys or shapes do not fit
         raise ValueError(f"{shortened(path)} is no file of AlexNet's weights: {error}") from error
     finally:
         torch.hub.set_dir(folder)

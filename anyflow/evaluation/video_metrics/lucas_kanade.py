@@ -1,8 +1,7 @@
 """Measure the motion in videos of any size, by optical flow in PyTorch alone.
 
 The mean absolute difference of frames is not a measure of motion: it halves with the contrast,
-grows less than the speed, and reads noise that does not move as motion. Lengths of flow vectors do
-not.
+grows less than the speed, and reads noise that does not move as motion.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from anyflow.evaluation.video_metrics.values import gray_frames, unit_videos
 _WINDOW = (1.0, 6.0, 15.0, 20.0, 15.0, 6.0, 1.0)  # pixels that are taken to move together
 _BLUR = (1.0, 2.0, 1.0)
 _COARSEST = 12  # pixels of the shorter side that halving stops above
-_ITERATIONS = 5  # at each size
-_DAMPING = 1e-2  # of the mean gradient energy: keeps flow at 0 where nothing can be seen to move
+_ITERATIONS = 5  # steps of the solver at each size
+_DAMPING = 1e-2  # share of the mean gradient energy; keeps flow at 0 where nothing can be seen
 _PIXELS = 2**18  # pixels in one piece of work, which bounds memory
 
 
@@ -26,10 +25,11 @@ def motion(videos: Tensor) -> Tensor:
 
     The flow is that of Lucas and Kanade (1981) with a 7-tap binomial window, refined by warping
     from coarse to fine. The mean of its lengths is weighted by the squared gradient of the gray
-    levels, so that flat areas, where motion cannot be seen, do not count; then it is averaged over
-    time. It needs no weights and no package beside PyTorch, runs on the device of the videos, and
-    does not depend on their contrast. Noise in a video that stands still is read as some motion,
-    and only up to about a quarter of the shorter side per frame is followed.
+    levels, so that flat areas, where motion cannot be seen, do not count; then the speed is
+    averaged over time. The function needs no weights and no package beside PyTorch, runs on the
+    device of the videos, and does not depend on their contrast. Noise in a video that stands still
+    is read as some motion, and only up to about a quarter of the shorter side per frame is
+    followed.
 
     Args:
         videos: ``[N, F, C, H, W]`` with F >= 2 and H, W >= 4, floating-point in [0, 1] or uint8; C

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as OpenCV and JPEG weigh them
+_LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in ITU-R BT.601, OpenCV and JPEG
 
 
 def unit_videos(

@@ -1,4 +1,4 @@
-"""Plans: whose noise is whose, and what may change in a folder."""
+"""Test whose noise is whose, and what may change in a folder of a plan."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_a_fingerprint_tells_checkpoints_apart_wherever_they_lie(tmp_path: Path)
         ({"num_samples": 0}, "num_samples must be a whole number from 1"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"reference_steps": -1}, "reference_steps must be a whole number from 0"),
-        ({"prompts": []}, "no prompts"),
+        ({"prompts": []}, "prompts and steps must not be empty"),
         ({"prompts": [Prompt("a"), Prompt("a", "b")]}, "'a' occurs with two negative prompts"),
         ({"models": {"a/b": None}}, "cannot be the name of a model"),
     ],
