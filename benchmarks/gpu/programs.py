@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from gpu import build
-from gpu.run import DeviceRun, Skip, ended
+from gpu.run import DeviceRun, Skip
 from gpu.state import FOLDER, ROOT
+from gpu.supervisor import ended
 
 TUNER = ROOT / "benchmarks" / "tune_rows.py"
 TUNER_S, TUNER_SHARE = 60.0, 0.45  # at most, of the time that is left: probes and tests follow

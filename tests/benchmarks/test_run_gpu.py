@@ -204,7 +204,7 @@ def test_without_budget_everything_is_skipped_with_the_reason(tmp_path: Path) ->
     ) + "\n"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     code, output = run(tmp_path)
     assert code == 2 and "no CUDA device" in output and not list(tmp_path.iterdir())
