@@ -41,7 +41,7 @@ ARCHITECTURE = ArchitectureConfig(
 # The guard of an update: its only wait, so that no update is made of gradients that are not finite.
 GUARD = {"training/guard.py:_anywhere"}
 # of a sampling: whether all was finite is read once, after the last step
-END = ["validation.py:first"]
+END = ["utils/validation.py:first"]
 
 
 def recipe(stage: str, **changes: Any) -> Recipe:
