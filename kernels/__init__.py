@@ -1,15 +1,15 @@
-"""Triton kernels, one file per operator: the package ``anyflow.kernels``.
+"""Hold the Triton kernels, one file per operator: the package ``anyflow.kernels``.
 
-The folder stands at the root of the repository, so whenever the root is on ``sys.path`` it hides
-the distribution named ``kernels`` on PyPI, which diffusers and transformers use where it is
-installed. Hence the guard below: under any name but ``anyflow.kernels`` nothing of ours loads.
-Under the plain name ``kernels``,
+The folder stands at the root of the repository, so whenever the root is on ``sys.path`` the folder
+hides the distribution named ``kernels`` on PyPI, which diffusers and transformers use where it is
+installed. The guard below therefore refuses every name but ``anyflow.kernels``. Under the plain
+name ``kernels``,
 
-- the distribution from PyPI is loaded instead if it is installed, because they import names from
-  it;
-- transformers (>= 5.0), which imports any folder of that name to read its version, is told that it
-  is version 0;
-- everybody else gets an ImportError.
+- the distribution from PyPI is loaded instead if it is installed, because diffusers and
+  transformers import names from it;
+- transformers (>= 5.0), which imports any folder of that name to read its version, is told version
+  0;
+- every other importer gets an ImportError.
 
 ``tests/test_packaging.py`` proves each of these.
 """
@@ -24,20 +24,21 @@ _MACHINERY = ("importlib", "_frozen_importlib", "_frozen_importlib_external")
 
 
 class _NotInstalled(ModuleType):
-    """What transformers gets instead of an ImportError that it would not catch; gone once its
-    version is read.
+    """Stand in for ``kernels`` in transformers, which would not catch an ImportError.
+
+    The module removes itself once its version is read.
     """
 
     @property
     def __version__(self) -> str:
+        """Return version 0, and make room for a later import."""
         sys.modules.pop(self.__name__, None)
         return "0"
 
 
 def _importer() -> str:
-    """Name of the module that asked for this import, past the frames of this module and of
-    importlib.
-    """
+    """Return the name of the module that asked for this import."""
+    # past the frames of this module and of importlib
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = str(frame.f_globals.get("__name__"))
@@ -48,9 +49,7 @@ def _importer() -> str:
 
 
 def _load_distribution() -> bool:
-    """Put the ``kernels`` distribution in our place in ``sys.modules``; False if ``sys.path`` has
-    none.
-    """
+    """Put the ``kernels`` distribution in ``sys.modules``; return False where there is none."""
     root = Path(__file__).resolve().parent.parent
     spec = PathFinder.find_spec(
         "kernels", [entry for entry in sys.path if Path(entry).resolve() != root]
@@ -64,6 +63,7 @@ def _load_distribution() -> bool:
 
 
 def _guard() -> None:
+    """Load the distribution, stand in for it, or raise an ImportError that explains the name."""
     if __name__ == "kernels" and _load_distribution():
         return
     if __name__ == "kernels" and _importer() == "transformers.utils.import_utils":
@@ -71,12 +71,10 @@ def _guard() -> None:
         return
     raise ImportError(
         f"This folder, {Path(__file__).parent}, is the package `anyflow.kernels` and was imported "
-        f"as `{__name__}`, "
-        "because the root of the anyflow repository is on sys.path (it is when Python starts "
-        "there). For anyflow's "
-        "kernels, install anyflow and write `import anyflow.kernels`. For the distribution named "
-        "`kernels` on PyPI, "
-        "install it with `pip install kernels`; it then takes precedence over this folder.",
+        f"as `{__name__}`, because the root of the anyflow repository is on sys.path (it is when "
+        "Python starts there). For anyflow's kernels, install anyflow and write "
+        "`import anyflow.kernels`. For the distribution named `kernels` on PyPI, install it with "
+        "`pip install kernels`; it then takes precedence over this folder.",
         name=__name__,
     )
 

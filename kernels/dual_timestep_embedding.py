@@ -1,7 +1,6 @@
-"""Fusion of two timestep embeddings, and its SiLU: ``anyflow.ops.dual_timestep_embedding``.
+"""Fuse two timestep embeddings, and apply SiLU: ``anyflow.ops.dual_timestep_embedding``.
 
-Element-wise over a few hundred thousand numbers at most: what counts is one launch in place of
-five.
+The operator is element-wise over a few hundred thousand numbers at most: one launch replaces five.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from anyflow.kernels.launch import empty, launch
 from anyflow.kernels.numerics import cast
 from anyflow.kernels.rows import finish_sums, partial_sums
 
-# Two 16-byte vectors of bf16 per thread, in programs small enough to occupy the GPU with 21 frames
-# of D = 1536.
+# One 16-byte vector of bf16 per thread, in programs that are small enough for 21 frames of D = 1536
+# to occupy the GPU.
 _OPTIONS = {"BLOCK": 1024, "num_warps": 4}
 
 
 @triton.jit
 def fuse(t, r, gate, GATED: tl.constexpr):
-    """``(1 - g) t + g r`` or ``t + g r``, in fp32."""
+    """Return ``(1 - g) t + g r`` or ``t + g r``, in fp32."""
     if GATED:
         t = (1.0 - gate) * t
     return t + gate * r
@@ -94,8 +93,9 @@ def backward(
     fusion: str,
     gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel; returns the gradients of t_emb, r_emb and gate (empty unless
-    asked for).
+    """Launch the backward kernel; return the gradients of t_emb, r_emb and gate.
+
+    The gradient of the gate is empty unless ``gate_gradient`` asks for it.
     """
     grad_emb, grad_activated = grad_emb.contiguous(), grad_activated.contiguous()
     t_emb, r_emb = t_emb.contiguous(), r_emb.contiguous()

@@ -1,5 +1,6 @@
-"""Weighted squared error against the central-difference target, per sample:
-``anyflow.ops.flow_map_loss``.
+"""Compute the flow-map regression loss per sample: ``anyflow.ops.flow_map_loss``.
+
+The loss is the weighted squared error of a prediction against the central-difference target.
 """
 
 from __future__ import annotations
@@ -14,66 +15,73 @@ from anyflow.kernels.frames import (
     chunk_of_frame,
     contiguous_frames,
     frame_count,
+    load_chunk,
     load_index,
     load_time,
     time_strides,
 )
 from anyflow.kernels.launch import empty, launch
 from anyflow.kernels.numerics import cast
-from anyflow.kernels.rows import load_row
 
 
 @triton.jit
 def flow_map_loss_forward_kernel(
     pred_ptr, uncond_ptr, plus_ptr, minus_ptr, latents_ptr, noise_ptr,
-    t_ptr, r_ptr, weight_ptr, step_ptr, rows_ptr, partial_ptr, residual_ptr,
+    t_ptr, r_ptr, weight_ptr, width_ptr, picked_ptr, partial_ptr, residual_ptr,
     samples, frames, size, chunks, slots,
-    # strides
-    pred_sample, pred_frame, uncond_sample, uncond_frame, plus_sample, plus_frame, minus_sample,
-    minus_frame,
-    latents_sample, latents_frame, noise_sample, noise_frame,
-    t_sample, t_frame, r_sample, r_frame, weight_sample, weight_frame, step_slot, step_frame,
+    pred_sample_stride, pred_frame_stride, uncond_sample_stride, uncond_frame_stride,
+    plus_slot_stride, plus_frame_stride, minus_slot_stride, minus_frame_stride,
+    latents_sample_stride, latents_frame_stride, noise_sample_stride, noise_frame_stride,
+    t_sample_stride, t_frame_stride, r_sample_stride, r_frame_stride,
+    weight_sample_stride, weight_frame_stride, width_slot_stride, width_frame_stride,
     guidance, rest, inverse,  # g, 1 - g, 1 / g
-    GUIDED: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr, NEED_GRAD: tl.constexpr,
+    GUIDED: tl.constexpr, SIDES: tl.constexpr, PICKED: tl.constexpr, NEED_GRAD: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     sample, frame, first, mask = chunk_of_frame(frames, size, chunks, CHUNK)
     columns = tl.arange(0, CHUNK)
-    residual = load_row(pred_ptr + sample * pred_sample + frame * pred_frame + first, columns, mask)
-    if GUIDED:
-        uncond = load_row(
-            uncond_ptr + sample * uncond_sample + frame * uncond_frame + first, columns, mask
-        )
-        residual = (residual - rest * uncond) * inverse
-    residual -= load_row(
-        noise_ptr + sample * noise_sample + frame * noise_frame + first, columns, mask
-    ) - load_row(
-        latents_ptr + sample * latents_sample + frame * latents_frame + first, columns, mask
+    residual = load_chunk(
+        pred_ptr, sample, frame, pred_sample_stride, pred_frame_stride, first, columns, mask
     )
+    if GUIDED:
+        uncond = load_chunk(
+            uncond_ptr, sample, frame, uncond_sample_stride, uncond_frame_stride,
+            first, columns, mask,
+        )  # fmt: skip
+        residual = (residual - rest * uncond) * inverse
+    noise = load_chunk(
+        noise_ptr, sample, frame, noise_sample_stride, noise_frame_stride, first, columns, mask
+    )
+    residual -= noise - load_chunk(
+        latents_ptr, sample, frame, latents_sample_stride, latents_frame_stride,
+        first, columns, mask,
+    )  # fmt: skip
     if SIDES:
-        t = load_time(t_ptr, sample, frame, t_sample, t_frame)
-        interval = (t - load_time(r_ptr, sample, frame, r_sample, r_frame)).to(tl.float32)
+        t = load_time(t_ptr, sample, frame, t_sample_stride, t_frame_stride)
+        r = load_time(r_ptr, sample, frame, r_sample_stride, r_frame_stride)
+        interval = (t - r).to(tl.float32)  # t - r in their own dtype: in fp32 it could cancel
         begin, end = sample, sample + 1
-        if ROWS:
-            begin, end = sample * 0, sample * 0 + slots
+        if PICKED:
+            begin, end = sample * 0, sample * 0 + slots  # in the type of the other branch
         for slot in range(begin, end):
             at, index, valid = tl.cast(slot, tl.int64), sample, True
-            if ROWS:
-                index, valid = load_index(rows_ptr, slot, samples)
+            if PICKED:
+                index, valid = load_index(picked_ptr, slot, samples)
             if index == sample:
-                width = (
-                    load_time(step_ptr, at, frame, step_slot, step_frame).to(tl.float32) * guidance
+                width = load_time(width_ptr, at, frame, width_slot_stride, width_frame_stride)
+                divisor = width.to(tl.float32) * guidance
+                plus = load_chunk(
+                    plus_ptr, at, frame, plus_slot_stride, plus_frame_stride, first, columns, mask
                 )
-                plus = load_row(
-                    plus_ptr + at * plus_sample + frame * plus_frame + first, columns, mask
-                )
-                minus = load_row(
-                    minus_ptr + at * minus_sample + frame * minus_frame + first, columns, mask
-                )
-                residual += (plus - minus) * tl.where(valid, interval / width, float("nan"))
+                minus = load_chunk(
+                    minus_ptr, at, frame, minus_slot_stride, minus_frame_stride,
+                    first, columns, mask,
+                )  # fmt: skip
+                residual += (plus - minus) * tl.where(valid, interval / divisor, float("nan"))
     residual = tl.where(mask, residual, 0.0)
-    weight = load_time(weight_ptr, sample, frame, weight_sample, weight_frame).to(tl.float32)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(residual * residual, 0) * weight)
+    weight = load_time(weight_ptr, sample, frame, weight_sample_stride, weight_frame_stride)
+    total = tl.sum(residual * residual, 0) * weight.to(tl.float32)
+    tl.store(partial_ptr + tl.program_id(0), total)
     if NEED_GRAD:
         residual_ptr += (sample * frames + frame) * size + first
         tl.store(residual_ptr + columns, cast(residual, residual_ptr.dtype.element_ty), mask=mask)
@@ -83,20 +91,18 @@ def flow_map_loss_forward_kernel(
 def flow_map_loss_backward_kernel(
     grad_ptr, residual_ptr, weight_ptr, out_ptr,
     frames, size, chunks,
-    grad_sample, weight_sample, weight_frame,
+    grad_sample_stride, weight_sample_stride, weight_frame_stride,
     factor,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     sample, frame, first, mask = chunk_of_frame(frames, size, chunks, CHUNK)
     offsets = (sample * frames + frame) * size + first + tl.arange(0, CHUNK)
-    grad = tl.load(grad_ptr + sample * grad_sample).to(tl.float32)
-    weight = load_time(weight_ptr, sample, frame, weight_sample, weight_frame).to(tl.float32)
+    grad = tl.load(grad_ptr + sample * grad_sample_stride).to(tl.float32)
+    weight = load_time(weight_ptr, sample, frame, weight_sample_stride, weight_frame_stride)
+    weight = weight.to(tl.float32)
     residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(
-        out_ptr + offsets,
-        cast(residual * (grad * weight * factor), out_ptr.dtype.element_ty),
-        mask=mask,
-    )
+    scale = grad * weight * factor
+    tl.store(out_ptr + offsets, cast(residual * scale, out_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(
@@ -109,12 +115,13 @@ def forward(
     t: Tensor,
     r: Tensor,
     weight: Tensor,
-    step: Tensor,
-    rows: Tensor | None,
+    width: Tensor,
+    picked: Tensor | None,
     guidance: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the operator."""
+    # pred stands in for an absent tensor, which the kernel does not read
     tensors = [
         contiguous_frames(pred if x is None else x)
         for x in (pred, uncond, u_plus, u_minus, latents, noise)
@@ -125,24 +132,24 @@ def forward(
     residual = empty(pred) if need_grad else empty(pred, 0)
     launch(
         flow_map_loss_forward_kernel, (samples * frames * chunks,),
-        *tensors, t, r, weight, step, t if rows is None else rows.contiguous(), partial, residual,
+        *tensors, t, r, weight, width, t if picked is None else picked.contiguous(),
+        partial, residual,
         samples, frames, size, chunks, slots,
         *(stride for x in tensors for stride in x.stride()[:2]),
-        *time_strides(t), *time_strides(r), *time_strides(weight), *time_strides(step),
+        *time_strides(t), *time_strides(r), *time_strides(weight), *time_strides(width),
         guidance, 1 - guidance, 1 / guidance,
-        GUIDED=uncond is not None, SIDES=u_plus is not None and slots > 0, ROWS=rows is not None,
-        NEED_GRAD=need_grad,
-        **CHUNK_OPTIONS,
+        GUIDED=uncond is not None, SIDES=u_plus is not None and slots > 0,
+        PICKED=picked is not None, NEED_GRAD=need_grad, **CHUNK_OPTIONS,
     )  # fmt: skip
     return partial.sum(1) / (frames * size), residual
 
 
 def backward(grad: Tensor, residual: Tensor, weight: Tensor, guidance: float) -> Tensor:
-    """Launch the backward kernel; returns the gradient of pred.
+    """Launch the backward kernel; return the gradient of pred.
 
-    A kernel, because that is one pass over the residual in its own dtype and nothing else: as torch
-    operations it is a few launches for the factors, and for half precision a second pass that
-    rounds the fp32 product.
+    The kernel makes one pass over the residual, in its own dtype. As torch operations the same is
+    several launches for the factors, and in half precision a second pass that rounds the fp32
+    product.
     """
     residual = residual.contiguous()
     out = empty(residual)

@@ -1,8 +1,8 @@
-"""``x + y * gate``, one gate row per sample or frame: ``anyflow.ops.gated_residual``.
+"""Compute ``x + y * gate``, one gate row per sample or frame: ``anyflow.ops.gated_residual``.
 
-Element-wise, yet a kernel over rows like the others: the gate is read once per run of tokens
-instead of once per token, needs no index arithmetic per element, and the sum over tokens that is
-its gradient stays in registers.
+The operator is element-wise, and still a kernel over tokens like the others: a program reads the
+gate once per run of tokens instead of once per token, needs no index arithmetic per element, and
+keeps the gradient of the gate, a sum over tokens, in registers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from anyflow.kernels.rows import (
     FORWARD_TOKENS,
     MANY_TENSORS,
     finish_sums,
+    load_modulation,
     load_row,
     partial_sums,
     row_options,
@@ -29,23 +30,26 @@ from anyflow.kernels.rows import (
 def gated_residual_forward_kernel(
     x_ptr, y_ptr, gate_ptr, out_ptr,
     runs, rows, tokens,  # per gate row; per sample; per gate row
-    x_batch, x_token, y_batch, y_token, gate_batch, gate_row,  # strides
+    x_batch_stride, x_token_stride, y_batch_stride, y_token_stride,
+    gate_batch_stride, gate_row_stride,
     TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)  # over samples and their gate rows
-    batch, first = row // rows, run * TOKENS
+    batch, index, first = row // rows, row % rows, run * TOKENS
     columns = tl.arange(0, BLOCK_D)
     mask = columns < D
-    gate = load_row(gate_ptr + batch * gate_batch + row % rows * gate_row, columns, mask)
-    x_ptr += batch * x_batch + (row % rows * tokens + first) * x_token
-    y_ptr += batch * y_batch + (row % rows * tokens + first) * y_token
+    gate = load_modulation(
+        gate_ptr, batch, index, gate_batch_stride, gate_row_stride, columns, mask
+    )
+    x_ptr += batch * x_batch_stride + (index * tokens + first) * x_token_stride
+    y_ptr += batch * y_batch_stride + (index * tokens + first) * y_token_stride
     out_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
         out = load_row(x_ptr, columns, mask) + load_row(y_ptr, columns, mask) * gate
         tl.store(out_ptr + columns, cast(out, out_ptr.dtype.element_ty), mask=mask)
-        x_ptr += x_token
-        y_ptr += y_token
+        x_ptr += x_token_stride
+        y_ptr += y_token_stride
         out_ptr += D
 
 
@@ -53,26 +57,29 @@ def gated_residual_forward_kernel(
 def gated_residual_backward_kernel(
     grad_ptr, y_ptr, gate_ptr, dy_ptr, dgate_ptr,
     runs, rows, tokens,
-    grad_batch, grad_token, y_batch, y_token, gate_batch, gate_row,
+    grad_batch_stride, grad_token_stride, y_batch_stride, y_token_stride,
+    gate_batch_stride, gate_row_stride,
     TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)
-    batch, first = row // rows, run * TOKENS
+    batch, index, first = row // rows, row % rows, run * TOKENS
     columns = tl.arange(0, BLOCK_D)
     mask = columns < D
-    gate = load_row(gate_ptr + batch * gate_batch + row % rows * gate_row, columns, mask)
+    gate = load_modulation(
+        gate_ptr, batch, index, gate_batch_stride, gate_row_stride, columns, mask
+    )
     dgate = tl.zeros([BLOCK_D], tl.float32)
-    grad_ptr += batch * grad_batch + (row % rows * tokens + first) * grad_token
-    y_ptr += batch * y_batch + (row % rows * tokens + first) * y_token
+    grad_ptr += batch * grad_batch_stride + (index * tokens + first) * grad_token_stride
+    y_ptr += batch * y_batch_stride + (index * tokens + first) * y_token_stride
     dy_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
         grad = load_row(grad_ptr, columns, mask)
         y = load_row(y_ptr, columns, mask)
         tl.store(dy_ptr + columns, cast(grad * gate, dy_ptr.dtype.element_ty), mask=mask)
         dgate += grad * y
-        grad_ptr += grad_token
-        y_ptr += y_token
+        grad_ptr += grad_token_stride
+        y_ptr += y_token_stride
         dy_ptr += D
     tl.store(dgate_ptr + tl.program_id(0).to(tl.int64) * D + columns, dgate, mask=mask)
 
@@ -96,7 +103,7 @@ def forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel; returns the gradients of y and gate."""
+    """Launch the backward kernel; return the gradients of y and gate."""
     grad, y, gate = contiguous_rows(grad), contiguous_rows(y), contiguous_rows(gate)
     (b, length, d), rows = y.shape, gate.shape[1]
     dy = empty(y)

@@ -1,4 +1,4 @@
-"""Launching a Triton kernel, or recording what would be launched."""
+"""Launch Triton kernels, or record what would be launched."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: ``kernel[grid](*args, **options)``."""
+    """Describe one kernel launch: ``kernel[grid](*args, **options)``."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -26,11 +26,10 @@ _recording: ContextVar[list[Launch] | None] = ContextVar("recording", default=No
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch on the device of the first argument, which need not be the current one; nothing for an
-    empty grid.
+    """Launch on the device of the first argument, which need not be the current one.
 
-    Pointers, sizes and strides come first, in the order of the kernel; constexpr arguments and
-    ``num_warps`` by name.
+    An empty grid launches nothing. Pointers, sizes and strides come first, in the order of the
+    kernel; constexpr arguments and ``num_warps`` are given by name.
     """
     recording = _recording.get()
     if recording is not None:
@@ -42,8 +41,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 @contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Record launches in place of running them: on meta tensors this tells, without a GPU, exactly
-    what would run.
+    """Record launches in place of running them.
+
+    On meta tensors the record is exactly what would run, and needs no GPU.
     """
     launches: list[Launch] = []
     token = _recording.set(launches)
@@ -54,16 +54,20 @@ def record() -> Iterator[list[Launch]]:
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """x itself if its last dimension is contiguous in memory (the kernels take any other strides),
-    else a copy.
+    """Return x if its last dimension is contiguous in memory, else a contiguous copy.
+
+    The kernels take any strides of the other dimensions.
     """
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialized contiguous tensor on like's device; of its shape and dtype unless told
-    otherwise.
+    """Return an uninitialized contiguous tensor on like's device.
+
+    Without a shape or a dtype, those of ``like`` are taken.
     """
     return torch.empty(
-        shape if shape else like.shape, dtype=dtype or like.dtype, device=like.device
+        shape if shape else like.shape,
+        dtype=like.dtype if dtype is None else dtype,
+        device=like.device,
     )

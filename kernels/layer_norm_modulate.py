@@ -1,5 +1,6 @@
-"""``LN(x) * (1 + scale) + shift``, one modulation row per sample or frame:
-``anyflow.ops.layer_norm_modulate``.
+"""Compute ``LN(x) * (1 + scale) + shift``: ``anyflow.ops.layer_norm_modulate``.
+
+One modulation row, of shift and scale each, serves the tokens of a sample or of a frame.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from anyflow.kernels.rows import (
     FORWARD_TOKENS,
     FP32_BACKWARD,
     finish_sums,
+    load_modulation,
     load_row,
     partial_sums,
     row_options,
@@ -29,25 +31,30 @@ from anyflow.kernels.rows import (
 def layer_norm_modulate_forward_kernel(
     x_ptr, shift_ptr, scale_ptr, out_ptr,
     runs, rows, tokens,  # per modulation row; per sample; per modulation row
-    x_batch, x_token, shift_batch, shift_row, scale_batch, scale_row,  # strides
+    x_batch_stride, x_token_stride,
+    shift_batch_stride, shift_row_stride, scale_batch_stride, scale_row_stride,
     eps,
     TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)  # over samples and their modulation rows
-    batch, first = row // rows, run * TOKENS
+    batch, index, first = row // rows, row % rows, run * TOKENS
     columns = tl.arange(0, BLOCK_D)
     mask = columns < D
-    shift = load_row(shift_ptr + batch * shift_batch + row % rows * shift_row, columns, mask)
-    scale = 1.0 + load_row(scale_ptr + batch * scale_batch + row % rows * scale_row, columns, mask)
-    x_ptr += batch * x_batch + (row % rows * tokens + first) * x_token
+    shift = load_modulation(
+        shift_ptr, batch, index, shift_batch_stride, shift_row_stride, columns, mask
+    )
+    scale = 1.0 + load_modulation(
+        scale_ptr, batch, index, scale_batch_stride, scale_row_stride, columns, mask
+    )
+    x_ptr += batch * x_batch_stride + (index * tokens + first) * x_token_stride
     out_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
         normal = standardize(load_row(x_ptr, columns, mask), mask, eps, D)
         tl.store(
             out_ptr + columns, cast(normal * scale + shift, out_ptr.dtype.element_ty), mask=mask
         )
-        x_ptr += x_token
+        x_ptr += x_token_stride
         out_ptr += D
 
 
@@ -55,20 +62,23 @@ def layer_norm_modulate_forward_kernel(
 def layer_norm_modulate_backward_kernel(
     grad_ptr, x_ptr, scale_ptr, dx_ptr, dshift_ptr, dscale_ptr,
     runs, rows, tokens,
-    grad_batch, grad_token, x_batch, x_token, scale_batch, scale_row,
+    grad_batch_stride, grad_token_stride, x_batch_stride, x_token_stride,
+    scale_batch_stride, scale_row_stride,
     eps,
     TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)
-    batch, first = row // rows, run * TOKENS
+    batch, index, first = row // rows, row % rows, run * TOKENS
     columns = tl.arange(0, BLOCK_D)
     mask = columns < D
-    scale = 1.0 + load_row(scale_ptr + batch * scale_batch + row % rows * scale_row, columns, mask)
+    scale = 1.0 + load_modulation(
+        scale_ptr, batch, index, scale_batch_stride, scale_row_stride, columns, mask
+    )
     dshift = tl.zeros([BLOCK_D], tl.float32)
     dscale = tl.zeros([BLOCK_D], tl.float32)
-    grad_ptr += batch * grad_batch + (row % rows * tokens + first) * grad_token
-    x_ptr += batch * x_batch + (row % rows * tokens + first) * x_token
+    grad_ptr += batch * grad_batch_stride + (index * tokens + first) * grad_token_stride
+    x_ptr += batch * x_batch_stride + (index * tokens + first) * x_token_stride
     dx_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
         grad = load_row(grad_ptr, columns, mask)
@@ -77,8 +87,8 @@ def layer_norm_modulate_backward_kernel(
         dshift += grad
         dscale += grad * normal
         tl.store(dx_ptr + columns, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
-        grad_ptr += grad_token
-        x_ptr += x_token
+        grad_ptr += grad_token_stride
+        x_ptr += x_token_stride
         dx_ptr += D
     partial = tl.program_id(0).to(tl.int64) * D + columns
     tl.store(dshift_ptr + partial, dshift, mask=mask)
@@ -106,7 +116,7 @@ def forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tenso
 def backward(
     grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel; returns the gradients of x, shift and scale."""
+    """Launch the backward kernel; return the gradients of x, shift and scale."""
     grad, x, scale = contiguous_rows(grad), contiguous_rows(x), contiguous_rows(scale)
     (b, length, d), rows = x.shape, scale.shape[1]
     dx = empty(x)

@@ -1,9 +1,9 @@
-"""Machine code of a compiled kernel, counted, and the bandwidth that it can reach by that count.
+"""Count the machine code of a kernel, and predict the bandwidth that the kernel can reach.
 
-A kernel over tokens is judged by its loop: what one token costs in instructions and barriers, how
-wide its accesses are, whether the loads of the next token are under way while this one is summed,
-and how many bytes a multiprocessor keeps in flight. The prediction made of it is an estimate for
-choosing between two versions of a kernel; a GPU decides.
+A kernel over tokens is judged by its loop: the instructions and barriers of one token, the width of
+the accesses, whether the loads of the next token are under way while this one is summed, and the
+bytes that a multiprocessor keeps in flight. The prediction is an estimate for choosing between two
+versions of a kernel; a GPU decides.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from dataclasses import dataclass
 
 MULTIPROCESSORS = 132  # H100 SXM and H200
 CLOCK_HZ = 1.98e9
-# Of sm_90 (CUDA programming guide, table of compute capabilities).
+# Limits of sm_90 (CUDA programming guide, table of compute capabilities).
 REGISTERS, MAX_WARPS, MAX_PROGRAMS = 65536, 64, 32
 SHARED_BYTES, RESERVED_SHARED_BYTES = 233472, 1024
 SCHEDULERS = 4  # instructions that a multiprocessor issues per cycle
 # Bytes/s of a device-to-device copy, read plus written.
 COPY_BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}
-# Assumed cycles until the result of an instruction is there; the first GPU run replaces the
-# prediction made of them.
+# Assumed cycles until the result of an instruction can be read; not measured.
 MEMORY_CYCLES, SHARED_CYCLES, SHUFFLE_CYCLES, BARRIER_CYCLES = 800, 30, 25, 30
 SUM_LAUNCH_S = 8e-6  # of torch's kernel that finishes a two-stage sum
 
@@ -32,9 +31,7 @@ _WIDTH = re.compile(r"\.(128|64|U?16|U?8|S16|S8)\b")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: its name with modifiers, its operands, and the cycles before the next one of
-    the warp.
-    """
+    """Hold an instruction: its name with modifiers, its operands, the cycles until the next one."""
 
     name: str
     operands: str
@@ -53,14 +50,14 @@ class Instruction:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Counts what the repeated part of a kernel does, or all of a kernel without a loop.
+    """Count what the loop of a kernel does, or all of a kernel without a loop.
 
     Attributes:
-        loop: whether there is a loop.
-        instructions: of one iteration.
-        stall_cycles: that the instructions of one warp take one after the other, waiting for no
-            memory.
-        barriers: of all warps of a program, in one iteration.
+        loop: whether the kernel has a loop.
+        instructions: instructions of one iteration.
+        stall_cycles: cycles that the instructions of one warp take one after the other, waiting
+            for no memory.
+        barriers: barriers of all warps of a program, in one iteration.
         shuffles: exchanges between the lanes of a warp.
         load_bits, store_bits: widths of the accesses to global memory, one entry for each
             instruction.
@@ -146,9 +143,7 @@ def _up_to_exit(listing: Sequence[tuple[str, Instruction | None]]) -> list[Instr
 
 
 def _iterations_ahead(body: Sequence[Instruction]) -> int:
-    """Return how many iterations ahead the loop copies to shared memory while it works on this
-    one.
-    """
+    """Return how many iterations ahead of its work the loop copies to shared memory."""
     # of asynchronous copies, committed in an iteration
     groups = sum(x.is_a("LDGDEPBAR") for x in body)
     # groups left under way
@@ -158,13 +153,13 @@ def _iterations_ahead(body: Sequence[Instruction]) -> int:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a kernel moves for one token, or for one chunk where it has no loop.
+    """Hold the bytes that a kernel moves for one token, or for one chunk without a loop.
 
     Attributes:
         read, written: bytes of a token.
-        tokens: of the launch.
-        programs: of the launch.
-        extra: bytes beside what the operator must move: partial sums, written and read again.
+        tokens: tokens of the launch.
+        programs: programs of the launch.
+        extra: bytes beside those that the operator must move: partial sums, written and read again.
         sums: torch kernels that finish the sums over tokens.
     """
 
@@ -177,8 +172,9 @@ class Traffic:
 
 
 def programs_per_multiprocessor(registers: int, num_warps: int, shared: int) -> int:
-    """Return how many programs of so many registers per thread and bytes of shared memory one holds
-    at a time.
+    """Return how many programs a multiprocessor holds at a time.
+
+    ``registers`` are per thread, ``shared`` are bytes per program.
     """
     per_warp = math.ceil(registers * 32 / 256) * 256
     by_registers = REGISTERS // (per_warp * num_warps)
@@ -187,7 +183,7 @@ def programs_per_multiprocessor(registers: int, num_warps: int, shared: int) -> 
 
 
 def bytes_in_flight(code: MachineCode, traffic: Traffic, held: int) -> float:
-    """Return the bytes that a multiprocessor has asked for and not yet got, at most."""
+    """Return the most bytes that a multiprocessor has asked for and not yet received."""
     return held * traffic.read * max(code.ahead, 1)
 
 
@@ -198,15 +194,15 @@ def predicted_share(
 
     Three times are computed for all tokens: moving the bytes at the bandwidth of the copy; the
     iterations of a program one after the other, ``held`` programs at a time on each multiprocessor;
-    and issuing the instructions. They overlap in part: the root of the sum of their squares is
+    and issuing the instructions. The three overlap in part: the root of the sum of their squares is
     taken. A last wave of programs that does not fill the GPU counts as a full one, and the kernels
     that finish sums come after.
 
     Args:
-        code: of the kernel.
-        traffic: that it cannot do without.
+        code: counts of the kernel.
+        traffic: bytes that the kernel cannot do without.
         held: programs on a multiprocessor.
-        num_warps: of a program.
+        num_warps: warps of a program.
         copy: bytes/s of a copy.
     """
     moved = (traffic.read + traffic.written) * traffic.tokens

@@ -1,4 +1,4 @@
-"""Rounding, in one place."""
+"""Round fp32 results to the dtype of a tensor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def cast(value, dtype: tl.constexpr):
-    """fp32 to a tensor's dtype, to nearest even. Triton's interpreter truncates to bf16, so there
-    it is spelled out.
-    """
+    """Round fp32 to a tensor's dtype, to nearest even."""
+    # Triton's interpreter truncates to bf16
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         return (

@@ -1,10 +1,9 @@
-"""``h = x + y * gate`` and ``n = LN(h)``, with an affine or a modulation:
-``anyflow.ops.residual_layer_norm``.
+"""Compute ``h = x + y * gate`` and ``n = LN(h)``: ``anyflow.ops.residual_layer_norm``.
 
-To the kernels an affine is a modulation whose one row all samples share (strides of 0) and that
-does not count from 1: ``n = LN(h) * scale + shift`` with ``scale = weight`` or ``1 + scale``. An
-operand that is absent is never read or written; its flag is off and some other tensor stands in for
-its pointer.
+The norm has an affine, a modulation or neither. To the kernels an affine is a modulation whose one
+row all samples share (strides of 0) and that does not count from 1: ``n = LN(h) * scale + shift``
+with ``scale = weight`` or ``1 + scale``. The kernels never read or write an absent operand: its
+flag is off, and another tensor stands in for its pointer.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from anyflow.kernels.rows import (
     FORWARD_TOKENS,
     MANY_TENSORS,
     finish_sums,
+    load_modulation,
     load_row,
     partial_sums,
     row_options,
@@ -36,8 +36,9 @@ from anyflow.kernels.rows import (
 def residual_layer_norm_forward_kernel(
     x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, h_ptr, n_ptr,
     runs, rows, tokens,  # per modulation row; per sample; per modulation row
-    x_batch, x_token, y_batch, y_token,  # strides
-    gate_batch, gate_row, scale_batch, scale_row, shift_batch, shift_row,
+    x_batch_stride, x_token_stride, y_batch_stride, y_token_stride,
+    gate_batch_stride, gate_row_stride, scale_batch_stride, scale_row_stride,
+    shift_batch_stride, shift_row_stride,
     eps,
     HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
     ONE_PLUS: tl.constexpr,
@@ -45,19 +46,25 @@ def residual_layer_norm_forward_kernel(
 ):  # fmt: skip
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)  # over samples and their modulation rows
-    batch, first = row // rows, run * TOKENS
+    batch, index, first = row // rows, row % rows, run * TOKENS
     columns = tl.arange(0, BLOCK_D)
     mask = columns < D
     if HAS_GATE:
-        gate = load_row(gate_ptr + batch * gate_batch + row % rows * gate_row, columns, mask)
+        gate = load_modulation(
+            gate_ptr, batch, index, gate_batch_stride, gate_row_stride, columns, mask
+        )
     if HAS_SCALE:
-        scale = load_row(scale_ptr + batch * scale_batch + row % rows * scale_row, columns, mask)
+        scale = load_modulation(
+            scale_ptr, batch, index, scale_batch_stride, scale_row_stride, columns, mask
+        )
         if ONE_PLUS:
             scale += 1.0
     if HAS_SHIFT:
-        shift = load_row(shift_ptr + batch * shift_batch + row % rows * shift_row, columns, mask)
-    x_ptr += batch * x_batch + (row % rows * tokens + first) * x_token
-    y_ptr += batch * y_batch + (row % rows * tokens + first) * y_token
+        shift = load_modulation(
+            shift_ptr, batch, index, shift_batch_stride, shift_row_stride, columns, mask
+        )
+    x_ptr += batch * x_batch_stride + (index * tokens + first) * x_token_stride
+    y_ptr += batch * y_batch_stride + (index * tokens + first) * y_token_stride
     h_ptr += (row * tokens + first) * D
     n_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
@@ -73,8 +80,8 @@ def residual_layer_norm_forward_kernel(
         if HAS_SHIFT:
             n += shift
         tl.store(n_ptr + columns, cast(n, n_ptr.dtype.element_ty), mask=mask)
-        x_ptr += x_token
-        y_ptr += y_token
+        x_ptr += x_token_stride
+        y_ptr += y_token_stride
         h_ptr += D
         n_ptr += D
 
@@ -84,8 +91,9 @@ def residual_layer_norm_backward_kernel(
     dh_ptr, dn_ptr, y_ptr, h_ptr, gate_ptr, scale_ptr,
     dx_ptr, dy_ptr, dgate_ptr, dscale_ptr, dshift_ptr,
     runs, rows, tokens,
-    dh_batch, dh_token, dn_batch, dn_token, y_batch, y_token, h_batch, h_token,
-    gate_batch, gate_row, scale_batch, scale_row,
+    dh_batch_stride, dh_token_stride, dn_batch_stride, dn_token_stride,
+    y_batch_stride, y_token_stride, h_batch_stride, h_token_stride,
+    gate_batch_stride, gate_row_stride, scale_batch_stride, scale_row_stride,
     eps,
     HAS_DH: tl.constexpr, HAS_DY: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, ONE_PLUS: tl.constexpr,
@@ -93,22 +101,26 @@ def residual_layer_norm_backward_kernel(
 ):  # fmt: skip
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)
-    batch, first = row // rows, run * TOKENS
+    batch, index, first = row // rows, row % rows, run * TOKENS
     columns = tl.arange(0, BLOCK_D)
     mask = columns < D
     if HAS_GATE:
-        gate = load_row(gate_ptr + batch * gate_batch + row % rows * gate_row, columns, mask)
+        gate = load_modulation(
+            gate_ptr, batch, index, gate_batch_stride, gate_row_stride, columns, mask
+        )
     if HAS_SCALE:
-        scale = load_row(scale_ptr + batch * scale_batch + row % rows * scale_row, columns, mask)
+        scale = load_modulation(
+            scale_ptr, batch, index, scale_batch_stride, scale_row_stride, columns, mask
+        )
         if ONE_PLUS:
             scale += 1.0
     dgate = tl.zeros([BLOCK_D], tl.float32)
     dscale = tl.zeros([BLOCK_D], tl.float32)
     dshift = tl.zeros([BLOCK_D], tl.float32)
-    dh_ptr += batch * dh_batch + (row % rows * tokens + first) * dh_token
-    dn_ptr += batch * dn_batch + (row % rows * tokens + first) * dn_token
-    y_ptr += batch * y_batch + (row % rows * tokens + first) * y_token
-    h_ptr += batch * h_batch + (row % rows * tokens + first) * h_token
+    dh_ptr += batch * dh_batch_stride + (index * tokens + first) * dh_token_stride
+    dn_ptr += batch * dn_batch_stride + (index * tokens + first) * dn_token_stride
+    y_ptr += batch * y_batch_stride + (index * tokens + first) * y_token_stride
+    h_ptr += batch * h_batch_stride + (index * tokens + first) * h_token_stride
     dx_ptr += (row * tokens + first) * D
     dy_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
@@ -134,10 +146,10 @@ def residual_layer_norm_backward_kernel(
             dx *= gate
         if HAS_DY:
             tl.store(dy_ptr + columns, cast(dx, dy_ptr.dtype.element_ty), mask=mask)
-        dh_ptr += dh_token
-        dn_ptr += dn_token
-        y_ptr += y_token
-        h_ptr += h_token
+        dh_ptr += dh_token_stride
+        dn_ptr += dn_token_stride
+        y_ptr += y_token_stride
+        h_ptr += h_token_stride
         dx_ptr += D
         dy_ptr += D
     partial = tl.program_id(0).to(tl.int64) * D + columns
@@ -195,10 +207,9 @@ def backward(
     scale: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """Launch the backward kernel; returns the gradients of x, y, gate, weight, bias, shift and
-    scale.
+    """Launch the backward kernel; return the gradients of all seven tensors of the forward.
 
-    That of an absent one is empty; y is absent where its gradient is that of x.
+    The gradient of an absent tensor is empty. y is absent where its gradient is that of x.
     """
     h, dn = contiguous_rows(h), contiguous_rows(dn)
     dh, z = (None if t is None else contiguous_rows(t) for t in (dh, y))
@@ -244,16 +255,12 @@ def backward(
 
 
 def _common_rows(gate: Tensor | None, scale: Tensor | None) -> int:
-    """Return rows per sample that serve gate and modulation alike; without either, a sample is one
-    row.
-    """
+    """Return the rows per sample that serve gate and modulation alike; 1 without either."""
     return math.lcm(*(t.shape[1] for t in (gate, scale) if t is not None))
 
 
 def _rows(t: Tensor | None, b: int, rows: int) -> Tensor | None:
-    """Expand ``[B, R, D]``, or an affine ``[D]``, to ``[B, rows, D]``: itself, a view or a small
-    copy.
-    """
+    """Expand ``[B, R, D]``, or an affine ``[D]``, to ``[B, rows, D]``: a view or a small copy."""
     if t is None:
         return None
     t = contiguous_rows(t)
@@ -265,8 +272,10 @@ def _rows(t: Tensor | None, b: int, rows: int) -> Tensor | None:
 
 
 def _or(t: Tensor | None, stand_in: Tensor) -> Tensor:
+    """Return the tensor, or another one that stands in for an absent tensor."""
     return stand_in if t is None else t
 
 
 def _strides(t: Tensor | None) -> tuple[int, int]:
+    """Return the strides of samples and rows; zeros for an absent tensor."""
     return (0, 0) if t is None else t.stride()[:2]

@@ -1,7 +1,6 @@
-"""RMS norm over all heads, then rotation of interleaved pairs in each:
-``anyflow.ops.rms_norm_rope``.
+"""Apply RMS norm over all heads, then turn the pairs of each: ``anyflow.ops.rms_norm_rope``.
 
-A row stays in one register layout from load to store: each thread holds whole 16-byte vectors,
+A token stays in one register layout from load to store: each thread holds whole 16-byte vectors,
 hence whole pairs, so splitting them into even and odd numbers and joining them again moves nothing
 between threads.
 """
@@ -33,8 +32,7 @@ def table_columns(x_ptr, HALF: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return the columns of cos and sin for each pair of a row; every head reads the same ones."""
     columns = tl.arange(0, BLOCK_D // 2) % HALF
     if x_ptr.dtype.element_ty.primitive_bitwidth == 32 and HALF % 2 == 0:
-        # A thread holds 16 bytes of x, so two pairs; longer vectors of the table would have to be
-        # exchanged.
+        # A thread holds 16 bytes of x, two pairs: it would have to exchange longer vectors of cos.
         columns = tl.max_contiguous(columns, 2)
     return columns
 
@@ -56,7 +54,7 @@ def inverse_rms(x, eps, D: tl.constexpr):
 def rms_norm_rope_forward_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr,
     runs, tokens,  # per sample
-    x_batch, x_token, cos_token, sin_token,  # strides
+    x_batch_stride, x_token_stride, cos_token_stride, sin_token_stride,
     eps,
     HAS_ROPE: tl.constexpr, HALF: tl.constexpr,  # pairs per head
     TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -68,14 +66,14 @@ def rms_norm_rope_forward_kernel(
     mask = columns < D
     pairs = table_columns(x_ptr, HALF, BLOCK_D)
     weight = load_row(weight_ptr, columns, mask)
-    x_ptr += batch * x_batch
+    x_ptr += batch * x_batch_stride
     out_ptr += batch * tokens * D
     for index in tl.range(0, min(TOKENS, tokens - run * TOKENS), num_stages=STAGES):
         token = first + index
-        x = load_row(x_ptr + token * x_token, columns, mask)
+        x = load_row(x_ptr + token * x_token_stride, columns, mask)
         if HAS_ROPE:  # before the reduction, whose barriers would hold these loads back
-            cos = tl.load(cos_ptr + token * cos_token + pairs).to(tl.float32)
-            sin = tl.load(sin_ptr + token * sin_token + pairs).to(tl.float32)
+            cos = tl.load(cos_ptr + token * cos_token_stride + pairs).to(tl.float32)
+            sin = tl.load(sin_ptr + token * sin_token_stride + pairs).to(tl.float32)
         y = x * (inverse_rms(x, eps, D) * weight)  # in this order ptxas does not spill
         if HAS_ROPE:
             y = rotate(y, cos, sin, BLOCK_D)
@@ -86,7 +84,8 @@ def rms_norm_rope_forward_kernel(
 def rms_norm_rope_backward_kernel(
     grad_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, dx_ptr, dweight_ptr,
     runs, tokens,
-    grad_batch, grad_token, x_batch, x_token, cos_token, sin_token,
+    grad_batch_stride, grad_token_stride, x_batch_stride, x_token_stride,
+    cos_token_stride, sin_token_stride,
     eps,
     HAS_ROPE: tl.constexpr, HALF: tl.constexpr,
     TOKENS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -99,16 +98,16 @@ def rms_norm_rope_backward_kernel(
     pairs = table_columns(x_ptr, HALF, BLOCK_D)
     weight = load_row(weight_ptr, columns, mask)
     dweight = tl.zeros([BLOCK_D], tl.float32)
-    grad_ptr += batch * grad_batch
-    x_ptr += batch * x_batch
+    grad_ptr += batch * grad_batch_stride
+    x_ptr += batch * x_batch_stride
     dx_ptr += batch * tokens * D
     for index in tl.range(0, min(TOKENS, tokens - run * TOKENS), num_stages=STAGES):
         token = first + index
-        grad = load_row(grad_ptr + token * grad_token, columns, mask)
-        x = load_row(x_ptr + token * x_token, columns, mask)
+        grad = load_row(grad_ptr + token * grad_token_stride, columns, mask)
+        x = load_row(x_ptr + token * x_token_stride, columns, mask)
         if HAS_ROPE:  # before the reduction, whose barriers would hold these loads back
-            cos = tl.load(cos_ptr + token * cos_token + pairs).to(tl.float32)
-            sin = tl.load(sin_ptr + token * sin_token + pairs).to(tl.float32)
+            cos = tl.load(cos_ptr + token * cos_token_stride + pairs).to(tl.float32)
+            sin = tl.load(sin_ptr + token * sin_token_stride + pairs).to(tl.float32)
         if HAS_ROPE:  # the transpose of a rotation turns back
             grad = rotate(grad, cos, -sin, BLOCK_D)
         g = grad * weight
@@ -156,7 +155,7 @@ def backward(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel; returns the gradients of x and weight."""
+    """Launch the backward kernel; return the gradients of x and weight."""
     grad = contiguous_rows(grad.flatten(2))  # a view, unless the heads are not adjacent
     x, weight = contiguous_rows(x), contiguous_rows(weight)
     b, length, d = x.shape
@@ -184,9 +183,7 @@ def backward(
 def _tables(
     cos: Tensor | None, sin: Tensor | None, unread: Tensor, head_dim: int
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Return the tables and their constexpr arguments; where there are none, an unread tensor
-    stands for each.
-    """
+    """Return the tables and their constexpr arguments; without tables, an unread tensor twice."""
     if cos is None or sin is None:
         return unread, unread, {"HAS_ROPE": False, "HALF": 1}
     return contiguous_rows(cos), contiguous_rows(sin), {"HAS_ROPE": True, "HALF": head_dim // 2}

@@ -1,10 +1,9 @@
-"""Serves the kernels that hold whole rows of D in registers: launch options, statistics, two-stage
-sums.
+"""Serve the kernels over tokens, which hold all of D in registers: options, statistics, sums.
 
 A program reads a run of consecutive tokens of one modulation row, so that the row is read once per
 run instead of once per token: in bf16, a token would otherwise read four times as many bytes of
 fp32 shift and scale as of x. Sums over tokens (gradients of shift, scale, gate, weight) stay in
-registers over the run, go to a row of a partial-sum buffer each, and are added up by one more
+registers over the run, go to a line of a partial-sum buffer each, and are added up by one more
 kernel: no atomics, the same bits every time.
 """
 
@@ -22,20 +21,19 @@ from torch import Tensor
 from anyflow.kernels.launch import empty, launch
 from anyflow.kernels.numerics import INTERPRETED, cast
 
-# Tokens per program. A backward program also writes a row of partial sums, which a longer run
-# amortizes.
+# Tokens per program. A backward program also writes partial sums, which a longer run amortizes.
 FORWARD_TOKENS = 16
 BACKWARD_TOKENS = 32
-# Elements of a row per thread, at most. Few warps leave room for many programs on a multiprocessor,
-# whose loads overlap, and no lane idle: two at D = 1536 and four at D = 5120 read whole 16-byte
-# vectors in every lane. Kernels that keep many tensors and sums in registers would spill with 40.
+# Elements of a token per thread, at most. Few warps leave room for many programs on a
+# multiprocessor, whose loads overlap, and no lane idle: two at D = 1536 and four at D = 5120 read
+# whole 16-byte vectors in every lane. Kernels that keep many tensors and sums would spill with 40.
 FEW_TENSORS, MANY_TENSORS = 40, 24
-FP32_BACKWARD = 16  # loaded rows take twice the registers, and ptxas spills sooner for sm_100
-# A row of up to so many elements can be held by one warp, which needs no barriers: 48 per thread.
+FP32_BACKWARD = 16  # loaded tokens take twice the registers, and ptxas spills sooner for sm_100
+# One warp, which needs no barriers, can hold a token of at most this D: 48 elements per thread.
 ONE_WARP = 1536
 
-# At least 3 % faster on an H200 than what follows from the above, for rows of 1536 bf16 numbers, D
-# of the 1.3B model: warps, stages, tokens per program (docs/performance-log.md, experiment 2).
+# Warps, stages and tokens per program that were measured at least 3 % faster on an H200 than the
+# rules above, for bf16 at the D of the 1.3B model (docs/performance-log.md, experiment 2).
 MEASURED_D = 1536
 MEASURED = {
     "layer_norm_modulate backward": (2, 4, 64),
@@ -47,7 +45,8 @@ MEASURED = {
     "rms_norm_rope backward": (2, 3, 64),
 }
 
-_overridden: ContextVar[dict[str, int]] = ContextVar("overridden", default={})  # noqa: B039, never written to
+# the default is never written to
+_overridden: ContextVar[dict[str, int]] = ContextVar("overridden", default={})  # noqa: B039
 
 
 def row_options(
@@ -59,17 +58,17 @@ def row_options(
     one_warp: bool = False,
     measured: str | None = None,
 ) -> dict[str, int]:
-    """Return the constexpr arguments and the number of warps of a kernel over rows.
+    """Return the constexpr arguments and the number of warps of a kernel over tokens.
 
     Args:
-        d: D, elements of a row.
-        tokens: of a program.
-        elements: of a row per thread, at most; up to 16 warps share a row.
-        stages: of the loop over tokens; from 3 on it copies ``stages - 2`` later rows to shared
-            memory meanwhile.
-        one_warp: whether one warp holds a row where it can.
-        measured: key of :data:`MEASURED`, whose options come first at the D that they are for; None
-            where there is none for a kernel or for its dtype.
+        d: D, elements of a token.
+        tokens: tokens per program.
+        elements: elements of a token per thread, at most; up to 16 warps share a token.
+        stages: stages of the loop over tokens; from 3 on the loop copies ``stages - 2`` later
+            tokens to shared memory meanwhile.
+        one_warp: whether one warp holds a token where it can.
+        measured: key of :data:`MEASURED`, whose options come first at the D that they are for;
+            None for a kernel or a dtype without measured options.
 
     Returns:
         ``TOKENS``, ``STAGES``, ``D``, ``BLOCK_D`` (the next power of two) and ``num_warps``.
@@ -91,8 +90,9 @@ def row_options(
 
 @contextmanager
 def override_options(**options: int) -> Iterator[None]:
-    """Launch the kernels over rows with other ``TOKENS``, ``STAGES`` or ``num_warps``, to time
-    them.
+    """Launch the kernels over tokens with other ``TOKENS``, ``STAGES`` or ``num_warps``.
+
+    Benchmarks time the alternatives with it.
 
     Raises:
         ValueError: another option is named.
@@ -111,14 +111,21 @@ def override_options(**options: int) -> Iterator[None]:
 
 @triton.jit
 def load_row(pointer, columns, mask):
-    """Load a row in fp32, zero beyond D."""
+    """Load a token, or a modulation row, in fp32; zero beyond D."""
     return tl.load(pointer + columns, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
+def load_modulation(pointer, batch, index, batch_stride, row_stride, columns, mask):
+    """Load one modulation row of a sample in fp32, zero beyond D."""
+    return load_row(pointer + batch * batch_stride + index * row_stride, columns, mask)
+
+
+@triton.jit
 def standardize(x, mask, eps, D: tl.constexpr):
-    """Return ``(x - mean) / std`` of a row; the variance is that of the centered row, so that it
-    cannot cancel.
+    """Return ``(x - mean) / std`` of a token.
+
+    The variance is that of the centered token: a difference of squares could cancel.
     """
     centered = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
     return centered * tl.rsqrt(tl.sum(centered * centered, 0) / D + eps)
@@ -132,9 +139,9 @@ def add_pairs(a0, a1, b0, b1):
 
 @triton.jit
 def sum_pair(a, b):
-    """Return the sums of two rows, in one reduction.
+    """Return the sums of two tokens, in one reduction.
 
-    Interpreted they are two: the interpreter calls ``add_pairs`` for every element.
+    Interpreted, the reductions are two: the interpreter calls ``add_pairs`` for every element.
     """
     if INTERPRETED:
         return tl.sum(a, 0), tl.sum(b, 0)
@@ -143,11 +150,10 @@ def sum_pair(a, b):
 
 @triton.jit
 def standardize_with_gradient(x, g, mask, eps, D: tl.constexpr):
-    """Return ``standardize(x)`` and the gradient of x, given the gradient g of that, which is zero
-    beyond D.
+    """Return ``standardize(x)`` and the gradient of x, given the gradient g of the former.
 
-    The sums of g and of g * normal ride along with those of the statistics, as sum(g * normal) is
-    sum(g * centered) / std: two reductions in place of four.
+    g is zero beyond D. The sums of g and of g * normal share the reductions of the statistics,
+    because sum(g * normal) is sum(g * centered) / std: two reductions in place of four.
     """
     sum_x, sum_g = sum_pair(x, g)
     centered = tl.where(mask, x - sum_x / D, 0.0)
@@ -159,15 +165,12 @@ def standardize_with_gradient(x, g, mask, eps, D: tl.constexpr):
 
 # Sums over tokens ---------------------------------------------------------------------------------
 
-# A tile of partial sums per iteration: 32 columns, so that a few gradients of D = 1536 occupy the
-# GPU.
+# A tile of partial sums per iteration. 32 columns let a few gradients of D = 1536 occupy the GPU.
 _SUM_OPTIONS = {"PROGRAMS": 128, "COLUMNS": 32, "num_warps": 4}
 
 
 def partial_sums(like: Tensor, count: int, programs: int, d: int) -> Tensor:
-    """Return ``[count, programs, D]`` in fp32, uninitialized: for each gradient one row from each
-    program.
-    """
+    """Return ``[count, programs, D]`` in fp32, uninitialized: each program's sum per gradient."""
     return empty(like, count, programs, d, dtype=torch.float32)
 
 
@@ -177,7 +180,8 @@ def finish_sums(partial: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     Args:
         partial: ``[count, programs, D]``, as :func:`partial_sums`; programs of one row of a
             gradient are adjacent.
-        like: what each is the gradient of, ``[..., D]``; its rows share the programs equally.
+        like: tensors ``[..., D]`` that the sums are the gradients of; the rows of each share the
+            programs equally.
 
     Returns:
         The gradients, in the shapes and dtypes of ``like``.
@@ -215,55 +219,32 @@ def finish_sums_kernel(
         group -= first_groups
         if group < second_groups:
             sum_programs(
-                partial_ptr,
-                second_ptr,
-                1,
-                group,
-                second_groups,
-                column,
-                programs,
-                d,
-                PROGRAMS,
-                COLUMNS,
-            )
+                partial_ptr, second_ptr, 1, group, second_groups, column, programs, d,
+                PROGRAMS, COLUMNS,
+            )  # fmt: skip
         else:
             group -= second_groups
             sum_programs(
-                partial_ptr,
-                third_ptr,
-                2,
-                group,
-                third_groups,
-                column,
-                programs,
-                d,
-                PROGRAMS,
-                COLUMNS,
-            )
+                partial_ptr, third_ptr, 2, group, third_groups, column, programs, d,
+                PROGRAMS, COLUMNS,
+            )  # fmt: skip
 
 
 @triton.jit
 def sum_programs(
-    partial_ptr,
-    sum_ptr,
-    index,
-    group,
-    groups,
-    column,
-    programs,
-    d,
-    PROGRAMS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Add up the rows of one group of gradient ``index``, in ``COLUMNS`` columns."""
+    partial_ptr, sum_ptr,
+    index, group, groups, column, programs, d,
+    PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Add up the programs of one group of gradient ``index``, in ``COLUMNS`` columns."""
     of_group = programs // groups
-    rows = tl.arange(0, PROGRAMS)
+    program = tl.arange(0, PROGRAMS)
     columns = column + tl.arange(0, COLUMNS)
     start = (tl.cast(index, tl.int64) * programs + tl.cast(group, tl.int64) * of_group) * d
-    offsets = rows[:, None].to(tl.int64) * d + columns[None, :]
+    offsets = program[:, None].to(tl.int64) * d + columns[None, :]
     total = tl.zeros([PROGRAMS, COLUMNS], tl.float32)
     for first in range(0, of_group, PROGRAMS):
-        mask = (rows[:, None] < of_group - first) & (columns[None, :] < d)
+        mask = (program[:, None] < of_group - first) & (columns[None, :] < d)
         total += tl.load(
             partial_ptr + start + tl.cast(first, tl.int64) * d + offsets, mask=mask, other=0.0
         )

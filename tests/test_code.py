@@ -4,10 +4,12 @@ prints the same figures.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +17,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Documents that are not in the repository, spelled so that this file does not name them itself.
+# Layers of the package: each imports from those before it.
+LAYERS = (
+    *("utils", "kernels", "ops", "schedulers", "models", "methods", "sampling", "formats"),
+    *("pipelines", "recipes", "data", "evaluation", "training", "demo", "doctor", "cli"),
+)
+# `anyflow evaluate` opens runs of the demo, and imports it when it is given one.
+UPWARDS = {("evaluation", "demo")}
 FOREIGN = re.compile(r"\b(" + "SP" + "EC|DE" + r"SIGN)\b")
 VERB_SHARE = 0.6
 
@@ -69,9 +78,34 @@ def test_lines_end_at_the_limit_in_every_language(measured: object) -> None:
 
 def test_the_measure_finds_what_it_counts(tool: ModuleType) -> None:
     """A docstring that says what something is, one that says what a function does, a class."""
-    import ast
-
     tree = ast.parse('"""Of a thing."""\nclass _A:\n    """Hold a thing."""\n')
     module, hidden = tool._docstrings("file.py", tree)
     assert module.opening() in tool.NO_OPENINGS and not module.begins_with_verb() and module.public
     assert hidden.begins_with_verb() and not hidden.public
+
+
+def imported_layers(path: Path) -> Iterator[str]:
+    """List the layers that a module imports from, at its top or in a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            whole = node.module == "anyflow"
+            names = [f"anyflow.{a.name}" for a in node.names] if whole else [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        yield from (n.split(".")[1] for n in names if n.startswith("anyflow."))
+
+
+def test_imports_point_one_way() -> None:
+    wrong, seen = set(), set()
+    for folder in (ROOT / "anyflow", ROOT / "kernels"):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            layer = "kernels" if "kernels" in parts else parts[1]
+            if layer not in LAYERS:
+                continue
+            for other in imported_layers(path):
+                seen.add((layer, other))
+                if other in LAYERS and LAYERS.index(other) > LAYERS.index(layer):
+                    wrong.add((layer, other))
+    assert len(seen) > 40 and wrong == UPWARDS

@@ -1,4 +1,4 @@
-"""``anyflow doctor``: the real command, on this installation and on broken ones."""
+"""Run ``anyflow doctor``, the real command, on this installation and on broken ones."""
 
 import importlib.metadata
 import io
@@ -37,9 +37,7 @@ def python(
     path: Sequence[str | Path] = (PACKAGE.parent,),
     more: Mapping[str, str] | None = None,
 ) -> CompletedProcess[str]:
-    """Run Python in a folder with folders to import from, 80 columns wide, without the variables of
-    the tests.
-    """
+    """Run Python with folders to import from, 80 columns wide, without the tests' variables."""
     env = {
         k: v
         for k, v in os.environ.items()
@@ -52,9 +50,7 @@ def python(
 
 
 def python_on(package: Path, *arguments: str) -> CompletedProcess[str]:
-    """Run Python on a copy of the package, out of reach of an installation that finds files of the
-    original.
-    """
+    """Run Python on a copy of the package, out of reach of an installation of the original."""
     installed = [
         folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))
     ]
@@ -63,7 +59,7 @@ def python_on(package: Path, *arguments: str) -> CompletedProcess[str]:
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """The folder of a copy of the package without its extension."""
+    """Return the folder of a copy of the package without its extension."""
     ignored = shutil.ignore_patterns("__pycache__", "_C.*")
     return Path(shutil.copytree(PACKAGE, tmp_path / "site" / "anyflow", ignore=ignored))
 
@@ -147,7 +143,7 @@ def test_the_cache_of_models_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_sample_needs_must_be_there_and_what_train_needs_is_named(tmp_path: Path) -> None:
-    """One process for both: the self-check, which is the slow part, is left out."""
+    """Ask one process for both, without the self-check, which is the slow part."""
     code = f"""
 import sys
 sys.argv = ["anyflow", *{DOCTOR[2:]}]
@@ -204,9 +200,7 @@ def test_a_sound_installation_passes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_wrong_numbers_fail(tmp_path: Path) -> None:
-    """Kernels of the extension are replaced where torch finds them, by ones that are wrong in three
-    ways.
-    """
+    """Replace kernels of the extension, where torch finds them, by wrong ones of three kinds."""
     code = f"""
 import sys, torch, anyflow.ops
 from anyflow.ops.gated_residual import gated_residual_backward_reference
@@ -266,7 +260,8 @@ def test_an_extension_that_does_not_load(package: Path) -> None:
     code = """
 import os
 from anyflow.doctor.environment import load_operators
-for variable in (None, "eager"):  # where the variable hides the error from an import, the doctor still shows it
+# where the variable hides the error from an import, the doctor still shows it
+for variable in (None, "eager"):
     if variable is not None:
         os.environ["ANYFLOW_BACKEND"] = variable
     extension = load_operators()

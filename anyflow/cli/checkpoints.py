@@ -1,4 +1,4 @@
-"""``anyflow inspect``, ``anyflow convert`` and ``anyflow verify``."""
+"""Run ``anyflow inspect``, ``anyflow convert`` and ``anyflow verify``."""
 
 from __future__ import annotations
 
@@ -7,23 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
+from anyflow.cli import options
 from anyflow.cli.common import DtypeName, fail, torch_dtype
-
-_CHECKPOINT = "Checkpoint of any format: a folder, a file, or a name on the Hugging Face Hub."
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help=_CHECKPOINT, show_default=False)],
-    subfolder: Annotated[
-        str | None, typer.Option(help="Of the folder, in place of 'transformer'.")
-    ] = None,
-    weights: Annotated[
-        Literal["ema", "raw"] | None,
-        typer.Option(help="Of a training file; the average if there is one."),
-    ] = None,
-    head_dim: Annotated[
-        int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")
-    ] = None,
+    path: options.Checkpoint,
+    subfolder: options.Subfolder = None,
+    weights: options.Weights = None,
+    head_dim: options.HeadDim = None,
     strict_values: Annotated[
         bool,
         typer.Option(
@@ -31,8 +23,9 @@ def inspect(
         ),
     ] = False,
 ) -> None:
-    """Say what a checkpoint is: format, size, types, sizes of the model; exit status 1 if it cannot
-    be loaded.
+    """Describe a checkpoint: its format, size, types, and the sizes of the model.
+
+    The exit status is 1 if the checkpoint cannot be loaded.
     """
     from anyflow.formats import inspect
 
@@ -51,22 +44,15 @@ def inspect(
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help=_CHECKPOINT, show_default=False)],
+    source: options.Checkpoint,
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", show_default=False)],
     to: Annotated[Literal["diffusers"], typer.Option(help="Format to write.")] = "diffusers",
     dtype: Annotated[
-        DtypeName | None, typer.Option(help="Of the weights; the stored one if left out.")
+        DtypeName | None, typer.Option(help="Dtype of the weights; the stored one if left out.")
     ] = None,
-    subfolder: Annotated[
-        str | None, typer.Option(help="Of the folder, in place of 'transformer'.")
-    ] = None,
-    weights: Annotated[
-        Literal["ema", "raw"] | None,
-        typer.Option(help="Of a training file; the average if there is one."),
-    ] = None,
-    head_dim: Annotated[
-        int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")
-    ] = None,
+    subfolder: options.Subfolder = None,
+    weights: options.Weights = None,
+    head_dim: options.HeadDim = None,
     lora_alpha: Annotated[
         float | None, typer.Option(help="Alpha of adapters to merge, where no file says it.")
     ] = None,
@@ -76,15 +62,16 @@ def convert(
     gate: Annotated[float, typer.Option(help="Gate of the flow map, with --flow-map.")] = 0.25,
     bidirectional: Annotated[
         bool,
-        typer.Option("--bidirectional", help="Take a causal model without its causal tensors."),
+        typer.Option("--bidirectional", help="Load a causal model without its causal tensors."),
     ] = False,
     shift: Annotated[
-        float | None, typer.Option(help="Of a scheduler to write; the checkpoint's if left out.")
+        float | None,
+        typer.Option(help="Shift of the scheduler to write; the checkpoint's if left out."),
     ] = None,
     strict_values: Annotated[
         bool,
         typer.Option(
-            "--strict-values", help="Refuse weights with NaN or infinity, of which a warning tells."
+            "--strict-values", help="Refuse weights with NaN or infinity; else a warning tells."
         ),
     ] = False,
 ) -> None:
@@ -123,13 +110,13 @@ def verify(
         Literal["diffusers"], typer.Option(help="The other implementation.")
     ] = "diffusers",
     dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")
+        Literal["bfloat16", "float32"], typer.Option(help="Dtype of the weights.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="Torch device to run on.")] = "cpu",
-    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 256,
-    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 256,
+    height: options.Pixels = 256,
+    width: options.Pixels = 256,
     num_frames: Annotated[int, typer.Option(help="Frames of the video, 4k + 1.")] = 17,
-    steps: Annotated[int, typer.Option(help="Steps of the sampling.")] = 4,
+    steps: Annotated[int, typer.Option(help="Number of sampling steps.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
     max_forward: Annotated[
         float | None,

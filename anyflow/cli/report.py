@@ -1,4 +1,4 @@
-"""``anyflow report``."""
+"""Run ``anyflow report``."""
 
 from __future__ import annotations
 

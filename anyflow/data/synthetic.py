@@ -1,6 +1,4 @@
-"""The moving shapes of the quickstart as a training dataset: no file, no download, no text
-encoder.
-"""
+"""Serve the quickstart's moving shapes as a training dataset, without files or a text encoder."""
 
 from __future__ import annotations
 
@@ -19,8 +17,9 @@ _SEED = 7
 
 
 class SyntheticVideos:
-    """Every video of :class:`MovingShapes`, folded into latents; row i is of class
-    ``i // (size * size)``.
+    """Hold every video of :class:`MovingShapes`, folded into latents.
+
+    Sample i is of class ``i // (size * size)``.
 
     The prompt of a class is fixed random tokens, the negative prompt is zeros: a prompt that no
     class has. The quickstart trains on this set (:class:`anyflow.demo.World`).
@@ -49,7 +48,7 @@ class SyntheticVideos:
         return Sample(self._latents[index], self.prompts[index // self._per_class])
 
     def caption(self, index: int, /) -> str:
-        """Return the class of a row, such as ``square right``."""
+        """Return the class of a sample, such as ``disc right``."""
         return self.class_names[index // self._per_class]
 
     @property
@@ -64,21 +63,21 @@ class SyntheticVideos:
 
     @property
     def negative_prompt_embeds(self) -> Tensor:
-        """``[1, 4, 32]`` zeros."""
+        """Return zeros, ``[1, 4, 32]``."""
         return torch.zeros(1, _TOKENS, _TEXT_DIM)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """``(4, 8, 6, 6)``."""
+        """Return ``(4, 8, 6, 6)``."""
         frames, channels, height, width = self._latents.shape[1:]
         return frames, channels, height, width
 
     @property
     def text_shape(self) -> tuple[int, int]:
-        """``(4, 32)``."""
+        """Return ``(4, 32)``."""
         return _TOKENS, _TEXT_DIM
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the videos or the prompts do."""
+        """Identify what defines the videos and the prompts."""
         return self._fingerprint

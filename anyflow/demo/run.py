@@ -1,6 +1,4 @@
-"""Runs the quickstart stage by stage, each resumable, and writes its folder: checkpoints, metrics,
-samples, report.
-"""
+"""Run the quickstart stage by stage, each of which can be resumed, and write its folder."""
 
 from __future__ import annotations
 
@@ -30,14 +28,14 @@ from anyflow.utils.writing import whole_folder, write_text
 STATE_FILE = "state.json"
 
 # Seconds per step of batch 32, and per evaluation of 512 samples, relative to a flow-matching step
-# of batch 32: for the estimate of the time left.
+# of batch 32; the estimate of the time left uses them.
 _STEP_COST = {"flow_matching": 1.0, "pretrain": 1.7, "on_policy": 5.6, "evaluation": 12.0}
 
 _CHECKPOINTS = ("flow_matching", "pretrain", "on_policy")  # a stage each, in their order
-# folder of the stage that runs: where it starts, and its own checkpoints
+# holds the start and the checkpoints of the stage that runs
 _UNFINISHED = ".unfinished"
 
-# The checkpoint that scores as each method of the report.
+# Each method of the report scores this checkpoint.
 _CHECKPOINT_OF = {
     "flow_matching": "flow_matching",
     "pretrain": "pretrain",
@@ -48,7 +46,7 @@ _CHECKPOINT_OF = {
 
 @locks_folder("out")
 def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> EvaluationResults:
-    """Train, evaluate and report into ``out``; what a killed run has trained is not trained again.
+    """Train, evaluate and report into ``out``; a stage that is finished there is not trained again.
 
     Writes ``checkpoints/<stage>/transformer`` and ``/scheduler`` (diffusers folders),
     ``metrics.json``, ``samples/*.gif``, ``curve.png``, ``any_step.gif`` and ``report.html``.
@@ -61,14 +59,14 @@ def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> Evaluatio
             before.
     """
     with torch_threads(config.num_threads):
-        return _Run(config, out, progress).run()
+        return _DemoRun(config, out, progress).run()
 
 
 def finished_report(config: DemoConfig, out: Path) -> Path | None:
-    """The report of a finished run of this configuration in ``out``, or None.
+    """Return the report of a finished run of this configuration in ``out``, or None.
 
     Raises:
-        ValueError: as :func:`run_demo`.
+        ValueError: see :func:`run_demo`.
     """
     state = _load_state(config, out)
     return (
@@ -78,7 +76,7 @@ def finished_report(config: DemoConfig, out: Path) -> Path | None:
     )
 
 
-class _Run:
+class _DemoRun:
     def __init__(self, config: DemoConfig, out: Path, progress: DemoProgress) -> None:
         self.state = _load_state(config, out)
         self.config, self.out, self.progress = config, out, progress
@@ -176,7 +174,7 @@ def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
         raise ValueError(f"--out {out} cannot be created: {file} is a file")
     resolve_device(config.device, "--device", computes=True)
     settings = json.loads(json.dumps(asdict(config)))
-    del settings["num_threads"]  # not what is run, but how
+    del settings["num_threads"]  # changes the time of a run and not its numbers
     file = out / STATE_FILE
     if not file.exists():
         if out.exists() and any(p for p in out.iterdir() if not p.name.startswith(".")):

@@ -34,7 +34,7 @@ class World:
         """Make a generator of this run's seed, on the CPU so that devices agree.
 
         Args:
-            stream: below 1000; each stream is independent of the others.
+            stream: number below 1000; each stream is independent of the others.
         """
         return torch.Generator().manual_seed(self.config.seed * 1000 + stream)
 
@@ -78,7 +78,7 @@ class World:
                 rope_max_seq_len=32,
                 r_embedder=False,
             )
-        with torch.no_grad():  # with open residual gates and a silent output it trained better
+        with torch.no_grad():  # residual gates are open and the output is silent at first
             model.proj_out.weight.zero_()
             for block in model.blocks:
                 block.get_parameter("scale_shift_table")[:, [2, 5]] += 1

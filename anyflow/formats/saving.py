@@ -1,4 +1,4 @@
-"""Writing a transformer as a folder for diffusers, and converting any format to one."""
+"""Write a transformer as a folder for diffusers, and convert any format to one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def save(
 
     Raises:
         ValueError: ``out`` is not empty or in use, or diffusers has no such model.
-        OSError: the system refuses to write, such as on a full disk; ``out`` is as before.
+        OSError: the system refuses to write, such as on a full disk; ``out`` is unchanged.
     """
     return _save(model, Path(out), scheduler, max_shard_size)
 
@@ -69,9 +69,7 @@ def _save(
 def write_transformer(
     model: AnyFlowTransformer3DModel, folder: Path, *, max_shard_size: int | str = "10GB"
 ) -> None:
-    """Write a model with the ``config.json`` of diffusers' class for it; ValueError if diffusers
-    has no such model.
-    """
+    """Write a model with the ``config.json`` of diffusers' class for it, or raise a ValueError."""
     config = _diffusers_config(model)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -101,7 +99,7 @@ def convert(
         out: a new or empty folder.
         to: the format to write.
         shift: of the scheduler that is written. None takes over the flow-map scheduler of the
-            pipeline that the checkpoint is part of, and writes none if there is no such thing.
+            pipeline that the checkpoint is part of, or writes none without one.
         max_shard_size: of one file, in bytes or as ``"10GB"``.
 
     Returns:
@@ -136,8 +134,7 @@ def convert(
 def load_scheduler(
     path: Path | str, subfolder: str | None = None
 ) -> FlowMapEulerDiscreteScheduler | None:
-    """The flow-map scheduler of the pipeline that a checkpoint is part of, or None where it has
-    another or none.
+    """Load the flow-map scheduler of a checkpoint's pipeline; None where it has another or none.
 
     Raises:
         CheckpointFormatError: its file is damaged, or a setting is not possible.

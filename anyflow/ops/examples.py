@@ -301,14 +301,14 @@ def flow_map_loss(
     whole, part = samples * size, n * size
 
     def make(draw: Draws) -> Arguments:
-        leading = {"pred": samples, "uncond": samples, "u_plus": n, "u_minus": n}
-        leading |= {"latents": samples, "noise": samples}
-        tensors: Arguments = {
-            name: draw(count, *shape[1:], gradient=name == "pred")
-            for name, count in leading.items()
-        }
-        if guidance == 1:
-            tensors["uncond"] = None
+        tensors: Arguments = {"pred": draw(*shape), "uncond": None}
+        if guidance != 1:
+            tensors["uncond"] = draw(*shape, gradient=False)
+        # the neighbors are evaluated, and kept, in fp32
+        for name in ("u_plus", "u_minus"):
+            tensors[name] = draw(n, *shape[1:], wide=True, gradient=False)
+        for name in ("latents", "noise"):
+            tensors[name] = draw(*shape, gradient=False)
         t, weight = (kind.linear(*span, samples, frames, draw) for span in ((0.1, 0.9), (0.5, 1.5)))
         return {
             **tensors,
@@ -322,7 +322,7 @@ def flow_map_loss(
         }
 
     passes = 3 + (guidance != 1)
-    forward = LeastWork(passes * whole + 2 * part, whole)
+    forward = LeastWork(passes * whole, whole, wide_read=2 * part)
     sizes, backward = (samples, size, n), LeastWork(whole, whole)
     return Example("flow_map_loss", "", *sizes, forward, backward, make, torch.float32)
 

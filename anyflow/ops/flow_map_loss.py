@@ -1,8 +1,6 @@
-"""Per-sample weighted squared error against the central-difference flow-map target."""
+"""Compute the weighted squared error of a sample against its central-difference target."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +14,15 @@ from anyflow.ops._common import (
     check_sizes,
     describe,
     lead,
-    unsupported_dtype,
 )
-from anyflow.ops._frames import check_index_operand, clamp_indices, constant_times, sample_indices
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops._frames import (
+    FRAMES,
+    check_index_operand,
+    clamp_indices,
+    constant_times,
+    sample_indices,
+)
+from anyflow.ops.library import Operator
 
 _OP = "flow_map_loss"
 
@@ -39,11 +42,11 @@ def flow_map_loss(
     *,
     picked: Tensor | None = None,
 ) -> Tensor:
-    """Flow-map regression loss, differentiable with respect to ``pred`` only::
+    """Compute the regression loss of a flow map, differentiable with respect to ``pred`` only::
 
         p      = (pred - (1 - g) uncond) / g                 (p = pred when g is 1)
         dF/dt  = (u_plus - u_minus) / (width g)
-        target = (eps - x0) - (t - r) dF/dt
+        target = (noise - latents) - (t - r) dF/dt
         loss_i = mean over frames of weight * mean over C, H, W of (p - target)^2
 
     Args:
@@ -53,8 +56,8 @@ def flow_map_loss(
         u_plus: u at t + e of the picked samples, ``[n, F, C, H, W]``, or None when no sample needs
             it.
         u_minus: u at t - e, as u_plus.
-        latents: x0, the shape of pred.
-        noise: eps, the shape of pred.
+        latents: the clean data x0, of pred's shape.
+        noise: the noise of the path, of pred's shape.
         t: ``[B]`` or ``[B, F]`` times in [0, 1].
         r: as t.
         weight: ``[B]`` or ``[B, F]``.
@@ -116,12 +119,11 @@ def flow_map_loss_reference(
     guidance: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Eager reference; the differentiable loss of :func:`flow_map_loss`, and ``p - target`` in
-    pred's dtype.
+    """Compute the loss of :func:`flow_map_loss` eagerly, and ``p - target`` in pred's dtype.
 
-    The second is what the backward formula needs: the gradient of pred up to a factor per frame,
+    The second result is what the backward reads: the gradient of pred up to a factor per frame,
     which would leave fp16's range (1e-6 at the size of a video) if it were applied before the loss
-    scale is. Empty without ``need_grad``.
+    scale is. It is empty without ``need_grad``.
     """
     acc = accumulation_dtype(pred, latents)
     with torch.no_grad():
@@ -148,7 +150,7 @@ def flow_map_loss_reference(
 def flow_map_loss_backward_reference(
     grad: Tensor, residual: Tensor, weight: Tensor, guidance: float
 ) -> Tensor:
-    """Gradient of pred: ``2 grad_i weight / (F C H W g) (p - target)``."""
+    """Return the gradient of pred: ``2 grad_i weight / (F C H W g) (p - target)``."""
     acc = accumulation_dtype(residual)
     elements = max(residual[:1].numel(), 1)
     factor = lead(grad.to(acc), weight) * weight.to(acc) * (2 / (elements * guidance))
@@ -213,45 +215,12 @@ def _check_tensors(
         )
 
 
-def _fake(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    latents, need_grad = args[3], args[-1]
-    loss = pred.new_empty(pred.shape[:1], dtype=accumulation_dtype(pred, latents))
-    return loss, empty_like(pred) if need_grad else pred.new_empty(0)
-
-
 _operator = Operator(
-    _OP,
-    "(Tensor pred, Tensor? uncond, Tensor? u_plus, Tensor? u_minus, Tensor latents, Tensor noise, "
-    "Tensor t, Tensor r, "
-    "Tensor weight, Tensor width, Tensor? picked, float guidance, bool need_grad) "
-    "-> (Tensor, Tensor)",
-    reference=flow_map_loss_reference,
-    fake=_fake,
+    flow_map_loss_reference,
+    flow_map_loss_backward_reference,
     check=_check,
-    unsupported=lambda *args: unsupported_dtype(*args[:6]),
+    check_backward=_check_backward,
+    limit=FRAMES,
+    fake=flow_map_loss_reference,
+    results=("loss", "residual"),
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor residual, Tensor weight, float guidance) -> Tensor",
-    reference=flow_map_loss_backward_reference,
-    fake=lambda grad, residual, weight, guidance: empty_like(residual),
-    check=_check_backward,
-    unsupported=lambda grad, residual, weight, guidance: unsupported_dtype(grad, residual),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.guidance, ctx.need_grad = inputs
-    ctx.save_for_backward(output[1], tensors[8])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    if not ctx.needs_input_grad[0]:
-        return (None,) * 13
-    if not ctx.need_grad:
-        raise RuntimeError(f"anyflow::{_OP} ran without need_grad, so it has no gradient")
-    residual, weight = ctx.saved_tensors
-    return _operator.backward(grad, residual, weight, ctx.guidance), *[None] * 12
-
-
-_operator.register_autograd(_setup_context, _backward)

@@ -12,11 +12,12 @@ from typing import Literal
 
 from anyflow.data.config import DataConfig
 from anyflow.methods import OnPolicyConfig, PretrainConfig
+from anyflow.schedulers import SchedulerConfig
 from anyflow.training.checkpoint import CheckpointConfig
 from anyflow.training.distributed import ParallelConfig
 from anyflow.training.ema import EMAConfig
 from anyflow.training.held_out import ValidationConfig
-from anyflow.training.limits import MAX_BATCH, MAX_SIZE, MAX_TIMESTEPS
+from anyflow.training.limits import MAX_BATCH, MAX_SIZE
 from anyflow.training.network_config import (
     ArchitectureConfig,
     FlowMapConfig,
@@ -31,7 +32,6 @@ from anyflow.training.trackers import Logger
 from anyflow.utils.validation import (
     SettingError,
     in_section,
-    require_positive,
     require_text,
     require_whole,
 )
@@ -57,19 +57,6 @@ __all__ = [
 ]
 
 Stage = Literal["teacher", "pretrain", "on_policy"]
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Hold the arguments of ``FlowMapEulerDiscreteScheduler``."""
-
-    num_train_timesteps: int = 1000
-    shift: float = 5.0
-    weight_type: Literal["beta08", "gaussian", "uniform"] = "beta08"
-
-    def __post_init__(self) -> None:
-        require_whole("num_train_timesteps", self.num_train_timesteps, most=MAX_TIMESTEPS)
-        require_positive("shift", self.shift)
 
 
 @dataclass(frozen=True)

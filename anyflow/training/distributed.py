@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from anyflow.models import AnyFlowTransformer3DModel
@@ -238,10 +238,6 @@ def shard_network(network: AnyFlowTransformer3DModel, mesh: Mesh, *, trains: boo
     # DTensors again.
     for module in (*network.blocks, network):
         fully_shard(module, mesh=mesh.mesh, reshard_after_forward=True)
-    for block in network.blocks:
-        register_fsdp_forward_method(block, "text_key_value")
-    for method in ("embed_time", "encode_text"):
-        register_fsdp_forward_method(network, method)
 
 
 @torch.no_grad()

@@ -184,12 +184,10 @@ _OTHER_NAMES = {("FlowMapConfig", "r_embedder_fusion"): "fusion"}
 
 def _documented_by(cls: type) -> tuple[type, ...]:
     from anyflow.models import AnyFlowTransformer3DModel
-    from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
     arguments_of = {
         "ArchitectureConfig": AnyFlowTransformer3DModel,
         "FlowMapConfig": AnyFlowTransformer3DModel,
-        "SchedulerConfig": FlowMapEulerDiscreteScheduler,
     }
     return (arguments_of[cls.__name__],) if cls.__name__ in arguments_of else ()
 

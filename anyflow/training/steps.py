@@ -308,11 +308,8 @@ class OnPolicyStep:
 
 
 def build_scheduler(recipe: Recipe) -> FlowMapEulerDiscreteScheduler:
-    """The scheduler of training, previews and the exported model."""
-    config = recipe.scheduler
-    return FlowMapEulerDiscreteScheduler(
-        config.num_train_timesteps, shift=config.shift, weight_type=config.weight_type
-    )
+    """Build the scheduler of training, previews and the exported model."""
+    return FlowMapEulerDiscreteScheduler.from_config(recipe.scheduler)
 
 
 def pretrain_config(recipe: Recipe) -> PretrainConfig:

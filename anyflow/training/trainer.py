@@ -135,7 +135,7 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
             num_workers=recipe.data.num_workers,
             seed=recipe.data.seed,
             consumed=at.consumed,
-            rows=split.rows,
+            picked=split.rows,
         )
         if mesh.is_main:
             _start_folder(recipe, at.step)

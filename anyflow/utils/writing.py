@@ -94,7 +94,7 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     A folder at ``path`` stays until then; after an error, nothing of the block is left.
 
     Args:
-        path: of the folder; missing parents are made.
+        path: the folder; missing parents are made.
         replace: a folder with content at ``path``; else it is an error.
 
     Raises:

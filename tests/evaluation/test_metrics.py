@@ -1,4 +1,4 @@
-"""Metrics against closed forms, independent formulas, and sets of known quality."""
+"""Test metrics against closed forms, independent formulas, and sets of known quality."""
 
 import json
 import math
@@ -34,16 +34,14 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 
 def _with_moments(n: int, mean: Tensor, root: Tensor, seed: int) -> Tensor:
-    """``n`` points whose sample mean is exactly ``mean`` and whose unbiased covariance is exactly
-    ``root @ root.T``.
-    """
+    """Make ``n`` points of sample mean ``mean`` and covariance ``root @ root.T``, exactly."""
     x = torch.randn(n, mean.numel(), generator=_generator(seed), dtype=torch.float64)
     x = torch.linalg.qr(x - x.mean(0)).Q
     return (x - x.mean(0)) * math.sqrt(n - 1) @ root.T + mean
 
 
 def _by_eigenvalues(a: Tensor, b: Tensor) -> float:
-    """The textbook formula: tr((AB)^1/2) as the sum of the roots of the eigenvalues of A B."""
+    """Compute tr((AB)^1/2) by the textbook: the sum of the roots of the eigenvalues of A B."""
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))
     roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()

@@ -64,12 +64,12 @@ def test_every_rank_has_the_same_velocity(world: int, ranks: dict[int, Any]) -> 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(
     ("what", "tolerance"),
-    [("cached", 1e-9), ("copied", 1e-9), ("float32", 1e-5), ("bfloat16", 2e-2), ("off", 0.0)],
+    [("copied", 1e-9), ("float32", 1e-5), ("bfloat16", 2e-2), ("off", 0.0)],
 )
 def test_other_ways_to_call_the_model(
     what: str, tolerance: float, world: int, ranks: dict[int, Any]
 ) -> None:
-    """Cached time and text, a deep copy, autocast; and off, it is exactly as never on."""
+    """A deep copy and autocast agree; turned off, the model is exactly as never on."""
     for results in ranks[world]:
         got, want = (x.double() for x in results[what])
         assert (got - want).norm() <= tolerance * want.norm()

@@ -129,6 +129,8 @@ def test_a_generator_may_end_in_another_thread(use) -> None:
         in_thread(running.close)
         assert current(use) == two
     assert current(use) is None
+    use(two)  # not inside the block that has ended
+    assert current(use) == two
 
 
 def test_many_threads(use) -> None:

@@ -38,7 +38,7 @@ def test_rows_that_are_held_out_are_never_trained_on(small_recipe: Make) -> None
     assert len(split.held_out_rows) == 5 and split_data(recipe, data) == split
     assert sorted([*split.rows, *split.held_out_rows]) == list(range(len(data)))
     assert split_data(dataclasses.replace(recipe, seed=9), data) == split
-    batches = TrainingData(data, batch_size=7, rows=split.rows)
+    batches = TrainingData(data, batch_size=7, picked=split.rows)
     seen = [row for _ in range(2 * len(data) // 7) for row in next(batches).index]
     assert set(seen) == set(split.rows)
 

@@ -118,19 +118,19 @@ def test_a_base_that_is_no_small_file_is_refused_with_its_place(kind: str, tmp_p
         ),
         (
             "student.architecture.patch_size=[1,0,2]",
-            "patch_size (rows): must be a whole number from 1 to 64, got 0",
+            "patch_size (height): must be a whole number from 1 to 64, got 0",
         ),
         ("parallel.timeout_s=999999999999999", "timeout_s: must be at most 2592000"),
         ("parallel.sequence=4", "sequence: must divide the 2 attention heads of student, got 4"),
         (
             "scheduler.num_train_timesteps=1000000000",
-            "num_train_timesteps: must be at most 1000000",
+            "num_train_timesteps: must be a whole number from 1 to 1000000",
         ),
         (
             "scheduler.num_train_timesteps=4",
             "pretrain.epsilon: must be below half of num_train_timesteps=4, got 5.0",
         ),
-        ("scheduler.shift=-1", "shift: must be a positive number, got -1.0"),
+        ("scheduler.shift=-1", "shift: must be a positive number, from 1e-06 to 1e+06, got -1.0"),
         ("out=' '", "out: must be text that is not empty"),
         ("data.num_workers=100000", "num_workers: must be at most 1024"),
     ],

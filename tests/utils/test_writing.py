@@ -1,6 +1,4 @@
-"""Errors of the operating system, by every library that writes, and files that are whole or not
-there.
-"""
+"""Test errors of the system by every library that writes, and files that are whole or absent."""
 
 import errno
 import os
@@ -28,7 +26,7 @@ VALUES = torch.zeros(10_000)
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 4096 bytes, as on a full disk."""
+    """Let no file of this process grow beyond 4096 bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     yield

@@ -1,4 +1,4 @@
-"""Measures videos: similarity to text and to references, motion, flicker, distance between sets.
+"""Measure videos: similarity to text and references, motion, flicker, distance between sets.
 
 Videos are ``[N, F, C, H, W]`` throughout, floating-point in [0, 1] or uint8 in 0..255, with 1 or 3
 channels; results are per video, ``[N]``, unless a function says otherwise. Packages that a base

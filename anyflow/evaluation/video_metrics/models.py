@@ -1,4 +1,4 @@
-"""The metrics of videos, and the packages and files of pretrained models that they need.
+"""Describe the metrics of videos, and the packages and pretrained models that they need.
 
 Nothing is downloaded: a model that is missing is named with the place it is expected in.
 """
@@ -21,14 +21,14 @@ DEFAULT_FOLDER = Path("~/.cache/anyflow/evaluation")
 
 @dataclass(frozen=True)
 class VideoMetric:
-    """A metric of videos.
+    """Describe a metric of videos.
 
     Attributes:
-        title: as a table or an axis names it.
-        unit: of its values; empty for a plain number.
+        title: name of the metric in a table or at an axis.
+        unit: unit of the values; empty for a plain number.
         better: ``higher`` or ``lower``; None where neither is, as for the amount of motion.
-        packages: that it needs beside those of a base installation.
-        model: that it needs.
+        packages: packages that the metric needs beside those of a base installation.
+        model: pretrained model that the metric needs.
     """
 
     title: str
@@ -40,13 +40,13 @@ class VideoMetric:
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A pretrained model that a metric needs.
+    """Describe a pretrained model that a metric needs.
 
     Attributes:
-        path: where it is expected, relative to the folder of the models.
-        files: that must be in the folder ``path``; of a tuple, one is enough. Empty where ``path``
-            is a file.
-        source: where it is published.
+        path: expected place, relative to the folder of the models.
+        files: names that must be in the folder ``path``; of a tuple, one is enough. Empty where
+            ``path`` is a file.
+        source: address where the model is published.
     """
 
     path: str
@@ -126,7 +126,7 @@ def load_network(
         metric: ``clip`` (:class:`Clip`), ``lpips`` (:class:`Lpips`) or ``fvd``
             (:class:`I3DFeatures`).
         models: see :func:`models_folder`.
-        device: to compute on.
+        device: device of the network.
 
     Raises:
         ValueError: another metric, or weights that are missing or do not fit.
@@ -197,9 +197,7 @@ def _build_of(package: str) -> str:
 
 
 def model_problem(purpose: str, model: PretrainedModel, path: Path) -> str | None:
-    """Say which file or folder of a model is missing and where it is published; None where it is
-    there.
-    """
+    """Say which file or folder of a model is missing and where it is published, or None."""
     if not model.files:
         if path.is_file():
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ from anyflow.ops._common import (
     check_sizes,
     describe,
 )
-from anyflow.ops.backend import choose, forced_backend
-from anyflow.ops.library import Operator, empty_like, has_tangent
+from anyflow.ops.backend import forced_backend
+from anyflow.ops.library import Limit, Operator, has_tangent
 from anyflow.ops.native import EXTENSION
 
 _OP = "attention"
@@ -52,7 +52,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             a forced one.
     """
     _check(q, k, v)
-    if has_tangent(q, k, v) or choose(_OP, q.device, _unsupported, (q, k, v)) != "eager":
+    if has_tangent(q, k, v) or _operator.forward.choose((q, k, v)) != "eager":
         return _operator(q, k, v)[0]
     if forced_backend() is not None:
         return attention_reference(q, k, v)[0]
@@ -147,44 +147,26 @@ def _check_backward(
         raise ValueError(f"{_OP}: logsumexp must be float32, got {logsumexp.dtype}")
 
 
-def _unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    return unsupported_kind(q.dtype, q.shape[-1] if q.ndim else 0)
-
-
 def _fake(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     b, length, h, _ = q.shape
-    return empty_like(q), q.new_empty((b, h, length), dtype=torch.float32)
+    return torch.empty_like(q), q.new_empty((b, h, length), dtype=torch.float32)
+
+
+class _AttentionLimit(Limit):
+    """Describe the tensors that the native kernel takes."""
+
+    def problem(self, x: Tensor, operands: Sequence[Tensor | None]) -> str | None:
+        """Return what about q the kernel does not take, or None; k and v are like it."""
+        return unsupported_kind(x.dtype, x.shape[-1] if x.ndim else 0)
 
 
 _operator = Operator(
-    _OP,
-    "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)",
-    reference=attention_reference,
-    fake=_fake,
+    attention_reference,
+    attention_backward_reference,
     check=_check,
-    unsupported=_unsupported,
+    check_backward=_check_backward,
+    limit=_AttentionLimit(),
+    fake=_fake,
     backends=("native",),
+    results=("out", "logsumexp"),
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp) -> (Tensor, Tensor, "
-    "Tensor)",
-    reference=attention_backward_reference,
-    fake=lambda grad, q, k, v, out, logsumexp: (empty_like(q), empty_like(k), empty_like(v)),
-    check=_check_backward,
-    unsupported=lambda grad, q, k, v, out, logsumexp: _unsupported(q, k, v),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _operator.backward(grad, *ctx.saved_tensors)
-    return tuple(
-        g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=True)
-    )
-
-
-_operator.register_autograd(_setup_context, _backward)
