@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from anyflow.utils.validation import brief, is_finite_number, whole_number
+from anyflow.utils.validation import SettingError, brief, is_finite_number, whole_number
 
 # Smallest and largest value of each size. A width of 2^16 is 13 times that of the published 14B
 # model.
@@ -32,7 +32,9 @@ def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
         sizes: by the names in ``LIMITS``; ``out_channels`` and ``image_dim`` may be None.
     """
     if not isinstance(patch_size, (tuple, list)) or len(patch_size) != 3:
-        raise ValueError(f"patch_size must be three positive integers, got {brief(patch_size)}")
+        raise SettingError(
+            "patch_size", f"must be three positive integers, got {brief(patch_size)}"
+        )
     for axis, size in zip(("frames", "height", "width"), patch_size, strict=True):
         whole_number(f"patch_size ({axis})", size, 1, MAX_PATCH)
     for name, size in sizes.items():
@@ -40,8 +42,8 @@ def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
             whole_number(name, size, *LIMITS[name])
     heads, head_dim = sizes["num_attention_heads"], sizes["attention_head_dim"]
     if head_dim % 2:
-        raise ValueError(
-            f"attention_head_dim must be even for the rotary embedding, got {head_dim}"
+        raise SettingError(
+            "attention_head_dim", f"must be even for the rotary embedding, got {head_dim}"
         )
     if heads * head_dim > MAX_WIDTH:
         raise ValueError(
@@ -53,7 +55,7 @@ def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
 def require_settings(*, eps: Any, **flags: Any) -> None:
     """Raise a ValueError unless ``eps`` is in (0, 1] and every flag is True or False."""
     if not is_finite_number(eps) or not 0 < eps <= 1:
-        raise ValueError(f"eps must be a number in (0, 1], got {brief(eps)}")
+        raise SettingError("eps", f"must be a number in (0, 1], got {brief(eps)}")
     for name, flag in flags.items():
         if not isinstance(flag, bool):
-            raise ValueError(f"{name} must be True or False, got {brief(flag)}")
+            raise SettingError(name, f"must be True or False, got {brief(flag)}")

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyflow.formats import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.training.config import FlowMapConfig, LoRAConfig, NetworkConfig, Recipe
+from anyflow.training.config import FlowMapConfig, LoRAConfig, Recipe, WeightsConfig
 from anyflow.training.draws import draw_seed
 from anyflow.utils.packages import missing
 
@@ -109,7 +109,7 @@ def check_networks(recipe: Recipe) -> None:
                 build_critic(recipe, teacher)
 
 
-def _build(config: NetworkConfig, name: str) -> AnyFlowTransformer3DModel:
+def _build(config: WeightsConfig, name: str) -> AnyFlowTransformer3DModel:
     if config.path is not None:
         return _load(Path(config.path), f"{name}.path")
     assert config.architecture is not None
