@@ -7,21 +7,49 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from anyflow.data import VideoDataset, open_dataset
+from anyflow.data.config import DataConfig
 from anyflow.methods import AnyFlowPretrainMethod, sample_time_pairs
 from anyflow.methods.collectives import all_reduce_sum
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.training.config import DataConfig, Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.draws import SampleDraws, draw_generator
 from anyflow.training.ema import EMA
+from anyflow.training.limits import MAX_BATCH
 from anyflow.training.steps import build_scheduler, pretrain_config
 from anyflow.utils.devices import widest_float
 from anyflow.utils.transfer import to_device
+from anyflow.utils.validation import require_text, require_whole
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Say when the averaged weights' pretrain loss is taken on videos held out, and on which.
+
+    Args:
+        every: steps between evaluations; the last step has one, too. 0 turns them off.
+        num_samples: videos of each evaluation, always the same ones. Without a ``path`` these rows
+            of ``data`` are held out of training, so a run goes on only with the same number.
+        path: folder of other latents, of the same shape; None takes rows of ``data``.
+    """
+
+    every: int = 0
+    num_samples: int = 32
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        require_whole("every", self.every, least=0)
+        require_whole("num_samples", self.num_samples, most=MAX_BATCH)
+        if self.path is not None:
+            require_text("path", self.path)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from anyflow.methods import (
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.accumulation import Accumulation, Losses, MicroBatch
-from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.ema import EMA
 from anyflow.training.flops import (
@@ -33,6 +32,9 @@ from anyflow.training.flops import (
     token_count,
 )
 from anyflow.training.optimization import NetworkOptimizer
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
 
 
 class Step(Protocol):
@@ -150,7 +152,7 @@ class OnPolicyStep:
         negative: ``[1, S, text_dim]`` negative prompt of the dataset.
 
     Raises:
-        ValueError: the method's own ``pretrain`` is set, or its settings do not fit the networks.
+        ValueError: the method's settings do not fit the networks.
     """
 
     def __init__(
@@ -163,19 +165,21 @@ class OnPolicyStep:
         negative: Tensor,
     ) -> None:
         assert recipe.on_policy is not None
-        if recipe.on_policy.method.pretrain != PretrainConfig():
-            raise ValueError(
-                "on_policy.method.pretrain must be left alone: co-training takes the recipe's "
-                "pretrain"
-            )
         self.student, self.critic, self.flops = student, critic, 0
         self._sample_flops = _counter(student, teacher, critic)
         self._accumulation, self._device = Accumulation(recipe, mesh, negative), mesh.device
         self._data_world = mesh.data_world
         self._interval = recipe.on_policy.generator_update_interval
-        config = dataclasses.replace(recipe.on_policy.method, pretrain=pretrain_config(recipe))
+        config = recipe.on_policy.method
+        self._pretrain = pretrain_config(recipe)
         self.method = AnyFlowOnPolicyMethod(
-            student, teacher, critic, build_scheduler(recipe), config, process_group=mesh.data_group
+            student,
+            teacher,
+            critic,
+            build_scheduler(recipe),
+            config,
+            pretrain=self._pretrain if config.cotrain_pretrain else None,
+            process_group=mesh.data_group,
         )
         self.optimizer = NetworkOptimizer("student", student, recipe.optimizer, recipe.steps)
         self.critic_optimizer = NetworkOptimizer(
@@ -294,7 +298,7 @@ class OnPolicyStep:
     def _flops(self, batches: Sequence[Batch]) -> OnPolicyFlops:
         samples = sum(len(batch.latents) for batch in batches) * self._data_world
         student, teacher, critic = self._sample_flops(*_sizes(batches))
-        return OnPolicyFlops(student, teacher, critic, self.method.config, samples)
+        return OnPolicyFlops(student, teacher, critic, self.method.config, self._pretrain, samples)
 
     def _draw_steps(self, purpose: str, step: int) -> tuple[int, int]:
         """Length and gradient step of an update's rollouts."""
@@ -304,11 +308,8 @@ class OnPolicyStep:
 
 
 def build_scheduler(recipe: Recipe) -> FlowMapEulerDiscreteScheduler:
-    """The scheduler of training, previews and the exported model."""
-    config = recipe.scheduler
-    return FlowMapEulerDiscreteScheduler(
-        config.num_train_timesteps, shift=config.shift, weight_type=config.weight_type
-    )
+    """Build the scheduler of training, previews and the exported model."""
+    return FlowMapEulerDiscreteScheduler.from_config(recipe.scheduler)
 
 
 def pretrain_config(recipe: Recipe) -> PretrainConfig:

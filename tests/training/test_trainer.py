@@ -35,6 +35,7 @@ from anyflow.training.config import (
     PreviewConfig,
     Recipe,
     ValidationConfig,
+    WeightsConfig,
 )
 from anyflow.training.distributed import Mesh
 from anyflow.training.held_out import split_data, validation_losses
@@ -568,7 +569,7 @@ def test_a_teacher_of_stage_one_that_is_not_finite_is_named(
     model.save_pretrained(tmp_path / "model")
     recipe = dataclasses.replace(
         small,
-        teacher=NetworkConfig(path=str(tmp_path / "model")),
+        teacher=WeightsConfig(path=str(tmp_path / "model")),
         pretrain=dataclasses.replace(small.pretrain, velocity_target="teacher"),
     )
     status, printed = _train(_write(recipe, tmp_path / "r.yaml"))
