@@ -61,7 +61,7 @@ _RUN = pytest.StashKey[GatedRun]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the benchmarks."""
     add = parser.getgroup("anyflow benchmarks").addoption
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if a GPU is found")
     quick = "short shapes, no compiled peers: the gates that CI checks"
     add("--quick", action="store_true", help=quick)
     seconds = f"of rounds per benchmark ({SECONDS:g}; quick: {QUICK_SECONDS:g})"

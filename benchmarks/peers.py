@@ -86,9 +86,7 @@ def pretrain_step(
 
 @dataclass(frozen=True)
 class FixedDraws:
-    """Hold what the generator's and the critic's step draw: the rollout's times, the score's time
-    and noise.
-    """
+    """Hold what an on-policy step draws: times of the rollout, times and noise of the scores."""
 
     sigmas: tuple[float, ...]
     t: Tensor

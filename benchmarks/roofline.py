@@ -186,9 +186,7 @@ def sampling_floor_s(size: NetworkSize, steps: int, limits: DeviceLimits) -> flo
 
 @dataclass(frozen=True)
 class Evaluations:
-    """Count the network's evaluations in a training step, in samples, by whether they have a
-    gradient.
-    """
+    """Count the network's evaluations in a training step, in samples, with and without gradient."""
 
     plain: int
     graded: int
@@ -210,8 +208,10 @@ def pretrain_evaluations(batch: int, flow_map_samples: int) -> dict[str, Evaluat
 
 
 def on_policy_evaluations(batch: int, segments: int = 3) -> dict[str, Evaluations]:
-    """Count the generator's step (rollout with gradient, three scores) and the critic's (rollout
-    without, one score).
+    """Count the generator's step and the critic's.
+
+    The generator has a rollout with a gradient and three scores, the critic a rollout without one
+    and a score with it.
     """
     return {
         "generator": Evaluations(3 * batch, segments * batch),
@@ -298,7 +298,7 @@ class LimitMeter:
     def _shortest(self, step: Step) -> float:
         with torch.no_grad():
             step()
-            rounds = Interleaved({OURS: step}, self.device)
+            rounds = Interleaved({OURS: step}, self.device, graphs=True)
             rounds.run(rounds.remaining_rounds(_BUDGET))
             rounds.wait_for_quiet(_BUDGET)
         return min(rounds.times[OURS])

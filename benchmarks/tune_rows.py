@@ -1,5 +1,4 @@
-"""Times launch options of the kernels over rows:
-``python benchmarks/tune_rows.py --seconds 60 --out FILE``.
+"""Time launch options of the row kernels: ``python benchmarks/tune_rows.py --seconds 60``.
 
 For each kernel of a block, forward and backward, at the widths of both models: today's options
 first, then other numbers of warps and stages of the loop over tokens, then the best of these with
@@ -44,7 +43,7 @@ Options = dict[str, int]
 
 @dataclass(frozen=True)
 class Task:
-    """A kernel at one width: ``call()`` runs it, with its sums; ``bytes`` is what it must move."""
+    """Hold a kernel at one width: ``call()`` runs it with its sums, ``bytes`` is what it moves."""
 
     name: str
     dim: int
@@ -58,18 +57,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="after which nothing more is timed"
-    )
-    parser.add_argument("--out", type=Path, help="JSON file of every candidate")
-    parser.add_argument("--only", default="", help="part of a kernel's name")
-    parser.add_argument(
-        "--jobs", type=int, default=max((os.cpu_count() or 2) - 2, 1), help="processes that compile"
-    )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to prove the code")
+    add, jobs = parser.add_argument, max((os.cpu_count() or 2) - 2, 1)
+    add("--seconds", type=float, default=60.0, help="after which nothing more is timed")
+    add("--out", type=Path, help="JSON file of every candidate")
+    add("--only", default="", help="part of a kernel's name")
+    add("--jobs", type=int, default=jobs, help="processes that compile")
+    add("--device", default="cuda", choices=("cuda", "cpu"))
+    add("--tiny", action="store_true", help="tiny shapes, to prove the code")
     # "3/12": the part of a process that only compiles
-    parser.add_argument("--compile", help=argparse.SUPPRESS)
+    add("--compile", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu needs --tiny: the published sizes take hours there")
@@ -109,9 +105,7 @@ def _launched(call: Callable[[], Any]) -> tuple[str, Options]:
 
 
 def first_round(task: Task) -> list[Options]:
-    """Return today's options, then every number of warps and stages with today's tokens per
-    program.
-    """
+    """Return today's options, then every number of warps and stages with today's tokens."""
     warps = [w for w in WARPS if 8 <= task.dim / (32 * w) <= MOST_ELEMENTS] or [1]
     others = [
         task.today | {"num_warps": w, "STAGES": s} for w, s in itertools.product(warps, STAGES)
@@ -135,9 +129,7 @@ def described(options: Options) -> str:
 def measure(
     task: Task, candidates: list[Options], device: Any, expected: Any
 ) -> dict[str, float | str]:
-    """Time the candidates that give the expected numbers, in turns; milliseconds, or what is wrong,
-    by description.
-    """
+    """Time the candidates in turns: milliseconds, or what is wrong, by description."""
     import timing
     import torch
 

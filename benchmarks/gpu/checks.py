@@ -14,7 +14,8 @@ from typing import Any
 
 from gpu import build
 from gpu.device_checks import NETWORKS, RECORD, Backends, DeviceCheck, Outcome, catalogue
-from gpu.run import DeviceRun, Skip, ended
+from gpu.run import DeviceRun, Skip
+from gpu.supervisor import ended
 
 LIMIT_S = 100.0
 GRACE_S = 15.0  # for the check that runs at the end of the limit
@@ -23,8 +24,7 @@ WARNINGS = "warnings"  # of the file: what readers of any number must know
 
 
 def run_checks(run: DeviceRun) -> None:
-    """Record the outcome of every check, ``wrong`` kernels by operator, and ``wrong_numbers`` among
-    them.
+    """Record the outcomes, the ``wrong`` kernels by operator, and those of ``wrong_numbers``.
 
     The section is done when every check has an outcome, right or wrong; outcomes of an earlier run
     are kept.
@@ -100,7 +100,7 @@ class Part:
         self._names.write_text(json.dumps([n for n in self.checks if n not in self.outcomes]))
         self._before, self._started = len(self.outcomes), ""
         seconds = max(self._deadline - time.monotonic(), 0.0)
-        command = [sys.executable, "-m", "gpu.child", "gpu.device_checks"]
+        command = [sys.executable, "-m", "gpu.child", "gpu.check_part"]
         command += ["--device", self._run.device.type, *(["--tiny"] if self._run.tiny else [])]
         command += ["--names", str(self._names), "--out", str(self._out)]
         with self._log.open("wb") as log:
@@ -164,9 +164,7 @@ class Part:
 
 
 def conclude(run: DeviceRun, outcomes: Iterable[dict[str, Any]]) -> None:
-    """Keep what failures mean for the other sections, and the warnings that stand above all
-    numbers.
-    """
+    """Keep what failures mean for other sections, and warnings that stand above all numbers."""
     failed = [outcome for outcome in outcomes if not outcome["ok"]]
     stopping = [outcome for outcome in failed if outcome["stops"] != RECORD]
     numbers = [outcome for outcome in failed if outcome["stops"] == NETWORKS and outcome["numbers"]]

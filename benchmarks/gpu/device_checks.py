@@ -6,36 +6,29 @@ and a second call must give the same bits. Then more than 2^31 elements, a strea
 attention backend, GELU in the epilogue of a product, and a small network on the kernels against the
 same on the references.
 
-``run_gpu.py`` runs parts of them in processes beside each other (:mod:`gpu.checks`), because most
-of the time is a compiler's. By themselves: ``PYTHONPATH=benchmarks python -m gpu.child
-gpu.device_checks [--device cpu --tiny]``.
+``run_gpu.py`` runs parts of them in processes beside each other (:mod:`gpu.checks`).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import networks
-import op_cases as examples
 import torch
 import torch.nn.functional as F
-from op_cases import Example, OperatorCall
 from sizes import NetworkSize
 from torch import Tensor
 
 from anyflow import ops
 from anyflow.doctor.self_check import TOLERANCE, Check, self_check, tolerance
 from anyflow.models.attention import attention, attention_report
-from anyflow.ops import backend_report, use_backend
+from anyflow.ops import backend_report, examples, use_backend
 from anyflow.ops.backend import BACKENDS, OPERATORS, missing
+from anyflow.ops.examples import Example, OperatorCall, as_tuple
 from gpu.run import last_line
 
 # Of ||a - e|| / ||e||. One rounding to bf16 is 2^-9 of an element at most, and results have up to
@@ -196,9 +189,7 @@ def _compare(example: Example, backend: str, device: torch.device) -> float:
     with poisoned():
         found, again = (_results(call, call.inputs, backend, backward) for _ in range(2))
     if not all(torch.equal(a, b) for a, b in zip(found, again, strict=True)):
-        raise WrongNumbers(
-            "not the same bits twice, or NaN: an element is not written, or there is a race"
-        )
+        raise WrongNumbers("not the same bits twice, or NaN: an element is not written, or a race")
     del again
     exact = [x.double() if x.is_floating_point() else x for x in call.inputs]
     expected = _results(call, exact, "eager", backward)
@@ -212,8 +203,7 @@ def _results(
     wanted = [any(x is w for w in call.wanted) and backward for x in call.inputs]
     leaves = [x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
     with use_backend(backend), torch.set_grad_enabled(backward or call.training):
-        out = call.function(*leaves)
-        outputs = out if isinstance(out, tuple) else (out,)
+        outputs = as_tuple(call.function(*leaves))
         gradients: tuple[Tensor, ...] = ()
         if backward:
             cotangents = [_draw(o.device, *o.shape).to(o.dtype) for o in outputs]
@@ -385,65 +375,3 @@ def _graph_error(device: torch.device, size: NetworkSize) -> float:
         )
         errors.append(relative(*results))
     return max(errors)
-
-
-# A part, in a process of its own ------------------------------------------------------------------
-
-
-def run_part(
-    names: list[str], device: torch.device, tiny: bool, deadline: float, out: Path | None
-) -> int:
-    """Run checks by name, or all, and return how many failed.
-
-    Each is noted in ``out`` before and after, a line of JSON.
-    """
-    checks = {check.name: check for check in catalogue(device, tiny)}
-    failed = 0
-    for check in [checks[name] for name in names] or checks.values():
-        if time.monotonic() >= deadline:
-            break
-        _note(out, {"started": check.name})
-        outcome = evaluate(check)
-        failed += not outcome.ok
-        _note(out, asdict(outcome))
-        shown = outcome.problem or f"{outcome.error:.1e} of {outcome.limit:.1e}"
-        mark = "ok  " if outcome.ok else "FAIL"
-        print(f"{mark} {outcome.seconds:5.1f} s  {check.name}: {shown}", flush=True)
-        if device.type == "cuda":
-            # raises where the check has broken the device: this process is of no more use
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-    return failed
-
-
-def _note(out: Path | None, entry: dict[str, object]) -> None:
-    if out is not None:
-        with out.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the checks, or a part of them; the exit status is 1 if one failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--device", default="cuda", choices=("cuda", "cpu"))
-    add("--tiny", action="store_true", help="small shapes in place of the models'")
-    add("--seconds", type=float, default=120.0, help="after which no check is started")
-    add("--names", type=Path, help="a JSON list of the checks to run; default all")
-    add("--out", type=Path, help="file for the outcomes, a line of JSON for each")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
-    names = [] if options.names is None else json.loads(options.names.read_text())
-    failed = run_part(names, device, options.tiny, time.monotonic() + options.seconds, options.out)
-    print(f"{failed} failed")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import op_cases as examples
 import torch
-from op_cases import Example
 from ops import bench_ops
 from sizes import NetworkSize
 from timing import Step, capture_stream
 
+from anyflow.ops import examples
+from anyflow.ops.examples import Example
 from gpu.run import DeviceRun, Skip, last_line
 
 # Bytes copied, all beyond any cache: a tensor of 32760 tokens at 14B, and 1 GiB, which the driver

@@ -22,7 +22,7 @@ SECONDS_PER_STEP = {"1.3B": 0.5, "14B": 2.8}
 COMPILE_S = {"1.3B": 60.0, "14B": 80.0}
 
 
-class Comparison:
+class ContestRecord:
     """Time a contest's steps beside each other into a section; what raises costs no other step.
 
     A peak is without what the other steps hold meanwhile, such as networks and gradients of theirs.
@@ -119,7 +119,9 @@ def run_forward(run: DeviceRun, name: str) -> None:
     run.put("parameters", size.parameters)
     chosen, default = attention_choices(size, run.device)
     run.put("attention", {"ours": chosen, "torch": default})
-    comparison = Comparison(run, contest, rounds=8 if name == "1.3B" else 4, alone=3, reserve_s=5.0)
+    comparison = ContestRecord(
+        run, contest, rounds=8 if name == "1.3B" else 4, alone=3, reserve_s=5.0
+    )
     peers = [peer for peer in contest.makers if peer != OURS]
     problem = networks.peer_problem()
     if problem is not None:
@@ -145,7 +147,7 @@ def run_training(run: DeviceRun, method: str) -> None:
         pretrain if method == "pretrain" else partial(on_policy, ("generator", "critic"))
     )
     contest = build(plan, run.place)
-    comparison = Comparison(run, contest, rounds=3, alone=1, reserve_s=25.0)
+    comparison = ContestRecord(run, contest, rounds=3, alone=1, reserve_s=25.0)
     peer, problem = next(name for name in contest.makers if name != OURS), networks.peer_problem()
     if problem is None:
         comparison.add([peer])
@@ -190,7 +192,7 @@ def _sampled(measured: dict[str, object], peak: int | None) -> dict[str, object]
 
 
 def extrapolated(run: DeviceRun, steps: int) -> dict[str, object]:
-    """Continue the line through the two longest samples that were measured, and say so."""
+    """Compute a sample from the two longest that were measured, and say so."""
     entries = {n: run.get(f"{OURS} NFE {n}") or {} for n in STEPS}
     known = [n for n in STEPS if n < steps and entries[n].get("extrapolated") is False]
     if len(known) < 2:

@@ -78,9 +78,7 @@ class DeviceRun:
         return (min(seconds, 1.0) if self.tiny else seconds * self.slowness) <= self.remaining()
 
     def put(self, key: str, value: Any, quiet: bool = False) -> None:
-        """Record a measurement of this section, which is on disk afterwards, and print it unless
-        ``quiet``.
-        """
+        """Record a measurement of this section on disk, and print it unless ``quiet``."""
         self.file.put(self.name, key, value)
         if not quiet:
             print(f"{self.name}: {key}: {one_line(value)}", flush=True)
@@ -189,8 +187,3 @@ def last_line(error: BaseException) -> str:
     """Return the last line of a traceback."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": ")
-
-
-def ended(status: int) -> str:
-    """Say how a process ended."""
-    return f"ended with {f'signal {-status}' if status < 0 else f'exit status {status}'}"

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import op_cases as examples
 import pytest
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from op_cases import Example, OperatorCall
 from timing import OURS, Step, capture_stream
 from workloads import Contest, Line, Place, Workload
 
-from anyflow.ops import use_backend
+from anyflow.ops import examples, use_backend
+from anyflow.ops.examples import Example, OperatorCall, as_tuple
 
 SMALL, LARGE = (1280, 384), (8192, 1536)
 DIRECTIONS = ("forward", "backward")
@@ -76,17 +75,12 @@ def _torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
 
 
-def _run(call: OperatorCall, function: Callable[..., object]) -> tuple[torch.Tensor, ...]:
-    result = function(*call.inputs)
-    return result if isinstance(result, tuple) else (result,)  # type: ignore[return-value]
-
-
 def _forward(
     device: torch.device, call: OperatorCall, backend: str, function: Callable[..., object]
 ) -> Step:
     def step() -> object:
         with use_backend(backend), torch.set_grad_enabled(call.training):
-            return _run(call, function)
+            return as_tuple(function(*call.inputs))
 
     return step
 
@@ -96,7 +90,7 @@ def _backward(
 ) -> Step:
     wanted, generator = list(call.wanted), torch.Generator(device).manual_seed(1)
     with use_backend(backend), capture_stream(device):
-        outputs = _run(call, function)
+        outputs = as_tuple(function(*call.inputs))
         cotangents = [
             torch.randn(o.shape, generator=generator, device=device).to(o.dtype) for o in outputs
         ]
@@ -122,7 +116,7 @@ def _workloads(
     example: Example, device: str, backend: str, dtype: torch.dtype, quick: bool
 ) -> list[Workload]:
     on_gpu = device == "cuda"
-    variant = "" if example.variant in ("", "bf16", "fp32") else f".{example.variant}"
+    variant = f".{example.variant}" if example.variant else ""
     several = example.rows not in (1, example.tokens) and not example.op.startswith("flow_map")
     shape = f"{example.tokens}x{example.dim}{f'x{example.rows}' if several else ''}"
     peers = ["eager", COMPILE]

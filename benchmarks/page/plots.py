@@ -107,7 +107,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _bare(axes: Axes, labels: list[str], longest: float, title: str) -> None:
-    """Label bars from the top, without a frame."""
+    """Set labels of bars from the top, without a frame."""
     axes.set_yticks(range(len(labels)), labels, fontsize=9, color=INK)
     axes.invert_yaxis()
     axes.tick_params(length=0)

@@ -82,10 +82,8 @@ def limits_of(results: RunResults) -> str:
     )
     small = [rate for moved, rate in copies.items() if moved < LARGE_COPY]
     if small and max(small) <= limits.bandwidth:
-        text += (
-            " Smaller copies are slower, so that the cache flatters no operator that moves as "
-            "little."
-        )
+        slower = "Smaller copies are slower, so that the cache flatters no operator"
+        text += f" {slower} that moves as little."
     fastest = _fastest_kernel(results)
     if fastest is not None and fastest[1] > limits.bandwidth:
         moved, rate, what = fastest
@@ -185,10 +183,10 @@ def training(results: RunResults) -> list[str]:
     headings += ["floor, ours", "ours / floor", "peak, ours", "peak, peers'", "ours / peers' peak"]
     lines = []
     pretrain, both = roofline.pretrain_evaluations(2, 1)["ours"], roofline.both_on_policy(1)
-    for at, name, evaluations in (
-        ("pretrain_1.3b", "pretrain, batch 2", pretrain),
-        ("on_policy_1.3b", "generator + critic, batch 1", both),
-    ):
+    steps = {"pretrain": ("pretrain, batch 2", pretrain)}
+    steps["on_policy"] = ("generator + critic, batch 1", both)
+    for method, (name, evaluations) in steps.items():
+        at = f"{method}_1.3b"
         floor = partial(roofline.training_floor_s, PUBLISHED["1.3B"], evaluations)
         share = results.ratio(at, "ours", _PEERS, "peak_bytes")
         cells = [results.seconds(at, "ours"), results.seconds(at, _PEERS)]

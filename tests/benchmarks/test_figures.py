@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import op_cases as examples
 import pytest
 import roofline
 import torch
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from workloads import Place
 
 from anyflow.models import AnyFlowTransformer3DModel, use_attention_backend
-from anyflow.ops import use_backend
+from anyflow.ops import examples, use_backend
 
 CPU = torch.device("cpu")
 TERA = 1e12
@@ -84,7 +83,7 @@ def test_a_component_takes_the_longer_of_its_two_limits() -> None:
 
 
 def test_a_card_is_found_by_its_whole_name() -> None:
-    """The PCIe and NVL forms and parts of a card are slower than what was measured."""
+    """Test that slower forms are other cards: PCIe, NVL, a part of a card."""
     for card in (roofline.H100, roofline.H200):
         assert roofline.card(card.name) is card and card.source
     assert roofline.card("NVIDIA H100 80GB HBM3") is roofline.H100

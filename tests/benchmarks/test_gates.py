@@ -80,7 +80,7 @@ def test_the_lower_of_two_lines(tmp_path: Path) -> None:
 
 
 def test_a_busy_machine_tells_nothing_of_time(tmp_path: Path) -> None:
-    """Memory is the same on a busy machine, and may become a gate."""
+    """Test that memory, which is the same on a busy machine, may become a gate."""
     line = replace(measure(tmp_path, {}), ratios={"p": 1.0, "p, memory": 1.0}, busy=True)
     judgments = Gates({CLASS: {f"{NAME} vs p": 2.0}}).judge(CLASS, [line])
     assert [j.busy for j in judgments] == [True, False]

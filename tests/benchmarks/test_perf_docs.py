@@ -212,7 +212,7 @@ def by_hand(limits: tuple[float, float], own: float, text: float) -> float:
 
 
 def test_the_floor_by_measured_rates() -> None:
-    """Without a measurement of the text's attention, it runs at the rate of a product."""
+    """Test by hand; without a measurement, the text's attention has the rate of a product."""
     for device, limits, rates in (
         (H100, (750e12, 2.5e12), (500e12, 750e12)),
         (H200, (790e12, 4.3e12), (700e12, 400e12)),
@@ -248,7 +248,7 @@ def test_what_a_run_measured_comes_before_its_cards_limits() -> None:
 
 
 def test_the_limit_of_memory_is_the_fastest_large_copy() -> None:
-    """A copy of GiB may be slow, and one that fits into a cache says nothing of memory."""
+    """Test that slow copies of GiB, and copies that fit into a cache, are no limit."""
     device = results(
         "NVIDIA H200",
         {

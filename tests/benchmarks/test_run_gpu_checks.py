@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import op_cases as examples
 import pytest
 import torch
 from torch import Tensor
@@ -19,9 +18,10 @@ from gpu import checks, device_checks, kernels, programs, worker
 from gpu.device_checks import NETWORKS, OPERATOR, RECORD, Backends, DeviceCheck, Outcome
 from gpu.run import DeviceRun, RunSection, Skip
 from gpu.sections import FORWARD, PRETRAIN
-from op_cases import OperatorCall
 
+from anyflow.ops import examples
 from anyflow.ops.backend import forced_backend
+from anyflow.ops.examples import OperatorCall
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def outcome(
 
 
 def test_a_wrong_kernel_stops_only_what_runs_it(device_run: DeviceRun) -> None:
-    """A network that is wrong, and sizes that no network has, are warnings and stop nothing."""
+    """Test that a wrong network, and sizes that no network has, are warnings and stop nothing."""
     device_run.name = "checks"
     found = [
         outcome("flow_map_loss: native", {"flow_map_loss": ["native"]}, NETWORKS),
