@@ -136,7 +136,7 @@ def _measure_examples(
 
 def _is_measured(run: DeviceRun, example: Example, directions: tuple[str, ...]) -> bool:
     """Tell whether the results have an example without an error and without a wrong kernel."""
-    entry = run.get(example.name) or {}
+    entry = run.get(example.name, {})
     if "error" in entry or any(direction not in entry for direction in directions):
         return False
     wrong = run.wrong_kernels().get(example.op, [])
