@@ -163,7 +163,7 @@ def _run(
     from anyflow.evaluation.runs.plan import EvaluationPlan
     from anyflow.evaluation.runs.ranks import Rank
     from anyflow.evaluation.runs.run import run_evaluation
-    from anyflow.pipelines.prompts import Prompt, read_prompts
+    from anyflow.pipelines.prompts import VideoPrompt, read_prompts
     from anyflow.pipelines.render import parse_numbers
     from anyflow.utils.progress import counted
 
@@ -176,7 +176,7 @@ def _run(
     if prompts is not None:
         texts = read_prompts(prompts)
     elif of_shapes:
-        texts = [Prompt(text) for text in shapes_prompts()]
+        texts = [VideoPrompt(text) for text in shapes_prompts()]
     else:
         raise ValueError("--prompts must be given: a text file with a prompt on each line")
     if numbers["num_samples"] is None:

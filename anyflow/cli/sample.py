@@ -32,7 +32,7 @@ def sample(
     ],
     prompt: Annotated[
         list[str],
-        typer.Option(help="Prompt of a video; may be repeated.", show_default=False),
+        typer.Option(help="VideoPrompt of a video; may be repeated.", show_default=False),
     ] = [],  # noqa: B006 (typer makes a new one)
     prompts: options.PromptsFile = None,
     steps: options.Steps = "1,2,4,8,16,32",
@@ -88,7 +88,7 @@ def sample(
         dtype=dtype,
     )
     try:
-        from anyflow.pipelines.prompts import Prompt, read_prompts
+        from anyflow.pipelines.prompts import VideoPrompt, read_prompts
         from anyflow.pipelines.render import parse_numbers, sample_command
         from anyflow.pipelines.sample_settings import SampleSettings
 
@@ -97,7 +97,7 @@ def sample(
         )
         report = sample_command(
             checked,
-            [*map(Prompt, prompt), *([] if prompts is None else read_prompts(prompts))],
+            [*map(VideoPrompt, prompt), *([] if prompts is None else read_prompts(prompts))],
             parse_numbers("steps", steps),
             out,
             seeds=parse_numbers("seed", ",".join(seed), low=0),
@@ -144,7 +144,11 @@ def _print(report: SampleReport, out: Path) -> None:
 
     typer.echo(f"{out}: {counted(report.done, 'video')} made, {report.skipped} there already")
     for failure in report.failed:
-        what = "comparison" if failure.steps is None else f"{failure.steps} steps"
+        what = (
+            "comparison"
+            if failure.num_inference_steps is None
+            else f"{failure.num_inference_steps} steps"
+        )
         typer.echo(
             f"failed: {failure.prompt} ({what}, seed {failure.seed}): {failure.reason}", err=True
         )

@@ -76,7 +76,7 @@ class LatentDataset:
         self.info, samples = self.record.info, self.record.num_samples
         if samples is None:
             raise ValueError(f"{folder} is not finished: run the same `anyflow preprocess` again")
-        self._table = pa.concat_tables([*self._checked_shards()] or [SCHEMA.empty_table()])
+        self._table = pa.concat_tables([SCHEMA.empty_table(), *self._checked_shards()])
         if len(self._table) != samples:
             raise ValueError(
                 f"{folder} should have {samples} samples, not {len(self._table)}: a shard is "

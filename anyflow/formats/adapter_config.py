@@ -145,7 +145,9 @@ class AdapterConfig:
         if isinstance(self.target_modules, str) or not self.layers_to_transform:
             return True
         patterns = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in self.layers_pattern]
-        found = (re.match(p, name) for p in patterns or [r"(?:.*?\.)?[^.]*\.(?P<index>\d+)\."])
+        if not patterns:
+            patterns = [r"(?:.*?\.)?[^.]*\.(?P<index>\d+)\."]
+        found = (re.match(p, name) for p in patterns)
         match = next((m for m in found if m is not None), None)
         return match is not None and int(match["index"]) in self.layers_to_transform
 

@@ -229,20 +229,9 @@ def resolve(
         for name, value in seen.items()
         if name in said and said[name] != value
     ]
-    head = said.get("attention_head_dim", WAN_HEAD_DIM if head_dim is None else head_dim)
-    if head_dim is not None and head != head_dim:
-        lines.append(f"attention_head_dim: {head} in the config, {head_dim} given")
-    if width is not None:
-        heads = said.get("num_attention_heads", width // head)
-        if heads * head != width:
-            hint = (
-                ""
-                if "attention_head_dim" in said or head_dim is not None
-                else "; give attention_head_dim"
-            )
-            lines.append(f"width: {heads} heads of {head}, but {width} by the tensors{hint}")
-        said = {"num_attention_heads": heads, "attention_head_dim": head, **said}
-    sizes = {**said, **seen}
+    heads, disagreements = _heads(said, width, head_dim)
+    lines += disagreements
+    sizes = {**heads, **said, **seen}
     absent = [
         name
         for name in _REQUIRED
@@ -264,6 +253,24 @@ def resolve(
             f"{where}: the sizes of the model are not clear:{listed(lines)}"
         )
     return Architecture(**sizes, flow_map=settings)
+
+
+def _heads(
+    said: Mapping[str, Any], width: int | None, head_dim: int | None
+) -> tuple[dict[str, int], list[str]]:
+    """Return number and channels of heads by the width of the tensors, and what disagrees."""
+    lines = []
+    head = said.get("attention_head_dim", WAN_HEAD_DIM if head_dim is None else head_dim)
+    if head_dim is not None and head != head_dim:
+        lines.append(f"attention_head_dim: {head} in the config, {head_dim} given")
+    if width is None:
+        return {}, lines
+    heads = said.get("num_attention_heads", width // head)
+    if heads * head != width:
+        known = "attention_head_dim" in said or head_dim is not None
+        hint = "" if known else "; give attention_head_dim"
+        lines.append(f"width: {heads} heads of {head}, but {width} by the tensors{hint}")
+    return {"num_attention_heads": heads, "attention_head_dim": head}, lines
 
 
 def _flow_map(config: Config | None, given: FlowMap | None) -> tuple[FlowMap, list[str]]:

@@ -57,7 +57,7 @@ def load_transformer(
         weights: ``"ema"`` or ``"raw"`` of a training file; None takes the average, or the only
             weights.
         lora_alpha: of adapters that are to be merged, where no ``adapter_config.json`` says it.
-        attention_head_dim: where there is no ``config.json`` and it is not Wan's 128.
+        attention_head_dim: needed without a ``config.json``, unless it is Wan's 128.
         bidirectional: load a causal model without its two causal tensors, as a bidirectional one.
         strict_values: refuse weights with NaN or infinity, as they are stored or in ``dtype``.
             False warns of them.
@@ -83,16 +83,9 @@ def load_transformer(
             f"lora_alpha={lora_alpha} was given, but {path} has no adapters"
         )
     model = _empty_model(checkpoint, dtype, bidirectional)
-    wide = names_in_fp32(model)
-    dtype = FLOATS[stored_dtypes(checkpoint, wide)[0]] if dtype is None else dtype
-
-    parameters, values = dict(model.named_parameters()), FiniteWeights()
-    for name, own in checkpoint.names.items():
-        kept = torch.promote_types(dtype, torch.float32) if name in wide else dtype
-        target = torch.empty(parameters[name].shape, dtype=kept, device=device)
-        _assign(model, name, target, checkpoint.reader.read(own))
-        values.add(own, target)
-    _report(checkpoint, values.not_finite(), strict_values)
+    if dtype is None:
+        dtype = FLOATS[stored_dtypes(checkpoint, names_in_fp32(model))[0]]
+    _report(checkpoint, _fill(model, checkpoint, dtype, device), strict_values)
     model.to(device)  # the gate, which no file holds
     if flow_map is not None and checkpoint.architecture.flow_map is None:
         model.enable_flow_map(flow_map.gate_value, flow_map.deltatime_type, flow_map.fusion)
@@ -121,6 +114,23 @@ def _report(checkpoint: Checkpoint, not_finite: list[str], strict_values: bool) 
         warnings.warn(f"{message}\nstrict_values=True refuses such weights", stacklevel=4)
     if checkpoint.others:
         warnings.warn(f"{path}: left out are {others_left_out(checkpoint)}", stacklevel=4)
+
+
+def _fill(
+    model: AnyFlowTransformer3DModel,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[str]:
+    """Read every parameter of a model, and return the names of those that are not finite."""
+    parameters, values = dict(model.named_parameters()), FiniteWeights()
+    wide = names_in_fp32(model)
+    for name, own in checkpoint.names.items():
+        kept = torch.promote_types(dtype, torch.float32) if name in wide else dtype
+        target = torch.empty(parameters[name].shape, dtype=kept, device=device)
+        _assign(model, name, target, checkpoint.reader.read(own))
+        values.add(own, target)
+    return values.not_finite()
 
 
 @torch.no_grad()

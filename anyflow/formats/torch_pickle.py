@@ -127,7 +127,8 @@ def _require_bounded(content: bytes) -> None:
             place = len(memo) if name == "MEMOIZE" else argument
             if not 0 <= place <= len(content):
                 raise Unreadable(f"its pickle asks for {place} places in the memo")
-            memo[place] = depths[-1] or 0
+            on_top = depths[-1]
+            memo[place] = 0 if on_top is None else on_top
             continue
         if name == "MARK":
             depths.append(None)
@@ -158,7 +159,7 @@ def _pop(depths: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
             depths.pop()
     else:
         popped = [depths.pop() for _ in before]
-    return [depth or 0 for depth in popped]
+    return [0 if depth is None else depth for depth in popped]
 
 
 def unpickled(content: bytes, seen: Callable[[StorageRecord], None]) -> Any:

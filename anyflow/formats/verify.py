@@ -1,6 +1,6 @@
 """Compare anyflow's network with diffusers' on the weights of a folder.
 
-Compared are forwards at several pairs of timesteps, one training loss and one whole sampling. Both
+The results are forwards at several pairs of timesteps, a training loss and a whole sampling. Both
 networks get the same random inputs, and one network is in memory at a time.
 """
 
@@ -46,7 +46,7 @@ _CLASSES = ("AnyFlowTransformer3DModel", _WAN)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Deviation:
     """Hold the differences of one result; diffusers' result is the ``b`` of the equations.
 
     Attributes:
@@ -72,7 +72,7 @@ class VerifyReport:
     """Hold every comparison of a run; ``str()`` is a table of them."""
 
     title: str
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[Deviation, ...]
 
     @property
     def passed(self) -> bool:
@@ -142,20 +142,20 @@ def verify(
 
     size = ((num_frames - 1) // 4 + 1, height // 8, width // 8)
     network = _load_diffusers(folder, is_wan, dtype).to(device)
-    inputs = _Inputs.drawn(network.config, size, num_inference_steps, seed, is_wan, dtype, device)
+    inputs = _NetworkInputs.drawn(
+        network.config, size, num_inference_steps, seed, is_wan, dtype, device
+    )
     theirs = list(_results(_Diffusers(network), inputs))
     del network  # before the other one is loaded
     ours = _results(load_transformer(folder, dtype=dtype, device=device), inputs)
-    title = (
-        f"{folder}: anyflow against diffusers {diffusers.__version__}, {dtype}, {device}, "
-        f"{num_frames} frames of {height} x {width}"
-    )
+    comparisons = [
+        _deviation(name, a, b, limits[kind])
+        for (kind, name, a), (_, _, b) in zip(ours, theirs, strict=True)
+    ]
     return VerifyReport(
-        title,
-        tuple(
-            _comparison(name, a, b, limits[kind])
-            for (kind, name, a), (_, _, b) in zip(ours, theirs, strict=True)
-        ),
+        f"{folder}: anyflow against diffusers {diffusers.__version__}, {dtype}, {device}, "
+        f"{num_frames} frames of {height} x {width}",
+        tuple(comparisons),
     )
 
 
@@ -232,7 +232,7 @@ def _load_diffusers(folder: Path, is_wan: bool, dtype: torch.dtype) -> Any:
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class _NetworkInputs:
     """Hold what both networks run on; videos are ``[B, F, C, H, W]``, texts ``[B, S, D]``."""
 
     is_wan: bool
@@ -255,7 +255,7 @@ class _Inputs:
         is_wan: bool,
         dtype: torch.dtype,
         device: torch.device | str,
-    ) -> _Inputs:
+    ) -> _NetworkInputs:
         """Draw the inputs of networks with a config; ``size`` is (F, H, W) of the latents."""
         generator = torch.Generator().manual_seed(seed)
         frames, height, width = size
@@ -303,7 +303,7 @@ class _Diffusers:
         return (self.network(x, *times, text, return_dict=False)[0],)
 
 
-def _results(network: Any, inputs: _Inputs) -> Iterator[tuple[str, str, Tensor]]:
+def _results(network: Any, inputs: _NetworkInputs) -> Iterator[tuple[str, str, Tensor]]:
     """Yield the kind, the name and the value (fp32, on the CPU) of every result of a network."""
     for t, r in TIMES:
         times = {"timestep": t} if inputs.is_wan else {"timestep": t, "r_timestep": r}
@@ -319,7 +319,7 @@ def _results(network: Any, inputs: _Inputs) -> Iterator[tuple[str, str, Tensor]]
     yield "sample", f"latents after {steps}", run(network, inputs).float().cpu()
 
 
-def _loss(network: Any, inputs: _Inputs) -> Tensor:
+def _loss(network: Any, inputs: _NetworkInputs) -> Tensor:
     """Compute the pretrain loss; that of a Wan model is plain flow matching."""
     plain = PretrainConfig(diffusion_ratio=1.0, consistency_ratio=0.0, fuse_guidance_scale=1.0)
     config = plain if inputs.is_wan else PretrainConfig()
@@ -330,7 +330,7 @@ def _loss(network: Any, inputs: _Inputs) -> Tensor:
     ).loss
 
 
-def _sample(network: Any, inputs: _Inputs) -> Tensor:
+def _sample(network: Any, inputs: _NetworkInputs) -> Tensor:
     """Sample with anyflow's sampler, a Wan model on the timesteps of its usual scheduler."""
     steps = inputs.num_inference_steps
     timesteps = None
@@ -352,7 +352,7 @@ def _sample(network: Any, inputs: _Inputs) -> Tensor:
         return torch.full_like(inputs.x, math.nan)  # differs from anything
 
 
-def _sample_diffusers(network: _Diffusers, inputs: _Inputs) -> Tensor:
+def _sample_diffusers(network: _Diffusers, inputs: _NetworkInputs) -> Tensor:
     """Sample with diffusers' pipeline and scheduler; returns ``[1, F, C, H, W]``."""
     if inputs.is_wan:
         cls, scheduler_cls = diffusers.WanPipeline, diffusers.FlowMatchEulerDiscreteScheduler
@@ -376,9 +376,9 @@ def _sample_diffusers(network: _Diffusers, inputs: _Inputs) -> Tensor:
     return latents.transpose(1, 2)
 
 
-def _comparison(name: str, ours: Tensor, theirs: Tensor, limit: float) -> Comparison:
+def _deviation(name: str, ours: Tensor, theirs: Tensor, limit: float) -> Deviation:
     """Compare two results in fp64."""
     difference = (ours.double() - theirs.double()).abs()
     scale = theirs.double().abs()
     mean, largest = difference.mean() / scale.mean(), difference.max() / scale.max()
-    return Comparison(name, mean.item(), largest.item(), limit)
+    return Deviation(name, mean.item(), largest.item(), limit)

@@ -10,7 +10,6 @@ from anyflow.ops.attention.dispatch import (
     attention,
     require_backend,
     use_attention_backend,
-    validated_backend,
 )
 from anyflow.ops.attention.report import AttentionChoice, attention_report
 
@@ -23,5 +22,4 @@ __all__ = [
     "preference",
     "require_backend",
     "use_attention_backend",
-    "validated_backend",
 ]

@@ -1,6 +1,4 @@
-"""The settings that a transformer can have: limits that are far from every published model, checked
-before building.
-"""
+"""Check the settings of a transformer, within limits that are far from every published model."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ MAX_WIDTH, MAX_PATCH = 2**16, 64
 
 
 def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
-    """ValueError unless every size of a transformer is a whole number within its limits.
+    """Raise a ValueError unless every size of a transformer is a whole number within its limits.
 
     Args:
         patch_size: three numbers.
@@ -35,7 +33,7 @@ def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
     """
     if not isinstance(patch_size, (tuple, list)) or len(patch_size) != 3:
         raise ValueError(f"patch_size must be three positive integers, got {brief(patch_size)}")
-    for axis, size in zip(("frames", "rows", "columns"), patch_size, strict=True):
+    for axis, size in zip(("frames", "height", "width"), patch_size, strict=True):
         whole_number(f"patch_size ({axis})", size, 1, MAX_PATCH)
     for name, size in sizes.items():
         if size is not None or name not in OPTIONAL:
@@ -53,7 +51,7 @@ def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
 
 
 def require_settings(*, eps: Any, **flags: Any) -> None:
-    """ValueError unless ``eps`` is a number in (0, 1] and every flag is True or False."""
+    """Raise a ValueError unless ``eps`` is in (0, 1] and every flag is True or False."""
     if not is_finite_number(eps) or not 0 < eps <= 1:
         raise ValueError(f"eps must be a number in (0, 1], got {brief(eps)}")
     for name, flag in flags.items():

@@ -59,7 +59,7 @@ class CudaGraphTransformer:
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         """Return the velocity ``[B, F, C_out, H, W]`` in a 1-tuple, for the model's arguments."""
-        inputs = _Inputs(hidden_states, timestep, r_timestep, encoder_hidden_states)
+        inputs = _GraphInputs(hidden_states, timestep, r_timestep, encoder_hidden_states)
         key = _Key.of(self.transformer, inputs)
         with self._lock:  # a recording has one set of inputs
             if self._recording is None or self._recording.key != key:
@@ -69,7 +69,7 @@ class CudaGraphTransformer:
             return (self._recording.replay(inputs),)
 
 
-class _Inputs(NamedTuple):
+class _GraphInputs(NamedTuple):
     """Hold the tensors that an evaluation reads."""
 
     x: Tensor
@@ -85,7 +85,7 @@ class _Key(NamedTuple):
     weights: tuple[int, ...]
 
     @classmethod
-    def of(cls, model: AnyFlowTransformer3DModel, inputs: _Inputs) -> _Key:
+    def of(cls, model: AnyFlowTransformer3DModel, inputs: _GraphInputs) -> _Key:
         return cls(
             tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs),
             tuple(p.data_ptr() for p in model.parameters()),
@@ -99,7 +99,7 @@ class _Recording:
         self,
         graph: torch.cuda.CUDAGraph,
         key: _Key,
-        inputs: _Inputs,
+        inputs: _GraphInputs,
         output: Tensor,
         rotary: object,
     ) -> None:
@@ -108,7 +108,7 @@ class _Recording:
         # the graph reads them: the model's cache of tables may let go of them
         self._rotary = rotary
 
-    def replay(self, inputs: _Inputs) -> Tensor:
+    def replay(self, inputs: _GraphInputs) -> Tensor:
         for own, given in zip(self._inputs, inputs, strict=True):
             if own is not None and given is not None:
                 own.copy_(given)
@@ -117,13 +117,13 @@ class _Recording:
 
 
 def _record(
-    model: AnyFlowTransformer3DModel, key: _Key, inputs: _Inputs
+    model: AnyFlowTransformer3DModel, key: _Key, inputs: _GraphInputs
 ) -> tuple[_Recording, Tensor]:
     """Record the model on copies of its inputs; return also the velocity of a run before."""
     # what inference mode makes could not be written to outside of it
     with torch.inference_mode(False):
         r = None if inputs.r is None else inputs.r.clone()
-        own = _Inputs(inputs.x.clone(), inputs.t.clone(), r, inputs.text.clone())
+        own = _GraphInputs(inputs.x.clone(), inputs.t.clone(), r, inputs.text.clone())
 
     def run() -> Tensor:
         return evaluate(

@@ -14,7 +14,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from anyflow.models.attention import require_backend, validated_backend
+from anyflow.models.attention import require_backend
 from anyflow.models.blocks import AnyFlowTransformerBlock, Attention, Rotary
 from anyflow.models.configuration import LIMITS, require_settings, require_sizes
 from anyflow.models.diffusers_typing import apply_lora_scale, register_to_config
@@ -27,7 +27,7 @@ from anyflow.models.embeddings import (
 )
 from anyflow.models.sequence_parallel import SequenceGroup, TokenSplit
 from anyflow.ops import layer_norm_modulate
-from anyflow.ops.setting import hold
+from anyflow.ops.setting import ATTENTION_BACKEND, hold
 
 if TYPE_CHECKING:
     import os
@@ -77,7 +77,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         cross_attn_norm: LayerNorm with affine before cross-attention.
         eps: epsilon of every norm.
         image_dim: width of image-encoder states, or None for no image branch.
-        rope_max_seq_len: largest number of frames, patch rows or patch columns.
+        rope_max_seq_len: largest number of patches along frames, height or width.
         gate_value: g, the share of the second timestep's embedding.
         deltatime_type: what the second branch embeds, ``"r"`` or ``"t-r"``.
         r_embedder: False builds the plain Wan model, without the second branch.
@@ -193,10 +193,8 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
             ValueError: the name is unknown.
             RuntimeError: the backend is not installed, or does not run on this machine.
         """
-        name = (
-            None
-            if backend is None or backend == "auto"
-            else validated_backend(backend, "set_attention_backend: ")
+        name = ATTENTION_BACKEND.checked(
+            None if backend == "auto" else backend, "set_attention_backend: "
         )
         if name is not None:
             # an offloaded model is on the CPU, and runs on a CUDA device

@@ -1,6 +1,4 @@
-"""What the operators over frames ``[B, F, ...]`` share: times are constants, and indices pick
-samples.
-"""
+"""Help the operators over frames ``[B, F, ...]``: constant times, and indices of samples."""
 
 from __future__ import annotations
 
@@ -11,17 +9,17 @@ from anyflow.ops._common import check_device, check_indices, check_times, descri
 from anyflow.ops.library import Limit
 from anyflow.utils.transfer import to_device
 
-# what kernels over frames take: times and indices have dtypes of their own
+# the times and indices of kernels over frames may have dtypes of their own
 FRAMES = Limit(free=("t", "r", "weight", "width", "epsilon_plus", "epsilon_minus", "picked"))
 
 
 def constant_times(
     op: str, name: str, times: float | Tensor, like: Tensor, *, scalar: bool = False
 ) -> Tensor:
-    """Check times ``[B]`` or ``[B, F]`` (a number too with ``scalar``) of ``like[B, F, ...]``;
-    detached, fp32 or fp64.
+    """Check times ``[B]`` or ``[B, F]`` of ``like[B, F, ...]`` and return them as a constant.
 
-    A number becomes a 0-d tensor filled on the device: copying it there would wait for the device.
+    The result is detached, in fp32 or fp64. With ``scalar`` the time may also be a number or a 0-d
+    tensor. A number becomes a 0-d tensor filled on the device: a copy would wait for the device.
     """
     if not isinstance(times, Tensor):
         return torch.full(
@@ -38,15 +36,16 @@ def constant_times(
 
 
 def check_index_operand(op: str, picked: Tensor, like: Tensor) -> None:
-    """Check the operand that :func:`sample_indices` has made; the kernels read int64."""
+    """Check the indices that :func:`sample_indices` makes; the kernels read int64."""
     check_indices(op, "picked", picked, like)
     if picked.dtype != torch.int64:
         raise ValueError(f"{op}: picked must be int64, got {describe(picked)}")
 
 
 def sample_indices(op: str, picked: Tensor, like: Tensor) -> Tensor:
-    """Check indices of the samples of ``like[B, ...]`` and return them as int64; the range only
-    where that is free.
+    """Check indices of the samples of ``like[B, ...]`` and return them as int64.
+
+    The range is checked on the CPU, outside of compiled code, where reading waits for no device.
 
     Raises:
         ValueError: picked is not an integer ``[n]`` on like's device, there are no samples to pick,
@@ -66,8 +65,9 @@ def sample_indices(op: str, picked: Tensor, like: Tensor) -> Tensor:
 
 
 def clamp_indices(picked: Tensor, samples: int) -> tuple[Tensor, Tensor | None]:
-    """Indices that are safe to gather with, and which of them name a sample; None where the range
-    was checked.
+    """Return indices that are safe to gather with, and which of them name a sample.
+
+    The second is None on the CPU, where :func:`sample_indices` has checked the range.
     """
     index = torch.where(picked < 0, picked + samples, picked)
     if on_host(picked):
@@ -76,5 +76,5 @@ def clamp_indices(picked: Tensor, samples: int) -> tuple[Tensor, Tensor | None]:
 
 
 def on_host(picked: Tensor) -> bool:
-    """Whether reading the values waits for no device."""
+    """Return whether reading the indices waits for no device."""
     return picked.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Fusion of the two timestep embeddings of a flow map, with the activation that follows it."""
+"""Fuse the two timestep embeddings of a flow map, and activate the sum."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FUSIONS = ("gated", "additive")
 def dual_timestep_embedding(
     t_emb: Tensor, r_emb: Tensor, gate: float | Tensor, fusion: str = "gated"
 ) -> tuple[Tensor, Tensor]:
-    """Fuse the embeddings of t and r: ``gated``: ``(1 - g) t + g r``; ``additive``: ``t + g r``.
+    """Fuse the embeddings of t and r: gated, ``(1 - g) t + g r``, or additive, ``t + g r``.
 
     Args:
         t_emb: ``[N, D]`` embedding of the timestep, any N and D; the kernel copies what is not
@@ -49,7 +49,7 @@ def dual_timestep_embedding(
 def dual_timestep_embedding_reference(
     t_emb: Tensor, r_emb: Tensor, gate: Tensor, fusion: str
 ) -> tuple[Tensor, Tensor]:
-    """Eager reference; see :func:`dual_timestep_embedding`."""
+    """Compute :func:`dual_timestep_embedding` eagerly."""
     emb = _fuse(t_emb, r_emb, gate, fusion)
     return emb, F.silu(emb.to(accumulation_dtype(t_emb, r_emb))).to(t_emb.dtype)
 
@@ -63,8 +63,9 @@ def dual_timestep_embedding_backward_reference(
     fusion: str,
     gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of t_emb, r_emb and gate; that of gate, a sum over everything, is empty unless
-    asked for.
+    """Return the gradients of t_emb, r_emb and gate; that of gate is empty unless asked for.
+
+    The gate of the model is a constant, and its gradient costs a reduction over all elements.
     """
     acc = accumulation_dtype(t_emb, r_emb)
     t, r, g = t_emb.to(acc), r_emb.to(acc), gate.to(acc).reshape(())

@@ -1,6 +1,4 @@
-"""The network inputs of a flow-map training step: the noisy sample and its two neighbors along the
-path.
-"""
+"""Make the inputs of a flow-map training step: a noisy sample and its neighbors on the path."""
 
 from __future__ import annotations
 
@@ -37,16 +35,15 @@ def flow_map_inputs(
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Interpolate and step along the path: ``x_t = (1 - t) x0 + t eps``,
-    ``x_pm = x_t +- epsilon (eps - x0)``.
+    """Compute ``x_t = (1 - t) latents + t noise``, ``x_pm = x_t +- epsilon (noise - latents)``.
 
-    Differentiable with respect to latents and noise; times and widths are constants, on every
-    backend.
+    The results are differentiable with respect to latents and noise; times and widths are
+    constants, on every backend.
 
     Args:
         latents: ``[B, F, ...]`` clean data x0; the kernel takes any strides of B and F but copies
             where the rest is not contiguous.
-        noise: eps, the shape of latents.
+        noise: the other end of the path, of latents' shape.
         t: ``[B]`` or ``[B, F]`` times in [0, 1].
         epsilon: half-width of the central difference in [0, 1] units: a number, ``[B]`` or
             ``[B, F]``, or a pair ``(plus, minus)`` of these when the two sides differ (one-sided
@@ -81,7 +78,7 @@ def flow_map_batch(
     dtype: torch.dtype | None = None,
     with_x_t: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`flow_map_inputs`, with everything that is evaluated without gradient in one buffer.
+    """Compute :func:`flow_map_inputs`, with what is evaluated without gradient in one buffer.
 
     Returns:
         ``(x_t, batch)``: ``[B, F, ...]`` and the network's batch ``[x_plus ; x_minus ; x_t]``,
@@ -123,12 +120,12 @@ def flow_map_inputs_reference(
     dtype: torch.dtype,
     with_x_t: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Eager reference; see :func:`flow_map_batch`."""
+    """Compute :func:`flow_map_batch` eagerly."""
     acc = accumulation_dtype(latents, noise)
-    x0, eps = latents.to(acc), noise.to(acc)
+    x0, x1 = latents.to(acc), noise.to(acc)
     sigma = lead(t.to(acc), x0)
-    x_t = (1 - sigma) * x0 + sigma * eps
-    velocity, center, valid = eps - x0, x_t, None
+    x_t = (1 - sigma) * x0 + sigma * x1
+    velocity, center, valid = x1 - x0, x_t, None
     if picked is not None:
         picked, valid = clamp_indices(picked, latents.shape[0])
         velocity, center = velocity[picked], center[picked]
@@ -150,10 +147,10 @@ def flow_map_inputs_backward_reference(
     picked: Tensor | None,
     with_x_t: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of latents and noise: ``(1 - t) dx - dv`` and ``t dx + dv`` with those of x_t and
-    of eps - x0.
+    """Return the gradients of latents and noise, of which only shape and dtype are read.
 
-    Only the shape and dtype of latents and noise are read.
+    They are ``(1 - t) dx - dv`` and ``t dx + dv``, with the gradients dx of x_t and dv of
+    noise - latents.
     """
     acc = accumulation_dtype(latents, noise)
     b = latents.shape[0]

@@ -1,4 +1,4 @@
-"""Per-sample weighted squared error against the central-difference flow-map target."""
+"""Compute the weighted squared error of a sample against its central-difference target."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def flow_map_loss(
     *,
     picked: Tensor | None = None,
 ) -> Tensor:
-    """Flow-map regression loss, differentiable with respect to ``pred`` only::
+    """Compute the regression loss of a flow map, differentiable with respect to ``pred`` only::
 
         p      = (pred - (1 - g) uncond) / g                 (p = pred when g is 1)
         dF/dt  = (u_plus - u_minus) / (width g)
-        target = (eps - x0) - (t - r) dF/dt
+        target = (noise - latents) - (t - r) dF/dt
         loss_i = mean over frames of weight * mean over C, H, W of (p - target)^2
 
     Args:
@@ -56,8 +56,8 @@ def flow_map_loss(
         u_plus: u at t + e of the picked samples, ``[n, F, C, H, W]``, or None when no sample needs
             it.
         u_minus: u at t - e, as u_plus.
-        latents: x0, the shape of pred.
-        noise: eps, the shape of pred.
+        latents: the clean data x0, of pred's shape.
+        noise: the noise of the path, of pred's shape.
         t: ``[B]`` or ``[B, F]`` times in [0, 1].
         r: as t.
         weight: ``[B]`` or ``[B, F]``.
@@ -119,12 +119,11 @@ def flow_map_loss_reference(
     guidance: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Eager reference; the differentiable loss of :func:`flow_map_loss`, and ``p - target`` in
-    pred's dtype.
+    """Compute the loss of :func:`flow_map_loss` eagerly, and ``p - target`` in pred's dtype.
 
-    The second is what the backward formula needs: the gradient of pred up to a factor per frame,
+    The second result is what the backward reads: the gradient of pred up to a factor per frame,
     which would leave fp16's range (1e-6 at the size of a video) if it were applied before the loss
-    scale is. Empty without ``need_grad``.
+    scale is. It is empty without ``need_grad``.
     """
     acc = accumulation_dtype(pred, latents)
     with torch.no_grad():
@@ -151,7 +150,7 @@ def flow_map_loss_reference(
 def flow_map_loss_backward_reference(
     grad: Tensor, residual: Tensor, weight: Tensor, guidance: float
 ) -> Tensor:
-    """Gradient of pred: ``2 grad_i weight / (F C H W g) (p - target)``."""
+    """Return the gradient of pred: ``2 grad_i weight / (F C H W g) (p - target)``."""
     acc = accumulation_dtype(residual)
     elements = max(residual[:1].numel(), 1)
     factor = lead(grad.to(acc), weight) * weight.to(acc) * (2 / (elements * guidance))

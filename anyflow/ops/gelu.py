@@ -1,4 +1,4 @@
-"""The tanh approximation of GELU."""
+"""Compute the tanh approximation of GELU."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ _OP = "gelu"
 
 
 def gelu(x: Tensor) -> Tensor:
-    """tanh-GELU: ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``, as in the feed-forward of
-    the model.
+    """Compute ``0.5 x (1 + tanh(u))`` with ``u = sqrt(2 / pi) (x + 0.044715 x^3)``.
 
-    The native kernel computes it as ``x sigmoid(2 u)``, which does not cancel: results are good to
-    a few units in the last place however small they are, and -inf gives -0. The reference is
-    torch's, which has neither. There is no Triton kernel, since torch's is as fast on a GPU;
-    forcing ``"triton"`` runs the reference.
+    The native kernel computes ``x sigmoid(2 u)``, which does not cancel: results are good to a few
+    units in the last place however small they are, and -inf gives -0. The reference is torch's,
+    which has neither. No Triton kernel exists; forcing ``"triton"`` runs the reference.
 
     Args:
         x: any shape, any floating dtype; the kernel copies what is not contiguous.
@@ -36,12 +34,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_reference(x: Tensor) -> Tensor:
-    """Eager reference; see :func:`gelu`. torch computes half precision in fp32 and rounds once."""
+    """Compute :func:`gelu` eagerly; torch computes half precision in fp32 and rounds once."""
     return F.gelu(x, approximate="tanh")
 
 
 def gelu_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of x: ``grad (s + x s (1 - s) (2 u)')`` with ``s = sigmoid(2 u)``."""
+    """Return the gradient of x: ``grad (s + x s (1 - s) (2 u)')`` with ``s = sigmoid(2 u)``."""
     return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
 
 

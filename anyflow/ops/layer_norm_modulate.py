@@ -1,4 +1,4 @@
-"""LayerNorm without affine, followed by per-row shift and scale (adaLN)."""
+"""Normalize without affine, then shift and scale per row (adaLN)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OP = "layer_norm_modulate"
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Modulated LayerNorm: ``LN(x) * (1 + scale) + shift``, LN over D without affine.
+    """Compute ``LN(x) * (1 + scale) + shift``, LN over D without affine.
 
     Token ``l`` reads modulation row ``l // (L // R)``: R = 1 modulates a sample, R = F modulates
     each frame, and the rows are never expanded to tokens in memory.
@@ -47,7 +47,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
 def layer_norm_modulate_reference(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> Tensor:
-    """Eager reference; see :func:`layer_norm_modulate`."""
+    """Compute :func:`layer_norm_modulate` eagerly."""
     acc = accumulation_dtype(x, shift, scale)
     n = F.layer_norm(x.to(acc), x.shape[-1:], eps=eps)
     return modulate(n, shift.to(acc), scale.to(acc)).to(x.dtype)
@@ -56,8 +56,9 @@ def layer_norm_modulate_reference(
 def layer_norm_modulate_backward_reference(
     grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, shift and scale: ``dx = J_LN(x)^T (grad (1 + scale))``, the others summed
-    over a row's tokens.
+    """Return the gradients of x, shift and scale.
+
+    ``dx = J_LN(x)^T (grad (1 + scale))``; the others are summed over a row's tokens.
     """
     acc = accumulation_dtype(x, shift, scale)
     grad, n = grad.to(acc), F.layer_norm(x.to(acc), x.shape[-1:], eps=eps)
@@ -72,7 +73,7 @@ def layer_norm_modulate_backward_reference(
 
 
 def modulate(n: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``n * (1 + scale) + shift`` for ``n[B, L, D]`` and rows ``[B, R, D]`` of one dtype."""
+    """Return ``n * (1 + scale) + shift`` of ``n[B, L, D]`` and rows ``[B, R, D]`` of one dtype."""
     if shift.shape[1] == 1:
         return torch.addcmul(shift, n, 1 + scale)
     rows = split_rows(n, shift.shape[1])
@@ -80,14 +81,14 @@ def modulate(n: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
-    """Gradient of x through LayerNorm over the last dimension without affine."""
+    """Return the gradient of x through LayerNorm over the last dimension without affine."""
     centered = x - x.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
     n = centered * rstd
     return rstd * (grad - grad.mean(-1, keepdim=True) - n * (grad * n).mean(-1, keepdim=True))
 
 
-def _check(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> None:
+def _check(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
     check_tokens(_OP, x)
     check_rows(_OP, "shift", shift, x)
     check_rows(_OP, "scale", scale, x)

@@ -66,31 +66,32 @@ ELEMENTS = Limit()
 WHOLE_ROWS = Limit(multiple=8, largest=MAX_KERNEL_DIM)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Hold what one direction of an operator is made from; see :class:`Operator`."""
-
-    reference: Function
-    check: Function
-    limit: Limit
-    fake: Function | None
-
-
 class Direction:
     """Register one operator, forward or backward, and run it on the chosen backend.
 
     Args:
         op: name of the operator, and of its module in ``anyflow.kernels``.
         name: ``"forward"`` or ``"backward"``, a function of that module.
-        part: what the direction is made from.
+        reference, check, limit, fake: as those of :class:`Operator`.
         result: name of the first result, of which an argument ``dtype`` is the dtype.
     """
 
-    def __init__(self, op: str, name: str, part: _Part, result: str) -> None:
-        self.op, self.name, self._part, self._result = op, name, part, result
+    def __init__(
+        self,
+        op: str,
+        name: str,
+        reference: Function,
+        *,
+        check: Function,
+        limit: Limit,
+        fake: Function | None,
+        result: str = "",
+    ) -> None:
+        self.op, self.name, self._result = op, name, result
+        self._reference, self._check, self._limit, self._own_fake = reference, check, limit, fake
         self.registered = op if name == "forward" else f"{op}_{name}"
-        REFERENCES[self.registered] = part.reference
-        schema = torch.library.infer_schema(part.reference, mutates_args=())
+        REFERENCES[self.registered] = reference
+        schema = torch.library.infer_schema(reference, mutates_args=())
         _LIBRARY.define(f"{self.registered}{schema}", tags=_TAGS)
         _LIBRARY.define(f"{self.registered}_native{schema}")
         register_native(self.registered)
@@ -107,7 +108,7 @@ class Direction:
         self.gradients = [n for n in self.tensors if n == "grad" or n.startswith("grad_")]
         self._defaults = [a.default_value for a in arguments]
         self._dtype = self.names.index("dtype") if "dtype" in self.names else None
-        limited = [n for n in self.tensors if n not in part.limit.free]
+        limited = [n for n in self.tensors if n not in limit.free]
         # first an operand that is always there and has D, as incoming gradients may not
         limited.sort(key=lambda n: (n in self.gradients, kinds[n] != "Tensor"))
         self._limited = [self.names.index(n) for n in limited]
@@ -135,7 +136,7 @@ class Direction:
         if self._dtype is not None and args[self._dtype] not in KERNEL_DTYPES:
             return f"{self._result} in {str(args[self._dtype]).removeprefix('torch.')}"
         operands = [args[i] for i in self._limited]
-        return self._part.limit.problem(operands[0], operands)
+        return self._limit.problem(operands[0], operands)
 
     def _run(self, *args: Any) -> Any:
         args = self._filled(args)
@@ -145,17 +146,17 @@ class Direction:
         for tensor in args:
             if isinstance(tensor, Tensor):
                 check_dense(self.registered, tensor)
-        self._part.check(*args)
+        self._check(*args)
         if backend == "triton":
             module = importlib.import_module(f"anyflow.kernels.{self.op}")
             return getattr(module, self.name)(*args)
-        return _contiguous(self._part.reference(*args))
+        return _contiguous(self._reference(*args))
 
     def _fake(self, *args: Any) -> Any:
         args = self._filled(args)
-        self._part.check(*args)
-        if self._part.fake is not None:
-            return _contiguous(self._part.fake(*args))
+        self._check(*args)
+        if self._own_fake is not None:
+            return _contiguous(self._own_fake(*args))
         results = []
         for like, flag in self.like:
             x, wanted = args[like], flag is None or args[flag]
@@ -190,7 +191,7 @@ class Operator:
         backward: ``<name>_backward_reference``, the eager implementation of the gradients. It has
             no derivative of its own, and says so.
         check: raises a ValueError about arguments that are none of the operator's; takes them all.
-            The native kernels have checks of their own (``csrc/checks.cpp``).
+            The native kernels have checks of their own.
         check_backward: the same for the backward.
         limit: what the kernels take.
         fake: results for fake tensors, made contiguous, such as those of the reference; None where
@@ -219,12 +220,18 @@ class Operator:
         self.name = reference.__name__.removesuffix("_reference")
         OPERATORS[self.name] = backends
         self.reference = reference
-        parts = (
-            _Part(reference, check, limit, fake),
-            _Part(backward, check_backward, limit, fake_backward),
+        self.forward = Direction(
+            self.name,
+            "forward",
+            reference,
+            check=check,
+            limit=limit,
+            fake=fake,
+            result=results[0] if results else "",
         )
-        self.forward = Direction(self.name, "forward", parts[0], results[0] if results else "")
-        self.backward = Direction(self.name, "backward", parts[1], "")
+        self.backward = Direction(
+            self.name, "backward", backward, check=check_backward, limit=limit, fake=fake_backward
+        )
         self._connect(results, passed)
         torch.library.register_autograd(
             f"anyflow::{self.name}",
@@ -258,7 +265,7 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if has_tangent(*args):  # torch would drop it, and the derivative would be 0
             forced = forced_backend()
-            if forced is not None and forced[0] != "eager":
+            if forced is not None and forced[0] in OPERATORS[self.name]:
                 raise RuntimeError(
                     f"anyflow.ops.{self.name}: backend {forced[0]!r} ({forced[1]}) has no "
                     "forward-mode derivative; the reference has one: use_backend('eager')"
@@ -278,8 +285,9 @@ class Operator:
 
     def gradients(self, ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Return the gradient of every input, from those of the results and what was kept."""
-        needed = ctx.needs_input_grad
-        gradients: list[Tensor | None] = [None] * len(needed)
+        gradients: list[Tensor | None] = [None] * len(self.forward.names)
+        # no tensor is among those that the dispatcher has dropped
+        needed = [*ctx.needs_input_grad, *[False] * (len(gradients) - len(ctx.needs_input_grad))]
         if self._passed is not None:
             gradients[self._passed] = grads[0]
         if True not in [needed[i] for i in self._differentiable]:

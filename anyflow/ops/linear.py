@@ -1,4 +1,4 @@
-"""A linear layer, by the faster of the libraries that torch brings for it on a CPU."""
+"""Compute a linear layer by one of the two libraries that torch brings for a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORTH_IT = 2**22  # multiplications; as in csrc/cpu/linear.cpp
 
 
 def _left_to_torch() -> str | None:
-    """Why torch's own choice for fp32 on this processor is as good, or None.
+    """Return why torch's own choice for fp32 is kept on this processor, or None.
 
     Its choice is MKL, which is held at AVX2 on any processor that is not Intel's.
     """
@@ -25,10 +25,10 @@ def _left_to_torch() -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this torch is without oneDNN"
     if EXTENSION.cpu_is_intel():
-        return "torch's MKL is as fast on this processor"
-    return (
-        "oneDNN needs AVX2 to be faster" if EXTENSION.cpu_instruction_set() == "generic" else None
-    )
+        return "torch's MKL has the whole instruction set of Intel's processors"
+    if EXTENSION.cpu_instruction_set() == "generic":
+        return "this processor has no AVX2, with which oneDNN is faster"
+    return None
 
 
 if (_reason := _left_to_torch()) is not None:
@@ -36,12 +36,12 @@ if (_reason := _left_to_torch()) is not None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias``, as ``torch.nn.functional.linear``.
+    """Compute ``x weight^T + bias``, as ``torch.nn.functional.linear``.
 
-    The native kernel (CPU) is oneDNN's where torch would take MKL for less: large fp32 products, on
-    a processor that is not Intel's. With AVX-512 that is about twice as fast, with AVX2 about a
-    tenth. Everything else is ``F.linear`` itself, derivatives of any order and autocast included;
-    there is no Triton kernel. Forcing ``"native"`` takes the kernel for every size.
+    The native kernel (CPU) is oneDNN's where torch would take MKL: large fp32 products, on a
+    processor that is not Intel's (``docs/performance-log.md``, 2026-11-25, has both rates). All
+    other calls are ``F.linear`` itself, derivatives of any order and autocast included. Forcing
+    ``"native"`` takes the kernel for every size. No Triton kernel exists.
 
     Args:
         x: ``[..., K]``, any floating dtype.
@@ -64,14 +64,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _takes_operator(x: Tensor, weight: Tensor) -> bool:
-    """Whether the call goes through the operator: where its kernel is faster, or where it is
-    forced.
-    """
+    """Return whether the operator is called: where its kernel is chosen or a backend is forced."""
     if torch.is_autocast_enabled(x.device.type):
         return False
     forced = forced_backend()
     if forced is not None:
-        return forced[0] == "native"
+        return forced[0] != "eager"
     if _OP in LEFT_TO_TORCH or not (x.is_cpu and x.dtype == weight.dtype == torch.float32):
         return False
     return x.numel() * weight.shape[0] >= _WORTH_IT
@@ -96,9 +94,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Eager reference; see :func:`linear`. torch accumulates half precision in fp32 and rounds
-    once.
-    """
+    """Compute :func:`linear` eagerly; torch accumulates half precision in fp32, rounding once."""
     return F.linear(x, weight, bias)
 
 
@@ -110,16 +106,19 @@ def linear_backward_reference(
     weight_gradient: bool,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, each empty unless asked for.
+    """Return the gradients of x, weight and bias, each empty unless asked for.
 
-    They are ``grad weight``, ``grad^T x``, and ``grad`` summed over its rows.
+    They are ``grad weight``, ``grad^T x``, and ``grad`` summed over its tokens.
     """
-    rows = grad.flatten(0, -2) if grad.ndim > 1 else grad.unsqueeze(0)
-    dx = grad @ weight if x_gradient else grad.new_empty(0)
-    dweight = (
-        rows.t() @ x.reshape(rows.shape[0], x.shape[-1]) if weight_gradient else grad.new_empty(0)
-    )
-    return dx, dweight, rows.sum(0) if bias_gradient else grad.new_empty(0)
+    tokens = grad.flatten(0, -2) if grad.ndim > 1 else grad.unsqueeze(0)
+    dx, dweight, dbias = (grad.new_empty(0) for _ in range(3))
+    if x_gradient:
+        dx = grad @ weight
+    if weight_gradient:
+        dweight = tokens.t() @ x.reshape(tokens.shape[0], x.shape[-1])
+    if bias_gradient:
+        dbias = tokens.sum(0)
+    return dx, dweight, dbias
 
 
 def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: bool) -> None:

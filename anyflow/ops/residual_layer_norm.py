@@ -1,4 +1,4 @@
-"""Gated residual, then LayerNorm with affine or modulation, in one operator."""
+"""Add a gated residual and normalize with affine or modulation, in one operator."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def residual_layer_norm(
     scale: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Residual and norm: ``h = x + y * gate``, rounded to x's dtype, and ``n = LN(h)``.
+    """Compute ``h = x + y * gate``, rounded to x's dtype, and ``n = LN(h)``.
 
     LN takes either an affine (``weight``, ``bias``) or a modulation (``shift``, ``scale``), or
     neither.
@@ -77,7 +77,7 @@ def residual_layer_norm_reference(
     scale: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Eager reference; see :func:`residual_layer_norm`."""
+    """Compute :func:`residual_layer_norm` eagerly."""
     h = add(x, y) if gate is None else gated_residual_reference(x, y, gate)
     acc = _accumulation_dtype(x, y, gate, weight, bias, shift, scale)
     n = F.layer_norm(
@@ -145,12 +145,12 @@ def _sum_like(tokens: Tensor, like: Tensor | None, h: Tensor) -> Tensor:
 def _check(
     x: Tensor,
     y: Tensor,
-    gate: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    eps: float = 1e-6,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
 ) -> None:
     check_tokens(_OP, x)
     check_same_shape(_OP, "y", y, x, "x")

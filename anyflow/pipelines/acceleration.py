@@ -1,4 +1,7 @@
-"""Put anyflow's transformer in the place of diffusers' in a pipeline, on the same weights."""
+"""Put anyflow's transformer in the place of diffusers' in a pipeline, on the same weights.
+
+In this module ``theirs`` is diffusers' transformer and ``ours`` is anyflow's.
+"""
 
 from __future__ import annotations
 
@@ -51,11 +54,11 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
     """Run a diffusers pipeline or transformer on anyflow's transformer, or on its operators.
 
     The pipelines are those around diffusers' ``AnyFlowTransformer3DModel`` or
-    ``WanTransformer3DModel``, Wan 2.2's ``transformer_2`` included. Ours gets the very parameters
-    and linear layers of theirs: nothing is copied, dtypes and devices stay, adapters (LoRA) stay
-    loaded, and CPU offloading that is on stays on. Results are the same within rounding
-    (``tests/pipelines/test_acceleration.py``). A second call changes nothing; :func:`restore`
-    undoes the first.
+    ``WanTransformer3DModel``, Wan 2.2's ``transformer_2`` included. anyflow's transformer gets the
+    very parameters and linear layers of diffusers': nothing is copied, dtypes and devices stay,
+    adapters (LoRA) stay loaded, and CPU offloading that is on stays on. Results are the same within
+    rounding (``tests/pipelines/test_acceleration.py``). A second call changes nothing;
+    :func:`restore` undoes the first.
 
     With ``only``, diffusers' transformer stays, with its names, attention backends, fused
     projections and image attention, and just these parts of its blocks are replaced
@@ -64,7 +67,7 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
     - ``"norms"``: LayerNorm, modulation, gates and residuals, three operators a block;
     - ``"rope"``: RMS norm and rotation of the queries and keys of self-attention;
     - ``"gelu"``: the activation of the feed-forward;
-    - ``"linear"``: the linear layers, whose kernel is faster in fp32 on AMD's processors.
+    - ``"linear"``: the linear layers, as :class:`anyflow.ops.Linear`.
 
     Args:
         pipe_or_transformer: a pipeline is changed in place; a transformer is left as it is, except
@@ -72,13 +75,13 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
         only: name of a part, or several. A further call replaces exactly the parts that it names.
 
     Returns:
-        The pipeline itself, or our transformer (with ``only``, the transformer itself). Saved, both
-        load in diffusers.
+        The pipeline itself, or anyflow's transformer (with ``only``, the transformer itself). Both
+        load in diffusers once they are saved.
 
     Raises:
         TypeError: neither such a pipeline nor such a transformer.
         ValueError: a part is unknown; or the transformer cannot be replaced without loss: it has
-            hooks that ours would not have, other attention processors, a device map,
+            hooks that would be lost, other attention processors, a device map,
             ``torch.compile``, or, without ``only``, image attention, fused projections or
             quantized weights.
     """
@@ -113,7 +116,8 @@ def restore(pipe_or_transformer: T) -> T:
         The pipeline itself, or diffusers' transformer.
 
     Raises:
-        ValueError: nothing here was accelerated, or ours has hooks that theirs would not have.
+        ValueError: nothing here was accelerated, or anyflow's transformer has hooks that would be
+            lost.
     """
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
         theirs: Any = _restored(pipe_or_transformer)
@@ -302,10 +306,12 @@ def _problem(module: Any) -> str | None:
 
 def _problem_of_part(module: Any) -> str | None:
     """Return what keeps another class of a module from being run, or None."""
-    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
-        return "a forward of its own, which another package has set"
     problem = _hook_of_accelerate(module)
-    return _hook_of_diffusers(module) if problem is None else problem
+    if problem is None:
+        problem = _hook_of_diffusers(module)
+    if problem is None and "forward" in module.__dict__:  # hooks set a forward, too
+        problem = "a forward of its own, which another package has set"
+    return problem
 
 
 def _hook_of_accelerate(module: Any) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anyflow.pipelines.memory import Memory, check_options
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.renderer import Renderer
 from anyflow.pipelines.request import MAX_SEED, VideoRequest
 from anyflow.pipelines.results import SampleResults, comparison_name, file_name, folder_name
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Failure:
-    """Describe a video that was not made; ``steps`` is None for a comparison."""
+    """Describe a video that was not made; a comparison has no ``num_inference_steps``."""
 
     prompt: str
-    steps: int | None
+    num_inference_steps: int | None
     seed: int
     reason: str
 
@@ -74,8 +74,8 @@ def parse_numbers(name: str, text: str, low: int = 1) -> tuple[int, ...]:
 @locks_folder("out")
 def sample_command(
     settings: SampleSettings,
-    prompts: Sequence[Prompt | str],
-    steps: Sequence[int],
+    prompts: Sequence[VideoPrompt | str],
+    step_counts: Sequence[int],
     out: Path,
     *,
     seeds: Sequence[int] = (0,),
@@ -96,7 +96,7 @@ def sample_command(
     Args:
         settings: what the videos have in common.
         prompts: each is made once, however often it is given.
-        steps: network evaluations of each video.
+        step_counts: network evaluations of each video.
         out: folder; one that was made with other settings is refused.
         seeds: of the noise, which is the same for each prompt and step count.
         first_frames: of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`; the settings
@@ -118,7 +118,7 @@ def sample_command(
         raise ValueError(
             f"the settings name {settings.first_frames} first frames, and first_frames has others"
         )
-    texts = _checked(prompts, steps, seeds)
+    texts = _checked(prompts, step_counts, seeds)
     folders = {text: out / folder_name(text) for text in texts}
     defaults = dataclasses.asdict(SampleSettings(settings.model))
     results = SampleResults.open(out, dataclasses.asdict(settings), defaults)
@@ -126,7 +126,7 @@ def sample_command(
     if console is not None:
         for hint in settings.hints(texts):
             console.print(f"note: {hint}", markup=False)
-    wanted = [(text, seed, count) for text in folders for seed in seeds for count in steps]
+    wanted = [(text, seed, count) for text in folders for seed in seeds for count in step_counts]
     there = {text: results.there(folder) for text, folder in folders.items()}
     todo = [(text, seed, count) for text, seed, count in wanted if (count, seed) not in there[text]]
     failed: list[Failure] = []
@@ -153,17 +153,17 @@ def sample_command(
 
 
 def _checked(
-    prompts: Sequence[Prompt | str], steps: Sequence[int], seeds: Sequence[int]
-) -> list[Prompt]:
+    prompts: Sequence[VideoPrompt | str], step_counts: Sequence[int], seeds: Sequence[int]
+) -> list[VideoPrompt]:
     """Return the prompts, or raise a ValueError for what a run cannot make videos of."""
-    for count in steps:
+    for count in step_counts:
         VideoRequest(num_inference_steps=count)
     for seed in seeds:
         whole_number("seed", seed, 0, MAX_SEED)
-    texts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    texts = [VideoPrompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     for text in texts:
         text.check(f"{shortened(text.text)!r}: ")
-    if not texts or not steps or not seeds:
+    if not texts or not step_counts or not seeds:
         raise ValueError("a run needs prompts, numbers of steps and seeds, and has none of one")
     return texts
 
@@ -176,25 +176,29 @@ class _Videos:
         self.place = ""
 
     def make(
-        self, todo: Sequence[tuple[Prompt, int, int]], folders: Mapping[Prompt, Path]
+        self, todo: Sequence[tuple[VideoPrompt, int, int]], folders: Mapping[VideoPrompt, Path]
     ) -> list[Failure]:
         """Make the videos of prompts, seeds and numbers of steps; return those that failed."""
         failed = []
-        for number, (text, seed, steps) in enumerate(todo, start=1):
+        for number, (text, seed, num_inference_steps) in enumerate(todo, start=1):
             self.place = f"video {number} of {len(todo)}" if len(todo) > 1 else "sampling"
-            if (failure := self.render(text, steps, seed, folders[text])) is not None:
+            if (failure := self.render(text, num_inference_steps, seed, folders[text])) is not None:
                 failed.append(failure)
         return failed
 
-    def render(self, prompt: Prompt, steps: int, seed: int, folder: Path) -> Failure | None:
+    def render(
+        self, prompt: VideoPrompt, num_inference_steps: int, seed: int, folder: Path
+    ) -> Failure | None:
         """Make and write one video and its line of the results."""
-        label = f"{self.place}: {prompt.text[:40]}, {counted(steps, 'step')}, seed {seed}"
+        label = (
+            f"{self.place}: {prompt.text[:40]}, {counted(num_inference_steps, 'step')}, seed {seed}"
+        )
         try:
-            with _steps_bar(self.console, label, steps) as bar:
-                entry = self._render(prompt, steps, seed, folder, bar)
+            with _steps_bar(self.console, label, num_inference_steps) as bar:
+                entry = self._render(prompt, num_inference_steps, seed, folder, bar)
         # memory, disk, NaN: the next video may work
         except (RuntimeError, ValueError, OSError, FloatingPointError) as error:
-            return Failure(prompt.text, steps, seed, self.renderer.reason(error))
+            return Failure(prompt.text, num_inference_steps, seed, self.renderer.reason(error))
         self.results.add(entry)
         if self.console is not None:
             seconds = entry["seconds"]
@@ -207,22 +211,29 @@ class _Videos:
         return None
 
     def _render(
-        self, prompt: Prompt, steps: int, seed: int, folder: Path, bar: _StepsBar | None
+        self,
+        prompt: VideoPrompt,
+        num_inference_steps: int,
+        seed: int,
+        folder: Path,
+        bar: _StepsBar | None,
     ) -> dict[str, Any]:
         pipe = self.renderer.pipe
         folder.mkdir(parents=True, exist_ok=True)
         (folder / comparison_name(seed)).unlink(missing_ok=True)  # it will lack this video
         if bar is None:
-            images, seconds = self.renderer.frames(prompt, steps, seed)
+            images, seconds = self.renderer.frames(prompt, num_inference_steps, seed)
         else:
             images, seconds = self.renderer.frames(
-                prompt, steps, seed, bar.advance, lambda: bar.say("decoding")
+                prompt, num_inference_steps, seed, bar.advance, lambda: bar.say("decoding")
             )
-        file = write_video(images, folder / file_name(steps, seed), self.renderer.settings.fps)
+        file = write_video(
+            images, folder / file_name(num_inference_steps, seed), self.renderer.settings.fps
+        )
         return {
             "prompt": prompt.text,
             "negative_prompt": self.renderer.negative(prompt),
-            "steps": steps,
+            "steps": num_inference_steps,
             "seed": seed,
             "file": f"{folder.name}/{file.name}",
             "seconds": seconds,
@@ -238,11 +249,11 @@ class _Videos:
 class _StepsBar:
     """Show a bar of the steps of a video; without a terminal a line every half minute."""
 
-    def __init__(self, bars: LoggedProgress, label: str, steps: int) -> None:
+    def __init__(self, bars: LoggedProgress, label: str, num_inference_steps: int) -> None:
         from rich.markup import escape
 
         self._bars, self._label = bars, escape(label)
-        self._task = bars.add_task(self._label, total=steps)
+        self._task = bars.add_task(self._label, total=num_inference_steps)
 
     def advance(self, index: int, timestep: float, latents: Tensor) -> None:
         """Move the bar; a callback of the sampler."""
@@ -254,7 +265,9 @@ class _StepsBar:
 
 
 @contextmanager
-def _steps_bar(console: Console | None, label: str, steps: int) -> Iterator[_StepsBar | None]:
+def _steps_bar(
+    console: Console | None, label: str, num_inference_steps: int
+) -> Iterator[_StepsBar | None]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -271,11 +284,11 @@ def _steps_bar(console: Console | None, label: str, steps: int) -> Iterator[_Ste
     with LoggedProgress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bars:
-        yield _StepsBar(bars, label, steps)
+        yield _StepsBar(bars, label, num_inference_steps)
 
 
 def _compare(
-    prompt: Prompt, seed: int, folder: Path, results: SampleResults, console: Console | None
+    prompt: VideoPrompt, seed: int, folder: Path, results: SampleResults, console: Console | None
 ) -> Failure | None:
     """Write the comparison of a seed's step counts, unless it exists or has a single video."""
     videos = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from anyflow.pipelines.frames import frames_of_type
 from anyflow.pipelines.memory import Memory
 from anyflow.pipelines.pipeline import AnyFlowPipeline
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.sample_settings import DTYPES, SampleSettings
 from anyflow.sampling import Callback
 from anyflow.utils.writing import system_error
@@ -34,7 +34,7 @@ class Renderer:
     def __init__(
         self,
         settings: SampleSettings,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[VideoPrompt],
         first_frames: Any = None,
         *,
         memory: Memory = "auto",
@@ -65,14 +65,14 @@ class Renderer:
         if settings.lora is not None:
             self.pipe.load_lora(settings.lora)
 
-    def negative(self, prompt: Prompt) -> str | None:
+    def negative(self, prompt: VideoPrompt) -> str | None:
         """Return the negative prompt of a prompt; None without guidance."""
         return None if self.settings.guidance_scale == 1 else self._negative(prompt)
 
     def frames(
         self,
-        prompt: Prompt,
-        steps: int,
+        prompt: VideoPrompt,
+        num_inference_steps: int,
         seed: int,
         callback: Callback | None = None,
         before_decoding: Callable[[], None] | None = None,
@@ -81,7 +81,7 @@ class Renderer:
 
         Args:
             prompt: one of those given.
-            steps: network evaluations.
+            num_inference_steps: network evaluations.
             seed: of the noise.
             callback: of :func:`anyflow.sampling.sample`.
             before_decoding: called between the last step and the VAE.
@@ -102,7 +102,7 @@ class Renderer:
             height=settings.height,
             width=settings.width,
             num_frames=settings.num_frames,
-            num_inference_steps=steps,
+            num_inference_steps=num_inference_steps,
             guidance_scale=settings.guidance_scale,
             seed=seed,
             video=self.first_frames,
@@ -135,6 +135,6 @@ class Renderer:
             return f"no memory for {size}; {advice} ({reason})"
         return reason
 
-    def _negative(self, prompt: Prompt) -> str:
+    def _negative(self, prompt: VideoPrompt) -> str:
         given = self.settings.negative_prompt if prompt.negative is None else prompt.negative
         return "" if given is None else given

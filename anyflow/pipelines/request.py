@@ -25,7 +25,7 @@ class VideoRequest:
 
     Args:
         negatives: number of negative prompts; None without one.
-        context_frames: frames given to go on from.
+        context_frames: number of clean first frames that are given.
 
     Raises:
         ValueError: a field is no such number.

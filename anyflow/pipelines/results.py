@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.utils.documents import read_json, shortened
 from anyflow.utils.validation import brief
 from anyflow.utils.versions import differences, installed_versions
@@ -24,16 +24,16 @@ _WITHOUT_SEED = re.compile(r"steps-(\d+)\.mp4")  # anyflow 0.1 had one seed for 
 _OLD_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def folder_name(prompt: Prompt) -> str:
+def folder_name(prompt: VideoPrompt) -> str:
     """Name the folder of a prompt, readable and different for each pair of prompts."""
     slug = re.sub(r"[\W_]+", "-", prompt.text.lower()).strip("-")[:40].strip("-")
     key = prompt.text if prompt.negative is None else f"{prompt.text}\0{prompt.negative}"
     return f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:8]}".lstrip("-")
 
 
-def file_name(steps: int, seed: int) -> str:
+def file_name(num_inference_steps: int, seed: int) -> str:
     """Name the video of a prompt at a number of steps."""
-    return f"steps-{steps:02d}-seed-{seed}.mp4"
+    return f"steps-{num_inference_steps:02d}-seed-{seed}.mp4"
 
 
 def comparison_name(seed: int) -> str:

@@ -15,7 +15,7 @@ from anyflow.pipelines.plain_wan import (
     require_flow_map,
     require_one_transformer,
 )
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.request import VideoRequest
 from anyflow.utils.documents import shortened
 from anyflow.utils.validation import finite_number
@@ -67,7 +67,7 @@ class SampleSettings:
             raise ValueError(f"fps must be >= 0.01 and < 1000, got {self.fps}")
         if self.lora is not None:
             open_lora(self.lora)
-        Prompt("", self.negative_prompt).check("")
+        VideoPrompt("", self.negative_prompt).check("")
         if self.image is not None and self.video is not None:
             raise ValueError("give either image (one frame) or video (several), not both")
         paths = ModelPaths.find(self.model, self.transformer)
@@ -91,7 +91,7 @@ class SampleSettings:
             return 1
         return 0 if self.video_frames is None else self.video_frames
 
-    def hints(self, prompts: Sequence[Prompt]) -> list[str]:
+    def hints(self, prompts: Sequence[VideoPrompt]) -> list[str]:
         """Return what a user may not have meant, a line each."""
         lines = []
         transformer = ModelPaths.find(self.model, self.transformer).transformer / "transformer"

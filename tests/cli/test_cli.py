@@ -1,4 +1,4 @@
-"""The command line itself: entry points, version, help."""
+"""Test the command line: entry points, version, help."""
 
 import os
 import re
@@ -31,9 +31,7 @@ def test_version_and_help(tmp_path: Path) -> None:
 
 
 def test_every_command_ends_its_help_with_examples_that_it_understands() -> None:
-    """Each begins with the command's name and has only options that its help lists; the page
-    exists.
-    """
+    """Check each example's command and options against the help, and that its page exists."""
     docs = Path(__file__).parents[2] / "docs"
     names = [command.callback.__name__ for command in app.registered_commands]
     assert set(names) == set(EPILOGS)

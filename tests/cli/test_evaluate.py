@@ -1,6 +1,4 @@
-"""`anyflow evaluate` as a user runs it, on a small model of moving shapes: files, record, resuming,
-refusals.
-"""
+"""Test `anyflow evaluate` on a small model of moving shapes, as a user runs it."""
 
 import json
 import os
@@ -44,7 +42,7 @@ def grays(file: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def finished(shapes_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished evaluation; its output is beside it."""
+    """Return a finished evaluation and its output."""
     out = tmp_path_factory.mktemp("evaluation") / "out"
     result = run("--model", shapes_model, *SMALL, "--out", out)
     assert result.exit_code == 0, result.output
@@ -85,7 +83,7 @@ def test_a_run_leaves_videos_record_and_report(finished: Path, shapes_model: Pat
 def test_a_video_is_what_the_model_makes_of_its_own_noise(
     finished: Path, shapes_model: Path
 ) -> None:
-    """From the noise's seed by hand: a hash of the seed, the index and the prompt."""
+    """Derive the noise's seed by hand: a hash of the seed, the index and the prompt."""
     import hashlib
 
     model = AnyFlowTransformer3DModel.from_pretrained(shapes_model / "transformer")
@@ -238,7 +236,7 @@ def test_a_run_of_the_demo_is_its_last_stage(shapes_model: Path, tmp_path: Path)
 def test_what_cannot_be_evaluated(
     shapes_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is one line and exit status 2, and leaves nothing behind."""
+    """Expect one line and exit status 2 for each, and nothing left behind."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red panda\n")
     (tmp_path / "full").mkdir()

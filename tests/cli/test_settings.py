@@ -1,4 +1,4 @@
-"""Settings of `anyflow train` that are written otherwise than key=value: what the command says."""
+"""Test what `anyflow train` says of settings that are not written key=value."""
 
 import pytest
 from typer.testing import CliRunner

@@ -1,4 +1,4 @@
-"""verify(): our network against diffusers' on the weights of real folders."""
+"""Test verify(): our network against diffusers' on the weights of real folders."""
 
 import gc
 import json
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from anyflow.formats.verify import Comparison, VerifyReport, verify
+from anyflow.formats.verify import Deviation, VerifyReport, verify
 from anyflow.models import AnyFlowTransformer3DModel
 
 TINY: dict[str, Any] = {
@@ -28,7 +28,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def saved(network: nn.Module, folder: Path) -> Path:
-    """A folder of the network with random norms and biases too."""
+    """Save the network with random norms and biases, too."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -77,7 +77,7 @@ def test_the_folder_of_a_pipeline_and_of_our_own_class(tmp_path: Path) -> None:
 
 
 def test_a_real_difference_fails(tmp_path: Path) -> None:
-    """diffusers does not know this fusion and evaluates another."""
+    """Save a fusion that diffusers does not know: it evaluates another."""
     folder = saved(
         AnyFlowTransformer3DModel(**TINY, r_embedder_fusion="additive", gate_value=0.7), tmp_path
     )
@@ -115,12 +115,12 @@ def test_sizes_beyond_the_network_and_weights_cut_off_are_refused(flow_map) -> N
 
 @pytest.mark.parametrize("mean", [float("nan"), float("inf")])
 def test_no_limit_passes_what_is_not_finite(mean) -> None:
-    assert not Comparison("a", mean, mean, float("inf")).passed
+    assert not Deviation("a", mean, mean, float("inf")).passed
 
 
 def test_table() -> None:
     report = VerifyReport(
-        "a title", (Comparison("one", 1e-7, 2e-7, 1e-5), Comparison("two", 3e-5, 4e-5, 1e-5))
+        "a title", (Deviation("one", 1e-7, 2e-7, 1e-5), Deviation("two", 3e-5, 4e-5, 1e-5))
     )
     assert str(report).splitlines() == [
         "a title",

@@ -115,7 +115,7 @@ def test_a_base_that_is_no_small_file_is_refused_with_its_place(kind: str, tmp_p
         ),
         (
             "student.architecture.patch_size=[1,0,2]",
-            "patch_size (rows) must be a whole number from 1 to 64, got 0",
+            "patch_size (height) must be a whole number from 1 to 64, got 0",
         ),
         ("parallel.timeout_s=999999999999999", "timeout_s: must be at most 2592000"),
         ("parallel.sequence=4", "sequence: must divide the 2 attention heads of student, got 4"),

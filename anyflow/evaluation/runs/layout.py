@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyflow.evaluation.runs.record import RECORD_FILE
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.results import folder_name
 from anyflow.utils.documents import shortened
 from anyflow.utils.writing import write_text
@@ -108,7 +108,7 @@ def video_stems(prompts: Sequence[str]) -> dict[str, str]:
         stem = (
             prompt
             if _is_file_name(prompt) and _folded(prompt) not in taken
-            else folder_name(Prompt(prompt))
+            else folder_name(VideoPrompt(prompt))
         )
         taken.add(_folded(stem))
         stems[prompt] = stem

@@ -18,7 +18,7 @@ from anyflow.evaluation.runs.layout import check_model_name
 from anyflow.pipelines.loading import ModelPaths, load_transformer
 from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.plain_wan import load_scheduler, require_flow_map
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.renderer import Renderer
 from anyflow.pipelines.sample_settings import SampleSettings
 from anyflow.sampling import Callback, sample
@@ -35,7 +35,7 @@ class VideoMaker(Protocol):
     """Make videos of a model that is loaded."""
 
     def frames(
-        self, prompt: Prompt, num_inference_steps: int, seed: int, callback: Callback
+        self, prompt: VideoPrompt, num_inference_steps: int, seed: int, callback: Callback
     ) -> Any:
         """Make the frames of one video, as :func:`anyflow.pipelines.write_video` takes them."""
         ...
@@ -63,7 +63,7 @@ class VideoModel(Protocol):
         """Size and rate of the videos."""
         ...
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check(self, prompts: Sequence[VideoPrompt]) -> None:
         """Raise a ValueError for what cannot work, before a weight is loaded."""
         ...
 
@@ -71,7 +71,7 @@ class VideoModel(Protocol):
         """Return what decides the videos beside prompt, steps and noise, for the record."""
         ...
 
-    def load(self, prompts: Sequence[Prompt]) -> VideoMaker:
+    def load(self, prompts: Sequence[VideoPrompt]) -> VideoMaker:
         """Load the weights, and encode the prompts."""
         ...
 
@@ -122,7 +122,7 @@ class PipelineModel:
         s = self.settings
         return VideoFormat(s.height, s.width, s.num_frames, s.fps)
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check(self, prompts: Sequence[VideoPrompt]) -> None:
         """Raise a ValueError for what cannot work."""
         self.settings.check()
         check_options(
@@ -147,7 +147,7 @@ class PipelineModel:
             ),
         }
 
-    def load(self, prompts: Sequence[Prompt]) -> VideoMaker:
+    def load(self, prompts: Sequence[VideoPrompt]) -> VideoMaker:
         """Load the weights, and encode the prompts."""
         options = {"memory": self.memory, "compile": self.compile, "cuda_graph": self.cuda_graph}
         return _PipelineMaker(Renderer(self.settings, prompts, device=self.device, **options))  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ class _PipelineMaker:
     renderer: Renderer
 
     def frames(
-        self, prompt: Prompt, num_inference_steps: int, seed: int, callback: Callback
+        self, prompt: VideoPrompt, num_inference_steps: int, seed: int, callback: Callback
     ) -> Any:
         """Make the frames of one video."""
         return self.renderer.frames(prompt, num_inference_steps, seed, callback)[0]
@@ -197,7 +197,7 @@ class ShapesModel:
     seed: int = 0
     video: VideoFormat = field(default=VideoFormat(96, 96, 8, 8.0))
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check(self, prompts: Sequence[VideoPrompt]) -> None:
         """Raise a ValueError for what cannot work."""
         resolve_device(self.device)
         if not self.euler:
@@ -222,7 +222,7 @@ class ShapesModel:
             "weights": weights,
         }
 
-    def load(self, prompts: Sequence[Prompt]) -> VideoMaker:
+    def load(self, prompts: Sequence[VideoPrompt]) -> VideoMaker:
         """Load the weights."""
         return _ShapesMaker(self)
 
@@ -244,7 +244,7 @@ class _ShapesMaker:
         self.scheduler = load_scheduler(model.folder, euler=model.euler)
 
     def frames(
-        self, prompt: Prompt, num_inference_steps: int, seed: int, callback: Callback
+        self, prompt: VideoPrompt, num_inference_steps: int, seed: int, callback: Callback
     ) -> Any:
         """Make the frames of one video, ``[8, 96, 96, 3]`` uint8."""
         world = self.world

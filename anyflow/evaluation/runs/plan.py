@@ -11,7 +11,7 @@ from typing import Any
 from anyflow.evaluation.runs.layout import check_model_name
 from anyflow.evaluation.runs.models import VideoModel
 from anyflow.evaluation.runs.record import MAX_SAMPLES, MAX_SEED, EvaluationRecord, ModelRecord
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.schedulers import MAX_STEPS
 from anyflow.utils.documents import shortened
 from anyflow.utils.validation import brief, whole_number
@@ -43,7 +43,7 @@ class EvaluationPlan:
     """
 
     models: Mapping[str, VideoModel]
-    prompts: Sequence[Prompt]
+    prompts: Sequence[VideoPrompt]
     step_counts: Sequence[int]
     num_samples: int = 5
     seed: int = 0
@@ -60,7 +60,7 @@ class EvaluationPlan:
         whole_number("seed", self.seed, 0, MAX_SEED)
         whole_number("reference_steps", self.reference_steps, 0, MAX_STEPS)
         prompts = tuple(dict.fromkeys(self.prompts))
-        negatives: dict[str, Prompt] = {}
+        negatives: dict[str, VideoPrompt] = {}
         for prompt in prompts:
             prompt.check(f"{shortened(prompt.text)!r}: ")
             if negatives.setdefault(prompt.text, prompt) != prompt:

@@ -14,7 +14,7 @@ from anyflow.evaluation.runs.layout import Layout
 from anyflow.evaluation.runs.models import VideoMaker
 from anyflow.evaluation.runs.plan import EvaluationPlan
 from anyflow.evaluation.runs.ranks import POLL_SECONDS, Rank
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.video import write_video
 from anyflow.utils.progress import LoggedProgress, counted, status
 from anyflow.utils.writing import publish, system_error
@@ -34,7 +34,7 @@ class Job:
 
     model: str
     num_inference_steps: int
-    prompt: Prompt
+    prompt: VideoPrompt
     sample: int
     file: Path
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from anyflow.ops.attention.operator import attention, unsupported_kind
 from anyflow.ops.backend import missing as missing_operator
+from anyflow.ops.setting import ATTENTION_BACKEND
 
 _PROBING = threading.RLock()  # warnings' filters and torch's switches are those of the process
 
@@ -269,7 +270,8 @@ _TABLE: tuple[AttentionBackend, ...] = (
     MathKernel("math", SDPBackend.MATH, _switches.math_sdp_enabled),
 )
 BACKENDS = {backend.name: backend for backend in _TABLE}
-ATTENTION_BACKENDS = tuple(BACKENDS)
+ATTENTION_BACKENDS = ATTENTION_BACKEND.names
+assert tuple(BACKENDS) == ATTENTION_BACKENDS, "the table and the setting list the same names"
 TORCH_KERNELS = {item.name: item for item in _TABLE if isinstance(item, TorchKernel)}
 
 

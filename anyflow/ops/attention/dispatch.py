@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import operator
-import os
 
 import torch
 from torch import Tensor
 
-from anyflow.ops.attention.backends import (
-    ATTENTION_BACKENDS,
-    BACKENDS,
-    missing,
-    sdpa,
-)
+from anyflow.ops.attention.backends import BACKENDS, missing, sdpa
 from anyflow.ops.attention.choice import select
 from anyflow.ops.attention.operator import heads_first
 from anyflow.ops.backend import forced_backend
@@ -32,13 +26,13 @@ class use_attention_backend(Use):
     must hold the backward pass too.
 
     Raises:
-        ValueError: the name is not one of :data:`ATTENTION_BACKENDS`.
+        ValueError: the name is not one of ``anyflow.models.attention.ATTENTION_BACKENDS``.
     """
 
     setting = ATTENTION_BACKEND
 
     def __init__(self, name: str | None) -> None:
-        super().__init__(None if name is None else validated_backend(name))
+        super().__init__(name)
 
 
 def attention(
@@ -101,16 +95,6 @@ def attention(
     return BACKENDS[name].run(query, key, value)
 
 
-def validated_backend(name: str, prefix: str = "") -> str:
-    """Return the name, or raise a ValueError that lists the names if it is none of them."""
-    if name not in ATTENTION_BACKENDS:
-        raise ValueError(
-            f"{prefix}unknown attention backend {name!r}; expected one of "
-            f"{', '.join(ATTENTION_BACKENDS)}"
-        )
-    return name
-
-
 def require_backend(name: str, devices: tuple[torch.device, ...]) -> None:
     """Raise a RuntimeError that says why, if a backend runs on none of the devices."""
     problems = [missing(name, device) for device in devices]
@@ -119,15 +103,12 @@ def require_backend(name: str, devices: tuple[torch.device, ...]) -> None:
 
 
 def _forced_backend(argument: str | None) -> tuple[str | None, str]:
+    """Return the forced backend and who forces it, or None and nothing."""
     if argument is not None:
-        return validated_backend(argument, "attention_backend: "), "forced by attention_backend="
-    forced = ATTENTION_BACKEND.get()
-    if forced is not None:
-        return forced, "forced by use_attention_backend()"
-    name = os.environ.get("ANYFLOW_ATTENTION")
-    if name:
-        return validated_backend(name, "ANYFLOW_ATTENTION: "), "forced by ANYFLOW_ATTENTION"
-    return None, ""
+        name = ATTENTION_BACKEND.checked(argument, "attention_backend: ")
+        return name, "forced by attention_backend="
+    forced = ATTENTION_BACKEND.forced()
+    return (None, "") if forced is None else forced
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ import pytest
 
 from anyflow.evaluation.runs.models import find_shapes_model, fingerprint
 from anyflow.evaluation.runs.plan import EvaluationPlan, covers
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 
 
 @pytest.fixture
@@ -15,7 +15,12 @@ def plan(shapes_model: Path) -> EvaluationPlan:
     model = find_shapes_model(str(shapes_model))
     assert model is not None
     return EvaluationPlan(
-        {"student": model}, [Prompt("disc right"), Prompt("cross down")], [4, 1, 4], 2, 7, 8
+        {"student": model},
+        [VideoPrompt("disc right"), VideoPrompt("cross down")],
+        [4, 1, 4],
+        2,
+        7,
+        8,
     )
 
 
@@ -24,7 +29,7 @@ def test_the_noise_depends_on_seed_prompt_and_sample_alone(plan: EvaluationPlan)
     assert seed == 7890882593769654539  # the same in every process, version and order
     other = replace(
         plan,
-        prompts=[Prompt("cross right"), *plan.prompts],
+        prompts=[VideoPrompt("cross right"), *plan.prompts],
         step_counts=[2],
         num_samples=5,
         reference_steps=0,
@@ -59,9 +64,9 @@ def test_another_setting_is_refused_with_what_differs(plan: EvaluationPlan, tmp_
         "--seed 7 is now 8": replace(plan, seed=8),
         "--num-samples 2 is now 3": replace(plan, num_samples=3),
         "prompts: 'disc down' is new": replace(
-            plan, prompts=[Prompt("disc down"), Prompt("cross down")]
+            plan, prompts=[VideoPrompt("disc down"), VideoPrompt("cross down")]
         ),
-        "prompts: 2 are now 1": replace(plan, prompts=[Prompt("disc right")]),
+        "prompts: 2 are now 1": replace(plan, prompts=[VideoPrompt("disc right")]),
         "reference_steps 8 is now 0": replace(plan, reference_steps=0),
         "euler False is now True": replace(
             plan, models={"student": replace(plan.models["student"], euler=True)}
@@ -95,7 +100,10 @@ def test_a_fingerprint_tells_checkpoints_apart_wherever_they_lie(tmp_path: Path)
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"reference_steps": -1}, "reference_steps must be a whole number from 0"),
         ({"prompts": []}, "prompts and steps must not be empty"),
-        ({"prompts": [Prompt("a"), Prompt("a", "b")]}, "'a' occurs with two negative prompts"),
+        (
+            {"prompts": [VideoPrompt("a"), VideoPrompt("a", "b")]},
+            "'a' occurs with two negative prompts",
+        ),
         ({"models": {"a/b": None}}, "cannot be the name of a model"),
     ],
 )
