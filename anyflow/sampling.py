@@ -1,6 +1,4 @@
-"""Samplers that read like the algorithm: the any-step flow map, and the re-noising consistency
-sampler beside it.
-"""
+"""Sample by the any-step flow map, or by the consistency sampler beside it, which adds noise."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.models.network import evaluate, has_flow_map, has_hooks
+from anyflow.models.network import evaluate, has_flow_map
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.rng import randn_like
 from anyflow.utils.transfer import device_tensor, to_device
@@ -45,8 +43,9 @@ def sample(
     use_mean_velocity: bool = True,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Any-step flow-map sampling: ``x <- x - (t - r) u(x, t, r)`` along the schedule, without
-    re-noising.
+    """Sample by the any-step flow map: ``x <- x - (t - r) u(x, t, r)`` along the schedule.
+
+    No noise is added between the steps.
 
     Args:
         model: ``u(x_t, t, r)``, an :class:`~anyflow.models.AnyFlowTransformer3DModel` or a module
@@ -76,28 +75,30 @@ def sample(
     Raises:
         ValueError: shapes do not fit, values are out of range, or a tensor given holds NaN or
             infinity.
-        FloatingPointError: the latents do so after a step, which is named with the videos; found at
-            the end, where the host waits for the device once.
+        FloatingPointError: the latents hold NaN or infinity after a step, which is named with the
+            videos; found at the end, where the host waits for the device once.
     """
     sigmas = _schedule(scheduler, num_inference_steps, sigmas, timesteps)
     network = _Network(model, noise, prompt_embeds, guidance_scale, negative_prompt_embeds)
-    context = _context(context_latents, noise)
-    kept = 0 if context is None else context.shape[1]
+    first_frames = _first_frames(context_latents, noise)
+    kept = 0 if first_frames is None else first_frames.shape[1]
     times = (sigmas * scheduler.config.num_train_timesteps).tolist()
-    network.embed_times(times[:-1], times[1:] if use_mean_velocity else None, kept)
-    if context is not None:
-        network.finite.note("context_latents", context)
+    network.set_times(times[:-1], times[1:] if use_mean_velocity else None, kept)
+    if first_frames is not None:
+        network.finite.note("context_latents", first_frames)
 
     latents = noise.to(torch.promote_types(noise.dtype, torch.float32))
     for i, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
-        latents = _with_context(latents, context)
+        latents = _with_first_frames(latents, first_frames)
         velocity = network(latents.to(noise.dtype), i)
         latents = latents - (sigma - following) * velocity.to(latents.dtype)
         if callback is not None:
-            replaced = callback(i, times[i], _with_context(latents, context).to(noise.dtype))
+            replaced = callback(
+                i, times[i], _with_first_frames(latents, first_frames).to(noise.dtype)
+            )
             latents = latents if replaced is None else _replacement(replaced, latents)
         network.note(latents[:, kept:])
-    return network.checked(_with_context(latents, context).to(noise.dtype))
+    return network.checked(_with_first_frames(latents, first_frames).to(noise.dtype))
 
 
 @torch.no_grad()
@@ -112,17 +113,16 @@ def sample_consistency(
     timesteps: Schedule | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Consistency sampling with the same network: jump to t = 0, re-noise to the next time, jump
-    again.
+    """Sample as consistency models do: jump to t = 0, add noise up to the next time, jump again.
 
-    This is how consistency models and DMD students are sampled. More steps mean more injected
-    noise, so quality need not improve with them; it is here for comparison. Arguments, result and
-    errors are those of :func:`sample`; ``generator`` draws the noise that is added.
+    DMD students are sampled in this way too. More steps mean more added noise, so that quality need
+    not improve with them; the function is here for comparison. Arguments, result and errors are
+    those of :func:`sample`; ``generator`` draws the noise that is added.
     """
     sigmas = _schedule(scheduler, num_inference_steps, sigmas, timesteps)
     network = _Network(model, noise, prompt_embeds, 1.0, None)
     times = (sigmas * scheduler.config.num_train_timesteps).tolist()
-    network.embed_times(times[:-1], [0.0] * (len(times) - 1), 0)
+    network.set_times(times[:-1], [0.0] * (len(times) - 1), 0)
 
     latents = noise.to(torch.promote_types(noise.dtype, torch.float32))
     for i, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
@@ -136,9 +136,7 @@ def sample_consistency(
 
 
 class _Network:
-    """The guided velocity at each step of a schedule, with time embeddings and text keys and values
-    computed once.
-    """
+    """Evaluate the guided velocity at each step of a schedule, and check it for NaN at the end."""
 
     def __init__(
         self,
@@ -165,12 +163,6 @@ class _Network:
             text = torch.cat([self._embeds("negative_prompt_embeds", negative, noise), text])
         self.model, self.text, self.batch_size = model, text, len(text)
         self.frames, self.device = noise.shape[1], noise.device
-        # What is offloaded is on the device during a module's own call only.
-        self.cached = (
-            hasattr(model, "embed_time") and hasattr(model, "encode_text") and not has_hooks(model)
-        )
-        self.context = model.encode_text(text) if self.cached else None
-        self.r: Tensor | None = None
         self.steps = 0
 
     def _embeds(self, name: str, embeds: Tensor, noise: Tensor) -> Tensor:
@@ -185,11 +177,10 @@ class _Network:
         self.finite.note(str(self.steps), latents)
 
     def checked(self, result: Tensor) -> Tensor:
-        """Return the result if nothing that was noted, nor the result itself, holds NaN or
-        infinity.
+        """Return the result if neither it nor anything noted holds NaN or infinity.
 
         Raises:
-            ValueError: what was given to the sampler does.
+            ValueError: a tensor given to the sampler does.
             FloatingPointError: the latents do after a step, or overflow when they are rounded to
                 the result's dtype.
         """
@@ -197,53 +188,47 @@ class _Network:
         found = self.finite.first()
         if found is None:
             return result
-        name, rows, count = found
+        name, picked, count = found
         if not name.isdecimal():
-            raise ValueError(f"{name} holds NaN or infinite values ({numbered(rows, count)})")
+            raise ValueError(f"{name} holds NaN or infinite values ({numbered(picked, count)})")
         raise FloatingPointError(
-            f"the latents of {numbered(rows, count)} are not finite (NaN or infinity) after step "
-            f"{name} of "
-            f"{self.steps}: {overflow_advice(self.model, result)}"
+            f"the latents of {numbered(picked, count)} are not finite (NaN or infinity) after step "
+            f"{name} of {self.steps}: {overflow_advice(self.model, result)}"
         )
 
-    def embed_times(
-        self, times: list[float], targets: list[float] | None, context_frames: int
-    ) -> None:
-        """Prepare all steps: one row per step, or one per frame when context frames stay at t = 0.
+    def set_times(self, times: list[float], targets: list[float] | None, kept: int) -> None:
+        """Put the times of all steps on the device: one per step, or one per step and frame.
 
-        ``targets`` None asks for the instantaneous velocity: r = t, or the plain path of a model
-        without a flow map.
+        Args:
+            times: t of each step.
+            targets: r of each step; None asks for the instantaneous velocity: r = t, or the plain
+                path of a model without a flow map.
+            kept: the number of clean first frames, whose times are 0.
         """
-        if targets is not None and not has_flow_map(self.model):
+        flow_map = has_flow_map(self.model)
+        if targets is not None and not flow_map:
             raise ValueError(
                 "this model has no second timestep branch: pass use_mean_velocity=False for plain "
                 "Euler steps"
             )
-        self.t = device_tensor(times, torch.float32, self.device)
-        self.r = self.t if targets is None else device_tensor(targets, torch.float32, self.device)
-        if context_frames:
+        t = device_tensor(times, torch.float32, self.device)
+        r = t if targets is None else device_tensor(targets, torch.float32, self.device)
+        if kept:
             frame = torch.arange(self.frames, device=self.device)
-            self.t = torch.where(frame < context_frames, 0.0, self.t[:, None])
-            self.r = self.t if targets is None else self.r[:, None].expand_as(self.t)
-        if not has_flow_map(self.model):
-            self.r = None
-        self.times = self.model.embed_time(self.t, self.r) if self.cached else None
+            t = torch.where(frame < kept, 0.0, t[:, None])
+            r = t if targets is None else r[:, None].expand_as(t)
+        self.t, self.r = t, r if flow_map else None
 
     def __call__(self, latents: Tensor, step: int) -> Tensor:
         x = torch.cat([latents, latents]) if self.guided else latents
-        if self.times is not None:
-            times = self.times[step].expand(self.batch_size)
-            velocity = evaluate(self.model, x, time_embedding=times, text_context=self.context)
-        else:
-            velocity = evaluate(
-                self.model,
-                x,
-                timestep=self.t[step].expand(self.batch_size, *self.t.shape[1:]),
-                r_timestep=None
-                if self.r is None
-                else self.r[step].expand(self.batch_size, *self.r.shape[1:]),
-                encoder_hidden_states=self.text,
-            )
+        shape = (self.batch_size, *self.t.shape[1:])
+        velocity = evaluate(
+            self.model,
+            x,
+            timestep=self.t[step].expand(shape),
+            r_timestep=None if self.r is None else self.r[step].expand(shape),
+            encoder_hidden_states=self.text,
+        )
         if not self.guided:
             return velocity
         wide = torch.promote_types(velocity.dtype, torch.float32)
@@ -262,7 +247,7 @@ def _schedule(
 
 
 def _replacement(latents: Any, like: Tensor) -> Tensor:
-    """Latents that a callback returned, for the next step; ValueError for anything else."""
+    """Return latents that a callback returned, for the next step; ValueError for others."""
     if not isinstance(latents, Tensor) or latents.shape != like.shape or latents.is_complex():
         got = (
             f"{tuple(latents.shape)} {latents.dtype}"
@@ -273,28 +258,23 @@ def _replacement(latents: Any, like: Tensor) -> Tensor:
     return to_device(latents, like.device, like.dtype)
 
 
-def _context(context: Tensor | None, noise: Tensor) -> Tensor | None:
-    if context is None:
+def _first_frames(context_latents: Tensor | None, noise: Tensor) -> Tensor | None:
+    if context_latents is None:
         return None
-    require_latents("context_latents", context)
-    require_finite("context_latents", context)
-    b, f = noise.shape[:2]
-    if (
-        context.shape[0] not in (1, b)
-        or context.shape[2:] != noise.shape[2:]
-        or context.shape[1] >= f
-    ):
+    require_latents("context_latents", context_latents)
+    require_finite("context_latents", context_latents)
+    (b, f), given = noise.shape[:2], context_latents.shape
+    if given[0] not in (1, b) or given[2:] != noise.shape[2:] or given[1] >= f:
         raise ValueError(
             f"context_latents must be [B={b} or 1, fewer than F={f}, "
-            f"{', '.join(map(str, noise.shape[2:]))}], "
-            f"got {tuple(context.shape)}"
+            f"{', '.join(map(str, noise.shape[2:]))}], got {tuple(given)}"
         )
-    # the latents': each step would wait for a copy otherwise
+    # in the dtype of the latents: each step would wait for a copy otherwise
     dtype = torch.promote_types(noise.dtype, torch.float32)
-    return to_device(context, noise.device, dtype).expand(b, -1, -1, -1, -1)
+    return to_device(context_latents, noise.device, dtype).expand(b, -1, -1, -1, -1)
 
 
-def _with_context(latents: Tensor, context: Tensor | None) -> Tensor:
-    if context is None:
+def _with_first_frames(latents: Tensor, first_frames: Tensor | None) -> Tensor:
+    if first_frames is None:
         return latents
-    return torch.cat([context, latents[:, context.shape[1] :]], dim=1)
+    return torch.cat([first_frames, latents[:, first_frames.shape[1] :]], dim=1)

@@ -1,5 +1,4 @@
-"""Running the benchmarks: ``make bench``, ``make bench-quick``, or ``pytest benchmarks`` with the
-options below.
+"""Run the benchmarks: ``make bench``, ``make bench-quick``, or ``pytest benchmarks``.
 
 Exit status 1: a ratio is below its gate, a gated benchmark did not run, or a benchmark failed. Exit
 status 4: an option, or ``gates.toml``, is not understood; nothing has been run.
@@ -13,16 +12,16 @@ import gates
 import pytest
 import report
 import torch
-from interleave import Budget, keep_freed_memory
-from limits import Limits
-from workloads import Line, Setting, Workload, catalogue, measure
+from roofline import LimitMeter
+from timing import TimeBudget, keep_freed_memory
+from workloads import Line, Place, Workload, catalogue, measure
 
-QUICK_SECONDS, SECONDS = 1.0, 4.0  # about so long are the rounds of one benchmark
+QUICK_SECONDS, SECONDS = 1.0, 4.0  # that the rounds of one benchmark take, roughly
 THREADS = 2  # on a CPU; the gates are ratios at this number
 
 
-class Run:
-    """One run of the benchmarks: where, against which gates, and what has been measured so far."""
+class GatedRun:
+    """Hold one run of the benchmarks: where, against which gates, and what it has measured."""
 
     def __init__(self, config: pytest.Config) -> None:
         option = config.option
@@ -31,18 +30,12 @@ class Run:
             torch.set_num_threads(option.threads)
             keep_freed_memory()
         self.quick, self.compile = option.quick, not (option.quick or option.no_compile)
-        seconds = (
-            option.seconds
-            if option.seconds is not None
-            else QUICK_SECONDS
-            if option.quick
-            else SECONDS
-        )
-        self.budget = Budget(seconds)
+        seconds = QUICK_SECONDS if option.quick else SECONDS
+        self.budget = TimeBudget(seconds if option.seconds is None else option.seconds)
         self.path: Path = option.gates
         self.raises: bool = option.raise_gates
         self.device_class = gates.device_class(self.device)
-        self.limits = Limits(self.device)
+        self.meter = LimitMeter(self.device)
         self.lines: list[Line] = []
         self.selected: list[Workload] = []
         try:
@@ -52,73 +45,55 @@ class Run:
             raise pytest.UsageError(str(error)) from None
 
     def takes(self, workload: Workload) -> bool:
-        """Whether a benchmark belongs to this run."""
+        """Tell whether a benchmark belongs to this run."""
         return workload.device == self.device.type and (workload.quick or not self.quick)
 
     def judge(self) -> tuple[list[gates.Judgment], list[str]]:
-        """Every ratio beside its gate, and the gated figures that should have been measured and
-        were not.
-        """
+        """Return every ratio beside its gate, and the gated figures that lack a measurement."""
         judgments = self.gates.judge(self.device_class, self.lines)
         selected = [name for w in self.selected for name in w.figures(self.compile)]
         return judgments, self.gates.not_run(self.device_class, selected, judgments)
 
 
-_RUN = pytest.StashKey[Run]()
+_RUN = pytest.StashKey[GatedRun]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of the benchmarks."""
-    group = parser.getgroup("anyflow benchmarks")
-    group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    group.addoption(
-        "--quick",
-        action="store_true",
-        help="short shapes, no compiled peers: the gates that CI checks",
-    )
-    group.addoption(
-        "--seconds",
-        type=float,
-        help=f"of rounds per benchmark ({SECONDS:g}; quick: {QUICK_SECONDS:g})",
-    )
-    group.addoption(
-        "--threads", type=int, default=THREADS, help="of torch on a CPU; the gates are for 2"
-    )
-    group.addoption("--no-compile", action="store_true", help="leave out torch.compile's peers")
-    group.addoption("--gates", type=Path, default=gates.FILE, help="file of gates")
-    group.addoption(
-        "--raise",
-        dest="raise_gates",
-        action="store_true",
-        help="set gates to 90 %% of what is measured, never lower",
-    )
+    """Add the options of the benchmarks."""
+    add = parser.getgroup("anyflow benchmarks").addoption
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if a GPU is found")
+    quick = "short shapes, no compiled peers: the gates that CI checks"
+    add("--quick", action="store_true", help=quick)
+    seconds = f"of rounds per benchmark ({SECONDS:g}; quick: {QUICK_SECONDS:g})"
+    add("--seconds", type=float, help=seconds)
+    add("--threads", type=int, default=THREADS, help="of torch on a CPU; the gates are for 2")
+    add("--no-compile", action="store_true", help="leave out torch.compile's peers")
+    add("--gates", type=Path, default=gates.FILE, help="file of gates")
+    raises = "set gates to 90 %% of what is measured, never lower"
+    add("--raise", dest="raise_gates", action="store_true", help=raises)
 
 
 def _device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device")
-    return torch.device(
-        name if name is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(default if name is None else name)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Wrong options and unknown gates end the run before anything is measured."""
-    config.stash[_RUN] = Run(config)
+    """End the run before anything is measured if an option or a gate is wrong."""
+    config.stash[_RUN] = GatedRun(config)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """On what is measured."""
-    run = config.stash[_RUN]
-    return (
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {run.device}, class "
-        f"{run.device_class}"
-    )
+    """Say what is measured on."""
+    run, threads = config.stash[_RUN], torch.get_num_threads()
+    return f"torch {torch.__version__}, {threads} threads, {run.device}, class {run.device_class}"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the benchmarks of other devices, and in a quick run the long ones."""
+    """Leave out the benchmarks of other devices, and in a quick run the long ones."""
     run = config.stash[_RUN]
     kept = [item for item in items if run.takes(_workload(item))]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
@@ -126,7 +101,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What is left after ``-k`` too has to run."""
+    """Note what has to run: what is left after ``-k`` too."""
     session.config.stash[_RUN].selected = [_workload(item) for item in session.items]
 
 
@@ -138,16 +113,14 @@ def _workload(item: pytest.Item) -> Workload:
 def measured(
     workload: Workload, request: pytest.FixtureRequest, tmp_path: Path, benchmark: object
 ) -> Line:
-    """The workload's line, which becomes part of the table."""
+    """Measure the workload; its line becomes part of the table."""
     run = request.config.stash[_RUN]
 
     def once(name: str, recorder: object) -> Line:
         folder = tmp_path / name
         folder.mkdir()
-        setting = Setting(run.device, run.compile, folder)
-        return measure(
-            workload, setting, run.limits, run.budget, run.gates.of(run.device_class), recorder
-        )
+        known, place = run.gates.of(run.device_class), Place(run.device, folder)
+        return measure(workload, place, run.compile, run.meter, run.budget, known, recorder)
 
     line = once("first", benchmark)
     # what becomes a gate for good is what two measurements agree on, each with memory of its own
@@ -159,7 +132,7 @@ def measured(
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A missed gate, or one that was not checked, fails the run."""
+    """Fail the run for a missed gate, or for one that was not checked."""
     judgments, not_run = session.config.stash[_RUN].judge()
     if not_run or any(j.missed for j in judgments):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -168,18 +141,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """The table, the gates, and with ``--raise`` what has become of them."""
-    run = config.stash[_RUN]
+    """Write the table, the gates, and with ``--raise`` what has become of them."""
+    run, write = config.stash[_RUN], terminalreporter.write_line
     if not run.selected:
         return
     judgments, not_run = run.judge()
     terminalreporter.section("benchmarks")
-    terminalreporter.write_line(report.table(run.lines, judgments))
-    terminalreporter.write_line("")
-    terminalreporter.write_line(report.summary(run.device_class, judgments, not_run, run.lines))
+    write(report.table(run.lines, judgments))
+    write("")
+    write(report.summary(run.device_class, judgments, not_run, run.lines))
     if run.raises:
         changes = run.gates.raise_to(run.device_class, judgments)
         run.gates.save(run.path)
-        terminalreporter.write_line(f"raised in {run.path}: {len(changes)}")
+        write(f"raised in {run.path}: {len(changes)}")
         for change in changes:
-            terminalreporter.write_line(f"  {change}")
+            write(f"  {change}")

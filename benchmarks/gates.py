@@ -1,7 +1,7 @@
-"""The gates: the least ratio of every benchmark on every class of device, in ``gates.toml``.
+"""Hold the gates of ``gates.toml``: the least ratios of benchmarks by class of device.
 
 A gate is 90 % of what was measured on that class, and is only ever raised. A figure without a gate
-is said to have none; it never counts as passed. A gate for a benchmark that does not exist, or that
+is reported as such and never counts as passed. A gate for a benchmark that does not exist, or that
 should have run and did not, is an error.
 """
 
@@ -33,12 +33,12 @@ _ZEN5_FAMILY = 26
 
 
 class GatesError(ValueError):
-    """``gates.toml`` is not what it should be, or a gate could not be checked."""
+    """Say that ``gates.toml`` is wrong, or that a gate could not be checked."""
 
 
 @dataclass(frozen=True)
 class Judgment:
-    """A ratio beside its gate, which is None where there is none."""
+    """Hold a ratio beside its gate, or None for a figure without one."""
 
     name: str
     ratio: float
@@ -47,21 +47,19 @@ class Judgment:
 
     @property
     def missed(self) -> bool:
-        """Whether the ratio is below its gate; NaN is below every gate."""
+        """Tell whether the ratio is below its gate; NaN is below every gate."""
         return self.gate is not None and not self.ratio >= self.gate
 
     @property
     def margin(self) -> float:
-        """The ratio in gates: below 1 is a miss, and NaN is the worst of them."""
+        """Return the ratio in gates: below 1 is a miss, and NaN is the worst of them."""
         if self.gate is None:
             return math.inf
         return 0.0 if math.isnan(self.ratio) else self.ratio / self.gate
 
 
 class Gates:
-    """The content of a file of gates: for each device class, least ratios by
-    :func:`workloads.figure`.
-    """
+    """Hold the content of a file of gates: least ratios by class and :func:`workloads.figure`."""
 
     def __init__(self, classes: Mapping[str, Mapping[str, float]], header: str = "") -> None:
         self.classes = {name: dict(gates) for name, gates in classes.items()}
@@ -85,11 +83,8 @@ class Gates:
                     f"{path}: [{device_class}] is no class of devices; they look like cpu-avx2-amd"
                 )
             for name, gate in gates.items():
-                if (
-                    isinstance(gate, bool)
-                    or not isinstance(gate, (int, float))
-                    or not 0 < gate < math.inf
-                ):
+                number = isinstance(gate, (int, float)) and not isinstance(gate, bool)
+                if not (number and 0 < gate < math.inf):
                     raise GatesError(
                         f"{path}: [{device_class}] {name!r} must be a positive number, got {gate!r}"
                     )
@@ -106,11 +101,11 @@ class Gates:
         path.write_text(text.rstrip("\n") + "\n")
 
     def of(self, device_class: str) -> Mapping[str, float]:
-        """The gates of a class of devices; empty where there are none."""
+        """Return the gates of a class of devices, which may be none."""
         return self.classes.get(device_class, {})
 
     def require_known(self, figures: Iterable[str]) -> None:
-        """Raises GatesError for a gate of a figure that no benchmark gives."""
+        """Raise GatesError for a gate of a figure that no benchmark gives."""
         known = set(figures)
         for device_class, gates in self.classes.items():
             for name in gates:
@@ -122,7 +117,7 @@ class Gates:
                     )
 
     def judge(self, device_class: str, lines: Iterable[Line]) -> list[Judgment]:
-        """Every ratio of the lines beside its gate."""
+        """Return every ratio of the lines beside its gate."""
         gates = self.of(device_class)
         judgments = []
         for line in lines:
@@ -134,15 +129,12 @@ class Gates:
     def not_run(
         self, device_class: str, selected: Iterable[str], judgments: Iterable[Judgment]
     ) -> list[str]:
-        """Gated figures of the benchmarks that were selected without a measurement."""
-        measured = {j.name for j in judgments}
-        return sorted(
-            name for name in set(selected) & set(self.of(device_class)) if name not in measured
-        )
+        """List the gated figures of the selected benchmarks that were not measured."""
+        gated = set(selected) & set(self.of(device_class))
+        return sorted(gated - {j.name for j in judgments})
 
     def raise_to(self, device_class: str, judgments: Iterable[Judgment]) -> list[str]:
-        """Set each gate to 90 % of what was measured, where that is more than it is; says what has
-        changed.
+        """Set each gate to 90 % of what was measured if that is more, and return the changes.
 
         A ratio of a busy machine raises nothing: it may be too large, and a gate never falls again.
         """
@@ -153,15 +145,16 @@ class Gates:
             new, old = math.floor(100 * SHARE * judgment.ratio) / 100, gates.get(judgment.name)
             if new > (0.0 if old is None else old):
                 gates[judgment.name] = new
-                changes.append(
-                    f"{judgment.name}: {'no gate' if old is None else f'{old:.2f}'} -> {new:.2f}"
-                )
+                before = "no gate" if old is None else f"{old:.2f}"
+                changes.append(f"{judgment.name}: {before} -> {new:.2f}")
         return changes
 
 
 def device_class(device: torch.device) -> str:
-    """What determines the ratios on a device: the instruction set of the native kernels and the
-    vendor of the processor, whose libraries differ; the architecture of a GPU.
+    """Name what determines the ratios on a device.
+
+    On a CPU, the instruction set of the native kernels and the vendor of the processor, whose
+    libraries differ; on a GPU, its architecture.
 
     AMD's processors with AVX-512 are two classes: Zen 4 takes two steps for each 512-bit
     instruction, Zen 5 takes one.
@@ -179,14 +172,12 @@ def device_class(device: torch.device) -> str:
 
 
 def _processor() -> tuple[str, int]:
-    """Vendor (amd, intel or other) and family of the processor, as Linux or the platform says."""
+    """Return vendor (amd, intel or other) and family of the processor."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = platform.processor()
-    vendor = next(
-        (v for v, id_ in (("amd", "AuthenticAMD"), ("intel", "GenuineIntel")) if id_ in text),
-        "other",
-    )
+    known = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
+    vendor = next((vendor for name, vendor in known.items() if name in text), "other")
     family = re.search(r"^cpu family\s*:\s*(\d+)", text, re.MULTILINE)
     return vendor, 0 if family is None else int(family[1])

@@ -1,41 +1,37 @@
-"""The table of a run, and what its gates say."""
+"""Write the table of a run, and what its gates say."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from gates import Judgment
+from layout import table as write
 from workloads import Line, figure
 
-_HEADINGS = ("benchmark", "ms", "rate", "limit", "peak MiB", "against", "ratio", "gate", "goal")
-_RIGHT = ("ms", "rate", "limit", "peak MiB", "ratio", "gate", "goal")
+_HEADINGS = ("benchmark", "against", "ms", "rate", "limit", "peak MiB", "ratio", "gate", "goal")
 SLOWEST = 3
 
 
 def table(lines: Sequence[Line], judgments: Iterable[Judgment]) -> str:
-    """One row per benchmark and peer.
+    """Write a line for each benchmark and peer.
 
     ``rate`` is what moved or was multiplied per second; ``limit`` is the time that the measured
     limits of the machine allow as a share of the time taken; ``ratio`` is how many times as long
     (or as much memory) the peer needs.
     """
     by_name = {j.name: j for j in judgments}
-    rows = [_HEADINGS]
+    written = []
     for line in lines:
-        first = (
-            line.name,
-            f"{line.milliseconds:.3f}",
-            _rate(line),
-            _percent(line.of_limit),
-            _mebibytes(line.peak),
-        )
+        peak = "" if line.peak is None else f"{line.peak / 2**20:.1f}"
+        share = "" if line.of_limit is None else f"{line.of_limit:.0%}"
+        own, name = (f"{line.milliseconds:.3f}", _rate(line), share, peak), line.name
         for peer, ratio in line.ratios.items():
-            judgment, goal = by_name[figure(line.name, peer)], line.goals.get(peer)
+            judgment = by_name[figure(line.name, peer)]
             marks = ("*" if line.again else "") + ("~" if judgment.busy else "")
-            rows.append((*first, peer, f"{ratio:.2f}x{marks}", _gate(judgment), _goal(goal, ratio)))
-            first = ("", "", "", "", "")
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
-    text = "\n".join(_row(row, widths) for row in rows)
+            verdict = (_gate(judgment), _goal(line.goals.get(peer), ratio))
+            written.append((name, peer, *own, f"{ratio:.2f}x{marks}", *verdict))
+            name, own = "", ("",) * 4
+    text = "\n".join(write(_HEADINGS, written, right=2, padded=True))
     if any(line.again for line in lines):
         text += "\n* measured once more, because it was below its gate"
     if any(line.busy for line in lines):
@@ -49,21 +45,17 @@ def table(lines: Sequence[Line], judgments: Iterable[Judgment]) -> str:
 def summary(
     device_class: str, judgments: Sequence[Judgment], not_run: Sequence[str], lines: Sequence[Line]
 ) -> str:
-    """How many gates hold; what is missed, with the slowest lines; what was not checked at all."""
+    """Say how many gates hold, what is missed, with the slowest lines, and what was not checked."""
     gated = [j for j in judgments if j.gate is not None]
     missed = [j for j in gated if j.missed]
     goals = [(line.ratios[p], goal) for line in lines for p, goal in line.goals.items()]
     text = [f"{device_class}: {len(gated) - len(missed)} of {len(gated)} gates hold"]
     if len(gated) < len(judgments):
-        text.append(
-            f"{len(judgments) - len(gated)} ratios have no gate on {device_class}: nothing was "
-            "checked there"
-        )
+        without = len(judgments) - len(gated)
+        text.append(f"{without} ratios have no gate on {device_class}: nothing was checked there")
     if goals:
-        text.append(
-            f"{sum(ratio >= goal for ratio, goal in goals)} of {len(goals)} goals are reached "
-            "(they gate nothing)"
-        )
+        reached = sum(ratio >= goal for ratio, goal in goals)
+        text.append(f"{reached} of {len(goals)} goals are reached (they gate nothing)")
     text += [f"NOT RUN, though it has a gate: {name}" for name in not_run]
     for j in missed:
         advice = "; the machine was busy: run it again with nothing beside it" if j.busy else ""
@@ -75,26 +67,10 @@ def summary(
     return "\n".join(text)
 
 
-def _row(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [
-        cell.rjust(width) if heading in _RIGHT else cell.ljust(width)
-        for cell, width, heading in zip(row, widths, _HEADINGS, strict=True)
-    ]
-    return "  ".join(cells).rstrip()
-
-
 def _rate(line: Line) -> str:
     if line.teraflops_per_second is not None:
         return f"{line.teraflops_per_second:.3f} TFLOP/s"
     return "" if line.gigabytes_per_second is None else f"{line.gigabytes_per_second:.1f} GB/s"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f} %"
-
-
-def _mebibytes(num_bytes: int | None) -> str:
-    return "" if num_bytes is None else f"{num_bytes / 2**20:.1f}"
 
 
 def _gate(judgment: Judgment) -> str:

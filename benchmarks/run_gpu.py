@@ -1,32 +1,31 @@
-"""Measures the library on a GPU in one command:
-``python benchmarks/run_gpu.py [--plan short] [--out DIR]``.
+"""Measure the library on a GPU: ``python benchmarks/run_gpu.py [--plan short] [--out DIR]``.
 
-It runs from a checkout, which need not be installed and where only build/ is written to. It needs
-PyTorch >= 2.9 and Triton >= 3.4; what diffusers, pytest, nvcc or FlashAttention would add is left
-out, and said so, where it is missing.
+The command runs from a checkout, which need not be installed and where only build/ is written to.
+It needs PyTorch >= 2.9 and Triton >= 3.4; what diffusers, pytest, nvcc or FlashAttention would add
+is left out, with the reason, where it is missing. What is timed are the workloads of
+``pytest benchmarks`` for GPUs, and at 14B the same.
 
-The short plan is for a card that is lent for a quarter of an hour, in two calls on one machine, and
-takes the place of scripts written for the occasion:
+The short plan is for a card that is lent for a quarter of an hour, in two calls on one machine:
 
     python benchmarks/run_gpu.py --plan short --budget-s 345 --out DIR
     python benchmarks/run_gpu.py --plan short --budget-s 330 --out DIR
 
-The first call does, in order of importance: build the extension, where there is an nvcc; check on
+The first call does, in order of importance: build the extension, if nvcc is found; check on
 the device, by processes side by side, that kernels, attention and a small network are right;
 measure what the device reaches in products and copies; 1.3B against diffusers, eager and compiled;
-attention; sampling at 14B; one forward at 14B. The second call goes on: a pretrain step, every
-operator, where the time goes, native kernels against Triton's, launch options of the row kernels
-(benchmarks/tune_rows.py), single questions to the device, and the operators' tests last. What did
+attention; sampling at 14B; one forward at 14B. The second call adds a pretrain step, every
+operator, a profile of kernels, native kernels against Triton's, launch options of the row kernels
+(benchmarks/tune_rows.py), probes of launches and copies, and the operators' tests last. What did
 not fit the first call is done in the second. The full plan adds sampling and on-policy steps at
 1.3B and diffusers' compiled transformer at 14B.
 
 A kernel with wrong numbers is not timed, and a network that runs it is not either; everything else
 is. What the checks find wrong of a network is printed last, is in the results under "warnings", and
-stops nothing. A failing test skips no network.
+stops nothing; nor does a failing test.
 
 DIR/<device>.json is rewritten after every measurement, with raw samples, versions, clocks and the
 commit, and so is a copy in build/gpu-runner (or in $ANYFLOW_GPU_RUNNER). A run that is killed keeps
-what it has, and the next one with the same sources, device and torch goes on, from the copy if DIR
+what it has, and the next one with the same sources, device and torch resumes, from the copy if DIR
 was emptied; --only measures again, --fresh starts anew. `make perf-docs` turns committed files into
 a page.
 
@@ -42,6 +41,7 @@ mistake. ``--device cpu --tiny`` proves the code without a GPU; its times mean n
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -52,26 +52,9 @@ SHORT = (
     *("pretrain_1.3b", "ops", "profile_1.3b", "native", "tune_rows", "probes", "tests"),
 )
 ORDER = (
-    *(
-        "build",
-        "checks",
-        "limits",
-        "forward_1.3b",
-        "attention",
-        "ops",
-        "sampling_1.3b",
-        "sampling_14b",
-    ),
-    *(
-        "forward_14b",
-        "pretrain_1.3b",
-        "profile_1.3b",
-        "native",
-        "on_policy_1.3b",
-        "tune_rows",
-        "probes",
-        "tests",
-    ),
+    *("build", "checks", "limits", "forward_1.3b", "attention", "ops", "sampling_1.3b"),
+    *("sampling_14b", "forward_14b", "pretrain_1.3b", "profile_1.3b", "native", "on_policy_1.3b"),
+    *("tune_rows", "probes", "tests"),
 )
 PLANS = {"short": SHORT, "full": ORDER}
 
@@ -81,34 +64,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--plan", default="full", choices=tuple(PLANS), help="which sections, in which order"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder of the results; default benchmarks/results"
-    )
-    parser.add_argument(
-        "--budget-s", type=float, default=540.0, help="seconds after which no section is started"
-    )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to prove the code")
-    parser.add_argument(
-        "--only", default="", help=f"sections whose name contains this; of {', '.join(ORDER)}"
-    )
-    parser.add_argument(
-        "--skip",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="leave out a section; repeatable",
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="keep nothing of an earlier run of the same sources"
-    )
+    add = parser.add_argument
+    add("--plan", default="full", choices=tuple(PLANS), help="which sections, in which order")
+    add("--out", type=Path, help="folder of the results; default benchmarks/results")
+    budget = "seconds after which no section is started"
+    add("--budget-s", type=float, default=540.0, help=budget)
+    add("--device", default="cuda", choices=("cuda", "cpu"))
+    add("--tiny", action="store_true", help="tiny shapes, to prove the code")
+    add("--only", default="", help=f"sections whose name contains this; of {', '.join(ORDER)}")
+    skip = "leave out a section; repeatable"
+    add("--skip", action="append", default=[], metavar="NAME", help=skip)
+    fresh = "keep nothing of an earlier run of the same sources"
+    add("--fresh", action="store_true", help=fresh)
     # what a run starts itself with
-    for internal in ("--worker", "--copy", "--deadline", "--sections", "--parent"):
-        parser.add_argument(internal, help=argparse.SUPPRESS)
+    add("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.worker is not None:
+        return options
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu needs --tiny: the published sizes take hours there")
     if options.out is None:
@@ -131,21 +103,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measure; see the module's docstring for the exit status."""
     options = parse(arguments)
+    from gpu.supervisor import Options, WorkOrder, supervise
+
     if options.worker is not None:
         from gpu.worker import work
 
-        return work(
-            Path(options.worker),
-            Path(options.copy),
-            options.device,
-            options.tiny,
-            float(options.deadline),
-            options.sections.split(","),
-            int(options.parent),
-            options.plan == "short",
-        )
-    from gpu.supervisor import Options, supervise
-
+        return work(WorkOrder(**json.loads(options.worker)))
     chosen = Options(
         out=options.out.resolve(),
         device=options.device,

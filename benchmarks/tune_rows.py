@@ -1,5 +1,4 @@
-"""Times launch options of the kernels over rows:
-``python benchmarks/tune_rows.py --seconds 60 --out FILE``.
+"""Time launch options of the row kernels: ``python benchmarks/tune_rows.py --seconds 60``.
 
 For each kernel of a block, forward and backward, at the widths of both models: today's options
 first, then other numbers of warps and stages of the loop over tokens, then the best of these with
@@ -44,7 +43,7 @@ Options = dict[str, int]
 
 @dataclass(frozen=True)
 class Task:
-    """A kernel at one width: ``call()`` runs it, with its sums; ``bytes`` is what it must move."""
+    """Hold a kernel at one width: ``call()`` runs it with its sums, ``bytes`` is what it moves."""
 
     name: str
     dim: int
@@ -58,18 +57,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="after which nothing more is timed"
-    )
-    parser.add_argument("--out", type=Path, help="JSON file of every candidate")
-    parser.add_argument("--only", default="", help="part of a kernel's name")
-    parser.add_argument(
-        "--jobs", type=int, default=max((os.cpu_count() or 2) - 2, 1), help="processes that compile"
-    )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to prove the code")
+    add, jobs = parser.add_argument, max((os.cpu_count() or 2) - 2, 1)
+    add("--seconds", type=float, default=60.0, help="after which nothing more is timed")
+    add("--out", type=Path, help="JSON file of every candidate")
+    add("--only", default="", help="part of a kernel's name")
+    add("--jobs", type=int, default=jobs, help="processes that compile")
+    add("--device", default="cuda", choices=("cuda", "cpu"))
+    add("--tiny", action="store_true", help="tiny shapes, to prove the code")
     # "3/12": the part of a process that only compiles
-    parser.add_argument("--compile", help=argparse.SUPPRESS)
+    add("--compile", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu needs --tiny: the published sizes take hours there")
@@ -83,23 +79,17 @@ def tasks(device: Any, tiny: bool) -> list[Task]:
     """List every kernel over rows at every width, on random tensors."""
     import torch
 
-    from anyflow.kernels.ahead_of_time import row_calls
-    from anyflow.kernels.report import token_bytes
+    from anyflow.kernels.ahead_of_time import kernel_calls
+    from anyflow.ops.examples import row_examples
 
     tokens, dtype = (5, torch.float32) if tiny else (TOKENS, torch.bfloat16)
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
     found: list[Task] = []
     for dim in TINY_DIMS if tiny else DIMS:
-        for variant, call in row_calls(dim, dtype, length=tokens, rows=1, make=make):
-            if variant == "no rotary":
-                continue
+        for example, direction, call in kernel_calls(row_examples(tokens, dim, 1), dtype, device):
             kernel, today = _launched(call)
-            moved = sum(token_bytes(kernel, variant, dim)) * tokens
-            label = f"{kernel}{f' ({variant})' if variant else ''} D={dim}"
-            found.append(Task(label, dim, moved, today, call))
+            work = example.forward if direction == "forward" else example.backward
+            form = f" ({example.variant})" if example.variant else ""
+            found.append(Task(f"{kernel}{form} D={dim}", dim, work.bytes(dtype), today, call))
     return found[:TINY_KERNELS] if tiny else found
 
 
@@ -115,9 +105,7 @@ def _launched(call: Callable[[], Any]) -> tuple[str, Options]:
 
 
 def first_round(task: Task) -> list[Options]:
-    """Return today's options, then every number of warps and stages with today's tokens per
-    program.
-    """
+    """Return today's options, then every number of warps and stages with today's tokens."""
     warps = [w for w in WARPS if 8 <= task.dim / (32 * w) <= MOST_ELEMENTS] or [1]
     others = [
         task.today | {"num_warps": w, "STAGES": s} for w, s in itertools.product(warps, STAGES)
@@ -141,9 +129,7 @@ def described(options: Options) -> str:
 def measure(
     task: Task, candidates: list[Options], device: Any, expected: Any
 ) -> dict[str, float | str]:
-    """Time the candidates that give the expected numbers, in turns; milliseconds, or what is wrong,
-    by description.
-    """
+    """Time the candidates in turns: milliseconds, or what is wrong, by description."""
     import timing
     import torch
 
@@ -168,7 +154,9 @@ def measure(
             )
             if device.type == "cuda":
                 torch.cuda.synchronize()
-    return timing.medians(timing.kernels(steps, device, rounds=9)) | found
+    rounds = timing.Interleaved(steps, device, graphs=True)
+    rounds.run(9 if device.type == "cuda" else 2)
+    return {name: rounds.milliseconds(name)["ms"] for name in steps} | found
 
 
 def _tensors(result: Any) -> list[Any]:
@@ -270,6 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     import timing
     import torch
     import triton
+    from gpu.kernels import copies
     from gpu.state import commit
 
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
@@ -278,7 +267,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda":
         compile_all(options, started + COMPILE_SHARE * options.seconds)
         print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
-    copy = timing.copy_bandwidth(device, *((2**20,) if options.tiny else ()))
+    size = 2**20 if options.tiny else 320 * 2**20
+    copying = timing.Interleaved(copies(device, size), device, graphs=True)
+    copying.run(9)
+    copy = max(2 * size / copying.seconds(name) for name in copying.steps)
     name = torch.cuda.get_device_name(device) if options.device == "cuda" else "cpu"
     found: dict[str, Any] = {
         "device": name,

@@ -1,23 +1,25 @@
-"""Compile every kernel for NVIDIA GPUs without having one:
-``python -m anyflow.kernels.ahead_of_time``.
+"""Compile every kernel for NVIDIA GPUs, on a machine without one.
 
-What is compiled is what would be launched: the wrappers run on meta tensors of the shapes of the
-1.3B and 14B models (and of the widths between), their launches are recorded, and each goes through
-Triton and ptxas for sm_80, sm_90 and sm_100. The table shows registers per thread, shared memory
-per program and bytes of register spills. ``--report`` prints what the machine code of sm_90 tells
-about speed (``anyflow.kernels.report`` has the columns).
+``python -m anyflow.kernels.ahead_of_time`` runs the wrappers on meta tensors of the sizes of the
+1.3B and 14B models (and of the widths between), records their launches and takes each through
+Triton and ptxas for sm_80, sm_90 and sm_100. The operands are those of the catalog
+(:mod:`anyflow.ops.examples`). The table shows registers per thread, shared memory per program and
+bytes of register spills. ``--report`` prints what the machine code of sm_90 tells about speed
+(``anyflow.kernels.report`` has the columns).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -27,16 +29,20 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anyflow.kernels import (
+from anyflow.kernels.launch import Launch, record
+from anyflow.ops.examples import (
+    FRAMES,
+    LATENTS,
+    TOKENS,
+    Example,
+    FrameTimes,
     dual_timestep_embedding,
     flow_map_inputs,
     flow_map_loss,
-    gated_residual,
-    layer_norm_modulate,
-    residual_layer_norm,
+    registered_calls,
     rms_norm_rope,
+    row_examples,
 )
-from anyflow.kernels.launch import Launch, record
 
 CAPABILITIES = (80, 90, 100)
 DIMS = (1536, 2048, 3072, 5120)
@@ -54,9 +60,7 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """Holds the resources of one kernel on one architecture; ``spills`` are bytes stored and
-    loaded.
-    """
+    """Hold the resources of one kernel on one architecture; ``spills`` are bytes."""
 
     kernel: str
     variant: str
@@ -70,8 +74,11 @@ class Compiled:
 
 
 def compile_launch(launch: Launch, capability: int) -> dict[str, int]:
-    """Compile a recorded launch, specialized as the launcher would, and read the resources that it
-    takes.
+    """Compile a recorded launch as the launcher would, and return the resources that it takes.
+
+    Returns:
+        ``num_warps``, ``registers`` per thread, ``shared`` bytes per program, and ``spills``: bytes
+        stored and loaded.
     """
     compiled = _compile(launch, capability)
     report = _assemble(compiled.asm["ptx"])
@@ -94,7 +101,7 @@ def disassemble(launch: Launch, capability: int) -> str:
 
 
 def _compile(launch: Launch, capability: int) -> Any:
-    """Return Triton's compiled kernel, from its cache on disk where it is there."""
+    """Return Triton's compiled kernel, from its cache on disk if it was compiled before."""
     signature, constants, attributes = _specialize(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages")}
@@ -104,8 +111,9 @@ def _compile(launch: Launch, capability: int) -> Any:
 def _specialize(
     launch: Launch,
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[object]]]]:
-    """Return signature, constants and alignment hints: 1 is a constant, multiples of 16 are
-    known.
+    """Return signature, constants and alignment hints of a launch.
+
+    As Triton's launcher does, a size of 1 becomes a constant, and a multiple of 16 is marked.
     """
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
@@ -125,7 +133,7 @@ def _specialize(
 
 
 def _assemble(ptx: str) -> str:
-    """Return what ``ptxas -v`` says about a kernel."""
+    """Assemble a kernel with ``ptxas -v``, and return what that prints."""
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None
     tools = triton.knobs.nvidia
@@ -138,144 +146,98 @@ def _assemble(ptx: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def row_calls(
-    dim: int,
-    dtype: torch.dtype,
-    *,
-    batch: int = 1,
-    length: int = 32760,
-    rows: int = 21,
-    make: Callable[..., Tensor] = _meta,
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the kernels of a block as the model calls them; by default at 480 x 832 x 81, 32760
-    tokens in 21 frames.
+def kernel_calls(
+    examples: Iterable[Example], dtype: torch.dtype, device: torch.device | str = "meta"
+) -> Iterator[tuple[Example, str, Callable[[], object]]]:
+    """Yield the launches of examples, forward and backward, as autograd makes them.
 
     Args:
-        dim: D, heads of 128.
-        dtype: of the tokens.
-        batch, length, rows: B, L and R.
-        make: ``make(*shape, dtype=torch.float32)`` makes a tensor.
+        examples: of operators with Triton kernels.
+        dtype: of the operands.
+        device: of the operands.
+
+    Yields:
+        The example, ``"forward"`` or ``"backward"``, and a function that calls the kernel.
     """
-    heads = max(dim // 128, 1)
-    x, y, h, grad, grad_h = (make(batch, length, dim, dtype=dtype) for _ in range(5))
-    weight, bias = make(dim), make(dim)
-    shift, scale, gate = make(batch, rows, 6, dim).unbind(2)[:3]
-    yield "", lambda: layer_norm_modulate.forward(x, shift, scale)
-    yield "", lambda: layer_norm_modulate.backward(grad, x, shift, scale, 1e-6)
-    for variant, args in {
-        "gate, affine": (gate, weight, bias, None, None),
-        "modulation": (None, None, None, shift, scale),
-    }.items():
-        read = None if args[0] is None else y
-        yield variant, lambda args=args: residual_layer_norm.forward(x, y, *args)
-        yield (
-            variant,
-            lambda args=args, read=read: residual_layer_norm.backward(
-                grad_h, grad, read, h, *args, 1e-6
-            ),
-        )
-    yield "", lambda: gated_residual.forward(x, y, gate)
-    yield "", lambda: gated_residual.backward(grad, y, gate)
-    of_heads = grad.unflatten(2, (heads, -1))
-    angle = (make(length, dim // heads // 2), make(length, dim // heads // 2))
-    for variant, (cos, sin) in {"rotary": angle, "no rotary": (None, None)}.items():
-        yield variant, lambda c=cos, s=sin: rms_norm_rope.forward(x, weight, c, s, heads)
-        yield (
-            variant,
-            lambda c=cos, s=sin: rms_norm_rope.backward(of_heads, x, weight, c, s, heads, 1e-6),
-        )
+    for example in examples:
+        kernels = importlib.import_module(f"anyflow.kernels.{example.op}")
+        for name, operands in registered_calls(
+            example.op, example.arguments(device, dtype)
+        ).items():
+            direction = "forward" if name == example.op else "backward"
+            yield example, direction, partial(getattr(kernels, direction), *operands)
 
 
-def embedding_calls(
-    dim: int, dtype: torch.dtype, *, rows: int = 21
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the fusion of the embeddings of 21 times."""
-    emb, gate = _meta(rows, dim, dtype=dtype), _meta()
-    for fusion in ("gated", "additive"):
-        yield fusion, lambda f=fusion: dual_timestep_embedding.forward(emb, emb, gate, f)
-        yield (
-            fusion,
-            lambda f=fusion: dual_timestep_embedding.backward(emb, emb, emb, emb, gate, f, True),
-        )
+def block_examples(dim: int, tokens: int = TOKENS, rows: int = FRAMES) -> list[Example]:
+    """List the operators of a block, with and without rotation."""
+    return [*row_examples(tokens, dim, rows), rms_norm_rope(tokens, dim, rows, rotary=False)]
 
 
-def frame_calls(
-    dtype: torch.dtype, *, shape: Sequence[int] = (4, 21, 16, 60, 104), slots: int = 2
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the kernels of the pretrain loss: a batch of four latents, two of them with r != t."""
-    samples, *frame = shape
-    x, part = _meta(*shape, dtype=dtype), _meta(slots, *frame)
-    t, step, indices = (_meta(n, dtype=torch.float64) for n in (samples, slots, slots))
-    indices = indices.to(torch.int64)
-    for variant, rows in {"rows": indices, "all rows": None}.items():
-        batch = _meta(2 * (samples if rows is None else slots) + samples, *frame)
-        u, width = (x, t) if rows is None else (part, step)
-        inputs = (x, x, t, t, t, rows)
-        yield variant, lambda i=inputs: flow_map_inputs.forward(*i, dtype, True)
-        yield variant, lambda i=inputs, b=batch: flow_map_inputs.backward(x, b, *i, True)
-        yield (
-            variant,
-            lambda u=u, w=width, i=rows: flow_map_loss.forward(
-                x, x, u, u, x, x, t, t, t, w, i, 3.0, True
-            ),
-        )
-    yield "", lambda: flow_map_loss.backward(_meta(samples), x, t, 3.0)
+def embedding_examples(dim: int, rows: int = FRAMES) -> list[Example]:
+    """List both fusions of the embeddings of the times; the gate is learned."""
+    return [dual_timestep_embedding(rows, dim, f, learned=True) for f in ("gated", "additive")]
 
 
-def edge_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield calls with sizes of one, which Triton compiles into the kernel as constants: other code
-    than for others.
-    """
-    for length, rows in ((1, 1), (7, 1), (7, 7)):
-        yield from row_calls(8, dtype, length=length, rows=rows)
-    yield from embedding_calls(8, dtype, rows=1)
-    for shape in ((1, 1, 1), (1, 1, 16, 60, 104), (3, 1, 8), (1, 3, 1)):
-        yield from frame_calls(dtype, shape=shape, slots=1)
+def loss_examples(
+    shape: Sequence[int] = (4, *LATENTS), picked: Sequence[int] | None = (0, 1)
+) -> list[Example]:
+    """List the operators of the pretrain loss as the method calls them, with times in fp64."""
+    times = FrameTimes(dtype=torch.float64)
+    inputs = flow_map_inputs(shape, picked, times, with_x_t=True)
+    return [inputs, flow_map_loss(shape, picked, times)]
+
+
+def edge_examples() -> list[Example]:
+    """List examples with sizes of one, which Triton compiles into the kernel as constants."""
+    found = []
+    for tokens, rows in ((1, 1), (7, 1), (7, 7)):
+        found += block_examples(8, tokens, rows)
+    found += embedding_examples(8, rows=1)
+    shapes = ((1, 1, 1), (1, 1, 16, 60, 104), (3, 1, 8), (1, 3, 1))
+    for shape, picked in product(shapes, ((0,), None)):
+        found += loss_examples(shape, picked)
+    return [replace(example, variant="size 1") for example in found]
 
 
 def compile_all(
     dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequence[int]
 ) -> Iterator[Compiled]:
-    """Compile every kernel; what would be the same machine code again is compiled once."""
+    """Compile every kernel; two launches that give the same machine code are compiled once."""
     seen = set()
     for dtype, (index, dim) in product(dtypes, enumerate(dims)):
-        calls = list(row_calls(dim, DTYPES[dtype]))
+        examples = block_examples(dim)
         if index == 0:
-            calls += [*embedding_calls(dim, DTYPES[dtype]), *frame_calls(DTYPES[dtype])]
-            calls += [("size 1", call) for _, call in edge_calls(DTYPES[dtype])]
-        for variant, call in calls:
+            examples += [*embedding_examples(dim), *loss_examples(), *loss_examples(picked=None)]
+            examples += edge_examples()
+        for example, _, call in kernel_calls(examples, DTYPES[dtype]):
             with record() as launches:
                 call()
             for launch, capability in product(launches, capabilities):
-                identity = (
-                    launch.kernel.fn.__name__,
-                    capability,
-                    *map(repr, (*_specialize(launch), launch.options)),
-                )
+                name = launch.kernel.fn.__name__
+                identity = (name, capability, *map(repr, (*_specialize(launch), launch.options)))
                 if identity in seen:
                     continue
                 seen.add(identity)
-                name = launch.kernel.fn.__name__.removesuffix("_kernel")
-                width = launch.options.get("D", 0)
                 yield Compiled(
-                    name, variant, dtype, width, capability, **compile_launch(launch, capability)
+                    name.removesuffix("_kernel"),
+                    example.variant,
+                    dtype,
+                    launch.options.get("D", 0),
+                    capability,
+                    **compile_launch(launch, capability),
                 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 1 if any kernel spills."""
+    """Print the table; return 1 if any kernel spills registers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--report", action="store_true", help="what the machine code tells about speed"
+        "--report", action="store_true", help="print what the machine code tells about speed"
     )
     parser.add_argument(
-        "--dims", type=int, nargs="+", help="widths D, by default those of the models"
+        "--dims", type=int, nargs="+", help="widths D; by default those of the models"
     )
     parser.add_argument("--rows", type=int, nargs="+", default=(1, 21), help="R, of the report")
     parser.add_argument(
@@ -285,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--capabilities", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES
     )
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object per line in place of the table"
+        "--json", action="store_true", help="print one JSON object per line in place of the table"
     )
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
@@ -315,13 +277,17 @@ def _print_table(
     return spilling
 
 
-_HEADER = f"{'kernel':34}{'variant':14}{'dtype':10}{'D':>6}{'sm':>5}{'warps':>7}{'registers':>11}{'shared':>8}{'spills':>8}"
+_HEADER = (
+    f"{'kernel':34}{'variant':16}{'dtype':10}{'D':>6}{'sm':>5}{'warps':>7}{'registers':>11}"
+    f"{'shared':>8}{'spills':>8}"
+)
 
 
 def _line(c: Compiled) -> str:
+    """Format a kernel as a line below the header."""
     return (
-        f"{c.kernel:34}{c.variant:14}{c.dtype:10}{c.dim or '-':>6}{c.capability:>5}{c.num_warps:>7}{c.registers:>11}"
-        f"{c.shared:>8}{c.spills:>8}"
+        f"{c.kernel:34}{c.variant:16}{c.dtype:10}{c.dim or '-':>6}{c.capability:>5}"
+        f"{c.num_warps:>7}{c.registers:>11}{c.shared:>8}{c.spills:>8}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The kernels' machine code in a table: ``python -m anyflow.kernels.ahead_of_time --report``.
+"""Print the kernels' machine code in a table: ``python -m anyflow.kernels.ahead_of_time --report``.
 
 For sm_90, bf16, at 480 x 832 x 81 (32760 tokens in 21 frames) and the widths of both models, with
 one modulation row per sample and with one per frame. The kernels over frames take a batch of four
@@ -6,19 +6,22 @@ latents. The columns:
 
     warps, regs    of a program, per thread
     held, occ      programs that a multiprocessor holds at a time, and its share of 64 warps
-    narrow         accesses to global memory of less than 128 bits; outside of the kernels over rows, the scalars
+    narrow         accesses to global memory of less than 128 bits; outside of the kernels over
+                   rows, the scalars
     instr, bars    instructions and barriers of a token (of a chunk, for the kernels over frames)
     late           loads issued after the first exchange between lanes: a second trip to memory
     ahead          tokens that are copied to shared memory before their turn
-    KB             bytes in flight per multiprocessor; Hopper needs about 40 to 60 KB to reach its bandwidth
+    KB             bytes in flight per multiprocessor; Hopper needs about 40 to 60 KB to reach its
+                   bandwidth
     waves          programs over those that 132 multiprocessors hold at a time
-    H100, H200     predicted share of the bandwidth of a copy (anyflow.kernels.machine_code says how)
+    H100, H200     predicted share of the bandwidth of a copy (anyflow.kernels.machine_code says
+                   how)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -27,43 +30,27 @@ from anyflow.kernels import machine_code
 from anyflow.kernels.ahead_of_time import (
     compile_launch,
     disassemble,
-    embedding_calls,
-    frame_calls,
-    row_calls,
+    kernel_calls,
+    loss_examples,
 )
 from anyflow.kernels.launch import Launch, record
 from anyflow.kernels.machine_code import Traffic
+from anyflow.ops.examples import (
+    FRAMES,
+    TOKENS,
+    Example,
+    LeastWork,
+    dual_timestep_embedding,
+    row_examples,
+)
 
 CAPABILITY = 90
-TOKENS, FRAMES = 32760, 21
-_SAMPLES, _SLOTS = 4, 2  # of the kernels over frames: latents, and those of them with r != t
-
-# Passes over [L, D] that are read and written, of kernels over rows.
-ROW_PASSES = {
-    "layer_norm_modulate_forward": (1, 1),
-    "layer_norm_modulate_backward": (2, 1),
-    "residual_layer_norm_forward": (2, 2),
-    "residual_layer_norm_backward, gate, affine": (4, 2),
-    "residual_layer_norm_backward, modulation": (3, 1),
-    "gated_residual_forward": (2, 1),
-    "gated_residual_backward": (2, 1),
-    "rms_norm_rope_forward": (1, 1),
-    "rms_norm_rope_backward": (2, 1),
-}
-# Bytes per element of a latent that are read and written, every sample with r != t: latents in
-# bf16, t +- in fp32.
-_FRAME_BYTES = {
-    "flow_map_inputs_forward": (4, 2 + 4 + 8),
-    "flow_map_inputs_backward": (2 + 4 + 8, 4),
-    "flow_map_loss_forward": (12, 2),
-    "flow_map_loss_backward": (2, 2),
-}
-_ROTARY_BYTES = 2 * 64 * 4  # cos and sin of a token, in fp32; all heads share them
+DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table; the module's docstring has the columns.
+    """Hold a line of the table; the module's docstring has the columns.
 
     ``share`` is by card, and None for a kernel that is too small to have a bandwidth.
     """
@@ -94,46 +81,51 @@ def entries(dims: Sequence[int], rows: Sequence[int]) -> Iterator[Entry]:
         dims: widths D.
         rows: modulation rows per sample, R.
     """
-    dtype = torch.bfloat16
     for dim in dims:
         for r in rows:
-            yield from _of(row_calls(dim, dtype, length=TOKENS, rows=r), dim, r)
-        yield from _of(embedding_calls(dim, dtype, rows=FRAMES), dim, FRAMES)
-    latents = (_SAMPLES, FRAMES, 16, 60, 104)
-    yield from _of(frame_calls(dtype, shape=latents, slots=_SLOTS), 0, 0)
+            yield from _entries(row_examples(TOKENS, dim, r), dim, r)
+        embedding = dual_timestep_embedding(FRAMES, dim, learned=True)
+        yield from _entries([embedding], dim, FRAMES)
+    yield from _entries(loss_examples(picked=None), 0, 0)
 
 
-def _of(calls: Iterator[tuple[str, Callable[[], object]]], dim: int, rows: int) -> Iterator[Entry]:
-    for variant, call in calls:
-        if variant in ("rows", "no rotary", "additive"):  # the same code but for a branch
-            continue
+def _entries(examples: Iterable[Example], dim: int, rows: int) -> Iterator[Entry]:
+    """Record, compile and count the kernels of examples, forward and backward."""
+    for example, direction, call in kernel_calls(examples, DTYPE):
+        work = example.forward if direction == "forward" else example.backward
         with record() as launches:
             call()
         finishing = [launch for launch in launches if _name(launch) == "finish_sums"]
         for launch in launches:
             if launch not in finishing:
-                yield _entry(launch, variant, dim, rows, finishing)
+                traffic = _traffic(example, work, launch, finishing)
+                yield _entry(launch, example.variant, dim, rows, traffic)
 
 
 def _name(launch: Launch) -> str:
+    """Return the name of a launch's kernel, without its suffix."""
     return str(launch.kernel.fn.__name__).removesuffix("_kernel")
 
 
-def _entry(launch: Launch, variant: str, dim: int, rows: int, finishing: Sequence[Launch]) -> Entry:
+def _entry(launch: Launch, variant: str, dim: int, rows: int, traffic: Traffic | None) -> Entry:
+    """Compile a launch and predict its speed from its machine code."""
     resources = compile_launch(launch, CAPABILITY)
-    name, programs = _name(launch), launch.grid[0]
-    code = machine_code.parse(disassemble(launch, CAPABILITY), whole=name in _FRAME_BYTES)
+    # the kernels over frames have a chunk per program, and no loop
+    whole = "CHUNK" in launch.options
+    code = machine_code.parse(disassemble(launch, CAPABILITY), whole=whole)
     warps = resources["num_warps"]
     held = machine_code.programs_per_multiprocessor(
         resources["registers"], warps, resources["shared"]
     )
-    traffic = _traffic(name, variant, dim, launch, finishing)
-    share = traffic and {
-        card: machine_code.predicted_share(code, traffic, held, warps, copy)
-        for card, copy in machine_code.COPY_BANDWIDTH.items()
-    }
+    share, flight = None, 0.0
+    if traffic is not None:
+        flight = machine_code.bytes_in_flight(code, traffic, held) / 1024
+        share = {
+            card: machine_code.predicted_share(code, traffic, held, warps, copy)
+            for card, copy in machine_code.COPY_BANDWIDTH.items()
+        }
     return Entry(
-        kernel=name,
+        kernel=_name(launch),
         variant=variant,
         dim=dim,
         rows=rows,
@@ -147,44 +139,33 @@ def _entry(launch: Launch, variant: str, dim: int, rows: int, finishing: Sequenc
         barriers=code.barriers,
         late_loads=code.late_loads,
         ahead=code.ahead,
-        kilobytes=0.0
-        if traffic is None
-        else machine_code.bytes_in_flight(code, traffic, held) / 1024,
-        waves=programs / (held * machine_code.MULTIPROCESSORS),
+        kilobytes=flight,
+        waves=launch.grid[0] / (held * machine_code.MULTIPROCESSORS),
         share=share,
     )
 
 
 def _traffic(
-    name: str, variant: str, dim: int, launch: Launch, finishing: Sequence[Launch]
+    example: Example, work: LeastWork, launch: Launch, finishing: Sequence[Launch]
 ) -> Traffic | None:
-    programs = launch.grid[0]
-    if name in _FRAME_BYTES:
-        read, written = (n * launch.options["CHUNK"] for n in _FRAME_BYTES[name])
-        return Traffic(read, written, programs, programs)
-    if not {name, f"{name}, {variant}"} & set(ROW_PASSES):
+    """Return the bytes that a launch moves for a token or a chunk; None for the embeddings."""
+    if example.op == "dual_timestep_embedding":
         return None
+    programs = launch.grid[0]
+    read, written = work.read_bytes(DTYPE), work.written_bytes(DTYPE)
+    if "CHUNK" in launch.options:
+        share = launch.options["CHUNK"] / (example.tokens * example.dim)
+        return Traffic(read * share, written * share, programs, programs)
     partial = sum(launch.args[0].numel() * 4 for launch in finishing)
-    read, written = token_bytes(name, variant, dim)
-    return Traffic(read, written, TOKENS, programs, extra=2.0 * partial, sums=len(finishing))
-
-
-def token_bytes(name: str, variant: str, dim: int) -> tuple[int, int]:
-    """Return the bytes of a token in bf16 that a kernel over rows must read, and write.
-
-    Args:
-        name: ``<op>_forward`` or ``<op>_backward``.
-        variant: as :func:`~anyflow.kernels.ahead_of_time.row_calls` yields it.
-        dim: D.
-    """
-    passes = ROW_PASSES.get(name) or ROW_PASSES[f"{name}, {variant}"]
-    table = _ROTARY_BYTES if variant == "rotary" else 0
-    return passes[0] * 2 * dim + table, passes[1] * 2 * dim
+    # partial sums are written and read again
+    extra, sums = 2.0 * partial, len(finishing)
+    return Traffic(read / TOKENS, written / TOKENS, TOKENS, programs, extra=extra, sums=sums)
 
 
 HEADER = (
-    f"{'kernel':33}{'variant':13}{'D':>5}{'R':>3}{'warps':>6}{'regs':>5}{'held':>5}{'occ':>5}{'narrow':>7}"
-    f"{'instr':>6}{'bars':>5}{'late':>5}{'ahead':>6}{'KB':>4}{'waves':>6}{'H100':>6}{'H200':>6}"
+    f"{'kernel':33}{'variant':13}{'D':>5}{'R':>3}{'warps':>6}{'regs':>5}{'held':>5}{'occ':>5}"
+    f"{'narrow':>7}{'instr':>6}{'bars':>5}{'late':>5}{'ahead':>6}{'KB':>4}{'waves':>6}"
+    f"{'H100':>6}{'H200':>6}"
 )
 
 
@@ -192,8 +173,8 @@ def line(e: Entry) -> str:
     """Format an entry as a line below ``HEADER``."""
     shares = ("-", "-") if e.share is None else tuple(f"{share:.0%}" for share in e.share.values())
     return (
-        f"{e.kernel:33}{e.variant:13}{e.dim or '-':>5}{e.rows or '-':>3}{e.num_warps:>6}{e.registers:>5}"
-        f"{e.held:>5}{e.occupancy:>5.0%}{e.narrow:>7}{e.instructions:>6}"
+        f"{e.kernel:33}{e.variant:13}{e.dim or '-':>5}{e.rows or '-':>3}{e.num_warps:>6}"
+        f"{e.registers:>5}{e.held:>5}{e.occupancy:>5.0%}{e.narrow:>7}{e.instructions:>6}"
         f"{e.barriers:>5}{e.late_loads:>5}{e.ahead:>6}{e.kilobytes:>4.0f}{e.waves:>6.1f}"
         + "".join(f"{share:>6}" for share in shares)
     )

@@ -1,6 +1,4 @@
-"""What every test has: two threads, a seeded generator, no network, the same random examples each
-time.
-"""
+"""Give every test two threads, a seeded generator, no network, and the same random examples."""
 
 import importlib.metadata
 import importlib.util
@@ -31,8 +29,9 @@ hypothesis.settings.load_profile("anyflow")
 
 
 def pytest_report_header() -> list[str]:
-    """Which build is tested: an installed one, this checkout's, or that of ``make sanitize``; and
-    what cannot be.
+    """Say which build is tested, and what cannot be tested here.
+
+    The build is an installed one, this checkout's, or that of ``make sanitize``.
     """
     spec = importlib.util.find_spec("anyflow._C")
     lines = [f"anyflow._C: {'not built' if spec is None else spec.origin}"]
@@ -52,16 +51,14 @@ def _minor(version: str) -> tuple[int, int]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules with slow tests first: the last one should not keep one worker busy when the other
-    has finished.
-    """
+    """Put modules with slow tests first, so that no worker is busy alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """A CPU generator in the same state at the start of every test."""
+    """Return a CPU generator in the same state at the start of every test."""
     return torch.Generator().manual_seed(SEED)
 
 
@@ -73,7 +70,7 @@ def _seed_weights() -> None:
 
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
-    """A port that nobody listens on."""
+    """Return a port that nobody listens on."""
 
     def find() -> int:
         with socket.socket() as s:
@@ -85,8 +82,9 @@ def free_port() -> Callable[[], int]:
 
 @pytest.fixture(scope="session")
 def process_environment(free_port: Callable[[], int]) -> Callable[[], dict[str, str]]:
-    """The environment of processes that meet on this machine: one thread each, this checkout, a
-    port of their own.
+    """Return the environment of processes that meet on this machine.
+
+    They have one thread each, this checkout, and a port of their own.
     """
     own = {
         "OMP_NUM_THREADS": "1",
@@ -103,8 +101,7 @@ def process_environment(free_port: Callable[[], int]) -> Callable[[], dict[str, 
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., str]:
-    """``run_python(code, **environment)``: what a fresh process prints that has the anyflow of this
-    one.
+    """Return ``run_python(code, **environment)``: what a new process with this anyflow prints.
 
     Its parts are where they are here: in a checkout that is not installed, not beside the package.
     The variables that choose a backend are set only if they are given.
@@ -134,8 +131,9 @@ def run_python() -> Callable[..., str]:
 def torchrun(
     process_environment: Callable[[], dict[str, str]],
 ) -> Callable[..., subprocess.Popen[str]]:
-    """``torchrun(processes, script, *arguments)``: real processes under torchrun, started; for
-    ``communicate()``.
+    """Return ``torchrun(processes, script, *arguments)``, which starts processes under torchrun.
+
+    The result is for ``communicate()``.
     """
 
     def start(processes: int, script: Path, *arguments: object) -> subprocess.Popen[str]:
@@ -169,7 +167,7 @@ _WORDS = [
 
 @pytest.fixture(scope="session")
 def wan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with ``vae``, ``text_encoder`` and ``tokenizer``."""
+    """Make a diffusers folder with ``vae``, ``text_encoder`` and ``tokenizer``."""
     from diffusers import AutoencoderKLWan
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -202,9 +200,7 @@ def wan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small untrained model of moving shapes, in a folder as a stage of ``anyflow demo`` leaves
-    it.
-    """
+    """Make a small untrained model of moving shapes, in a folder like the demo's."""
     from anyflow.models import AnyFlowTransformer3DModel
     from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 

@@ -1,5 +1,6 @@
-"""The package map, the guard of `kernels/` and the cost of `import anyflow`, each in a fresh
-interpreter.
+"""Test the package map, the guard of `kernels/` and the cost of `import anyflow`.
+
+Each runs in an interpreter of its own.
 """
 
 import importlib.metadata
@@ -24,9 +25,7 @@ without_pypi = pytest.mark.skipif(
 def python(
     code: str, *, cwd: Path = ROOT, path: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a new interpreter with `cwd` first on sys.path, as `python -c` puts it there,
-    then `path`.
-    """
+    """Run `code` in a new interpreter with `cwd` first on sys.path, then `path`."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     if path is not None:
         env["PYTHONPATH"] = str(path)
@@ -57,7 +56,7 @@ def pip(*args: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def pypi_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the distribution `kernels` from PyPI."""
+    """Make a folder that holds the distribution `kernels` from PyPI."""
     target = tmp_path_factory.mktemp("pypi")
     done = pip(
         "install",
@@ -76,7 +75,7 @@ def pypi_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the sources, so that no build folder is left in the repository."""
+    """Build the wheel of a copy of the sources, which leaves no folder in the repository."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for folder in ("anyflow", "kernels", "tests", "csrc", "cmake"):
         shutil.copytree(
@@ -167,7 +166,8 @@ import kernels, kernels.layer
 from kernels import get_kernel, LayerRepository
 import anyflow.kernels
 print(kernels.__file__)
-print(kernels is sys.modules["kernels"], kernels.layer.LayerRepository is LayerRepository, hasattr(kernels, "_guard"))
+same = kernels.layer.LayerRepository is LayerRepository
+print(kernels is sys.modules["kernels"], same, hasattr(kernels, "_guard"))
 print(anyflow.kernels is kernels)
 """
     file, same, ours = output(code, path=pypi_kernels).splitlines()
@@ -195,9 +195,7 @@ def test_wheel_holds_one_top_level_package(wheel):
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment with the wheel, the dependencies of this one, and the program that pip
-    makes.
-    """
+    """Make an environment with the wheel, this one's dependencies, and pip's program."""
     environment = tmp_path_factory.mktemp("fresh") / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     done = pip(

@@ -1,4 +1,4 @@
-"""The names of ``anyflow``: what is there, what loads when, and what a type checker sees."""
+"""Test the names of ``anyflow``: which exist, when they load, what a type checker sees."""
 
 import importlib
 import re
@@ -70,9 +70,7 @@ def test_importing_anyflow_loads_nothing_else() -> None:
 
 @pytest.mark.slow
 def test_a_type_checker_knows_every_name_and_finds_wrong_calls(tmp_path: Path) -> None:
-    """Run mypy on a user's file; with the settings and the cache of ``make lint``, which make it
-    fast.
-    """
+    """Run mypy on a user's file, with the settings and the cache of ``make lint`` for speed."""
     names = [f"anyflow.{name}" for name in OBJECTS]
     file = tmp_path / "user.py"
     head = USER + "".join(f"reveal_type({name})\n" for name in names)

@@ -1,4 +1,4 @@
-"""The Python of the README runs as it stands."""
+"""Run the Python of the README as it stands."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def snippet(words: str) -> str:
 
 
 def test_sampling_and_training_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a folder of the demo's shape, which need not be trained for this."""
+    """Use a folder of the demo's shape, which need not be trained for this."""
     world = World(DemoConfig())
     folder = tmp_path / "runs" / "demo" / "checkpoints" / "on_policy"
     world.model().enable_flow_map().save_pretrained(folder / "transformer")

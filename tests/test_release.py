@@ -1,6 +1,4 @@
-"""What a release has beside the code agrees with it: the change log, the citation, the templates of
-issues.
-"""
+"""Compare what a release has beside the code: the change log, the citation, the templates."""
 
 import re
 from pathlib import Path
@@ -20,9 +18,7 @@ def _yaml(path: str) -> Any:
 
 
 def test_the_top_of_the_change_log_is_this_version() -> None:
-    """A version under development is unreleased and newer than what was released; a release has its
-    date.
-    """
+    """Require a released version to have a date, and one under development to be newer."""
     log = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## \[(.+?)\](.*)$", log, re.MULTILINE)
     (top, date), *older = sections

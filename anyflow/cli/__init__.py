@@ -1,5 +1,4 @@
-"""The command line: ``anyflow …``. A user's mistake is one line and exit status 2, never a
-traceback.
+"""Assemble the command line ``anyflow …``; a user's mistake is one line and exit status 2.
 
 Each command has a module of its own or shares one; modules that load torch are imported when a
 command runs.

@@ -1,30 +1,21 @@
-"""``anyflow inspect``, ``anyflow convert`` and ``anyflow verify``."""
+"""Run ``anyflow inspect``, ``anyflow convert`` and ``anyflow verify``."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from anyflow.cli import options
 from anyflow.cli.common import DtypeName, fail, torch_dtype
-
-_CHECKPOINT = "Checkpoint of any format: a folder, a file, or a name on the Hugging Face Hub."
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help=_CHECKPOINT, show_default=False)],
-    subfolder: Annotated[
-        str | None, typer.Option(help="Of the folder, in place of 'transformer'.")
-    ] = None,
-    weights: Annotated[
-        Literal["ema", "raw"] | None,
-        typer.Option(help="Of a training file; the average if there is one."),
-    ] = None,
-    head_dim: Annotated[
-        int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")
-    ] = None,
+    path: options.Checkpoint,
+    subfolder: options.Subfolder = None,
+    weights: options.Weights = None,
+    head_dim: options.HeadDim = None,
     strict_values: Annotated[
         bool,
         typer.Option(
@@ -32,8 +23,9 @@ def inspect(
         ),
     ] = False,
 ) -> None:
-    """Say what a checkpoint is: format, size, types, sizes of the model; exit status 1 if it cannot
-    be loaded.
+    """Describe a checkpoint: its format, size, types, and the sizes of the model.
+
+    The exit status is 1 if the checkpoint cannot be loaded.
     """
     from anyflow.formats import inspect
 
@@ -52,22 +44,15 @@ def inspect(
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help=_CHECKPOINT, show_default=False)],
+    source: options.Checkpoint,
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", show_default=False)],
     to: Annotated[Literal["diffusers"], typer.Option(help="Format to write.")] = "diffusers",
     dtype: Annotated[
-        DtypeName | None, typer.Option(help="Of the weights; the stored one if left out.")
+        DtypeName | None, typer.Option(help="Dtype of the weights; the stored one if left out.")
     ] = None,
-    subfolder: Annotated[
-        str | None, typer.Option(help="Of the folder, in place of 'transformer'.")
-    ] = None,
-    weights: Annotated[
-        Literal["ema", "raw"] | None,
-        typer.Option(help="Of a training file; the average if there is one."),
-    ] = None,
-    head_dim: Annotated[
-        int | None, typer.Option(help="Channels of a head, without a config.json; Wan's 128.")
-    ] = None,
+    subfolder: options.Subfolder = None,
+    weights: options.Weights = None,
+    head_dim: options.HeadDim = None,
     lora_alpha: Annotated[
         float | None, typer.Option(help="Alpha of adapters to merge, where no file says it.")
     ] = None,
@@ -77,15 +62,16 @@ def convert(
     gate: Annotated[float, typer.Option(help="Gate of the flow map, with --flow-map.")] = 0.25,
     bidirectional: Annotated[
         bool,
-        typer.Option("--bidirectional", help="Take a causal model without its causal tensors."),
+        typer.Option("--bidirectional", help="Load a causal model without its causal tensors."),
     ] = False,
     shift: Annotated[
-        float | None, typer.Option(help="Of a scheduler to write; the checkpoint's if left out.")
+        float | None,
+        typer.Option(help="Shift of the scheduler to write; the checkpoint's if left out."),
     ] = None,
     strict_values: Annotated[
         bool,
         typer.Option(
-            "--strict-values", help="Refuse weights with NaN or infinity, of which a warning tells."
+            "--strict-values", help="Refuse weights with NaN or infinity; else a warning tells."
         ),
     ] = False,
 ) -> None:
@@ -124,13 +110,13 @@ def verify(
         Literal["diffusers"], typer.Option(help="The other implementation.")
     ] = "diffusers",
     dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")
+        Literal["bfloat16", "float32"], typer.Option(help="Dtype of the weights.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="Torch device to run on.")] = "cpu",
-    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 256,
-    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 256,
+    height: options.Pixels = 256,
+    width: options.Pixels = 256,
     num_frames: Annotated[int, typer.Option(help="Frames of the video, 4k + 1.")] = 17,
-    steps: Annotated[int, typer.Option(help="Steps of the sampling.")] = 4,
+    steps: Annotated[int, typer.Option(help="Number of sampling steps.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
     max_forward: Annotated[
         float | None,
@@ -143,30 +129,26 @@ def verify(
         float | None, typer.Option(help="Allowed mean relative difference of the sampled latents.")
     ] = None,
 ) -> None:
-    """Compare the network with diffusers' on the same weights; exit status 1 if they differ by more
-    than rounding.
-    """
-    from anyflow.formats.verify import Thresholds, verify
-    from anyflow.pipelines.loading import resolve_device
+    """Compare the network with diffusers' on the same weights, within what rounding explains.
 
-    given = {"forward": max_forward, "loss": max_loss, "sample": max_sample}
+    The exit status is 1 where a difference is larger.
+    """
+    from anyflow.formats.verify import verify
+    from anyflow.utils.devices import resolve_device
+
+    limits = {"forward": max_forward, "loss": max_loss, "sample": max_sample}
     try:
-        parsed = torch_dtype(dtype)
-        thresholds = Thresholds.for_dtype(parsed)
-        thresholds = dataclasses.replace(
-            thresholds, **{k: v for k, v in given.items() if v is not None}
-        )
         report = verify(
             model,
             against=against,
-            dtype=parsed,
+            dtype=torch_dtype(dtype),
             device=resolve_device(device),
             height=height,
             width=width,
             num_frames=num_frames,
-            steps=steps,
+            num_inference_steps=steps,
             seed=seed,
-            thresholds=thresholds,
+            limits={name: limit for name, limit in limits.items() if limit is not None},
         )
     except ValueError as error:
         fail(str(error))

@@ -1,4 +1,4 @@
-"""Holds what the commands share: how they fail, names of dtypes, and the end of their help."""
+"""Share how commands fail and stop, the names of dtypes, and the end of their help."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ _DOCS = "https://github.com/anyflow-video/anyflow/blob/main/docs"
 
 
 def full_dtype_name(token: str) -> str:
-    """Return torch's name of a dtype for a short one, and every other token of a command line as it
-    is.
-    """
+    """Return torch's name of a dtype for a short one, and every other token as it is."""
     return _SHORT_NAMES.get(token, token)
 
 
@@ -47,3 +45,9 @@ def fail(message: str, status: int = 2) -> NoReturn:
     for line in message.splitlines():
         typer.echo(f"anyflow: {' '.join(line.split())}", err=True)
     raise typer.Exit(status)
+
+
+def stopped(advice: str) -> NoReturn:
+    """End a command that Ctrl-C has stopped, with what the user can do next."""
+    typer.echo(f"\nStopped. {advice}", err=True)
+    raise typer.Exit(130) from None

@@ -1,4 +1,4 @@
-"""``anyflow demo``."""
+"""Run ``anyflow demo``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from anyflow.cli.common import fail
+from anyflow.cli.common import fail, stopped
 
 
 def demo(
     budget: Annotated[
         Literal["full", "fast"],
-        typer.Option(help="Some minutes with the real picture, or about one."),
+        typer.Option(help="Minutes of training with a clear result (full), or about one (fast)."),
     ] = "full",
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     out: Annotated[
@@ -51,16 +51,13 @@ def demo(
     except FloatingPointError as error:  # a student that diverged
         fail(str(error), status=1)
     except KeyboardInterrupt:
-        typer.echo("\nStopped. The same command goes on from there.", err=True)
-        raise typer.Exit(130) from None
+        stopped("The same command continues from here.")
     if open_report and sys.stdout is not None and sys.stdout.isatty() and _has_browser():
         webbrowser.open((out / REPORT_FILE).resolve().as_uri())
 
 
 def _has_browser() -> bool:
-    """Tell whether a graphical browser can be shown; a text browser would take over the
-    terminal.
-    """
+    """Tell whether a graphical browser can be shown; a text browser would fill the terminal."""
     return sys.platform in ("darwin", "win32") or bool(
         os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     )

@@ -1,4 +1,4 @@
-"""``anyflow doctor``."""
+"""Run ``anyflow doctor``."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from anyflow.cli.common import fail
 
 def doctor(
     device: Annotated[
-        str | None, typer.Option(help="Torch device to check; CUDA if there is one, else the CPU.")
+        str | None, typer.Option(help="Torch device to check; a GPU if torch finds one.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Show what is installed, built and would run, and check every operator; exit status 1 if not
-    all is well.
+    """Show what is installed, built and would run, and check every operator.
+
+    The exit status is 1 if a check fails.
     """
     try:
         from anyflow.doctor import run
-    except ImportError as error:  # without torch there is nothing to examine
+    except ImportError as error:  # without torch nothing can be examined
         fail(
             "anyflow doctor cannot begin: "
             f"{error}{f': pip install {error.name}' if error.name else ''}",

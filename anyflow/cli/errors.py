@@ -1,6 +1,4 @@
-"""End of every command when the system refuses something: one line, exit status 1, nothing but a
-bug a traceback.
-"""
+"""End every command with one line and exit status 1 when the system refuses something."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ from anyflow.utils.writing import system_error
 
 
 class Commands(TyperGroup):
-    """A group of commands whose system errors are one line with path and reason; Ctrl-C ends them
-    with status 130.
-    """
+    """Group commands, report their system errors in one line, and end with 130 on Ctrl-C."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -39,17 +35,14 @@ class Commands(TyperGroup):
 
 
 def describe(error: BaseException) -> str | None:
-    """Say what the operating system refused, as ``path: reason``; None for an exception of another
-    kind.
-    """
+    """Describe what the system refused, as ``path: reason``; None for another exception."""
     found = system_error(error)
-    # libraries raise OSError with a text of their own, such as for a model that cannot be found
     if found is None:
-        return (
-            " ".join(str(error).split()) or type(error).__name__
-            if isinstance(error, OSError)
-            else None
-        )
+        if not isinstance(error, OSError):
+            return None
+        # libraries raise OSError with a text of their own, such as for a model that cannot be found
+        text = " ".join(str(error).split())
+        return text if text else type(error).__name__
     assert found.errno is not None
     names = [
         shortened(os.fsdecode(n))
@@ -80,9 +73,7 @@ def prepare_streams() -> None:
 
 
 def finish_streams(status: int) -> int:
-    """Write what is left in the streams and return the exit status: 1 in place of 0 where that
-    cannot be done.
-    """
+    """Write what is left in the streams and return the exit status, 1 in place of 0 on failure."""
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         if _fails(stream):
             status = 1 if status == 0 else status
@@ -113,9 +104,7 @@ def _fails(stream: TextIO | None) -> bool:
 
 
 def _reader_is_gone(error: BaseException) -> bool:
-    """Tell whether the reader of a pipe has left, as ``head`` does: nobody asked for more, so
-    nothing is said.
-    """
+    """Tell whether the reader of a pipe has left, as ``head`` does: nothing is printed then."""
     return isinstance(error, BrokenPipeError) and _is_of_output(error)
 
 

@@ -1,16 +1,18 @@
-"""``anyflow evaluate``."""
+"""Run ``anyflow evaluate``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow.cli.common import DtypeName, fail
+from anyflow.cli import options
+from anyflow.cli.common import fail, stopped
 
 if TYPE_CHECKING:
     from anyflow.evaluation.runs.models import VideoModel
+    from anyflow.evaluation.runs.vbench import VBench
 
 
 def evaluate(
@@ -23,24 +25,14 @@ def evaluate(
             show_default=False,
         ),
     ] = [],  # noqa: B006 (typer makes a new one)
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text file with a prompt on each line, or .csv or .jsonl with prompt and "
-            "negative_prompt; models of "
-            "`anyflow demo` bring their own.",
-            show_default=False,
-        ),
-    ] = None,
+    prompts: options.PromptsFile = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for everything; what it has is not made again.", show_default=False
+            help="Folder for everything; a video that it has is not made again.", show_default=False
         ),
     ] = None,
-    steps: Annotated[
-        str, typer.Option(help="Step counts, with commas between them.")
-    ] = "1,2,4,8,16,32",
+    steps: options.Steps = "1,2,4,8,16,32",
     num_samples: Annotated[
         int | None,
         typer.Option(
@@ -48,13 +40,12 @@ def evaluate(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of the noise, which is the same at each step count.")
+        int, typer.Option(help="Seed of the noise, the same for each number of steps.")
     ] = 0,
     reference_steps: Annotated[
         int,
         typer.Option(
-            help="Steps of the video that each video is compared with; 0 makes and compares with "
-            "none."
+            help="Steps of the video that each video is compared with; 0 compares with none."
         ),
     ] = 50,
     references: Annotated[
@@ -76,7 +67,9 @@ def evaluate(
     ] = None,
     vbench_dimensions: Annotated[
         str | None,
-        typer.Option(help="Of VBench, with commas between them; those of any videos if left out."),
+        typer.Option(
+            help="Dimensions of VBench, with commas between them; those of any videos if left out."
+        ),
     ] = None,
     report_only: Annotated[
         Path | None,
@@ -84,71 +77,37 @@ def evaluate(
             metavar="OUT", help="Write the report of such a folder again, and nothing else."
         ),
     ] = None,
-    transformer: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or name with another transformer and its scheduler, as training leaves it."
-        ),
-    ] = None,
-    lora: Annotated[str | None, typer.Option(help="LoRA file or folder to merge.")] = None,
-    height: Annotated[
-        int | None, typer.Option(help="Pixels, a multiple of 16; 480 if left out.")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Pixels, a multiple of 16; 832 if left out.")
-    ] = None,
-    num_frames: Annotated[int | None, typer.Option(help="4k + 1; 81 if left out.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; 1, which is none, if left out.")
-    ] = None,
-    negative_prompt: Annotated[
-        str | None,
-        typer.Option(help="With guidance, of prompts without one of their own; empty if left out."),
-    ] = None,
-    euler: Annotated[
-        bool,
-        typer.Option(
-            "--euler", help="Plain Euler steps (r = t), for a plain Wan model or a teacher."
-        ),
-    ] = False,
-    fps: Annotated[
-        float | None, typer.Option(help="Frames per second of the files; 16 if left out.")
-    ] = None,
-    memory: Annotated[
-        Literal["auto", "fast", "low", "stream"],
-        typer.Option(
-            help="On the device: all (fast), one part at a time (low), or a block at a time "
-            "(stream)."
-        ),
-    ] = "auto",
-    dtype: Annotated[
-        DtypeName | None,
-        typer.Option(help="Of the transformer and the text encoder; bfloat16 if left out."),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Torch device; a GPU if there is one.")] = None,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the transformer's blocks.")
-    ] = False,
-    cuda_graph: Annotated[
-        bool, typer.Option("--cuda-graph", help="Replay evaluations from a CUDA graph.")
-    ] = False,
+    transformer: options.Transformer = None,
+    lora: options.LoRA = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    num_frames: options.NumFrames = None,
+    guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
+    euler: options.Euler = False,
+    fps: options.FPS = None,
+    memory: options.Memory = "auto",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    compile: options.Compile = False,
+    cuda_graph: options.CudaGraph = False,
 ) -> None:
-    """Sample models at several step counts, measure the videos, and write a report; on many GPUs
-    under torchrun.
+    """Sample models at several numbers of steps, measure the videos, and write a report.
+
+    Under torchrun the videos are made on many GPUs. Models of `anyflow demo` bring their prompts.
     """
-    settings = {
-        "transformer": transformer,
-        "lora": lora,
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "guidance_scale": guidance,
-        "negative_prompt": negative_prompt,
-        "fps": fps,
-        "dtype": dtype,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
-    options = {"memory": memory, "compile": compile, "cuda_graph": cuda_graph}
+    settings = options.given(
+        transformer=transformer,
+        lora=lora,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        guidance_scale=guidance,
+        negative_prompt=negative_prompt,
+        fps=fps,
+        dtype=dtype,
+    )
+    loading = {"device": device, "memory": memory, "compile": compile, "cuda_graph": cuda_graph}
     try:
         if report_only is not None:
             _report_only(report_only, given=bool(model or prompts or out))
@@ -158,21 +117,8 @@ def evaluate(
                 "--model and --out must be given (or --report-only OUT, with the folder of an "
                 "evaluation)"
             )
-        from anyflow.evaluation.runs.vbench import DEFAULT_DIMENSIONS, VBench
-
-        vbench = None
-        if vbench_python is not None:
-            names = (
-                DEFAULT_DIMENSIONS
-                if vbench_dimensions is None
-                else [n.strip() for n in vbench_dimensions.split(",")]
-            )
-            vbench = VBench(vbench_python, list(dict.fromkeys(names)))
-        elif vbench_dimensions is not None:
-            raise ValueError("--vbench-dimensions are those of --vbench-python, which is missing")
-        chosen = _models(model, given, options, euler=euler, device=device)
         _run(
-            chosen,
+            _models(model, settings, loading, euler=euler),
             prompts,
             out,
             {
@@ -183,13 +129,24 @@ def evaluate(
             },
             metric_models=models,
             references=references,
-            vbench=vbench,
+            vbench=_vbench(vbench_python, vbench_dimensions),
         )
     except (ValueError, ImportError) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        typer.echo("\nStopped. The same command goes on where it was.", err=True)
-        raise typer.Exit(130) from None
+        stopped("The same command continues from here.")
+
+
+def _vbench(python: Path | None, dimensions: str | None) -> VBench | None:
+    """Return the VBench that the command names, or None."""
+    from anyflow.evaluation.runs.vbench import DEFAULT_DIMENSIONS, VBench
+
+    if python is None:
+        if dimensions is not None:
+            raise ValueError("--vbench-dimensions are those of --vbench-python, which is missing")
+        return None
+    named = DEFAULT_DIMENSIONS if dimensions is None else dimensions.split(",")
+    return VBench(python, list(dict.fromkeys(name.strip() for name in named)))
 
 
 def _run(
@@ -199,14 +156,14 @@ def _run(
     numbers: dict[str, Any],
     **more: Any,
 ) -> None:
-    """Plan and run; say at the end where the report is."""
+    """Plan and run the evaluation, and print where the report is."""
     from rich.console import Console
 
     from anyflow.evaluation.runs.models import ShapesModel, shapes_prompts
     from anyflow.evaluation.runs.plan import EvaluationPlan
     from anyflow.evaluation.runs.ranks import Rank
     from anyflow.evaluation.runs.run import run_evaluation
-    from anyflow.pipelines.prompts import Prompt, read_prompts
+    from anyflow.pipelines.prompts import VideoPrompt, read_prompts
     from anyflow.pipelines.render import parse_numbers
     from anyflow.utils.progress import counted
 
@@ -219,22 +176,21 @@ def _run(
     if prompts is not None:
         texts = read_prompts(prompts)
     elif of_shapes:
-        texts = [Prompt(text) for text in shapes_prompts()]
+        texts = [VideoPrompt(text) for text in shapes_prompts()]
     else:
         raise ValueError("--prompts must be given: a text file with a prompt on each line")
     if numbers["num_samples"] is None:
         numbers["num_samples"] = 32 if of_shapes else 5
-    plan = EvaluationPlan(
-        models, texts, **{**numbers, "steps": parse_numbers("steps", numbers["steps"])}
-    )
+    step_counts = parse_numbers("steps", numbers.pop("steps"))
+    plan = EvaluationPlan(models, texts, step_counts, **numbers)
     main = Rank.of_environment().is_main
     console = Console(highlight=False, soft_wrap=True) if main else None
     report = run_evaluation(plan, out, **more, console=console)
     for failed in report.failed:
         job = failed.job
         typer.echo(
-            f"failed: {job.prompt.text} ({job.model}, {job.steps} steps, {job.sample}): "
-            f"{failed.reason}",
+            f"failed: {job.prompt.text} ({job.model}, {job.num_inference_steps} steps, "
+            f"{job.sample}): {failed.reason}",
             err=True,
         )
     for problem in report.problems:
@@ -258,21 +214,17 @@ def _report_only(out: Path, *, given: bool) -> None:
 
 
 def _models(
-    texts: list[str],
-    given: dict[str, Any],
-    options: dict[str, Any],
-    *,
-    euler: bool,
-    device: str | None,
+    texts: list[str], settings: dict[str, Any], loading: dict[str, Any], *, euler: bool
 ) -> dict[str, VideoModel]:
     """Return the models that the command names, each by its own name or that of its folder."""
     from anyflow.evaluation.runs.models import PipelineModel, find_shapes_model, split_model_name
     from anyflow.pipelines.sample_settings import SampleSettings
 
-    if len(texts) > 1 and {"transformer", "lora"} & given.keys():
-        raise ValueError("--transformer and --lora go with one --model; evaluate the others by "
-                         "another command, with "
-                         "the same --out")  # fmt: skip
+    if len(texts) > 1 and {"transformer", "lora"} & settings.keys():
+        raise ValueError(
+            "--transformer and --lora go with one --model; evaluate the others by another command, "
+            "with the same --out"
+        )
     models: dict[str, VideoModel] = {}
     for text in texts:
         name, path = split_model_name(text)
@@ -280,16 +232,14 @@ def _models(
             raise ValueError(
                 f"two models have the name {name!r}; give another one, as --model NAME=PATH"
             )
-        shapes = (
-            None if "transformer" in given else find_shapes_model(path, euler=euler, device=device)
-        )
+        shapes = None
+        if "transformer" not in settings:
+            shapes = find_shapes_model(path, euler=euler, device=loading["device"])
         if shapes is None:
-            models[name] = PipelineModel(
-                SampleSettings(path, euler=euler, **given), device=device, **options
-            )
+            models[name] = PipelineModel(SampleSettings(path, euler=euler, **settings), **loading)
             continue
-        if given:
-            option = next(iter(given)).replace("guidance_scale", "guidance").replace("_", "-")
+        if settings:
+            option = next(iter(settings)).replace("guidance_scale", "guidance").replace("_", "-")
             raise ValueError(f"--{option} cannot be chosen for {path}, a model of moving shapes")
         models[name] = shapes
     return models

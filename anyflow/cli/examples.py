@@ -1,4 +1,4 @@
-"""The end of every command's help: command lines to begin with, and where to read on."""
+"""Write the end of every command's help: examples, and where to read on."""
 
 from __future__ import annotations
 

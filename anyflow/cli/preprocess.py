@@ -1,4 +1,4 @@
-"""``anyflow preprocess``."""
+"""Run ``anyflow preprocess``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from anyflow.cli.common import fail
+from anyflow.cli import options
+from anyflow.cli.common import fail, stopped
 
 if TYPE_CHECKING:
     from anyflow.data.preprocess import PreprocessReport
@@ -19,7 +20,9 @@ _LISTED = 20  # videos left out that are printed; broken.jsonl has all
 def preprocess(
     out: Annotated[
         Path,
-        typer.Option(help="Folder of the dataset; a killed run in it goes on.", show_default=False),
+        typer.Option(
+            help="Folder of the dataset; a killed run in it is continued.", show_default=False
+        ),
     ],
     videos: Annotated[
         Path | None, typer.Option(help="Folder of the video files.", show_default=False)
@@ -28,9 +31,8 @@ def preprocess(
         Path | None,
         typer.Option(
             help="Table (.csv, .tsv, .jsonl, .json) of files and captions, or a folder; the folder "
-            "of videos if left "
-            "out. A folder has metadata.csv or its like, videos.txt and prompts.txt, or a .txt for "
-            "each video.",
+            "of videos if left out. A folder has metadata.csv or its like, videos.txt and "
+            "prompts.txt, or a .txt for each video.",
             show_default=False,
         ),
     ] = None,
@@ -49,23 +51,24 @@ def preprocess(
         str | None, typer.Option(help="Column of the captions; caption, text and prompt are found.")
     ] = None,
     num_frames: Annotated[int, typer.Option(help="Frames of each video, 4k + 1.")] = 81,
-    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,
-    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 832,
+    height: options.Pixels = 480,
+    width: options.Pixels = 832,
     fps: Annotated[float, typer.Option(help="Frames per second that videos are sampled at.")] = 16,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="What stands for no prompt; Wan's own if left out.")
+        str | None,
+        typer.Option(help="Prompt that stands for no prompt; Wan's own if left out."),
     ] = None,
     text_length: Annotated[
-        int, typer.Option(help="Tokens that prompts are cut off or padded to.")
+        int, typer.Option(help="Number of tokens that prompts are cut off or padded to.")
     ] = 512,
     dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="Of the text encoder.")
+        Literal["bfloat16", "float32"], typer.Option(help="Dtype of the text encoder.")
     ] = "bfloat16",
     device: Annotated[
         str | None,
-        typer.Option(help="Torch device to encode on; CUDA if there is one, else the CPU."),
+        typer.Option(help="Torch device to encode on; a GPU if torch finds one."),
     ] = None,
-    num_workers: Annotated[int, typer.Option(help="Threads that decode ahead.")] = 2,
+    num_workers: Annotated[int, typer.Option(help="Number of threads that decode ahead.")] = 2,
     allow_outside: Annotated[
         bool,
         typer.Option(
@@ -76,7 +79,7 @@ def preprocess(
         bool,
         typer.Option(
             "--verify",
-            help="Only compare every row of --out with its digest; exit status 1 if one differs.",
+            help="Only compare --out with its digests; exit status 1 if a sample differs.",
         ),
     ] = False,
 ) -> None:
@@ -93,7 +96,7 @@ def preprocess(
     try:
         from anyflow.data.captions import Columns, EmptyDatasetError
         from anyflow.data.preprocess import WAN_NEGATIVE_PROMPT, NothingEncodedError, preprocess
-        from anyflow.pipelines.loading import resolve_device
+        from anyflow.utils.devices import resolve_device
     except ImportError as error:
         fail(str(error))
     try:
@@ -123,9 +126,8 @@ def preprocess(
     except (ValueError, ImportError) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        typer.echo("\nStopped. The same command goes on after the last finished shard.", err=True)
-        raise typer.Exit(130) from None
-    console.print(f"{out}: {report.done} videos encoded, {report.skipped} were there")
+        stopped("The same command continues after the last finished shard.")
+    console.print(f"{out}: {report.done} videos encoded, {report.skipped} were there already")
     _list_broken(report, out)
     typer.echo(
         f"Train on them: anyflow train anyflow_pretrain_t2v {shlex.quote(f'data.path={out}')}"
@@ -153,5 +155,5 @@ def _verify_dataset(folder: Path) -> NoReturn:
     for damage in found:
         typer.echo(f"damaged: {damage}", err=True)
     if not found:
-        typer.echo(f"{folder}: every row is what was written")
+        typer.echo(f"{folder}: every sample is what was written")
     raise typer.Exit(1 if found else 0)

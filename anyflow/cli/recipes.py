@@ -1,4 +1,4 @@
-"""``anyflow recipes``."""
+"""Run ``anyflow recipes``."""
 
 from __future__ import annotations
 

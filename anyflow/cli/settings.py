@@ -1,6 +1,4 @@
-"""Reads the settings of ``anyflow train``, and says what a line that writes them otherwise should
-have been.
-"""
+"""Read the settings of ``anyflow train``, and correct settings in the form of other trainers."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ _NAME = r"\w+(?:\.\w+)*"
 
 @dataclass(frozen=True)
 class _Word:
-    """One setting as it was given.
+    """Hold one setting as it was given.
 
     Args:
         given: the arguments that it took.
@@ -61,8 +59,8 @@ def settings_problem(arguments: Sequence[str]) -> str | None:
             them.
 
     Returns:
-        A line for each setting that is not written ``key=value``, and one where there is no recipe
-        or it comes last.
+        A line for each setting that is not written ``key=value``, and one where the recipe is
+        missing or comes last.
     """
     if arguments and not _is_option(arguments[0]) and "=" not in arguments[0]:
         recipe, rest = arguments[0], list(arguments[1:])
@@ -117,7 +115,8 @@ def _take(rest: list[str], known: dict[str, Key], recipe_follows: bool) -> _Word
         given.append(rest.pop(0))
         value = given[-1][1:]
     values = [value] if value else []
-    key = known.get(_nearest(name, known)[0] or "")
+    nearest, _ = _nearest(name, known)
+    key = None if nearest is None else known[nearest]
     flag = key is not None and key.is_flag
     while rest and not (
         _is_option(rest[0]) or "=" in rest[0] or (recipe_follows and _is_recipe(rest[0]))
@@ -132,9 +131,7 @@ def _take(rest: list[str], known: dict[str, Key], recipe_follows: bool) -> _Word
 
 
 def _advice(word: _Word, known: dict[str, Key]) -> tuple[str, list[str]]:
-    """Return a line that says how a setting is written, and the setting itself where it is
-    known.
-    """
+    """Return a line that says how a setting is written, and the setting where it is known."""
     given = shortened(" ".join(word.given), 100)
     option = difflib.get_close_matches(word.name.replace("_", "-")[:100], OPTIONS, n=1, cutoff=0.8)
     values = word.values
@@ -147,7 +144,7 @@ def _advice(word: _Word, known: dict[str, Key]) -> tuple[str, list[str]]:
         return f"{given}: did you mean --{option[0]}?", []
     if name is None:
         return (
-            f"{given}: there is no such option or setting; settings are written key=value, and "
+            f"{given}: no option or setting has this name; settings are written key=value, and "
             "`anyflow train RECIPE --print-config` shows all of them",
             [],
         )
@@ -159,12 +156,12 @@ def _advice(word: _Word, known: dict[str, Key]) -> tuple[str, list[str]]:
     shown = shlex.quote(setting)
     if sure:
         return f"{given}: settings are written {shown}", [setting]
-    unknown = f"there is no setting {shortened(word.name, 60)}"
+    unknown = f"no setting is named {shortened(word.name, 60)}"
     return f"{given}: {unknown}; did you mean {name}? Settings are written {shown}", [setting]
 
 
 def _nearest(name: str, known: dict[str, Key]) -> tuple[str | None, bool]:
-    """Return the key that a name means or comes near to, and whether it is meant.
+    """Return the key that a name means or comes near to, and whether the key is meant.
 
     The last part of a key means the shortest key that ends in it: ``lr`` is ``optimizer.lr``.
     """

@@ -1,4 +1,4 @@
-"""``anyflow train`` and ``anyflow export``."""
+"""Run ``anyflow train`` and ``anyflow export``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from anyflow.cli.common import fail
+from anyflow.cli.common import fail, stopped
 from anyflow.cli.settings import settings_problem
 
 
@@ -28,11 +28,12 @@ def train(
         bool, typer.Option("--print-config", help="Print the whole recipe and exit.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option(help="Go on from the newest checkpoint of the run.")
+        bool, typer.Option(help="Continue from the newest checkpoint of the run.")
     ] = True,
 ) -> None:
-    """Train a model by a recipe, on many GPUs under torchrun; the same command goes on where it was
-    stopped.
+    """Train a model by a recipe, on many GPUs under torchrun.
+
+    The same command continues a run that was stopped.
     """
     try:
         if (problem := settings_problem([str(recipe), *overrides])) is not None:
@@ -54,8 +55,7 @@ def train(
     except FloatingPointError as error:  # the training's own doing, not the user's
         fail(str(error), status=1)
     except KeyboardInterrupt:
-        typer.echo("\nStopped. The same command goes on after the newest checkpoint.", err=True)
-        raise typer.Exit(130) from None
+        stopped("The same command continues after the newest checkpoint.")
 
 
 def export(
@@ -71,29 +71,31 @@ def export(
     ] = "merged",
     format: Annotated[
         Literal["diffusers", "comfyui"] | None,
-        typer.Option(help="Of separate adapters; diffusers if left out.", show_default=False),
+        typer.Option(
+            help="Format of separate adapters; diffusers if left out.", show_default=False
+        ),
     ] = None,
     step: Annotated[
-        int | None, typer.Option(help="Step of the checkpoint; the newest if left out.")
+        int | None, typer.Option(help="Step of the checkpoint; the newest one if left out.")
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
             help="Folder, or name on the Hugging Face Hub, of the pipeline whose VAE, text encoder "
-            "and tokenizer make "
-            "OUT a whole pipeline.",
+            "and tokenizer make OUT a whole pipeline.",
             show_default=False,
         ),
     ] = None,
     copy: Annotated[
         bool,
         typer.Option(
-            "--copy", help="Copy them; else they are links, and the base must stay where it is."
+            "--copy", help="Copy the parts of --base; else OUT has links, and the base must stay."
         ),
     ] = False,
 ) -> None:
-    """Write the model of a training checkpoint as a folder for diffusers, with --base a whole
-    pipeline.
+    """Write the model of a training checkpoint as a folder for diffusers.
+
+    With --base the folder is a whole pipeline:
 
     anyflow export runs/dmd student --base nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers
     """

@@ -1,5 +1,4 @@
-"""Data: latents that were encoded ahead, batches of them in a resumable order, and the quickstart's
-procedural videos.
+"""Read training data: encoded latents in a resumable order, and the quickstart's videos.
 
 The readers and writers of files are imported from their modules (``latent_dataset``,
 ``preprocess``): they need pyarrow and PyAV.

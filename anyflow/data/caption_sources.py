@@ -1,6 +1,4 @@
-"""The places where captions stand: a table, a table or two lists in a folder, or a text file beside
-each video.
-"""
+"""Find captions in a table, in two lists of a folder, or in a text file beside each video."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from anyflow.data.captions import (
     Caption,
     Columns,
     EmptyDatasetError,
-    checked_row,
+    checked_caption,
     scan_captions,
     unit,
 )
@@ -34,24 +32,24 @@ CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 
 @dataclass(frozen=True)
 class Captions:
-    """Every row that was found.
+    """Hold every line that was found.
 
     Args:
         source: the file or folder that was read.
-        rows: in the order of the source.
-        unit: what :attr:`Caption.line` counts; None where the file alone says which row is meant.
+        lines: in the order of the source, those of no use included.
+        unit: what :attr:`Caption.line` counts; None where the file alone says which one is meant.
     """
 
     source: Path
-    rows: Sequence[Caption | Broken]
+    lines: Sequence[Caption | Broken]
     unit: str | None = "line"
 
-    def place(self, row: Caption | Broken) -> str:
-        """Name a row in one line."""
-        file = shortened(row.file)
+    def place(self, entry: Caption | Broken) -> str:
+        """Say in one line where an entry stands."""
+        file = shortened(entry.file)
         if self.unit is None:
             return file
-        place = f"{self.unit} {row.line} of {shortened(self.source)}"
+        place = f"{self.unit} {entry.line} of {shortened(self.source)}"
         return f"{place} ({file})" if file else place
 
 
@@ -72,7 +70,7 @@ def find_captions(captions: Path | None, videos: Path, columns: Columns = Column
     Raises:
         ValueError: see :func:`anyflow.data.captions.scan_captions`; or the folder has several
             tables, or lists of different lengths.
-        EmptyDatasetError: there is no row, no video, or no caption for any video.
+        EmptyDatasetError: the source has no line, no video, or no caption for any video.
     """
     if captions is not None and not captions.is_dir():
         return Captions(captions, scan_captions(captions, columns), unit(captions))
@@ -105,7 +103,7 @@ def _listed(files: Path, prompts: Path) -> list[Caption | Broken]:
     if not names:
         raise EmptyDatasetError(f"{shortened(files)} names no videos")
     return [
-        checked_row(line, *pair)
+        checked_caption(line, *pair)
         for line, pair in enumerate(zip(names, captions, strict=True), start=1)
         if any(pair)
     ]
@@ -124,7 +122,7 @@ def _beside(folder: Path, videos: Path) -> list[Caption | Broken]:
             f"{shortened(videos)} holds no videos: no file in it or its folders ends in "
             f"{', '.join(VIDEO_SUFFIXES)}"
         )
-    rows = [
+    lines = [
         _text_file(number, file, folder / file.with_suffix(".txt"))
         for number, file in enumerate(found, start=1)
     ]
@@ -135,13 +133,11 @@ def _beside(folder: Path, videos: Path) -> list[Caption | Broken]:
             f"the {len(found)} videos, such as {shortened(found[0].with_suffix('.txt'))}; "
             "--captions names a table"
         )
-    return rows
+    return lines
 
 
 def video_files(folder: Path) -> list[Path]:
-    """Return the files that end as videos do, relative to ``folder``, in order; hidden ones are
-    left out.
-    """
+    """Return the files that end as videos do, in order, relative to ``folder``; none is hidden."""
     found = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -158,4 +154,4 @@ def _text_file(number: int, file: Path, text_file: Path) -> Caption | Broken:
         caption = read_text(text_file, max_bytes=4 * MAX_CAPTION).strip()
     except ValueError as error:
         return Broken(number, shortened(name), f"it has no caption: {error}")
-    return checked_row(number, name, caption)
+    return checked_caption(number, name, caption)

@@ -1,4 +1,4 @@
-"""Tables of captions that `anyflow preprocess` reads, by the column names that people give them."""
+"""Read the tables of captions of `anyflow preprocess`, by the column names that people use."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ CAPTION_COLUMNS = ("caption", "text", "prompt")
 
 
 class EmptyDatasetError(ValueError):
-    """There is nothing to train on: no video, no caption, or none that can be used."""
+    """Report that no video and no caption, or none that can be used, was found."""
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One row to be.
+    """Hold one captioned video.
 
     Args:
-        line: where it stands in the table, from 1; the last line of a row that takes several, and
-            the number of the entry in a ``.json`` file or of the video in a folder without a table.
+        line: its place in the table, from 1: the last line of an entry that takes several lines,
+            the number of an entry in a ``.json`` file, of a video in a folder without a table.
         file: the video, relative to the folder of videos.
         caption: the prompt.
     """
@@ -57,7 +57,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Broken:
-    """A line of the captions that gives no row.
+    """Hold a line of the captions that cannot be used.
 
     Args:
         line: see :class:`Caption`.
@@ -72,7 +72,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the two columns that are read.
+    """Name the two columns that are read.
 
     Args:
         file: of the videos; None takes the one column that has a name of ``FILE_COLUMNS``.
@@ -103,7 +103,8 @@ def _chosen(
     option: str,
     where: str,
 ) -> str:
-    shown = ", ".join(repr(shortened(name, 80)) for name in found[:20]) or "none"
+    shown = ", ".join(repr(shortened(name, 80)) for name in found[:20])
+    shown = shown if found else "none"
     if wanted is not None:
         if wanted in found:
             return wanted
@@ -136,21 +137,21 @@ def read_captions(path: Path, columns: Columns = Columns()) -> list[Caption]:
         columns: names of the columns or keys.
 
     Raises:
-        ValueError: see :func:`scan_captions`; or a row is not exactly what the format says, which
-            names its line.
+        ValueError: see :func:`scan_captions`; or a line is not exactly what the format says; the
+            message names it.
     """
     captions = []
-    for row in scan_captions(path, columns):
-        if isinstance(row, Broken):
-            raise ValueError(f"{shortened(path)}, {unit(path)} {row.line}: {row.reason}")
-        captions.append(row)
+    for entry in scan_captions(path, columns):
+        if isinstance(entry, Broken):
+            raise ValueError(f"{shortened(path)}, {unit(path)} {entry.line}: {entry.reason}")
+        captions.append(entry)
     return captions
 
 
 def scan_captions(path: Path, columns: Columns = Columns()) -> list[Caption | Broken]:
-    """Read a table as :func:`read_captions` does, with what is wrong in a row in place of the row.
+    """Read a table as :func:`read_captions` does, with a :class:`Broken` for each faulty line.
 
-    A row is broken when it has more or fewer fields than the header, text after a closing quote, a
+    A line is faulty when it has more or fewer fields than the header, text after a closing quote, a
     value that is not a text, a caption that is empty or has over ``MAX_CAPTION`` characters, a null
     character or a lone surrogate; a line of JSON also when it is no object, names a key twice, is
     nested too deeply or holds NaN.
@@ -159,7 +160,7 @@ def scan_captions(path: Path, columns: Columns = Columns()) -> list[Caption | Br
         ValueError: the fault is of the whole file: it is not a regular file in UTF-8, its header
             lacks a column, names one twice or has several that could be meant, a quote that is
             never closed swallows the lines after it, or a ``.json`` file is not JSON.
-        EmptyDatasetError: the table has no rows, or no line of it can be read.
+        EmptyDatasetError: the table has no lines, or none that can be read.
     """
     if path.suffix.lower() not in READERS:
         raise ValueError(
@@ -170,20 +171,18 @@ def scan_captions(path: Path, columns: Columns = Columns()) -> list[Caption | Br
     try:
         text = read_text(path, max_bytes=MAX_FILE_BYTES)
     except ValueError as error:
-        raise ValueError(
-            f"there is no captions file {shortened(path)} that can be read: {error}"
-        ) from None
-    rows = list(READERS[path.suffix.lower()](text, shortened(path), columns))
-    if not rows:
+        raise ValueError(f"captions: {error}") from None
+    lines = list(READERS[path.suffix.lower()](text, shortened(path), columns))
+    if not lines:
         raise EmptyDatasetError(f"{shortened(path)} has no captions")
-    if all(isinstance(row, Broken) and not row.file for row in rows):
-        first = rows[0]
+    if all(isinstance(line, Broken) and not line.file for line in lines):
+        first = lines[0]
         assert isinstance(first, Broken)
         raise EmptyDatasetError(
             f"{shortened(path)}, {unit(path)} {first.line}: {first.reason} (and no other "
             f"{unit(path)} can be read)"
         )
-    return rows
+    return lines
 
 
 def unit(path: Path) -> str:
@@ -191,7 +190,7 @@ def unit(path: Path) -> str:
     return "entry" if path.suffix.lower() == ".json" else "line"
 
 
-def _csv_rows(
+def _from_csv(
     text: str, path: str, columns: Columns, delimiter: str = ","
 ) -> Iterator[Caption | Broken]:
     """Parse a table with the strict reader of Python: RFC 4180, and quotes inside unquoted text."""
@@ -207,13 +206,13 @@ def _csv_rows(
     while True:
         start = reader.line_num + 1
         try:
-            fields = _next_row(reader)
+            fields = _next_fields(reader)
         except csv.Error as error:
             if header is None or (ended and reader.line_num > start):
                 what = "a quote that is opened here is never closed" if ended else str(error)
                 raise ValueError(f"{path}, line {start}: {what}") from None
             yield Broken(
-                reader.line_num, "", f"the row that begins in line {start} cannot be read: {error}"
+                reader.line_num, "", f"the text that begins in line {start} cannot be read: {error}"
             )
             continue
         if fields is None:
@@ -223,13 +222,11 @@ def _csv_rows(
         if header is None:
             header = _Header.of(fields, columns, f"{path}, line {start}", delimiter)
             continue
-        yield header.row(reader.line_num, fields)
+        yield header.read(reader.line_num, fields)
 
 
-def _next_row(reader: Any) -> list[str] | None:
-    """Read a row without the limit of the csv module, past which it would go on in the middle of a
-    field.
-    """
+def _next_fields(reader: Any) -> list[str] | None:
+    """Read the next fields without the csv module's limit, which would cut one in the middle."""
     with _FIELD_LIMIT:
         limit = csv.field_size_limit(sys.maxsize)
         try:
@@ -240,7 +237,7 @@ def _next_row(reader: Any) -> list[str] | None:
 
 @dataclass(frozen=True)
 class _Header:
-    """The header of a ``.csv`` or ``.tsv`` table.
+    """Hold the header of a ``.csv`` or ``.tsv`` table.
 
     Args:
         names: of all columns.
@@ -269,18 +266,18 @@ class _Header:
             )
         return cls(names, *columns.choose(names, where), delimiter)
 
-    def row(self, line: int, fields: list[str]) -> Caption | Broken:
-        """Read the fields of a row."""
+    def read(self, line: int, fields: list[str]) -> Caption | Broken:
+        """Read the fields of a line."""
         if len(fields) != len(self.names):
             first = fields[0] if self.names[0] == self.file else ""
             return Broken(
                 line,
                 first if text_problem(first, max_characters=MAX_NAME) is None else "",
-                f"the row has {len(fields)} fields and the header {len(self.names)} (a text with "
+                f"the line has {len(fields)} fields and the header {len(self.names)} (a text with "
                 f"{_DELIMITERS[self.delimiter]} in it needs quotes): {shortened(repr(fields))}",
             )
-        row = dict(zip(self.names, fields, strict=True))
-        file, caption = row[self.file], row[self.caption]
+        named = dict(zip(self.names, fields, strict=True))
+        file, caption = named[self.file], named[self.caption]
         # A quote after a space does not quote: the text would be read with its quotes.
         if any(text[:1].isspace() and text.lstrip().startswith('"') for text in (file, caption)):
             what = _DELIMITERS[self.delimiter].removeprefix("a ")
@@ -289,68 +286,69 @@ class _Header:
                 "",
                 f"a quote must stand right after the {what}, got {shortened(repr(fields))}",
             )
-        return checked_row(line, file, caption)
+        return checked_caption(line, file, caption)
 
 
 _DELIMITERS = {",": "a comma", "\t": "a tab", ";": "a semicolon"}
 
 
-def _jsonl_rows(text: str, path: str, columns: Columns) -> Iterator[Caption | Broken]:
-    rows: dict[int, Any] = {}
+def _from_jsonl(text: str, path: str, columns: Columns) -> Iterator[Caption | Broken]:
+    documents: dict[int, Any] = {}
     for line, document in enumerate(io.StringIO(text, newline=None), start=1):
         if not document.strip():
             continue
         try:
-            rows[line] = parse_json(document, "the line", finite=True)
+            documents[line] = parse_json(document, "the line", finite=True)
         except ValueError as error:
-            rows[line] = Broken(line, "", shortened(str(error), 400))
-    return _json_rows(rows, path, columns, "line")
+            documents[line] = Broken(line, "", shortened(str(error), 400))
+    return _from_objects(documents, path, columns, "line")
 
 
-def _json_file_rows(text: str, path: str, columns: Columns) -> Iterator[Caption | Broken]:
+def _from_json(text: str, path: str, columns: Columns) -> Iterator[Caption | Broken]:
     document = parse_json(text, path, finite=True)
     if isinstance(document, dict):
         return iter(
-            [checked_row(number, *pair) for number, pair in enumerate(document.items(), start=1)]
+            [
+                checked_caption(number, *pair)
+                for number, pair in enumerate(document.items(), start=1)
+            ]
         )
     if not isinstance(document, list):
         raise ValueError(
             f"{path} must hold a list of objects, or one object of files and their captions"
         )
-    return _json_rows(dict(enumerate(document, start=1)), path, columns, "entry")
+    return _from_objects(dict(enumerate(document, start=1)), path, columns, "entry")
 
 
-def _json_rows(
-    rows: dict[int, Any], path: str, columns: Columns, unit: str
+def _from_objects(
+    documents: dict[int, Any], path: str, columns: Columns, unit: str
 ) -> Iterator[Caption | Broken]:
-    """Read objects by their line or number; the keys of all of them together say which are the
-    columns.
-    """
-    objects = [row for row in rows.values() if isinstance(row, dict)]
-    names = list(dict.fromkeys(name for row in objects for name in row))
+    """Read objects by their line or number; the keys of all objects together decide the columns."""
+    objects = [document for document in documents.values() if isinstance(document, dict)]
+    names = list(dict.fromkeys(name for named in objects for name in named))
     file, caption = columns.choose(names, path) if objects else ("", "")
-    for line, row in rows.items():
-        if isinstance(row, Broken):
-            yield row
-        elif isinstance(row, dict):
-            yield checked_row(line, row.get(file), row.get(caption), (file, caption))
+    for line, document in documents.items():
+        if isinstance(document, Broken):
+            yield document
+        elif isinstance(document, dict):
+            yield checked_caption(line, document.get(file), document.get(caption), (file, caption))
         else:
             yield Broken(
                 line,
                 "",
-                f"the {unit} is no object with a file and a caption: {shortened(repr(row))}",
+                f"the {unit} is no object with a file and a caption: {shortened(repr(document))}",
             )
 
 
 READERS: dict[str, Callable[[str, str, Columns], Iterator[Caption | Broken]]] = {
-    ".csv": _csv_rows,
-    ".tsv": partial(_csv_rows, delimiter="\t"),
-    ".jsonl": _jsonl_rows,
-    ".json": _json_file_rows,
+    ".csv": _from_csv,
+    ".tsv": partial(_from_csv, delimiter="\t"),
+    ".jsonl": _from_jsonl,
+    ".json": _from_json,
 }
 
 
-def checked_row(
+def checked_caption(
     line: int, file: object, caption: object, names: tuple[str, str] = ("file", "caption")
 ) -> Caption | Broken:
     if not isinstance(file, str) or not isinstance(caption, str):

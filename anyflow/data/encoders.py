@@ -1,4 +1,4 @@
-"""The parts of a Wan model that turn videos and prompts into what the transformer sees."""
+"""Turn videos and prompts into what the transformer sees, with the parts of a Wan model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PARTS = ("vae", "text_encoder", "tokenizer")
 _MEGABYTE = 1 << 20
 
 
-class VideoEncoder:
-    """The Wan VAE, in fp32.
+class LatentEncoder:
+    """Encode videos with the Wan VAE, in fp32.
 
     Args:
         model: diffusers folder with a ``vae`` subfolder.
@@ -43,15 +43,16 @@ class VideoEncoder:
         self.latents_std: list[float] = list(config.latents_std)
 
     def __call__(self, video: Tensor) -> Tensor:
-        """``video[F, 3, H, W]`` uint8 to normalized latents ``[1 + (F-1)/4, C, H/8, W/8]`` fp32 on
-        the CPU.
+        """Encode ``video[F, 3, H, W]`` uint8.
+
+        Returns normalized latents ``[1 + (F-1)/4, C, H/8, W/8]``, fp32 on the CPU.
         """
         pixels = video.to(self._vae.device).float().div_(127.5).sub_(1)
         return encode_video(self._vae, pixels[None])[0].cpu()
 
 
 class TextEncoder:
-    """The UMT5 encoder and its tokenizer.
+    """Encode prompts with the UMT5 encoder and its tokenizer.
 
     Args:
         model: diffusers folder with ``text_encoder`` and ``tokenizer`` subfolders.
@@ -72,12 +73,12 @@ class TextEncoder:
         self.text_dim: int = self._encoder.config.d_model
 
     def __call__(self, prompt: str) -> Tensor:
-        """The tokens of a prompt, ``[S, text_dim]`` fp32 on the CPU, without padding."""
+        """Return the tokens of a prompt, ``[S, text_dim]`` fp32 on the CPU, without padding."""
         return encode_prompt(self._encoder, self._tokenizer, prompt, self._text_length)
 
 
 def model_identity(model: Path) -> dict[str, str]:
-    """A hash of each part of a model: of its files' names, sizes, and first and last megabytes.
+    """Hash the names, the sizes and the first and last megabytes of the files of each part.
 
     Raises:
         ValueError: a part is missing.

@@ -1,16 +1,15 @@
-"""The files of a latent dataset: their names, their schema, and the digests that tell when they are
-damaged.
+"""Define the files of a latent dataset: names, schema, and digests that tell when one is damaged.
 
 A folder holds
 
     dataset.json                  a :class:`DatasetRecord`
     negative_prompt.safetensors   ``prompt_embeds`` [S, text_dim] fp32, unpadded
-    shard-000000.arrow, ...       the rows, in order; the schema is ``SCHEMA``
+    shard-000000.arrow, ...       the samples, in order; the schema is ``SCHEMA``
 
-A shard is an Arrow stream with one record batch per row (``datasets.Dataset.from_file`` opens one
-too). Every row has a digest of its content, and ``dataset.json`` one of each shard's digests, of
-the negative prompt and of itself, so that a flipped bit is found, and a shard that is cut off,
-exchanged or of another dataset.
+A shard is an Arrow stream with one record batch per sample, which ``datasets.Dataset.from_file``
+opens too. Every sample has a digest of its content, and ``dataset.json`` one of each shard's
+digests, of the negative prompt and of itself. The digests reveal a flipped bit, and a shard that is
+cut off, exchanged or of another dataset.
 """
 
 from __future__ import annotations
@@ -22,6 +21,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from anyflow.utils.documents import read_json, require_regular_file
 from anyflow.utils.packages import missing
@@ -43,17 +47,17 @@ SCHEMA = pa.schema(
         ("latents", pa.large_list(pa.float32())),
         ("latents_shape", pa.list_(pa.int32(), 4)),  # F, C, H, W
         ("prompt_embeds", pa.large_list(pa.float32())),  # [tokens, text_dim], unpadded
-        ("digest", pa.string()),  # of the row: row_digest
+        ("digest", pa.string()),  # sample_digest of the other fields
     ]
 )
 _AGAIN = "delete it and run the same `anyflow preprocess` again, which encodes its videos anew"
 # in front of a digest that covers the names, too; older datasets have one of the numbers
-_WHOLE_ROW = "row:"
+_WHOLE_SAMPLE = "row:"
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What all rows of a dataset share.
+    """Hold what all samples of a dataset share.
 
     Args:
         latent_shape: ``(F, C, H, W)``.
@@ -84,19 +88,19 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """The content of ``dataset.json``.
+    """Hold the content of ``dataset.json``, whose key of ``num_samples`` is ``rows``.
 
     Args:
-        info: what all rows share.
-        rows: how many there are, or None while they are being written.
-        packages: the versions that made the rows, several where a run went on with another one, by
-            package; None in a dataset without the record.
+        info: what all samples share.
+        num_samples: how many samples the dataset has, or None while they are being written.
+        packages: the versions that made the samples, by package, several where a resumed run had
+            another one; None in a dataset without the record.
         shards: :func:`shard_digest` by the name of the file; None in a dataset without the record.
         negative: digest of the file of the negative prompt; None in a dataset without the record.
     """
 
     info: DatasetInfo
-    rows: int | None
+    num_samples: int | None
     packages: Mapping[str, list[str | None]] | None = None
     shards: Mapping[str, str] | None = None
     negative: str | None = None
@@ -106,7 +110,7 @@ def read_record(folder: Path) -> DatasetRecord:
     """Read ``dataset.json`` of a folder.
 
     Raises:
-        ValueError: there is none, it is damaged, or of another version.
+        ValueError: the record is missing, damaged, or of another version.
     """
     path = folder / INFO_FILE
     if not os.path.lexists(path):
@@ -127,17 +131,17 @@ def read_record(folder: Path) -> DatasetRecord:
             )
         values = {name: raw[name] for name in names}
         info = DatasetInfo(**values | {"latent_shape": tuple(values["latent_shape"])})
-        rows = raw["rows"]
-        if rows is not None and not (type(rows) is int and rows >= 0):
-            raise ValueError(f"rows must be a number >= 0 or null, got {rows!r}")
+        num_samples = raw["rows"]
+        if num_samples is not None and not (type(num_samples) is int and num_samples >= 0):
+            raise ValueError(f"rows must be a number >= 0 or null, got {num_samples!r}")
         if set(raw) == old:
-            return DatasetRecord(info, rows)
+            return DatasetRecord(info, num_samples)
         if raw["digest"] != _record_digest(raw):
             raise ValueError("its digest is not that of its content: it was damaged or edited")
         digests, packages = raw["shards"], raw["packages"]
         if not isinstance(digests, dict) or not isinstance(packages, dict | None):
             raise ValueError("shards must be an object, and packages one or null")
-        return DatasetRecord(info, rows, packages, digests, raw["negative"])
+        return DatasetRecord(info, num_samples, packages, digests, raw["negative"])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not usable: {error}") from None
 
@@ -148,7 +152,7 @@ def write_record(folder: Path, record: DatasetRecord) -> None:
     facts = {
         "format": FORMAT,
         "version": VERSION,
-        "rows": content.pop("rows"),
+        "rows": content.pop("num_samples"),
         **content.pop("info"),
         **content,
     }
@@ -165,41 +169,37 @@ def remove_empty(folder: Path) -> bool:
     Raises:
         ValueError: the record is damaged, or of another version.
     """
-    if not os.path.lexists(folder / INFO_FILE) or read_record(folder).rows or shards(folder):
+    if not os.path.lexists(folder / INFO_FILE) or read_record(folder).num_samples or shards(folder):
         return False
     for name in (INFO_FILE, NEGATIVE_FILE):
         (folder / name).unlink(missing_ok=True)
     return True
 
 
-def row_digest(file: str, caption: str, numbers: Iterable[Any]) -> str:
-    """Return the digest of a row: of its texts and of its ``latents`` and ``prompt_embeds``, fp32
-    arrays.
-    """
+def sample_digest(file: str, caption: str, numbers: Iterable[Any]) -> str:
+    """Return the digest of a sample: of its texts, and of its ``latents`` and ``prompt_embeds``."""
     content = hashlib.blake2b(digest_size=16)
     for text in (file.encode(), caption.encode()):
         content.update(len(text).to_bytes(8, "little") + text)
     for values in numbers:
         content.update(values.nbytes.to_bytes(8, "little"))
         content.update(values)
-    return _WHOLE_ROW + content.hexdigest()
+    return _WHOLE_SAMPLE + content.hexdigest()
 
 
 def matches_digest(digest: str, file: str, caption: str, numbers: Iterable[Any]) -> bool:
-    """Return whether a row has its digest; rows of older datasets have one of their numbers
-    alone.
-    """
-    if digest.startswith(_WHOLE_ROW):
-        return digest == row_digest(file, caption, numbers)
+    """Tell whether a sample has its digest; samples of older datasets have one of their numbers."""
+    if digest.startswith(_WHOLE_SAMPLE):
+        return digest == sample_digest(file, caption, numbers)
     content = hashlib.blake2b(digest_size=16)
     for values in numbers:
         content.update(values)
     return digest == content.hexdigest()
 
 
-def shard_digest(row_digests: Iterable[str]) -> str:
-    """Return the digest of the digests of a shard's rows, in their order."""
-    return hashlib.blake2b("\n".join(row_digests).encode(), digest_size=16).hexdigest()
+def shard_digest(sample_digests: Iterable[str]) -> str:
+    """Return the digest of the digests of a shard's samples, in their order."""
+    return hashlib.blake2b("\n".join(sample_digests).encode(), digest_size=16).hexdigest()
 
 
 def shards(folder: Path) -> list[Path]:
@@ -207,19 +207,17 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard-*.arrow"))
 
 
-def written_rows(folder: Path) -> list[tuple[str, str]]:
-    """Return ``(file, caption)`` of every row in a finished shard, in order."""
-    rows: list[tuple[str, str]] = []
+def written_samples(folder: Path) -> list[tuple[str, str]]:
+    """Return ``(file, caption)`` of every sample in a finished shard, in order."""
+    samples: list[tuple[str, str]] = []
     for path in shards(folder):
         table = map_shard(path)
-        rows += zip(table["file"].to_pylist(), table["caption"].to_pylist(), strict=True)
-    return rows
+        samples += zip(table["file"].to_pylist(), table["caption"].to_pylist(), strict=True)
+    return samples
 
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` that lists every fact in which a dataset differs from what is about to
-    be added to it.
-    """
+    """Raise a ``ValueError`` that lists every fact in which a dataset differs from its addition."""
     before, now = (json.loads(json.dumps(facts)) for facts in (before, now))
     changes = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
@@ -236,7 +234,7 @@ def map_shard(path: Path) -> Any:
     """Map a shard into memory as an Arrow table whose structure is sound; its numbers are not read.
 
     Raises:
-        ValueError: it is no such file, or cut off or damaged in what describes its rows.
+        ValueError: it is no such file, or cut off or damaged in what describes its samples.
     """
     require_regular_file(path)
     try:
@@ -250,23 +248,48 @@ def map_shard(path: Path) -> Any:
             f"{path} has columns {table.schema.names} of other types or names than {SCHEMA.names}"
         )
     if any(column.null_count for column in table.columns):
-        raise ValueError(f"{path} is damaged: a row of it lacks a value; {_AGAIN}")
+        raise ValueError(f"{path} is damaged: a sample of it lacks a value; {_AGAIN}")
     return table
 
 
 def check_shard(path: Path, table: Any, record: DatasetRecord) -> None:
-    """Raise a ``ValueError`` for a shard whose rows are not those that ``dataset.json`` has
-    recorded of it.
-    """
+    """Raise a ``ValueError`` unless a shard's samples are those that ``dataset.json`` records."""
     if record.shards is None:
         return
     if path.name not in record.shards:
         raise ValueError(f"{path} is not of this dataset: {INFO_FILE} does not have it")
     if shard_digest(table["digest"].to_pylist()) != record.shards[path.name]:
         raise ValueError(
-            f"{path} is damaged or of another dataset: its rows are not those that were written; "
-            f"{_AGAIN}"
+            f"{path} is damaged or of another dataset: its samples are not those that were "
+            f"written; {_AGAIN}"
         )
+
+
+def read_negative(folder: Path, record: DatasetRecord) -> Tensor:
+    """Read the tokens of the negative prompt, ``[S, text_dim]`` fp32, unpadded.
+
+    Raises:
+        ValueError: the file is missing or damaged, or does not hold such tokens.
+    """
+    path, info = folder / NEGATIVE_FILE, record.info
+    try:
+        tensors = load_file(require_regular_file(path))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    embeds = tensors.get("prompt_embeds", torch.empty(0))
+    if (
+        embeds.ndim != 2
+        or embeds.shape[1] != info.text_dim
+        or not 1 <= len(embeds) <= info.text_length
+    ):
+        raise ValueError(f"{path} must hold prompt_embeds [1..{info.text_length}, {info.text_dim}]")
+    if embeds.dtype != torch.float32:
+        raise ValueError(f"{path} must hold prompt_embeds in float32, not {embeds.dtype}")
+    if record.negative is not None and file_digest(path) != record.negative:
+        raise ValueError(f"{path} is damaged: its content is not what was written")
+    if not bool(torch.isfinite(embeds).all()):
+        raise ValueError(f"{path}: its prompt_embeds hold NaN or infinite values")
+    return embeds
 
 
 def file_digest(path: Path) -> str:

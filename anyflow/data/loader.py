@@ -1,4 +1,4 @@
-"""Batches of a dataset in an order that depends on a seed and a position, and on nothing else.
+"""Read batches of a dataset in an order that depends on a seed and a position alone.
 
 The samples of a run form one global stream, epoch after epoch, each a permutation of its own. A
 batch of all ranks together is the stream's next stretch, whatever the number of ranks and of
@@ -21,7 +21,7 @@ from anyflow.data.sample import Batch, Sample, VideoDataset
 from anyflow.utils.versions import TEXT_PACKAGES, differences, installed_versions
 
 if TYPE_CHECKING:
-    from anyflow.training.config import DataConfig
+    from anyflow.data.config import DataConfig
 
 __all__ = ["Batch", "Sample", "TrainingData", "VideoDataset", "open_dataset"]
 
@@ -32,8 +32,8 @@ def open_dataset(config: DataConfig) -> VideoDataset:
     A ``UserWarning`` says where its prompts may not be those that this installation would encode.
 
     Raises:
-        ValueError: nothing usable at ``config.path``; the message names the folder, and the row if
-            one is at fault.
+        ValueError: nothing usable at ``config.path``; the message names the folder, and the
+            sample if one is at fault.
         ImportError: a package that training needs is missing.
     """
     if config.kind == "synthetic":
@@ -72,21 +72,21 @@ def _doubt(packages: Mapping[str, list[str | None]] | None) -> str | None:
 
 
 class TrainingData:
-    """An infinite iterator of :class:`Batch` for one data-parallel rank.
+    """Iterate without end over the :class:`Batch` objects of one data-parallel rank.
 
     Sample b of a batch is at position ``consumed + b * data_world + data_rank`` of the global
-    stream. Epochs follow one another without a gap, also inside a batch. Draws come from generators
-    of its own.
+    stream. Epochs follow one another without a gap, also inside a batch. The order is drawn
+    from generators of its own.
 
     Args:
         dataset: what to read.
         batch_size: samples per batch of this rank.
         data_rank: this rank among those that read different samples.
-        data_world: how many there are.
+        data_world: number of those ranks.
         num_workers: processes that read ahead; 0 reads in this one.
         seed: of the order.
         consumed: samples that all ranks together have used already.
-        rows: of the dataset that are read; None reads all of them.
+        picked: indices of the samples that are read; None reads all samples.
 
     Raises:
         ValueError: an argument out of range, an empty dataset; while iterating, whatever the
@@ -103,10 +103,10 @@ class TrainingData:
         num_workers: int = 0,
         seed: int = 0,
         consumed: int = 0,
-        rows: Sequence[int] | None = None,
+        picked: Sequence[int] | None = None,
     ) -> None:
-        rows = range(len(dataset)) if rows is None else rows
-        if len(rows) < 1:
+        picked = range(len(dataset)) if picked is None else picked
+        if len(picked) < 1:
             raise ValueError("the dataset holds no videos")
         if min(batch_size, data_world) < 1:
             raise ValueError(
@@ -122,7 +122,7 @@ class TrainingData:
         self._stride = batch_size * data_world
         loader: DataLoader[Batch | ValueError] = DataLoader(
             _Batches(dataset),
-            sampler=_Rows(rows, batch_size, data_rank, data_world, seed, consumed),
+            sampler=_Order(picked, batch_size, data_rank, data_world, seed, consumed),
             batch_size=None,
             num_workers=num_workers,
             # else it draws the workers' seeds from the global one
@@ -132,9 +132,7 @@ class TrainingData:
 
     @property
     def consumed(self) -> int:
-        """Samples that all ranks together have been handed so far; what is read ahead does not
-        count.
-        """
+        """Count the samples that all ranks have been handed, without those that are read ahead."""
         return self._consumed
 
     def __iter__(self) -> TrainingData:
@@ -150,19 +148,23 @@ class TrainingData:
         return batch
 
     def close(self) -> None:
-        """End the iteration and the processes that read ahead, which otherwise go with the last
-        reference.
-        """
+        """End the iteration, and the processes that read ahead."""
         self._batches = iter(())
 
 
-class _Rows(Sampler[tuple[int, ...]]):
-    """The rows of each batch of one rank, without end."""
+class _Order(Sampler[tuple[int, ...]]):
+    """Yield the indices of each batch of one rank, without end."""
 
     def __init__(
-        self, rows: Sequence[int], batch_size: int, rank: int, world: int, seed: int, consumed: int
+        self,
+        picked: Sequence[int],
+        batch_size: int,
+        rank: int,
+        world: int,
+        seed: int,
+        consumed: int,
     ) -> None:
-        self._rows = rows
+        self._picked = picked
         self._batch_size = batch_size
         self._rank = rank
         self._world = world
@@ -174,17 +176,17 @@ class _Rows(Sampler[tuple[int, ...]]):
             self._consumed,
             -1,
             torch.empty(0, dtype=torch.int64),
-            len(self._rows),
+            len(self._picked),
         )
         while True:
-            rows = []
+            batch = []
             for b in range(self._batch_size):
                 position = start + b * self._world + self._rank
                 if position // length != epoch:
                     epoch = position // length
                     order = _permutation(length, self._seed, epoch)
-                rows.append(self._rows[int(order[position % length])])
-            yield tuple(rows)
+                batch.append(self._picked[int(order[position % length])])
+            yield tuple(batch)
             start += self._batch_size * self._world
 
 
@@ -197,20 +199,18 @@ def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 class _Batches(Dataset["Batch | ValueError"]):
-    """Reads whole batches. An error is handed over as a value: a worker would bury its message in a
-    traceback.
-    """
+    """Read whole batches, with an error as a value: a worker would hide it in a traceback."""
 
     def __init__(self, dataset: VideoDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, rows: tuple[int, ...]) -> Batch | ValueError:
+    def __getitem__(self, picked: tuple[int, ...]) -> Batch | ValueError:
         try:
-            samples = [self._dataset[row] for row in rows]
+            samples = [self._dataset[index] for index in picked]
         except ValueError as error:
             return error
         return Batch(
             torch.stack([sample.latents for sample in samples]),
             torch.stack([sample.prompt_embeds for sample in samples]),
-            rows,
+            picked,
         )

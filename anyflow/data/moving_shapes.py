@@ -1,11 +1,9 @@
-"""Moving shapes: a procedural, class-conditional video set small enough to learn in minutes on a
-laptop.
+"""Render moving shapes: a procedural, class-conditional video set that is learned in minutes.
 
 Each video shows one soft-edged shape that moves at constant speed over a torus (what leaves on one
 side comes back on the other). The class fixes the shape and the direction, the position is uniform
 over the ``size * size`` pixel centers. The set is finite (its :meth:`MovingShapes.templates`), so
-both "is this sample a real video?" and "are all positions covered?" have exact answers, which no
-set of natural videos can offer.
+both "is this sample a real video?" and "are all positions covered?" have exact answers.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ _DIRECTIONS = ("right", "down")
 
 @dataclass(frozen=True)
 class MovingShapesConfig:
-    """Geometry of the set; lengths in pixels.
+    """Hold the geometry of the set; lengths are in pixels.
 
     ``radius`` is the disc's radius; ``arm_length`` and ``arm_width`` are the half-length and
     half-width of the two bars of the cross; an edge fades from 1 to 0 over ``softness`` pixels;
@@ -65,7 +63,7 @@ class MovingShapesConfig:
 
 
 class MovingShapes:
-    """The set described by ``config``: rendering, sampling, and the bank of all its videos.
+    """Render and sample the set that ``config`` describes, and list all its videos.
 
     Videos are ``[N, F, 1, H, W]`` float32, shifted and scaled by :attr:`mean` and :attr:`std`
     (those of all gray levels of the whole set, known exactly because it is finite) to zero mean and
@@ -84,16 +82,15 @@ class MovingShapes:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes (4)."""
+        """Return the number of classes (4)."""
         return len(self.class_names)
 
     def render(self, labels: Tensor, positions: Tensor) -> Tensor:
-        """Draw ``labels[N]`` (int64) with centers at ``positions[N, 2]`` (row, column; pixels) in
-        the first frame.
+        """Draw ``labels[N]`` (int64) with centers at ``positions[N, 2]`` in the first frame.
 
-        Positions wrap around and may be fractional. Returns ``[N, F, 1, H, W]`` float32 on the
-        labels' device. Raises ``ValueError`` for wrong shapes or dtypes, labels out of range, and
-        non-finite positions.
+        Positions are (row, column) in pixels; they wrap around and may be fractional. Returns ``[N,
+        F, 1, H, W]`` float32 on the labels' device. Raises ``ValueError`` for wrong shapes or
+        dtypes, labels out of range, and positions that are not finite.
         """
         self._check_labels(labels)
         if positions.shape != (labels.shape[0], 2):
@@ -109,11 +106,10 @@ class MovingShapes:
     def sample(
         self, n: int, generator: torch.Generator, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw ``n`` videos with uniform whole-pixel positions; labels uniform too unless given as
-        ``[n]`` int64.
+        """Draw ``n`` videos with uniform whole-pixel positions and uniform or given labels.
 
-        Returns ``(videos[n, F, 1, H, W], labels[n])`` on the generator's device. Only ``generator``
-        is consumed.
+        Labels are given as ``[n]`` int64. Returns ``(videos[n, F, 1, H, W], labels[n])`` on the
+        generator's device. Only ``generator`` is consumed.
         """
         if n < 0:
             raise ValueError(f"n must be >= 0, got {n}")
@@ -127,25 +123,22 @@ class MovingShapes:
         return self.render(labels, positions), labels
 
     def templates(self) -> Tensor:
-        """Every video of the set, ``[num_classes, size*size, F, 1, H, W]``; number i starts at
-        ``divmod(i, size)``.
+        """Return every video of the set, ``[num_classes, size*size, F, 1, H, W]``.
+
+        Number i of a class starts at ``divmod(i, size)``.
         """
         labels, positions = self._bank()
         return self.render(labels, positions).unflatten(0, (self.num_classes, -1))
 
     def to_uint8(self, video: Tensor) -> Tensor:
-        """Undo the normalization: ``[N, F, 1, H, W]`` float to ``[N, F, H, W]`` uint8 gray levels,
-        clipped.
-        """
+        """Turn ``[N, F, 1, H, W]`` floats into ``[N, F, H, W]`` uint8 gray levels, clipped."""
         if video.ndim != 5 or video.shape[2] != 1:
             raise ValueError(f"video must be [N, F, 1, H, W], got shape {tuple(video.shape)}")
         gray = (video[:, :, 0].float() * self.std + self.mean).clamp(0, 1)
         return (gray * 255).round().to(torch.uint8)
 
     def _bank(self) -> tuple[Tensor, Tensor]:
-        """Labels ``[num_classes*size*size]`` and positions ``[num_classes*size*size, 2]`` of every
-        video of the set.
-        """
+        """Return labels ``[N]`` and positions ``[N, 2]`` of all N videos of the set."""
         size = self.config.size
         index = torch.arange(size * size)
         positions = torch.stack([index // size, index % size], dim=1).repeat(self.num_classes, 1)
@@ -163,7 +156,7 @@ class MovingShapes:
             )
 
     def _gray(self, labels: Tensor, positions: Tensor) -> Tensor:
-        """Gray levels in [0, 1], ``[N, F, H, W]`` in the dtype of ``positions``."""
+        """Return gray levels in [0, 1], ``[N, F, H, W]`` in the dtype of ``positions``."""
         cfg, dtype, device = self.config, positions.dtype, positions.device
         travel = torch.arange(cfg.num_frames, dtype=dtype, device=device) * cfg.speed
         down = (labels % len(_DIRECTIONS)).to(dtype)
@@ -183,7 +176,5 @@ class MovingShapes:
         return torch.where((labels // len(_DIRECTIONS) == 0)[:, None, None, None], disc, cross)
 
     def _soften(self, inside: Tensor) -> Tensor:
-        """Map the distance inside an edge (pixels, negative outside) to a gray level with a linear
-        ramp.
-        """
+        """Map distances inside an edge (pixels, negative outside) to gray levels by a ramp."""
         return (inside / self.config.softness + 0.5).clamp_(0, 1)

@@ -1,4 +1,4 @@
-"""Videos and captions to a latent dataset: `anyflow preprocess`."""
+"""Encode videos and captions into a latent dataset: `anyflow preprocess`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from anyflow.data.caption_sources import Captions, find_captions
 from anyflow.data.captions import MAX_CAPTION, Broken, Caption, Columns, EmptyDatasetError
-from anyflow.data.encoders import TextEncoder, VideoEncoder, model_identity
+from anyflow.data.encoders import LatentEncoder, TextEncoder, model_identity
 from anyflow.data.latent_dataset import LatentWriter
 from anyflow.data.latent_format import (
     INFO_FILE,
@@ -29,7 +29,7 @@ from anyflow.data.latent_format import (
     check_same,
     read_record,
     remove_empty,
-    written_rows,
+    written_samples,
 )
 from anyflow.data.video import VideoError, color_conversion, read_video
 from anyflow.formats.hub import ENCODERS, local_folder
@@ -55,13 +55,13 @@ _RECORDED = {"bfloat16": "bf16", "float32": "fp32"}  # as datasets name them
 
 @dataclass(frozen=True)
 class PreprocessReport:
-    """What a run did.
+    """Report what a run did.
 
     Args:
-        done: rows it wrote.
-        skipped: rows that an earlier run had written.
-        broken: lines it could not use; ``broken.jsonl`` has them too.
-        captions: what it read.
+        done: number of samples that the run wrote.
+        skipped: number of samples that an earlier run had written.
+        broken: lines that could not be used; ``broken.jsonl`` has them too.
+        captions: the lines that were read.
     """
 
     done: int
@@ -71,7 +71,7 @@ class PreprocessReport:
 
 
 class NothingEncodedError(EmptyDatasetError):
-    """None of the captioned videos can be used.
+    """Report that none of the captioned videos can be used.
 
     Attributes:
         report: says why, line by line.
@@ -84,7 +84,7 @@ class NothingEncodedError(EmptyDatasetError):
 
 @dataclass(frozen=True)
 class _Settings:
-    """What decides the numbers of a dataset beside the videos and the model."""
+    """Hold what decides the numbers of a dataset beside the videos and the model."""
 
     num_frames: int
     height: int
@@ -123,19 +123,19 @@ def preprocess(
     dtype: Literal["bfloat16", "float32", "bf16", "fp32"] = "bfloat16",
     device: torch.device | str = "cpu",
     num_workers: int = 2,
-    rows_per_shard: int = 32,
+    samples_per_shard: int = 32,
     allow_outside: bool = False,
     console: Console | None = None,
 ) -> PreprocessReport:
-    """Encode every captioned video into the latent dataset ``out``: one row per line of
-    ``captions``, in its order.
+    """Encode every captioned video into the dataset ``out``, a sample per line, in its order.
 
-    Killed and run again it goes on after the last shard written, and ends with the same dataset.
-    Lines that cannot be used are listed in ``broken.jsonl`` and tried again by the next run. Where
-    no line can be used, that list is all that is written, and a run with other captions, videos or
-    settings can take the same folder. Videos and prompts are encoded one at a time: a video fills a
-    GPU, and the numbers do not depend on what is encoded beside it. The dataset records the
-    versions of the packages that made it; a run that goes on with other ones warns.
+    A killed run that is started again continues after the last shard written, and ends with the
+    same dataset. Lines that cannot be used are listed in ``broken.jsonl`` and tried again by the
+    next run. Where no line can be used, that list is all that is written, and a run with other
+    captions, videos or settings can take the same folder. Videos and prompts are encoded one at a
+    time: a video fills a GPU, and the numbers do not depend on what is encoded beside it. The
+    dataset records the versions of the packages that made it; a run that adds samples with other
+    versions warns.
 
     Args:
         videos: folder of the video files.
@@ -154,7 +154,7 @@ def preprocess(
         dtype: of the text encoder, ``"bfloat16"`` or ``"float32"``; the VAE runs in fp32.
         device: of both.
         num_workers: threads that decode ahead.
-        rows_per_shard: rows that a kill can cost.
+        samples_per_shard: samples that a kill can cost.
         allow_outside: take files that lie outside ``videos``, by their name or through a symbolic
             link.
         console: gets a progress bar.
@@ -162,21 +162,21 @@ def preprocess(
     Raises:
         ValueError: unusable arguments, model or table of captions as a whole, or ``out`` is in use,
             was made with other settings or is damaged.
-        EmptyDatasetError: there are no videos or no captions.
-        NothingEncodedError: none of the captioned videos can be used; rows of earlier runs stay.
+        EmptyDatasetError: no videos or no captions were found.
+        NothingEncodedError: none of the captioned videos can be used; samples of earlier runs stay.
         OSError: the system refuses to write, such as on a full disk; the shards that were finished
             are there.
     """
     recorded = _RECORDED.get(dtype, dtype)
     settings = _Settings(num_frames, height, width, fps, negative_prompt, text_length, recorded)  # type: ignore[arg-type]
     if not videos.is_dir():
-        raise ValueError(f"there is no folder of videos {videos}")
+        raise ValueError(f"videos must be a folder, got {videos}")
     model = local_folder(model, ENCODERS)
     if num_workers < 1:
         raise ValueError(f"num_workers must be >= 1, got {num_workers}")
     found = find_captions(captions, videos, Columns() if columns is None else columns)
-    broken = [row for row in found.rows if isinstance(row, Broken)]
-    lines = [row for row in found.rows if isinstance(row, Caption)]
+    broken = [line for line in found.lines if isinstance(line, Broken)]
+    lines = [line for line in found.lines if isinstance(line, Caption)]
     source = {**asdict(settings), "model": model_identity(model)}
     packages = {**installed_versions(), **color_conversion()}
     earlier, written = _earlier_run(out, source)
@@ -187,52 +187,66 @@ def preprocess(
         for line in lines
         if line.line not in faulty and (line.file, line.caption) not in written
     ]
-    skipped = len(found.rows) - len(broken) - len(todo)
-    if todo or (written and earlier is not None and earlier.rows is None):
+    skipped = len(found.lines) - len(broken) - len(todo)
+    unfinished = bool(written) and earlier is not None and earlier.num_samples is None
+    if todo or unfinished:
         if todo and written and earlier is not None:
             _warn_of_versions(out, earlier.packages, packages)
-        video_encoder = VideoEncoder(model, torch.device(device))
+        video_encoder = LatentEncoder(model, torch.device(device))
         text_encoder = TextEncoder(
             model, torch.device(device), dtype=_DTYPES[recorded], text_length=text_length
         )
         info = _info(settings, source, video_encoder, text_encoder)
         decode = partial(read_video, num_frames=num_frames, height=height, width=width, fps=fps)
-        negative = text_encoder(negative_prompt)
         with (
             LatentWriter(
-                out, info, negative, rows_per_shard=rows_per_shard, packages=packages
+                out,
+                info,
+                text_encoder(negative_prompt),
+                samples_per_shard=samples_per_shard,
+                packages=packages,
             ) as writer,
             ThreadPoolExecutor(num_workers) as pool,
         ):
-            for line, video in _with_progress(
-                _decoded_ahead(pool, todo, videos, decode, num_workers), todo, console
-            ):
+            decoded = _decoded_ahead(pool, todo, videos, decode, num_workers)
+            for line, video in _with_progress(decoded, todo, console):
                 try:
-                    if not clean_prompt(line.caption):
-                        raise VideoError("the caption is empty once it is cleaned")
-                    latents = _finite(video_encoder(video.result()), "latents")
-                    writer.add(
-                        line.file,
-                        line.caption,
-                        latents,
-                        _finite(text_encoder(line.caption), "prompt"),
-                    )
+                    _encode(writer, line, video, video_encoder, text_encoder)
                 except VideoError as error:
                     broken.append(Broken(line.line, line.file, str(error)))
             writer.finish()
+    return _report(out, found, broken, skipped)
+
+
+def _encode(
+    writer: LatentWriter,
+    line: Caption,
+    video: Future[Tensor],
+    video_encoder: LatentEncoder,
+    text_encoder: TextEncoder,
+) -> None:
+    """Add one video and its caption to the dataset, or raise a VideoError."""
+    if not clean_prompt(line.caption):
+        raise VideoError("the caption is empty once it is cleaned")
+    latents = _finite(video_encoder(video.result()), "latents")
+    tokens = _finite(text_encoder(line.caption), "prompt")
+    writer.add(line.file, line.caption, latents, tokens)
+
+
+def _report(out: Path, found: Captions, broken: list[Broken], skipped: int) -> PreprocessReport:
+    """Write ``broken.jsonl`` and return what the run did, or raise a NothingEncodedError."""
     broken.sort(key=lambda entry: entry.line)
-    rows = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in broken)
-    write_text(out / BROKEN_FILE, rows)
-    report = PreprocessReport(
-        len(found.rows) - len(broken) - skipped, skipped, tuple(broken), found
-    )
-    if report.done + report.skipped == 0:
+    lines = [json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in broken]
+    write_text(out / BROKEN_FILE, "".join(lines))
+    done = len(found.lines) - len(broken) - skipped
+    report = PreprocessReport(done, skipped, tuple(broken), found)
+    if done + skipped == 0:
         remove_empty(out)
         first = broken[0]
         raise NothingEncodedError(
             f"none of the {len(broken)} captioned videos of {shortened(found.source)} can be used, "
-            "the first because: "
-            f"{found.place(first)}: {first.reason}; {shortened(out / BROKEN_FILE)} lists all",
+            f"the first because: {found.place(first)}: {first.reason}; "
+            f"{shortened(out / BROKEN_FILE)} lists all",
             report,
         )
     return report
@@ -241,19 +255,19 @@ def preprocess(
 def _earlier_run(
     out: Path, source: dict[str, Any]
 ) -> tuple[DatasetRecord | None, set[tuple[str, str]]]:
-    """Return what ``out`` says of itself, and the rows that it holds already."""
+    """Return what ``out`` says of itself, and the samples that it holds already."""
     if not os.path.lexists(out / INFO_FILE) or remove_empty(out):
         return None, set()
     record = read_record(out)
     check_same(out, record.info.source, source)
-    return record, set(written_rows(out))
+    return record, set(written_samples(out))
 
 
 def _warn_of_versions(
     out: Path, before: Mapping[str, list[str | None]] | None, packages: dict[str, str | None]
 ) -> None:
     if before is None:
-        what = "does not say which versions made its rows, nor whether ftfy cleaned its prompts"
+        what = "does not say which versions made its samples, nor whether ftfy cleaned its prompts"
     else:
         changed = [
             line
@@ -265,7 +279,7 @@ def _warn_of_versions(
             return
         what = f"was begun with other versions ({'; '.join(changed)})"
     warnings.warn(
-        f"{out} {what}: new rows may differ from those that are there; choose another folder to "
+        f"{out} {what}: new samples may differ from those that are there; choose another folder to "
         "keep them alike",
         stacklevel=3,
     )
@@ -300,14 +314,14 @@ def _misplaced(videos: Path, root: str, file: str, allow_outside: bool) -> str |
         require_regular_file(path)
     except ValueError as error:
         reason = str(error).removeprefix(f"{shortened(path)} ")
-        return f"there is no such file in {videos}" if reason == "does not exist" else reason
+        return f"it is not in {videos}" if reason == "does not exist" else reason
     return None
 
 
 def _info(
     settings: _Settings,
     source: dict[str, Any],
-    video_encoder: VideoEncoder,
+    video_encoder: LatentEncoder,
     text_encoder: TextEncoder,
 ) -> DatasetInfo:
     time, space = video_encoder.temporal_factor, video_encoder.spatial_factor
@@ -338,7 +352,7 @@ def _decoded_ahead(
     decode: Callable[[Path], Tensor],
     ahead: int,
 ) -> Iterator[tuple[Caption, Future[Tensor]]]:
-    """Every line with its video, while the next ``ahead`` are decoded."""
+    """Yield every line with its video, while the next ``ahead`` videos are decoded."""
     rest = iter(lines)
     pending: deque[tuple[Caption, Future[Tensor]]] = deque()
     while True:
@@ -362,7 +376,7 @@ def _with_progress(
     todo: Sequence[Caption],
     console: Console | None,
 ) -> Iterator[tuple[Caption, Future[Tensor]]]:
-    """Yield the items, with a bar that knows how many there are."""
+    """Yield the items, and show how many of them are done."""
     if console is None:
         yield from items
         return

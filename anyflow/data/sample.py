@@ -1,4 +1,4 @@
-"""What a training dataset is and what it yields."""
+"""Define what a training dataset is and what it yields."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """One video, fp32 on the CPU.
+    """Hold one video, fp32 on the CPU.
 
     Args:
         latents: ``[F, C, H, W]``.
@@ -23,12 +23,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Several videos, fp32 on the CPU.
+    """Hold several videos, fp32 on the CPU.
 
     Args:
         latents: ``[B, F, C, H, W]``.
         prompt_embeds: ``[B, S, text_dim]``.
-        index: the rows of the dataset they are.
+        index: of the samples in the dataset.
     """
 
     latents: Tensor
@@ -37,34 +37,32 @@ class Batch:
 
 
 class VideoDataset(Protocol):
-    """Videos as latents, with their prompts encoded."""
+    """Describe a dataset of videos as latents, with their prompts encoded."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample: ...
 
     def caption(self, index: int, /) -> str:
-        """Return what a row shows, in words."""
+        """Return what a sample shows, in words."""
         ...
 
     @property
     def negative_prompt_embeds(self) -> Tensor:
-        """``[1, S, text_dim]`` of the prompt that stands for no prompt."""
+        """Return ``[1, S, text_dim]`` of the prompt that stands for no prompt."""
         ...
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """``(F, C, H, W)`` of every video."""
+        """Return ``(F, C, H, W)`` of every video."""
         ...
 
     @property
     def text_shape(self) -> tuple[int, int]:
-        """``(S, text_dim)`` of every prompt."""
+        """Return ``(S, text_dim)`` of every prompt."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same samples in the same order, so that a run resumes on no other
-        dataset.
-        """
+        """Identify the samples and their order, so that a run resumes on no other dataset."""
         ...

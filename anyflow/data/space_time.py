@@ -1,6 +1,4 @@
-"""Space-time pixel unshuffle: a lossless, orthogonal stand-in for a video VAE, in the frames-first
-layout.
-"""
+"""Fold space and time into channels: a lossless, orthogonal stand-in for a video VAE."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ def pixel_unshuffle_3d(video: Tensor, factor: tuple[int, int, int] = (2, 2, 2)) 
     """Fold blocks of ``factor`` = (frames, rows, columns) pixels into channels.
 
     ``video[B, F, C, H, W] -> [B, F/f, C*f*h*w, H/h, W/w]``. Channels are ordered (C, frame, row,
-    column), the last fastest. A permutation of the values, so norms, means and variances are kept;
+    column), the last fastest. The values are permuted, so norms, means and variances are kept;
     :func:`pixel_shuffle_3d` undoes it.
 
     Raises ``ValueError`` when the input is not 5-D or a size is not divisible by its factor.
@@ -29,7 +27,8 @@ def pixel_unshuffle_3d(video: Tensor, factor: tuple[int, int, int] = (2, 2, 2)) 
 
 
 def pixel_shuffle_3d(latents: Tensor, factor: tuple[int, int, int] = (2, 2, 2)) -> Tensor:
-    """Exact inverse of :func:`pixel_unshuffle_3d`:
+    """Invert :func:`pixel_unshuffle_3d` exactly.
+
     ``latents[B, F, C*f*h*w, H, W] -> [B, F*f, C, H*h, W*w]``.
 
     Raises ``ValueError`` when the input is not 5-D or its channels are not divisible by the product

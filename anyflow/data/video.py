@@ -1,4 +1,4 @@
-"""Video files as frames of one size at one rate."""
+"""Decode video files as frames of one size at one rate."""
 
 from __future__ import annotations
 
@@ -26,25 +26,22 @@ _PLAYLISTS = {"hls", "concat", "dash", "sdp", "rtsp", "imf"}
 
 
 class VideoError(ValueError):
-    """A file that gives no usable video; the message says why."""
+    """Report why a file gives no usable video."""
 
 
 def color_conversion() -> dict[str, str]:
-    """Return the version of the library that turns a video's colors into RGB, as
-    ``{"libswscale": "9.5.102"}``.
-    """
+    """Return the version of the library that turns colors into RGB, by its name ``libswscale``."""
     return {"libswscale": ".".join(map(str, av.library_versions["libswscale"]))}
 
 
 def read_video(
     path: Path, *, num_frames: int, height: int, width: int, fps: float, at_least: int | None = None
 ) -> Tensor:
-    """Decode the first ``num_frames`` frames at ``fps`` frames a second,
-    ``[num_frames, 3, height, width]`` uint8 RGB.
+    """Decode the first frames at a rate, as ``[num_frames, 3, height, width]`` uint8 RGB.
 
     Frame k is what is on the screen k / fps seconds after the first frame. It is turned as the file
     says, resized (bicubic, antialiased) until it just covers the size, and its middle is cut out.
-    Of a shorter video all frames are returned where there are ``at_least`` so many.
+    A shorter video gives all its frames where it has at least ``at_least``.
 
     Raises:
         VideoError: not a regular file, not a video, damaged in what is read of it, or too short.
@@ -62,13 +59,10 @@ def read_video(
                 return torch.stack(frames)
     except VideoError:
         raise
-    except (
-        Exception
-    ) as error:  # a damaged file can make any part of the decoder fail, and is one bad file
-        reason = (
-            getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        )[:300]
-        raise VideoError(f"cannot be decoded: {reason}") from None
+    except Exception as error:  # a damaged file can make any part of the decoder fail
+        texts = (getattr(error, "strerror", None), str(error), type(error).__name__)
+        reason = next(" ".join(text.split()) for text in texts if text and text.strip())
+        raise VideoError(f"cannot be decoded: {reason[:300]}") from None
     needed = num_frames if at_least is None else at_least
     if len(frames) >= needed:
         return torch.stack(frames)
@@ -124,14 +118,12 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """``[height, width, 3]`` uint8 RGB, turned by the rotation that a phone writes into the
-    file.
-    """
+    """Return ``[height, width, 3]`` uint8 RGB, turned by the rotation that the file names."""
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
 def _covering(image: np.ndarray, height: int, width: int) -> Tensor:
-    """``[h, w, 3]`` to the middle ``[3, height, width]`` of its smallest resize that covers it."""
+    """Resize ``[h, w, 3]`` to cover the size, and cut out the middle ``[3, height, width]``."""
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     h, w = pixels.shape[1:]
     scale = max(Fraction(height, h), Fraction(width, w))

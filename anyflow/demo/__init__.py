@@ -1,6 +1,4 @@
-"""The quickstart: one small video model, trained and sampled at any number of steps in minutes on a
-laptop.
-"""
+"""Train one small video model and sample it at any number of steps: the quickstart."""
 
 from anyflow.demo.config import DemoConfig, Stage
 from anyflow.demo.progress import DemoProgress

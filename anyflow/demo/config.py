@@ -1,4 +1,4 @@
-"""The recipe of the quickstart, in two budgets."""
+"""Describe the recipe of the quickstart, in two budgets."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Stage:
-    """Optimization of one stage.
+    """Hold the optimization settings of one stage.
 
     Args:
         steps: optimizer steps.
         batch_size: videos per step.
         lr: learning rate of the network that is trained (AdamW).
-        betas: of AdamW.
-        ema_decay: of the average that the stage hands on; less in a short stage, which would not
-            forget its start.
+        betas: the two averaging rates of AdamW.
+        ema_decay: decay of the average that the stage hands on; less in a short stage, which would
+            not forget its start.
         cosine: decay the learning rate to 5 % along a cosine; else it is constant after the
             warm-up.
         critic_lr: learning rate of the critic (stage 2 only).
@@ -32,15 +32,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Everything a run of the quickstart depends on.
+    """Hold everything that a run of the quickstart depends on.
 
-    ``num_threads`` (on a CPU, see :func:`anyflow.utils.threads.torch_threads`) is 1: the network is so
-    small that sharing its operators out costs more than it saves. ``num_train_timesteps`` is 100:
-    with 1000, the time embedding of so small a model aliases at the finite difference. ``epsilon``
-    is in timesteps of that range. ``flow_matching`` trains the network that the two stages start
-    from, that they take velocities from (``velocity_target``), and that they are compared with.
-    ``cotrain_weight`` is that of stage 1's loss in stage 2. A killed run goes on from a checkpoint
-    that is made every ``checkpoint_every`` updates of a stage.
+    ``num_threads`` (on a CPU, see :func:`anyflow.utils.threads.torch_threads`) is 1: the network is
+    so small that sharing its operators out costs more than it saves. ``num_train_timesteps`` is
+    100: with 1000, the time embedding of so small a model aliases at the finite difference.
+    ``epsilon`` is in timesteps of that range. ``flow_matching`` trains the network that the two
+    stages start from, that they take velocities from (``velocity_target``), and that they are
+    compared with. ``cotrain_weight`` weighs stage 1's loss in stage 2. A killed run continues
+    from a checkpoint that is made every ``checkpoint_every`` updates of a stage.
     """
 
     budget: str = "full"
@@ -69,8 +69,7 @@ class DemoConfig:
 
     @classmethod
     def for_budget(cls, budget: str, seed: int = 0, device: str = "cpu") -> DemoConfig:
-        """The recipe of a budget: ``"full"`` (minutes, the real picture) or ``"fast"`` (about one
-        minute, for CI).
+        """Return the recipe of a budget: ``"full"`` (minutes) or ``"fast"`` (about one minute).
 
         Raises:
             ValueError: unknown budget.

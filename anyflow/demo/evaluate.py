@@ -1,4 +1,4 @@
-"""Scores and example videos of every method at every step count."""
+"""Score every method at every step count, and keep example videos."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torch import Tensor
 from anyflow.demo.world import World
 from anyflow.evaluation import Evaluator, Metrics
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.models.transformer import TextContext, TimeEmbedding
 from anyflow.sampling import sample, sample_consistency
 from anyflow.utils.threads import usable_cores, user_chose_threads
 
-# The network is an AnyFlowTransformer3DModel, or one that is evaluated in parts (_InParts).
+# Its first argument is an AnyFlowTransformer3DModel, whole or evaluated in parts (_InParts).
 Sampler = Callable[[Any, Tensor, Tensor, int], Tensor]
 _FLOOR_SETS = 8
-_PART_SIZE = 128  # videos whose activations are fastest to compute on one core
+_PART_SIZE = 128  # videos that a core evaluates in one call
 
 
 def build_evaluator(world: World) -> Evaluator:
@@ -38,8 +37,9 @@ def build_evaluator(world: World) -> Evaluator:
 
 
 def real_floor(world: World, evaluator: Evaluator) -> Metrics:
-    """Measure real videos against the held-out ones, averaged over several sets of the size of a
-    sample set.
+    """Measure real videos against the held-out ones.
+
+    The score is the mean over several sets of the size of a sample set.
     """
     labels = world.labels(world.config.samples).cpu()
     sets = (
@@ -100,35 +100,36 @@ def evaluate_method(
 
 
 class _InParts:
-    """Evaluate a network on parts of a batch, each on a core of its own: the same numbers as in one
-    call, sooner.
+    """Evaluate a network on parts of a batch, each on a core of its own.
+
+    The numbers are those of one call; only the time differs.
     """
 
     def __init__(self, model: AnyFlowTransformer3DModel, pool: ThreadPoolExecutor) -> None:
-        self._model, self._pool = model, pool
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        self._model, self._pool, self.config = model, pool, model.config
 
     def __call__(
         self,
         hidden_states: Tensor,
         *,
-        time_embedding: TimeEmbedding,
-        text_context: TextContext,
+        timestep: Tensor,
+        r_timestep: Tensor | None,
+        encoder_hidden_states: Tensor,
         return_dict: bool,
     ) -> tuple[Tensor]:
         assert not return_dict
 
-        def part(start: int) -> Tensor:
-            rows = slice(start, start + _PART_SIZE)
-            text = TextContext(
-                tuple((key[rows], value[rows]) for key, value in text_context.key_values)
-            )
+        def evaluate(start: int) -> Tensor:
+            part = slice(start, start + _PART_SIZE)
             with torch.inference_mode():  # each thread has a mode of its own
-                times = time_embedding[rows]
                 return self._model(
-                    hidden_states[rows], time_embedding=times, text_context=text, return_dict=False
+                    hidden_states[part],
+                    timestep[part],
+                    None if r_timestep is None else r_timestep[part],
+                    encoder_hidden_states[part],
+                    return_dict=False,
                 )[0]
 
-        return (torch.cat(list(self._pool.map(part, range(0, len(hidden_states), _PART_SIZE)))),)
+        return (
+            torch.cat(list(self._pool.map(evaluate, range(0, len(hidden_states), _PART_SIZE)))),
+        )

@@ -1,6 +1,4 @@
-"""Progress of the quickstart: one bar per stage and one for everything with the time left, or lines
-in a log.
-"""
+"""Show how far the quickstart is: bars in a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -23,16 +21,16 @@ TITLES = {
 
 
 class Advance(Protocol):
-    """Called after each unit of work, with the loss if there is one."""
+    """Report a finished unit of work, with its loss if it has one."""
 
     def __call__(self, loss: float | None, /) -> None: ...
 
 
 class DemoProgress:
-    """A context manager around a run; see :func:`anyflow.demo.run.run_demo`.
+    """Show a bar for each stage and one for the whole run; a context manager around the run.
 
     Args:
-        console: where the bars go, or lines where it is no terminal.
+        console: gets the bars, or lines if it is no terminal.
         line_seconds: least time between two lines on a stage.
     """
 
@@ -69,14 +67,16 @@ class DemoProgress:
         self._total = self._bars.add_task("[bold]everything", total=total_cost, note="")
 
     def skip(self, name: str, cost: float) -> None:
-        """A stage that an earlier run has finished."""
+        """Take a stage that an earlier run has finished out of the whole."""
         assert self._total is not None
         self.console.print(f"{TITLES[name]}: done by an earlier run")
-        self._bars.update(self._total, total=(self._bars.tasks[0].total or 0) - cost)
+        whole = self._bars.tasks[0].total
+        assert whole is not None
+        self._bars.update(self._total, total=whole - cost)
 
     @contextmanager
     def stage(self, name: str, steps: int, cost: float) -> Iterator[Advance]:
-        """The bar of one stage; yields the function to call after each of its ``steps``."""
+        """Show the bar of one stage, and yield the function to call after each of its ``steps``."""
         assert self._total is not None
         total = self._total
         task = self._bars.add_task(TITLES[name], total=steps, note="")

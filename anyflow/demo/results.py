@@ -1,6 +1,4 @@
-"""Writes what a finished quickstart leaves: metrics, animations, the curve and the report, of
-several seeds too.
-"""
+"""Write what a finished quickstart leaves, and merge the results of several seeds."""
 
 from __future__ import annotations
 
@@ -57,14 +55,14 @@ def write_results(
     examples: Mapping[str, Mapping[int, Tensor]],
     out: Path,
 ) -> None:
-    """Write ``metrics.json``, ``samples/``, ``curve.png``, ``any_step.gif`` and ``report.html``
-    into ``out``.
+    """Write the results of a run: metrics, samples, the curve, the animation and the report.
 
-    ``samples`` has an animation of each method and number of steps, and what :func:`merge_runs`
-    reads.
+    The files in ``out`` are ``metrics.json``, ``samples/``, ``curve.png``, ``any_step.gif`` and
+    ``report.html``. ``samples`` has an animation of each method and number of steps, and what
+    :func:`merge_runs` reads.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         world: its data.
         results: its scores.
         examples: ``[method][steps]``, one video per class ``[N, F, H, W]`` uint8.
@@ -92,11 +90,12 @@ def write_results(
 
 
 def merge_runs(folders: Sequence[Path], out: Path) -> SeedResults:
-    """Write one report of several finished runs, with error bars over their seeds; the videos are
-    the first run's.
+    """Write one report of several finished runs, with error bars over their seeds.
+
+    The videos of the report are the first run's.
 
     Args:
-        folders: of finished runs that differ in nothing but their seed.
+        folders: finished runs, which differ in nothing but their seed.
         out: folder for ``report.html``, ``curve.png``, ``any_step.gif`` and ``metrics.json``; an
             earlier report there is replaced.
 
@@ -185,7 +184,7 @@ def _load_samples(folder: Path) -> ReportData:
         about = TypeAdapter(_About).validate_python(read_json(folder / _ABOUT_FILE))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
+        where = ".".join(map(str, first["loc"])) if first["loc"] else "it"
         raise ValueError(
             f"{shortened(folder / _ABOUT_FILE)} is damaged: {where}: {first['msg']}"
         ) from None

@@ -1,18 +1,14 @@
-"""Runs the quickstart stage by stage, each resumable, and writes its folder: checkpoints, metrics,
-samples, report.
-"""
+"""Run the quickstart stage by stage, each of which can be resumed, and write its folder."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from anyflow.demo.config import DemoConfig
@@ -23,22 +19,23 @@ from anyflow.demo.stages import stage_recipe, train_stage
 from anyflow.demo.world import World
 from anyflow.evaluation import EvaluationResults, Metrics
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import read_json
 from anyflow.utils.locking import locks_folder
 from anyflow.utils.threads import torch_threads
-from anyflow.utils.writing import write_text, writing
+from anyflow.utils.writing import whole_folder, write_text
 
 STATE_FILE = "state.json"
 
 # Seconds per step of batch 32, and per evaluation of 512 samples, relative to a flow-matching step
-# of batch 32: for the estimate of the time left.
+# of batch 32; the estimate of the time left uses them.
 _STEP_COST = {"flow_matching": 1.0, "pretrain": 1.7, "on_policy": 5.6, "evaluation": 12.0}
 
 _CHECKPOINTS = ("flow_matching", "pretrain", "on_policy")  # a stage each, in their order
-# folder of the stage that runs: where it starts, and its own checkpoints
+# holds the start and the checkpoints of the stage that runs
 _UNFINISHED = ".unfinished"
 
-# The checkpoint that scores as each method of the report.
+# Each method of the report scores this checkpoint.
 _CHECKPOINT_OF = {
     "flow_matching": "flow_matching",
     "pretrain": "pretrain",
@@ -49,7 +46,7 @@ _CHECKPOINT_OF = {
 
 @locks_folder("out")
 def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> EvaluationResults:
-    """Train, evaluate and report into ``out``; what a killed run has trained is not trained again.
+    """Train, evaluate and report into ``out``; a stage that is finished there is not trained again.
 
     Writes ``checkpoints/<stage>/transformer`` and ``/scheduler`` (diffusers folders),
     ``metrics.json``, ``samples/*.gif``, ``curve.png``, ``any_step.gif`` and ``report.html``.
@@ -62,14 +59,14 @@ def run_demo(config: DemoConfig, out: Path, progress: DemoProgress) -> Evaluatio
             before.
     """
     with torch_threads(config.num_threads):
-        return _Run(config, out, progress).run()
+        return _DemoRun(config, out, progress).run()
 
 
 def finished_report(config: DemoConfig, out: Path) -> Path | None:
-    """The report of a finished run of this configuration in ``out``, or None.
+    """Return the report of a finished run of this configuration in ``out``, or None.
 
     Raises:
-        ValueError: as :func:`run_demo`.
+        ValueError: see :func:`run_demo`.
     """
     state = _load_state(config, out)
     return (
@@ -79,7 +76,7 @@ def finished_report(config: DemoConfig, out: Path) -> Path | None:
     )
 
 
-class _Run:
+class _DemoRun:
     def __init__(self, config: DemoConfig, out: Path, progress: DemoProgress) -> None:
         self.state = _load_state(config, out)
         self.config, self.out, self.progress = config, out, progress
@@ -152,19 +149,10 @@ class _Run:
     # Files ----------------------------------------------------------------------------------------
 
     def _save(self, final: Path, model: AnyFlowTransformer3DModel) -> None:
-        """Write a model completely or not at all: a run may be killed at any moment."""
-        partial = final.with_name(f".{final.name}.partial")
-        with writing(final):
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                model.save_pretrained(partial / "transformer")
-                self.world.scheduler().save_pretrained(partial / "scheduler")
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(partial, final)
-            except BaseException:
-                # half a model would keep a full disk full
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+        """Write a model and its scheduler, in place of those of an earlier run."""
+        with whole_folder(final, replace=True) as partial:
+            model.save_pretrained(partial / "transformer")
+            self.world.scheduler().save_pretrained(partial / "scheduler")
 
     def _load(self, name: str) -> AnyFlowTransformer3DModel:
         folder = self.out / "checkpoints" / name / "transformer"
@@ -184,9 +172,9 @@ def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
         raise ValueError(f"--out {out} is a file; name a folder")
     if (file := next((parent for parent in out.parents if parent.is_file()), None)) is not None:
         raise ValueError(f"--out {out} cannot be created: {file} is a file")
-    _check_device(config.device)
+    resolve_device(config.device, "--device", computes=True)
     settings = json.loads(json.dumps(asdict(config)))
-    del settings["num_threads"]  # not what is run, but how
+    del settings["num_threads"]  # changes the time of a run and not its numbers
     file = out / STATE_FILE
     if not file.exists():
         if out.exists() and any(p for p in out.iterdir() if not p.name.startswith(".")):
@@ -214,11 +202,3 @@ def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
             "delete it"
         )
     return {"config": settings, "finished": finished}
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name!r} cannot be used here: {reason}") from None

@@ -1,4 +1,4 @@
-"""The quickstart's stages as recipes of the training engine, and the loop over its updates."""
+"""Describe the quickstart's stages as recipes of the training engine, and run their updates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anyflow.training.config import (
     CheckpointConfig,
     DataConfig,
     EMAConfig,
-    FlowMapConfig,
+    FlowMap,
     NetworkConfig,
     OnPolicyStageConfig,
     OptimizerConfig,
@@ -34,12 +34,12 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
     """Make the recipe of a stage: ``"flow_matching"``, ``"pretrain"`` or ``"on_policy"``.
 
     Args:
-        config: of the run.
-        name: of the stage.
+        config: settings of the run.
+        name: the stage.
         student: folder of the network that the stage starts from.
         teacher: folder of the network whose velocities stage 1 learns, and of the real score of
             stage 2.
-        out: folder for the checkpoints that the stage goes on from.
+        out: folder for the checkpoints that the stage continues from.
     """
     stage: Stage = getattr(config, name)
     on_policy = None
@@ -67,7 +67,7 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
         student=NetworkConfig(str(student)),
         data=DataConfig("synthetic", batch_size=stage.batch_size, num_workers=0, seed=config.seed),
         steps=stage.steps,
-        flow_map=FlowMapConfig(config.gate_value),
+        flow_map=FlowMap(config.gate_value),
         scheduler=SchedulerConfig(config.num_train_timesteps, config.shift),
         pretrain=PretrainConfig(
             epsilon=config.epsilon, fuse_guidance_scale=1.0, velocity_target=config.velocity_target
@@ -77,7 +77,7 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
         else None,
         on_policy=on_policy,
         optimizer=_optimizer(stage, stage.lr),
-        # A short stage's average looks back over about a ninth of it: the start is forgotten.
+        # The average of a short stage spans about a ninth of it, and forgets the start.
         ema=EMAConfig(min(stage.ema_decay, (1 + stage.steps) / (10 + stage.steps)), start_step=0),
         checkpoint=CheckpointConfig(every=config.checkpoint_every, keep=1),
         precision="fp32",
@@ -91,8 +91,9 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
 def train_stage(
     world: World, recipe: Recipe, advance: Advance
 ) -> tuple[AnyFlowTransformer3DModel, float]:
-    """Train by a recipe, from its newest checkpoint if there is one; return the averaged student
-    and the seconds.
+    """Train by a recipe, from its newest checkpoint if one is there.
+
+    Returns the averaged student and the seconds that training took.
 
     Raises:
         TrainingError: a loss, a gradient or a network's output is not finite.

@@ -1,65 +1,67 @@
-"""What the quickstart's stages share: the videos as latents, the prompts, the model and the
-scheduler.
-"""
+"""Share the data, the randomness, the model and the scheduler of the quickstart's stages."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from anyflow.data import MovingShapes, SyntheticVideos, pixel_shuffle_3d
+from anyflow.data import SyntheticVideos
 from anyflow.demo.config import DemoConfig
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
 
 class World:
-    """Data, prompts and factories of one demo configuration."""
+    """Hold the data of one demo configuration, and make its noise, model and scheduler.
+
+    Attributes:
+        dataset: the moving shapes as latents with prompts.
+        shapes: the moving shapes as videos.
+    """
 
     def __init__(self, config: DemoConfig) -> None:
         self.config = config
         self.device = torch.device(config.device)
-        self.shapes, self.dataset = MovingShapes(), SyntheticVideos()
-        rows = range(0, len(self.dataset), len(self.dataset) // self.shapes.num_classes)
-        self._prompts = torch.stack([self.dataset[row].prompt_embeds for row in rows]).to(
-            self.device
-        )
+        self.dataset = SyntheticVideos()
+        self.shapes = self.dataset.shapes
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """``(F, C, H, W)`` of one video's latents."""
+        """Return ``(F, C, H, W)`` of one video's latents."""
         return self.dataset.latent_shape
 
     def generator(self, stream: int) -> torch.Generator:
-        """An independent stream of randomness for this run's seed, on the CPU so that devices
-        agree.
+        """Make a generator of this run's seed, on the CPU so that devices agree.
+
+        Args:
+            stream: number below 1000; each stream is independent of the others.
         """
         return torch.Generator().manual_seed(self.config.seed * 1000 + stream)
 
     def labels(self, n: int) -> Tensor:
-        """``[n]`` labels, classes in turn."""
+        """Return ``[n]`` labels, classes in turn."""
         return torch.arange(n, device=self.device) % self.shapes.num_classes
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """``[n, F, C, H, W]`` standard normal."""
+        """Draw ``[n, F, C, H, W]`` from the standard normal distribution."""
         return torch.randn(n, *self.latent_shape, generator=generator).to(self.device)
 
     def prompts(self, labels: Tensor) -> Tensor:
-        """``[n, S, text_dim]`` for ``labels[n]``."""
-        return self._prompts[labels]
+        """Return the prompt embeddings ``[n, S, text_dim]`` of ``labels[n]``."""
+        return self.dataset.prompts.to(self.device)[labels]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents ``[n, F, C, H, W]`` to videos ``[n, 8, 1, 12, 12]`` on the CPU."""
-        return pixel_shuffle_3d(latents).float().cpu()
+        """Unfold latents ``[n, F, C, H, W]`` to videos ``[n, 8, 1, 12, 12]`` on the CPU."""
+        return self.dataset.decode(latents)
 
     def scheduler(self) -> FlowMapEulerDiscreteScheduler:
-        """The scheduler of this run."""
+        """Make the scheduler of this run."""
         return FlowMapEulerDiscreteScheduler(
             self.config.num_train_timesteps, shift=self.config.shift
         )
 
     def model(self) -> AnyFlowTransformer3DModel:
-        """A freshly initialized plain model; the flow map is enabled after flow matching."""
+        """Make an untrained plain model; the flow map is enabled after flow matching."""
         config, channels = self.config, self.latent_shape[1]
         # module constructors draw from the global generator
         with torch.random.fork_rng(devices=[]):
@@ -76,7 +78,7 @@ class World:
                 rope_max_seq_len=32,
                 r_embedder=False,
             )
-        with torch.no_grad():  # open residual gates and a silent output: it trained better
+        with torch.no_grad():  # residual gates are open and the output is silent at first
             model.proj_out.weight.zero_()
             for block in model.blocks:
                 block.get_parameter("scale_shift_table")[:, [2, 5]] += 1

@@ -1,4 +1,4 @@
-"""What is installed here: versions, devices, compilers, and the native extension."""
+"""Find out what is installed here: versions, devices, compilers, the native extension."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _VERSION = re.compile(r"(?:\brelease |\bversion |\) |^)(\d+(?:\.\d+)+)", re.MULT
 
 @dataclass(frozen=True)
 class Program:
-    """A program that was found: where, and the version it names, or None where it names none."""
+    """Describe a program that was found: its path, and the version it names, or None."""
 
     path: str
     version: str | None
@@ -37,7 +37,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A CUDA (or ROCm) device; memory in GiB."""
+    """Describe a CUDA (or ROCm) device; memory is in GiB."""
 
     name: str
     capability: str
@@ -46,19 +46,20 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Environment:
-    """Versions and tools.
+    """Hold the versions of what is installed, and the tools that were found.
 
     Attributes:
         anyflow, python, torch: versions.
         location: folder of the package.
         platform: operating system and processor.
         torch_built_for: such as ``CUDA 13.0``, ``ROCm 6.4`` or ``CPU``.
-        commit: of the checkout that the package lies in, or None where it lies in none.
-        threads: that torch computes with.
-        cores: that this process may keep busy, by its affinity and its quota of CPU time.
+        commit: commit of the checkout that the package lies in, or None outside of one.
+        threads: number of threads that torch computes with.
+        cores: number of cores that this process may keep busy, by its affinity and its quota of CPU
+            time.
         settings: environment variables that are set and change what runs here.
         triton: version, or None where it is not installed.
-        driver: version of the NVIDIA driver, or None where there is none.
+        driver: version of the NVIDIA driver, or None without one.
         gpus: the devices that torch finds.
         programs: ``c`` (Triton needs it at run time), ``c++``, ``nvcc``, ``cmake`` and ``ninja``
             (for building); None for what is missing.
@@ -82,14 +83,14 @@ class Environment:
 
 @dataclass(frozen=True)
 class NativeExtension:
-    """The extension module ``anyflow._C``.
+    """Describe the extension module ``anyflow._C``.
 
     Attributes:
-        file: where it is, or None where it is not built.
+        file: path of the module, or None where it is not built.
         problem: why it cannot be used and what to do, or None.
-        build_info: what it says of its build.
-        instruction_set: that its CPU kernels use on this machine.
-        warnings: what will work, but not as it should.
+        build_info: facts of the build that the module reports.
+        instruction_set: name of the one that its CPU kernels use on this machine.
+        warnings: sentences on what will work, but not as it should.
     """
 
     file: str | None
@@ -124,11 +125,11 @@ def environment() -> Environment:
         driver=driver.splitlines()[0] if driver else None,
         gpus=_gpus(),
         programs={
-            # As Triton looks for it: CC, else these in this order.
+            # Triton looks for CC, else for these in this order.
             "c": _program(os.environ.get("CC"), "gcc", "clang"),
             "c++": _program(os.environ.get("CXX"), "c++", "g++", "clang++"),
             "nvcc": _nvcc(),
-            # As setup.py looks for them: beside Python first.
+            # setup.py looks beside Python first.
             "cmake": _program("cmake", folder=Path(sys.executable).parent),
             "ninja": _program("ninja", folder=Path(sys.executable).parent),
         },
@@ -136,8 +137,9 @@ def environment() -> Environment:
 
 
 def load_operators() -> NativeExtension:
-    """Import ``anyflow.ops`` and describe its extension; without a usable one, as
-    ``ANYFLOW_BACKEND=eager`` does it.
+    """Import ``anyflow.ops`` and describe its extension.
+
+    Without a usable extension, the import is repeated as ``ANYFLOW_BACKEND=eager`` does it.
     """
     variable = os.environ.pop("ANYFLOW_BACKEND", None)
     problem = None
@@ -145,7 +147,7 @@ def load_operators() -> NativeExtension:
         try:
             from anyflow.ops.native import load
 
-            load()  # in case anyflow.ops was imported before, where the variable made do without
+            load()  # an anyflow.ops that was imported before may have done without, by the variable
         except ImportError as error:
             problem = str(error)
             os.environ["ANYFLOW_BACKEND"] = "eager"
@@ -164,7 +166,7 @@ def load_operators() -> NativeExtension:
 
 
 def extension_warnings(build_info: dict[str, str]) -> tuple[str, ...]:
-    """What does not fit between a build of the extension and what runs here."""
+    """Say what does not fit between a build of the extension and this machine."""
     from anyflow.ops.backend import OPERATORS, missing
 
     warnings = []
@@ -191,9 +193,7 @@ def _built_for() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout whose folder ``anyflow`` the package is, with ``+`` where
-    files differ.
-    """
+    """Return the commit of the checkout that the package lies in, with ``+`` where files differ."""
     git = shutil.which("git")
     if git is None or not (_PACKAGE.parent / ".git").exists():
         return None
@@ -205,7 +205,7 @@ def _commit() -> str | None:
 
 
 def _triton_version() -> str | None:
-    """Without importing it, which takes a second."""
+    """Return Triton's version without importing Triton, which takes a second."""
     if importlib.util.find_spec("triton") is None:
         return None
     for name in ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm"):
@@ -226,7 +226,7 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def _nvcc() -> Program | None:
-    """As the build looks for it (cmake/AnyflowCuda.cmake)."""
+    """Find nvcc in the places that the build looks in (cmake/AnyflowCuda.cmake)."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     places = [
         os.environ.get("CUDACXX"),
@@ -237,7 +237,7 @@ def _nvcc() -> Program | None:
 
 
 def _program(*names: str | Path | None, folder: Path | None = None) -> Program | None:
-    """The first of the names that is a program, in a folder or else in PATH."""
+    """Find the first of the names that is a program, in a folder or else in PATH."""
     search = os.environ.get("PATH", os.defpath)
     if folder is not None:
         search = f"{folder}{os.pathsep}{search}"
@@ -250,7 +250,7 @@ def _program(*names: str | Path | None, folder: Path | None = None) -> Program |
 
 
 def _output(*command: str) -> str:
-    """What a program prints, or nothing where it fails."""
+    """Return what a program prints, or nothing where the program fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20)
     except (OSError, subprocess.TimeoutExpired):

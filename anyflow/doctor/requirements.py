@@ -1,32 +1,29 @@
-"""Packages by what needs them, each really imported; the encoder of videos; the cache of Hugging
-Face models.
-"""
+"""Import each package by what needs it, and look at the encoder of videos and the Hub's cache."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from anyflow.utils.documents import shortened
-from anyflow.utils.packages import GROUPS, is_missing, module_name
+from anyflow.utils.packages import GROUPS, OPTIONAL, is_missing, module_name
 from anyflow.utils.versions import installed_versions, is_below, required_floors
 
-# The parts of a package that sampling takes, where importing the package itself loads next to
-# nothing of it.
+# Importing these packages loads next to nothing of them, so sampling's parts are imported too.
 _PARTS = {"diffusers": ("AutoencoderKLWan",), "transformers": ("AutoTokenizer", "UMT5EncoderModel")}
 _MAX_BLOBS = 10_000  # files whose sizes are looked at
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package.
+    """Describe a package that anyflow can use.
 
     Attributes:
-        group: what needs it: ``sample``, ``demo``, ``train`` or ``evaluate``.
+        group: command that needs the package: ``sample``, ``demo``, ``train`` or ``evaluate``.
         name: on the package index.
         version: None where it is not installed.
         problem: why it cannot be used and what to do, or None.
@@ -39,14 +36,14 @@ class Package:
 
 
 @dataclass(frozen=True)
-class VideoEncoder:
-    """The encoder that MP4 files are written with.
+class VideoCodec:
+    """Describe the encoder that MP4 files are written with.
 
     Attributes:
-        name: of the encoder in PyAV, or None where no file can be written.
-        codec: of a file that was written and read back, such as ``h264``.
+        name: name of the encoder in PyAV, or None where no file can be written.
+        codec: codec of a file that was written and read back, such as ``h264``.
         problem: why no file can be written, or None.
-        warning: what players will not like about the files, or None.
+        warning: sentence on what players will not like about the files, or None.
     """
 
     name: str | None
@@ -57,12 +54,12 @@ class VideoEncoder:
 
 @dataclass(frozen=True)
 class Hub:
-    """The Hugging Face Hub from here.
+    """Describe what is here of the Hugging Face Hub.
 
     Attributes:
         cache: folder of the models that were downloaded.
         models: number of models in it.
-        gigabytes: what they take, in 10^9 bytes; None where there are too many files to look at.
+        gigabytes: size of the models in 10^9 bytes; None where the files are too many to look at.
         offline: models come from the cache only, as ``HF_HUB_OFFLINE`` says.
     """
 
@@ -93,10 +90,25 @@ def install_commands(found: tuple[Package, ...]) -> dict[str, str]:
     return {group: f"pip install {' '.join(names)}" for group, names in absent.items()}
 
 
-def video_encoder() -> VideoEncoder:
-    """Write a small MP4 file as ``anyflow sample`` does, read it back, and say which encoder made
-    it.
+def package_problems(installed: Iterable[Package], encoder: VideoCodec) -> list[str]:
+    """List what is wrong with the packages, and with the encoder if no package explains it.
+
+    A package that is absent is a problem of the commands that sample, not of the optional ones; a
+    package that is broken is a problem of all.
     """
+    broken = [package for package in installed if package.problem is not None]
+    problems = [
+        str(package.problem)
+        for package in broken
+        if package.group not in OPTIONAL or package.version is not None
+    ]
+    if encoder.problem is not None and "av" not in [package.name for package in broken]:
+        problems.append(encoder.problem)
+    return problems
+
+
+def video_encoder() -> VideoCodec:
+    """Write a small MP4 file, read it back, and say which encoder made it."""
     try:
         import numpy as np
 
@@ -108,17 +120,14 @@ def video_encoder() -> VideoEncoder:
             with av.open(str(file)) as container:
                 codec = container.streams.video[0].codec_context.name
                 frames = sum(1 for _ in container.decode(video=0))
-    except (
-        Exception
-    ) as error:  # of PyAV, FFmpeg or the system: each is what a user would meet in `anyflow sample`
-        return VideoEncoder(None, None, f"no MP4 file can be written: {_reason(error)}", None)
+    # PyAV, FFmpeg and the system fail in their own ways, and would in `anyflow sample`, too
+    except Exception as error:
+        return VideoCodec(None, None, f"no MP4 file can be written: {_reason(error)}", None)
     if frames != 2:
-        return VideoEncoder(
-            None, codec, f"an MP4 file of 2 frames was read back with {frames}", None
-        )
+        return VideoCodec(None, codec, f"an MP4 file of 2 frames was read back with {frames}", None)
     if codec == "h264":
-        return VideoEncoder("libx264", codec, None, None)
-    return VideoEncoder(
+        return VideoCodec("libx264", codec, None, None)
+    return VideoCodec(
         codec,
         codec,
         None,
@@ -127,9 +136,7 @@ def video_encoder() -> VideoEncoder:
 
 
 def hub() -> Hub:
-    """Look at the cache of models and at the settings of ``huggingface_hub``; nothing is asked for
-    over the network.
-    """
+    """Look at the cache of models and at the settings of ``huggingface_hub``, without a network."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -159,9 +166,8 @@ def _package(group: str, name: str, floor: str | None) -> Package:
         module = importlib.import_module(module_name(name))
         for part in _PARTS.get(name, ()):
             getattr(module, part)
-    except (
-        Exception
-    ) as error:  # a package may fail in its own way: compiled for another Python, torch or library
+    # a package that was compiled for another Python, torch or library may fail in any way
+    except Exception as error:
         return Package(
             group, name, version, f"{name} is installed, but does not import: {_reason(error)}"
         )

@@ -1,4 +1,4 @@
-"""Measures, draws and describes sets of videos: metrics, plots, animations and the HTML report.
+"""Measure, draw and describe sets of videos: metrics, plots, animations and the HTML report.
 
 Plotting and report dependencies (matplotlib, pillow, jinja2) are imported by the functions that
 need them.

@@ -1,5 +1,6 @@
-"""Draws videos as animations: tiles of videos, GIF and WebP, and the any-step picture. pillow loads
-on first use.
+"""Draw videos as animations: tiles, GIF, WebP and the any-step picture.
+
+pillow is imported on first use.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anyflow.evaluation.plots import FAINT, INK, method_style
+from anyflow.evaluation.plot_parts import FAINT, INK
+from anyflow.evaluation.plots import method_style
 from anyflow.utils.writing import write_bytes
 
 if TYPE_CHECKING:
@@ -30,12 +32,12 @@ def tile_videos(
     padding: int = 1,
     background: int = 255,
 ) -> Tensor:
-    """Lay ``videos[N, F, H, W]`` uint8 out on a grid, row by row:
-    ``[F, rows*H' + ..., cols*W' + ...]`` uint8.
+    """Lay ``videos[N, F, H, W]`` uint8 out on a grid, line by line.
 
-    Each pixel becomes ``upscale x upscale``; ``padding`` pixels of gray level ``background`` lie
-    between the tiles and fill the cells left over. Raises ``ValueError`` for another dtype or
-    shape, or more videos than cells.
+    The result is ``[F, rows*H' + ..., cols*W' + ...]`` uint8. Each pixel becomes
+    ``upscale x upscale``; ``padding`` pixels of gray level ``background`` lie between the tiles and
+    fill the cells left over. Raises ``ValueError`` for another dtype or shape, or more videos than
+    cells.
     """
     if videos.ndim != 4 or videos.dtype != torch.uint8:
         raise ValueError(
@@ -63,9 +65,7 @@ def tile_videos(
 
 
 def encode_animation(frames: Tensor, *, format: str = "webp", fps: float = 8.0) -> bytes:
-    """Encode ``frames[F, H, W]`` uint8 gray as a lossless, endlessly looping ``"webp"`` or
-    ``"gif"``.
-    """
+    """Encode ``frames[F, H, W]`` uint8 gray as a lossless, looping ``"webp"`` or ``"gif"``."""
     if frames.ndim != 3 or frames.dtype != torch.uint8 or frames.shape[0] < 1:
         raise ValueError(
             f"frames must be [F >= 1, H, W] uint8, got {frames.dtype} of shape "
@@ -84,8 +84,9 @@ def encode_animation(frames: Tensor, *, format: str = "webp", fps: float = 8.0) 
 
 
 def save_animation(path: str | Path, frames: Tensor, *, fps: float = 8.0) -> None:
-    """Write ``frames[F, H, W]`` uint8 gray (see :func:`tile_videos`) to a whole ``.webp`` or
-    ``.gif`` file.
+    """Write ``frames[F, H, W]`` uint8 gray to a ``.webp`` or ``.gif`` file, whole or not at all.
+
+    :func:`tile_videos` makes such frames.
     """
     path = Path(path)
     write_bytes(path, encode_animation(frames, format=path.suffix.lower().lstrip("."), fps=fps))
@@ -97,20 +98,19 @@ def any_step_animation(
     methods: Sequence[str] | None = None,
     width: int = 800,
 ) -> bytes:
-    """Draw a GIF with a row of videos for each method and a column for each number of steps, labels
-    in the picture.
+    """Draw a GIF with a line of videos per method and a column per number of steps, labeled.
 
     Args:
         samples: ``[method][steps]``, videos ``[N, F, H, W]`` uint8 gray of one shape; a cell shows
             all N of them.
         methods: rows from top to bottom; None takes every method of ``samples``.
-        width: at most so many pixels; videos are enlarged by a whole number.
+        width: the most pixels of the picture; videos are enlarged by a whole number.
 
     Returns:
         An endlessly looping GIF at 8 frames per second.
 
     Raises:
-        ValueError: there is nothing to show, a method or a number of steps is missing, shapes
+        ValueError: nothing is to be shown, a method or a number of steps is missing, shapes
             differ, or ``width`` leaves no pixel for each of the videos'.
     """
     methods = list(samples) if methods is None else list(methods)
@@ -136,13 +136,13 @@ def any_step_animation(
     return _animation(frames, format="gif", fps=8.0)
 
 
-# of the any-step picture's palette: 86 grays leave room for the colors of its letters
+# the any-step picture's palette has 86 grays, which leave room for the colors of its letters
 _GRAY_STEP = 3
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Places the cells and labels of the any-step picture; all in pixels."""
+    """Place the cells and labels of the any-step picture; all lengths are in pixels."""
 
     frames: int
     rows: int
@@ -219,8 +219,9 @@ class _Layout:
 
 
 def _in_palette(picture: Image, colors: Sequence[str]) -> Image:
-    """Return a picture with a palette of grays, ``_GRAY_STEP`` apart from black, then each color's
-    way to white.
+    """Return a picture with a palette of grays and of each color's way to white.
+
+    The grays are ``_GRAY_STEP`` apart, from black.
     """
     from PIL import Image, ImageColor
 

@@ -1,6 +1,4 @@
-"""Says what the numbers of a run show, metric by metric; a claim that the numbers do not bear is
-denied.
-"""
+"""Say what the numbers of a run show, metric by metric, and deny what they do not bear."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ def findings(results: EvaluationResults | SeedResults) -> list[str]:
 
 def _plain_needs_steps(results: SeedResults) -> str | None:
     curve = results.values("fd").get("flow_matching")
-    first, last = results.steps[0], results.steps[-1]
+    first, last = results.step_counts[0], results.step_counts[-1]
     if curve is None or first == last:
         return None
     if ratio(curve[first], curve[last]) < SAME:
@@ -46,7 +44,7 @@ def _plain_needs_steps(results: SeedResults) -> str | None:
 
 
 def _stages(results: SeedResults) -> str | None:
-    fd, first = results.values("fd"), results.steps[0]
+    fd, first = results.values("fd"), results.step_counts[0]
     if not all(m in fd for m in FLOW_MAPS):
         return None
     one, two = fd["pretrain"][first], fd["on_policy"][first]
@@ -62,7 +60,7 @@ def _stages(results: SeedResults) -> str | None:
 
 
 def _samplers(results: SeedResults) -> str | None:
-    tv, first, last = results.values("coverage_tv"), results.steps[0], results.steps[-1]
+    tv, first, last = results.values("coverage_tv"), results.step_counts[0], results.step_counts[-1]
     if "on_policy" not in tv or "consistency_sampler" not in tv or first == last:
         return None
     flow, renoise = tv["on_policy"], tv["consistency_sampler"]
@@ -80,11 +78,11 @@ def _samplers(results: SeedResults) -> str | None:
 
 
 def _many_steps(results: SeedResults) -> str | None:
-    fd, last = results.values("fd"), results.steps[-1]
-    ours = next((m for m in FLOW_MAPS if m in fd), None)
-    if ours is None or "flow_matching" not in fd or last == results.steps[0]:
+    fd, last = results.values("fd"), results.step_counts[-1]
+    flow_map = next((m for m in FLOW_MAPS if m in fd), None)
+    if flow_map is None or "flow_matching" not in fd or last == results.step_counts[0]:
         return None
-    flow, plain = fd[ours][last], fd["flow_matching"][last]
+    flow, plain = fd[flow_map][last], fd["flow_matching"][last]
     numbers = f"{number(plain)} against {number(flow)} for the flow map"
     if ratio(flow, plain) >= SAME:
         return f"With {last} steps plain flow matching is the better sampler here: {numbers}."
@@ -100,7 +98,7 @@ def _distance_to_floor(results: SeedResults) -> str:
     floor = results.floor.fd
     if floor == 0 or ratio(score, floor) >= SAME:
         return (
-            f"Nothing here is perfect: the lowest distance of all is {number(score)} "
+            f"No method is perfect: the lowest distance of all is {number(score)} "
             f"({method_style(method)[0]}, "
             f"{steps_text(steps)}), while real videos score {number(floor)} against each other."
         )

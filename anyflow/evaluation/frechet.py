@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of features."""
+"""Compute the Fréchet distance between two sets of features."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Compute the squared Fréchet (2-Wasserstein) distance of Gaussians fitted to ``[N, D]`` and
-    ``[M, D]`` features.
+    """Compute the squared Fréchet (2-Wasserstein) distance of Gaussians fitted to features.
 
+    The features are ``[N, D]`` and ``[M, D]``, and the distance is
     ``|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2))`` with the unbiased covariances A and B, in
     float64. With ``A = R_a^T R_a`` (R from the QR factorization of the centered features) the last
     trace is the nuclear norm of ``R_a R_b^T``: no matrix square root, exact for rank-deficient
@@ -43,7 +43,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
 
 def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``[D]`` and a matrix R with ``R^T R`` the unbiased covariance, in float64."""
+    """Return the mean ``[D]`` and a matrix R with ``R^T R`` the unbiased covariance, in float64."""
     features = features.double()
     mean = features.mean(0)
     centered = (features - mean) / math.sqrt(features.shape[0] - 1)

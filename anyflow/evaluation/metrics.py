@@ -1,5 +1,4 @@
-"""Sample quality in four numbers: Frechet distance, nearest-template error, position coverage, and
-motion.
+"""Measure sample quality by Fréchet distance, template error, position coverage and motion.
 
 Layout of videos is ``[N, F, C, H, W]`` throughout; labels are ``[N]`` int64.
 """
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 from anyflow.evaluation.frechet import frechet_distance
 from anyflow.evaluation.video_metrics import motion
 
-# of each class: their mean speed is known to 1 %, and more would cost more than all else
+# per class; more would cost more time than all other metrics
 _MOTION_VIDEOS = 16
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Hold the quality of one set of videos.
+    """Hold the numbers of one set of videos; lower is better in all but ``motion``.
 
     Args:
         fd: per-class Frechet distance (mean over the classes); lower is better.
@@ -42,16 +41,12 @@ class Metrics:
     motion: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        """Return the numbers by name, as ``metrics.json`` holds them, without motion where it was
-        not measured.
-        """
+        """Return the numbers as ``metrics.json`` holds them, without motion if not measured."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def mean(cls, scores: Sequence[Metrics]) -> Metrics:
-        """Return the mean of each number over ``scores``; motion is None where one of them has
-        none.
-        """
+        """Return the mean of each number over ``scores``; motion is None where a score has none."""
         if not scores:
             raise ValueError("scores must hold at least one set's metrics")
         motion = [score.motion for score in scores if score.motion is not None]
@@ -64,10 +59,11 @@ class Metrics:
 
 
 class RandomConv3dFeatures(nn.Module):
-    """Fixed random features of videos: two ReLU convolutions over space-time, averaged to ``dim``
-    numbers per video.
+    """Compute fixed random features of videos, ``dim`` numbers of each.
 
-    Random convolutions are a sound yardstick for simple video: they react to sharpness, contrast,
+    Two ReLU convolutions over space-time are averaged.
+
+    Random convolutions react to sharpness, contrast,
     shape and the direction of motion, and unlike a trained network they need no download. The
     global average makes them nearly blind to position, which :func:`coverage_tv` measures instead.
     The same ``seed`` gives the same weights on every machine; the global random state is not
@@ -99,7 +95,10 @@ class RandomConv3dFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, videos: Tensor) -> Tensor:
-        """Features ``[N, dim]`` of ``videos[N, F, C, H, W]``; ``ValueError`` for another shape."""
+        """Return features ``[N, dim]`` of ``videos[N, F, C, H, W]``.
+
+        Raises ``ValueError`` for another shape.
+        """
         if (
             videos.ndim != 5
             or videos.shape[2] != self.in_channels
@@ -120,7 +119,7 @@ def per_class_frechet_distance(
 ) -> float:
     """Mean over the classes of :func:`frechet_distance` between the samples of that class.
 
-    Unlike one distance over everything, it notices a sample of the wrong class. Raises
+    Unlike one distance over all classes, the mean notices a sample of the wrong class. Raises
     ``ValueError`` when the two sets do not hold the same classes.
     """
     _check_labels(features_a, labels_a, "features_a", "labels_a")
@@ -139,11 +138,11 @@ def per_class_frechet_distance(
 
 
 def nearest_template(videos: Tensor, labels: Tensor, templates: Tensor) -> Tensor:
-    """Index ``[N]`` of the template of the same class closest to each of ``videos[N, F, C, H, W]``
-    in mean square.
+    """Return the index ``[N]`` of the template of the same class nearest to each video.
 
-    ``templates`` is ``[num_classes, P, F, C, H, W]``. Raises ``ValueError`` for mismatched shapes,
-    labels out of range, and NaN or infinity.
+    Distance is the mean square over a video of ``videos[N, F, C, H, W]``. ``templates`` is
+    ``[num_classes, P, F, C, H, W]``. Raises ``ValueError`` for mismatched shapes, labels out of
+    range, and NaN or infinity.
     """
     _check_labels(videos, labels, "videos", "labels")
     if (
@@ -164,16 +163,16 @@ def nearest_template(videos: Tensor, labels: Tensor, templates: Tensor) -> Tenso
     flat, bank = videos.flatten(1), templates.flatten(2)
     index = torch.empty_like(labels)
     for c in labels.unique().tolist():
-        rows = labels == c
-        index[rows] = (bank[c].square().sum(1) - 2 * flat[rows] @ bank[c].T).argmin(dim=1)
+        picked = labels == c
+        # |a - b|^2 without |a|^2, which does not change the order
+        index[picked] = (bank[c].square().sum(1) - 2 * flat[picked] @ bank[c].T).argmin(dim=1)
     return index
 
 
 def nearest_template_mse(videos: Tensor, labels: Tensor, templates: Tensor) -> float:
-    """Mean over ``videos`` of the mean squared difference to the nearest template of the same
-    class.
+    """Return the mean squared difference to the nearest template of the class, averaged.
 
-    Shapes and errors as :func:`nearest_template`; also a ``ValueError`` for an empty set.
+    Shapes and errors are those of :func:`nearest_template`; an empty set is a ``ValueError`` too.
     """
     if videos.shape[0] == 0:
         raise ValueError("videos must hold at least one video")
@@ -181,8 +180,7 @@ def nearest_template_mse(videos: Tensor, labels: Tensor, templates: Tensor) -> f
 
 
 def coverage_tv(indices: Tensor, labels: Tensor, grid: tuple[int, int], *, bins: int = 3) -> float:
-    """Total variation distance between the positions of a set and the uniform distribution,
-    averaged over classes.
+    """Return the total variation distance of positions from uniform, averaged over classes.
 
     ``indices[N]`` number positions on ``grid`` = (rows, columns) in row-major order, as
     :func:`nearest_template` returns them; they are counted on ``bins x bins`` cells. 0 is perfectly
@@ -213,10 +211,9 @@ def coverage_tv(indices: Tensor, labels: Tensor, grid: tuple[int, int], *, bins:
 
 @dataclass(frozen=True, eq=False)
 class Evaluator:
-    """Held-out real data in the form the metrics need; turns videos and labels into
-    :class:`Metrics`.
+    """Turn videos and labels into :class:`Metrics`, against held-out real videos.
 
-    Build it with :meth:`from_videos`. ``heldout_features[M, D]`` are standardized by
+    Build an evaluator with :meth:`from_videos`. ``heldout_features[M, D]`` are standardized by
     ``feature_mean[D]`` and ``feature_std[D]``, their own statistics over all classes, which gives
     the Frechet distance its unit. ``black_white`` are the values of black and white in the videos;
     without them, motion is not measured.
@@ -244,9 +241,9 @@ class Evaluator:
         extractor: nn.Module | None = None,
         black_white: tuple[float, float] | None = None,
     ) -> Evaluator:
-        """Evaluator over held-out ``videos[M, F, C, H, W]`` and the
-        ``templates[num_classes, rows*columns, ...]``.
+        """Make an evaluator from held-out videos and the templates of their classes.
 
+        The videos are ``[M, F, C, H, W]`` and the templates ``[num_classes, rows*columns, ...]``.
         Templates lie on ``grid`` = (rows, columns) positions in row-major order. ``extractor`` maps
         videos to ``[M, D]`` (default: :class:`RandomConv3dFeatures`). ``black_white`` are two
         values of the videos, such as ``(0.0, 1.0)``: motion is measured between them. Raises
@@ -286,8 +283,9 @@ class Evaluator:
         )
 
     def evaluate(self, videos: Tensor, labels: Tensor) -> Metrics:
-        """Return all metrics of ``videos[N, F, C, H, W]``; errors are those of the functions they
-        come from.
+        """Return all metrics of ``videos[N, F, C, H, W]``.
+
+        The errors are those of the functions that compute them.
         """
         index = nearest_template(videos, labels, self.templates)
         features = (_features(self.extractor, videos) - self.feature_mean) / self.feature_std
@@ -301,8 +299,9 @@ class Evaluator:
         )
 
     def floor(self, real_sets: Iterable[tuple[Tensor, Tensor]]) -> Metrics:
-        """Return the mean score of other real sets ``(videos, labels)``, a perfect model's with as
-        many samples.
+        """Return the mean score of other real sets ``(videos, labels)``.
+
+        A perfect model would score as much with as many samples.
         """
         scores = [self.evaluate(videos, labels) for videos, labels in real_sets]
         if not scores:
@@ -313,8 +312,10 @@ class Evaluator:
         if self.black_white is None:
             return None
         black, white = self.black_white
-        rows = torch.cat([(labels == c).nonzero()[:_MOTION_VIDEOS, 0] for c in labels.unique()])
-        return motion(((videos[rows].float() - black) / (white - black)).clamp(0, 1)).mean().item()
+        picked = torch.cat([(labels == c).nonzero()[:_MOTION_VIDEOS, 0] for c in labels.unique()])
+        return (
+            motion(((videos[picked].float() - black) / (white - black)).clamp(0, 1)).mean().item()
+        )
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -322,7 +323,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _features(extractor: nn.Module, videos: Tensor) -> Tensor:
-    """Features in float64, computed in pieces to bound the memory of the convolutions."""
+    """Compute features in float64, in pieces that bound the memory of the convolutions."""
     return torch.cat([extractor(piece) for piece in videos.split(256)]).double()
 
 

@@ -1,6 +1,4 @@
-"""Says how much the videos of a run move, as a share of what real ones do; a sampler that freezes
-is called frozen.
-"""
+"""Say how much the videos of a run move, as a share of the motion of real ones."""
 
 from __future__ import annotations
 
@@ -21,17 +19,17 @@ from anyflow.evaluation.wording import (
     steps_text,
 )
 
-SLOW = 0.5  # of the motion of real videos: less is said in the lead
+SLOW = 0.5  # share of the motion of real videos; the lead names videos that move less
 
 
 def motion_shares(seeds: SeedResults) -> dict[str, dict[int, float]] | None:
     """Return each method's motion over that of real videos as ``{method: {steps: share}}``.
 
-    None where motion was not measured, or real videos do not move.
+    Returns None where motion was not measured, or real videos do not move.
     """
     result: dict[str, dict[int, float]] = {}
     for method in seeds.methods:
-        for n in seeds.steps:
+        for n in seeds.step_counts:
             share = motion_share(seeds.score(method, n), seeds.floor)
             if share is None:
                 return None
@@ -53,8 +51,9 @@ def motion_sentence(seeds: SeedResults, methods: Sequence[str]) -> str:
 
 
 def motion_warning(seeds: SeedResults, method: str) -> str | None:
-    """Return a sentence for the lead where a method's videos move less than half as much as real
-    ones.
+    """Return a sentence for the lead where a method's videos move less than half as much as real.
+
+    Returns None for all others.
     """
     shares = motion_shares(seeds)
     if shares is None:
@@ -63,16 +62,14 @@ def motion_warning(seeds: SeedResults, method: str) -> str | None:
         return f"But its videos are {frozen}."
     if slow := [n for n, share in shares[method].items() if share < SLOW]:
         return (
-            f"But at {steps_listed(slow, seeds.steps)} its videos move "
+            f"But at {steps_listed(slow, seeds.step_counts)} its videos move "
             f"{_most(shares[method], slow)}."
         )
     return None
 
 
 def motion_finding(seeds: SeedResults) -> str | None:
-    """Return where, over all methods, videos move least and most, and where they are frozen; noise
-    does not count.
-    """
+    """Return where videos move least and most and where they are frozen, noise left out."""
     shares = motion_shares(seeds)
     if shares is None:
         return None
@@ -88,7 +85,7 @@ def motion_finding(seeds: SeedResults) -> str | None:
     frozen = [
         f"{named(method)} is {text}" for method in seeds.methods if (text := _frozen(seeds, method))
     ]
-    noise = ", noise left out" if len(points) < len(seeds.methods) * len(seeds.steps) else ""
+    noise = ", noise left out" if len(points) < len(seeds.methods) * len(seeds.step_counts) else ""
     sentence = f"Videos move between {least} and {most} as much as real ones{noise}"
     return f"{sentence}; {listed(frozen)} (below {percent(FROZEN)})." if frozen else f"{sentence}."
 
@@ -100,10 +97,10 @@ def _moves(seeds: SeedResults, method: str, curve: Mapping[int, float]) -> str:
         _seen(seeds, method),
     )
     if frozen and max(curve.values()) < FROZEN:
-        return f"{videos} are {frozen}: they move {_most(curve, seeds.steps)}"
-    noise = [n for n in seeds.steps if n not in steps]
+        return f"{videos} are {frozen}: they move {_most(curve, seeds.step_counts)}"
+    noise = [n for n in seeds.step_counts if n not in steps]
     if noise:
-        videos = f"{videos} are noise at {steps_listed(noise, seeds.steps)}"
+        videos = f"{videos} are noise at {steps_listed(noise, seeds.step_counts)}"
         if not steps:
             return videos
         videos = f"{videos}; they"
@@ -120,22 +117,27 @@ def _moves(seeds: SeedResults, method: str, curve: Mapping[int, float]) -> str:
 
 
 def _seen(seeds: SeedResults, method: str) -> list[int]:
-    """Return the step counts at which there is more to see than noise, which has no motion."""
-    return [n for n in seeds.steps if look(seeds.score(method, n), seeds.floor) != NOISE]
+    """Return the step counts at which more than noise, which has no motion, is to be seen."""
+    return [n for n in seeds.step_counts if look(seeds.score(method, n), seeds.floor) != NOISE]
 
 
 def _frozen(seeds: SeedResults, method: str) -> str | None:
-    """Say at which steps a method's videos are frozen, and in how many seeds: a mean of seeds would
-    hide it.
+    """Say at which steps a method's videos are frozen, and in how many seeds.
+
+    A mean of seeds would hide a frozen one.
     """
-    single = [(motion_shares(SeedResults.of(run)) or {}).get(method, {}) for run in seeds.runs]
-    runs = [[n for n, share in curve.items() if share < FROZEN] for curve in single]
+    single = [motion_shares(SeedResults.of(run)) for run in seeds.runs]
+    runs = [
+        [n for n, share in shares[method].items() if share < FROZEN]
+        for shares in single
+        if shares is not None
+    ]
     count = sum(1 for steps in runs if steps)
     if not count:
         return None
     steps = sorted({n for run in runs for n in run})
-    text = f"frozen at {steps_listed(steps, seeds.steps)}"
-    return text if len(runs) == 1 else f"{text} in {count} of {len(runs)} seeds"
+    text = f"frozen at {steps_listed(steps, seeds.step_counts)}"
+    return text if len(single) == 1 else f"{text} in {count} of {len(single)} seeds"
 
 
 def _most(curve: Mapping[int, float], steps: Sequence[int]) -> str:

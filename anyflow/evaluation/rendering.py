@@ -1,6 +1,4 @@
-"""Parts that the HTML reports share: the templates' environment, charts inside of a page, and
-numbers for tables.
-"""
+"""Share what the HTML reports need: templates, charts inside of a page, numbers for tables."""
 
 from __future__ import annotations
 
@@ -9,19 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyflow.evaluation.plots import BAND, DARK_COLORS, FAINT, INK, figure_svg
+from anyflow.evaluation.plot_parts import BAND, FAINT, INK
+from anyflow.evaluation.plots import DARK_COLORS, figure_svg
 from anyflow.evaluation.wording import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def render(template: str, context: Mapping[str, Any], *, colors: Mapping[str, str]) -> str:
+def render(template: str, values: Mapping[str, Any], *, colors: Mapping[str, str]) -> str:
     """Render a page from the file ``template``.
 
     Args:
         template: a file of ``templates`` that extends ``base.html.j2``.
-        context: names of the template.
+        values: the template's variables, by name.
         colors: CSS variables of the lines, ``{name: color}``; dark mode has colors of its own.
     """
     import jinja2
@@ -35,17 +34,16 @@ def render(template: str, context: Mapping[str, Any], *, colors: Mapping[str, st
     )
     environment.filters.update(number=number, figures=figures, duration=duration, decimals=decimals)
     dark = {name: DARK_COLORS[color] for name, color in colors.items()}
-    return environment.get_template(template).render(dict(context), colors=colors, dark_colors=dark)
+    return environment.get_template(template).render(dict(values), colors=colors, dark_colors=dark)
 
 
 def chart(figure: Figure, *, label: str, kind: str, salt: str, colors: Mapping[str, str]) -> str:
-    """Return a figure as SVG text for a page: no XML namespaces, CSS variables for colors (dark
-    mode), and a name.
+    """Return a figure as SVG text for a page, with CSS variables for colors and a name.
 
     Args:
-        figure: to be drawn.
-        label: says what the chart is to those who do not see it; plain text.
-        kind: CSS class: of pages that are ``wide`` or ``narrow``, or of ``any``.
+        figure: the figure to draw.
+        label: plain text that says what the chart shows to those who do not see it.
+        kind: CSS class, for ``wide`` pages, ``narrow`` ones, or ``any``.
         salt: keeps the ids of the charts of a page apart.
         colors: CSS variables of the lines, ``{name: color}``.
     """

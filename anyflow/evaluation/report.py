@@ -1,6 +1,4 @@
-"""Writes the HTML report of an any-step evaluation: one file that works offline, in light and dark,
-on a phone too.
-"""
+"""Write the HTML report of an any-step evaluation, one file in light and dark, for a phone too."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ _METRIC_TITLES = {
     "fd": "Fréchet distance",
     "template_mse": "Template error",
     "coverage_tv": "Coverage error",
-    "motion": "Motion",
+    "motion": "Motion, in pixels per frame",
 }
 _CHART_TITLES = {
     "fd": "Distance from real videos (lower is better)",
@@ -48,8 +46,9 @@ _METHOD_NOTES = {
 
 @dataclass(frozen=True)
 class RecipeStage:
-    """Hold one row of the recipe table; all but ``steps`` and ``batch_size`` is shown as it
-    stands.
+    """Hold one line of the recipe table.
+
+    All but ``steps`` (of the optimizer) and ``batch_size`` is shown as it stands.
     """
 
     name: str
@@ -65,14 +64,14 @@ class ReportData:
     """Hold everything that the report shows.
 
     Args:
-        results: of one run, or of several seeds.
+        results: results of one run, or of several seeds.
         samples: ``[method][steps]``, videos ``[N, F, H, W]`` uint8 gray of the first seed; few, as
             all are shown: four per cell, one per class, look best.
         real_samples: ``[N, F, H, W]`` uint8 gray.
         recipe: rows of its table.
         environment: names and values that are shown, such as versions and the processor.
-        class_names: what the videos of a cell show, in their order.
-        title: of the page.
+        class_names: words for what the videos of a cell show, in their order.
+        title: title of the page.
 
     Raises:
         ValueError: videos are of another shape or dtype, or of a method or number of steps without
@@ -91,7 +90,7 @@ class ReportData:
         videos, results = [("real_samples", self.real_samples)], SeedResults.of(self.results)
         for method, by_steps in self.samples.items():
             for steps, video in by_steps.items():
-                if method not in results.methods or steps not in results.steps:
+                if method not in results.methods or steps not in results.step_counts:
                     raise ValueError(
                         f"samples of {method!r} at {steps} steps have no score in results"
                     )
@@ -107,11 +106,11 @@ class ReportData:
 def write_report(path: str | Path, data: ReportData) -> Path:
     """Render ``data`` to the HTML file ``path`` (its folder must exist) and return the path."""
     path = Path(path)
-    write_text(path, render("report.html.j2", _context(data), colors=_COLORS))
+    write_text(path, render("report.html.j2", _template_values(data), colors=_COLORS))
     return path
 
 
-def _context(data: ReportData) -> dict[str, Any]:
+def _template_values(data: ReportData) -> dict[str, Any]:
     results = SeedResults.of(data.results)
     main = main_methods(results)
     methods = [
@@ -142,7 +141,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "methods": methods,
         "shown": [m for m in methods if m["main"] and m["key"] in data.samples],
         "others": [m for m in methods if not m["main"] and m["key"] in data.samples],
-        "steps": results.steps,
+        "step_counts": results.step_counts,
         "charts": {name: _charts(results, name) for name in metrics},
         "cells": _cells(data, results.runs[0]),
         "real_cells": _real_cells(data),
@@ -164,9 +163,7 @@ def _seed_text(seeds: Sequence[int]) -> str:
 
 
 def _charts(results: SeedResults, metric: str) -> list[str]:
-    """Draw a chart for each width that the page may have: text keeps its size where the page is
-    narrow.
-    """
+    """Draw a chart for each width that the page may have, so that text keeps its size."""
     wide = {"wide": ((8.4, 4.3), True), "narrow": ((4.2, 3.6), False)}
     kinds = wide if metric in _LARGE_CHARTS else {"any": ((4.4, 3.1), False)}
     real = results.floor.as_dict()[metric]
@@ -190,9 +187,7 @@ def _charts(results: SeedResults, metric: str) -> list[str]:
 
 
 def _cells(data: ReportData, run: EvaluationResults) -> dict[str, dict[int, dict[str, str]]]:
-    """Return what stands in each cell of the grid of videos: moving and still pictures, and a word
-    for them.
-    """
+    """Return the moving and still picture of each cell of the grid of videos, and a word for it."""
     return {
         method: {
             n: _picture(videos) | {"word": look(run.curves[method][n], run.floor)}
@@ -218,5 +213,5 @@ def _real_cells(data: ReportData) -> list[dict[str, str]]:
     """Cut real videos into cells of the size that the samples have, at most one cell per column."""
     sizes = [v.shape[0] for by_steps in data.samples.values() for v in by_steps.values()]
     per_cell = min(sizes) if sizes else data.real_samples.shape[0]
-    chunks = data.real_samples.split(per_cell)[: len(SeedResults.of(data.results).steps)]
+    chunks = data.real_samples.split(per_cell)[: len(SeedResults.of(data.results).step_counts)]
     return [_picture(c) for c in chunks if c.shape[0] == per_cell or len(chunks) == 1]

@@ -1,6 +1,4 @@
-"""The results of an any-step evaluation: every method at every step count, as ``metrics.json``
-stores them.
-"""
+"""Hold the results of an any-step evaluation, as ``metrics.json`` stores them."""
 
 from __future__ import annotations
 
@@ -16,16 +14,18 @@ from anyflow.utils.documents import read_json
 from anyflow.utils.writing import write_text
 
 METRIC_NAMES = ("fd", "template_mse", "coverage_tv", "motion")
-_OPTIONAL = ("motion",)  # which runs of earlier versions lack
+_OPTIONAL = ("motion",)  # files of older versions lack these
 
 
 @dataclass(frozen=True)
 class EvaluationResults:
-    """Hold ``curves[method][steps]`` with the score of real data as ``floor``, and ``seconds`` by
-    stage of the run.
+    """Hold the scores of every method at every step count.
 
-    Raises ``ValueError`` for no curve, curves over different step counts, step counts below 1,
-    metrics that are not finite or are negative, and motion that was measured for some sets of
+    ``curves[method][steps]`` has the scores, ``floor`` that of real data, ``seconds`` the time of
+    each stage of the run.
+
+    Raises ``ValueError`` without a curve, for curves over different step counts, step counts below
+    1, metrics that are not finite or are negative, and motion that was measured for some sets of
     videos only.
     """
 
@@ -39,13 +39,13 @@ class EvaluationResults:
         if not self.curves or not all(self.curves.values()):
             raise ValueError("curves must hold at least one method with at least one step count")
         for method, curve in self.curves.items():
-            if tuple(sorted(curve)) != self.steps:
+            if tuple(sorted(curve)) != self.step_counts:
                 raise ValueError(
                     f"every method needs the same step counts: {method!r} has {sorted(curve)}, "
-                    f"expected {list(self.steps)}"
+                    f"expected {list(self.step_counts)}"
                 )
-        if self.steps[0] < 1:
-            raise ValueError(f"step counts must be >= 1, got {self.steps[0]}")
+        if self.step_counts[0] < 1:
+            raise ValueError(f"step counts must be >= 1, got {self.step_counts[0]}")
         scores = [("floor", self.floor)] + [
             (f"{m} at {n} steps", s) for m, c in self.curves.items() for n, s in c.items()
         ]
@@ -61,22 +61,20 @@ class EvaluationResults:
             )
 
     @property
-    def steps(self) -> tuple[int, ...]:
-        """The step counts, ascending."""
+    def step_counts(self) -> tuple[int, ...]:
+        """Return the step counts, ascending."""
         return tuple(sorted(next(iter(self.curves.values()))))
 
     @property
     def has_motion(self) -> bool:
-        """Tell whether the motion of the videos was measured; runs of earlier versions have
-        none.
-        """
+        """Tell whether motion was measured; files of older versions have none."""
         return self.floor.motion is not None
 
     def values(self, metric: str) -> dict[str, dict[int, float]]:
         """Return one metric as ``{method: {steps: value}}``, step counts ascending.
 
         Raises:
-            ValueError: there is no such metric, or it is motion and was not measured.
+            ValueError: the metric is unknown, or is motion and was not measured.
         """
         if metric not in METRIC_NAMES:
             raise ValueError(f"metric must be one of {', '.join(METRIC_NAMES)}, got {metric!r}")
@@ -85,14 +83,17 @@ class EvaluationResults:
                 f"the run of seed {self.seed} has no motion: the version that made it did not "
                 "measure it"
             )
-        return {m: {n: getattr(c[n], metric) for n in self.steps} for m, c in self.curves.items()}
+        return {
+            m: {n: getattr(c[n], metric) for n in self.step_counts} for m, c in self.curves.items()
+        }
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of ``metrics.json`` (step counts become strings, as JSON requires)."""
+        """Return the content of ``metrics.json``, where step counts are strings."""
         return {
             "floor": self.floor.as_dict(),
             "curves": {
-                m: {str(n): c[n].as_dict() for n in self.steps} for m, c in self.curves.items()
+                m: {str(n): c[n].as_dict() for n in self.step_counts}
+                for m, c in self.curves.items()
             },
             "seconds": dict(self.seconds),
             "seed": self.seed,

@@ -1,4 +1,4 @@
-"""Merges the results of runs that differ in their seed: means, and how far the seeds lie apart."""
+"""Merge the results of runs that differ in their seed: means, and the ranges over seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SeedResults:
         runs: at least one, over the same methods and step counts.
 
     Raises:
-        ValueError: there is no run, two have the same seed, or they differ in budget, methods or
+        ValueError: no run is given, two have the same seed, or they differ in budget, methods or
             step counts.
     """
 
@@ -35,15 +35,15 @@ class SeedResults:
             )
         first = self.runs[0]
         for run in self.runs[1:]:
-            for what, ours, theirs in (
+            for what, value, other in (
                 ("budget", first.budget, run.budget),
                 ("methods", sorted(first.curves), sorted(run.curves)),
-                ("step counts", list(first.steps), list(run.steps)),
+                ("step counts", list(first.step_counts), list(run.step_counts)),
             ):
-                if ours != theirs:
+                if value != other:
                     raise ValueError(
-                        f"runs of different {what} cannot be merged: {ours} of seed {first.seed}, "
-                        f"{theirs} of seed {run.seed}"
+                        f"runs of different {what} cannot be merged: {value} of seed {first.seed}, "
+                        f"{other} of seed {run.seed}"
                     )
 
     @classmethod
@@ -52,9 +52,9 @@ class SeedResults:
         return results if isinstance(results, SeedResults) else cls((results,))
 
     @property
-    def steps(self) -> tuple[int, ...]:
+    def step_counts(self) -> tuple[int, ...]:
         """Return the step counts, ascending."""
-        return self.runs[0].steps
+        return self.runs[0].step_counts
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -76,30 +76,30 @@ class SeedResults:
         """Tell whether every run measured the motion of its videos."""
         return all(run.has_motion for run in self.runs)
 
-    def score(self, method: str, steps: int) -> Metrics:
+    def score(self, method: str, num_inference_steps: int) -> Metrics:
         """Return the mean score of a method at a step count."""
-        return Metrics.mean([run.curves[method][steps] for run in self.runs])
+        return Metrics.mean([run.curves[method][num_inference_steps] for run in self.runs])
 
     def values(self, metric: str) -> dict[str, dict[int, float]]:
-        """Return the means of one metric over the seeds as ``{method: {steps: mean}}``, step counts
-        ascending.
+        """Return the means of one metric over the seeds as ``{method: {steps: mean}}``.
+
+        Step counts are ascending.
         """
         runs = [run.values(metric) for run in self.runs]
         return {
-            m: {n: _mean([run[m][n] for run in runs]) for n in self.steps} for m in self.methods
+            m: {n: _mean([run[m][n] for run in runs]) for n in self.step_counts}
+            for m in self.methods
         }
 
     def ranges(self, metric: str) -> dict[str, dict[int, tuple[float, float]]] | None:
-        """Return ``{method: {steps: (lowest, highest)}}`` of one metric over the seeds, or None for
-        a single run.
-        """
+        """Return ``{method: {steps: (lowest, highest)}}`` over the seeds, None for one run."""
         if len(self.runs) == 1:
             return None
         runs = [run.values(metric) for run in self.runs]
         return {
             m: {
                 n: (min(run[m][n] for run in runs), max(run[m][n] for run in runs))
-                for n in self.steps
+                for n in self.step_counts
             }
             for m in self.methods
         }
@@ -114,8 +114,9 @@ class SeedResults:
         return total
 
     def save(self, path: str | Path) -> None:
-        """Write ``{"runs": [...]}``, each run as :meth:`EvaluationResults.as_dict`, completely or
-        not at all.
+        """Write ``{"runs": [...]}``, whole or not at all.
+
+        Each run is as :meth:`EvaluationResults.as_dict` gives it.
         """
         content: Mapping[str, object] = {"runs": [run.as_dict() for run in self.runs]}
         write_text(Path(path), json.dumps(content, indent=2) + "\n")

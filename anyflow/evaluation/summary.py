@@ -1,6 +1,4 @@
-"""Says in plain words what a run shows. Every sentence follows from the numbers; what they do not
-bear is denied.
-"""
+"""Say in plain words what a run shows; every sentence follows from the numbers."""
 
 from __future__ import annotations
 
@@ -23,33 +21,30 @@ from anyflow.evaluation.wording import (
 
 
 def main_methods(results: EvaluationResults | SeedResults) -> tuple[str, ...]:
-    """Return plain flow matching and the flow map that the story is about; without them, every
-    method.
-    """
+    """Return plain flow matching and the flow map of the story; without them, every method."""
     methods = SeedResults.of(results).methods
-    ours = _flow_map(methods)
+    flow_map = _flow_map(methods)
     return (
         tuple(methods)
-        if ours is None or "flow_matching" not in methods
-        else ("flow_matching", ours)
+        if flow_map is None or "flow_matching" not in methods
+        else ("flow_matching", flow_map)
     )
 
 
 def takeaway(results: EvaluationResults | SeedResults) -> str:
-    """Return what plain flow matching and the flow map give in the fewest steps, and what more
-    steps do.
-    """
+    """Say what plain flow matching and the flow map give in the fewest steps, and what more do."""
     seeds = SeedResults.of(results)
     fd = seeds.values("fd")
-    ours = _flow_map(seeds.methods)
+    flow_map = _flow_map(seeds.methods)
     does = "This run does" if len(seeds.runs) == 1 else "These runs do"
-    if ours is None or "flow_matching" not in fd:
+    if flow_map is None or "flow_matching" not in fd:
         return (
             f"{does} not compare a flow map with plain flow matching, so nothing is said here "
             "about few steps."
         )
-    first = seeds.steps[0]
-    start, factor = f"In {steps_text(first)}", ratio(fd["flow_matching"][first], fd[ours][first])
+    first = seeds.step_counts[0]
+    start = f"In {steps_text(first)}"
+    factor = ratio(fd["flow_matching"][first], fd[flow_map][first])
     if factor < SAME:
         compared = (
             "farther from real videos than"
@@ -62,24 +57,25 @@ def takeaway(results: EvaluationResults | SeedResults) -> str:
             f"of plain flow matching."
         )
     plain, mapped = (
-        look(seeds.score(method, first), seeds.floor) for method in ("flow_matching", ours)
+        look(seeds.score(method, first), seeds.floor) for method in ("flow_matching", flow_map)
     )
-    closer = f"{times_text(fd['flow_matching'][first], fd[ours][first])} closer to real videos"
+    closer = f"{times_text(fd['flow_matching'][first], fd[flow_map][first])} closer to real videos"
     if plain == mapped:
         lead = f"{start} both give {plain}; the flow map's videos are {closer}"
     else:
         lead = f"{start} plain flow matching gives {plain}; the flow map gives {mapped}, {closer}"
     sentences = (
-        f"{lead}{_agreement(seeds, ours)}.",
-        _more_steps(fd[ours]),
-        motion_warning(seeds, ours),
+        f"{lead}{_agreement(seeds, flow_map)}.",
+        _more_steps(fd[flow_map]),
+        motion_warning(seeds, flow_map),
     )
     return " ".join(sentence for sentence in sentences if sentence)
 
 
 def figure_sentences(results: EvaluationResults | SeedResults) -> dict[str, str]:
-    """Return one sentence for each figure: ``"videos"`` (of the first seed), and each metric's
-    chart by its name.
+    """Return one sentence for each figure, by its name.
+
+    The names are ``"videos"`` (of the first seed), and the metric of each chart.
     """
     seeds = SeedResults.of(results)
     return {
@@ -96,10 +92,9 @@ def figure_sentences(results: EvaluationResults | SeedResults) -> dict[str, str]
 
 
 def trend(curve: Mapping[int, float]) -> str:
-    """Return how a metric changes with the steps, as the end of a sentence whose subject is the
-    metric.
+    """Say how a metric changes with the steps, as the end of a sentence about the metric.
 
-    Changes by less than a factor of ``SAME`` are none: another seed would make as much.
+    Changes by less than a factor of ``SAME`` do not count: another seed would change as much.
     """
     steps = sorted(curve)
     first, last, best = steps[0], steps[-1], _best(curve)
@@ -135,13 +130,13 @@ def _best(curve: Mapping[int, float]) -> int:
     return min(sorted(curve), key=lambda n: curve[n])
 
 
-def _agreement(seeds: SeedResults, ours: str) -> str:
+def _agreement(seeds: SeedResults, flow_map: str) -> str:
     """Say in how many of several seeds the flow map is ahead at the fewest steps."""
     if len(seeds.runs) == 1:
         return ""
-    first = seeds.steps[0]
+    first = seeds.step_counts[0]
     curves = [run.values("fd") for run in seeds.runs]
-    factors = [ratio(curve["flow_matching"][first], curve[ours][first]) for curve in curves]
+    factors = [ratio(curve["flow_matching"][first], curve[flow_map][first]) for curve in curves]
     return (
         f" (on average; ahead in {sum(factor >= SAME for factor in factors)} of {len(factors)} "
         "seeds)"
@@ -165,11 +160,11 @@ def _videos(run: EvaluationResults) -> str:
     """Say from which number of steps on each method's videos look like what."""
     parts = []
     for method in main_methods(run):
-        words = [look(run.curves[method][n], run.floor) for n in run.steps]
+        words = [look(run.curves[method][n], run.floor) for n in run.step_counts]
         starts = [i for i in range(len(words)) if i == 0 or words[i] != words[i - 1]]
         told = [
             f"{words[i]} {'at' if i + 1 in starts or i + 1 == len(words) else 'from'} "
-            f"{steps_text(run.steps[i])}"
+            f"{steps_text(run.step_counts[i])}"
             for i in starts
         ]
         parts.append(f"{named(method)} gives {listed(told)}")
@@ -180,14 +175,16 @@ def _distances(seeds: SeedResults) -> str:
     curves, methods = seeds.values("fd"), main_methods(seeds)
     if methods != ("flow_matching", _flow_map(seeds.methods)):
         return _trends(seeds, "fd", methods, "the distance from real videos")
-    plain, ours = (curves[method] for method in methods)
-    ahead = [n for n in seeds.steps if ratio(plain[n], ours[n]) >= SAME]
-    behind = [n for n in seeds.steps if ratio(ours[n], plain[n]) >= SAME]
-    every = "every number of steps" if len(seeds.steps) > 1 else steps_text(seeds.steps[0])
-    alike = [n for n in seeds.steps if n not in ahead and n not in behind]
+    plain, mapped = (curves[method] for method in methods)
+    ahead = [n for n in seeds.step_counts if ratio(plain[n], mapped[n]) >= SAME]
+    behind = [n for n in seeds.step_counts if ratio(mapped[n], plain[n]) >= SAME]
+    every = (
+        "every number of steps" if len(seeds.step_counts) > 1 else steps_text(seeds.step_counts[0])
+    )
+    alike = [n for n in seeds.step_counts if n not in ahead and n not in behind]
     parts = [
         f"{text} at {listed([str(n) for n in where])}"
-        if len(where) < len(seeds.steps)
+        if len(where) < len(seeds.step_counts)
         else f"{text} at {every}"
         for text, where in (
             ("the flow map is closer to real videos", ahead),
@@ -198,7 +195,7 @@ def _distances(seeds: SeedResults) -> str:
     ]
     unit = "" if len(parts) == 1 else " steps"
     counts = f"{', '.join(parts)}{unit}"
-    return _sentence(f"{counts}; the flow map's distance {trend(ours)}")
+    return _sentence(f"{counts}; the flow map's distance {trend(mapped)}")
 
 
 def _samplers(seeds: SeedResults) -> tuple[str, ...]:

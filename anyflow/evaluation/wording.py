@@ -1,4 +1,4 @@
-"""Words for numbers, step counts and methods in running text."""
+"""Put numbers, step counts and methods into words for running text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from anyflow.evaluation.plots import method_style
 
 SAME = 1.1  # ratios below this are within what another seed would change
 
-FROZEN = 0.05  # of the motion of real videos: less cannot be seen
+FROZEN = 0.05  # share of the motion of real videos; less motion cannot be seen
 _STILL = 1e-6  # real videos that move less do not move
 
 # Words for videos by their mean squared difference to the nearest real one, where 1 is the variance
@@ -51,8 +51,9 @@ def steps_text(n: int) -> str:
 
 
 def steps_listed(steps: Sequence[int], of: Collection[int]) -> str:
-    """Return step counts in words, such as ``1 and 2 steps``; ``every number of steps`` for all of
-    several.
+    """Return step counts in words, such as ``1 and 2 steps``.
+
+    All of several step counts are ``every number of steps``.
     """
     if len(of) > 1 and len(steps) == len(of):
         return "every number of steps"
@@ -71,23 +72,20 @@ def listed(items: Sequence[str]) -> str:
 
 
 def quality(template_mse: float) -> str:
-    """Return a word for videos with this ``template_mse`` (:class:`Metrics`), by
-    ``QUALITY_LEVELS``.
-    """
+    """Return a word for videos with this ``template_mse``, by ``QUALITY_LEVELS``."""
     return next(word for least, word in QUALITY_LEVELS if template_mse >= least)
 
 
 def look(score: Metrics, real: Metrics) -> str:
-    """Return a word for videos with this ``score``: that they are frozen, or their
-    :func:`quality`.
-    """
+    """Return a word for videos with this ``score``: frozen, or their :func:`quality`."""
     share = motion_share(score, real)
     return FROZEN_PICTURES if share is not None and share < FROZEN else quality(score.template_mse)
 
 
 def motion_share(score: Metrics, real: Metrics) -> float | None:
-    """Return the motion of videos over that of real ones; None without motion, or where real videos
-    do not move.
+    """Return the motion of videos over that of real ones.
+
+    Returns None without motion, or where real videos do not move.
     """
     if score.motion is None or real.motion is None or real.motion <= _STILL:
         return None

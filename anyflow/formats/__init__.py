@@ -1,6 +1,4 @@
-"""Checkpoints of every origin: diffusers, the older hub layout, training files, the original Wan,
-FastVideo.
-"""
+"""Read and write checkpoints of diffusers, the older hub layout, NVlabs, Wan and FastVideo."""
 
 from anyflow.formats.architecture import Architecture, FlowMap
 from anyflow.formats.checkpoint import CheckpointFormat, detect

@@ -1,6 +1,4 @@
-"""The settings of a LoRA: PEFT's ``adapter_config.json``, or diffusers' metadata in the header of a
-file.
-"""
+"""Read the settings of a LoRA from PEFT's ``adapter_config.json`` or from diffusers' metadata."""
 
 from __future__ import annotations
 
@@ -21,10 +19,9 @@ _WITHOUT_EFFECT = (
     "eva_config",
     "corda_config", "lora_ga_config", "ensure_weight_tying", "parent_library",
 )  # fmt: skip
-# These leave the base weights as they are; pissa, olora, corda, loftq and lora_ga take a part out
-# of them.
+# These leave the base weights as they are; pissa, olora, corda, loftq and lora_ga change them.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-# Python's search takes time exponential in nested repeats, and a power of the name's length in
+# Python's search takes exponential time for nested repeats, and a power of the name's length for
 # others.
 _MAX_REPEATS, _REPEAT, _REPEATED_GROUP = 4, re.compile(r"(?<!\\)[*+{]"), re.compile(r"\)[*+{]")
 _BIASES = ("none", "all", "lora_only")
@@ -32,8 +29,7 @@ _BIASES = ("none", "all", "lora_only")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Hold the settings that decide the numbers of a LoRA; the fields have the names of
-    ``peft.LoraConfig``.
+    """Hold the settings that decide the numbers of a LoRA, by the names of ``peft.LoraConfig``.
 
     Attributes:
         where: names the document in errors.
@@ -47,7 +43,7 @@ class AdapterConfig:
         modules_to_save: ends of the names of modules that are replaced.
         target_modules, exclude_modules: ends of the names of layers with and without adapters, or a
             regular expression.
-        layers_to_transform, layers_pattern: numbers of the layers with adapters, and what stands
+        layers_to_transform, layers_pattern: numbers of the layers with adapters, and the name
             before the number.
     """
 
@@ -109,16 +105,12 @@ class AdapterConfig:
         )
 
     def rank_of(self, names: Sequence[str]) -> int | None:
-        """Return the rank of a layer that may go by several names, or None where the document does
-        not say it.
-        """
+        """Return the rank of a layer, which may have several names; None where it is not said."""
         key = _pattern_key(self.rank_pattern, names)
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_of(self, names: Sequence[str], default: float | None = None) -> float | None:
-        """Return the alpha of a layer; ``default`` stands for a ``lora_alpha`` that the document
-        does not have.
-        """
+        """Return the alpha of a layer; ``default`` stands for a missing ``lora_alpha``."""
         key = _pattern_key(self.alpha_pattern, names)
         if key is not None:
             return self.alpha_pattern[key]
@@ -129,18 +121,16 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def has_adapter(self, names: Sequence[str]) -> bool:
-        """Say whether PEFT would put an adapter on a layer that may go by several names."""
+        """Tell whether PEFT would put an adapter on a layer, which may have several names."""
         return any(self._has_adapter(name) for name in names)
 
     def is_saved(self, names: Sequence[str]) -> bool:
-        """Say whether a module is one of ``modules_to_save``, or inside of one."""
+        """Tell whether a module is one of ``modules_to_save``, or inside of one."""
         return any(self.saved_by(end, names) for end in self.modules_to_save)
 
     @staticmethod
     def saved_by(end: str, names: Sequence[str]) -> bool:
-        """Say whether ``end``, one of ``modules_to_save``, is a module of these names or has it
-        inside.
-        """
+        """Tell whether ``end``, one of ``modules_to_save``, is one of the names or around it."""
         return any(f".{end}." in f".{name}." for name in names)
 
     def _has_adapter(self, name: str) -> bool:
@@ -155,13 +145,15 @@ class AdapterConfig:
         if isinstance(self.target_modules, str) or not self.layers_to_transform:
             return True
         patterns = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in self.layers_pattern]
-        found = (re.match(p, name) for p in patterns or [r"(?:.*?\.)?[^.]*\.(?P<index>\d+)\."])
+        if not patterns:
+            patterns = [r"(?:.*?\.)?[^.]*\.(?P<index>\d+)\."]
+        found = (re.match(p, name) for p in patterns)
         match = next((m for m in found if m is not None), None)
         return match is not None and int(match["index"]) in self.layers_to_transform
 
 
 class _Fields:
-    """Reads the fields of a document, each by its kind."""
+    """Read the fields of a document, each by its kind."""
 
     def __init__(self, raw: dict[str, Any], where: str) -> None:
         self._raw, self._where = raw, where
@@ -191,9 +183,7 @@ class _Fields:
         }
         for name, value in self._raw.items():
             if name not in known and value not in (None, False, [], {}, ""):
-                raise self._wrong(
-                    name, value, "absent: what it does to the numbers is not supported"
-                )
+                raise self._wrong(name, value, "absent: its effect on the numbers is not supported")
 
     def rank(self, name: str, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
@@ -231,7 +221,7 @@ class _Fields:
             isinstance(value, list) and all(isinstance(v, str) for v in value)
         ):
             raise self._wrong(name, value, "a list of texts")
-        return tuple(value or ())
+        return () if value is None else tuple(value)
 
     def names_or_pattern(self, name: str) -> tuple[str, ...] | str | None:
         value = self._raw.get(name)
@@ -244,9 +234,10 @@ class _Fields:
         value = self._raw.get(name)
         if value is not None and not isinstance(value, dict):
             raise self._wrong(name, value, "an object")
-        for pattern in value or {}:
+        patterns = {} if value is None else value
+        for pattern in patterns:
             self._require_pattern(name, pattern)
-        return value or {}
+        return patterns
 
     def list_of_patterns(self, name: str) -> tuple[str, ...]:
         patterns = self.names(name)
@@ -283,18 +274,14 @@ class _Fields:
 
 
 def _matches(names_or_pattern: tuple[str, ...] | str, name: str) -> bool:
-    """Match as PEFT does: the whole name by a regular expression, or its end by one of several
-    names.
-    """
+    """Match as PEFT does: the whole name by a pattern, or its end by one of several names."""
     if isinstance(names_or_pattern, str):
         return re.fullmatch(names_or_pattern, name) is not None
     return any(name == end or name.endswith(f".{end}") for end in names_or_pattern)
 
 
 def _pattern_key(patterns: Mapping[str, object], names: Sequence[str]) -> str | None:
-    """Return the first pattern that matches the end of a name, as ``peft.utils.get_pattern_key``
-    does.
-    """
+    """Return the first pattern that matches the end of a name, by the rule of PEFT."""
     return next(
         (key for name in names for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None
     )

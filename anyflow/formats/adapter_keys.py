@@ -1,4 +1,4 @@
-"""The keys of LoRA files of every origin: which part of which layer's adapter a tensor is."""
+"""Parse the keys of LoRA files: which part of which layer's adapter a tensor is."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ _PREFIXES = (
 
 @dataclass(frozen=True)
 class AdapterKey:
-    """A tensor's key, taken apart.
+    """Hold the parts of a tensor's key.
 
     Attributes:
         key: as it stands in the file.
@@ -111,9 +111,9 @@ def reason_to_refuse(key: str) -> str | None:
 
 
 class Layers:
-    """The layers of a transformer by all the names that files give them.
+    """Find the layers of a transformer by all the names that files give them.
 
-    These are our own, the original Wan's and FastVideo's, each with dots or with underscores and
+    The names are ours, the original Wan's and FastVideo's, each with dots or with underscores and
     after any prefix.
 
     Args:
@@ -159,9 +159,7 @@ class Layers:
         return ours, tuple(dict.fromkeys(names))
 
     def parameter(self, layer: str, role: Role) -> str:
-        """Return our name of the parameter that a tensor of a role belongs to, whether there is one
-        or not.
-        """
+        """Return our name of the parameter that a role changes, which the layer may not have."""
         if role in (Role.UP_BIAS, Role.BIAS_DIFFERENCE, Role.BIAS):
             return f"{layer}.bias"
         return layer if layer in self.shapes else f"{layer}.weight"

@@ -1,6 +1,4 @@
-"""Exact changes of parameters by adapters: a product of low rank, a difference, or another
-value.
-"""
+"""Plan and apply what adapters do to parameters: low-rank products, differences, replacements."""
 
 from __future__ import annotations
 
@@ -23,15 +21,15 @@ _INTEGERS = frozenset(("I16", "I32", "I64", "int16", "int32", "int64"))
 
 
 class Update(Protocol):
-    """A change of one parameter."""
+    """Describe a change of one parameter."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of its tensors, as they stand in the file."""
+        """Return the keys of the tensors of the change, as they stand in the file."""
         ...
 
     def misfit(self, infos: Mapping[str, TensorInfo], shape: tuple[int, ...]) -> str | None:
-        """Say how its tensors do not fit a parameter of this shape, or None if they do."""
+        """Say how the tensors do not fit a parameter of this shape, or return None if they do."""
         ...
 
     def apply(self, parameter: Tensor, read: Read, strength: float) -> Tensor:
@@ -47,8 +45,9 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class LowRank:
-    """``W + strength scale B A``, and with DoRA that ``V`` by rows as ``m V / |V|`` (Liu et al.
-    2024, equation 5).
+    """Add ``strength scale B A`` to W, and with DoRA scale each output of that by ``m / |V|``.
+
+    DoRA is equation 5 of Liu et al. 2024, with V the sum.
 
     Attributes:
         down, up: keys of ``A[r, in]`` and ``B[out, r]``; of a convolution ``A[r, in, ...]`` and
@@ -109,7 +108,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Difference:
-    """``p + strength scale d``.
+    """Add ``strength scale d`` to a parameter.
 
     Attributes:
         key: of d, of the parameter's shape.
@@ -134,9 +133,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Replacement(Difference):
-    """The adapter's own parameter in the place of the model's, at any strength: it is only made for
-    strength 1.
-    """
+    """Put the adapter's own parameter in the place of the model's; made for strength 1 only."""
 
     def apply(self, parameter: Tensor, read: Read, strength: float) -> Tensor:
         return read(self.key)
@@ -144,7 +141,7 @@ class Replacement(Difference):
 
 @dataclass
 class Plan:
-    """The changes of all parameters, and everything that speaks against them.
+    """Collect the changes of all parameters, and everything that speaks against them.
 
     Attributes:
         updates: by the name of the parameter.
@@ -163,9 +160,7 @@ class Plan:
             self.updates[parameter] = update
 
     def check(self, infos: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """List the changes whose parameters are not there, and whose tensors have wrong types or
-        shapes.
-        """
+        """List changes of parameters that do not exist, or by tensors of wrong types or shapes."""
         for parameter, update in self.updates.items():
             wrong = [f"{infos[key].dtype} is no type of an adapter: {key}" for key in update.keys
                      if infos[key].dtype not in _FLOATS]  # fmt: skip
@@ -179,7 +174,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Layer:
-    """All that a file has of one layer's adapter.
+    """Hold all that a file has of one layer's adapter.
 
     Attributes:
         name: in errors.
@@ -208,7 +203,7 @@ def add_layer(
         read: a tensor of the file by its key, for alpha.
         configs: all of them hold, so they must agree.
         alpha: given by the user where nothing else says it, or None.
-        unscaled: the scale of a layer whose alpha nothing says; None if there is no such rule.
+        unscaled: the scale of a layer without an alpha anywhere; None if that is an error.
     """
     own = layer.tensors
     if Role.DOWN in own and Role.UP in own:
@@ -277,7 +272,7 @@ def _disagreements(config: AdapterConfig, layer: Layer, rank: int) -> list[str]:
         if flag and role not in layer.tensors:
             lines.append(f"{name} by {config.where}, but no {role.value} beside {key}")
         if not flag and role in layer.tensors:
-            lines.append(f"no {name} by {config.where}, but there is {layer.tensors[role].key}")
+            lines.append(f"no {name} by {config.where}, but the file has {layer.tensors[role].key}")
     return lines
 
 
@@ -314,9 +309,7 @@ def _is_replaced(config: AdapterConfig, layer: Layer, role: Role) -> bool:
 
 
 def promised(configs: Iterable[AdapterConfig], layers: Sequence[Layer]) -> list[str]:
-    """List what configurations say that a file has, and it has not: modules saved whole, and
-    biases.
-    """
+    """List what configurations say that a file has and it has not: saved modules and biases."""
     lines = []
     for config in configs:
         replaced = [layer for layer in layers if {Role.WEIGHT, Role.BIAS} & set(layer.tensors)]

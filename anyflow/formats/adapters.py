@@ -1,4 +1,4 @@
-"""LoRA adapters inside of a checkpoint, merged into its weights as they are read."""
+"""Merge the LoRA adapters inside of a checkpoint into its weights, as they are read."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _ORIGINAL = re.compile(r"(.+?)\.original_module\.(.+)")
 
 
 def has_adapters(names: Iterable[str]) -> bool:
-    """Say whether one of the names is of an adapter."""
+    """Tell whether one of the names is of an adapter."""
     return any(
         (key := parse_key(name)) is not None and key.role in _ADAPTER_ROLES for name in names
     )
 
 
 class MergedReader:
-    """A reader whose layers with adapters appear as plain layers.
+    """Read a checkpoint whose layers with adapters appear as plain layers.
 
     Attributes:
         infos: of the tensors, adapters merged.
@@ -52,7 +52,7 @@ class MergedReader:
 
     Raises:
         CheckpointFormatError: an adapter is incomplete or does not fit its weight or its
-            configuration, or there is more than one kind.
+            configuration, or the adapters are of more than one kind.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class MergedReader:
             if (
                 original := _ORIGINAL.fullmatch(name)
             ) and f"{original[1]}.{original[2]}" in replaced:
-                continue  # what PEFT has put another module in the place of
+                continue  # PEFT has put another module in its place
             if plain in self.infos:
                 raise CheckpointFormatError(f"both {plain} and {name} are in the checkpoint")
             self.infos[plain], self._stored[plain] = info, name
@@ -100,9 +100,7 @@ class MergedReader:
             self.alpha = first.scale * first.rank
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor; one that an adapter changes comes in fp64, so that it is rounded only
-        once.
-        """
+        """Read a tensor; one that an adapter changes comes in fp64, so that it is rounded once."""
         tensor = self._reader.read(self._stored[name])
         update = self._updates.get(name)
         if update is None:

@@ -1,6 +1,4 @@
-"""The sizes of a transformer: read off its tensors, and checked against the ``config.json`` where
-there is one.
-"""
+"""Read the sizes of a transformer off its tensors, and compare them with its ``config.json``."""
 
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anyflow.formats.errors import CheckpointFormatError, listed
+from anyflow.models.configuration import FlowMap
 from anyflow.utils.validation import brief, is_finite_number
 
 if TYPE_CHECKING:
@@ -27,21 +26,8 @@ _Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class FlowMap:
-    """How the second timestep enters; no tensor tells it. The defaults are those of every published
-    model.
-    """
-
-    gate_value: float = 0.25
-    deltatime_type: str = "r"
-    fusion: str = "gated"
-
-
-@dataclass(frozen=True)
 class Architecture:
-    """The arguments of ``AnyFlowTransformer3DModel``; ``flow_map`` is None for a plain Wan
-    model.
-    """
+    """Hold the arguments of ``AnyFlowTransformer3DModel``; ``flow_map`` is None for plain Wan."""
 
     patch_size: tuple[int, int, int]
     num_attention_heads: int
@@ -59,13 +45,13 @@ class Architecture:
     flow_map: FlowMap | None = None
 
     def sizes(self) -> dict[str, Any]:
-        """Every field but ``flow_map``, by the names of the model's arguments."""
+        """Return every field but ``flow_map``, by the names of the model's arguments."""
         return {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "flow_map"
         }
 
     def build_empty(self) -> AnyFlowTransformer3DModel:
-        """The model with parameters on the meta device: no memory, no random draws.
+        """Build the model with parameters on the meta device: no memory, no random draws.
 
         Raises:
             CheckpointFormatError: no such model can be built.
@@ -90,12 +76,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Config:
-    """What a ``config.json`` says, in our terms.
+    """Hold what a ``config.json`` says, by our names.
 
     Attributes:
         kind: its ``_class_name``.
         sizes: those fields of :class:`Architecture` that it has.
-        flow_map: True or False if it says so, None if the tensors are to tell.
+        flow_map: True or False if it says so, None if the tensors decide.
         flow_map_settings: those fields of :class:`FlowMap` that it has.
         causal: whether it says that the model is causal.
     """
@@ -210,7 +196,7 @@ def resolve(
     flow_map: FlowMap | None,
     where: str,
 ) -> Architecture:
-    """The architecture of tensors in our names.
+    """Return the architecture of tensors that have our names.
 
     Args:
         shapes: of every tensor.
@@ -232,20 +218,9 @@ def resolve(
         for name, value in seen.items()
         if name in said and said[name] != value
     ]
-    head = said.get("attention_head_dim", WAN_HEAD_DIM if head_dim is None else head_dim)
-    if head_dim is not None and head != head_dim:
-        lines.append(f"attention_head_dim: {head} in the config, {head_dim} given")
-    if width is not None:
-        heads = said.get("num_attention_heads", width // head)
-        if heads * head != width:
-            hint = (
-                ""
-                if "attention_head_dim" in said or head_dim is not None
-                else "; give attention_head_dim"
-            )
-            lines.append(f"width: {heads} heads of {head}, but {width} by the tensors{hint}")
-        said = {"num_attention_heads": heads, "attention_head_dim": head, **said}
-    sizes = {**said, **seen}
+    heads, disagreements = _heads(said, width, head_dim)
+    lines += disagreements
+    sizes = {**heads, **said, **seen}
     absent = [
         name
         for name in _REQUIRED
@@ -257,7 +232,7 @@ def resolve(
     ]
     has_flow_map = any(name.startswith(FLOW_MAP_KEYS) for name in shapes)
     if config is not None and config.flow_map is False and has_flow_map:
-        lines.append("r_embedder: False in the config, but there are tensors of a delta_embedder")
+        lines.append("r_embedder: False in the config, but the tensors have a delta_embedder")
     settings = None
     if has_flow_map or (config is not None and config.flow_map):
         settings, disagreements = _flow_map(config, flow_map)
@@ -267,6 +242,24 @@ def resolve(
             f"{where}: the sizes of the model are not clear:{listed(lines)}"
         )
     return Architecture(**sizes, flow_map=settings)
+
+
+def _heads(
+    said: Mapping[str, Any], width: int | None, head_dim: int | None
+) -> tuple[dict[str, int], list[str]]:
+    """Return number and channels of heads by the width of the tensors, and what disagrees."""
+    lines = []
+    head = said.get("attention_head_dim", WAN_HEAD_DIM if head_dim is None else head_dim)
+    if head_dim is not None and head != head_dim:
+        lines.append(f"attention_head_dim: {head} in the config, {head_dim} given")
+    if width is None:
+        return {}, lines
+    heads = said.get("num_attention_heads", width // head)
+    if heads * head != width:
+        known = "attention_head_dim" in said or head_dim is not None
+        hint = "" if known else "; give attention_head_dim"
+        lines.append(f"width: {heads} heads of {head}, but {width} by the tensors{hint}")
+    return {"num_attention_heads": heads, "attention_head_dim": head}, lines
 
 
 def _flow_map(config: Config | None, given: FlowMap | None) -> tuple[FlowMap, list[str]]:
@@ -320,8 +313,9 @@ _REQUIRED = tuple(
 
 
 def _sizes_of(shapes: Mapping[str, _Shape], where: str) -> dict[str, Any]:
-    """What the tensors tell; a tensor that is absent or of another kind tells nothing, and is
-    listed later.
+    """Return the sizes that the tensors tell.
+
+    A tensor that is absent or of another kind tells nothing, and is listed later.
     """
     sizes: dict[str, Any] = {}
     for size, (tensor, axes, tell) in _TOLD.items():
@@ -332,9 +326,9 @@ def _sizes_of(shapes: Mapping[str, _Shape], where: str) -> dict[str, Any]:
         sizes["image_dim"] = None
     if "out_channels" in sizes:
         patch = math.prod(sizes["patch_size"]) if "patch_size" in sizes else None
-        rows = sizes.pop("out_channels")
-        if patch is not None and rows % patch == 0:
-            sizes["out_channels"] = rows // patch
+        features = sizes.pop("out_channels")
+        if patch is not None and features % patch == 0:
+            sizes["out_channels"] = features // patch
     sizes["num_layers"] = _count_blocks(shapes, where)
     if sizes["num_layers"] > 0:
         sizes["cross_attn_norm"] = any(

@@ -1,6 +1,4 @@
-"""A checkpoint that is open: its format, its tensors in our names, and the model that they are
-of.
-"""
+"""Open a checkpoint: its format, its tensors by our names, and the architecture of its model."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ from anyflow.formats.names import (
     DIFFUSERS,
     FASTVIDEO,
     ORIGINAL,
-    Located,
+    FoundTransformer,
     Naming,
     locate,
     naming_of,
@@ -49,7 +47,7 @@ _CAUSAL_KEYS = "far_patch_embedding."
 
 
 class CheckpointFormat(Enum):
-    """Where a checkpoint comes from."""
+    """Name the origin of a checkpoint."""
 
     ANYFLOW = "diffusers AnyFlow"
     WAN = "diffusers Wan"
@@ -61,7 +59,7 @@ class CheckpointFormat(Enum):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a checkpoint does not say itself; the arguments of ``load_transformer``."""
+    """Hold what a checkpoint does not say itself: arguments of ``load_transformer``."""
 
     subfolder: str | None = None
     weights: str | None = None
@@ -80,7 +78,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint; nothing but headers is read yet.
+    """Hold an open checkpoint, of which only headers are read.
 
     Attributes:
         path: as the user gave it.
@@ -112,7 +110,7 @@ class Checkpoint:
     architecture: Architecture
 
     def differences(self, model: AnyFlowTransformer3DModel) -> list[str]:
-        """Every tensor by which the checkpoint and the model differ, one line each."""
+        """List every tensor by which the checkpoint and the model differ."""
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
         lines = [f"missing: {self._described(name)}" for name in expected if name not in self.names]
         lines += [f"unexpected: {name}" for name in self.unknown]
@@ -134,8 +132,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str, options: ReadOptions, merge_on: str = "cpu") -> Checkpoint:
-    """Find, recognize and read the headers of a checkpoint; adapters will be merged on
-    ``merge_on``.
+    """Find and recognize a checkpoint and read its headers; ``merge_on`` is where adapters merge.
 
     Raises:
         CheckpointFormatError: it is damaged, contradicts itself, or is of no format that is
@@ -178,7 +175,7 @@ def open_checkpoint(path: Path | str, options: ReadOptions, merge_on: str = "cpu
 
 
 def detect(path: Path | str, subfolder: str | None = None) -> CheckpointFormat:
-    """The format of a checkpoint, by its files, its config and the names of its tensors.
+    """Recognize the format of a checkpoint by its files, its config and the names of its tensors.
 
     Raises:
         CheckpointFormatError: it is damaged, or of no format that is understood.
@@ -188,7 +185,7 @@ def detect(path: Path | str, subfolder: str | None = None) -> CheckpointFormat:
     return _format_of(naming, _read_config(files), files, located.names)
 
 
-def _recognized(reader: Reader, path: Path) -> tuple[Located, Naming]:
+def _recognized(reader: Reader, path: Path) -> tuple[FoundTransformer, Naming]:
     """Return where the transformer is among the tensors, and whose names it has."""
     where = shortened(path)
     located = locate({name: info.shape for name, info in reader.infos.items()}, where)
@@ -228,9 +225,7 @@ def _read_config(files: CheckpointFiles) -> Config | None:
 def _with_adapters(
     raw: Reader, files: CheckpointFiles, options: ReadOptions, merge_on: str
 ) -> MergedReader:
-    """Merge adapters by the user's alpha, or by PEFT's ``adapter_config.json`` beside the
-    weights.
-    """
+    """Merge adapters by the user's alpha, or by the ``adapter_config.json`` beside the weights."""
     config = adapter_config_beside(files.weights[0]) if has_adapters(raw.infos) else None
     given, said = options.lora_alpha, None if config is None else config.lora_alpha
     if config is not None and given is not None and said is not None and given != said:

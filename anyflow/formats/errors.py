@@ -1,4 +1,4 @@
-"""The one error of this package, and how it lists what is wrong."""
+"""Define the one error of this package, and how it lists what is wrong."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ _LINE_LENGTH = 400
 
 
 class CheckpointFormatError(ValueError):
-    """A file or folder is not a complete checkpoint of a kind that is understood; nothing of it was
-    loaded.
-    """
+    """Report that a file or folder is no complete checkpoint that is understood."""
 
 
 def listed(lines: Sequence[str]) -> str:
-    """List one indented line each, up to a number and a length that can be read, and how many more
-    there are.
-    """
+    """Put each line on an indented line of its own, cut off at 12 lines and 400 characters."""
     shown = [f"\n  {line[:_LINE_LENGTH]}" for line in lines[:_LISTED]]
     if len(lines) > _LISTED:
         shown.append(f"\n  and {len(lines) - _LISTED} more")

@@ -1,6 +1,4 @@
-"""Where the files of a checkpoint are: of a pipeline's folder, a transformer's folder or a single
-file.
-"""
+"""Find the files of a checkpoint: a pipeline's or transformer's folder, or a single file."""
 
 from __future__ import annotations
 
@@ -23,14 +21,14 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The files that hold one transformer.
+    """Hold the files of one transformer.
 
     Attributes:
         weights: the files of its tensors, in the order in which they are read.
         index: ``{tensor: file name}`` of an index, or None without one.
-        config: the ``config.json`` in the same folder, where there is one.
-        scheduler: the ``scheduler_config.json`` of the pipeline that the folder belongs to, where
-            there is one.
+        config: the ``config.json`` in the same folder, or None.
+        scheduler: the ``scheduler_config.json`` of the pipeline that the folder belongs to, or
+            None.
         named: whether the caller named a file rather than a folder, whose neighbors may be another
             model's.
     """
@@ -43,14 +41,13 @@ class CheckpointFiles:
 
 
 def find_files(path: Path, subfolder: str | None) -> CheckpointFiles:
-    """The files at ``path``: a folder with weights, a folder with ``transformer/`` (or
-    ``subfolder``), or a file.
+    """Find the files of a folder with weights, of its ``transformer/`` or subfolder, or of a file.
 
-    Symbolic links are followed, as the cache of the hub is made of them; the names in an index are
-    names of files beside it and nothing else.
+    Symbolic links are followed, as the cache of the hub is made of them. The names in an index must
+    be names of files beside it.
 
     Raises:
-        CheckpointFormatError: there is nothing there, or more than one set of weights.
+        CheckpointFormatError: the path holds no weights, or more than one set of them.
     """
     if not _is_folder(path):
         if subfolder is not None:
@@ -67,7 +64,7 @@ def find_files(path: Path, subfolder: str | None) -> CheckpointFiles:
 
 
 def regular_file(path: Path) -> Path | None:
-    """Return ``path`` if it is a regular file, and None if there is nothing of this name.
+    """Return ``path`` if it is a regular file, and None if nothing has this name.
 
     Raises:
         CheckpointFormatError: it is something else, or a link to nothing.
@@ -81,7 +78,7 @@ def regular_file(path: Path) -> Path | None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
         CheckpointFormatError: it cannot be read, or is not an object.
@@ -119,9 +116,7 @@ def _of_folder(folder: Path, named: Path | None) -> CheckpointFiles:
 
 
 def _is_folder(path: Path) -> bool:
-    """Tell whether ``path`` is a folder and no file; CheckpointFormatError where there is
-    neither.
-    """
+    """Tell whether ``path`` is a folder; CheckpointFormatError if it is no file either."""
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
             return True
@@ -157,9 +152,7 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def _choose(folder: Path) -> Path | tuple[Path, ...]:
-    """The index, the file, or the files without an index, of a folder's weights; safetensors before
-    torch's files.
-    """
+    """Choose a folder's index, its file or its files; safetensors come before torch's files."""
     found = _candidates(folder)
     indices = [f for f in found if f.name.endswith(INDEX_SUFFIX)]
     if len(indices) > 1 or (indices and folder / WEIGHTS in found):

@@ -1,4 +1,4 @@
-"""Folders of models: local ones, and those of the Hugging Face Hub by their names."""
+"""Find folders of models: local ones, and those of the Hugging Face Hub by their names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LONGEST = 96  # characters of a name on the Hub
 
 @dataclass(frozen=True)
 class HubName:
-    """A model on the Hugging Face Hub.
+    """Name a model on the Hugging Face Hub.
 
     Args:
         repo: ``owner/name``.
@@ -41,9 +41,7 @@ class HubName:
 
     @classmethod
     def parse(cls, text: str) -> HubName | None:
-        """Parse ``owner/name`` or ``owner/name@revision``; None for a text that can only be a
-        path.
-        """
+        """Parse ``owner/name`` or ``owner/name@revision``; None for what can only be a path."""
         match = _NAME.fullmatch(text)
         if (
             match is None
@@ -63,24 +61,22 @@ class HubName:
 
 
 def local_folder(path: str | Path, patterns: Sequence[str] | None = None) -> Path:
-    """Find a folder of a model, and download a model of the Hugging Face Hub that is not in its
-    cache yet.
+    """Find a folder of a model, and download a model of the Hub that is not in its cache.
 
     Without a network, or with ``HF_HUB_OFFLINE=1``, a model that is in the cache is taken from
     there; a hub that does not answer within ``HF_HUB_ETAG_TIMEOUT`` (10) seconds counts as out of
     reach.
 
     Args:
-        path: a local folder, or ``owner/name`` or ``owner/name@revision`` on the Hub where there is
-            no such folder.
+        path: a local folder, or else ``owner/name`` or ``owner/name@revision`` on the Hub.
         patterns: of the files that are needed, such as ``vae/*``; None takes all of them.
 
     Returns:
         The folder, or the one in the Hub's cache.
 
     Raises:
-        ValueError: there is no such folder, and no such model could be had from the Hub. The
-            message says how to download it on another machine.
+        ValueError: the folder does not exist, and the Hub gave no such model. The message says how
+            to download it on another machine.
         OSError: the system refuses to write the download, such as on a full disk.
     """
     if os.path.isdir(path):
@@ -95,8 +91,7 @@ def local_folder(path: str | Path, patterns: Sequence[str] | None = None) -> Pat
 
 
 def local_checkpoint(path: str | Path, subfolder: str | None = None) -> Path:
-    """Return the path of a local file or folder as it is, and download a transformer that only the
-    Hub has.
+    """Return a local path as it is, and download a transformer that only the Hub has.
 
     Args:
         path: a local path, or the name of a model on the Hub as for :func:`local_folder`. The
@@ -120,7 +115,7 @@ def local_checkpoint(path: str | Path, subfolder: str | None = None) -> Path:
 
 @dataclass(frozen=True)
 class _Selection:
-    """The files of a repository that are needed.
+    """Select the files of a repository that are needed.
 
     Args:
         patterns: of the files.
@@ -133,7 +128,7 @@ class _Selection:
     or_top: bool = False
 
     def of(self, files: Sequence[str]) -> list[str]:
-        """Choose from the files of a repository; none where what is required is not there."""
+        """Choose from the files of a repository; none if a required file is missing."""
         if not self.absent(files):
             return [
                 file for file in files if any(fnmatch(file, pattern) for pattern in self.patterns)
@@ -161,13 +156,13 @@ def _of_hub(text: str, selection: _Selection, what: str) -> Path:
     if name is None:
         is_path = "/" in text or text.startswith((".", "~"))
         hint = "" if is_path else "; a model on the Hugging Face Hub is named owner/name"
-        raise ValueError(f"there is no {what} {shortened(text)}{hint}")
+        raise ValueError(f"no {what} {shortened(text)}{hint}")
     from huggingface_hub import constants
 
     try:
         return _snapshot(name, selection, constants.HF_HUB_CACHE, constants.ENDPOINT)
     except ValueError as error:
-        raise ValueError(f"there is no {what} {text} here, and {error}") from None
+        raise ValueError(f"no {what} {text} here, and {error}") from None
 
 
 @lru_cache(maxsize=32)  # without a network, each look-up may wait for it
@@ -175,7 +170,7 @@ def _snapshot(name: HubName, selection: _Selection, cache: str, endpoint: str) -
     """Return the folder of a model in the Hub's cache, with the files of a selection in it.
 
     Raises:
-        ValueError: there is none, which is told as the end of a sentence.
+        ValueError: the model cannot be had; the message is the end of a sentence.
         OSError: of the local system.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
@@ -187,7 +182,8 @@ def _snapshot(name: HubName, selection: _Selection, cache: str, endpoint: str) -
         info = HfApi(endpoint=endpoint).model_info(
             name.repo, revision=name.revision, timeout=seconds
         )
-        files = selection.of([file.rfilename for file in info.siblings or []])
+        siblings = [] if info.siblings is None else info.siblings
+        files = selection.of([file.rfilename for file in siblings])
         if files:
             folder = snapshot_download(
                 name.repo, revision=name.revision, allow_patterns=files, cache_dir=cache
@@ -205,7 +201,7 @@ def _snapshot(name: HubName, selection: _Selection, cache: str, endpoint: str) -
         if cached is not None and selection.of(there):
             return cached
         raise ValueError(_reason(name, error, selection.absent(there) if there else [])) from None
-    needed = ", ".join(selection.required or selection.patterns)
+    needed = ", ".join(selection.required if selection.required else selection.patterns)
     raise ValueError(
         f"the model {name.repo} on the Hugging Face Hub is of another kind: it has no {needed}"
     )

@@ -1,4 +1,4 @@
-"""Description of a checkpoint from its headers."""
+"""Describe a checkpoint from its headers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from anyflow.formats.checkpoint import (
 )
 from anyflow.formats.errors import listed
 from anyflow.formats.files import TORCH_SUFFIXES
-from anyflow.formats.problems import FiniteCheck, problems_of
+from anyflow.formats.problems import FiniteWeights, problems_of
 from anyflow.formats.readers import TorchReader
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A summary of a checkpoint; ``str()`` of it is a table.
+    """Summarize a checkpoint; ``str()`` of it is a table.
 
     Attributes:
         path: as it was given.
@@ -56,7 +56,7 @@ class CheckpointInfo:
 
     @property
     def is_flow_map(self) -> bool:
-        """Whether the model has a second timestep."""
+        """Tell whether the model has a second timestep."""
         return self.architecture.flow_map is not None
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class CheckpointInfo:
         types = ", ".join(
             f"{n / max(1, self.num_parameters):.1%} {dtype}" for dtype, n in self.dtypes.items()
         )
-        rows = [
+        lines = [
             ("path", str(self.path)),
             ("format", self.format.value),
             ("files", str(len(self.files))),
@@ -96,8 +96,8 @@ class CheckpointInfo:
             ),
             ("complete", f"no:{listed(self.problems)}" if self.problems else "yes"),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
 def inspect(
@@ -108,8 +108,9 @@ def inspect(
     attention_head_dim: int | None = None,
     strict_values: bool = False,
 ) -> CheckpointInfo:
-    """Summarize a checkpoint; the arguments are those of ``load_transformer``, whose other ones
-    have their defaults.
+    """Summarize a checkpoint; the arguments are those of ``load_transformer``.
+
+    Arguments of ``load_transformer`` that are not here have their defaults.
 
     Args:
         path: see :func:`anyflow.formats.load_transformer`, as for the following three.
@@ -157,7 +158,7 @@ def _own_names(checkpoint: Checkpoint) -> list[str]:
 
 
 def _not_finite(checkpoint: Checkpoint) -> list[str]:
-    values = FiniteCheck()
+    values = FiniteWeights()
     for own in checkpoint.names.values():
         values.add(own, checkpoint.reader.read(own))
     return values.not_finite()

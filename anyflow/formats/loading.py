@@ -1,4 +1,4 @@
-"""Loading a transformer from any format: built without memory, then filled tensor by tensor."""
+"""Load a transformer from any format: build it without memory, then fill tensor by tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anyflow.formats.architecture import FlowMap
 from anyflow.formats.checkpoint import Checkpoint, ReadOptions, open_checkpoint
 from anyflow.formats.errors import CheckpointFormatError, listed
 from anyflow.formats.problems import (
-    FiniteCheck,
+    FiniteWeights,
     names_in_fp32,
     others_left_out,
     problems_of,
@@ -20,8 +20,8 @@ from anyflow.formats.problems import (
 )
 from anyflow.formats.readers import FLOATS
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.utils.devices import known_device
 from anyflow.utils.documents import shortened
-from anyflow.utils.validation import brief
 
 
 @torch.inference_mode(False)  # what is made there can never be trained
@@ -38,11 +38,12 @@ def load_transformer(
     bidirectional: bool = False,
     strict_values: bool = False,
 ) -> AnyFlowTransformer3DModel:
-    """Load the transformer of a checkpoint: all of it, or an error. Under inference mode it is an
-    ordinary one too.
+    """Load the transformer of a checkpoint, all of it or not at all.
 
-    Memory: the model, one tensor (three in fp64 where an adapter is merged) and some tens of MB of
-    the mapped file.
+    Under inference mode, too, the model can be trained.
+
+    Memory holds the model, one tensor (three in fp64 where an adapter is merged) and some tens of
+    MB of the mapped file.
 
     Args:
         path: a pipeline's folder, a transformer's folder, or a file (``.safetensors``, its index,
@@ -53,11 +54,11 @@ def load_transformer(
         subfolder: of a folder, in place of ``transformer``.
         flow_map: makes a plain Wan model a flow map (``enable_flow_map``); for a flow map whose
             file does not say it (as a ``.pt``), how the second timestep enters.
-        weights: ``"ema"`` or ``"raw"`` of a training file; None takes the average, or what there
-            is.
+        weights: ``"ema"`` or ``"raw"`` of a training file; None takes the average, or the only
+            weights.
         lora_alpha: of adapters that are to be merged, where no ``adapter_config.json`` says it.
-        attention_head_dim: where there is no ``config.json`` and it is not Wan's 128.
-        bidirectional: take a causal model without its two causal tensors, as a bidirectional one.
+        attention_head_dim: needed without a ``config.json``, unless it is Wan's 128.
+        bidirectional: load a causal model without its two causal tensors, as a bidirectional one.
         strict_values: refuse weights with NaN or infinity, as they are stored or in ``dtype``.
             False warns of them.
 
@@ -71,7 +72,7 @@ def load_transformer(
     """
     if dtype is not None and dtype not in FLOATS.values():
         raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype}")
-    device = _device(device)
+    device = known_device(device)
     options = ReadOptions(subfolder, weights, lora_alpha, attention_head_dim, flow_map)
     # Adapters are merged in fp64, which not every other device has.
     checkpoint = open_checkpoint(
@@ -82,29 +83,13 @@ def load_transformer(
             f"lora_alpha={lora_alpha} was given, but {path} has no adapters"
         )
     model = _empty_model(checkpoint, dtype, bidirectional)
-    wide = names_in_fp32(model)
-    dtype = FLOATS[stored_dtypes(checkpoint, wide)[0]] if dtype is None else dtype
-
-    parameters, values = dict(model.named_parameters()), FiniteCheck()
-    for name, own in checkpoint.names.items():
-        kept = torch.promote_types(dtype, torch.float32) if name in wide else dtype
-        target = torch.empty(parameters[name].shape, dtype=kept, device=device)
-        _assign(model, name, target, checkpoint.reader.read(own))
-        values.add(own, target)
-    _report(checkpoint, values.not_finite(), strict_values)
+    if dtype is None:
+        dtype = FLOATS[stored_dtypes(checkpoint, names_in_fp32(model))[0]]
+    _report(checkpoint, _fill(model, checkpoint, dtype, device), strict_values)
     model.to(device)  # the gate, which no file holds
     if flow_map is not None and checkpoint.architecture.flow_map is None:
         model.enable_flow_map(flow_map.gate_value, flow_map.deltatime_type, flow_map.fusion)
     return model
-
-
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device {brief(device)} cannot be used: {str(error).splitlines()[0]}"
-        ) from None
 
 
 def _empty_model(
@@ -129,6 +114,23 @@ def _report(checkpoint: Checkpoint, not_finite: list[str], strict_values: bool) 
         warnings.warn(f"{message}\nstrict_values=True refuses such weights", stacklevel=4)
     if checkpoint.others:
         warnings.warn(f"{path}: left out are {others_left_out(checkpoint)}", stacklevel=4)
+
+
+def _fill(
+    model: AnyFlowTransformer3DModel,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[str]:
+    """Read every parameter of a model, and return the names of those that are not finite."""
+    parameters, values = dict(model.named_parameters()), FiniteWeights()
+    wide = names_in_fp32(model)
+    for name, own in checkpoint.names.items():
+        kept = torch.promote_types(dtype, torch.float32) if name in wide else dtype
+        target = torch.empty(parameters[name].shape, dtype=kept, device=device)
+        _assign(model, name, target, checkpoint.reader.read(own))
+        values.add(own, target)
+    return values.not_finite()
 
 
 @torch.no_grad()

@@ -1,6 +1,4 @@
-"""The file of a LoRA that stands alone: found, and read with everything beside it that decides its
-numbers.
-"""
+"""Find the file of a LoRA, and read it with everything beside it that decides its numbers."""
 
 from __future__ import annotations
 
@@ -43,8 +41,9 @@ _METADATA, _METADATA_PREFIX = "lora_adapter_metadata", "transformer."
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """A LoRA whose headers are read and whose keys are understood; whether it fits a transformer is
-    another question.
+    """Hold a LoRA whose headers are read and whose keys are understood.
+
+    Whether it fits a transformer is decided by :meth:`plan`.
 
     Attributes:
         path: of the file.
@@ -124,7 +123,7 @@ def open_lora(path: Path | str) -> LoRAFile:
             beside ``adapter_config.json``, or the only ``.safetensors`` file.
 
     Raises:
-        CheckpointFormatError: there is no such file or more than one, it is damaged or empty, its
+        CheckpointFormatError: no file or more than one fits, it is damaged or empty, its
             configuration is wrong or asks for what is not supported, or it has keys of another
             method or of another part than the transformer.
     """
@@ -138,7 +137,7 @@ def open_lora(path: Path | str) -> LoRAFile:
     )
     infos = reader.infos
     if not infos:
-        raise CheckpointFormatError(f"LoRA {file}: it is empty, there is no tensor in it")
+        raise CheckpointFormatError(f"LoRA {file}: it is empty, no tensor is in it")
     keys, lines = _parse(infos)
     if lines:
         raise CheckpointFormatError(f"LoRA {file} does not fit the transformer:{listed(lines)}")
@@ -149,7 +148,7 @@ def open_lora(path: Path | str) -> LoRAFile:
     has_alpha = any(key.role is Role.ALPHA for key in keys)
     if is_peft and not configs and not has_alpha and any(key.role is Role.DOWN for key in keys):
         raise CheckpointFormatError(
-            f"LoRA: there is no {CONFIG} beside {file}, which has its rank and alpha"
+            f"LoRA: {file} needs {CONFIG} beside it, which has its rank and alpha"
         )
     return LoRAFile(file, reader, tuple(keys), configs, is_peft)
 
@@ -169,9 +168,9 @@ def _find(path: Path) -> Path:
             f"LoRA: {shortened(path)} cannot be read: {system_reason(error)}"
         ) from error
     known = [f"{stem}{suffix}" for stem in (_DIFFUSERS_STEM, _PEFT_STEM) for suffix in _SUFFIXES]
-    files = [name for name in names if name in known] or [
-        name for name in names if name.endswith(".safetensors")
-    ]
+    files = [name for name in names if name in known]
+    if not files:
+        files = [name for name in names if name.endswith(".safetensors")]
     has_index = any(name.endswith(".index.json") for name in names)
     if has_index or len(files) != 1:
         which = (
@@ -215,9 +214,7 @@ def _parse(infos: Mapping[str, TensorInfo]) -> tuple[list[AdapterKey], list[str]
 
 
 def _config_beside(file: Path, is_peft: bool) -> AdapterConfig | None:
-    """Read the configuration in the same folder, if it is this file's: of PEFT's file, or of the
-    only one there.
-    """
+    """Read the configuration of PEFT's file, or of the only file, in the same folder."""
     if not is_peft and any(
         n.endswith(_SUFFIXES) and n != file.name for n in os.listdir(file.parent)
     ):
@@ -226,8 +223,7 @@ def _config_beside(file: Path, is_peft: bool) -> AdapterConfig | None:
 
 
 def adapter_config_beside(file: Path) -> AdapterConfig | None:
-    """Read PEFT's ``adapter_config.json`` in the folder of a file of tensors, or return None where
-    there is none.
+    """Read PEFT's ``adapter_config.json`` beside a file of tensors, or return None without one.
 
     Raises:
         CheckpointFormatError: it cannot be read, or asks for what is not supported.
@@ -240,7 +236,8 @@ def _config_inside(file: Path) -> AdapterConfig | None:
     if file.suffix != ".safetensors":
         return None
     with safe_open(file, "pt") as handle:
-        text = (handle.metadata() or {}).get(_METADATA)
+        metadata = handle.metadata()
+        text = None if metadata is None else metadata.get(_METADATA)
     if text is None:
         return None
     where = f"{file}, {_METADATA}"

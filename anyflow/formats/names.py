@@ -1,6 +1,4 @@
-"""How the formats name the same parameters. Ours are diffusers' names; the others are tables of
-modules.
-"""
+"""Translate the names of parameters between the formats; ours are diffusers' names."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ _ATTENTION = {
 
 @dataclass(frozen=True)
 class Naming:
-    """A one-to-one table from a format's modules (and lone parameters) to ours, outside and inside
-    of a block.
+    """Map a format's modules and lone parameters to ours, outside and inside of a block.
 
     Attributes:
         title: of the naming, for messages.
@@ -41,11 +38,11 @@ class Naming:
     block: Mapping[str, str] = field(default_factory=dict)
 
     def ours(self, name: str) -> str | None:
-        """Our name of a parameter, or None where the table has none."""
+        """Return our name of a parameter, or None where the table has none."""
         return self._translated(name, self.root, self.block) if self.root else name
 
     def theirs(self, name: str) -> str | None:
-        """The format's name of one of our parameters, or None where the table has none."""
+        """Return the format's name of one of our parameters, or None where the table has none."""
         if not self.root:
             return name
         return self._translated(name, _inverse(self.root), _inverse(self.block))
@@ -168,8 +165,8 @@ def naming_of(names: Iterable[str]) -> Naming | None:
 
 
 @dataclass(frozen=True)
-class Located:
-    """Where the transformer is among the tensors of a file.
+class FoundTransformer:
+    """Hold where the transformer is among the tensors of a file.
 
     Attributes:
         names: from the names without prefix and wrappers to the file's own.
@@ -183,7 +180,7 @@ class Located:
     others: Mapping[str, int]
 
 
-def locate(shapes: Mapping[str, tuple[int, ...]], where: str) -> Located:
+def locate(shapes: Mapping[str, tuple[int, ...]], where: str) -> FoundTransformer:
     """Find the one transformer among the tensors of a file, under whatever prefix.
 
     Args:
@@ -191,8 +188,8 @@ def locate(shapes: Mapping[str, tuple[int, ...]], where: str) -> Located:
         where: the file, for messages.
 
     Raises:
-        CheckpointFormatError: there are several transformers; a tensor is neither the transformer's
-            nor of another model of a pipeline; or two names are one without wrappers.
+        CheckpointFormatError: the file holds several transformers; a tensor is neither the
+            transformer's nor of another model of a pipeline; or two names are one without wrappers.
     """
     unwrapped: dict[str, str] = {}
     for own in shapes:
@@ -226,12 +223,11 @@ def locate(shapes: Mapping[str, tuple[int, ...]], where: str) -> Located:
             f"that is known:{listed(strange)}"
         )
     others = Counter(name.partition(".")[0] + "." for name in outside)
-    return Located(inside, prefix, dict(sorted(others.items())))
+    return FoundTransformer(inside, prefix, dict(sorted(others.items())))
 
 
 def prefix_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return what stands before every name of the one transformer; nothing where there is none or
-    more than one.
+    """Return the prefix of the one transformer's names; empty for none or several.
 
     Args:
         shapes: of the tensors by their own names.

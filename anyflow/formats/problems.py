@@ -1,4 +1,4 @@
-"""Problems of a checkpoint: the one answer of ``load_transformer``, ``convert`` and ``inspect``."""
+"""List the problems of a checkpoint, for ``load_transformer``, ``convert`` and ``inspect``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ def problems_of(
     dtype: torch.dtype | None = None,
     bidirectional: bool = False,
 ) -> list[str]:
-    """List everything for which a checkpoint cannot be loaded, one line each; it can be if there is
-    nothing.
+    """List everything for which a checkpoint cannot be loaded; empty for a sound checkpoint.
 
     Args:
         checkpoint: open.
@@ -52,8 +51,8 @@ def others_left_out(checkpoint: Checkpoint) -> str:
     return ", ".join(f"{count} tensors of {part}" for part, count in checkpoint.others.items())
 
 
-class FiniteCheck:
-    """Finds the tensors with NaN or infinity among those of a model, by one reduction for each.
+class FiniteWeights:
+    """Find the tensors with NaN or infinity among those of a model, by one reduction for each.
 
     The results stay where the tensors are until :meth:`not_finite` is called, so that a device is
     waited for once.
@@ -65,17 +64,13 @@ class FiniteCheck:
 
     @torch.no_grad()
     def add(self, name: str, tensor: Tensor) -> None:
-        """Look at one tensor; NaN is both the smallest and the largest value of a tensor that has
-        one.
-        """
+        """Reduce one tensor; a tensor with NaN has NaN as its smallest and largest value."""
         if tensor.numel() and not tensor.is_meta:
             self._names.append(name)
             self._extremes.append(torch.stack(torch.aminmax(tensor)).float())
 
     def not_finite(self) -> list[str]:
-        """Return the names of the tensors with NaN or infinity, in the order in which they were
-        added.
-        """
+        """Return the names of the tensors with NaN or infinity, in the order of :meth:`add`."""
         if not self._extremes:
             return []
         finite = torch.stack(self._extremes).isfinite().all(1).tolist()

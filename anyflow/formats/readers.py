@@ -1,6 +1,4 @@
-"""Tensors of a checkpoint's files by name, one at a time: safetensors, and files of
-``torch.save``.
-"""
+"""Read the tensors of safetensors files and of files of ``torch.save``, one at a time."""
 
 from __future__ import annotations
 
@@ -30,15 +28,16 @@ _SAFETENSORS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "
 # Where a training file keeps the average and the parameters themselves.
 SECTIONS = {"ema": "ema", "raw": "model_state_dict_g"}
 
-# Pages of a mapped file count as the process's memory until it is unmapped, so it is mapped anew
-# after so many bytes.
+# Pages of a mapped file count as the process's memory until the file is unmapped, so it is mapped
+# anew after this number of bytes.
 _REMAP_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it; ``dtype`` is torch's name, or the file's where
-    torch has none.
+    """Hold what is known of a tensor without reading it.
+
+    ``dtype`` is torch's name, or the file's where torch has none.
     """
 
     dtype: str
@@ -47,19 +46,18 @@ class TensorInfo:
 
 
 class Reader(Protocol):
-    """Tensors by name, in the order of the files."""
+    """Read tensors by name, in the order of the files."""
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU, perhaps a view of the file: copy it, do not write to it."""
+        """Return the tensor on the CPU; it may be a view of the file, so do not write to it."""
         ...
 
 
 class SafetensorsReader:
-    """The tensors of safetensors files, whose headers are checked against their sizes when they are
-    opened.
+    """Read safetensors files, whose headers are compared with their sizes when they are opened.
 
     Raises:
         CheckpointFormatError: a file is damaged, two files have the same tensor, or an index does
@@ -110,16 +108,15 @@ class SafetensorsReader:
 
 
 class TorchReader:
-    """The tensors of a file of ``torch.save``: a state dict, or a training file with ``ema`` or
-    ``model_state_dict_g``.
+    """Read a state dict of ``torch.save``, or a training file with averaged or raw weights.
 
     Nothing in the file is executed, and each storage has the size that its tensors need
     (:class:`TorchFile`).
 
     Args:
         file: path.
-        weights: ``"ema"`` or ``"raw"`` of a training file; None takes the average, or what there
-            is.
+        weights: ``"ema"`` or ``"raw"`` of a training file; None takes the average, or the only
+            weights.
 
     Raises:
         CheckpointFormatError: the file is damaged or holds other things than tensors, or has no
@@ -151,9 +148,7 @@ class TorchReader:
         return self._file.read(self._tensors[name])
 
     def verify(self) -> None:
-        """Compare every tensor's bytes with the checksums in the file; CheckpointFormatError where
-        they differ.
-        """
+        """Compare every tensor's bytes with the checksums in the file, or raise an error."""
         for record in self._tensors.values():
             if record.numel:
                 self._file.verify(record)
@@ -185,11 +180,11 @@ def require_weights_file(file: Path) -> None:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file by name, of which only the header is read.
+    """Return what the header of a safetensors file says of each tensor.
 
     Raises:
-        CheckpointFormatError: the file is not a complete safetensors file; the message says what it
-            is.
+        CheckpointFormatError: the file is not a complete safetensors file; the message says what
+            it is.
     """
     require_weights_file(file)
     infos = {}

@@ -1,12 +1,8 @@
-"""Writing a transformer as a folder for diffusers, and converting any format to one."""
+"""Write a transformer as a folder for diffusers, and convert any format to one."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +15,8 @@ from anyflow.formats.hub import local_checkpoint
 from anyflow.formats.loading import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.utils.documents import shortened
 from anyflow.utils.locking import locks_folder
-from anyflow.utils.writing import writing
+from anyflow.utils.writing import require_empty, whole_folder
 
 # The older class differs in the name, and in the default of a setting that it always writes.
 _SCHEDULERS = ("FlowMapEulerDiscreteScheduler", "FlowMapDiscreteScheduler")
@@ -35,7 +30,7 @@ def save(
     scheduler: FlowMapEulerDiscreteScheduler | None = None,
     max_shard_size: int | str = "10GB",
 ) -> Path:
-    """Write ``out/transformer``, and ``out/scheduler`` if there is one, completely or not at all.
+    """Write ``out/transformer`` and, if it is given, ``out/scheduler``, whole or not at all.
 
     A flow map is written for diffusers' ``AnyFlowTransformer3DModel``, a plain model for its
     ``WanTransformer3DModel``; both load it bit for bit (``tests/formats/test_saving.py``), and
@@ -52,7 +47,7 @@ def save(
 
     Raises:
         ValueError: ``out`` is not empty or in use, or diffusers has no such model.
-        OSError: the system refuses to write, such as on a full disk; ``out`` is as before.
+        OSError: the system refuses to write, such as on a full disk; ``out`` is unchanged.
     """
     return _save(model, Path(out), scheduler, max_shard_size)
 
@@ -64,7 +59,7 @@ def _save(
     max_shard_size: int | str,
 ) -> Path:
     _diffusers_config(model)  # before anything is written
-    with new_folder(out) as partial:
+    with whole_folder(out) as partial:
         write_transformer(model, partial / "transformer", max_shard_size=max_shard_size)
         if scheduler is not None:
             scheduler.save_pretrained(partial / "scheduler")
@@ -74,44 +69,10 @@ def _save(
 def write_transformer(
     model: AnyFlowTransformer3DModel, folder: Path, *, max_shard_size: int | str = "10GB"
 ) -> None:
-    """Write a model with the ``config.json`` of diffusers' class for it; ValueError if diffusers
-    has no such model.
-    """
+    """Write a model with the ``config.json`` of diffusers' class for it, or raise a ValueError."""
     config = _diffusers_config(model)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write to, which becomes ``out`` when nothing has failed, and goes
-    otherwise.
-
-    Raises:
-        ValueError: ``out`` is not empty.
-        OSError: the system refuses to write; the error names a path.
-    """
-    require_empty(out)
-    target = Path(os.path.realpath(out))
-    partial = target.with_name(f".{target.name}.tmp")
-    with writing(out):
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            os.replace(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # half a model would keep a full disk full
-            raise
-
-
-def require_empty(out: Path) -> None:
-    """Raise a ValueError unless there is nothing at ``out`` but perhaps an empty folder."""
-    if out.is_symlink() and not out.exists():
-        raise ValueError(f"{shortened(out)} is a link to nothing; name another folder")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; name another one")
 
 
 @locks_folder("out", beside=True)
@@ -138,7 +99,7 @@ def convert(
         out: a new or empty folder.
         to: the format to write.
         shift: of the scheduler that is written. None takes over the flow-map scheduler of the
-            pipeline that the checkpoint is part of, and writes none if there is no such thing.
+            pipeline that the checkpoint is part of, or writes none without one.
         max_shard_size: of one file, in bytes or as ``"10GB"``.
 
     Returns:
@@ -173,8 +134,7 @@ def convert(
 def load_scheduler(
     path: Path | str, subfolder: str | None = None
 ) -> FlowMapEulerDiscreteScheduler | None:
-    """The flow-map scheduler of the pipeline that a checkpoint is part of, or None where it has
-    another or none.
+    """Load the flow-map scheduler of a checkpoint's pipeline; None where it has another or none.
 
     Raises:
         CheckpointFormatError: its file is damaged, or a setting is not possible.

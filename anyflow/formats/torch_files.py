@@ -1,5 +1,4 @@
-"""Files of ``torch.save`` without ``torch.load``: which tensors they have, checked against the
-bytes that are there.
+"""Read files of ``torch.save`` without ``torch.load``, checked against the bytes in the file.
 
 The pickle in such a file is looked through before it is read, and read with every function in it
 replaced by a record of its arguments, so that nothing in a file is executed and no file makes the
@@ -41,8 +40,7 @@ _LEGACY_START = pickle.dumps(_LEGACY_MAGIC, protocol=2)
 
 
 class TorchFile:
-    """An open file of ``torch.save``: its object with tensors as :class:`TensorRecord`, and their
-    values.
+    """Open a file of ``torch.save`` and read its tensors, of which it has :class:`TensorRecord`.
 
     Args:
         path: of a regular file.
@@ -84,8 +82,7 @@ class TorchFile:
         return torch.frombuffer(raw, dtype=record.dtype).as_strided(record.shape, record.stride)
 
     def verify(self, record: TensorRecord) -> None:
-        """Compare a tensor's storage with the checksum that the file has of it, if any; once for
-        each storage.
+        """Compare a tensor's storage with its checksum, where the file has one, once per storage.
 
         Raises:
             CheckpointFormatError: they differ.
@@ -113,7 +110,7 @@ def _described(path: Path) -> Iterator[None]:
 
 
 class _Source(Protocol):
-    """The object in a file, and the bytes of its storages."""
+    """Provide the object in a file, and the bytes of its storages."""
 
     content: Any
     little_endian: bool
@@ -124,7 +121,7 @@ class _Source(Protocol):
 
 
 class _Archive:
-    """A zip archive, as torch writes since version 1.6."""
+    """Read a zip archive, as torch writes since version 1.6."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -186,8 +183,9 @@ class _Archive:
         self._verify(self._entries[f"{self._top}data/{storage.key}"])
 
     def _verify(self, entry: zipfile.ZipInfo) -> None:
-        """Compare an entry with its CRC-32, in pieces; 0 is what torch writes where it was told not
-        to compute it.
+        """Compare an entry with its CRC-32, in pieces.
+
+        A CRC of 0 is what torch writes where it was told not to compute one.
         """
         if entry.filename in self._verified or entry.CRC == 0:
             return
@@ -223,7 +221,7 @@ class _Archive:
 
 
 class _Legacy:
-    """Pickles followed by the storages, as torch wrote before version 1.6."""
+    """Read pickles followed by the storages, as torch wrote before version 1.6."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -264,7 +262,7 @@ class _Legacy:
         return _read_range(self._path, self._starts[storage.key] + start, length)
 
     def verify(self, storage: StorageRecord) -> None:
-        """There is nothing to compare with."""
+        """Accept every storage: this format has no checksums."""
 
 
 def _read_range(path: Path, start: int, length: int) -> bytearray:

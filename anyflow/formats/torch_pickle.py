@@ -1,6 +1,4 @@
-"""Pickles of ``torch.save`` read without executing anything in them, and the records of tensors
-that they describe.
-"""
+"""Read pickles of ``torch.save`` as records of tensors, without executing anything in them."""
 
 from __future__ import annotations
 
@@ -38,18 +36,16 @@ _STORAGES = {
 
 
 class Unreadable(Exception):
-    """The reason for which a file cannot be read, without the name of the file."""
+    """Report why a file cannot be read, without the name of the file."""
 
 
 class NeedsCode(Exception):
-    """The name of what a file would call."""
+    """Report the name of the function that a file would call."""
 
 
 @dataclass(frozen=True, eq=False)
 class StorageRecord:
-    """The bytes that tensors share: the name of their entry, their type and the number of
-    elements.
-    """
+    """Describe the bytes that tensors share: name of the entry, type, number of elements."""
 
     key: str
     dtype: torch.dtype
@@ -58,7 +54,7 @@ class StorageRecord:
 
 @dataclass(frozen=True, eq=False)
 class TensorRecord:
-    """A tensor as a file describes it; ``offset`` and ``stride`` count elements of the storage."""
+    """Describe a tensor of a file; ``offset`` and ``stride`` count elements of the storage."""
 
     storage: StorageRecord
     dtype: torch.dtype
@@ -68,12 +64,12 @@ class TensorRecord:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
     @property
     def span(self) -> int:
-        """Number of elements of the storage from the first one to the last one."""
+        """Return the number of elements of the storage from the first one to the last one."""
         return (
             1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
             if self.numel
@@ -81,9 +77,7 @@ class TensorRecord:
         )
 
     def problem(self) -> str | None:
-        """Say what cannot be in such a record, or return None for a tensor that is dense and inside
-        its storage.
-        """
+        """Say why such a tensor cannot be; None for a dense one inside its storage."""
         numbers = (self.offset, *self.shape, *self.stride)
         if len(self.shape) != len(self.stride) or len(self.shape) > _MAX_AXES:
             return f"a tensor of {len(self.shape)} axes with {len(self.stride)} strides"
@@ -114,8 +108,7 @@ def end_of_pickle(content: bytes, start: int) -> int:
 
 
 def _require_bounded(content: bytes) -> None:
-    """Refuse a pickle that would take more memory or C stack than its size, before anything of it
-    is read.
+    """Refuse a pickle that would take more memory or C stack than its size, before it is read.
 
     Raises:
         Unreadable: it is larger than ``MAX_PICKLE_BYTES``, asks for a buffer or a place in the memo
@@ -134,7 +127,8 @@ def _require_bounded(content: bytes) -> None:
             place = len(memo) if name == "MEMOIZE" else argument
             if not 0 <= place <= len(content):
                 raise Unreadable(f"its pickle asks for {place} places in the memo")
-            memo[place] = depths[-1] or 0
+            on_top = depths[-1]
+            memo[place] = 0 if on_top is None else on_top
             continue
         if name == "MARK":
             depths.append(None)
@@ -165,7 +159,7 @@ def _pop(depths: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
             depths.pop()
     else:
         popped = [depths.pop() for _ in before]
-    return [depth or 0 for depth in popped]
+    return [0 if depth is None else depth for depth in popped]
 
 
 def unpickled(content: bytes, seen: Callable[[StorageRecord], None]) -> Any:
@@ -184,9 +178,7 @@ def unpickled(content: bytes, seen: Callable[[StorageRecord], None]) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Python's unpickler, whose every function is one of this module's; ``seen`` is called with
-    each storage.
-    """
+    """Unpickle with functions of this module alone; ``seen`` is called with each storage."""
 
     def __init__(self, content: bytes, seen: Callable[[StorageRecord], None]) -> None:
         super().__init__(io.BytesIO(content))
@@ -219,7 +211,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Opaque:
-    """A value that is no tensor and of no interest; its arguments are dropped."""
+    """Stand for a value that is no tensor; its arguments are dropped."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -235,7 +227,7 @@ class _Opaque:
 
 
 class _Table(dict[Any, Any]):
-    """An ``OrderedDict``, whose attributes are dropped."""
+    """Stand for an ``OrderedDict``, whose attributes are dropped."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
-"""Hold our network to diffusers' on the weights of a folder: forwards, a training loss, a whole
-sampling.
+"""Compare anyflow's network with diffusers' on the weights of a folder.
+
+The results are forwards at several pairs of timesteps, a training loss and a whole sampling. Both
+networks get the same random inputs, and one network is in memory at a time.
 """
 
 from __future__ import annotations
@@ -34,83 +36,59 @@ SHIFT = 5.0  # Wan's
 TEXT_LENGTH = 512
 BATCH_SIZE = 4  # of the loss: two samples with r = t, one with r = 0, one between
 TIMES = ((1000.0, 750.0), (937.0, 833.0), (750.0, 0.0), (500.0, 500.0), (250.0, 100.0))
-_CLASSES = ("AnyFlowTransformer3DModel", "WanTransformer3DModel")
+# Largest relative differences that rounding explains.
+LIMITS = {
+    torch.float32: {"forward": 1e-5, "loss": 1e-5, "sample": 1e-5},
+    torch.bfloat16: {"forward": 2.55e-2, "loss": 1.33e-2, "sample": 2.55e-2},
+}
+_WAN = "WanTransformer3DModel"
+_CLASSES = ("AnyFlowTransformer3DModel", _WAN)
 
 
 @dataclass(frozen=True)
-class Thresholds:
-    """Largest relative differences: of forwards and of the sampled latents in the mean, of the
-    loss.
-    """
+class Deviation:
+    """Hold the differences of one result; diffusers' result is the ``b`` of the equations.
 
-    forward: float
-    loss: float
-    sample: float
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value >= 0:
-                raise ValueError(f"Thresholds.{name} must be >= 0, got {value}")
-
-    @classmethod
-    def for_dtype(cls, dtype: torch.dtype) -> Thresholds:
-        """What rounding explains: 1e-5 in fp32; in bf16 2.55 % of forwards and samples and 1.33 %
-        of the loss.
-
-        Raises:
-            ValueError: another dtype, which has no thresholds of its own.
-        """
-        if dtype == torch.float32:
-            return cls(1e-5, 1e-5, 1e-5)
-        if dtype == torch.bfloat16:
-            return cls(2.55e-2, 1.33e-2, 2.55e-2)
-        raise ValueError(
-            "dtype must be torch.float32 or torch.bfloat16 unless thresholds are given, got "
-            f"{dtype}"
-        )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """``mean`` is mean |a - b| / mean |b|, ``max`` is max |a - b| / max |b|, with b the other
-    implementation's.
+    Attributes:
+        name: of the result.
+        mean: mean |a - b| / mean |b|.
+        max: max |a - b| / max |b|.
+        limit: the largest ``mean`` that passes.
     """
 
     name: str
     mean: float
     max: float
-    threshold: float
+    limit: float
 
     @property
     def passed(self) -> bool:
-        """Tell whether the mean is within the threshold; NaN and infinity never are."""
-        return math.isfinite(self.mean) and self.mean <= self.threshold
+        """Tell whether the mean is within the limit; NaN and infinity never are."""
+        return math.isfinite(self.mean) and self.mean <= self.limit
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Every comparison of a run; ``str()`` is a table of them."""
+    """Hold every comparison of a run; ``str()`` is a table of them."""
 
     title: str
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[Deviation, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether every comparison is within its threshold."""
+        """Tell whether every comparison is within its limit."""
         return all(comparison.passed for comparison in self.comparisons)
 
     def __str__(self) -> str:
+        head = f"{'relative difference':28s} {'mean':>9s} {'max':>9s} {'allowed':>9s}"
         lines = [
-            self.title,
-            f"{'relative difference':28s} {'mean':>9s} {'max':>9s} {'allowed':>9s}",
+            f"{c.name:28s} {c.mean:9.2e} {c.max:9.2e} {c.limit:9.2e}  "
+            f"{'ok' if c.passed else 'OVER'}"
+            for c in self.comparisons
         ]
-        for c in self.comparisons:
-            verdict = "ok" if c.passed else "OVER"
-            lines.append(f"{c.name:28s} {c.mean:9.2e} {c.max:9.2e} {c.threshold:9.2e}  {verdict}")
         over = sum(not c.passed for c in self.comparisons)
-        return "\n".join(
-            [*lines, "all within" if self.passed else f"{over} of {len(self.comparisons)} over"]
-        )
+        end = f"{over} of {len(self.comparisons)} over" if over else "all within"
+        return "\n".join([self.title, head, *lines, end])
 
 
 @torch.no_grad()
@@ -123,12 +101,11 @@ def verify(
     height: int = 256,
     width: int = 256,
     num_frames: int = 17,
-    steps: int = 4,
+    num_inference_steps: int = 4,
     seed: int = 0,
-    thresholds: Thresholds | None = None,
+    limits: dict[str, float] | None = None,
 ) -> VerifyReport:
-    """Compare our network with diffusers' on the same weights and random inputs; one network is in
-    memory at a time.
+    """Compare anyflow's network with diffusers' on the same weights and random inputs.
 
     The sampling is that of diffusers' own pipeline and scheduler against
     :func:`anyflow.sampling.sample`; the loss is that of
@@ -138,17 +115,17 @@ def verify(
         path: a folder of diffusers' AnyFlow or Wan transformer, or of a pipeline with one as
             ``transformer``; or the name of one on the Hugging Face Hub.
         against: ``"diffusers"``.
-        dtype: the weights are loaded in.
+        dtype: of the weights, float32 or bfloat16.
         device: to run on.
         height: pixels, a multiple of 16.
         width: pixels, a multiple of 16.
         num_frames: of the video, 4k + 1.
-        steps: of the sampling.
+        num_inference_steps: of the sampling.
         seed: of the inputs.
-        thresholds: None takes those of the dtype.
+        limits: largest relative differences in place of those of :data:`LIMITS`, by the same keys.
 
     Raises:
-        ValueError: the folder does not hold such a network, or a size does not fit.
+        ValueError: the folder does not hold such a network, or an argument is not possible.
     """
     if against not in AGAINST:
         raise ValueError(f"against must be one of {', '.join(AGAINST)}, got {against!r}")
@@ -158,139 +135,156 @@ def verify(
         )
     if num_frames < 1 or num_frames % 4 != 1:
         raise ValueError(f"num_frames must be 4k + 1, got {num_frames}")
-    whole_number("steps", steps, high=MAX_STEPS)
+    whole_number("num_inference_steps", num_inference_steps, high=MAX_STEPS)
     whole_number("seed", seed, 0, 2**63 - 1)
-    thresholds = Thresholds.for_dtype(dtype) if thresholds is None else thresholds
-    source = _Source.of(local_checkpoint(path))
-    source.require_loadable(dtype)
-    source.require_positions(num_frames, height, width)
-    case = _Case(
-        source,
-        dtype,
-        torch.device(device),
-        ((num_frames - 1) // 4 + 1, height // 8, width // 8),
-        steps,
-        seed,
+    limits = _limits(dtype, {} if limits is None else limits)
+    folder, is_wan = _open(path, dtype, num_frames, height, width)
+
+    size = ((num_frames - 1) // 4 + 1, height // 8, width // 8)
+    network = _load_diffusers(folder, is_wan, dtype).to(device)
+    inputs = _NetworkInputs.drawn(
+        network.config, size, num_inference_steps, seed, is_wan, dtype, device
     )
-    theirs = _Measured.of(case, _Diffusers(source.load_theirs(dtype).to(device)))
-    ours = _Measured.of(case, load_transformer(source.folder, dtype=dtype, device=device))
+    theirs = list(_results(_Diffusers(network), inputs))
+    del network  # before the other one is loaded
+    ours = _results(load_transformer(folder, dtype=dtype, device=device), inputs)
+    comparisons = [
+        _deviation(name, a, b, limits[kind])
+        for (kind, name, a), (_, _, b) in zip(ours, theirs, strict=True)
+    ]
     return VerifyReport(
-        f"{source.folder}: anyflow against diffusers {diffusers.__version__}, {dtype}, {device}, "
+        f"{folder}: anyflow against diffusers {diffusers.__version__}, {dtype}, {device}, "
         f"{num_frames} frames of {height} x {width}",
-        tuple(_compared(ours, theirs, case, thresholds)),
+        tuple(comparisons),
     )
+
+
+def _limits(dtype: torch.dtype, given: dict[str, float]) -> dict[str, float]:
+    """Return the limit of each kind of result, or raise a ValueError."""
+    if dtype not in LIMITS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, LIMITS))}, got {dtype}")
+    limits = {**LIMITS[dtype], **given}
+    if unknown := limits.keys() - LIMITS[dtype].keys():
+        allowed = ", ".join(LIMITS[dtype])
+        raise ValueError(f"limits must be of {allowed}, got {', '.join(sorted(unknown))}")
+    for kind, limit in limits.items():
+        if not limit >= 0:  # NaN is refused, too
+            raise ValueError(f"the limit of {kind} must be >= 0, got {limit}")
+    return limits
+
+
+def _open(
+    path: Path | str, dtype: torch.dtype, num_frames: int, height: int, width: int
+) -> tuple[Path, bool]:
+    """Return the folder of the transformer, and whether the transformer is a plain Wan model.
+
+    Raises:
+        ValueError: no transformer that can be loaded is there, or the size has more tokens along
+            an axis than the transformer has positions.
+    """
+    folder = local_checkpoint(path)
+    if os.path.isfile(folder / "transformer" / "config.json"):
+        folder = folder / "transformer"
+    if not os.path.isfile(folder / "config.json"):
+        raise ValueError(f"no config.json in {shortened(folder)} or its folder transformer")
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name")
+    if name not in _CLASSES:
+        raise ValueError(
+            f"{folder / 'config.json'} is of a {brief(name)}; allowed are {', '.join(_CLASSES)}"
+        )
+    # The reader of anyflow looks at every file before diffusers maps one into memory.
+    checkpoint = open_checkpoint(folder, ReadOptions())
+    if lines := problems_of(checkpoint, checkpoint.architecture.build_empty(), dtype=dtype):
+        raise ValueError(f"{folder} cannot be loaded:{listed(lines)}")
+    positions = whole_number(f"{folder}: rope_max_seq_len", config.get("rope_max_seq_len", 1024))
+    if num_frames > (most := 4 * (positions - 1) + 1):
+        raise ValueError(f"num_frames must be <= {most} for this model, got {num_frames}")
+    for side, pixels in (("height", height), ("width", width)):
+        if pixels > 16 * positions:
+            raise ValueError(
+                f"{side} must be <= {16 * positions} pixels for this model, got {pixels}"
+            )
+    return folder, name == _WAN or not config.get("r_embedder", True)
+
+
+def _load_diffusers(folder: Path, is_wan: bool, dtype: torch.dtype) -> Any:
+    """Load diffusers' network with every weight of the folder, or raise a ValueError."""
+    cls = diffusers.WanTransformer3DModel if is_wan else diffusers.AnyFlowTransformer3DModel
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network, info = cls.from_pretrained(
+                folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:  # diffusers and safetensors raise errors of every kind
+        raise ValueError(
+            f"{folder} cannot be loaded by diffusers: {type(error).__name__}: "
+            f"{brief(str(error), 300)}"
+        ) from error
+    wrong = [
+        f"{kind.replace('_', ' ')}: {', '.join(map(str, names))}"
+        for kind, names in info.items()
+        if names
+    ]
+    if wrong:
+        raise ValueError(f"{folder} does not fit diffusers' {cls.__name__}: {'; '.join(wrong)}")
+    return network.eval()
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A transformer's folder, and whether it is a plain Wan model."""
+class _NetworkInputs:
+    """Hold what both networks run on; videos are ``[B, F, C, H, W]``, texts ``[B, S, D]``."""
 
-    folder: Path
-    plain: bool
-    max_positions: int
+    is_wan: bool
+    num_inference_steps: int
+    seed: int
+    x: Tensor
+    text: Tensor
+    negative: Tensor
+    data: Tensor
+    noise: Tensor
+    texts: Tensor
 
     @classmethod
-    def of(cls, path: Path) -> _Source:
-        folder = (
-            path / "transformer" if os.path.isfile(path / "transformer" / "config.json") else path
-        )
-        if not os.path.isfile(folder / "config.json"):
-            raise ValueError(f"no config.json in {shortened(path)} or its folder transformer")
-        config = read_json(folder / "config.json")
-        name = config.get("_class_name")
-        if name not in _CLASSES:
-            raise ValueError(
-                f"{folder / 'config.json'} is of a {brief(name)}; allowed are {', '.join(_CLASSES)}"
-            )
-        positions = whole_number(
-            f"{folder}: rope_max_seq_len", config.get("rope_max_seq_len", 1024)
-        )
-        return cls(
-            folder, name == "WanTransformer3DModel" or not config.get("r_embedder", True), positions
-        )
-
-    def require_positions(self, num_frames: int, height: int, width: int) -> None:
-        """Raise a ValueError for a size with more tokens along an axis than the network has
-        positions for.
-        """
-        most, pixels = 4 * (self.max_positions - 1) + 1, 16 * self.max_positions
-        if num_frames > most:
-            raise ValueError(f"num_frames must be <= {most} for this model, got {num_frames}")
-        for name, size in (("height", height), ("width", width)):
-            if size > pixels:
-                raise ValueError(f"{name} must be <= {pixels} pixels for this model, got {size}")
-
-    def require_loadable(self, dtype: torch.dtype) -> None:
-        """ValueError unless our own reader, which looks at every file first, takes the folder."""
-        checkpoint = open_checkpoint(self.folder, ReadOptions())
-        if lines := problems_of(checkpoint, checkpoint.architecture.build_empty(), dtype=dtype):
-            raise ValueError(f"{self.folder} cannot be loaded:{listed(lines)}")
-
-    def load_theirs(self, dtype: torch.dtype) -> Any:
-        """diffusers' network for it, with every weight of the folder."""
-        cls = diffusers.WanTransformer3DModel if self.plain else diffusers.AnyFlowTransformer3DModel
-        try:
-            with torch.random.fork_rng(devices=[]):
-                network, info = cls.from_pretrained(
-                    self.folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
-                )
-        except (
-            Exception
-        ) as error:  # diffusers and safetensors raise of every kind for files they did not expect
-            raise ValueError(
-                f"{self.folder} cannot be loaded by diffusers: {type(error).__name__}: "
-                f"{brief(str(error), 300)}"
-            ) from error
-        wrong = [
-            f"{kind.replace('_', ' ')}: {', '.join(map(str, info[kind]))}"
-            for kind in info
-            if info[kind]
-        ]
-        if wrong:
-            raise ValueError(
-                f"{self.folder} does not fit diffusers' {cls.__name__}: {'; '.join(wrong)}"
-            )
-        return network.eval()
-
-
-@dataclass(frozen=True)
-class _Case:
-    """What is run on a network; ``latents`` is (F, H, W)."""
-
-    source: _Source
-    dtype: torch.dtype
-    device: torch.device
-    latents: tuple[int, int, int]
-    steps: int
-    seed: int
-
-    def inputs(self, config: Any) -> dict[str, Tensor]:
-        """The same numbers for every network of these sizes."""
-        generator = torch.Generator().manual_seed(self.seed)
-        frames, height, width = self.latents
+    def drawn(
+        cls,
+        config: Any,
+        size: tuple[int, int, int],
+        num_inference_steps: int,
+        seed: int,
+        is_wan: bool,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> _NetworkInputs:
+        """Draw the inputs of networks with a config; ``size`` is (F, H, W) of the latents."""
+        generator = torch.Generator().manual_seed(seed)
+        frames, height, width = size
         video = (frames, config.in_channels, height, width)
         text = (TEXT_LENGTH, config.text_dim)
-        shapes = {"x": (1, *video), "text": (1, *text), "negative": (1, *text)}
-        shapes |= {
-            "data": (BATCH_SIZE, *video),
-            "noise": (BATCH_SIZE, *video),
-            "texts": (BATCH_SIZE, *text),
-        }
-        return {
-            name: torch.randn(shape, generator=generator).to(self.device)
-            for name, shape in shapes.items()
-        }
+
+        def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        return cls(
+            is_wan,
+            num_inference_steps,
+            seed,
+            x=draw(1, *video),
+            text=draw(1, *text),
+            negative=draw(1, *text),
+            data=draw(BATCH_SIZE, *video, dtype=torch.float32),
+            noise=draw(BATCH_SIZE, *video, dtype=torch.float32),
+            texts=draw(BATCH_SIZE, *text),
+        )
 
 
 class _Diffusers:
-    """diffusers' network behind our call: frames first, ``[B]`` times, everything rounded to its
-    dtype.
-    """
+    """Give diffusers' network the call of anyflow's: frames first, ``[B]`` times, one dtype."""
 
     def __init__(self, network: Any) -> None:
         self.network = network
-        self.plain = type(network) is diffusers.WanTransformer3DModel
-        self.config = SimpleNamespace(**{**network.config, "r_embedder": not self.plain})
+        self.is_wan = type(network) is diffusers.WanTransformer3DModel
+        self.config = SimpleNamespace(**{**network.config, "r_embedder": not self.is_wan})
 
     def __call__(
         self,
@@ -300,10 +294,8 @@ class _Diffusers:
         r_timestep: Tensor | None = None,
         return_dict: bool = True,
     ) -> tuple[Tensor]:
-        x, text = (
-            tensor.to(self.network.dtype) for tensor in (hidden_states, encoder_hidden_states)
-        )
-        if self.plain:
+        x, text = hidden_states.to(self.network.dtype), encoder_hidden_states.to(self.network.dtype)
+        if self.is_wan:
             out = self.network(x.transpose(1, 2), timestep, text, return_dict=False)[0]
             return (out.transpose(1, 2),)
         assert r_timestep is not None
@@ -311,106 +303,82 @@ class _Diffusers:
         return (self.network(x, *times, text, return_dict=False)[0],)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Everything that is compared, in fp32 on the CPU."""
-
-    forwards: list[Tensor]
-    loss: Tensor
-    latents: Tensor
-
-    @classmethod
-    def of(cls, case: _Case, network: Any) -> _Measured:
-        inputs = case.inputs(network.config)
-        forwards = [_forward(case, network, inputs, *times) for times in TIMES]
-        results = [*forwards, _loss(case, network, inputs), _sample(case, network, inputs)]
-        *forwards, loss, latents = (result.float().cpu() for result in results)
-        return cls(forwards, loss, latents)
-
-
-def _forward(case: _Case, network: Any, inputs: dict[str, Tensor], t: float, r: float) -> Tensor:
-    times = [torch.full((1,), time, device=case.device) for time in (t, r)]
-    conditions = {"timestep": times[0], "encoder_hidden_states": inputs["text"].to(case.dtype)}
-    if not case.source.plain:
-        conditions["r_timestep"] = times[1]
-    return evaluate(network, inputs["x"].to(case.dtype), **conditions)
+def _results(network: Any, inputs: _NetworkInputs) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield the kind, the name and the value (fp32, on the CPU) of every result of a network."""
+    for t, r in TIMES:
+        times = {"timestep": t} if inputs.is_wan else {"timestep": t, "r_timestep": r}
+        conditions = {
+            name: torch.full((1,), v, device=inputs.x.device) for name, v in times.items()
+        }
+        out = evaluate(network, inputs.x, encoder_hidden_states=inputs.text, **conditions)
+        name = f"forward, t {t:g}" + ("" if inputs.is_wan else f", r {r:g}")
+        yield "forward", name, out.float().cpu()
+    yield "loss", "training loss", _loss(network, inputs).float().cpu()
+    run = _sample_diffusers if isinstance(network, _Diffusers) else _sample
+    steps = f"{inputs.num_inference_steps} {'step' if inputs.num_inference_steps == 1 else 'steps'}"
+    yield "sample", f"latents after {steps}", run(network, inputs).float().cpu()
 
 
-def _loss(case: _Case, network: Any, inputs: dict[str, Tensor]) -> Tensor:
+def _loss(network: Any, inputs: _NetworkInputs) -> Tensor:
+    """Compute the pretrain loss; that of a Wan model is plain flow matching."""
     plain = PretrainConfig(diffusion_ratio=1.0, consistency_ratio=0.0, fuse_guidance_scale=1.0)
-    config = plain if case.source.plain else PretrainConfig()
+    config = plain if inputs.is_wan else PretrainConfig()
     method = AnyFlowPretrainMethod(network, FlowMapEulerDiscreteScheduler(shift=SHIFT), config)
-    generator = torch.Generator(case.device).manual_seed(case.seed)  # of the times
+    generator = torch.Generator(inputs.x.device).manual_seed(inputs.seed)  # of the times
     return method.loss(
-        inputs["data"],
-        inputs["texts"].to(case.dtype),
-        inputs["negative"].to(case.dtype),
-        noise=inputs["noise"],
-        generator=generator,
+        inputs.data, inputs.texts, inputs.negative, noise=inputs.noise, generator=generator
     ).loss
 
 
-def _sample(case: _Case, network: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """``[1, F, C, H, W]`` by our sampler, or by diffusers' pipeline for its network."""
-    noise, text = inputs["x"].to(case.dtype), inputs["text"].to(case.dtype)
-    flow_match = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-    if not isinstance(network, _Diffusers):
-        flow_match.set_timesteps(case.steps)
-        try:
-            return sample(
-                network,
-                FlowMapEulerDiscreteScheduler(shift=SHIFT),
-                noise,
-                text,
-                num_inference_steps=case.steps,
-                timesteps=flow_match.timesteps.tolist() if case.source.plain else None,
-                use_mean_velocity=not case.source.plain,
-            )
-        except FloatingPointError:
-            return torch.full_like(noise, math.nan)  # differs from anything
-    pipeline = diffusers.WanPipeline if case.source.plain else diffusers.AnyFlowPipeline
-    scheduler = (
-        flow_match if case.source.plain else diffusers.FlowMapEulerDiscreteScheduler(shift=SHIFT)
-    )
-    pipe = pipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        transformer=network.network,
-        scheduler=scheduler,
-    )
+def _sample(network: Any, inputs: _NetworkInputs) -> Tensor:
+    """Sample with anyflow's sampler, a Wan model on the timesteps of its usual scheduler."""
+    steps = inputs.num_inference_steps
+    timesteps = None
+    if inputs.is_wan:
+        usual = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+        usual.set_timesteps(steps)
+        timesteps = usual.timesteps.tolist()
+    try:
+        return sample(
+            network,
+            FlowMapEulerDiscreteScheduler(shift=SHIFT),
+            inputs.x,
+            inputs.text,
+            num_inference_steps=steps,
+            timesteps=timesteps,
+            use_mean_velocity=not inputs.is_wan,
+        )
+    except FloatingPointError:
+        return torch.full_like(inputs.x, math.nan)  # differs from anything
+
+
+def _sample_diffusers(network: _Diffusers, inputs: _NetworkInputs) -> Tensor:
+    """Sample with diffusers' pipeline and scheduler; returns ``[1, F, C, H, W]``."""
+    if inputs.is_wan:
+        cls, scheduler_cls = diffusers.WanPipeline, diffusers.FlowMatchEulerDiscreteScheduler
+    else:
+        cls, scheduler_cls = diffusers.AnyFlowPipeline, diffusers.FlowMapEulerDiscreteScheduler
+    scheduler = scheduler_cls(shift=SHIFT)
+    models = {"tokenizer": None, "text_encoder": None, "vae": None, "transformer": network.network}
+    pipe = cls(scheduler=scheduler, **models)
     pipe.set_progress_bar_config(disable=True)
-    frames, height, width = case.latents
+    _, frames, _, height, width = inputs.x.shape
     latents = pipe(
-        prompt_embeds=text,
-        latents=noise.transpose(1, 2),
+        prompt_embeds=inputs.text,
+        latents=inputs.x.transpose(1, 2),
         height=8 * height,
         width=8 * width,
         num_frames=4 * (frames - 1) + 1,
-        num_inference_steps=case.steps,
+        num_inference_steps=inputs.num_inference_steps,
         guidance_scale=1.0,
         output_type="latent",
     ).frames
     return latents.transpose(1, 2)
 
 
-def _compared(
-    ours: _Measured, theirs: _Measured, case: _Case, thresholds: Thresholds
-) -> Iterator[Comparison]:
-    for (t, r), a, b in zip(TIMES, ours.forwards, theirs.forwards, strict=True):
-        name = f"forward, t {t:g}" + ("" if case.source.plain else f", r {r:g}")
-        yield _comparison(name, a, b, thresholds.forward)
-    yield _comparison("training loss", ours.loss, theirs.loss, thresholds.loss)
-    steps = f"{case.steps} {'step' if case.steps == 1 else 'steps'}"
-    yield _comparison(f"latents after {steps}", ours.latents, theirs.latents, thresholds.sample)
-
-
-def _comparison(name: str, ours: Tensor, theirs: Tensor, threshold: float) -> Comparison:
+def _deviation(name: str, ours: Tensor, theirs: Tensor, limit: float) -> Deviation:
+    """Compare two results in fp64."""
     difference = (ours.double() - theirs.double()).abs()
     scale = theirs.double().abs()
-    return Comparison(
-        name,
-        (difference.mean() / scale.mean()).item(),
-        (difference.max() / scale.max()).item(),
-        threshold,
-    )
+    mean, largest = difference.mean() / scale.mean(), difference.max() / scale.max()
+    return Deviation(name, mean.item(), largest.item(), limit)

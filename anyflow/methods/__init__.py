@@ -1,6 +1,4 @@
-"""Training methods: losses and rollouts as pure maths, without I/O, optimizer or global
-randomness.
-"""
+"""Compute the losses and rollouts of training, without files, optimizer or global randomness."""
 
 from anyflow.methods.balance import DiffusionBalance
 from anyflow.methods.dmd2 import DMD2Config, DMD2Method, dmd_gradient

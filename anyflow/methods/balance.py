@@ -1,4 +1,4 @@
-"""Balance of the flow-map losses of an update with its diffusion losses."""
+"""Scale the flow-map losses of an update to its diffusion losses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from anyflow.methods.collectives import all_reduce_sum
 class DiffusionBalance:
     """Scale the flow-map losses of one update to the mean of its diffusion losses.
 
-    A flow-map sample of loss l is scaled by ``mean / (l + 1e-5)``, where the mean is over the
-    diffusion samples of all ranks and micro-steps. An update takes one balance through all its
-    micro-steps, and no flow-map sample may come in an earlier micro-step than a diffusion sample of
-    any rank: the mean is then whole wherever it is used. Without any diffusion sample nothing is
-    scaled.
+    A flow-map sample of loss l is scaled by ``mean / (l + 1e-5)``, equation (12) of
+    docs/algorithm.md, where the mean is over the diffusion samples of all ranks and micro-steps. An
+    update takes one balance through all its micro-steps. No flow-map sample may come in an earlier
+    micro-step than a diffusion sample of any rank: the mean is then complete wherever it is used.
+    An update without a diffusion sample is left unscaled.
 
     Args:
         group: the ranks with samples of their own; None for all processes.
@@ -28,7 +28,7 @@ class DiffusionBalance:
         self._sums: Tensor | None = None
 
     def scales(self, losses: Tensor, is_diffusion: Tensor) -> Tensor:
-        """Factors ``[B]`` of the losses of a micro-step. Collective over the group, once.
+        """Return the factors ``[B]`` of a micro-step's losses; collective over the group.
 
         Args:
             losses: ``[B]``, weighted, of this rank.
@@ -49,8 +49,9 @@ class DiffusionBalance:
         )
 
     def metrics(self) -> dict[str, Tensor]:
-        """Mean losses of the two kinds so far, before scaling, over all ranks; 0 of a kind without
-        samples.
+        """Return the mean losses of both kinds before scaling, over all ranks and micro-steps.
+
+        A kind without samples has the mean 0.
         """
         assert self._sums is not None, "no micro-step has been balanced"
         diffusion, diffusions, flow_map, flow_maps = self._sums.unbind()

@@ -1,4 +1,4 @@
-"""Agreement between ranks: identities in a single process."""
+"""Make ranks agree; in a single process every function is the identity."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from torch import Tensor
 
 
 def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
-    """This process's rank in the group (None: of all processes) and its size; (0, 1) without
-    torch.distributed.
+    """Return this process's rank in a group and the group's size; (0, 1) in a single process.
+
+    Args:
+        group: None for all processes.
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(group), dist.get_world_size(group)
@@ -24,7 +26,7 @@ def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None = None) -> Te
 
 
 def broadcast_from_rank_zero(values: list[float], device: torch.device) -> list[float]:
-    """Rank 0's numbers on every rank of the whole world, so that draws which must agree do."""
+    """Return rank 0's numbers on every rank, for draws that must agree."""
     if rank_and_world()[1] == 1:
         return values
     on_device = device if dist.get_backend() != "gloo" else torch.device("cpu")

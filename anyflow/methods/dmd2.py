@@ -1,5 +1,6 @@
-"""Distribution matching distillation: a teacher score, a critic score, and a re-noising student
-rollout (DMD2).
+"""Distill by distribution matching with a student that re-noises between steps (DMD2).
+
+Equation numbers are those of docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from anyflow.models.network import has_flow_map, velocity
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.rng import rand, randn_like, resolve_generator
 from anyflow.utils.validation import (
+    SettingError,
     batched_embeds,
     require_finite,
     require_latents,
@@ -30,19 +32,19 @@ _TINY = 1e-6  # keeps the gradient finite where the teacher already agrees with 
 
 @dataclass(frozen=True)
 class DMD2Config:
-    """Settings shared by the distribution-matching methods.
+    """Hold the settings that the distribution-matching methods share.
 
     Args:
         real_guidance_scale: s >= 0 of the teacher score, ``cond + s (cond - uncond)``; 0 runs no
             unconditional forward.
         min_timestep: lower clamp of the score's timestep, after the shift.
         max_timestep: upper clamp, at most num_train_timesteps.
-        num_steps: step counts a rollout is drawn from.
+        num_steps: numbers of steps that a rollout's is drawn from.
         timesteps: a pinned rollout schedule in timesteps, in place of ``num_steps``.
-        dmd_score_r: the second timestep both scores see: ``"t"`` or ``"zero"``.
+        dmd_score_r: the second timestep of both scores: ``"t"`` or ``"zero"``.
 
     Raises:
-        ValueError: a value is out of range.
+        SettingError: a value is out of range.
     """
 
     real_guidance_scale: float = 3.0
@@ -53,37 +55,36 @@ class DMD2Config:
     dmd_score_r: str = "t"
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        require_number(f"{name}.real_guidance_scale", self.real_guidance_scale, least=0)
-        require_number(f"{name}.min_timestep", self.min_timestep)
-        require_number(f"{name}.max_timestep", self.max_timestep)
-        for timestep in self.timesteps or ():
-            require_number(f"{name}.timesteps", timestep)
+        require_number("real_guidance_scale", self.real_guidance_scale, least=0)
+        require_number("min_timestep", self.min_timestep)
+        require_number("max_timestep", self.max_timestep)
+        for timestep in () if self.timesteps is None else self.timesteps:
+            require_number("timesteps", timestep)
         if not 0 <= self.min_timestep < self.max_timestep:
-            raise ValueError(
-                f"{name}: need 0 <= min_timestep < max_timestep, got {self.min_timestep} and "
-                f"{self.max_timestep}"
+            raise SettingError(
+                "",
+                f"need 0 <= min_timestep < max_timestep, got {self.min_timestep} and "
+                f"{self.max_timestep}",
             )
         if not self.num_steps or min(self.num_steps) < 1:
-            raise ValueError(
-                f"{name}.num_steps must hold positive step counts, got {self.num_steps}"
-            )
+            raise SettingError("num_steps", f"must hold positive counts, got {self.num_steps}")
         for count in self.num_steps:
-            require_whole(f"{name}.num_steps", count, most=10**6)
+            require_whole("num_steps", count, most=10**6)
         if self.dmd_score_r not in ("t", "zero"):
-            raise ValueError(f"{name}.dmd_score_r must be 't' or 'zero', got {self.dmd_score_r!r}")
+            raise SettingError("dmd_score_r", f"must be 't' or 'zero', got {self.dmd_score_r!r}")
 
     def check_timesteps(self, num_train_timesteps: int) -> None:
-        """Raise a ValueError unless ``max_timestep`` is in a scheduler's range of timesteps."""
+        """Raise a SettingError unless ``max_timestep`` is in a scheduler's range of timesteps."""
         if self.max_timestep > num_train_timesteps:
-            raise ValueError(
-                f"max_timestep={self.max_timestep} exceeds "
-                f"num_train_timesteps={num_train_timesteps}"
+            raise SettingError(
+                "max_timestep",
+                f"must be at most num_train_timesteps={num_train_timesteps}, "
+                f"got {self.max_timestep}",
             )
 
 
 class DMD2Method:
-    """Distribution matching with a student that re-noises between steps.
+    """Compute the losses of distribution matching for a student that re-noises between steps.
 
     Args:
         student: the network that is trained on its own samples.
@@ -123,7 +124,7 @@ class DMD2Method:
     # Rollout --------------------------------------------------------------------------------------
 
     def schedule(self, num_steps: int | None = None) -> Tensor:
-        """Sigmas ``[n + 1]`` of a rollout: the pinned schedule, or ``S(linspace(1, 0, n + 1))``."""
+        """Return a rollout's sigmas ``[n + 1]``: pinned ones, or ``S(linspace(1, 0, n + 1))``."""
         if self.config.timesteps is None:
             return self.scheduler.schedule(
                 self.config.num_steps[0] if num_steps is None else num_steps
@@ -138,7 +139,7 @@ class DMD2Method:
     def draw_steps(
         self, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> tuple[int, int]:
-        """``(num_steps, grad_step)``, drawn uniformly on rank 0 and the same on every rank."""
+        """Draw ``(num_steps, grad_step)`` uniformly on rank 0, for every rank."""
         generator = resolve_generator(generator, device)
         u, v = rand((2,), generator).tolist()
         choices = (
@@ -158,8 +159,7 @@ class DMD2Method:
         grad_step: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Backward simulation: jump to t = 0 and re-noise, ``grad_step`` times, then one jump with
-        gradient.
+        """Jump to t = 0 and re-noise ``grad_step`` times, then jump once with gradient.
 
         Args:
             noise: ``[B, F, C, H, W]``.
@@ -222,8 +222,7 @@ class DMD2Method:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
-        """``mse(samples, stopgrad(samples - grad))`` with the distribution-matching gradient of
-        :func:`dmd_gradient`.
+        """Compute ``mse(samples, stopgrad(samples - gradient))``, (17), of :func:`dmd_gradient`.
 
         Args:
             samples: ``[B, F, C, H, W]`` from :meth:`rollout`, with gradient.
@@ -268,8 +267,7 @@ class DMD2Method:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
-        """Flow matching of the critic on detached samples: ``mean((v_critic - (eps - x))^2)``,
-        unweighted.
+        """Compute the critic's flow-matching loss (18) on detached samples, unweighted.
 
         Args:
             samples: ``[B, F, C, H, W]``; no gradient flows into them.
@@ -312,8 +310,9 @@ class DMD2Method:
     def _guided_score(
         self, x: Tensor, timestep: Tensor, text: Tensor, negative: Tensor | None
     ) -> Tensor:
-        """``v_c + s (v_c - v_u)``, both from one call; guidance in x0 space is the same linear map
-        of velocities.
+        """Return ``v_c + s (v_c - v_u)`` of (15), both velocities from one network call.
+
+        Guidance in x0 space is the same linear map of velocities.
         """
         scale = self.config.real_guidance_scale
         if scale == 0:
@@ -329,7 +328,7 @@ class DMD2Method:
 
 
 def _clean(samples: Tensor) -> Tensor:
-    # not that they are finite: a network has made them, see LossOutput.norms
+    # whether they are finite is not read here: LossOutput.norms blames the network that made them
     require_latents("samples", samples)
     return samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
 
@@ -337,16 +336,14 @@ def _clean(samples: Tensor) -> Tensor:
 def dmd_gradient(
     samples: Tensor, noise: Tensor, sigma: Tensor, real: Tensor, fake: Tensor
 ) -> Tensor:
-    """The normalized distribution-matching gradient
-    ``(x0_fake - x0_real) / (mean |x - x0_real| + tiny)`` per sample.
+    """Return the gradient (16), ``(x0_fake - x0_real) / (mean |x - x0_real| + tiny)`` per sample.
 
-    Formed from velocities, ``x0_fake - x0_real = sigma (v_real - v_fake)`` and
-    ``x - x0_real = sigma (v_real - (eps - x))``, so that nothing cancels (differencing x0 in bf16
-    loses 7-18 %).
+    The differences are formed from velocities, ``x0_fake - x0_real = sigma (v_real - v_fake)`` and
+    ``x - x0_real = sigma (v_real - (noise - x))``, so that no two large numbers cancel.
 
     Args:
-        samples: ``[B, ...]`` x.
-        noise: eps, the shape of samples.
+        samples: x, ``[B, ...]``.
+        noise: the shape of samples.
         sigma: ``[B]`` in [0, 1].
         real: teacher velocity at the noised samples.
         fake: critic velocity there.

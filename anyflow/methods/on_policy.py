@@ -1,9 +1,12 @@
-"""Stage 2: the flow map's own rollouts, corrected by distribution matching."""
+"""Correct a flow map's own rollouts by distribution matching (stage 2).
+
+Equation numbers are those of docs/algorithm.md.
+"""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,12 +22,12 @@ from anyflow.methods.pretrain_config import PretrainConfig
 from anyflow.methods.time_pairs import TimePairs
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.rng import resolve_generator
-from anyflow.utils.validation import require_positive
+from anyflow.utils.validation import SettingError, require_positive
 
 
 @dataclass(frozen=True)
 class OnPolicyConfig(DMD2Config):
-    """Settings of on-policy distillation: those of :class:`DMD2Config`, and
+    """Hold the settings of on-policy distillation, beside those of :class:`DMD2Config`.
 
     Args:
         rollout: ``"shortcut"`` simulates any schedule in at most three evaluations; ``"euler"``
@@ -32,19 +35,17 @@ class OnPolicyConfig(DMD2Config):
         grad_through: ``"all"`` evaluations of a shortcut rollout, or only the middle ``"step"``.
         cotrain_pretrain: add the pretrain loss on the data batch in
             :meth:`AnyFlowOnPolicyMethod.student_loss`.
-        cotrain_weight: factor of that loss beside distribution matching. On a teacher's velocities
-            it is far smaller than on those of pairs, and needs more than the published 1.
-        pretrain: settings of that loss; its ``velocity_target="teacher"`` is the real score.
+        cotrain_weight: factor of that loss beside distribution matching. The loss on a teacher's
+            velocities is far smaller than that on pairs, and needs more than the published 1.
 
     Raises:
-        ValueError: a value is out of range.
+        SettingError: a value is out of range.
     """
 
     rollout: str = "shortcut"
     grad_through: str = "all"
     cotrain_pretrain: bool = False
     cotrain_weight: float = 1.0
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,14 +54,22 @@ class OnPolicyConfig(DMD2Config):
             ("grad_through", ("all", "step")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"OnPolicyConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}"
-                )
-        require_positive("OnPolicyConfig.cotrain_weight", self.cotrain_weight)
+                raise SettingError(name, f"must be one of {allowed}, got {getattr(self, name)!r}")
+        require_positive("cotrain_weight", self.cotrain_weight)
 
 
 class AnyFlowOnPolicyMethod(DMD2Method):
-    """On-policy flow-map distillation; arguments and errors as :class:`DMD2Method`."""
+    """Compute the losses of on-policy flow-map distillation.
+
+    Args:
+        student, teacher, critic, scheduler, process_group: as for :class:`DMD2Method`.
+        config: settings.
+        pretrain: settings of the loss that co-training adds, whose ``velocity_target="teacher"`` is
+            the real score; with ``cotrain_pretrain`` only, None means the defaults.
+
+    Raises:
+        ValueError: as :class:`DMD2Method`, or ``pretrain`` is given without co-training.
+    """
 
     config: OnPolicyConfig
 
@@ -72,20 +81,22 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         scheduler: FlowMapEulerDiscreteScheduler,
         config: OnPolicyConfig,
         *,
+        pretrain: PretrainConfig | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(student, teacher, critic, scheduler, config, process_group=process_group)
-        self.pretrain = (
-            AnyFlowPretrainMethod(
+        self.pretrain: AnyFlowPretrainMethod | None = None
+        if config.cotrain_pretrain:
+            settings = PretrainConfig() if pretrain is None else pretrain
+            self.pretrain = AnyFlowPretrainMethod(
                 student,
                 scheduler,
-                config.pretrain,
-                teacher=teacher if config.pretrain.velocity_target == "teacher" else None,
-                process_group=self.process_group,
+                settings,
+                teacher=teacher if settings.velocity_target == "teacher" else None,
+                process_group=process_group,
             )
-            if config.cotrain_pretrain
-            else None
-        )
+        elif pretrain is not None:
+            raise ValueError("pretrain is given, but cotrain_pretrain is False")
 
     def rollout(
         self,
@@ -96,12 +107,12 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         grad_step: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Flow-map backward simulation from noise to clean data.
+        """Simulate the flow map backwards from noise to clean data.
 
-        ``shortcut``: t_0 -> t_g, t_g -> t_{g+1}, t_{g+1} -> 0, empty segments skipped. ``euler``:
-        every step of the schedule, network gradient only at step g; the later steps carry it to t =
-        0 along the identity path, so that what is returned is clean data (the peers return the
-        sample at t_{g+1}).
+        ``shortcut`` (14) takes t_0 -> t_g, t_g -> t_{g+1} and t_{g+1} -> 0, without empty segments.
+        ``euler`` takes every step of the schedule, with the network's gradient at step g only; the
+        later steps carry that gradient to t = 0, so that the result is clean data and not the
+        noisy sample at t_{g+1}.
 
         Args:
             noise: ``[B, F, C, H, W]`` at t_0.
@@ -146,8 +157,7 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         generator: torch.Generator | None = None,
         offset: int = 0,
     ) -> LossOutput:
-        """Compute one student step's whole loss: rollout, generator loss and, if configured, the
-        pretrain loss on data.
+        """Compute the student's loss: rollout, (17) and, with co-training, (10) on data.
 
         Args:
             noise: ``[B, F, C, H, W]`` start of the rollout.
@@ -204,6 +214,5 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             "loss_dmd": output.loss.detach(),
             "loss_data": data.loss.detach(),
         }
-        return LossOutput(
-            output.loss + self.config.cotrain_weight * data.loss, metrics, output.norms
-        )
+        loss = output.loss + self.config.cotrain_weight * data.loss
+        return LossOutput(loss, metrics, {**output.norms, **data.norms})

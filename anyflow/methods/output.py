@@ -1,4 +1,4 @@
-"""What every loss returns."""
+"""Define what every loss returns."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A scalar ``loss`` to call backward on, and detached scalars (tensors: nothing synchronizes).
+    """Hold a loss to call backward on, and detached scalars to report.
+
+    Scalars stay tensors on the device: reading one would wait for it.
 
     Args:
         loss: mean over the batch.
-        metrics: to report.
-        norms: of what each network gave, in the order of evaluation, by a phrase such as
+        metrics: scalars to report, by name.
+        norms: norm of each network's output, in the order of evaluation, by a phrase such as
             ``"score of the teacher"``; the first that is not finite names the network that failed.
     """
 

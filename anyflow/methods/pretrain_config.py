@@ -1,16 +1,16 @@
-"""Settings of the pretrain loss."""
+"""Configure the pretrain loss."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from anyflow.methods.time_pairs import check_ratios
-from anyflow.utils.validation import require_number, require_positive
+from anyflow.utils.validation import SettingError, require_number, require_positive
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Settings of the pretrain loss; the defaults are the published ones.
+    """Hold the settings of the pretrain loss; the defaults are the published ones.
 
     Args:
         diffusion_ratio: share of the global batch with r = t.
@@ -24,15 +24,15 @@ class PretrainConfig:
             three network calls).
         prompt_dropout: chance that a prompt is replaced by the negative embedding (0.1 in the
             published recipe).
-        i2v_prob: chance that a step trains image-to-video: frame 0 is kept clean and left out of
+        i2v_prob: chance that an update trains image-to-video: frame 0 is kept clean and left out of
             the loss.
         velocity_target: ``"data"`` regresses on the velocity ``noise - x0`` of a pair, which is
-            right in the mean over pairs only; ``"teacher"`` on the velocity of a trained network at
-            (x_t, t), along which the time derivative is taken, too: one more evaluation, without
-            the scatter of pairs. Small steps then stay as good as that network's.
+            right in the mean over pairs only; ``"teacher"`` regresses on the velocity of a trained
+            network at (x_t, t), and takes the time derivative along it, too. A teacher costs one
+            more evaluation and removes the scatter of pairs from the target.
 
     Raises:
-        ValueError: a value is out of range.
+        SettingError: a value is out of range.
     """
 
     diffusion_ratio: float = 0.5
@@ -48,7 +48,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_ratios(self.diffusion_ratio, self.consistency_ratio)
         for name in ("epsilon", "fuse_guidance_scale"):
-            require_positive(f"PretrainConfig.{name}", getattr(self, name))
+            require_positive(name, getattr(self, name))
         choices = {
             "boundary": ("one_sided", "extrapolate"),
             "derivative": ("central", "jvp"),
@@ -56,27 +56,22 @@ class PretrainConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"PretrainConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}"
-                )
+                raise SettingError(name, f"must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("prompt_dropout", "i2v_prob"):
-            require_number(f"PretrainConfig.{name}", getattr(self, name))
+            require_number(name, getattr(self, name))
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"PretrainConfig.{name} must be in [0, 1], got {getattr(self, name)}"
-                )
+                raise SettingError(name, f"must be in [0, 1], got {getattr(self, name)}")
 
     def check_timesteps(self, num_train_timesteps: int) -> None:
-        """Raise a ValueError unless ``epsilon`` fits a scheduler's range of timesteps."""
+        """Raise a SettingError unless ``epsilon`` fits a scheduler's range of timesteps."""
         if self.epsilon >= num_train_timesteps / 2:
-            raise ValueError(
-                f"PretrainConfig.epsilon={self.epsilon} timesteps must be below half of "
-                f"num_train_timesteps={num_train_timesteps}"
+            raise SettingError(
+                "epsilon",
+                f"must be below half of num_train_timesteps={num_train_timesteps}, "
+                f"got {self.epsilon}",
             )
 
     @property
     def is_flow_matching(self) -> bool:
-        """Tell whether the loss is plain flow matching: no sample needs an evaluation without
-        gradient.
-        """
+        """Tell whether the loss is flow matching, which evaluates nothing without gradient."""
         return self.diffusion_ratio == 1 and self.fuse_guidance_scale == 1

@@ -1,4 +1,4 @@
-"""Training times: pairs (t, r) of three kinds, shared out over the global batch."""
+"""Draw training times: pairs (t, r) of three kinds, shared out over the global batch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from torch import Tensor
 
 from anyflow.utils.rng import rand, resolve_generator
 from anyflow.utils.transfer import device_tensor, to_device
+from anyflow.utils.validation import SettingError
 
 
 @dataclass(frozen=True)
 class TimePairs:
-    """Times in [0, 1] *before* the shift: ``t[B] >= r[B]``, and which samples are plain diffusion
-    (r = t).
+    """Hold times in [0, 1] before the shift, ``t[B] >= r[B]``, and the kind of each sample.
+
+    Args:
+        t, r: ``[B]``.
+        is_diffusion: ``[B]`` boolean, true for plain diffusion (r = t).
 
     Raises:
         ValueError: shapes differ, values leave [0, 1] or are NaN, or r > t (checked on CPU
@@ -25,8 +29,8 @@ class TimePairs:
     t: Tensor
     r: Tensor
     is_diffusion: Tensor
-    # known without a sync
-    _rows: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
+    # kept on the host where they are known: reading the mask would wait for the device
+    _indices: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if (
@@ -53,33 +57,32 @@ class TimePairs:
             if bool((self.is_diffusion & (self.t != self.r)).any()):
                 raise ValueError("TimePairs: diffusion samples must have r = t")
 
-    def flow_map_rows(self) -> Tensor:
-        """``[n]`` indices of the samples with r != t by kind, on t's device."""
-        if self._rows is None:
+    def flow_map_indices(self) -> Tensor:
+        """Return the indices ``[n]`` of the samples that are no plain diffusion, on t's device."""
+        if self._indices is None:
             return (~self.is_diffusion).nonzero().flatten()
-        return device_tensor(self._rows, torch.long, self.t.device)
+        return device_tensor(self._indices, torch.long, self.t.device)
 
     def select(self, samples: Sequence[int], device: torch.device | str) -> TimePairs:
         """Return the pairs of these samples, in this order, on ``device``."""
         index = device_tensor(samples, torch.long, self.t.device)
         kinds = self.is_diffusion[index]
         chosen = TimePairs(*(to_device(x, device) for x in (self.t[index], self.r[index], kinds)))
-        chosen._know_rows(kinds.tolist())
+        chosen._know_indices(kinds.tolist())
         return chosen
 
     def diffusion_first(self) -> list[int]:
-        """Return the indices of all samples: those of plain diffusion, then the others, each in
-        their order.
-        """
+        """Order all samples, as indices: first plain diffusion, then the others."""
         kinds = self.is_diffusion.tolist()
         return sorted(range(len(kinds)), key=lambda i: not kinds[i])
 
-    def _know_rows(self, kinds: Sequence[bool]) -> None:
-        """Keep ``flow_map_rows`` on the host; no argument, which dataclasses.replace() would carry
-        over.
+    def _know_indices(self, kinds: Sequence[bool]) -> None:
+        """Keep the result of ``flow_map_indices`` on the host.
+
+        The indices are no argument, which dataclasses.replace() would carry over to other times.
         """
         object.__setattr__(
-            self, "_rows", tuple(b for b, is_diffusion in enumerate(kinds) if not is_diffusion)
+            self, "_indices", tuple(b for b, is_diffusion in enumerate(kinds) if not is_diffusion)
         )
 
 
@@ -97,10 +100,10 @@ def sample_time_pairs(
 ) -> TimePairs:
     """Draw ``t, r = max, min`` of two uniforms, then fix r for two kinds of samples.
 
-    By global index ``i = (b * world_size + rank + offset) mod (world_size *
-    batch_size)``, which interleaves ranks, the first ``round(diffusion_ratio * world_size *
-    batch_size)`` get r = t, the next ``round(consistency_ratio * world_size * batch_size)`` get r =
-    0, and the rest keep both.
+    With N = world_size * batch_size samples and the global index
+    ``i = (b * world_size + rank + offset) mod N``, which interleaves ranks, the first
+    ``round(diffusion_ratio * N)`` get r = t, the next ``round(consistency_ratio * N)`` get r = 0,
+    and the rest keep both.
 
     Args:
         batch_size: samples on this rank.
@@ -143,20 +146,21 @@ def sample_time_pairs(
     )
     r = torch.where(is_diffusion, t, torch.where(is_consistency, torch.zeros_like(r), r))
     pairs = TimePairs(t, r, is_diffusion)
-    pairs._know_rows([i < diffusion for i in index])
+    pairs._know_indices([i < diffusion for i in index])
     return pairs
 
 
 def check_ratios(diffusion_ratio: float, consistency_ratio: float) -> None:
-    """ValueError unless both ratios are in [0, 1] and sum to at most 1."""
+    """Raise a SettingError unless both ratios are in [0, 1] and sum to at most 1."""
     for name, ratio in (
         ("diffusion_ratio", diffusion_ratio),
         ("consistency_ratio", consistency_ratio),
     ):
         if not 0 <= ratio <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {ratio}")
+            raise SettingError(name, f"must be in [0, 1], got {ratio}")
     if diffusion_ratio + consistency_ratio > 1 + 1e-9:
-        raise ValueError(
-            f"diffusion_ratio + consistency_ratio must not exceed 1, got {diffusion_ratio} + "
-            f"{consistency_ratio}"
+        raise SettingError(
+            "diffusion_ratio",
+            "must not exceed 1 together with consistency_ratio, got "
+            f"{diffusion_ratio} + {consistency_ratio}",
         )

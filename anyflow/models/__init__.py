@@ -1,13 +1,11 @@
-"""The any-step video transformer."""
+"""Provide the any-step video transformer and the choice of its attention."""
 
 from anyflow.models.attention import AttentionChoice, attention_report, use_attention_backend
-from anyflow.models.transformer import AnyFlowTransformer3DModel, TextContext, TimeEmbedding
+from anyflow.models.transformer import AnyFlowTransformer3DModel
 
 __all__ = [
     "AnyFlowTransformer3DModel",
-    "TextContext",
-    "TimeEmbedding",
-    "use_attention_backend",
-    "attention_report",
     "AttentionChoice",
+    "attention_report",
+    "use_attention_backend",
 ]

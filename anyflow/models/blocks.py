@@ -1,6 +1,4 @@
-"""The transformer block: self-attention, text cross-attention and feed-forward on the fused
-operators.
-"""
+"""Define the transformer block: self-attention, attention to the text, and feed-forward."""
 
 from __future__ import annotations
 
@@ -20,13 +18,10 @@ from anyflow.ops import (
 )
 
 Rotary = tuple[Tensor, Tensor]
-KeyValue = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalized queries and keys; of the tokens themselves, or of a
-    context.
-    """
+    """Attend to the tokens themselves or to the text, with normalized queries and keys."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -39,30 +34,21 @@ class Attention(nn.Module):
         self.norm_k = RMSNormRope(dim, num_heads, eps)
         self.attention_backend: str | None = None
 
-    def key_value(self, context: Tensor, rotary: Rotary | None = None) -> KeyValue:
-        """``context[B, S, D] -> (key, value)``, both ``[B, S, H, Dh]``; worth caching for a fixed
-        context.
-        """
-        return (
-            self.norm_k(apply_linear(self.to_k, context), rotary),
-            apply_linear(self.to_v, context).unflatten(-1, (self.num_heads, -1)),
-        )
-
     def forward(
         self,
         x: Tensor,
-        context: Tensor | KeyValue,
+        source: Tensor,
         rotary: Rotary | None = None,
         split: TokenSplit | None = None,
     ) -> Tensor:
-        """``x[B, L, D]`` attends to ``context[B, S, D]``, or to cached keys and values; returns
-        ``[B, L, D]``.
+        """Return ``[B, L, D]``: tokens ``x[B, L, D]`` attend to ``source[B, S, D]``.
 
-        With a split, x and context are this rank's tokens, and attention is among those of all
+        With a split, x and source are this rank's tokens, and attention is among those of all
         ranks.
         """
         query = self.norm_q(apply_linear(self.to_q, x), rotary)
-        key, value = context if isinstance(context, tuple) else self.key_value(context, rotary)
+        key = self.norm_k(apply_linear(self.to_k, source), rotary)
+        value = apply_linear(self.to_v, source).unflatten(-1, (self.num_heads, -1))
         if split is None:
             out = attention(query, key, value, attention_backend=self.attention_backend)
         else:
@@ -73,9 +59,7 @@ class Attention(nn.Module):
 
 
 class GELUProjection(nn.Module):
-    """Linear followed by tanh-GELU, in the epilogue of the matrix product where
-    :func:`fuses_gelu`.
-    """
+    """Apply a linear layer and tanh-GELU, in one kernel where :func:`fuses_gelu` allows it."""
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
@@ -88,7 +72,7 @@ class GELUProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, tanh-GELU, Linear; ``[B, L, D] -> [B, L, D]``."""
+    """Apply Linear, tanh-GELU, Linear: ``[B, L, D] -> [B, L, D]``."""
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
@@ -103,8 +87,9 @@ class FeedForward(nn.Module):
 
 
 class AnyFlowTransformerBlock(nn.Module):
-    """One block. Modulation stays at one row per sample or frame: table ``[1, 6, D]`` plus
-    ``[B, R, 6, D]``.
+    """Run one block; modulation stays at one row per sample or frame.
+
+    The rows are the block's table ``[1, 6, D]`` plus the embedded times ``[B, R, 6, D]``.
     """
 
     def __init__(
@@ -118,35 +103,26 @@ class AnyFlowTransformerBlock(nn.Module):
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def text_key_value(self, tokens: Tensor) -> KeyValue:
-        """Keys and values of cross-attention, to be given to many calls: ``[B, S, D]`` to two
-        ``[B, S, H, Dh]``.
-        """
-        return self.attn2.key_value(tokens)
-
     def forward(
         self,
         x: Tensor,
-        context: Tensor | KeyValue,
+        text: Tensor,
         modulation: Tensor,
         rotary: Rotary,
         split: TokenSplit | None = None,
     ) -> Tensor:
-        """Run the block.
+        """Return the tokens after the block, ``[B, L, D]``.
 
         Args:
             x: ``[B, L, D]`` tokens.
-            context: ``[B, S, D]`` text tokens, or their cached keys and values.
+            text: ``[B, S, D]`` text tokens.
             modulation: ``[B, R, 6, D]`` projection of the time embedding, R = 1 or one row per
                 frame.
             rotary: ``(cos, sin)``, each ``[L, Dh / 2]``.
             split: with sequence parallelism, where the tokens of x are among those of all ranks.
-
-        Returns:
-            ``[B, L, D]``.
         """
         wide = torch.promote_types(modulation.dtype, torch.float32)
-        shift, scale, gate, c_shift, c_scale, c_gate = (
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
             self.scale_shift_table + modulation.to(wide)
         ).unbind(2)
 
@@ -156,6 +132,6 @@ class AnyFlowTransformerBlock(nn.Module):
             x = n = gated_residual(x, a, gate)
         else:
             x, n = self.norm2(x, a, gate)
-        a = self.attn2(n, context)
-        x, n = residual_layer_norm(x, a, shift=c_shift, scale=c_scale, eps=self.eps)
-        return gated_residual(x, self.ffn(n), c_gate)
+        a = self.attn2(n, text)
+        x, n = residual_layer_norm(x, a, shift=ffn_shift, scale=ffn_scale, eps=self.eps)
+        return gated_residual(x, self.ffn(n), ffn_gate)

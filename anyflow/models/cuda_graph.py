@@ -1,6 +1,4 @@
-"""A transformer whose evaluations at sampling are one CUDA graph, launched at once instead of
-kernel by kernel.
-"""
+"""Evaluate a transformer at sampling by one CUDA graph, launched at once."""
 
 from __future__ import annotations
 
@@ -12,19 +10,17 @@ from torch import Tensor
 
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.network import evaluate, has_hooks
-from anyflow.models.transformer import TextContext, TimeEmbedding
 
 
 class CudaGraphTransformer:
-    """Stands for a transformer in :func:`anyflow.sampling.sample`; the numbers are those of the
-    transformer.
+    """Stand for a transformer in :func:`anyflow.sampling.sample`, with the same numbers.
 
-    The first evaluation of a shape runs as ever and is recorded; the others, in this call of the
-    sampler and in later ones, replay the recording. That saves the time to launch kernels one by
-    one, which counts where they are short: small models, few frames. The recording keeps the memory
-    of one evaluation until :meth:`reset`. Another shape, or weights that have moved, are recorded
-    anew; forced attention and operator backends, and the adapters that are switched on, are those
-    of the recording.
+    The first evaluation of a shape runs kernel by kernel and is recorded; the others, in this call
+    of the sampler and in later ones, replay the recording. Replaying saves the time to launch
+    kernels one by one, which counts where they are short: small models, few frames. The recording
+    keeps the memory of one evaluation until :meth:`reset`. Another shape, or weights that have
+    moved, are recorded anew. Forced attention and operator backends, and the adapters that are
+    switched on, are those of the recording.
 
     Raises:
         ValueError: the transformer is not on a CUDA device, or its weights come and go
@@ -52,104 +48,90 @@ class CudaGraphTransformer:
         with self._lock:
             self._recording = None
 
-    def embed_time(self, timestep: Tensor, r_timestep: Tensor | None = None) -> TimeEmbedding:
-        """Of the transformer."""
-        return self.transformer.embed_time(timestep, r_timestep)
-
-    def encode_text(self, encoder_hidden_states: Tensor) -> TextContext:
-        """Of the transformer."""
-        return self.transformer.encode_text(encoder_hidden_states)
-
     @torch.no_grad()
     def __call__(
         self,
         hidden_states: Tensor,
         *,
-        time_embedding: TimeEmbedding,
-        text_context: TextContext,
+        timestep: Tensor,
+        r_timestep: Tensor | None,
+        encoder_hidden_states: Tensor,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        """The velocity ``[B, F, C_out, H, W]`` of ``hidden_states[B, F, C, H, W]``, in a
-        1-tuple.
-        """
-        key = _Key.of(self.transformer, hidden_states, time_embedding, text_context)
+        """Return the velocity ``[B, F, C_out, H, W]`` in a 1-tuple, for the model's arguments."""
+        inputs = _GraphInputs(hidden_states, timestep, r_timestep, encoder_hidden_states)
+        key = _Key.of(self.transformer, inputs)
         with self._lock:  # a recording has one set of inputs
             if self._recording is None or self._recording.key != key:
                 self._recording = None  # frees its memory before the next one is made
-                self._recording, velocity = _record(
-                    self.transformer, key, hidden_states, time_embedding, text_context
-                )
+                self._recording, velocity = _record(self.transformer, key, inputs)
                 return (velocity,)
-            return (self._recording.replay(hidden_states, time_embedding, text_context),)
+            return (self._recording.replay(inputs),)
+
+
+class _GraphInputs(NamedTuple):
+    """Hold the tensors that an evaluation reads."""
+
+    x: Tensor
+    t: Tensor
+    r: Tensor | None
+    text: Tensor
 
 
 class _Key(NamedTuple):
-    """What a recording holds for: shapes and types of the inputs, and where the weights are."""
+    """Hold what a recording is for: shapes and types of the inputs, and where the weights are."""
 
-    inputs: tuple[tuple[torch.Size, torch.dtype], ...]
+    inputs: tuple[tuple[torch.Size, torch.dtype] | None, ...]
     weights: tuple[int, ...]
 
     @classmethod
-    def of(
-        cls, model: AnyFlowTransformer3DModel, x: Tensor, times: TimeEmbedding, text: TextContext
-    ) -> _Key:
-        tensors = (x, times.emb, times.modulation, *(t for pair in text.key_values for t in pair))
+    def of(cls, model: AnyFlowTransformer3DModel, inputs: _GraphInputs) -> _Key:
         return cls(
-            tuple((t.shape, t.dtype) for t in tensors),
+            tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs),
             tuple(p.data_ptr() for p in model.parameters()),
         )
 
 
 class _Recording:
-    """A graph with the tensors that it reads and writes."""
+    """Hold a graph with the tensors that it reads and writes."""
 
     def __init__(
         self,
         graph: torch.cuda.CUDAGraph,
         key: _Key,
-        inputs: tuple[Tensor, TimeEmbedding, TextContext],
-        text: TextContext,
+        inputs: _GraphInputs,
         output: Tensor,
         rotary: object,
     ) -> None:
-        self.graph, self.key, self._output = graph, key, output
-        self._x, self._times, self._text = inputs
-        self._text_given = text
+        self.graph, self.key = graph, key
+        self._inputs, self._output = inputs, output
         # the graph reads them: the model's cache of tables may let go of them
         self._rotary = rotary
 
-    def replay(self, x: Tensor, times: TimeEmbedding, text: TextContext) -> Tensor:
-        self._x.copy_(x)
-        self._times.emb.copy_(times.emb)
-        self._times.modulation.copy_(times.modulation)
-        if text is not self._text_given:  # the same one at every step of a call
-            for own, given in zip(self._text.key_values, text.key_values, strict=True):
-                for target, source in zip(own, given, strict=True):
-                    target.copy_(source)
-            self._text_given = text
+    def replay(self, inputs: _GraphInputs) -> Tensor:
+        for own, given in zip(self._inputs, inputs, strict=True):
+            if own is not None and given is not None:
+                own.copy_(given)
         self.graph.replay()
         return self._output.clone()
 
 
 def _record(
-    model: AnyFlowTransformer3DModel, key: _Key, x: Tensor, times: TimeEmbedding, text: TextContext
+    model: AnyFlowTransformer3DModel, key: _Key, inputs: _GraphInputs
 ) -> tuple[_Recording, Tensor]:
-    """A recording of the model on copies of its inputs, and the velocity of a first run that
-    prepares the kernels.
-    """
+    """Record the model on copies of its inputs; return also the velocity of a run before."""
     # what inference mode makes could not be written to outside of it
     with torch.inference_mode(False):
-        inputs = (
-            x.clone(),
-            TimeEmbedding(times.emb.clone(), times.modulation.clone()),
-            TextContext(tuple((k.clone(), v.clone()) for k, v in text.key_values)),
-        )
+        r = None if inputs.r is None else inputs.r.clone()
+        own = _GraphInputs(inputs.x.clone(), inputs.t.clone(), r, inputs.text.clone())
 
     def run() -> Tensor:
-        return evaluate(model, inputs[0], time_embedding=inputs[1], text_context=inputs[2])
+        return evaluate(
+            model, own.x, timestep=own.t, r_timestep=own.r, encoder_hidden_states=own.text
+        )
 
-    with torch.cuda.device(x.device):
-        current, side = torch.cuda.current_stream(), _side_stream(x.device)
+    with torch.cuda.device(own.x.device):
+        current, side = torch.cuda.current_stream(), _side_stream(own.x.device)
         side.wait_stream(current)
         # compiles the kernels, chooses among them, gives cuBLAS its workspace
         with torch.cuda.stream(side):
@@ -162,7 +144,7 @@ def _record(
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             output = run()
     rotary = tuple(model.rope._cache.values())
-    return _Recording(graph, key, inputs, text, output, rotary), velocity
+    return _Recording(graph, key, own, output, rotary), velocity
 
 
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -170,8 +152,9 @@ _side_streams_lock = threading.Lock()
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream of a device for recordings: cuBLAS keeps a workspace for every stream
-    that it has met.
+    """Return the one stream of a device for recordings.
+
+    cuBLAS keeps a workspace for every stream that it has met.
     """
     with _side_streams_lock:
         if device not in _side_streams:

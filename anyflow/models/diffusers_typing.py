@@ -1,7 +1,6 @@
-"""The decorators of diffusers, with the types that they leave as they are.
+"""Provide decorators of diffusers with types.
 
-diffusers' own are without types: they would turn a constructor, or a whole class, into ``Any`` for
-a type checker.
+diffusers' own have none: a type checker would see the constructor, or the whole class, as ``Any``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Patch, rotary, timestep and text embeddings. Parameter names are those of diffusers' AnyFlow and
-Wan transformers.
+"""Embed patches, positions, times and text.
+
+Parameter names are those of diffusers' AnyFlow and Wan transformers.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from torch import Tensor, nn
 from anyflow.models.linear import apply_linear
 from anyflow.ops import dual_timestep_embedding, gelu, linear
 from anyflow.ops.dual_timestep_embedding import FUSIONS
+from anyflow.utils.devices import widest_float
 from anyflow.utils.validation import brief, is_finite_number
 
 DELTATIME_TYPES = ("r", "t-r")
 
 
 class PatchEmbedding(nn.Conv3d):
-    """Non-overlapping patch projection: a Conv3d by name and contract, one matrix product in
-    execution.
+    """Project patches that do not overlap: a Conv3d by name, one matrix product in execution.
 
-    Runs in the wider of the input's and the weight's dtype, also under autocast: fp32 latents
-    entering a bf16 model are not rounded before they are projected, without which the central
-    difference of x drowns.
+    The product runs in the wider of the input's and the weight's dtype, also under autocast: fp32
+    latents are not rounded before a bf16 model projects them, or the central difference of x would
+    drown in the rounding (algorithm.md, equation 8).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, F, H, W] -> [B, D, F', H', W']``; F, H, W are multiples of the patch size."""
+        """Map ``[B, C, F, H, W]``, multiples of the patch size, to ``[B, D, F', H', W']``."""
         b, c = x.shape[:2]
         pt, ph, pw = self.kernel_size
         grid = (x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw)
@@ -43,25 +44,25 @@ class PatchEmbedding(nn.Conv3d):
 
 
 class OutputProjection(nn.Linear):
-    """A linear layer in the wider of the input's and the weight's dtype, also under autocast."""
+    """Apply a linear layer in the wider of the input's and the weight's dtype, without autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_wide(x, self.weight, self.bias)
 
 
 def linear_wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` in the wider of the two dtypes, with autocast off."""
+    """Return ``x @ weight.T + bias`` in the wider of the two dtypes, with autocast off."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of the 3-D rotary embedding: theta 1e4; of Dh, 2 (Dh // 6) dims each go to
-    height and width.
+    """Compute the cosines and sines of the 3-D rotary embedding, with theta 1e4.
 
-    The per-axis tables are computed in fp64 and rounded to fp32 once (the peers rotate in fp64
-    complex arithmetic).
+    Of the Dh channels of a head, 2 (Dh // 6) go to the height and as many to the width, the rest to
+    the frames. The tables of an axis are computed in fp64 and rounded to fp32 once; diffusers
+    rotates in complex fp64 arithmetic.
     """
 
     def __init__(self, head_dim: int, max_seq_len: int, theta: float = 1e4) -> None:
@@ -75,7 +76,7 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """``(cos, sin)``, each ``[F * H * W, Dh / 2]`` for a token grid (F, H, W).
+        """Return ``(cos, sin)``, each ``[F * H * W, Dh / 2]``, for a token grid (F, H, W).
 
         Raises:
             ValueError: an axis of the grid is longer than ``rope_max_seq_len``.
@@ -92,7 +93,7 @@ class RotaryEmbedding(nn.Module):
         if tables is None:
             with torch.inference_mode(False):
                 tables = self._tables(grid, device, dtype)
-            # A new dictionary: other threads read the old one meanwhile.
+            # a new dictionary: other threads may be reading the old one
             kept = self._cache if len(self._cache) < 8 else {}
             self._cache = {**kept, key: tables}
         return tables
@@ -100,7 +101,7 @@ class RotaryEmbedding(nn.Module):
     def _tables(
         self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.float32 if device.type in ("mps", "npu") else torch.float64
+        wide = widest_float(device)
         phases = []
         for axis, (length, dim) in enumerate(zip(grid, self.axis_dims, strict=True)):
             frequency = self.theta ** -(torch.arange(0, dim, 2, dtype=wide, device=device) / dim)
@@ -116,7 +117,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """``[N] -> [N, dim]``: ``[cos | sin]`` of t times ``exp(-ln(1e4) i / (dim / 2))``, in fp32."""
+    """Return fp32 ``[cos | sin]`` of ``t[N]`` times ``exp(-ln(1e4) i / (dim / 2))``, [N, dim]."""
     half = dim // 2
     exponent = (
         -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
@@ -126,7 +127,7 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """Linear, SiLU, Linear on a sinusoidal embedding."""
+    """Apply Linear, SiLU, Linear to a sinusoidal embedding."""
 
     def __init__(self, freq_dim: int, dim: int) -> None:
         super().__init__()
@@ -134,12 +135,12 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, sinusoid: Tensor) -> Tensor:
-        """``[N, freq_dim] -> [N, D]``."""
+        """Map ``[N, freq_dim]`` to ``[N, D]``."""
         return apply_linear(self.linear_2, F.silu(apply_linear(self.linear_1, sinusoid)))
 
 
 class TextProjection(nn.Module):
-    """Linear, tanh-GELU, Linear on text-encoder states."""
+    """Apply Linear, tanh-GELU, Linear to the states of a text encoder."""
 
     def __init__(self, text_dim: int, dim: int) -> None:
         super().__init__()
@@ -147,12 +148,12 @@ class TextProjection(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, text: Tensor) -> Tensor:
-        """``[B, S, text_dim] -> [B, S, D]``."""
+        """Map ``[B, S, text_dim]`` to ``[B, S, D]``."""
         return apply_linear(self.linear_2, gelu(apply_linear(self.linear_1, text)))
 
 
 class ImageProjection(nn.Module):
-    """LayerNorm, Linear, GELU, Linear, LayerNorm on image-encoder states (norms in fp32)."""
+    """Apply LayerNorm, Linear, GELU, Linear, LayerNorm to image states, the norms in fp32."""
 
     def __init__(self, image_dim: int, dim: int) -> None:
         super().__init__()
@@ -161,7 +162,7 @@ class ImageProjection(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        """``[B, S, image_dim] -> [B, S, D]``."""
+        """Map ``[B, S, image_dim]`` to ``[B, S, D]``."""
         return _layer_norm_fp32(self.norm2, self.ff(_layer_norm_fp32(self.norm1, image)))
 
 
@@ -191,10 +192,10 @@ def _layer_norm_fp32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 class ConditionEmbedder(nn.Module):
-    """Timestep (t and, for a flow map, r), text and image conditioning.
+    """Embed the times t and, for a flow map, r, and the text and image.
 
-    ``delta_embedder`` and the gate exist only for a flow map; the gate is a non-persistent buffer
-    (not in checkpoints).
+    ``delta_embedder`` and the buffer of the gate exist only for a flow map; the buffer is not in
+    checkpoints.
     """
 
     delta_emb_gate: Tensor
@@ -204,20 +205,19 @@ class ConditionEmbedder(nn.Module):
         self.freq_dim = freq_dim
         self.time_embedder = TimestepEmbedding(freq_dim, dim)
         self.delta_embedder: TimestepEmbedding | None = None
-        self.deltatime_type = "r"
-        self.fusion = "gated"
-        self.gate_value = 0.0
+        self.deltatime, self.fusion, self.gate = "r", "gated", 0.0
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = TextProjection(text_dim, dim)
         self.image_embedder = None if image_dim is None else ImageProjection(image_dim, dim)
 
     def set_flow_map(
-        self, delta_embedder: TimestepEmbedding, gate_value: float, deltatime: str, fusion: str
+        self, delta_embedder: TimestepEmbedding, gate: float, deltatime: str, fusion: str
     ) -> None:
         """Install the second timestep branch.
 
         Raises:
-            ValueError: an unknown deltatime type or fusion, or a gate that is not finite in fp32.
+            ValueError: the deltatime or fusion is unknown, or the gate is not finite in fp32; the
+                message has the names of the config.
         """
         if deltatime not in DELTATIME_TYPES:
             raise ValueError(
@@ -228,39 +228,37 @@ class ConditionEmbedder(nn.Module):
             raise ValueError(
                 f"r_embedder_fusion must be one of {', '.join(FUSIONS)}, got {brief(fusion)}"
             )
-        if not is_finite_number(gate_value):
+        if not is_finite_number(gate):
             raise ValueError(
-                f"gate_value must be a number that is finite in fp32, got {brief(gate_value)}"
+                f"gate_value must be a number that is finite in fp32, got {brief(gate)}"
             )
         self.delta_embedder = delta_embedder
-        self.deltatime_type, self.fusion = deltatime, fusion
-        self.gate_value = gate_value
+        self.deltatime, self.fusion, self.gate = deltatime, fusion, gate
         device = delta_embedder.linear_1.weight.device
-        # No file fills this buffer, so it must not be left on the meta device that weights are
-        # loaded from.
+        # no file fills this buffer, so that it must not stay on the meta device of a loading model
         device = torch.device("cpu") if device.type == "meta" else device
-        self.register_buffer("delta_emb_gate", self._gate(device), persistent=False)
+        self.register_buffer("delta_emb_gate", self._gate_on(device), persistent=False)
 
-    def _gate(self, device: torch.device) -> Tensor:
-        return torch.tensor([self.gate_value], dtype=torch.float32, device=device)
+    def _gate_on(self, device: torch.device) -> Tensor:
+        return torch.tensor([self.gate], dtype=torch.float32, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConditionEmbedder:
-        """As every module, but the gate keeps its value through ``to_empty()`` and its fp32 through
-        ``to(dtype)``.
-        """
+        """Convert the module, but keep the gate's value in ``to_empty()`` and its fp32."""
         super()._apply(fn, recurse)
         if self.delta_embedder is not None:
-            self.delta_emb_gate = self._gate(self.delta_emb_gate.device)
+            self.delta_emb_gate = self._gate_on(self.delta_emb_gate.device)
         return self
 
     def forward(
         self, timestep: Tensor, r_timestep: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """``t[N]``, ``r[N]`` or None ``-> (emb[N, D], projection[N, 6, D])``, embeddings rounded to
-        ``dtype``.
+        """Embed the times ``t[N]`` and ``r[N]`` or None.
 
-        The times are what the module's call embeds because they read its own tensor, the gate,
-        which hooks of offloading bring to the device around calls only.
+        Times are embedded by the module's call, and text by a method, because the times read the
+        module's own tensor, the gate: hooks of offloading bring it to the device around calls only.
+
+        Returns:
+            ``emb[N, D]``, rounded to ``dtype``, and its projection ``[N, 6, D]``.
         """
         temb = self._embed(self.time_embedder, timestep, dtype)
         if r_timestep is None:
@@ -268,11 +266,10 @@ class ConditionEmbedder(nn.Module):
         elif self.delta_embedder is None:
             raise ValueError(
                 "r_timestep was given, but this model has no second timestep branch "
-                "(r_embedder=False); "
-                "call enable_flow_map() first, or pass r_timestep=None"
+                "(r_embedder=False); call enable_flow_map() first, or pass r_timestep=None"
             )
         else:
-            delta = r_timestep if self.deltatime_type == "r" else timestep - r_timestep
+            delta = r_timestep if self.deltatime == "r" else timestep - r_timestep
             remb = self._embed(self.delta_embedder, delta, dtype)
             temb, activated = dual_timestep_embedding(temb, remb, self.delta_emb_gate, self.fusion)
         return temb, apply_linear(
@@ -284,8 +281,9 @@ class ConditionEmbedder(nn.Module):
         return embedder(sinusoid.to(embedder.linear_1.weight.dtype)).to(dtype)
 
     def embed_text(self, text: Tensor, image: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """``text[B, S, text_dim]`` and optional ``image[B, S', image_dim] -> [B, S' + S, D]``,
-        image tokens first.
+        """Return tokens ``[B, S' + S, D]`` of ``image[B, S', image_dim]`` and ``text[B, S, ...]``.
+
+        Without an image they are the text's alone.
         """
         tokens = self.text_embedder(text.to(dtype))
         if image is None:
@@ -299,7 +297,6 @@ class ConditionEmbedder(nn.Module):
         if image.ndim != 3 or image.shape[0] != text.shape[0] or image.shape[2] != image_dim:
             raise ValueError(
                 f"encoder_hidden_states_image must be [B={text.shape[0]}, S, "
-                f"image_dim={image_dim}], "
-                f"got {tuple(image.shape)}"
+                f"image_dim={image_dim}], got {tuple(image.shape)}"
             )
         return torch.cat([self.image_embedder(image.to(dtype)), tokens], dim=1)

@@ -1,4 +1,4 @@
-"""How methods and samplers call a network ``u(x_t, t, r)``."""
+"""Call a network ``u(x_t, t, r)`` as methods and samplers do, and ask what it is."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from torch import Tensor, nn
 def velocity(
     model: Any, x: Tensor, timestep: Tensor, r_timestep: Tensor | None, prompt_embeds: Tensor
 ) -> Tensor:
-    """``u(x, t, r, c)`` in fp32 at least: ``x[B, F, C, H, W]``, timesteps ``[B]`` or ``[B, F]`` in
-    [0, N].
+    """Return ``u(x, t, r, c)`` in fp32 at least.
+
+    Args:
+        model: the network.
+        x: ``[B, F, C, H, W]``.
+        timestep: t in [0, N], ``[B]`` or ``[B, F]``.
+        r_timestep: r, likewise; None for the plain velocity.
+        prompt_embeds: ``[B, S, text_dim]``.
     """
     out = evaluate(
         model, x, timestep=timestep, r_timestep=r_timestep, encoder_hidden_states=prompt_embeds
@@ -21,24 +27,21 @@ def velocity(
 
 
 def evaluate(model: Any, x: Tensor, **conditions: Any) -> Tensor:
-    """Call a network; its output is a tuple or has ``.sample``, as those of diffusers'
-    transformers.
-    """
+    """Call a network whose output is a tuple or has ``.sample``, as diffusers' transformers."""
     out = model(hidden_states=x, **conditions, return_dict=False)
     return out[0] if isinstance(out, tuple) else out.sample
 
 
 def has_flow_map(model: Any) -> bool:
-    """Whether a network takes ``r_timestep``: everything but a transformer built with
-    ``r_embedder=False``.
-    """
+    """Check that a network takes ``r_timestep``: all but one with ``r_embedder=False`` do."""
     config = getattr(getattr(model, "module", model), "config", None)
     return True if config is None else bool(getattr(config, "r_embedder", True))
 
 
 def has_hooks(model: Any) -> bool:
-    """Whether accelerate or diffusers bring weights to the device around module calls: no other
-    method can use them.
+    """Check whether accelerate or diffusers bring weights to the device around module calls only.
+
+    No method beside the call can use such weights.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return any(
@@ -49,9 +52,7 @@ def has_hooks(model: Any) -> bool:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Return the device that a module's inputs must be on: of its weights, or where hooks bring
-    them.
-    """
+    """Return the device of a module's inputs: that of its weights, or where hooks bring them."""
     from diffusers.hooks.group_offloading import _get_group_onload_device
 
     if has_hooks(module):
@@ -67,8 +68,3 @@ def execution_device(module: nn.Module) -> torch.device:
             if devices:
                 return torch.device(devices[0])
     return next(module.parameters()).device
-
-
-def widest_float(device: torch.device) -> torch.dtype:
-    """fp64 where the device has it: times near 1 differ by less than fp32 resolves well."""
-    return torch.float32 if device.type in ("mps", "npu") else torch.float64

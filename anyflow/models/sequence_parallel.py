@@ -1,5 +1,4 @@
-"""Ulysses sequence parallelism: ranks share the tokens of every frame, and swap them for heads
-around self-attention.
+"""Share a sample's tokens among ranks, and swap them for heads around self-attention (Ulysses).
 
 Of s ranks each holds a slice of every frame, so that the number of frames is free and one
 modulation row per frame still covers equally many tokens. The last slices are padded with zeros,
@@ -19,7 +18,7 @@ from anyflow.models.attention import attention
 
 
 class SequenceGroup:
-    """The ranks that share a sample's tokens; a copy of the model has the same group."""
+    """Hold the ranks that share a sample's tokens; a copy of the model has the same group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -31,7 +30,7 @@ class SequenceGroup:
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """How one forward's L = F P tokens lie on s ranks: n = ceil(P / s) of each frame on every rank.
+    """Place the L = F P tokens of a forward on s ranks: n = ceil(P / s) of each frame on each.
 
     Args:
         ranks: the group.
@@ -45,22 +44,24 @@ class TokenSplit:
 
     @property
     def share(self) -> int:
-        """n, the tokens of a frame that a rank holds, with padding."""
+        """Return n, the tokens of a frame that a rank holds, with padding."""
         return -(-self.positions // self.ranks.degree)
 
     def scatter(self, x: Tensor) -> Tensor:
-        """This rank's tokens of what every rank has: ``[B, L, ...] -> [B, F n, ...]``."""
+        """Return this rank's part of what all ranks have: ``[B, L, ...] -> [B, F n, ...]``."""
         return self._slices(x)[self.ranks.rank].contiguous()
 
     def gather(self, x: Tensor) -> Tensor:
-        """All tokens on every rank: ``[B, F n, ...] -> [B, L, ...]``; in backward, the ranks'
-        gradients are summed.
+        """Return all tokens on every rank: ``[B, F n, ...] -> [B, L, ...]``.
+
+        The backward sums the ranks' gradients.
         """
         return self._tokens(_AllToAll.apply(x.expand(self.ranks.degree, *x.shape), self.ranks))
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, backend: str | None) -> Tensor:
-        """Self-attention of all tokens, H / s heads on each rank: three
-        ``[B, F n, H, Dh] -> [B, F n, H Dh]``.
+        """Attend among the tokens of all ranks, with H / s heads on each rank.
+
+        Query, key and value are ``[B, F n, H, Dh]``, the result is ``[B, F n, H Dh]``.
         """
         heads = [x.unflatten(2, (self.ranks.degree, -1)).movedim(2, 0) for x in (query, key, value)]
         query, key, value = self._tokens(
@@ -70,20 +71,20 @@ class TokenSplit:
         return _AllToAll.apply(self._slices(out), self.ranks).movedim(0, 2).flatten(2)
 
     def _slices(self, x: Tensor) -> Tensor:
-        """``[B, L, ...] -> [s, B, F n, ...]``, padded."""
+        """Cut ``[B, L, ...]`` into ``[s, B, F n, ...]``, padded."""
         x = x.unflatten(1, (self.frames, self.positions))
         if missing := self.ranks.degree * self.share - self.positions:
             x = torch.cat([x, x.new_zeros(*x.shape[:2], missing, *x.shape[3:])], dim=2)
         return x.unflatten(2, (self.ranks.degree, self.share)).movedim(2, 0).flatten(2, 3)
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """``[s, B, F n, ...] -> [B, L, ...]``, the inverse of :meth:`_slices`."""
+        """Join ``[s, B, F n, ...]`` to ``[B, L, ...]``, which undoes :meth:`_slices`."""
         x = x.unflatten(2, (self.frames, self.share)).movedim(0, 2).flatten(2, 3)
         return x[:, :, : self.positions].flatten(1, 2)
 
 
 class _AllToAll(torch.autograd.Function):
-    """``x[j]`` of rank i becomes ``x[i]`` of rank j: linear, and its own adjoint."""
+    """Send ``x[j]`` of rank i to ``x[i]`` of rank j, a linear map that is its own adjoint."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: SequenceGroup) -> Tensor:

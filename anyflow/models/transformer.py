@@ -1,12 +1,9 @@
-"""The Wan2.1 video transformer with two timesteps: ``u(x_t, t, r)``, the average velocity between t
-and r.
-"""
+"""Define the Wan2.1 video transformer with two times: ``u(x_t, t, r)``, the average velocity."""
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,9 +14,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from anyflow.models.attention import require_backend, validated_backend
-from anyflow.models.blocks import AnyFlowTransformerBlock, Attention, KeyValue
-from anyflow.models.configuration import require_settings, require_sizes
+from anyflow.models.attention import require_backend
+from anyflow.models.blocks import AnyFlowTransformerBlock, Attention, Rotary
+from anyflow.models.configuration import LIMITS, require_settings, require_sizes
 from anyflow.models.diffusers_typing import apply_lora_scale, register_to_config
 from anyflow.models.embeddings import (
     ConditionEmbedder,
@@ -30,7 +27,7 @@ from anyflow.models.embeddings import (
 )
 from anyflow.models.sequence_parallel import SequenceGroup, TokenSplit
 from anyflow.ops import layer_norm_modulate
-from anyflow.ops.setting import hold
+from anyflow.ops.setting import ATTENTION_BACKEND, hold
 
 if TYPE_CHECKING:
     import os
@@ -38,38 +35,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-@dataclass(frozen=True)
-class TimeEmbedding:
-    """Embedded times: ``emb[N, R, D]`` for the output norm, ``modulation[N, R, 6, D]`` for the
-    blocks.
-    """
-
-    emb: Tensor
-    modulation: Tensor
-
-    def __getitem__(self, index: int | slice) -> TimeEmbedding:
-        index = slice(index, index + 1) if isinstance(index, int) else index
-        return TimeEmbedding(self.emb[index], self.modulation[index])
-
-    def expand(self, batch_size: int) -> TimeEmbedding:
-        """One embedding shared by a batch, as a view."""
-        return TimeEmbedding(
-            self.emb.expand(batch_size, -1, -1),
-            self.modulation.expand(batch_size, -1, -1, -1),
-        )
-
-
-@dataclass(frozen=True)
-class TextContext:
-    """The cross-attention keys and values of every block for one prompt batch, each
-    ``[B, S, H, Dh]``.
-    """
-
-    key_values: tuple[KeyValue, ...]
-
-
 class _EqualToPeer(type):
-    """Makes a class equal to diffusers' class of its name.
+    """Make a class equal to diffusers' class of its name.
 
     ``DiffusionPipeline.from_pipe`` hands a component over only where its exact class is that of the
     new pipeline's signature, and otherwise leaves it out with a warning.
@@ -78,7 +45,7 @@ class _EqualToPeer(type):
     def __eq__(cls, other: object) -> bool:
         if cls is other or not isinstance(other, type):
             return cls is other
-        module = str(getattr(other, "__module__", ""))  # of a metaclass it is a descriptor
+        module = str(getattr(other, "__module__", ""))  # a metaclass has a descriptor there
         return (
             module.startswith("diffusers.models.transformers.") and other.__name__ == cls.__name__
         )
@@ -87,14 +54,15 @@ class _EqualToPeer(type):
 
 
 class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metaclass=_EqualToPeer):
-    """Bidirectional flow-map video transformer (AnyFlow, arXiv 2605.13724; architecture Wan2.1).
+    """Predict the average velocity of a video (AnyFlow, arXiv 2605.13724; architecture Wan2.1).
 
     Parameter names and positional arguments are those of diffusers' class of the same name (proven
-    by ``tests/models/test_parity_diffusers.py``), so it loads the same checkpoints and drops into
-    ``diffusers.AnyFlowPipeline``. Differences: a ``[B]`` timestep keeps one modulation row per
-    sample, a ``[B, F]`` one keeps one per frame (never one per token); ``r_timestep=None`` is the
-    plain single-timestep Wan path; and the velocity has the dtype of the latents given, whose
-    projection in runs at least at that precision, and the norm and projection out in fp32.
+    by ``tests/models/test_parity_diffusers.py``), so that the model loads the same checkpoints and
+    drops into ``diffusers.AnyFlowPipeline``. The differences: a ``[B]`` timestep keeps one
+    modulation row per sample, a ``[B, F]`` one keeps one per frame (never one per token);
+    ``r_timestep=None`` is the plain Wan path with a single time; the velocity has the dtype of the
+    latents given. The projection of the latents runs at least at their precision, the last norm and
+    projection in fp32.
 
     Args:
         patch_size: (frames, height, width) of a patch.
@@ -109,7 +77,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         cross_attn_norm: LayerNorm with affine before cross-attention.
         eps: epsilon of every norm.
         image_dim: width of image-encoder states, or None for no image branch.
-        rope_max_seq_len: largest number of frames, patch rows or patch columns.
+        rope_max_seq_len: largest number of patches along frames, height or width.
         gate_value: g, the share of the second timestep's embedding.
         deltatime_type: what the second branch embeds, ``"r"`` or ``"t-r"``.
         r_embedder: False builds the plain Wan model, without the second branch.
@@ -156,19 +124,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         r_embedder_fusion: str = "gated",
     ) -> None:
         super().__init__()
-        require_sizes(
-            patch_size=patch_size,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            text_dim=text_dim,
-            freq_dim=freq_dim,
-            ffn_dim=ffn_dim,
-            num_layers=num_layers,
-            image_dim=image_dim,
-            rope_max_seq_len=rope_max_seq_len,
-        )
+        require_sizes(patch_size=patch_size, **{name: self.config[name] for name in LIMITS})
         require_settings(eps=eps, cross_attn_norm=cross_attn_norm, r_embedder=r_embedder)
         dim = num_attention_heads * attention_head_dim
         channels = in_channels if out_channels is None else out_channels
@@ -195,10 +151,15 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
     def enable_flow_map(
         self, gate_value: float = 0.25, deltatime_type: str = "r", fusion: str = "gated"
     ) -> AnyFlowTransformer3DModel:
-        """Turn a plain Wan model into a flow map: ``delta_embedder`` becomes a copy of
-        ``time_embedder``.
+        """Turn a plain Wan model into a flow map, in place, and return it.
 
-        With ``deltatime_type="r"`` the model is unchanged where r = t. Returns the model itself.
+        ``delta_embedder`` becomes a copy of ``time_embedder``: with ``deltatime_type="r"`` and the
+        gated fusion the velocity is unchanged where r = t.
+
+        Args:
+            gate_value: g, the share of the second time's embedding.
+            deltatime_type: what the second branch embeds, ``"r"`` or ``"t-r"``.
+            fusion: ``"gated"`` or ``"additive"``.
 
         Raises:
             ValueError: the model already is a flow map, or an option is unknown.
@@ -213,30 +174,30 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
             "deltatime_type": deltatime_type,
             "r_embedder_fusion": fusion,
         }
-        # diffusers' from_config ignores settings on this list.
+        # diffusers' from_config ignores the settings on this list
         defaulted = [k for k in self.config.get("_use_default_values", []) if k not in settings]
         self.register_to_config(**settings, _use_default_values=defaulted)
         return self
 
     def set_attention_backend(self, backend: str | None) -> None:
-        """Force this model's attention onto one backend; None or ``"auto"`` returns to the
-        automatic choice.
+        """Force the attention of this model, and of no other one, onto one backend.
 
-        The names are those of ``anyflow.models.attention``, not diffusers' (whose ``"flash"`` is
-        the package that is ``"flash_attn_2"`` here), and other models are left alone. Nearer than
-        ``use_attention_backend``.
+        The choice is nearer than ``use_attention_backend``.
+
+        Args:
+            backend: a name of ``anyflow.models.attention``, not of diffusers (whose ``"flash"`` is
+                the package that is ``"flash_attn_2"`` here); None or ``"auto"`` returns to the
+                automatic choice.
 
         Raises:
             ValueError: the name is unknown.
             RuntimeError: the backend is not installed, or does not run on this machine.
         """
-        name = (
-            None
-            if backend is None or backend == "auto"
-            else validated_backend(backend, "set_attention_backend: ")
+        name = ATTENTION_BACKEND.checked(
+            None if backend == "auto" else backend, "set_attention_backend: "
         )
         if name is not None:
-            # An offloaded model waits on the CPU for a CUDA device.
+            # an offloaded model is on the CPU, and runs on a CUDA device
             devices = (
                 (torch.device("cuda", torch.cuda.current_device()),)
                 if torch.cuda.is_available()
@@ -248,16 +209,16 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
                 module.attention_backend = name
 
     def reset_attention_backend(self) -> None:
-        """As ``set_attention_backend(None)``."""
+        """Return to the automatic choice, as ``set_attention_backend(None)``."""
         self.set_attention_backend(None)
 
     def set_sequence_parallel(self, group: dist.ProcessGroup | None) -> None:
-        """Share every sample's tokens among the ranks of a group, which call the model with the
-        same arguments.
+        """Share every sample's tokens among the ranks of a group.
 
-        Each rank gets the whole velocity. Its gradients are those of the sum of all ranks' losses
-        with respect to what the rank computed, so their mean over the group is the gradient. None,
-        or a group of one, turns it off. It is neither in the config nor in the state dict.
+        The ranks call the model with the same arguments, and each gets the whole velocity. A rank's
+        gradients are those of the sum of all ranks' losses with respect to what the rank computed,
+        so that their mean over the group is the gradient. None, or a group of one, turns sharing
+        off. The group is neither in the config nor in the state dict.
 
         Raises:
             ValueError: the number of ranks does not divide the number of heads, or this process is
@@ -269,47 +230,9 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         if sequence is not None and self.config.num_attention_heads % sequence.degree:
             raise ValueError(
                 f"sequence parallelism over {sequence.degree} ranks needs a number of attention "
-                "heads that it divides, "
-                f"got {self.config.num_attention_heads}"
+                f"heads that it divides, got {self.config.num_attention_heads}"
             )
         self._sequence = None if sequence is None or sequence.degree == 1 else sequence
-
-    def embed_time(self, timestep: Tensor, r_timestep: Tensor | None = None) -> TimeEmbedding:
-        """Embed times in [0, num_train_timesteps] once, to be reused by many forward calls.
-
-        Args:
-            timestep: ``[N]``, or ``[N, F]`` for one time per frame.
-            r_timestep: as timestep, or None for the plain single-timestep path.
-
-        Returns:
-            :class:`TimeEmbedding` with R = 1 or R = F rows.
-        """
-        return self._embed_time(timestep, r_timestep)
-
-    def _embed_time(self, timestep: Tensor, r_timestep: Tensor | None) -> TimeEmbedding:
-        """Of forward's own: FSDP gathers parameters around the public method, and frees them after
-        it.
-        """
-        rows = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
-        r = None if r_timestep is None else r_timestep.flatten()
-        emb, modulation = self.condition_embedder(
-            rows.flatten(), r, self._compute_dtype(timestep.device)
-        )
-        return TimeEmbedding(emb.unflatten(0, rows.shape), modulation.unflatten(0, rows.shape))
-
-    def encode_text(
-        self, encoder_hidden_states: Tensor, encoder_hidden_states_image: Tensor | None = None
-    ) -> TextContext:
-        """Project ``[B, S, text_dim]`` text states to every block's keys and values, to be reused
-        by many calls.
-        """
-        dtype = self._compute_dtype(encoder_hidden_states.device)
-        tokens = self.condition_embedder.embed_text(
-            encoder_hidden_states, encoder_hidden_states_image, dtype
-        )
-        return TextContext(
-            tuple(cast(AnyFlowTransformerBlock, b).text_key_value(tokens) for b in self.blocks)
-        )
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -321,24 +244,18 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         encoder_hidden_states_image: Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
-        *,
-        time_embedding: TimeEmbedding | None = None,
-        text_context: TextContext | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Average velocity u(x_t, t, r), or the instantaneous velocity of the plain path when
-        ``r_timestep`` is None.
+        """Return the average velocity u(x_t, t, r), or the plain velocity without ``r_timestep``.
 
         Args:
             hidden_states: ``[B, F, C, H, W]`` latents; H and W are multiples of the patch size.
-            timestep: t, ``[B]`` or ``[B, F]``, in [0, num_train_timesteps].
-            r_timestep: r <= t, the shape of timestep. **None is not r = t**: it skips the second
+            timestep: t, ``[B]`` or ``[B, F]``, in [0, num_train_timesteps]; required.
+            r_timestep: r <= t, the shape of timestep. **None is not r = t**: None skips the second
                 branch entirely.
-            encoder_hidden_states: ``[B, S, text_dim]``.
+            encoder_hidden_states: ``[B, S, text_dim]``; required.
             encoder_hidden_states_image: ``[B, S', image_dim]``, put before the text.
             attention_kwargs: ``{"scale": s}`` scales LoRA adapters; nothing else is understood.
             return_dict: False returns a 1-tuple.
-            time_embedding: result of :meth:`embed_time` in place of timestep and r_timestep.
-            text_context: result of :meth:`encode_text` in place of encoder_hidden_states.
 
         Returns:
             ``.sample`` ``[B, F, C_out, H, W]`` in hidden_states' dtype.
@@ -347,53 +264,64 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
             ValueError: shapes do not fit, or ``r_timestep`` is given to a model without the second
                 branch.
         """
+        if timestep is None or encoder_hidden_states is None:
+            absent = "timestep" if timestep is None else "encoder_hidden_states"
+            raise ValueError(f"{absent} is required")
         grid = self._token_grid(hidden_states)
-        batch_size, dtype = hidden_states.shape[0], self._compute_dtype(hidden_states.device)
-        if time_embedding is None:
-            self._check_times(hidden_states, grid[0], timestep, r_timestep)
-            assert timestep is not None
-            time_embedding = self._embed_time(timestep, r_timestep)
-        context: Tensor | None = None
-        if text_context is None:
-            self._check_text(encoder_hidden_states, batch_size)
-            assert encoder_hidden_states is not None
-            context = self.condition_embedder.embed_text(
-                encoder_hidden_states, encoder_hidden_states_image, dtype
-            )
+        self._check_times(hidden_states, grid[0], timestep, r_timestep)
+        self._check_text(encoder_hidden_states, hidden_states.shape[0])
+        dtype = self._compute_dtype(hidden_states.device)
+        time, modulation = self._embed_times(timestep, r_timestep, dtype)
+        text = self.condition_embedder.embed_text(
+            encoder_hidden_states, encoder_hidden_states_image, dtype
+        )
 
         x = self.patch_embedding(hidden_states.transpose(1, 2)).flatten(2).transpose(1, 2).to(dtype)
         rotary = self.rope(grid, x.device, torch.promote_types(dtype, torch.float32))
-        split = (
-            None
-            if self._sequence is None
-            else TokenSplit(self._sequence, grid[0], grid[1] * grid[2])
-        )
-        if split is not None:
-            x, rotary = (
-                split.scatter(x),
-                (split.scatter(rotary[0][None])[0], split.scatter(rotary[1][None])[0]),
-            )
-        for index, block in enumerate(self.blocks):
-            arguments = (x, context if text_context is None else text_context.key_values[index])
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                # recomputed on the same backends
-                run = block if torch.compiler.is_compiling() else hold(block)
-                x = self._gradient_checkpointing_func(
-                    run, *arguments, time_embedding.modulation, rotary, split
-                )
-            else:
-                x = block(*arguments, time_embedding.modulation, rotary, split)
+        split = None
+        if self._sequence is not None:
+            split = TokenSplit(self._sequence, grid[0], grid[1] * grid[2])
+            cos, sin = (split.scatter(table[None])[0] for table in rotary)
+            x, rotary = split.scatter(x), (cos, sin)
+        for block in self.blocks:
+            x = self._run_block(block, x, text, modulation, rotary, split)
 
         # In fp32 whatever the latents: a bf16 norm and projection would be 4 % of a bf16 model's
         # error.
         wide = torch.promote_types(torch.promote_types(hidden_states.dtype, dtype), torch.float32)
-        shift, scale = (self.scale_shift_table + time_embedding.emb.to(wide).unsqueeze(2)).unbind(2)
-        x = x.to(wide)
-        x = self.proj_out(layer_norm_modulate(x, shift, scale, self.config.eps))
+        shift, scale = (self.scale_shift_table + time.to(wide).unsqueeze(2)).unbind(2)
+        x = self.proj_out(layer_norm_modulate(x.to(wide), shift, scale, self.config.eps))
         if split is not None:
             x = split.gather(x)
         sample = self._unpatchify(x, grid).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _embed_times(
+        self, timestep: Tensor, r_timestep: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``[B, R, D]`` for the last norm and ``[B, R, 6, D]`` for blocks; R = 1 or F."""
+        t = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
+        r = None if r_timestep is None else r_timestep.flatten()
+        time, modulation = self.condition_embedder(t.flatten(), r, dtype)
+        return time.unflatten(0, t.shape), modulation.unflatten(0, t.shape)
+
+    def _run_block(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        rotary: Rotary,
+        split: TokenSplit | None,
+    ) -> Tensor:
+        if not (torch.is_grad_enabled() and self.gradient_checkpointing):
+            return cast(Tensor, block(x, text, modulation, rotary, split))
+        # the backward pass recomputes on the backends of the forward pass
+        run = block if torch.compiler.is_compiling() else hold(block)
+        return cast(
+            Tensor,
+            self._gradient_checkpointing_func(run, x, text, modulation, rotary, split),
+        )
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         if torch.is_autocast_enabled(device.type):
@@ -423,11 +351,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         pt, ph, pw = self.config.patch_size
         return sizes[0] // pt, sizes[1] // ph, sizes[2] // pw
 
-    def _check_times(
-        self, hidden_states: Tensor, frames: int, t: Tensor | None, r: Tensor | None
-    ) -> None:
-        if t is None:
-            raise ValueError("timestep is required unless time_embedding is given")
+    def _check_times(self, hidden_states: Tensor, frames: int, t: Tensor, r: Tensor | None) -> None:
         b = hidden_states.shape[0]
         if t.shape not in ((b,), (b, frames)):
             raise ValueError(
@@ -438,12 +362,9 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
                 f"r_timestep {tuple(r.shape)} must have the shape of timestep {tuple(t.shape)}"
             )
 
-    def _check_text(self, text: Tensor | None, batch_size: int) -> None:
-        if text is None:
-            raise ValueError("encoder_hidden_states is required unless text_context is given")
+    def _check_text(self, text: Tensor, batch_size: int) -> None:
         if text.ndim != 3 or text.shape[0] != batch_size or text.shape[2] != self.config.text_dim:
             raise ValueError(
                 f"encoder_hidden_states must be [B={batch_size}, S, "
-                f"text_dim={self.config.text_dim}], "
-                f"got {tuple(text.shape)}"
+                f"text_dim={self.config.text_dim}], got {tuple(text.shape)}"
             )

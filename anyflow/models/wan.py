@@ -1,4 +1,4 @@
-"""Wan's transformer behind the call of diffusers' class: channels first, a single timestep."""
+"""Provide Wan's transformer behind the call of diffusers' class: channels first, one time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anyflow.utils.validation import brief
 
 
 class WanTransformer3DModel(AnyFlowTransformer3DModel):
-    """The plain path of :class:`AnyFlowTransformer3DModel` for diffusers' Wan pipelines.
+    """Run the plain path of :class:`AnyFlowTransformer3DModel` in diffusers' Wan pipelines.
 
     Settings, parameter names and call are those of diffusers' class of the same name (proven by
     ``tests/pipelines/test_acceleration.py``), so folders interchange both ways.
@@ -81,11 +81,15 @@ class WanTransformer3DModel(AnyFlowTransformer3DModel):
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Velocity at t; arguments as :meth:`AnyFlowTransformer3DModel.forward`, but for two.
+        """Return the velocity at t, as :meth:`AnyFlowTransformer3DModel.forward` without r.
 
         Args:
             hidden_states: ``[B, C, F, H, W]``, channels first, as the result.
             timestep: ``[B]``, or ``[B, L]`` for every token (Wan 2.2, 5B), equal within a frame.
+            encoder_hidden_states: ``[B, S, text_dim]``.
+            encoder_hidden_states_image: ``[B, S', image_dim]``, put before the text.
+            return_dict: False returns a 1-tuple.
+            attention_kwargs: ``{"scale": s}`` scales LoRA adapters.
 
         Raises:
             ValueError: shapes do not fit, or a frame's tokens have different times.
@@ -105,18 +109,18 @@ class WanTransformer3DModel(AnyFlowTransformer3DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def cache_context(self, name: str, **context: Any) -> AbstractContextManager[None]:
-        """What Wan's pipeline opens around each call; there is no cache to tell."""
+        """Return a block that does nothing: Wan's pipeline opens one around each call."""
         return nullcontext()
 
 
 def _frame_times(timestep: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """``[B, L] -> [B, F]``."""
-    frames, rows, columns = grid
-    if timestep.shape[1] != frames * rows * columns:
+    """Return the times of frames, ``[B, F]``, of those of tokens, ``[B, L]``."""
+    frames, height, width = grid
+    if timestep.shape[1] != frames * height * width:
         raise ValueError(
-            f"timestep must be [B] or [B, L={frames * rows * columns}], got {tuple(timestep.shape)}"
+            f"timestep must be [B] or [B, L={frames * height * width}], got {tuple(timestep.shape)}"
         )
-    times = timestep.unflatten(1, (frames, rows * columns))
+    times = timestep.unflatten(1, (frames, height * width))
     if (times != times[:, :, :1]).any():
         raise ValueError("timestep: the tokens of a frame must have one time")
     return times[:, :, 0]

@@ -1,8 +1,7 @@
-"""The operator API: the fused operators of a flow-map transformer, each with an eager
-fp32-accumulating reference.
+"""Provide the fused operators of a flow-map transformer, each with an eager reference.
 
-Each has a functional form and, where it stands for a layer, a module. Import both from here; which
-implementation runs is decided in :mod:`anyflow.ops.backend`.
+The references accumulate in fp32. Each operator is a function and, where it stands for a layer, a
+module. Import both from here; :mod:`anyflow.ops.backend` decides which implementation runs.
 """
 
 from anyflow.ops.attention import attention

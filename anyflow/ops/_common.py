@@ -1,4 +1,4 @@
-"""Shape checks and small helpers shared by the operators' references."""
+"""Check operands, and help the references of the operators."""
 
 from __future__ import annotations
 
@@ -12,29 +12,8 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_KERNEL_DIM = 8192
 
 
-def unsupported_dtype(*tensors: Tensor | None) -> str | None:
-    """Why the kernels do not take tensors of these dtypes, or None if they do."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
-            return f"{describe(tensor)} (kernels take bfloat16, float16 and float32)"
-    return None
-
-
-def unsupported_row(*tensors: Tensor | None) -> str | None:
-    """As :func:`unsupported_dtype`, for kernels that hold a whole row of the last dimension in
-    registers.
-    """
-    for tensor in tensors:
-        d = 8 if tensor is None else tensor.shape[-1] if tensor.ndim else 0
-        if d % 8 or not 0 < d <= MAX_KERNEL_DIM:
-            return f"D={d} (kernels take multiples of 8 up to {MAX_KERNEL_DIM})"
-    return unsupported_dtype(*tensors)
-
-
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype statistics and products are accumulated in: fp32, or fp64 when any operand is
-    fp64.
-    """
+    """Return the dtype of statistics and products: fp32, or fp64 where an operand is fp64."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -90,8 +69,7 @@ def check_same_shape(op: str, name: str, tensor: Tensor, like: Tensor, like_name
     if tensor.shape != like.shape or not tensor.is_floating_point():
         raise ValueError(
             f"{op}: {name} must have the shape of {like_name} {tuple(like.shape)}, in a floating "
-            "dtype, "
-            f"got {describe(tensor)}"
+            f"dtype, got {describe(tensor)}"
         )
     check_device(op, name, tensor, like)
 
@@ -113,18 +91,14 @@ def check_times(op: str, name: str, times: Tensor, like: Tensor) -> None:
 
 
 def check_indices(op: str, name: str, indices: Tensor, like: Tensor) -> None:
-    """Check that indices are an integer ``[n]`` tensor on like's device (their values are not
-    read).
-    """
+    """Check that indices are an integer ``[n]`` tensor on like's device, without reading them."""
     if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
         raise ValueError(f"{op}: {name} must be [n] integer indices, got {describe(indices)}")
     check_device(op, name, indices, like)
 
 
 def check_dense(op: str, tensor: Tensor) -> None:
-    """Check that a tensor is dense and that its last element lies in its memory, which may have
-    been freed.
-    """
+    """Check that a tensor is dense and within its memory, which may have been freed."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
         raise ValueError(
             f"{op}: takes dense tensors, got {describe(tensor)} of layout {tensor.layout}"
@@ -160,9 +134,7 @@ def check_sizes(op: str, name: str, tensor: Tensor, sizes: Sequence[int], like: 
 
 
 def check_number_or_times(op: str, name: str, times: Tensor, samples: int, like: Tensor) -> None:
-    """Check one time, ``[n]`` or ``[n, F]`` times of n samples ``[n, F, ...]`` like those of
-    another tensor.
-    """
+    """Check one time, ``[n]`` or ``[n, F]`` times, of n samples with the frames of ``like``."""
     allowed = ((), (samples,), (samples, like.shape[1]))
     if times.ndim > 2 or tuple(times.shape) != allowed[times.ndim] or not times.is_floating_point():
         raise ValueError(
@@ -173,14 +145,12 @@ def check_number_or_times(op: str, name: str, times: Tensor, samples: int, like:
 
 
 def describe(x: Tensor) -> str:
-    """Shape and dtype of a tensor for error messages."""
+    """Return shape and dtype of a tensor for an error message."""
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
 def split_rows(x: Tensor, rows: int) -> Tensor:
-    """View ``[B, L, D]`` as ``[B, R, L / R, D]``, so that a modulation row broadcasts over the
-    tokens that read it.
-    """
+    """View ``[B, L, D]`` as ``[B, R, L / R, D]``, over which a modulation row broadcasts."""
     return x.unflatten(1, (rows, x.shape[1] // rows))
 
 
@@ -190,7 +160,5 @@ def sum_rows(x: Tensor, rows: int) -> Tensor:
 
 
 def lead(values: Tensor, like: Tensor) -> Tensor:
-    """Append singleton dimensions to ``values[B]`` or ``[B, F]`` until it broadcasts against
-    ``like[B, F, ...]``.
-    """
+    """Append dimensions to ``values[B]`` or ``[B, F]`` to broadcast over ``like[B, F, ...]``."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))

@@ -1,6 +1,4 @@
-"""What the operators over frames ``[B, F, ...]`` share: times are constants, and rows pick
-samples.
-"""
+"""Help the operators over frames ``[B, F, ...]``: constant times, and indices of samples."""
 
 from __future__ import annotations
 
@@ -8,16 +6,20 @@ import torch
 from torch import Tensor
 
 from anyflow.ops._common import check_device, check_indices, check_times, describe
+from anyflow.ops.library import Limit
 from anyflow.utils.transfer import to_device
+
+# the times and indices of kernels over frames may have dtypes of their own
+FRAMES = Limit(free=("t", "r", "weight", "width", "epsilon_plus", "epsilon_minus", "picked"))
 
 
 def constant_times(
     op: str, name: str, times: float | Tensor, like: Tensor, *, scalar: bool = False
 ) -> Tensor:
-    """Check times ``[B]`` or ``[B, F]`` (a number too with ``scalar``) of ``like[B, F, ...]``;
-    detached, fp32 or fp64.
+    """Check times ``[B]`` or ``[B, F]`` of ``like[B, F, ...]`` and return them as a constant.
 
-    A number becomes a 0-d tensor filled on the device: copying it there would wait for the device.
+    The result is detached, in fp32 or fp64. With ``scalar`` the time may also be a number or a 0-d
+    tensor. A number becomes a 0-d tensor filled on the device: a copy would wait for the device.
     """
     if not isinstance(times, Tensor):
         return torch.full(
@@ -33,44 +35,46 @@ def constant_times(
     return times.detach().to(torch.promote_types(times.dtype, torch.float32))
 
 
-def check_index_operand(op: str, rows: Tensor, like: Tensor) -> None:
-    """Check the operand that :func:`sample_indices` has made; the kernels read int64."""
-    check_indices(op, "rows", rows, like)
-    if rows.dtype != torch.int64:
-        raise ValueError(f"{op}: rows must be int64, got {describe(rows)}")
+def check_index_operand(op: str, picked: Tensor, like: Tensor) -> None:
+    """Check the indices that :func:`sample_indices` makes; the kernels read int64."""
+    check_indices(op, "picked", picked, like)
+    if picked.dtype != torch.int64:
+        raise ValueError(f"{op}: picked must be int64, got {describe(picked)}")
 
 
-def sample_indices(op: str, rows: Tensor, like: Tensor) -> Tensor:
-    """Check indices of the samples of ``like[B, ...]`` and return them as int64; the range only
-    where that is free.
+def sample_indices(op: str, picked: Tensor, like: Tensor) -> Tensor:
+    """Check indices of the samples of ``like[B, ...]`` and return them as int64.
+
+    The range is checked on the CPU, outside of compiled code, where reading waits for no device.
 
     Raises:
-        ValueError: rows is not an integer ``[n]`` on like's device, there are no samples to pick,
+        ValueError: picked is not an integer ``[n]`` on like's device, there are no samples to pick,
             or, on the CPU, an index names none of them.
     """
-    check_indices(op, "rows", rows, like)
-    rows, samples = rows.long(), like.shape[0]
-    if rows.shape[0] and not samples:
-        raise ValueError(f"{op}: rows {describe(rows)} pick among 0 samples")
+    check_indices(op, "picked", picked, like)
+    picked, samples = picked.long(), like.shape[0]
+    if picked.shape[0] and not samples:
+        raise ValueError(f"{op}: picked {describe(picked)} cannot pick among 0 samples")
     if (
-        on_host(rows)
+        on_host(picked)
         and not torch.compiler.is_compiling()
-        and ((rows < -samples) | (rows >= samples)).any()
+        and ((picked < -samples) | (picked >= samples)).any()
     ):
-        raise ValueError(f"{op}: rows must be in [-{samples}, {samples}), got {rows.tolist()}")
-    return rows
+        raise ValueError(f"{op}: picked must be in [-{samples}, {samples}), got {picked.tolist()}")
+    return picked
 
 
-def clamp_indices(rows: Tensor, samples: int) -> tuple[Tensor, Tensor | None]:
-    """Indices that are safe to gather with, and which of them name a sample; None where the range
-    was checked.
+def clamp_indices(picked: Tensor, samples: int) -> tuple[Tensor, Tensor | None]:
+    """Return indices that are safe to gather with, and which of them name a sample.
+
+    The second is None on the CPU, where :func:`sample_indices` has checked the range.
     """
-    index = torch.where(rows < 0, rows + samples, rows)
-    if on_host(rows):
+    index = torch.where(picked < 0, picked + samples, picked)
+    if on_host(picked):
         return index, None
     return index.clamp(0, max(samples - 1, 0)), (index >= 0) & (index < samples)
 
 
-def on_host(rows: Tensor) -> bool:
-    """Whether reading the values waits for no device."""
-    return rows.device.type == "cpu"
+def on_host(picked: Tensor) -> bool:
+    """Return whether reading the indices waits for no device."""
+    return picked.device.type == "cpu"

@@ -1,12 +1,11 @@
-"""Which implementation of an operator runs: the automatic choice, forcing a backend, and a report
-that explains it.
-"""
+"""Choose which implementation of an operator runs, and explain the choice in a report."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 
 from anyflow.ops.native import missing_kernel
 from anyflow.ops.setting import ASSUMED_CAPABILITY, OPERATOR_BACKEND, Use
+from anyflow.utils.devices import default_device
 
-BACKENDS = ("eager", "triton", "native")
-# and the backends with kernels for it; filled by anyflow.ops.library
+BACKENDS = OPERATOR_BACKEND.names
+# operator -> the backends that have a kernel for it; filled by anyflow.ops.library
 OPERATORS: dict[str, tuple[str, ...]] = {}
 # operators whose native kernel is not the faster one on this processor, and why
 LEFT_TO_TORCH: dict[str, str] = {}
@@ -35,6 +35,7 @@ _AUTOMATIC = {"cpu": "native", "cuda": "triton"}
 _MAX_FALLBACKS = 16  # reasons kept per operator: they name shapes, of which a long run may see many
 
 _fallbacks: dict[str, tuple[str, ...]] = {}  # operator -> reasons, in order of appearance
+_warned: set[tuple[str, str]] = set()  # operators and forced backends that have no kernel for them
 
 
 class use_backend(Use):
@@ -46,6 +47,12 @@ class use_backend(Use):
     threads are left alone, and the variable ``ANYFLOW_BACKEND`` is for all of them. A backward pass
     runs, in whatever thread, on what its forward pass was forced onto.
 
+    A call that the forced backend cannot run (another device, a dtype or a width that its kernel
+    does not take) is an error. An operator that has no kernel of the backend on any device stays
+    with the eager reference, so that a model runs as a whole: ``attention``, ``gelu`` and
+    ``linear`` have no Triton kernel. The first such call warns, and :func:`backend_report` says so.
+    The backward of a native CUDA kernel is Triton's.
+
     Raises:
         ValueError: the name is not one of ``"eager"``, ``"triton"``, ``"native"``.
     """
@@ -53,12 +60,11 @@ class use_backend(Use):
     setting = OPERATOR_BACKEND
 
     def __init__(self, name: str | None) -> None:
-        super().__init__(None if name is None else _validated(name))
+        super().__init__(name)
 
 
 class assume_capability:
-    """Choose as on a CUDA device of a compute capability such as ``(9, 0)``, while a ``with`` block
-    lasts.
+    """Choose as on a CUDA device of a compute capability such as ``(9, 0)`` in a ``with`` block.
 
     Fake CUDA tensors (``torch.compile``, ``torch.export``, ``FakeTensorMode``) are traced on
     machines without a GPU too. Nothing can run there, and so nothing is chosen, unless the device
@@ -78,9 +84,7 @@ class assume_capability:
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int] | None:
-    """Return the compute capability of a CUDA device, or the assumed one; None where torch finds no
-    such device.
-    """
+    """Return the assumed compute capability, or that of a CUDA device; None without a device."""
     assumed: tuple[int, int] | None = ASSUMED_CAPABILITY.get()
     if assumed is not None:
         return assumed
@@ -89,14 +93,13 @@ def cuda_capability(device: torch.device) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The backend an operator runs on, why, and the calls that ran on the eager reference instead.
+    """Describe the backend of an operator, and the calls that ran on the reference instead.
 
     Attributes:
         backend: ``"eager"``, ``"triton"``, ``"native"``, or ``"unavailable"`` when a forced one
             cannot run.
         reason: why, in one phrase.
-        fallbacks: why calls so far that the backend does not support ran eagerly; one phrase per
-            reason.
+        fallbacks: why calls that the backend does not support ran eagerly; one phrase per reason.
     """
 
     backend: str
@@ -105,14 +108,8 @@ class BackendChoice:
 
 
 def forced_backend() -> tuple[str, str] | None:
-    """The forced backend and who forced it, or None for the automatic choice."""
-    forced = OPERATOR_BACKEND.get()
-    if forced is not None:
-        return forced, "forced by use_backend()"
-    name = os.environ.get("ANYFLOW_BACKEND")
-    if name:
-        return _validated(name, "ANYFLOW_BACKEND: "), "forced by ANYFLOW_BACKEND"
-    return None
+    """Return the forced backend and who forces it, or None for the automatic choice."""
+    return OPERATOR_BACKEND.forced()
 
 
 def choose(
@@ -122,13 +119,13 @@ def choose(
     args: Sequence[Any],
     direction: str = "forward",
 ) -> str:
-    """The backend that runs this call of ``op``.
+    """Return the backend that runs a call of ``op``.
 
     Args:
         op: name of the operator.
         device: where its tensors are.
-        unsupported: says of the arguments what the kernels do not support, or None; called only if
-            that matters.
+        unsupported: returns what about the arguments the kernels do not support, or None; called
+            only if that matters.
         args: the arguments.
         direction: ``"forward"`` or ``"backward"``. Native CUDA kernels are forward only: Triton's
             run backward.
@@ -153,8 +150,12 @@ def choose(
                 _fallbacks[op] = (*seen, problem)  # replaced whole: another thread may be reading
         return "eager"
     name, by = forced
+    if name == "eager":
+        return name
     if name not in OPERATORS[op]:
-        return "eager"
+        if not torch.compiler.is_compiling():
+            _warn_once(op, name, by)
+        return "eager"  # as use_backend() says: a model runs as a whole
     if name == "native" and direction == "backward" and device.type == "cuda":
         name = "triton"
     reason = missing(name, device, op, direction)
@@ -168,12 +169,22 @@ def choose(
     return name
 
 
+def _warn_once(op: str, name: str, by: str) -> None:
+    if (op, name) not in _warned:
+        _warned.add((op, name))
+        warnings.warn(
+            f"anyflow.ops.{op}: backend {name!r} ({by}) has no kernel of this operator on any "
+            "device; the eager reference runs",
+            stacklevel=2,
+        )
+
+
 def missing(backend: str, device: torch.device, op: str, direction: str = "forward") -> str | None:
-    """Why a backend cannot run an operator on a device, or None if it can."""
+    """Return why a backend cannot run an operator on a device, or None if it can."""
     if backend == "eager":
         return None
     if backend not in OPERATORS[op]:
-        return f"{op} has no {backend.capitalize()} kernel; torch's is as fast"
+        return f"{op} has no {backend.capitalize()} kernel: the eager reference runs"
     if backend == "native":
         return missing_kernel(op if direction == "forward" else f"{op}_backward", device)
     return _missing_triton(device)
@@ -206,19 +217,16 @@ def _missing_triton(device: torch.device) -> str | None:
 
 
 def backend_report(device: torch.device | str | None = None) -> dict[str, BackendChoice]:
-    """For every operator, the backend that runs on ``device`` and why, with the fallbacks there
-    have been.
+    """Report for every operator which backend runs on ``device``, why, and the fallbacks so far.
 
     Args:
-        device: None means CUDA where there is a CUDA device, else the CPU.
+        device: None means CUDA where torch finds a CUDA device, else the CPU.
 
     Returns:
         Operator name to :class:`BackendChoice`. A forced backend that cannot run reads
-        ``unavailable``.
+        ``unavailable``; an operator that it has no kernel for on any device, ``eager``.
     """
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    )
+    device = default_device() if device is None else torch.device(device)
     forced = forced_backend()
     report = {}
     for op in sorted(OPERATORS):
@@ -245,9 +253,3 @@ def _automatic(op: str, device: torch.device) -> tuple[str, str]:
     if reason is not None:
         return "eager", reason
     return name, "fused kernel; what it does not support runs on the eager reference"
-
-
-def _validated(name: str, prefix: str = "") -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{prefix}unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
-    return name

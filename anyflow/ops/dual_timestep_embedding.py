@@ -1,4 +1,4 @@
-"""Fusion of the two timestep embeddings of a flow map, with the activation that follows it."""
+"""Fuse the two timestep embeddings of a flow map, and activate the sum."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from anyflow.ops._common import (
     check_device,
     check_same_shape,
     describe,
-    unsupported_dtype,
 )
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops.library import ELEMENTS, Operator
 
 _OP = "dual_timestep_embedding"
 FUSIONS = ("gated", "additive")
@@ -24,7 +23,7 @@ FUSIONS = ("gated", "additive")
 def dual_timestep_embedding(
     t_emb: Tensor, r_emb: Tensor, gate: float | Tensor, fusion: str = "gated"
 ) -> tuple[Tensor, Tensor]:
-    """Fuse the embeddings of t and r: ``gated``: ``(1 - g) t + g r``; ``additive``: ``t + g r``.
+    """Fuse the embeddings of t and r: gated, ``(1 - g) t + g r``, or additive, ``t + g r``.
 
     Args:
         t_emb: ``[N, D]`` embedding of the timestep, any N and D; the kernel copies what is not
@@ -50,7 +49,7 @@ def dual_timestep_embedding(
 def dual_timestep_embedding_reference(
     t_emb: Tensor, r_emb: Tensor, gate: Tensor, fusion: str
 ) -> tuple[Tensor, Tensor]:
-    """Eager reference; see :func:`dual_timestep_embedding`."""
+    """Compute :func:`dual_timestep_embedding` eagerly."""
     emb = _fuse(t_emb, r_emb, gate, fusion)
     return emb, F.silu(emb.to(accumulation_dtype(t_emb, r_emb))).to(t_emb.dtype)
 
@@ -64,8 +63,9 @@ def dual_timestep_embedding_backward_reference(
     fusion: str,
     gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of t_emb, r_emb and gate; that of gate, a sum over everything, is empty unless
-    asked for.
+    """Return the gradients of t_emb, r_emb and gate; that of gate is empty unless asked for.
+
+    The gate of the model is a constant, and its gradient costs a reduction over all elements.
     """
     acc = accumulation_dtype(t_emb, r_emb)
     t, r, g = t_emb.to(acc), r_emb.to(acc), gate.to(acc).reshape(())
@@ -110,54 +110,10 @@ def _check_backward(grad_emb: Tensor, grad_activated: Tensor, t_emb: Tensor, *ot
     check_same_shape(_OP, "grad_activated", grad_activated, t_emb, "t_emb")
 
 
-def _fake_backward(
-    grad_emb: Tensor,
-    grad_activated: Tensor,
-    t_emb: Tensor,
-    r_emb: Tensor,
-    gate: Tensor,
-    fusion: str,
-    gate_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        empty_like(t_emb),
-        empty_like(r_emb),
-        empty_like(gate) if gate_gradient else gate.new_empty(0),
-    )
-
-
 _operator = Operator(
-    _OP,
-    "(Tensor t_emb, Tensor r_emb, Tensor gate, str fusion) -> (Tensor, Tensor)",
-    reference=dual_timestep_embedding_reference,
-    fake=lambda t_emb, r_emb, gate, fusion: (empty_like(t_emb), empty_like(t_emb)),
+    dual_timestep_embedding_reference,
+    dual_timestep_embedding_backward_reference,
     check=_check,
-    unsupported=lambda t_emb, r_emb, gate, fusion: unsupported_dtype(t_emb, r_emb, gate),
+    check_backward=_check_backward,
+    limit=ELEMENTS,
 )
-_operator.register_backward(
-    "(Tensor grad_emb, Tensor grad_activated, Tensor t_emb, Tensor r_emb, Tensor gate, str fusion, "
-    "bool gate_gradient)"
-    " -> (Tensor, Tensor, Tensor)",
-    reference=dual_timestep_embedding_backward_reference,
-    fake=_fake_backward,
-    check=_check_backward,
-    unsupported=lambda *args: unsupported_dtype(*args[:5]),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.fusion = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad_emb: Tensor, grad_activated: Tensor) -> tuple[Tensor | None, ...]:
-    # The gate of the model is a constant: its gradient is a reduction more, and only taken where
-    # needed. Autograd hands in zeros for a result that nothing read.
-    needed = ctx.needs_input_grad[2]
-    dt, dr, dgate = _operator.backward(
-        grad_emb, grad_activated, *ctx.saved_tensors, ctx.fusion, needed
-    )
-    return dt, dr, dgate if needed else None, None
-
-
-_operator.register_autograd(_setup_context, _backward)

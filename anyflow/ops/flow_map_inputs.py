@@ -1,26 +1,26 @@
-"""The network inputs of a flow-map training step: the noisy sample and its two neighbors along the
-path.
-"""
+"""Make the inputs of a flow-map training step: a noisy sample and its neighbors on the path."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from anyflow.ops._common import (
-    KERNEL_DTYPES,
     accumulation_dtype,
     check_number_or_times,
     check_same_shape,
     check_sizes,
     describe,
     lead,
-    unsupported_dtype,
 )
-from anyflow.ops._frames import check_index_operand, clamp_indices, constant_times, sample_indices
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops._frames import (
+    FRAMES,
+    check_index_operand,
+    clamp_indices,
+    constant_times,
+    sample_indices,
+)
+from anyflow.ops.library import Operator
 
 _OP = "flow_map_inputs"
 Epsilon = float | Tensor | tuple[float | Tensor, float | Tensor]
@@ -31,26 +31,26 @@ def flow_map_inputs(
     noise: Tensor,
     t: Tensor,
     epsilon: Epsilon,
-    rows: Tensor | None = None,
+    picked: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Interpolate and step along the path: ``x_t = (1 - t) x0 + t eps``,
-    ``x_pm = x_t +- epsilon (eps - x0)``.
+    """Compute ``x_t = (1 - t) latents + t noise``, ``x_pm = x_t +- epsilon (noise - latents)``.
 
-    Differentiable with respect to latents and noise; times and widths are constants, on every
-    backend.
+    The results are differentiable with respect to latents and noise; times and widths are
+    constants, on every backend.
 
     Args:
         latents: ``[B, F, ...]`` clean data x0; the kernel takes any strides of B and F but copies
             where the rest is not contiguous.
-        noise: eps, the shape of latents.
+        noise: the other end of the path, of latents' shape.
         t: ``[B]`` or ``[B, F]`` times in [0, 1].
         epsilon: half-width of the central difference in [0, 1] units: a number, ``[B]`` or
             ``[B, F]``, or a pair ``(plus, minus)`` of these when the two sides differ (one-sided
             ends).
-        rows: ``[n]`` integer indices, or a boolean ``[B]`` mask (read by the host), of the samples
-            that need ``x_pm``, in any order; negative ones count from the end. None means all.
+        picked: the samples that need ``x_pm``, in any order: ``[n]`` integer indices, of which
+            negative ones count from the end, or a boolean ``[B]`` mask (read by the host). None
+            means all.
         dtype: of x_t; None means that of latents.
 
     Returns:
@@ -63,7 +63,7 @@ def flow_map_inputs(
         ValueError: shapes, dtypes or devices do not fit together, an index on the CPU names no
             sample, or a forced backend does not support the dtypes.
     """
-    x_t, batch = flow_map_batch(latents, noise, t, epsilon, rows, dtype=dtype, with_x_t=False)
+    x_t, batch = flow_map_batch(latents, noise, t, epsilon, picked, dtype=dtype, with_x_t=False)
     n = batch.shape[0] // 2
     return x_t, batch[:n], batch[n:]
 
@@ -73,12 +73,12 @@ def flow_map_batch(
     noise: Tensor,
     t: Tensor,
     epsilon: Epsilon,
-    rows: Tensor | None = None,
+    picked: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
     with_x_t: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`flow_map_inputs`, with everything that is evaluated without gradient in one buffer.
+    """Compute :func:`flow_map_inputs`, with what is evaluated without gradient in one buffer.
 
     Returns:
         ``(x_t, batch)``: ``[B, F, ...]`` and the network's batch ``[x_plus ; x_minus ; x_t]``,
@@ -90,13 +90,13 @@ def flow_map_batch(
     if not dtype.is_floating_point:
         raise ValueError(f"{_OP}: dtype must be floating-point, got {dtype}")
     plus, minus = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
-    if rows is not None:
-        if rows.dtype == torch.bool and rows.shape != latents.shape[:1]:
+    if picked is not None:
+        if picked.dtype == torch.bool and picked.shape != latents.shape[:1]:
             raise ValueError(
-                f"{_OP}: a rows mask must be [B={latents.shape[0]}], got {describe(rows)}"
+                f"{_OP}: a picked mask must be [B={latents.shape[0]}], got {describe(picked)}"
             )
-        rows = sample_indices(
-            _OP, rows.nonzero().flatten() if rows.dtype == torch.bool else rows, latents
+        picked = sample_indices(
+            _OP, picked.nonzero().flatten() if picked.dtype == torch.bool else picked, latents
         )
     return _operator(
         latents,
@@ -104,7 +104,7 @@ def flow_map_batch(
         constant_times(_OP, "t", t, latents),
         constant_times(_OP, "epsilon plus", plus, latents, scalar=True),
         constant_times(_OP, "epsilon minus", minus, latents, scalar=True),
-        rows,
+        picked,
         dtype,
         with_x_t,
     )
@@ -116,21 +116,21 @@ def flow_map_inputs_reference(
     t: Tensor,
     epsilon_plus: Tensor,
     epsilon_minus: Tensor,
-    rows: Tensor | None,
+    picked: Tensor | None,
     dtype: torch.dtype,
     with_x_t: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Eager reference; see :func:`flow_map_batch`."""
+    """Compute :func:`flow_map_batch` eagerly."""
     acc = accumulation_dtype(latents, noise)
-    x0, eps = latents.to(acc), noise.to(acc)
+    x0, x1 = latents.to(acc), noise.to(acc)
     sigma = lead(t.to(acc), x0)
-    x_t = (1 - sigma) * x0 + sigma * eps
-    velocity, center, valid = eps - x0, x_t, None
-    if rows is not None:
-        rows, valid = clamp_indices(rows, latents.shape[0])
-        velocity, center = velocity[rows], center[rows]
-    plus = center + _side(epsilon_plus, rows, velocity) * velocity
-    minus = center - _side(epsilon_minus, rows, velocity) * velocity
+    x_t = (1 - sigma) * x0 + sigma * x1
+    velocity, center, valid = x1 - x0, x_t, None
+    if picked is not None:
+        picked, valid = clamp_indices(picked, latents.shape[0])
+        velocity, center = velocity[picked], center[picked]
+    plus = center + _side(epsilon_plus, picked, velocity) * velocity
+    minus = center - _side(epsilon_minus, picked, velocity) * velocity
     if valid is not None:
         plus, minus = (x.where(lead(valid, x), torch.nan) for x in (plus, minus))
     return x_t.to(dtype), torch.cat([plus, minus, x_t] if with_x_t else [plus, minus])
@@ -144,29 +144,29 @@ def flow_map_inputs_backward_reference(
     t: Tensor,
     epsilon_plus: Tensor,
     epsilon_minus: Tensor,
-    rows: Tensor | None,
+    picked: Tensor | None,
     with_x_t: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of latents and noise: ``(1 - t) dx - dv`` and ``t dx + dv`` with those of x_t and
-    of eps - x0.
+    """Return the gradients of latents and noise, of which only shape and dtype are read.
 
-    Only the shape and dtype of latents and noise are read.
+    They are ``(1 - t) dx - dv`` and ``t dx + dv``, with the gradients dx of x_t and dv of
+    noise - latents.
     """
     acc = accumulation_dtype(latents, noise)
     b = latents.shape[0]
-    n = b if rows is None else rows.shape[0]
+    n = b if picked is None else picked.shape[0]
     dx, (plus, minus) = grad.to(acc), grad_batch[: 2 * n].to(acc).unflatten(0, (2, n))
     if with_x_t:
         dx = dx + grad_batch[2 * n :].to(acc)
     valid = None
-    if rows is not None:
-        rows, valid = clamp_indices(rows, b)
+    if picked is not None:
+        picked, valid = clamp_indices(picked, b)
     sides = plus + minus
-    slopes = _side(epsilon_plus, rows, plus) * plus - _side(epsilon_minus, rows, minus) * minus
+    slopes = _side(epsilon_plus, picked, plus) * plus - _side(epsilon_minus, picked, minus) * minus
     if valid is not None:
         sides, slopes = (x.where(lead(valid, x), 0.0) for x in (sides, slopes))
-    if rows is not None:
-        sides, slopes = (torch.zeros_like(dx).index_add_(0, rows, x) for x in (sides, slopes))
+    if picked is not None:
+        sides, slopes = (torch.zeros_like(dx).index_add_(0, picked, x) for x in (sides, slopes))
     sigma, dx = lead(t.to(acc), dx), dx + sides
     return ((1 - sigma) * dx - slopes).to(latents.dtype), (sigma * dx + slopes).to(noise.dtype)
 
@@ -179,11 +179,11 @@ def _check_data(latents: Tensor, noise: Tensor) -> None:
     check_same_shape(_OP, "noise", noise, latents, "latents")
 
 
-def _check_times(latents: Tensor, rows: Tensor | None, **times: Tensor) -> None:
+def _check_times(latents: Tensor, picked: Tensor | None, **times: Tensor) -> None:
     for name, tensor in times.items():
         check_number_or_times(_OP, name, tensor, latents.shape[0], latents)
-    if rows is not None:
-        check_index_operand(_OP, rows, latents)
+    if picked is not None:
+        check_index_operand(_OP, picked, latents)
 
 
 def _check(
@@ -192,12 +192,12 @@ def _check(
     t: Tensor,
     epsilon_plus: Tensor,
     epsilon_minus: Tensor,
-    rows: Tensor | None,
+    picked: Tensor | None,
     dtype: torch.dtype,
     with_x_t: bool,
 ) -> None:
     _check_data(latents, noise)
-    _check_times(latents, rows, t=t, epsilon_plus=epsilon_plus, epsilon_minus=epsilon_minus)
+    _check_times(latents, picked, t=t, epsilon_plus=epsilon_plus, epsilon_minus=epsilon_minus)
     if not dtype.is_floating_point:
         raise ValueError(f"{_OP}: dtype must be floating-point, got {dtype}")
 
@@ -210,84 +210,29 @@ def _check_backward(
     t: Tensor,
     epsilon_plus: Tensor,
     epsilon_minus: Tensor,
-    rows: Tensor | None,
+    picked: Tensor | None,
     with_x_t: bool,
 ) -> None:
     _check_data(latents, noise)
-    _check_times(latents, rows, t=t, epsilon_plus=epsilon_plus, epsilon_minus=epsilon_minus)
+    _check_times(latents, picked, t=t, epsilon_plus=epsilon_plus, epsilon_minus=epsilon_minus)
     check_same_shape(_OP, "grad", grad, latents, "latents")
     samples = latents.shape[0]
-    n = 2 * (samples if rows is None else rows.shape[0]) + (samples if with_x_t else 0)
+    n = 2 * (samples if picked is None else picked.shape[0]) + (samples if with_x_t else 0)
     check_sizes(_OP, "grad_batch", grad_batch, (n, *latents.shape[1:]), latents)
 
 
-def _side(epsilon: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
-    if epsilon.ndim and rows is not None:
-        epsilon = epsilon[rows]
+def _side(epsilon: Tensor, picked: Tensor | None, like: Tensor) -> Tensor:
+    if epsilon.ndim and picked is not None:
+        epsilon = epsilon[picked]
     return lead(epsilon.to(like.dtype), like)
 
 
-def _fake(
-    latents: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    epsilon_plus: Tensor,
-    epsilon_minus: Tensor,
-    rows: Tensor | None,
-    dtype: torch.dtype,
-    with_x_t: bool,
-) -> tuple[Tensor, Tensor]:
-    b = latents.shape[0]
-    n = 2 * (b if rows is None else rows.shape[0]) + (b if with_x_t else 0)
-    batch = latents.new_empty((n, *latents.shape[1:]), dtype=accumulation_dtype(latents, noise))
-    return latents.new_empty(latents.shape, dtype=dtype), batch
-
-
-def _unsupported(
-    latents: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    epsilon_plus: Tensor,
-    epsilon_minus: Tensor,
-    rows: Tensor | None,
-    dtype: torch.dtype,
-    with_x_t: bool,
-) -> str | None:
-    if dtype not in KERNEL_DTYPES:
-        return f"x_t in {str(dtype).removeprefix('torch.')}"
-    return unsupported_dtype(latents, noise)
-
-
 _operator = Operator(
-    _OP,
-    "(Tensor latents, Tensor noise, Tensor t, Tensor epsilon_plus, Tensor epsilon_minus, Tensor? "
-    "rows, "
-    "ScalarType dtype, bool with_x_t) -> (Tensor, Tensor)",
-    reference=flow_map_inputs_reference,
-    fake=_fake,
+    flow_map_inputs_reference,
+    flow_map_inputs_backward_reference,
     check=_check,
-    unsupported=_unsupported,
+    check_backward=_check_backward,
+    limit=FRAMES,
+    fake=flow_map_inputs_reference,
+    results=("x_t", "batch"),
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor grad_batch, Tensor latents, Tensor noise, Tensor t, Tensor epsilon_plus, "
-    "Tensor epsilon_minus, Tensor? rows, bool with_x_t) -> (Tensor, Tensor)",
-    reference=flow_map_inputs_backward_reference,
-    fake=lambda grad, grad_batch, latents, noise, *_: (empty_like(latents), empty_like(noise)),
-    check=_check_backward,
-    unsupported=lambda grad, grad_batch, latents, noise, *_: unsupported_dtype(
-        grad, grad_batch, latents, noise
-    ),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _, ctx.with_x_t = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor, grad_batch: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _operator.backward(grad, grad_batch, *ctx.saved_tensors, ctx.with_x_t)
-    return *grads, *[None] * 6
-
-
-_operator.register_autograd(_setup_context, _backward)

@@ -1,8 +1,6 @@
-"""Per-sample weighted squared error against the central-difference flow-map target."""
+"""Compute the weighted squared error of a sample against its central-difference target."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +14,15 @@ from anyflow.ops._common import (
     check_sizes,
     describe,
     lead,
-    unsupported_dtype,
 )
-from anyflow.ops._frames import check_index_operand, clamp_indices, constant_times, sample_indices
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops._frames import (
+    FRAMES,
+    check_index_operand,
+    clamp_indices,
+    constant_times,
+    sample_indices,
+)
+from anyflow.ops.library import Operator
 
 _OP = "flow_map_loss"
 
@@ -35,32 +38,32 @@ def flow_map_loss(
     r: Tensor,
     weight: Tensor,
     guidance: float,
-    step: float | Tensor,
+    width: float | Tensor,
     *,
-    rows: Tensor | None = None,
+    picked: Tensor | None = None,
 ) -> Tensor:
-    """Flow-map regression loss, differentiable with respect to ``pred`` only::
+    """Compute the regression loss of a flow map, differentiable with respect to ``pred`` only::
 
         p      = (pred - (1 - g) uncond) / g                 (p = pred when g is 1)
-        dF/dt  = (u_plus - u_minus) / (step g)
-        target = (eps - x0) - (t - r) dF/dt
+        dF/dt  = (u_plus - u_minus) / (width g)
+        target = (noise - latents) - (t - r) dF/dt
         loss_i = mean over frames of weight * mean over C, H, W of (p - target)^2
 
     Args:
         pred: ``[B, F, C, H, W]`` conditional prediction u(x_t, t, r, c); the kernel takes any
             strides of B and F of the tensors but copies where the rest is not contiguous.
         uncond: u(x_t, t, r, negative) of the same shape, or None when ``guidance`` is 1.
-        u_plus: u at t + e, ``[n, F, C, H, W]`` for the samples in ``rows``, or None when no sample
-            needs it.
+        u_plus: u at t + e of the picked samples, ``[n, F, C, H, W]``, or None when no sample needs
+            it.
         u_minus: u at t - e, as u_plus.
-        latents: x0, the shape of pred.
-        noise: eps, the shape of pred.
+        latents: the clean data x0, of pred's shape.
+        noise: the noise of the path, of pred's shape.
         t: ``[B]`` or ``[B, F]`` times in [0, 1].
         r: as t.
         weight: ``[B]`` or ``[B, F]``.
         guidance: g > 0.
-        step: full width of the difference, (t + e) - (t - e): a number, ``[n]`` or ``[n, F]``.
-        rows: ``[n]`` integer indices of the samples that u_plus and u_minus hold, in any order;
+        width: full width of the difference, (t + e) - (t - e): a number, ``[n]`` or ``[n, F]``.
+        picked: ``[n]`` integer indices of the samples that u_plus and u_minus hold, in any order;
             negative ones count from the end, and the differences of an index that comes twice are
             added. None means all B.
 
@@ -82,22 +85,22 @@ def flow_map_loss(
     if (u_plus is None) != (u_minus is None):
         raise ValueError(f"{_OP}: u_plus and u_minus are given together or not at all")
     if u_plus is None or u_minus is None:
-        rows, step = None, 1.0
+        picked, width = None, 1.0
     else:
-        rows = None if rows is None else sample_indices(_OP, rows, pred)
-        shape = (pred.shape[0] if rows is None else rows.shape[0], *pred.shape[1:])
+        picked = None if picked is None else sample_indices(_OP, picked, pred)
+        shape = (pred.shape[0] if picked is None else picked.shape[0], *pred.shape[1:])
         for name, tensor in (("u_plus", u_plus), ("u_minus", u_minus)):
             if tensor.shape != shape or not tensor.is_floating_point():
                 raise ValueError(
                     f"{_OP}: {name} must be a floating-point {shape}, got {describe(tensor)}"
                 )
             check_device(_OP, name, tensor, pred)
-    step = constant_times(_OP, "step", step, pred if u_plus is None else u_plus, scalar=True)
+    width = constant_times(_OP, "width", width, pred if u_plus is None else u_plus, scalar=True)
     need_grad = torch.is_grad_enabled() and pred.requires_grad
     constants = [
         None if x is None else x.detach() for x in (uncond, u_plus, u_minus, latents, noise)
     ]
-    loss, _ = _operator(pred, *constants, t, r, weight, step, rows, float(guidance), need_grad)
+    loss, _ = _operator(pred, *constants, t, r, weight, width, picked, float(guidance), need_grad)
     return loss
 
 
@@ -111,17 +114,16 @@ def flow_map_loss_reference(
     t: Tensor,
     r: Tensor,
     weight: Tensor,
-    step: Tensor,
-    rows: Tensor | None,
+    width: Tensor,
+    picked: Tensor | None,
     guidance: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Eager reference; the differentiable loss of :func:`flow_map_loss`, and ``p - target`` in
-    pred's dtype.
+    """Compute the loss of :func:`flow_map_loss` eagerly, and ``p - target`` in pred's dtype.
 
-    The second is what the backward formula needs: the gradient of pred up to a factor per frame,
+    The second result is what the backward reads: the gradient of pred up to a factor per frame,
     which would leave fp16's range (1e-6 at the size of a video) if it were applied before the loss
-    scale is. Empty without ``need_grad``.
+    scale is. It is empty without ``need_grad``.
     """
     acc = accumulation_dtype(pred, latents)
     with torch.no_grad():
@@ -129,13 +131,13 @@ def flow_map_loss_reference(
         if u_plus is not None and u_minus is not None:
             slope = u_plus.to(acc) - u_minus.to(acc)
             interval, valid = (t.to(torch.promote_types(t.dtype, acc)) - r).to(acc), None
-            if rows is not None:
-                rows, valid = clamp_indices(rows, pred.shape[0])
-                interval = interval[rows] if interval.ndim else interval.expand(rows.shape)
+            if picked is not None:
+                picked, valid = clamp_indices(picked, pred.shape[0])
+                interval = interval[picked] if interval.ndim else interval.expand(picked.shape)
             if valid is not None:
                 interval = interval.where(lead(valid, interval), torch.nan)
-            slope = slope * (lead(interval, slope) / (lead(step.to(acc), slope) * guidance))
-            target = target - slope if rows is None else target.index_add(0, rows, -slope)
+            slope = slope * (lead(interval, slope) / (lead(width.to(acc), slope) * guidance))
+            target = target - slope if picked is None else target.index_add(0, picked, -slope)
     guided = pred.to(acc)
     if uncond is not None:
         guided = (guided - (1 - guidance) * uncond.detach().to(acc)) / guidance
@@ -148,7 +150,7 @@ def flow_map_loss_reference(
 def flow_map_loss_backward_reference(
     grad: Tensor, residual: Tensor, weight: Tensor, guidance: float
 ) -> Tensor:
-    """Gradient of pred: ``2 grad_i weight / (F C H W g) (p - target)``."""
+    """Return the gradient of pred: ``2 grad_i weight / (F C H W g) (p - target)``."""
     acc = accumulation_dtype(residual)
     elements = max(residual[:1].numel(), 1)
     factor = lead(grad.to(acc), weight) * weight.to(acc) * (2 / (elements * guidance))
@@ -165,25 +167,25 @@ def _check(
     t: Tensor,
     r: Tensor,
     weight: Tensor,
-    step: Tensor,
-    rows: Tensor | None,
+    width: Tensor,
+    picked: Tensor | None,
     guidance: float,
     need_grad: bool,
 ) -> None:
     _check_tensors(pred, uncond, latents, noise, guidance)
-    if (u_plus is None) != (u_minus is None) or (u_plus is None and rows is not None):
+    if (u_plus is None) != (u_minus is None) or (u_plus is None and picked is not None):
         raise ValueError(
-            f"{_OP}: u_plus and u_minus are given together or not at all, and rows with them only"
+            f"{_OP}: u_plus and u_minus are given together or not at all, and picked with them only"
         )
-    if rows is not None:
-        check_index_operand(_OP, rows, pred)
-    n = pred.shape[0] if rows is None else rows.shape[0]
+    if picked is not None:
+        check_index_operand(_OP, picked, pred)
+    n = pred.shape[0] if picked is None else picked.shape[0]
     for name, tensor in (("u_plus", u_plus), ("u_minus", u_minus)):
         if tensor is not None:
             check_sizes(_OP, name, tensor, (n, *pred.shape[1:]), pred)
     for name, times in (("t", t), ("r", r), ("weight", weight)):
         check_number_or_times(_OP, name, times, pred.shape[0], pred)
-    check_number_or_times(_OP, "step", step, n, pred)
+    check_number_or_times(_OP, "width", width, n, pred)
     if t.shape != r.shape:
         raise ValueError(f"{_OP}: t {tuple(t.shape)} and r {tuple(r.shape)} must have one shape")
 
@@ -213,44 +215,12 @@ def _check_tensors(
         )
 
 
-def _fake(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    latents, need_grad = args[3], args[-1]
-    loss = pred.new_empty(pred.shape[:1], dtype=accumulation_dtype(pred, latents))
-    return loss, empty_like(pred) if need_grad else pred.new_empty(0)
-
-
 _operator = Operator(
-    _OP,
-    "(Tensor pred, Tensor? uncond, Tensor? u_plus, Tensor? u_minus, Tensor latents, Tensor noise, "
-    "Tensor t, Tensor r, "
-    "Tensor weight, Tensor step, Tensor? rows, float guidance, bool need_grad) -> (Tensor, Tensor)",
-    reference=flow_map_loss_reference,
-    fake=_fake,
+    flow_map_loss_reference,
+    flow_map_loss_backward_reference,
     check=_check,
-    unsupported=lambda *args: unsupported_dtype(*args[:6]),
+    check_backward=_check_backward,
+    limit=FRAMES,
+    fake=flow_map_loss_reference,
+    results=("loss", "residual"),
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor residual, Tensor weight, float guidance) -> Tensor",
-    reference=flow_map_loss_backward_reference,
-    fake=lambda grad, residual, weight, guidance: empty_like(residual),
-    check=_check_backward,
-    unsupported=lambda grad, residual, weight, guidance: unsupported_dtype(grad, residual),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.guidance, ctx.need_grad = inputs
-    ctx.save_for_backward(output[1], tensors[8])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    if not ctx.needs_input_grad[0]:
-        return (None,) * 13
-    if not ctx.need_grad:
-        raise RuntimeError(f"anyflow::{_OP} ran without need_grad, so it has no gradient")
-    residual, weight = ctx.saved_tensors
-    return _operator.backward(grad, residual, weight, ctx.guidance), *[None] * 12
-
-
-_operator.register_autograd(_setup_context, _backward)

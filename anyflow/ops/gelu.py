@@ -1,27 +1,23 @@
-"""The tanh approximation of GELU."""
+"""Compute the tanh approximation of GELU."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.ops._common import check_same_shape, describe, unsupported_dtype
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops._common import check_same_shape, describe
+from anyflow.ops.library import ELEMENTS, Operator
 
 _OP = "gelu"
 
 
 def gelu(x: Tensor) -> Tensor:
-    """tanh-GELU: ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``, as in the feed-forward of
-    the model.
+    """Compute ``0.5 x (1 + tanh(u))`` with ``u = sqrt(2 / pi) (x + 0.044715 x^3)``.
 
-    The native kernel computes it as ``x sigmoid(2 u)``, which does not cancel: results are good to
-    a few units in the last place however small they are, and -inf gives -0. The reference is
-    torch's, which has neither. There is no Triton kernel, since torch's is as fast on a GPU;
-    forcing ``"triton"`` runs the reference.
+    The native kernel computes ``x sigmoid(2 u)``, which does not cancel: results are good to a few
+    units in the last place however small they are, and -inf gives -0. The reference is torch's,
+    which has neither. No Triton kernel exists; forcing ``"triton"`` runs the reference.
 
     Args:
         x: any shape, any floating dtype; the kernel copies what is not contiguous.
@@ -38,12 +34,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_reference(x: Tensor) -> Tensor:
-    """Eager reference; see :func:`gelu`. torch computes half precision in fp32 and rounds once."""
+    """Compute :func:`gelu` eagerly; torch computes half precision in fp32 and rounds once."""
     return F.gelu(x, approximate="tanh")
 
 
 def gelu_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of x: ``grad (s + x s (1 - s) (2 u)')`` with ``s = sigmoid(2 u)``."""
+    """Return the gradient of x: ``grad (s + x s (1 - s) (2 u)')`` with ``s = sigmoid(2 u)``."""
     return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
 
 
@@ -58,29 +54,10 @@ def _check_backward(grad: Tensor, x: Tensor) -> None:
 
 
 _operator = Operator(
-    _OP,
-    "(Tensor x) -> Tensor",
-    reference=gelu_reference,
-    fake=lambda x: empty_like(x),
+    gelu_reference,
+    gelu_backward_reference,
     check=_check,
-    unsupported=lambda x: unsupported_dtype(x),
+    check_backward=_check_backward,
+    limit=ELEMENTS,
     backends=("native",),
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor x) -> Tensor",
-    reference=gelu_backward_reference,
-    fake=lambda grad, x: empty_like(x),
-    check=_check_backward,
-    unsupported=lambda grad, x: unsupported_dtype(grad, x),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> Tensor:
-    return _operator.backward(grad, *ctx.saved_tensors)
-
-
-_operator.register_autograd(_setup_context, _backward)

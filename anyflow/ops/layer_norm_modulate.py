@@ -1,8 +1,6 @@
-"""LayerNorm without affine, followed by per-row shift and scale (adaLN)."""
+"""Normalize without affine, then shift and scale per row (adaLN)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +14,14 @@ from anyflow.ops._common import (
     check_tokens,
     split_rows,
     sum_rows,
-    unsupported_row,
 )
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops.library import WHOLE_ROWS, Operator
 
 _OP = "layer_norm_modulate"
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Modulated LayerNorm: ``LN(x) * (1 + scale) + shift``, LN over D without affine.
+    """Compute ``LN(x) * (1 + scale) + shift``, LN over D without affine.
 
     Token ``l`` reads modulation row ``l // (L // R)``: R = 1 modulates a sample, R = F modulates
     each frame, and the rows are never expanded to tokens in memory.
@@ -50,7 +47,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
 def layer_norm_modulate_reference(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> Tensor:
-    """Eager reference; see :func:`layer_norm_modulate`."""
+    """Compute :func:`layer_norm_modulate` eagerly."""
     acc = accumulation_dtype(x, shift, scale)
     n = F.layer_norm(x.to(acc), x.shape[-1:], eps=eps)
     return modulate(n, shift.to(acc), scale.to(acc)).to(x.dtype)
@@ -59,8 +56,9 @@ def layer_norm_modulate_reference(
 def layer_norm_modulate_backward_reference(
     grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, shift and scale: ``dx = J_LN(x)^T (grad (1 + scale))``, the others summed
-    over a row's tokens.
+    """Return the gradients of x, shift and scale.
+
+    ``dx = J_LN(x)^T (grad (1 + scale))``; the others are summed over a row's tokens.
     """
     acc = accumulation_dtype(x, shift, scale)
     grad, n = grad.to(acc), F.layer_norm(x.to(acc), x.shape[-1:], eps=eps)
@@ -75,7 +73,7 @@ def layer_norm_modulate_backward_reference(
 
 
 def modulate(n: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``n * (1 + scale) + shift`` for ``n[B, L, D]`` and rows ``[B, R, D]`` of one dtype."""
+    """Return ``n * (1 + scale) + shift`` of ``n[B, L, D]`` and rows ``[B, R, D]`` of one dtype."""
     if shift.shape[1] == 1:
         return torch.addcmul(shift, n, 1 + scale)
     rows = split_rows(n, shift.shape[1])
@@ -83,14 +81,14 @@ def modulate(n: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
-    """Gradient of x through LayerNorm over the last dimension without affine."""
+    """Return the gradient of x through LayerNorm over the last dimension without affine."""
     centered = x - x.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
     n = centered * rstd
     return rstd * (grad - grad.mean(-1, keepdim=True) - n * (grad * n).mean(-1, keepdim=True))
 
 
-def _check(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> None:
+def _check(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
     check_tokens(_OP, x)
     check_rows(_OP, "shift", shift, x)
     check_rows(_OP, "scale", scale, x)
@@ -107,29 +105,9 @@ def _check_backward(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: 
 
 
 _operator = Operator(
-    _OP,
-    "(Tensor x, Tensor shift, Tensor scale, float eps=1e-6) -> Tensor",
-    reference=layer_norm_modulate_reference,
-    fake=lambda x, shift, scale, eps=1e-6: empty_like(x),
+    layer_norm_modulate_reference,
+    layer_norm_modulate_backward_reference,
     check=_check,
-    unsupported=lambda x, shift, scale, eps=1e-6: unsupported_row(x, shift, scale),
+    check_backward=_check_backward,
+    limit=WHOLE_ROWS,
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
-    reference=layer_norm_modulate_backward_reference,
-    fake=lambda grad, x, shift, scale, eps: (empty_like(x), empty_like(shift), empty_like(scale)),
-    check=_check_backward,
-    unsupported=lambda grad, x, shift, scale, eps: unsupported_row(grad, x, shift, scale),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_operator.backward(grad, *ctx.saved_tensors, ctx.eps), None
-
-
-_operator.register_autograd(_setup_context, _backward)

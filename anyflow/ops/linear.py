@@ -1,16 +1,14 @@
-"""A linear layer, by the faster of the libraries that torch brings for it on a CPU."""
+"""Compute a linear layer by one of the two libraries that torch brings for a CPU."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow.ops._common import check_device, check_sizes, describe, unsupported_dtype
+from anyflow.ops._common import check_device, check_sizes, describe
 from anyflow.ops.backend import LEFT_TO_TORCH, forced_backend
-from anyflow.ops.library import Operator
+from anyflow.ops.library import ELEMENTS, Operator
 from anyflow.ops.native import EXTENSION
 
 _OP = "linear"
@@ -18,7 +16,7 @@ _WORTH_IT = 2**22  # multiplications; as in csrc/cpu/linear.cpp
 
 
 def _left_to_torch() -> str | None:
-    """Why torch's own choice for fp32 on this processor is as good, or None.
+    """Return why torch's own choice for fp32 is kept on this processor, or None.
 
     Its choice is MKL, which is held at AVX2 on any processor that is not Intel's.
     """
@@ -27,10 +25,10 @@ def _left_to_torch() -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this torch is without oneDNN"
     if EXTENSION.cpu_is_intel():
-        return "torch's MKL is as fast on this processor"
-    return (
-        "oneDNN needs AVX2 to be faster" if EXTENSION.cpu_instruction_set() == "generic" else None
-    )
+        return "torch's MKL has the whole instruction set of Intel's processors"
+    if EXTENSION.cpu_instruction_set() == "generic":
+        return "this processor has no AVX2, with which oneDNN is faster"
+    return None
 
 
 if (_reason := _left_to_torch()) is not None:
@@ -38,12 +36,12 @@ if (_reason := _left_to_torch()) is not None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias``, as ``torch.nn.functional.linear``.
+    """Compute ``x weight^T + bias``, as ``torch.nn.functional.linear``.
 
-    The native kernel (CPU) is oneDNN's where torch would take MKL for less: large fp32 products, on
-    a processor that is not Intel's. With AVX-512 that is about twice as fast, with AVX2 about a
-    tenth. Everything else is ``F.linear`` itself, derivatives of any order and autocast included;
-    there is no Triton kernel. Forcing ``"native"`` takes the kernel for every size.
+    The native kernel (CPU) is oneDNN's where torch would take MKL: large fp32 products, on a
+    processor that is not Intel's (``docs/performance-log.md``, 2026-11-25, has both rates). All
+    other calls are ``F.linear`` itself, derivatives of any order and autocast included. Forcing
+    ``"native"`` takes the kernel for every size. No Triton kernel exists.
 
     Args:
         x: ``[..., K]``, any floating dtype.
@@ -66,14 +64,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _takes_operator(x: Tensor, weight: Tensor) -> bool:
-    """Whether the call goes through the operator: where its kernel is faster, or where it is
-    forced.
-    """
+    """Return whether the operator is called: where its kernel is chosen or a backend is forced."""
     if torch.is_autocast_enabled(x.device.type):
         return False
     forced = forced_backend()
     if forced is not None:
-        return forced[0] == "native"
+        return forced[0] != "eager"
     if _OP in LEFT_TO_TORCH or not (x.is_cpu and x.dtype == weight.dtype == torch.float32):
         return False
     return x.numel() * weight.shape[0] >= _WORTH_IT
@@ -98,9 +94,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Eager reference; see :func:`linear`. torch accumulates half precision in fp32 and rounds
-    once.
-    """
+    """Compute :func:`linear` eagerly; torch accumulates half precision in fp32, rounding once."""
     return F.linear(x, weight, bias)
 
 
@@ -112,16 +106,19 @@ def linear_backward_reference(
     weight_gradient: bool,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, each empty unless asked for.
+    """Return the gradients of x, weight and bias, each empty unless asked for.
 
-    They are ``grad weight``, ``grad^T x``, and ``grad`` summed over its rows.
+    They are ``grad weight``, ``grad^T x``, and ``grad`` summed over its tokens.
     """
-    rows = grad.flatten(0, -2) if grad.ndim > 1 else grad.unsqueeze(0)
-    dx = grad @ weight if x_gradient else grad.new_empty(0)
-    dweight = (
-        rows.t() @ x.reshape(rows.shape[0], x.shape[-1]) if weight_gradient else grad.new_empty(0)
-    )
-    return dx, dweight, rows.sum(0) if bias_gradient else grad.new_empty(0)
+    tokens = grad.flatten(0, -2) if grad.ndim > 1 else grad.unsqueeze(0)
+    dx, dweight, dbias = (grad.new_empty(0) for _ in range(3))
+    if x_gradient:
+        dx = grad @ weight
+    if weight_gradient:
+        dweight = tokens.t() @ x.reshape(tokens.shape[0], x.shape[-1])
+    if bias_gradient:
+        dbias = tokens.sum(0)
+    return dx, dweight, dbias
 
 
 def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: bool) -> None:
@@ -131,51 +128,13 @@ def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: bool) -> None:
         raise ValueError(f"{_OP}: grad must be of x's dtype {x.dtype}, got {describe(grad)}")
 
 
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    x_gradient: bool,
-    weight_gradient: bool,
-    bias_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (x.shape, weight.shape, weight.shape[:1])
-    wanted = (x_gradient, weight_gradient, bias_gradient)
-    dx, dweight, dbias = (
-        grad.new_empty(shape if w else 0) for shape, w in zip(shapes, wanted, strict=True)
-    )
-    return dx, dweight, dbias
-
-
 _operator = Operator(
-    _OP,
-    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    reference=linear_reference,
-    fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    linear_reference,
+    linear_backward_reference,
     check=_check,
-    unsupported=lambda x, weight, bias: unsupported_dtype(x, weight, bias),
+    check_backward=_check_backward,
+    limit=ELEMENTS,
+    fake=linear_reference,
+    fake_backward=linear_backward_reference,
     backends=("native",),
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor x, Tensor weight, bool x_gradient, bool weight_gradient, bool "
-    "bias_gradient) "
-    "-> (Tensor, Tensor, Tensor)",
-    reference=linear_backward_reference,
-    fake=_fake_backward,
-    check=_check_backward,
-    unsupported=lambda grad, x, weight, *_: unsupported_dtype(grad, x, weight),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _operator.backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
-    return tuple(
-        g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=True)
-    )
-
-
-_operator.register_autograd(_setup_context, _backward)

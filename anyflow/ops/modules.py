@@ -1,4 +1,4 @@
-"""The operators as modules, with the parameter names of the layers that they stand for."""
+"""Provide the operators as modules, with the parameter names of the layers they stand for."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from anyflow.ops.rms_norm_rope import rms_norm_rope
 
 
 class LayerNormModulate(nn.Module):
-    """Normalizes and modulates tokens: :func:`anyflow.ops.layer_norm_modulate`. It has no
-    parameters.
+    """Normalize and modulate tokens: :func:`anyflow.ops.layer_norm_modulate`.
 
-    It stands for ``LayerNorm(D, elementwise_affine=False)`` and the two passes
-    ``* (1 + scale) + shift`` after it.
+    The module has no parameters. It stands for ``LayerNorm(D, elementwise_affine=False)`` and the
+    two passes ``* (1 + scale) + shift`` after it.
 
     Args:
         eps: added to the variance.
@@ -36,9 +35,9 @@ class LayerNormModulate(nn.Module):
 
 
 class ResidualLayerNorm(nn.Module):
-    """Adds a gated branch and normalizes the sum: :func:`anyflow.ops.residual_layer_norm`.
+    """Add a gated branch and normalize the sum: :func:`anyflow.ops.residual_layer_norm`.
 
-    Its ``weight`` and ``bias`` are those of the ``LayerNorm`` that it stands for.
+    ``weight`` and ``bias`` are those of the ``LayerNorm`` that the module stands for.
 
     Args:
         dim: D.
@@ -67,16 +66,14 @@ class ResidualLayerNorm(nn.Module):
         shift: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return ``h = x + y * gate`` and its norm, both ``[B, L, D]``; gate, shift and scale are
-        ``[B, R, D]``.
-        """
+        """Return ``h = x + y * gate`` and its norm, ``[B, L, D]``, for modulation ``[B, R, D]``."""
         return residual_layer_norm(
             x, y, gate, weight=self.weight, bias=self.bias, shift=shift, scale=scale, eps=self.eps
         )
 
 
 class GatedResidual(nn.Module):
-    """Adds a branch through a gate: :func:`anyflow.ops.gated_residual`. It has no parameters."""
+    """Add a branch through a gate, without parameters: :func:`anyflow.ops.gated_residual`."""
 
     def forward(self, x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
         """Map ``x[B, L, D]``, ``y[B, L, D]`` and rows ``gate[B, R, D]`` to ``x + y * gate``."""
@@ -84,10 +81,9 @@ class GatedResidual(nn.Module):
 
 
 class RMSNormRope(nn.Module):
-    """Normalizes queries or keys, splits heads and rotates pairs:
-    :func:`anyflow.ops.rms_norm_rope`.
+    """Normalize queries or keys, split heads, rotate pairs: :func:`anyflow.ops.rms_norm_rope`.
 
-    Its ``weight`` is that of the ``RMSNorm(D)`` that it stands for.
+    ``weight`` is that of the ``RMSNorm(D)`` that the module stands for.
 
     Args:
         dim: D, all heads together.
@@ -101,17 +97,13 @@ class RMSNormRope(nn.Module):
         self.num_heads, self.eps = num_heads, eps
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Map ``x[B, L, D]`` to ``[B, L, H, Dh]``; ``rotary`` is ``(cos, sin)``, each
-        ``[L, Dh / 2]``, or None.
-        """
+        """Map ``x[B, L, D]`` to ``[B, L, H, Dh]``; rotary: cos and sin ``[L, Dh / 2]``, or None."""
         cos, sin = (None, None) if rotary is None else rotary
         return rms_norm_rope(x, self.weight, cos, sin, num_heads=self.num_heads, eps=self.eps)
 
 
 class GELUTanh(nn.Module):
-    """Applies the tanh approximation of GELU: :func:`anyflow.ops.gelu`, for
-    ``nn.GELU(approximate="tanh")``.
-    """
+    """Apply :func:`anyflow.ops.gelu`, in place of ``nn.GELU(approximate="tanh")``."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a tensor of any shape to one like it."""
@@ -119,24 +111,18 @@ class GELUTanh(nn.Module):
 
 
 class DotProductAttention(nn.Module):
-    """Applies softmax attention without a mask: :func:`anyflow.ops.attention`. It has no
-    parameters.
-    """
+    """Apply softmax attention without mask or parameters: :func:`anyflow.ops.attention`."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Map ``q[B, L, H, Dh]``, ``k`` and ``v`` ``[B, S, H, Dh]`` to ``[B, L, H, Dh]`` (not
-        ``[B, H, L, Dh]``).
-        """
+        """Map ``q[B, L, H, Dh]`` and k, v ``[B, S, H, Dh]`` to ``[B, L, H, Dh]``."""
         return attention(q, k, v)
 
 
 class Linear(nn.Linear):
-    """Applies a linear layer by :func:`anyflow.ops.linear`; arguments and parameters are those of
-    ``nn.Linear``.
-    """
+    """Apply :func:`anyflow.ops.linear`, with the arguments and parameters of ``nn.Linear``."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., K]`` to ``[..., N]``."""
-        if type(self.weight) is not nn.Parameter:  # quantized or sharded: not for a kernel
+        if type(self.weight) is not nn.Parameter:  # quantized or sharded: no kernel takes it
             return F.linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)

@@ -1,6 +1,4 @@
-"""The extension ``anyflow._C``: loading it, which registers the native kernels, and what it
-holds.
-"""
+"""Load the extension ``anyflow._C``, which registers the native kernels."""
 
 from __future__ import annotations
 
@@ -13,18 +11,15 @@ import torch
 
 HOW_TO_BUILD = (
     "build it with `pip install -e . --no-build-isolation` in a checkout (needs torch, cmake, "
-    "ninja, pybind11 and "
-    "a C++ compiler), or set ANYFLOW_BACKEND=eager to run without it"
+    "ninja, pybind11 and a C++ compiler), or set ANYFLOW_BACKEND=eager to run without it"
 )
 
 
 def load() -> ModuleType | None:
-    """Import ``anyflow._C``; None where it is not built and ``ANYFLOW_BACKEND`` names another
-    backend.
+    """Import ``anyflow._C``, or return None where ``ANYFLOW_BACKEND`` says to do without it.
 
     Raises:
-        ImportError: it is not built, or was built for another torch, and nothing says to do without
-            it.
+        ImportError: the extension is not built, or was built for another torch.
     """
     try:
         return importlib.import_module("anyflow._C")
@@ -49,9 +44,7 @@ _devices: dict[str, tuple[str, ...]] = {}
 
 
 def register(kernel: str) -> None:
-    """Note where ``anyflow::<kernel>_native``, whose schema has just been defined, is
-    implemented.
-    """
+    """Note the devices that ``anyflow::<kernel>_native``, once defined, is implemented for."""
     has_kernel, name = torch._C._dispatch_has_kernel_for_dispatch_key, f"anyflow::{kernel}_native"
     _devices[kernel] = tuple(
         device for device in ("cpu", "cuda") if has_kernel(name, device.upper())
@@ -59,9 +52,7 @@ def register(kernel: str) -> None:
 
 
 def missing_kernel(kernel: str, device: torch.device) -> str | None:
-    """Why there is no native implementation of ``anyflow::<kernel>`` for a device, or None if there
-    is one.
-    """
+    """Return why ``anyflow::<kernel>`` has no native kernel for a device, or None if it has one."""
     if device.type in _devices[kernel]:
         return None
     if EXTENSION is None:

@@ -1,4 +1,4 @@
-"""Gated residual, then LayerNorm with affine or modulation, in one operator."""
+"""Add a gated residual and normalize with affine or modulation, in one operator."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from anyflow.ops._common import (
     check_vector,
     split_rows,
     sum_rows,
-    unsupported_row,
 )
-from anyflow.ops.gated_residual import gated_residual_backward_reference, gated_residual_reference
+from anyflow.ops.gated_residual import (
+    add,
+    gated_residual_backward_reference,
+    gated_residual_reference,
+)
 from anyflow.ops.layer_norm_modulate import layer_norm_backward, modulate
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops.library import WHOLE_ROWS, Operator
 
 _OP = "residual_layer_norm"
 
@@ -37,7 +40,7 @@ def residual_layer_norm(
     scale: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Residual and norm: ``h = x + y * gate``, rounded to x's dtype, and ``n = LN(h)``.
+    """Compute ``h = x + y * gate``, rounded to x's dtype, and ``n = LN(h)``.
 
     LN takes either an affine (``weight``, ``bias``) or a modulation (``shift``, ``scale``), or
     neither.
@@ -74,8 +77,8 @@ def residual_layer_norm_reference(
     scale: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Eager reference; see :func:`residual_layer_norm`."""
-    h = gated_residual_reference(x, y, gate)
+    """Compute :func:`residual_layer_norm` eagerly."""
+    h = add(x, y) if gate is None else gated_residual_reference(x, y, gate)
     acc = _accumulation_dtype(x, y, gate, weight, bias, shift, scale)
     n = F.layer_norm(
         h.to(acc),
@@ -90,8 +93,8 @@ def residual_layer_norm_reference(
 
 
 def residual_layer_norm_backward_reference(
-    dh: Tensor | None,
-    dn: Tensor,
+    grad_h: Tensor | None,
+    grad_n: Tensor,
     y: Tensor | None,
     h: Tensor,
     gate: Tensor | None,
@@ -100,54 +103,54 @@ def residual_layer_norm_backward_reference(
     shift: Tensor | None,
     scale: Tensor | None,
     eps: float,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, y, gate, weight, bias, shift and scale, each empty where its tensor is
-    absent.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, y, gate, weight, bias, shift and scale.
 
-    ``dx = dh + J_LN(h)^T (dn weight)``, or ``(dn (1 + scale))``, and those of y and gate follow
-    from dx as in :func:`anyflow.ops.gated_residual`; the rounding of h counts as the identity.
-    ``dh`` is absent where only n was used, y where its gradient is that of x.
+    Each is empty where its tensor is absent. ``dx = grad_h + J_LN(h)^T (grad_n weight)``, or
+    ``(grad_n (1 + scale))``, and those of y and gate follow from dx as in
+    :func:`anyflow.ops.gated_residual`; the rounding of h counts as the identity. ``grad_h`` is
+    absent where only n was used, y where its gradient is that of x.
     """
     acc = _accumulation_dtype(h, y, gate, weight, bias, shift, scale)
-    wide, g = h.to(acc), dn.to(acc)
+    wide, g = h.to(acc), grad_n.to(acc)
     gn = g * F.layer_norm(wide, wide.shape[-1:], eps=eps)
-    affine = [
-        _sum_like(total, like) for total, like in ((gn, weight), (g, bias), (g, shift), (gn, scale))
-    ]
+    dweight, dbias = _sum_like(gn, weight, h), _sum_like(g, bias, h)
+    dshift, dscale = _sum_like(g, shift, h), _sum_like(gn, scale, h)
     if weight is not None:
         g = g * weight.to(acc)
     if scale is not None:
         g = (split_rows(g, scale.shape[1]) * (1 + scale.to(acc)).unsqueeze(2)).flatten(1, 2)
     dx = layer_norm_backward(g, wide, eps)
-    dx = dx if dh is None else dx + dh.to(acc)
-    dy, dgate = (None if y is None else dx.to(y.dtype, copy=True)), None  # results alias nothing
+    dx = dx if grad_h is None else dx + grad_h.to(acc)
+    # a copy: results alias nothing
+    dy = h.new_empty(0) if y is None else dx.to(y.dtype, copy=True)
+    dgate = h.new_empty(0)
     if y is not None and gate is not None:
         dy, dgate = gated_residual_backward_reference(dx, y, gate)
-    return tuple(h.new_empty(0) if t is None else t for t in (dx.to(h.dtype), dy, dgate, *affine))
+    return dx.to(h.dtype), dy, dgate, dweight, dbias, dshift, dscale
 
 
 def _accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return accumulation_dtype(*(t for t in tensors if t is not None))
 
 
-def _sum_like(tokens: Tensor, like: Tensor | None) -> Tensor | None:
+def _sum_like(tokens: Tensor, like: Tensor | None, h: Tensor) -> Tensor:
     """Sum ``[B, L, D]`` over the tokens that share an element of ``[D]`` or ``[B, R, D]``."""
     if like is None:
-        return None
-    return (tokens.sum((0, 1)) if like.ndim == 1 else sum_rows(tokens, like.shape[1])).to(
-        like.dtype
-    )
+        return h.new_empty(0)
+    total = tokens.sum((0, 1)) if like.ndim == 1 else sum_rows(tokens, like.shape[1])
+    return total.to(like.dtype)
 
 
 def _check(
     x: Tensor,
     y: Tensor,
-    gate: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    eps: float = 1e-6,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
 ) -> None:
     check_tokens(_OP, x)
     check_same_shape(_OP, "y", y, x, "x")
@@ -173,68 +176,55 @@ def _check(
 
 
 def _check_backward(
-    dh: Tensor | None,
-    dn: Tensor,
+    grad_h: Tensor | None,
+    grad_n: Tensor,
     y: Tensor | None,
     h: Tensor,
     gate: Tensor | None,
     *operands_eps: Any,
 ) -> None:
     _check(h, h if y is None else y, gate, *operands_eps)
-    for name, grad in (("dh", dh), ("dn", dn)):
+    for name, grad in (("grad_h", grad_h), ("grad_n", grad_n)):
         if grad is not None:
             check_same_shape(_OP, name, grad, h, "h")
     if gate is not None and y is None:
         raise ValueError(f"{_OP}: gate needs y")
 
 
-_operator = Operator(
-    _OP,
-    "(Tensor x, Tensor y, Tensor? gate=None, Tensor? weight=None, Tensor? bias=None, Tensor? "
-    "shift=None, "
-    "Tensor? scale=None, float eps=1e-6) -> (Tensor, Tensor)",
-    reference=residual_layer_norm_reference,
-    fake=lambda x, *_: (empty_like(x), empty_like(x)),
+class _ResidualLayerNorm(Operator):
+    """Keep less than every operand, and do less where the norm was not used."""
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
+        """Keep y only where the backward reads it: with a gate, or for its dtype."""
+        x, y, gate, *others = inputs
+        y = None if gate is None and y.dtype == x.dtype else y
+        super().save(ctx, (x, y, gate, *others), results)
+        ctx.set_materialize_grads(False)  # an unused result costs no pass over zeros
+
+    def gradients(self, ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Return the gradient of every input; without that of n, those of a gated residual."""
+        grad_h, grad_n = grads
+        y, h, *operands = ctx.saved_tensors
+        gate = operands[0]
+        if grad_n is not None:
+            dx, dy, *sums = self.backward(grad_h, grad_n, y, h, *operands, *ctx.constants)
+            present = (
+                None if operand is None else s for operand, s in zip(operands, sums, strict=True)
+            )
+            return dx, dx if y is None else dy, *present, None
+        if grad_h is None:
+            return (None,) * 8
+        dy, dgate = (grad_h if y is None else grad_h.to(y.dtype)), None
+        if gate is not None:
+            dy, dgate = torch.ops.anyflow.gated_residual_backward(grad_h, y, gate)
+        return grad_h, dy, dgate, *(None,) * 5
+
+
+_operator = _ResidualLayerNorm(
+    residual_layer_norm_reference,
+    residual_layer_norm_backward_reference,
     check=_check,
-    unsupported=lambda *args: unsupported_row(*args[:7]),
+    check_backward=_check_backward,
+    limit=WHOLE_ROWS,
+    results=("h", "n"),
 )
-_operator.register_backward(
-    "(Tensor? dh, Tensor dn, Tensor? y, Tensor h, Tensor? gate, Tensor? weight, Tensor? bias, "
-    "Tensor? shift, "
-    "Tensor? scale, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=residual_layer_norm_backward_reference,
-    fake=lambda dh, dn, y, h, *operands_eps: tuple(
-        h.new_empty(0) if t is None else empty_like(t) for t in (h, y, *operands_eps[:5])
-    ),
-    check=_check_backward,
-    unsupported=lambda *args: unsupported_row(*args[:9]),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, y, gate, *others, ctx.eps = inputs
-    # Without a gate, y is not read: keep it only for its dtype, where dy is not simply dx.
-    ctx.save_for_backward(
-        None if gate is None and y.dtype == x.dtype else y, output[0], gate, *others
-    )
-    ctx.set_materialize_grads(False)  # an unused output costs no pass over zeros
-
-
-def _backward(ctx: Any, dh: Tensor | None, dn: Tensor | None) -> tuple[Tensor | None, ...]:
-    y, h, *operands = ctx.saved_tensors
-    gate = operands[0]
-    if dn is not None:
-        dx, dy, *sums = _operator.backward(dh, dn, y, h, *operands, ctx.eps)
-        present = (
-            None if operand is None else s for operand, s in zip(operands, sums, strict=True)
-        )
-        return dx, dx if y is None else dy, *present, None
-    if dh is None:
-        return (None,) * 8
-    dy, dgate = (dh if y is None else dh.to(y.dtype)), None  # n is unused: this is a gated_residual
-    if gate is not None:
-        dy, dgate = torch.ops.anyflow.gated_residual_backward(dh, y, gate)
-    return dh, dy, dgate, *(None,) * 5
-
-
-_operator.register_autograd(_setup_context, _backward)

@@ -1,8 +1,6 @@
-"""RMS norm over the full width, head split, and rotary embedding of interleaved pairs."""
+"""Normalize over the full width (RMS), split heads, and rotate interleaved pairs (RoPE)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +14,8 @@ from anyflow.ops._common import (
     check_tokens,
     check_vector,
     describe,
-    unsupported_dtype,
-    unsupported_row,
 )
-from anyflow.ops.library import Operator, empty_like
+from anyflow.ops.library import WHOLE_ROWS, Operator
 
 _OP = "rms_norm_rope"
 
@@ -33,7 +29,7 @@ def rms_norm_rope(
     num_heads: int,
     eps: float = 1e-6,
 ) -> Tensor:
-    """RMS norm over all of D, then rotation of interleaved pairs in each head.
+    """Normalize over all of D, then rotate interleaved pairs in each head.
 
     ``y = x / sqrt(mean(x^2) + eps) * weight``; then for pair ``(2i, 2i + 1)`` of every head at
     token ``l``: ``(a cos - b sin, a sin + b cos)`` with ``cos[l, i]``, ``sin[l, i]``. Without
@@ -69,7 +65,7 @@ def _check(
     cos: Tensor | None,
     sin: Tensor | None,
     num_heads: int,
-    eps: float = 1e-6,
+    eps: float,
 ) -> None:
     _, _, d = check_tokens(_OP, x)
     check_vector(_OP, "weight", weight, x)
@@ -104,9 +100,8 @@ def _check_table(name: str, table: Tensor, x: Tensor, head_dim: int) -> None:
             first = 0 if name == "cos" else 1
             hint = (
                 f" (every entry twice, as in diffusers: {name}.reshape({length}, {head_dim})[:, "
-                f"{first}::2]; "
+                f"{first}::2]; tables of rotate_half, as in Llama, turn other pairs)"
             )
-            hint += "tables of rotate_half, as in Llama, turn other pairs)"
         elif table.ndim > 2 and table.numel() == length * (head_dim // 2):
             hint = f": {name}.reshape({length}, {head_dim // 2})"
         raise ValueError(
@@ -124,7 +119,7 @@ def rms_norm_rope_reference(
     num_heads: int,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Eager reference; see :func:`rms_norm_rope`."""
+    """Compute :func:`rms_norm_rope` eagerly."""
     acc = accumulation_dtype(x, weight)
     n = F.rms_norm(x.to(acc), x.shape[-1:], weight.to(acc), eps)
     heads = n.unflatten(-1, (num_heads, x.shape[-1] // num_heads))
@@ -142,7 +137,9 @@ def rms_norm_rope_backward_reference(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight: turn back, then ``dx = J_RMS(x)^T (grad weight)``,
+    """Return the gradients of x and weight.
+
+    The gradient is rotated back; then ``dx = J_RMS(x)^T (grad weight)`` and
     ``dweight = sum(grad x / rms)``.
     """
     acc = accumulation_dtype(x, weight)
@@ -158,9 +155,7 @@ def rms_norm_rope_backward_reference(
 
 
 def rotate_pairs(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the interleaved pairs of ``heads[B, L, H, Dh]`` by the angles of ``cos[L, Dh / 2]``,
-    ``sin[L, Dh / 2]``.
-    """
+    """Rotate interleaved pairs of ``heads[B, L, H, Dh]`` by ``cos`` and ``sin`` ``[L, Dh / 2]``."""
     # compilers fuse real arithmetic, and do not generate code for complex numbers
     if torch.compiler.is_compiling():
         even, odd = heads.unflatten(-1, (-1, 2)).unbind(-1)
@@ -171,46 +166,13 @@ def rotate_pairs(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(1)).flatten(-2)
 
 
-def _unsupported(
-    x: Tensor,
-    weight: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    num_heads: int,
-    eps: float = 1e-6,
-) -> str | None:
-    return unsupported_row(x, weight) or unsupported_dtype(cos, sin)
-
-
 _operator = Operator(
-    _OP,
-    # num_heads has no default, so neither have the tables before it
-    "(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, int num_heads, float eps=1e-6) -> Tensor",
-    reference=rms_norm_rope_reference,
-    fake=lambda x, weight, cos, sin, num_heads, eps=1e-6: x.new_empty(
-        *x.shape[:2], num_heads, x.shape[2] // num_heads
-    ),
+    rms_norm_rope_reference,
+    rms_norm_rope_backward_reference,
     check=_check,
-    unsupported=_unsupported,
+    check_backward=_check_backward,
+    limit=WHOLE_ROWS,
+    fake=lambda x, weight, cos, sin, num_heads, eps: x.new_empty(
+        (*x.shape[:2], num_heads, x.shape[2] // num_heads)
+    ),
 )
-_operator.register_backward(
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? cos, Tensor? sin, int num_heads, float eps) -> "
-    "(Tensor, Tensor)",
-    reference=rms_norm_rope_backward_reference,
-    fake=lambda grad, x, weight, cos, sin, num_heads, eps: (empty_like(x), empty_like(weight)),
-    check=_check_backward,
-    unsupported=lambda grad, *args: unsupported_dtype(grad) or _unsupported(*args),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.num_heads, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _operator.backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.eps)
-    return *gradients, None, None, None, None
-
-
-_operator.register_autograd(_setup_context, _backward)

@@ -1,10 +1,9 @@
-"""Settings that hold in a context: a thread, an asyncio task, and what either copies its context
-to.
-"""
+"""Hold settings in a context: a thread, an asyncio task, and what either copies its context to."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from anyflow.ops.native import EXTENSION
 
 
 class _Block:
-    """One entered ``with`` block of a setting."""
+    """Mark an entered ``with`` block of a setting."""
 
     __slots__ = ("open",)
 
@@ -32,12 +31,12 @@ _State = tuple[tuple[_Block | None, Any], ...]
 
 
 class Setting:
-    """A value that blocks and plain calls set; None where nothing has.
+    """Hold a value that blocks and plain calls set; None where nothing has set one.
 
-    It is read from the context of the caller. Autograd's threads of a device have none of their
-    own: they read that of the thread that called ``backward``. In code that ``torch.compile``
-    traces, the value is a constant of the graph, which the guards of every call compare with that
-    of its context; blocks inside such code hold inside.
+    The value is read from the context of the caller. Autograd's threads of a device have no context
+    of their own: they read that of the thread that called ``backward``. In code that
+    ``torch.compile`` traces, the value is a constant of the graph, which the guards of every call
+    compare with that of its context; blocks inside such code hold inside.
 
     Args:
         name: of the setting; unique.
@@ -59,6 +58,8 @@ class Setting:
     def set(self, value: Any) -> None:
         """Set the value until the innermost block of this context ends; without one, for good."""
         state = self._state.get()
+        # without the blocks that another context has ended, in which no value would be read
+        state = tuple(entry for entry in state if entry[0] is None or entry[0].open)
         block = state[-1][0] if state else None
         self._put((*state[:-1], (block, value)))
 
@@ -67,6 +68,10 @@ class Setting:
         block = _Block()
         self._put((*self._state.get(), (block, value)), shared)
         return block
+
+    def checked(self, value: Any) -> Any:
+        """Return a value that may be set."""
+        return value
 
     def leave(self, blocks: list[_Block], shared: bool = True) -> None:
         """End the last begun of some blocks, wherever the blocks of others begin and end.
@@ -126,27 +131,69 @@ def _share(key: str, value: Any) -> None:
 
 
 class _Traced(threading.local):
-    """The setting of a block inside traced code, as a 1-tuple."""
+    """Hold the setting of a block inside traced code, as a 1-tuple."""
 
     value: tuple[Any] | None = None
 
 
 class _Mirror(threading.local):
-    """The value of a thread's last context, where the extension that reads a context from a guard
-    is not built.
-    """
+    """Hold the value of a thread's last context, where the extension for guards is not built."""
 
     value: Any = None
 
 
+class BackendSetting(Setting):
+    """Hold the name of a backend that blocks, plain calls or an environment variable force.
+
+    Args:
+        name: of the setting; unique.
+        kind: what error messages call it.
+        names: the backends.
+        variable: environment variable that forces a backend where nothing nearer does.
+        use: the :class:`Use` of the setting, by name.
+    """
+
+    def __init__(
+        self, name: str, *, kind: str, names: tuple[str, ...], variable: str, use: str
+    ) -> None:
+        super().__init__(name)
+        self.names = names
+        self._kind, self._variable, self._by_use = kind, variable, f"forced by {use}()"
+        self._by_variable = f"forced by {variable}"
+
+    def checked(self, value: Any, prefix: str = "") -> Any:
+        """Return the name of a backend, or None for the automatic choice.
+
+        Raises:
+            ValueError: none of the backends has this name; ``prefix`` says where it was given.
+        """
+        if value is not None and value not in self.names:
+            raise ValueError(
+                f"{prefix}unknown {self._kind} {value!r}; expected one of {', '.join(self.names)}"
+            )
+        return value
+
+    def forced(self) -> tuple[str, str] | None:
+        """Return the forced backend and who forces it, or None for the automatic choice."""
+        name = self.get()
+        if name is not None:
+            return name, self._by_use
+        name = os.environ.get(self._variable)
+        if name:
+            return self.checked(name, f"{self._variable}: "), self._by_variable
+        return None
+
+
 class Use:
-    """Sets a setting at once, or while a ``with`` block lasts; any number of times, in any number
-    of threads.
+    """Set a setting at once, or while a ``with`` block lasts.
+
+    An object may be used any number of times, in any number of threads.
     """
 
     setting: Setting
 
     def __init__(self, value: Any) -> None:
+        value = self.setting.checked(value)
         self._value = value
         self._blocks: list[_Block] = []
         self._previous: tuple[Any] | None = None
@@ -180,7 +227,7 @@ class Use:
 
 @contextmanager
 def holding(values: dict[Setting, Any]) -> Iterator[None]:
-    """Give settings the values that they had elsewhere, as :func:`held` has returned them."""
+    """Give settings the values that :func:`held` has returned elsewhere."""
     blocks = [(setting, [setting.enter(value, shared=False)]) for setting, value in values.items()]
     try:
         yield
@@ -189,15 +236,25 @@ def holding(values: dict[Setting, Any]) -> Iterator[None]:
             setting.leave(block, shared=False)
 
 
-OPERATOR_BACKEND = Setting("operator_backend")
-ATTENTION_BACKEND = Setting("attention_backend")
+OPERATOR_BACKEND = BackendSetting(
+    "operator_backend",
+    kind="backend",
+    names=("eager", "triton", "native"),
+    variable="ANYFLOW_BACKEND",
+    use="use_backend",
+)
+ATTENTION_BACKEND = BackendSetting(
+    "attention_backend",
+    kind="attention backend",
+    names=("flash_attn_3", "flash_attn_2", "native", "cudnn", "flash", "efficient", "math"),
+    variable="ANYFLOW_ATTENTION",
+    use="use_attention_backend",
+)
 ASSUMED_CAPABILITY = Setting("assumed_capability")
 
 
 def held() -> dict[Setting, Any]:
-    """Return what holds here, for work that is done later, in whatever thread: a backward, a
-    recomputation.
-    """
+    """Return what holds here, for a backward or a recomputation later, in whatever thread."""
     return {
         setting: setting.get()
         for setting in (OPERATOR_BACKEND, ATTENTION_BACKEND, ASSUMED_CAPABILITY)

@@ -1,4 +1,4 @@
-"""From a text to a video. Its names load on first use."""
+"""Make videos of texts; the names of this package load on first use."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from anyflow.pipelines.layout import ModelLayout
     from anyflow.pipelines.pipeline import AnyFlowPipeline, VideoOutput
-    from anyflow.pipelines.request import ModelLayout, VideoRequest
+    from anyflow.pipelines.request import VideoRequest
     from anyflow.pipelines.video import write_comparison, write_video
 
 _MODULES = {
     "AnyFlowPipeline": "pipeline",
-    "ModelLayout": "request",
+    "ModelLayout": "layout",
     "VideoOutput": "pipeline",
     "VideoRequest": "request",
     "write_comparison": "video",

@@ -1,5 +1,6 @@
-"""Put our transformer in the place of diffusers' in a pipeline, on the very same weights, and
-back.
+"""Put anyflow's transformer in the place of diffusers' in a pipeline, on the same weights.
+
+In this module ``theirs`` is diffusers' transformer and ``ours`` is anyflow's.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ _SUPPORTED = (
     "supported are diffusers' AnyFlowTransformer3DModel and WanTransformer3DModel, and pipelines "
     "with one"
 )
-# where PEFT and diffusers note what is loaded
+# Where PEFT and diffusers note which adapters are loaded.
 _ADAPTER_STATE = ("peft_config", "_hf_peft_config_loaded")
 
 
 @dataclass(frozen=True)
 class _Original:
-    """What ours stands for; in a dataclass, so that it is no child module of ours.
+    """Hold what our transformer stands for; a dataclass, so that it is no child module of ours.
 
     Args:
         transformer: diffusers'.
@@ -50,14 +51,14 @@ class _Original:
 
 
 def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None) -> T:
-    """Run a diffusers pipeline, or a bare transformer, on anyflow's transformer, or on some of its
-    operators.
+    """Run a diffusers pipeline or transformer on anyflow's transformer, or on its operators.
 
     The pipelines are those around diffusers' ``AnyFlowTransformer3DModel`` or
-    ``WanTransformer3DModel``, Wan 2.2's ``transformer_2`` included. Ours gets the very parameters
-    and linear layers of theirs: nothing is copied, dtypes and devices stay, adapters (LoRA) stay
-    loaded, and CPU offloading that is on stays on. Results are the same within rounding
-    (``tests/pipelines/test_acceleration.py``). A second call changes nothing; :func:`restore` undoes the first.
+    ``WanTransformer3DModel``, Wan 2.2's ``transformer_2`` included. anyflow's transformer gets the
+    very parameters and linear layers of diffusers': nothing is copied, dtypes and devices stay,
+    adapters (LoRA) stay loaded, and CPU offloading that is on stays on. Results are the same within
+    rounding (``tests/pipelines/test_acceleration.py``). A second call changes nothing;
+    :func:`restore` undoes the first.
 
     With ``only``, diffusers' transformer stays, with its names, attention backends, fused
     projections and image attention, and just these parts of its blocks are replaced
@@ -66,7 +67,7 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
     - ``"norms"``: LayerNorm, modulation, gates and residuals, three operators a block;
     - ``"rope"``: RMS norm and rotation of the queries and keys of self-attention;
     - ``"gelu"``: the activation of the feed-forward;
-    - ``"linear"``: the linear layers, whose kernel is faster in fp32 on AMD's processors.
+    - ``"linear"``: the linear layers, as :class:`anyflow.ops.Linear`.
 
     Args:
         pipe_or_transformer: a pipeline is changed in place; a transformer is left as it is, except
@@ -74,14 +75,15 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
         only: name of a part, or several. A further call replaces exactly the parts that it names.
 
     Returns:
-        The pipeline itself, or our transformer (with ``only``, the transformer itself). Saved, both
-        load in diffusers.
+        The pipeline itself, or anyflow's transformer (with ``only``, the transformer itself). Both
+        load in diffusers once they are saved.
 
     Raises:
         TypeError: neither such a pipeline nor such a transformer.
-        ValueError: a part is unknown; or what is there cannot be replaced without loss: hooks that
-            ours would not have, other attention processors, a device map, ``torch.compile``, and,
-            without ``only``, image attention, fused projections and quantized weights.
+        ValueError: a part is unknown; or the transformer cannot be replaced without loss: it has
+            hooks that would be lost, other attention processors, a device map,
+            ``torch.compile``, or, without ``only``, image attention, fused projections or
+            quantized weights.
     """
     parts = None if only is None else checked_parts(only)
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
@@ -108,14 +110,14 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
 
 
 def restore(pipe_or_transformer: T) -> T:
-    """Undo :func:`accelerate`: diffusers' own transformer again, with the weights and adapters as
-    they are now.
+    """Undo :func:`accelerate`, with the weights and adapters as they are by then.
 
     Returns:
         The pipeline itself, or diffusers' transformer.
 
     Raises:
-        ValueError: nothing here was accelerated, or ours has hooks that theirs would not have.
+        ValueError: nothing here was accelerated, or anyflow's transformer has hooks that would be
+            lost.
     """
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
         theirs: Any = _restored(pipe_or_transformer)
@@ -137,9 +139,7 @@ def restore(pipe_or_transformer: T) -> T:
 
 
 def _accelerated(theirs: Any, parts: tuple[str, ...] | None) -> ModelMixin:
-    """Return our transformer on the weights of theirs, or theirs with some of its parts
-    replaced.
-    """
+    """Return our transformer on the weights of theirs, or theirs with some parts replaced."""
     if parts is None:
         ours = _our_class(theirs)
         if replaced_parts(theirs):
@@ -196,8 +196,9 @@ def _restored(ours: Any) -> ModelMixin:
 def _hand_over(
     source: nn.Module, target: nn.Module, layers: Iterable[str], owners: Mapping[str, nn.Module]
 ) -> None:
-    """Give target the linear layers of source, and its modules ``owners`` the parameters, with the
-    adapters on both.
+    """Give ``target`` the linear layers of ``source``, and ``owners`` its other parameters.
+
+    Adapters on both go with them.
     """
     for name in layers:
         target.set_submodule(name, source.get_submodule(name))
@@ -216,7 +217,7 @@ def _hand_over(
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """The module without the adapter around it, which PEFT calls its base layer."""
+    """Return the module without the adapter around it, which PEFT calls its base layer."""
     return getattr(module, "base_layer", module)
 
 
@@ -249,7 +250,7 @@ def _our_class(theirs: object) -> type[AnyFlowTransformer3DModel]:
 
 
 def _check(theirs: ModelMixin, layers: Iterable[str], owners: Mapping[str, nn.Module]) -> None:
-    """Make the ValueError about what of theirs would be lost in ours."""
+    """Raise a ValueError for what of theirs would be lost in ours."""
     _check_hooks("accelerate", theirs, layers)
     reached = {id(p) for name in layers for p in theirs.get_submodule(name).parameters()}
     for name, owner in owners.items():
@@ -276,22 +277,20 @@ def _check(theirs: ModelMixin, layers: Iterable[str], owners: Mapping[str, nn.Mo
 
 
 def _check_hooks(action: str, network: nn.Module, layers: Iterable[str]) -> None:
-    """Make the ValueError about what of a network's modules the other would not have; ``layers`` it
-    will have.
-    """
+    """Raise a ValueError for what of a network's modules, but for ``layers``, would be lost."""
     shared = {id(m) for name in layers for m in network.get_submodule(name).modules()}
     for name, module in network.named_modules():
-        problem = None if id(module) in shared else _problem(module)
-        if hasattr(module, "_hf_hook"):
-            problem = "a hook of the package accelerate (offloading, a device map); remove it first"
+        problem = _hook_of_accelerate(module)
+        if problem is None and id(module) not in shared:
+            problem = _problem(module)
         if problem is not None:
             raise ValueError(f"{action}: {name if name else 'the transformer'} has {problem}")
 
 
 def _problem(module: Any) -> str | None:
-    """What a module has that ours would not have, or None."""
-    if getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
-        return "a hook of diffusers (a cache, group offloading, layerwise casting); remove it first"
+    """Return what a module has that ours would not have, or None."""
+    if (problem := _hook_of_diffusers(module)) is not None:
+        return problem
     if module._forward_hooks or module._forward_pre_hooks:
         return "a forward hook; remove it first"
     if getattr(module, "fused_projections", False):
@@ -307,12 +306,25 @@ def _problem(module: Any) -> str | None:
 
 def _problem_of_part(module: Any) -> str | None:
     """Return what keeps another class of a module from being run, or None."""
+    problem = _hook_of_accelerate(module)
+    if problem is None:
+        problem = _hook_of_diffusers(module)
+    if problem is None and "forward" in module.__dict__:  # hooks set a forward, too
+        problem = "a forward of its own, which another package has set"
+    return problem
+
+
+def _hook_of_accelerate(module: Any) -> str | None:
+    """Name a hook of the package accelerate on a module, or return None."""
     if hasattr(module, "_hf_hook"):
         return "a hook of the package accelerate (offloading, a device map); remove it first"
+    return None
+
+
+def _hook_of_diffusers(module: Any) -> str | None:
+    """Name a hook of diffusers on a module, or return None."""
     if getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
         return "a hook of diffusers (a cache, group offloading, layerwise casting); remove it first"
-    if "forward" in module.__dict__:
-        return "a forward of its own, which another package has set"
     return None
 
 
@@ -323,9 +335,7 @@ def _transformers(pipe: DiffusionPipeline) -> dict[str, ModelMixin]:
 
 @contextmanager
 def _without_offloading(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Take the pipeline's offloading off for a moment, and put it on whatever the pipeline then
-    consists of.
-    """
+    """Take the pipeline's offloading off, and put it on the pipeline's parts again at the end."""
     if pipe._is_pipeline_device_mapped():
         raise ValueError("accelerate: the pipeline has a device map; call reset_device_map() first")
     enable = _offloading(pipe)
@@ -340,7 +350,7 @@ def _without_offloading(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 def _offloading(pipe: DiffusionPipeline) -> Callable[..., None] | None:
-    """The method that has put the pipeline's offloading on, if it is on."""
+    """Return the method that has put the pipeline's offloading on, if it is on."""
     from accelerate.hooks import AlignDevicesHook
 
     if getattr(pipe, "_all_hooks", None):

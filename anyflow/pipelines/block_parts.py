@@ -1,9 +1,7 @@
-"""Parts of diffusers' transformer blocks on the fused operators; the transformer, its weights and
-its names stay.
+"""Run parts of diffusers' transformer blocks on the fused operators.
 
-A part is replaced by giving a module of diffusers another class, one of those below: parameters,
-buffers, adapters and state stay where they are. Each class has the name of diffusers' own, by which
-diffusers and accelerate find blocks.
+The transformer, its weights and its names stay. A part is replaced by giving a module of diffusers
+another class, one of those below: parameters, buffers, adapters and state stay where they are.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin, WanTransformer3DModel
@@ -32,6 +30,19 @@ from anyflow.ops import (
 
 PARTS = ("norms", "rope", "gelu", "linear")
 _MARK = "_anyflow_parts"  # on a transformer: the parts that have been replaced
+_FUSED: dict[type, type] = {nn.Linear: Linear}  # from diffusers' classes to ours
+_Class = TypeVar("_Class", bound=type)
+
+
+def _stands_for(theirs: type) -> Callable[[_Class], _Class]:
+    """Register a class as the fused one of diffusers', and let it have the same name."""
+
+    def register(ours: _Class) -> _Class:
+        ours.__name__ = theirs.__name__  # by which diffusers and accelerate find blocks
+        _FUSED[theirs] = ours
+        return ours
+
+    return register
 
 
 def replaced_parts(transformer: object) -> tuple[str, ...]:
@@ -43,7 +54,7 @@ def checked_parts(only: str | Collection[str]) -> tuple[str, ...]:
     """Return the names of parts in their order.
 
     Raises:
-        ValueError: there is none, or one is unknown.
+        ValueError: no name is given, or one is unknown.
     """
     names = [only] if isinstance(only, str) else list(only)
     unknown = [name for name in names if name not in PARTS]
@@ -56,7 +67,7 @@ def checked_parts(only: str | Collection[str]) -> tuple[str, ...]:
 def replace_parts(
     transformer: ModelMixin, parts: tuple[str, ...], problem: Callable[[Any], str | None]
 ) -> None:
-    """Give the modules of some parts our classes; nothing where they have them already.
+    """Give the modules of some parts our classes; a part that has them already stays as it is.
 
     Args:
         transformer: diffusers'.
@@ -76,7 +87,7 @@ def replace_parts(
                 f"accelerate: {name} is a {type(module).__module__}.{type(module).__name__}; "
                 f"{expected}"
             )
-        reason = None if theirs in _PROCESSORS else problem(module)
+        reason = problem(module) if isinstance(module, nn.Module) else None
         if reason is not None:
             raise ValueError(f"accelerate: {name} has {reason}")
     restore_parts(transformer)
@@ -95,13 +106,13 @@ def restore_parts(transformer: ModelMixin) -> None:
 
 
 def _modules(transformer: ModelMixin, part: str) -> Iterator[tuple[str, Any, type, type]]:
-    """Yield name, module, diffusers' class and our class of everything that a part consists of."""
+    """Yield name, module, diffusers' class and our class of all that a part consists of."""
     wan = isinstance(transformer, WanTransformer3DModel)
     diffusers_ = transformer_wan if wan else transformer_anyflow
     prefix = "Wan" if wan else "AnyFlow"
 
     def entry(name: str, module: Any, theirs: type) -> tuple[str, Any, type, type]:
-        return name, module, theirs, (_PROCESSORS | _MODULES)[theirs]
+        return name, module, theirs, _FUSED[theirs]
 
     if part == "rope":
         yield entry("rope", transformer.rope, getattr(diffusers_, f"{prefix}RotaryPosEmbed"))
@@ -133,8 +144,9 @@ def _modules(transformer: ModelMixin, part: str) -> Iterator[tuple[str, Any, typ
 def _run_block(
     block: Any, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor], text: Any
 ) -> Tensor:
-    """Run a block of either model: ``x[B, L, D]``, ``modulation[B, R, 6, D]``, R = 1 or one row per
-    token.
+    """Run a block of either model on ``x[B, L, D]`` with ``modulation[B, R, 6, D]``.
+
+    R is 1, or L with one row per token.
     """
     rows = (block.scale_shift_table + modulation.float()).unbind(2)
     shift, scale, gate, c_shift, c_scale, c_gate = rows
@@ -148,15 +160,14 @@ def _run_block(
     return gated_residual(x, block.ffn(n), c_gate)
 
 
-class WanTransformerBlock(transformer_wan.WanTransformerBlock):
-    """Runs Wan's block with its norms, modulations and residuals fused."""
+@_stands_for(transformer_wan.WanTransformerBlock)
+class FusedWanBlock(transformer_wan.WanTransformerBlock):
+    """Run Wan's block with its norms, modulations and residuals fused."""
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
     ) -> Tensor:
-        """Map ``hidden_states[B, L, D]``; ``temb`` is ``[B, 6, D]``, or ``[B, L, 6, D]`` (Wan 2.2,
-        5B).
-        """
+        """Map ``hidden_states[B, L, D]``; ``temb`` is ``[B, 6, D]`` or (2.2) ``[B, L, 6, D]``."""
         return _run_block(
             self,
             hidden_states,
@@ -166,10 +177,9 @@ class WanTransformerBlock(transformer_wan.WanTransformerBlock):
         )
 
 
-class AnyFlowTransformerBlock(transformer_anyflow.AnyFlowTransformerBlock):
-    """Runs the block of diffusers' AnyFlow transformer with its norms, modulations and residuals
-    fused.
-    """
+@_stands_for(transformer_anyflow.AnyFlowTransformerBlock)
+class FusedAnyFlowBlock(transformer_anyflow.AnyFlowTransformerBlock):
+    """Run the block of diffusers' AnyFlow transformer with its norms and residuals fused."""
 
     def forward(
         self,
@@ -191,8 +201,9 @@ class AnyFlowTransformerBlock(transformer_anyflow.AnyFlowTransformerBlock):
         )
 
 
-class FP32LayerNorm(normalization.FP32LayerNorm):
-    """Adds the gated branch before it normalizes."""
+@_stands_for(normalization.FP32LayerNorm)
+class FusedLayerNorm(normalization.FP32LayerNorm):
+    """Add the gated branch before the norm."""
 
     def forward(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum and its norm, both ``[B, L, D]``."""
@@ -202,23 +213,23 @@ class FP32LayerNorm(normalization.FP32LayerNorm):
 def _normalized_heads(
     norm: Any, x: Tensor, num_heads: int, rotary: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Map ``x[B, L, D]`` to ``[B, L, H, Dh]``; ``rotary`` is ``(cos, sin)``, each
-    ``[1, L, 1, Dh / 2]``.
-    """
+    """Map ``x[B, L, D]`` to ``[B, L, H, Dh]``, rotated by (cos, sin) ``[1, L, 1, Dh / 2]``."""
     cos, sin = (None, None) if rotary is None else (table[0, :, 0] for table in rotary)
     return rms_norm_rope(x, norm.weight, cos, sin, num_heads=num_heads, eps=norm.eps)
 
 
-class TorchRMSNorm(nn.RMSNorm):
-    """Stands for torch's RMSNorm, which normalizes Wan's queries and keys."""
+@_stands_for(nn.RMSNorm)
+class FusedTorchRMSNorm(nn.RMSNorm):
+    """Normalize and rotate Wan's queries and keys."""
 
     def forward(self, x: Tensor, num_heads: int, rotary: tuple[Tensor, Tensor] | None) -> Tensor:  # type: ignore[override]
         """Normalize, split heads and rotate."""
         return _normalized_heads(self, x, num_heads, rotary)
 
 
-class RMSNorm(normalization.RMSNorm):
-    """Stands for diffusers' RMSNorm, which normalizes AnyFlow's queries and keys."""
+@_stands_for(normalization.RMSNorm)
+class FusedRMSNorm(normalization.RMSNorm):
+    """Normalize and rotate AnyFlow's queries and keys."""
 
     def forward(self, x: Tensor, num_heads: int, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Normalize, split heads and rotate."""
@@ -244,10 +255,9 @@ def _self_attention(
     return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query)))
 
 
-class WanAttnProcessor(transformer_wan.WanAttnProcessor):
-    """Attends with queries and keys whose norm and rotation are fused; the attention is the one
-    chosen in diffusers.
-    """
+@_stands_for(transformer_wan.WanAttnProcessor)
+class FusedWanAttention(transformer_wan.WanAttnProcessor):
+    """Attend with queries and keys whose norm and rotation are fused, as diffusers chooses."""
 
     def __call__(
         self,
@@ -261,10 +271,9 @@ class WanAttnProcessor(transformer_wan.WanAttnProcessor):
         return _self_attention(self, attn, hidden_states, attention_mask, rotary_emb)
 
 
-class AnyFlowAttnProcessor(transformer_anyflow.AnyFlowAttnProcessor):
-    """Attends with queries and keys whose norm and rotation are fused; the attention is the one
-    chosen in diffusers.
-    """
+@_stands_for(transformer_anyflow.AnyFlowAttnProcessor)
+class FusedAnyFlowAttention(transformer_anyflow.AnyFlowAttnProcessor):
+    """Attend with queries and keys whose norm and rotation are fused, as diffusers chooses."""
 
     def __call__(
         self,
@@ -279,8 +288,9 @@ class AnyFlowAttnProcessor(transformer_anyflow.AnyFlowAttnProcessor):
         return _self_attention(self, attn, hidden_states, attention_mask, rotary)
 
 
-class WanRotaryPosEmbed(transformer_wan.WanRotaryPosEmbed):
-    """Computes Wan's rotary tables with one entry per pair."""
+@_stands_for(transformer_wan.WanRotaryPosEmbed)
+class PairedWanRotary(transformer_wan.WanRotaryPosEmbed):
+    """Compute Wan's rotary tables with one entry per pair."""
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(cos, sin)``, each ``[1, L, 1, Dh / 2]`` in fp32."""
@@ -288,8 +298,9 @@ class WanRotaryPosEmbed(transformer_wan.WanRotaryPosEmbed):
         return cos[..., 0::2].float().contiguous(), sin[..., 1::2].float().contiguous()
 
 
-class AnyFlowRotaryPosEmbed(transformer_anyflow.AnyFlowRotaryPosEmbed):
-    """Computes AnyFlow's rotary tables as real numbers."""
+@_stands_for(transformer_anyflow.AnyFlowRotaryPosEmbed)
+class RealAnyFlowRotary(transformer_anyflow.AnyFlowRotaryPosEmbed):
+    """Compute AnyFlow's rotary tables as real numbers."""
 
     def forward(self, layout_cfg: Any, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         """Return ``(cos, sin)`` for query and key, each ``[1, L, 1, Dh / 2]`` in fp32."""
@@ -298,8 +309,9 @@ class AnyFlowRotaryPosEmbed(transformer_anyflow.AnyFlowRotaryPosEmbed):
         return {"query": tables, "key": tables}
 
 
-class GELU(activations.GELU):
-    """Runs the feed-forward's first layer with our tanh-GELU."""
+@_stands_for(activations.GELU)
+class FusedGELU(activations.GELU):
+    """Run the feed-forward's first layer with our tanh-GELU."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map ``[B, L, D]`` to ``[B, L, N]``."""
@@ -310,34 +322,15 @@ class GELU(activations.GELU):
         )
 
 
-_PROCESSORS: dict[type, type] = {
-    transformer_wan.WanAttnProcessor: WanAttnProcessor,
-    transformer_anyflow.AnyFlowAttnProcessor: AnyFlowAttnProcessor,
-}
-_MODULES: dict[type, type] = {
-    transformer_wan.WanTransformerBlock: WanTransformerBlock,
-    transformer_wan.WanRotaryPosEmbed: WanRotaryPosEmbed,
-    transformer_anyflow.AnyFlowTransformerBlock: AnyFlowTransformerBlock,
-    transformer_anyflow.AnyFlowRotaryPosEmbed: AnyFlowRotaryPosEmbed,
-    normalization.FP32LayerNorm: FP32LayerNorm,
-    normalization.RMSNorm: RMSNorm,
-    nn.RMSNorm: TorchRMSNorm,
-    activations.GELU: GELU,
-    nn.Linear: Linear,
-}
-
-
 @functools.cache
 def _register_blocks() -> None:
-    """Tell diffusers' caches, which look a block's class up, about ours."""
-    for theirs, ours in _MODULES.items():
-        if issubclass(
-            theirs,
-            (transformer_wan.WanTransformerBlock, transformer_anyflow.AnyFlowTransformerBlock),
-        ):
-            try:
-                TransformerBlockRegistry.register(
-                    ours, copy.copy(TransformerBlockRegistry.get(theirs))
-                )
-            except ValueError:  # diffusers has no cache for this block
-                continue
+    """Tell diffusers' caches, which look up a block's class, about ours."""
+    for theirs in (
+        transformer_wan.WanTransformerBlock,
+        transformer_anyflow.AnyFlowTransformerBlock,
+    ):
+        try:
+            known = TransformerBlockRegistry.get(theirs)
+        except ValueError:  # diffusers has no cache for this block
+            continue
+        TransformerBlockRegistry.register(_FUSED[theirs], copy.copy(known))

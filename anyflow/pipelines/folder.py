@@ -1,6 +1,4 @@
-"""A pipeline's folder: its ``model_index.json``, its scheduler, and the parts that it shares with
-another model.
-"""
+"""Write a pipeline's folder: its index, its scheduler, and the parts of another model."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.formats.hub import ENCODERS, local_folder
-from anyflow.pipelines.request import ModelLayout
+from anyflow.pipelines.layout import ModelLayout
 from anyflow.pipelines.wan import load_tokenizer, part_folder, require_sound_folder
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.documents import read_json
@@ -25,7 +23,7 @@ SHARED = ("vae", "text_encoder", "tokenizer")
 
 @dataclass(frozen=True)
 class Base:
-    """The model that gives a pipeline its VAE, text encoder and tokenizer.
+    """Hold the model that gives a pipeline its VAE, text encoder and tokenizer.
 
     Args:
         folder: of the model.
@@ -43,7 +41,7 @@ class Base:
             path: a diffusers folder, or the name of a model on the Hugging Face Hub.
 
         Raises:
-            ValueError: there is no such model, or a part is missing or damaged.
+            ValueError: the model or a part is missing or damaged.
         """
         folder = local_folder(path, (INDEX, *ENCODERS))
         for part in SHARED:
@@ -59,19 +57,16 @@ class Base:
         return cls(folder, tokenizer)
 
     def require_fit(self, transformer: Mapping[str, Any]) -> None:
-        """Raise a ValueError unless a transformer of this configuration fits the VAE and the text
-        encoder.
-        """
+        """Raise a ValueError unless a transformer of this configuration fits the other parts."""
         ModelLayout.read(self.folder, {"transformer": transformer})
 
     def add_to(self, folder: Path, *, plain: bool, copy: bool) -> None:
-        """Make a folder with ``transformer`` and ``scheduler`` one of a whole pipeline.
+        """Add the parts to a folder with ``transformer`` and ``scheduler``, and the index.
 
         Args:
             folder: to write to.
             plain: the transformer is a plain Wan model.
-            copy: copy the parts; else they are links to the base's folders, which must stay where
-                they are.
+            copy: copy the parts; else the folder links to those of the base, which must stay.
         """
         for part in SHARED:
             source = self.folder / part
@@ -86,8 +81,7 @@ class Base:
 
 
 def write_index(folder: Path, *, plain: bool, tokenizer: str) -> None:
-    """Write the ``model_index.json`` by which diffusers knows the classes of a pipeline and its
-    parts.
+    """Write ``model_index.json``, by which diffusers knows the classes of a pipeline's parts.
 
     Args:
         folder: of the pipeline.
@@ -119,9 +113,7 @@ def write_index(folder: Path, *, plain: bool, tokenizer: str) -> None:
 
 
 def write_scheduler(scheduler: FlowMapEulerDiscreteScheduler, folder: Path, *, plain: bool) -> None:
-    """Write ``scheduler`` of a pipeline's folder: for a plain Wan model diffusers' flow-match Euler
-    of that shift.
-    """
+    """Write ``scheduler`` of a folder: for a plain Wan model diffusers' flow-match Euler."""
     if not plain:
         scheduler.save_pretrained(folder / "scheduler")
         return

@@ -1,4 +1,4 @@
-"""Frames as users have them (PIL images, arrays, tensors) and as the library does."""
+"""Convert frames between users' types (PIL images, arrays, tensors) and the library's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 
-def context_pixels(image: Any, video: Any, height: int, width: int) -> Tensor | None:
-    """What a video goes on from, as ``[B or 1, F, 3, height, width]`` fp32 in [-1, 1]; None without
-    any.
+def first_frame_pixels(image: Any, video: Any, height: int, width: int) -> Tensor | None:
+    """Return first frames as ``[B or 1, F, 3, height, width]`` fp32 in [-1, 1]; None without any.
 
     Args:
         image: its first frame: a PIL image, ``[H, W, 3]`` array or ``[3, H, W]`` tensor.
@@ -52,17 +51,17 @@ def context_pixels(image: Any, video: Any, height: int, width: int) -> Tensor | 
         or frames.shape[-3:] != (3, height, width)
     ):
         raise ValueError(
-            f"{name} must be PIL images, or an array [.., {height}, {width}, 3] or a tensor [.., "
-            f"3, {height}, "
-            f"{width}], got {_describe(frames)}"
+            f"{name} must be PIL images, or an array [.., {height}, {width}, 3] or a tensor "
+            f"[.., 3, {height}, {width}], got {_describe(frames)}"
         )
     frames = _unit_range(name, frames)
     return (frames if frames.ndim == 5 else frames[None]) * 2 - 1
 
 
 def frames_of_type(video: Tensor, output_type: str) -> Any:
-    """``video[B, F, 3, H, W]`` in [0, 1] as PIL images, an array ``[B, F, H, W, 3]`` or a tensor,
-    fp32 on the CPU.
+    """Convert ``video[B, F, 3, H, W]`` in [0, 1] to an output type, on the CPU.
+
+    The types are PIL images, an array ``[B, F, H, W, 3]`` and a tensor, fp32 both.
 
     Args:
         output_type: ``"pil"``, ``"np"`` or ``"pt"``.
@@ -79,13 +78,14 @@ def frames_of_type(video: Tensor, output_type: str) -> Any:
 
 
 def uint8_pixels(video: Tensor) -> Tensor:
-    """``video[B, F, 3, H, W]`` in [0, 1] as ``[B, F, H, W, 3]`` uint8, on its device."""
+    """Convert ``video[B, F, 3, H, W]`` in [0, 1] to ``[B, F, H, W, 3]`` uint8, on its device."""
     return (video.float() * 255).round().to(torch.uint8).movedim(2, -1)
 
 
 def uint8_frames(frames: Any) -> Iterator[np.ndarray]:
-    """Each frame as ``[H, W, 3]`` uint8: of PIL images, an ``[F, H, W, 3]`` array or an
-    ``[F, 3, H, W]`` tensor.
+    """Yield each frame as ``[H, W, 3]`` uint8.
+
+    Frames are PIL images, an ``[F, H, W, 3]`` array or an ``[F, 3, H, W]`` tensor.
 
     Raises:
         ValueError: something else, or values outside [0, 255] (uint8) or [0, 1] (float).

@@ -1,4 +1,4 @@
-"""Where the parts of a model lie, and onto which device they go."""
+"""Find the parts of a model, and load its transformer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from anyflow.formats.hub import PIPELINE, SCHEDULER, TRANSFORMER, local_folder
-from anyflow.pipelines.request import ModelLayout
+from anyflow.pipelines.layout import ModelLayout
 from anyflow.pipelines.wan import part_folder
 from anyflow.utils.validation import brief
 
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelPaths:
-    """The folders of a model: ``model`` has ``vae``, ``text_encoder`` and ``tokenizer``, the others
-    what they say.
-    """
+    """Hold the folders of a model: ``model`` has ``vae``, ``text_encoder`` and ``tokenizer``."""
 
     model: Path
     transformer: Path
@@ -34,7 +32,7 @@ class ModelPaths:
     def find(
         cls, path: str | Path, transformer: nn.Module | str | Path | None = None
     ) -> ModelPaths:
-        """A model's, with another transformer and its scheduler if ``transformer`` is a folder.
+        """Find a model, with another transformer and its scheduler if ``transformer`` is a folder.
 
         Raises:
             ValueError: a folder does not exist, and neither does a model of this name on the
@@ -50,9 +48,7 @@ class ModelPaths:
         return cls(model, other, other if os.path.isdir(other / "scheduler") else model)
 
     def layout(self, given: Mapping[str, nn.Module | None] | None = None) -> ModelLayout:
-        """Read the layout; ``given`` are modules in place of the folders', by the names of
-        parts.
-        """
+        """Read the layout; ``given`` are modules in place of folders, by the names of parts."""
         modules = {} if given is None else given
         configs = {
             name: _configuration(module) for name, module in modules.items() if module is not None
@@ -69,7 +65,7 @@ def _configuration(module: nn.Module) -> Mapping[str, Any]:
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> AnyFlowTransformer3DModel:
-    """The ``transformer`` of a folder of any format, on the CPU in eval mode.
+    """Load the ``transformer`` of a folder of any format, on the CPU in eval mode.
 
     Raises:
         ValueError: weights are missing or left over.
@@ -98,15 +94,3 @@ def resolve_dtype(
     if len(set(found)) > 1:
         raise ValueError(f"dtype and torch_dtype are one setting, got {dtype} and {torch_dtype}")
     return found[0] if found else torch.bfloat16
-
-
-def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device named, or a GPU if there is one, as tensors on it name it; ValueError for one that
-    is not there.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None

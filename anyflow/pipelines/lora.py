@@ -1,4 +1,4 @@
-"""LoRA files of all origins, merged into a transformer's weights."""
+"""Merge LoRA files of all origins into a transformer's weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from anyflow.formats.adapter_updates import LowRank, Plan, Replacement, Update
 from anyflow.formats.errors import listed
 from anyflow.formats.lora_file import open_lora
 from anyflow.formats.readers import FLOATS
-from anyflow.models.network import widest_float
+from anyflow.utils.devices import widest_float
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 def merge_lora(
     transformer: AnyFlowTransformer3DModel, path: str | Path, scale: float = 1.0
 ) -> None:
-    """Add ``scale alpha / rank B A`` to the weights of every layer that a LoRA has; sampling then
-    costs nothing more.
+    """Add ``scale alpha / rank B A`` to the weights of every layer that a LoRA has.
 
-    Names are read as PEFT, diffusers, kohya and musubi, ComfyUI, diffusion-pipe and DiffSynth write
-    them (:mod:`anyflow.formats.adapter_keys`), with alphas, ranks by layer, rsLoRA, DoRA,
-    biases of B, and differences of weights, biases, norms and modulations. Everything in the file
-    and in its configuration is applied, or the file is refused. Results are computed in fp64, where
-    the device has it, and rounded once to the dtype of the weights.
+    Sampling then costs nothing more. Names are read as PEFT, diffusers, kohya and musubi, ComfyUI,
+    diffusion-pipe and DiffSynth write them (:mod:`anyflow.formats.adapter_keys`), with alphas,
+    ranks by layer, rsLoRA, DoRA, biases of B, and differences of weights, biases, norms and
+    modulations. Everything in the file and in its configuration is applied, or the file is refused.
+    Results are computed in fp64, where the device has it, and rounded once to the dtype of the
+    weights.
 
     Args:
         transformer: changed in place, and only if everything is well; several may be merged one
@@ -53,7 +53,7 @@ def merge_lora(
     _require_changeable(transformer, {name: parameters[name] for name in plan.updates})
     tensors = lora.read_all()
     with torch.no_grad():
-        # a result that cannot be is found before the first is written
+        # a result that is not finite is found before the first is written
         for name, update in plan.updates.items():
             if not torch.isfinite(_merged(parameters[name], update, tensors, strength)).all():
                 raise ValueError(
@@ -77,9 +77,7 @@ def _checked_scale(scale: float) -> float:
 
 
 def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by name, as if nothing were compiled, and under layers of PEFT those of
-    the layers.
-    """
+    """Return the parameters by name, without the prefixes of compilation and of PEFT's layers."""
     return {
         name.replace("_orig_mod.", "").replace(".base_layer.", "."): p
         for name, p in transformer.named_parameters()
@@ -88,7 +86,7 @@ def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _require_linear(plan: Plan, path: Path, strength: float) -> None:
-    """Refuse a scale for what is no sum: trainers disagree on what a part of DoRA is."""
+    """Refuse a scale for changes that are no sums: trainers disagree on what a part of DoRA is."""
     keys = [
         key
         for update in plan.updates.values()

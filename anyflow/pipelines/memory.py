@@ -1,6 +1,4 @@
-"""Which parts of a model are on the device when: all, one at a time, or one at a time with its
-weights streaming in.
-"""
+"""Decide which parts of a model are on the device when: all, one at a time, or streaming in."""
 
 from __future__ import annotations
 
@@ -21,18 +19,16 @@ if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
 
 Memory = Literal["auto", "fast", "low", "stream"]
-Plan = Literal["fast", "low", "stream"]
+MemoryPlan = Literal["fast", "low", "stream"]
 MEMORY: tuple[Memory, ...] = ("auto", "fast", "low", "stream")
-# Of a call beside the weights at 480 x 832 x 81, rounded up from
+# Bytes of a call beside the weights at 480 x 832 x 81, rounded up from
 # tests/pipelines/test_memory_budget.py: the VAE in fp32 or 33 000 tokens through a block of 14B,
 # and a prompt through UMT5-XXL.
 WORKSPACE, TEXT_WORKSPACE = 12 * 2**30, 2**30
 
 
 def check_options(memory: str, device: torch.device, *, compile: bool, cuda_graph: bool) -> None:
-    """ValueError for a memory plan and speed options that cannot go together on a device; nothing
-    is loaded.
-    """
+    """Raise a ValueError for a memory plan and options that exclude each other on a device."""
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
     if memory == "stream" and device.type != "cuda":
@@ -48,7 +44,7 @@ def check_options(memory: str, device: torch.device, *, compile: bool, cuda_grap
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the weights of each part on the device."""
+    """Count the bytes of the weights of each part on the device."""
 
     transformer: int
     text_encoder: int
@@ -62,9 +58,7 @@ class Sizes:
         dtype: torch.dtype,
         vae_dtype: torch.dtype,
     ) -> Sizes:
-        """Count the weights by the headers of safetensors files; ``given`` are modules in place of
-        the folder's.
-        """
+        """Count the weights by the headers of their files; ``given`` are modules in their place."""
 
         def size(part: str, folder: Path, width: int) -> int:
             module = given.get(part)
@@ -88,8 +82,8 @@ def choose_plan(
     *,
     compile: bool = False,
     cuda_graph: bool = False,
-) -> Plan:
-    """The plan for ``memory``.
+) -> MemoryPlan:
+    """Choose the plan for ``memory``.
 
     Args:
         memory: ``"auto"`` takes the first of fast, low and stream that fits; ``"low"`` streams if
@@ -99,10 +93,10 @@ def choose_plan(
         compile, cuda_graph: need weights that do not stream.
 
     Raises:
-        ValueError: they must.
+        ValueError: ``compile`` or ``cuda_graph`` is given, and the weights must stream.
     """
     if memory in ("fast", "stream"):
-        return cast(Plan, memory)
+        return cast(MemoryPlan, memory)
     if free is None:
         return "low" if memory == "low" else "fast"
     room = free - sizes.vae
@@ -116,8 +110,9 @@ def choose_plan(
 
 
 def free_memory(device: torch.device, transformer: nn.Module | None = None) -> int | None:
-    """Bytes that a CUDA device has for a model, what the process keeps for later included; None for
-    other devices.
+    """Return the bytes that a CUDA device has for a model; None for other devices.
+
+    Memory that the process keeps for later counts as free.
 
     Args:
         device: asked.
@@ -135,7 +130,7 @@ def free_memory(device: torch.device, transformer: nn.Module | None = None) -> i
 
 
 class Turns:
-    """Brings the transformer and the text encoder to the device when it is their turn, by a plan.
+    """Bring the transformer and the text encoder to the device when it is their turn, by a plan.
 
     Args:
         plan: ``"fast"`` leaves both there, or to diffusers' offloading; ``"low"`` takes the
@@ -146,14 +141,14 @@ class Turns:
         cuda_graph: evaluate the transformer by a CUDA graph.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, cuda_graph: bool) -> None:
+    def __init__(self, plan: MemoryPlan, device: torch.device, cuda_graph: bool) -> None:
         self.plan, self.device, self.cuda_graph = plan, device, cuda_graph
         self._graph: Any = None
         self._homes: list[tuple[nn.Parameter, Tensor]] = []
         self._returns = False  # the transformer has had a turn
 
     def text_encoder(self, module: nn.Module) -> nn.Module:
-        """Ready to run; streaming if it must, and not only because the transformer must."""
+        """Return the text encoder ready to run, streaming only where it does not fit."""
         if self.plan == "fast":
             return module
         size = sum(p.nbytes for p in module.parameters()) + TEXT_WORKSPACE
@@ -163,7 +158,7 @@ class Turns:
         )
 
     def transformer(self, module: AnyFlowTransformer3DModel) -> Any:
-        """What to sample with: the module, ready to run, or its graph."""
+        """Return what to sample with: the module, ready to run, or its graph."""
         # weights that inference mode moves can never be trained again
         with torch.inference_mode(False):
             if self.plan == "stream":
@@ -184,8 +179,9 @@ class Turns:
         return self._graph
 
     def rest(self, module: nn.Module) -> None:
-        """With the plan ``"low"``, leave the device to the others; weights are not copied back, as
-        they have stayed.
+        """Leave the device to the other parts, with the plan ``"low"``.
+
+        Weights are not copied back: their memory on the host has stayed.
         """
         if self.plan == "low":
             self._graph, self._returns = None, True
@@ -196,7 +192,7 @@ class Turns:
                 module.to(torch.device("cpu"))  # the buffers
 
     def release(self, module: nn.Module) -> None:
-        """Before weights are changed: nothing knows where they are after this but the module."""
+        """Forget where a module's weights are, before they are changed."""
         self._graph = None
         self.rest(module)
         if self.plan == "stream":
@@ -204,12 +200,13 @@ class Turns:
 
 
 def stream(module: nn.Module, device: torch.device) -> nn.Module:
-    """Let a module's weights wait in pinned main memory, and come to the device while the weights
-    before them work.
+    """Let a module's weights wait in pinned main memory, and come to the device when needed.
 
-    By diffusers' group offloading: a transformer's blocks one by one, so that two are on the device
-    at a time, other modules layer by layer. The module must then be run by its own call. Nothing is
-    done to a module that streams.
+    Copies run while the weights before them are at work.
+
+    diffusers' group offloading moves a transformer's blocks one by one, so that two are on the
+    device at a time, and other modules layer by layer. The module must then be run by its own call.
+    A module that streams already stays as it is.
 
     Raises:
         ValueError: the device has no streams.
@@ -225,8 +222,8 @@ def stream(module: nn.Module, device: torch.device) -> nn.Module:
             offload_type="block_level" if blocks else "leaf_level",
             num_blocks_per_group=1 if blocks else None,
             use_stream=True,
-            # Waiting for a block before its weights are freed is what bounds the memory: copies are
-            # faster than blocks.
+            # Waiting for a block before its weights are freed bounds the memory: copies are faster
+            # than blocks.
             record_stream=False,
         )
     return module
@@ -255,9 +252,7 @@ def _check_fixed_weights(compile: bool, cuda_graph: bool, why: str) -> None:
 
 
 def _num_parameters(folder: Path) -> int:
-    """Count the numbers in the safetensors files of a folder, of which only the headers are
-    read.
-    """
+    """Count the numbers in a folder's safetensors files by their headers."""
     from anyflow.formats.readers import read_header
 
     files = sorted(folder.glob("*.safetensors"))

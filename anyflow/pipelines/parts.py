@@ -1,6 +1,4 @@
-"""The parts of a pipeline: loading them, where they run, the LoRAs on them, and writing them as a
-folder.
-"""
+"""Load the parts of a pipeline, place them on devices, adapt them, and write them as a folder."""
 
 from __future__ import annotations
 
@@ -16,15 +14,16 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from typing_extensions import Self
 
-from anyflow.formats.saving import new_folder, write_transformer
+from anyflow.formats.saving import write_transformer
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.network import execution_device, has_flow_map
 from anyflow.pipelines.acceleration import accelerate
 from anyflow.pipelines.folder import write_index, write_scheduler
-from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_device, resolve_dtype
+from anyflow.pipelines.layout import ModelLayout
+from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_dtype
 from anyflow.pipelines.memory import (
     Memory,
-    Plan,
+    MemoryPlan,
     Sizes,
     Turns,
     check_options,
@@ -38,15 +37,14 @@ from anyflow.pipelines.plain_wan import (
     require_flow_map,
     require_one_transformer,
 )
-from anyflow.pipelines.request import ModelLayout
 from anyflow.pipelines.wan import load_text_encoder, load_tokenizer, load_vae
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow.utils.devices import resolve_device
+from anyflow.utils.writing import whole_folder
 
 
 def _with_weights_at_rest(name: str) -> Callable[..., Any]:
-    """Make a method of diffusers' pipeline one that may change the transformer's weights under any
-    memory plan.
-    """
+    """Let a method of diffusers' pipeline change the transformer's weights under any plan."""
     method = getattr(diffusers.AnyFlowPipeline, name)
 
     @functools.wraps(method)
@@ -58,7 +56,7 @@ def _with_weights_at_rest(name: str) -> Callable[..., Any]:
 
 
 class PipelineParts(diffusers.AnyFlowPipeline):
-    """The parts of :class:`anyflow.pipelines.AnyFlowPipeline`."""
+    """Hold the parts of :class:`anyflow.pipelines.AnyFlowPipeline`."""
 
     _transformer: Any
     _text_encoder: Any
@@ -73,7 +71,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         *,
         layout: ModelLayout | None = None,
         device: torch.device | str | None = None,
-        memory: Plan = "fast",
+        memory: MemoryPlan = "fast",
         cuda_graph: bool = False,
         euler: bool = False,
     ) -> None:
@@ -141,14 +139,13 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         cuda_graph: bool = False,
         euler: bool = False,
     ) -> Self:
-        """Load a diffusers folder with ``transformer``, ``vae``, ``text_encoder``, ``tokenizer``
-        and ``scheduler``.
+        """Load a diffusers folder with all parts of a pipeline.
 
         Args:
             path: the folder, or the name of a model on the Hugging Face Hub.
             dtype: of the transformer and the text encoder, such as ``torch.float16`` or
                 ``"float16"``; bf16 if left out. ``torch_dtype`` is diffusers' name for it.
-            device: to run on; None takes a GPU if there is one.
+            device: to run on; None takes a GPU if torch finds one.
             memory: ``"fast"`` keeps everything on the device, ``"low"`` one part at a time,
                 ``"stream"`` two blocks of one part (see the class; above 256 pixels the VAE's tiles
                 change the decoded video slightly). ``"auto"`` takes the first that fits, and
@@ -158,16 +155,16 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             vae, text_encoder, tokenizer, scheduler: in place of the folder's.
             vae_dtype: of the VAE. bf16 halves its time and memory, and shows.
             compile: compile the transformer's blocks with ``torch.compile``; not while they stream.
-            cuda_graph: replay the transformer's evaluations from a graph; see
-                :class:`anyflow.models.cuda_graph.CudaGraphTransformer`. Not while its blocks stream.
+            cuda_graph: replay the transformer's evaluations from a graph, not while its blocks
+                stream; see :class:`anyflow.models.cuda_graph.CudaGraphTransformer`.
             euler: evaluate r = t, which is plain Euler, where a call does not say otherwise. Needed
                 for a plain Wan model, as diffusers' WanPipeline and a teacher of ``anyflow train``
-                have it: its own scheduler's shift is taken (see
+                have it; the shift is that of its own scheduler (see
                 :func:`anyflow.pipelines.plain_wan.load_scheduler`).
 
         Raises:
-            ValueError: no such model, parts are missing or do not fit together, or an argument
-                cannot be, which is found before any weight is loaded.
+            ValueError: no such model, parts are missing or do not fit together, or an argument is
+                not possible; raised before any weight is loaded.
         """
         width, target = resolve_dtype(dtype, torch_dtype), resolve_device(device)
         check_options(memory, target, compile=compile, cuda_graph=cuda_graph)
@@ -215,7 +212,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
 
     @property
     def transformer(self) -> AnyFlowTransformer3DModel:
-        """Return the network; loaded now if it was not yet."""
+        """Return the network, which is loaded by this if it was not yet."""
         if not isinstance(self._transformer, nn.Module):
             self._transformer = self._transformer()
         return cast(AnyFlowTransformer3DModel, self._transformer)
@@ -252,9 +249,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
 
     @property
     def device(self) -> torch.device:
-        """Return the device that the pipeline is on; with ``"low"`` and ``"stream"`` the one that
-        it runs on.
-        """
+        """Return the device that the pipeline is on, or runs on with ``"low"`` and ``"stream"``."""
         return self._turns.device if self.memory != "fast" else super().device
 
     @property
@@ -264,7 +259,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
     def to(self, *args: Any, **kwargs: Any) -> PipelineParts:
         """Move the pipeline to a device, or its parts to a dtype, as diffusers does.
 
-        By the plans ``"low"`` and ``"stream"`` parts are on the device at their turn only: the
+        With the plans ``"low"`` and ``"stream"`` parts are on the device at their turn only: the
         pipeline then runs on the new device by the same plan.
 
         Returns:
@@ -286,15 +281,13 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         if any(isinstance(value, torch.dtype) for value in given):
             raise ValueError(
                 f"memory={self.memory!r} loads parts when it is their turn: give the dtype to "
-                "from_pretrained "
-                "(torch_dtype=...), or load with memory='fast'"
+                "from_pretrained (torch_dtype=...), or load with memory='fast'"
             )
         if target is not None and target != self._turns.device:
             if self.memory == "stream" and target.type != "cuda":
                 raise ValueError(
                     f"memory='stream' copies weights to a CUDA device, not to {target}: load with "
-                    "memory='fast' or "
-                    "'low' to move the pipeline there"
+                    "memory='fast' or 'low' to move the pipeline there"
                 )
             if isinstance(self._transformer, nn.Module):
                 self._turns.release(self.transformer)
@@ -305,35 +298,28 @@ class PipelineParts(diffusers.AnyFlowPipeline):
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
-        """Let diffusers bring each part to the GPU for its turn, in place of this library's memory
-        plan.
-        """
+        """Let diffusers bring each part to the GPU for its turn, in place of the memory plan."""
         self._leave_to_diffusers("enable_model_cpu_offload", device)
         super().enable_model_cpu_offload(gpu_id, cast(Any, device))
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
-        """Let diffusers bring each layer to the GPU for its turn, in place of this library's memory
-        plan.
-        """
+        """Let diffusers bring each layer to the GPU for its turn, in place of the memory plan."""
         self._leave_to_diffusers("enable_sequential_cpu_offload", device)
         super().enable_sequential_cpu_offload(gpu_id, cast(Any, device))
 
     def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
-        """Let diffusers bring groups of layers to the GPU for their turn, in place of this
-        library's memory plan.
-        """
+        """Let diffusers bring groups of layers to the GPU in turn, in place of the memory plan."""
         self._leave_to_diffusers("enable_group_offload", onload_device)
         super().enable_group_offload(onload_device, *args, **kwargs)
 
     def _leave_to_diffusers(self, name: str, device: torch.device | str | None) -> None:
         if device is None and not torch.accelerator.is_available():
-            raise ValueError(f"{name}() needs a GPU to bring the parts to, and there is none")
+            raise ValueError(f"{name}() needs a GPU to bring the parts to, and torch finds none")
         if self._turns.cuda_graph:
             raise ValueError(
-                f"{name}() moves weights, and cuda_graph=True needs weights that stay where they "
-                "are"
+                f"{name}() moves weights, and cuda_graph=True needs weights in fixed places"
             )
         if self.memory != "fast":
             self._turns.release(self.transformer)
@@ -368,8 +354,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Write the pipeline as a folder that this library and diffusers load, completely or not at
-        all.
+        """Write the pipeline, whole or not at all, as a folder that diffusers loads too.
 
         A plain Wan model becomes a folder of diffusers' ``WanPipeline``.
 
@@ -389,7 +374,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             )
         self._turns.release(self.transformer)
         transformer: Any = getattr(self.transformer, "_orig_mod", self.transformer)
-        with new_folder(Path(save_directory)) as folder:
+        with whole_folder(Path(save_directory)) as folder:
             if isinstance(transformer, AnyFlowTransformer3DModel):
                 write_transformer(
                     transformer, folder / "transformer", max_shard_size=max_shard_size

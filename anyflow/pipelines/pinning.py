@@ -1,6 +1,4 @@
-"""A module's weights in pinned main memory, from which a device copies at full speed and without
-the host.
-"""
+"""Pin a module's weights in main memory, so that a device copies them without the host."""
 
 from __future__ import annotations
 
@@ -77,7 +75,7 @@ def _can_be_pinned(parameter: Tensor) -> bool:
 
 
 def _pin(parameters: Sequence[nn.Parameter], offsets: Sequence[int], size: int) -> str | None:
-    """Move parameters into one chunk; why that failed, with nothing moved, or None."""
+    """Move parameters into one chunk; return why that failed, with nothing moved, or None."""
     available = available_memory()
     if available is not None and available < size + RESERVE:
         return f"{available / 1e9:.1f} GB of main memory are free"
@@ -94,9 +92,7 @@ def _pin(parameters: Sequence[nn.Parameter], offsets: Sequence[int], size: int) 
 
 
 def available_memory() -> int | None:
-    """Return the bytes of main memory that can be allocated without swapping, or None where Linux
-    does not say.
-    """
+    """Return the bytes that can be allocated without swapping; None where Linux does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""From a text to a video: encode, sample, decode."""
+"""Make videos of texts: encode, sample, decode."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ import torch
 from diffusers.pipelines.anyflow.pipeline_output import AnyFlowPipelineOutput
 from torch import Tensor, nn
 
-from anyflow.pipelines.frames import context_pixels, frames_of_type
-from anyflow.pipelines.parts import PipelineParts
-from anyflow.pipelines.plain_wan import flow_map_scheduler
-from anyflow.pipelines.request import (
+from anyflow.pipelines.frames import first_frame_pixels, frames_of_type
+from anyflow.pipelines.inputs import (
     Generators,
-    VideoRequest,
-    context_latents,
-    count_texts,
+    PromptInputs,
+    checked_first_frames,
     initial_noise,
     listed,
-    require_one_length,
 )
+from anyflow.pipelines.parts import PipelineParts
+from anyflow.pipelines.plain_wan import flow_map_scheduler
+from anyflow.pipelines.request import VideoRequest
 from anyflow.pipelines.steps import StepEnd, lora_scale, progress_bar, run_steps
 from anyflow.pipelines.wan import decode_latents, encode_prompt, encode_video
 from anyflow.sampling import Callback, Schedule
@@ -46,25 +45,26 @@ class VideoOutput(AnyFlowPipelineOutput):
 
 
 class AnyFlowPipeline(PipelineParts):
-    """A text-to-video model: ``pipe = AnyFlowPipeline.from_pretrained(path); pipe("a red
-    panda").frames[0]``.
+    """Make videos of texts.
 
-    It is diffusers' ``AnyFlowPipeline`` (a subclass): its calls give the same videos and latents in
-    the same layouts (``tests/pipelines/test_same_calls.py``), and ``to``, offloading, LoRA and
-    progress bars are diffusers'. Deliberate differences:
+    ``pipe = AnyFlowPipeline.from_pretrained(path); pipe("a red panda").frames[0]``
+
+    The class is a subclass of diffusers' ``AnyFlowPipeline``: its calls give the same videos and
+    latents in the same layouts (``tests/pipelines/test_same_calls.py``), and ``to``, offloading,
+    LoRA and progress bars are diffusers'. The pipelines differ on purpose in this:
 
     - custom ``sigmas`` and ``timesteps`` are used verbatim, where diffusers shifts them once more;
     - noise and latents stay fp32 between the steps of a bf16 model;
-    - ``from_pretrained`` loads bf16 and a VAE of fp32, on a GPU if there is one, where diffusers
+    - ``from_pretrained`` loads bf16 and a VAE of fp32, on a GPU if torch finds one; diffusers
       loads fp32 on the CPU;
     - PIL images of ``video`` are cut to the size, not stretched;
     - what diffusers rounds or ignores is a ``ValueError``, raised before any network runs, and NaN
       or infinity a ``FloatingPointError``;
-    - context frames are clean in the latents that callbacks see; a callback may return None;
+    - first frames are clean in the latents that callbacks see; a callback may return None;
     - ``save_pretrained`` writes into a new or empty folder, completely or not at all.
 
     ``transformer``, ``vae``, ``scheduler``, ``tokenizer`` and ``text_encoder`` are ordinary
-    modules, to be looked at and replaced. Where ``memory`` is ``"low"`` the large ones take turns
+    modules, which may be replaced. Where ``memory`` is ``"low"`` the large ones take turns
     on the device: the text encoder is loaded for each call and freed again (the attribute is None),
     the transformer is loaded when it is first needed and is on the device while it samples, and the
     VAE works in tiles that bound its memory. Where it is ``"stream"``, the weights of the
@@ -76,9 +76,7 @@ class AnyFlowPipeline(PipelineParts):
     def encode_prompts(
         self, prompts: Sequence[str], max_sequence_length: int = 512
     ) -> list[Tensor]:
-        """Encode each prompt: ``[1, max_sequence_length, text_dim]`` fp32 on the CPU, zero-padded
-        after encoding.
-        """
+        """Encode each prompt to ``[1, max_sequence_length, text_dim]`` fp32 on the CPU, padded."""
         text_encoder = self._turns.text_encoder(self._loaded_text_encoder())
         encoded = [
             encode_prompt(text_encoder, self.tokenizer, p, max_sequence_length) for p in prompts
@@ -103,9 +101,7 @@ class AnyFlowPipeline(PipelineParts):
         return encoded.repeat_interleave(num_videos_per_prompt, 0).to(target, dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode ``latents[B, C, F', h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1], in the VAE's
-        dtype.
-        """
+        """Decode ``latents[B, C, F', h, w]`` to ``[B, F, 3, H, W]`` in [0, 1] (VAE's dtype)."""
         return decode_latents(self.vae, latents.transpose(1, 2))
 
     @torch.no_grad()
@@ -142,13 +138,13 @@ class AnyFlowPipeline(PipelineParts):
     ) -> VideoOutput:
         """Make one video for each prompt, or several.
 
-        The arguments are those of diffusers' pipeline, in its order, and behind them some more that
-        have names only; numbers may be of NumPy or torch.
+        The arguments are those of diffusers' pipeline, in its order, followed by keyword arguments
+        of this library; numbers may be of NumPy or torch.
 
         Args:
             prompt: one or several texts.
             video: first frames to keep, 4k + 1 of them; see
-                :func:`anyflow.pipelines.frames.context_pixels`.
+                :func:`anyflow.pipelines.frames.first_frame_pixels`.
             video_latents: their normalized latents ``[B or 1, F'', C, h, w]`` in place of them.
             negative_prompt: one, or one for each prompt, used where guidance_scale is above 1;
                 ``""`` if left out.
@@ -182,17 +178,12 @@ class AnyFlowPipeline(PipelineParts):
 
         Raises:
             ValueError: something cannot work; raised before any network runs.
-            FloatingPointError: NaN or infinity came up, as float16 makes it: in the embeddings of a
+            FloatingPointError: NaN or infinity, as float16 makes it, is in the embeddings of a
                 prompt, in the latents after a step, which is named, or in the decoded frames.
         """
-        prompts = count_texts("prompt", prompt, prompt_embeds, self.layout.text_dim)
-        if prompts is None:
-            raise ValueError("give prompt or prompt_embeds")
-        negatives = count_texts(
-            "negative_prompt", negative_prompt, negative_prompt_embeds, self.layout.text_dim
+        given = PromptInputs.checked(
+            prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, self.layout.text_dim
         )
-        if negatives is None:
-            negative_prompt, negatives = "", 1
         request = VideoRequest(
             height,
             width,
@@ -204,44 +195,31 @@ class AnyFlowPipeline(PipelineParts):
             num_videos_per_prompt,
             max_sequence_length,
             output_type,
-            negatives=negatives,
+            negatives=given.negative_count,
         )
-        request.check(self.layout, batch_size=prompts)
+        request.check(self.layout, batch_size=given.count)
         scheduler = flow_map_scheduler(self.scheduler)
         schedule = request.schedule(scheduler)
-        mean_velocity = not self.euler if use_mean_velocity is None else use_mean_velocity
-        if mean_velocity and not self.layout.flow_map:
-            raise ValueError("a plain Wan model knows r = t only: leave out use_mean_velocity=True")
-        context, given_latents = self._context(request, prompts, image, video, video_latents)
-        if not request.guided:
-            negative_prompt = negative_prompt_embeds = None
-        require_one_length(
-            prompt_embeds, negative_prompt, negative_prompt_embeds, request.max_sequence_length
+        mean_velocity = self._mean_velocity(use_mean_velocity)
+        pixels, first_latents = self._first_frames(
+            request, given.count, image, video, video_latents
         )
-        several, device = request.num_videos_per_prompt, self._execution_device
-        noise = initial_noise(
-            request.latent_shape(self.layout, prompts * several), device, seed, generator, latents
-        )
+        given = given if request.guided else given.without_negatives()
+        given.require_one_length(request.max_sequence_length)
+        shape = request.latent_shape(self.layout, given.count * request.num_videos_per_prompt)
+        noise = initial_noise(shape, self._execution_device, seed, generator, latents)
         step_end = StepEnd(callback, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        with lora_scale(None, attention_kwargs):
-            pass  # refuses what cannot be
-        self._guidance_scale, self._attention_kwargs, self._interrupt = (
-            request.guidance_scale,
-            attention_kwargs,
-            False,
-        )
-        self._num_timesteps = len(schedule) - 1
-        scheduler.set_timesteps(sigmas=schedule, device=device)
+        self._begin(request, len(schedule) - 1, attention_kwargs)
+        scheduler.set_timesteps(sigmas=schedule, device=self._execution_device)
 
         seconds: dict[str, float] = {}
         with self.timed("encode", seconds):
-            length = request.max_sequence_length
-            texts = self._texts(
-                prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, length
-            )
-            given_latents = given_latents if context is None else encode_video(self.vae, context)
-        text, negative, given_latents = (
-            _repeated(x, prompts, several) for x in (*texts, given_latents)
+            encoded = self._encoded(given, request.max_sequence_length)
+            if pixels is not None:
+                first_latents = encode_video(self.vae, pixels)
+        several = request.num_videos_per_prompt
+        text, negative, first_latents = (
+            _repeated(x, given.count, several) for x in (*encoded, first_latents)
         )
         assert text is not None
         with (
@@ -257,7 +235,7 @@ class AnyFlowPipeline(PipelineParts):
                 text,
                 None if negative is None else negative.expand(len(noise), -1, -1),
                 schedule=schedule,
-                context=given_latents,
+                first_frames=first_latents,
                 use_mean_velocity=mean_velocity,
                 step_end=step_end,
                 advance=advance,
@@ -269,46 +247,55 @@ class AnyFlowPipeline(PipelineParts):
         self.maybe_free_model_hooks()
         return VideoOutput(frames, seconds) if return_dict else cast(Any, (frames,))
 
-    def _context(
+    def _mean_velocity(self, given: bool | None) -> bool:
+        """Tell whether the sampler uses r < t; ValueError if the model cannot."""
+        mean_velocity = not self.euler if given is None else given
+        if mean_velocity and not self.layout.flow_map:
+            raise ValueError("a plain Wan model knows r = t only: leave out use_mean_velocity=True")
+        return mean_velocity
+
+    def _begin(
+        self, request: VideoRequest, num_steps: int, attention_kwargs: Mapping[str, Any] | None
+    ) -> None:
+        """Set the attributes by which diffusers' callbacks and properties know a call."""
+        with lora_scale(None, attention_kwargs):
+            pass  # refuses other arguments before a network runs
+        self._guidance_scale = request.guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._interrupt = False
+        self._num_timesteps = num_steps
+
+    def _first_frames(
         self, request: VideoRequest, prompts: int, image: Any, video: Any, latents: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the pixels of first frames, or their latents; None for what is not given."""
         if latents is not None and not (image is None and video is None):
             raise ValueError("give either video_latents or image or video, not both")
         shape = request.latent_shape(self.layout, prompts)
-        pixels = context_pixels(image, video, request.height, request.width)
+        pixels = first_frame_pixels(image, video, request.height, request.width)
         if pixels is not None:
             replace(request, context_frames=pixels.shape[1]).check(self.layout, batch_size=prompts)
             if pixels.shape[0] not in (1, prompts):
                 raise ValueError(
                     f"video must be one or as many as the {prompts} prompts, got {pixels.shape[0]}"
                 )
-        return pixels, context_latents(latents, shape, prompts)
+        return pixels, checked_first_frames(latents, shape, prompts)
 
-    def _texts(
-        self,
-        prompt: str | Sequence[str] | None,
-        embeds: Tensor | None,
-        negative_prompt: str | Sequence[str] | None,
-        negative_embeds: Tensor | None,
-        max_sequence_length: int,
+    def _encoded(
+        self, given: PromptInputs, max_sequence_length: int
     ) -> tuple[Tensor, Tensor | None]:
         """Encode what the network reads, with the text encoder loaded once at most."""
-        prompts, negatives = listed(prompt), listed(negative_prompt)
-        encoded = (
-            self.encode_prompts([*prompts, *negatives], max_sequence_length)
-            if prompts or negatives
-            else []
-        )
-        for text_given, embeds_made in zip([*prompts, *negatives], encoded, strict=True):
-            if not bool(torch.isfinite(embeds_made).all()):
+        texts = [*given.prompts, *given.negative_prompts]
+        encoded = self.encode_prompts(texts, max_sequence_length) if texts else []
+        for written, embeds in zip(texts, encoded, strict=True):
+            if not bool(torch.isfinite(embeds).all()):
                 raise FloatingPointError(
-                    f"the text encoder gives NaN or infinity for {brief(text_given)}: UMT5 "
-                    "overflows in float16, use "
-                    "bf16 (dtype=torch.bfloat16, --dtype bfloat16)"
+                    f"the text encoder gives NaN or infinity for {brief(written)}: UMT5 overflows "
+                    "in float16, use bf16 (dtype=torch.bfloat16, --dtype bfloat16)"
                 )
-        text = torch.cat(encoded[: len(prompts)]) if prompts else embeds
-        negative = torch.cat(encoded[len(prompts) :]) if negatives else negative_embeds
+        count = len(given.prompts)
+        text = torch.cat(encoded[:count]) if count else given.embeds
+        negative = torch.cat(encoded[count:]) if given.negative_prompts else given.negative_embeds
         assert text is not None
         device = self._execution_device
         return text.to(device), None if negative is None else negative.to(device)
@@ -333,6 +320,6 @@ class AnyFlowPipeline(PipelineParts):
         seconds[name] = time.perf_counter() - start
 
 
-def _repeated(rows: Tensor | None, prompts: int, several: int) -> Tensor | None:
-    """Repeat the row of each prompt for its videos; what is one for all prompts stays one."""
-    return rows if rows is None or len(rows) < prompts else rows.repeat_interleave(several, 0)
+def _repeated(batch: Tensor | None, prompts: int, several: int) -> Tensor | None:
+    """Repeat each prompt's entry for its videos; what is one for all prompts stays one."""
+    return batch if batch is None or len(batch) < prompts else batch.repeat_interleave(several, 0)

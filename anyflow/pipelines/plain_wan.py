@@ -1,6 +1,4 @@
-"""Recognize a plain Wan model, which knows velocities but no flow map, and read the shift of its
-scheduler.
-"""
+"""Recognize a plain Wan model, which has no flow map, and read the shift of its scheduler."""
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ _UNSUPPORTED = ("use_dynamic_shifting", "shift_terminal", "invert_sigmas")
 
 
 def is_plain_wan(folder: Path) -> bool:
-    """Tell by the configuration and the headers of the weights whether a transformer's folder holds
-    a plain Wan model.
+    """Tell by configuration and headers whether a transformer's folder holds a plain Wan model.
 
     Args:
         folder: with ``config.json`` and files of weights; a broken one is left to the loader, and
@@ -61,28 +58,26 @@ def require_flow_map(folder: Path, transformer: nn.Module | None = None) -> None
         name = shortened(folder) if transformer is None else "the transformer"
         raise ValueError(
             f"{name} is a plain Wan model, without the second timestep r of a flow map: it gives "
-            "velocities, whose "
-            "Euler steps need to be many (about 50, with guidance). Pass euler=True (--euler on "
-            "the command line) to "
-            "sample it so (r = t), or name an AnyFlow checkpoint for videos in a few steps"
+            "velocities, whose Euler steps need to be many (about 50, with guidance). Pass "
+            "euler=True (--euler on the command line) to sample it so (r = t), or name an AnyFlow "
+            "checkpoint for videos in a few steps"
         )
 
 
 def require_one_transformer(model: Path) -> None:
-    """Raise a ValueError for a model of two transformers, as Wan 2.2's 14B ones are: half of it
-    would be sampled.
-    """
+    """Raise a ValueError for a model of two transformers, of which one would be sampled."""
     if os.path.isdir(model / "transformer_2"):
         raise ValueError(
             f"{shortened(model)} has two transformers (transformer/ and transformer_2/, as Wan "
-            "2.2), and this pipeline "
-            "samples with one; use diffusers' WanPipeline, which anyflow.accelerate makes faster"
+            "2.2), and this pipeline samples with one; use diffusers' WanPipeline, which "
+            "anyflow.accelerate makes faster"
         )
 
 
 def flow_map_scheduler(scheduler: Any) -> FlowMapEulerDiscreteScheduler:
-    """Return this library's scheduler with the settings of diffusers' class of the same name; its
-    own as it is.
+    """Return this library's scheduler with the settings of diffusers' class of the same name.
+
+    A scheduler of this library is returned as it is.
 
     Raises:
         ValueError: it is another scheduler.
@@ -105,8 +100,8 @@ def load_scheduler(model: Path, *, euler: bool = False) -> FlowMapEulerDiscreteS
             diffusers' flow-match Euler ends at ``S(S(1/1000))`` before 0.
 
     Raises:
-        ValueError: there is none; or it is another one, whose schedule is no shift of a uniform one
-            or for which ``euler`` is False.
+        ValueError: the file is damaged; or the scheduler is another one, whose schedule is no shift
+            of a uniform one or for which ``euler`` is False.
     """
     file = model / "scheduler" / "scheduler_config.json"
     config = read_json(file) if os.path.lexists(file) else {}
@@ -116,8 +111,7 @@ def load_scheduler(model: Path, *, euler: bool = False) -> FlowMapEulerDiscreteS
     if not euler:
         raise ValueError(
             f"{shortened(file)} is of {brief(kind)}, which is no scheduler of flow maps; name a "
-            "folder with "
-            f"{_SCHEDULER}"
+            f"folder with {_SCHEDULER}"
         )
     name = "flow_shift" if "flow_shift" in config else "shift"
     odd = [f"{key}={brief(config[key])}" for key in _UNSUPPORTED if config.get(key)]
@@ -126,15 +120,13 @@ def load_scheduler(model: Path, *, euler: bool = False) -> FlowMapEulerDiscreteS
         or odd
         or config.get("prediction_type", "flow_prediction") != "flow_prediction"
     ):
-        found = (
-            odd or [f"prediction_type={brief(config.get('prediction_type'))}"]
-            if name in config
-            else ["no shift"]
-        )
+        if name not in config:
+            odd = ["no shift"]
+        elif not odd:
+            odd = [f"prediction_type={brief(config.get('prediction_type'))}"]
         raise ValueError(
-            f"{shortened(file)} ({brief(kind)}) has {', '.join(found)}: euler=True needs a flow "
-            "scheduler with "
-            "flow_shift or shift alone"
+            f"{shortened(file)} ({brief(kind)}) has {', '.join(odd)}: euler=True needs a flow "
+            "scheduler with flow_shift or shift alone"
         )
     try:
         return FlowMapEulerDiscreteScheduler(config.get("num_train_timesteps", 1000), config[name])

@@ -18,8 +18,8 @@ COLUMNS = ("prompt", "negative_prompt")
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A text that a video is made of.
+class VideoPrompt:
+    """Hold a text that a video is made of.
 
     Args:
         text: what the video shows.
@@ -38,7 +38,7 @@ class Prompt:
                 raise ValueError(f"{where}{name} {problem}")
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path) -> list[VideoPrompt]:
     """Read prompts from a file, by its suffix.
 
     ``.csv`` has a first line of columns, ``.jsonl`` an object on each line; both have ``prompt``
@@ -49,7 +49,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         ValueError: it is not a regular file in UTF-8, has none, or has a line that can be no
             prompt, which is named.
     """
-    readers: dict[str, Callable[[str, str], Iterator[tuple[int, Prompt]]]] = {
+    readers: dict[str, Callable[[str, str], Iterator[tuple[int, VideoPrompt]]]] = {
         ".csv": _of_csv,
         ".jsonl": _of_jsonl,
     }
@@ -67,39 +67,40 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def _of_lines(text: str, where: str) -> Iterator[tuple[int, Prompt]]:
+def _of_lines(text: str, where: str) -> Iterator[tuple[int, VideoPrompt]]:
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if line.strip():
-            yield number, Prompt(line.strip())
+            yield number, VideoPrompt(line.strip())
 
 
-def _of_csv(text: str, where: str) -> Iterator[tuple[int, Prompt]]:
+def _of_csv(text: str, where: str) -> Iterator[tuple[int, VideoPrompt]]:
     csv.field_size_limit(2 * MAX_PROMPT)
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     columns: list[str] | None = None
     try:
-        for row in rows:
-            cells = [cell.strip() for cell in row]
+        for line in lines:
+            cells = [cell.strip() for cell in line]
             if not any(cells):
                 continue
             if columns is None:
                 columns = cells
-                _check_columns(columns, f"{where}, line {rows.line_num}")
+                _check_columns(columns, f"{where}, line {lines.line_num}")
                 continue
             if len(cells) != len(columns):
                 raise ValueError(
-                    f"{where}, line {rows.line_num}: {len(cells)} cells in place of {len(columns)} "
-                    f"({', '.join(columns)}); a text with commas stands in double quotes"
+                    f"{where}, line {lines.line_num}: {len(cells)} cells in place of "
+                    f"{len(columns)} ({', '.join(columns)}); a text with commas stands in double "
+                    "quotes"
                 )
             values: dict[str, Any] = dict(zip(columns, cells, strict=True))
             if values.get("negative_prompt") == "":
                 values["negative_prompt"] = None
-            yield rows.line_num, _of_values(values, f"{where}, line {rows.line_num}")
+            yield lines.line_num, _of_values(values, f"{where}, line {lines.line_num}")
     except csv.Error as error:
-        raise ValueError(f"{where}, line {rows.line_num}: {error}") from None
+        raise ValueError(f"{where}, line {lines.line_num}: {error}") from None
 
 
-def _of_jsonl(text: str, where: str) -> Iterator[tuple[int, Prompt]]:
+def _of_jsonl(text: str, where: str) -> Iterator[tuple[int, VideoPrompt]]:
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if not line.strip():
             continue
@@ -125,10 +126,10 @@ def _check_columns(columns: list[str], where: str) -> None:
         )
 
 
-def _of_values(values: Mapping[str, Any], where: str) -> Prompt:
+def _of_values(values: Mapping[str, Any], where: str) -> VideoPrompt:
     text, negative = values["prompt"], values.get("negative_prompt")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: 'prompt' must be a text that is not empty, got {brief(text)}")
     if negative is not None and not isinstance(negative, str):
         raise ValueError(f"{where}: 'negative_prompt' must be a text, got {brief(negative)}")
-    return Prompt(text.strip(), None if negative is None else negative.strip())
+    return VideoPrompt(text.strip(), None if negative is None else negative.strip())

@@ -1,13 +1,11 @@
-"""`anyflow sample`: prompts at several step counts from one noise, as MP4 files and comparisons of
-them.
-"""
+"""Make the videos of `anyflow sample`: prompts at several step counts from one noise."""
 
 from __future__ import annotations
 
 import dataclasses
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anyflow.pipelines.loading import resolve_device
 from anyflow.pipelines.memory import Memory, check_options
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.renderer import Renderer
 from anyflow.pipelines.request import MAX_SEED, VideoRequest
-from anyflow.pipelines.results import Results, comparison_name, file_name, folder_name
+from anyflow.pipelines.results import SampleResults, comparison_name, file_name, folder_name
 from anyflow.pipelines.sample_settings import SampleSettings
 from anyflow.pipelines.video import import_av, write_comparison, write_video
+from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import shortened
 from anyflow.utils.locking import locks_folder
 from anyflow.utils.progress import LoggedProgress, counted, status
@@ -36,21 +34,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Failure:
-    """A video that was not made; ``steps`` is None for a comparison."""
+    """Describe a video that was not made; a comparison has no ``num_inference_steps``."""
 
     prompt: str
-    steps: int | None
+    num_inference_steps: int | None
     seed: int
     reason: str
 
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What a run did.
+    """Report what a run did.
 
     Args:
         done: videos made.
-        skipped: videos that were there.
+        skipped: videos that were in the folder.
         failed: videos that could not be made.
     """
 
@@ -60,7 +58,7 @@ class SampleReport:
 
 
 def parse_numbers(name: str, text: str, low: int = 1) -> tuple[int, ...]:
-    """Parse whole numbers such as ``"1,2,4"``, in ascending order; ValueError for anything else."""
+    """Parse whole numbers such as ``"1,2,4"``, in ascending order, or raise a ValueError."""
     words = [word.strip() for word in text.split(",")]
     if not all(
         word.isascii() and word.isdecimal() and len(word) < 20 and int(word) >= low
@@ -76,34 +74,33 @@ def parse_numbers(name: str, text: str, low: int = 1) -> tuple[int, ...]:
 @locks_folder("out")
 def sample_command(
     settings: SampleSettings,
-    prompts: Sequence[Prompt | str],
-    steps: Sequence[int],
+    prompts: Sequence[VideoPrompt | str],
+    step_counts: Sequence[int],
     out: Path,
     *,
     seeds: Sequence[int] = (0,),
-    context: Any = None,
+    first_frames: Any = None,
     memory: Memory = "auto",
     device: str | None = None,
     compile: bool = False,
     cuda_graph: bool = False,
     console: Console | None = None,
 ) -> SampleReport:
-    """Make every prompt at every step count from the same noise of each seed, and compare the step
-    counts.
+    """Make every prompt at every step count from the same noise, and compare the step counts.
 
-    Writes ``<prompt>/steps-04-seed-0.mp4``, ``<prompt>/comparison-seed-0.mp4`` (of all the step
-    counts that are there) and ``results.json`` with seconds by stage and peak memory. Videos that
-    are there are left alone, so that the same command goes on where it was stopped; one that fails
-    does not stop the others.
+    A run writes ``<prompt>/steps-04-seed-0.mp4``, ``<prompt>/comparison-seed-0.mp4`` of all step
+    counts in the folder, and ``results.json`` with seconds by stage and peak memory. Videos in the
+    folder are not made again, so that the same command continues a run that was stopped; one that
+    fails does not stop the others.
 
     Args:
         settings: what the videos have in common.
         prompts: each is made once, however often it is given.
-        steps: network evaluations of each video.
+        step_counts: network evaluations of each video.
         out: folder; one that was made with other settings is refused.
-        seeds: of the noise, the same for each prompt and step count.
-        context: the first frames of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`;
-            of what file, and how many, the settings say.
+        seeds: of the noise, which is the same for each prompt and step count.
+        first_frames: of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`; the settings
+            name their file and number.
         memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
         console: gets a bar of the steps, and the path of each file that was written.
 
@@ -117,49 +114,36 @@ def sample_command(
 
     settings.check()
     check_options(memory, resolve_device(device), compile=compile, cuda_graph=cuda_graph)
-    if settings.context_frames != (0 if context is None else len(context)):
+    if settings.first_frames != (0 if first_frames is None else len(first_frames)):
         raise ValueError(
-            f"the settings name {settings.context_frames} first frames, and context has others"
+            f"the settings name {settings.first_frames} first frames, and first_frames has others"
         )
-    for count in steps:
-        VideoRequest(num_inference_steps=count)
-    for seed in seeds:
-        whole_number("seed", seed, 0, MAX_SEED)
-    texts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    for text in texts:
-        text.check(f"{shortened(text.text)!r}: ")
+    texts = _checked(prompts, step_counts, seeds)
     folders = {text: out / folder_name(text) for text in texts}
-    if not folders or not steps or not seeds:
-        raise ValueError("there are no prompts, no step counts or no seeds")
     defaults = dataclasses.asdict(SampleSettings(settings.model))
-    results = Results.open(out, dataclasses.asdict(settings), defaults)
+    results = SampleResults.open(out, dataclasses.asdict(settings), defaults)
     results.write()
     if console is not None:
         for hint in settings.hints(texts):
             console.print(f"note: {hint}", markup=False)
-    wanted = [(text, seed, count) for text in folders for seed in seeds for count in steps]
+    wanted = [(text, seed, count) for text in folders for seed in seeds for count in step_counts]
     there = {text: results.there(folder) for text, folder in folders.items()}
     todo = [(text, seed, count) for text, seed, count in wanted if (count, seed) not in there[text]]
     failed: list[Failure] = []
     if todo:
         missing = list(dict.fromkeys(text for text, _, _ in todo))
-        with status(
-            console, f"loading {settings.model}, encoding {counted(len(missing), 'prompt')}"
-        ):
-            pipe = Renderer(
+        doing = f"loading {settings.model}, encoding {counted(len(missing), 'prompt')}"
+        with status(console, doing):
+            renderer = Renderer(
                 settings,
                 missing,
-                context,
+                first_frames,
                 memory=memory,
                 device=device,
                 compile=compile,
                 cuda_graph=cuda_graph,
             )
-            renderer = _Renderer(pipe, results, console)
-        for number, (text, seed, count) in enumerate(todo, start=1):
-            renderer.place = f"video {number} of {len(todo)}" if len(todo) > 1 else "sampling"
-            if (failure := renderer.render(text, count, seed, folders[text])) is not None:
-                failed.append(failure)
+        failed += _Videos(renderer, results, console).make(todo, folders)
     made = len(todo) - len(failed)
     for text, folder in folders.items():
         for seed in seeds:
@@ -168,54 +152,89 @@ def sample_command(
     return SampleReport(made, len(wanted) - len(todo), tuple(failed))
 
 
-class _Renderer:
-    """Makes videos, writes them and notes them in the results."""
+def _checked(
+    prompts: Sequence[VideoPrompt | str], step_counts: Sequence[int], seeds: Sequence[int]
+) -> list[VideoPrompt]:
+    """Return the prompts, or raise a ValueError for what a run cannot make videos of."""
+    for count in step_counts:
+        VideoRequest(num_inference_steps=count)
+    for seed in seeds:
+        whole_number("seed", seed, 0, MAX_SEED)
+    texts = [VideoPrompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    for text in texts:
+        text.check(f"{shortened(text.text)!r}: ")
+    for name, given in (("prompts", texts), ("step counts", step_counts), ("seeds", seeds)):
+        if not given:
+            raise ValueError(f"no {name} are given")
+    return texts
 
-    def __init__(self, renderer: Renderer, results: Results, console: Console | None) -> None:
+
+class _Videos:
+    """Make videos, write them and note them in the results."""
+
+    def __init__(self, renderer: Renderer, results: SampleResults, console: Console | None) -> None:
         self.renderer, self.results, self.console = renderer, results, console
         self.place = ""
 
-    def render(self, prompt: Prompt, steps: int, seed: int, folder: Path) -> Failure | None:
+    def make(
+        self, todo: Sequence[tuple[VideoPrompt, int, int]], folders: Mapping[VideoPrompt, Path]
+    ) -> list[Failure]:
+        """Make the videos of prompts, seeds and numbers of steps; return those that failed."""
+        failed = []
+        for number, (text, seed, num_inference_steps) in enumerate(todo, start=1):
+            self.place = f"video {number} of {len(todo)}" if len(todo) > 1 else "sampling"
+            if (failure := self.render(text, num_inference_steps, seed, folders[text])) is not None:
+                failed.append(failure)
+        return failed
+
+    def render(
+        self, prompt: VideoPrompt, num_inference_steps: int, seed: int, folder: Path
+    ) -> Failure | None:
         """Make and write one video and its line of the results."""
-        label = f"{self.place}: {prompt.text[:40]}, {counted(steps, 'step')}, seed {seed}"
+        label = (
+            f"{self.place}: {prompt.text[:40]}, {counted(num_inference_steps, 'step')}, seed {seed}"
+        )
         try:
-            with _steps_bar(self.console, label, steps) as bar:
-                entry = self._render(prompt, steps, seed, folder, bar)
-        except (
-            RuntimeError,
-            ValueError,
-            OSError,
-            FloatingPointError,
-        ) as error:  # memory, disk, NaN: the next may work
-            return Failure(prompt.text, steps, seed, self.renderer.reason(error))
+            with _steps_bar(self.console, label, num_inference_steps) as bar:
+                entry = self._render(prompt, num_inference_steps, seed, folder, bar)
+        # memory, disk, NaN: the next video may work
+        except (RuntimeError, ValueError, OSError, FloatingPointError) as error:
+            return Failure(prompt.text, num_inference_steps, seed, self.renderer.reason(error))
         self.results.add(entry)
         if self.console is not None:
             seconds = entry["seconds"]
             self.console.print(
                 f"{folder.parent / entry['file']}: {seconds['sample']:.1f} s to sample, "
-                f"{seconds['decode']:.1f} s to "
-                f"decode, {entry['peak_memory_bytes'] / 2**30:.1f} GiB",
+                f"{seconds['decode']:.1f} s to decode, "
+                f"{entry['peak_memory_bytes'] / 2**30:.1f} GiB",
                 markup=False,
             )
         return None
 
     def _render(
-        self, prompt: Prompt, steps: int, seed: int, folder: Path, bar: _StepsBar | None
+        self,
+        prompt: VideoPrompt,
+        num_inference_steps: int,
+        seed: int,
+        folder: Path,
+        bar: _StepsBar | None,
     ) -> dict[str, Any]:
         pipe = self.renderer.pipe
         folder.mkdir(parents=True, exist_ok=True)
         (folder / comparison_name(seed)).unlink(missing_ok=True)  # it will lack this video
         if bar is None:
-            images, seconds = self.renderer.frames(prompt, steps, seed)
+            images, seconds = self.renderer.frames(prompt, num_inference_steps, seed)
         else:
             images, seconds = self.renderer.frames(
-                prompt, steps, seed, bar.advance, lambda: bar.say("decoding")
+                prompt, num_inference_steps, seed, bar.advance, lambda: bar.say("decoding")
             )
-        file = write_video(images, folder / file_name(steps, seed), self.renderer.settings.fps)
+        file = write_video(
+            images, folder / file_name(num_inference_steps, seed), self.renderer.settings.fps
+        )
         return {
             "prompt": prompt.text,
             "negative_prompt": self.renderer.negative(prompt),
-            "steps": steps,
+            "steps": num_inference_steps,
             "seed": seed,
             "file": f"{folder.name}/{file.name}",
             "seconds": seconds,
@@ -229,13 +248,13 @@ class _Renderer:
 
 
 class _StepsBar:
-    """A bar of the steps of a video; without a terminal a line every half minute."""
+    """Show a bar of the steps of a video; without a terminal a line every half minute."""
 
-    def __init__(self, bars: LoggedProgress, label: str, steps: int) -> None:
+    def __init__(self, bars: LoggedProgress, label: str, num_inference_steps: int) -> None:
         from rich.markup import escape
 
         self._bars, self._label = bars, escape(label)
-        self._task = bars.add_task(self._label, total=steps)
+        self._task = bars.add_task(self._label, total=num_inference_steps)
 
     def advance(self, index: int, timestep: float, latents: Tensor) -> None:
         """Move the bar; a callback of the sampler."""
@@ -247,7 +266,9 @@ class _StepsBar:
 
 
 @contextmanager
-def _steps_bar(console: Console | None, label: str, steps: int) -> Iterator[_StepsBar | None]:
+def _steps_bar(
+    console: Console | None, label: str, num_inference_steps: int
+) -> Iterator[_StepsBar | None]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -264,15 +285,13 @@ def _steps_bar(console: Console | None, label: str, steps: int) -> Iterator[_Ste
     with LoggedProgress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bars:
-        yield _StepsBar(bars, label, steps)
+        yield _StepsBar(bars, label, num_inference_steps)
 
 
 def _compare(
-    prompt: Prompt, seed: int, folder: Path, results: Results, console: Console | None
+    prompt: VideoPrompt, seed: int, folder: Path, results: SampleResults, console: Console | None
 ) -> Failure | None:
-    """Write the comparison of all step counts of a seed, unless it is there or there is nothing to
-    compare.
-    """
+    """Write the comparison of a seed's step counts, unless it exists or has a single video."""
     videos = {
         steps: file
         for (steps, of_seed), file in sorted(results.there(folder).items())

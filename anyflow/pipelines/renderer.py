@@ -1,4 +1,4 @@
-"""A pipeline with its prompts encoded ahead, which makes the frames of one video at a time."""
+"""Make the frames of one video at a time, with prompts that were encoded ahead."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from torch import Tensor
 from anyflow.pipelines.frames import frames_of_type
 from anyflow.pipelines.memory import Memory
 from anyflow.pipelines.pipeline import AnyFlowPipeline
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.sample_settings import DTYPES, SampleSettings
 from anyflow.sampling import Callback
 from anyflow.utils.writing import system_error
 
 
 class Renderer:
-    """Makes videos of prompts that were encoded ahead, so that the text encoder is gone when
-    sampling starts.
+    """Make videos of prompts that were encoded ahead, without the text encoder in memory.
 
     Args:
         settings: of every video.
         prompts: those that videos will be made of.
-        context: the first frames of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`.
+        first_frames: of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`.
         memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
 
     Raises:
@@ -35,15 +34,15 @@ class Renderer:
     def __init__(
         self,
         settings: SampleSettings,
-        prompts: Sequence[Prompt],
-        context: Any = None,
+        prompts: Sequence[VideoPrompt],
+        first_frames: Any = None,
         *,
         memory: Memory = "auto",
         device: str | None = None,
         compile: bool = False,
         cuda_graph: bool = False,
     ) -> None:
-        self.settings, self.context = settings, context
+        self.settings, self.first_frames = settings, first_frames
         self.pipe = AnyFlowPipeline.from_pretrained(
             settings.model,
             dtype=DTYPES[settings.dtype],
@@ -66,14 +65,14 @@ class Renderer:
         if settings.lora is not None:
             self.pipe.load_lora(settings.lora)
 
-    def negative(self, prompt: Prompt) -> str | None:
+    def negative(self, prompt: VideoPrompt) -> str | None:
         """Return the negative prompt of a prompt; None without guidance."""
         return None if self.settings.guidance_scale == 1 else self._negative(prompt)
 
     def frames(
         self,
-        prompt: Prompt,
-        steps: int,
+        prompt: VideoPrompt,
+        num_inference_steps: int,
         seed: int,
         callback: Callback | None = None,
         before_decoding: Callable[[], None] | None = None,
@@ -82,7 +81,7 @@ class Renderer:
 
         Args:
             prompt: one of those given.
-            steps: network evaluations.
+            num_inference_steps: network evaluations.
             seed: of the noise.
             callback: of :func:`anyflow.sampling.sample`.
             before_decoding: called between the last step and the VAE.
@@ -103,10 +102,10 @@ class Renderer:
             height=settings.height,
             width=settings.width,
             num_frames=settings.num_frames,
-            num_inference_steps=steps,
+            num_inference_steps=num_inference_steps,
             guidance_scale=settings.guidance_scale,
             seed=seed,
-            video=self.context,
+            video=self.first_frames,
             output_type="latent",
             progress=False,
             callback=callback,
@@ -123,9 +122,7 @@ class Renderer:
         return images, seconds
 
     def reason(self, error: Exception) -> str:
-        """Say in one line why a video could not be made, and free what the attempt left on a
-        GPU.
-        """
+        """Say in one line why a video could not be made, and free the attempt's memory on a GPU."""
         if self.pipe.device.type == "cuda":
             torch.cuda.empty_cache()
         settings, found = self.settings, system_error(error)
@@ -138,6 +135,6 @@ class Renderer:
             return f"no memory for {size}; {advice} ({reason})"
         return reason
 
-    def _negative(self, prompt: Prompt) -> str:
+    def _negative(self, prompt: VideoPrompt) -> str:
         given = self.settings.negative_prompt if prompt.negative is None else prompt.negative
         return "" if given is None else given

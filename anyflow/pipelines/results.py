@@ -1,4 +1,4 @@
-"""The folder of a run of `anyflow sample`: names of its videos, and ``results.json``."""
+"""Name the videos of `anyflow sample` in a folder, and keep ``results.json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.utils.documents import read_json, shortened
 from anyflow.utils.validation import brief
 from anyflow.utils.versions import differences, installed_versions
@@ -24,18 +24,16 @@ _WITHOUT_SEED = re.compile(r"steps-(\d+)\.mp4")  # anyflow 0.1 had one seed for 
 _OLD_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def folder_name(prompt: Prompt) -> str:
-    """Name the folder of a prompt: readable, and different for different prompts or negative
-    prompts.
-    """
+def folder_name(prompt: VideoPrompt) -> str:
+    """Name the folder of a prompt, readable and different for each pair of prompts."""
     slug = re.sub(r"[\W_]+", "-", prompt.text.lower()).strip("-")[:40].strip("-")
     key = prompt.text if prompt.negative is None else f"{prompt.text}\0{prompt.negative}"
     return f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:8]}".lstrip("-")
 
 
-def file_name(steps: int, seed: int) -> str:
+def file_name(num_inference_steps: int, seed: int) -> str:
     """Name the video of a prompt at a number of steps."""
-    return f"steps-{steps:02d}-seed-{seed}.mp4"
+    return f"steps-{num_inference_steps:02d}-seed-{seed}.mp4"
 
 
 def comparison_name(seed: int) -> str:
@@ -44,8 +42,8 @@ def comparison_name(seed: int) -> str:
 
 
 @dataclass
-class Results:
-    """The settings of a folder and an entry for each video, as ``results.json`` has them.
+class SampleResults:
+    """Hold the settings of a folder and an entry for each video, as ``results.json`` has them.
 
     Args:
         file: ``results.json``.
@@ -58,8 +56,10 @@ class Results:
     videos: list[dict[str, Any]]
 
     @classmethod
-    def open(cls, out: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Results:
-        """Begin a folder, or go on with one; nothing is written yet.
+    def open(
+        cls, out: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]
+    ) -> SampleResults:
+        """Begin a folder, or continue one; nothing is written yet.
 
         Args:
             out: the folder.
@@ -101,9 +101,7 @@ class Results:
         write_text(self.file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def there(self, folder: Path) -> dict[tuple[int, int], Path]:
-        """Return the videos that the folder of a prompt holds, by their numbers of steps and
-        seeds.
-        """
+        """Return the videos in the folder of a prompt, by their numbers of steps and seeds."""
         found = {}
         for video in self.videos:  # an older folder's, whose names lack the seed
             file = self.file.parent / video["file"]
@@ -117,8 +115,7 @@ class Results:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read the settings and the videos of a results file, an older one as a new one would have
-    them.
+    """Read the settings and the videos of a results file, an older one in the form of a new one.
 
     Raises:
         ValueError: it is none, or is damaged.
@@ -156,9 +153,7 @@ def _check_video(video: Any, number: int) -> None:
 
 
 def _warn_of_versions(out: Path, videos: Sequence[dict[str, Any]]) -> None:
-    """Warn, in one line, that videos in a folder were made by other versions than new ones would
-    be.
-    """
+    """Warn, in one line, that the videos of a folder were made by other versions."""
     here = installed_versions()
     made = [video["packages"] for video in videos if "packages" in video]
     changed = sorted({line for packages in made for line in differences(packages, here)})
@@ -167,7 +162,6 @@ def _warn_of_versions(out: Path, videos: Sequence[dict[str, Any]]) -> None:
     if changed:
         warnings.warn(
             f"{out} holds videos made with other versions ({'; '.join(changed)}): new ones may "
-            "differ from them; "
-            "name another folder to compare like with like",
+            "differ from them; name another folder to compare like with like",
             stacklevel=5,
         )

@@ -1,6 +1,4 @@
-"""Holds and checks what decides the videos of `anyflow sample` beside prompts, step counts and
-seeds.
-"""
+"""Hold and check what decides the videos of a folder beside prompts, steps and seeds."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from anyflow.pipelines.plain_wan import (
     require_flow_map,
     require_one_transformer,
 )
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.request import VideoRequest
 from anyflow.utils.documents import shortened
 from anyflow.utils.validation import finite_number
@@ -27,7 +25,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Holds what every video of a folder has in common.
+    """Hold what every video of a folder has in common.
 
     Args:
         model: diffusers folder, or the name of a model on the Hugging Face Hub.
@@ -62,14 +60,14 @@ class SampleSettings:
     video_frames: int | None = None
 
     def check(self) -> None:
-        """ValueError if the model is missing or cannot make such videos; no weight is loaded."""
+        """Raise a ValueError if the model cannot make such videos; no weight is loaded."""
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0.01 <= finite_number("fps", self.fps) < 1000:
             raise ValueError(f"fps must be >= 0.01 and < 1000, got {self.fps}")
         if self.lora is not None:
             open_lora(self.lora)
-        Prompt("", self.negative_prompt).check("")
+        VideoPrompt("", self.negative_prompt).check("")
         if self.image is not None and self.video is not None:
             raise ValueError("give either image (one frame) or video (several), not both")
         paths = ModelPaths.find(self.model, self.transformer)
@@ -83,25 +81,24 @@ class SampleSettings:
             num_frames=self.num_frames,
             guidance_scale=self.guidance_scale,
             negatives=1,
-            context_frames=self.context_frames,
+            context_frames=self.first_frames,
         ).check(paths.layout())
 
     @property
-    def context_frames(self) -> int:
-        """Number of frames that the videos begin with."""
-        return (
-            1 if self.image is not None else 0 if self.video_frames is None else self.video_frames
-        )
+    def first_frames(self) -> int:
+        """Return the number of frames that the videos begin with."""
+        if self.image is not None:
+            return 1
+        return 0 if self.video_frames is None else self.video_frames
 
-    def hints(self, prompts: Sequence[Prompt]) -> list[str]:
+    def hints(self, prompts: Sequence[VideoPrompt]) -> list[str]:
         """Return what a user may not have meant, a line each."""
         lines = []
         transformer = ModelPaths.find(self.model, self.transformer).transformer / "transformer"
         if self.guidance_scale <= 1 and is_plain_wan(transformer):
             lines.append(
                 f"{shortened(transformer)} is a plain Wan model, which needs guidance and many "
-                "steps: "
-                "--guidance 5 --steps 50"
+                "steps: --guidance 5 --steps 50"
             )
         negatives = [self.negative_prompt, *(prompt.negative for prompt in prompts)]
         if self.guidance_scale <= 1 and any(negative is not None for negative in negatives):

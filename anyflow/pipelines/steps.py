@@ -1,4 +1,4 @@
-"""The sampler's steps in a pipeline, with what diffusers' callbacks may do after each of them."""
+"""Run the sampler's steps in a pipeline, with what diffusers' callbacks may do after each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 @dataclass(frozen=True)
 class StepEnd:
-    """The callbacks that run after each step.
+    """Hold the callbacks that run after each step.
 
     Args:
         callback: the sampler's own.
@@ -68,9 +68,7 @@ class StepEnd:
 
 
 class _Changed(Exception):
-    """A callback has changed more than the latents: the sampler cannot go on with what it has
-    prepared.
-    """
+    """Report that a callback has changed more than the latents: the sampler must restart."""
 
     def __init__(self, latents: Tensor, done: int) -> None:
         super().__init__()
@@ -86,13 +84,12 @@ def run_steps(
     negative: Tensor | None,
     *,
     schedule: Tensor,
-    context: Tensor | None,
+    first_frames: Tensor | None,
     use_mean_velocity: bool,
     step_end: StepEnd,
     advance: Callable[[], Any],
 ) -> Tensor:
-    """Sample, and sample on from the step after which a callback has changed the text or the
-    guidance.
+    """Sample, and restart after each step whose callback has changed the text or the guidance.
 
     Args:
         pipe: has ``guidance_scale`` and ``interrupt``, which callbacks may change.
@@ -100,7 +97,7 @@ def run_steps(
         noise: ``[B, F', C, h, w]``, fp32 at least.
         text, negative: ``[B, S, text_dim]``; ``negative`` is None without guidance.
         schedule: sigmas ``[n + 1]`` with the terminal 0.
-        context: latents of the first frames, or None.
+        first_frames: their clean latents, or None.
         use_mean_velocity: of the sampler.
         step_end: the callbacks.
         advance: called after each step.
@@ -109,33 +106,11 @@ def run_steps(
         ``[B, F', C, h, w]`` latents: clean, or those of the step after which a callback
         interrupted.
     """
-    latents, done, steps = noise, 0, len(schedule) - 1
+    latents, done = noise, 0
     embeds = {"prompt_embeds": text if negative is None else torch.cat([negative, text])}
     embeds["negative_prompt_embeds"] = negative  # type: ignore[assignment]
-    while done < steps and not pipe.interrupt:
-        first, scale = done, pipe.guidance_scale
-
-        def after_step(
-            index: int, timestep: float, x: Tensor, first: int = first, scale: float = scale
-        ) -> Any:
-            replaced = None
-            if step_end.callback is not None:
-                replaced = step_end.callback(index, timestep, x)
-            elif step_end.function is not None:
-                returned = step_end.call(pipe, first + index, timestep, {"latents": x, **embeds})
-                replaced = returned.get("latents")
-                before = embeds["prompt_embeds"]
-                embeds.update({name: value for name, value in returned.items() if name in embeds})
-                if (
-                    pipe.interrupt
-                    or pipe.guidance_scale != scale
-                    or embeds["prompt_embeds"] is not before
-                ):
-                    advance()
-                    raise _Changed(x if replaced is None else replaced, first + index + 1)
-            advance()
-            return replaced
-
+    while done < len(schedule) - 1 and not pipe.interrupt:
+        scale = pipe.guidance_scale
         text, negative = _halves(embeds["prompt_embeds"], noise, guided=scale > 1)
         try:
             return sample(
@@ -143,36 +118,69 @@ def run_steps(
                 scheduler,
                 latents,
                 text,
-                sigmas=schedule[first:],
+                sigmas=schedule[done:],
                 guidance_scale=scale if scale > 1 else 1.0,
                 negative_prompt_embeds=negative,
-                context_latents=context,
+                context_latents=first_frames,
                 use_mean_velocity=use_mean_velocity,
-                callback=after_step,
+                callback=_after_step(pipe, step_end, embeds, done, advance),
             )
         except _Changed as changed:
             latents, done = changed.latents.to(noise), changed.done
     return latents
 
 
-def _halves(embeds: Tensor, noise: Tensor, *, guided: bool) -> tuple[Tensor, Tensor | None]:
-    """Part the embeddings that a callback sees into those of prompts and, with guidance, of
-    negative prompts.
+def _after_step(
+    pipe: Any,
+    step_end: StepEnd,
+    embeds: dict[str, Tensor],
+    first: int,
+    advance: Callable[[], Any],
+) -> Callback:
+    """Return the sampler's callback, which raises :class:`_Changed` if a user's callback does more.
+
+    Args:
+        pipe: has ``guidance_scale`` and ``interrupt``.
+        step_end: the user's callbacks.
+        embeds: what the user's callback may replace; replaced in place.
+        first: number of steps before the sampler's first one.
+        advance: called after each step.
     """
-    rows = len(noise)
-    if len(embeds) not in ((2 * rows,) if guided else (rows, 2 * rows)):
+    scale = pipe.guidance_scale
+
+    def after_step(index: int, timestep: float, x: Tensor) -> Any:
+        replaced = None
+        if step_end.callback is not None:
+            replaced = step_end.callback(index, timestep, x)
+        elif step_end.function is not None:
+            before = embeds["prompt_embeds"]
+            returned = step_end.call(pipe, first + index, timestep, {"latents": x, **embeds})
+            replaced = returned.get("latents")
+            embeds.update({name: value for name, value in returned.items() if name in embeds})
+            text_changed = embeds["prompt_embeds"] is not before
+            if pipe.interrupt or pipe.guidance_scale != scale or text_changed:
+                advance()
+                raise _Changed(x if replaced is None else replaced, first + index + 1)
+        advance()
+        return replaced
+
+    return after_step
+
+
+def _halves(embeds: Tensor, noise: Tensor, *, guided: bool) -> tuple[Tensor, Tensor | None]:
+    """Split a callback's embeddings into those of prompts and, with guidance, of negative ones."""
+    videos = len(noise)
+    if len(embeds) not in ((2 * videos,) if guided else (videos, 2 * videos)):
         raise ValueError(
-            f"prompt_embeds of callback_on_step_end must have {2 * rows if guided else rows} rows, "
-            f"got {len(embeds)}"
+            "prompt_embeds of callback_on_step_end must be of "
+            f"{2 * videos if guided else videos} prompts, got {len(embeds)}"
         )
-    return embeds[-rows:], embeds[:rows] if guided else None
+    return embeds[-videos:], embeds[:videos] if guided else None
 
 
 @contextmanager
 def progress_bar(pipe: Any, steps: int, show: bool | None) -> Iterator[Callable[[], Any]]:
-    """Show diffusers' bar of the steps, by ``show`` or, where that is None, as
-    ``set_progress_bar_config`` says.
-    """
+    """Show diffusers' bar of the steps, by ``show`` or as ``set_progress_bar_config`` says."""
     before = getattr(pipe, "_progress_bar_config", None)
     if show is not None:
         pipe._progress_bar_config = {**({} if before is None else before), "disable": not show}
@@ -187,8 +195,7 @@ def progress_bar(pipe: Any, steps: int, show: bool | None) -> Iterator[Callable[
 def lora_scale(
     transformer: nn.Module | None, attention_kwargs: Mapping[str, Any] | None
 ) -> Iterator[None]:
-    """Scale the adapters of a transformer, if there is one, by diffusers'
-    ``attention_kwargs={"scale": s}``.
+    """Scale the adapters of a transformer, if it is given, by ``attention_kwargs={"scale": s}``.
 
     Raises:
         ValueError: something else is given.

@@ -1,9 +1,8 @@
-"""MP4 files, and several videos side by side in one."""
+"""Write MP4 files, and several videos side by side in one."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
@@ -15,6 +14,7 @@ import numpy as np
 
 from anyflow.pipelines.frames import uint8_frames
 from anyflow.utils.packages import missing
+from anyflow.utils.writing import whole_file
 
 _BT709 = 1
 _LIMITED_RANGE = 1
@@ -23,7 +23,7 @@ _MIN_WIDTH = 160  # of a cell: small videos are enlarged until a label fits
 
 
 def write_video(frames: Any, path: str | Path, fps: float = 16) -> Path:
-    """Write an MP4 file, completely or not at all: H.264 where PyAV has it, else MPEG-4 part 2.
+    """Write an MP4 file, whole or not at all: H.264 where PyAV has it, else MPEG-4 part 2.
 
     Args:
         frames: PIL images, an ``[F, H, W, 3]`` array or an ``[F, 3, H, W]`` tensor; uint8, or float
@@ -45,7 +45,8 @@ def write_video(frames: Any, path: str | Path, fps: float = 16) -> Path:
 def write_comparison(videos: Mapping[str, Path], path: str | Path) -> Path:
     """Write several MP4 files of one size side by side, each under its label, as one.
 
-    Read and written frame by frame, so that long videos fit; a shorter one stays at its last frame.
+    Videos are read and written frame by frame, so that long ones fit in memory; a shorter video
+    stays at its last frame.
 
     Args:
         videos: file of each label, left to right and top to bottom.
@@ -75,26 +76,26 @@ def write_comparison(videos: Mapping[str, Path], path: str | Path) -> Path:
                 f"a comparison needs videos of one size and rate, got {sorted(map(str, kinds))}"
             )
         ((height, width, rate),) = kinds
-        grid = _Grid(list(videos), height, width)
+        drawn = _Canvas(list(videos), height, width)
         decoded = [(f.to_ndarray(format="rgb24") for f in c.decode(video=0)) for c in containers]
-        return _encode(grid.frames(decoded), Path(path), Fraction(rate))
+        return _encode(drawn.frames(decoded), Path(path), Fraction(rate))
 
 
-class _Grid:
-    """A canvas with labels, and where each video is drawn."""
+class _Canvas:
+    """Draw videos on a canvas with labels."""
 
     def __init__(self, labels: list[str], height: int, width: int) -> None:
         from PIL import Image, ImageDraw, ImageFont
 
         self.scale = math.ceil(_MIN_WIDTH / width)
         height, width = height * self.scale, width * self.scale
-        # three in a row, not two and a hole
+        # three side by side, not two and a hole
         columns = math.ceil(len(labels) / math.isqrt(len(labels)))
-        rows = math.ceil(len(labels) / columns)
+        lines = math.ceil(len(labels) / columns)
         bar = max(24, height // 20 * 2)
         image = Image.new(
             "RGB",
-            (columns * (width + _GAP) + _GAP, rows * (height + bar + _GAP) + _GAP),
+            (columns * (width + _GAP) + _GAP, lines * (height + bar + _GAP) + _GAP),
             color=(255, 255, 255),
         )
         draw, font = ImageDraw.Draw(image), ImageFont.load_default(round(bar * 0.6))
@@ -109,7 +110,7 @@ class _Grid:
         self.canvas = np.asarray(image)
 
     def frames(self, videos: Sequence[Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
-        """The canvas with the next frame of every video, until all have ended."""
+        """Yield the canvas with the next frame of every video, until all have ended."""
         canvas = self.canvas.copy()
         while True:
             fresh = [next(video, None) for video in videos]
@@ -123,35 +124,32 @@ class _Grid:
 
 
 def _encode(frames: Iterable[np.ndarray], path: Path, rate: Fraction) -> Path:
-    """``[H, W, 3]`` uint8 frames of one size to a file that is renamed into place at the end."""
+    """Encode ``[H, W, 3]`` uint8 frames of one size to a file, whole or not at all."""
     av = import_av()
     if path.suffix != ".mp4":
         raise ValueError(f"videos are written as .mp4, got {path}")
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
-        raise ValueError(f"{path}: there are no frames to write")
+        raise ValueError(f"{path}: no frames to write")
     height, width = first.shape[:2]
     if height % 2 or width % 2:
         raise ValueError(f"{path}: height and width must be even, got {height} x {width}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.mp4")
-    try:
-        with av.open(str(partial), "w", options={"movflags": "+faststart"}) as container:
-            stream = _add_stream(container, rate, height, width)
-            for pixels in chain([first], frames):
-                if pixels.shape != first.shape:
-                    raise ValueError(
-                        f"{path}: frames of different sizes, {first.shape} and {pixels.shape}"
-                    )
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                container.mux(
-                    stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709"))
+    options = {"movflags": "+faststart"}
+    with (
+        whole_file(path) as partial,
+        av.open(str(partial), "w", format="mp4", options=options) as container,
+    ):
+        stream = _add_stream(container, rate, height, width)
+        for pixels in chain([first], frames):
+            if pixels.shape != first.shape:
+                raise ValueError(
+                    f"{path}: frames of different sizes, {first.shape} and {pixels.shape}"
                 )
-            container.mux(stream.encode(None))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+        container.mux(stream.encode(None))
     return path
 
 

@@ -1,4 +1,4 @@
-"""The Wan VAE and the UMT5 text encoder: loading them, and what goes in and comes out of them."""
+"""Load the Wan VAE and the UMT5 text encoder, and encode and decode with them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from anyflow.utils.versions import require_ftfy
 
 
 def load_vae(model: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """``AutoencoderKLWan`` of a diffusers folder, on the CPU in eval mode.
+    """Load ``AutoencoderKLWan`` of a diffusers folder, on the CPU in eval mode.
 
     Raises:
-        ValueError: there is no such part, or weights are missing or left over.
+        ValueError: the part is missing, or weights are missing or left over.
     """
     from diffusers import AutoencoderKLWan
 
@@ -29,17 +29,17 @@ def load_vae(model: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_text_encoder(model: Path, dtype: torch.dtype) -> Any:
-    """``UMT5EncoderModel`` of a diffusers folder; as :func:`load_vae`."""
+    """Load ``UMT5EncoderModel`` of a diffusers folder, as :func:`load_vae` does."""
     from transformers import UMT5EncoderModel
 
     return load_module(UMT5EncoderModel, part_folder(model, "text_encoder"), dtype)
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a diffusers folder.
+    """Load the tokenizer of a diffusers folder.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: it is missing, or cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -49,14 +49,14 @@ def load_tokenizer(model: Path) -> Any:
             require_content(file)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # of any kind: tokenizers raises Exception itself
+    except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(
             f"{folder} cannot be loaded as a tokenizer: {brief(str(error), 300)}"
         ) from error
 
 
 def part_folder(model: Path, name: str) -> Path:
-    """``model/name``; ValueError if there is no such folder."""
+    """Return ``model/name``, or raise a ValueError if it is no folder."""
     folder = model / name
     if not os.path.isdir(folder):
         raise ValueError(f"{shortened(model)} is not a diffusers model folder: it has no {name}/")
@@ -64,8 +64,7 @@ def part_folder(model: Path, name: str) -> Path:
 
 
 def clean_prompt(prompt: str) -> str:
-    """Clean a prompt as those of the published models were: ``ftfy.fix_text``, HTML entities,
-    whitespace.
+    """Clean a prompt as the published models' were: ``ftfy``, HTML entities, whitespace.
 
     diffusers does the same where ftfy is installed, and leaves its part out where it is not.
 
@@ -82,10 +81,11 @@ def clean_prompt(prompt: str) -> str:
 def encode_prompt(
     text_encoder: Any, tokenizer: Any, prompt: str, max_sequence_length: int
 ) -> Tensor:
-    """The tokens of a prompt, ``[S, text_dim]`` fp32 on the CPU, without padding; S is at most
-    max_sequence_length.
+    """Return the tokens of a prompt, ``[S, text_dim]`` fp32 on the CPU, without padding.
 
-    Cleaned first, and encoded beside masked padding, as diffusers' pipelines do
+    S is at most ``max_sequence_length``.
+
+    The prompt is cleaned first and encoded beside masked padding, as diffusers' pipelines do
     (``test_prompts_are_those_of_the_anyflow_pipeline``), and alone, so that the numbers do not
     depend on other prompts.
 
@@ -106,10 +106,10 @@ def encode_prompt(
 
 @torch.no_grad()
 def encode_video(vae: Any, pixels: Tensor) -> Tensor:
-    """``pixels[B, F, 3, H, W]`` in [-1, 1] to normalized latents ``[B, 1 + (F-1)/4, C, H/8, W/8]``.
+    """Encode ``pixels[B, F, 3, H, W]`` in [-1, 1] to latents ``[B, 1 + (F-1)/4, C, H/8, W/8]``.
 
-    The mean of the posterior, minus ``latents_mean`` and over ``latents_std`` of each channel, as
-    diffusers' Wan and AnyFlow pipelines do
+    The latents are the mean of the posterior, minus ``latents_mean`` and over ``latents_std`` of
+    each channel, as in diffusers' Wan and AnyFlow pipelines
     (``test_stored_latents_are_those_of_the_anyflow_pipeline``).
     """
     latents = vae.encode(
@@ -121,8 +121,9 @@ def encode_video(vae: Any, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decode normalized latents ``[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1], in
-    the VAE's dtype.
+    """Decode normalized latents ``[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1].
+
+    The video has the VAE's dtype.
 
     Raises:
         FloatingPointError: what the VAE returns holds NaN or infinity, or the latents do; the host
@@ -135,10 +136,10 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     video = vae.decode(latents * std + mean, return_dict=False)[0]
     finite.note("decoded frames", video)  # before the clamp, which makes infinity a 1
     if (found := finite.first()) is not None:
-        name, rows, count = found
+        name, picked, count = found
         advice = overflow_advice(vae, option="vae_dtype=torch.bfloat16") + ", or fp32"
         raise FloatingPointError(
-            f"the {name} are not finite (NaN or infinity) in {numbered(rows, count)}: {advice}"
+            f"the {name} are not finite (NaN or infinity) in {numbered(picked, count)}: {advice}"
         )
     return (video * 0.5 + 0.5).clamp(0, 1).transpose(1, 2)
 
@@ -153,9 +154,7 @@ def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Without transformers' bar, which is of one part of a model and would lie across the lines of
-    a command.
-    """
+    """Hide transformers' bar, which would lie across the lines of a command."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -168,13 +167,12 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def require_sound_folder(folder: Path) -> None:
-    """Look at the configuration and the headers of the weights of a model's part, before a library
-    reads them.
+    """Check the configuration and the headers of a part, before a library reads the weights.
 
     Raises:
         ValueError: a file is absent, cut off, empty, a pointer of git-lfs, a web page or no regular
             file; an index and its files do not agree; or the configuration has more layers than
-            there are tensors.
+            the files have tensors.
     """
     from anyflow.formats.files import find_files, read_json
     from anyflow.formats.readers import SafetensorsReader
@@ -186,8 +184,8 @@ def require_sound_folder(folder: Path) -> None:
         counts = name.startswith("num_") and name.endswith(("_layers", "_blocks"))
         if counts and isinstance(value, int) and not 0 <= value <= len(tensors):
             raise ValueError(
-                f"{folder / 'config.json'}: {name}={brief(value)}, but there are {len(tensors)} "
-                "tensors"
+                f"{folder / 'config.json'}: {name}={brief(value)}, but the files have "
+                f"{len(tensors)} tensors"
             )
 
 
@@ -195,7 +193,7 @@ def chosen_weights(folder: Path) -> Path:
     """Return the file of weights, or the index, that diffusers and transformers read in a folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder has none.
     """
     for stem in ("diffusion_pytorch_model", "model"):
         for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):

@@ -1,66 +1,33 @@
-"""The flow-map Euler scheduler: ``x_r = x_t - (t - r) u(x_t, t, r)``."""
+"""Step along a flow map by Euler: ``x_r = x_t - (t - r) u(x_t, t, r)``."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anyflow.schedulers.shift import (
-    WEIGHT_TYPES,
-    invert_shift,
-    nearest_weight,
-    shift_times,
-    train_weight_grid,
-)
+from anyflow.schedulers.config import SchedulerConfig
+from anyflow.schedulers.schedule import MAX_STEPS, checked_schedule, read_numbers
+from anyflow.schedulers.shift import invert_shift, nearest_weight, shift_times, train_weight_grid
+from anyflow.utils.devices import widest_float
 from anyflow.utils.documents import read_json, shortened
 from anyflow.utils.transfer import to_device
-from anyflow.utils.validation import brief, is_finite_number, whole_number
+from anyflow.utils.validation import brief, whole_number
 
-MAX_STEPS = 10_000  # of a schedule: more are a mistake, and would only fill the memory
-MAX_TRAIN_TIMESTEPS = 10**6
 CONFIG_NAME = "scheduler_config.json"
-MIN_SHIFT, MAX_SHIFT = 1e-6, 1e6  # beyond, neighbors on the schedule are one number
 # a timestep this close to an entry of the schedule is that entry (in timesteps, as in diffusers)
 _ON_SCHEDULE = 1e-3
 
 
-class SchedulerConfig(SimpleNamespace):
-    """Read-only view of the scheduler's settings, as attributes and as a mapping."""
-
-    def __getitem__(self, key: str) -> Any:
-        return vars(self)[key]
-
-    def keys(self) -> Any:
-        return vars(self).keys()
-
-    def items(self) -> Any:
-        return vars(self).items()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return vars(self).get(key, default)
-
-    def __contains__(self, key: object) -> bool:
-        return key in vars(self)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(
-            f"scheduler.config.{name} is read-only; use set_shift(), or from_config(config, "
-            f"{name}=...)"
-        )
-
-
 @dataclass
 class FlowMapEulerDiscreteSchedulerOutput:
-    """Result of :meth:`FlowMapEulerDiscreteScheduler.step`: ``prev_sample``, the sample at r."""
+    """Hold the result of :meth:`FlowMapEulerDiscreteScheduler.step`, the sample at r."""
 
     prev_sample: Tensor
 
@@ -69,14 +36,15 @@ class FlowMapEulerDiscreteSchedulerOutput:
 
 
 class FlowMapEulerDiscreteScheduler:
-    """Euler scheduler for flow maps, with both ends of a step in the caller's hands.
+    """Step between any two times, both of which the caller may choose.
 
     Timesteps are in [0, num_train_timesteps], sigmas in [0, 1], and sigma = timestep /
-    num_train_timesteps always. Works as the ``scheduler`` of ``diffusers.AnyFlowPipeline``.
+    num_train_timesteps always. The class works as the ``scheduler`` of
+    ``diffusers.AnyFlowPipeline``.
 
     Args:
-        num_train_timesteps: N, the timestep of pure noise, at most ``MAX_TRAIN_TIMESTEPS``.
-        shift: s in [1e-6, 1e6] of the schedule shift ``S(u) = s u / (1 + (s - 1) u)``; Wan uses 5.
+        num_train_timesteps: N, the timestep of pure noise, at most 10^6.
+        shift: s in [1e-6, 1e6] of the shift ``S(u) = s u / (1 + (s - 1) u)``; Wan uses 5.
         weight_type: training weight, ``"beta08"``, ``"gaussian"`` or ``"uniform"``.
 
     Raises:
@@ -94,22 +62,11 @@ class FlowMapEulerDiscreteScheduler:
     def __init__(
         self, num_train_timesteps: int = 1000, shift: float = 1.0, weight_type: str = "beta08"
     ) -> None:
-        num_train_timesteps = whole_number(
-            "num_train_timesteps", num_train_timesteps, high=MAX_TRAIN_TIMESTEPS
-        )
-        if weight_type not in WEIGHT_TYPES:
-            raise ValueError(
-                f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got {brief(weight_type)}"
-            )
-        self._configure(
-            num_train_timesteps=num_train_timesteps,
-            shift=_valid_shift(shift),
-            weight_type=weight_type,
-        )
-        self.set_timesteps(min(num_train_timesteps, MAX_STEPS))
+        self._configure(SchedulerConfig(num_train_timesteps, shift, weight_type))  # type: ignore[arg-type]
+        self.set_timesteps(min(self._n, MAX_STEPS))
 
-    def _configure(self, **settings: Any) -> None:
-        self.config = SchedulerConfig(**settings)
+    def _configure(self, config: SchedulerConfig) -> None:
+        self.config = config
         self._weights: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __repr__(self) -> str:
@@ -121,8 +78,9 @@ class FlowMapEulerDiscreteScheduler:
     def from_config(
         cls, config: Mapping[str, Any] | SchedulerConfig, **overrides: Any
     ) -> FlowMapEulerDiscreteScheduler:
-        """Build from a configuration; keys that start with an underscore (diffusers' bookkeeping)
-        are skipped.
+        """Build a scheduler from a configuration, in which overrides take precedence.
+
+        Keys that start with an underscore (diffusers' bookkeeping) are skipped.
 
         Raises:
             ValueError: the configuration is no mapping, or has a key this scheduler does not know.
@@ -136,7 +94,7 @@ class FlowMapEulerDiscreteScheduler:
             for k, v in {**dict(config.items()), **overrides}.items()
             if not str(k).startswith("_")
         }
-        known = ("num_train_timesteps", "shift", "weight_type")
+        known = [field.name for field in fields(SchedulerConfig)]
         if unknown := sorted(str(name)[:80] for name in settings if name not in known):
             raise ValueError(
                 f"unknown scheduler settings {', '.join(unknown[:12])}; expected {', '.join(known)}"
@@ -147,8 +105,7 @@ class FlowMapEulerDiscreteScheduler:
     def from_pretrained(
         cls, path: str | Path, subfolder: str | None = None, **overrides: Any
     ) -> FlowMapEulerDiscreteScheduler:
-        """Load from a folder (or its ``subfolder``) that holds ``scheduler_config.json``, or from
-        the file itself.
+        """Load a scheduler from ``scheduler_config.json``, or a folder or subfolder that holds it.
 
         Raises:
             ValueError: there is no such file, it cannot be read, or it holds a setting this
@@ -174,11 +131,11 @@ class FlowMapEulerDiscreteScheduler:
     # Schedule -------------------------------------------------------------------------------------
 
     def apply_shift(self, sigmas: Any) -> Any:
-        """``S(u) = s u / (1 + (s - 1) u)`` on [0, 1]; a number or a tensor of any shape."""
+        """Return ``S(u) = s u / (1 + (s - 1) u)`` of a number or tensor in [0, 1]."""
         return shift_times(sigmas, self.config.shift)
 
     def invert_shift(self, sigmas: Any) -> Any:
-        """The inverse of :meth:`apply_shift`."""
+        """Undo :meth:`apply_shift`."""
         return invert_shift(sigmas, self.config.shift)
 
     def set_shift(self, shift: float) -> None:
@@ -187,7 +144,7 @@ class FlowMapEulerDiscreteScheduler:
         Raises:
             ValueError: shift is not a positive finite number.
         """
-        self._configure(**{**dict(self.config.items()), "shift": _valid_shift(shift)})
+        self._configure(replace(self.config, shift=shift))
         self.set_timesteps(self.num_inference_steps, self.sigmas.device)
 
     def schedule(
@@ -197,11 +154,11 @@ class FlowMapEulerDiscreteScheduler:
         sigmas: Sequence[float] | Tensor | None = None,
         timesteps: Sequence[float] | Tensor | None = None,
     ) -> Tensor:
-        """The sigmas of a schedule, without changing the scheduler: fp64 ``[n + 1]`` on CPU,
-        descending to 0.
+        """Return the sigmas of a schedule, fp64 ``[n + 1]`` on CPU, descending to 0.
 
-        Without ``sigmas`` or ``timesteps``: ``S(linspace(1, 0, n + 1))``. Custom values are used
-        verbatim, never shifted again; a terminal 0 is appended unless it is there already.
+        The scheduler is not changed. Without ``sigmas`` or ``timesteps`` the schedule is
+        ``S(linspace(1, 0, n + 1))``. Custom values are used verbatim, never shifted again; a
+        terminal 0 is appended unless it is there already.
 
         Raises:
             ValueError: no length is given or lengths disagree; values are NaN, out of range or not
@@ -217,8 +174,8 @@ class FlowMapEulerDiscreteScheduler:
             steps = whole_number("num_inference_steps", num_inference_steps, high=MAX_STEPS)
             return self.apply_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
         name, top = ("sigmas", 1.0) if sigmas is not None else ("timesteps", self._n)
-        given = _numbers(name, sigmas if sigmas is not None else timesteps)
-        values = _valid_schedule(name, given, top)
+        given = read_numbers(name, sigmas if sigmas is not None else timesteps)
+        values = checked_schedule(name, given, top)
         steps = len(values) - 1
         # A caller that counted the terminal 0 it passed means the same schedule.
         if num_inference_steps not in (None, steps, len(given)):
@@ -235,17 +192,15 @@ class FlowMapEulerDiscreteScheduler:
         sigmas: Sequence[float] | Tensor | None = None,
         timesteps: Sequence[float] | Tensor | None = None,
     ) -> None:
-        """Set the sampling schedule: ``self.timesteps`` gets n entries, ``self.sigmas`` n + 1 with
-        the terminal 0.
+        """Set the sampling schedule: ``timesteps[n]``, and ``sigmas[n + 1]`` with the terminal 0.
 
-        Args and errors: see :meth:`schedule`; ``device`` is where the two tensors are put.
+        Arguments and errors are those of :meth:`schedule`; ``device`` is where both tensors are
+        put.
         """
         values = self.schedule(num_inference_steps, sigmas=sigmas, timesteps=timesteps)
-        # host copy: looking up a step must not wait for a GPU
+        # on the host: looking up a step must not wait for a GPU
         self._schedule = (values[:-1] * self._n).tolist()
-        dtype = (
-            torch.float32 if torch.device(device or "cpu").type in ("mps", "npu") else torch.float64
-        )
+        dtype = widest_float("cpu" if device is None else device)
         self.sigmas = values.to(device=device, dtype=dtype)
         self.timesteps = (values[:-1] * self._n).to(device=device, dtype=dtype)
         self.num_inference_steps = len(self._schedule)
@@ -254,12 +209,12 @@ class FlowMapEulerDiscreteScheduler:
 
     @property
     def step_index(self) -> int | None:
-        """Number of the next step; None before the first :meth:`step`."""
+        """Return the number of the next step; None before the first :meth:`step`."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """First step of a schedule entered midway; None means it is found from the timestep."""
+        """Return the first step of a schedule entered midway; None: the timestep tells it."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -267,7 +222,7 @@ class FlowMapEulerDiscreteScheduler:
         self._begin_index = begin_index
 
     def index_for_timestep(self, timestep: float | Tensor) -> int | None:
-        """Index of a single timestep on the current schedule, or None when it is not on it."""
+        """Return the index of a timestep on the current schedule, or None if it is not there."""
         value = float(timestep)
         index = min(range(len(self._schedule)), key=lambda i: abs(self._schedule[i] - value))
         return index if abs(self._schedule[index] - value) <= _ON_SCHEDULE else None
@@ -275,7 +230,7 @@ class FlowMapEulerDiscreteScheduler:
     # Steps ----------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Identity; flow maps take the sample as it is."""
+        """Return the sample as it is, which is how flow maps take it."""
         return sample
 
     def step(
@@ -288,9 +243,9 @@ class FlowMapEulerDiscreteScheduler:
     ) -> FlowMapEulerDiscreteSchedulerOutput | tuple[Tensor]:
         """Move a sample from t to r: ``x_r = x_t - (t - r) / N * u``, in fp32 at least.
 
-        Numbers and CPU tensors are validated; device tensors are taken as they are, so that no step
-        waits for the GPU (except that without ``r_timestep`` a device ``timestep`` must be read to
-        find the next one).
+        Numbers and CPU tensors are validated. Device tensors are taken as they are, so that no step
+        waits for the GPU; without ``r_timestep``, a device ``timestep`` must be read to find the
+        next one.
 
         Args:
             model_output: u, ``[B, F, ...]``.
@@ -315,15 +270,10 @@ class FlowMapEulerDiscreteScheduler:
             )
         if r_timestep is None:
             r_timestep = self._next_timestep(timestep)
-        t, r = (
-            self._times("timestep", timestep, sample),
-            self._times("r_timestep", r_timestep, sample),
-        )
-        if (
-            _on_host(timestep)
-            and _on_host(r_timestep)
-            and _ascends(_host(timestep), _host(r_timestep))
-        ):
+        t = self._times("timestep", timestep, sample)
+        r = self._times("r_timestep", r_timestep, sample)
+        known = _on_host(timestep) and _on_host(r_timestep)
+        if known and _ascends(_host(timestep), _host(r_timestep)):
             raise ValueError(
                 f"r_timestep must not exceed timestep, got r={r_timestep}, t={timestep}"
             )
@@ -334,7 +284,7 @@ class FlowMapEulerDiscreteScheduler:
         return FlowMapEulerDiscreteSchedulerOutput(previous) if return_dict else (previous,)
 
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
-        """Noise clean data to ``timestep``: ``(1 - sigma) x0 + sigma eps``, in sample's dtype.
+        """Add noise up to ``timestep``: ``(1 - sigma) x0 + sigma noise``, in sample's dtype.
 
         Args:
             sample: x0, ``[B, F, ...]``.
@@ -352,20 +302,19 @@ class FlowMapEulerDiscreteScheduler:
     def add_noise(
         self, original_samples: Tensor, noise: Tensor, timesteps: float | Tensor
     ) -> Tensor:
-        """:meth:`scale_noise` under the argument order of diffusers' training schedulers."""
+        """Call :meth:`scale_noise`, with the argument order of diffusers' training schedulers."""
         return self.scale_noise(original_samples, timesteps, noise)
 
     def get_train_weight(self, timesteps: Tensor) -> Tensor:
-        """Training weight of each timestep in [0, N] (any shape), fp32: nearest point of the
-        shifted grid.
+        """Return the fp32 training weight of each timestep in [0, N], of any shape.
 
-        Normalized over the grid, never over the batch; see
-        :func:`anyflow.schedulers.shift.train_weight_grid`.
+        The weight is that of the nearest point of the shifted grid, normalized over the grid, never
+        over the batch; see :func:`anyflow.schedulers.shift.train_weight_grid`.
         """
         device = timesteps.device
         if device not in self._weights:
             tau, weight = train_weight_grid(self.config.weight_type, self.config.shift)
-            dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
+            dtype = widest_float(device)
             self._weights[device] = (
                 to_device(tau, device, dtype),
                 to_device(weight, device, dtype),
@@ -380,9 +329,9 @@ class FlowMapEulerDiscreteScheduler:
     def _times(self, name: str, value: float | Tensor, like: Tensor) -> Tensor:
         if _on_host(value):
             host = _host(value)
-            if not bool(((host >= 0) & (host <= self._n)).all()):  # also catches NaN
+            if not bool(((host >= 0) & (host <= self._n)).all()):  # NaN fails both
                 raise ValueError(f"{name} must be in [0, {self._n}], got {value}")
-        dtype = torch.float32 if like.device.type in ("mps", "npu") else torch.float64
+        dtype = widest_float(like.device)
         if isinstance(value, Tensor):
             times = to_device(value, like.device, dtype)
         else:
@@ -427,59 +376,7 @@ def _host(value: float | Tensor) -> Tensor:
 
 
 def _ascends(t: Tensor, r: Tensor) -> bool:
-    """Whether any r exceeds its t; either may be per sample where the other is per frame."""
+    """Check whether any r exceeds its t; either may be per sample, the other per frame."""
     ndim = max(t.ndim, r.ndim)
     t, r = (v.reshape(v.shape + (1,) * (ndim - v.ndim)) for v in (t, r))
     return bool((r > t).any())
-
-
-def _valid_shift(shift: float) -> float:
-    if not is_finite_number(shift) or not MIN_SHIFT <= shift <= MAX_SHIFT:
-        raise ValueError(
-            f"shift must be a positive finite number, from {MIN_SHIFT:g} to {MAX_SHIFT:g}, got "
-            f"{brief(shift)}"
-        )
-    return float(shift)
-
-
-def _numbers(name: str, values: Any) -> Tensor:
-    """Convert a sequence, array or tensor of real numbers to fp64 ``[n]`` on the CPU; ValueError
-    for anything else.
-    """
-    problem = f"{name} must be a sequence of at most {MAX_STEPS} numbers, got {brief(values)}"
-    if isinstance(values, Tensor):
-        if (
-            values.ndim != 1
-            or values.is_complex()
-            or values.dtype == torch.bool
-            or len(values) > MAX_STEPS
-        ):
-            raise ValueError(f"{problem}, of shape {tuple(values.shape)}")
-        return values.detach().to("cpu", torch.float64)
-    if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not isinstance(
-        values, Iterable
-    ):
-        raise ValueError(problem)
-    listed = list(islice(iter(values), MAX_STEPS + 1))
-    if len(listed) > MAX_STEPS or any(
-        isinstance(value, (str, bytes, bool, complex)) for value in listed
-    ):
-        raise ValueError(problem)
-    try:
-        return torch.tensor([float(value) for value in listed], dtype=torch.float64)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ValueError(problem) from error
-
-
-def _valid_schedule(name: str, values: Tensor, top: float) -> Tensor:
-    if values.ndim != 1 or values.numel() == 0:
-        raise ValueError(
-            f"{name} must be a non-empty 1-D sequence, got shape {tuple(values.shape)}"
-        )
-    if not bool(((values >= 0) & (values <= top)).all()):  # also catches NaN
-        raise ValueError(f"{name} must be finite and in [0, {top:g}], got {values.tolist()}")
-    if values[-1] != 0:
-        values = torch.cat([values, values.new_zeros(1)])
-    if len(values) < 2 or not bool((values[1:] < values[:-1]).all()):
-        raise ValueError(f"{name} must be strictly descending, got {values.tolist()}")
-    return values

@@ -1,4 +1,4 @@
-"""The timestep shift and the training weights that are defined on its grid: maths without state."""
+"""Compute the timestep shift, and the training weights that are defined on its grid."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ _GRID_POINTS = 1001
 
 
 def shift_times(times: Times, shift: float) -> Times:
-    """``S(u) = s u / (1 + (s - 1) u)``, which maps [0, 1] onto itself and, for s > 1, favors the
-    noisy end.
-    """
+    """Return ``S(u) = s u / (1 + (s - 1) u)``, which for s > 1 favors the noisy end of [0, 1]."""
     return shift * times / (1 + (shift - 1) * times)
 
 
 def invert_shift(times: Times, shift: float) -> Times:
-    """The inverse of :func:`shift_times`, which is the shift by ``1 / s``."""
+    """Undo :func:`shift_times`, by a shift of ``1 / s``."""
     return shift_times(times, 1 / shift)
 
 
 def train_weight_grid(weight_type: str, shift: float) -> tuple[Tensor, Tensor]:
-    """The shifted 1001-point grid and its normalized training weights, in fp64.
+    """Return the shifted 1001-point grid and its normalized training weights, in fp64.
 
     ``beta08``: ``y = tau sqrt(1 - tau)``; ``gaussian``: ``y = exp(-2 (tau - 1/2)^2)`` less its
     minimum; both are scaled to ``1000 y / sum(y)`` over the grid. ``uniform``: 1.
@@ -50,6 +48,6 @@ def train_weight_grid(weight_type: str, shift: float) -> tuple[Tensor, Tensor]:
 
 
 def nearest_weight(tau: Tensor, grid: Tensor, weight: Tensor) -> Tensor:
-    """Weight of the grid point nearest to each ``tau`` (any shape); ``grid`` ascending."""
+    """Return the weight of the grid point nearest to each ``tau``; the grid ascends."""
     midpoints = (grid[1:] + grid[:-1]) / 2
     return weight[torch.bucketize(tau.contiguous(), midpoints)]

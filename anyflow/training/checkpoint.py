@@ -14,6 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,11 +23,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from anyflow.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest, sync_folder
+from anyflow.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
 from anyflow.training.tensor_files import INDEX, TensorReader, TensorWriter, difference, read_index
-from anyflow.utils.writing import system_error, writing
+from anyflow.utils.validation import require_whole
+from anyflow.utils.writing import hidden, publish, system_error, take_back, writing
 
-__all__ = ["CheckpointError", "Checkpointer", "complete_checkpoints"]
+__all__ = ["CheckpointConfig", "CheckpointError", "Checkpointer", "complete_checkpoints"]
 
 T = TypeVar("T")
 
@@ -41,6 +43,23 @@ def complete_checkpoints(folder: Path) -> dict[int, Path]:
             if digits.isdecimal() and (path / MANIFEST).is_file():
                 found[int(digits)] = path
     return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Say when checkpoints are written, and how many are kept.
+
+    Args:
+        every: steps between checkpoints; the last step always has one.
+        keep: newest ones kept.
+    """
+
+    every: int = 500
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        require_whole("every", self.every)
+        require_whole("keep", self.keep)
 
 
 class Checkpointer:
@@ -108,7 +127,7 @@ class Checkpointer:
             raise ValueError(f"info must be JSON: {error}") from None
 
         final = self.folder / f"step-{step:08d}"
-        partial = _hidden(final, "tmp")
+        partial = hidden(final)
         self._on_rank_zero(lambda: self._prepare(partial))
         try:
             with _dcp_errors(f"{partial} cannot be written"):
@@ -178,11 +197,7 @@ class Checkpointer:
     def _clear(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob(".step-*.old"):
-            final = self.folder / old.name.removeprefix(".").removesuffix(".old")
-            if final.exists():
-                shutil.rmtree(old)
-            else:
-                os.rename(old, final)
+            take_back(self.folder / old.name.removeprefix(".").removesuffix(".old"))
         for litter in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(litter)
         partial.mkdir()
@@ -195,20 +210,13 @@ class Checkpointer:
 
     def _commit(self, manifest: Manifest, partial: Path, final: Path) -> None:
         manifest.write(partial)
-        sync_folder(partial)
-        old = _hidden(final, "old")
-        if final.exists():
-            os.rename(final, old)
-        os.rename(partial, final)
-        sync_folder(self.folder)
-        if old.exists():
-            shutil.rmtree(old)
+        publish(partial, final)
         outdated = list(complete_checkpoints(self.folder).values())[: -self.keep]
         for path in outdated:
             if path != final:
                 # first: half a checkpoint must not have a name
-                os.rename(path, _hidden(path, "tmp"))
-                shutil.rmtree(_hidden(path, "tmp"))
+                os.rename(path, hidden(path))
+                shutil.rmtree(hidden(path))
 
     def _share(self, manifest: Manifest) -> list[str]:
         return sorted(manifest.files)[self._rank :: self._world_size]
@@ -268,10 +276,6 @@ def _previous(path: Path) -> str:
         if earlier
         else "; there is no earlier one"
     )
-
-
-def _hidden(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{suffix}")
 
 
 @contextmanager

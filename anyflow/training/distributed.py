@@ -20,13 +20,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.training.config import ParallelConfig
+from anyflow.training.limits import MAX_SIZE
+from anyflow.utils.devices import default_device, known_device, local_gpu
+from anyflow.utils.validation import require_whole
 
 T = TypeVar("T")
+
+_MAX_TIMEOUT = 30 * 24 * 3600  # seconds
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Hold the sizes of the device mesh: replicate x shard x sequence processes.
+
+    Args:
+        replicate: copies of the parameters (HSDP); 1 is plain FSDP.
+        shard: processes that parameters are sharded over; None takes what the other two leave.
+        sequence: processes that share the tokens of a sample (Ulysses); it divides the number of
+            heads.
+        timeout_s: seconds without an answer after which the other ranks are given up.
+    """
+
+    replicate: int = 1
+    shard: int | None = None
+    sequence: int = 1
+    timeout_s: int = 600
+
+    def __post_init__(self) -> None:
+        for name in ("replicate", "sequence"):
+            require_whole(name, getattr(self, name), most=MAX_SIZE)
+        require_whole("timeout_s", self.timeout_s, most=_MAX_TIMEOUT)
+        if self.shard is not None:
+            require_whole("shard", self.shard, most=MAX_SIZE)
 
 
 @dataclass(frozen=True)
@@ -131,24 +160,15 @@ def _shard_degree(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def _device(name: str | None, local_rank: int, world_size: int) -> torch.device:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown to PyTorch") from error
+    name = default_device().type if name is None else name
+    device = known_device(name)
     if world_size > 1 and name not in ("cpu", "cuda"):
         raise ValueError(
             f"device must be 'cpu' or 'cuda' with {world_size} processes, got {name!r}"
         )
     if device.type != "cuda":
         return device
-    index = local_rank if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {name!r}: this process needs GPU {index}, but there are "
-            f"{torch.cuda.device_count()}"
-        )
-    return torch.device("cuda", index)
+    return local_gpu(local_rank if device.index is None else device.index)
 
 
 def main_result(mesh: Mesh, work: Callable[[], T]) -> T:
@@ -218,10 +238,6 @@ def shard_network(network: AnyFlowTransformer3DModel, mesh: Mesh, *, trains: boo
     # DTensors again.
     for module in (*network.blocks, network):
         fully_shard(module, mesh=mesh.mesh, reshard_after_forward=True)
-    for block in network.blocks:
-        register_fsdp_forward_method(block, "text_key_value")
-    for method in ("embed_time", "encode_text"):
-        register_fsdp_forward_method(network, method)
 
 
 @torch.no_grad()

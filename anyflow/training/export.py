@@ -4,7 +4,6 @@ adapters merged in.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor
 
 from anyflow.formats.names import ORIGINAL
-from anyflow.formats.saving import new_folder, require_empty, write_transformer
+from anyflow.formats.saving import write_transformer
 from anyflow.pipelines.folder import Base, write_scheduler
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.checkpoint import Checkpointer, CheckpointError, complete_checkpoints
 from anyflow.utils.locking import locks_folder
+from anyflow.utils.writing import require_empty, whole_folder
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -92,7 +92,7 @@ def export(
     prefix = _PREFIXES[weights]
     tensors = {f"{prefix}{name}": torch.empty_like(p) for name, p in _trained(student).items()}
     Checkpointer(checkpoint.parent, keep=1).load(checkpoint, tensors, prefix=prefix)
-    scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))
+    scheduler = FlowMapEulerDiscreteScheduler.from_config(recipe.scheduler)
     trained = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return write_model(
         student, trained, scheduler, out, lora=lora, format=format, base=parts, copy=copy
@@ -154,7 +154,7 @@ def write_model(
         )
     _fill(student, tensors)
 
-    with new_folder(out) as partial:
+    with whole_folder(out) as partial:
         if adapters:
             if lora == "separate":
                 save_adapters = _save_for_comfyui if format == "comfyui" else _save_for_diffusers

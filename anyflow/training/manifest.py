@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.utils.documents import read_json
-from anyflow.utils.writing import sync, writing
+from anyflow.utils.writing import write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -60,7 +60,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it durably, with a hash of its own contents."""
         contents = {"format": FORMAT, **asdict(self)}
-        write_durably(
+        write_text(
             folder / MANIFEST,
             json.dumps({**contents, "sha256": _digest(contents)}, indent=1) + "\n",
         )
@@ -108,20 +108,6 @@ class Manifest:
             elif FileRecord.of(file) != record:
                 found.append(f"{name} is corrupted: its SHA-256 differs from the one recorded")
         return found
-
-
-def write_durably(file: Path, text: str) -> None:
-    """Write a file and wait until the disk has it; OSError that names it."""
-    with writing(file), file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the folder's entries; OSError that names it."""
-    with writing(folder):
-        sync(folder)
 
 
 def _digest(contents: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,18 +17,17 @@ from anyflow.evaluation.metrics import RandomConv3dFeatures
 from anyflow.evaluation.video_metrics import (
     MAX_PSNR,
     VIDEO_METRICS,
-    Clip,
-    I3DFeatures,
-    Lpips,
     available_metrics,
     dynamic_degree,
     flicker,
     frechet_video_distance,
-    model_path,
-    motion,
+    load_network,
     psnr,
+    relative_motion,
 )
-from anyflow.training.config import MetricsConfig
+
+if TYPE_CHECKING:
+    from anyflow.training.sample_metrics import MetricsConfig
 
 _PROBE_FRAMES = 16
 _LATENT_MOTION, _LATENT_DISTANCE = "latent_motion", "latent_distance"
@@ -38,7 +37,7 @@ _TITLES = {
     _LATENT_MOTION: "Motion of latents",
     _LATENT_FRECHET: "Fréchet distance of latents",
 }
-_NETWORKS: dict[str, Callable[..., Any]] = {"clip": Clip, "lpips": Lpips, "fvd": I3DFeatures}
+_NETWORKS = ("clip", "lpips", "fvd")
 
 
 @dataclass(frozen=True)
@@ -187,11 +186,8 @@ class Measures:
                 self._leave_out(name, problem)
 
     def _motion(self, video: Video) -> float:
-        """Return the mean speed in shorter sides per frame, as the dynamic degree has it, for
-        videos of any size.
-        """
-        pixels = _pixels(video)
-        return motion(pixels.to(self._device)).item() / min(pixels.shape[-2:])
+        """Return the mean speed in shorter sides per frame, on the device of the networks."""
+        return relative_motion(_pixels(video).to(self._device)).item()
 
     def _choose_latent_metrics(self) -> None:
         self.left_out.append(
@@ -215,11 +211,9 @@ class Measures:
         self.left_out.append(sentence)
 
     def _load(self, names: list[str]) -> None:
-        with torch.random.fork_rng(devices=[]):  # libraries draw weights before they load others
-            self._networks = {
-                name: _NETWORKS[name](model_path(name, self._models), device=self._device)
-                for name in names
-            }
+        self._networks = {
+            name: load_network(name, self._models, device=self._device) for name in names
+        }
 
     def _try(
         self, latent_shape: tuple[int, int, int, int], pixel_shape: tuple[int, int, int] | None

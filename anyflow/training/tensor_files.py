@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from anyflow.training.manifest import CheckpointError, write_durably
+from anyflow.training.manifest import CheckpointError
 from anyflow.utils.documents import read_json
-from anyflow.utils.writing import writing
+from anyflow.utils.writing import write_text, writing
 
 INDEX = "tensors.json"
 MAX_INDEX_BYTES = 2**30  # 14B parameters in pieces of hundreds of ranks
@@ -63,7 +63,7 @@ class TensorWriter(FileSystemWriter):
                     _chunk_entry(chunk, stored[name, chunk.offsets]) for chunk in tensor.chunks
                 ],
             }
-        write_durably(Path(self.path) / INDEX, json.dumps(index))
+        write_text(Path(self.path) / INDEX, json.dumps(index))
 
 
 class TensorReader(FileSystemReader):

@@ -135,7 +135,7 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
             num_workers=recipe.data.num_workers,
             seed=recipe.data.seed,
             consumed=at.consumed,
-            rows=split.rows,
+            picked=split.rows,
         )
         if mesh.is_main:
             _start_folder(recipe, at.step)
@@ -228,9 +228,7 @@ class _Run:
 
     def _validate(self) -> dict[str, float]:
         negative = self.dataset.negative_prompt_embeds
-        return validation_losses(
-            self.recipe, self.mesh, self.split, negative, self.step.student, self.step.ema
-        )
+        return validation_losses(self.recipe, self.mesh, self.split, negative, self.step)
 
     def finish(self, console: Console) -> None:
         """Write the averaged student as a model."""
@@ -249,10 +247,11 @@ class _Run:
         Collective.
         """
         tries = _settings_to_try(self.recipe, error)
-        if not tries:
+        if not tries:  # in fp32 already
+            key = "teacher" if self.recipe.on_policy is None else "on_policy.teacher"
             return (
-                "The teacher does not train: give other weights as on_policy.teacher.path=... and "
-                "a new folder out=..."
+                f"The teacher does not train: give other weights as {key}.path=... and a new "
+                "folder out=..."
             )
         saved = self.checkpointer.steps()
         command = f"The same command with {' or '.join(tries)}"

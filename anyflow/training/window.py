@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anyflow.models.network import widest_float
+from anyflow.utils.devices import widest_float
 
 
 class Window:

@@ -1,1 +1,1 @@
-"""Share what every part of the library needs: files, checks of input, randomness, threads, packages."""
+"""Share files, checks of input, devices, randomness, threads, packages and progress."""

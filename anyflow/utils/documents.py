@@ -1,6 +1,4 @@
-"""Reading small files that a user wrote or downloaded: bounded, regular files, and errors that name
-the file.
-"""
+"""Read small files that a user wrote or downloaded, bounded and with errors that name the file."""
 
 from __future__ import annotations
 
@@ -21,10 +19,10 @@ def require_regular_file(path: Path | str) -> Path:
     is looked at first.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
-        ValueError: there is no such file, the system cannot look it up, or it is a folder, device,
+        ValueError: the file does not exist or cannot be looked up, or it is a folder, device,
             FIFO or socket.
     """
     path = Path(path)
@@ -43,8 +41,7 @@ def require_regular_file(path: Path | str) -> Path:
 
 
 def require_content(path: Path | str) -> Path:
-    """Return ``path`` if it is a regular file with a content of its own, of which the first bytes
-    are looked at.
+    """Return ``path`` if it is a regular file that does not begin as a placeholder of one.
 
     Raises:
         ValueError: see :func:`require_regular_file`; or the file cannot be read, is empty, or is
@@ -95,8 +92,7 @@ def read_bytes(path: Path | str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def read_text(path: Path | str, *, max_bytes: int = MAX_BYTES) -> str:
-    """Read a text file in UTF-8; a byte order mark at its start, as spreadsheets write it, is left
-    out.
+    """Read a text file in UTF-8, without the byte order mark that spreadsheets write.
 
     Raises:
         ValueError: see :func:`read_bytes`; or the file is not UTF-8, which is said with the line.
@@ -123,8 +119,9 @@ def read_json(path: Path | str, *, max_bytes: int = MAX_BYTES, finite: bool = Fa
 
 
 def parse_json(text: str, where: str, *, finite: bool = False) -> Any:
-    """Parse a JSON document whose nesting is at most ``MAX_DEPTH`` deep and whose keys occur once
-    in an object.
+    """Parse a JSON document of bounded depth, whose keys occur once in an object.
+
+    At most ``MAX_DEPTH`` levels are allowed.
 
     Args:
         text: the document.
@@ -153,8 +150,8 @@ def text_problem(text: str, *, max_characters: int) -> str | None:
     """Say why a text cannot be a prompt, a caption or a name, or return None where it can.
 
     Args:
-        text: to look at.
-        max_characters: that are allowed.
+        text: the text.
+        max_characters: the most characters that are allowed.
     """
     if len(text) > max_characters:
         return f"has {len(text)} characters, at most {max_characters} are allowed"
@@ -173,9 +170,7 @@ def system_reason(error: BaseException) -> str:
 
 
 def shortened(path: Path | str, length: int = 200) -> str:
-    """Return a path for a message; the middle of a path that is longer than ``length`` is left
-    out.
-    """
+    """Return a path for a message, without the middle if it is longer than ``length``."""
     text = (
         str(path)
         .encode("utf-8", "backslashreplace")

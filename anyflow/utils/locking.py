@@ -1,6 +1,4 @@
-"""One process at a time in a folder of results: a lock of the operating system, which ends with its
-holder.
-"""
+"""Let one process at a time write to a folder, by a lock that ends with its holder."""
 
 from __future__ import annotations
 
@@ -43,8 +41,8 @@ def folder_lock(folder: Path, *, beside: bool = False) -> Iterator[None]:
 
     The lock is ``flock`` on a small file that says who holds it, and the system ends it with the
     process, however that ends. Two threads of a process exclude each other like two processes. Over
-    NFS the server keeps the lock. Where the file system has no locks there is a warning, and the
-    block runs. The file goes when the lock is released, and so do folders that were made for it and
+    NFS the server keeps the lock. Where the file system has no locks, the block runs with
+    a warning. The file goes when the lock is released, and so do folders that were made for it and
     are still empty.
 
     Args:
@@ -62,7 +60,7 @@ def folder_lock(folder: Path, *, beside: bool = False) -> Iterator[None]:
     if not beside and folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {shortened(folder)} is not a folder")
     if beside:
-        place = Path(os.path.realpath(folder))  # the same by every name of the folder
+        place = Path(os.path.realpath(folder))  # every name of a folder gives the same lock
         file = place.with_name(f".{place.name}.lock")
     else:
         file = folder / LOCK_FILE
@@ -75,7 +73,7 @@ def folder_lock(folder: Path, *, beside: bool = False) -> Iterator[None]:
             _release(descriptor, file)
     finally:
         for parent in made:
-            with suppress(OSError):  # it has something in it
+            with suppress(OSError):  # the folder has content
                 parent.rmdir()
 
 
@@ -115,8 +113,10 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _acquire(folder: Path, file: Path) -> int:
-    """Open and lock the file; again where its last holder has just removed it, or the folder made
-    for it.
+    """Open and lock the file.
+
+    The attempt is repeated where the last holder has just removed the file, or the folder made for
+    it.
     """
     for attempt in range(_ATTEMPTS):
         try:
@@ -133,7 +133,9 @@ def _acquire(folder: Path, file: Path) -> int:
                 )
             _lock(descriptor, folder, file)
             if _is_at(descriptor, file):
-                with suppress(OSError):  # a full disk; the lock holds all the same
+                with suppress(
+                    OSError
+                ):  # a full disk has no room for the holder's name; the lock holds anyway
                     os.ftruncate(descriptor, 0)
                     os.write(descriptor, _holder().encode("utf-8", "backslashreplace"))
                 return descriptor
@@ -178,7 +180,7 @@ def _lock(descriptor: int, folder: Path, file: Path) -> None:
 def _release(descriptor: int, file: Path) -> None:
     if descriptor not in _held:  # a forked child, which does not hold it
         return
-    # removed while the lock is held, so that nobody loses a file that he has locked
+    # The file goes while the lock is held, so that nobody loses a file that they have locked.
     if _is_at(descriptor, file):
         with suppress(OSError):
             file.unlink()

@@ -1,5 +1,4 @@
-"""Packages that anyflow is installed with or can do without: what needs them, and the command that
-installs them.
+"""Say which packages anyflow needs for what, and the command that installs one.
 
 The command names the packages themselves, so that it is right for a wheel, for a checkout and in
 any environment.
@@ -20,7 +19,7 @@ EVALUATE = ("opencv-python-headless", "torchmetrics")
 GROUPS = {"sample": SAMPLE, "demo": DEMO, "train": TRAIN, "evaluate": EVALUATE}
 OPTIONAL = ("train", "evaluate")  # groups that a base installation does without
 
-# Of packages whose module has another name.
+# These packages have modules of another name.
 _MODULES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
 
 

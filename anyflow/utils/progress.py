@@ -1,6 +1,4 @@
-"""Progress of long commands: bars in a terminal, and a line every half minute where there is none,
-as in a log.
-"""
+"""Show how far long commands are: bars in a terminal, a line every half minute in a log."""
 
 from __future__ import annotations
 
@@ -18,11 +16,10 @@ LINE_SECONDS = 30.0
 
 
 class LoggedProgress(Progress):
-    """Show rich's bars in a terminal; without one, print a line on the tasks that run, every
-    ``line_seconds``.
+    """Show rich's bars in a terminal; else print a line on the tasks every ``line_seconds``.
 
     Args:
-        columns: of the bars.
+        columns: columns of the bars.
         line_seconds: least time between two lines.
         settings: the other arguments of ``rich.progress.Progress``.
     """
@@ -48,9 +45,7 @@ class LoggedProgress(Progress):
 
 
 def describe(task: Task) -> str:
-    """Say how far a task is: name, steps where they are whole numbers, per cent, time left, and its
-    note.
-    """
+    """Say how far a task is: its name, its whole steps, per cent, time left, and its note."""
     parts = [f"{task.percentage:.0f} %"]
     if isinstance(task.completed, int) and isinstance(task.total, int):
         parts.insert(0, f"step {task.completed} of {task.total}")
@@ -75,5 +70,5 @@ def status(console: Console | None, text: str) -> Iterator[None]:
 
 
 def counted(count: int, name: str) -> str:
-    """Say how many there are: ``1 step``, ``2 steps``."""
+    """Return a number with its noun: ``1 step``, ``2 steps``."""
     return f"{count} {name}" if count == 1 else f"{count} {name}s"

@@ -1,4 +1,4 @@
-"""Random draws from explicit generators. Nothing in the library touches the global RNG."""
+"""Draw random values from explicit generators, never from the global one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from anyflow.utils.transfer import to_device
 def resolve_generator(
     generator: torch.Generator | None, device: torch.device | str | None = None
 ) -> torch.Generator:
-    """The generator given, or a fresh one on ``device`` seeded from the operating system."""
+    """Return the generator given, or one on ``device`` seeded from the operating system."""
     if generator is not None:
         return generator
-    fresh = torch.Generator(device or "cpu")
+    fresh = torch.Generator("cpu" if device is None else device)
     fresh.seed()
     return fresh
 
 
 def randn_like(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal of the shape, dtype and device of ``like``, drawn on the generator's
-    device.
-    """
+    """Draw normal values of the shape, dtype and device of ``like``, on the generator's device."""
     g = resolve_generator(generator, like.device)
     return to_device(
         torch.randn(like.shape, generator=g, device=g.device, dtype=like.dtype), like.device
@@ -36,6 +34,7 @@ def rand(
     generator: torch.Generator | None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniform fp32 in [0, 1) on ``device``, drawn on the generator's device."""
+    """Draw uniform fp32 values in [0, 1) on the generator's device, and copy them to ``device``."""
     g = resolve_generator(generator, device)
-    return to_device(torch.rand(tuple(shape), generator=g, device=g.device), device or g.device)
+    values = torch.rand(tuple(shape), generator=g, device=g.device)
+    return to_device(values, g.device if device is None else device)

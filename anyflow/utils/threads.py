@@ -1,10 +1,9 @@
-"""Threads that torch computes with on a CPU: how they wait, and how many the processor really has
-room for.
+"""Set how torch's CPU threads wait, and how many the processor has room for.
 
-OpenMP, which runs them, reads its settings from the environment when torch is loaded. As shipped, a
-thread that waits for the others of an operator spins on its core: on a machine that does anything
-else, each operator then waits for the scheduler's next slot, and small networks train 10 to 20
-times slower.
+OpenMP, which runs the threads, reads its settings from the environment when torch is loaded. By
+default a thread that waits for the others of an operator spins on its core: on a machine that does
+other work too, each operator then waits for the scheduler's next slot, and small networks train
+about ten times slower.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ _limited = False  # OMP_NUM_THREADS is not the user's but that of configure_open
 
 
 def configure_openmp() -> None:
-    """Let idle threads sleep and keep their number within the cores of this process; called before
-    torch is loaded.
+    """Let idle threads sleep, and use no more than this process has cores, before torch is loaded.
 
     Sets ``OMP_WAIT_POLICY=passive``, and ``OMP_NUM_THREADS`` where a quota of CPU time allows fewer
     cores than OpenMP finds, for this process and those that it starts. What the user has set stays:
@@ -36,23 +34,20 @@ def configure_openmp() -> None:
     if not any(name in os.environ for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"
     cores = usable_cores()
-    # OpenMP knows of affinity, and of no quota
+    # OpenMP counts the cores of the affinity and knows no quota
     if not user_chose_threads() and cores < _cores_of_affinity():
         os.environ["OMP_NUM_THREADS"] = str(cores)
         _limited = True
 
 
 def user_chose_threads() -> bool:
-    """Tell whether the environment of the command sets the number of threads, or torchrun does for
-    its processes.
-    """
+    """Tell whether the user's environment, or torchrun, sets the number of threads."""
     return not _limited and any(name in os.environ for name in _COUNTS)
 
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Compute with ``count`` threads, but no more than :func:`usable_cores`, and go back to those
-    of before.
+    """Compute with ``count`` threads, at most :func:`usable_cores`, and restore the number after.
 
     A small network is fastest with one: its operators are shorter than what it costs to share them
     out. None, or a number that the user has set in the environment (:func:`user_chose_threads`),
@@ -72,13 +67,12 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Count the cores that this process may keep busy: those of its affinity, or fewer by a quota
-    of CPU time.
+    """Count the cores that this process may keep busy, by its affinity and its quota of CPU time.
 
     A quota of 2.5 cores, such as a container's, counts as 2; one of less than a core as 1.
 
     Args:
-        root: of the file system with ``proc/self/cgroup`` and ``sys/fs/cgroup``.
+        root: root of the file system with ``proc/self/cgroup`` and ``sys/fs/cgroup``.
     """
     return max(1, min([_cores_of_affinity(), *(int(quota) for quota in _quotas(root))]))
 
@@ -86,13 +80,12 @@ def usable_cores(root: Path = Path("/")) -> int:
 def _cores_of_affinity() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    count = os.cpu_count()
+    return 1 if count is None else count
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield the quotas, in cores, of the control groups that this process is in, and of the groups
-    around those.
-    """
+    """Yield the quotas, in cores, of this process's control groups and of those around them."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
@@ -105,8 +98,7 @@ def _quotas(root: Path) -> Iterator[float]:
             mounts = [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"]
         else:
             continue
-        # A container may see the path from outside, which is not there inside; its own group is the
-        # mount itself.
+        # A container may see a path that exists outside only; its own group is the mount itself.
         group = Path(path.lstrip("/"))
         for mount in mounts:
             for parent in (group, *group.parents):

@@ -1,4 +1,4 @@
-"""Copies from the host to a device that leave the host free."""
+"""Copy from the host to a device without making the host wait."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import Tensor
 
 
 def to_device(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """Copy a tensor to a device, and to a dtype, without waiting for what the device has to do
-    before.
+    """Copy a tensor to a device, and to a dtype, without waiting for the device's earlier work.
 
     A copy from pageable memory to a CUDA device waits until its stream has nothing left to do. One
     from pinned memory is queued behind the rest. The pinned memory is torch's to reuse, which it
@@ -20,7 +19,7 @@ def to_device(x: Tensor, device: torch.device | str, dtype: torch.dtype | None =
     if x.device.type != "cpu" or device.type != "cuda":
         return x.to(device, dtype)
     there = x.pin_memory().to(device, non_blocking=True)
-    return there.to(dtype)  # not in the copy, which would convert on the host, in pageable memory
+    return there.to(dtype)  # a conversion within the copy would run on the host, in pageable memory
 
 
 def device_tensor(

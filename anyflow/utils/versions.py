@@ -1,5 +1,4 @@
-"""Versions of the packages that decide numbers: the tokens of a prompt, the pixels of a file, the
-latents of a video.
+"""Record the versions of packages that decide tokens, pixels and latents.
 
 The published models were trained on prompts that ftfy had cleaned; a tokenizer, a text encoder or a
 color conversion of another version can give other numbers for the same files, without an error.
@@ -22,35 +21,29 @@ _FLOOR = re.compile(r"^([A-Za-z0-9._-]+)\s*>=\s*([0-9.]+)")
 
 
 def installed_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
-    """Return the versions of packages, None for those that are not installed, without importing any
-    of them.
-    """
+    """Return the versions of packages without importing any; None for those not installed."""
     return {name: _version(name) for name in packages}
 
 
 def required_floors() -> dict[str, str]:
-    """Return the lowest versions that the installed anyflow names in its requirements, by
-    package.
-    """
+    """Return the lowest versions that the installed anyflow requires, by package."""
     try:
-        requirements = importlib.metadata.requires(DISTRIBUTION) or []
+        requirements = importlib.metadata.requires(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return {}
-    found = (_FLOOR.match(requirement) for requirement in requirements)
+    found = (
+        _FLOOR.match(requirement) for requirement in ([] if requirements is None else requirements)
+    )
     return {match[1]: match[2] for match in found if match is not None}
 
 
 def is_below(version: str, floor: str) -> bool:
-    """Return whether a version is older than ``floor``; build tags such as ``+cpu`` do not
-    count.
-    """
+    """Return whether a version is older than ``floor``, without regard to tags such as ``+cpu``."""
     return _release(version) < _release(floor)
 
 
 def differences(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
-    """Describe every package of ``before`` whose version is another one ``now``; build tags do not
-    count.
-    """
+    """Describe every package of ``before`` whose version differs ``now``, build tags aside."""
     return [
         f"{name} {_or_none(before[name])}, here {_or_none(now.get(name))}"
         for name in sorted(before)
@@ -59,8 +52,9 @@ def differences(before: Mapping[str, str | None], now: Mapping[str, str | None])
 
 
 def require_ftfy() -> None:
-    """Raise ``ImportError`` without ftfy, whose absence diffusers passes over: prompts would become
-    other tokens.
+    """Raise ``ImportError`` without ftfy.
+
+    diffusers passes over its absence, and prompts become other tokens.
     """
     try:
         import ftfy  # noqa: F401

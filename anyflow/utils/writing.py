@@ -1,15 +1,16 @@
-"""Writing files completely or not at all, and the operating system's errors that writers report in
-their own ways.
-"""
+"""Write files and folders whole or not at all, and report refusals of the system as OSError."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from anyflow.utils.documents import shortened
 
 
 def system_error(error: BaseException) -> OSError | None:
@@ -18,7 +19,7 @@ def system_error(error: BaseException) -> OSError | None:
     ``torch.save`` reports a failed write as a RuntimeError of its zip writer that follows the
     OSError, safetensors as an error of its own with the number in the text, and torch's allocator
     as a RuntimeError. Besides these only an explicit ``raise ... from`` is followed: an exception
-    that merely happened while an OSError was handled is another.
+    that merely happened while an OSError was handled has a cause of its own.
 
     Args:
         error: any exception.
@@ -68,15 +69,14 @@ def writing(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a hidden path beside ``path`` to write to, which takes its name when the block has
-    ended well.
+    """Yield a hidden path beside ``path`` to write to, which is renamed when the block has ended.
 
-    Whatever was at ``path`` is there until then; after an error, nothing of the block is left.
+    Whatever was at ``path`` stays until then; after an error, nothing of the block is left.
 
     Raises:
-        OSError: as :func:`writing`.
+        OSError: see :func:`writing`.
     """
-    partial = path.with_name(f".{path.name}.tmp")
+    partial = hidden(path)
     with writing(path):
         try:
             yield partial
@@ -87,28 +87,97 @@ def whole_file(path: Path) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a hidden folder to write to, which is renamed to ``path`` when the block has ended.
+
+    A folder at ``path`` stays until then; after an error, nothing of the block is left.
+
+    Args:
+        path: the folder; missing parents are made.
+        replace: a folder with content at ``path``; else it is an error.
+
+    Raises:
+        ValueError: ``path`` is not empty and is not to be replaced.
+        OSError: see :func:`writing`.
+    """
+    if not replace:
+        require_empty(path)
+    target = Path(os.path.realpath(path))  # a link to an empty folder stays a link
+    partial = hidden(target)
+    with writing(path):
+        take_back(target)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    sync(file)
+            publish(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # half a model would keep a full disk full
+            raise
+
+
+def require_empty(path: Path) -> None:
+    """Raise a ValueError unless nothing but perhaps an empty folder is at ``path``."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{shortened(path)} is a link to nothing; name another folder")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty folder; name another one")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all; OSError that names it."""
+    """Write a file whole or not at all; raise an OSError that names the file."""
     with whole_file(path) as partial:
         partial.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file in UTF-8 completely or not at all; OSError that names it."""
+    """Write a text file in UTF-8 whole or not at all; raise an OSError that names the file."""
     write_bytes(path, content.encode())
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Rename a finished file or folder, with its content on the disk before and its name after."""
+    """Give a finished file or folder its name, in place of what has the name.
+
+    The content of a file, or the names in a folder, are on the disk before, and the new name
+    after. A folder that is replaced is hidden first, because the system renames onto empty
+    folders only; :func:`take_back` undoes what a kill has interrupted there.
+    """
     sync(temporary)
+    replaced = hidden(path, "old")
+    if temporary.is_dir() and path.is_dir():
+        os.rename(path, replaced)
     os.replace(temporary, path)
     sync(path.parent)
+    if replaced.is_dir():
+        shutil.rmtree(replaced)
+
+
+def take_back(path: Path) -> None:
+    """Give a folder its name again if :func:`publish` hid it and was killed, or delete it."""
+    replaced = hidden(path, "old")
+    if not replaced.is_dir():
+        return
+    if path.exists():
+        shutil.rmtree(replaced)
+    else:
+        os.rename(replaced, path)
+
+
+def hidden(path: Path, suffix: str = "tmp") -> Path:
+    """Return the hidden name beside ``path`` for content that is unfinished or replaced."""
+    return path.with_name(f".{path.name}.{suffix}")
 
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with writing(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

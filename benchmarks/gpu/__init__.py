@@ -1,3 +1,1 @@
-"""The parts of ``benchmarks/run_gpu.py``: what it measures, how it times, and how a run survives
-what goes wrong.
-"""
+"""Provide the parts of ``benchmarks/run_gpu.py``: sections, and how a run survives errors."""

@@ -1,5 +1,4 @@
-"""Builds the native extension and lays out a package that every process of a run finds, in the
-runner's own folder.
+"""Build the native extension, and lay out a package that every process of a run finds.
 
 ``site/anyflow`` is a folder of links: to the modules of this checkout, to its ``kernels/`` and to
 the extension that was built here. With ``site`` first on Python's path, a process needs no
@@ -32,23 +31,22 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 def prepare_extension(device: str, limit_s: float) -> tuple[str, str | None, dict[str, Any]]:
-    """Use an extension that is there and loads, else build one; (status, reason, data) of the
-    section.
+    """Use an extension that loads, else build one.
 
     One that was built here is used only while its sources are those of the checkout. One without
     such a record, carried here or built in the checkout, is used where it loads; for a GPU it must
     have CUDA kernels.
+
+    Returns:
+        Status, reason and data of the section.
     """
     if _is_outdated():
         forget_extension()
     found = loaded()
     if "problem" not in found and (device == "cpu" or found["cuda_archs"]):
         sources = "those of the checkout" if RECORD.exists() else "not recorded"
-        return (
-            DONE,
-            None,
-            {"prebuilt": "an extension that loads was there", "sources": sources, **found},
-        )
+        prebuilt = {"prebuilt": "an extension that loads was there", "sources": sources}
+        return DONE, None, prebuilt | found
     status, reason, data = _build(device, limit_s)
     if status == DONE:
         found = loaded()
@@ -61,20 +59,16 @@ def _build(device: str, limit_s: float) -> tuple[str, str | None, dict[str, Any]
     """Build with ``setup.py``: for this GPU's architecture alone, or without CUDA."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None and device == "cuda":
-        return SKIPPED, "there is no nvcc", {}
-    lacking = [
-        name for name in ("setuptools", "pybind11") if importlib.util.find_spec(name) is None
-    ]
-    lacking += [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=_path()) is None]
+        return SKIPPED, "nvcc was not found", {}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    lacking = [n for n in ("setuptools", "pybind11") if importlib.util.find_spec(n) is None]
+    lacking += [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=path) is None]
     if lacking:
         return FAILED, f"building needs {', '.join(lacking)}", {}
     architecture = _architecture() if device == "cuda" else ""
-    # Arguments of its own give it a folder of its own, so that a build of the checkout stays as it
-    # is.
-    arguments = (
-        os.environ.get("ANYFLOW_CMAKE_ARGS")
-        or f"-DANYFLOW_CUDA={'AUTO' if device == 'cuda' else 'OFF'}"
-    )
+    # Arguments of its own give the build a folder of its own; one of the checkout stays as it is.
+    default = f"-DANYFLOW_CUDA={'AUTO' if device == 'cuda' else 'OFF'}"
+    arguments = os.environ.get("ANYFLOW_CMAKE_ARGS", default)
     variables = {"ANYFLOW_CUDA_ARCHS": architecture, "ANYFLOW_CMAKE_ARGS": arguments}
     if nvcc is not None:
         variables["CUDACXX"] = nvcc
@@ -102,20 +96,15 @@ def _build(device: str, limit_s: float) -> tuple[str, str | None, dict[str, Any]
         stop_group(process)
     data |= {"build_s": time.monotonic() - started, "output": output[-2000:]}
     if process.returncode:
-        return (
-            FAILED,
-            output.splitlines()[-1] if output else f"exit status {process.returncode}",
-            data,
-        )
+        status = f"exit status {process.returncode}"
+        return FAILED, output.splitlines()[-1] if output else status, data
     RECORD.write_text(json.dumps({"sources": _sources()}) + "\n")
     lay_out()
     return DONE, None, data
 
 
 def stop_group(process: subprocess.Popen[Any]) -> None:
-    """Kill a process that leads a group of its own, with all that it has started, and wait for
-    it.
-    """
+    """Kill a process that leads a group, with all that it has started, and wait for it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, 9)
     process.wait()
@@ -126,10 +115,6 @@ def _architecture() -> str:
     target = "" if capability is None else capability["compute_cap"].replace(".", "")
     # 90 and 100 have instructions of their own, which the plain architecture leaves out.
     return f"{target}a" if target.startswith(("9", "10")) else target
-
-
-def _path() -> str:
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def _sources() -> str:
@@ -160,9 +145,7 @@ def forget_extension() -> None:
 
 
 def loaded() -> dict[str, str]:
-    """Import the extension in a process of its own: what it says of its CUDA kernels and its file,
-    or the problem.
-    """
+    """Import the extension in a process of its own, and return what it says, or the problem."""
     lay_out()
     code = (
         "import json\n"
@@ -170,8 +153,8 @@ def loaded() -> dict[str, str]:
         "without_diffusers.install()\n"
         "import anyflow.ops, anyflow._C as extension\n"
         "info = extension.build_info()\n"
-        "print(json.dumps({'cuda': info['cuda'], 'cuda_archs': info['cuda_archs'], 'file': "
-        "extension.__file__}))"
+        "found = {name: info[name] for name in ('cuda', 'cuda_archs')}\n"
+        "print(json.dumps(found | {'file': extension.__file__}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -190,15 +173,11 @@ def loaded() -> dict[str, str]:
 
 
 def lay_out() -> None:
-    """Link the checkout's modules, its kernels and the extension into ``site/anyflow``; any number
-    of processes may.
-    """
+    """Link modules, kernels and the extension into ``site/anyflow``; any processes may at once."""
     package = SITE / "anyflow"
     package.mkdir(parents=True, exist_ok=True)
-    wanted = {
-        path.name: path for path in (ROOT / "anyflow").iterdir() if path.name != "__pycache__"
-    }
-    wanted["kernels"] = ROOT / "kernels"
+    modules = (path for path in (ROOT / "anyflow").iterdir() if path.name != "__pycache__")
+    wanted = {path.name: path for path in modules} | {"kernels": ROOT / "kernels"}
     # and none beside it, whose suffix Python might prefer
     if not _is_outdated() and (built := _built()):
         wanted = {name: path for name, path in wanted.items() if not name.startswith("_C.")}
@@ -216,8 +195,7 @@ def lay_out() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return the variables of a process that must find the package, its kernels, the extension and
-    ``benchmarks/``.
+    """Return the variables of a process that must find the package and ``benchmarks/``.
 
     Such a process needs another working directory than the checkout's root, which Python would
     search first: see :func:`workplace`.
@@ -235,8 +213,7 @@ def workplace() -> Path:
 
 
 def find_package(device: str) -> None:
-    """Make ``anyflow`` importable from this checkout, with its kernels and the extension, here and
-    in child processes.
+    """Make ``anyflow`` importable from this checkout, here and in child processes.
 
     Args:
         device: ``"cuda"``, or ``"cpu"``, where Triton kernels are interpreted.
@@ -254,17 +231,14 @@ def find_package(device: str) -> None:
 
     origin = Path(str(anyflow.__file__)).resolve().parent
     if origin != (ROOT / "anyflow").resolve():
-        raise ImportError(
-            f"anyflow is imported from {origin}, before {ROOT / 'anyflow'} could be found"
-        )
+        expected = ROOT / "anyflow"
+        raise ImportError(f"anyflow is imported from {origin}, before {expected} could be found")
     if str(SITE / "anyflow") not in anyflow.__path__:  # imported from the checkout itself
         anyflow.__path__.insert(0, str(SITE / "anyflow"))
 
 
 def load_operators() -> str | None:
-    """Import ``anyflow.ops``; where there is no extension that loads, without it, and return
-    why.
-    """
+    """Import ``anyflow.ops``, without an extension if none loads; return why, or None."""
     try:
         import anyflow.ops
     except ImportError as error:

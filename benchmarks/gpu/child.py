@@ -1,7 +1,6 @@
-"""Runs a module or a script as the runner's processes run: with this checkout's package, and not
-without a parent.
+"""Run a module or a script as the runner does: with this checkout's package, under a parent.
 
-``python -m gpu.child gpu.device_checks --device cpu`` or
+``python -m gpu.child gpu.check_part --device cpu`` or
 ``python -m gpu.child benchmarks/tune_rows.py --seconds 60``, with ``benchmarks`` on Python's path.
 """
 

@@ -1,5 +1,4 @@
-"""Checks that what runs on a device is right; each check names the operators and backends that its
-failure accuses.
+"""Check that what runs on a device is right; each check names what its failure accuses.
 
 Operators are compared with their references in fp64: small ones as ``anyflow doctor`` does, then at
 the models' sizes, forward and backward, where what a kernel allocates reads NaN until it is written
@@ -7,42 +6,40 @@ and a second call must give the same bits. Then more than 2^31 elements, a strea
 attention backend, GELU in the epilogue of a product, and a small network on the kernels against the
 same on the references.
 
-``run_gpu.py`` runs parts of them in processes beside each other (:mod:`gpu.checks`), because most
-of the time is a compiler's. By themselves: ``PYTHONPATH=benchmarks python -m gpu.child
-gpu.device_checks [--device cpu --tiny]``.
+``run_gpu.py`` runs parts of them in processes beside each other (:mod:`gpu.checks`).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
-import op_cases
+import networks
 import torch
 import torch.nn.functional as F
-from op_cases import Case
+from sizes import NetworkSize
 from torch import Tensor
 
 from anyflow import ops
-from anyflow.doctor.self_check import CASES, TOLERANCE, Check, self_check, tolerance
+from anyflow.doctor.self_check import TOLERANCE, Check, self_check, tolerance
 from anyflow.models.attention import attention, attention_report
-from anyflow.ops import backend_report, use_backend
-from anyflow.ops.backend import BACKENDS, missing
-from gpu import small_network
-from gpu.context import last_line
+from anyflow.ops import backend_report, examples, use_backend
+from anyflow.ops.backend import BACKENDS, OPERATORS, missing
+from anyflow.ops.examples import Example, OperatorCall, as_tuple
+from gpu.run import last_line
 
 # Of ||a - e|| / ||e||. One rounding to bf16 is 2^-9 of an element at most, and results have up to
 # three on their way; in fp32 they have their own sums and a GPU's approximate functions, for which
 # the self-check's bound stands.
 LIMITS = {torch.bfloat16: 3 * 2.0**-9, torch.float32: 3 * TOLERANCE[torch.float32]}
 SAME = 1e-6  # of what the same kernels compute in another order of launches
+# of a network, bf16 against fp32 through three blocks: most of tens of roundings average out
+NETWORK_LIMIT = 2e-2
+_NETWORK = NetworkSize("checked", 4, 3, 1024, text_dim=256, text_tokens=64, latents=(5, 16, 30, 52))
+_TINY_NETWORK = replace(_NETWORK, heads=2, ffn_dim=192, head_dim=32, latents=(3, 16, 8, 12))
 
 NETWORKS, OPERATOR, RECORD = "networks", "operator", "record"
 
@@ -51,7 +48,7 @@ Backends = dict[str, list[str]]  # by operator
 
 @dataclass(frozen=True)
 class DeviceCheck:
-    """Describes a check.
+    """Describe a check.
 
     Attributes:
         name: unique.
@@ -72,7 +69,7 @@ class DeviceCheck:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Holds what a check found.
+    """Hold what a check found.
 
     Attributes:
         ok: whether it passed.
@@ -96,14 +93,13 @@ class Outcome:
 
 
 class WrongNumbers(Exception):
-    """Says that a result is wrong in another way than by a size of its error."""
+    """Say that a result is wrong in another way than by the size of its error."""
 
 
 def catalogue(device: torch.device, tiny: bool) -> list[DeviceCheck]:
     """List the checks for a device; nothing is allocated."""
-    found = [DeviceCheck(*check) for check in small_network.checks(device, tiny)]
-    found += _operators(device, tiny)
-    found += [*_self_checks(device), *_attention(device, tiny), *_launches(device, tiny)]
+    found = [*_networks(device, tiny), *_operators(device, tiny), *_self_checks(device)]
+    found += [*_attention(device, tiny), *_launches(device, tiny)]
     assert len({check.name for check in found}) == len(found), "two checks have the same name"
     return found
 
@@ -120,24 +116,31 @@ def evaluate(check: DeviceCheck) -> Outcome:
     except Exception as exception:
         problem = last_line(exception)
     seconds = round(time.monotonic() - started, 2)
-    accused = (check.accuses, check.stops)
-    return Outcome(
-        check.name, problem is None, error, check.limit, problem, numbers, seconds, *accused
-    )
+    rest = (problem, numbers, seconds, check.accuses, check.stops)
+    return Outcome(check.name, problem is None, error, check.limit, *rest)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Return ``||a - e|| / ||e||``, NaN where the result has one."""
+    expected = expected.detach().double()
+    return ((actual.detach().double() - expected).norm() / expected.norm()).item()
+
+
+def _draw(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator(device).manual_seed(sum(shape))
+    return torch.randn(shape, device=device, dtype=dtype, generator=generator)
 
 
 # Operators ----------------------------------------------------------------------------------------
 
 
 def _self_checks(device: torch.device) -> Iterator[DeviceCheck]:
-    """Compare small inputs of every dtype with fp64, operator by operator and backend by
-    backend.
-    """
-    for op in sorted(CASES):
+    """Compare small inputs of every dtype with fp64, by operator and backend."""
+    # the widest one; the self-check has one for each dtype
+    limit = tolerance(torch.bfloat16, backward=True)
+    for op in sorted(OPERATORS):
         for backend in _kernels(op, device):
             run = partial(_self_check, op, backend, device)
-            # the widest one; the self-check has one for each dtype
-            limit = tolerance(torch.bfloat16, backward=True)
             yield DeviceCheck(f"{op}, small: {backend}", limit, run, {op: [backend]}, NETWORKS)
 
 
@@ -146,164 +149,67 @@ def _self_check(op: str, backend: str, device: torch.device) -> float:
     bad = [check for check in found if check.problem is not None]
     if bad:
         problem = "; ".join(f"{check.dtype}: {check.problem}" for check in bad)
-        numbers = all((check.problem or "").startswith(("values", "gradients")) for check in bad)
+        numbers = all(str(check.problem).startswith(("values", "gradients")) for check in bad)
         raise (WrongNumbers if numbers else RuntimeError)(problem)
     errors = [error for check in found for error in (check.forward_error, check.backward_error)]
     return max((error for error in errors if error is not None), default=0.0)
 
 
 def _kernels(op: str, device: torch.device) -> list[str]:
-    """Return the backends with kernels of an operator that run on a device, interpreted ones left
-    out.
-    """
+    """Return the backends with kernels that run on a device, without interpreted ones."""
     names = [name for name in BACKENDS if name != "eager" and missing(name, device, op) is None]
     return [name for name in names if device.type == "cuda" or name != "triton"]
 
 
 def _operators(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
-    """Check every operator at the models' sizes on each backend, and at one whose sizes are no
-    powers of two.
-    """
-    for case in _cases(tiny):
-        for backend in _kernels(case.op, device):
-            run = partial(_compare, case, backend, device)
-            limit = LIMITS[torch.bfloat16 if case.dtype == torch.bfloat16 else torch.float32]
-            yield DeviceCheck(f"{case.name}: {backend}", limit, run, {case.op: [backend]}, NETWORKS)
-
-
-def _cases(tiny: bool) -> list[Case]:
-    if tiny:
-        rows = [*op_cases.row_cases(42, 256, 1), *op_cases.row_cases(42, 128, 21)]
-        return [*rows, op_cases.embedding_case(3, 64), *op_cases.flow_map_cases(2, (2, 4, 4, 4))]
-    rows = [
-        case
-        for tokens, dim, r in (
-            (op_cases.TOKENS, 1536, 1),
-            (op_cases.TOKENS, 5120, 1),
-            (op_cases.TOKENS, 1536, 21),
-        )
-        for case in op_cases.row_cases(tokens, dim, r)
-    ]
-    rows += op_cases.row_cases(33, 3072, 3)
-    return [*rows, op_cases.embedding_case(21, 5120), *op_cases.flow_map_cases(8, op_cases.LATENTS)]
-
-
-def _compare(case: Case, backend: str, device: torch.device) -> float:
-    """Measure the largest error of a result or a gradient, against the reference in fp64 on the
-    same numbers.
-    """
-    call = case.build(device, case.dtype)
-    evaluation = _Evaluation(
-        call.function,
-        [
-            i
-            for i, tensor in enumerate(call.inputs)
-            if any(tensor is wanted for wanted in call.wanted)
-        ],
-        # native CUDA kernels run forward only
-        backward=backend != "native" or device.type != "cuda",
-        training=call.training,
-    )
-    with poisoned():
-        cotangents = evaluation.cotangents(call.inputs, backend)
-        found, again = (evaluation.results(call.inputs, cotangents, backend) for _ in range(2))
-        if not all(torch.equal(a, b) for a, b in zip(found, again, strict=True)):
-            raise WrongNumbers(
-                "not the same bits twice, or NaN: an element is not written, or there is a race"
+    """Check every operator at sizes of the models, and at one whose sizes are no powers of two."""
+    tokens, small = examples.TOKENS, ((42, 256, 1), (42, 128, 21))
+    # D = 5120 on a quarter of the tokens, as six processes share the memory with fp64 references
+    wide = ((tokens, 1536, 1), (tokens // 4, 5120, 1), (tokens, 1536, 21), (33, 3072, 3))
+    found = [e for sizes in (small if tiny else wide) for e in examples.row_examples(*sizes)]
+    found += [examples.dual_timestep_embedding(*((3, 64) if tiny else (21, 5120)))]
+    found += examples.flow_map_examples(*((2, (2, 4, 4, 4)) if tiny else (8, examples.LATENTS)))
+    for example in found:
+        for backend in _kernels(example.op, device):
+            run = partial(_compare, example, backend, device)
+            yield DeviceCheck(
+                f"{example.name}: {backend}",
+                LIMITS[example.dtype],
+                run,
+                {example.op: [backend]},
+                NETWORKS,
             )
+
+
+def _compare(example: Example, backend: str, device: torch.device) -> float:
+    """Return the largest error of a result or a gradient, against the reference in fp64."""
+    call = example.call(device, example.dtype)
+    # native CUDA kernels run forward only
+    backward = backend != "native" or device.type != "cuda"
+    with poisoned():
+        found, again = (_results(call, call.inputs, backend, backward) for _ in range(2))
+    if not all(torch.equal(a, b) for a, b in zip(found, again, strict=True)):
+        raise WrongNumbers("not the same bits twice, or NaN: an element is not written, or a race")
     del again
-    return _largest_error(case, evaluation, call.inputs, cotangents, found)
+    exact = [x.double() if x.is_floating_point() else x for x in call.inputs]
+    expected = _results(call, exact, "eager", backward)
+    return max(relative(a, e) for a, e in zip(found, expected, strict=True))
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """Calls an operator.
-
-    Attributes:
-        function: of the inputs.
-        wanted: positions of the inputs whose gradient is taken.
-        backward: whether gradients are taken.
-        training: whether its forward computes the gradient too, so that without gradients it is
-            another kernel.
-    """
-
-    function: Callable[..., object]
-    wanted: list[int]
-    backward: bool
-    training: bool
-
-    def outputs(self, inputs: Sequence[Tensor], backend: str, grad: bool) -> tuple[Tensor, ...]:
-        """Run forward."""
-        with use_backend(backend), torch.set_grad_enabled(grad or self.training):
-            out = self.function(*inputs)
-        return out if isinstance(out, tuple) else (out,)  # type: ignore[return-value]
-
-    def cotangents(self, inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
-        """Draw gradients of the results."""
-        results = self.outputs([t.detach() for t in inputs], backend, grad=False)
-        generator = torch.Generator(inputs[0].device).manual_seed(1)
-        draws = (torch.randn(o.shape, generator=generator, device=o.device) for o in results)
-        return [draw.to(o.dtype) for draw, o in zip(draws, results, strict=True)]
-
-    def results(
-        self, inputs: Sequence[Tensor], cotangents: Sequence[Tensor], backend: str
-    ) -> list[Tensor]:
-        """Return the outputs and the gradients of the wanted inputs."""
-        leaves = [
-            t.detach().requires_grad_(i in self.wanted and self.backward)
-            for i, t in enumerate(inputs)
-        ]
-        outputs = self.outputs(leaves, backend, self.backward)
+def _results(
+    call: OperatorCall, inputs: Sequence[Tensor], backend: str, backward: bool
+) -> list[Tensor]:
+    """Return the outputs, and the gradients of the inputs that want one."""
+    wanted = [any(x is w for w in call.wanted) and backward for x in call.inputs]
+    leaves = [x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
+    with use_backend(backend), torch.set_grad_enabled(backward or call.training):
+        outputs = as_tuple(call.function(*leaves))
         gradients: tuple[Tensor, ...] = ()
-        if self.backward:
-            with use_backend(backend):
-                gradients = torch.autograd.grad(
-                    outputs, [leaves[i] for i in self.wanted], cotangents
-                )
-        return [*(o.detach() for o in outputs), *gradients]
-
-
-def _largest_error(
-    case: Case,
-    evaluation: _Evaluation,
-    inputs: Sequence[Tensor],
-    cotangents: list[Tensor],
-    found: list[Tensor],
-) -> float:
-    """Evaluate the reference in fp64, some tokens at a time: all of them would not fit the memory
-    of six processes.
-    """
-    parts = 1 if inputs[0].ndim != 3 else case.rows if case.rows > 1 else min(8, case.tokens)
-    sums: dict[int, Tensor] = {}  # expected gradients of what all tokens share
-    # of the error, of the expected
-    squares = torch.zeros(2, len(found), device=inputs[0].device, dtype=torch.float64)
-    for number in range(parts):
-        first, last = (n * case.tokens // parts for n in (number, number + 1))
-
-        def part(t: Tensor, number: int = number, first: int = first, last: int = last) -> Tensor:
-            if t.ndim >= 3 and t.shape[1] == case.tokens:
-                return t[:, first:last]
-            if t.ndim == 3 and t.shape[1] == case.rows > 1:
-                return t[:, number : number + 1]
-            return t[first:last] if t.ndim == 2 and t.shape[0] == case.tokens else t
-
-        arguments = ([_wide(part(t)) for t in tensors] for tensors in (inputs, cotangents))
-        for index, (actual, expected) in enumerate(
-            zip(found, evaluation.results(*arguments, "eager"), strict=True)
-        ):
-            if (piece := part(actual)) is actual:
-                sums[index] = expected + sums[index] if index in sums else expected
-            else:
-                squares[0, index] += (piece.double() - expected).square().sum()
-                squares[1, index] += expected.square().sum()
-    for index, expected in sums.items():
-        squares[0, index] = (found[index].double() - expected).square().sum()
-        squares[1, index] = expected.square().sum()
-    return (squares[0] / squares[1]).sqrt().max().item()
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.detach().double() if t.is_floating_point() else t
+        if backward:
+            cotangents = [_draw(o.device, *o.shape).to(o.dtype) for o in outputs]
+            kept = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
+            gradients = torch.autograd.grad(outputs, kept, cotangents)
+    return [*(o.detach() for o in outputs), *gradients]
 
 
 @contextmanager
@@ -316,57 +222,36 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """Return ``||a - e|| / ||e||``, NaN where the result has one."""
-    expected = expected.detach().double()
-    return ((actual.detach().double() - expected).norm() / expected.norm()).item()
-
-
 # Sizes, streams, products -------------------------------------------------------------------------
 
 
 def _launches(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
-    chosen = backend_report(device)["layer_norm_modulate"].backend
-    accused = {"layer_norm_modulate": [chosen]}
-    yield DeviceCheck(
-        "more than 2^31 elements", SAME, partial(_beyond_32_bits, device, tiny), accused, RECORD
-    )
+    accused = {"layer_norm_modulate": [backend_report(device)["layer_norm_modulate"].backend]}
+    beyond = partial(_beyond_32_bits, device, tiny)
+    yield DeviceCheck("more than 2^31 elements", SAME, beyond, accused, RECORD)
     if device.type != "cuda":
         return
     for backend in _kernels("layer_norm_modulate", device):
         run, accused = partial(_another_stream, device, backend), {"layer_norm_modulate": [backend]}
-        yield DeviceCheck(
-            f"a stream of its own: {backend}", LIMITS[torch.float32], run, accused, OPERATOR
-        )
-    yield DeviceCheck(
-        "GELU in the epilogue of a product", LIMITS[torch.bfloat16], partial(_gelu_epilogue, device)
-    )
-
-
-def _draw(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    generator = torch.Generator(device).manual_seed(sum(shape))
-    return torch.randn(shape, device=device, dtype=dtype, generator=generator)
+        name, limit = f"a stream of its own: {backend}", LIMITS[torch.float32]
+        yield DeviceCheck(name, limit, run, accused, OPERATOR)
+    name, limit = "GELU in the epilogue of a product", LIMITS[torch.bfloat16]
+    yield DeviceCheck(name, limit, partial(_gelu_epilogue, device))
 
 
 def _beyond_32_bits(device: torch.device, tiny: bool) -> float:
-    """Compare the last sample of a batch whose elements need 33 bits to count with that sample
-    alone.
-    """
-    batch, tokens, dim = (2, 42, 64) if tiny else (14, op_cases.TOKENS, 5120)
-    x, shift, scale = (
-        _draw(device, batch, tokens, dim),
-        *(_draw(device, batch, 21, dim) for _ in range(2)),
-    )
+    """Compare the last sample of a batch of more than 2^31 elements with that sample alone."""
+    batch, tokens, dim = (2, 42, 64) if tiny else (14, examples.TOKENS, 5120)
+    x = _draw(device, batch, tokens, dim)
+    shift, scale = (_draw(device, batch, 21, dim) for _ in range(2))
     with torch.no_grad():
         whole = ops.layer_norm_modulate(x, shift, scale)[-1:]
-        alone = ops.layer_norm_modulate(x[-1:].clone(), shift[-1:].clone(), scale[-1:].clone())
+        alone = ops.layer_norm_modulate(*(t[-1:].clone() for t in (x, shift, scale)))
     return relative(whole, alone)
 
 
 def _another_stream(device: torch.device, backend: str) -> float:
-    """Run an operator on a side stream, behind a copy that is late: it must wait for that stream
-    and no other one.
-    """
+    """Run an operator on a side stream, behind a copy that is late: it must wait for that one."""
     x, shift, scale = (_draw(device, 1, n, 1536, dtype=torch.float32) for n in (4096, 1, 1))
     late = torch.zeros_like(x)
     torch.cuda.synchronize()
@@ -383,11 +268,8 @@ def _another_stream(device: torch.device, backend: str) -> float:
 def _gelu_epilogue(device: torch.device) -> float:
     from anyflow.models.linear import linear_gelu
 
-    x, weight, bias = (
-        _draw(device, 1, 777, 1536),
-        _draw(device, 8960, 1536) / 39,
-        _draw(device, 8960),
-    )
+    x, weight = _draw(device, 1, 777, 1536), _draw(device, 8960, 1536) / 39
+    bias = _draw(device, 8960)
     expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
     return relative(linear_gelu(x, weight, bias), expected)
 
@@ -396,102 +278,100 @@ def _gelu_epilogue(device: torch.device) -> float:
 
 
 def _attention(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
-    """Check every backend that runs here: the weights, the result and, backward, the scores'
-    gradient are rounded.
+    """Check every backend that runs here.
+
+    Rounded are the weights, the result and, backward, the gradient of the scores.
     """
-    for backward in (False, True):
-        report = attention_report(
-            device, dtype=torch.bfloat16, head_dim=128, requires_grad=backward
-        )
+    for grad in (False, True):
+        report = attention_report(device, dtype=torch.bfloat16, head_dim=128, requires_grad=grad)
         for name, choice in report.items():
             if choice.available:
-                what = (
-                    "attention "
-                    f"{name}{', backward' if backward else ''}{' (chosen)' if choice.chosen else ''}"
-                )
-                run = partial(_attention_error, device, name, 33 if tiny else 777, backward)
-                yield DeviceCheck(what, 5 * 2.0**-9, run, {"attention": [name]}, OPERATOR)
+                marks = f"{', backward' if grad else ''}{' (chosen)' if choice.chosen else ''}"
+                run = partial(_attention_error, device, name, 33 if tiny else 777, grad)
+                accused = {"attention": [name]}
+                yield DeviceCheck(f"attention {name}{marks}", 5 * 2.0**-9, run, accused, OPERATOR)
 
 
-def _attention_error(device: torch.device, backend: str, length: int, backward: bool) -> float:
-    q, k, v = (_draw(device, 2, n, 4, 128).requires_grad_(backward) for n in (length, 130, 131))
-    v = v[:, :130].detach().requires_grad_(backward)  # other numbers than the keys
-    wide = [t.detach().double().requires_grad_(backward) for t in (q, k, v)]
-    with torch.set_grad_enabled(backward):
+def _attention_error(device: torch.device, backend: str, length: int, grad: bool) -> float:
+    q, k, v = (_draw(device, 2, n, 4, 128).requires_grad_(grad) for n in (length, 130, 131))
+    v = v[:, :130].detach().requires_grad_(grad)  # other numbers than the keys
+    wide = [t.detach().double().requires_grad_(grad) for t in (q, k, v)]
+    with torch.set_grad_enabled(grad):
         out = attention(q, k, v, attention_backend=backend)
-        expected = (
-            F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in wide))
-            .transpose(1, 2)
-            .flatten(2)
-        )
+        heads_first = (t.transpose(1, 2) for t in wide)
+        expected = F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(2)
         errors = [relative(out, expected)]
-        if backward:
+        if grad:
             cotangent = _draw(device, *out.shape)
-            gradients = torch.autograd.grad(out, (q, k, v), cotangent)
-            expected_gradients = torch.autograd.grad(expected, wide, cotangent.double())
-            errors += [relative(a, e) for a, e in zip(gradients, expected_gradients, strict=True)]
+            found = torch.autograd.grad(out, (q, k, v), cotangent)
+            gradients = torch.autograd.grad(expected, wide, cotangent.double())
+            errors += [relative(a, e) for a, e in zip(found, gradients, strict=True)]
     return max(errors)
 
 
-# A part, in a process of its own ------------------------------------------------------------------
+# A small network ----------------------------------------------------------------------------------
 
 
-def run_part(
-    names: list[str], device: torch.device, tiny: bool, deadline: float, out: Path | None
-) -> int:
-    """Run checks by name; each one is noted in ``out`` before and after, a line of JSON. Returns
-    how many failed.
-    """
-    checks = {check.name: check for check in catalogue(device, tiny)}
-    failed = 0
-    for check in [checks[name] for name in names] or checks.values():
-        if time.monotonic() >= deadline:
-            break
-        _note(out, {"started": check.name})
-        outcome = evaluate(check)
-        failed += not outcome.ok
-        _note(out, asdict(outcome))
-        shown = outcome.problem or f"{outcome.error:.1e} of {outcome.limit:.1e}"
-        print(
-            f"{'ok  ' if outcome.ok else 'FAIL'} {outcome.seconds:5.1f} s  {check.name}: {shown}",
-            flush=True,
-        )
-        if device.type == "cuda":
-            # raises where the check has broken the device: this process is of no more use
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-    return failed
-
-
-def _note(out: Path | None, entry: dict[str, object]) -> None:
-    if out is not None:
-        with out.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the checks, or a part of them; the exit status is 1 if one failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="small shapes in place of the models'")
-    parser.add_argument(
-        "--seconds", type=float, default=120.0, help="after which no check is started"
-    )
-    parser.add_argument("--names", type=Path, help="a JSON list of the checks to run; default all")
-    parser.add_argument("--out", type=Path, help="file for the outcomes, a line of JSON for each")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+def _networks(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
+    """Check a network on the kernels against the references, which operators alone do not show."""
+    size = _TINY_NETWORK if tiny else _NETWORK
+    for name, per_frame in (
+        ("a network, bf16 against fp32", False),
+        ("a network with a time for each frame", True),
+    ):
+        yield DeviceCheck(name, NETWORK_LIMIT, partial(_forward_error, device, size, per_frame))
+    gradients = partial(_gradient_error, device, replace(size, dtype=torch.float32))
+    yield DeviceCheck("gradients of a network under autocast", NETWORK_LIMIT, gradients)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
-    names = [] if options.names is None else json.loads(options.names.read_text())
-    failed = run_part(names, device, options.tiny, time.monotonic() + options.seconds, options.out)
-    print(f"{failed} failed")
-    return 1 if failed else 0
+        graph = partial(_graph_error, device, size)
+        yield DeviceCheck("a replayed CUDA graph of a network", SAME, graph)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _forward_error(device: torch.device, size: NetworkSize, per_frame: bool) -> float:
+    """Compare bf16 on the kernels with fp32 on the references."""
+    model, data = networks.ours(size, device), networks.videos(size, device)
+    data = replace(data, noise=data.noise.to(size.dtype))
+    exact = replace(data, noise=data.noise.float(), prompt=data.prompt.float())
+    with torch.no_grad():
+        out = networks.evaluation(model, size, data, per_frame)()
+        fp32 = replace(size, dtype=torch.float32)
+        with use_backend("eager"):
+            expected = networks.evaluation(model.float(), fp32, exact, per_frame)()
+    return relative(out, expected)
+
+
+def _gradient_error(device: torch.device, size: NetworkSize) -> float:
+    """Compare the gradients of all parameters under autocast, kernels against references."""
+    model, data = networks.ours(size, device), networks.videos(size, device)
+    evaluate, found = networks.evaluation(model, size, data, per_frame=False), []
+    for backend in (None, "eager"):
+        model.zero_grad()
+        with use_backend(backend):
+            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+                out = evaluate()
+            (out.float() * data.latents).sum().backward()
+        found.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
+    return relative(*found)
+
+
+def _graph_error(device: torch.device, size: NetworkSize) -> float:
+    """Compare samples by a replayed CUDA graph, of two shapes, with those of the network itself."""
+    from anyflow.models.cuda_graph import CudaGraphTransformer
+    from anyflow.sampling import sample
+    from anyflow.schedulers import FlowMapEulerDiscreteScheduler
+
+    model = networks.ours(size, device).requires_grad_(False)
+    replayed, scheduler = CudaGraphTransformer(model), FlowMapEulerDiscreteScheduler()
+    errors = []
+    for frames in (5, 5, 3):
+        shape = replace(size, latents=(frames, *size.latents[1:]))
+        data = networks.videos(shape, device)
+        noise = data.noise.to(size.dtype)
+        results = (
+            sample(m, scheduler, noise, data.prompt, num_inference_steps=4)
+            for m in (replayed, model)
+        )
+        errors.append(relative(*results))
+    return max(errors)

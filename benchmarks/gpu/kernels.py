@@ -1,24 +1,25 @@
-"""Measures the limits of the device, and kernels at the shapes of both models: operators and
-attention.
-"""
+"""Measure the limits of the device, and kernels at the shapes of both models."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import op_cases
-import timing
 import torch
-from op_cases import Call, Case
+from networks import without_gradient
+from ops import bench_ops
+from sizes import NetworkSize
+from timing import Step, capture_stream
 
-from gpu.context import Context, Skip, last_line
-from gpu.sizes import Size
+from anyflow.ops import examples
+from anyflow.ops.examples import Example
+from gpu.run import DeviceRun, Skip, last_line
 
 # Bytes copied, all beyond any cache: a tensor of 32760 tokens at 14B, and 1 GiB, which the driver
 # of an H200 moved at 2.7 TB/s in place of 4.2.
 COPIES = (320 * 2**20, 2**30)
+ROUNDS = 15
 # Variants that are not ours: one that raises is recorded, and fails no section. Inductor (2.11,
 # 2.13) gives [D] for the gradient of a [1, 1, D] operand where it sums over rows and over columns
 # in one kernel (mix_order_reduction).
@@ -27,266 +28,230 @@ PEERS = ("eager", "compile")
 COMPILE_SHARE = 0.2
 
 
-def run_limits(context: Context) -> None:
-    """Measure what this device reaches in this run: a product of matrices, and copies by two kinds
-    of kernel.
+def run_limits(run: DeviceRun) -> None:
+    """Measure what this device reaches: a product of matrices, and copies by two kinds of kernel.
+
+    The matrices are random: of zeros, products on GPUs are faster.
     """
-    size = 256 if context.tiny else 8192
-    flops, samples = timing.matmul_rate(context.device, size, context.dtype)
-    context.put("matmul_flops", flops)
-    context.put("matmul", {"size": size, "dtype": str(context.dtype), "samples_ms": samples})
-    for size in (2**22,) if context.tiny else COPIES:
-        samples = timing.copies(context.device, size)
-        for name, milliseconds in timing.medians(samples).items():
-            entry = {"bytes": 2 * size, "ms": milliseconds, "samples_ms": samples[name]}
-            context.put(f"copy: {size // 2**20} MiB, {name}", entry)
+    n = 256 if run.tiny else 8192
+    found = measured(run, {"matmul": _product(run, n)})["matmul"]
+    run.put("matmul_flops", 2 * n**3 / found["ms"] * 1e3)
+    run.put("matmul", {"size": n, "dtype": str(run.dtype), "samples_ms": found["samples_ms"]})
+    for size in (2**22,) if run.tiny else COPIES:
+        for name, entry in measured(run, copies(run.device, size)).items():
+            run.put(f"copy: {size // 2**20} MiB, {name}", {"bytes": 2 * size, **entry})
+
+
+def _product(run: DeviceRun, n: int) -> Step:
+    a, b = (torch.randn(n, n, device=run.device, dtype=run.dtype) for _ in range(2))
+    return partial(torch.mm, a, b, out=torch.empty_like(a))
+
+
+def copies(device: torch.device, size: int) -> dict[str, Step]:
+    """Return copies of ``size`` bytes: the driver's, and one by an element-wise kernel."""
+    source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
+    target = torch.empty_like(source)
+    return {
+        "by the driver": lambda: target.copy_(source),
+        "by a kernel": lambda: torch.bitwise_not(source, out=target),
+    }
+
+
+def measured(run: DeviceRun, steps: dict[str, Step]) -> dict[str, dict[str, Any]]:
+    """Time kernels beside each other; raise the first problem."""
+    problems: dict[str, str] = {}
+    timed = run.time(steps, ROUNDS, problems, graphs=True)
+    if problems:
+        raise RuntimeError(f"{problems}")
+    return {name: timed.milliseconds(name) for name in timed.steps}
 
 
 # Operators ----------------------------------------------------------------------------------------
 
 
-def cases(context: Context) -> list[Case]:
-    """List every operator, what a forward of the models runs first; one modulation row, then one
-    per frame.
-    """
-    if context.tiny:
-        return [
-            *op_cases.row_cases(24, 64, 1),
-            op_cases.embedding_case(3, 64),
-            *op_cases.flow_map_cases(2, (2, 4, 4, 4)),
-        ]
-    ordered = [case for dim in (1536, 5120) for case in op_cases.row_cases(op_cases.TOKENS, dim, 1)]
-    ordered += op_cases.flow_map_cases(8, op_cases.LATENTS)
-    ordered += [op_cases.embedding_case(21, dim) for dim in (1536, 5120)]
-    return ordered + op_cases.row_cases(op_cases.TOKENS, 1536, 21)
+def on_device(run: DeviceRun) -> list[Example]:
+    """List every operator, what a forward of the models runs first, then a modulation per frame."""
+    if run.tiny:
+        small = [*examples.row_examples(24, 64, 1), examples.dual_timestep_embedding(3, 64)]
+        return [*small, *examples.flow_map_examples(2, (2, 4, 4, 4))]
+    found = [e for dim in (1536, 5120) for e in examples.row_examples(examples.TOKENS, dim, 1)]
+    found += examples.flow_map_examples(8, examples.LATENTS)
+    found += [examples.dual_timestep_embedding(21, dim) for dim in (1536, 5120)]
+    return found + examples.row_examples(examples.TOKENS, 1536, 21)
 
 
-def run_operators(context: Context) -> None:
-    """Time Triton against the eager reference, the compiled one, and a native CUDA kernel where
-    there is one.
-    """
-    # a C++ compiler takes too long for the tiny run
-    compiler = "aot_eager" if context.tiny else "inductor"
-    _measure_cases(context, cases(context), ("triton", "native", "eager"), compiler)
+def run_operators(run: DeviceRun) -> None:
+    """Time Triton against the eager and the compiled reference, and native kernels that exist."""
+    variants = (*bench_ops.BACKENDS, bench_ops.COMPILE)
+    _measure_examples(run, on_device(run), variants, bench_ops.DIRECTIONS, ROUNDS)
 
 
-def run_native(context: Context) -> None:
-    """Time native CUDA kernels against Triton's, forward (backward is Triton's), in more rounds
-    than the table's.
-    """
-    with_kernel = [case for case in cases(context) if _problem(context, case, "native") is None]
-    if not with_kernel:
-        raise Skip(_problem(context, cases(context)[0], "native") or "no native kernels")
-    _measure_cases(
-        context, with_kernel, ("triton", "native"), None, directions=("forward",), rounds=40
-    )
+def run_native(run: DeviceRun) -> None:
+    """Time native CUDA kernels against Triton's, forward (backward is Triton's), in more rounds."""
+    wanted = [e for e in on_device(run) if _not_timed(run, e.op, "native") is None]
+    if not wanted:
+        raise Skip(_not_timed(run, on_device(run)[0].op, "native") or "no native kernels")
+    _measure_examples(run, wanted, ("triton", "native"), ("forward",), rounds=40)
 
 
-def _measure_cases(
-    context: Context,
-    wanted: list[Case],
-    backends: tuple[str, ...],
-    compiler: str | None,
-    directions: tuple[str, ...] = ("forward", "backward"),
-    rounds: int = timing.ROUNDS,
+def _measure_examples(
+    run: DeviceRun,
+    wanted: list[Example],
+    variants: tuple[str, ...],
+    directions: tuple[str, ...],
+    rounds: int,
 ) -> None:
     failed, left_out = [], 0
-    compile_until = context.remaining() * (1 - COMPILE_SHARE)
-    for case in wanted:
-        # by an earlier run that ended before all cases were
-        if _is_measured(context, case, directions):
+    compile_until = run.remaining() * (1 - COMPILE_SHARE)
+    for example in wanted:
+        if _is_measured(run, example, directions):  # by an earlier run that ended too early
             continue
-        if not context.affords(2.0):
+        if not run.affords(2.0):
             left_out += 1
-            if context.file.get(context.name, case.name) is None:
-                context.put(case.name, {"skipped": "budget"})
+            if run.get(example.name) is None:
+                run.put(example.name, {"skipped": "budget"})
             continue
-        entry: dict[str, Any] = {"op": case.op}
-        entry["bytes"] = {"forward": case.forward_bytes, "backward": case.backward_bytes}
+        moved = {"forward": example.forward_bytes, "backward": example.backward_bytes}
+        entry: dict[str, Any] = {"op": example.op, "bytes": moved}
         try:
-            call = (
-                case.build(context.device)
-                if context.cuda
-                else case.build(context.device, torch.float32)
-            )
             for direction in directions:
-                able, reasons = _able(context, case, backends, direction)
-                compiled = compiler if context.remaining() > compile_until else None
-                if compiler is not None and compiled is None:
-                    reasons["compile"] = "budget"
-                entry[direction], problems = _measure(
-                    context, call, direction, able, compiled, rounds
-                )
-                entry[direction]["not_timed"] = reasons | problems
-                own = {name: problem for name, problem in problems.items() if name not in PEERS}
-                failed += [
-                    f"{case.name}, {direction}: {name}: {problem}" for name, problem in own.items()
-                ]
+                reasons = {v: _not_timed(run, example.op, v, direction) for v in variants}
+                if run.remaining() <= compile_until and bench_ops.COMPILE in variants:
+                    reasons[bench_ops.COMPILE] = "budget"
+                dtype = example.dtype if run.cuda else torch.float32
+                makers = bench_ops.makers(example, direction, dtype, run.place)
+                entry[direction], problems = _measure(run, makers, reasons, rounds)
+                own = (f"{v}: {text}" for v, text in problems.items() if v not in PEERS)
+                failed += [f"{example.name}, {direction}: {problem}" for problem in own]
         except Exception as error:
             entry["error"] = last_line(error)
-            failed.append(f"{case.name}: {entry['error']}")
-            _require_device(context)
-        context.put(case.name, entry)
+            failed.append(f"{example.name}: {entry['error']}")
+            run.recover()
+        run.put(example.name, entry)
     if failed:
-        context.fail(f"{len(failed)} variants: {failed[0]}")
+        run.fail(f"{len(failed)} variants: {failed[0]}")
     elif left_out:
         raise Skip(f"budget: {left_out} of {len(wanted)} cases are not timed yet")
 
 
-def _is_measured(context: Context, case: Case, directions: tuple[str, ...]) -> bool:
-    """Tell whether the results have a case already, without an error and with no kernel that is
-    wrong.
-    """
-    entry = context.file.get(context.name, case.name) or {}
+def _is_measured(run: DeviceRun, example: Example, directions: tuple[str, ...]) -> bool:
+    """Tell whether the results have an example without an error and without a wrong kernel."""
+    entry = run.get(example.name, {})
     if "error" in entry or any(direction not in entry for direction in directions):
         return False
-    wrong = context.wrong_kernels().get(case.op, [])
-    return not any(
-        backend in entry[direction]["ms"] for direction in directions for backend in wrong
-    )
+    wrong = run.wrong_kernels().get(example.op, [])
+    return not any(v in entry[direction]["ms"] for direction in directions for v in wrong)
 
 
 def _measure(
-    context: Context,
-    call: Call,
-    direction: str,
-    backends: tuple[str, ...],
-    compiler: str | None,
+    run: DeviceRun,
+    makers: Mapping[str, Callable[[], Step]],
+    reasons: Mapping[str, str | None],
     rounds: int,
+    graphs: bool = True,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Time the variants of one direction beside each other; one that raises is a problem of its
-    own.
+    """Time variants beside each other, and return the entry of the results and the problems.
+
+    Args:
+        run: of the section.
+        makers: make the steps of the variants.
+        reasons: why a variant is not timed, or None.
+        rounds: of measurements.
+        graphs: replay CUDA graphs of several calls.
     """
-    steps: dict[str, timing.Step] = {}
     problems: dict[str, str] = {}
-
-    def failed(name: str, error: Exception) -> None:
-        problems[name] = last_line(error)
-        _require_device(context)
-
-    for name in (*backends, *(() if compiler is None else ("compile",))):
-        try:
-            own = (name,) if name != "compile" else ()
-            steps |= timing.variants(call, direction, own, compiler if name == "compile" else None)
-        except Exception as error:
-            failed(name, error)
-    samples = timing.kernels(steps, context.device, rounds, failed)
-    return {"ms": timing.medians(samples), "samples_ms": samples}, problems
+    made = {
+        v: run.attempt(problems, v, partial(_warm, run.device, makers[v]))
+        for v, reason in reasons.items()
+        if reason is None
+    }
+    steps = {v: step for v, step in made.items() if v not in problems}
+    timed = run.time(steps, rounds, problems, graphs)
+    found = {v: timed.milliseconds(v) for v in timed.steps}
+    entry = {key: {v: e[key] for v, e in found.items()} for key in ("ms", "samples_ms")}
+    known = {v: reason for v, reason in reasons.items() if reason is not None}
+    return entry | {"not_timed": known | problems}, problems
 
 
-def _require_device(context: Context) -> None:
-    """Raise if an error has broken the device: the section ends, and the process."""
-    if context.cuda:
-        torch.cuda.synchronize()
+def _warm(device: torch.device, make: Callable[[], Step]) -> Step:
+    """Make a step that has run once, on the stream of captures."""
+    step = make()
+    with capture_stream(device):
+        step()
+    return step
 
 
-def _able(
-    context: Context, case: Case, backends: tuple[str, ...], direction: str
-) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the backends that are timed, and why the others are not."""
-    reasons = {name: _problem(context, case, name, direction) for name in backends}
-    known = {name: reason for name, reason in reasons.items() if reason is not None}
-    return tuple(name for name in backends if name not in known), known
-
-
-def _problem(context: Context, case: Case, backend: str, direction: str = "forward") -> str | None:
-    """Return why a backend is not timed, or None."""
+def _not_timed(run: DeviceRun, op: str, variant: str, direction: str = "forward") -> str | None:
+    """Return why a variant is not timed, or None."""
     from anyflow.ops.backend import missing
 
-    if backend in context.wrong_kernels().get(case.op, []):
+    if variant not in bench_ops.BACKENDS:
+        return None
+    if variant in run.wrong_kernels().get(op, []):
         return "wrong: a check of it failed"
-    return missing(backend, context.device, case.op, direction)
+    return missing(variant, run.device, op, direction)
 
 
 # Attention ----------------------------------------------------------------------------------------
 
 
-def run_attention(context: Context) -> None:
-    """Time every backend that runs here, forward and backward, at the shapes of self-attention and
-    of the text's.
-    """
-    from anyflow.models.attention import attention, attention_report
+def run_attention(run: DeviceRun) -> None:
+    """Time every backend that runs here at the shapes of self-attention and of the text's."""
+    from anyflow.models.attention import attention_report
 
     failed = []
-    for size, keys, grad in _attention_shapes(context):
-        name = (
-            f"{size.name} {'self' if keys == size.tokens else 'text'} "
-            f"{'backward' if grad else 'forward'}"
-        )
-        products = 5 if grad else 2  # of which backward computes one again
-        flops = 2.0 * products * size.tokens * keys * size.dim
-        if not context.affords(6.0):
-            context.put(name, {"skipped": "budget"})
+    for size, keys, grad in _attention_shapes(run):
+        kind = "self" if keys == size.tokens else "text"
+        name = f"{size.name} {kind} {'backward' if grad else 'forward'}"
+        if not run.affords(6.0):
+            run.put(name, {"skipped": "budget"})
             continue
+        example = examples.attention(size.tokens, size.dim, size.head_dim, keys)
+        work = example.backward if grad else example.forward
+        call = example.call(run.device, run.dtype)
         report = attention_report(
-            context.device, dtype=context.dtype, head_dim=size.head_dim, requires_grad=grad
+            run.device, dtype=run.dtype, head_dim=size.head_dim, requires_grad=grad
         )
-        tensors = tuple(
-            torch.randn(
-                1, length, size.heads, size.head_dim, device=context.device, dtype=context.dtype
-            )
-            for length in (size.tokens, keys, keys)
-        )
-        entry: dict[str, Any] = {"flops": flops, "ms": {}, "samples_ms": {}, "not_timed": {}}
-        for backend, choice in report.items():
+        entry: dict[str, Any] = {"flops": float(work.flops)}
+        # calls of milliseconds: launches do not show
+        rounds, graphs = (7, False) if kind == "self" else (ROUNDS, True)
+        for backend, choice in report.items():  # one by one, as saved tensors are large
             if choice.chosen:
                 entry["chosen"] = backend
-            reason = _attention_problem(context, backend, choice.available, choice.reason)
-            if reason is not None:
-                entry["not_timed"][backend] = reason
-                continue
-            step = None  # its saved tensors go before the next one's come
-            try:
-                step = _attention_step(attention, backend, tensors, grad)
-                timing.once(step, context.device)
-                if keys == size.tokens:  # milliseconds: the launch does not show
-                    samples, _ = timing.calls(
-                        {backend: step}, context.device, 2 if context.tiny else 7
-                    )
-                else:
-                    samples = timing.kernels({backend: step}, context.device)
-            except Exception as error:
-                entry["not_timed"][backend] = last_line(error)
-                failed.append(f"{name}: {backend}: {last_line(error)}")
-                _require_device(context)
-                continue
-            entry["samples_ms"] |= samples
-            entry["ms"][backend] = statistics.median(samples[backend])
-            context.put(name, entry, quiet=True)
-        context.put(name, entry)
+            reason = _attention_problem(run, backend, choice.available, choice.reason)
+            maker = {backend: partial(_attend, backend, call.inputs, grad)}
+            part, problems = _measure(run, maker, {backend: reason}, rounds, graphs)
+            entry |= {key: entry.get(key, {}) | found for key, found in part.items()}
+            failed += [f"{name}: {backend}: {problem}" for problem in problems.values()]
+            run.put(name, entry, quiet=True)
+        run.put(name, entry)
     if failed:
-        context.fail("; ".join(failed))
+        run.fail("; ".join(failed))
 
 
-def _attention_problem(context: Context, backend: str, available: bool, reason: str) -> str | None:
+def _attention_problem(run: DeviceRun, backend: str, available: bool, reason: str) -> str | None:
     """Return why a backend is not timed, or None."""
     if not available:
         return reason
-    if backend in context.wrong_kernels().get("attention", []):
+    if backend in run.wrong_kernels().get("attention", []):
         return "wrong: a check of it failed"
     # 50 GB of them
-    return "materializes the scores" if backend == "math" and not context.tiny else None
+    return "materializes the scores" if backend == "math" and not run.tiny else None
 
 
-def _attention_shapes(context: Context) -> Iterator[tuple[Size, int, bool]]:
-    for size in context.sizes.values():
+def _attention_shapes(run: DeviceRun) -> Iterator[tuple[NetworkSize, int, bool]]:
+    for size in run.sizes.values():
         yield size, size.tokens, False
-    for size in context.sizes.values():
+    for size in run.sizes.values():
         yield size, size.text_tokens, False
-    yield context.sizes["1.3B"], context.sizes["1.3B"].tokens, True
+    yield run.sizes["1.3B"], run.sizes["1.3B"].tokens, True
 
 
-def _attention_step(
-    function: Any, backend: str, tensors: tuple[torch.Tensor, ...], grad: bool
-) -> timing.Step:
+def _attend(backend: str, tensors: Sequence[torch.Tensor], grad: bool) -> Step:
+    """Return a step of attention, or of its gradients."""
+    from anyflow.models.attention import attention
+
     if not grad:
-
-        def forward() -> object:
-            with torch.no_grad():
-                return function(*tensors, attention_backend=backend)
-
-        return forward
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    out = function(*leaves, attention_backend=backend)
-    cotangent = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+        return without_gradient(partial(attention, *tensors, attention_backend=backend))
+    out = attention(*tensors, attention_backend=backend)
+    return partial(torch.autograd.grad, out, tensors, torch.randn_like(out), retain_graph=True)

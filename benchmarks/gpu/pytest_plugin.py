@@ -1,5 +1,6 @@
-"""Lets tests, and the workers of pytest-xdist, find the package as the runner does:
-``pytest -p gpu.pytest_plugin``.
+"""Let tests find the package as the runner does: ``pytest -p gpu.pytest_plugin``.
+
+The workers of pytest-xdist do so too.
 """
 
 from __future__ import annotations

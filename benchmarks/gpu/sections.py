@@ -1,4 +1,4 @@
-"""Lists the sections of a run, and the order in which each plan runs them."""
+"""List the sections of a run, with the seconds that each takes."""
 
 from __future__ import annotations
 
@@ -6,75 +6,64 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from gpu.context import Context, Section
+from gpu.run import DeviceRun, RunSection
 
 # The operators that the networks run on kernels (proven by tests/benchmarks/test_run_gpu_parts.py).
 FORWARD = (
-    *(
-        "attention",
-        "dual_timestep_embedding",
-        "gated_residual",
-        "gelu",
-        "layer_norm_modulate",
-        "linear",
-    ),
-    *("residual_layer_norm", "rms_norm_rope"),
+    *("attention", "dual_timestep_embedding", "gated_residual", "gelu", "layer_norm_modulate"),
+    *("linear", "residual_layer_norm", "rms_norm_rope"),
 )
 PRETRAIN = (*FORWARD, "flow_map_inputs", "flow_map_loss")
 
 
-def _late(path: str, /, **arguments: Any) -> Callable[[Context], None]:
-    """Return a function of a module of :mod:`gpu` that is imported when it runs: its imports fail
-    for it alone.
-    """
+def _late(path: str, /, **arguments: Any) -> Callable[[DeviceRun], None]:
+    """Return a function that is imported when it runs: its imports fail for its section alone."""
 
-    def run(context: Context) -> None:
+    def run(of: DeviceRun) -> None:
         module, _, function = path.partition(".")
-        getattr(importlib.import_module(f"gpu.{module}"), function)(context, **arguments)
+        getattr(importlib.import_module(f"gpu.{module}"), function)(of, **arguments)
 
     return run
 
 
-def _model(kind: str, size: str, seconds: float) -> Section:
-    title = {"forward": f"one forward at {size}, 480x832x81", "sampling": f"samples at {size}"}[
-        kind
-    ]
-    return Section(
-        f"{kind}_{size.lower()}", title, seconds, _late(f"models.run_{kind}", name=size), FORWARD
-    )
-
-
-def _training(kind: str, title: str, seconds: float, operators: tuple[str, ...]) -> Section:
-    return Section(
-        f"{kind}_1.3b", f"{title} at 1.3B", seconds, _late(f"training.run_{kind}"), operators
-    )
-
-
+_forward, _sampling = "models.run_forward", "models.run_sampling"
 # Seconds on an H100 or H200 with its software read once, compilation included.
 SECTIONS = (
-    Section(
+    RunSection(
         "checks", "is what runs on this device right?", 45, _late("checks.run_checks"), resumes=True
     ),
-    Section("limits", "bf16 matrix products and a copy", 5, _late("kernels.run_limits")),
-    _model("forward", "1.3B", 80),
-    Section("attention", "every attention backend", 5, _late("kernels.run_attention")),
-    _model("sampling", "1.3B", 12),
-    _model("sampling", "14B", 60),
-    _model("forward", "14B", 55),
-    _training("pretrain", "a pretrain step", 85, PRETRAIN),
-    _training("on_policy", "a generator and a critic step", 120, FORWARD),
-    Section("ops", "every operator", 45, _late("kernels.run_operators"), resumes=True),
-    Section(
-        "profile_1.3b",
-        "where the time of a forward at 1.3B goes",
-        15,
-        _late("models.run_profile"),
+    RunSection("limits", "matrix products and copies", 5, _late("kernels.run_limits")),
+    RunSection("forward_1.3b", "one forward at 1.3B", 80, _late(_forward, name="1.3B"), FORWARD),
+    RunSection("attention", "every attention backend", 5, _late("kernels.run_attention")),
+    RunSection("sampling_1.3b", "samples at 1.3B", 12, _late(_sampling, name="1.3B"), FORWARD),
+    RunSection("sampling_14b", "samples at 14B", 60, _late(_sampling, name="14B"), FORWARD),
+    RunSection("forward_14b", "one forward at 14B", 55, _late(_forward, name="14B"), FORWARD),
+    RunSection(
+        "pretrain_1.3b",
+        "a pretrain step at 1.3B",
+        85,
+        _late("models.run_training", method="pretrain"),
+        PRETRAIN,
+    ),
+    RunSection(
+        "on_policy_1.3b",
+        "a generator and a critic step at 1.3B",
+        120,
+        _late("models.run_training", method="on-policy"),
         FORWARD,
     ),
-    Section("native", "native CUDA kernels against Triton's", 10, _late("kernels.run_native")),
-    Section(
-        "tune_rows", "launch options of the row kernels", 40, _late("tuner.run_tuner"), resumes=True
+    RunSection("ops", "every operator", 45, _late("kernels.run_operators"), resumes=True),
+    RunSection(
+        "profile_1.3b", "kernels of a forward at 1.3B", 15, _late("models.run_profile"), FORWARD
     ),
-    Section("probes", "single questions to the device", 40, _late("probes.run_probes")),
-    Section("tests", "the operators' tests on this device", 30, _late("operator_tests.run_tests")),
+    RunSection("native", "native CUDA kernels against Triton's", 10, _late("kernels.run_native")),
+    RunSection(
+        "tune_rows",
+        "launch options of the row kernels",
+        40,
+        _late("programs.run_tuner"),
+        resumes=True,
+    ),
+    RunSection("probes", "single questions to the device", 40, _late("probes.run_probes")),
+    RunSection("tests", "the operators' tests", 30, _late("programs.run_tests")),
 )

@@ -1,5 +1,6 @@
-"""Keeps what a run has measured: a JSON per device, rewritten after every measurement, so that a
-kill loses nothing.
+"""Keep what a run has measured: a JSON per device, rewritten after every measurement.
+
+A kill loses nothing.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = "anyflow-gpu-run-1"
+_SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh", ".cmake", ".txt")
 ROOT = Path(__file__).resolve().parents[2]
 DONE, FAILED, SKIPPED, RUNNING = "done", "failed", "skipped", "running"
 # The runner's own folder, which stays between two calls where --out is emptied: results, the
 # extension, caches.
-FOLDER = Path(os.environ.get("ANYFLOW_GPU_RUNNER") or ROOT / "build" / "gpu-runner").resolve()
+FOLDER = Path(os.environ.get("ANYFLOW_GPU_RUNNER", ROOT / "build" / "gpu-runner")).resolve()
 
 
 class RunFile:
-    """Holds sections by name, each with a status, and beside a status that is not ``done`` the
-    reason.
+    """Hold sections by name, each with a status, and with the reason where it is not ``done``.
 
     Args:
         path: of the JSON file.
@@ -39,15 +40,13 @@ class RunFile:
 
     @classmethod
     def load(cls, path: Path, copy: Path | None = None) -> RunFile:
-        """Read a file; the result is empty where there is none."""
+        """Read a file; the result is empty without one."""
         data = json.loads(path.read_text()) if path.exists() else {"runs": [{}], "sections": {}}
         return cls(path, data, copy)
 
     @classmethod
     def open(cls, path: Path, copy: Path, identity: dict[str, Any], fresh: bool) -> RunFile:
-        """Continue the later one of two files that have this identity; without one, or if
-        ``fresh``, start anew.
-        """
+        """Open the later of two files of this identity; else, or if ``fresh``, start anew."""
         known = []
         for candidate in (path, copy):
             try:
@@ -57,14 +56,11 @@ class RunFile:
             if not fresh and all(data.get(key) == value for key, value in identity.items()):
                 known.append(data)
         latest = max(known, key=lambda data: data.get("revision", 0), default=None)
-        return cls(
-            path, {**identity, "runs": [], "sections": {}} if latest is None else latest, copy
-        )
+        anew = {**identity, "runs": [], "sections": {}}
+        return cls(path, anew if latest is None else latest, copy)
 
     def save(self) -> None:
-        """Write both files, each beside itself and renamed: a reader, or a kill, never meets half a
-        file.
-        """
+        """Write both files, each beside itself and renamed: nobody ever meets half a file."""
         self.data["revision"] = self.data.get("revision", 0) + 1
         text = json.dumps(self.data, indent=1, default=str) + "\n"
         for path in (self.copy, self.path):
@@ -83,10 +79,9 @@ class RunFile:
         return sections.setdefault(name, {})
 
     def status(self, name: str) -> str | None:
-        """Return ``done``, ``failed``, ``skipped`` or ``running`` in the latest run, or None: it
-        has yet to run there.
+        """Return the status in the latest run, or None: it has yet to run there.
 
-        What an earlier run finished, and this one keeps, counts as done.
+        A section that an earlier run finished, and this one keeps, counts as done.
         """
         section, runs = self.data["sections"].get(name, {}), self.data["runs"]
         kept = name in runs[-1].get("kept", ())
@@ -94,9 +89,8 @@ class RunFile:
 
     def mark(self, name: str, status: str, reason: str | None = None, **more: Any) -> None:
         """Set a section's status in the latest run, and save."""
-        self.section(name).update(
-            status=status, reason=reason, run=len(self.data["runs"]) - 1, **more
-        )
+        last = len(self.data["runs"]) - 1
+        self.section(name).update(status=status, reason=reason, run=last, **more)
         self.save()
 
     def put(self, name: str, key: str, value: Any) -> None:
@@ -104,18 +98,15 @@ class RunFile:
         self.section(name).setdefault("data", {})[key] = value
         self.save()
 
-    def get(self, name: str, key: str) -> Any:
-        """Return a measurement, or None."""
-        return self.data["sections"].get(name, {}).get("data", {}).get(key)
+    def get(self, name: str, key: str, default: Any = None) -> Any:
+        """Return a measurement, or a default without one."""
+        return self.data["sections"].get(name, {}).get("data", {}).get(key, default)
 
 
 def source_digest() -> str:
-    """Digest every file that a measurement depends on: results of other sources are not added
-    to.
-    """
-    return digest_of(
-        "anyflow", "kernels", "csrc", "benchmarks", "cmake", "CMakeLists.txt", "setup.py"
-    )
+    """Digest every file that a measurement depends on; only its sources' results are added to."""
+    folders = ("anyflow", "kernels", "csrc", "benchmarks", "cmake")
+    return digest_of(*folders, "CMakeLists.txt", "setup.py")
 
 
 def digest_of(*names: str) -> str:
@@ -123,31 +114,25 @@ def digest_of(*names: str) -> str:
     digest = hashlib.sha256()
     for name in names:
         for path in sorted([ROOT / name, *(ROOT / name).rglob("*")]):
-            if (
-                path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".cmake", ".txt")
-                and path.is_file()
-            ):
+            if path.suffix in _SOURCES and path.is_file():
                 digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def commit() -> dict[str, Any]:
-    """Return the commit that ``ANYFLOW_COMMIT`` names, else the one checked out, and whether the
-    sources are its.
+    """Return the commit that ``ANYFLOW_COMMIT`` names, else the one checked out.
 
     A copy of a checkout may have another commit in its metadata than the one of its files; who sets
     the variable knows. ``clean`` is None where nothing here can tell.
     """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
     try:
-        head, changed = (
-            subprocess.run(
-                ["git", *arguments], cwd=ROOT, capture_output=True, text=True
-            ).stdout.strip()
-            for arguments in (
-                ("rev-parse", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no"),
-            )
-        )
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
     except FileNotFoundError:
         head = changed = ""
     named = os.environ.get("ANYFLOW_COMMIT")
@@ -163,8 +148,7 @@ def slug(device: str, tiny: bool) -> str:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Kill this process when its parent ends: a killed run leaves none on the GPU (Linux; elsewhere
-    nothing happens).
+    """Kill this process when its parent ends, so that a killed run leaves none (Linux alone).
 
     Args:
         parent: the process that started this one, if known: it may be gone already.
@@ -189,13 +173,9 @@ def nvidia_smi(*fields: str) -> dict[str, str] | None:
     return dict(zip(fields, (value.strip() for value in lines[0].split(",")), strict=False))
 
 
+_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
+
+
 def clocks() -> dict[str, str] | None:
     """Return what says whether the GPU ran as fast as it can."""
-    return nvidia_smi(
-        "clocks.sm",
-        "clocks.mem",
-        "clocks.max.sm",
-        "power.draw",
-        "temperature.gpu",
-        "clocks_throttle_reasons.active",
-    )
+    return nvidia_smi(*_CLOCKS, "clocks_throttle_reasons.active")

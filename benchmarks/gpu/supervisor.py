@@ -1,6 +1,4 @@
-"""Starts and watches the processes of a run; it measures nothing, so that no measurement can take
-the run down.
-"""
+"""Start and watch the processes of a run; this one measures nothing, so that nothing ends it."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,13 @@ from gpu.build import environment, lay_out, prepare_extension
 from gpu.state import DONE, FAILED, FOLDER, RUNNING, SCHEMA, SKIPPED, RunFile, slug, source_digest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "run_gpu.py"
-GRACE_S = 15.0  # a section that still runs so long after the budget is stopped
+GRACE_S = 15.0  # a section that still runs this long after the budget is stopped
 BUILD_LIMIT_S = 180.0
 
 
 @dataclass(frozen=True)
 class Options:
-    """Holds the command line.
+    """Hold the command line.
 
     Attributes:
         out: folder of the results.
@@ -45,13 +43,37 @@ class Options:
     fresh: bool = False
 
 
+@dataclass(frozen=True)
+class WorkOrder:
+    """Hold what a worker is told, as the JSON of its command line.
+
+    Attributes:
+        path, copy: of the results, and of the runner's own copy.
+        sections: names, in order.
+        deadline: on ``time.monotonic()``, which all processes of a machine share.
+        parent: the process that the worker must not outlive.
+        device, tiny, short: as in :class:`Options`.
+    """
+
+    path: str
+    copy: str
+    sections: list[str]
+    deadline: float
+    parent: int
+    device: str
+    tiny: bool
+    short: bool
+
+
 def supervise(options: Options, names: list[str]) -> int:
-    """Run the sections in processes of their own; 1 if one failed or found something wrong, 2
-    without a GPU.
+    """Run sections in processes of their own.
 
     Args:
         options: of the command line.
         names: the sections that are wanted, in order; ``build`` is done here.
+
+    Returns:
+        1 if one failed or found something wrong, 2 without a GPU.
     """
     deadline = time.monotonic() + options.budget_s
     machine = _machine(options.device)
@@ -68,21 +90,15 @@ def supervise(options: Options, names: list[str]) -> int:
             for name in remaining:
                 file.mark(name, SKIPPED, "budget: used up")
             break
-        running = _work(options, file, deadline, remaining)
+        problem = _work(options, file, deadline, remaining)
         file = RunFile.load(file.path, file.copy)
         left = [name for name in remaining if file.status(name) in (None, RUNNING)]
-        if not left:
-            break
         crashed = [name for name in left if file.status(name) == RUNNING]
-        for name in crashed:
-            file.mark(name, FAILED, running)
-        left = [name for name in left if name not in crashed]
-        # it does not even start
-        if not crashed and len(left) == len(remaining) and time.monotonic() < deadline:
-            for name in left:
-                file.mark(name, FAILED, running)
-            break
-        remaining = left
+        # a worker that does not even start would not start again
+        hopeless = not crashed and left == remaining and time.monotonic() < deadline
+        for name in left if hopeless else crashed:
+            file.mark(name, FAILED, problem)
+        remaining = [] if hopeless else [name for name in left if name not in crashed]
     return _summary(file, names, deadline)
 
 
@@ -90,18 +106,13 @@ def _machine(device: str) -> dict[str, Any]:
     """Ask a process of its own for the device's name and torch's version."""
     code = (
         "import json, torch; ok = torch.cuda.is_available(); print(json.dumps({'torch': "
-        "torch.__version__, "
-        "'device': torch.cuda.get_device_name(0) if ok else None, "
+        "torch.__version__, 'device': torch.cuda.get_device_name(0) if ok else None, "
         "'problem': None if ok else 'torch.cuda.is_available() is False'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
-        output = done.stderr.strip() or "?"
-        return {
-            "torch": None,
-            "device": None,
-            "problem": f"importing torch failed: {output.splitlines()[-1]}",
-        }
+        problem = f"importing torch failed: {(done.stderr.strip() or '?').splitlines()[-1]}"
+        return {"torch": None, "device": None, "problem": problem}
     machine: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return machine | {"device": "cpu"} if device == "cpu" else machine
 
@@ -123,17 +134,13 @@ def _open(options: Options, machine: dict[str, Any], names: list[str]) -> RunFil
         "source": source_digest(),
     }
     file = RunFile.open(options.out / name, FOLDER / "results" / name, identity, options.fresh)
-    sections: dict[str, dict[str, Any]] = file.data["sections"]
-    asked = names if options.only else []
-    kept, again = [], []
-    for section_name, section in sections.items():
-        finished = section["status"] == DONE or (
-            section_name == "build" and section["status"] == FAILED
-        )
+    asked, kept, again = names if options.only else [], [], []
+    for section_name, section in file.data["sections"].items():
+        failed = section["status"] == FAILED
+        finished = section["status"] == DONE or (section_name == "build" and failed)
         if finished and section_name not in asked:
             kept.append(section_name)
-            continue
-        if section["status"] == FAILED:
+        elif failed:
             again.append(section_name)
     file.data["runs"].append(
         {
@@ -146,22 +153,16 @@ def _open(options: Options, machine: dict[str, Any], names: list[str]) -> RunFil
         }
     )
     file.save()
-    print(
-        f"results: {file.path}" + (f"; kept from earlier runs: {', '.join(kept)}" if kept else ""),
-        flush=True,
-    )
+    earlier = f"; kept from earlier runs: {', '.join(kept)}" if kept else ""
+    print(f"results: {file.path}{earlier}", flush=True)
     return file
 
 
 def _order(file: RunFile, names: list[str]) -> list[str]:
-    """Sort by the plan, but what failed before comes after what has never run, and the tests last
-    in any case.
-    """
+    """Sort by the plan, what failed before after what has never run, the tests last."""
     again = file.data["runs"][-1]["again"]
-    return sorted(
-        (name for name in names if name != "build"),
-        key=lambda name: (name == "tests", name in again),
-    )
+    wanted = (name for name in names if name != "build")
+    return sorted(wanted, key=lambda name: (name == "tests", name in again))
 
 
 def _build(file: RunFile, options: Options, deadline: float) -> None:
@@ -178,64 +179,47 @@ def _build(file: RunFile, options: Options, deadline: float) -> None:
 
 def _work(options: Options, file: RunFile, deadline: float, names: list[str]) -> str:
     """Run one worker until it ends or is overdue; the result says in words how it ended."""
-    command = [sys.executable, str(SCRIPT), "--worker", str(file.path), "--copy", str(file.copy)]
-    command += [
-        "--deadline",
-        repr(deadline),
-        "--parent",
-        str(os.getpid()),
-        "--out",
-        str(options.out),
-    ]
-    command += [
-        "--device",
-        options.device,
-        "--sections",
-        ",".join(names),
-        *(["--tiny"] if options.tiny else []),
-    ]
-    command += ["--plan", "short" if options.short else "full"]
+    where = (options.device, options.tiny, options.short)
+    order = WorkOrder(str(file.path), str(file.copy), names, deadline, os.getpid(), *where)
     variables = environment()
     if options.device == "cpu":
         variables.setdefault("OMP_WAIT_POLICY", "passive")
     else:  # what one call has compiled is there in the next one
         variables.setdefault("TRITON_CACHE_DIR", str(FOLDER / "cache" / "triton"))
         variables.setdefault("TORCHINDUCTOR_CACHE_DIR", str(FOLDER / "cache" / "inductor"))
+    command = [sys.executable, str(SCRIPT), "--worker", json.dumps(asdict(order))]
     process = subprocess.Popen(command, env=variables)
     try:
         status = process.wait(timeout=max(deadline + GRACE_S - time.monotonic(), 0.1))
     except subprocess.TimeoutExpired:
         return f"stopped: it still ran {GRACE_S:.0f} s after the end of the budget"
     finally:
-        if process.poll() is None:  # overdue, or we are interrupted
+        if process.poll() is None:  # overdue, or this process is interrupted
             process.kill()
             process.wait()
-    return (
-        f"its process ended with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
-    )
+    return f"its process {ended(status)}"
+
+
+def ended(status: int) -> str:
+    """Say how a process ended."""
+    return f"ended with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
 
 
 def _summary(file: RunFile, names: list[str], deadline: float) -> int:
-    sections = file.data["sections"]
+    sections, run = file.data["sections"], file.data["runs"][-1]
     print("\nsection            status   s       reason")
     for name in names:
         section = sections.get(name, {})
-        seconds = section.get("seconds")
+        seconds, status = section.get("seconds"), section.get("status") or "-"
         took = "" if seconds is None else f"{seconds:.1f}"
-        print(
-            f"{name:18s} {section.get('status') or '-':8s} {took:7s} {section.get('reason') or ''}"
-        )
+        print(f"{name:18s} {status:8s} {took:7s} {section.get('reason') or ''}")
     failed = [name for name in names if sections.get(name, {}).get("status") == FAILED]
     noted = [name for name in names if "note" in sections.get(name, {})]
-    file.data["runs"][-1]["seconds"] = round(
-        file.data["runs"][-1]["budget_s"] - (deadline - time.monotonic()), 1
-    )
+    run["seconds"] = round(run["budget_s"] - (deadline - time.monotonic()), 1)
     file.save()
     warnings = file.data.get("warnings", [])
     for warning in warnings:
         print(f"WRONG: {warning}")
-    print(
-        f"{file.path}: {len(failed)} failed"
-        + (f", {len(warnings)} things WRONG" if warnings else "")
-    )
+    wrong = f", {len(warnings)} things WRONG" if warnings else ""
+    print(f"{file.path}: {len(failed)} failed{wrong}")
     return 1 if failed or noted or warnings else 0

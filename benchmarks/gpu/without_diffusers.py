@@ -1,8 +1,7 @@
-"""The little that the model takes from diffusers, for a machine without it: the model runs, peers
-do not.
+"""Stand in for the little that the model takes from diffusers, on a machine without it.
 
-No loading, no saving, no adapters: names and attributes alone. Nothing of it is used where
-diffusers is installed.
+Names and attributes alone, without loading, saving or adapters: the model runs, peers do not.
+Nothing of this is used where diffusers is installed.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _NEEDED = (
 
 
 class ConfigMixin:
-    """Keeps the arguments of the constructor."""
+    """Keep the arguments of the constructor."""
 
     _config: SimpleNamespace
 
@@ -42,7 +41,7 @@ class ConfigMixin:
 
 
 class ModelMixin(nn.Module):
-    """A module that knows its device and dtype."""
+    """Tell a module's device and dtype."""
 
     @property
     def device(self) -> torch.device:
@@ -54,12 +53,12 @@ class ModelMixin(nn.Module):
 
 
 class PeftAdapterMixin:
-    """No adapters."""
+    """Stand in for adapters, which this module has none of."""
 
 
 @dataclass
 class Transformer2DModelOutput:
-    """The result of a transformer."""
+    """Hold the result of a transformer."""
 
     sample: torch.Tensor
 
@@ -82,14 +81,12 @@ def register_to_config(constructor: Callable[..., None]) -> Callable[..., None]:
 
 
 def apply_lora_scale(_: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """There are no adapters to scale."""
+    """Return the forward as it is: it has no adapters to scale."""
     return lambda forward: forward
 
 
 def problem() -> str | None:
-    """Return why ``import diffusers`` does not give what the model needs of diffusers, or None
-    where it does.
-    """
+    """Return why ``import diffusers`` does not give what the model needs, or None where it does."""
     module = sys.modules.get("diffusers")
     if module is not None and hasattr(module, "_ANYFLOW_STAND_IN"):
         return str(module._ANYFLOW_STAND_IN)
@@ -99,28 +96,22 @@ def problem() -> str | None:
         for name in _NEEDED:
             importlib.import_module(name)
     except Exception as error:  # a package of its own that is missing or of another version
-        return (
-            f"diffusers does not import: {type(error).__name__}: "
-            f"{(str(error).strip() or '?').splitlines()[0]}"
-        )
+        text = (str(error).strip() or "?").splitlines()[0]
+        return f"diffusers does not import: {type(error).__name__}: {text}"
     return None
 
 
 def install() -> str | None:
-    """Put the stand-in where ``import diffusers`` finds it, unless diffusers imports; return why it
-    was needed.
-    """
+    """Put the stand-in where ``import diffusers`` finds it if needed, and return why it was."""
     reason = problem()
     if reason is None:
         return None
     for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers"]:
         del sys.modules[name]
+    config = {"ConfigMixin": ConfigMixin, "register_to_config": register_to_config}
     names: dict[str, dict[str, Any]] = {
         "diffusers": {"_ANYFLOW_STAND_IN": reason},
-        "diffusers.configuration_utils": {
-            "ConfigMixin": ConfigMixin,
-            "register_to_config": register_to_config,
-        },
+        "diffusers.configuration_utils": config,
         "diffusers.loaders": {"PeftAdapterMixin": PeftAdapterMixin},
         "diffusers.models": {},
         "diffusers.models.modeling_outputs": {"Transformer2DModelOutput": Transformer2DModelOutput},

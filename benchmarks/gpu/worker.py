@@ -1,6 +1,4 @@
-"""Measures, in a process of its own: section after section, each isolated from the others'
-exceptions.
-"""
+"""Measure section after section in a process of its own; an exception ends one section alone."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 
 from gpu import build, without_diffusers
-from gpu.context import Context, Section, Skip, last_line
+from gpu.run import DeviceRun, RunSection, Skip, last_line
 from gpu.state import (
     DONE,
     FAILED,
@@ -28,106 +26,77 @@ from gpu.state import (
     die_with_parent,
     nvidia_smi,
 )
+from gpu.supervisor import WorkOrder
 
 # exit status: after such an error nothing on the device works any more in this process
 BROKEN_DEVICE = 70
 
 
-def work(
-    path: Path,
-    copy: Path,
-    device: str,
-    tiny: bool,
-    deadline: float,
-    names: list[str],
-    parent: int,
-    short: bool,
-) -> int:
-    """Run the named sections that have no status yet, in this order; the processes of a run share
-    the file.
-
-    Args:
-        path, copy: of the results, and of the runner's own copy.
-        device: ``"cuda"`` or ``"cpu"``.
-        tiny: tiny shapes.
-        deadline: on ``time.monotonic()``.
-        names: of the sections.
-        parent: the process that this one must not outlive.
-        short: whether the plan is the short one.
-    """
-    die_with_parent(parent)
-    build.find_package(device)
+def work(order: WorkOrder) -> int:
+    """Run the ordered sections that have no status yet; the processes of a run share the file."""
+    die_with_parent(order.parent)
+    build.find_package(order.device)
     stand_in = without_diffusers.install()
     without_extension = build.load_operators()
     # what is measured imports the package, which had to be found first
     from gpu.sections import SECTIONS
 
-    context = Context(torch.device(device), tiny, RunFile.load(path, copy), deadline, short=short)
-    if device == "cpu":
+    file, device = RunFile.load(Path(order.path), Path(order.copy)), torch.device(order.device)
+    if order.device == "cpu":
         torch.set_num_threads(1)  # tiny networks, and a machine that may do other things
     else:
-        torch.cuda.set_device(0)
-        context.device = torch.device("cuda", 0)
-    environment = _environment(context.device) | {
-        "diffusers_stand_in": stand_in,
-        "extension": without_extension,
-    }
-    context.file.data["environment"] = environment
-    context.file.save()
+        device = torch.device("cuda", 0)
+        torch.cuda.set_device(device)
+    run = DeviceRun(device, order.tiny, file, order.deadline, short=order.short)
+    missing = {"diffusers_stand_in": stand_in, "extension": without_extension}
+    file.data["environment"] = _environment(device) | missing
+    file.save()
     sections = {section.name: section for section in SECTIONS}
-    for name in names:
-        if context.file.status(name) is None:
-            _run(sections[name], context)
+    for name in order.sections:
+        if file.status(name) is None:
+            _run(sections[name], run)
     return 0
 
 
-def _run(section: Section, context: Context) -> None:
-    file, context.name = context.file, section.name
-    if not context.affords(section.seconds):
-        left = (
-            f"about {section.seconds * context.slowness:.0f} s are needed, "
-            f"{max(context.remaining(), 0):.0f} s left"
-        )
-        file.mark(section.name, SKIPPED, f"budget: {left}", title=section.title)
-        print(f"{section.name}: skipped, {left}", flush=True)
+def _run(section: RunSection, run: DeviceRun) -> None:
+    file, name = run.file, section.name
+    run.name = name
+    if not run.affords(section.seconds):
+        needed = f"about {section.seconds * run.slowness:.0f} s are needed"
+        reason = f"budget: {needed}, {max(run.remaining(), 0):.0f} s left"
+        file.mark(name, SKIPPED, reason, title=section.title)
+        print(f"{name}: skipped, {reason}", flush=True)
         return
     started = time.monotonic()
-    earlier = file.data["sections"].pop(section.name, {})
+    earlier = file.data["sections"].pop(name, {})
     if section.resumes and "data" in earlier:
-        file.section(section.name)["data"] = earlier["data"]
-    file.mark(section.name, RUNNING, title=section.title, clocks_before=clocks())
-    print(f"--- {section.name}: {section.title}", flush=True)
+        file.section(name)["data"] = earlier["data"]
+    file.mark(name, RUNNING, title=section.title, clocks_before=clocks())
+    print(f"--- {name}: {section.title}", flush=True)
     broken = False
     try:
-        context.require_right_kernels(section.operators)
-        section.run(context)
-        reason = file.section(section.name).get("problem")
+        run.require_right_kernels(section.operators)
+        section.run(run)
+        reason = file.section(name).get("problem")
         status = FAILED if reason else DONE
-        reason = reason or file.section(section.name).get("note")
+        reason = reason or file.section(name).get("note")
     except Skip as skip:
         status, reason = SKIPPED, str(skip)
     except Exception as error:
         traceback.print_exc()
-        status, reason, broken = FAILED, last_line(error), _is_broken(context.device)
-    file.mark(
-        section.name,
-        status,
-        reason,
-        seconds=round(time.monotonic() - started, 2),
-        clocks_after=clocks(),
-    )
+        status, reason, broken = FAILED, last_line(error), _is_broken(run.device)
+    seconds = round(time.monotonic() - started, 2)
+    file.mark(name, status, reason, seconds=seconds, clocks_after=clocks())
     if broken:
         os._exit(BROKEN_DEVICE)  # the supervisor starts a new process for what is left
     gc.collect()
     torch._dynamo.reset()
-    if context.cuda:
+    if run.cuda:
         torch.cuda.empty_cache()
 
 
 def _is_broken(device: torch.device) -> bool:
-    """Tell whether an error such as an illegal memory access has taken the device away from this
-    process.
-    """
+    """Tell whether an error, such as an illegal access, has taken the device from this process."""
     if device.type != "cuda":
         return False
     try:
@@ -139,9 +108,7 @@ def _is_broken(device: torch.device) -> bool:
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    """Describe what is measured, on what; a part that cannot be had is its problem, not the
-    run's.
-    """
+    """Describe what is measured, on what; a part that cannot be had is its problem alone."""
     from importlib.metadata import PackageNotFoundError, version
 
     import anyflow
@@ -155,23 +122,18 @@ def _environment(device: torch.device) -> dict[str, Any]:
             return None
 
     def backends() -> dict[str, Any]:
-        return {
-            op: f"{choice.backend}: {choice.reason}"
-            for op, choice in backend_report(device).items()
-        }
+        choices = backend_report(device).items()
+        return {op: f"{choice.backend}: {choice.reason}" for op, choice in choices}
 
     def attention() -> dict[str, Any]:
-        report = attention_report(
-            device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
-        )
-        return {
-            name: {"available": choice.available, "chosen": choice.chosen, "reason": choice.reason}
-            for name, choice in report.items()
-        }
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        fields = ("available", "chosen", "reason")
+        choices = attention_report(device, dtype=dtype).items()
+        return {name: {f: getattr(choice, f) for f in fields} for name, choice in choices}
 
     gpu: dict[str, Any] = {}
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
+        properties, driver = torch.cuda.get_device_properties(device), nvidia_smi("driver_version")
         gpu = {
             "name": properties.name,
             "capability": [properties.major, properties.minor],
@@ -179,7 +141,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": getattr(properties, "L2_cache_size", None),
             "cudnn": torch.backends.cudnn.version(),
-            "driver": (nvidia_smi("driver_version") or {}).get("driver_version"),
+            "driver": None if driver is None else driver["driver_version"],
         }
     packages = ("torch", "triton", "diffusers", "flash-attn", "transformers", "numpy")
     return {

@@ -1,22 +1,27 @@
-"""Training steps, to the gradients: pretraining, the generator's and the critic's, against the
-peers' formulation.
+"""Time training steps, to the gradients, against the peers' formulation.
 
-fp32 on the CPU; on a GPU bf16 with gradient checkpointing. The optimizer's update is the same for
-everyone and left out.
+On the CPU all weights train in fp32. On a GPU it is the published recipe: adapters on a frozen
+network, gradient checkpointing, bf16 autocast. The optimizer's update is the same for everyone and
+left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import networks
 import peers
 import pytest
+import roofline
 import torch
-from interleave import OURS, Step
-from peers import SHORT_BATCH, SMALL_BATCH, WAN_1B_BATCH, Batch, OnPolicy, Size
+from sizes import PUBLISHED, SHORT_BATCH, SMALL_BATCH, NetworkSize
+from timing import OURS, Step
 from torch import Tensor
-from workloads import COMPILED, Contest, Line, Setting, Workload
+from workloads import Contest, Line, Place, Workload
 
 from anyflow.methods import (
     AnyFlowOnPolicyMethod,
@@ -26,155 +31,231 @@ from anyflow.methods import (
     TimePairs,
 )
 
-FORMULATION = "peers' formulation"
+FORMULATION, COMPILED = "peers' formulation", "peers' formulation + compile"
 GOALS = {"pretrain": 1.6}
 GUIDANCE, EPSILON = 3.0, 5.0
-# The kinds of samples in the published proportions: half r = t, a quarter r = 0, a quarter between.
-T, R = (0.7, 0.4, 0.8, 0.6), (0.7, 0.4, 0.0, 0.3)
-ROLLOUT_STEPS, GRADIENT_STEP = 4, 1  # the shortcut 1 -> 0.75 -> 0.5 -> 0: its three evaluations
-SCORE_TIMES = (0.3, 0.5, 0.7, 0.9)
 
 
-def _pretrain(size: Size, setting: Setting) -> Contest:
-    """Ours: one call without gradient for what has a factor other than 0, one with gradient."""
-    device, data = setting.device, peers.batch(size, setting.device)
-    peer, ours = _models(size, device)
-    t, r = torch.tensor(T, device=device), torch.tensor(R, device=device)
-    config = PretrainConfig(epsilon=EPSILON, fuse_guidance_scale=GUIDANCE, boundary="extrapolate")
-    method, pairs = AnyFlowPretrainMethod(ours, peers.scheduler(), config), TimePairs(t, r, t == r)
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Describe the steps of the methods on a network.
 
-    def step() -> Tensor:
-        ours.zero_grad(set_to_none=True)
-        output = method.loss(
-            data.latents.to(size.dtype),
-            data.prompt,
-            data.negative,
-            noise=data.noise,
-            time_pairs=pairs,
-        )
-        output.loss.backward()
-        return output.loss.detach()
-
-    steps = {
-        OURS: step,
-        FORMULATION: peers.pretrain_step(peer, size, data, t, r, GUIDANCE, EPSILON),
-    }
-    if setting.compile:
-        steps[COMPILED] = peers.pretrain_step(
-            peers.compiled(peer), size, data, t, r, GUIDANCE, EPSILON
-        )
-    b, flow_map = len(T), int((t != r).sum())
-    # with gradient; at t + and t -; unconditional
-    evaluations = _gradient_passes(size) * b + 2 * flow_map + b
-    return Contest(steps, flops=evaluations * size.forward_flops())
-
-
-def _generator(size: Size, setting: Setting) -> Contest:
-    device, data = setting.device, peers.batch(size, setting.device)
-    (peer, ours), (peer_teacher, teacher), (peer_critic, critic) = (
-        _models(size, device, seed) for seed in range(3)
-    )
-    method, draws = _on_policy(ours, teacher, critic), _draws(data)
-
-    def step() -> Tensor:
-        ours.zero_grad(set_to_none=True)
-        output = method.student_loss(
-            data.noise.to(size.dtype),
-            data.prompt,
-            data.negative,
-            steps=(ROLLOUT_STEPS, GRADIENT_STEP),
-            t=draws.t,
-            score_noise=draws.noise,
-        )
-        output.loss.backward()
-        return output.loss.detach()
-
-    theirs = peers.generator_step(peer, peer_teacher, peer_critic, size, data, draws)
-    # the rollout; critic, teacher with and without the prompt
-    evaluations = len(T) * (3 * _gradient_passes(size) + 3)
-    return Contest({OURS: step, FORMULATION: theirs}, flops=evaluations * size.forward_flops())
-
-
-def _critic(size: Size, setting: Setting) -> Contest:
-    device, data = setting.device, peers.batch(size, setting.device)
-    (peer, ours), (peer_critic, critic) = (_models(size, device, seed) for seed in (0, 2))
-    method, draws = _on_policy(ours, ours, critic), _draws(data)
-
-    def step() -> Tensor:
-        critic.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            samples = method.rollout(
-                data.noise.to(size.dtype),
-                data.prompt,
-                num_steps=ROLLOUT_STEPS,
-                grad_step=GRADIENT_STEP,
-            )
-        loss = method.critic_loss(samples, data.prompt, t=draws.t, noise=draws.noise).loss
-        loss.backward()
-        return loss.detach()
-
-    theirs: Step = peers.critic_step(peer, peer_critic, size, data, draws)
-    evaluations = len(T) * (3 + _gradient_passes(size))
-    return Contest({OURS: step, FORMULATION: theirs}, flops=evaluations * size.forward_flops())
-
-
-def _models(size: Size, device: torch.device, seed: int = 0) -> tuple[Any, Any]:
-    peer, ours = peers.models(size, device, seed)
-    if _checkpointed(size):
-        peer.enable_gradient_checkpointing()
-        ours.enable_gradient_checkpointing()
-    return peer, ours
-
-
-def _checkpointed(size: Size) -> bool:
-    return size.dtype != torch.float32
-
-
-def _gradient_passes(size: Size) -> int:
-    """What an evaluation and its backward compute, in evaluations: a backward is two, and
-    checkpointing another.
+    Attributes:
+        size: of the network; its batch is that of the draws.
+        t, r: of the samples of a pretrain step.
+        rollout: number of steps, and the one that carries the gradient: a shortcut of three
+            evaluations.
+        score_times: of the samples of an on-policy step.
+        adapters: train adapters with checkpointing under autocast, as the published recipe does;
+            else all weights.
     """
-    return 4 if _checkpointed(size) else 3
+
+    size: NetworkSize
+    t: tuple[float, ...]
+    r: tuple[float, ...]
+    rollout: tuple[int, int]
+    score_times: tuple[float, ...]
+    adapters: bool
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Return what a loss is computed under."""
+        enabled = self.adapters and self.size.dtype == torch.bfloat16
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+    @property
+    def evaluations(self) -> dict[str, roofline.Evaluations]:
+        """Return what ours evaluates in a step of each method."""
+        picked = sum(t != r for t, r in zip(self.t, self.r, strict=True))
+        pretrain = roofline.pretrain_evaluations(len(self.t), picked)["ours"]
+        return {"pretrain": pretrain, **roofline.on_policy_evaluations(len(self.score_times))}
+
+    def flops(self, *methods: str) -> float:
+        """Return the FLOPs of steps: a backward is two forwards, checkpointing is another one."""
+        per_graded = 4 if self.adapters else 3
+        passes = sum(self.evaluations[name].passes(per_graded) for name in methods)
+        return roofline.work(self.size, passes).flops
 
 
-def _on_policy(student: Any, teacher: Any, critic: Any) -> AnyFlowOnPolicyMethod:
-    config = OnPolicyConfig(real_guidance_scale=GUIDANCE, num_steps=(ROLLOUT_STEPS,))
-    return AnyFlowOnPolicyMethod(student, teacher, critic, peers.scheduler(), config)
+# The kinds of samples in the published proportions: half r = t, a quarter r = 0, a quarter between.
+_FOUR = ((0.7, 0.4, 0.8, 0.6), (0.7, 0.4, 0.0, 0.3), (4, 1), (0.3, 0.5, 0.7, 0.9), False)
+# One sample with r = t, one without.
+_TWO = ((0.7, 0.6), (0.7, 0.2), (8, 3), (0.5,), True)
 
 
-def _draws(data: Batch) -> OnPolicy:
-    sigmas = peers.scheduler().schedule(ROLLOUT_STEPS).tolist()
-    kept = (sigmas[0], sigmas[GRADIENT_STEP], sigmas[GRADIENT_STEP + 1], sigmas[-1])
-    score_times = torch.tensor(SCORE_TIMES, device=data.noise.device)
-    # the latents are noise too, independent of the other
-    return OnPolicy(kept, score_times, data.latents, GUIDANCE)
+def on_cpu(size: NetworkSize) -> TrainingPlan:
+    """Return the plan of a CPU."""
+    return TrainingPlan(size, *_FOUR)
 
 
-def _workloads(size: Size, device: str) -> list[Workload]:
-    builders = {"pretrain": _pretrain, "generator": _generator, "critic": _critic}
-    return [
-        Workload(
-            f"methods/{what}/{size.label}/{size.latents[0]}x{size.tokens} tokens",
-            (FORMULATION, COMPILED) if what == "pretrain" else (FORMULATION,),
-            partial(build, size),
-            device,
-            size.dtype,
-            quick=size is SHORT_BATCH,
-            goals={FORMULATION: GOALS[what]} if what in GOALS else {},
-            memory=True,
-            min_rounds=3,
+def on_gpu(size: NetworkSize) -> TrainingPlan:
+    """Return the plan of a GPU."""
+    return TrainingPlan(size, *_TWO)
+
+
+class _PlanParts:
+    """Build the networks and the draws of a plan on a device."""
+
+    def __init__(self, plan: TrainingPlan, batch: int, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        # under autocast, latents and prompts come in fp32
+        self.dtype = torch.float32 if plan.adapters else plan.size.dtype
+        self.data = networks.videos(replace(plan.size, batch=batch, dtype=self.dtype), device)
+
+    def network(self, theirs: bool, seed: int = 0, trained: bool = True) -> Any:
+        """Build one of ours or of diffusers'."""
+        model = networks.ours(self.plan.size, self.device, seed)
+        model = networks.peer(self.plan.size, model) if theirs else model
+        if not self.plan.adapters:
+            return model.train()
+        return networks.add_adapters(model, self.plan.size) if trained else model
+
+    def draws(self) -> peers.FixedDraws:
+        """Return what an on-policy step draws."""
+        steps, grad_step = self.plan.rollout
+        sigmas = peers.scheduler().schedule(steps).tolist()
+        kept = tuple(sigmas[i] for i in (0, grad_step, grad_step + 1, steps))
+        t = torch.tensor(self.plan.score_times, device=self.device)
+        # the latents are noise too, independent of the other
+        return peers.FixedDraws(kept, t, self.data.latents, GUIDANCE)
+
+    def under_autocast(self, step: Step) -> Step:
+        """Return the step under the plan's autocast."""
+
+        def wrapped() -> object:
+            with self.plan.autocast(self.device):
+                return step()
+
+        return wrapped
+
+
+def pretrain(plan: TrainingPlan, place: Place) -> Contest:
+    """Build the pretrain step: ours evaluates without gradient what has a factor other than 0."""
+    device = place.device
+    parts = _PlanParts(plan, len(plan.t), device)
+    data, (t, r) = parts.data, (torch.tensor(times, device=device) for times in (plan.t, plan.r))
+
+    def ours() -> Step:
+        model = parts.network(theirs=False)
+        config = PretrainConfig(
+            epsilon=EPSILON, fuse_guidance_scale=GUIDANCE, boundary="extrapolate"
         )
-        for what, build in builders.items()
+        method = AnyFlowPretrainMethod(model, peers.scheduler(), config)
+        pairs, latents = TimePairs(t, r, t == r), data.latents.to(parts.dtype)
+
+        def step() -> Tensor:
+            model.zero_grad(set_to_none=True)
+            with plan.autocast(device):
+                loss = method.loss(
+                    latents, data.prompt, data.negative, noise=data.noise, time_pairs=pairs
+                ).loss
+            loss.backward()
+            return loss.detach()
+
+        return step
+
+    def theirs(compiler: str | None = None) -> Step:
+        model = parts.network(theirs=True)
+        model = model if compiler is None else networks.variant(model, compiler=compiler)
+        return parts.under_autocast(
+            peers.pretrain_step(model, parts.dtype, data, t, r, GUIDANCE, EPSILON)
+        )
+
+    makers = {OURS: ours, FORMULATION: theirs, COMPILED: partial(theirs, place.compiler)}
+    return Contest(makers, flops=plan.flops("pretrain"))
+
+
+def on_policy(methods: tuple[str, ...], plan: TrainingPlan, place: Place) -> Contest:
+    """Build the generator's step, the critic's, or one after the other."""
+    device = place.device
+    parts = _PlanParts(plan, len(plan.score_times), device)
+    data, draws = parts.data, parts.draws()
+
+    def networks_of(theirs: bool) -> tuple[Any, Any, Any]:
+        student, critic = (parts.network(theirs, seed) for seed in (0, 2))
+        # a critic's step needs no teacher
+        with_teacher = "generator" in methods
+        teacher = parts.network(theirs, 1, trained=False) if with_teacher else student
+        return student, teacher, critic
+
+    def ours() -> Step:
+        student, teacher, critic = networks_of(theirs=False)
+        steps, grad_step = plan.rollout
+        config = OnPolicyConfig(real_guidance_scale=GUIDANCE, num_steps=(steps,))
+        method = AnyFlowOnPolicyMethod(student, teacher, critic, peers.scheduler(), config)
+        noise = data.noise.to(parts.dtype)
+        rollout = partial(method.rollout, noise, data.prompt, num_steps=steps, grad_step=grad_step)
+
+        def generator() -> Tensor:
+            student.zero_grad(set_to_none=True)
+            with plan.autocast(device):
+                loss = method.generator_loss(
+                    rollout(), data.prompt, data.negative, t=draws.t, noise=draws.noise
+                ).loss
+            loss.backward()
+            return loss.detach()
+
+        def train_critic() -> Tensor:
+            critic.zero_grad(set_to_none=True)
+            with plan.autocast(device):
+                with torch.no_grad():
+                    samples = rollout()
+                loss = method.critic_loss(samples, data.prompt, t=draws.t, noise=draws.noise).loss
+            loss.backward()
+            return loss.detach()
+
+        return _one_after_the_other(methods, generator, train_critic)
+
+    def theirs() -> Step:
+        student, teacher, critic = networks_of(theirs=True)
+        generator = peers.generator_step(student, teacher, critic, parts.dtype, data, draws)
+        train_critic = peers.critic_step(student, critic, parts.dtype, data, draws)
+        return parts.under_autocast(_one_after_the_other(methods, generator, train_critic))
+
+    return Contest({OURS: ours, FORMULATION: theirs}, flops=plan.flops(*methods))
+
+
+def _one_after_the_other(
+    methods: tuple[str, ...], generator: Callable[[], Tensor], critic: Callable[[], Tensor]
+) -> Step:
+    chosen = [
+        step for name, step in (("generator", generator), ("critic", critic)) if name in methods
     ]
+    return lambda: [step() for step in chosen]
 
 
-WORKLOADS = [
-    *_workloads(SHORT_BATCH, "cpu"),
-    *_workloads(SMALL_BATCH, "cpu"),
-    *_workloads(WAN_1B_BATCH, "cuda"),
-]
+def _workload(
+    what: str, build: Any, plan: TrainingPlan, count: int, device: str, quick: bool = False
+) -> Workload:
+    return Workload(
+        f"methods/{what}/{plan.size.name}/{count}x{plan.size.tokens} tokens",
+        (FORMULATION, COMPILED) if what == "pretrain" and device == "cpu" else (FORMULATION,),
+        partial(build, plan),
+        device,
+        plan.size.dtype,
+        quick,
+        goals={FORMULATION: GOALS[what]} if what in GOALS else {},
+        memory=True,
+        min_rounds=3,
+    )
+
+
+def _all() -> list[Workload]:
+    found = []
+    for size in (SHORT_BATCH, SMALL_BATCH):
+        builders = {"pretrain": pretrain}
+        builders |= {name: partial(on_policy, (name,)) for name in ("generator", "critic")}
+        for what, build in builders.items():
+            quick = size is SHORT_BATCH
+            found.append(_workload(what, build, on_cpu(size), size.batch, "cpu", quick))
+    plan = on_gpu(PUBLISHED["1.3B"])
+    both = partial(on_policy, ("generator", "critic"))
+    found.append(_workload("pretrain", pretrain, plan, len(plan.t), "cuda"))
+    return [*found, _workload("on-policy", both, plan, len(plan.score_times), "cuda")]
+
+
+WORKLOADS = _all()
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def bench_method(workload: Workload, measured: Line) -> None:
-    """One step of a method."""
+    """Time one step of a method."""

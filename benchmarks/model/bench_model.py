@@ -1,123 +1,155 @@
-"""The transformer: one block, the forward pass, forward and backward, against diffusers' on the
-same weights.
-"""
+"""Time the transformer against diffusers' on the same weights: one block, forward, and backward."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+import networks
 import pytest
+import roofline
 import torch
-from interleave import OURS, Step
-from peers import SMALL, WAN_1B, Size, batch, compiled, models, without_gradient
+from networks import without_gradient
+from sizes import PUBLISHED, SMALL, NetworkSize
+from timing import OURS, Step
 from torch import Tensor
-from workloads import COMPILED, Contest, Line, Setting, Workload
+from workloads import Contest, Line, Place, Workload
 
-DIFFUSERS = "diffusers"
-PEERS = (DIFFUSERS, COMPILED)
+from anyflow.models import attention_report, use_attention_backend
+from anyflow.models.attention import ATTENTION_BACKENDS
+
+DIFFUSERS, COMPILED = "diffusers", "diffusers + compile"
 GOAL = 1.35
 
 
-def _times(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """t and r, one per frame: 0.7 and 0.3."""
-    b, frames = size.latents[:2]
-    t, r = (torch.full((b, frames), time, device=device) for time in (700.0, 300.0))
-    return t, r
-
-
-def _block(size: Size, setting: Setting) -> Contest:
-    """The first block, on the tokens and the modulation that it gets in a forward pass."""
-    peer, ours = models(size, setting.device)
+def block(size: NetworkSize, place: Place) -> Contest:
+    """Build the first block, on the tokens and the modulation that it gets in a forward pass."""
+    ours = networks.ours(size, place.device)
+    peer = networks.peer(size, ours)
     generator = torch.Generator().manual_seed(0)
-    b, frames, _, height, width = size.latents
-    grid = (frames, height // 2, width // 2)
+    frames, b = size.frames, size.batch
     shapes = ((b, size.tokens, size.dim), (b, size.text_tokens, size.dim), (b, frames, 6, size.dim))
     tokens, text, modulation = (
-        torch.randn(s, generator=generator).to(setting.device, size.dtype) for s in shapes
+        torch.randn(s, generator=generator).to(place.device, size.dtype) for s in shapes
     )
     # as diffusers' model does once per call
     per_token = modulation.repeat_interleave(size.tokens // frames, dim=1)
+    patches = size.grid[1] * size.grid[2]
     layout = {
         "total_frames": frames,
-        "full_frame_shape": grid[1:],
-        "full_token_per_frame": grid[1] * grid[2],
+        "full_frame_shape": size.grid[1:],
+        "full_token_per_frame": patches,
     }
-    peer_rotary = peer.rope(layout_cfg=layout, device=setting.device)
-    rotary = ours.rope(grid, setting.device, torch.float32)
+    peer_rotary = peer.rope(layout_cfg=layout, device=place.device)
+    rotary = ours.rope(size.grid, place.device, torch.float32)
 
-    def theirs(block: Any) -> Step:
-        return without_gradient(lambda: block(tokens, text, per_token, peer_rotary, None))
+    def theirs(compiler: str | None = None) -> Step:
+        first = networks.variant(peer, compiler=compiler).blocks[0]
+        return without_gradient(lambda: first(tokens, text, per_token, peer_rotary, None))
 
-    steps = {
-        OURS: without_gradient(lambda: ours.blocks[0](tokens, text, modulation, rotary)),
-        DIFFUSERS: theirs(peer.blocks[0]),
+    makers = {
+        OURS: lambda: without_gradient(lambda: ours.blocks[0](tokens, text, modulation, rotary)),
+        DIFFUSERS: theirs,
+        COMPILED: partial(theirs, place.compiler),
     }
-    if setting.compile:
-        steps[COMPILED] = theirs(compiled(peer.blocks[0]))
-    traffic = size.block_weights() + 2 * tokens.numel()
-    return Contest(steps, size.dtype.itemsize * traffic, b * size.block_flops())
+    work = roofline.total(roofline.block(size)).times(b)
+    return Contest(makers, work.bytes, work.flops)
 
 
-def _forward(size: Size, setting: Setting) -> Contest:
-    def evaluate(model: Any, *inputs: Tensor) -> Step:
-        return without_gradient(lambda: model(*inputs, return_dict=False)[0])
+def attention_choices(size: NetworkSize, device: torch.device) -> tuple[str, str]:
+    """Return the backend that our model runs, and the one that torch's own attention takes."""
+    report = attention_report(device, dtype=size.dtype, head_dim=size.head_dim)
+    chosen = next((name for name, choice in report.items() if choice.chosen), "none")
+    probe = torch.zeros(1, size.heads, 64, size.head_dim, device=device, dtype=size.dtype)
+    default = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(probe, probe, probe))
+    return chosen, default.name.removesuffix("_ATTENTION").lower()
 
-    return _whole(size, setting, evaluate, 1)
+
+def forward(size: NetworkSize, place: Place) -> Contest:
+    """Build one evaluation of the whole model.
+
+    Beside the peers are both models on each other's attention, where their choices differ.
+    """
+    ours, data = networks.ours(size, place.device), networks.videos(size, place.device)
+    peers: list[Any] = []  # diffusers' model, made when the first peer is
+
+    def own(attention: str | None = None) -> Step:
+        step = without_gradient(networks.evaluation(ours, size, data, per_frame=False))
+
+        def attended() -> Tensor:
+            with use_attention_backend(attention):
+                return step()
+
+        return attended
+
+    def theirs(attention: str | None = None, compiler: str | None = None) -> Step:
+        peers[:] = peers or [networks.peer(size, ours)]
+        model = networks.variant(peers[0], attention, compiler)
+        return without_gradient(networks.evaluation(model, size, data, per_frame=True))
+
+    chosen, default = attention_choices(size, place.device)
+    makers = {OURS: own, DIFFUSERS: theirs, COMPILED: partial(theirs, compiler=place.compiler)}
+    if chosen != default and default in ATTENTION_BACKENDS:
+        makers["ours, torch's attention"] = partial(own, default)
+    if chosen != default and chosen in networks.DIFFUSERS_ATTENTION:
+        makers[f"{DIFFUSERS}, our attention"] = partial(theirs, chosen)
+        makers[f"{COMPILED}, our attention"] = partial(theirs, chosen, place.compiler)
+    work = roofline.work(size, size.batch)
+    return Contest(makers, work.bytes, work.flops)
 
 
-def _forward_backward(size: Size, setting: Setting) -> Contest:
-    def train(model: Any, *inputs: Tensor) -> Step:
+def forward_backward(size: NetworkSize, place: Place) -> Contest:
+    """Build an evaluation with its gradients, on a GPU with every block checkpointed."""
+    checkpointed = place.device.type == "cuda"
+    ours, data = networks.ours(size, place.device), networks.videos(size, place.device)
+    peer = networks.peer(size, ours)
+
+    def train(model: Any, per_frame: bool) -> Step:
+        if checkpointed:
+            model.enable_gradient_checkpointing()
+        evaluate = networks.evaluation(model.train(), size, data, per_frame)
+
         def step() -> tuple[Tensor, Tensor]:
             model.zero_grad(set_to_none=True)
-            loss = model(*inputs, return_dict=False)[0].float().square().mean()
+            loss = evaluate().float().square().mean()
             loss.backward()
             return loss.detach(), model.blocks[0].attn1.to_q.weight.grad
 
         return step
 
-    return _whole(size, setting, train, 3 if size is SMALL else 4)
+    def theirs(compiler: str | None = None) -> Step:
+        return train(networks.variant(peer, compiler=compiler), per_frame=True)
+
+    makers = {
+        OURS: lambda: train(ours, per_frame=False),
+        DIFFUSERS: theirs,
+        COMPILED: partial(theirs, place.compiler),
+    }
+    # a backward is two forwards, and another one where activations are computed again
+    work = roofline.work(size, size.batch * (4 if checkpointed else 3))
+    return Contest(makers, work.bytes, work.flops)
 
 
-def _whole(size: Size, setting: Setting, make: Any, passes: int) -> Contest:
-    """The whole model; ``passes`` is what a step computes in forward passes: a backward is two, and
-    another one where its activations are computed again.
-    """
-    peer, ours = models(size, setting.device)
-    if passes == 4:
-        peer.enable_gradient_checkpointing()
-        ours.enable_gradient_checkpointing()
-    data = batch(size, setting.device)
-    inputs = (data.noise.to(size.dtype), *_times(size, setting.device), data.prompt)
-    steps = {OURS: make(ours, *inputs), DIFFUSERS: make(peer, *inputs)}
-    if setting.compile:
-        steps[COMPILED] = make(compiled(peer), *inputs)
-    return Contest(
-        steps, passes * size.forward_bytes(), passes * size.latents[0] * size.forward_flops()
-    )
-
-
-def _workloads(size: Size, device: str) -> list[Workload]:
-    builders = {"block": _block, "forward": _forward, "forward+backward": _forward_backward}
-    goals = {"forward": GOAL, "forward+backward": GOAL} if device == "cpu" else {}
+def _workloads(size: NetworkSize, device: str) -> list[Workload]:
+    builders = {"block": block, "forward": forward, "forward+backward": forward_backward}
     return [
         Workload(
-            f"model/{what}/{size.label}/{size.tokens} tokens",
-            PEERS,
+            f"model/{what}/{size.name}/{size.tokens} tokens",
+            (DIFFUSERS, COMPILED),
             partial(build, size),
             device,
             size.dtype,
             quick=device == "cpu",
-            goals={DIFFUSERS: goals[what]} if what in goals else {},
+            goals={DIFFUSERS: GOAL} if device == "cpu" and what != "block" else {},
             memory=what == "forward+backward",
         )
         for what, build in builders.items()
     ]
 
 
-WORKLOADS = [*_workloads(SMALL, "cpu"), *_workloads(WAN_1B, "cuda")]
+WORKLOADS = [*_workloads(SMALL, "cpu"), *_workloads(PUBLISHED["1.3B"], "cuda")]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def bench_model(workload: Workload, measured: Line) -> None:
-    """A part of the transformer, or all of it."""
+    """Time a part of the transformer, or all of it."""

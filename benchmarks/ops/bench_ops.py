@@ -1,5 +1,4 @@
-"""Every operator: backend, dtype and direction, against its eager reference and torch.compile of
-that reference.
+"""Time every operator by backend, dtype and direction, against its eager and compiled reference.
 
 On the CPU at [1, 1280, 384] and [1, 8192, 1536], the sizes of a small model and of a layer of the
 1.3B one; on a GPU at the shapes of the 1.3B and 14B models at 480 x 832 x 81.
@@ -7,20 +6,21 @@ On the CPU at [1, 1280, 384] and [1, 8192, 1536], the sizes of a small model and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
-import op_cases
 import pytest
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from interleave import OURS, Step
-from op_cases import Call, Case
-from workloads import COMPILED, Contest, Line, Setting, Workload
+from timing import OURS, Step, capture_stream
+from workloads import Contest, Line, Place, Workload
 
-from anyflow.ops import use_backend
+from anyflow.ops import examples, use_backend
+from anyflow.ops.examples import Example, OperatorCall, as_tuple
 
 SMALL, LARGE = (1280, 384), (8192, 1536)
+DIRECTIONS = ("forward", "backward")
 GOALS = {"forward": 2.5, "backward": 1.8}
 # One product and one sum per element, which the reference (torch.addcmul) does in one pass too:
 # nothing to win forward.
@@ -30,75 +30,44 @@ WITHOUT_FORWARD_GOAL = ("gated_residual",)
 PRODUCTS = ("linear", "attention")
 # those with a native CUDA kernel
 CUDA_FORWARD = ("layer_norm_modulate", "residual_layer_norm", "rms_norm_rope")
-TORCH_ATTENTION = "torch"
-
-
-def _cpu_cases(tokens: int, dim: int) -> list[Case]:
-    cases = op_cases.row_cases(tokens, dim, 1)
-    cases += [op_cases.embedding_case(tokens, dim), op_cases.gelu_case(tokens, dim)]
-    cases += op_cases.flow_map_cases(2, (tokens // 256, 16, dim // 12, 96))  # as many elements
-    cases.append(op_cases.linear_case(tokens, dim, 4 * dim))
-    if (tokens, dim) == SMALL:  # the reference keeps L x L scores of every head
-        cases.append(op_cases.attention_case(tokens, dim, 64))
-    return cases
-
-
-def _workloads(
-    case: Case, device: str, backend: str, dtype: torch.dtype, quick: bool
-) -> list[Workload]:
-    directions = (
-        ("forward",) if device == "cuda" and backend == "native" else ("forward", "backward")
-    )
-    variant = "" if case.variant in ("bf16", "fp32") else f".{case.variant}"
-    rows = (
-        f"x{case.rows}"
-        if case.rows not in (1, case.tokens) and not case.op.startswith("flow_map")
-        else ""
-    )
-    shape = f"{case.tokens}x{case.dim}{rows}"
-    peers = ["eager", COMPILED]
-    peers += [TORCH_ATTENTION] if case.op == "attention" else []
-    peers += ["triton"] if device == "cuda" and backend == "native" else []
-    found = []
-    for direction in directions:
-        exempt = case.op in PRODUCTS or (case.op in WITHOUT_FORWARD_GOAL and direction == "forward")
-        goals = (
-            {}
-            if exempt or dtype != torch.float32 or device != "cpu"
-            else {"eager": GOALS[direction]}
-        )
-        name = "/".join((f"ops/{case.op}{variant}", shape, _DTYPES[dtype], direction, backend))
-        build = partial(_contest, case, backend, tuple(peers), direction, dtype)
-        found.append(Workload(name, tuple(peers), build, device, dtype, quick, goals))
-    return found
-
-
+BACKENDS, COMPILE, TORCH = ("triton", "native", "eager"), "compile", "torch"
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def _contest(
-    case: Case,
-    backend: str,
-    peers: tuple[str, ...],
-    direction: str,
-    dtype: torch.dtype,
-    setting: Setting,
-) -> Contest:
-    call = case.build(setting.device, dtype)
-    make = _forward if direction == "forward" else _backward
-    steps = {OURS: make(call, backend), "eager": make(call, "eager")}
-    if setting.compile:
+def on_cpu(tokens: int, dim: int) -> list[Example]:
+    """List every operator at a size of the CPU's."""
+    found = [*examples.row_examples(tokens, dim, 1), examples.dual_timestep_embedding(tokens, dim)]
+    found += [examples.gelu(tokens, dim), examples.linear(tokens, dim, 4 * dim)]
+    found += examples.flow_map_examples(2, (tokens // 256, 16, dim // 12, 96))  # as many elements
+    if (tokens, dim) == SMALL:  # the reference keeps L x L scores of every head
+        found.append(examples.attention(tokens, dim, 64))
+    return found
+
+
+def makers(
+    example: Example, direction: str, dtype: torch.dtype, place: Place
+) -> dict[str, Callable[[], Step]]:
+    """Return what makes the steps of every backend, of the compiled reference and of torch's own.
+
+    The inputs exist at once, and all steps share them.
+    """
+    call = example.call(place.device, dtype)
+    make = partial(_forward if direction == "forward" else _backward, place.device, call)
+
+    def compiled() -> Step:
         # a compiled backward that runs many times keeps what it reads
         torch._functorch.config.donated_buffer = False
         torch._dynamo.reset()
-        compiled = torch.compile(call.function, fullgraph=True)
-        steps[COMPILED] = make(Call(compiled, call.inputs, call.wanted, call.training), "eager")
-    if TORCH_ATTENTION in peers:
-        steps[TORCH_ATTENTION] = make(Call(_torch_attention, call.inputs, call.wanted), "eager")
-    if "triton" in peers:
-        steps["triton"] = make(call, "triton")
-    work = case.forward if direction == "forward" else case.backward
-    return Contest(steps, work.bytes(dtype), work.flops)
+        function = torch.compile(call.function, fullgraph=True, backend=place.compiler)
+        return make("eager", function)
+
+    found: dict[str, Callable[[], Step]] = {
+        backend: partial(make, backend, call.function) for backend in BACKENDS
+    }
+    found[COMPILE] = compiled
+    if example.op == "attention":
+        found[TORCH] = partial(make, "eager", _torch_attention)
+    return found
 
 
 def _torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -106,41 +75,77 @@ def _torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
 
 
-def _forward(call: Call, backend: str) -> Step:
+def _forward(
+    device: torch.device, call: OperatorCall, backend: str, function: Callable[..., object]
+) -> Step:
     def step() -> object:
         with use_backend(backend), torch.set_grad_enabled(call.training):
-            return call.outputs()
+            return as_tuple(function(*call.inputs))
 
     return step
 
 
-def _backward(call: Call, backend: str) -> Step:
-    with use_backend(backend):
-        outputs = call.outputs()
-    generator = torch.Generator(outputs[0].device).manual_seed(1)
-    cotangents = [
-        torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outputs
-    ]
+def _backward(
+    device: torch.device, call: OperatorCall, backend: str, function: Callable[..., object]
+) -> Step:
+    wanted, generator = list(call.wanted), torch.Generator(device).manual_seed(1)
+    with use_backend(backend), capture_stream(device):
+        outputs = as_tuple(function(*call.inputs))
+        cotangents = [
+            torch.randn(o.shape, generator=generator, device=device).to(o.dtype) for o in outputs
+        ]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
     def step() -> object:
         with use_backend(backend):
-            return torch.autograd.grad(outputs, call.wanted, cotangents, retain_graph=True)
+            return torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True)
 
     return step
+
+
+def _contest(
+    example: Example, backend: str, direction: str, dtype: torch.dtype, place: Place
+) -> Contest:
+    found = makers(example, direction, dtype, place)
+    work = example.forward if direction == "forward" else example.backward
+    return Contest({OURS: found[backend], **found}, work.bytes(dtype), work.flops)
+
+
+def _workloads(
+    example: Example, device: str, backend: str, dtype: torch.dtype, quick: bool
+) -> list[Workload]:
+    on_gpu = device == "cuda"
+    variant = f".{example.variant}" if example.variant else ""
+    several = example.rows not in (1, example.tokens) and not example.op.startswith("flow_map")
+    shape = f"{example.tokens}x{example.dim}{f'x{example.rows}' if several else ''}"
+    peers = ["eager", COMPILE]
+    peers += [TORCH] if example.op == "attention" else []
+    peers += ["triton"] if on_gpu and backend == "native" else []
+    found = []
+    for direction in DIRECTIONS[:1] if on_gpu and backend == "native" else DIRECTIONS:
+        exempt = example.op in PRODUCTS
+        exempt |= example.op in WITHOUT_FORWARD_GOAL and direction == "forward"
+        gated = not (exempt or on_gpu) and dtype == torch.float32
+        name = "/".join((f"ops/{example.op}{variant}", shape, _DTYPES[dtype], direction, backend))
+        build = partial(_contest, example, backend, direction, dtype)
+        goals = {"eager": GOALS[direction]} if gated else {}
+        found.append(Workload(name, tuple(peers), build, device, dtype, quick, goals, kernels=True))
+    return found
 
 
 def _all() -> list[Workload]:
     found = []
     for size in (SMALL, LARGE):
-        for case in _cpu_cases(*size):
-            found += _workloads(case, "cpu", "native", torch.float32, quick=size == SMALL)
+        for example in on_cpu(*size):
+            found += _workloads(example, "cpu", "native", torch.float32, quick=size == SMALL)
             # of fp32 alone: in any model, or where a choice is made
-            if not case.op.startswith(("flow_map", "linear")):
-                found += _workloads(case, "cpu", "native", torch.bfloat16, quick=False)
-    for case in op_cases.model_cases():
-        found += _workloads(case, "cuda", "triton", case.dtype, quick=False)
-        if case.op in CUDA_FORWARD:
-            found += _workloads(case, "cuda", "native", case.dtype, quick=False)
+            if not example.op.startswith(("flow_map", "linear")):
+                found += _workloads(example, "cpu", "native", torch.bfloat16, quick=False)
+    for example in examples.model_examples():
+        found += _workloads(example, "cuda", "triton", example.dtype, quick=False)
+        if example.op in CUDA_FORWARD:
+            found += _workloads(example, "cuda", "native", example.dtype, quick=False)
     return found
 
 
@@ -149,4 +154,4 @@ WORKLOADS = _all()
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def bench_operator(workload: Workload, measured: Line) -> None:
-    """One operator in one direction."""
+    """Time one operator in one direction."""

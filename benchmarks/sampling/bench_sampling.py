@@ -1,48 +1,37 @@
-"""Sampling latents: the whole loop at 1 to 50 network evaluations, its caches, and a diffusers
-pipeline accelerated.
-"""
+"""Time whole samples: the loop at 1 to 50 evaluations, and an accelerated pipeline."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import networks
 import peers
 import pytest
-from interleave import OURS, Step
-from peers import SMALL, WAN_1B, Batch, Size
+import roofline
+from networks import Videos, without_gradient
+from sizes import PUBLISHED, SMALL, NetworkSize
+from timing import OURS, Step
 from torch import Tensor, nn
-from workloads import COMPILED, Contest, Line, Setting, Workload
+from workloads import Contest, Line, Place, Workload
 
 import anyflow
 from anyflow.sampling import sample
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
-DIFFUSERS, UNCACHED, OWN_LOOP = "diffusers", "without caches", "diffusers' own"
+DIFFUSERS, COMPILED = "diffusers", "diffusers + compile"
+OWN_LOOP = "diffusers' own"
 SHIFT = 5.0
 QUICK_STEPS = 4
 STEPS = (1, 4, 8, 50)
 ACCELERATE_GOAL = 1.3
 
 
-class WithoutCaches(nn.Module):
-    """A model that only takes timesteps and text: what samples with it embeds and projects both in
-    every step.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's."""
-        return self.model(*args, **kwargs)
-
-
 def _pipeline(
-    transformer: nn.Module, size: Size, data: Batch, steps: int, accelerated: bool
+    transformer: nn.Module, size: NetworkSize, data: Videos, steps: int, accelerated: bool
 ) -> Step:
-    """The call of diffusers' pipeline, from prompt embeddings to latents ``[B, F, C, H, W]``."""
+    """Return the call of diffusers' pipeline, from prompt embeddings to ``[B, F, C, H, W]``."""
     import diffusers
 
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=SHIFT)
@@ -52,7 +41,7 @@ def _pipeline(
     pipe.set_progress_bar_config(disable=True)
     if accelerated:
         anyflow.accelerate(pipe)
-    _, frames, _, height, width = size.latents
+    frames, _, height, width = size.latents
     # the pipeline's latents are [B, C, F, H, W]
     noise = data.noise.to(size.dtype).transpose(1, 2).contiguous()
 
@@ -71,41 +60,60 @@ def _pipeline(
     return step
 
 
-def _loop(size: Size, steps: int, setting: Setting) -> Contest:
-    peer, ours = peers.models(size, setting.device)
-    data = peers.batch(size, setting.device)
+def transformer_alone(model: Any, size: NetworkSize, data: Videos, steps: int) -> Step:
+    """Return the evaluations of diffusers' pipeline, without what it does around them."""
+    sigmas = tuple(FlowMapEulerDiscreteScheduler(shift=SHIFT).schedule(steps).tolist())
+    evaluate = peers.network(model, size.dtype)
+    return without_gradient(lambda: peers.rollout(evaluate, data.noise, sigmas, data.prompt))
+
+
+def loops(size: NetworkSize, place: Place) -> Callable[[int], Contest]:
+    """Build the networks, and return what builds the loop of a number of steps."""
+    ours, data = networks.ours(size, place.device), networks.videos(size, place.device)
+    made: list[Any] = []  # diffusers' model, made when the first peer is
     noise, scheduler = data.noise.to(size.dtype), FlowMapEulerDiscreteScheduler(shift=SHIFT)
 
-    def with_model(model: Any) -> Step:
-        return lambda: sample(model, scheduler, noise, data.prompt, num_inference_steps=steps)
+    def contest(steps: int) -> Contest:
+        def with_model(model: Any) -> Step:
+            return lambda: sample(model, scheduler, noise, data.prompt, num_inference_steps=steps)
 
-    contest = {
-        OURS: with_model(ours.eval()),
-        UNCACHED: with_model(WithoutCaches(ours)),
-        DIFFUSERS: _pipeline(peer.eval(), size, data, steps, accelerated=False),
-    }
-    if setting.compile:
-        contest[COMPILED] = _pipeline(peers.compiled(peer), size, data, steps, accelerated=False)
-    return Contest(contest, steps * size.forward_bytes(), steps * size.forward_flops())
+        def theirs(compiler: str | None = None) -> Step:
+            made[:] = made or [networks.peer(size, ours)]
+            model = networks.variant(made[0], compiler=compiler)
+            if place.device.type == "cuda":
+                return transformer_alone(model, size, data, steps)
+            return _pipeline(model, size, data, steps, accelerated=False)
 
+        makers = {
+            OURS: lambda: with_model(ours),
+            DIFFUSERS: theirs,
+            COMPILED: partial(theirs, place.compiler),
+        }
+        work = roofline.work(size, steps * size.batch)
+        return Contest(makers, work.bytes, work.flops)
 
-def _accelerated(size: Size, steps: int, setting: Setting) -> Contest:
-    """Two pipelines over one transformer, of which one is accelerated."""
-    peer, _ = peers.models(size, setting.device)
-    data = peers.batch(size, setting.device)
-    contest = {
-        OURS: _pipeline(peer.eval(), size, data, steps, accelerated=True),
-        OWN_LOOP: _pipeline(peer, size, data, steps, accelerated=False),
-    }
-    return Contest(contest, steps * size.forward_bytes(), steps * size.forward_flops())
+    return contest
 
 
-def _workloads(size: Size, device: str) -> list[Workload]:
+def _loop(size: NetworkSize, steps: int, place: Place) -> Contest:
+    return loops(size, place)(steps)
+
+
+def _accelerated(size: NetworkSize, steps: int, place: Place) -> Contest:
+    """Build two pipelines over one transformer, of which one is accelerated."""
+    peer = networks.peer(size, networks.ours(size, place.device))
+    pipeline = partial(_pipeline, peer, size, networks.videos(size, place.device), steps)
+    work = roofline.work(size, steps * size.batch)
+    makers = {OURS: partial(pipeline, True), OWN_LOOP: partial(pipeline, False)}
+    return Contest(makers, work.bytes, work.flops)
+
+
+def _workloads(size: NetworkSize, device: str) -> list[Workload]:
     def workload(
         what: str, steps: int, against: tuple[str, ...], build: Any, goals: dict[str, float]
     ) -> Workload:
         return Workload(
-            f"sampling/{what}/{size.label}/{steps} steps",
+            f"sampling/{what}/{size.name}/{steps} steps",
             against,
             partial(build, size, steps),
             device,
@@ -115,16 +123,14 @@ def _workloads(size: Size, device: str) -> list[Workload]:
             min_rounds=3,
         )
 
-    found = [workload("loop", n, (DIFFUSERS, COMPILED, UNCACHED), _loop, {}) for n in STEPS]
-    return [
-        *found,
-        workload("accelerate", QUICK_STEPS, (OWN_LOOP,), _accelerated, {OWN_LOOP: ACCELERATE_GOAL}),
-    ]
+    found = [workload("loop", n, (DIFFUSERS, COMPILED), _loop, {}) for n in STEPS]
+    goals = {OWN_LOOP: ACCELERATE_GOAL}
+    return [*found, workload("accelerate", QUICK_STEPS, (OWN_LOOP,), _accelerated, goals)]
 
 
-WORKLOADS = [*_workloads(SMALL, "cpu"), *_workloads(WAN_1B, "cuda")]
+WORKLOADS = [*_workloads(SMALL, "cpu"), *_workloads(PUBLISHED["1.3B"], "cuda")]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def bench_sampling(workload: Workload, measured: Line) -> None:
-    """From noise to latents."""
+    """Time the way from noise to latents."""

@@ -1,24 +1,20 @@
-"""The modules of benchmarks/, which is no package, for one test at a time."""
+"""Put the modules of benchmarks/, which is no package, on Python's path, and begin tiny runs."""
 
 import sys
-from collections.abc import Iterator
-from importlib import import_module
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("gates", "interleave", "limits", "op_cases", "peers", "report", "workloads")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """``bench.gates`` and the others; the next test imports them anew."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield SimpleNamespace(**{name: import_module(name) for name in MODULES})
-    for name in set(sys.modules) - before:
-        file = getattr(sys.modules[name], "__file__", None)
-        if file is not None and Path(file).is_relative_to(BENCHMARKS):
-            del sys.modules[name]
+def device_run(tmp_path: Path):
+    """Begin a tiny run of the GPU runner on the CPU."""
+    from gpu.run import DeviceRun
+    from gpu.state import RunFile
+
+    file = RunFile(tmp_path / "cpu-tiny.json", {"runs": [{}], "sections": {}})
+    return DeviceRun(torch.device("cpu"), True, file, time.monotonic() + 1000, "section")

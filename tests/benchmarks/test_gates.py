@@ -1,14 +1,20 @@
-"""The gates of the benchmarks, on benchmarks that are real and take a moment."""
+"""Test the gates of the benchmarks on benchmarks that are real and take a moment."""
 
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import gates
 import pytest
+import report
 import torch
+import workloads
+from gates import Gates, GatesError, Judgment
+from roofline import LimitMeter
+from timing import TimeBudget, difference
 from torch import Tensor
+from workloads import Contest, Line, Place, Workload
 
 pytest.importorskip("pytest_benchmark")
 
@@ -19,10 +25,8 @@ FIGURE = f"{NAME} vs {PEER}"
 CLASS = "cpu-avx2-amd"
 
 
-def workload(bench: SimpleNamespace, wrong: float = 0.0) -> object:
-    """A sum, and a peer that does it eight times over: between 4 and 16 times as slow on any
-    machine.
-    """
+def workload(wrong: float = 0.0) -> Workload:
+    """Return a sum, and a peer that does it eight times over: 4 to 16 times as slow anywhere."""
     x = torch.ones(1 << 18)
 
     def ours() -> Tensor:
@@ -31,46 +35,42 @@ def workload(bench: SimpleNamespace, wrong: float = 0.0) -> object:
     def twice() -> Tensor:
         return torch.stack([x.sum() for _ in range(8)]).mean() + wrong
 
-    def build(setting: object) -> object:
-        return bench.workloads.Contest({"anyflow": ours, PEER: twice}, bytes=x.numel() * 4, flops=0)
+    def build(place: Place) -> Contest:
+        return Contest({"ours": lambda: ours, PEER: lambda: twice}, bytes=x.numel() * 4)
 
-    return bench.workloads.Workload(NAME, (PEER,), build)
+    return Workload(NAME, (PEER,), build)
 
 
-def measure(
-    bench: SimpleNamespace, tmp_path: Path, gates: dict[str, float], wrong: float = 0.0
-) -> object:
-    setting = bench.workloads.Setting(CPU, False, tmp_path)
-    budget = bench.interleave.Budget(0.05)
-    return bench.workloads.measure(
-        workload(bench, wrong), setting, bench.limits.Limits(CPU), budget, gates
+def measure(tmp_path: Path, known: dict[str, float], wrong: float = 0.0) -> Line:
+    return workloads.measure(
+        workload(wrong), Place(CPU, tmp_path), False, LimitMeter(CPU), TimeBudget(0.05), known
     )
 
 
-def test_a_line_reports_what_was_measured(bench: SimpleNamespace, tmp_path: Path) -> None:
-    line = measure(bench, tmp_path, {})
+def test_a_line_reports_what_was_measured(tmp_path: Path) -> None:
+    line = measure(tmp_path, {})
     assert 2 < line.ratios[PEER] < 32 and not line.again
     seconds = line.milliseconds / 1e3
     assert line.gigabytes_per_second == pytest.approx((1 << 20) / seconds / 1e9)
     assert line.teraflops_per_second is None and line.of_limit > 0 and line.rounds >= 5
 
 
-def test_a_miss_is_measured_once_more(bench: SimpleNamespace, tmp_path: Path) -> None:
-    held, missed = (measure(bench, tmp_path, {FIGURE: gate}) for gate in (0.01, 1e6))
+def test_a_miss_is_measured_once_more(tmp_path: Path) -> None:
+    held, missed = (measure(tmp_path, {FIGURE: gate}) for gate in (0.01, 1e6))
     assert not held.again and missed.again
-    gates = bench.gates.Gates({CLASS: {FIGURE: 1e6}})
-    assert [j.missed for j in gates.judge(CLASS, [missed])] == [True]
+    found = Gates({CLASS: {FIGURE: 1e6}})
+    assert [j.missed for j in found.judge(CLASS, [missed])] == [True]
     # On a machine of another class it has no gate, and neither holds nor misses it.
-    (ungated,) = gates.judge("cpu-avx512-intel", [missed])
+    (ungated,) = found.judge("cpu-avx512-intel", [missed])
     assert ungated.gate is None and not ungated.missed
-    text = bench.report.summary("cpu-avx512-intel", [ungated], [], [missed])
+    text = report.summary("cpu-avx512-intel", [ungated], [], [missed])
     assert "0 of 0 gates hold" in text and "1 ratios have no gate" in text
-    assert "no gate" in bench.report.table([missed], [ungated])
+    assert "no gate" in report.table([missed], [ungated])
 
 
-def test_the_lower_of_two_lines(bench: SimpleNamespace, tmp_path: Path) -> None:
-    """What ``--raise`` makes gates of: each ratio is one that both measurements reached."""
-    line = measure(bench, tmp_path, {})
+def test_the_lower_of_two_lines(tmp_path: Path) -> None:
+    """Test what ``--raise`` makes gates of: each ratio is one that both measurements reached."""
+    line = measure(tmp_path, {})
     first, second = (
         replace(line, ratios={"p": p, "q": 2.0}, busy=busy)
         for p, busy in ((3.0, False), (1.0, True))
@@ -79,30 +79,28 @@ def test_the_lower_of_two_lines(bench: SimpleNamespace, tmp_path: Path) -> None:
     assert not first.lower(first).busy
 
 
-def test_a_busy_machine_tells_nothing_of_time(bench: SimpleNamespace, tmp_path: Path) -> None:
-    """What is in memory is the same on it, and may become a gate."""
-    line = replace(measure(bench, tmp_path, {}), ratios={"p": 1.0, "p, memory": 1.0}, busy=True)
-    judgments = bench.gates.Gates({CLASS: {f"{NAME} vs p": 2.0}}).judge(CLASS, [line])
+def test_a_busy_machine_tells_nothing_of_time(tmp_path: Path) -> None:
+    """Test that memory, which is the same on a busy machine, may become a gate."""
+    line = replace(measure(tmp_path, {}), ratios={"p": 1.0, "p, memory": 1.0}, busy=True)
+    judgments = Gates({CLASS: {f"{NAME} vs p": 2.0}}).judge(CLASS, [line])
     assert [j.busy for j in judgments] == [True, False]
-    assert "run it again" in bench.report.summary(CLASS, judgments, [], [line])
-    assert bench.gates.Gates({}).raise_to(CLASS, judgments) == [
-        f"{NAME} vs p, memory: no gate -> 0.90"
-    ]
+    assert "run it again" in report.summary(CLASS, judgments, [], [line])
+    assert Gates({}).raise_to(CLASS, judgments) == [f"{NAME} vs p, memory: no gate -> 0.90"]
 
 
-def test_what_is_wrong_is_not_timed(bench: SimpleNamespace, tmp_path: Path) -> None:
+def test_what_is_wrong_is_not_timed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ours and twice differ by"):
-        measure(bench, tmp_path, {}, wrong=100.0)
+        measure(tmp_path, {}, wrong=100.0)
     nan = torch.full((3,), torch.nan)
-    assert not bench.interleave.difference([nan], [torch.ones(3)]) <= 1e9
+    assert not difference([nan], [torch.ones(3)]) <= 1e9
 
 
-def test_a_summary_names_the_misses_and_the_three_slowest(bench: SimpleNamespace) -> None:
+def test_a_summary_names_the_misses_and_the_three_slowest() -> None:
     ratios = {"a": 3.0, "b": 1.0, "c": 2.0, "d": float("nan"), "e": 9.0}
-    judgments = [bench.gates.Judgment(name, ratio, 2.0) for name, ratio in ratios.items()]
+    judgments = [Judgment(name, ratio, 2.0) for name, ratio in ratios.items()]
     # at its gate c holds; NaN never does
     assert [j.name for j in judgments if j.missed] == ["b", "d"]
-    lines = bench.report.summary(CLASS, judgments, ["gone"], []).splitlines()
+    lines = report.summary(CLASS, judgments, ["gone"], []).splitlines()
     assert lines[0] == f"{CLASS}: 3 of 5 gates hold"
     assert (
         "NOT RUN, though it has a gate: gone" in lines
@@ -112,23 +110,18 @@ def test_a_summary_names_the_misses_and_the_three_slowest(bench: SimpleNamespace
     assert [line.split(":")[0].strip() for line in slowest] == ["d", "b", "c"]
 
 
-def test_gates_are_only_ever_raised(bench: SimpleNamespace, tmp_path: Path) -> None:
+def test_gates_are_only_ever_raised(tmp_path: Path) -> None:
     path = tmp_path / "gates.toml"
     path.write_text(f'# Why.\n\n[{CLASS}]\n"x vs y" = 2.00\n"z vs y" = 1.00\n')
-    gates = bench.gates.Gates.load(path)
-    found = {"x vs y": 2.1, "z vs y": 2.0, "new vs y": 1.5, "nan vs y": float("nan")}
-    judgments = [
-        bench.gates.Judgment(name, ratio, gates.of(CLASS).get(name))
-        for name, ratio in found.items()
-    ]
-    judgments.append(bench.gates.Judgment("busy vs y", 50.0, None, busy=True))
-    assert len(gates.raise_to(CLASS, judgments)) == 2
-    gates.save(path)
-    assert (
-        path.read_text()
-        == f'# Why.\n\n[{CLASS}]\n"new vs y" = 1.35\n"x vs y" = 2.00\n"z vs y" = 1.80\n'
-    )
-    assert bench.gates.Gates.load(path).raise_to(CLASS, judgments) == []
+    found, known = Gates.load(path), Gates.load(path).of(CLASS)
+    ratios = {"x vs y": 2.1, "z vs y": 2.0, "new vs y": 1.5, "nan vs y": float("nan")}
+    judgments = [Judgment(name, ratio, known.get(name)) for name, ratio in ratios.items()]
+    judgments.append(Judgment("busy vs y", 50.0, None, busy=True))
+    assert len(found.raise_to(CLASS, judgments)) == 2
+    found.save(path)
+    raised = '"new vs y" = 1.35\n"x vs y" = 2.00\n"z vs y" = 1.80\n'
+    assert path.read_text() == f"# Why.\n\n[{CLASS}]\n{raised}"
+    assert Gates.load(path).raise_to(CLASS, judgments) == []
 
 
 @pytest.mark.parametrize(
@@ -145,30 +138,29 @@ def test_gates_are_only_ever_raised(bench: SimpleNamespace, tmp_path: Path) -> N
         ("[cpu-avx2-amd", "gates.toml"),
     ],
 )
-def test_bad_gates(bench: SimpleNamespace, tmp_path: Path, content: str, message: str) -> None:
+def test_bad_gates(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "gates.toml"
     path.write_text(content)
-    with pytest.raises(bench.gates.GatesError, match=message):
-        bench.gates.Gates.load(path).require_known(["model/forward vs diffusers"])
+    with pytest.raises(GatesError, match=message):
+        Gates.load(path).require_known(["model/forward vs diffusers"])
 
 
-def test_a_gated_benchmark_that_did_not_run(bench: SimpleNamespace) -> None:
-    gates = bench.gates.Gates({CLASS: {"a vs p": 1.0, "b vs p": 1.0, "left out vs p": 1.0}})
-    measured = [bench.gates.Judgment("a vs p", 2.0, 1.0)]
-    assert gates.not_run(CLASS, ["a vs p", "b vs p", "ungated vs p"], measured) == ["b vs p"]
+def test_a_gated_benchmark_that_did_not_run() -> None:
+    found = Gates({CLASS: {"a vs p": 1.0, "b vs p": 1.0, "left out vs p": 1.0}})
+    measured = [Judgment("a vs p", 2.0, 1.0)]
+    assert found.not_run(CLASS, ["a vs p", "b vs p", "ungated vs p"], measured) == ["b vs p"]
 
 
-def test_the_committed_gates_are_of_benchmarks_that_exist(bench: SimpleNamespace) -> None:
-    workloads = bench.workloads.catalogue()
-    assert {w.name.split("/")[0] for w in workloads} == set(bench.workloads.LAYERS)
-    assert {w.device for w in workloads} == {"cpu", "cuda"}
-    gates = bench.gates.Gates.load(bench.gates.FILE)
-    gates.require_known(name for w in workloads for name in w.figures())
-    assert bench.gates._DEVICE_CLASS.fullmatch(bench.gates.device_class(CPU))
+def test_the_committed_gates_are_of_benchmarks_that_exist() -> None:
+    catalogue = workloads.catalogue()
+    assert {w.name.split("/")[0] for w in catalogue} == set(workloads.LAYERS)
+    assert {w.device for w in catalogue} == {"cpu", "cuda"}
+    Gates.load(gates.FILE).require_known(name for w in catalogue for name in w.figures())
+    assert gates._DEVICE_CLASS.fullmatch(gates.device_class(CPU))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """One operator, for a moment; what is checked is the exit status, not the time."""
+    """Run one operator for a moment; checked is the exit status, not the time."""
     command = [
         sys.executable,
         "-m",
@@ -182,9 +174,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_from_the_command_line(bench: SimpleNamespace, tmp_path: Path) -> None:
-    """A run without gates, one that raises them, one that misses, one with an unknown name."""
-    path, device_class = tmp_path / "gates.toml", bench.gates.device_class(CPU)
+def test_from_the_command_line(tmp_path: Path) -> None:
+    """Run without gates, with one that holds, one that is missed and one of an unknown name."""
+    path, device_class = tmp_path / "gates.toml", gates.device_class(CPU)
     name = "ops/gelu.tanh/1280x384/fp32/forward/native vs eager"
 
     def gated(text: str) -> subprocess.CompletedProcess[str]:

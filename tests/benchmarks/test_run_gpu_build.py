@@ -1,6 +1,4 @@
-"""benchmarks/gpu/build.py: the package that a run's processes find, and which extension is kept,
-used or forgotten.
-"""
+"""Test benchmarks/gpu/build.py: the package that processes find, the extension that is used."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ EXTENSION = Path(anyflow._C.__file__)
 
 
 def python(runner: Path, code: str, path: Path | None = None) -> Any:
-    """Run code that prints one JSON value, in a runner's folder of its own, as one of the runner's
-    processes would.
-    """
+    """Run code that prints one JSON value as one of the runner's processes, in its own folder."""
     before = (
         f"import json, sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from gpu import "
         "build\n"
@@ -45,9 +41,7 @@ def python(runner: Path, code: str, path: Path | None = None) -> Any:
 
 
 def test_every_process_finds_this_checkout_and_no_other_one(tmp_path: Path) -> None:
-    """Where another copy is first on the path, with kernels of its own, and in a child process
-    too.
-    """
+    """Test it with another copy first on the path, and in a child process too."""
     other = tmp_path / "other"
     (other / "anyflow" / "kernels").mkdir(parents=True)
     for name in ("anyflow/__init__.py", "anyflow/kernels/__init__.py", "anyflow/kernels/rows.py"):
@@ -75,7 +69,7 @@ def test_every_process_finds_this_checkout_and_no_other_one(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_an_extension_of_the_same_sources_is_kept(tmp_path: Path) -> None:
-    """An extension of other sources is forgotten; one without a record is used if it loads."""
+    """Test that one of other sources is forgotten, and one without a record is used if it loads."""
     built = tmp_path / "anyflow" / EXTENSION.name
     record = tmp_path / "extension.json"
     built.parent.mkdir()

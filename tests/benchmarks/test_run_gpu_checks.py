@@ -1,14 +1,12 @@
-"""benchmarks/run_gpu.py: what its device checks and its operator tests say of kernels, and what
-follows from that.
-"""
+"""Test what the device checks of benchmarks/run_gpu.py say of kernels, and what follows from it."""
 
 from __future__ import annotations
 
 import dataclasses
 import signal
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,26 +14,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import op_cases
-from gpu import checks, device_checks, kernels, operator_tests, tuner, worker
-from gpu.context import Context, Section, Skip
+from gpu import checks, device_checks, kernels, programs, worker
 from gpu.device_checks import NETWORKS, OPERATOR, RECORD, Backends, DeviceCheck, Outcome
+from gpu.run import DeviceRun, RunSection, Skip
 from gpu.sections import FORWARD, PRETRAIN
-from gpu.state import RunFile
-from op_cases import Call, Case
 
+from anyflow.ops import examples
 from anyflow.ops.backend import forced_backend
+from anyflow.ops.examples import OperatorCall
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def context(tmp_path: Path) -> Context:
-    """A tiny run that has just begun."""
-    file = RunFile(tmp_path / "cpu-tiny.json", {"runs": [{}], "sections": {}})
-    return Context(CPU, True, file, time.monotonic() + 1000, "checks")
 
 
 def outcome(
@@ -45,8 +33,9 @@ def outcome(
     return dataclasses.asdict(Outcome(name, ok, 1.0, 1e-3, problem, numbers, 0.1, accuses, stops))
 
 
-def test_a_wrong_kernel_stops_only_what_runs_it(context: Context) -> None:
-    """A network that is wrong, and sizes that no network has, are warnings and stop nothing."""
+def test_a_wrong_kernel_stops_only_what_runs_it(device_run: DeviceRun) -> None:
+    """Test that a wrong network, and sizes that no network has, are warnings and stop nothing."""
+    device_run.name = "checks"
     found = [
         outcome("flow_map_loss: native", {"flow_map_loss": ["native"]}, NETWORKS),
         # which no network runs here
@@ -58,107 +47,73 @@ def test_a_wrong_kernel_stops_only_what_runs_it(context: Context) -> None:
         outcome("a network", {}, RECORD),
         outcome("gelu: native", {"gelu": ["native"]}, NETWORKS, ok=True),
     ]
-    checks.conclude(context, found)
-    context.require_right_kernels(FORWARD)
+    checks.conclude(device_run, found)
+    device_run.require_right_kernels(FORWARD)
     with pytest.raises(Skip, match=r"not timed: wrong numbers of flow_map_loss \(native\)$"):
-        context.require_right_kernels(PRETRAIN)
-    worker._run(Section("pretrain", "pretrain", 1.0, lambda c: c.put("x", 1), PRETRAIN), context)
-    assert context.file.status("pretrain") == "skipped"
-    assert (
-        context.file.data["warnings"][-1] == "a network: the error is 1.0e+00, allowed are 1.0e-03"
-    )
-    assert len(context.file.data["warnings"]) == 6
+        device_run.require_right_kernels(PRETRAIN)
+    section = RunSection("pretrain", "pretrain", 1.0, lambda r: r.put("x", 1), PRETRAIN)
+    worker._run(section, device_run)
+    assert device_run.file.status("pretrain") == "skipped"
+    warnings = device_run.file.data["warnings"]
+    assert warnings[-1] == "a network: the error is 1.0e+00, allowed are 1.0e-03"
+    assert len(warnings) == 6
     wrong = {"flow_map_loss", "gated_residual", "layer_norm_modulate", "rms_norm_rope"}
-    assert context.wrong_kernels().keys() == wrong
+    assert device_run.wrong_kernels().keys() == wrong
 
-    context.name, cases = "ops", {case.op: case for case in kernels.cases(context)}
-    kernels._measure_cases(context, [cases["layer_norm_modulate"]], ("native", "eager"), None)
-    entry = context.file.get("ops", cases["layer_norm_modulate"].name)
+    device_run.name, example = "ops", kernels.on_device(device_run)[0]
+    directions = ("forward", "backward")
+    kernels._measure_examples(device_run, [example], ("native", "eager"), directions, 1)
+    entry = device_run.get(example.name)
     assert entry["forward"]["not_timed"] == {"native": "wrong: a check of it failed"}
-    assert set(entry["forward"]["ms"]) == set(entry["backward"]["ms"]) == {"eager"}
+    assert all(set(entry[direction]["ms"]) == {"eager"} for direction in directions)
 
 
-def test_a_failing_test_skips_no_network_and_accuses_rows_by_numbers_alone(
-    context: Context,
-) -> None:
-    accused = {"gated_residual": ["native"]}
-    context.file.section("tests")["data"] = {"wrong": accused, "wrong_numbers": {}}
-    assert context.wrong_kernels() == {}
-    context.file.section("tests")["data"]["wrong_numbers"] = accused
-    assert context.wrong_kernels() == accused
-    context.require_right_kernels(PRETRAIN)
+def with_native_result(example: examples.Example, how: str) -> SimpleNamespace:
+    """Return the same operator with a native kernel that is wrong in one way."""
 
-
-def broken(case: Case, how: str) -> Case:
-    """The same operator with a native kernel that is wrong in one way."""
-
-    def build(device: torch.device, dtype: torch.dtype) -> Call:
-        call = case.build(device, dtype)
+    def call(device: torch.device, dtype: torch.dtype) -> OperatorCall:
+        made = example.call(device, dtype)
 
         def function(*inputs: Tensor) -> Tensor:
-            result = call.function(*inputs)
-            if forced_backend() != ("native", "forced by use_backend()"):
+            result = made.function(*inputs)
+            if how == "right" or forced_backend() != ("native", "forced by use_backend()"):
                 return result
-            return (
-                result * 1.01
-                if how == "numbers"
-                else torch.where(torch.arange(42)[:, None] < 41, result, torch.nan)
-            )
+            if how == "numbers":
+                return result * 1.01
+            return torch.where(torch.arange(42)[:, None] < 41, result, torch.nan)
 
-        return Call(function, call.inputs, call.wanted)
+        return dataclasses.replace(made, function=function)
 
-    return dataclasses.replace(case, build=build)
+    return SimpleNamespace(op=example.op, dtype=example.dtype, call=call)
 
 
 def test_wrong_kernels_are_found_out() -> None:
-    case = op_cases.row_cases(42, 64, 21)[0]
-    found = {}
-    for how, checked in (
-        ("right", case),
-        *((how, broken(case, how)) for how in ("numbers", "unwritten")),
-    ):
-        check = DeviceCheck(
-            how, 5e-3, lambda c=checked: device_checks._compare(c, "native", CPU), {"o": ["native"]}
-        )
+    example, found = examples.row_examples(42, 64, 21)[0], {}
+    for how in ("right", "numbers", "unwritten"):
+        made = with_native_result(example, how)
+        check = DeviceCheck(how, 5e-3, lambda e=made: device_checks._compare(e, "native", CPU))
         found[how] = device_checks.evaluate(check)
     assert found["right"].ok and 1e-4 < (found["right"].error or 0.0)
-    assert (
-        not found["numbers"].ok
-        and found["numbers"].numbers
-        and (found["numbers"].error or 0.0) > 9e-3
-    )
-    assert not found["unwritten"].ok and found["unwritten"].numbers
-    assert (found["unwritten"].problem or "").startswith("not the same bits twice, or NaN")
+    for how, message in (("numbers", "the error is"), ("unwritten", "not the same bits twice")):
+        assert not found[how].ok and found[how].numbers
+        assert (found[how].problem or "").startswith(message)
     raised = device_checks.evaluate(DeviceCheck("x", 1.0, lambda: [][0]))
-    assert (
-        not raised.ok
-        and not raised.numbers
-        and raised.problem == "IndexError: list index out of range"
-    )
+    assert not raised.ok and not raised.numbers
+    assert raised.problem == "IndexError: list index out of range"
 
 
-def test_the_catalogue_covers_every_operator_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyflow.doctor import self_check
-
+def test_the_catalogue_covers_every_operator_with_kernels() -> None:
     found = device_checks.catalogue(CPU, True)
-    accused = {
-        op
-        for check in found
-        for op, names in check.accuses.items()
-        if check.stops == NETWORKS and names
-    }
+    accused = {op for c in found for op in c.accuses if c.stops == NETWORKS}
     assert accused == set(PRETRAIN)
-    monkeypatch.setattr(self_check, "TOLERANCE", {torch.float32: 1e-12})  # which nothing holds
-    wrong = next(check for check in found if check.name == "rms_norm_rope, small: native")
-    assert "float32: values are off by" in (device_checks.evaluate(wrong).problem or "")
 
 
 @pytest.mark.slow
 def test_a_check_that_takes_its_process_down_costs_no_other_check(
-    context: Context, tmp_path: Path
+    device_run: DeviceRun, tmp_path: Path
 ) -> None:
-    wanted = device_checks.catalogue(CPU, True)[:14]
-    part = checks.Part(context, tmp_path / "part", wanted, time.monotonic() + 200)
+    wanted = device_checks.catalogue(CPU, True)[:6]
+    part = checks.Part(device_run, tmp_path / "part", wanted, time.monotonic() + 200)
     try:
         while not part._started:  # of the first check, which takes the longest
             assert part.runs()
@@ -172,78 +127,39 @@ def test_a_check_that_takes_its_process_down_costs_no_other_check(
     (failed,) = (found for found in part.outcomes.values() if not found["ok"])
     assert "its process ended with signal 9" in failed["problem"] and not failed["numbers"]
 
-    part = checks.Part(
-        context, tmp_path / "other", [DeviceCheck("of another device", 1.0, float)], part._deadline
-    )
+    unknown = [DeviceCheck("of another device", 1.0, float)]
+    part = checks.Part(device_run, tmp_path / "other", unknown, part._deadline)
     while part.runs():
         time.sleep(0.05)
     # nothing is accused
     assert "KeyError: 'of another device'" in (part.problem or "") and part.outcomes == {}
 
 
-# Operator tests -----------------------------------------------------------------------------------
-
-
-def test_failures_of_pytest_accuse_operators_and_backends() -> None:
-    numbers, other = (
-        '<failure message="AssertionError: not close"/>',
-        '<failure message="RuntimeError: no compiler"/>',
-    )
-    cases = [
-        ("tests/ops/test_gelu.py", "test_values[native-float32]", numbers),
-        ("tests/ops/test_gated_residual.py", "test_compiles", other),  # names no backend
-        # the reference itself
-        ("tests/ops/test_rms_norm_rope.py", "test_values[eager-float16]", "<error/>"),
-        ("tests/ops/test_ahead_of_time.py", "test_values[triton]", numbers),  # no operator
-        ("tests/ops/test_rms_norm_rope.py", "test_values[triton-float16]", ""),
-        ("tests/ops/test_gelu.py", "test_values[triton-float32]", "<skipped/>"),
-    ]
-    xml = "".join(
-        f'<testcase classname="c" file="{file}" name="{name}">{x}</testcase>'
-        for file, name, x in cases
-    )
-    report = operator_tests.read_report(f"<testsuites><testsuite>{xml}</testsuite></testsuites>")
-    assert (report["passed"], report["failed"], report["skipped_tests"]) == (1, 4, 1)
-    assert report["wrong"] == {"gelu": ["native"], "gated_residual": ["native", "triton"]}
-    assert report["wrong_numbers"] == {"gelu": ["native"]}
-    assert report["failures"][0] == "c::test_values[native-float32]: AssertionError: not close"
+# Other programs -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_tests_that_are_interrupted_report_what_they_have(tmp_path: Path) -> None:
-    """With pytest-xdist, as on a GPU, and started in the background, where processes ignore the
-    interrupt.
-    """
-    pytest.importorskip("xdist")
-    (tmp_path / "test_gelu.py").write_text(
-        "import os, signal, time\n"
-        "def test_right_triton(): pass\n"
-        "def test_wrong_triton(): assert 1 == 2\n"
-        "def test_hangs():\n"
-        "    time.sleep(0.5)\n"
-        "    os.kill(os.getppid(), signal.SIGINT)\n"
-        "    time.sleep(1000)\n"
-    )
+def test_tests_that_fail_and_tests_that_hang_are_reported(tmp_path: Path) -> None:
+    """Test this in the background too, where processes ignore the interrupt."""
+    file = tmp_path / "test_gelu.py"
+    file.write_text("def test_right(): pass\ndef test_wrong(): assert 1 == 2\n")
+    report = programs.pytest([str(file)], "cpu", limit_s=300.0)
+    assert report["exit_status"] == 1 and not report["stopped"]
+    assert (report["passed"], report["failed"]) == (1, 1), report
+    assert "test_wrong" in report["failures"][0]
+    file.write_text("import time\ndef test_hangs(): time.sleep(1000)\n")
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        report = operator_tests.pytest([str(tmp_path), "-n", "1"], "cpu", limit_s=300.0)
+        report = programs.pytest([str(file)], "cpu", limit_s=1.0, stop_s=10.0)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert report["exit_status"] == 2 and not report["stopped"]
-    # and not the one that was interrupted
-    assert (report["passed"], report["failed"]) == (1, 1), report
-    (tmp_path / "test_gelu.py").write_text("import time\ndef test_hangs(): time.sleep(1000)\n")
-    # it has not even started
-    report = operator_tests.pytest([str(tmp_path)], "cpu", limit_s=1.0, stop_s=10.0)
     assert report["stopped"] and report["seconds"] < 60
 
 
 @pytest.mark.slow
 def test_what_the_tuner_has_written_is_kept_when_it_is_killed(
-    context: Context, tmp_path: Path
+    device_run: DeviceRun, tmp_path: Path
 ) -> None:
-    with pytest.raises(Skip, match=r"^no .*tune_rows.py$"):
-        tuner.run_tuner(context, tmp_path / "tune_rows.py")
     script = tmp_path / "tuner.py"
     script.write_text(
         "import argparse, os, pathlib\n"
@@ -256,6 +172,6 @@ def test_what_the_tuner_has_written_is_kept_when_it_is_killed(
         "pathlib.Path(options.out).write_text('{\"rows\": 1}')\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    with pytest.raises(RuntimeError, match="exit status -9"):
-        tuner.run_tuner(context, script)
-    assert context.file.get("checks", "tune_rows") == {"rows": 1}
+    with pytest.raises(RuntimeError, match="ended with signal 9"):
+        programs.run_tuner(device_run, script)
+    assert device_run.get("tune_rows") == {"rows": 1}

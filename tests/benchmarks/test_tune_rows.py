@@ -1,6 +1,4 @@
-"""benchmarks/tune_rows.py without a GPU: its candidates, what it does with wrong ones, and a whole
-tiny run.
-"""
+"""Test benchmarks/tune_rows.py without a GPU: candidates, wrong ones, a whole tiny run."""
 
 from __future__ import annotations
 
@@ -15,7 +13,6 @@ import torch
 
 pytest.importorskip("triton")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import tune_rows
 from tune_rows import Task

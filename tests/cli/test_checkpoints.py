@@ -1,4 +1,4 @@
-"""The commands on checkpoints, as a user calls them: convert, inspect, verify."""
+"""Test the commands on checkpoints, as a user calls them: convert, inspect, verify."""
 
 from pathlib import Path
 

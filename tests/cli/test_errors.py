@@ -1,6 +1,4 @@
-"""How commands end: one line for what the system refuses, 130 after Ctrl-C, and streams that are
-closed or full.
-"""
+"""Test how commands end: after a system error, after Ctrl-C, with streams closed or full."""
 
 import os
 import signal

@@ -1,6 +1,4 @@
-"""`anyflow evaluate` as a user runs it, on a small model of moving shapes: files, record, resuming,
-refusals.
-"""
+"""Test `anyflow evaluate` on a small model of moving shapes, as a user runs it."""
 
 import json
 import os
@@ -44,7 +42,7 @@ def grays(file: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def finished(shapes_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished evaluation; its output is beside it."""
+    """Return a finished evaluation and its output."""
     out = tmp_path_factory.mktemp("evaluation") / "out"
     result = run("--model", shapes_model, *SMALL, "--out", out)
     assert result.exit_code == 0, result.output
@@ -54,7 +52,9 @@ def finished(shapes_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_a_run_leaves_videos_record_and_report(finished: Path, shapes_model: Path) -> None:
     record = EvaluationRecord.load(finished / "evaluation.json")
-    assert list(record.prompts) == CLASSES and record.steps == (1, 2) and record.num_samples == 2
+    assert (
+        list(record.prompts) == CLASSES and record.step_counts == (1, 2) and record.num_samples == 2
+    )
     assert record.models["student"].path == str(shapes_model)
     names = [f"{prompt}-{index}.mp4" for prompt in CLASSES for index in range(2)]
     for steps in (1, 2, 3):
@@ -77,13 +77,13 @@ def test_a_run_leaves_videos_record_and_report(finished: Path, shapes_model: Pat
     for metric, where in (("clip", "clip-vit-base-patch32"), ("lpips", ""), ("fvd", "i3d")):
         needs = record.metrics[metric].needs
         assert needs is not None and where in needs and needs in output and "\n" not in needs
-    assert not (finished / ".work").exists() and not list(finished.rglob("*.partial*"))
+    assert not (finished / ".work").exists() and not list(finished.rglob("*.tmp"))
 
 
 def test_a_video_is_what_the_model_makes_of_its_own_noise(
     finished: Path, shapes_model: Path
 ) -> None:
-    """From the noise's seed by hand: a hash of the seed, the index and the prompt."""
+    """Derive the noise's seed by hand: a hash of the seed, the index and the prompt."""
     import hashlib
 
     model = AnyFlowTransformer3DModel.from_pretrained(shapes_model / "transformer")
@@ -149,7 +149,7 @@ def test_a_second_run_makes_nothing_and_a_resumed_one_the_same_bytes(
     for name in ("2/disc down-1.mp4", "2/cross right-0.mp4"):
         (out / "samples" / "student" / name).unlink()
     (out / ".work" / "rank-0").mkdir(parents=True)
-    (out / ".work" / "rank-0" / ".video.partial.mp4").write_bytes(b"half a video")
+    (out / ".work" / "rank-0" / ".video.mp4.tmp").write_bytes(b"half a video")
     result = run("--model", shapes_model, *SMALL, "--out", out)
     assert result.exit_code == 0 and "2 videos made, 22 there already" in result.output
     assert content(out) == before
@@ -164,7 +164,7 @@ def test_another_model_and_more_steps_join_and_other_settings_are_refused(
     result = run("--model", f"velocity={shapes_model}", "--euler", "--steps", "4", *small)
     assert result.exit_code == 0 and "16 videos made" in result.output, result.output
     record = EvaluationRecord.load(out / "evaluation.json")
-    assert list(record.models) == ["student", "velocity"] and record.steps == (1, 2, 4)
+    assert list(record.models) == ["student", "velocity"] and record.step_counts == (1, 2, 4)
     assert record.models["velocity"].sampler["euler"] is True and list(
         record.values["velocity"]["psnr"]
     ) == [4]
@@ -236,7 +236,7 @@ def test_a_run_of_the_demo_is_its_last_stage(shapes_model: Path, tmp_path: Path)
 def test_what_cannot_be_evaluated(
     shapes_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is one line and exit status 2, and leaves nothing behind."""
+    """Expect one line and exit status 2 for each, and nothing left behind."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red panda\n")
     (tmp_path / "full").mkdir()
@@ -266,7 +266,7 @@ def test_what_cannot_be_evaluated(
         ([*model, "--out", "prompts.txt"], "prompts.txt is not a folder"),
         (["--model", "full", *out], "--prompts must be given"),
         (["--model", "full", *out, "--prompts", "prompts.txt"], "full"),
-        (["--model", "missing", *out, "--prompts", "prompts.txt"], "there is no folder missing"),
+        (["--model", "missing", *out, "--prompts", "prompts.txt"], "no folder missing"),
         (["--model", ".=full", *out, "--prompts", "prompts.txt"], "cannot be the name of a model"),
     ):
         result = run(*arguments)

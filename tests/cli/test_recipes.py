@@ -1,4 +1,4 @@
-"""``anyflow recipes``, and ``anyflow train`` by the name of a recipe."""
+"""Test ``anyflow recipes``, and ``anyflow train`` by the name of a recipe."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Settings of `anyflow train` that are written otherwise than key=value: what the command says."""
+"""Test what `anyflow train` says of settings that are not written key=value."""
 
 import pytest
 from typer.testing import CliRunner
@@ -30,12 +30,12 @@ CASES = {
     "'loggers=[wandb, tensorboard]'",
     "--preview.step_counts [1,2]": "--preview.step_counts [1,2]: settings are written "
     "'preview.step_counts=[1,2]'",
-    "--stepz 3": "--stepz 3: there is no setting stepz; did you mean steps? Settings are written "
+    "--stepz 3": "--stepz 3: no setting is named stepz; did you mean steps? Settings are written "
     "steps=3",
-    "--learning_rate 3": "--learning_rate 3: there is no setting learning_rate; did you mean "
+    "--learning_rate 3": "--learning_rate 3: no setting is named learning_rate; did you mean "
     "optimizer.lr? "
     "Settings are written optimizer.lr=3",
-    "--wings 3": "--wings 3: there is no such option or setting; settings are written key=value, "
+    "--wings 3": "--wings 3: no option or setting has this name; settings are written key=value, "
     "and `anyflow train "
     "RECIPE --print-config` shows all of them",
     "--print_confg": "--print_confg: did you mean --print-config?",

@@ -1,6 +1,4 @@
-"""Traces what a CUDA graph records: one evaluation after another, as ``anyflow.models.cuda_graph`` makes
-them.
-"""
+"""Trace what a CUDA graph records: evaluations as ``anyflow.models.cuda_graph`` makes them."""
 
 from typing import Any
 
@@ -19,8 +17,9 @@ LAYERS = 2
 def test_an_evaluation_that_is_recorded_asks_nothing_of_the_host(
     per_frame: bool, device: Any
 ) -> None:
-    """No wait, no copy from the host, no random number; the tables are those of the first
-    evaluation, not new ones.
+    """An evaluation has no wait, no copy from the host and no random number.
+
+    The rotary tables are those of the first evaluation, not new ones.
     """
     with torch.device("meta"), device.fakes:
         model = AnyFlowTransformer3DModel(
@@ -28,13 +27,13 @@ def test_an_evaluation_that_is_recorded_asks_nothing_of_the_host(
         )
     device.parameters(model, torch.bfloat16)
     x = torch.empty(1, 3, 16, 4, 4, dtype=torch.bfloat16, device=CUDA)
-    times = model.embed_time(torch.empty((1, 3) if per_frame else (1,), device=CUDA))
-    text = model.encode_text(torch.empty(1, 5, 32, dtype=torch.bfloat16, device=CUDA))
+    t = torch.empty((1, 3) if per_frame else (1,), device=CUDA)
+    text = torch.empty(1, 5, 32, dtype=torch.bfloat16, device=CUDA)
 
     runs = []
     for _ in range(2):
         device.clear()
-        evaluate(model, x, time_embedding=times, text_context=text)
+        evaluate(model, x, timestep=t, r_timestep=t, encoder_hidden_states=text)
         runs.append([call.operator for call in device.calls])
         assert device.waits == []
     first, recorded = runs

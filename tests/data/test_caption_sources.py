@@ -1,4 +1,4 @@
-"""Captions in a folder: a table, two lists, or a text file beside each video."""
+"""Test captions in a folder: a table, two lists, or a text file beside each video."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from anyflow.data.captions import Broken, Caption, Columns, EmptyDatasetError
 
 @pytest.fixture
 def videos(tmp_path: Path) -> Path:
-    """A folder of three files that end as videos do, and of others."""
+    """Make a folder of three files that end as videos do, and of others."""
     folder = tmp_path / "videos"
     (folder / "sub").mkdir(parents=True)
     (folder / ".hidden").mkdir()
@@ -20,8 +20,8 @@ def videos(tmp_path: Path) -> Path:
     return folder
 
 
-def _pairs(rows: object) -> list[tuple[str, str]]:
-    return [(row.file, row.caption) for row in rows]  # type: ignore[attr-defined]
+def _pairs(lines: object) -> list[tuple[str, str]]:
+    return [(line.file, line.caption) for line in lines]  # type: ignore[attr-defined]
 
 
 def test_the_videos_of_a_folder(videos: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_text_file_beside_each_video(videos: Path, tmp_path: Path) -> None:
             (folder / name).write_text(text, encoding="utf-8")
         found = find_captions(captions, videos)
         assert (found.source, found.unit) == (folder, None)
-        assert _pairs(found.rows) == expected and [row.line for row in found.rows] == [1, 2, 3]
+        assert _pairs(found.lines) == expected and [line.line for line in found.lines] == [1, 2, 3]
         for name in texts:
             (folder / name).unlink()
 
@@ -50,7 +50,7 @@ def test_a_text_file_that_cannot_be_used_breaks_its_video_alone(videos: Path) ->
     (videos / "e.mp4").write_bytes(b"")
     (videos / "e.txt").write_text("a disc")
     found = find_captions(None, videos)
-    *broken, sound = found.rows[:3] + found.rows[4:] + found.rows[3:4]
+    *broken, sound = found.lines[:3] + found.lines[4:] + found.lines[3:4]
     assert sound == Caption(4, "e.mp4", "a disc")
     reasons = [
         "byte 0xf6 is not UTF-8",
@@ -58,8 +58,8 @@ def test_a_text_file_that_cannot_be_used_breaks_its_video_alone(videos: Path) ->
         "d.txt does not exist",
         "is a FIFO",
     ]
-    for row, reason in zip(broken, reasons, strict=True):
-        assert isinstance(row, Broken) and reason in row.reason
+    for line, reason in zip(broken, reasons, strict=True):
+        assert isinstance(line, Broken) and reason in line.reason
     assert found.place(broken[0]) == "A.MOV"
 
 
@@ -77,7 +77,7 @@ def test_a_table_in_the_folder(videos: Path, tmp_path: Path, name: str, content:
     (videos / "b.txt").write_text("another caption")
     for captions in (None, videos, videos / name):
         found = find_captions(captions, videos)
-        assert found.source == videos / name and _pairs(found.rows) == [("b.mp4", "a disc")]
+        assert found.source == videos / name and _pairs(found.lines) == [("b.mp4", "a disc")]
     assert (
         find_captions(None, videos)
         .place(Broken(3, "b.mp4", ""))
@@ -87,7 +87,7 @@ def test_a_table_in_the_folder(videos: Path, tmp_path: Path, name: str, content:
 
 def test_the_columns_of_a_table_in_the_folder(videos: Path) -> None:
     (videos / "metadata.csv").write_text("id,text,prompt\nb.mp4,a,b\n")
-    assert _pairs(find_captions(None, videos, Columns("id", "prompt")).rows) == [("b.mp4", "b")]
+    assert _pairs(find_captions(None, videos, Columns("id", "prompt")).lines) == [("b.mp4", "b")]
 
 
 def test_several_tables_in_the_folder_are_an_error(videos: Path) -> None:
@@ -110,8 +110,8 @@ def test_two_lists_in_the_folder(videos: Path, files: str, prompts: str) -> None
         find_captions(None, videos)
     (videos / prompts).write_text("a disc, red\na line\u2028break\n \nof nothing\n")
     (videos / files).write_text("b.mp4\nsub/c.webm\nA.MOV\n\t\n")
-    *rows, no_caption, no_file = find_captions(None, videos).rows
-    assert rows == [
+    *lines, no_caption, no_file = find_captions(None, videos).lines
+    assert lines == [
         Caption(1, "b.mp4", "a disc, red"),
         Caption(2, "sub/c.webm", "a line\u2028break"),
     ]

@@ -1,6 +1,4 @@
-"""Tables of captions: CSV, TSV, JSON lines and JSON, under the names that people give the
-columns.
-"""
+"""Test tables of captions: CSV, TSV, JSON lines and JSON, with the column names that people use."""
 
 import csv
 import json
@@ -36,19 +34,19 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
     )
     for path, numbers in ((table, (3, 4)), (lines, (1, 3))):
         assert read_captions(path) == [
-            Caption(line, *row) for line, row in zip(numbers, EXPECTED, strict=True)
+            Caption(line, *entry) for line, entry in zip(numbers, EXPECTED, strict=True)
         ]
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 def test_what_writers_of_csv_make_is_read_back(tmp_path: Path, ending: str, quoting: int) -> None:
-    rows = [("a.mp4", 'a 5" screen, dark'), ("b, c.mp4", "two\nlines"), ("d.mp4", " spaces ")]
+    lines = [("a.mp4", 'a 5" screen, dark'), ("b, c.mp4", "two\nlines"), ("d.mp4", " spaces ")]
     with (tmp_path / "c.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator=ending, quoting=quoting).writerows(
-            [("file", "caption"), *rows]
+            [("file", "caption"), *lines]
         )
-    assert [(row.file, row.caption) for row in read_captions(tmp_path / "c.csv")] == rows
+    assert [(entry.file, entry.caption) for entry in read_captions(tmp_path / "c.csv")] == lines
 
 
 HEADER = "file,caption\n"
@@ -87,13 +85,13 @@ BROKEN_JSONL = {
 
 
 @pytest.mark.parametrize(
-    ("suffix", "row", "reason"),
+    ("suffix", "entry", "reason"),
     [(".csv", *case) for case in BROKEN_CSV.items()]
     + [(".jsonl", *case) for case in BROKEN_JSONL.items()],
     ids=lambda value: value[:30],
 )
 def test_one_odd_row_is_an_error_with_its_line_and_does_not_hide_the_others(
-    tmp_path: Path, suffix: str, row: str, reason: str
+    tmp_path: Path, suffix: str, entry: str, reason: str
 ) -> None:
     path = tmp_path / f"c{suffix}"
     sound = [
@@ -101,7 +99,7 @@ def test_one_odd_row_is_an_error_with_its_line_and_does_not_hide_the_others(
         for i in (1, 2)
     ]
     start = [HEADER.strip()] if suffix == ".csv" else [""]
-    path.write_text("\n".join([*start, sound[0], row, sound[1]]) + "\n", encoding="utf-8")
+    path.write_text("\n".join([*start, sound[0], entry, sound[1]]) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=rf"c\{suffix}, line 3: .*({reason})") as caught:
         read_captions(path)
     assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
@@ -237,17 +235,17 @@ NAMES = [
 def test_the_columns_have_the_names_that_people_give_them(
     tmp_path: Path, file: str, caption: str
 ) -> None:
-    rows = [("a.mp4", "a disc, red"), ("sub/b.mp4", "007")]
+    lines = [("a.mp4", "a disc, red"), ("sub/b.mp4", "007")]
     tables = {
         "csv": f'{caption},id,{file}\n"a disc, red",1,a.mp4\n007,2,sub/b.mp4\n',
         "tsv": f"{file}\t{caption}\tid\na.mp4\ta disc, red\t1\nsub/b.mp4\t007\t2\n",
-        "jsonl": "".join(json.dumps({file: f, "id": 1, caption: c}) + "\n" for f, c in rows),
-        "json": json.dumps([{caption: c, file: f} for f, c in rows]),
+        "jsonl": "".join(json.dumps({file: f, "id": 1, caption: c}) + "\n" for f, c in lines),
+        "json": json.dumps([{caption: c, file: f} for f, c in lines]),
     }
     for suffix, content in tables.items():
         path = tmp_path / f"metadata.{suffix}"
         path.write_text(content, encoding="utf-8")
-        assert [(row.file, row.caption) for row in read_captions(path)] == rows, suffix
+        assert [(entry.file, entry.caption) for entry in read_captions(path)] == lines, suffix
 
 
 def test_a_json_object_gives_the_caption_of_each_file(tmp_path: Path) -> None:
@@ -266,8 +264,8 @@ def test_columns_of_other_names_are_named_by_the_caller(tmp_path: Path) -> None:
     )
     for name in ("c.csv", "c.jsonl"):
         for caption, expected in (("prompt", "b"), ("other", "c")):
-            [row] = read_captions(tmp_path / name, Columns("clip", caption))
-            assert (row.file, row.caption) == ("0.mp4", expected)
+            [entry] = read_captions(tmp_path / name, Columns("clip", caption))
+            assert (entry.file, entry.caption) == ("0.mp4", expected)
         with pytest.raises(
             ValueError,
             match=r"--caption-column names 'words', which is none of the columns: 'clip'",
@@ -292,5 +290,5 @@ def test_the_limit_of_the_csv_module_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.csv")
     for name, reason in (("c.csv", "does not exist"), ("fifo.csv", "is a FIFO")):
-        with pytest.raises(ValueError, match=rf"no captions file .*{name}.*{reason}"):
+        with pytest.raises(ValueError, match=rf"captions: .*{name} {reason}"):
             read_captions(tmp_path / name)

@@ -1,75 +1,35 @@
-"""The format of latents on disk: exact, checked when opened, never half written."""
+"""Test latents on disk: exact, checked when opened, never half written."""
 
-import hashlib
 import json
 import pickle
-import random
-import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from latent_files import INFO, NEGATIVE, Row, contents, write
 
 from anyflow.data import TrainingData, open_dataset
 from anyflow.data.latent_dataset import (
     SCHEMA,
-    DatasetInfo,
     LatentDataset,
     LatentWriter,
-    damages,
     shards,
-    written_rows,
+    written_samples,
 )
 from anyflow.data.latent_format import map_shard, read_record, shard_digest, write_record
 from anyflow.training.config import DataConfig
 
-INFO = DatasetInfo((3, 4, 2, 2), text_length=6, text_dim=5, source={"by": "a test", "mean": [0.5]})
-NUMBERS = ("latents", "prompt_embeds")
-NEGATIVE = torch.arange(10.0).view(2, 5)
-Row = tuple[str, str, Tensor, Tensor]
 
-
-@pytest.fixture
-def rows(generator: torch.Generator) -> list[Row]:
-    """Seven rows whose prompts have one to six tokens."""
-    return [
-        (
-            f"{i}.mp4",
-            f"caption {i}, “ü”",
-            torch.randn(3, 4, 2, 2, generator=generator),
-            torch.randn(1 + i % 6, 5, generator=generator),
-        )
-        for i in range(7)
-    ]
-
-
-@pytest.fixture
-def folder(rows: list[Row], tmp_path: Path) -> Path:
-    return write(tmp_path / "data", rows)
-
-
-def write(folder: Path, rows: list[Row], info: DatasetInfo = INFO, rows_per_shard: int = 3) -> Path:
-    with LatentWriter(folder, info, NEGATIVE, rows_per_shard=rows_per_shard) as writer:
-        for row in rows:
-            writer.add(*row)
-        writer.finish()
-    return folder
-
-
-def test_everything_written_is_read_back_bit_for_bit(folder: Path, rows: list[Row]) -> None:
+def test_everything_written_is_read_back_bit_for_bit(folder: Path, samples: list[Row]) -> None:
     dataset = LatentDataset(folder)
     assert len(dataset) == 7 and dataset.info == INFO
     assert dataset.latent_shape == (3, 4, 2, 2) and dataset.text_shape == (6, 5)
-    for i, (file, caption, latents, prompt) in enumerate(rows):
+    for i, (file, caption, latents, prompt) in enumerate(samples):
         sample = dataset[i]
         assert (dataset.file(i), dataset.caption(i)) == (file, caption)
         assert torch.equal(sample.latents, latents)
@@ -85,16 +45,16 @@ def test_everything_written_is_read_back_bit_for_bit(folder: Path, rows: list[Ro
     )
 
 
-def test_a_sample_is_the_callers_to_change(folder: Path, rows: list[Row]) -> None:
+def test_a_sample_is_the_callers_to_change(folder: Path, samples: list[Row]) -> None:
     dataset = LatentDataset(folder)
     dataset[0].latents.zero_()
     dataset.negative_prompt_embeds.zero_()
-    assert torch.equal(dataset[0].latents, rows[0][2])
+    assert torch.equal(dataset[0].latents, samples[0][2])
     assert torch.equal(dataset.negative_prompt_embeds[0, :2], NEGATIVE)
 
 
 @pytest.mark.parametrize("index", [-1, 7])
-def test_a_row_that_does_not_exist_is_an_index_error(folder: Path, index: int) -> None:
+def test_a_sample_that_does_not_exist_is_an_index_error(folder: Path, index: int) -> None:
     with pytest.raises(IndexError, match=r"0\.\.6"):
         LatentDataset(folder)[index]
 
@@ -109,30 +69,31 @@ def test_workers_read_the_dataset_by_its_path(folder: Path) -> None:
     assert sorted(here.index) == list(range(7)) and torch.equal(here.latents, ahead.latents)
 
 
-def test_the_datasets_library_reads_a_shard(folder: Path, rows: list[Row]) -> None:
+def test_the_datasets_library_reads_a_shard(folder: Path, samples: list[Row]) -> None:
     parts = [datasets.Dataset.from_file(str(path)) for path in shards(folder)]
     table = datasets.concatenate_datasets(parts)
-    assert table["caption"][:] == [caption for _, caption, _, _ in rows]
-    assert table[5]["latents"] == rows[5][2].flatten().tolist()
+    assert table["caption"][:] == [caption for _, caption, _, _ in samples]
+    assert table[5]["latents"] == samples[5][2].flatten().tolist()
 
 
 def test_the_fingerprint_follows_content_and_order(
-    rows: list[Row], folder: Path, tmp_path: Path
+    samples: list[Row], folder: Path, tmp_path: Path
 ) -> None:
     fingerprint = LatentDataset(folder).fingerprint
-    changed = [*rows[:6], (*rows[6][:2], rows[6][2] + 1e-6, rows[6][3])]
+    changed = [*samples[:6], (*samples[6][:2], samples[6][2] + 1e-6, samples[6][3])]
     assert (
-        LatentDataset(write(tmp_path / "same", rows, rows_per_shard=2)).fingerprint == fingerprint
+        LatentDataset(write(tmp_path / "same", samples, samples_per_shard=2)).fingerprint
+        == fingerprint
     )
-    for name, others in (("order", rows[::-1]), ("less", rows[:6]), ("changed", changed)):
+    for name, others in (("order", samples[::-1]), ("less", samples[:6]), ("changed", changed)):
         assert LatentDataset(write(tmp_path / name, others)).fingerprint != fingerprint
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 2, 2), (2, 4, 2, 2), (3, 4, 2, 4)])
-def test_a_row_of_another_shape_is_named_when_the_dataset_is_opened(
-    rows: list[Row], tmp_path: Path, shape: tuple[int, int, int, int]
+def test_a_sample_of_another_shape_is_named_when_the_dataset_is_opened(
+    samples: list[Row], tmp_path: Path, shape: tuple[int, int, int, int]
 ) -> None:
-    folder = write(tmp_path / "data", rows[:3])
+    folder = write(tmp_path / "data", samples[:3])
     odd = replace(INFO, latent_shape=shape)
     shard = shards(
         write(tmp_path / "odd", [("odd.mp4", "odd", torch.ones(shape), torch.ones(1, 5))], odd)
@@ -143,59 +104,59 @@ def test_a_row_of_another_shape_is_named_when_the_dataset_is_opened(
         LatentDataset(folder)
     assert all(
         part in str(caught.value)
-        for part in ("row 3", "odd.mp4", str(folder), str(shape), "(3, 4, 2, 2)")
+        for part in ("sample 3", "odd.mp4", str(folder), str(shape), "(3, 4, 2, 2)")
     )
 
 
 @pytest.mark.parametrize("tokens", [0, 7])
 def test_a_prompt_of_no_or_too_many_tokens_is_named_when_the_dataset_is_opened(
-    rows: list[Row], tmp_path: Path, tokens: int
+    samples: list[Row], tmp_path: Path, tokens: int
 ) -> None:
-    folder = write(tmp_path, [rows[0], ("odd.mp4", "odd", rows[1][2], torch.ones(tokens, 5))])
-    with pytest.raises(ValueError, match=r"row 1 \(odd\.mp4\).*prompt"):
+    folder = write(tmp_path, [samples[0], ("odd.mp4", "odd", samples[1][2], torch.ones(tokens, 5))])
+    with pytest.raises(ValueError, match=r"sample 1 \(odd\.mp4\).*prompt"):
         LatentDataset(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("column", ["latents", "prompt_embeds"])
-def test_a_row_that_is_not_finite_is_named_when_it_is_read(
-    rows: list[Row], tmp_path: Path, column: str, value: float
+def test_a_sample_that_is_not_finite_is_named_when_it_is_read(
+    samples: list[Row], tmp_path: Path, column: str, value: float
 ) -> None:
-    file, caption, latents, prompt = rows[4]
+    file, caption, latents, prompt = samples[4]
     (latents if column == "latents" else prompt).view(-1)[2] = value
-    folder = write(tmp_path, [*rows[:4], (file, caption, latents, prompt)])
-    dataset = LatentDataset(folder, sampled_rows=0)
+    folder = write(tmp_path, [*samples[:4], (file, caption, latents, prompt)])
+    dataset = LatentDataset(folder, checked_samples=0)
     assert len([dataset[i] for i in range(4)]) == 4
-    # opening reads the last row, among others
+    # opening reads the last sample, among others
     for read in (lambda: dataset[4], lambda: LatentDataset(folder)):
-        with pytest.raises(ValueError, match=rf"row 4 \(4\.mp4\) of .*{column} hold NaN"):
+        with pytest.raises(ValueError, match=rf"sample 4 \(4\.mp4\) of .*{column} hold NaN"):
             read()
 
 
-def test_the_writer_refuses_another_shape(rows: list[Row], tmp_path: Path) -> None:
+def test_the_writer_refuses_another_shape(samples: list[Row], tmp_path: Path) -> None:
     with (
         LatentWriter(tmp_path, INFO, NEGATIVE) as writer,
         pytest.raises(ValueError, match=r"a\.mp4.*\[3, 4, 2, 2\]"),
     ):
-        writer.add("a.mp4", "", torch.ones(3, 5, 2, 2), rows[0][3])
+        writer.add("a.mp4", "", torch.ones(3, 5, 2, 2), samples[0][3])
 
 
 def test_a_writer_that_fails_leaves_whole_shards_and_is_resumed(
-    rows: list[Row], tmp_path: Path
+    samples: list[Row], tmp_path: Path
 ) -> None:
     folder = tmp_path / "data"
     with (
         pytest.raises(KeyboardInterrupt),
-        LatentWriter(folder, INFO, NEGATIVE, rows_per_shard=3) as writer,
+        LatentWriter(folder, INFO, NEGATIVE, samples_per_shard=3) as writer,
     ):
-        for row in rows[:5]:
-            writer.add(*row)
+        for sample in samples[:5]:
+            writer.add(*sample)
         raise KeyboardInterrupt
-    assert written_rows(folder) == [row[:2] for row in rows[:3]]
+    assert written_samples(folder) == [sample[:2] for sample in samples[:3]]
     with pytest.raises(ValueError, match="not finished"):
         LatentDataset(folder)
-    write(folder, rows[3:])
-    assert contents(folder) == contents(write(tmp_path / "at once", rows))
+    write(folder, samples[3:])
+    assert contents(folder) == contents(write(tmp_path / "at once", samples))
 
 
 def test_a_writer_refuses_a_folder_of_another_source(folder: Path) -> None:
@@ -252,177 +213,6 @@ def test_a_description_that_cannot_be_read_names_the_file(
         LatentDataset(folder)
 
 
-def test_a_dataset_of_an_earlier_release_is_read_and_added_to(
-    folder: Path, rows: list[Row], tmp_path: Path
-) -> None:
-    """Its digests are of the numbers alone, and dataset.json has none; a changed number is found
-    all the same.
-    """
-    for path in shards(folder):
-        table = pa.ipc.open_stream(path.read_bytes()).read_all()
-        numbers = [
-            [np.float32(table[name][i].as_py()).tobytes() for name in NUMBERS]
-            for i in range(len(table))
-        ]
-        digests = [hashlib.blake2b(b"".join(row), digest_size=16).hexdigest() for row in numbers]
-        with pa.ipc.new_stream(str(path), SCHEMA) as stream:
-            stream.write_table(
-                table.set_column(5, SCHEMA.field("digest"), pa.array(digests)), max_chunksize=1
-            )
-    facts = json.loads((folder / "dataset.json").read_text())
-    old = {
-        name: facts[name]
-        for name in facts
-        if name not in ("packages", "shards", "negative", "digest")
-    }
-    (folder / "dataset.json").write_text(json.dumps(old))
-    assert torch.equal(LatentDataset(folder)[6].latents, rows[6][2]) and damages(folder) == []
-
-    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
-    flip(shards(damaged)[0], rows[0][2].numpy().tobytes())
-    with pytest.raises(ValueError, match=r"row 0 \(0\.mp4\).*damaged"):
-        LatentDataset(damaged)
-
-    with LatentWriter(folder, INFO, NEGATIVE, packages={"ftfy": "6.3.1"}) as writer:
-        writer.add("new.mp4", "new", rows[0][2], rows[0][3])
-        writer.finish()
-    dataset = LatentDataset(folder)
-    assert len(dataset) == 8 and dataset.record.packages == {"ftfy": ["6.3.1", None]}
-
-
-@pytest.mark.parametrize("part", ["latents", "prompt", "file", "caption"])
-def test_a_flipped_bit_is_found_when_the_row_is_read_and_when_all_are_verified(
-    folder: Path, rows: list[Row], part: str
-) -> None:
-    file, caption, latents, prompt = rows[1]
-    content = {
-        "latents": latents.numpy().tobytes(),
-        "prompt": prompt.numpy().tobytes(),
-        "file": file.encode(),
-        "caption": caption.encode(),
-    }[part]
-    flip(shards(folder)[0], content)
-    dataset = LatentDataset(folder, sampled_rows=2)  # the first and the last
-    assert torch.equal(dataset[0].latents, rows[0][2])
-    with pytest.raises(ValueError, match=r"row 1 \(.*\) of .* is damaged"):
-        dataset[1]
-    (damage,) = damages(folder)
-    assert "shard-000000.arrow, row 1 of it" in damage and "is damaged" in damage
-    with pytest.raises(ValueError, match="row 1"):
-        LatentDataset(folder, sampled_rows=7)
-
-
-def test_any_flipped_bit_is_an_error_or_changes_nothing(folder: Path, rows: list[Row]) -> None:
-    files = [*shards(folder), folder / "negative_prompt.safetensors", folder / "dataset.json"]
-    draw, found = random.Random(0), 0
-    for _ in range(150):
-        path = draw.choice(files)
-        content = path.read_bytes()
-        damaged = bytearray(content)
-        damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            dataset = LatentDataset(folder)
-            for i, (file, caption, latents, _) in enumerate(rows):
-                assert torch.equal(dataset[i].latents, latents)
-                assert (dataset.file(i), dataset.caption(i)) == (file, caption)
-            assert (
-                torch.equal(dataset.negative_prompt_embeds[0, :2], NEGATIVE)
-                and dataset.info == INFO
-            )
-        except ValueError:
-            found += 1
-        path.write_bytes(content)
-    assert found > 100
-
-
-def test_shards_that_are_exchanged_missing_or_of_another_dataset_are_found(
-    folder: Path, rows: list[Row], tmp_path: Path
-) -> None:
-    other = write(tmp_path / "other", [(f"other {i}", "", *row[2:]) for i, row in enumerate(rows)])
-    first, second, third = shards(folder)
-    contents = {path: path.read_bytes() for path in (first, second, third)}
-
-    def exchange() -> None:
-        first.write_bytes(contents[second])
-        second.write_bytes(contents[first])
-
-    changes = {
-        "exchange": (exchange, "shard-000000.arrow is damaged or of another dataset"),
-        "foreign": (
-            lambda: shutil.copy(shards(other)[1], second),
-            "shard-000001.arrow is damaged or of another",
-        ),
-        "missing": (second.unlink, "shard-000001.arrow is missing"),
-        "more": (
-            lambda: shutil.copy(third, folder / "shard-000003.arrow"),
-            "shard-000003.arrow is not of this",
-        ),
-        "cut off": (
-            lambda: third.write_bytes(contents[third][:-300]),
-            "shard-000002.arrow is damaged",
-        ),
-    }
-    for change, message in changes.values():
-        change()
-        with pytest.raises(ValueError, match=message):
-            LatentDataset(folder)
-        assert any(re.search(message, damage) for damage in damages(folder))
-        for path, content in contents.items():
-            path.write_bytes(content)
-        (folder / "shard-000003.arrow").unlink(missing_ok=True)
-    assert damages(folder) == [] and len(LatentDataset(folder)) == 7
-
-
-def test_a_damaged_shard_is_refused_by_a_writer_and_made_anew_when_deleted(
-    folder: Path, rows: list[Row]
-) -> None:
-    first = shards(folder)[0]
-    shutil.copy(shards(folder)[1], first)
-    with pytest.raises(ValueError, match=r"shard-000000\.arrow is damaged.*delete it"):
-        LatentWriter(folder, INFO, NEGATIVE)
-    first.unlink()
-    assert written_rows(folder) == [row[:2] for row in rows[3:]]
-    with LatentWriter(folder, INFO, NEGATIVE) as writer:
-        for row in rows[:3]:
-            writer.add(*row)
-        writer.finish()
-    dataset = LatentDataset(folder)
-    assert damages(folder) == [] and sorted(dataset.file(i) for i in range(7)) == [
-        row[0] for row in rows
-    ]
-
-
-def test_damaged_shards_are_refused(folder: Path) -> None:
-    last = shards(folder)[-1]
-    content = last.read_bytes()
-    for damaged in (content[:-200], content[:100], b"", b"not arrow" * 9):
-        last.write_bytes(damaged)
-        with pytest.raises(ValueError, match="shard"):
-            LatentDataset(folder)
-    last.unlink()
-    with pytest.raises(
-        ValueError, match="should have 7 rows, not 6: shard-000002.arrow is missing"
-    ):
-        LatentDataset(folder)
-
-
-def test_a_negative_prompt_that_is_damaged_or_missing_is_refused(folder: Path) -> None:
-    path = folder / "negative_prompt.safetensors"
-    for embeds in (torch.ones(7, 5), torch.ones(2, 4), torch.ones(5)):
-        save_file({"prompt_embeds": embeds}, path)
-        with pytest.raises(
-            ValueError, match=r"negative_prompt\.safetensors must hold prompt_embeds \[1\.\.6, 5\]"
-        ):
-            LatentDataset(folder)
-    path.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"negative_prompt\.safetensors cannot be read"):
-        LatentDataset(folder)
-    path.unlink()
-    with pytest.raises(ValueError, match=r"negative_prompt\.safetensors cannot be read"):
-        LatentDataset(folder)
-
-
 def test_a_missing_package_is_named_with_what_installs_it() -> None:
     program = (
         "import sys; sys.modules.update({'pyarrow': None, 'av': None}); import anyflow.data, "
@@ -449,22 +239,11 @@ def test_a_shard_of_another_schema_is_refused(folder: Path) -> None:
         LatentDataset(folder)
 
 
-def flip(path: Path, part: bytes) -> None:
-    """Flip a bit of the part of a file that is ``part``."""
-    content = bytearray(path.read_bytes())
-    at = content.index(part)
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
 def record_shards(folder: Path) -> None:
     """Let dataset.json have the shards that are there, as if they had been written so."""
     digests = {path.name: map_shard(path)["digest"].to_pylist() for path in shards(folder)}
-    recorded = {name: shard_digest(rows) for name, rows in digests.items()}
+    recorded = {name: shard_digest(samples) for name, samples in digests.items()}
     write_record(
-        folder, replace(read_record(folder), rows=sum(map(len, digests.values())), shards=recorded)
+        folder,
+        replace(read_record(folder), num_samples=sum(map(len, digests.values())), shards=recorded),
     )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,6 +1,4 @@
-"""The order of the samples: exact at any batch size, number of ranks, position and number of
-workers.
-"""
+"""Test the order of samples at any batch size, number of ranks, position and number of workers."""
 
 import multiprocessing
 from dataclasses import FrozenInstanceError
@@ -12,19 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anyflow.data import Sample, SyntheticVideos, TrainingData, open_dataset
-from anyflow.demo.config import DemoConfig
-from anyflow.demo.world import World
-from anyflow.training.config import DataConfig
+from anyflow.data import Sample, SyntheticVideos, TrainingData
 
 
 class Rows:
-    """A dataset whose latents are the number of the row; row ``bad`` is an error."""
+    """Hold samples whose latents are their number; sample ``bad`` is an error."""
 
     latent_shape = (1, 1, 1, 1)
     text_shape = (1, 1)
     negative_prompt_embeds = torch.zeros(1, 1, 1)
-    fingerprint = "rows"
+    fingerprint = "samples"
 
     def __init__(self, length: int, bad: int | None = None) -> None:
         self.length = length
@@ -35,16 +30,14 @@ class Rows:
 
     def __getitem__(self, index: int, /) -> Sample:
         if index == self.bad:
-            raise ValueError(f"row {index} is bad")
+            raise ValueError(f"sample {index} is bad")
         return Sample(torch.full((1, 1, 1, 1), float(index)), torch.full((1, 1), -float(index)))
 
 
 def stream(
     length: int, count: int, *, batch: int = 1, world: int = 1, seed: int = 0, consumed: int = 0
 ) -> list[int]:
-    """The next rows of the global stream, put together from the batches of all ranks; whole
-    batches, so maybe more.
-    """
+    """Return at least ``count`` samples of the global stream, from the batches of all ranks."""
     ranks = [
         TrainingData(
             Rows(length),
@@ -56,12 +49,12 @@ def stream(
         )
         for r in range(world)
     ]
-    rows: list[int] = []
-    while len(rows) < count:
+    samples: list[int] = []
+    while len(samples) < count:
         batches = [next(rank) for rank in ranks]
-        rows += [batches[r].index[b] for b in range(batch) for r in range(world)]
-        assert {rank.consumed for rank in ranks} == {consumed + len(rows)}
-    return rows
+        samples += [batches[r].index[b] for b in range(batch) for r in range(world)]
+        assert {rank.consumed for rank in ranks} == {consumed + len(samples)}
+    return samples
 
 
 lengths = st.integers(1, 23)
@@ -73,29 +66,29 @@ worlds = st.integers(1, 4)
 def test_all_ranks_together_read_the_stream_whatever_the_batch_and_the_world(
     length: int, batch: int, world: int, seed: int
 ) -> None:
-    rows = stream(length, 3 * length, batch=batch, world=world, seed=seed)
-    assert rows == stream(length, len(rows), seed=seed)
+    samples = stream(length, 3 * length, batch=batch, world=world, seed=seed)
+    assert samples == stream(length, len(samples), seed=seed)
 
 
 @given(lengths, st.integers(0, 3))
 def test_every_epoch_holds_every_row_once(length: int, seed: int) -> None:
-    rows = stream(length, 4 * length, seed=seed)
+    samples = stream(length, 4 * length, seed=seed)
     for epoch in range(4):
-        assert sorted(rows[epoch * length : (epoch + 1) * length]) == list(range(length))
+        assert sorted(samples[epoch * length : (epoch + 1) * length]) == list(range(length))
 
 
 @given(lengths, batches, worlds, st.integers(0, 60))
 def test_a_resume_at_any_position_and_world_size_continues_the_stream(
     length: int, batch: int, world: int, consumed: int
 ) -> None:
-    rows = stream(length, 10, batch=batch, world=world, consumed=consumed)
-    assert rows == stream(length, consumed + len(rows))[consumed:]
+    samples = stream(length, 10, batch=batch, world=world, consumed=consumed)
+    assert samples == stream(length, consumed + len(samples))[consumed:]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    rows = stream(20, 40)
-    assert rows[:20] != rows[20:] and rows[:20] != list(range(20))
-    assert stream(20, 40, seed=1) != rows
+    samples = stream(20, 40)
+    assert samples[:20] != samples[20:] and samples[:20] != list(range(20))
+    assert stream(20, 40, seed=1) != samples
 
 
 @settings(max_examples=3)
@@ -129,7 +122,7 @@ def test_a_batch_holds_the_samples_of_its_rows() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_the_dataset_finds_wrong_arrives_in_its_own_words(workers: int) -> None:
-    with pytest.raises(ValueError, match="^row 3 is bad$"):
+    with pytest.raises(ValueError, match="^sample 3 is bad$"):
         list(islice(TrainingData(Rows(5, bad=3), batch_size=1, num_workers=workers), 5))
 
 
@@ -142,7 +135,7 @@ def test_workers_end_with_an_error_and_when_closed(bad: int | None) -> None:
         next(data)
         data.close()
     else:
-        with pytest.raises(ValueError, match="row 0"):
+        with pytest.raises(ValueError, match="sample 0"):
             next(data)
     assert multiprocessing.active_children() == before
     assert next(data, None) is None
@@ -176,16 +169,14 @@ def test_an_empty_dataset_is_refused() -> None:
         TrainingData(Rows(0), batch_size=1)
 
 
-def test_the_videos_and_prompts_are_those_of_the_quickstart() -> None:
-    dataset = open_dataset(DataConfig(kind="synthetic"))
-    world = World(DemoConfig())
-    videos, labels = world.shapes.sample(24, torch.Generator().manual_seed(1))
-    decoded = world.decode(
-        torch.stack([sample.latents for sample in (dataset[row] for row in range(len(dataset)))])
-    )
-    for video, label, prompt in zip(videos, labels, world.prompts(labels), strict=True):
-        (row,) = [row for row in range(len(dataset)) if torch.equal(decoded[row], video)]
-        assert row // 144 == label and torch.equal(dataset[row].prompt_embeds, prompt)
+def test_every_video_of_the_shapes_has_its_sample_and_its_prompt() -> None:
+    dataset = SyntheticVideos()
+    videos, labels = dataset.shapes.sample(24, torch.Generator().manual_seed(1))
+    decoded = dataset.decode(torch.stack([dataset[i].latents for i in range(len(dataset))]))
+    for video, label in zip(videos, labels, strict=True):
+        (found,) = [i for i in range(len(dataset)) if torch.equal(decoded[i], video)]
+        assert found // 144 == label
+        assert torch.equal(dataset[found].prompt_embeds, dataset.prompts[label])
     assert len(dataset) == 4 * 144
 
 

@@ -1,4 +1,4 @@
-"""The procedural video set and the space-time packing, against their definitions."""
+"""Test the procedural video set and the space-time packing against their definitions."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ def shapes() -> MovingShapes:
 def _reference_gray(
     cfg: MovingShapesConfig, label: int, row: float, col: float, frame: int, y: int, x: int
 ) -> float:
-    """One pixel by scalar arithmetic, from the docstring of the config."""
+    """Compute one pixel by scalar arithmetic, from the docstring of the config."""
     if label % 2 == 0:
         col += frame * cfg.speed
     else:

@@ -1,4 +1,4 @@
-"""Decoding, against videos whose every frame is known."""
+"""Test decoding with videos whose every frame is known."""
 
 import os
 import random
@@ -24,7 +24,7 @@ def read(path: Path, num_frames: int, fps: float = 16, height: int = 32, width: 
 
 
 def seen(video: Tensor) -> list[int]:
-    """Which of ``GRAYS`` each frame shows."""
+    """Return which of ``GRAYS`` each frame shows."""
     return [round((level - 20) / 6) for level in video.float().mean((1, 2, 3)).tolist()]
 
 
@@ -192,9 +192,7 @@ def test_frames_that_the_decoder_only_guesses_are_refused(
 def test_damage_anywhere_in_a_file_is_a_video_error(
     write_video: WriteVideo, tmp_path: Path
 ) -> None:
-    """Half of the places are in the first and last kilobyte, where a file has its tables; some
-    damage does no harm.
-    """
+    """Damage half of the places in the first and last kilobyte, where a file has its tables."""
     content = write_video(tmp_path / "whole.mp4", GRAYS).read_bytes()
     draw, refused = random.Random(0), 0
     for _ in range(100):

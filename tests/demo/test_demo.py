@@ -1,6 +1,4 @@
-"""The quickstart end to end on tiny budgets: files, resuming after a real kill, determinism, and
-mistakes.
-"""
+"""Run the quickstart on tiny budgets: files, a real kill, determinism, and mistakes."""
 
 import io
 import json
@@ -38,7 +36,9 @@ STAGES = ("flow_matching", "pretrain", "on_policy")
 TINY = """
 from dataclasses import replace
 from anyflow.demo import DemoConfig
-base = DemoConfig(num_layers=1, num_heads=2, samples=64, heldout=64, step_counts=(1, 4), checkpoint_every=2)
+base = DemoConfig(
+    num_layers=1, num_heads=2, samples=64, heldout=64, step_counts=(1, 4), checkpoint_every=2
+)
 stages = {name: replace(getattr(base, name), steps=6, batch_size=8) for name in
           ("flow_matching", "pretrain", "on_policy")}
 tiny = replace(base, **stages)
@@ -90,7 +90,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Interrupted(DemoProgress):
-    """Ctrl-C as the third stage begins."""
+    """Press Ctrl-C as the third stage begins."""
 
     def stage(self, name: str, steps: int, cost: float) -> AbstractContextManager[Advance]:
         if name == "on_policy":
@@ -99,9 +99,7 @@ class Interrupted(DemoProgress):
 
 
 class Log(io.StringIO):
-    """Text of a run without a terminal, and the threads of torch when each piece of it was
-    written.
-    """
+    """Keep the text of a run without a terminal, and torch's threads at each piece of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +162,7 @@ def test_checkpoints_are_diffusers_folders(finished: Path) -> None:
 def test_other_seed_other_weights_and_the_log_says_how_far_it_is(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run with the same seed has the same numbers: those that go on, below, show it."""
+    """Compare with another seed; tests of resuming, below, compare runs of one seed."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     log = Log()
@@ -175,7 +173,10 @@ def test_other_seed_other_weights_and_the_log_says_how_far_it_is(
         run_demo(replace(tiny_config(), seed=1), tmp_path / "other", progress)
     weights = Path("checkpoints", "pretrain", "transformer", "diffusion_pytorch_model.safetensors")
     assert (tmp_path / "other" / weights).read_bytes() != (finished / weights).read_bytes()
-    line = r"everything: \d+ %, .* left; stage 1: flow-map pretraining: step 3 of 6, 50 %, .* left, loss \d+\.\d+"
+    line = (
+        r"everything: \d+ %, .* left; stage 1: flow-map pretraining: step 3 of 6, 50 %, .* left, "
+        r"loss \d+\.\d+"
+    )
     assert re.search(line, log.getvalue())
     # outside of the run
     assert log.threads == {1, torch.get_num_threads()} and torch.get_num_threads() == 2
@@ -314,7 +315,7 @@ def test_mistakes_end_in_one_line_and_status_2(
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose ``run`` is a whole demo on the CI budget."""
+    """Make a folder whose ``run`` is a whole demo on the CI budget."""
     folder = tmp_path_factory.mktemp("fast")
     result = cli("demo", "--budget", "fast", "--out", "run", "--no-open", cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -324,8 +325,9 @@ def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_fast_demo_shows_the_any_step_property(fast: Path) -> None:
-    """The whole command on the CI budget; only what held with a wide margin on several seeds is
-    asserted.
+    """Run the whole command on the CI budget.
+
+    Only what held with a wide margin on several seeds is asserted.
     """
     fd = EvaluationResults.load(fast / "run" / "metrics.json").values("fd")
     assert fd["flow_matching"][1] / fd["pretrain"][1] > 5

@@ -1,6 +1,4 @@
-"""What a run leaves, and one report of several seeds, on real tiny results: untrained networks,
-drawn and measured.
-"""
+"""Write and merge the results of tiny runs, whose untrained networks are drawn and measured."""
 
 import io
 import json
@@ -105,7 +103,8 @@ def test_report_command_merges_seeds(runs, tmp_path: Path) -> None:
 def test_parts_on_several_cores_have_the_numbers_of_one_call(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anyflow.demo.evaluate.user_chose_threads", lambda: False)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # a user's choice would be one part
+        monkeypatch.delenv(name, raising=False)
     world = World(DemoConfig(num_layers=1, num_heads=2, samples=300, heldout=64, step_counts=(2,)))
     model, evaluator = world.model(), build_evaluator(world)
     torch.nn.init.normal_(model.proj_out.weight, std=0.1, generator=world.generator(1))

@@ -1,6 +1,4 @@
-"""Tiles, animations and the any-step picture: the pixels are read back and compared with what went
-in.
-"""
+"""Read the pixels of tiles, animations and the any-step picture back."""
 
 import io
 

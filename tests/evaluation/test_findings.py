@@ -1,4 +1,4 @@
-"""Sentences in the field's terms follow the numbers."""
+"""Test that sentences in the field's terms follow the numbers."""
 
 from anyflow.evaluation import findings
 
@@ -24,4 +24,4 @@ def test_findings_follow_the_numbers(make_results) -> None:
     assert "stays behind" in bad
     assert "made 1 step worse" in bad
     assert "do not lose coverage" in bad
-    assert "Nothing here is perfect" in bad
+    assert "No method is perfect" in bad

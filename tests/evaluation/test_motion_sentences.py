@@ -1,9 +1,5 @@
-"""Sentences about motion: a sampler that freezes is called frozen in the lead, beside the chart and
-in the findings.
-"""
+"""Read the sentences about motion: a sampler that freezes is called frozen wherever it is told."""
 
-import html
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,21 +25,23 @@ pytest.importorskip("jinja2")
 def with_motion(
     results: EvaluationResults, *motion: float, method: str = "on_policy"
 ) -> EvaluationResults:
-    """Results with another motion of one method."""
+    """Return results with another motion of one method."""
     curve = {
         n: replace(results.curves[method][n], motion=m)
-        for n, m in zip(results.steps, motion, strict=True)
+        for n, m in zip(results.step_counts, motion, strict=True)
     }
     return replace(results, curves={**results.curves, method: curve})
 
 
 def sentence(results: EvaluationResults | SeedResults) -> str:
-    """The part of the chart's sentence that is about the flow map."""
+    """Return the part of the chart's sentence that is about the flow map."""
     return figure_sentences(results)["motion"].partition("; the videos of the flow map ")[2]
 
 
-def test_frozen_videos_are_called_frozen_in_the_report(make_results, tmp_path: Path) -> None:
-    """Real videos whose first frame is repeated, measured and written as a run's are."""
+def test_frozen_videos_are_called_frozen_in_the_report(
+    make_results, read_page, tmp_path: Path
+) -> None:
+    """Measure and write real videos whose first frame is repeated, as a run does."""
     shapes, labels, g = (
         MovingShapes(),
         torch.arange(4).repeat_interleave(8),
@@ -66,16 +64,16 @@ def test_frozen_videos_are_called_frozen_in_the_report(make_results, tmp_path: P
     page = write_report(
         tmp_path / "r.html", ReportData(results, examples, shapes.to_uint8(real[::8]))
     )
-    text = re.sub(r"\s+", " ", html.unescape(page.read_text(encoding="utf-8")))
+    page = read_page(page.read_text(encoding="utf-8"))
     assert "the flow map gives frozen pictures" in takeaway(results)
-    assert text.count("<figcaption>frozen pictures</figcaption>") == 2
-    assert "But its videos are frozen at 1 and 2 steps.</p>" in text
+    assert page.source.count("<figcaption>frozen pictures</figcaption>") == 2
+    assert "But its videos are frozen at 1 and 2 steps." in page.seen
     share = round(100 * scores[4].motion / floor.motion)
     assert (
         f"the videos of the flow map move 0 % as much as real ones at 1 step and {share} % at 4, "
-        "and are frozen at 1 and 2 steps.</p>"
-    ) in text
-    assert "the flow map is frozen at 1 and 2 steps (below 5 %).</li>" in text
+        "and are frozen at 1 and 2 steps."
+    ) in page.seen
+    assert "the flow map is frozen at 1 and 2 steps (below 5 %)." in page.seen
 
 
 @pytest.mark.parametrize(

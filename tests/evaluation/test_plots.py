@@ -1,4 +1,4 @@
-"""Figures: what they draw is read back and compared with what went in."""
+"""Read back what figures draw, and compare it with what went in."""
 
 import itertools
 import math
@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyflow.evaluation import any_step_figure, save_figure
-from anyflow.evaluation.plots import DARK_COLORS, METHOD_STYLES, figure_svg, method_style, spread
+from anyflow.evaluation.plot_parts import spread
+from anyflow.evaluation.plots import DARK_COLORS, METHOD_STYLES, figure_svg, method_style
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")

@@ -1,4 +1,4 @@
-"""Several seeds: means and ranges against numpy's, and what cannot be merged."""
+"""Test means and ranges of several seeds against numpy's, and what cannot be merged."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ def test_means_and_ranges(make_results) -> None:
     ranges = seeds.ranges("fd")
     assert ranges is not None
     assert list(ranges["on_policy"].values()) == list(zip(table.min(0), table.max(0), strict=True))
-    assert seeds.seeds == (0, 1, 2) and seeds.steps == (1, 2, 4)
+    assert seeds.seeds == (0, 1, 2) and seeds.step_counts == (1, 2, 4)
     assert seeds.floor.fd == pytest.approx(0.16)
     assert seeds.seconds == {
         "flow_matching": pytest.approx(183.0),

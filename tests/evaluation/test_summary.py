@@ -1,6 +1,4 @@
-"""Plain sentences follow the numbers: falling curves, rising ones, and runs that do not show what
-is claimed.
-"""
+"""Test plain sentences on falling curves, rising ones, and runs that show no gain."""
 
 import pytest
 

@@ -1,9 +1,8 @@
-"""Tiny checkpoints in every format, made by diffusers, PEFT and renaming that is written apart from
-the library's.
-"""
+"""Make tiny checkpoints in every format, with diffusers, PEFT and renaming apart from ours."""
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parent / "scripts"))  # helpers of several files of tests
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -26,7 +27,6 @@ TINY: dict[str, Any] = {
     "num_layers": 2,
     "rope_max_seq_len": 32,
 }
-
 # One substitution after the other, from diffusers' names.
 TO_ORIGINAL = [
     (r"condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
@@ -85,7 +85,7 @@ def renamed(state: dict[str, Tensor], table: list[tuple[str, str]]) -> dict[str,
 
 
 def randomized(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Random everything: norms and biases that start at 1 and 0 would hide a missing one."""
+    """Draw every parameter: norms of 1 and biases of 0 would hide a missing one."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
@@ -94,7 +94,7 @@ def randomized(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 @pytest.fixture
 def anyflow_model(generator: torch.Generator) -> Callable[..., nn.Module]:
-    """``anyflow_model(**changes)``: diffusers' flow map."""
+    """Return ``anyflow_model(**changes)``, which makes diffusers' flow map."""
     return lambda **changes: randomized(
         diffusers.AnyFlowTransformer3DModel(**(TINY | changes)), generator
     )
@@ -102,7 +102,7 @@ def anyflow_model(generator: torch.Generator) -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def wan_model(generator: torch.Generator) -> Callable[..., nn.Module]:
-    """``wan_model(**changes)``: diffusers' plain Wan."""
+    """Return ``wan_model(**changes)``, which makes diffusers' plain Wan."""
     return lambda **changes: randomized(
         diffusers.WanTransformer3DModel(**(TINY | changes)), generator
     )
@@ -110,7 +110,7 @@ def wan_model(generator: torch.Generator) -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def causal_model(generator: torch.Generator) -> nn.Module:
-    """diffusers' causal flow map."""
+    """Make diffusers' causal flow map."""
     return randomized(diffusers.AnyFlowFARTransformer3DModel(**TINY), generator)
 
 
@@ -118,8 +118,9 @@ def causal_model(generator: torch.Generator) -> nn.Module:
 def lora_state(
     anyflow_model: Callable[..., nn.Module], generator: torch.Generator
 ) -> tuple[dict, dict]:
-    """A state dict with PEFT's names of adapters called ``real``, rank 4, and what PEFT merges it
-    to.
+    """Return a state dict with adapters by PEFT's names, and what PEFT merges it to.
+
+    The adapters are called ``real`` and have rank 4.
     """
     targets = [
         "attn1.to_q",
@@ -136,9 +137,7 @@ def lora_state(
 
 
 def write_older_layout(model: nn.Module, folder: Path, **changes: Any) -> Path:
-    """The older layout of the hub: another class, with fields of its own; the same names of
-    tensors.
-    """
+    """Write the older layout of the hub: another class, other fields, and the same names."""
     model.save_pretrained(folder / "transformer")
     file = folder / "transformer" / "config.json"
     fields = {
@@ -163,19 +162,19 @@ def write_older_layout(model: nn.Module, folder: Path, **changes: Any) -> Path:
 
 @pytest.fixture
 def older_layout() -> Callable[..., Path]:
-    """``older_layout(model, folder, **config)``."""
+    """Return ``older_layout(model, folder, **config)``."""
     return write_older_layout
 
 
 @pytest.fixture
 def original_state() -> Callable[[nn.Module], dict[str, Tensor]]:
-    """``original_state(model)``: under the original Wan's names."""
+    """Return ``original_state(model)``, the tensors under the original Wan's names."""
     return lambda model: renamed(model.state_dict(), TO_ORIGINAL)
 
 
 @pytest.fixture
 def fastvideo_state() -> Callable[[nn.Module], dict[str, Tensor]]:
-    """``fastvideo_state(model)``: under FastVideo's names."""
+    """Return ``fastvideo_state(model)``, the tensors under FastVideo's names."""
     return lambda model: renamed(model.state_dict(), TO_FASTVIDEO)
 
 
@@ -183,9 +182,7 @@ def fastvideo_state() -> Callable[[nn.Module], dict[str, Tensor]]:
 def original_folder(
     original_state: Callable[..., dict[str, Tensor]],
 ) -> Callable[[nn.Module, Path], Path]:
-    """``original_folder(model, folder)``: two files without an index, and a config of the original
-    class.
-    """
+    """Return ``original_folder(model, folder)``: two files without an index, and Wan's config."""
 
     def write(model: nn.Module, folder: Path) -> Path:
         folder.mkdir()
@@ -200,7 +197,7 @@ def original_folder(
 
 @pytest.fixture
 def same_weights() -> Callable[[nn.Module, dict[str, Tensor]], bool]:
-    """``same_weights(model, state)``: the same names, types and bits."""
+    """Return ``same_weights(model, state)``, which compares names, types and bits."""
 
     def same(model: nn.Module, state: dict[str, Tensor]) -> bool:
         ours = model.state_dict()
@@ -216,7 +213,7 @@ def same_weights() -> Callable[[nn.Module, dict[str, Tensor]], bool]:
 
 @pytest.fixture
 def inputs(generator: torch.Generator) -> dict[str, Tensor]:
-    """Latents ``[2, 3, 3, 4, 6]``, times ``[2]`` and text."""
+    """Draw latents ``[2, 3, 3, 4, 6]``, times ``[2]`` and text."""
     t = 1000 * torch.rand(2, generator=generator)
     return {
         "hidden_states": torch.randn(2, 3, 3, 4, 6, generator=generator),
@@ -224,3 +221,17 @@ def inputs(generator: torch.Generator) -> dict[str, Tensor]:
         "r_timestep": t / 3,
         "encoder_hidden_states": torch.randn(2, 7, 20, generator=generator),
     }
+
+
+@pytest.fixture
+def folder(anyflow_model: Callable, tmp_path: Path) -> Path:
+    """Write a sound checkpoint in one file."""
+    anyflow_model().save_pretrained(tmp_path / "sound")
+    return tmp_path / "sound"
+
+
+@pytest.fixture
+def shards(anyflow_model: Callable, tmp_path: Path) -> Path:
+    """Write a sound checkpoint in several files."""
+    anyflow_model().save_pretrained(tmp_path / "shards", max_shard_size=80_000)
+    return tmp_path / "shards"

@@ -1,6 +1,4 @@
-"""Adapters inside of a checkpoint: merged as PEFT does by every field of its configuration, or
-refused by name.
-"""
+"""Test adapters inside of a checkpoint: merged as PEFT does, or refused by name."""
 
 import json
 from collections.abc import Callable
@@ -28,9 +26,7 @@ LAYER = "base_model.model.blocks.0.attn1.to_q"
 def checkpoint(
     tmp_path: Path, generator: torch.Generator
 ) -> Callable[..., tuple[Path, dict[str, Tensor]]]:
-    """``checkpoint(**options)``: a folder with base weights, adapters and their configuration; what
-    PEFT merges.
-    """
+    """Return ``checkpoint(**options)``: a folder with adapters, and what PEFT merges it to."""
 
     def make(**options: Any) -> tuple[Path, dict[str, Tensor]]:
         config = LoraConfig(
@@ -101,7 +97,7 @@ def test_every_field_is_obeyed(
 def test_fields_that_cannot_be_obeyed_are_refused(
     changes: dict[str, Any], message: str, checkpoint: Callable
 ) -> None:
-    """By ``inspect`` too: it never says complete of what does not load."""
+    """Expect the same of ``inspect``: it never says complete of what does not load."""
     folder, _ = checkpoint()
     change_config(folder, **changes)
     for read in (load_transformer, inspect):

@@ -1,6 +1,4 @@
-"""Names of the Hugging Face Hub: its client against a server of this machine, its cache, and no
-network.
-"""
+"""Test names of the Hub: its client against a local server, its cache, and no network."""
 
 import hashlib
 import json
@@ -30,9 +28,7 @@ REPOSITORIES = {"someone/anyflow": FILES, "someone/flat": FLAT}
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """The four requests that a download is made of; a repository that is absent is answered as the
-    Hub does.
-    """
+    """Answer the four requests of a download; an absent repository as the Hub does."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -79,7 +75,7 @@ def _error_code(name: str) -> str:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the client's, which may use the network."""
+    """Make an empty cache of the client's, which may use the network."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return _online(tmp_path / "cache", monkeypatch, True)
 
@@ -93,7 +89,7 @@ def _online(cache: Path, monkeypatch: pytest.MonkeyPatch, online: bool) -> Path:
 
 @pytest.fixture
 def endpoint(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a hub."""
+    """Return the address of a hub."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
@@ -143,9 +139,7 @@ def test_what_the_hub_has_not_or_does_not_give(endpoint: str) -> None:
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    absent = (
-        "there is no folder someone/absent here, and the Hugging Face Hub has no model of this name"
-    )
+    absent = "no folder someone/absent here, and the Hugging Face Hub has no model of this name"
     assert refused("someone/absent").startswith(absent) and "hf download" not in refused(
         "someone/absent"
     )
@@ -225,7 +219,7 @@ def test_a_copy_that_lacks_a_part_is_not_taken_for_the_model(
 def test_what_can_only_be_a_path_never_asks_the_hub(path: str, cache: Path) -> None:
     assert HubName.parse(path) is None
     if path not in (".",):
-        with pytest.raises(ValueError, match="^there is no folder"):
+        with pytest.raises(ValueError, match="^no folder"):
             local_folder(path)
 
 

@@ -1,4 +1,4 @@
-"""The summary of a checkpoint says what is in it, and what is wrong with it."""
+"""Test that the summary of a checkpoint says what is in it, and what is wrong with it."""
 
 from collections.abc import Callable
 from pathlib import Path

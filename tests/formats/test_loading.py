@@ -1,6 +1,4 @@
-"""Every format gives the model that diffusers or PEFT gives: the same bits, and the same
-outputs.
-"""
+"""Test that every format gives the model of diffusers or PEFT: the same bits and outputs."""
 
 import json
 from collections.abc import Callable

@@ -1,6 +1,4 @@
-"""Loading takes the memory of the model and little more, measured in processes that do nothing
-else.
-"""
+"""Measure the memory of loading, in processes that do nothing else."""
 
 import subprocess
 import sys
@@ -22,9 +20,7 @@ def run(*arguments: object) -> list[float]:
 
 @pytest.mark.slow
 def test_loading_does_not_need_the_model_twice(tmp_path: Path) -> None:
-    """From one file, from several, from a training file with two sets of weights, and with adapters
-    merged in fp64.
-    """
+    """Load one file, several, a training file with two sets of weights, and merged adapters."""
     (size,) = run("make", tmp_path)
     assert size > 300
     for name, dtype, share in (

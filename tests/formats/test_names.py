@@ -1,4 +1,4 @@
-"""The tables of names go both ways."""
+"""Test that the tables of names go both ways."""
 
 import re
 

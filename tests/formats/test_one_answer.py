@@ -1,6 +1,4 @@
-"""``inspect`` says complete exactly where ``load_transformer`` loads, and whatever is raised is a
-ValueError.
-"""
+"""Test that ``inspect`` says complete exactly where ``load_transformer`` loads."""
 
 import json
 import random
@@ -37,7 +35,7 @@ OTHER_KEYS = [
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model as a pipeline's folder with a scheduler, and as two files of torch.save."""
+    """Write one model as a pipeline's folder with a scheduler, and as two files of torch.save."""
     folder = tmp_path_factory.mktemp("sound")
     torch.manual_seed(0)
     model = AnyFlowTransformer3DModel(**SIZES)
@@ -126,9 +124,7 @@ CHANGES: list[tuple[str, Callable[[Path, random.Random], None]]] = [
 
 
 def answer(call: Callable[[], Any]) -> Any:
-    """What a call returns, or None where it raises a ValueError with a message of a bounded
-    size.
-    """
+    """Return the result of a call, or None where it raises a ValueError of a bounded size."""
     try:
         return call()
     except ValueError as error:

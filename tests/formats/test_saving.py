@@ -1,4 +1,4 @@
-"""What is written loads bit for bit in diffusers' own classes, whole or not at all."""
+"""Test that what is written loads bit for bit in diffusers' classes, whole or not at all."""
 
 import json
 import os
@@ -156,8 +156,9 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
 
 @pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_under_the_name_of_the_result(tmp_path: Path) -> None:
-    """Killed at times that cover the whole run: the result is whole or absent, and the next run is
-    not in the way.
+    """Kill at times that cover the whole run: the result is whole or absent.
+
+    The next run is not hindered by what is left.
     """
     command = [sys.executable, str(SCRIPTS / "convert_large.py"), str(tmp_path)]
     subprocess.run([*command, "make"], check=True, timeout=300)

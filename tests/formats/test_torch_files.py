@@ -1,6 +1,4 @@
-"""Files of torch.save give what torch.load gives, or are refused; nothing in one is executed or
-asks for memory.
-"""
+"""Test that files of torch.save give what torch.load gives, or are refused, unexecuted."""
 
 import io
 import pickle
@@ -32,7 +30,7 @@ def refused(file: Path) -> str:
 
 @pytest.fixture
 def state(generator: torch.Generator) -> dict[str, Any]:
-    """Tensors of many types and layouts, some of which share a storage."""
+    """Draw tensors of many types and layouts, some of which share a storage."""
     base = torch.randn(6, 8, generator=generator)
     return {
         "whole": base,
@@ -166,7 +164,7 @@ def test_a_tensor_outside_of_its_storage_is_refused(arguments: Any, tmp_path: Pa
 
 
 def tensor_pickle(arguments: Any) -> bytes:
-    """What torch.save writes for a dictionary of one tensor, of any offset, size and strides."""
+    """Pickle what torch.save writes for one tensor, of any offset, size and strides."""
 
     class Stored:
         pass
@@ -257,7 +255,7 @@ def test_a_legacy_file_is_checked_against_its_size(tmp_path: Path) -> None:
 
 
 def test_what_is_no_tensor_beside_the_weights_is_not_read(tmp_path: Path) -> None:
-    """A training file's other values, which torch.load(weights_only=True) takes, too."""
+    """Save a training file's other values, which torch.load(weights_only=True) takes, too."""
     file = tmp_path / "model.pt"
     others = {
         "step": 3,

@@ -1,4 +1,4 @@
-"""verify(): our network against diffusers' on the weights of real folders."""
+"""Test verify(): our network against diffusers' on the weights of real folders."""
 
 import gc
 import json
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from anyflow.formats.verify import Comparison, Thresholds, VerifyReport, verify
+from anyflow.formats.verify import Deviation, VerifyReport, verify
 from anyflow.models import AnyFlowTransformer3DModel
 
 TINY: dict[str, Any] = {
@@ -28,7 +28,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def saved(network: nn.Module, folder: Path) -> Path:
-    """A folder of the network with random norms and biases too."""
+    """Save the network with random norms and biases, too."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -71,11 +71,13 @@ def test_the_folder_of_a_pipeline_and_of_our_own_class(tmp_path: Path) -> None:
     flow_map = saved(AnyFlowTransformer3DModel(**TINY), tmp_path / "pipe" / "transformer")
     assert verify(flow_map.parent, **SIZES).passed
     plain = saved(AnyFlowTransformer3DModel(**TINY, r_embedder=False), tmp_path / "plain")
-    assert [c.name for c in verify(plain, **SIZES, steps=1).comparisons][:1] == ["forward, t 1000"]
+    assert [c.name for c in verify(plain, **SIZES, num_inference_steps=1).comparisons][:1] == [
+        "forward, t 1000"
+    ]
 
 
 def test_a_real_difference_fails(tmp_path: Path) -> None:
-    """diffusers does not know this fusion and evaluates another."""
+    """Save a fusion that diffusers does not know: it evaluates another."""
     folder = saved(
         AnyFlowTransformer3DModel(**TINY, r_embedder_fusion="additive", gate_value=0.7), tmp_path
     )
@@ -84,8 +86,8 @@ def test_a_real_difference_fails(tmp_path: Path) -> None:
     assert str(report).endswith("7 of 7 over")
 
 
-def test_thresholds_decide(flow_map) -> None:
-    report = verify(flow_map, **SIZES, thresholds=Thresholds(forward=0.0, loss=1.0, sample=1.0))
+def test_limits_decide(flow_map) -> None:
+    report = verify(flow_map, **SIZES, limits={"forward": 0.0, "loss": 1.0, "sample": 1.0})
     assert [c.passed for c in report.comparisons] == [False] * 5 + [True] * 2
     assert not report.passed
 
@@ -94,7 +96,7 @@ def test_weights_that_are_not_numbers_fail(flow_map) -> None:
     weights = load_file(flow_map / WEIGHTS)
     weights["proj_out.bias"][0] = float("nan")
     save_file(weights, flow_map / WEIGHTS, metadata={"format": "pt"})
-    report = verify(flow_map, **SIZES, thresholds=Thresholds(1.0, 1.0, 1.0))
+    report = verify(flow_map, **SIZES, limits=dict.fromkeys(("forward", "loss", "sample"), 1.0))
     assert not any(c.passed for c in report.comparisons)
 
 
@@ -112,13 +114,13 @@ def test_sizes_beyond_the_network_and_weights_cut_off_are_refused(flow_map) -> N
 
 
 @pytest.mark.parametrize("mean", [float("nan"), float("inf")])
-def test_no_threshold_passes_what_is_not_finite(mean) -> None:
-    assert not Comparison("a", mean, mean, float("inf")).passed
+def test_no_limit_passes_what_is_not_finite(mean) -> None:
+    assert not Deviation("a", mean, mean, float("inf")).passed
 
 
 def test_table() -> None:
     report = VerifyReport(
-        "a title", (Comparison("one", 1e-7, 2e-7, 1e-5), Comparison("two", 3e-5, 4e-5, 1e-5))
+        "a title", (Deviation("one", 1e-7, 2e-7, 1e-5), Deviation("two", 3e-5, 4e-5, 1e-5))
     )
     assert str(report).splitlines() == [
         "a title",
@@ -155,8 +157,10 @@ def test_missing_and_unexpected_weights_are_listed(flow_map) -> None:
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "height": ({"height": 40}, "multiples of 16, got 40 and 48"),
     "frames": ({"num_frames": 8}, r"num_frames must be 4k \+ 1, got 8"),
-    "steps": ({"steps": 0}, "steps must be a whole number from 1"),
-    "many steps": ({"steps": 10**9}, "steps must be a whole number from 1"),
+    "steps": ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1"),
+    "many steps": ({"num_inference_steps": 10**9}, "must be a whole number from 1 to"),
+    "limit": ({"limits": {"loss": -1.0}}, "the limit of loss must be >= 0, got -1.0"),
+    "limits": ({"limits": {"speed": 1.0}}, "of forward, loss, sample, got speed"),
     "seed": ({"seed": -1}, "seed must be a whole number from 0"),
     "dtype": ({"dtype": torch.float16}, "got torch.float16"),
     "against": ({"against": "fastvideo"}, "against must be one of diffusers, got 'fastvideo'"),
@@ -180,5 +184,3 @@ def test_folders_that_hold_no_such_network(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="must hold a JSON object, not list"):
         verify(tmp_path, **SIZES)
-    with pytest.raises(ValueError, match="Thresholds.loss must be >= 0, got -1"):
-        Thresholds(0.0, -1.0, 0.0)

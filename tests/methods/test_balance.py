@@ -78,7 +78,7 @@ def test_selected_pairs_keep_their_order_and_rows() -> None:
         chosen.t.tolist() == t[[2, 3, 0]].tolist()
         and chosen.r.tolist() == pairs.r[[2, 3, 0]].tolist()
     )
-    assert chosen.flow_map_rows().tolist() == [0, 2]
+    assert chosen.flow_map_indices().tolist() == [0, 2]
 
 
 def test_times_come_from_the_uniforms_given() -> None:

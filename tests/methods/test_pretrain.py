@@ -342,7 +342,7 @@ def test_prompt_dropout(gaussian: Factory, record: Factory, data: dict[str, Tens
             [torch.equal(row, data["negative"][0]) * torch.ones(()) for row in last]
         ).bool()
         assert torch.equal(last[~dropped], data["prompt"][~dropped])
-        rows = KINDS.flow_map_rows()
+        rows = KINDS.flow_map_indices()
         # the derivative is that of the prompt trained
         assert torch.equal(first, last[rows].repeat(2, 1, 1))
         replaced += int(dropped.sum())
@@ -366,7 +366,7 @@ def test_image_to_video_keeps_frame_zero_clean_and_out_of_the_loss(
         latents, data["prompt"], noise=noise, time_pairs=KINDS
     )
     small, last = calls
-    rows = KINDS.flow_map_rows()
+    rows = KINDS.flow_map_indices()
     for call, index in ((small, torch.cat([rows, rows])), (last, torch.arange(5))):
         assert call.timestep.shape == (len(index), 2)
         assert not call.timestep[:, 0].any() and bool((call.timestep[:, 1] > 0).all())

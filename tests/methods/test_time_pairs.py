@@ -72,7 +72,7 @@ def test_exact_share_of_each_kind_interleaved_over_ranks(
         assert p.t.shape == p.r.shape == p.is_diffusion.shape == (batch,)
         assert bool(((p.r >= 0) & (p.r <= p.t) & (p.t < 1)).all())
         assert torch.equal(p.t == p.r, p.is_diffusion)
-        assert p.flow_map_rows().tolist() == (~p.is_diffusion).nonzero().flatten().tolist()
+        assert p.flow_map_indices().tolist() == (~p.is_diffusion).nonzero().flatten().tolist()
 
 
 def test_rounding_is_pythons() -> None:
@@ -176,10 +176,10 @@ def test_the_generator_decides_and_the_global_one_is_left_alone() -> None:
 def test_rows_of_pairs_made_by_hand_and_of_edited_ones() -> None:
     t = torch.tensor([0.9, 0.5, 0.2])
     pairs = TimePairs(t, torch.tensor([0.1, 0.5, 0.0]), torch.tensor([False, True, False]))
-    assert pairs.flow_map_rows().tolist() == [0, 2]
+    assert pairs.flow_map_indices().tolist() == [0, 2]
     drawn = sample_time_pairs(4, generator=_generator(0))
     edited = replace(drawn, r=drawn.t, is_diffusion=torch.ones(4, dtype=torch.bool))
-    assert edited.flow_map_rows().tolist() == []
+    assert edited.flow_map_indices().tolist() == []
 
 
 @pytest.mark.parametrize(

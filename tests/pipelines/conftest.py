@@ -1,5 +1,6 @@
-"""A tiny model of real parts, written by diffusers' own pipeline."""
+"""Make a tiny model of real parts, written by diffusers' own pipeline."""
 
+import sys
 from pathlib import Path
 
 import diffusers
@@ -8,12 +9,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from anyflow.pipelines import AnyFlowPipeline
+from anyflow.pipelines.sample_settings import SampleSettings
+
+sys.path.append(str(Path(__file__).parent / "scripts"))  # helpers of several files of tests
+from tiny_calls import LATENT_SHAPE
+
 WORDS = ["a", "red", "blue", "disc", "cross", "moves", "slowly", "stops", "bad", "quality"]
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with everything: 16 latent channels, text dimension 16, shift 5."""
+    """Write a whole diffusers folder: 16 latent channels, text dimension 16, shift 5."""
     torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -50,3 +57,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(model: Path) -> AnyFlowPipeline:
+    return AnyFlowPipeline.from_pretrained(model, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def peer(model: Path) -> diffusers.AnyFlowPipeline:
+    pipe = diffusers.AnyFlowPipeline.from_pretrained(model)
+    pipe.transformer = diffusers.AnyFlowTransformer3DModel.from_pretrained(
+        model, subfolder="transformer"
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def noise(generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(LATENT_SHAPE, generator=generator)
+
+
+@pytest.fixture
+def settings(model: Path) -> SampleSettings:
+    return SampleSettings(str(model), height=32, width=48, num_frames=9, fps=8, dtype="float32")

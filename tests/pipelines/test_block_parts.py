@@ -1,6 +1,4 @@
-"""accelerate(only=...): parts of diffusers' blocks on our operators, against the unmodified
-transformer.
-"""
+"""Test accelerate(only=...): parts of diffusers' blocks on our operators."""
 
 import copy
 import pickle
@@ -32,7 +30,7 @@ CHOICES = [*PARTS, PARTS]
 
 
 def build(kind: str, **settings: Any) -> nn.Module:
-    """A transformer whose norms and biases are not the ones that it starts with."""
+    """Build a transformer whose norms and biases are not the ones that it starts with."""
     cls = (
         diffusers.AnyFlowTransformer3DModel
         if kind == "anyflow"
@@ -50,7 +48,7 @@ def build(kind: str, **settings: Any) -> nn.Module:
 
 
 def run(network: nn.Module, per_token: bool = False, image: bool = False) -> Tensor:
-    """The velocity of two samples of three frames, from fixed latents and text."""
+    """Return the velocity of two samples of three frames, from fixed latents and text."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(2, 16, 3, 4, 6, generator=generator)
     text = torch.randn(2, 512 if image else 5, 16, generator=generator)
@@ -85,9 +83,7 @@ def test_same_velocity_and_bit_identical_after_restore(kind, only) -> None:
 
 @pytest.mark.parametrize("kind", ["anyflow", "wan"])
 def test_every_replaced_module_is_what_computes(kind) -> None:
-    """Weights that are changed while our classes are there show in the result as they do in
-    diffusers'.
-    """
+    """Change weights while our classes are there: the result changes as in diffusers."""
     network, other = build(kind), build(kind)
     anyflow.accelerate(network, only=PARTS)
     with torch.no_grad():
@@ -144,7 +140,7 @@ def test_bf16_is_as_near_to_fp32_as_diffusers() -> None:
     ids=["no-norm", "image"],
 )
 def test_variants_of_wan_that_only_parts_take(settings) -> None:
-    """Image attention is refused by accelerate() without ``only``."""
+    """Run image attention, which accelerate() refuses without ``only``."""
     network, image = build("wan", **settings), "image_dim" in settings
     with torch.no_grad():
         before = run(network, image=image)
@@ -205,9 +201,7 @@ def test_a_pipeline_with_model_offloading_keeps_it() -> None:
 
 
 def test_weights_that_come_for_each_module() -> None:
-    """Sequential offloading put on afterwards: norms have their weights during their own calls
-    only.
-    """
+    """Offload sequentially afterwards: norms have their weights during their own calls only."""
     network = build("wan")
     with torch.no_grad():
         before = run(network)
@@ -263,7 +257,7 @@ def test_torch_compile_afterwards() -> None:
 
 
 class OtherProcessor:
-    """Whatever it does, ours would not."""
+    """Stand for a processor that ours would not have."""
 
 
 def change(network: nn.Module, action: Any) -> nn.Module:

@@ -1,6 +1,4 @@
-"""A damaged file in any part of a model is one ValueError that names the part, whichever library
-would read it.
-"""
+"""Test that a damaged file in any part of a model is one ValueError that names the part."""
 
 import json
 import os
@@ -23,7 +21,7 @@ WEIGHTS = {
 
 @pytest.fixture
 def copy(model: Path, tmp_path: Path) -> Path:
-    """A copy of the whole model that may be damaged."""
+    """Copy the whole model, so that it may be damaged."""
     return shutil.copytree(model, tmp_path / "model")
 
 

@@ -1,6 +1,4 @@
-"""Our transformer and our scheduler inside diffusers.AnyFlowPipeline, with real (tiny) VAE, text
-encoder, tokenizer.
-"""
+"""Test our transformer and our scheduler inside diffusers.AnyFlowPipeline, with tiny parts."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ PROMPTS = ["a red disc moves slowly to the right", "a blue cross stops"]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, with UMT5's padding 0 and end of sequence 1."""
+    """Make one token per word, with UMT5's padding 0 and end of sequence 1."""
     vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -67,7 +65,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def parts() -> dict[str, Any]:
-    """Everything of a pipeline; ``transformer`` and ``scheduler`` are diffusers'."""
+    """Make all parts of a pipeline; ``transformer`` and ``scheduler`` are diffusers'."""
     torch.manual_seed(0)
     config = UMT5Config(
         vocab_size=3 + len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
@@ -90,7 +88,7 @@ def parts() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ours(parts: dict[str, Any]) -> dict[str, Any]:
-    """Our transformer with the same weights, and our scheduler from the same configuration."""
+    """Make our transformer with the same weights, and our scheduler of the same configuration."""
     transformer = AnyFlowTransformer3DModel(**TRANSFORMER).eval()
     transformer.load_state_dict(parts["transformer"].state_dict(), strict=True)
     scheduler = FlowMapEulerDiscreteScheduler.from_config(parts["scheduler"].config)
@@ -107,7 +105,7 @@ LATENT = {"output_type": "latent"}
 
 
 def video(pipe: AnyFlowPipeline, **arguments: Any) -> np.ndarray:
-    """``[B, frames, height, width, 3]`` in [0, 1], from a fixed seed."""
+    """Draw ``[B, frames, height, width, 3]`` in [0, 1], from a fixed seed."""
     settings = {
         "prompt": PROMPTS,
         "height": 16,
@@ -143,7 +141,7 @@ REPLACED: dict[str, tuple[str, ...]] = {
 
 @pytest.fixture(scope="module")
 def expected(parts: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The video of every call by diffusers' own classes."""
+    """Make the video of every call by diffusers' own classes."""
     return {name: video(build(parts), **call) for name, call in CALLS.items()}
 
 
@@ -156,7 +154,7 @@ def test_same_video(names, call, parts, ours, expected) -> None:
 
 
 def test_every_option_matters(expected) -> None:
-    """The comparison above is of different videos, not of one constant."""
+    """Check that the comparison above is of different videos, not of one constant."""
     videos = {k: v for k, v in expected.items() if len(v) == len(PROMPTS)}
     assert len(videos) >= 6 and all(v.std() > 0.01 for v in videos.values())
     names = list(videos)
@@ -175,9 +173,7 @@ def test_scheduler_assigned_to_a_finished_pipeline(parts, ours, expected) -> Non
 
 @pytest.mark.parametrize("timesteps", [[999, 937, 833, 624], [999, 937, 833, 624, 0], [1000, 500]])
 def test_custom_timesteps(timesteps, parts, ours) -> None:
-    """Ours are verbatim at any shift. diffusers shifts them again, so it agrees where its shift is
-    1.
-    """
+    """Compare at shift 1: ours are verbatim, and diffusers shifts them once more."""
     unshifted = diffusers.FlowMapEulerDiscreteScheduler(shift=1.0)
     # diffusers' pipeline skips a last step from 0 to 0, which is what its terminal 0 makes.
     expected = video(build(parts, scheduler=unshifted), timesteps=timesteps, **LATENT)
@@ -203,7 +199,7 @@ def test_custom_sigmas(parts, ours) -> None:
 
 
 def test_pixel_context(parts, ours) -> None:
-    """Video given in pixels is encoded by the VAE and kept."""
+    """Give video in pixels, which the VAE encodes and the pipeline keeps."""
     context = torch.rand(1, 1, 3, 16, 32, generator=torch.Generator().manual_seed(1))
     call = {"prompt": PROMPTS[0], "video": context, **LATENT}
     frames = [video(build(parts, **replaced), **call) for replaced in ({}, ours)]
@@ -211,9 +207,7 @@ def test_pixel_context(parts, ours) -> None:
 
 
 def test_callback_and_attention_kwargs(parts, ours) -> None:
-    """The pipeline hands its callback the latents of every step and its attention_kwargs to the
-    transformer.
-    """
+    """Check that the callback gets the latents, and the transformer its attention_kwargs."""
     seen: list[float] = []
 
     def watch(
@@ -259,9 +253,7 @@ def test_saved_pipeline_loads_our_transformer(parts, ours, expected, tmp_path: P
 
 
 def test_scheduler_of_a_saved_pipeline(parts, expected, tmp_path: Path) -> None:
-    """Assigned after loading: from_pretrained(scheduler=...) takes subclasses of diffusers'
-    SchedulerMixin only.
-    """
+    """Assign after loading: from_pretrained(scheduler=...) takes diffusers' classes only."""
     build(parts).save_pretrained(tmp_path)
     loaded = AnyFlowPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
@@ -275,9 +267,7 @@ def test_scheduler_of_a_saved_pipeline(parts, expected, tmp_path: Path) -> None:
 def test_readme_snippet_loads_our_transformer_into_a_saved_pipeline(
     parts, expected, tmp_path: Path
 ) -> None:
-    """README, "the call of diffusers' own", up to its call: its default video is too large for a
-    test.
-    """
+    """Run README's "the call of diffusers' own" up to its call, whose video is too large here."""
     build(parts).save_pretrained(tmp_path)
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     snippet = next(s for s in readme.split("```python\n") if "anyflow.accelerate(pipe)" in s)

@@ -1,4 +1,4 @@
-"""A run exported as a whole pipeline, with the parts of another model."""
+"""Test a run exported as a whole pipeline, with the parts of another model."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ CALL: dict[str, Any] = {
 
 
 def run(folder: Path, stage: str = "pretrain", lora: bool = False, **sizes: int) -> Path:
-    """The folder of a run with one checkpoint of values that are not those of the start."""
+    """Make a run with one checkpoint, of values that are not those of the start."""
     adapters = LoRAConfig(rank=4, alpha=6.0) if lora else None
     network = NetworkConfig(
         architecture=ArchitectureConfig(**{**SIZES, **sizes}), seed=3, lora=adapters
@@ -130,7 +130,7 @@ def test_a_base_that_does_not_do_is_refused_before_anything_is_written(
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
     refused(narrow, model, "text_encoder has 16 text dimensions, but the transformer takes 8")
-    refused(folder, tmp_path / "none", "there is no folder")
+    refused(folder, tmp_path / "none", "no folder")
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(model, base, ignore=shutil.ignore_patterns(part))
         refused(folder, base, f"has no {part}/")
@@ -146,7 +146,7 @@ def test_a_base_that_does_not_do_is_refused_before_anything_is_written(
 
 
 def test_the_choices_are_those_of_the_help(tmp_path: Path) -> None:
-    """A wrong one is refused with the right ones."""
+    """Refuse a wrong choice, and name the right ones."""
     text = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"}).output
     for choices in ("ema|raw", "merged|separate", "diffusers|comfyui"):
         assert choices in text

@@ -1,10 +1,5 @@
-"""LoRA files of every origin: merged to what PEFT or the formula in fp64 gives, or refused by their
-own keys, whole.
-"""
+"""Test LoRA files of every origin: merged to what PEFT or fp64 gives, or refused by key."""
 
-import copy
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,20 +7,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from lora_layers import build, copy_of, error, one_layer, pair, refused
+from peft import LoraConfig
+from safetensors.torch import save_file
 
 import anyflow
-from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.pipelines.lora import merge_lora
 
-SIZES = {
-    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 2, "out_channels": 2,
-    "text_dim": 8,
-    "freq_dim": 16, "ffn_dim": 32, "num_layers": 2,
-}  # fmt: skip
 OURS = {  # the original Wan's modules with weights, and ours
     "blocks.0.self_attn.q": "blocks.0.attn1.to_q",
     "blocks.1.self_attn.o": "blocks.1.attn1.to_out.0",
@@ -65,58 +53,12 @@ NAMES: dict[str, tuple[Callable[[str], str], str, str]] = {
 }  # fmt: skip
 
 
-def build(dtype: torch.dtype = torch.float32, **sizes: Any) -> AnyFlowTransformer3DModel:
-    """Random everything: norms and biases that start at 1 and 0 would hide a missing one."""
-    torch.manual_seed(0)
-    model = AnyFlowTransformer3DModel(**{**SIZES, **sizes}).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape))
-    return model.to(dtype)
-
-
-def copy_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def error(model: torch.nn.Module, expected: dict[str, Tensor]) -> float:
-    state = model.state_dict()
-    assert state.keys() == expected.keys()
-    return max(
-        float((state[name].double() - tensor.double()).abs().max())
-        for name, tensor in expected.items()
-    )
-
-
-def refused(model: AnyFlowTransformer3DModel, path: Path, *parts: str, scale: Any = 1.0) -> str:
-    """The message, which has the parts; not a bit of the model has changed."""
-    before = copy_of(model)
-    with pytest.raises(ValueError) as raised:
-        merge_lora(model, path, scale)
-    for part in parts:
-        assert part in str(raised.value)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    return str(raised.value)
-
-
-def pair(shape: tuple[int, ...], rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    return (
-        0.3 * torch.randn(rank, *shape[1:], generator=generator),
-        0.3 * torch.randn(shape[0], rank, *(1 for _ in shape[2:]), generator=generator),
-    )
-
-
-# Names --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("alpha", [None, 2.0])
 @pytest.mark.parametrize("origin", NAMES)
 def test_names_of_every_trainer(
     origin: str, alpha: float | None, generator: torch.Generator, tmp_path: Path
 ) -> None:
-    """Of a part of the layers, each of another rank, with biases, norms and modulations that differ
-    beside them.
-    """
+    """Write a part of the layers, each of another rank, with other differences beside them."""
     name, down, up = NAMES[origin]
     model = build(image_dim=6)
     before, state, expected = copy_of(model), {}, copy_of(model)
@@ -231,175 +173,11 @@ def test_no_tensor_is_left_out(key: str, generator: torch.Generator, tmp_path: P
     refused(model, file, key, str(file))
 
 
-# Configurations -----------------------------------------------------------------------------------
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "rslora": {"use_rslora": True},
-    "alpha_pattern": {"alpha_pattern": {"to_q": 32, r"^blocks\.1\.ffn.net.2": 3}},
-    "rank_pattern": {"rank_pattern": {"to_q": 2, r"blocks\.1\.ffn\.net\.2": 3}, "use_rslora": True},
-    "dora": {"use_dora": True, "use_rslora": True},
-    "lora_bias": {"lora_bias": True},
-    "bias": {"bias": "all"},
-    "lora_only": {"bias": "lora_only"},
-    "modules_to_save": {
-        "modules_to_save": ["proj_out", "condition_embedder.time_embedder", "norm2"]
-    },
-    "exclude_modules": {"exclude_modules": ["blocks.0.attn1.to_q"]},
-    "layers_to_transform": {"layers_to_transform": [1], "layers_pattern": "blocks"},
-    "pattern": {"target_modules": r"blocks\.\d+\.attn1\.to_(q|k)"},
-    "convolution": {"target_modules": ["patch_embedding", "to_q"]},
-}
-
-
-def trained_by_peft(options: dict[str, Any], generator: torch.Generator) -> torch.nn.Module:
-    targets = ["attn1.to_q", "attn2.to_out.0", "ffn.net.2"]
-    model = get_peft_model(
-        build(), LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **options})
-    )
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_what_peft_saves_is_merged_as_peft_does(
-    name: str, generator: torch.Generator, tmp_path: Path
-) -> None:
-    theirs, model = trained_by_peft(CONFIGS[name], generator), build()
-    before = copy_of(model)
-    theirs.save_pretrained(tmp_path)
-    merge_lora(model, tmp_path)
-    assert error(model, theirs.merge_and_unload().state_dict()) < 1e-6 < 0.1 < error(model, before)
-
-
-@pytest.mark.parametrize("name", ["plain", "rslora", "alpha_pattern", "rank_pattern", "dora"])
-def test_metadata_of_diffusers_is_obeyed(
-    name: str, generator: torch.Generator, tmp_path: Path
-) -> None:
-    """In the header of the file, whatever the file's name."""
-    theirs, model = trained_by_peft(CONFIGS[name], generator), build()
-    diffusers.loaders.WanLoraLoaderMixin.save_lora_weights(
-        tmp_path,
-        transformer_lora_layers={
-            k.removeprefix("base_model.model."): t
-            for k, t in get_peft_model_state_dict(theirs).items()
-        },
-        transformer_lora_adapter_metadata=theirs.peft_config["default"].to_dict(),
-    )
-    merge_lora(
-        model, (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "mine.safetensors")
-    )
-    assert error(model, theirs.merge_and_unload().state_dict()) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"lora_alpha": 10**400}, "lora_alpha should be a number >= 0 and finite"),
-        ({"lora_alpha": -8}, "lora_alpha"), ({"lora_alpha": float("nan")}, "lora_alpha"),
-        ({"lora_alpha": "8"}, "lora_alpha"), ({"lora_alpha": True}, "lora_alpha"),
-        ({"lora_alpha": None}, "lora_alpha"),
-        ({"r": 0}, "r should be a whole number >= 1, not 0"), ({"r": 4.5}, "r should be"),
-        ({"r": 8}, "rank 4, but 8"),
-        ({"rank_pattern": {"to_q": 0}}, "rank_pattern.to_q"),
-        ({"rank_pattern": {"to_q": 3}}, "rank 4, but 3"),
-        ({"rank_pattern": []}, "rank_pattern should be an object"),
-        ({"alpha_pattern": {"(": 1}}, "alpha_pattern should be a regular expression"),
-        ({"alpha_pattern": {"to_q": "1"}}, "alpha_pattern.to_q"),
-        ({"use_rslora": "yes"}, "use_rslora"),
-        ({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "all"}, "bias='all'"),
-        ({"bias": "some"}, "bias should be one of none, all, lora_only"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"modules_to_save": ["proj_out"]}, "proj_out"), ({"peft_type": "LOHA"}, "peft_type should "
-                                                                                 "be LORA"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
-        ({"init_lora_weights": "olora"}, "olora"),
-        ({"exclude_modules": ["to_q"]}, "a layer without adapters"),
-        ({"target_modules": ["to_k"]}, "a layer without"),
-        ({"layers_to_transform": [1], "layers_pattern": "("}, "layers_pattern"),
-        ({"rank_pattern": {"(.*)*x": 1}}, "repeats"),
-        ({"target_modules": ".*.*.*.*.*x"}, "repeats"),
-        ({"layers_to_transform": [1]}, "a layer without"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"use_qalora": True}, "use_qalora"), ({"a_new_field": 2}, "a_new_field"),
-        ({"target_modules": 3}, "target"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("beside", [True, False])
-def test_settings_that_cannot_be_obeyed_are_refused(
-    change: dict[str, Any], message: str, beside: bool, generator: torch.Generator, tmp_path: Path
-) -> None:
-    """Beside the file, or in its header."""
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["to_q"]} | change
-    a, b = pair((24, 24), 4, generator)
-    layer = "blocks.0.attn1.to_q"
-    state = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
-    model, where = build(), "adapter_config.json" if beside else "lora_adapter_metadata"
-    if beside:
-        save_file(
-            {f"base_model.model.{k}": t for k, t in state.items()},
-            tmp_path / "adapter_model.safetensors",
-        )
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    else:
-        text = json.dumps({f"transformer.{k}": v for k, v in config.items()})
-        save_file(
-            state,
-            tmp_path / "pytorch_lora_weights.safetensors",
-            metadata={"lora_adapter_metadata": text},
-        )
-    refused(model, tmp_path, message, where)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["[]", "3", "", "{", '{"r": 1, "r": 2}', "[" * 10**5, '{"lora_alpha": ' + "9" * 5000 + "}"],
-)
-def test_configurations_that_are_none(
-    text: str, generator: torch.Generator, tmp_path: Path
-) -> None:
-    a, b = pair((24, 24), 4, generator)
-    layer = "blocks.0.attn1.to_q"
-    state = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
-    save_file(state, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(text)
-    refused(build(), tmp_path, "adapter_config.json")
-    save_file(state, tmp_path / "one.safetensors", metadata={"lora_adapter_metadata": text})
-    refused(build(), tmp_path / "one.safetensors", "lora_adapter_metadata")
-
-
-def test_alpha_is_never_guessed_and_must_agree(generator: torch.Generator, tmp_path: Path) -> None:
-    a, b = pair((24, 24), 4, generator)
-    layer = "base_model.model.blocks.0.attn1.to_q"
-    state = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
-    save_file(state, tmp_path / "lora.safetensors")
-    model = build()
-    expected = copy_of(model)
-    refused(model, tmp_path / "lora.safetensors", "no adapter_config.json")
-    for alpha in (torch.tensor(float("inf")), torch.zeros(2), torch.tensor(True)):
-        save_file(state | {f"{layer}.alpha": alpha}, tmp_path / "lora.safetensors")
-        refused(model, tmp_path / "lora.safetensors", f"{layer}.alpha")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
-    save_file(state | {f"{layer}.alpha": torch.tensor(4)}, tmp_path / "lora.safetensors")
-    refused(model, tmp_path, "scales that differ, 1 by", f"{layer}.alpha", "adapter_config.json")
-    save_file(
-        state | {f"{layer}.alpha": torch.tensor(8, dtype=torch.bfloat16)},
-        tmp_path / "lora.safetensors",
-    )
-    merge_lora(model, tmp_path)
-    expected["blocks.0.attn1.to_q.weight"] += 2 * b @ a
-    assert error(model, expected) < 1e-6
-
-
 @pytest.mark.parametrize(("shape", "dim"), [((24, 1), 1), ((1, 24), 0)])
 def test_magnitudes_of_lycoris(
     shape: tuple[int, int], dim: int, generator: torch.Generator, tmp_path: Path
 ) -> None:
-    """By rows, or as its older files by columns."""
+    """Scale by outputs, or by inputs as older files do."""
     model, file = build(), tmp_path / "lora.safetensors"
     a, b = pair((24, 24), 4, generator)
     magnitude = torch.rand(shape, generator=generator)
@@ -416,9 +194,6 @@ def test_magnitudes_of_lycoris(
     expected["blocks.0.attn1.to_q.weight"] = magnitude * v / v.norm(dim=dim, keepdim=True)
     merge_lora(model, file)
     assert error(model, expected) < 1e-6
-
-
-# Numbers ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -472,7 +247,7 @@ def test_a_scale_is_a_finite_number(scale: Any, tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_change_nothing(
     value: float, generator: torch.Generator, tmp_path: Path
 ) -> None:
-    """In the last layer, before or after merging, when the others could be merged."""
+    """Spoil the last layer, before or after merging, when the others could be merged."""
     model, file, state = build(), tmp_path / "lora.safetensors", {}
     for layer in ("blocks.0.attn1.to_q", "blocks.1.ffn.net.2"):
         a, b = pair(tuple(model.get_submodule(layer).weight.shape), 2, generator)
@@ -488,23 +263,10 @@ def test_numbers_that_are_not_finite_change_nothing(
     )
 
 
-# Transformers -------------------------------------------------------------------------------------
-
-
-def one_layer(folder: Path, generator: torch.Generator) -> tuple[Path, Tensor]:
-    """A LoRA of ``blocks.0.attn1.to_q``, and what it adds."""
-    a, b = pair((24, 24), 2, generator)
-    layer = "transformer.blocks.0.attn1.to_q"
-    save_file(
-        {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}, folder / "one.safetensors"
-    )
-    return folder / "one.safetensors", b @ a
-
-
 def test_weights_in_use_elsewhere_stay_where_they_are(
     generator: torch.Generator, tmp_path: Path
 ) -> None:
-    """A pinned copy, a graph or an optimizer holds the very tensors."""
+    """Hold the very tensors, as a pinned copy, a graph or an optimizer does."""
     file, added = one_layer(tmp_path, generator)
     with torch.inference_mode():
         made_there = build()
@@ -520,7 +282,7 @@ def test_weights_in_use_elsewhere_stay_where_they_are(
 def test_an_accelerated_pipeline_with_an_adapter(
     model: Path, generator: torch.Generator, tmp_path: Path
 ) -> None:
-    """diffusers' own layers get the change, under the adapter that is loaded."""
+    """Merge into diffusers' own layers, under the adapter that is loaded."""
     file, added = one_layer(tmp_path, generator)
     pipe = diffusers.AnyFlowPipeline.from_pretrained(model)
     pipe.transformer.add_adapter(
@@ -542,63 +304,3 @@ def test_weights_that_cannot_be_changed(generator: torch.Generator, tmp_path: Pa
     ):
         with pytest.raises(ValueError, match=message):
             merge_lora(wrong, file)
-
-
-# Files --------------------------------------------------------------------------------------------
-
-
-def test_files_that_are_none(generator: torch.Generator, tmp_path: Path) -> None:
-    sound, _ = one_layer(tmp_path, generator)
-    content, file, model = sound.read_bytes(), tmp_path / "x.safetensors", build()
-    for damaged in (
-        b"", content[:5], content[:50], content[:-1], content + b"\0",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", b"\xff" * 100,
-    ):  # fmt: skip
-        file.write_bytes(damaged)
-        refused(model, file, "x.safetensors")
-    file.unlink()
-    os.mkfifo(file)
-    refused(model, file, "FIFO")
-    file.unlink()
-    file.symlink_to("/dev/zero")
-    refused(model, file, "device")
-    for missing in (tmp_path / "none.safetensors", tmp_path / ("a" * 300), Path("\0")):
-        refused(model, missing, "LoRA")
-    for odd in (3, None, b"x"):
-        refused(model, odd, "the path should be")  # type: ignore[arg-type]
-    save_file({}, tmp_path / "empty.safetensors")
-    refused(model, tmp_path / "empty.safetensors", "empty")
-    (tmp_path / "lora.txt").write_text("")
-    refused(model, tmp_path / "lora.txt", "should end in")
-    refused(model, tmp_path, "more than one file", "one.safetensors")
-    (tmp_path / "folder").mkdir()
-    refused(model, tmp_path / "folder", "but has none")
-    (tmp_path / "folder" / "adapter_model.safetensors").write_bytes(content)
-    (tmp_path / "folder" / "adapter_model.safetensors.index.json").write_text("{}")
-    refused(model, tmp_path / "folder", "an index")
-
-
-def test_files_of_torch(generator: torch.Generator, tmp_path: Path) -> None:
-    """Without the code in them."""
-    sound, added = one_layer(tmp_path, generator)
-    model = build()
-    expected = copy_of(model)
-    torch.save(load_file(sound), tmp_path / "pytorch_lora_weights.bin")
-    merge_lora(model, tmp_path)
-    expected["blocks.0.attn1.to_q.weight"] += added
-    assert error(model, expected) < 1e-6
-    torch.save({"lora": build()}, tmp_path / "model.pt")
-    refused(model, tmp_path / "model.pt", "model.pt")
-
-
-def test_a_configuration_of_another_file_is_left_alone(
-    generator: torch.Generator, tmp_path: Path
-) -> None:
-    file, added = one_layer(tmp_path, generator)
-    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 64, "lora_alpha": 1}))
-    model = build()
-    expected = copy.deepcopy(copy_of(model))
-    merge_lora(model, file)
-    expected["blocks.0.attn1.to_q.weight"] += added
-    assert error(model, expected) < 1e-6

@@ -1,6 +1,4 @@
-"""The memory plans and the speed options of the pipeline: what they give, what they leave behind,
-what they refuse.
-"""
+"""Test the memory plans and speed options: what they give, leave behind and refuse."""
 
 import json
 import shutil
@@ -50,7 +48,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture
 def no_weights(model: Path, tmp_path: Path) -> Path:
-    """The model without its weights: loading them would be another error."""
+    """Copy the model without its weights: loading them would be another error."""
     shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     return tmp_path / "model"
 
@@ -107,7 +105,7 @@ def test_weights_that_stream_are_not_compiled_or_recorded(option: str, no_weight
 
 @pytest.mark.parametrize("memory", ["fast", "low", pytest.param("stream", marks=needs_cuda)])
 def test_a_pipeline_first_used_in_inference_mode_can_be_trained(memory: str, model: Path) -> None:
-    """With "low" the transformer is even loaded there."""
+    """Use inference mode, in which "low" even loads the transformer."""
     pipe = load(model, memory, "cuda" if memory == "stream" else "cpu")
     with torch.inference_mode():
         before = video(pipe)
@@ -149,7 +147,7 @@ def test_a_transformer_made_in_inference_mode_can_be_trained(
 
 
 def adapter(model: Path, folder: Path) -> Path:
-    """A LoRA file that changes the transformer."""
+    """Write a LoRA file that changes the transformer."""
     torch.manual_seed(1)
     transformer = diffusers.AnyFlowTransformer3DModel.from_pretrained(
         model, subfolder="transformer"
@@ -219,9 +217,7 @@ PLANS: dict[str, dict[str, Any]] = {
 def test_every_plan_gives_the_same_on_a_gpu(
     options: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
-    """Twice, as a graph replays and streams learn their order in the first; with a LoRA that is
-    merged in between.
-    """
+    """Run twice, as graphs and streams learn in the first run, with a LoRA merged in between."""
     expected, actual = load(model, "fast", "cuda"), load(model, device="cuda", **options)
     for call in ({"num_inference_steps": 4}, {"num_inference_steps": 2, "seed": 2}):
         torch.testing.assert_close(
@@ -237,7 +233,7 @@ def test_every_plan_gives_the_same_on_a_gpu(
 @needs_cuda
 @pytest.mark.parametrize("memory", ["low", "stream"])
 def test_the_transformer_leaves_the_gpu(memory: str, model: Path) -> None:
-    """With "stream" it is never there as a whole, and waits in pinned memory."""
+    """Check that with "stream" it is never there as a whole, and waits in pinned memory."""
     pipe = load(model, memory, "cuda")
     there: list[int] = []
 
@@ -255,7 +251,7 @@ def test_the_transformer_leaves_the_gpu(memory: str, model: Path) -> None:
 
 @needs_cuda
 def test_a_transformer_of_40_blocks_streams_in_the_memory_of_a_few(model: Path) -> None:
-    """Blocks of 31 MB, and 1.3 GB in all."""
+    """Stream blocks of 31 MB, 1.3 GB in all."""
     pipe = load(model, "stream", "cuda")
     sizes = dict(pipe.transformer.config) | {
         "num_layers": 40,
@@ -293,7 +289,7 @@ def test_a_text_encoder_streams_layer_by_layer(model: Path) -> None:
 
 
 def test_hooks_come_off_and_leave_the_weights(model: Path, tmp_path: Path) -> None:
-    """Those of a transformer whose weights wait on a disk, as a CPU has no streams."""
+    """Offload the weights to a disk, as a CPU has no streams."""
     transformer = load_transformer(model)
     names, weights = (
         list(transformer.state_dict()),

@@ -1,5 +1,6 @@
-"""What each stage of the 14B model takes at 480 x 832 x 81 in bf16, counted on tensors that have
-sizes but no memory.
+"""Count the memory of each stage of the 14B model at 480 x 832 x 81 in bf16.
+
+The tensors have sizes but no memory.
 
 `python tests/pipelines/test_memory_budget.py` prints the table of docs/sampling.md. Counted is what
 is allocated, as torch.cuda.max_memory_allocated() does; not the workspaces of libraries, nor what
@@ -28,7 +29,6 @@ from anyflow.pipelines.memory import TEXT_WORKSPACE, WORKSPACE, Sizes, choose_pl
 from anyflow.pipelines.wan import decode_latents, encode_video
 
 DOCS = Path(__file__).parents[2] / "docs" / "sampling.md"
-README = Path(__file__).parents[2] / "README.md"
 GB = 1e9
 SEED_PEAK = 57 * GB  # of the published 14B script, on an H200
 UMT5_XXL = {
@@ -47,7 +47,7 @@ LATENTS = (1, 21, 16, 60, 104)
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes of tensors that live at once and are made while the mode is on."""
+    """Record the most bytes of tensors that live at once and are made while the mode is on."""
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_a_peak_is_what_lives_at_once() -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes: of weights, and of what the stages allocate beside them."""
+    """Hold the bytes of weights, and of what the stages allocate beside them."""
 
     transformer: int
     block: int
@@ -95,13 +95,13 @@ class Budget:
     text_encoder: int
     vae: int
     encoding: int
-    context: int
+    first_frames: int
     sampling: int
     guided: int
     decoding: int
 
     def stages(self, plan: str) -> dict[str, float]:
-        """GB on the device in each stage of a plan; with streaming, of a text encoder that fits."""
+        """Return GB on the device in each stage of a plan; a text encoder that fits is whole."""
         resident = self.transformer + self.text_encoder if plan == "fast" else 0
         network = {"fast": 0, "low": self.transformer, "stream": self.streamed}[plan]
         text = 0 if plan == "fast" else self.text_encoder
@@ -115,12 +115,12 @@ class Budget:
 
     @property
     def streamed(self) -> int:
-        """Two blocks, and what is no block."""
+        """Return the bytes of two blocks and of everything that is no block."""
         return self.transformer - (self.num_blocks - 2) * self.block
 
 
 def count(tiled: bool, architecture: Mapping[str, int] = MODELS["14B"]) -> Budget:
-    """All stages at true size, with the VAE in tiles or not."""
+    """Count all stages at true size, with the VAE in tiles or not."""
     with torch.device("meta"):
         transformer = AnyFlowTransformer3DModel(**architecture).eval()
         text_encoder = (
@@ -134,7 +134,7 @@ def count(tiled: bool, architecture: Mapping[str, int] = MODELS["14B"]) -> Budge
         with Peak(weights(vae)) as decoding:
             latents = torch.empty(LATENTS)
             uint8_pixels(decode_latents(vae, latents))
-        with Peak(weights(vae)) as context:
+        with Peak(weights(vae)) as first_frames:
             encode_video(vae, torch.empty(1, 5, 3, 480, 832))
     return Budget(
         transformer=sizes(in_bf16(transformer)),
@@ -143,7 +143,7 @@ def count(tiled: bool, architecture: Mapping[str, int] = MODELS["14B"]) -> Budge
         text_encoder=sizes(text_encoder),
         vae=sizes(vae),
         encoding=prompt(text_encoder),
-        context=context.bytes,
+        first_frames=first_frames.bytes,
         sampling=step(transformer, guided=False),
         guided=step(transformer, guided=True),
         decoding=decoding.bytes,
@@ -151,7 +151,7 @@ def count(tiled: bool, architecture: Mapping[str, int] = MODELS["14B"]) -> Budge
 
 
 def prompt(text_encoder: nn.Module) -> int:
-    """Of one prompt."""
+    """Count the encoding of one prompt."""
     # not on the meta device, as the mask's values are asked for
     with FakeTensorMode(), torch.no_grad():
         faked(text_encoder)
@@ -162,17 +162,16 @@ def prompt(text_encoder: nn.Module) -> int:
 
 
 def step(transformer: AnyFlowTransformer3DModel, guided: bool) -> int:
-    """Of a step as the sampler makes it: texts and times embedded before, fp32 latents."""
-    rows = 2 if guided else 1
+    """Count a step as the sampler makes it, with fp32 latents."""
+    samples = 2 if guided else 1
     with FakeTensorMode(), torch.no_grad():  # not on the meta device, which autocast does not know
         faked(transformer)
         transformer.rope = copy.deepcopy(transformer.rope)  # without the tables of another mode
         with Peak(weights(transformer)) as peak:
             latents = torch.empty(LATENTS)
-            text = transformer.encode_text(torch.empty(rows, 512, 4096))
-            times = transformer.embed_time(torch.empty(4), torch.empty(4))[0].expand(rows)
-            x = torch.cat([latents] * rows) if guided else latents
-            velocity = transformer(x, time_embedding=times, text_context=text).sample
+            text, t = torch.empty(samples, 512, 4096), torch.empty(samples)
+            x = torch.cat([latents] * samples) if guided else latents
+            velocity = transformer(x, t, t, text).sample
             if guided:
                 negative, positive = velocity.chunk(2)
                 velocity = negative + 2.0 * (positive - negative)
@@ -196,7 +195,7 @@ def fake(tensor: Tensor) -> Tensor:
 
 
 def in_bf16(transformer: AnyFlowTransformer3DModel) -> AnyFlowTransformer3DModel:
-    """As it is loaded: what it keeps in fp32 stays."""
+    """Convert as loading does: what the model keeps in fp32 stays."""
     kept = set(transformer._keep_in_fp32_modules)
     for name, parameter in transformer.named_parameters():
         if not kept & set(name.split(".")):
@@ -218,7 +217,7 @@ def budget() -> Budget:
 
 
 def test_the_parts_have_their_true_sizes(budget: Budget) -> None:
-    """14B, UMT5-XXL's 5.7B and the Wan VAE's 127M."""
+    """Check 14B, UMT5-XXL's 5.7B and the Wan VAE's 127M."""
     assert budget.transformer == pytest.approx(28.75 * GB, rel=0.01)
     assert budget.text_encoder == pytest.approx(11.36 * GB, rel=0.01)
     assert budget.vae == pytest.approx(0.508 * GB, rel=0.01)
@@ -232,8 +231,8 @@ def test_14b_fits_well_under_what_the_published_script_took(budget: Budget) -> N
 
 
 def test_the_workspaces_of_the_plans_are_enough(budget: Budget) -> None:
-    """And not more than twice of it."""
-    most = max(budget.sampling, budget.guided, budget.decoding, budget.context)
+    """Check that they are enough, and not more than twice what is needed."""
+    most = max(budget.sampling, budget.guided, budget.decoding, budget.first_frames)
     assert most < WORKSPACE < 2 * most
     assert budget.encoding < TEXT_WORKSPACE
 
@@ -266,7 +265,7 @@ def test_everything_fits_where_nothing_is_known_of_the_memory() -> None:
 
 
 def table(untiled: Budget, tiled: Budget) -> str:
-    """In Markdown; GB."""
+    """Write the table in Markdown, in GB."""
     plans = {
         "fast": untiled.stages("fast"),
         "low": tiled.stages("low"),
@@ -288,7 +287,7 @@ def table(untiled: Budget, tiled: Budget) -> str:
 
 
 def test_the_table_of_the_docs_is_this_one(budget: Budget) -> None:
-    """But for two cells, the VAE in tiles, which take this file half a minute to count."""
+    """Compare but for two cells, the VAE in tiles, which take half a minute to count."""
     row = next(line for line in table(budget, budget).splitlines() if line.startswith("| VAE"))
     text = DOCS.read_text()
     documented = next(line for line in text.splitlines() if line.startswith("| VAE"))
@@ -297,7 +296,7 @@ def test_the_table_of_the_docs_is_this_one(budget: Budget) -> None:
     assert table(budget, budget).replace(row, documented) in text
 
 
-def test_the_table_of_the_readme_is_this_one(budget: Budget) -> None:
+def test_the_table_of_published_checkpoints_is_this_one(budget: Budget) -> None:
     with torch.device("meta"):
         small = AnyFlowTransformer3DModel(**MODELS["1.3B"]).eval()
     parts = {
@@ -309,7 +308,7 @@ def test_the_table_of_the_readme_is_this_one(budget: Budget) -> None:
     for name, counted in (("1.3B", replace(budget, **parts, **steps)), ("14B", budget)):
         peaks = [max(counted.stages(plan).values()) for plan in ("fast", "low", "stream")]
         start = f"| `nvidia/AnyFlow-Wan2.1-T2V-{name}-"
-        row = next(line for line in README.read_text().splitlines() if line.startswith(start))
+        row = next(line for line in DOCS.read_text().splitlines() if line.startswith(start))
         assert row.split("|")[3].split(" / ") == [
             f" {peaks[0]:.1f}",
             f"{peaks[1]:.1f}",

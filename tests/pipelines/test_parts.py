@@ -1,6 +1,4 @@
-"""diffusers' methods on our pipeline: moving, offloading, LoRA, writing and assembling, under every
-memory plan.
-"""
+"""Test diffusers' methods on our pipeline under every memory plan."""
 
 from pathlib import Path
 from typing import Any
@@ -100,13 +98,13 @@ def test_moving_to_a_dtype_is_diffusers(model: Path, peer: diffusers.AnyFlowPipe
     assert pipe.to(device="cpu", dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("memory", ["fast", "low"])
 def test_what_needs_a_gpu_says_so_and_changes_nothing(
     memory: str, model: Path, expected: torch.Tensor
 ) -> None:
     pipe = load(model, memory=memory)
-    with pytest.raises(ValueError, match="device cuda cannot be used"):
+    with pytest.raises(ValueError, match="device 'cuda' cannot be used"):
         pipe.to("cuda")
     for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
         with pytest.raises(ValueError, match=f"{name}.* needs a GPU to bring the parts to"):
@@ -129,9 +127,7 @@ def test_the_plan_low_keeps_its_dtype_and_may_move(model: Path, expected: torch.
 def test_offloading_of_diffusers_takes_the_plans_place(
     memory: str, model: Path, expected: torch.Tensor
 ) -> None:
-    """From the CPU to itself (by layers accelerate cannot do that); with a context, which the VAE
-    encodes.
-    """
+    """Offload from the CPU to itself (not by layers), with first frames for the VAE."""
     pipe = load(model, memory=memory)
     video = torch.zeros(1, 1, 3, 16, 32)
     with_context = latents(pipe, video=video)
@@ -147,7 +143,7 @@ def test_offloading_of_diffusers_takes_the_plans_place(
 
 @pytest.fixture(scope="module")
 def loras(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two LoRAs, of different layers and ranks."""
+    """Write two LoRAs, of different layers and ranks."""
     folders = []
     for rank, targets in ((2, ["to_q", "to_k"]), (4, ["to_v", "net.2"])):
         torch.manual_seed(rank)
@@ -164,7 +160,7 @@ def loras(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
 def test_loras_are_those_of_diffusers(memory: str, model: Path, loras: list[Path]) -> None:
-    """Loaded, weighed, scaled in a call, switched off, fused and unloaded."""
+    """Load, weigh, scale in a call, switch off, fuse and unload."""
     ours, theirs = load(model, memory=memory), diffusers.AnyFlowPipeline.from_pretrained(model)
     theirs.set_progress_bar_config(disable=True)
     seen: list[torch.Tensor] = []

@@ -1,6 +1,4 @@
-"""Pinned weights: where they go, what stays when there is no memory for them, and that no bit
-changes.
-"""
+"""Test pinned weights: where they go, what stays without memory, and that no bit changes."""
 
 import itertools
 import warnings
@@ -41,9 +39,7 @@ def test_tensors_lie_one_behind_another_in_chunks(sizes: list[int]) -> None:
 
 
 def test_the_weights_of_the_14b_model_lose_little() -> None:
-    """One by one they would take half as much again: torch rounds pinned memory up to powers of
-    two.
-    """
+    """Compare with pinning one by one, which torch rounds up to powers of two."""
     block = [2 * 5120 * n for n in (*[5120, 1] * 8, 13824, 13824, 1, 3, 1, 1, 6)]
     sizes = block * 40
     rounded = sum(1 << (size - 1).bit_length() for size in sizes)
@@ -56,9 +52,7 @@ def network() -> nn.Module:
 
 
 def test_pinned_weights_have_the_same_bits() -> None:
-    """Without a device, whose driver pins memory, they stay where they are, and a warning says
-    so.
-    """
+    """Expect a warning without a device, whose driver would pin memory."""
     module = network()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     same = list(module.parameters())
@@ -73,7 +67,7 @@ def test_pinned_weights_have_the_same_bits() -> None:
     )
     if torch.cuda.is_available():
         assert left == 0 and not caught and all(p.is_pinned() for p in after.values())
-        assert pin_weights(module) == 0  # and there is nothing left to do
+        assert pin_weights(module) == 0  # nothing is left to do
     else:
         assert left == sum(p.nbytes for p in after.values())
         assert [w.category for w in caught] == [UserWarning] and "pageable memory" in str(

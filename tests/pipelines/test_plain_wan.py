@@ -1,4 +1,4 @@
-"""A plain Wan model by plain Euler steps, against diffusers' WanPipeline on the same weights."""
+"""Test a plain Wan model by plain Euler steps, against diffusers' WanPipeline."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def unipc() -> diffusers.UniPCMultistepScheduler:
 
 @pytest.fixture(scope="module")
 def peer(model: Path) -> diffusers.WanPipeline:
-    """Wan's own pipeline with the VAE, the text encoder and the tokenizer of the tiny model."""
+    """Build Wan's own pipeline with the other parts of the tiny model."""
     parts = diffusers.AnyFlowPipeline.from_pretrained(model).components
     torch.manual_seed(1)
     parts["transformer"] = diffusers.WanTransformer3DModel(
@@ -133,7 +133,7 @@ def test_a_plain_wan_model_is_refused_before_weights_are_read(
 
 
 def test_a_teacher_of_training_is_sampled_by_euler(wan: Path, model: Path, tmp_path: Path) -> None:
-    """Beside the parts of another model, with its own shift; and in place of them it is Wan's."""
+    """Sample beside the parts of another model with its own shift, and in place of them."""
     teacher = save(
         load_transformer(wan),
         tmp_path / "run",

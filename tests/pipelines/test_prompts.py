@@ -1,19 +1,19 @@
-"""Files of prompts: lines, tables and objects, and what they cannot be."""
+"""Test files of prompts: lines, tables and objects, and what they cannot be."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from anyflow.pipelines.prompts import Prompt, read_prompts
+from anyflow.pipelines.prompts import VideoPrompt, read_prompts
 
 
 def test_prompts_are_lines(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffa red disc\r\n\n  熊猫  \n", encoding="utf-8")
-    assert read_prompts(file) == [Prompt("a red disc"), Prompt("熊猫")]
+    assert read_prompts(file) == [VideoPrompt("a red disc"), VideoPrompt("熊猫")]
     file.write_bytes(b"one\rtwo,\tthree")
-    assert read_prompts(file) == [Prompt("one"), Prompt("two,\tthree")]
+    assert read_prompts(file) == [VideoPrompt("one"), VideoPrompt("two,\tthree")]
 
 
 def test_tables_have_negative_prompts(tmp_path: Path) -> None:
@@ -21,16 +21,16 @@ def test_tables_have_negative_prompts(tmp_path: Path) -> None:
     file.write_text(
         'prompt,negative_prompt\n"a disc, red",blurry\n\na cross,\n', encoding="utf-8-sig"
     )
-    assert read_prompts(file) == [Prompt("a disc, red", "blurry"), Prompt("a cross")]
+    assert read_prompts(file) == [VideoPrompt("a disc, red", "blurry"), VideoPrompt("a cross")]
     file.write_text("prompt\na disc\n")
-    assert read_prompts(file) == [Prompt("a disc")]
+    assert read_prompts(file) == [VideoPrompt("a disc")]
     lines = [
         {"prompt": "a disc", "negative_prompt": ""},
         {"prompt": "a cross", "negative_prompt": None},
     ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n\n".join(map(json.dumps, lines)))
-    assert read_prompts(file) == [Prompt("a disc", ""), Prompt("a cross")]
+    assert read_prompts(file) == [VideoPrompt("a disc", ""), VideoPrompt("a cross")]
 
 
 @pytest.mark.parametrize(

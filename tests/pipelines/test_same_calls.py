@@ -1,6 +1,4 @@
-"""One name, one meaning: the calls of diffusers' ``AnyFlowPipeline`` give the same with this
-library's.
-"""
+"""Test that the calls of diffusers' ``AnyFlowPipeline`` give the same with this library's."""
 
 import inspect
 from collections.abc import Callable
@@ -48,7 +46,7 @@ def other_text(pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Any])
 def without_guidance(
     pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Any]
 ) -> dict[str, Any]:
-    """Guidance for the first steps only, as diffusers' guide to callbacks has it."""
+    """Guide the first steps only, as diffusers' guide to callbacks does."""
     if index != 0:
         return {}
     pipe._guidance_scale = 0.0
@@ -139,7 +137,7 @@ def peer(model: Path) -> diffusers.AnyFlowPipeline:
 
 
 def numbers(pipe: Any, name: str) -> np.ndarray:
-    """The frames or latents of a call."""
+    """Return the frames or latents of a call."""
     arguments, call = CALLS[name]
     # A VAE of random weights makes much of fp32's rounding: most calls are compared before it.
     settings = {k: v for k, v in {"output_type": "latent", **SIZE, **call}.items() if v is not ...}
@@ -171,7 +169,7 @@ def test_a_call_gives_what_diffusers_gives(
 
 
 def test_the_calls_are_different_ones(pipe: AnyFlowPipeline) -> None:
-    """The comparison is of what the arguments do, not of one video."""
+    """Check that the arguments change the video, so that the comparison is of what they do."""
     plain = numbers(pipe, "no-guidance-at-0")
     for name in ("guided", "video", "euler", "many-steps", "callback-latents"):
         assert np.abs(numbers(pipe, name) - plain).max() > 1e-3, name

@@ -1,6 +1,4 @@
-"""Every command and every piece of Python of docs/sampling.md runs, on a tiny model and small
-videos.
-"""
+"""Run every command and every piece of Python of docs/sampling.md, on a tiny model."""
 
 import functools
 import re
@@ -26,7 +24,7 @@ SMALL: dict[str, Any] = {"height": 16, "width": 32, "num_frames": 5, "max_sequen
 
 @pytest.fixture
 def workplace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the page's commands name, as the current one."""
+    """Make a folder with what the page's commands name, and enter it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(model)
     _plain_wan(model, tmp_path / "wan")
@@ -65,9 +63,7 @@ def _plain_wan(model: Path, folder: Path) -> None:
 
 
 def test_the_python(workplace: Path) -> None:
-    """One piece after the other, as a reader runs them; only paths, and the size of videos, are
-    other ones.
-    """
+    """Run one piece after the other, as a reader does; paths and sizes of videos are others."""
     pieces = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     assert len(pieces) == 9
     scope: dict[str, Any] = {
@@ -113,7 +109,7 @@ def test_the_python_of_the_readme(workplace: Path) -> None:
 
 
 def test_the_commands(workplace: Path) -> None:
-    """With small videos; the untrained model has another head dimension than Wan's."""
+    """Run the commands with small videos, and the head dimension of the untrained model."""
     commands = re.findall(r"^    anyflow (.*)$", PAGE, flags=re.MULTILINE)
     small = ["--height", "16", "--width", "32", "--num-frames", "5", "--device", "cpu"]
     more = {"sample": small, "verify": small, "convert": ["--head-dim", "12"], "inspect": []}

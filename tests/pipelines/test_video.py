@@ -1,4 +1,4 @@
-"""MP4 files that are really written, and read back with PyAV."""
+"""Test MP4 files that are really written, and read back with PyAV."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ COLORS = np.array(
 
 
 def plain(height: int = 48, width: int = 64) -> np.ndarray:
-    """One frame of each color, ``[5, height, width, 3]``."""
+    """Make one frame of each color, ``[5, height, width, 3]``."""
     return np.broadcast_to(COLORS[:, None, None], (5, height, width, 3)).copy()
 
 
@@ -39,7 +39,7 @@ def test_a_file_has_the_frames_size_and_rate(fps: float, tmp_path: Path) -> None
 
 
 def test_colors_come_back(tmp_path: Path) -> None:
-    """As any player shows them: the file says which matrix its colors were made with."""
+    """Decode as any player does: the file says which matrix its colors were made with."""
     pixels = read(write_video(plain(), tmp_path / "a.mp4")).astype(int)
     assert np.abs(pixels - plain()).max() <= 4
     with av.open(str(tmp_path / "a.mp4")) as container:

@@ -1,6 +1,4 @@
-"""The timestep shift and the training weights on its grid: reference numbers, formulas,
-properties.
-"""
+"""Compare the shift and the training weights with reference numbers, formulas and properties."""
 
 from pathlib import Path
 
@@ -35,7 +33,7 @@ def grid(shift: float) -> Tensor:
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
 @pytest.mark.parametrize("weight_type", ["beta08", "gaussian", "uniform"])
 def test_weights_by_their_formula(weight_type, shift) -> None:
-    """The weights of the shifted grid in fp64, nearest grid point by brute force."""
+    """Compute the weights of the grid in fp64, and find the nearest point by brute force."""
     points = grid(shift)
     if weight_type == "beta08":
         y = points / 1000 * (1 - points / 1000).sqrt()
@@ -64,7 +62,7 @@ def test_beta08_numbers_at_shift_5() -> None:
 
 
 def test_weight_does_not_depend_on_the_batch() -> None:
-    """Normalized over the batch, a batch of 1 always weighs 1000."""
+    """A weight that is normalized over the batch would be 1000 in a batch of 1."""
     scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
     t = torch.tensor([[980.0, 667.0], [300.0, 10.0]])
     together = scheduler.get_train_weight(t)
@@ -76,7 +74,7 @@ def test_weight_does_not_depend_on_the_batch() -> None:
 
 
 def test_units_are_never_guessed() -> None:
-    """A batch of small timesteps is small timesteps, not fractions of the range."""
+    """Small timesteps are not taken for fractions of the range."""
     scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
     small = scheduler.get_train_weight(torch.tensor([0.667, 0.9]))
     assert torch.equal(small, scheduler.get_train_weight(torch.tensor([0.667, 0.9, 667.0]))[:2])

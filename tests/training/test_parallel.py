@@ -105,9 +105,7 @@ def test_the_updates_are_worth_comparing(ranks: Ranks) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "mesh"), MESHES)
 def test_a_sharded_network_samples_as_a_whole_one(world: int, mesh: str, ranks: Ranks) -> None:
-    """Straight after sharding, through embed_time and encode_text, and with its gate, which no
-    checkpoint holds.
-    """
+    """Straight after sharding, and with its gate, which no checkpoint holds."""
     want = ranks[1][0]["single"]["sample"]
     for results in ranks[world]:
         got = results[mesh]["sample"]

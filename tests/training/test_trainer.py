@@ -35,6 +35,7 @@ from anyflow.training.config import (
     PreviewConfig,
     Recipe,
     ValidationConfig,
+    WeightsConfig,
 )
 from anyflow.training.distributed import Mesh
 from anyflow.training.held_out import split_data, validation_losses
@@ -269,7 +270,7 @@ def test_two_processes_train_one_model_and_one_process_goes_on_with_it(
     )
     once = validation_losses(
         *(alone, Mesh(torch.device("cpu")), split_data(alone, data), data.negative_prompt_embeds),
-        *(step.student, step.ema),
+        step,
     )
     assert once == pytest.approx({name: _metrics(out)[1][name] for name in once}, rel=1e-5)
     measured = {
@@ -555,6 +556,25 @@ def test_a_network_of_stage_two_that_is_not_finite_is_named(
         and "data" not in printed
         and "first such gradient" not in printed
     )
+
+
+def test_a_teacher_of_stage_one_that_is_not_finite_is_named(
+    small_recipe: Make, tmp_path: Path
+) -> None:
+    """Blame the network that gives the target, not the student whose loss the target spoils."""
+    small = small_recipe(tmp_path / "run")
+    model = AnyFlowTransformer3DModel(**dataclasses.asdict(small.student.architecture))
+    with torch.no_grad():
+        model.proj_out.weight[3, 3] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    recipe = dataclasses.replace(
+        small,
+        teacher=WeightsConfig(path=str(tmp_path / "model")),
+        pretrain=dataclasses.replace(small.pretrain, velocity_target="teacher"),
+    )
+    status, printed = _train(_write(recipe, tmp_path / "r.yaml"))
+    assert status == 1 and "step 1: velocity of the teacher is not finite" in printed, printed
+    assert "give other weights as teacher.path=" in printed
 
 
 @pytest.mark.parametrize(("network", "phrase"), [("student", "1: rollout"), ("critic", "2: score")])

@@ -1,4 +1,4 @@
-"""anyflow.utils.documents: what is read, and what each file that cannot be read is called."""
+"""Test what anyflow.utils.documents reads, and how it names what cannot be read."""
 
 import os
 

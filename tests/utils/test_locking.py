@@ -1,4 +1,4 @@
-"""Locks of folders: who is kept out, who is named, and what is left behind."""
+"""Test whom locks of folders keep out, who is named, and what is left."""
 
 import os
 import subprocess

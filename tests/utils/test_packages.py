@@ -1,6 +1,4 @@
-"""anyflow.utils.packages: the commands that errors advise are right, and the extras are what the groups
-say.
-"""
+"""Test that the commands in errors are right, and that extras are what the groups say."""
 
 import re
 import subprocess
@@ -29,8 +27,9 @@ ADVICE = re.compile(r"pip3? install\b[^\n`]*?(?<![\w./-])anyflow(?![\w-]|[./]\w)
 
 
 def _texts() -> Iterator[Path]:
-    """Every text of the project: what git tracks and what is new, or in a copy without git the
-    folders below.
+    """Return every text of the project: what git tracks and what is new.
+
+    In a copy without git, all files of the folders below count.
     """
     done = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],

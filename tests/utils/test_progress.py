@@ -1,4 +1,4 @@
-"""Progress without a terminal: lines, how often, and what they say."""
+"""Test progress without a terminal: the lines, how often they come, and what they say."""
 
 import io
 
@@ -9,7 +9,7 @@ from anyflow.utils.progress import LoggedProgress
 
 
 def lines(line_seconds: float, *, terminal: bool = False) -> list[str]:
-    """What is printed while a task of 4 steps runs, before the bars that rich prints at the end."""
+    """Return what is printed while a task of 4 steps runs, before rich's bars at the end."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=200)
     with LoggedProgress(line_seconds=line_seconds, console=console) as progress:

@@ -1,4 +1,4 @@
-"""Draws come from the generator given, or from a fresh one; never from the global one."""
+"""Test that draws come from the generator given, or from a new one, never from the global one."""
 
 import pytest
 import torch

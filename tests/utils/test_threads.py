@@ -1,6 +1,4 @@
-"""Threads of torch in real processes: how OpenMP is told to wait, and the cores that are
-counted.
-"""
+"""Test torch's threads in real processes: how OpenMP waits, and which cores are counted."""
 
 import json
 import os
@@ -45,8 +43,9 @@ print(json.dumps([early, usable_cores(), threads, inside, torch.get_num_threads(
 def probe(
     prepare: Callable[[], object] | None = None, **settings: str
 ) -> tuple[int, int, int, dict[str, str | None]]:
-    """Cores, torch's threads, those inside ``torch_threads(1)``, and the settings, of a process
-    that begins with ``prepare``.
+    """Return cores, threads and settings of a process that begins with ``prepare``.
+
+    The threads are torch's, and those inside of ``torch_threads(1)``.
     """
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     environment |= {"PYTHONPATH": str(Path(anyflow.__file__).parents[1]), **settings}
@@ -113,7 +112,7 @@ def test_a_users_own_settings_stay(settings: dict[str, str]) -> None:
 def test_a_quota_of_cpu_time_counts(
     groups: str, files: dict[str, str], cores: int | None, tmp_path: Path
 ) -> None:
-    """The tree of a control group of version 2 or 1; None: as many cores as the affinity has."""
+    """Read the tree of a control group of version 2 or 1; None stands for no quota."""
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(groups)
     for name, content in files.items():
@@ -124,7 +123,7 @@ def test_a_quota_of_cpu_time_counts(
 
 
 def test_a_quota_of_cpu_time_limits_torch() -> None:
-    """The real thing, where this process may make a control group with a quota of one core."""
+    """Start torch in a real control group of one core, where this process may make one."""
     group = Path("/sys/fs/cgroup/cpu/anyflow-test-threads")
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("a quota of one core is no limit on one core")

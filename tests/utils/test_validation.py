@@ -1,4 +1,4 @@
-"""Numbers as users have them, and the search for the first tensor that is not finite."""
+"""Test numbers as users give them, and the search for the first tensor that is not finite."""
 
 import math
 from decimal import Decimal

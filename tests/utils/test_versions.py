@@ -1,4 +1,4 @@
-"""anyflow.utils.versions: what is installed, what is required, and prompts without ftfy."""
+"""Test what anyflow.utils.versions says is installed and required, and prompts without ftfy."""
 
 import importlib.metadata
 import re
@@ -26,9 +26,7 @@ def test_versions_are_those_of_the_packages_that_import() -> None:
     assert installed_versions(["no-such-package"]) == {"no-such-package": None}
 
 
-def test_every_package_that_decides_numbers_is_pinned_and_those_of_text_and_pixels_have_floors() -> (
-    None
-):
+def test_packages_that_decide_numbers_are_pinned_and_those_of_text_and_pixels_have_floors() -> None:
     floors = dict(re.findall(r'"([a-z]+)>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text()))
     assert {"ftfy", "tokenizers", "transformers", "diffusers", "av", "torch"} <= set(floors)
     lines = (ROOT / "constraints.txt").read_text().splitlines()
@@ -64,7 +62,7 @@ def test_differences_name_the_package_and_both_versions() -> None:
 
 
 def test_prompts_are_not_encoded_without_ftfy() -> None:
-    """diffusers takes them as they are then."""
+    """Require an error, because diffusers would take such prompts as they are."""
     program = (
         "import sys; sys.modules['ftfy'] = None\nfrom anyflow.pipelines.wan import clean_prompt; "
         "clean_prompt('a')"

@@ -1,6 +1,4 @@
-"""Errors of the operating system, by every library that writes, and files that are whole or not
-there.
-"""
+"""Test errors of the system by every library that writes, and files that are whole or absent."""
 
 import errno
 import os
@@ -13,14 +11,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from anyflow.utils.writing import system_error, whole_file, write_bytes, write_text, writing
+from anyflow.utils.writing import (
+    hidden,
+    system_error,
+    whole_file,
+    whole_folder,
+    write_bytes,
+    write_text,
+    writing,
+)
 
 VALUES = torch.zeros(10_000)
 
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 4096 bytes, as on a full disk."""
+    """Let no file of this process grow beyond 4096 bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     yield
@@ -98,3 +104,34 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Is a directory"):
         write_text(file, "")
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_is_whole_or_as_before(tmp_path: Path) -> None:
+    folder = tmp_path / "parent" / "folder"
+    with whole_folder(folder) as partial:
+        write_text(partial / "file", "one")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        whole_folder(folder, replace=True) as partial,
+    ):
+        write_text(partial / "file", "half")
+        raise KeyboardInterrupt
+    assert (folder / "file").read_text() == "one" and list(folder.parent.iterdir()) == [folder]
+    with pytest.raises(ValueError, match="not an empty folder"), whole_folder(folder):
+        pass
+    with whole_folder(folder, replace=True) as partial:
+        write_text(partial / "other", "two")
+    assert [file.name for file in folder.iterdir()] == ["other"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_replacement_that_was_killed_is_undone_or_ended(tmp_path: Path, replaced: bool) -> None:
+    folder, old = tmp_path / "folder", hidden(tmp_path / "folder", "old")
+    for place in (old, folder) if replaced else (old,):
+        place.mkdir()
+        write_text(place / "file", place.name)
+    with pytest.raises(KeyError), whole_folder(folder, replace=True):
+        raise KeyError
+    assert not old.exists()
+    assert (folder / "file").read_text() == (folder if replaced else old).name

@@ -1,6 +1,4 @@
-"""Writes the page of an evaluation: videos, curves with intervals, checkpoints compared, and all
-the numbers.
-"""
+"""Write the page of an evaluation: videos, curves, compared checkpoints and all numbers."""
 
 from anyflow.evaluation.pages.page import write_evaluation_report
 

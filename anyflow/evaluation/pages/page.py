@@ -1,6 +1,4 @@
-"""Renders the page of an evaluation: one HTML file that works offline, in light and dark, on a
-phone too.
-"""
+"""Render the page of an evaluation, one HTML file in light and dark, for a phone too."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from anyflow.evaluation.wording import listed, percent, steps_listed
 from anyflow.utils.writing import write_text
 
 MOTION = "motion"
-_MAX_BANDS = 5  # lines; the intervals of more would hide each other
+_MAX_BANDS = 5  # the intervals of more lines would hide each other
 _MAX_LABELS = 5
 _LABEL_LENGTH = 26  # characters beside a line
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★"}
@@ -45,20 +43,20 @@ def write_evaluation_report(path: str | Path, record: EvaluationRecord, clips: C
     """Write the page of an evaluation, whole or as far as it has come, and return its path.
 
     Args:
-        path: of the HTML file; its folder must exist.
+        path: the HTML file; its folder must exist.
         record: the numbers.
-        clips: ``[model][steps]``, the files of the videos, prompt by prompt; as many as there is
-            room for are shown.
+        clips: ``[model][steps]``, the files of the videos, prompt by prompt; as many as fit are
+            shown.
 
     Raises:
         OSError: the system refuses to write.
     """
     path = Path(path)
-    write_text(path, render("evaluation.html.j2", _context(record, clips), colors=_COLORS))
+    write_text(path, render("evaluation.html.j2", _template_values(record, clips), colors=_COLORS))
     return path
 
 
-def _context(record: EvaluationRecord, clips: Clips) -> dict[str, Any]:
+def _template_values(record: EvaluationRecord, clips: Clips) -> dict[str, Any]:
     statistics = Statistics(record)
     curves = {name: statistics.curves(name) for name in record.metrics}
     shown = [
@@ -79,7 +77,7 @@ def _context(record: EvaluationRecord, clips: Clips) -> dict[str, Any]:
         "title": _title(list(record.models)),
         "lead": lead(record, curves),
         "models": models,
-        "steps": record.steps,
+        "step_counts": record.step_counts,
         "prompts": record.prompts,
         "num_samples": record.num_samples,
         "seed": record.seed,
@@ -196,7 +194,7 @@ def _table(statistics: Statistics, name: str, curves: Mapping[str, Curve]) -> di
     best: dict[int, float] = {}
     if metric.better is not None and len(curves) > 1:
         choose = max if metric.better == "higher" else min
-        for n in statistics.record.steps:
+        for n in statistics.record.step_counts:
             values = [curve[n].value for curve in curves.values() if n in curve]
             best |= {n: choose(values)} if values else {}
     return {
@@ -230,7 +228,7 @@ def _comparison(statistics: Statistics, names: list[str]) -> dict[str, Any]:
                                 for v in (c[n].value, *c[n].range)
                             ]
                         )
-                        for n in statistics.record.steps
+                        for n in statistics.record.step_counts
                     },
                 }
             )
@@ -254,9 +252,12 @@ def _partly(record: EvaluationRecord, curves: Mapping[str, Mapping[str, Curve]])
         if not by_model:
             continue
         lacking = {
-            m: [n for n in record.steps if n not in by_model.get(m, {})] for m in record.models
+            m: [n for n in record.step_counts if n not in by_model.get(m, {})]
+            for m in record.models
         }
-        places = {m: steps_listed(steps, record.steps) for m, steps in lacking.items() if steps}
+        places = {
+            m: steps_listed(steps, record.step_counts) for m, steps in lacking.items() if steps
+        }
         if not places:
             continue
         same = len(places) == len(record.models) and len(set(places.values())) == 1

@@ -1,6 +1,4 @@
-"""Says what the curves of an evaluation show, and no more: every claim is a comparison of the
-numbers drawn.
-"""
+"""Say what the curves of an evaluation show, by comparing the numbers drawn and no others."""
 
 from __future__ import annotations
 
@@ -10,8 +8,8 @@ from anyflow.evaluation.pages.statistics import Curve, Estimate
 from anyflow.evaluation.runs.record import EvaluationRecord, MetricRecord
 from anyflow.evaluation.wording import FROZEN, listed, percent, steps_listed, steps_text
 
-TOLERANCE = 0.05  # of the best value with fewer steps: what is worse by more is called worse
-MANY = 3  # checkpoints: more are counted, not told one by one
+TOLERANCE = 0.05  # share of the best value with fewer steps; worse by more is called worse
+MANY = 3  # more checkpoints than these are counted, not told one by one
 _STILL = 1e-4  # shorter sides per frame: a fortieth of a pixel at 256 x 256
 
 
@@ -20,10 +18,8 @@ def figure(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
-def worse_steps(curve: Curve, better: str) -> list[int]:
-    """Return the step counts that are worse, by more than ``TOLERANCE``, than the best at fewer
-    steps.
-    """
+def worse_steps(curve: Curve, better: str | None) -> list[int]:
+    """Return the step counts that are worse than the best at fewer, by over ``TOLERANCE``."""
     found: list[int] = []
     best: float | None = None
     for n in sorted(curve):
@@ -41,16 +37,14 @@ def lead(record: EvaluationRecord, curves: Mapping[str, Mapping[str, Curve]]) ->
         for name, by_model in curves.items()
         if by_model and record.metrics[name].better is not None
     }
-    if len(record.steps) == 1 or not any(
+    if len(record.step_counts) == 1 or not any(
         len(curve) > 1 for c in judged.values() for curve in c.values()
     ):
         return []
     hurt: dict[str, list[str]] = {}
     for name, by_model in judged.items():
         worse = [
-            m
-            for m, curve in by_model.items()
-            if worse_steps(curve, record.metrics[name].better or "")
+            m for m, curve in by_model.items() if worse_steps(curve, record.metrics[name].better)
         ]
         if worse:
             hurt[record.metrics[name].title] = worse
@@ -76,9 +70,7 @@ def lead(record: EvaluationRecord, curves: Mapping[str, Mapping[str, Curve]]) ->
 
 
 def curve_sentences(metric: MetricRecord, curves: Mapping[str, Curve]) -> list[str]:
-    """Return what more steps do to a metric, a sentence for each checkpoint, or one that counts
-    them.
-    """
+    """Return what more steps do to a metric, a sentence per checkpoint or one that counts."""
     if len(curves) > MANY and metric.better is not None:
         hurt = [model for model, curve in curves.items() if worse_steps(curve, metric.better)]
         if all(len(curve) == 1 for curve in curves.values()):
@@ -112,7 +104,7 @@ def motion_sentences(curves: Mapping[str, Curve], real: float | None) -> list[st
         (estimate.value for curve in curves.values() for estimate in curve.values()), default=0.0
     )
     if real is not None and real <= _STILL:
-        return ["The real videos do not move, so there is nothing to compare with."]
+        return ["The real videos do not move, so nothing is compared with them."]
     if most <= _STILL:
         return ["All videos are frozen: nothing moves at any number of steps."]
     unit, whole = (real, "real ones") if real is not None else (most, "those here that move most")
@@ -132,10 +124,9 @@ def motion_sentences(curves: Mapping[str, Curve], real: float | None) -> list[st
 def difference_sentences(
     metric: MetricRecord, differences: Mapping[str, Curve], first: str
 ) -> list[str]:
-    """Return where other checkpoints are better or worse than ``first``: where the interval does
-    not hold 0.
+    """Return where other checkpoints are better or worse than ``first``.
 
-    Nothing is said of differences without an interval.
+    A difference counts where its interval does not hold 0, and not without an interval.
     """
     if len(differences) > MANY or metric.better is None:
         return []

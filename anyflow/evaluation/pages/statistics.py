@@ -1,6 +1,4 @@
-"""Estimates means over videos and paired differences of checkpoints, with 95 % intervals by
-bootstrap over prompts.
-"""
+"""Estimate means and paired differences with 95 % intervals, by bootstrap over prompts."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ _TAIL = 2.5  # percent on each side
 
 @dataclass(frozen=True)
 class Estimate:
-    """Hold a mean with its 95 % interval; ``low`` and ``high`` are None where there is no
-    interval.
+    """Hold a mean with its 95 % interval.
+
+    ``low`` and ``high`` are None where no interval is known.
     """
 
     value: float
@@ -28,7 +27,7 @@ class Estimate:
 
     @property
     def range(self) -> tuple[float, float]:
-        """Return the interval, of no width where there is none."""
+        """Return the interval; its width is 0 where no interval is known."""
         return (
             self.value if self.low is None else self.low,
             self.value if self.high is None else self.high,
@@ -36,9 +35,7 @@ class Estimate:
 
     @property
     def sign(self) -> int:
-        """Return 1 or -1 where the whole interval is above or below 0; 0 where it holds 0, or where
-        there is none.
-        """
+        """Return 1 or -1 where the whole interval is above or below 0, else 0."""
         if self.low is None or self.high is None:
             return 0
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
@@ -48,7 +45,7 @@ Curve = Mapping[int, Estimate]
 
 
 class Statistics:
-    """Estimates of a record; a record's numbers always give the same ones.
+    """Estimate means and differences of a record, whose numbers always give the same estimates.
 
     Prompts are drawn with replacement, with all samples of each: samples of one prompt are not
     independent. Every interval uses the same draws, and differences are taken prompt by prompt, as
@@ -56,7 +53,7 @@ class Statistics:
     video.
 
     Args:
-        record: of the evaluation.
+        record: record of the evaluation.
     """
 
     def __init__(self, record: EvaluationRecord) -> None:
@@ -78,8 +75,9 @@ class Statistics:
         return curves
 
     def differences(self, metric: str, first: str) -> dict[str, Curve]:
-        """Return ``{model: {steps: estimate}}`` of every other model's mean minus that of
-        ``first``.
+        """Return every other model's mean minus that of ``first``.
+
+        The result is ``{model: {steps: estimate}}``.
         """
         values, sets = self._cells(first, metric)
         result: dict[str, Curve] = {}

@@ -1,6 +1,4 @@
-"""Samples models at several numbers of steps, measures the videos, and keeps both in a folder that
-can be resumed.
-"""
+"""Sample models at several step counts and measure the videos, in a folder that can be resumed."""
 
 from anyflow.evaluation.runs.record import RECORD_FILE, EvaluationRecord, MetricRecord, ModelRecord
 

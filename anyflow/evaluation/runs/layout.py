@@ -1,4 +1,4 @@
-"""Names the files of an evaluation: VBench's layout of videos, and what stands beside it."""
+"""Name the files of an evaluation: VBench's layout of videos, and what stands beside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyflow.evaluation.runs.record import RECORD_FILE
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.results import folder_name
 from anyflow.utils.documents import shortened
 from anyflow.utils.writing import write_text
@@ -25,11 +25,11 @@ _MODEL_NAME = re.compile(r"[\w][\w .+@-]{0,99}")
 
 @dataclass(frozen=True)
 class Layout:
-    """The paths of an evaluation in its folder.
+    """Name the paths of an evaluation in its folder.
 
     Args:
-        folder: of the evaluation.
-        stems: what the name of a video begins with, by prompt.
+        folder: folder of the evaluation.
+        stems: beginning of the names of videos, by prompt.
         num_samples: videos of a prompt.
     """
 
@@ -57,11 +57,9 @@ class Layout:
         """Path of ``prompts.json``, the prompt of each name of a video."""
         return self.folder / PROMPTS_FILE
 
-    def videos(self, model: str, steps: int) -> list[Path]:
-        """List the videos of a model at a number of steps, whether they are there or not, prompt by
-        prompt.
-        """
-        folder = self.samples(model, steps)
+    def videos(self, model: str, num_inference_steps: int) -> list[Path]:
+        """List the files of a model's videos at a number of steps, prompt by prompt."""
+        folder = self.samples(model, num_inference_steps)
         return [folder / name for name in self.names()]
 
     def names(self) -> list[str]:
@@ -72,23 +70,22 @@ class Layout:
             for index in range(self.num_samples)
         ]
 
-    def samples(self, model: str, steps: int) -> Path:
-        """Return the folder of the videos of a model at a number of steps, which holds nothing
-        else.
-        """
-        return self.folder / _SAMPLES / model / str(steps)
+    def samples(self, model: str, num_inference_steps: int) -> Path:
+        """Return the folder of a model's videos at a number of steps, and of nothing else."""
+        return self.folder / _SAMPLES / model / str(num_inference_steps)
 
-    def vbench(self, model: str, steps: int) -> Path:
+    def vbench(self, model: str, num_inference_steps: int) -> Path:
         """Return the folder of what VBench leaves."""
-        return self.folder / _VBENCH / model / str(steps)
+        return self.folder / _VBENCH / model / str(num_inference_steps)
 
     def work(self, name: str) -> Path:
         """Return a path below the hidden folder of what is not finished."""
         return self.folder / _WORK / name
 
     def write_prompts(self) -> None:
-        """Write ``prompts.json``: VBench's ``--prompt_file``, and the key to names that are not the
-        prompt itself.
+        """Write ``prompts.json``, which gives the prompt of each file name.
+
+        VBench takes the file as ``--prompt_file``.
         """
         texts = [text for text in self.stems for _ in range(self.num_samples)]
         content = dict(zip(self.names(), texts, strict=True))
@@ -96,12 +93,11 @@ class Layout:
 
 
 def video_stems(prompts: Sequence[str]) -> dict[str, str]:
-    """Return what the name of a video begins with for each prompt: the prompt itself wherever a
-    file can have its name.
+    """Return what the name of a video begins with, by prompt.
 
-    Another prompt (with a slash or a control character, too long, or told from another by its case
-    or by the form of its accents alone) begins with words of it and a hash; ``prompts.json`` says
-    which prompt that is.
+    The beginning is the prompt itself wherever a file can have it as its name. Another prompt (with
+    a slash or a control character, too long, or told from another by its case or by the form of its
+    accents alone) begins with words of it and a hash; ``prompts.json`` says which prompt that is.
 
     Args:
         prompts: each once.
@@ -112,7 +108,7 @@ def video_stems(prompts: Sequence[str]) -> dict[str, str]:
         stem = (
             prompt
             if _is_file_name(prompt) and _folded(prompt) not in taken
-            else folder_name(Prompt(prompt))
+            else folder_name(VideoPrompt(prompt))
         )
         taken.add(_folded(stem))
         stems[prompt] = stem

@@ -1,6 +1,4 @@
-"""Measures finished sets of videos by every metric that can run here, and says of the others what
-they need.
-"""
+"""Measure finished sets of videos by every metric that can run, and say what others need."""
 
 from __future__ import annotations
 
@@ -21,18 +19,15 @@ from anyflow.evaluation.runs.shapes import SHAPES_METRICS, ShapesMetrics
 from anyflow.evaluation.video_metrics import (
     MAX_PSNR,
     VIDEO_METRICS,
-    Clip,
-    I3DFeatures,
-    Lpips,
     available_metrics,
     dynamic_degree,
     flicker,
     frechet_video_distance,
-    model_path,
-    motion,
+    load_network,
     psnr,
+    relative_motion,
 )
-from anyflow.pipelines.loading import resolve_device
+from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import shortened
 from anyflow.utils.progress import counted
 
@@ -50,16 +45,16 @@ _VIDEO_SUFFIXES = (".mp4", ".gif", ".webm", ".mkv", ".mov", ".avi")
 
 
 class Measurer:
-    """Measures videos of a plan from their files.
+    """Measure videos of a plan from their files.
 
     Args:
-        plan: of the evaluation.
-        layout: of its folder.
+        plan: plan of the evaluation.
+        layout: layout of the evaluation's folder.
         metric_models: folder of the weights that metrics need; None for the usual one.
         references: folder of real videos, or None.
 
     Attributes:
-        needs: what each metric that cannot run needs, a sentence each.
+        needs: a sentence on what is missing, by metric that cannot run.
 
     Raises:
         ValueError: the folder of real videos has none that can be used, or is not for such models.
@@ -86,8 +81,9 @@ class Measurer:
         self._loaded: dict[str, Callable[..., Tensor]] = {}
 
     def prepare(self, record: EvaluationRecord) -> EvaluationRecord:
-        """Return the record with the metrics of this run; what an earlier run has measured stays
-        measured.
+        """Return the record with the metrics of this run.
+
+        What an earlier run has measured stays measured.
         """
         table = dict(METRICS) if self._shapes is None else {**METRICS, **SHAPES_METRICS}
         if self._plan.reference_steps:
@@ -104,7 +100,7 @@ class Measurer:
                 table["fvd"].title,
                 METRICS["fvd"].title,
             ):
-                record = _without(record, "fvd")  # of other real videos
+                record = _without(record, "fvd")  # its distances are from other real videos
         measured = {
             name for values in (record.values, record.sets) for m in values.values() for name in m
         }
@@ -116,14 +112,14 @@ class Measurer:
         return replace(record, metrics={**record.metrics, **metrics})
 
     def lacking(
-        self, record: EvaluationRecord, model: str, steps: int, *, compared: bool
+        self, record: EvaluationRecord, model: str, num_inference_steps: int, *, compared: bool
     ) -> list[str]:
         """List the metrics that can run and of which a record has no number of a set of videos.
 
         Args:
-            record: of the folder.
+            record: record of the folder.
             model: its name.
-            steps: network evaluations.
+            num_inference_steps: network evaluations.
             compared: the videos of the reference are all there.
         """
         done = {**record.values.get(model, {}), **record.sets.get(model, {})}
@@ -132,14 +128,15 @@ class Measurer:
             name
             for name in names
             if name not in self.needs
-            and steps not in done.get(name, {})
+            and num_inference_steps not in done.get(name, {})
             and not (
-                name in _OF_REFERENCE and (not compared or steps == self._plan.reference_steps)
+                name in _OF_REFERENCE
+                and (not compared or num_inference_steps == self._plan.reference_steps)
             )
         ]
 
     def measure(
-        self, model: str, steps: int, metrics: Sequence[str]
+        self, model: str, num_inference_steps: int, metrics: Sequence[str]
     ) -> tuple[dict[str, list[float]], dict[str, float]]:
         """Measure a set of videos, all of which are there.
 
@@ -147,13 +144,16 @@ class Measurer:
 
         Args:
             model: its name.
-            steps: network evaluations.
+            num_inference_steps: network evaluations.
             metrics: their names.
 
         Returns:
             ``[metric]``, a number for each video; and ``[metric]``, a number for the set.
         """
-        files, form = self._layout.videos(model, steps), self._plan.models[model].video
+        files, form = (
+            self._layout.videos(model, num_inference_steps),
+            self._plan.models[model].video,
+        )
         texts = [text for text in self._plan.texts for _ in range(self._plan.num_samples)]
         compared: Sequence[Path | None] = [None] * len(files)
         if set(metrics) & set(_OF_REFERENCE):
@@ -198,8 +198,9 @@ class Measurer:
     def _measure_videos(
         self, names: Iterable[str], videos: Iterable[tuple[Tensor, Tensor | None, str]]
     ) -> dict[str, list[float]]:
-        """Compute metrics of videos, each with its reference and its prompt; without those that
-        fail.
+        """Compute metrics of videos, each with its reference and prompt.
+
+        Metrics that fail are left out.
         """
         values: dict[str, list[float]] = {name: [] for name in names}
         for video, reference, text in videos:
@@ -215,7 +216,7 @@ class Measurer:
         """Compute a metric of ``video[F, 3, H, W]`` uint8."""
         one = video[None]
         if name == "motion":
-            number = float(motion(one)) / min(one.shape[-2:])  # of any size
+            number = float(relative_motion(one))
         elif name == "dynamic_degree":
             number = float(dynamic_degree(one))
         elif name == "flicker":
@@ -244,9 +245,8 @@ class Measurer:
     def _network(self, name: str) -> Callable[..., Tensor]:
         """Load the network of a metric, once."""
         if name not in self._loaded:
-            kind = {"clip": Clip, "lpips": Lpips, "fvd": I3DFeatures}[name]
             device = resolve_device(next(iter(self._plan.models.values())).device)
-            self._loaded[name] = kind(model_path(name, self._models), device=device)
+            self._loaded[name] = load_network(name, self._models, device=device)
         return self._loaded[name]
 
     def _attempt(
@@ -280,15 +280,16 @@ class Measurer:
 
 
 class RealVideos:
-    """The videos of a folder, cut to the size and rate of those that are made; all are looked at
-    before a model is.
+    """Read the videos of a folder, cut to the size and rate of those that are made.
+
+    All of them are looked at before a model is.
 
     Args:
-        folder: with files of videos; others, and those in folders below, are left out.
-        form: what they are cut to.
+        folder: holds files of videos; other files, and folders in it, are left out.
+        form: size, length and rate that the videos are cut to.
 
     Raises:
-        ValueError: there is none, or one cannot be read or is too short.
+        ValueError: the folder has no video, or one cannot be read or is too short.
     """
 
     def __init__(self, folder: Path, form: VideoFormat) -> None:
@@ -333,8 +334,8 @@ def _without(record: EvaluationRecord, metric: str) -> EvaluationRecord:
         table: Mapping[str, Mapping[str, Mapping[int, object]]],
     ) -> dict[str, dict[str, Mapping[int, object]]]:
         return {
-            m: {name: cells for name, cells in row.items() if name != metric}
-            for m, row in table.items()
+            m: {name: cells for name, cells in of_model.items() if name != metric}
+            for m, of_model in table.items()
         }
 
     return replace(record, values=kept(record.values), sets=kept(record.sets))  # type: ignore[arg-type]

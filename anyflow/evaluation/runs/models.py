@@ -1,6 +1,4 @@
-"""Models that can be evaluated: pipelines from text to video, and those of the quickstart's moving
-shapes.
-"""
+"""Describe models that can be evaluated: pipelines, and those of moving shapes."""
 
 from __future__ import annotations
 
@@ -17,25 +15,28 @@ import torch
 
 from anyflow.data import SyntheticVideos
 from anyflow.evaluation.runs.layout import check_model_name
-from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_device
+from anyflow.pipelines.loading import ModelPaths, load_transformer
 from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.plain_wan import load_scheduler, require_flow_map
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.renderer import Renderer
 from anyflow.pipelines.sample_settings import SampleSettings
 from anyflow.sampling import Callback, sample
+from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import read_json, shortened
 from anyflow.utils.threads import torch_threads
 
-# of a file of weights: what tells two checkpoints apart without reading all of them
+# a few blocks tell two files of weights apart without reading all of them
 _BLOCKS, _BLOCK = 16, 2**16
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".json")
 
 
 class VideoMaker(Protocol):
-    """Makes videos of a model that is loaded."""
+    """Make videos of a model that is loaded."""
 
-    def frames(self, prompt: Prompt, steps: int, seed: int, callback: Callback) -> Any:
+    def frames(
+        self, prompt: VideoPrompt, num_inference_steps: int, seed: int, callback: Callback
+    ) -> Any:
         """Make the frames of one video, as :func:`anyflow.pipelines.write_video` takes them."""
         ...
 
@@ -45,7 +46,7 @@ class VideoMaker(Protocol):
 
 
 class VideoModel(Protocol):
-    """Describes a model whose weights are not loaded yet."""
+    """Describe a model whose weights are not loaded yet."""
 
     @property
     def path(self) -> str:
@@ -54,7 +55,7 @@ class VideoModel(Protocol):
 
     @property
     def device(self) -> str | None:
-        """Torch device; None for a GPU if there is one."""
+        """Return the torch device; None stands for a GPU if torch finds one."""
         ...
 
     @property
@@ -62,7 +63,7 @@ class VideoModel(Protocol):
         """Size and rate of the videos."""
         ...
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check(self, prompts: Sequence[VideoPrompt]) -> None:
         """Raise a ValueError for what cannot work, before a weight is loaded."""
         ...
 
@@ -70,7 +71,7 @@ class VideoModel(Protocol):
         """Return what decides the videos beside prompt, steps and noise, for the record."""
         ...
 
-    def load(self, prompts: Sequence[Prompt]) -> VideoMaker:
+    def load(self, prompts: Sequence[VideoPrompt]) -> VideoMaker:
         """Load the weights, and encode the prompts."""
         ...
 
@@ -81,11 +82,11 @@ class VideoModel(Protocol):
 
 @dataclass(frozen=True)
 class VideoFormat:
-    """Describes the videos of a model.
+    """Describe the videos of a model.
 
     Args:
         height, width: in pixels.
-        num_frames: of a video.
+        num_frames: frames of a video.
         fps: frames per second.
     """
 
@@ -97,11 +98,11 @@ class VideoFormat:
 
 @dataclass(frozen=True)
 class PipelineModel:
-    """A text-to-video pipeline, sampled as ``anyflow sample`` does.
+    """Describe a text-to-video pipeline, sampled as ``anyflow sample`` does.
 
     Args:
-        settings: of its videos.
-        memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
+        settings: settings of the model's videos.
+        memory, device, compile, cuda_graph: see :meth:`AnyFlowPipeline.from_pretrained`.
     """
 
     settings: SampleSettings
@@ -112,7 +113,7 @@ class PipelineModel:
 
     @property
     def path(self) -> str:
-        """The folder, or the name on the Hub."""
+        """Return the folder, or the name on the Hub."""
         return self.settings.model
 
     @property
@@ -121,7 +122,7 @@ class PipelineModel:
         s = self.settings
         return VideoFormat(s.height, s.width, s.num_frames, s.fps)
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check(self, prompts: Sequence[VideoPrompt]) -> None:
         """Raise a ValueError for what cannot work."""
         self.settings.check()
         check_options(
@@ -146,7 +147,7 @@ class PipelineModel:
             ),
         }
 
-    def load(self, prompts: Sequence[Prompt]) -> VideoMaker:
+    def load(self, prompts: Sequence[VideoPrompt]) -> VideoMaker:
         """Load the weights, and encode the prompts."""
         options = {"memory": self.memory, "compile": self.compile, "cuda_graph": self.cuda_graph}
         return _PipelineMaker(Renderer(self.settings, prompts, device=self.device, **options))  # type: ignore[arg-type]
@@ -160,9 +161,11 @@ class PipelineModel:
 class _PipelineMaker:
     renderer: Renderer
 
-    def frames(self, prompt: Prompt, steps: int, seed: int, callback: Callback) -> Any:
+    def frames(
+        self, prompt: VideoPrompt, num_inference_steps: int, seed: int, callback: Callback
+    ) -> Any:
         """Make the frames of one video."""
-        return self.renderer.frames(prompt, steps, seed, callback)[0]
+        return self.renderer.frames(prompt, num_inference_steps, seed, callback)[0]
 
     def reason(self, error: Exception) -> str:
         """Say in one line why a video could not be made."""
@@ -171,18 +174,20 @@ class _PipelineMaker:
 
 @dataclass(frozen=True)
 class ShapesModel:
-    """A model of :class:`anyflow.data.MovingShapes`, as ``anyflow demo`` and the recipes
-    ``smoke_*`` train them.
+    """Describe a model of :class:`anyflow.data.MovingShapes`.
 
-    Its prompts are the classes, and its decoder is the pixel shuffle; a file has each pixel
+    ``anyflow demo`` and the recipes ``smoke_*`` train such models.
+
+    The model's prompts are the classes, and its decoder is the pixel shuffle; a file has each pixel
     enlarged to :data:`SHAPES_UPSCALE` x :data:`SHAPES_UPSCALE`.
 
     Args:
-        path: what the user named: the folder of a run of ``anyflow demo``, or that of a checkpoint.
-        folder: with ``transformer`` and ``scheduler``.
+        path: the path that the user gave: the folder of a run of ``anyflow demo``, or that of a
+            checkpoint.
+        folder: holds ``transformer`` and ``scheduler``.
         euler: evaluate r = t, which is plain Euler.
         device: torch device, the CPU if left out.
-        seed: of the run, which decides the held-out videos.
+        seed: seed of the run, which decides the held-out videos.
     """
 
     path: str
@@ -192,7 +197,7 @@ class ShapesModel:
     seed: int = 0
     video: VideoFormat = field(default=VideoFormat(96, 96, 8, 8.0))
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check(self, prompts: Sequence[VideoPrompt]) -> None:
         """Raise a ValueError for what cannot work."""
         resolve_device(self.device)
         if not self.euler:
@@ -217,7 +222,7 @@ class ShapesModel:
             "weights": weights,
         }
 
-    def load(self, prompts: Sequence[Prompt]) -> VideoMaker:
+    def load(self, prompts: Sequence[VideoPrompt]) -> VideoMaker:
         """Load the weights."""
         return _ShapesMaker(self)
 
@@ -238,7 +243,9 @@ class _ShapesMaker:
         self.transformer = load_transformer(model.folder, torch.float32).to(device)
         self.scheduler = load_scheduler(model.folder, euler=model.euler)
 
-    def frames(self, prompt: Prompt, steps: int, seed: int, callback: Callback) -> Any:
+    def frames(
+        self, prompt: VideoPrompt, num_inference_steps: int, seed: int, callback: Callback
+    ) -> Any:
         """Make the frames of one video, ``[8, 96, 96, 3]`` uint8."""
         world = self.world
         label = torch.tensor([shapes_prompts().index(prompt.text)], device=world.device)
@@ -249,7 +256,7 @@ class _ShapesMaker:
                 self.scheduler,
                 noise,
                 world.prompts(label),
-                num_inference_steps=steps,
+                num_inference_steps=num_inference_steps,
                 use_mean_velocity=not self.model.euler,
                 callback=callback,
             )
@@ -263,9 +270,7 @@ class _ShapesMaker:
 
 
 def shapes_prompts() -> tuple[str, ...]:
-    """Return the prompts that a model of moving shapes knows: ``disc right`` and the other
-    classes.
-    """
+    """Return the prompts that a model of moving shapes knows, ``disc right`` and three more."""
     return _shapes().class_names
 
 
@@ -302,8 +307,7 @@ def find_shapes_model(
 
 
 def fingerprint(parts: Iterable[Path]) -> str:
-    """Hash the names, sizes and some blocks of the files of weights and configuration below
-    folders.
+    """Hash the names, sizes and some blocks of weights and configuration below folders.
 
     Training changes every weight, so that blocks spread over a file tell two checkpoints apart in
     the time that a folder of any size can be read.
@@ -318,9 +322,8 @@ def fingerprint(parts: Iterable[Path]) -> str:
         )
         for file in (file for file in files if file.is_file()):
             size = file.stat().st_size
-            digest.update(
-                f"{part.name}/{file.name if part.is_file() else file.relative_to(part)}:{size}\0".encode()
-            )
+            name = file.name if part.is_file() else file.relative_to(part)
+            digest.update(f"{part.name}/{name}:{size}\0".encode())
             with file.open("rb") as stream:
                 for block in range(_BLOCKS):
                     stream.seek(max(0, size - _BLOCK) * block // (_BLOCKS - 1))
@@ -344,9 +347,7 @@ def _shapes() -> SyntheticVideos:
 
 
 def _seed_of_run(folder: Path) -> int:
-    """Read the seed of the run of ``anyflow demo`` that a checkpoint lies in; 0 where it lies in
-    none.
-    """
+    """Read the seed of the run of ``anyflow demo`` that a checkpoint lies in; 0 without a run."""
     state = folder.resolve().parent.parent / "state.json"
     if not state.is_file():
         return 0
@@ -357,8 +358,9 @@ def _seed_of_run(folder: Path) -> int:
 
 
 def split_model_name(text: str) -> tuple[str, str]:
-    """Split ``NAME=PATH``; a bare path is named after its folder, and a name on the Hub after its
-    last part.
+    """Split ``NAME=PATH``.
+
+    A bare path is named after its folder, and a name on the Hub after its last part.
 
     Raises:
         ValueError: a folder could not have the name.

@@ -1,6 +1,4 @@
-"""Plans an evaluation: which videos there must be, from which noise, and whether a folder is of the
-same plan.
-"""
+"""Plan which videos an evaluation has, from which noise, and whether a folder has that plan."""
 
 from __future__ import annotations
 
@@ -13,37 +11,40 @@ from typing import Any
 from anyflow.evaluation.runs.layout import check_model_name
 from anyflow.evaluation.runs.models import VideoModel
 from anyflow.evaluation.runs.record import MAX_SAMPLES, MAX_SEED, EvaluationRecord, ModelRecord
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.schedulers import MAX_STEPS
 from anyflow.utils.documents import shortened
 from anyflow.utils.validation import brief, whole_number
 
-REFERENCE_STEPS = "reference_steps"  # of a model's settings in the record
+REFERENCE_STEPS = "reference_steps"  # key among a model's settings in the record
 _NEGATIVES = "negative_prompts"
-_PATHS = ("transformer", "lora")  # settings that say where weights lie; the fingerprint says which
+_PATHS = (
+    "transformer",
+    "lora",
+)  # settings that say where weights lie; the fingerprint compares them
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Holds what an evaluation makes.
+    """Hold what an evaluation makes.
 
     Args:
-        models: by name.
+        models: models by name.
         prompts: each text once.
-        steps: numbers of network evaluations.
+        step_counts: numbers of network evaluations.
         num_samples: videos of each prompt.
-        seed: of the noise.
-        reference_steps: of the video that each video is compared with, from the same noise; 0 for
-            none.
+        seed: seed of the noise.
+        reference_steps: step count of the video that each one is compared with, of equal noise; 0
+            for none.
 
     Raises:
-        ValueError: a number is not possible, there is nothing to make, or a prompt occurs with two
+        ValueError: a number is not possible, nothing is to be made, or a prompt occurs with two
             negative prompts.
     """
 
     models: Mapping[str, VideoModel]
-    prompts: Sequence[Prompt]
-    steps: Sequence[int]
+    prompts: Sequence[VideoPrompt]
+    step_counts: Sequence[int]
     num_samples: int = 5
     seed: int = 0
     reference_steps: int = 50
@@ -51,15 +52,15 @@ class EvaluationPlan:
     def __post_init__(self) -> None:
         for name in self.models:
             check_model_name(name)
-        if not self.models or not self.prompts or not self.steps:
-            raise ValueError("there are no models, no prompts or no steps")
-        for steps in self.steps:
-            whole_number("steps", steps, 1, MAX_STEPS)
+        if not self.models or not self.prompts or not self.step_counts:
+            raise ValueError("models, prompts and steps must not be empty")
+        for num_inference_steps in self.step_counts:
+            whole_number("steps", num_inference_steps, 1, MAX_STEPS)
         whole_number("num_samples", self.num_samples, 1, MAX_SAMPLES)
         whole_number("seed", self.seed, 0, MAX_SEED)
         whole_number("reference_steps", self.reference_steps, 0, MAX_STEPS)
         prompts = tuple(dict.fromkeys(self.prompts))
-        negatives: dict[str, Prompt] = {}
+        negatives: dict[str, VideoPrompt] = {}
         for prompt in prompts:
             prompt.check(f"{shortened(prompt.text)!r}: ")
             if negatives.setdefault(prompt.text, prompt) != prompt:
@@ -68,22 +69,27 @@ class EvaluationPlan:
                     "one"
                 )
         object.__setattr__(self, "prompts", prompts)
-        object.__setattr__(self, "steps", tuple(sorted(set(self.steps))))
+        object.__setattr__(self, "step_counts", tuple(sorted(set(self.step_counts))))
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The prompts without their negative prompts."""
+        """Return the prompts without their negative prompts."""
         return tuple(prompt.text for prompt in self.prompts)
 
     @property
     def sets(self) -> tuple[int, ...]:
-        """The numbers of steps in the order of the work: that of the reference comes first."""
-        others = tuple(steps for steps in self.steps if steps != self.reference_steps)
+        """Return the step counts in the order of the work, the reference's first."""
+        others = tuple(
+            num_inference_steps
+            for num_inference_steps in self.step_counts
+            if num_inference_steps != self.reference_steps
+        )
         return (self.reference_steps, *others) if self.reference_steps else others
 
     def noise_seed(self, prompt: str, sample: int) -> int:
-        """Return the seed of a video's noise: the same for every model, number of steps, process
-        and order.
+        """Return the seed of a video's noise, the same for every model and number of steps.
+
+        The seed does not depend on the process or the order of the work either.
 
         Args:
             prompt: its text.
@@ -104,14 +110,15 @@ class EvaluationPlan:
             )
             for name, model in self.models.items()
         }
-        return EvaluationRecord(models, self.texts, tuple(self.steps), self.num_samples, self.seed)
+        return EvaluationRecord(
+            models, self.texts, tuple(self.step_counts), self.num_samples, self.seed
+        )
 
     def extend(self, before: EvaluationRecord, folder: Path) -> EvaluationRecord:
-        """Return the record of a folder with what the plan adds: other models, and other numbers of
-        steps.
+        """Return the record of a folder with the models and step counts that the plan adds.
 
         Args:
-            before: that is there.
+            before: record of the folder.
             folder: named in errors.
 
         Raises:
@@ -138,15 +145,18 @@ class EvaluationPlan:
                 f"({'; '.join(changed)}); name another "
                 "folder with --out, or another model as --model NAME=PATH"
             )
-        steps = tuple(sorted({*before.steps, *now.steps}))
+        step_counts = tuple(sorted({*before.step_counts, *now.step_counts}))
         return replace(
-            before, models={**before.models, **{**now.models, **before.models}}, steps=steps
+            before,
+            models={**before.models, **{**now.models, **before.models}},
+            step_counts=step_counts,
         )
 
 
 def covers(record: EvaluationRecord, wanted: EvaluationRecord) -> bool:
-    """Tell whether a record has every model, prompt and number of steps of another one, with the
-    same settings.
+    """Tell whether a record has all of another one's models, prompts and step counts.
+
+    The settings must be the same.
     """
     same = (record.prompts, record.num_samples, record.seed) == (
         wanted.prompts,
@@ -155,7 +165,7 @@ def covers(record: EvaluationRecord, wanted: EvaluationRecord) -> bool:
     )
     return (
         same
-        and set(wanted.steps) <= set(record.steps)
+        and set(wanted.step_counts) <= set(record.step_counts)
         and all(
             name in record.models
             and not _differences(record.models[name].sampler, model.sampler, skipped=_PATHS)

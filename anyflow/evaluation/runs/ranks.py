@@ -1,6 +1,4 @@
-"""The processes of an evaluation, which meet in its folder: each makes what is missing and nobody
-else is making.
-"""
+"""Let the processes of an evaluation meet in its folder, each making what no other makes."""
 
 from __future__ import annotations
 
@@ -15,20 +13,20 @@ import torch
 
 from anyflow.evaluation.runs.plan import covers
 from anyflow.evaluation.runs.record import EvaluationRecord
-from anyflow.pipelines.loading import resolve_device
+from anyflow.utils.devices import local_gpu
 from anyflow.utils.documents import shortened
 from anyflow.utils.locking import FolderInUseError, folder_lock
 
 POLL_SECONDS = 0.2
-_START_SECONDS = 600.0  # that other processes wait for the first one's record
+_START_SECONDS = 600.0  # other processes wait as long for the first one's record
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One of the processes of an evaluation, which torchrun numbers.
+    """Describe one of the processes of an evaluation, which torchrun numbers.
 
-    They have no process group: a video is claimed by a lock that the system ends with its process,
-    so that the others make what a killed one leaves.
+    The processes have no process group: a video is claimed by a lock that the system ends with its
+    process, so that the others make the videos that a killed process leaves.
 
     Args:
         rank: 0 for the one that writes the record, measures and reports.
@@ -42,9 +40,7 @@ class Rank:
 
     @classmethod
     def of_environment(cls) -> Rank:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; without them there is one
-        process.
-        """
+        """Read RANK, WORLD_SIZE and LOCAL_RANK of torchrun; the default is one process."""
         return cls(
             *(
                 int(os.environ.get(n, d))
@@ -64,16 +60,12 @@ class Rank:
             name: given by the user, or None.
 
         Raises:
-            ValueError: there are fewer GPUs than processes on this machine.
+            ValueError: this machine has fewer GPUs than processes.
         """
         wants_gpu = torch.cuda.is_available() if name is None else name == "cuda"
         if self.world_size == 1 or not wants_gpu:
             return name
-        if self.local_rank >= (count := torch.cuda.device_count()):
-            raise ValueError(
-                f"process {self.local_rank} of this machine has no GPU: there are {count}"
-            )
-        device = resolve_device(f"cuda:{self.local_rank}")
+        device = local_gpu(self.local_rank)
         torch.cuda.set_device(device)
         return str(device)
 
@@ -82,7 +74,7 @@ class Rank:
         """Yield True while this process alone makes a video, or False where another one does.
 
         Args:
-            place: of the claim, below the folder of work.
+            place: path of the claim, below the folder of work.
         """
         if self.world_size == 1:
             yield True

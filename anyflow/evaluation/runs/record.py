@@ -1,6 +1,4 @@
-"""The record of an evaluation: every metric of every model at every number of steps, as
-``evaluation.json`` has it.
-"""
+"""Keep every metric of every model at every step count, as ``evaluation.json`` has it."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from anyflow.utils.writing import write_text
 
 RECORD_FILE = "evaluation.json"
 FORMAT = "anyflow-evaluation-1"
-MAX_SAMPLES = 10_000  # of a prompt
+MAX_SAMPLES = 10_000  # videos of a prompt
 MAX_SEED = 2**63 - 1
 
 Better = Literal["higher", "lower"]
@@ -38,7 +36,7 @@ _KEYS = (
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """Holds where a model lies and how it was sampled.
+    """Hold where a model lies and how it was sampled.
 
     Args:
         path: folder, or the name of a model on the Hugging Face Hub.
@@ -51,12 +49,12 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class MetricRecord:
-    """Describes a metric.
+    """Describe a metric.
 
     Args:
         title: names it in a report.
-        unit: of its values; empty for a number without one.
-        better: which values are better; None where that depends on the videos.
+        unit: unit of the values; empty for a number without one.
+        better: ``higher`` or ``lower``; None where that depends on the videos.
         needs: one sentence on what is missing where it could not be computed; None where it was.
     """
 
@@ -68,15 +66,15 @@ class MetricRecord:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Holds an evaluation, whole or as far as it has come.
+    """Hold an evaluation, whole or as far as it has come.
 
     Args:
-        models: by name, in the order of the report.
+        models: models by name, in the order of the report.
         prompts: each once.
-        steps: numbers of network evaluations, ascending.
+        step_counts: numbers of network evaluations, ascending.
         num_samples: videos of each prompt.
-        seed: of the noise.
-        metrics: by name.
+        seed: seed of the noise.
+        metrics: metrics by name.
         values: ``[model][metric][steps]``, a number for each video: samples of the first prompt,
             then of the second.
         sets: ``[model][metric][steps]``, a number for all the videos together.
@@ -88,7 +86,7 @@ class EvaluationRecord:
 
     models: Mapping[str, ModelRecord]
     prompts: tuple[str, ...]
-    steps: tuple[int, ...]
+    step_counts: tuple[int, ...]
     num_samples: int
     seed: int
     metrics: Mapping[str, MetricRecord] = field(default_factory=dict)
@@ -99,12 +97,14 @@ class EvaluationRecord:
     def __post_init__(self) -> None:
         _check_names("models", self.models)
         _check_names("prompts", self.prompts)
-        if not self.models or not self.prompts or not self.steps:
+        if not self.models or not self.prompts or not self.step_counts:
             raise ValueError("models, prompts and steps must not be empty")
-        for steps in self.steps:
-            whole_number("steps", steps)
-        if list(self.steps) != sorted(set(self.steps)):
-            raise ValueError(f"steps must be ascending, each once, got {brief(list(self.steps))}")
+        for num_inference_steps in self.step_counts:
+            whole_number("steps", num_inference_steps)
+        if list(self.step_counts) != sorted(set(self.step_counts)):
+            raise ValueError(
+                f"steps must be ascending, each once, got {brief(list(self.step_counts))}"
+            )
         whole_number("num_samples", self.num_samples, 1, MAX_SAMPLES)
         whole_number("seed", self.seed, 0, MAX_SEED)
         _check_names("metrics", self.metrics)
@@ -130,7 +130,7 @@ class EvaluationRecord:
     def with_results(
         self,
         model: str,
-        steps: int,
+        num_inference_steps: int,
         values: Mapping[str, Sequence[float]],
         sets: Mapping[str, float],
     ) -> EvaluationRecord:
@@ -138,17 +138,17 @@ class EvaluationRecord:
 
         Args:
             model: its name.
-            steps: network evaluations.
+            num_inference_steps: network evaluations.
             values: ``[metric]``, a number for each video.
             sets: ``[metric]``, a number for all the videos.
 
         Raises:
-            ValueError: as the record itself.
+            ValueError: the result is no valid record.
         """
         return replace(
             self,
-            values=_added(self.values, model, steps, values),
-            sets=_added(self.sets, model, steps, sets),
+            values=_added(self.values, model, num_inference_steps, values),
+            sets=_added(self.sets, model, num_inference_steps, sets),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class EvaluationRecord:
                 n: {"path": m.path, "sampler": dict(m.sampler)} for n, m in self.models.items()
             },
             "prompts": list(self.prompts),
-            "steps": list(self.steps),
+            "steps": list(self.step_counts),
             "num_samples": self.num_samples,
             "seed": self.seed,
             "metrics": {
@@ -238,12 +238,16 @@ class EvaluationRecord:
     def _texts_of_steps(
         self, table: Mapping[str, Mapping[str, Mapping[int, Any]]], kind: Any
     ) -> dict[str, Any]:
-        """Return a table for JSON, in the order of models, metrics and steps: that of the work
-        leaves no trace.
+        """Return a table for JSON, in the order of models, metrics and steps.
+
+        The order of the work leaves no trace.
         """
         return {
             model: {
-                name: {str(steps): kind(cell) for steps, cell in sorted(table[model][name].items())}
+                name: {
+                    str(num_inference_steps): kind(cell)
+                    for num_inference_steps, cell in sorted(table[model][name].items())
+                }
                 for name in self.metrics
                 if name in table[model]
             }
@@ -260,9 +264,11 @@ class EvaluationRecord:
             self._require_known(where, "model", model, self.models)
             for metric, by_steps in metrics.items():
                 self._require_known(where, "metric", metric, self.metrics)
-                for steps, cell in by_steps.items():
-                    self._require_known(where, "number of steps", steps, self.steps)
-                    yield f"{where} of {metric!r} of {model!r} at {steps} steps", cell
+                for num_inference_steps, cell in by_steps.items():
+                    self._require_known(
+                        where, "number of steps", num_inference_steps, self.step_counts
+                    )
+                    yield f"{where} of {metric!r} of {model!r} at {num_inference_steps} steps", cell
 
     @staticmethod
     def _require_known(where: str, kind: str, name: Any, known: Iterable[Any]) -> None:
@@ -281,7 +287,7 @@ class EvaluationRecord:
 def _added(
     table: Mapping[str, Mapping[str, Mapping[int, Any]]],
     model: str,
-    steps: int,
+    num_inference_steps: int,
     fresh: Mapping[str, Any],
 ) -> dict[str, dict[str, dict[int, Any]]]:
     """Return a table with more cells."""
@@ -289,7 +295,7 @@ def _added(
         m: {name: dict(cells) for name, cells in metrics.items()} for m, metrics in table.items()
     }
     for name, cell in fresh.items():
-        result.setdefault(model, {}).setdefault(name, {})[steps] = cell
+        result.setdefault(model, {}).setdefault(name, {})[num_inference_steps] = cell
     return result
 
 

@@ -1,6 +1,4 @@
-"""Runs `anyflow evaluate`: samples models, measures each finished set of videos, and writes the
-report.
-"""
+"""Run `anyflow evaluate`: sample models, measure each finished set of videos, and report."""
 
 from __future__ import annotations
 
@@ -38,8 +36,8 @@ class EvaluationReport:
         made: videos that were not there when it began and are now.
         skipped: videos that were there.
         failed: videos that could not be made.
-        problems: what else went wrong, a line each.
-        report: the page, or None where there is nothing to report on, or for a process that does
+        problems: other failures, a line each.
+        report: the page, or None without any result, or for a process that does
             not write it.
     """
 
@@ -59,15 +57,16 @@ def run_evaluation(
     vbench: VBench | None = None,
     console: Console | None = None,
 ) -> EvaluationReport:
-    """Make the videos of a plan, measure them, and report, alone or as one of the processes that
-    torchrun started.
+    """Make the videos of a plan, measure them, and report.
 
-    Writes ``samples/<model>/<steps>/<prompt>-<index>.mp4``, ``prompts.json``, ``evaluation.json``
-    after each set of videos, and ``report.html``. What is there is not made again: the same call
-    goes on where it was stopped.
+    This process works alone or is one of those that torchrun started. It writes
+    ``samples/<model>/<steps>/<prompt>-<index>.mp4``, ``prompts.json``, ``evaluation.json`` after
+    each set of videos, and ``report.html``. Videos that are there are not made again: the
+        same
+    call continues where it was stopped.
 
     Args:
-        plan: of the evaluation.
+        plan: plan of the evaluation.
         out: its folder; one with an evaluation of other settings is refused.
         metric_models: folder of the weights that metrics need; None for the usual one.
         references: folder of real videos, or None.
@@ -80,7 +79,7 @@ def run_evaluation(
         OSError: the system refuses to write.
         ImportError: a package is missing.
     """
-    import_av()  # missing, it would cost a video to find out
+    import_av()  # without PyAV the first video would be made in vain
     rank = Rank.of_environment()
     if rank.world_size > 1:
         plan = replace(
@@ -97,7 +96,7 @@ def run_evaluation(
         return EvaluationReport()
     measurer = Measurer(plan, layout, metric_models=metric_models, references=references)
     with folder_lock(out):
-        return _Run(plan, layout, measurer, vbench, console).run()
+        return _EvaluationRun(plan, layout, measurer, vbench, console).run()
 
 
 def rewrite_report(out: Path) -> Path:
@@ -112,8 +111,8 @@ def rewrite_report(out: Path) -> Path:
     return _write_report(record, Layout.of(out, record.prompts, record.num_samples))
 
 
-class _Run:
-    """The work of the process that writes the record."""
+class _EvaluationRun:
+    """Do the work of the process that writes the record."""
 
     def __init__(
         self,
@@ -140,24 +139,24 @@ class _Run:
         self._note()
         failed: list[Failed] = []
         before = missing_jobs(self.plan, self.layout)
-        share = sum(job.steps for job in before) / self.rank.world_size
+        share = sum(job.num_inference_steps for job in before) / self.rank.world_size
         with SampleProgress(self.console, share) as progress:
             for model in self.plan.models:
                 maker = SampleMaker(
                     self.plan, self.layout, self.rank, model, self.console, progress
                 )
-                for wait in (False, True):  # at first what nobody else is making
-                    for steps in self.plan.sets:
-                        if maker.make(steps, wait=wait):
-                            self._measure(model, steps, last=wait)
+                for wait in (False, True):  # at first the videos that no other process is making
+                    for num_inference_steps in self.plan.sets:
+                        if maker.make(num_inference_steps, wait=wait):
+                            self._measure(model, num_inference_steps, last=wait)
                 failed += maker.failed
         self._measure_references()
         remove_work(self.layout, self.rank)
         report = None
         if any(
-            self._is_whole(model, steps)
+            self._is_whole(model, num_inference_steps)
             for model in self.record.models
-            for steps in self.record.steps
+            for num_inference_steps in self.record.step_counts
         ):
             report = _write_report(self.record, self.layout)
         made = len(before) - len(missing_jobs(self.plan, self.layout))
@@ -165,9 +164,7 @@ class _Run:
         return EvaluationReport(made, skipped, tuple(failed), tuple(self.problems), report)
 
     def _begin(self) -> EvaluationRecord:
-        """Take over the record that is there, or begin one; it is on the disk before anything is
-        made.
-        """
+        """Take over the record of the folder, or begin one and write it before anything is made."""
         out = self.layout.folder
         if self.layout.record.exists():
             record = self.plan.extend(EvaluationRecord.load(self.layout.record), out)
@@ -204,52 +201,64 @@ class _Run:
             if self.console is not None:
                 self.console.print(f"not measured: {metric.title} ({metric.needs})", markup=False)
 
-    def _measure(self, model: str, steps: int, *, last: bool) -> None:
+    def _measure(self, model: str, num_inference_steps: int, *, last: bool) -> None:
         """Measure a set of videos, all of which are there, by what the record lacks.
 
-        Without the videos that they are compared with, nothing is done unless it is the ``last``
-        time.
+        Without the videos that they are compared with, nothing is done before the ``last`` call.
         """
-        if steps not in self.plan.steps or (model, steps) in self.measured:
+        if (
+            num_inference_steps not in self.plan.step_counts
+            or (model, num_inference_steps) in self.measured
+        ):
             return
         reference = self.plan.reference_steps
         compared = reference == 0 or self._is_whole(model, reference)
         if not compared and not last:
             return
-        self.measured.add((model, steps))
-        lacking = self.measurer.lacking(self.record, model, steps, compared=compared)
+        self.measured.add((model, num_inference_steps))
+        lacking = self.measurer.lacking(self.record, model, num_inference_steps, compared=compared)
         if lacking:
             before = set(self.measurer.needs)
             with status(
-                self.console, f"measuring {model} at {counted(steps, 'step')}: {', '.join(lacking)}"
+                self.console,
+                f"measuring {model} at {counted(num_inference_steps, 'step')}: "
+                f"{', '.join(lacking)}",
             ):
-                values, sets = self.measurer.measure(model, steps, lacking)
-            self._keep(self.measurer.prepare(self.record).with_results(model, steps, values, sets))
+                values, sets = self.measurer.measure(model, num_inference_steps, lacking)
+            self._keep(
+                self.measurer.prepare(self.record).with_results(
+                    model, num_inference_steps, values, sets
+                )
+            )
             self._note_needs(name for name in self.measurer.needs if name not in before)
-        self._score(model, steps)
+        self._score(model, num_inference_steps)
 
-    def _score(self, model: str, steps: int) -> None:
-        """Let VBench score a set of videos; what it cannot is one problem, and everything else goes
-        on.
-        """
+    def _score(self, model: str, num_inference_steps: int) -> None:
+        """Let VBench score a set of videos; a failure is one problem and does not end the run."""
         if self.vbench is None:
             return
         done = self.record.sets.get(model, {})
         lacking = [
-            name for name in self.vbench.dimensions if steps not in done.get(_vbench_name(name), {})
+            name
+            for name in self.vbench.dimensions
+            if num_inference_steps not in done.get(_vbench_name(name), {})
         ]
         if not lacking:
             return
-        folder, out = self.layout.samples(model, steps), self.layout.vbench(model, steps)
+        folder, out = (
+            self.layout.samples(model, num_inference_steps),
+            self.layout.vbench(model, num_inference_steps),
+        )
         try:
             with status(
                 self.console,
-                f"VBench scores {model} at {counted(steps, 'step')}: {', '.join(lacking)}",
+                f"VBench scores {model} at {counted(num_inference_steps, 'step')}: "
+                f"{', '.join(lacking)}",
             ):
                 scores = self.vbench.score(folder, self.layout.prompts, out, lacking)
         except VBenchError as error:
             self.problems.append(str(error))
-            self.vbench = None  # it would fail again
+            self.vbench = None  # VBench would fail again
             names = [_vbench_name(name) for name in lacking]
             metrics = {
                 name: replace(metric, needs=str(error))
@@ -260,7 +269,7 @@ class _Run:
             self._keep(replace(self.record, metrics=metrics))
             return
         found = {_vbench_name(name): score for name, score in scores.items()}
-        self._keep(self.record.with_results(model, steps, {}, found))
+        self._keep(self.record.with_results(model, num_inference_steps, {}, found))
 
     def _measure_references(self) -> None:
         lacking = self.measurer.lacking_references(self.record)
@@ -276,8 +285,8 @@ class _Run:
             for metrics in table.values()
         )
 
-    def _is_whole(self, model: str, steps: int) -> bool:
-        return all(file.is_file() for file in self.layout.videos(model, steps))
+    def _is_whole(self, model: str, num_inference_steps: int) -> bool:
+        return all(file.is_file() for file in self.layout.videos(model, num_inference_steps))
 
     def _keep(self, record: EvaluationRecord) -> None:
         record.save(self.layout.record)
@@ -285,15 +294,16 @@ class _Run:
 
 
 def _help(plan: EvaluationPlan, layout: Layout, rank: Rank) -> None:
-    """Make videos beside the process that writes the record, which tries those that fail once more
-    and says why.
+    """Make videos beside the process that writes the record.
+
+    That process tries failed videos once more and says why they fail.
     """
     with SampleProgress(None, 0) as progress:
         for model in plan.models:
             maker = SampleMaker(plan, layout, rank, model, None, progress)
             for wait in (False, True):
-                for steps in plan.sets:
-                    maker.make(steps, wait=wait)
+                for num_inference_steps in plan.sets:
+                    maker.make(num_inference_steps, wait=wait)
     remove_work(layout, rank)
 
 
@@ -307,9 +317,14 @@ def _write_report(record: EvaluationRecord, layout: Layout) -> Path:
 
     clips: dict[str, Mapping[int, Sequence[Path]]] = {}
     for model in record.models:
-        sets = {steps: layout.videos(model, steps) for steps in record.steps}
+        sets = {
+            num_inference_steps: layout.videos(model, num_inference_steps)
+            for num_inference_steps in record.step_counts
+        }
         clips[model] = {
-            steps: files for steps, files in sets.items() if all(file.is_file() for file in files)
+            num_inference_steps: files
+            for num_inference_steps, files in sets.items()
+            if all(file.is_file() for file in files)
         }
     write_evaluation_report(layout.report, record, clips)
     return layout.report

@@ -1,6 +1,4 @@
-"""Makes the missing videos of an evaluation, alone or with other processes, each file whole or not
-at all.
-"""
+"""Make the missing videos of an evaluation, alone or with other processes."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from anyflow.evaluation.runs.layout import Layout
 from anyflow.evaluation.runs.models import VideoMaker
 from anyflow.evaluation.runs.plan import EvaluationPlan
 from anyflow.evaluation.runs.ranks import POLL_SECONDS, Rank
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.video import write_video
 from anyflow.utils.progress import LoggedProgress, counted, status
 from anyflow.utils.writing import publish, system_error
@@ -24,44 +22,48 @@ from anyflow.utils.writing import publish, system_error
 
 @dataclass(frozen=True)
 class Job:
-    """A video that must be there.
+    """Describe a video that must be there.
 
     Args:
         model: its name.
-        steps: network evaluations.
-        prompt: of the video.
+        num_inference_steps: network evaluations.
+        prompt: prompt of the video.
         sample: index among the videos of the prompt.
-        file: of the video.
+        file: file of the video.
     """
 
     model: str
-    steps: int
-    prompt: Prompt
+    num_inference_steps: int
+    prompt: VideoPrompt
     sample: int
     file: Path
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A video that could not be made."""
+    """Describe a video that could not be made."""
 
     job: Job
     reason: str
 
 
-def jobs_of(plan: EvaluationPlan, layout: Layout, model: str, steps: int) -> list[Job]:
+def jobs_of(
+    plan: EvaluationPlan, layout: Layout, model: str, num_inference_steps: int
+) -> list[Job]:
     """List the videos of a model at a number of steps, prompt by prompt."""
     places = [(prompt, sample) for prompt in plan.prompts for sample in range(plan.num_samples)]
-    files = layout.videos(model, steps)
-    return [Job(model, steps, *place, file) for place, file in zip(places, files, strict=True)]
+    files = layout.videos(model, num_inference_steps)
+    return [
+        Job(model, num_inference_steps, *place, file)
+        for place, file in zip(places, files, strict=True)
+    ]
 
 
 class SampleProgress:
-    """Shows a bar of all the steps of all the missing videos; without a terminal a line every half
-    minute.
+    """Show a bar of all steps of all missing videos, or a line every half minute in a log.
 
     Args:
-        console: where it goes; None for nothing.
+        console: gets the bar; None for no bar.
         total: network evaluations of this process.
     """
 
@@ -104,15 +106,15 @@ class SampleProgress:
 
 
 class SampleMaker:
-    """Makes videos of one model; its weights are loaded for the first one that is missing.
+    """Make videos of one model, whose weights are loaded for the first missing one.
 
     Args:
-        plan: of the evaluation.
-        layout: of its folder.
-        rank: of this process.
+        plan: plan of the evaluation.
+        layout: layout of the evaluation's folder.
+        rank: rank of this process.
         model: its name.
-        console: for what is being done; None for nothing.
-        progress: of all the videos.
+        console: gets notes on the work; None for none.
+        progress: bar of all the videos.
     """
 
     def __init__(
@@ -131,15 +133,16 @@ class SampleMaker:
 
     @property
     def failed(self) -> list[Failed]:
-        """The videos that this process could not make and that nobody else has made."""
+        """Return the videos that this process could not make and that nobody else has made."""
         return [failed for file, failed in self._failed.items() if not file.is_file()]
 
-    def make(self, steps: int, *, wait: bool) -> bool:
+    def make(self, num_inference_steps: int, *, wait: bool) -> bool:
         """Make what is missing of a number of steps and nobody else is making.
 
         Args:
-            steps: network evaluations.
-            wait: for what others are making, and make it should they end without.
+            num_inference_steps: network evaluations.
+            wait: wait for videos that other processes are making, and make those that they do not
+                finish.
 
         Returns:
             True if all of it is there now.
@@ -147,9 +150,9 @@ class SampleMaker:
         Raises:
             OSError: the system refuses to write.
         """
-        jobs = jobs_of(self._plan, self._layout, self._model, steps)
+        jobs = jobs_of(self._plan, self._layout, self._model, num_inference_steps)
         rank, world = self._rank.rank, self._rank.world_size
-        # its own share first
+        # this process's own share comes first
         order = [job for share in range(world) for job in jobs[(rank + share) % world :: world]]
         while missing := [
             job for job in order if not job.file.is_file() and job.file not in self._failed
@@ -165,7 +168,7 @@ class SampleMaker:
         """Make a video unless another process does; tell whether anything came of it."""
         if job.file.is_file():
             return True
-        claim = self._layout.work(f"claims/{job.model}/{job.steps}/{job.file.name}")
+        claim = self._layout.work(f"claims/{job.model}/{job.num_inference_steps}/{job.file.name}")
         with self._rank.claim(claim) as mine:
             if not mine:
                 return False
@@ -181,13 +184,17 @@ class SampleMaker:
             else ""
         )
         self._progress.say(
-            f"{job.model}, {counted(job.steps, 'step')}: {job.prompt.text[:40]}{samples}"
+            f"{job.model}, {counted(job.num_inference_steps, 'step')}: "
+            f"{job.prompt.text[:40]}{samples}"
         )
         seed = self._plan.noise_seed(job.prompt.text, job.sample)
         partial = self._layout.work(f"rank-{self._rank.rank}") / "video.mp4"
         try:
             frames = maker.frames(
-                job.prompt, job.steps, seed, lambda index, time, latents: self._progress.advance()
+                job.prompt,
+                job.num_inference_steps,
+                seed,
+                lambda index, time, latents: self._progress.advance(),
             )
             write_video(frames, partial, self._plan.models[job.model].video.fps)
             job.file.parent.mkdir(parents=True, exist_ok=True)
@@ -211,13 +218,18 @@ class SampleMaker:
 
 def missing_jobs(plan: EvaluationPlan, layout: Layout) -> list[Job]:
     """List the videos of all models that are missing."""
-    every = (jobs_of(plan, layout, model, steps) for model in plan.models for steps in plan.sets)
+    every = (
+        jobs_of(plan, layout, model, num_inference_steps)
+        for model in plan.models
+        for num_inference_steps in plan.sets
+    )
     return [job for jobs in every for job in jobs if not job.file.is_file()]
 
 
 def remove_work(layout: Layout, rank: Rank) -> None:
-    """Remove what is not finished: of this process, or of all, killed ones too, after the first
-    one's last video.
+    """Remove the unfinished files of this process.
+
+    The main process, which makes the last video, removes those of all processes, killed ones too.
     """
     shutil.rmtree(
         layout.work("") if rank.is_main else layout.work(f"rank-{rank.rank}"), ignore_errors=True

@@ -1,6 +1,4 @@
-"""The metrics of models of moving shapes, whose real videos are known: those of the quickstart's
-report.
-"""
+"""Measure models of moving shapes by the metrics of the quickstart, against known real videos."""
 
 from __future__ import annotations
 
@@ -19,15 +17,17 @@ SHAPES_METRICS = {
     "coverage_tv": MetricRecord("Unevenness of positions", "total variation, 0 to 1", "lower"),
 }
 _FLOOR_SETS = 8
-_FLOOR_STREAM = 950  # of the run's randomness; the quickstart's own streams are below
+_FLOOR_STREAM = (
+    950  # stream of the run's randomness; the quickstart's own streams have lower numbers
+)
 
 
 class ShapesMetrics:
-    """Measures sets of videos of moving shapes against held-out ones.
+    """Measure sets of videos of moving shapes against held-out ones.
 
     Args:
-        seed: of the run that trained the model, which decides the held-out videos.
-        plan: of the evaluation, with the classes as its prompts.
+        seed: seed of the run that trained the model, which decides the held-out videos.
+        plan: plan of the evaluation, with the classes as its prompts.
     """
 
     def __init__(self, seed: int, plan: EvaluationPlan) -> None:
@@ -48,9 +48,7 @@ class ShapesMetrics:
         return self._score(torch.stack([self._reduced(video) for video in videos]))
 
     def floor(self) -> dict[str, list[float]]:
-        """Measure several sets of real videos of the size of the plan's: what a perfect model would
-        get.
-        """
+        """Measure sets of real videos of the plan's size, which a perfect model would match."""
         scores = [self._score(videos) for videos in self._real_sets()]
         return {name: [score[name] for score in scores] for name in SHAPES_METRICS}
 
@@ -72,9 +70,7 @@ class ShapesMetrics:
             yield self._world.shapes.sample(len(self._labels), generator, self._labels)[0]
 
     def _reduced(self, video: Tensor) -> Tensor:
-        """Return an enlarged video at its own size, normalized as the models' data are:
-        ``[8, 1, 12, 12]``.
-        """
+        """Return an enlarged video ``[8, 1, 12, 12]``, normalized as the models' data are."""
         gray = torch.nn.functional.avg_pool2d(
             video.float().mean(1, keepdim=True) / 255, SHAPES_UPSCALE
         )

@@ -36,12 +36,12 @@ STANDARD_DIMENSIONS = (
     "scene",
     "appearance_style",
 )
-# that VBench documents for videos of one's own
+# VBench documents these for a user's own videos
 DEFAULT_DIMENSIONS = CUSTOM_DIMENSIONS[:2] + CUSTOM_DIMENSIONS[3:7]
 
-_NAME = "anyflow"  # of the results: VBench writes {name}_eval_results.json
+_NAME = "anyflow"  # VBench writes {name}_eval_results.json
 _LOG = "log.txt"
-_TAIL = 2**14  # bytes of it
+_TAIL = 2**14  # bytes at the end of the output that are read
 _TORCHRUN = (
     "RANK",
     "WORLD_SIZE",
@@ -79,20 +79,18 @@ class VBenchError(ValueError):
 
 @dataclass(frozen=True)
 class VBench:
-    """An installation of VBench.
+    """Describe an installation of VBench, and score videos by it.
 
     Args:
         python: its interpreter.
-        dimensions: to compute.
+        dimensions: names of the dimensions to compute.
     """
 
     python: Path
     dimensions: Sequence[str] = DEFAULT_DIMENSIONS
 
     def check(self) -> None:
-        """Raise a ValueError unless there is such an interpreter and VBench takes videos of one's
-        own for all that.
-        """
+        """Raise a ValueError unless the interpreter is there and VBench takes own videos."""
         if not os.access(self.python, os.X_OK) or not self.python.is_file():
             raise ValueError(
                 f"--vbench-python {shortened(self.python)} is not a program that can be run"
@@ -121,7 +119,7 @@ class VBench:
             videos: folder with videos and nothing else.
             prompts: JSON file with the prompt of each name of a file.
             out: folder for what VBench writes, and for ``log.txt`` with what it prints.
-            dimensions: of those of this object.
+            dimensions: some of this object's dimensions.
 
         Returns:
             The score of each dimension.
@@ -172,8 +170,9 @@ class VBench:
 
 
 def _scores(content: Any, dimensions: Sequence[str]) -> dict[str, float]:
-    """Return the scores of a results file, ``{dimension: [score, [one for each video]]}``;
-    ValueError for another.
+    """Return the scores of a results file, ``{dimension: [score, [one for each video]]}``.
+
+    Raises ValueError for another file.
     """
     scores = {}
     for dimension in dimensions:
@@ -190,9 +189,7 @@ def _scores(content: Any, dimensions: Sequence[str]) -> dict[str, float]:
 
 
 def _last_line(log: Path) -> str:
-    """Return the last line of what a process has printed, which of a Python program names its
-    error.
-    """
+    """Return the last line that a process has printed, where a Python program names its error."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL))
         text = file.read().decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Measures videos: similarity to text and to references, motion, flicker, distance between sets.
+"""Measure videos: similarity to text and references, motion, flicker, distance between sets.
 
 Videos are ``[N, F, C, H, W]`` throughout, floating-point in [0, 1] or uint8 in 0..255, with 1 or 3
 channels; results are per video, ``[N]``, unless a function says otherwise. Packages that a base
@@ -14,11 +14,12 @@ from anyflow.evaluation.video_metrics.flow import (
 )
 from anyflow.evaluation.video_metrics.fvd import I3DFeatures, frechet_video_distance
 from anyflow.evaluation.video_metrics.lpips import Lpips, video_reference_metrics
-from anyflow.evaluation.video_metrics.lucas_kanade import motion
+from anyflow.evaluation.video_metrics.lucas_kanade import motion, relative_motion
 from anyflow.evaluation.video_metrics.models import (
     VIDEO_METRICS,
     VideoMetric,
     available_metrics,
+    load_network,
     model_path,
     models_folder,
 )
@@ -37,10 +38,12 @@ __all__ = [
     "flow_peaks",
     "frechet_video_distance",
     "is_dynamic",
+    "load_network",
     "model_path",
     "models_folder",
     "motion",
     "optical_flow",
     "psnr",
+    "relative_motion",
     "video_reference_metrics",
 ]

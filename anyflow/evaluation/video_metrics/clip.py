@@ -16,17 +16,16 @@ from anyflow.utils.validation import brief, require_whole
 
 
 class Clip:
-    """Measures how well videos show what texts say, by a CLIP model (Radford et al. 2021, arXiv
-    2103.00020).
+    """Measure how well videos show what texts say, by CLIP (Radford et al. 2021, arXiv 2103.00020).
 
     Frames are resized, cropped and normalized as ``preprocessor_config.json`` of the model says, by
     Pillow as in OpenAI's own code. Values of different CLIP models do not compare.
 
     Args:
-        folder: with a model that ``transformers.CLIPModel`` loads, its tokenizer and its image
+        folder: holds a model that ``transformers.CLIPModel`` loads, its tokenizer and its image
             processor; ``model_path("clip")`` is the usual one. Nothing is downloaded.
-        device: to run the model on.
-        dtype: of its weights.
+        device: device of the model.
+        dtype: dtype of the model's weights.
 
     Raises:
         ValueError: a file is missing or cannot be loaded, or weights are missing from it.
@@ -50,7 +49,9 @@ class Clip:
             model, info = CLIPModel.from_pretrained(
                 folder, local_files_only=True, dtype=dtype, output_loading_info=True
             )
-        except Exception as error:  # of transformers, safetensors, tokenizers or JSON
+        except (
+            Exception
+        ) as error:  # transformers, safetensors and tokenizers raise errors of many kinds
             reason = brief(" ".join(str(error).split()), 300)
             raise ValueError(
                 f"the CLIP model in {shortened(folder)} cannot be loaded: {reason}"

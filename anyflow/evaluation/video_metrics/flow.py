@@ -27,8 +27,8 @@ def optical_flow(videos: Tensor) -> Tensor:
     """Compute the optical flow between successive frames, in pixels per frame.
 
     The method is OpenCV's dense inverse search (Kroeger et al. 2016, arXiv 1603.03590, preset
-    ``MEDIUM``) on 8-bit gray levels. It has no weights. What moves farther than about a fifth of
-    the shorter side in one frame is not followed.
+    ``MEDIUM``) on 8-bit gray levels. The method has no weights. What moves farther than about a
+    fifth of the shorter side in one frame is not followed.
 
     Args:
         videos: ``[N, F, C, H, W]`` with F >= 2 and H, W >= 12, floating-point in [0, 1] or uint8; C
@@ -53,8 +53,7 @@ def optical_flow(videos: Tensor) -> Tensor:
 
 
 def flow_peaks(videos: Tensor) -> Tensor:
-    """Compute the mean length of the longest 5 % of the flow vectors between each two successive
-    frames.
+    """Compute the mean length of the longest 5 % of the flow vectors between successive frames.
 
     VBench reads this number from RAFT's flow, in pixels; here it comes from :func:`optical_flow`
     and is divided by the shorter side, so that videos of different sizes compare.
@@ -76,8 +75,7 @@ def flow_peaks(videos: Tensor) -> Tensor:
 
 
 def dynamic_degree(videos: Tensor) -> Tensor:
-    """Compute how much the fastest parts of each video move: the mean of :func:`flow_peaks` over
-    time.
+    """Compute how much the fastest parts of each video move: :func:`flow_peaks`, averaged.
 
     Args:
         videos: see :func:`optical_flow`.
@@ -97,7 +95,7 @@ def is_dynamic(videos: Tensor, fps: float) -> Tensor:
     Every ``round(fps / 8)``-th frame is looked at. A video moves if at least a quarter of the
     frames, but one pair in any case, have a peak above ``6 / 256`` of the shorter side (and
     ``8 / fps`` times as much where fps < 8). VBench's score of a set is the share of videos that
-    move. Its flow is RAFT's: near the threshold the two may decide differently.
+    move. VBench's flow is RAFT's: near the threshold the two may decide differently.
 
     Args:
         videos: see :func:`optical_flow`.
@@ -128,8 +126,9 @@ def _gray_levels(videos: Tensor) -> np.ndarray:
 
 
 def _pair_flows(frames: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the flow ``[H, W, 2]`` (right, down) from each of ``frames[F, H, W]`` uint8 to the
-    next.
+    """Yield the flow ``[H, W, 2]`` (right, down) from each of the frames to the next.
+
+    The frames are ``[F, H, W]`` uint8.
     """
     cv2 = _import_cv2()
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)

@@ -1,4 +1,4 @@
-"""The Fréchet video distance between two sets of videos, on the features of an I3D network."""
+"""Compute the Fréchet video distance between two sets, on features of an I3D network."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from anyflow.evaluation.video_metrics.values import levels, unit_videos
 from anyflow.utils.documents import require_content, shortened
 from anyflow.utils.validation import brief, require_whole
 
-LEAST_FRAMES = 10  # that the network's strides leave something of
+LEAST_FRAMES = 10  # the network's strides leave nothing of fewer
 
 
 class I3DFeatures:
-    """Computes the features that the Fréchet video distance is defined on.
+    """Compute the features that the Fréchet video distance is defined on.
 
     The network is the I3D of Kinetics-400 in the TorchScript file of StyleGAN-V (Skorokhodov et al.
-    2022), which reproduces the original one of TensorFlow Hub. It is called as there:
-    ``detector(videos, rescale=True, resize=True, return_features=True)`` with videos ``[B, 3, F, H,
-    W]`` uint8, which it resizes to 224 x 224 itself. A TorchScript file is a program: load one that
-    you trust.
+    2022), which reproduces the original one of TensorFlow Hub. The network is called as in
+    StyleGAN-V: ``detector(videos, rescale=True, resize=True, return_features=True)`` with videos
+    ``[B, 3, F, H, W]`` uint8, which it resizes to 224 x 224 itself. A TorchScript file is a
+    program: load one that you trust.
 
     Args:
         file: ``i3d_torchscript.pt``; ``model_path("fvd")`` is the usual one. Nothing is downloaded.
-        device: to run the network on.
+        device: device of the network.
 
     Raises:
         ValueError: the file is missing, or no TorchScript file.
@@ -79,19 +79,20 @@ class I3DFeatures:
             raise ValueError(f"the network in {shortened(self._path)} failed: {reason}") from error
         if not isinstance(found, Tensor) or found.numel() == 0 or found.numel() % len(videos):
             raise ValueError(f"the network in {shortened(self._path)} must give features [B, D]")
-        features = found.float().cpu().reshape(len(videos), -1)  # of one video, it gives [D]
+        features = (
+            found.float().cpu().reshape(len(videos), -1)
+        )  # the network gives [D] for one video
         if not torch.isfinite(features).all():
             raise ValueError(f"the network in {shortened(self._path)} gives NaN or infinity")
         return features
 
 
 def frechet_video_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Compute the Fréchet video distance (Unterthiner et al. 2018, arXiv 1812.01717) between two
-    sets.
+    """Compute the Fréchet video distance of two sets (Unterthiner et al. 2018, arXiv 1812.01717).
 
-    It is :func:`anyflow.evaluation.frechet_distance` of their I3D features. Its bias falls with the
-    number of videos: compare values at equal numbers only; StyleGAN-V takes 2048. The order of the
-    sets does not matter.
+    The distance is :func:`anyflow.evaluation.frechet_distance` of the sets' I3D features. Its bias
+    falls with the number of videos: compare values at equal numbers only; StyleGAN-V takes 2048.
+    The order of the sets does not matter.
 
     Args:
         features_a: ``[N, D]`` of :class:`I3DFeatures`, N >= 2.

@@ -23,8 +23,7 @@ LEAST_SIDE = 31  # pixels, below which AlexNet's second pooling has nothing to p
 
 
 class Lpips:
-    """Measures the perceptual distance of videos to references: LPIPS (Zhang et al. 2018, arXiv
-    1801.03924).
+    """Measure the perceptual distance to references, LPIPS (Zhang et al. 2018, arXiv 1801.03924).
 
     The network is AlexNet with the linear weights of version 0.1, as in the ``lpips`` package, in
     the implementation of torchmetrics, which has those weights in it. AlexNet's come from a file.
@@ -32,7 +31,7 @@ class Lpips:
     Args:
         file: weights of AlexNet, named ``alexnet-owt-7be5be79.pth`` in a folder ``checkpoints``;
             ``model_path("lpips")`` is the usual one. Nothing is downloaded.
-        device: to run the network on.
+        device: device of the network.
 
     Raises:
         ImportError: torchmetrics or torchvision is missing or does not import.
@@ -69,7 +68,7 @@ class Lpips:
         Args:
             videos: ``[N, F, C, H, W]`` with H, W >= 31, floating-point in [0, 1] or uint8; C is 1
                 or 3.
-            references: of the same shape.
+            references: videos of the same shape.
             batch_size: pairs of frames in one call of the network.
 
         Returns:
@@ -94,12 +93,11 @@ class Lpips:
 def video_reference_metrics(
     videos: Tensor, references: Tensor, *, lpips: Lpips | None = None, batch_size: int = 16
 ) -> dict[str, Tensor]:
-    """Compare videos with references, such as the same model's videos at 50 steps from the same
-    noise.
+    """Compare videos with references, such as the same model's videos of 50 steps.
 
     Args:
         videos: ``[N, F, C, H, W]``, floating-point in [0, 1] or uint8; C is 1 or 3.
-        references: of the same shape.
+        references: videos of the same shape.
         lpips: computes LPIPS, which is left out without it.
         batch_size: pairs of frames in one call of the network.
 
@@ -129,13 +127,13 @@ def _load(path: Path) -> torch.nn.Module:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         if "features.0.weight" not in weights:
             raise ValueError("it has no features.0.weight")
-    except Exception as error:  # of pickle, zipfile or torch
+    except Exception as error:  # pickle, zipfile and torch raise errors of many kinds
         raise ValueError(f"{shortened(path)} is no file of AlexNet's weights: {error}") from error
     folder = torch.hub.get_dir()
     torch.hub.set_dir(path.parent.parent)
     try:
         metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-    except RuntimeError as error:  # keys or shapes that do not fit
+    except RuntimeError as error:  # keys or shapes do not fit
         raise ValueError(f"{shortened(path)} is no file of AlexNet's weights: {error}") from error
     finally:
         torch.hub.set_dir(folder)

@@ -1,8 +1,7 @@
-"""The amount of motion in videos of any size, by optical flow in PyTorch alone.
+"""Measure the motion in videos of any size, by optical flow in PyTorch alone.
 
 The mean absolute difference of frames is not a measure of motion: it halves with the contrast,
-grows less than the speed, and reads noise that does not move as motion. Lengths of flow vectors do
-not.
+grows less than the speed, and reads noise that does not move as motion.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from anyflow.evaluation.video_metrics.values import gray_frames, unit_videos
 _WINDOW = (1.0, 6.0, 15.0, 20.0, 15.0, 6.0, 1.0)  # pixels that are taken to move together
 _BLUR = (1.0, 2.0, 1.0)
 _COARSEST = 12  # pixels of the shorter side that halving stops above
-_ITERATIONS = 5  # at each size
-_DAMPING = 1e-2  # of the mean gradient energy: keeps flow at 0 where nothing can be seen to move
+_ITERATIONS = 5  # steps of the solver at each size
+_DAMPING = 1e-2  # share of the mean gradient energy; keeps flow at 0 where nothing can be seen
 _PIXELS = 2**18  # pixels in one piece of work, which bounds memory
 
 
@@ -26,10 +25,11 @@ def motion(videos: Tensor) -> Tensor:
 
     The flow is that of Lucas and Kanade (1981) with a 7-tap binomial window, refined by warping
     from coarse to fine. The mean of its lengths is weighted by the squared gradient of the gray
-    levels, so that flat areas, where motion cannot be seen, do not count; then it is averaged over
-    time. It needs no weights and no package beside PyTorch, runs on the device of the videos, and
-    does not depend on their contrast. Noise in a video that stands still is read as some motion,
-    and only up to about a quarter of the shorter side per frame is followed.
+    levels, so that flat areas, where motion cannot be seen, do not count; then the speed is
+    averaged over time. The function needs no weights and no package beside PyTorch, runs on the
+    device of the videos, and does not depend on their contrast. Noise in a video that stands still
+    is read as some motion, and only up to about a quarter of the shorter side per frame is
+    followed.
 
     Args:
         videos: ``[N, F, C, H, W]`` with F >= 2 and H, W >= 4, floating-point in [0, 1] or uint8; C
@@ -52,6 +52,21 @@ def motion(videos: Tensor) -> Tensor:
     return torch.cat(speeds).view(count, frames - 1).mean(dim=1)
 
 
+def relative_motion(videos: Tensor) -> Tensor:
+    """Compute :func:`motion` in shorter sides per frame, by which videos of any sizes compare.
+
+    Args:
+        videos: see :func:`motion`.
+
+    Returns:
+        ``[N]`` float64; 0 for a frozen video.
+
+    Raises:
+        ValueError: see :func:`motion`.
+    """
+    return motion(videos) / min(videos.shape[-2:])
+
+
 def _mean_speeds(first: Tensor, second: Tensor) -> Tensor:
     """Return the mean speed ``[B]`` float64 of each frame pair, weighted by the gradient energy."""
     flow, energy = _lucas_kanade(first, second)
@@ -61,8 +76,9 @@ def _mean_speeds(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _lucas_kanade(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return flow ``[B, 2, H, W]`` (right, down) between frames ``[B, H, W]``, and gradient
-    energy.
+    """Return flow ``[B, 2, H, W]`` (right, down) between frames, and the gradient energy.
+
+    The frames are ``[B, H, W]``.
     """
     pyramid = [(_smooth(first, _BLUR), _smooth(second, _BLUR))]
     while min(pyramid[-1][0].shape[1:]) >= 2 * _COARSEST:
@@ -80,8 +96,9 @@ def _lucas_kanade(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _flow_step(first: Tensor, second: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve the normal equations of one linearization around ``flow``; return its step and the
-    energy.
+    """Solve the normal equations of one linearization around ``flow``.
+
+    Returns the step of the flow, and the energy.
     """
     warped, inside = _warp(second, flow)
     down, right = torch.gradient((first + warped) / 2, dim=(1, 2))
@@ -101,9 +118,7 @@ def _flow_step(first: Tensor, second: Tensor, flow: Tensor) -> tuple[Tensor, Ten
 
 
 def _warp(frames: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Look up ``frames[B, H, W]`` where ``flow`` points, and say where that lies inside of the
-    frame.
-    """
+    """Look up ``frames[B, H, W]`` where ``flow`` points, and mark what lies inside of the frame."""
     height, width = frames.shape[1:]
     x = torch.arange(width, device=flow.device) + flow[:, 0]
     y = torch.arange(height, device=flow.device)[:, None] + flow[:, 1]
@@ -118,8 +133,8 @@ def _smooth(values: Tensor, taps: tuple[float, ...]) -> Tensor:
     kernel = kernel / kernel.sum()
     half = len(taps) // 2
     images = F.pad(values.reshape(-1, 1, *values.shape[-2:]), (half,) * 4, mode="replicate")
-    rows = F.conv2d(images, kernel.view(1, 1, -1, 1))
-    return F.conv2d(rows, kernel.view(1, 1, 1, -1)).view(values.shape)
+    smooth_down = F.conv2d(images, kernel.view(1, 1, -1, 1))
+    return F.conv2d(smooth_down, kernel.view(1, 1, 1, -1)).view(values.shape)
 
 
 def _halve(frames: Tensor) -> Tensor:

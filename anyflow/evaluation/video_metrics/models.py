@@ -1,4 +1,4 @@
-"""The metrics of videos, and the packages and files of pretrained models that they need.
+"""Describe the metrics of videos, and the packages and pretrained models that they need.
 
 Nothing is downloaded: a model that is missing is named with the place it is expected in.
 """
@@ -6,10 +6,12 @@ Nothing is downloaded: a model that is missing is named with the place it is exp
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from anyflow.utils.documents import shortened
 from anyflow.utils.packages import is_missing, missing, module_name
@@ -19,14 +21,14 @@ DEFAULT_FOLDER = Path("~/.cache/anyflow/evaluation")
 
 @dataclass(frozen=True)
 class VideoMetric:
-    """A metric of videos.
+    """Describe a metric of videos.
 
     Attributes:
-        title: as a table or an axis names it.
-        unit: of its values; empty for a plain number.
+        title: name of the metric in a table or at an axis.
+        unit: unit of the values; empty for a plain number.
         better: ``higher`` or ``lower``; None where neither is, as for the amount of motion.
-        packages: that it needs beside those of a base installation.
-        model: that it needs.
+        packages: packages that the metric needs beside those of a base installation.
+        model: pretrained model that the metric needs.
     """
 
     title: str
@@ -38,13 +40,13 @@ class VideoMetric:
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A pretrained model that a metric needs.
+    """Describe a pretrained model that a metric needs.
 
     Attributes:
-        path: where it is expected, relative to the folder of the models.
-        files: that must be in the folder ``path``; of a tuple, one is enough. Empty where ``path``
-            is a file.
-        source: where it is published.
+        path: expected place, relative to the folder of the models.
+        files: names that must be in the folder ``path``; of a tuple, one is enough. Empty where
+            ``path`` is a file.
+        source: address where the model is published.
     """
 
     path: str
@@ -115,6 +117,31 @@ def model_path(metric: str, models: Path | str | None = None) -> Path:
     return models_folder(models) / found.model.path
 
 
+def load_network(
+    metric: str, models: Path | str | None = None, *, device: torch.device | str = "cpu"
+) -> Callable[..., Tensor]:
+    """Load the pretrained network of a metric, and leave the global generator as it was.
+
+    Args:
+        metric: ``clip`` (:class:`Clip`), ``lpips`` (:class:`Lpips`) or ``fvd``
+            (:class:`I3DFeatures`).
+        models: see :func:`models_folder`.
+        device: device of the network.
+
+    Raises:
+        ValueError: another metric, or weights that are missing or do not fit.
+        ImportError: a package is missing.
+    """
+    from anyflow.evaluation.video_metrics.clip import Clip
+    from anyflow.evaluation.video_metrics.fvd import I3DFeatures
+    from anyflow.evaluation.video_metrics.lpips import Lpips
+
+    path = model_path(metric, models)
+    networks = {"clip": Clip, "lpips": Lpips, "fvd": I3DFeatures}
+    with torch.random.fork_rng(devices=[]):  # libraries draw weights before they load others
+        return networks[metric](path, device=device)
+
+
 def available_metrics(models: Path | str | None = None) -> dict[str, str | None]:
     """Say for each metric whether it can be computed here.
 
@@ -170,9 +197,7 @@ def _build_of(package: str) -> str:
 
 
 def model_problem(purpose: str, model: PretrainedModel, path: Path) -> str | None:
-    """Say which file or folder of a model is missing and where it is published; None where it is
-    there.
-    """
+    """Say which file or folder of a model is missing and where it is published, or None."""
     if not model.files:
         if path.is_file():
             return None

@@ -1,4 +1,4 @@
-"""Metrics of pixels alone: the peak signal-to-noise ratio and temporal flicker."""
+"""Measure pixels alone: the peak signal-to-noise ratio and temporal flicker."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from torch import Tensor
 
 from anyflow.evaluation.video_metrics.values import require_equal_shapes, unit_videos
 
-MAX_PSNR = 100.0  # dB, where equal videos have infinity: JSON and the charts of loggers lack it
+MAX_PSNR = 100.0  # dB, in place of the infinity of equal videos, which JSON does not have
 
 
 def psnr(videos: Tensor, references: Tensor) -> Tensor:
     """Compute the peak signal-to-noise ratio of each video to its reference, in dB.
 
-    ``10 log10(1 / MSE)``, with values in [0, 1] and the mean squared error over all frames,
+    PSNR is ``10 log10(1 / MSE)``, with values in [0, 1] and the mean squared error over all frames,
     channels and pixels of the video: the "average" of FFmpeg's ``psnr`` filter. The mean of the
     ratios of single frames is larger, and infinite as soon as one frame is reproduced exactly.
 
     Args:
         videos: ``[N, F, C, H, W]``, floating-point in [0, 1] or uint8; C is 1 or 3.
-        references: of the same shape, in the same range or as uint8.
+        references: videos of the same shape, in the same range or as uint8.
 
     Returns:
         ``[N]`` float64, higher is closer; infinity where a video equals its reference.
@@ -34,11 +34,10 @@ def psnr(videos: Tensor, references: Tensor) -> Tensor:
 
 
 def flicker(videos: Tensor) -> Tensor:
-    """Compute the temporal flicker of each video: the mean absolute difference of successive
-    frames.
+    """Compute the flicker of each video, the mean absolute difference of successive frames.
 
     VBench's ``temporal_flickering`` is ``1 - flicker``, computed on levels 0..255 and divided by
-    255. It is meant for scenes that should stand still: motion changes pixels, too.
+    255. The metric is meant for scenes that should stand still: motion changes pixels, too.
 
     Args:
         videos: ``[N, F, C, H, W]`` with F >= 2, floating-point in [0, 1] or uint8; C is 1 or 3.

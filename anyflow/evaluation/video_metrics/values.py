@@ -1,4 +1,4 @@
-"""Checks of the videos that metrics are given, and conversion of their pixels to one range."""
+"""Check the videos that metrics are given, and convert their pixels to one range."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as OpenCV and JPEG weigh them
+_LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in ITU-R BT.601, OpenCV and JPEG
 
 
 def unit_videos(
@@ -18,7 +18,7 @@ def unit_videos(
     Args:
         videos: floating-point in [0, 1], or uint8 in 0..255; C is 1 or 3. float64 stays float64,
             and everything else becomes float32.
-        name: what errors call them.
+        name: name of the videos in errors.
         least_frames: frames that a metric needs.
         least_side: height and width that a metric needs, in pixels.
 
@@ -66,8 +66,9 @@ def require_equal_shapes(videos: Tensor, references: Tensor) -> None:
 
 
 def gray_frames(videos: Tensor) -> Tensor:
-    """Return the gray levels ``[N, F, H, W]`` of ``videos[N, F, C, H, W]``: luma of BT.601 where C
-    = 3.
+    """Return the gray levels ``[N, F, H, W]`` of videos: luma of BT.601 where C = 3.
+
+    The videos are ``[N, F, C, H, W]``.
     """
     if videos.shape[2] == 1:
         return videos[:, :, 0]

@@ -1,4 +1,4 @@
-"""Sentences of an evaluation follow the numbers: what is not drawn is not claimed."""
+"""Test that sentences of an evaluation follow the numbers and claim nothing else."""
 
 import pytest
 
@@ -88,7 +88,10 @@ def test_motion_sentences() -> None:
     assert motion_sentences({"a": curve(0.0, 0.0, 0.0, 0.0)}, None) == [
         "All videos are frozen: nothing moves at any number of steps."
     ]
-    assert "nothing to compare with" in motion_sentences({"a": curve(0.1, 0.1, 0.1, 0.1)}, 0.0)[0]
+    assert (
+        "nothing is compared with them"
+        in motion_sentences({"a": curve(0.1, 0.1, 0.1, 0.1)}, 0.0)[0]
+    )
     many = {name: curve(0.1, 0.1, 0.1, 0.1) for name in "abcd"}
     assert motion_sentences(many, 0.1) == [
         "No checkpoint is frozen: each moves at least 5 % as much as real ones."

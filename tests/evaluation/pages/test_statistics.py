@@ -1,6 +1,4 @@
-"""Intervals and differences: the normal approximation for many prompts, exact cases, and
-pairing.
-"""
+"""Compare intervals and differences with the normal approximation and exact cases."""
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ def make(values: dict[str, list[float]], prompts: int, num_samples: int = 1) -> 
     record = EvaluationRecord(
         models={name: ModelRecord(f"/{name}") for name in values},
         prompts=tuple(f"prompt {i}" for i in range(prompts)),
-        steps=(4,),
+        step_counts=(4,),
         num_samples=num_samples,
         seed=0,
         metrics={
@@ -49,7 +47,7 @@ def test_samples_of_one_prompt_are_drawn_together() -> None:
 
 
 def test_differences_are_paired() -> None:
-    """A constant difference is certain, however much the prompts differ."""
+    """Require that a constant difference is certain, however much the prompts differ."""
     numbers = [1.0, 20.0, 300.0, 4000.0]
     statistics = make(
         {"a": numbers, "b": [v + 0.5 for v in numbers], "c": [v - 2 for v in numbers]}, 4

@@ -1,4 +1,4 @@
-"""An environment with a package that stands in for VBench."""
+"""Make an environment with a package that stands in for VBench."""
 
 import venv
 from pathlib import Path
@@ -11,8 +11,8 @@ class VBench:
     def __init__(self, device, full_info_dir, output_path):
         assert os.path.basename(full_info_dir) == "VBench_full_info.json"
         self.output_path = output_path
-    def evaluate(self, videos_path, name, prompt_list=[], dimension_list=None, local=False, read_frame=False,
-                 mode="vbench_standard", **kwargs):
+    def evaluate(self, videos_path, name, prompt_list=[], dimension_list=None, local=False,
+                 read_frame=False, mode="vbench_standard", **kwargs):
         print("evaluating", dimension_list)
         if "human_action" in dimension_list:
             raise RuntimeError("no weights of UMT")
@@ -22,15 +22,17 @@ class VBench:
         json.dump(seen, open(os.path.join(self.output_path, "seen.json"), "w"))
         if dimension_list == ["temporal_style"]:
             return
-        scores = {d: [len(d) / 100, [{"video_path": n, "video_results": 0.5} for n in names]] for d in dimension_list}
+        results = [{"video_path": n, "video_results": 0.5} for n in names]
+        scores = {d: [len(d) / 100, results] for d in dimension_list}
         json.dump(scores, open(os.path.join(self.output_path, name + "_eval_results.json"), "w"))
 """
 
 
 @pytest.fixture(scope="session")
 def vbench_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with packages named vbench and torch, and without
-    anyflow's.
+    """Return the interpreter of an environment with packages named vbench and torch.
+
+    The environment lacks anyflow's packages.
     """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)

@@ -1,4 +1,4 @@
-"""Every command of docs/evaluation.md runs, on tiny models and small videos."""
+"""Run every command of docs/evaluation.md, on tiny models and small videos."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def workplace(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A folder with what the page's commands name, as the current one."""
+    """Make a folder with what the page's commands name, and enter it."""
     monkeypatch.chdir(tmp_path)
     sizes = {
         "num_attention_heads": 1,

@@ -1,4 +1,4 @@
-"""Names of videos: VBench's, wherever a file can have them."""
+"""Test the names of videos, which are VBench's wherever a file can have them."""
 
 import json
 import re
@@ -11,9 +11,7 @@ from anyflow.evaluation.runs.models import split_model_name
 
 
 def vbench_prompt(name: str) -> str:
-    """Read the prompt off the name of a file as VBench documents it: without the suffix, and
-    without ``-<number>``.
-    """
+    """Read the prompt off a file's name as VBench documents: without ``-<number>`` and suffix."""
     return re.sub(r"-\d+$", "", Path(name).stem)
 
 

@@ -1,4 +1,4 @@
-"""Plans: whose noise is whose, and what may change in a folder."""
+"""Test whose noise is whose, and what may change in a folder of a plan."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from anyflow.evaluation.runs.models import find_shapes_model, fingerprint
 from anyflow.evaluation.runs.plan import EvaluationPlan, covers
-from anyflow.pipelines.prompts import Prompt
+from anyflow.pipelines.prompts import VideoPrompt
 
 
 @pytest.fixture
@@ -15,7 +15,12 @@ def plan(shapes_model: Path) -> EvaluationPlan:
     model = find_shapes_model(str(shapes_model))
     assert model is not None
     return EvaluationPlan(
-        {"student": model}, [Prompt("disc right"), Prompt("cross down")], [4, 1, 4], 2, 7, 8
+        {"student": model},
+        [VideoPrompt("disc right"), VideoPrompt("cross down")],
+        [4, 1, 4],
+        2,
+        7,
+        8,
     )
 
 
@@ -24,8 +29,8 @@ def test_the_noise_depends_on_seed_prompt_and_sample_alone(plan: EvaluationPlan)
     assert seed == 7890882593769654539  # the same in every process, version and order
     other = replace(
         plan,
-        prompts=[Prompt("cross right"), *plan.prompts],
-        steps=[2],
+        prompts=[VideoPrompt("cross right"), *plan.prompts],
+        step_counts=[2],
         num_samples=5,
         reference_steps=0,
     )
@@ -38,16 +43,16 @@ def test_the_noise_depends_on_seed_prompt_and_sample_alone(plan: EvaluationPlan)
 
 
 def test_the_reference_comes_first_and_is_made_once(plan: EvaluationPlan) -> None:
-    assert plan.steps == (1, 4) and plan.sets == (8, 1, 4)
+    assert plan.step_counts == (1, 4) and plan.sets == (8, 1, 4)
     assert replace(plan, reference_steps=4).sets == (4, 1)
     assert replace(plan, reference_steps=0).sets == (1, 4)
 
 
 def test_a_folder_takes_more_models_and_steps(plan: EvaluationPlan, tmp_path: Path) -> None:
     before = plan.record()
-    more = replace(plan, models={"other": plan.models["student"]}, steps=[2])
+    more = replace(plan, models={"other": plan.models["student"]}, step_counts=[2])
     after = more.extend(before, tmp_path)
-    assert list(after.models) == ["student", "other"] and after.steps == (1, 2, 4)
+    assert list(after.models) == ["student", "other"] and after.step_counts == (1, 2, 4)
     assert (
         covers(after, before) and covers(after, more.record()) and not covers(before, more.record())
     )
@@ -59,9 +64,9 @@ def test_another_setting_is_refused_with_what_differs(plan: EvaluationPlan, tmp_
         "--seed 7 is now 8": replace(plan, seed=8),
         "--num-samples 2 is now 3": replace(plan, num_samples=3),
         "prompts: 'disc down' is new": replace(
-            plan, prompts=[Prompt("disc down"), Prompt("cross down")]
+            plan, prompts=[VideoPrompt("disc down"), VideoPrompt("cross down")]
         ),
-        "prompts: 2 are now 1": replace(plan, prompts=[Prompt("disc right")]),
+        "prompts: 2 are now 1": replace(plan, prompts=[VideoPrompt("disc right")]),
         "reference_steps 8 is now 0": replace(plan, reference_steps=0),
         "euler False is now True": replace(
             plan, models={"student": replace(plan.models["student"], euler=True)}
@@ -90,12 +95,15 @@ def test_a_fingerprint_tells_checkpoints_apart_wherever_they_lie(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": [0]}, "steps must be a whole number from 1"),
+        ({"step_counts": [0]}, "steps must be a whole number from 1"),
         ({"num_samples": 0}, "num_samples must be a whole number from 1"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"reference_steps": -1}, "reference_steps must be a whole number from 0"),
-        ({"prompts": []}, "no prompts"),
-        ({"prompts": [Prompt("a"), Prompt("a", "b")]}, "'a' occurs with two negative prompts"),
+        ({"prompts": []}, "prompts and steps must not be empty"),
+        (
+            {"prompts": [VideoPrompt("a"), VideoPrompt("a", "b")]},
+            "'a' occurs with two negative prompts",
+        ),
         ({"models": {"a/b": None}}, "cannot be the name of a model"),
     ],
 )

@@ -1,6 +1,4 @@
-"""Several real processes on a Wan-shaped pipeline: killed, resumed, and one that goes on without
-the other.
-"""
+"""Run several real processes on a Wan-shaped pipeline, some of which are killed and resumed."""
 
 import os
 import shutil
@@ -29,7 +27,7 @@ PIXELS = ["--height", "32", "--width", "32", "--dtype", "float32", "--device", "
 
 @pytest.fixture(scope="module")
 def arguments(wan_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command line without its folder."""
+    """Return the command line without its folder."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.manual_seed(1)
     for part in ("vae", "text_encoder", "tokenizer"):
@@ -65,7 +63,7 @@ def expected(
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """The files of an evaluation; the page is left out, which is made of the others."""
+    """Return the files of an evaluation but the page, which is made of the others."""
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and path.name != "report.html"
     )
@@ -107,7 +105,7 @@ def test_a_rank_makes_what_a_killed_one_leaves(
     process_environment: Callable[[], dict[str, str]],
     tmp_path: Path,
 ) -> None:
-    """Without torchrun, which would end both."""
+    """Kill a rank without torchrun, which would end both."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "anyflow", *arguments, str(out)]
     ranks = [
@@ -143,8 +141,9 @@ def workers(parent: int) -> list[int]:
 def test_real_videos_are_measured_beside_those_of_a_pipeline(
     arguments: list[str], tmp_path: Path
 ) -> None:
-    """One that stands still and one that moves by two pixels a frame, each as a file of its own
-    size and length.
+    """Give a video that stands still and one that moves by two pixels a frame.
+
+    Each is a file of its own size and length.
     """
     folder = tmp_path / "real"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""The record of an evaluation: what it keeps, and what it refuses."""
+"""Test what the record of an evaluation keeps, and what it refuses."""
 
 import json
 from collections.abc import Callable
@@ -12,13 +12,11 @@ from anyflow.evaluation.runs import EvaluationRecord, MetricRecord, ModelRecord
 
 
 def record() -> EvaluationRecord:
-    """Build the record of two prompts with two samples each, measured at 1 of 2 numbers of
-    steps.
-    """
+    """Build the record of two prompts with two samples each, measured at 1 of 2 step counts."""
     return EvaluationRecord(
         models={"student": ModelRecord("runs/student", {"height": 32, "euler": False})},
         prompts=("a red panda", "ein Fuß"),
-        steps=(1, 4),
+        step_counts=(1, 4),
         num_samples=2,
         seed=3,
         metrics={

@@ -1,5 +1,4 @@
-"""VBench as a process: a package of its name stands in for an installation, which cannot be had
-here.
+"""Run VBench as a process; a package of its name stands in for an installation.
 
 It has the calls of VBench's README (``VBench(device, full_info_dir, output_path).evaluate(...)``)
 and writes the file that VBench writes; its scores are no measurement. What is tested is the
@@ -18,7 +17,7 @@ from anyflow.evaluation.runs.vbench import VBench, VBenchError
 
 @pytest.fixture
 def videos(tmp_path: Path) -> tuple[Path, Path]:
-    """A folder of videos and the file of their prompts."""
+    """Make a folder of videos and the file of their prompts."""
     folder = tmp_path / "samples"
     folder.mkdir()
     (folder / "a cat-0.mp4").write_bytes(b"video")

@@ -1,4 +1,4 @@
-"""Videos whose motion is known exactly."""
+"""Make videos whose motion is known exactly."""
 
 import math
 from collections.abc import Callable
@@ -10,8 +10,9 @@ from torch import Tensor
 
 @pytest.fixture(scope="session")
 def moving_texture() -> Callable[..., Tensor]:
-    """Make ``[1, F, 1, H, W]`` float64 of a smooth random texture that moves by (right, down)
-    pixels per frame.
+    """Make a smooth random texture that moves by (right, down) pixels per frame.
+
+    The result is ``[1, F, 1, H, W]`` float64.
 
     The texture is band-limited and moves by phases of its Fourier transform, so that positions
     between pixels are exact. It is a part of a larger periodic one: new content enters at the

@@ -18,7 +18,7 @@ TEXTS = ["a red cat runs", "the blue dog sleeps under a tree", "a cat"]
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP model with random weights, saved by transformers: 16 x 16 pixels, 8 tokens."""
+    """Make a CLIP model with random weights, saved by transformers: 16 x 16 pixels, 8 tokens."""
     path = tmp_path_factory.mktemp("clip")
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     merges = [("c", "a"), ("ca", "t</w>"), ("r", "e"), ("re", "d</w>")]

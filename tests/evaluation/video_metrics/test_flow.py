@@ -30,9 +30,7 @@ def test_a_texture_that_moves_by_a_known_vector(
 
 
 def test_rotation_turns_around_the_center() -> None:
-    """Waves in rotated coordinates: the flow at a point is the distance that the rotation takes
-    it.
-    """
+    """Compare the flow of rotated waves with the distance that the rotation takes each point."""
     size, angle, center = 64, math.radians(2), 31.5
     y, x = np.mgrid[:size, :size] - center
 
@@ -68,9 +66,7 @@ def test_a_frozen_video_does_not_move(moving_texture: Texture) -> None:
 
 
 def test_the_degree_is_that_of_the_fastest_part_in_shorter_sides(moving_texture: Texture) -> None:
-    """A fifth of the frame moves by 4 pixels: the mean of the longest 5 % sees it and nothing
-    else.
-    """
+    """Move a fifth of the frame by 4 pixels, which is all that the longest 5 % see."""
     still, moving = moving_texture(0, 0, size=(80, 96)), moving_texture(4, 0, size=(80, 96))
     still[..., 16:64, 24:56] = moving[..., 16:64, 24:56]
     assert dynamic_degree(still).item() == pytest.approx(4 / 80, rel=0.1)
@@ -89,8 +85,9 @@ def test_the_peaks_are_vbenchs_score_of_the_same_flow(moving_texture: Texture) -
 
 
 def test_the_rule_of_vbench_for_what_moves(moving_texture: Texture) -> None:
-    """The threshold is 1.5 pixels per frame of 64 at 8 frames per second, in a quarter of the
-    frames.
+    """Move around the threshold, 1.5 pixels per frame of 64 in a quarter of the frames.
+
+    The frames come at 8 per second.
     """
     fast, slow = (moving_texture(speed, 0, size=(64, 72), frames=8) for speed in (2.2, 1.0))
     assert is_dynamic(torch.cat([fast, slow]), fps=8).tolist() == [True, False]

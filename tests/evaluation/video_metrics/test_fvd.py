@@ -1,4 +1,4 @@
-"""The Fréchet video distance against the textbook formula, and the call of the I3D network."""
+"""Test the Fréchet video distance against the textbook, and the call of the I3D network."""
 
 import math
 import warnings
@@ -16,7 +16,7 @@ from anyflow.evaluation.video_metrics.models import I3D
 
 
 class _Detector(nn.Module):
-    """A network with the call of StyleGAN-V's I3D, whose features are means over thirds of time."""
+    """Stand in for StyleGAN-V's I3D by means over thirds of time, called in the same way."""
 
     def forward(
         self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False

@@ -1,4 +1,4 @@
-"""LPIPS against the ``lpips`` package with the same weights, and what is said where it cannot run.
+"""Test LPIPS against the ``lpips`` package with the same weights, and its errors.
 
 What needs torchvision is skipped without it. The weights of AlexNet are random; those of the linear
 layers come with the packages.
@@ -36,7 +36,10 @@ def test_without_torchvision_the_error_says_what_to_install() -> None:
         pytest.skip("torchvision is installed")
     if is_missing("torchmetrics"):
         pytest.skip("the error names torchmetrics, which is missing, too")
-    expected = r"LPIPS needs the package torchvision, which is not installed: pip install torchvision \(the build for "
+    expected = (
+        r"LPIPS needs the package torchvision, which is not installed: pip install torchvision "
+        r"\(the build for "
+    )
     with pytest.raises(ImportError, match=expected):
         Lpips("anything")
 

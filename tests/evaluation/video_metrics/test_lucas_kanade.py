@@ -1,4 +1,4 @@
-"""The amount of motion on videos of a few pixels, whose speed is known, and on larger ones."""
+"""Measure the motion of videos of a few pixels, whose speed is known, and of larger ones."""
 
 from collections.abc import Callable
 
@@ -78,9 +78,7 @@ def test_order_of_the_batch_dtype_and_channels_do_not_matter() -> None:
 
 
 def test_a_long_video_is_the_mean_of_its_parts(moving_texture: Callable[..., Tensor]) -> None:
-    """The work is cut into pieces of 2^18 pixels, which 6 pairs of 212 x 216 pixels are more
-    than.
-    """
+    """Cut the work into pieces of 2^18 pixels: 6 pairs of 212 x 216 pixels are more."""
     video = moving_texture(1.5, -1.0, size=(212, 216), frames=7)
     video[:, 4:] = video[:, 4:5]
     parts = [motion(video[:, :4]), motion(video[:, 3:5]), motion(video[:, 4:])]

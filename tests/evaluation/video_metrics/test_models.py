@@ -1,4 +1,4 @@
-"""Which metrics can be computed, and what is said about the others."""
+"""Test which metrics can be computed, and what is said about the others."""
 
 import re
 import sys
@@ -89,7 +89,8 @@ def test_a_package_that_is_missing_or_broken_is_named_with_the_command(
     if is_missing("torchvision"):
         assert re.search(
             rf"needs the package torchvision, which is not installed: pip install torchvision "
-            rf"\(the build for torch {re.escape(torch.__version__)}\); LPIPS to the reference needs the file ",
+            rf"\(the build for torch {re.escape(torch.__version__)}\); "
+            "LPIPS to the reference needs the file ",
             available_metrics(tmp_path)["lpips"],
         )
     monkeypatch.delitem(sys.modules, "cv2")

@@ -1,4 +1,4 @@
-"""Metrics of pixels against closed forms and independent implementations."""
+"""Test metrics of pixels against closed forms and independent implementations."""
 
 import itertools
 import math

@@ -1,5 +1,6 @@
-"""Run by test_memory.py: makes checkpoints of some 350 MB, or loads one and prints the growth of
-memory in MB.
+"""Make checkpoints of some 350 MB, or load one and print the growth of memory in MB.
+
+``test_memory.py`` runs this script.
 """
 
 import sys

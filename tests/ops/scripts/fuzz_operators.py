@@ -1,8 +1,7 @@
-"""Calls every operator of ``anyflow::`` with what it does not expect, and compares what it returns
-with its reference.
+"""Call every operator of ``anyflow::`` with wrong operands, and compare with its reference.
 
-The operators are those that the dispatcher knows. Valid calls of each are recorded while the cases
-of ``anyflow doctor`` run; the fuzzer changes some of their arguments: sizes, ranks, strides,
+The operators are those that the dispatcher knows. Valid calls of each are those of the catalog
+(``anyflow/ops/examples.py``); the fuzzer changes some of their arguments: sizes, ranks, strides,
 expanded and overlapping memory, freed memory, dtypes, layouts, devices, numbers. A call must raise
 a Python exception or return what the eager reference returns in fp64. Crashes are for the parent
 process to see: the file of ``--trace`` names the last call.
@@ -17,21 +16,19 @@ import inspect
 import math
 import random
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from anyflow.doctor.self_check import CASES, _leaf, _tuple
-from anyflow.ops import use_backend
+from anyflow.ops.examples import as_tuple, registered_calls, small_examples
 from anyflow.ops.library import REFERENCES
 
 DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32,
-    torch.uint8, torch.bool,
-    torch.complex64, torch.float8_e4m3fn,
+    torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn,
 )  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 3, 7, 2**31, 2**62, -(2**63), 2**63 - 1)
 FLOATS = (0.0, -1.0, 1e-6, 1.0, math.nan, math.inf, -math.inf, 1e308, 1e-320)
@@ -46,21 +43,8 @@ HUGE = 2**40
 REFUSED = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
 
 
-class Recorder(TorchDispatchMode):
-    """Keeps the arguments of the operators that run, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, list[tuple[Any, ...]]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "anyflow":
-            self.calls.setdefault(func._opname.removesuffix("_native"), []).append(args)
-        return func(*args, **(kwargs or {}))
-
-
 def operators() -> list[str]:
-    """Every operator in the namespace ``anyflow``, as the dispatcher lists them."""
+    """List every operator in the namespace ``anyflow``, as the dispatcher knows them."""
     names = {
         name.split("::")[1].split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
@@ -70,29 +54,18 @@ def operators() -> list[str]:
 
 
 def valid_calls() -> dict[str, list[tuple[Any, ...]]]:
-    """Calls of the registered operators, forward and backward, in two dtypes."""
-    recorder = Recorder()
-    for builds in CASES.values():
-        for build in builds:
-            for dtype in (torch.float32, torch.bfloat16):
-                generator = torch.Generator().manual_seed(3)
-
-                def draw(
-                    *shape: int, dtype: torch.dtype = dtype, generator: torch.Generator = generator
-                ) -> Tensor:
-                    return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
-
-                function, inputs = build(draw)
-                inputs = [_leaf(x, torch.device("cpu"), x.dtype) for x in inputs]
-                with recorder, use_backend("native"):
-                    outputs = _tuple(function(*inputs))
-                    wanted = [x for x in inputs if x.requires_grad]
-                    torch.autograd.grad(outputs, wanted, [torch.randn_like(o) for o in outputs])
-    return recorder.calls
+    """Make calls of the registered operators, forward and backward, in two dtypes."""
+    found: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+    for example in small_examples():
+        for dtype in (torch.float32, torch.bfloat16):
+            arguments = example.arguments("cpu", dtype, seed=3)
+            for name, args in registered_calls(example.op, arguments).items():
+                found[name].append(args)
+    return found
 
 
 def changed(x: Tensor, draw: random.Random) -> Tensor:
-    """A tensor made of another one, with something about it that an operator may not expect."""
+    """Make a tensor of another one that differs in something an operator may not expect."""
     x = x.detach()
     dim = draw.randrange(x.ndim) if x.ndim else 0
     view = x.clone()
@@ -105,7 +78,7 @@ def _sliced(x: Tensor, dim: int, draw: random.Random) -> Tensor:
 
 
 def _offset(x: Tensor, dim: int, draw: random.Random) -> Tensor:
-    """The same numbers, at an address that is no multiple of their size."""
+    """Move the numbers to an address that is no multiple of their size."""
     data = bytearray(x.numel() * x.element_size() + 1)
     if not x.numel():
         return x
@@ -170,7 +143,7 @@ VIEWS = (
 
 
 def changed_argument(value: Any, kind: str, draw: random.Random, others: list[Tensor]) -> Any:
-    """Another value of an argument, of a type that its schema takes."""
+    """Draw another value of an argument, of a type that its schema takes."""
     if isinstance(value, Tensor) or "Tensor" in kind:
         if kind.startswith("Optional") and value is not None and draw.random() < 0.2:
             return None
@@ -188,8 +161,8 @@ def changed_argument(value: Any, kind: str, draw: random.Random, others: list[Te
 
 
 def difference(actual: Any, expected: Any, tolerance: float) -> str | None:
-    """What is wrong with results, as against those of the reference; None if nothing."""
-    actual, expected = _tuple(actual), _tuple(expected)
+    """Say how results differ from those of the reference; None if they do not."""
+    actual, expected = as_tuple(actual), as_tuple(expected)
     if len(actual) != len(expected):
         return f"{len(actual)} results, expected {len(expected)}"
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
@@ -210,7 +183,7 @@ def difference(actual: Any, expected: Any, tolerance: float) -> str | None:
 
 
 def in_dtype(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    """Arguments of the reference: what is in a floating-point dtype in another one."""
+    """Return the arguments with their floating-point numbers, and dtypes, in another dtype."""
     return tuple(
         a.detach().to(dtype)
         if isinstance(a, Tensor) and a.is_floating_point()
@@ -231,15 +204,16 @@ def describe(value: Any) -> str:
 def is_of_forward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
 ) -> bool:
-    """Whether a log-sum-exp is that of queries and keys: with another one the gradients are
-    nobody's.
+    """Tell whether a log-sum-exp is that of the queries and keys.
+
+    Gradients that start from another one are those of no function, and not compared.
     """
     _, expected = REFERENCES["attention"](q.float(), k.float(), v.float())
     return torch.allclose(logsumexp, expected, rtol=1e-4, atol=1e-4)
 
 
 def check_call(name: str, args: tuple[Any, ...]) -> tuple[bool, str | None]:
-    """Whether an operator refused the arguments, and what is wrong with what it did."""
+    """Tell whether an operator refused the arguments, and say what is wrong with its answer."""
     try:
         actual = getattr(torch.ops.anyflow, name).default(*args)
     except REFUSED as error:
@@ -275,7 +249,7 @@ def main() -> None:
     draw, seeds, names = random.Random(options.seed), valid_calls(), operators()
     missing = [name for name in names if name.removesuffix("_native") not in seeds]
     if missing:
-        sys.exit(f"no case in anyflow/doctor/self_check.py calls {', '.join(missing)}")
+        sys.exit(f"no example in anyflow/ops/examples.py calls {', '.join(missing)}")
     found: list[str] = []
     refused = 0
     for index in range(options.calls):

@@ -1,7 +1,7 @@
-"""Prints, for each Triton kernel, how many addresses it forms and which 32-bit products are in
-their offsets, as JSON.
+"""Print the addresses that each Triton kernel forms, and the 32-bit products in their offsets.
 
-Also the recorded launches' devices: each is made on that of its first argument.
+The result is JSON. The script checks the devices of the recorded launches too: each is made on that
+of its first argument.
 """
 
 import json
@@ -20,8 +20,9 @@ DEFINITION = re.compile(r"\s*(%[\w#]+)(?::\d+)? = (\S+) (.*)")
 
 
 def products(ttir: str) -> tuple[int, list[str]]:
-    """Number of addresses, and what the offsets are computed from that multiplies in 32 bits; not
-    what is loaded.
+    """Return the number of addresses, and the 32-bit products that their offsets come from.
+
+    Products in values that are loaded do not count.
     """
     definitions = {
         m.group(1): (m.group(2), m.group(3)) for m in map(DEFINITION.match, ttir.splitlines()) if m
@@ -52,13 +53,13 @@ def products(ttir: str) -> tuple[int, list[str]]:
     return len(addresses), sorted(found)
 
 
-calls = [
-    *ahead_of_time.row_calls(1536, torch.bfloat16),
-    *ahead_of_time.embedding_calls(1536, torch.bfloat16),
-    *ahead_of_time.frame_calls(torch.bfloat16),
+examples = [
+    *ahead_of_time.block_examples(1536),
+    *ahead_of_time.embedding_examples(1536),
+    *ahead_of_time.loss_examples(),
 ]
 report = {}
-for _, call in calls:
+for _, _, call in ahead_of_time.kernel_calls(examples, torch.bfloat16):
     with record() as launches:
         call()
     for launch in launches:

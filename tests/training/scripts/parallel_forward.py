@@ -90,13 +90,6 @@ def main(folder: Path) -> None:
     arguments = inputs(SHAPES["odd"], True)
     whole = model(**arguments)[0].detach()
     results["copied"] = copy.deepcopy(shared)(**arguments)[0].detach(), whole
-    with torch.no_grad():
-        time = shared.embed_time(arguments["timestep"], arguments["r_timestep"])
-        text = shared.encode_text(arguments["encoder_hidden_states"])
-        results["cached"] = (
-            shared(arguments["hidden_states"], time_embedding=time, text_context=text)[0],
-            whole,
-        )
 
     one, compiled = tiny_model().double(), tiny_model().double()
     one.blocks, compiled.blocks = one.blocks[:1], compiled.blocks[:1]

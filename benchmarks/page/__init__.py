@@ -1,0 +1,1 @@
+"""Turn the results of GPU runs into docs/performance.md."""

@@ -1,0 +1,110 @@
+"""Define the networks that are measured, each with the video that it is run on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PATCH = (1, 2, 2)  # frames, height, width
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """Describe a transformer and the batch of videos that it is given.
+
+    Attributes:
+        name: as published, or a word.
+        heads, head_dim: H and Dh; the width is D = H Dh.
+        layers: number of blocks.
+        ffn_dim: hidden width of the feed-forward layers.
+        text_dim, text_tokens: shape of a prompt's embeddings.
+        freq_dim: width of the sinusoidal embedding of a time.
+        latents: (frames, channels, height, width) of a sample.
+        batch: number of samples.
+        dtype: of weights and activations.
+    """
+
+    name: str
+    heads: int
+    layers: int
+    ffn_dim: int
+    head_dim: int = 128
+    text_dim: int = 4096
+    text_tokens: int = 512
+    freq_dim: int = 256
+    latents: tuple[int, int, int, int] = (21, 16, 60, 104)  # 81 frames of 480x832 pixels
+    batch: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def dim(self) -> int:
+        """Return D."""
+        return self.heads * self.head_dim
+
+    @property
+    def frames(self) -> int:
+        """Return the number of latent frames."""
+        return self.latents[0]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Return the numbers of patches along frames, height and width."""
+        frames, _, height, width = self.latents
+        return tuple(n // p for n, p in zip((frames, height, width), PATCH, strict=True))
+
+    @property
+    def tokens(self) -> int:
+        """Return L, the patches of a sample."""
+        return math.prod(self.grid)
+
+    @property
+    def patch_values(self) -> int:
+        """Return how many numbers a patch has."""
+        return self.latents[1] * math.prod(PATCH)
+
+    @property
+    def parameters(self) -> int:
+        """Count the parameters of all linear layers with their biases, norms and tables."""
+        d, f = self.dim, self.ffn_dim
+        block = 8 * d * d + 8 * d + 2 * d * f + f + d + 4 * d + 2 * d + 6 * d
+        times = 2 * (self.freq_dim * d + d + d * d + d) + 6 * d * d + 6 * d
+        text = self.text_dim * d + d + d * d + d
+        ends = 2 * self.patch_values * d + d + self.patch_values + 2 * d
+        return self.layers * block + times + text + ends
+
+    def config(self) -> dict[str, Any]:
+        """Return the arguments of the model's class, which are the same for ours and diffusers'."""
+        return {
+            "patch_size": PATCH,
+            "num_attention_heads": self.heads,
+            "attention_head_dim": self.head_dim,
+            "in_channels": self.latents[1],
+            "out_channels": self.latents[1],
+            "text_dim": self.text_dim,
+            "freq_dim": self.freq_dim,
+            "ffn_dim": self.ffn_dim,
+            "num_layers": self.layers,
+        }
+
+
+def _on_cpu(name: str, heads: int, layers: int, ffn_dim: int, **changed: Any) -> NetworkSize:
+    common = {"head_dim": 64, "text_dim": 128, "text_tokens": 32, "dtype": torch.float32}
+    return NetworkSize(name, heads, layers, ffn_dim, **{**common, **changed})
+
+
+def _tiny(name: str, heads: int, layers: int, ffn_dim: int) -> NetworkSize:
+    shapes = {"head_dim": 32, "text_dim": 64, "text_tokens": 16, "freq_dim": 32}
+    return _on_cpu(name, heads, layers, ffn_dim, latents=(3, 16, 8, 12), **shapes)
+
+
+SMALL = _on_cpu("small", 6, 4, 1536, latents=(5, 16, 32, 32))  # 1280 tokens
+SMALL_BATCH = _on_cpu("small", 6, 4, 1536, latents=(3, 16, 32, 32), batch=4)  # 768 a sample
+SHORT_BATCH = _on_cpu("small", 6, 4, 1536, latents=(3, 16, 16, 16), batch=4)  # 192
+MEDIUM = _on_cpu("110M", 12, 12, 3072, text_dim=1024, latents=(5, 16, 32, 32))
+# 32760 tokens
+PUBLISHED = {"1.3B": NetworkSize("1.3B", 12, 30, 8960), "14B": NetworkSize("14B", 40, 40, 13824)}
+# The published networks in small, for runs that prove the code; their times mean nothing.
+TINY = {"1.3B": _tiny("1.3B", 2, 2, 192), "14B": _tiny("14B", 3, 3, 256)}
