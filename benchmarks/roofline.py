@@ -298,7 +298,7 @@ class LimitMeter:
     def _shortest(self, step: Step) -> float:
         with torch.no_grad():
             step()
-            rounds = Interleaved({OURS: step}, self.device)
+            rounds = Interleaved({OURS: step}, self.device, graphs=True)
             rounds.run(rounds.remaining_rounds(_BUDGET))
             rounds.wait_for_quiet(_BUDGET)
         return min(rounds.times[OURS])

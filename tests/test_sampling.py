@@ -57,14 +57,8 @@ class GaussianField(nn.Module):
         encoder_hidden_states: Tensor,
         return_dict: bool,
     ) -> tuple[Tensor]:
-        self.calls.append(
-            {
-                "x": hidden_states.clone(),
-                "t": timestep,
-                "r": r_timestep,
-                "text": encoder_hidden_states.clone(),
-            }
-        )
+        x, text = hidden_states.clone(), encoder_hidden_states.clone()
+        self.calls.append({"x": x, "t": timestep, "r": r_timestep, "text": text})
         assert r_timestep is not None and not return_dict
         t, r = (
             v.double().reshape(v.shape + (1,) * (5 - v.ndim)) / 1000 for v in (timestep, r_timestep)
@@ -158,11 +152,8 @@ def test_sigmas_are_timesteps_in_their_own_unit(field, noise, scheduler) -> None
 
 def test_two_steps_compose(field, noise, scheduler) -> None:
     """A schedule that starts at 600 carries on the latents of one that ended there."""
-    middle = field.at(
-        noise,
-        *(torch.full((1, 1, 1, 1, 1), v, dtype=torch.float64) for v in (1.0, 0.6)),
-        field.mean,
-    )
+    ends = (torch.full((1, 1, 1, 1, 1), v, dtype=torch.float64) for v in (1.0, 0.6))
+    middle = field.at(noise, *ends, field.mean)
     tail = sample(field, scheduler, middle, TEXT, timesteps=[600])
     both = sample(field, scheduler, noise, TEXT, timesteps=[1000, 600])
     torch.testing.assert_close(tail, both, rtol=1e-7, atol=1e-7)
@@ -183,15 +174,10 @@ def test_without_mean_velocity_it_is_euler(n, field, noise, scheduler) -> None:
 
 def test_euler_converges_where_the_flow_map_is_exact(field, noise, scheduler) -> None:
     exact = field.mean + 0.5 * noise
-    errors = [
-        (
-            sample(field, scheduler, noise, TEXT, num_inference_steps=n, use_mean_velocity=False)
-            - exact
-        )
-        .norm()
-        .item()
-        for n in (8, 16, 32, 64)
-    ]
+    errors = []
+    for n in (8, 16, 32, 64):
+        options = {"num_inference_steps": n, "use_mean_velocity": False}
+        errors.append((sample(field, scheduler, noise, TEXT, **options) - exact).norm().item())
     ratios = [a / b for a, b in itertools.pairwise(errors)]
     assert errors[-1] > 1e-3 and all(1.5 < r < 3 for r in ratios)
 
@@ -276,9 +262,8 @@ def test_first_frames_are_kept_and_seen_at_time_zero(
 def test_first_frames_through_the_real_model(model, scheduler, embeds, generator) -> None:
     x = noise = torch.randn(B, F, C, H, W, generator=generator)
     first_frames = torch.randn(B, 1, C, H, W, generator=generator)
-    out = sample(
-        model, scheduler, noise, embeds[0], num_inference_steps=2, context_latents=first_frames
-    )
+    given = (model, scheduler, noise, embeds[0])
+    out = sample(*given, num_inference_steps=2, context_latents=first_frames)
     with torch.no_grad():
         for t, r in ((1000.0, 5000 / 6), (5000 / 6, 0.0)):
             times, targets = torch.full((B, F), t), torch.full((B, F), r)
@@ -287,21 +272,13 @@ def test_first_frames_through_the_real_model(model, scheduler, embeds, generator
             x = x - (t - r) / 1000 * model(x, times, targets, embeds[0]).sample
     assert torch.equal(out[:, :1], first_frames)
     torch.testing.assert_close(out[:, 1:], x[:, 1:], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(
-        out[:, 1:], sample(model, scheduler, noise, embeds[0], num_inference_steps=2)[:, 1:]
-    )
+    assert not torch.allclose(out[:, 1:], sample(*given, num_inference_steps=2)[:, 1:])
 
 
 def test_first_frames_survive_a_callback(field, noise, scheduler) -> None:
     first_frames = torch.ones(1, 1, C, H, W, dtype=torch.float64)
-    out = sample(
-        field,
-        scheduler,
-        noise,
-        TEXT,
-        context_latents=first_frames,
-        callback=lambda i, t, x: torch.zeros_like(x),
-    )
+    options = {"context_latents": first_frames, "callback": lambda i, t, x: torch.zeros_like(x)}
+    out = sample(field, scheduler, noise, TEXT, **options)
     assert (out[:, 0] == 1).all() and (out[:, 1:] == 0).all()
 
 

@@ -19,7 +19,7 @@ def report(
 ) -> None:
     """Make one report of demo runs with different seeds, with error bars.
 
-    A run for each seed: `anyflow demo --seed 1 --out runs/demo-1`. The runs must be of one budget.
+    Each seed needs a run, as by `anyflow demo --seed 1 --out runs/demo-1`, all of one budget.
     """
     from anyflow.demo.results import REPORT_FILE, merge_runs
     from anyflow.evaluation import takeaway

@@ -75,8 +75,8 @@ class TrainingData:
     """Iterate without end over the :class:`Batch` objects of one data-parallel rank.
 
     Sample b of a batch is at position ``consumed + b * data_world + data_rank`` of the global
-    stream. Epochs follow one another without a gap, also inside a batch. Draws come from generators
-    of its own.
+    stream. Epochs follow one another without a gap, also inside a batch. The order is drawn
+    from generators of its own.
 
     Args:
         dataset: what to read.

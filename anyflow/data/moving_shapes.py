@@ -3,8 +3,7 @@
 Each video shows one soft-edged shape that moves at constant speed over a torus (what leaves on one
 side comes back on the other). The class fixes the shape and the direction, the position is uniform
 over the ``size * size`` pixel centers. The set is finite (its :meth:`MovingShapes.templates`), so
-both "is this sample a real video?" and "are all positions covered?" have exact answers, which no
-set of natural videos can offer.
+both "is this sample a real video?" and "are all positions covered?" have exact answers.
 """
 
 from __future__ import annotations

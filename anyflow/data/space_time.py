@@ -9,7 +9,7 @@ def pixel_unshuffle_3d(video: Tensor, factor: tuple[int, int, int] = (2, 2, 2)) 
     """Fold blocks of ``factor`` = (frames, rows, columns) pixels into channels.
 
     ``video[B, F, C, H, W] -> [B, F/f, C*f*h*w, H/h, W/w]``. Channels are ordered (C, frame, row,
-    column), the last fastest. A permutation of the values, so norms, means and variances are kept;
+    column), the last fastest. The values are permuted, so norms, means and variances are kept;
     :func:`pixel_shuffle_3d` undoes it.
 
     Raises ``ValueError`` when the input is not 5-D or a size is not divisible by its factor.

@@ -113,7 +113,7 @@ def reason_to_refuse(key: str) -> str | None:
 class Layers:
     """Find the layers of a transformer by all the names that files give them.
 
-    These are our own, the original Wan's and FastVideo's, each with dots or with underscores and
+    The names are ours, the original Wan's and FastVideo's, each with dots or with underscores and
     after any prefix.
 
     Args:

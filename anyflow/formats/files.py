@@ -43,8 +43,8 @@ class CheckpointFiles:
 def find_files(path: Path, subfolder: str | None) -> CheckpointFiles:
     """Find the files of a folder with weights, of its ``transformer/`` or subfolder, or of a file.
 
-    Symbolic links are followed, as the cache of the hub is made of them; the names in an index are
-    names of files beside it and nothing else.
+    Symbolic links are followed, as the cache of the hub is made of them. The names in an index must
+    be names of files beside it.
 
     Raises:
         CheckpointFormatError: the path holds no weights, or more than one set of them.
@@ -64,7 +64,7 @@ def find_files(path: Path, subfolder: str | None) -> CheckpointFiles:
 
 
 def regular_file(path: Path) -> Path | None:
-    """Return ``path`` if it is a regular file, and None if there is nothing of this name.
+    """Return ``path`` if it is a regular file, and None if nothing has this name.
 
     Raises:
         CheckpointFormatError: it is something else, or a link to nothing.

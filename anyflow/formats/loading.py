@@ -57,7 +57,7 @@ def load_transformer(
         weights: ``"ema"`` or ``"raw"`` of a training file; None takes the average, or the only
             weights.
         lora_alpha: of adapters that are to be merged, where no ``adapter_config.json`` says it.
-        attention_head_dim: where there is no ``config.json`` and it is not Wan's 128.
+        attention_head_dim: needed without a ``config.json``, unless it is Wan's 128.
         bidirectional: load a causal model without its two causal tensors, as a bidirectional one.
         strict_values: refuse weights with NaN or infinity, as they are stored or in ``dtype``.
             False warns of them.

@@ -227,7 +227,7 @@ def locate(shapes: Mapping[str, tuple[int, ...]], where: str) -> FoundTransforme
 
 
 def prefix_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return the prefix of the one transformer's names; empty where there is none or several.
+    """Return the prefix of the one transformer's names; empty for none or several.
 
     Args:
         shapes: of the tensors by their own names.

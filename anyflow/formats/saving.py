@@ -30,7 +30,7 @@ def save(
     scheduler: FlowMapEulerDiscreteScheduler | None = None,
     max_shard_size: int | str = "10GB",
 ) -> Path:
-    """Write ``out/transformer``, and ``out/scheduler`` if there is one, completely or not at all.
+    """Write ``out/transformer`` and, if it is given, ``out/scheduler``, whole or not at all.
 
     A flow map is written for diffusers' ``AnyFlowTransformer3DModel``, a plain model for its
     ``WanTransformer3DModel``; both load it bit for bit (``tests/formats/test_saving.py``), and

@@ -1,6 +1,6 @@
 """Compare anyflow's network with diffusers' on the weights of a folder.
 
-Compared are forwards at several pairs of timesteps, one training loss and one whole sampling. Both
+The results are forwards at several pairs of timesteps, a training loss and a whole sampling. Both
 networks get the same random inputs, and one network is in memory at a time.
 """
 

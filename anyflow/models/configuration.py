@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from anyflow.utils.validation import SettingError, brief, is_finite_number, whole_number
 
@@ -22,6 +23,31 @@ LIMITS: dict[str, tuple[int, int]] = {
 }
 OPTIONAL = ("out_channels", "image_dim")  # None has a meaning
 MAX_WIDTH, MAX_PATCH = 2**16, 64
+
+
+@dataclass(frozen=True)
+class FlowMap:
+    """Hold how the second time enters, which no tensor tells; the defaults are the published ones.
+
+    Args:
+        gate_value: g, the share of the second time's embedding.
+        deltatime_type: what the second branch embeds, ``"r"`` or ``"t-r"``.
+        fusion: ``"gated"``: ``(1 - g) t + g r``; ``"additive"``: ``t + g r``.
+
+    Raises:
+        SettingError: the gate is not finite in fp32.
+    """
+
+    gate_value: float = 0.25
+    deltatime_type: Literal["r", "t-r"] = "r"
+    fusion: Literal["gated", "additive"] = "gated"
+
+    def __post_init__(self) -> None:
+        if not is_finite_number(self.gate_value):
+            raise SettingError(
+                "gate_value",
+                f"must be a number that is finite in fp32, got {brief(self.gate_value)}",
+            )
 
 
 def require_sizes(*, patch_size: Any, **sizes: Any) -> None:

@@ -285,8 +285,9 @@ class Operator:
 
     def gradients(self, ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Return the gradient of every input, from those of the results and what was kept."""
-        needed = ctx.needs_input_grad
-        gradients: list[Tensor | None] = [None] * len(needed)
+        gradients: list[Tensor | None] = [None] * len(self.forward.names)
+        # no tensor is among those that the dispatcher has dropped
+        needed = [*ctx.needs_input_grad, *[False] * (len(gradients) - len(ctx.needs_input_grad))]
         if self._passed is not None:
             gradients[self._passed] = grads[0]
         if True not in [needed[i] for i in self._differentiable]:

@@ -259,7 +259,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
     def to(self, *args: Any, **kwargs: Any) -> PipelineParts:
         """Move the pipeline to a device, or its parts to a dtype, as diffusers does.
 
-        By the plans ``"low"`` and ``"stream"`` parts are on the device at their turn only: the
+        With the plans ``"low"`` and ``"stream"`` parts are on the device at their turn only: the
         pipeline then runs on the new device by the same plan.
 
         Returns:

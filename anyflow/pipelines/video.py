@@ -45,7 +45,8 @@ def write_video(frames: Any, path: str | Path, fps: float = 16) -> Path:
 def write_comparison(videos: Mapping[str, Path], path: str | Path) -> Path:
     """Write several MP4 files of one size side by side, each under its label, as one.
 
-    Read and written frame by frame, so that long videos fit; a shorter one stays at its last frame.
+    Videos are read and written frame by frame, so that long ones fit in memory; a shorter video
+    stays at its last frame.
 
     Args:
         videos: file of each label, left to right and top to bottom.

@@ -12,6 +12,7 @@ from typing import Literal
 
 from anyflow.data.config import DataConfig
 from anyflow.methods import OnPolicyConfig, PretrainConfig
+from anyflow.models.configuration import FlowMap
 from anyflow.schedulers import SchedulerConfig
 from anyflow.training.checkpoint import CheckpointConfig
 from anyflow.training.distributed import ParallelConfig
@@ -20,7 +21,6 @@ from anyflow.training.held_out import ValidationConfig
 from anyflow.training.limits import MAX_BATCH, MAX_SIZE
 from anyflow.training.network_config import (
     ArchitectureConfig,
-    FlowMapConfig,
     LoRAConfig,
     NetworkConfig,
     WeightsConfig,
@@ -41,7 +41,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EMAConfig",
-    "FlowMapConfig",
+    "FlowMap",
     "LoRAConfig",
     "MetricsConfig",
     "NetworkConfig",
@@ -132,7 +132,7 @@ class Recipe:
     student: NetworkConfig
     data: DataConfig
     steps: int = 6000
-    flow_map: FlowMapConfig = field(default_factory=FlowMapConfig)
+    flow_map: FlowMap = field(default_factory=FlowMap)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     pretrain: PretrainConfig = field(default_factory=lambda: PretrainConfig(prompt_dropout=0.1))
     teacher: WeightsConfig | None = None

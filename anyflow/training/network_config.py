@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from anyflow.training.limits import MAX_SIZE
 from anyflow.utils.validation import (
     SettingError,
-    require_number,
     require_positive,
     require_text,
     require_whole,
@@ -45,18 +43,6 @@ class ArchitectureConfig:
         settings = {"eps": self.eps, "cross_attn_norm": self.cross_attn_norm}
         require_sizes(**{name: size for name, size in vars(self).items() if name not in settings})
         require_settings(**settings)
-
-
-@dataclass(frozen=True)
-class FlowMapConfig:
-    """Hold the settings of the second timestep branch, the arguments of ``enable_flow_map``."""
-
-    gate_value: float = 0.25
-    deltatime_type: Literal["r", "t-r"] = "r"
-    fusion: Literal["gated", "additive"] = "gated"
-
-    def __post_init__(self) -> None:
-        require_number("gate_value", self.gate_value)
 
 
 @dataclass(frozen=True)

@@ -176,21 +176,14 @@ def _meanings(cls: type) -> dict[str, str]:
             r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", block[1] if block else "", re.M
         ):
             for name in names.split(", "):
-                found[_OTHER_NAMES.get((cls.__name__, name), name)] = _markdown(meaning)
+                found[name] = _markdown(meaning)
     return found
-
-
-_OTHER_NAMES = {("FlowMapConfig", "r_embedder_fusion"): "fusion"}
 
 
 def _documented_by(cls: type) -> tuple[type, ...]:
     from anyflow.models import AnyFlowTransformer3DModel
 
-    arguments_of = {
-        "ArchitectureConfig": AnyFlowTransformer3DModel,
-        "FlowMapConfig": AnyFlowTransformer3DModel,
-    }
-    return (arguments_of[cls.__name__],) if cls.__name__ in arguments_of else ()
+    return (AnyFlowTransformer3DModel,) if cls.__name__ == "ArchitectureConfig" else ()
 
 
 def _markdown(text: str) -> str:

@@ -90,7 +90,7 @@ def test_every_section_runs(tmp_path: Path) -> None:
     assert {section["status"] for section in data["sections"].values()} == {"done"}
     found = {name: section.get("data", {}) for name, section in data["sections"].items()}
     assert found["checks"]["wrong"] == {} and found["checks"]["counts"]["passed"] > 30
-    assert found["tests"]["pytest"]["passed"] > 5
+    assert found["tests"]["pytest"]["passed"] > 0
     assert found["limits"]["matmul_flops"] > 0
     assert found["limits"]["copy: 4 MiB, by the driver"]["samples_ms"]
 

@@ -290,5 +290,5 @@ def test_the_limit_of_the_csv_module_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.csv")
     for name, reason in (("c.csv", "does not exist"), ("fifo.csv", "is a FIFO")):
-        with pytest.raises(ValueError, match=rf"no captions file .*{name}.*{reason}"):
+        with pytest.raises(ValueError, match=rf"captions: .*{name} {reason}"):
             read_captions(tmp_path / name)

@@ -98,7 +98,7 @@ def test_moving_to_a_dtype_is_diffusers(model: Path, peer: diffusers.AnyFlowPipe
     assert pipe.to(device="cpu", dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("memory", ["fast", "low"])
 def test_what_needs_a_gpu_says_so_and_changes_nothing(
     memory: str, model: Path, expected: torch.Tensor

@@ -67,7 +67,7 @@ def test_pinned_weights_have_the_same_bits() -> None:
     )
     if torch.cuda.is_available():
         assert left == 0 and not caught and all(p.is_pinned() for p in after.values())
-        assert pin_weights(module) == 0  # and there is nothing left to do
+        assert pin_weights(module) == 0  # nothing is left to do
     else:
         assert left == sum(p.nbytes for p in after.values())
         assert [w.category for w in caught] == [UserWarning] and "pageable memory" in str(
