@@ -7,22 +7,22 @@ from collections.abc import Sequence
 
 
 def table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], right: int = 1, padded: bool = False
+    headings: Sequence[str], lines: Sequence[Sequence[str]], right: int = 1, padded: bool = False
 ) -> list[str]:
     """Write a table.
 
     Args:
-        headings, rows: cells.
+        headings, lines: cells.
         right: number of the first column that is right-aligned.
         padded: fill cells up to the width of their column, for a console.
     """
     rule = ["---" if i < right else "---:" for i in range(len(headings))]
-    lines = [headings, rule, *rows]
+    every = [headings, rule, *lines]
     if padded:
-        widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
+        widths = [max(len(line[i]) for line in every) for i in range(len(headings))]
         rule = [mark.rjust(w, "-") for mark, w in zip(rule, widths, strict=True)]
-        lines = [_padded(line, widths, right) for line in (headings, rule, *rows)]
-    return [f"| {' | '.join(line)} |" for line in lines]
+        every = [_padded(line, widths, right) for line in (headings, rule, *lines)]
+    return [f"| {' | '.join(line)} |" for line in every]
 
 
 def _padded(cells: Sequence[str], widths: Sequence[int], right: int) -> list[str]:

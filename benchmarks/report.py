@@ -20,7 +20,7 @@ def table(lines: Sequence[Line], judgments: Iterable[Judgment]) -> str:
     (or as much memory) the peer needs.
     """
     by_name = {j.name: j for j in judgments}
-    rows = []
+    written = []
     for line in lines:
         peak = "" if line.peak is None else f"{line.peak / 2**20:.1f}"
         share = "" if line.of_limit is None else f"{line.of_limit:.0%}"
@@ -29,9 +29,9 @@ def table(lines: Sequence[Line], judgments: Iterable[Judgment]) -> str:
             judgment = by_name[figure(line.name, peer)]
             marks = ("*" if line.again else "") + ("~" if judgment.busy else "")
             verdict = (_gate(judgment), _goal(line.goals.get(peer), ratio))
-            rows.append((name, peer, *own, f"{ratio:.2f}x{marks}", *verdict))
+            written.append((name, peer, *own, f"{ratio:.2f}x{marks}", *verdict))
             name, own = "", ("",) * 4
-    text = "\n".join(write(_HEADINGS, rows, right=2, padded=True))
+    text = "\n".join(write(_HEADINGS, written, right=2, padded=True))
     if any(line.again for line in lines):
         text += "\n* measured once more, because it was below its gate"
     if any(line.busy for line in lines):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,11 +26,13 @@ from anyflow.methods import (
     TimePairs,
     sample_time_pairs,
 )
-from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.draws import SampleDraws, draw_generator
 from anyflow.utils.transfer import device_tensor, to_device
 from anyflow.utils.validation import require_finite
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from anyflow import recipes
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.blocks import AnyFlowTransformerBlock
 from anyflow.training.activations import block_bytes
-from anyflow.training.config import ArchitectureConfig, NetworkConfig, Recipe
+from anyflow.training.config import ArchitectureConfig, Recipe, WeightsConfig
 from anyflow.training.flops import (
     OnPolicyFlops,
     network_flops,
@@ -161,7 +161,7 @@ def count(
     )
 
 
-def architecture(network: NetworkConfig) -> ArchitectureConfig:
+def architecture(network: WeightsConfig) -> ArchitectureConfig:
     """Return the sizes of a recipe's network: its own, its folder's, or those of the recipe that
     leaves the folder.
 
@@ -201,7 +201,7 @@ def _networks(recipe: Recipe) -> dict[str, AnyFlowTransformer3DModel]:
     model.
     """
 
-    def build(config: NetworkConfig) -> AnyFlowTransformer3DModel:
+    def build(config: WeightsConfig) -> AnyFlowTransformer3DModel:
         return AnyFlowTransformer3DModel(
             **dataclasses.asdict(architecture(config)), r_embedder=False
         )
@@ -237,8 +237,10 @@ def _update_flops(
     }
     if recipe.on_policy is None:
         return pretrain_flops(*counted.values(), config=pretrain_config(recipe), samples=samples)
-    method = dataclasses.replace(recipe.on_policy.method, pretrain=pretrain_config(recipe))
-    update = OnPolicyFlops(**counted, config=method, samples=samples)
+    method = recipe.on_policy.method
+    update = OnPolicyFlops(
+        **counted, config=method, pretrain=pretrain_config(recipe), samples=samples
+    )
     lengths = method.num_steps if method.timesteps is None else (len(method.timesteps) - 1,)
     drawn = [[(n, g) for g in range(n)] for n in lengths]
 

@@ -14,6 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,9 +25,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from anyflow.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
 from anyflow.training.tensor_files import INDEX, TensorReader, TensorWriter, difference, read_index
+from anyflow.utils.validation import require_whole
 from anyflow.utils.writing import hidden, publish, system_error, take_back, writing
 
-__all__ = ["CheckpointError", "Checkpointer", "complete_checkpoints"]
+__all__ = ["CheckpointConfig", "CheckpointError", "Checkpointer", "complete_checkpoints"]
 
 T = TypeVar("T")
 
@@ -41,6 +43,23 @@ def complete_checkpoints(folder: Path) -> dict[int, Path]:
             if digits.isdecimal() and (path / MANIFEST).is_file():
                 found[int(digits)] = path
     return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Say when checkpoints are written, and how many are kept.
+
+    Args:
+        every: steps between checkpoints; the last step always has one.
+        keep: newest ones kept.
+    """
+
+    every: int = 500
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        require_whole("every", self.every)
+        require_whole("keep", self.keep)
 
 
 class Checkpointer:

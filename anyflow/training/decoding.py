@@ -4,7 +4,7 @@ colors.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from anyflow.data import MovingShapes, VideoDataset, pixel_shuffle_3d
 from anyflow.formats.hub import local_folder
 from anyflow.pipelines.frames import uint8_pixels
 from anyflow.pipelines.wan import decode_latents, load_vae
-from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh, main_result
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
 
 
 class Decoder:

@@ -24,10 +24,38 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.training.config import ParallelConfig
+from anyflow.training.limits import MAX_SIZE
 from anyflow.utils.devices import default_device, known_device, local_gpu
+from anyflow.utils.validation import require_whole
 
 T = TypeVar("T")
+
+_MAX_TIMEOUT = 30 * 24 * 3600  # seconds
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Hold the sizes of the device mesh: replicate x shard x sequence processes.
+
+    Args:
+        replicate: copies of the parameters (HSDP); 1 is plain FSDP.
+        shard: processes that parameters are sharded over; None takes what the other two leave.
+        sequence: processes that share the tokens of a sample (Ulysses); it divides the number of
+            heads.
+        timeout_s: seconds without an answer after which the other ranks are given up.
+    """
+
+    replicate: int = 1
+    shard: int | None = None
+    sequence: int = 1
+    timeout_s: int = 600
+
+    def __post_init__(self) -> None:
+        for name in ("replicate", "sequence"):
+            require_whole(name, getattr(self, name), most=MAX_SIZE)
+        require_whole("timeout_s", self.timeout_s, most=_MAX_TIMEOUT)
+        if self.shard is not None:
+            require_whole("shard", self.shard, most=MAX_SIZE)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from anyflow.utils.validation import SettingError, require_number, require_whole
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Hold the settings of the student's average, which is sampled from and exported.
+
+    Args:
+        decay: in [0, 1).
+        start_step: up to this step the average is a copy of the parameters.
+    """
+
+    decay: float = 0.999
+    start_step: int = 1000
+
+    def __post_init__(self) -> None:
+        require_number("decay", self.decay)
+        if not 0 <= self.decay < 1:
+            raise SettingError("decay", f"must be in [0, 1), got {self.decay}")
+        require_whole("start_step", self.start_step, least=0)
 
 
 class EMA:

@@ -4,7 +4,6 @@ adapters merged in.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -93,7 +92,7 @@ def export(
     prefix = _PREFIXES[weights]
     tensors = {f"{prefix}{name}": torch.empty_like(p) for name, p in _trained(student).items()}
     Checkpointer(checkpoint.parent, keep=1).load(checkpoint, tensors, prefix=prefix)
-    scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))
+    scheduler = FlowMapEulerDiscreteScheduler.from_config(recipe.scheduler)
     trained = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return write_model(
         student, trained, scheduler, out, lora=lora, format=format, base=parts, copy=copy

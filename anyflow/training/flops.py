@@ -159,7 +159,8 @@ class OnPolicyFlops:
 
     Args:
         student, teacher, critic: the networks.
-        config: the method, with the pretrain loss that co-training adds.
+        config: the method.
+        pretrain: the loss that co-training adds.
         samples: of all ranks.
     """
 
@@ -167,6 +168,7 @@ class OnPolicyFlops:
     teacher: NetworkFlops
     critic: NetworkFlops
     config: OnPolicyConfig
+    pretrain: PretrainConfig
     samples: int
 
     def student_loss(self, num_steps: int, grad_step: int) -> int:
@@ -183,9 +185,9 @@ class OnPolicyFlops:
         )
         if not config.cotrain_pretrain:
             return self.samples * total
-        target = self.teacher if config.pretrain.velocity_target == "teacher" else None
+        target = self.teacher if self.pretrain.velocity_target == "teacher" else None
         return self.samples * total + pretrain_flops(
-            self.student, target, config=config.pretrain, samples=self.samples
+            self.student, target, config=self.pretrain, samples=self.samples
         )
 
     def critic_loss(self, num_steps: int, grad_step: int) -> int:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ from anyflow.evaluation.video_metrics import (
     psnr,
     relative_motion,
 )
-from anyflow.training.config import MetricsConfig
+
+if TYPE_CHECKING:
+    from anyflow.training.sample_metrics import MetricsConfig
 
 _PROBE_FRAMES = 16
 _LATENT_MOTION, _LATENT_DISTANCE = "latent_motion", "latent_distance"

@@ -27,7 +27,7 @@ FILE = "metrics.jsonl"
 _MAX_BYTES = 4 * 2**30
 
 
-class Metrics:
+class MetricsWriter:
     """Rank 0's reports, a context manager; on other ranks it does nothing.
 
     ``metrics.jsonl`` has one object per reported step: ``step`` (from 1); means since the last line
@@ -76,7 +76,7 @@ class Metrics:
         )
         self._task = self._bar.add_task("training", total=total, completed=start, note="")
 
-    def __enter__(self) -> Metrics:
+    def __enter__(self) -> MetricsWriter:
         if self._enabled:
             self._bar.start()
         return self

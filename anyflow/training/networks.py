@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyflow.formats import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.training.config import FlowMapConfig, LoRAConfig, NetworkConfig, Recipe
+from anyflow.training.config import FlowMap, LoRAConfig, Recipe, WeightsConfig
 from anyflow.training.draws import draw_seed
 from anyflow.utils.packages import missing
 
@@ -109,7 +109,7 @@ def check_networks(recipe: Recipe) -> None:
                 build_critic(recipe, teacher)
 
 
-def _build(config: NetworkConfig, name: str) -> AnyFlowTransformer3DModel:
+def _build(config: WeightsConfig, name: str) -> AnyFlowTransformer3DModel:
     if config.path is not None:
         return _load(Path(config.path), f"{name}.path")
     assert config.architecture is not None
@@ -146,13 +146,13 @@ def _load(path: Path, name: str) -> AnyFlowTransformer3DModel:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _set_flow_map(network: AnyFlowTransformer3DModel, wanted: FlowMapConfig | None) -> None:
+def _set_flow_map(network: AnyFlowTransformer3DModel, wanted: FlowMap | None) -> None:
     if not network.config.r_embedder:
         if wanted is not None:
             network.enable_flow_map(wanted.gate_value, wanted.deltatime_type, wanted.fusion)
         return
     config = network.config
-    found = FlowMapConfig(config.gate_value, config.deltatime_type, config.r_embedder_fusion)
+    found = FlowMap(config.gate_value, config.deltatime_type, config.r_embedder_fusion)
     if wanted is None:
         raise ValueError(
             "student.path: stage=teacher trains a plain model, but this one is a flow map"

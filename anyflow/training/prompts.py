@@ -6,14 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn.functional import pad
 
 from anyflow.data import VideoDataset
 from anyflow.formats.hub import local_folder
-from anyflow.training.config import MetricsConfig, PreviewConfig, Recipe
 from anyflow.training.distributed import Mesh, main_result
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
+    from anyflow.training.preview import PreviewConfig
+    from anyflow.training.sample_metrics import MetricsConfig
 
 
 @dataclass(frozen=True)

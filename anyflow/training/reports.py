@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
-from anyflow.training.metrics import Metrics
+from anyflow.training.metrics import MetricsWriter
 from anyflow.training.resuming import Position, flatten
 from anyflow.training.throughput import Throughput
 from anyflow.training.trackers import Trackers
@@ -48,7 +48,7 @@ class Reports:
             )
             self._trackers = opened.enter_context(trackers)
             self._metrics = opened.enter_context(
-                Metrics(
+                MetricsWriter(
                     out,
                     trackers,
                     start=at.step,

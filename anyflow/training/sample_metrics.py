@@ -8,20 +8,25 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from anyflow.data import VideoDataset
-from anyflow.training.averaged_sampling import AveragedSampler
-from anyflow.training.config import Recipe
+from anyflow.training.averaged_sampling import AveragedSampler, require_sampled
 from anyflow.training.decoding import Decoder
 from anyflow.training.distributed import Mesh, gather
 from anyflow.training.draws import SampleDraws
+from anyflow.training.limits import MAX_TIMESTEPS
 from anyflow.training.measures import Measures, Video
 from anyflow.training.prompts import Prompt, spread_rows
 from anyflow.training.steps import Step
+from anyflow.utils.validation import require_text, require_whole
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
 
 PREFIX = "metrics/"
 REAL = "real"  # the data's own videos, in place of a number of steps
@@ -42,6 +47,37 @@ class _Cell:
     steps: str
     values: Mapping[str, float]
     features: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Say when and on what videos sampled from the average are measured during training.
+
+    Prompts and noise are always the same.
+
+    Args:
+        every: steps between evaluations; the last step has one, too. 0 turns them off.
+        step_counts: numbers of sampling steps, one curve of each metric each.
+        num_samples: prompts of the data, a video each; not used with ``prompts``.
+        prompts: prompts of one's own in place of the data's; they need ``preview.model``.
+        reference_steps: sampling steps of the video of the same model that the others are compared
+            with (PSNR, LPIPS); 0 leaves the comparison out.
+        models: folder of the networks of CLIP similarity, LPIPS and the Fréchet video distance,
+            laid out as for ``anyflow evaluate``; None leaves these metrics out.
+    """
+
+    every: int = 0
+    step_counts: tuple[int, ...] = (1, 2, 4, 8)
+    num_samples: int = 16
+    prompts: tuple[str, ...] = ()
+    reference_steps: int = 50
+    models: str | None = None
+
+    def __post_init__(self) -> None:
+        require_sampled(self)
+        require_whole("reference_steps", self.reference_steps, least=0, most=MAX_TIMESTEPS)
+        if self.models is not None:
+            require_text("models", self.models)
 
 
 class SampleMetrics:

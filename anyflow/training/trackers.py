@@ -12,18 +12,18 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from anyflow.training.report_config import Logger
 from anyflow.utils.documents import read_text, shortened
 from anyflow.utils.packages import is_missing, missing
 from anyflow.utils.validation import brief
 from anyflow.utils.writing import write_text
 
 RUN_ID_FILE = "run_id"
+Logger = Literal["tensorboard", "wandb", "trackio"]
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # They make accelerate's state join or open a process group, or set a device; None takes a variable
 # away.

@@ -228,9 +228,7 @@ class _Run:
 
     def _validate(self) -> dict[str, float]:
         negative = self.dataset.negative_prompt_embeds
-        return validation_losses(
-            self.recipe, self.mesh, self.split, negative, self.step.student, self.step.ema
-        )
+        return validation_losses(self.recipe, self.mesh, self.split, negative, self.step)
 
     def finish(self, console: Console) -> None:
         """Write the averaged student as a model."""

@@ -30,7 +30,7 @@ def run_checks(run: DeviceRun) -> None:
     are kept.
     """
     checks = {check.name: check for check in catalogue(run.device, run.tiny)}
-    outcomes = {n: o for n, o in (run.get("outcomes") or {}).items() if n in checks}
+    outcomes = {n: o for n, o in run.get("outcomes", {}).items() if n in checks}
     # at once: what an earlier run found is not forgotten meanwhile
     conclude(run, outcomes.values())
     remaining = [check for name, check in checks.items() if name not in outcomes]

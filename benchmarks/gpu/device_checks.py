@@ -149,7 +149,7 @@ def _self_check(op: str, backend: str, device: torch.device) -> float:
     bad = [check for check in found if check.problem is not None]
     if bad:
         problem = "; ".join(f"{check.dtype}: {check.problem}" for check in bad)
-        numbers = all((check.problem or "").startswith(("values", "gradients")) for check in bad)
+        numbers = all(str(check.problem).startswith(("values", "gradients")) for check in bad)
         raise (WrongNumbers if numbers else RuntimeError)(problem)
     errors = [error for check in found for error in (check.forward_error, check.backward_error)]
     return max((error for error in errors if error is not None), default=0.0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from networks import without_gradient
 from ops import bench_ops
 from sizes import NetworkSize
 from timing import Step, capture_stream
@@ -117,7 +118,9 @@ def _measure_examples(
                 reasons = {v: _not_timed(run, example.op, v, direction) for v in variants}
                 if run.remaining() <= compile_until and bench_ops.COMPILE in variants:
                     reasons[bench_ops.COMPILE] = "budget"
-                entry[direction], problems = _measure(run, example, direction, reasons, rounds)
+                dtype = example.dtype if run.cuda else torch.float32
+                makers = bench_ops.makers(example, direction, dtype, run.place)
+                entry[direction], problems = _measure(run, makers, reasons, rounds)
                 own = (f"{v}: {text}" for v, text in problems.items() if v not in PEERS)
                 failed += [f"{example.name}, {direction}: {problem}" for problem in own]
         except Exception as error:
@@ -133,7 +136,7 @@ def _measure_examples(
 
 def _is_measured(run: DeviceRun, example: Example, directions: tuple[str, ...]) -> bool:
     """Tell whether the results have an example without an error and without a wrong kernel."""
-    entry = run.get(example.name) or {}
+    entry = run.get(example.name, {})
     if "error" in entry or any(direction not in entry for direction in directions):
         return False
     wrong = run.wrong_kernels().get(example.op, [])
@@ -142,30 +145,28 @@ def _is_measured(run: DeviceRun, example: Example, directions: tuple[str, ...]) 
 
 def _measure(
     run: DeviceRun,
-    example: Example,
-    direction: str,
-    reasons: dict[str, str | None],
+    makers: Mapping[str, Callable[[], Step]],
+    reasons: Mapping[str, str | None],
     rounds: int,
+    graphs: bool = True,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Time the variants of one direction beside each other, and return the entry and the problems.
+    """Time variants beside each other, and return the entry of the results and the problems.
 
     Args:
         run: of the section.
-        example: its operands are shared.
-        direction: forward or backward.
+        makers: make the steps of the variants.
         reasons: why a variant is not timed, or None.
         rounds: of measurements.
+        graphs: replay CUDA graphs of several calls.
     """
-    dtype = example.dtype if run.cuda else torch.float32
-    makers = bench_ops.makers(example, direction, dtype, run.place)
     problems: dict[str, str] = {}
-    steps = {
-        v: step
+    made = {
+        v: run.attempt(problems, v, partial(_warm, run.device, makers[v]))
         for v, reason in reasons.items()
         if reason is None
-        and (step := run.attempt(problems, v, partial(_warm, run.device, makers[v])))
     }
-    timed = run.time(steps, rounds, problems, graphs=True)
+    steps = {v: step for v, step in made.items() if v not in problems}
+    timed = run.time(steps, rounds, problems, graphs)
     found = {v: timed.milliseconds(v) for v in timed.steps}
     entry = {key: {v: e[key] for v, e in found.items()} for key in ("ms", "samples_ms")}
     known = {v: reason for v, reason in reasons.items() if reason is not None}
@@ -205,36 +206,23 @@ def run_attention(run: DeviceRun) -> None:
         if not run.affords(6.0):
             run.put(name, {"skipped": "budget"})
             continue
-        products = 5 if grad else 2  # of which backward computes one again
-        entry: dict[str, Any] = {
-            "flops": 2.0 * products * size.tokens * keys * size.dim,
-            **{"ms": {}, "samples_ms": {}, "not_timed": {}},
-        }
+        example = examples.attention(size.tokens, size.dim, size.head_dim, keys)
+        work = example.backward if grad else example.forward
+        call = example.call(run.device, run.dtype)
         report = attention_report(
             run.device, dtype=run.dtype, head_dim=size.head_dim, requires_grad=grad
         )
-        shapes = ((1, n, size.heads, size.head_dim) for n in (size.tokens, keys, keys))
-        tensors = [torch.randn(shape, device=run.device, dtype=run.dtype) for shape in shapes]
-        for backend, choice in report.items():
+        entry: dict[str, Any] = {"flops": float(work.flops)}
+        # calls of milliseconds: launches do not show
+        rounds, graphs = (7, False) if kind == "self" else (ROUNDS, True)
+        for backend, choice in report.items():  # one by one, as saved tensors are large
             if choice.chosen:
                 entry["chosen"] = backend
             reason = _attention_problem(run, backend, choice.available, choice.reason)
-            problems: dict[str, str] = {}
-            if reason is None:
-                step = run.attempt(problems, backend, partial(_attend, backend, tensors, grad))
-                # calls of milliseconds: launches do not show
-                graphs, rounds = (False, 7) if keys == size.tokens else (True, ROUNDS)
-                steps = {} if step is None else {backend: step}
-                timed = run.time(steps, rounds, problems, graphs)
-                for key, value in (
-                    timed.milliseconds(backend).items() if backend in timed.steps else ()
-                ):
-                    entry[key][backend] = value
-                del step, steps, timed  # saved tensors go before the next one's come
-                reason = problems.get(backend)
-                failed += [f"{name}: {backend}: {reason}"] if problems else []
-            if reason is not None:
-                entry["not_timed"][backend] = reason
+            maker = {backend: partial(_attend, backend, call.inputs, grad)}
+            part, problems = _measure(run, maker, {backend: reason}, rounds, graphs)
+            entry |= {key: entry.get(key, {}) | found for key, found in part.items()}
+            failed += [f"{name}: {backend}: {problem}" for problem in problems.values()]
             run.put(name, entry, quiet=True)
         run.put(name, entry)
     if failed:
@@ -259,15 +247,11 @@ def _attention_shapes(run: DeviceRun) -> Iterator[tuple[NetworkSize, int, bool]]
     yield run.sizes["1.3B"], run.sizes["1.3B"].tokens, True
 
 
-def _attend(backend: str, tensors: list[torch.Tensor], grad: bool) -> Step:
-    """Return a step of attention that has run once."""
+def _attend(backend: str, tensors: Sequence[torch.Tensor], grad: bool) -> Step:
+    """Return a step of attention, or of its gradients."""
     from anyflow.models.attention import attention
 
-    leaves = [tensor.detach().requires_grad_(grad) for tensor in tensors]
     if not grad:
-        step: Step = partial(attention, *leaves, attention_backend=backend)
-    else:
-        out = attention(*leaves, attention_backend=backend)
-        step = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
-    step()
-    return step
+        return without_gradient(partial(attention, *tensors, attention_backend=backend))
+    out = attention(*tensors, attention_backend=backend)
+    return partial(torch.autograd.grad, out, tensors, torch.randn_like(out), retain_graph=True)

@@ -82,7 +82,7 @@ class ContestRecord:
     def end(self) -> None:
         """Record the problems; the section fails for all but a peer that was out of memory."""
         for name, problem in self.problems.items():
-            if "ms" not in (self.run.get(name) or {}):  # else it ran before, which is kept
+            if "ms" not in self.run.get(name, {}):  # else it ran before, which is kept
                 self.run.put(name, {"error": problem})
         failed = {
             name: problem
@@ -193,7 +193,7 @@ def _sampled(measured: dict[str, object], peak: int | None) -> dict[str, object]
 
 def extrapolated(run: DeviceRun, steps: int) -> dict[str, object]:
     """Compute a sample from the two longest that were measured, and say so."""
-    entries = {n: run.get(f"{OURS} NFE {n}") or {} for n in STEPS}
+    entries = {n: run.get(f"{OURS} NFE {n}", {}) for n in STEPS}
     known = [n for n in STEPS if n < steps and entries[n].get("extrapolated") is False]
     if len(known) < 2:
         return {"skipped": "budget"}

@@ -83,9 +83,9 @@ class DeviceRun:
         if not quiet:
             print(f"{self.name}: {key}: {one_line(value)}", flush=True)
 
-    def get(self, key: str) -> Any:
-        """Return a measurement of this section, or None."""
-        return self.file.get(self.name, key)
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a measurement of this section, or a default without one."""
+        return self.file.get(self.name, key, default)
 
     def fail(self, problem: str) -> None:
         """Count the section as failed, which runs to its end and keeps what it has."""
@@ -138,14 +138,14 @@ class DeviceRun:
 
     def wrong_kernels(self) -> dict[str, list[str]]:
         """Return the backends of each operator that a check found wrong: they are not timed."""
-        found: dict[str, list[str]] = self.file.get("checks", "wrong") or {}
+        found: dict[str, list[str]] = self.file.get("checks", "wrong", {})
         return found
 
     def require_right_kernels(self, operators: tuple[str, ...]) -> None:
         """Raise :class:`Skip` if an operator runs here on a kernel with wrong numbers."""
         from anyflow.ops import backend_report
 
-        wrong = self.file.get("checks", "wrong_numbers") or {}
+        wrong = self.file.get("checks", "wrong_numbers", {})
         choices = backend_report(self.device)
         found = [op for op in operators if choices[op].backend in wrong.get(op, [])]
         if found:

@@ -98,9 +98,9 @@ class RunFile:
         self.section(name).setdefault("data", {})[key] = value
         self.save()
 
-    def get(self, name: str, key: str) -> Any:
-        """Return a measurement, or None."""
-        return self.data["sections"].get(name, {}).get("data", {}).get(key)
+    def get(self, name: str, key: str, default: Any = None) -> Any:
+        """Return a measurement, or a default without one."""
+        return self.data["sections"].get(name, {}).get("data", {}).get(key, default)
 
 
 def source_digest() -> str:

@@ -133,7 +133,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
 
     gpu: dict[str, Any] = {}
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
+        properties, driver = torch.cuda.get_device_properties(device), nvidia_smi("driver_version")
         gpu = {
             "name": properties.name,
             "capability": [properties.major, properties.minor],
@@ -141,7 +141,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": getattr(properties, "L2_cache_size", None),
             "cudnn": torch.backends.cudnn.version(),
-            "driver": (nvidia_smi("driver_version") or {}).get("driver_version"),
+            "driver": None if driver is None else driver["driver_version"],
         }
     packages = ("torch", "triton", "diffusers", "flash-attn", "transformers", "numpy")
     return {

@@ -39,9 +39,9 @@ class RunResults:
         found: dict[str, Any] = self.section(section).get("data", {})
         return found
 
-    def entry(self, section: str, key: str) -> Any:
-        """Return a measurement, or None."""
-        return self.entries(section).get(key)
+    def entry(self, section: str, key: str, default: Any = None) -> Any:
+        """Return a measurement, or a default without one."""
+        return self.entries(section).get(key, default)
 
     def number(self, section: str, key: str, field: str = "ms") -> float | None:
         """Return a field of a measurement, or None."""
@@ -79,7 +79,7 @@ class RunResults:
 
     def mark(self, section: str, key: str) -> str:
         """Write that a measurement is extrapolated, or nothing."""
-        return " (extrapolated)" if (self.entry(section, key) or {}).get("extrapolated") else ""
+        return " (extrapolated)" if self.entry(section, key, {}).get("extrapolated") else ""
 
     def times(self, section: str, over: str, under: str, field: str = "ms") -> str:
         """Write ``1.84x``."""
@@ -105,7 +105,7 @@ class RunResults:
         found: dict[float, float] = {}
         limit = self.entry("limits", "copy_bytes_per_s")  # as the first runs wrote it
         if limit:
-            moved = float((self.entry("limits", "copy") or {}).get("bytes", LARGE_COPY))
+            moved = float(self.entry("limits", "copy", {}).get("bytes", LARGE_COPY))
             found[moved] = float(limit)
         for key, entry in [*self.entries("limits").items(), *self.entries("probes").items()]:
             if key.startswith("copy: ") and entry.get("ms"):

@@ -91,7 +91,7 @@ def limits_of(results: RunResults) -> str:
             f" It is not quite the most that memory does: {what} moves its {moved / 1e6:.0f} MB at "
             f"{rate / 1e12:.2f} TB/s, {rate / limits.bandwidth:.0%} of it."
         )
-    samples = (results.entry("limits", "matmul") or {}).get("samples_ms", [])
+    samples = results.entry("limits", "matmul", {}).get("samples_ms", [])
     if samples and max(samples) > 1.05 * min(samples):
         cold = limits.flops * statistics.median(samples) / min(samples)
         text += (
@@ -363,7 +363,7 @@ def alarms(results: RunResults) -> list[str]:
     """Say loudly which checks failed, by their outcomes and by the warnings of the file."""
     warnings = [] if results.data is None else results.data.get("warnings", [])
     failed = {name: text for name, _, text in (w.partition(": ") for w in warnings)}
-    outcomes = results.entry("checks", "outcomes") or {}
+    outcomes = results.entry("checks", "outcomes", {})
     failed |= {name: _problem(found) for name, found in outcomes.items() if not found["ok"]}
     broken = [name for name in failed if _NETWORK.search(name)]
     others = "; ".join(name for name in failed if name not in broken)
@@ -381,7 +381,7 @@ def alarms(results: RunResults) -> list[str]:
 def checks(results: RunResults) -> list[str]:
     """List every check on the device: its error and its limit, failures first."""
     headings = ["check on the device", "result", "error", "limit", "error / limit"]
-    found = results.entry("checks", "outcomes") or {}
+    found = results.entry("checks", "outcomes", {})
     if not found:
         return table(headings, [["all", results.why("checks"), "", "", ""]])
     lines = []

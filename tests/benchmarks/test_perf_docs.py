@@ -11,7 +11,7 @@ import perf_docs
 import pytest
 import roofline
 from gpu.state import SCHEMA
-from page import floors, plots, tables, targets
+from page import tables, targets
 from page.results import RunResults, load
 from sizes import PUBLISHED
 
@@ -270,9 +270,8 @@ def test_the_limit_of_memory_is_the_fastest_large_copy() -> None:
     assert "840 TFLOP/s in its fastest round and at 700 in the median one" in text
 
 
-def test_the_whole_page_with_both_cards(tmp_path: Path) -> None:
-    assert make(write(tmp_path / "results", H100, H200), tmp_path) == 0
-    page = (tmp_path / "docs" / "performance.md").read_text()
+def test_the_page_with_both_cards() -> None:
+    page = perf_docs.page([H100, H200])
     assert "Measured so far on: NVIDIA H100 80GB HBM3, NVIDIA H200." in page
     for device in (H100, H200):
         cells = line_of(page[page.index(f"## {device.name}") :], "14B | ").split(" | ")
@@ -280,11 +279,6 @@ def test_the_whole_page_with_both_cards(tmp_path: Path) -> None:
         floor = roofline.forward_floor_s(PUBLISHED["14B"], device.limits)
         over = (device.number("forward_14b", "ours") or 0.0) / 1e3 / floor
         assert cells[6:8] == [f"{floor:.3f} s", f"{over:.2f}x"]
-        plot = tmp_path / "docs" / "images" / perf_docs.plot_name(device)
-        assert plots.key_of(plot) == perf_docs.digest([H100, H200])
-
-
-# Checks, launch options, probes -------------------------------------------------------------------
 
 
 def test_checks_and_their_alarm() -> None:
@@ -309,42 +303,3 @@ def test_checks_and_their_alarm() -> None:
     assert tables.alarms(right) == [] and right.data is not None
     right.data["warnings"] = ["gradients of a network: NaN"]  # of an earlier run of the section
     assert "else on this device (gradients of a network: NaN).**" in tables.alarms(right)[0]
-
-
-def test_launch_options() -> None:
-    task = {"bytes": 2**28, "today_ms": 0.2, "best_ms": 0.16, "best": "pair 4 64"}
-    tasks = {"rms_norm_rope backward": task, "gelu": {"error": "no | launch"}}
-    # the limits of the run, not the tuner's own copy
-    data = {"tune_rows": {"copy_bytes_per_s": 2.5e12, "tasks": tasks}}
-    limits = {"matmul_flops": 7e14, "copy_bytes_per_s": 2.0e12}
-    lines = tables.tune_rows(results("NVIDIA H200", {"limits": limits, "tune_rows": data}))
-    first = "| rms_norm_rope backward | 0.2000 | 67% | 0.1600 | 84% | 1.25x | pair 4 64 |"
-    assert lines[2:] == [first, "| gelu | no / launch |  |  |  |  |  |"]
-
-
-def test_probes_and_padding() -> None:
-    name = "attention 14B: cudnn, {} tokens, [B, L, H, Dh] in memory"
-    plain, more = (name.format(tokens) for tokens in (32760, 32768))
-    heads_first = plain.replace("[B, L, H, Dh]", "[B, H, L, Dh]")
-    data = {
-        plain: {"ms": 40.0, "flops": 24e12, "tokens": 32760},
-        heads_first: {"ms": 38.0, "flops": 24e12, "tokens": 32760, "against": plain},
-        more: {"ms": 39.0, "flops": 24e12, "tokens": 32768, "against": plain},
-        "attention 14B: flash": {"error": "RuntimeError: no kernel"},
-        "copy: 32 MiB": {"ms": 0.02, "bytes": 2.0**26},
-        "feed-forward 14B": {"skipped": "budget"},
-    }
-    device = results("NVIDIA H200", {"probes": data})
-    lines = tables.probes(device)
-    assert lines[2] == f"| {plain} | 40.0000 | 600 TFLOP/s |  |  |"
-    assert lines[3].endswith("| cudnn, 32760 tokens, [B, L, H, Dh] in memory | 0.950x |")
-    assert lines[5].endswith("| RuntimeError: no kernel |  |  |  |")
-    assert lines[6:] == [
-        "| copy: 32 MiB | 0.0200 | 3355 GB/s |  |  |",
-        "| feed-forward 14B | budget |  |  |  |",
-    ]
-    # no other pair differs in tokens
-    assert tables.padding(device)[2:] == [f"| {more} | 0.0 % | -2.5 % |"]
-    for probe in ("attention 14B: cudnn", "feed-forward 1.3B: product", "q, k, v 14B: in one"):
-        assert floors.predicted(probe) == "0.0 %"
-    assert floors.percent(0.0042) == "+0.4 %" and floors.percent(-1e-5) == "0.0 %"
