@@ -21,7 +21,7 @@ not fit the first call is done in the second. The full plan adds sampling and on
 
 A kernel with wrong numbers is not timed, and a network that runs it is not either; everything else
 is. What the checks find wrong of a network is printed last, is in the results under "warnings", and
-stops nothing; nor does a failing test.
+stops nothing. A failing test skips no network.
 
 DIR/<device>.json is rewritten after every measurement, with raw samples, versions, clocks and the
 commit, and so is a copy in build/gpu-runner (or in $ANYFLOW_GPU_RUNNER). A run that is killed keeps

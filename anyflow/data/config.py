@@ -20,7 +20,7 @@ class DataConfig:
         path: folder of the latents.
         batch_size: samples per step and data-parallel rank, before gradient accumulation.
         num_workers: processes that read ahead; 0 reads in the training process.
-        seed: of the order of the samples.
+        seed: seed of the order of the samples.
     """
 
     kind: Literal["latents", "synthetic"] = "latents"

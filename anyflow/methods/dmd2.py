@@ -1,4 +1,4 @@
-"""Distill by distribution matching with a student that re-noises between steps (DMD2).
+"""Compute the losses of DMD2, distribution matching with a student that re-noises.
 
 Equation numbers are those of docs/algorithm.md.
 """

@@ -1,6 +1,4 @@
-"""Videos of the averaged student during training, at any number of steps; training is left bit for
-bit as it was.
-"""
+"""Sample videos of the averaged student during training, at any number of steps."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ def require_sampled(config: PreviewConfig | MetricsConfig) -> None:
 
 
 class AveragedSampler:
-    """Samples the network with its averages in place of its parameters; a context manager.
+    """Sample the network with its averages in place of its parameters, in a context.
 
     Collective: every rank samples equally often, at the same step counts.
 

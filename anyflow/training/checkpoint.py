@@ -1,5 +1,4 @@
-"""Checkpoints that a kill cannot damage, on torch.distributed.checkpoint: sharded, verified, free
-of pickled code.
+"""Save and load checkpoints that a kill cannot damage: sharded, verified, free of pickled code.
 
 A checkpoint is written to the hidden folder ``.step-00000020.tmp`` and gets its name by one rename,
 when every byte and the manifest are on the disk. Whatever has a name is complete, and whatever ends
@@ -34,7 +33,7 @@ T = TypeVar("T")
 
 
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
-    """The complete checkpoints in a folder by step, ascending."""
+    """Find the complete checkpoints in a folder, by step, ascending."""
     found = {}
     # An old checkpoint counts while its replacement has not taken the name.
     for pattern in (".step-*.old", "step-*"):
@@ -63,8 +62,9 @@ class CheckpointConfig:
 
 
 class Checkpointer:
-    """Saves and loads the checkpoints of one folder. Every method is collective, and every rank
-    gets the same result.
+    """Save and load the checkpoints of one folder.
+
+    Every method is collective, and every rank gets the same result.
 
     Args:
         folder: of the checkpoints, on a file system that all ranks share; made by the first save.
@@ -87,18 +87,17 @@ class Checkpointer:
         self._world_size = dist.get_world_size(process_group) if self._distributed else 1
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Return the steps of the complete checkpoints, ascending."""
         return self._on_rank_zero(lambda: list(complete_checkpoints(self.folder)))
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """Return the newest complete checkpoint."""
         return self._on_rank_zero(
             lambda: next(reversed(complete_checkpoints(self.folder).values()), None)
         )
 
     def save(self, step: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> Path:
-        """Write a checkpoint, in place of one of the same step, then delete the oldest beyond
-        ``keep``.
+        """Write a checkpoint, in place of one of the same step; delete the oldest beyond ``keep``.
 
         Args:
             step: at least 0.
@@ -224,9 +223,7 @@ class Checkpointer:
     # Ranks ----------------------------------------------------------------------------------------
 
     def _everywhere(self, work: Callable[[], T]) -> T:
-        """Do something on each rank, which returns its own result; if one fails, all of them
-        raise.
-        """
+        """Do something on each rank and return the rank's own result; if one fails, all raise."""
         result, error = None, None
         try:
             result = work()
@@ -264,7 +261,7 @@ def _matching_index(
 
 
 def _previous(path: Path) -> str:
-    """Which checkpoint to offer in place of a damaged one."""
+    """Name the checkpoint to offer in place of a damaged one."""
     digits = path.name.removeprefix("step-")
     if not digits.isdecimal():
         return ""

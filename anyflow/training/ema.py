@@ -1,4 +1,4 @@
-"""Exponential moving average of a module's parameters."""
+"""Average a module's parameters exponentially."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class EMAConfig:
 
 
 class EMA:
-    """``average <- decay * average + (1 - decay) * parameter``, in fp32 at least, on the
-    parameters' device.
+    """Keep an exponential moving average of parameters, in fp32 at least, on their device.
+
+    An update is ``average <- decay * average + (1 - decay) * parameter``.
 
     Sharded parameters (DTensors) have sharded averages: every rank averages its own part.
 
@@ -44,7 +45,7 @@ class EMA:
         decay: in [0, 1).
         warmup: with k updates done, the decay is at most ``(1 + k) / (10 + k)``, so that the start
             is forgotten early.
-        start_step: the first so many updates copy the parameters instead.
+        start_step: the number of first updates that copy the parameters instead.
 
     Attributes:
         updates: updates done; to resume, set it and fill the tensors of :meth:`state_dict` in
@@ -89,7 +90,7 @@ class EMA:
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """The module with the averages in place of its parameters, which come back bit for bit."""
+        """Put the averages in place of the module's parameters, which come back bit for bit."""
         originals = [p.detach().clone() for p in self._parameters(module)]
         try:
             self.copy_to(module)
@@ -102,7 +103,7 @@ class EMA:
             _reshard(module)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages themselves, not copies, under the parameters' own names (dots kept)."""
+        """Return the averages, without copies, under the parameters' own names (dots kept)."""
         return dict(zip(self._names, self._averages, strict=True))
 
     def _parameters(self, module: nn.Module) -> list[Tensor]:
@@ -114,7 +115,7 @@ class EMA:
 
 
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's part of each tensor, sharing memory; a plain tensor is its own part."""
+    """Return this rank's part of each tensor, sharing memory; a plain tensor is its own part."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
@@ -123,8 +124,10 @@ def _wide(parameter: Tensor) -> Tensor:
 
 
 def _reshard(module: nn.Module) -> None:
-    """Drop gathered parameters: after a forward without backward, the root's would be used again as
-    they were.
+    """Drop gathered parameters.
+
+    After a forward without backward, the root would use its gathered parameters again, although the
+    shards have changed.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):

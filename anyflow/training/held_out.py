@@ -33,7 +33,7 @@ class ValidationConfig:
     Args:
         every: steps between evaluations; the last step has one, too. 0 turns them off.
         num_samples: videos of each evaluation, always the same ones. Without a ``path`` these rows
-            of ``data`` are held out of training, so a run goes on only with the same number.
+            of ``data`` are held out of training, so a run resumes only with the same number.
         path: folder of other latents, of the same shape; None takes rows of ``data``.
     """
 

@@ -1,4 +1,4 @@
-"""Writes what a run reports while it runs: ``metrics.jsonl``, loggers and a progress bar."""
+"""Write what a run reports while it runs: ``metrics.jsonl``, loggers and a progress bar."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAX_BYTES = 4 * 2**30
 
 
 class MetricsWriter:
-    """Rank 0's reports, a context manager; on other ranks it does nothing.
+    """Write rank 0's reports, in a context; on other ranks do nothing.
 
     ``metrics.jsonl`` has one object per reported step: ``step`` (from 1); means since the last line
     of the losses and of the gradients' norms before clipping; the last learning rates; the rates
@@ -152,7 +152,7 @@ def keep_until(file: Path, step: int) -> None:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{error}; delete the line, or the file, to go on") from None
+            raise ValueError(f"{error}; delete the line, or the file, to resume") from None
         if reported > step:
             break
         kept.append(line + "\n")

@@ -1,6 +1,4 @@
-"""The optimizer of one network: AdamW, its learning rate as a function of the step, clipping, and
-the finite guard.
-"""
+"""Update one network: AdamW, its learning rate by step, clipping, and the finite guard."""
 
 from __future__ import annotations
 
@@ -31,9 +29,9 @@ class OptimizerConfig:
 
     Args:
         lr: peak learning rate.
-        betas: of AdamW.
-        eps: of AdamW.
-        weight_decay: of AdamW.
+        betas: AdamW's decay rates of the mean of gradients and of their squares.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's decoupled weight decay.
         schedule: after the warm-up, ``"constant"`` or ``"cosine"`` down to ``min_lr_ratio`` at the
             last step.
         warmup_steps: linear warm-up; the first step has ``lr / warmup_steps``.
@@ -65,8 +63,7 @@ class OptimizerConfig:
 
 
 def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The share of the peak learning rate that update ``step`` (from 0) uses: warm-up, then
-    constant or cosine.
+    """Return the share of the peak learning rate of update ``step`` (from 0).
 
     The first of w warm-up updates has 1 / w and the last one 1; the cosine ends at ``min_lr_ratio``
     with the last update.
@@ -83,7 +80,7 @@ def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
 
 
 class NetworkOptimizer:
-    """AdamW on the parameters of ``network`` that train.
+    """Run AdamW on the parameters of ``network`` that train.
 
     The state exists from the start, as zeros: a checkpoint has tensors to be loaded into.
 
@@ -116,14 +113,15 @@ class NetworkOptimizer:
             }
 
     def lr(self, step: int) -> float:
-        """Learning rate of update ``step`` (from 0)."""
+        """Return the learning rate of update ``step`` (from 0)."""
         return self.config.lr * lr_factor(self.config, step, self.total_steps)
 
     def update(
         self, step: int, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Guard, clip and apply the gradients of update ``step`` (from 0), then drop them; returns
-        their norm.
+        """Guard, clip and apply the gradients of update ``step`` (from 0); return their norm.
+
+        The gradients are dropped afterwards.
 
         Args:
             step: number of the update.
@@ -153,7 +151,7 @@ class NetworkOptimizer:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and optimizer state themselves, by their names in a checkpoint."""
+        """Return parameters and optimizer state, without copies, by their names in a checkpoint."""
         tensors = {f"{self.name}/{n}": p.detach() for n, p in self.parameters.items()}
         for n, p in self.parameters.items():
             state = self._adamw.state[p]

@@ -1,6 +1,4 @@
-"""Previews: the averaged student sampled at several step counts from fixed noise, as a grid of
-videos.
-"""
+"""Sample the averaged student at several numbers of steps, as a grid of videos."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ class PreviewConfig:
         step_counts: numbers of sampling steps, one row of the grid each.
         num_samples: prompts of the data, one column of the grid each; not used with ``prompts``.
             The data's own videos are a row of the grid, too.
-        prompts: prompts of one's own in place of the data's; they need ``model``.
+        prompts: texts in place of the data's; they need ``model``.
         model: folder or hub name of a model whose text encoder encodes ``prompts``, those of
             ``metrics`` too, once, before training.
         vae: folder or hub name of a model whose VAE decodes the videos of previews and metrics;
@@ -62,8 +60,7 @@ class PreviewConfig:
 
 
 class Previews:
-    """Samples and shows what a run's previews show: a column for each prompt, a row for each number
-    of steps.
+    """Sample and show a run's previews: a column for each prompt, a row for each number of steps.
 
     Where the prompts are captions of the data, the data's own videos are the last row.
 
@@ -87,8 +84,9 @@ class Previews:
         self.prompts = tuple(prompts)
 
     def write(self, step: Step, done: int, console: Console) -> Path | None:
-        """Sample and write ``previews/step-….gif``, or ``.mp4`` of decoded videos. Collective; rank
-        0 writes.
+        """Sample and write ``previews/step-….gif``, or ``.mp4`` of decoded videos.
+
+        Collective; rank 0 writes.
 
         The synthetic videos are shown as they are, and latents without a VAE in false colors: their
         first three channels as red, green and blue. Training is left bit for bit as it was.

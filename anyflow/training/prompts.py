@@ -1,6 +1,4 @@
-"""Prompts that a run samples from: captions of its data, or texts of one's own, encoded before
-training.
-"""
+"""Encode the prompts that a run samples from: captions of its data, or given texts."""
 
 from __future__ import annotations
 
@@ -23,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Holds a text and its encoding.
+    """Hold a text and its encoding.
 
     Args:
         caption: the text.
         embeds: ``[1, S, text_dim]`` on the CPU.
-        row: of the data whose caption this is; None for a text of one's own.
+        row: of the data whose caption this is; None for a given text.
     """
 
     caption: str
@@ -38,9 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SampledPrompts:
-    """Holds the prompts of a run's previews and of its metrics; neither has any where it is turned
-    off.
-    """
+    """Hold the prompts of a run's previews and of its metrics; none where one is turned off."""
 
     preview: tuple[Prompt, ...] = ()
     metrics: tuple[Prompt, ...] = ()
@@ -49,7 +45,7 @@ class SampledPrompts:
 def sampled_prompts(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> SampledPrompts:
     """Make the prompts that a run samples from. Collective.
 
-    Texts of one's own are encoded once, by the text encoder of ``preview.model``, which is then
+    Given texts are encoded once, by the text encoder of ``preview.model``, which is then
     dropped; the captions of the data are those of rows spread evenly over it.
 
     Args:

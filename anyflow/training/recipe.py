@@ -1,6 +1,4 @@
-"""Recipes: YAML files and command-line overrides, checked against
-:class:`~anyflow.training.config.Recipe`.
-"""
+"""Read and write recipes: YAML files and overrides, checked against the dataclasses."""
 
 from __future__ import annotations
 
@@ -122,7 +120,7 @@ def _adapter() -> TypeAdapter[Recipe]:
 
 @functools.cache
 def _sections(cls: type) -> dict[str, type]:
-    """The fields that are dataclasses themselves, or None."""
+    """Return the fields that are dataclasses themselves, or may be None."""
     found: dict[str, type] = {}
     for name, hint in get_type_hints(cls).items():
         for candidate in (hint, *get_args(hint)):
@@ -132,8 +130,9 @@ def _sections(cls: type) -> dict[str, type]:
 
 
 def _with_defaults(tree: Located, cls: type, default: Any, path: _Path, problems: list[str]) -> Any:
-    """Plain values of a section laid over ``default``, an instance of ``cls`` or None; notes and
-    drops unknown keys.
+    """Lay a section's plain values over ``default``; note and drop unknown keys.
+
+    ``default`` is an instance of ``cls`` or None.
     """
     if not isinstance(tree.value, dict):
         return tree.plain()

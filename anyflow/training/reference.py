@@ -1,5 +1,6 @@
-"""The keys of a recipe, listed from the dataclasses that define them:
-``python -m anyflow.training.reference FILE``.
+"""List the keys of a recipe from the dataclasses that define them.
+
+``python -m anyflow.training.reference FILE`` writes docs/recipes.md.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ are nested. [Training by recipe](training.md) says how files, `base:` and the co
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a recipe.
+    """Describe one key of a recipe.
 
     Args:
         name: with dots, as on the command line.
@@ -52,7 +53,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Section:
-    """The keys of one dataclass at one place of a recipe.
+    """Hold the keys of one dataclass at one place of a recipe.
 
     Args:
         name: with dots; empty for the recipe itself.

@@ -1,6 +1,4 @@
-"""Measures videos of the averaged student during training, always from the same prompts and
-noise.
-"""
+"""Measure videos of the averaged student during training, from fixed prompts and noise."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ REAL = "real"  # the data's own videos, in place of a number of steps
 
 @dataclass(frozen=True)
 class _Cell:
-    """Holds what was measured of one video.
+    """Hold what was measured of one video.
 
     Args:
         place: of the prompt among all.
@@ -59,7 +57,7 @@ class MetricsConfig:
         every: steps between evaluations; the last step has one, too. 0 turns them off.
         step_counts: numbers of sampling steps, one curve of each metric each.
         num_samples: prompts of the data, a video each; not used with ``prompts``.
-        prompts: prompts of one's own in place of the data's; they need ``preview.model``.
+        prompts: texts in place of the data's; they need ``preview.model``.
         reference_steps: sampling steps of the video of the same model that the others are compared
             with (PSNR, LPIPS); 0 leaves the comparison out.
         models: folder of the networks of CLIP similarity, LPIPS and the Fréchet video distance,
@@ -81,8 +79,7 @@ class MetricsConfig:
 
 
 class SampleMetrics:
-    """Samples the prompts at each number of steps, measures the videos, and averages over the
-    prompts.
+    """Sample the prompts at each number of steps, measure the videos, and average.
 
     The noise of a prompt is a function of its place among the prompts alone, so that the curves of
     two runs can be compared. Ranks share the prompts. The data's own videos are measured once, as a
@@ -135,9 +132,7 @@ class SampleMetrics:
         self._real: list[_Cell] | None = None
 
     def curves(self) -> dict[str, list[str]]:
-        """Return the names of each metric's numbers: for each number of steps, and of the data's
-        own videos.
-        """
+        """Return the names of each metric's numbers, by number of steps and for the data."""
         counts = tuple(map(str, self._counts))
         return {
             metric: [_name(metric, steps) for steps in (*counts, *((REAL,) if of_one else ()))]
@@ -196,8 +191,9 @@ class SampleMetrics:
         return values
 
     def _sample(self, step: Step) -> tuple[dict[int, dict[int, Tensor]], str | None]:
-        """Sample this rank's prompts; returns latents by place and number of steps, and what is
-        wrong with them.
+        """Sample this rank's prompts.
+
+        Returns latents by place and number of steps, and what is wrong with them.
 
         All ranks call the network equally often, as FSDP needs it; what a stand-in gives is not
         used.
@@ -252,9 +248,7 @@ class SampleMetrics:
         ]
 
     def _averaged(self, cells: Sequence[_Cell]) -> dict[str, float]:
-        """Average over the prompts, and compare the sets' features with those of the data's own
-        videos.
-        """
+        """Average over the prompts, and compare sets of features with the data's own videos."""
         assert self._real is not None
         found: dict[str, float] = {}
         for metric in self._measures.names:

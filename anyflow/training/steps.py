@@ -67,7 +67,7 @@ class Step(Protocol):
         """
 
     def resume_at(self, step: int) -> None:
-        """Continue with update ``step`` (from 0); :meth:`tensors` have been filled in place."""
+        """Resume at update ``step`` (from 0); :meth:`tensors` have been filled in place."""
 
 
 class PretrainStep:

@@ -41,7 +41,7 @@ def run_of(results: RunResults) -> list[str]:
     env, sections = results.data.get("environment", {}), results.data["sections"]
     packages = ", ".join(f"{name} {v}" for name, v in env.get("packages", {}).items() if v)
     changed = {True: "", False: " with changes", None: " (as told)"}[env.get("clean")]
-    gpu, limits = env.get("gpu") or {}, results.measured
+    gpu, limits = env["gpu"] if env.get("gpu") is not None else {}, results.measured
     text = (
         f"Commit `{str(env.get('commit'))[:12]}`{changed}, {packages}, CUDA {env.get('cuda')}, "
         f"driver {gpu.get('driver')}, cuDNN {gpu.get('cudnn')}. "
@@ -63,9 +63,10 @@ def run_of(results: RunResults) -> list[str]:
     found = [text] if limits is None else [text, "", limits_of(results)]
     lines = []
     for name, section in sections.items():
-        reason = section.get("reason") or section.get("note") or ""
-        clock = (section.get("clocks_before") or {}).get("clocks.sm", "")
-        lines.append([name, section.get("status", "?"), reason, clock])
+        reasons = [section[k] for k in ("reason", "note") if section.get(k) is not None]
+        clocks = section.get("clocks_before")
+        clock = "" if clocks is None else clocks["clocks.sm"]
+        lines.append([name, section.get("status", "?"), "".join(reasons[:1]), clock])
     headings = ["section", "status", "reason", "SM clock before"]
     return [*(paragraph(line) for line in found), "", *table(headings, lines, right=3)]
 
@@ -222,8 +223,7 @@ def operators(results: RunResults) -> list[str]:
     headings += [f"{variant} / ours" for variant in ("eager", "compile", "native")]
     entries = results.entries("ops")
     if not entries:
-        nothing = ["all", "forward, backward", *[results.why("ops")] * 6]
-        return table(headings, [nothing], right=2)
+        return table(headings, [["all", "both", *[results.why("ops")] * 6]], right=2)
     lines = []
     for name, entry in entries.items():
         if "op" not in entry or "error" in entry:
@@ -287,8 +287,7 @@ def attention(results: RunResults) -> list[str]:
     """List the TFLOP/s of every backend at the models' shapes."""
     entries = {name: e for name, e in results.entries("attention").items() if "ms" in e}
     if not entries:
-        nothing = ["all shapes", results.why("attention")]
-        return table(["attention", "TFLOP/s by backend"], [nothing])
+        return table(["attention", "TFLOP/s"], [["all shapes", results.why("attention")]])
     backends = sorted({name for entry in entries.values() for name in entry["ms"]})
     lines = []
     for name, entry in entries.items():

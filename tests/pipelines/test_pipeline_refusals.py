@@ -132,7 +132,7 @@ def test_infinite_pixels_are_not_clamped_away(pipe) -> None:
                                                                    "floating-point tensor"),
         ({"prompt": None, "prompt_embeds": torch.zeros(2, 12, 16).long()}, "prompt_embeds must be "
                                                                            "a floating-point"),
-        ({"prompt": None, "prompt_embeds": torch.full((2, 12, 16), float("inf"))}, "row 1 of 2"),
+        ({"prompt": None, "prompt_embeds": torch.full((2, 12, 16), float("inf"))}, "sample 1 of 2"),
         ({"output_type": 3}, "output_type must be one of pil"),
         ({"prompt": []}, "prompt must be a text or a list of texts"),
         ({"prompt": [1]}, "prompt must be a text or a list of texts"),
