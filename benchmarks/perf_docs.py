@@ -75,6 +75,8 @@ def page(devices: list[RunResults]) -> str:
     lines += floors.anchors() + floors.floors() + floors.padding()
     for results in devices or NOBODY:
         lines += _device(results)
+    # ratios of several processors, which no single run gives
+    lines += [(ROOT / "benchmarks" / "results" / "cpu.md").read_text(encoding="utf-8")]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -107,8 +107,9 @@ def flow_map_inputs_backward_kernel(
             dx += dplus + dminus
             dv += plus * dplus - minus * dminus
     offsets = (sample * frames + frame) * size + first + columns
-    dlatents = cast((1 - t) * dx - dv, dlatents_ptr.dtype.element_ty)
-    tl.store(dlatents_ptr + offsets, dlatents, mask=mask)
+    tl.store(
+        dlatents_ptr + offsets, cast((1 - t) * dx - dv, dlatents_ptr.dtype.element_ty), mask=mask
+    )
     tl.store(dnoise_ptr + offsets, cast(t * dx + dv, dnoise_ptr.dtype.element_ty), mask=mask)
 
 

@@ -80,8 +80,8 @@ def flow_map_loss_forward_kernel(
                 residual += (plus - minus) * tl.where(valid, interval / divisor, float("nan"))
     residual = tl.where(mask, residual, 0.0)
     weight = load_time(weight_ptr, sample, frame, weight_sample_stride, weight_frame_stride)
-    total = tl.sum(residual * residual, 0) * weight.to(tl.float32)
-    tl.store(partial_ptr + tl.program_id(0), total)
+    weight = weight.to(tl.float32)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(residual * residual, 0) * weight)
     if NEED_GRAD:
         residual_ptr += (sample * frames + frame) * size + first
         tl.store(residual_ptr + columns, cast(residual, residual_ptr.dtype.element_ty), mask=mask)
@@ -101,8 +101,11 @@ def flow_map_loss_backward_kernel(
     weight = load_time(weight_ptr, sample, frame, weight_sample_stride, weight_frame_stride)
     weight = weight.to(tl.float32)
     residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    scale = grad * weight * factor
-    tl.store(out_ptr + offsets, cast(residual * scale, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + offsets,
+        cast(residual * (grad * weight * factor), out_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 def forward(

@@ -1,6 +1,4 @@
-"""What the sampler's loop must not do: wait for the device, or touch weights that are elsewhere;
-and CUDA graphs.
-"""
+"""Check that the sampler's loop neither waits for the device nor reads weights elsewhere."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -42,7 +40,7 @@ def model() -> AnyFlowTransformer3DModel:
 
 @pytest.fixture
 def inputs(generator: torch.Generator) -> dict[str, Tensor]:
-    """Of a guided call with a context."""
+    """Return the arguments of a guided call with first frames."""
     return {
         "noise": torch.randn(2, 3, 4, 4, 6, generator=generator),
         "prompt_embeds": torch.randn(2, 5, 8, generator=generator),
@@ -64,8 +62,10 @@ def assert_same(graph: Any, model: Any, inputs: dict[str, Tensor], steps: int) -
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait where tensors are on a GPU: reading values, shapes that
-    depend on values, copies from Python's numbers and between devices.
+    """Count what makes the host wait where tensors are on a GPU.
+
+    These are reads of values, shapes that depend on values, and copies from Python's numbers and
+    between devices.
     """
 
     READS = (
@@ -123,9 +123,7 @@ def test_waits_are_seen(call: Callable[[Tensor], Any], reads: int) -> None:
 
 @pytest.mark.parametrize("sampler", ["plain", "guided", "consistency", "offloaded"])
 def test_no_step_waits_for_the_device(sampler: str, model, inputs) -> None:
-    """What is done before the first step and after the last is the same for two steps and for
-    six.
-    """
+    """The waits before the first and after the last step are the same for two steps and six."""
     plain = {name: inputs[name] for name in ("noise", "prompt_embeds")}
     if sampler == "offloaded":
         accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
@@ -145,9 +143,7 @@ def test_no_step_waits_for_the_device(sampler: str, model, inputs) -> None:
 @needs_cuda
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_no_step_waits_for_a_gpu(graph: bool, model, inputs) -> None:
-    """CUDA itself raises for it, from the second step to the last: kernels are built in the
-    first.
-    """
+    """CUDA itself raises for a wait, from the second step on: the first builds the kernels."""
     on_gpu = {name: tensor.cuda() for name, tensor in inputs.items()}
     network = CudaGraphTransformer(model.cuda()) if graph else model.cuda()
 
@@ -165,9 +161,7 @@ def test_no_step_waits_for_a_gpu(graph: bool, model, inputs) -> None:
 def test_weights_that_come_for_a_call_only_are_used_in_calls_only(
     kind: str, model, inputs, tmp_path: Path
 ) -> None:
-    """Between calls they are on a disk, or nowhere: a step that reads them outside of a call is
-    wrong or an error.
-    """
+    """Between calls the weights are on a disk, or nowhere: a step that reads them fails."""
     expected = guided(model, inputs, 3)
     cpu = torch.device("cpu")
     if kind == "sequential":
@@ -200,9 +194,7 @@ def test_a_graph_needs_weights_that_stay(model) -> None:
 
 @needs_cuda
 def test_a_graph_gives_the_transformers_latents(model, inputs) -> None:
-    """For other inputs, other steps, another shape and back, other weights, in inference mode and
-    outside of it.
-    """
+    """Inputs, steps, shapes, weights and inference mode may change between the calls."""
     model.cuda()
     graph = CudaGraphTransformer(model)
     on_gpu = {name: tensor.cuda() for name, tensor in inputs.items()}
@@ -245,7 +237,7 @@ def test_what_inference_mode_has_run_can_be_trained(graph: bool, model, inputs, 
 
 
 def test_blocks_are_compiled_once_for_all_of_them_and_every_step(model, inputs) -> None:
-    """In one graph each, without inductor here: tests/pipelines/test_pipeline.py has it."""
+    """Each block is one graph; tests/pipelines/test_pipeline.py runs inductor."""
     torch._dynamo.reset()
     counter = CompileCounter()
     expected = guided(model, inputs, 4)

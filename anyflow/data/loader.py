@@ -21,7 +21,7 @@ from anyflow.data.sample import Batch, Sample, VideoDataset
 from anyflow.utils.versions import TEXT_PACKAGES, differences, installed_versions
 
 if TYPE_CHECKING:
-    from anyflow.training.config import DataConfig
+    from anyflow.data.config import DataConfig
 
 __all__ = ["Batch", "Sample", "TrainingData", "VideoDataset", "open_dataset"]
 

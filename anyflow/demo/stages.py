@@ -16,7 +16,7 @@ from anyflow.training.config import (
     CheckpointConfig,
     DataConfig,
     EMAConfig,
-    FlowMapConfig,
+    FlowMap,
     NetworkConfig,
     OnPolicyStageConfig,
     OptimizerConfig,
@@ -67,7 +67,7 @@ def stage_recipe(config: DemoConfig, name: str, student: Path, teacher: Path, ou
         student=NetworkConfig(str(student)),
         data=DataConfig("synthetic", batch_size=stage.batch_size, num_workers=0, seed=config.seed),
         steps=stage.steps,
-        flow_map=FlowMapConfig(config.gate_value),
+        flow_map=FlowMap(config.gate_value),
         scheduler=SchedulerConfig(config.num_train_timesteps, config.shift),
         pretrain=PretrainConfig(
             epsilon=config.epsilon, fuse_guidance_scale=1.0, velocity_target=config.velocity_target

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anyflow.doctor.environment import environment, load_operators
+from anyflow.doctor.environment import NativeExtension, environment, load_operators
 from anyflow.doctor.requirements import (
-    Package,
-    VideoCodec,
     hub,
     install_commands,
+    package_problems,
     packages,
     video_encoder,
 )
@@ -27,7 +26,8 @@ from anyflow.utils.devices import resolve_device
 from anyflow.utils.packages import OPTIONAL
 
 if TYPE_CHECKING:
-    from anyflow.doctor.self_check import Check
+    from anyflow.doctor.page import Page
+    from anyflow.doctor.self_check import Check, Skipped
     from anyflow.ops import BackendChoice
 
 
@@ -62,19 +62,10 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
     attention, attention_problem = _attention(target)
     page.attention(target, attention, attention_problem)
 
-    from anyflow.doctor.self_check import Check, self_check
-    from anyflow.ops import backend_report
-
-    operators = backend_report(target)
-    page.operators(target, operators, extension)
-    page.begin_self_check(target)
-    results = list(self_check(target))
-    checks = [result for result in results if isinstance(result, Check)]
-    skipped = [result for result in results if not isinstance(result, Check)]
-    page.self_check(checks, skipped)
+    operators, checks, skipped = _check_operators(target, page, extension)
 
     problems = [
-        *_package_problems(installed, encoder),
+        *package_problems(installed, encoder),
         *(text for text in (extension.problem, attention_problem) if text is not None),
         *_operator_problems(operators, checks),
     ]
@@ -100,21 +91,21 @@ def run(device: str | None = None, *, as_json: bool = False) -> bool:
     return not problems
 
 
-def _package_problems(installed: Iterable[Package], encoder: VideoCodec) -> list[str]:
-    """List what is wrong with the packages, and with the encoder if no package explains it.
+def _check_operators(
+    device: torch.device, page: Page, extension: NativeExtension
+) -> tuple[dict[str, BackendChoice], list[Check], list[Skipped]]:
+    """Print which backend each operator takes, and check the numbers of all backends."""
+    from anyflow.doctor.self_check import Check, self_check
+    from anyflow.ops import backend_report
 
-    A package that is absent is a problem of the commands that sample, not of the optional ones; a
-    package that is broken is a problem of all.
-    """
-    broken = [package for package in installed if package.problem is not None]
-    problems = [
-        str(package.problem)
-        for package in broken
-        if package.group not in OPTIONAL or package.version is not None
-    ]
-    if encoder.problem is not None and "av" not in [package.name for package in broken]:
-        problems.append(encoder.problem)
-    return problems
+    operators = backend_report(device)
+    page.operators(device, operators, extension)
+    page.begin_self_check(device)
+    results = list(self_check(device))
+    checks = [result for result in results if isinstance(result, Check)]
+    skipped = [result for result in results if not isinstance(result, Check)]
+    page.self_check(checks, skipped)
+    return operators, checks, skipped
 
 
 def _operator_problems(

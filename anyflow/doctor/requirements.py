@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from anyflow.utils.documents import shortened
-from anyflow.utils.packages import GROUPS, is_missing, module_name
+from anyflow.utils.packages import GROUPS, OPTIONAL, is_missing, module_name
 from anyflow.utils.versions import installed_versions, is_below, required_floors
 
 # Importing these packages loads next to nothing of them, so sampling's parts are imported too.
@@ -88,6 +88,23 @@ def install_commands(found: tuple[Package, ...]) -> dict[str, str]:
         if package.version is None and package.problem is not None:
             absent.setdefault(package.group, []).append(package.name)
     return {group: f"pip install {' '.join(names)}" for group, names in absent.items()}
+
+
+def package_problems(installed: Iterable[Package], encoder: VideoCodec) -> list[str]:
+    """List what is wrong with the packages, and with the encoder if no package explains it.
+
+    A package that is absent is a problem of the commands that sample, not of the optional ones; a
+    package that is broken is a problem of all.
+    """
+    broken = [package for package in installed if package.problem is not None]
+    problems = [
+        str(package.problem)
+        for package in broken
+        if package.group not in OPTIONAL or package.version is not None
+    ]
+    if encoder.problem is not None and "av" not in [package.name for package in broken]:
+        problems.append(encoder.problem)
+    return problems
 
 
 def video_encoder() -> VideoCodec:

@@ -36,7 +36,8 @@ def tile_videos(
 
     The result is ``[F, rows*H' + ..., cols*W' + ...]`` uint8. Each pixel becomes
     ``upscale x upscale``; ``padding`` pixels of gray level ``background`` lie between the tiles and
-    fill the cells left over. Raises ``ValueError`` for another dtype or shape, or more videos than cells.
+    fill the cells left over. Raises ``ValueError`` for another dtype or shape, or more videos than
+    cells.
     """
     if videos.ndim != 4 or videos.dtype != torch.uint8:
         raise ValueError(

@@ -13,9 +13,14 @@ INK, FAINT, BAND = "#1d2430", "#8b93a1", "#7f8896"
 
 
 def check_curves(
-    curves: Mapping[str, Mapping[int, float]], real: Mapping[str, float | None], least: float
+    curves: Mapping[str, Mapping[int, float]],
+    ranges: Mapping[str, Mapping[int, tuple[float, float]]] | None,
+    real: Mapping[str, float | None],
+    *,
+    signed: bool,
 ) -> None:
-    """Raise a ValueError unless curves and scores of real data can be drawn."""
+    """Raise a ValueError unless curves, their ranges and scores of real data can be drawn."""
+    least = -math.inf if signed else 0.0
     if not curves:
         raise ValueError("curves must hold at least one method")
     for method, curve in curves.items():
@@ -32,9 +37,11 @@ def check_curves(
     for name, score in real.items():
         if score is not None and (not math.isfinite(score) or score < least):
             raise ValueError(f"{name} must be finite and >= 0, got {score}")
+    if ranges is not None:
+        _check_ranges(curves, ranges, least)
 
 
-def check_ranges(
+def _check_ranges(
     curves: Mapping[str, Mapping[int, float]],
     ranges: Mapping[str, Mapping[int, tuple[float, float]]],
     least: float,

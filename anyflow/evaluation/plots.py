@@ -6,9 +6,8 @@ matplotlib is imported on first use.
 from __future__ import annotations
 
 import io
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ from anyflow.evaluation.plot_parts import (
     FAINT,
     INK,
     check_curves,
-    check_ranges,
     draw_floor,
     draw_lines,
     draw_reference,
@@ -111,14 +109,9 @@ def any_step_figure(
             floor or reference is not finite, or negative where they are not ``signed``, or
             ``ranges`` do not have the points of ``curves`` and hold their values.
     """
-    least = -math.inf if signed else 0.0
-    check_curves(curves, {"floor": floor, "reference": reference}, least)
-    if ranges is not None:
-        check_ranges(curves, ranges, least)
+    check_curves(curves, ranges, {"floor": floor, "reference": reference}, signed=signed)
     log = log and not signed
-    if styles is None:
-        spare = [method for method in curves if method not in METHOD_STYLES]
-        styles = {m: method_style(m, spare.index(m) if m in spare else 0) for m in curves}
+    styles = _styles(curves) if styles is None else styles
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -141,6 +134,13 @@ def any_step_figure(
         if label_lines:
             label_ends(axes, ends, size[1] * room.height)
     return figure
+
+
+def _styles(methods: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+    """Return the style of each method, spare ones in the order of the methods."""
+    methods = list(methods)
+    spare = [method for method in methods if method not in METHOD_STYLES]
+    return {m: method_style(m, spare.index(m) if m in spare else 0) for m in methods}
 
 
 @dataclass(frozen=True)

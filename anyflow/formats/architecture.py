@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anyflow.formats.errors import CheckpointFormatError, listed
+from anyflow.models.configuration import FlowMap
 from anyflow.utils.validation import brief, is_finite_number
 
 if TYPE_CHECKING:
@@ -22,18 +23,6 @@ WAN_HEAD_DIM = 128
 FLOW_MAP_KEYS = "condition_embedder.delta_embedder."
 
 _Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class FlowMap:
-    """Hold how the second timestep enters, which no tensor tells.
-
-    The defaults are those of every published model.
-    """
-
-    gate_value: float = 0.25
-    deltatime_type: str = "r"
-    fusion: str = "gated"
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,8 @@ def load_transformer(
 ) -> AnyFlowTransformer3DModel:
     """Load the transformer of a checkpoint, all of it or not at all.
 
-    Under inference mode, too, the model can be trained.
-
-    Memory holds the model, one tensor (three in fp64 where an adapter is merged) and some tens of
-    MB of the mapped file.
+    The model can be trained, also if it is loaded in inference mode. Memory holds the model, one
+    tensor (three in fp64 where an adapter is merged) and some tens of MB of the mapped file.
 
     Args:
         path: a pipeline's folder, a transformer's folder, or a file (``.safetensors``, its index,
@@ -78,11 +76,7 @@ def load_transformer(
     checkpoint = open_checkpoint(
         path, options, merge_on=str(device) if device.type == "cuda" else "cpu"
     )
-    if lora_alpha is not None and not checkpoint.reader.adapters:
-        raise CheckpointFormatError(
-            f"lora_alpha={lora_alpha} was given, but {path} has no adapters"
-        )
-    model = _empty_model(checkpoint, dtype, bidirectional)
+    model = _empty_model(checkpoint, options, dtype, bidirectional)
     if dtype is None:
         dtype = FLOATS[stored_dtypes(checkpoint, names_in_fp32(model))[0]]
     _report(checkpoint, _fill(model, checkpoint, dtype, device), strict_values)
@@ -93,8 +87,13 @@ def load_transformer(
 
 
 def _empty_model(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, bidirectional: bool
+    checkpoint: Checkpoint, options: ReadOptions, dtype: torch.dtype | None, bidirectional: bool
 ) -> AnyFlowTransformer3DModel:
+    """Build the model of a checkpoint that can be loaded, without memory for its parameters."""
+    if options.lora_alpha is not None and not checkpoint.reader.adapters:
+        raise CheckpointFormatError(
+            f"lora_alpha={options.lora_alpha} was given, but {checkpoint.path} has no adapters"
+        )
     model = checkpoint.architecture.build_empty()
     if lines := problems_of(checkpoint, model, dtype=dtype, bidirectional=bidirectional):
         raise CheckpointFormatError(

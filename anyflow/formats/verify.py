@@ -129,12 +129,6 @@ def verify(
     """
     if against not in AGAINST:
         raise ValueError(f"against must be one of {', '.join(AGAINST)}, got {against!r}")
-    if min(height, width) < 16 or height % 16 or width % 16:
-        raise ValueError(
-            f"height and width must be positive multiples of 16, got {height} and {width}"
-        )
-    if num_frames < 1 or num_frames % 4 != 1:
-        raise ValueError(f"num_frames must be 4k + 1, got {num_frames}")
     whole_number("num_inference_steps", num_inference_steps, high=MAX_STEPS)
     whole_number("seed", seed, 0, 2**63 - 1)
     limits = _limits(dtype, {} if limits is None else limits)
@@ -179,9 +173,15 @@ def _open(
     """Return the folder of the transformer, and whether the transformer is a plain Wan model.
 
     Raises:
-        ValueError: no transformer that can be loaded is there, or the size has more tokens along
-            an axis than the transformer has positions.
+        ValueError: no transformer that can be loaded is there, or a size is not possible or has
+            more tokens along an axis than the transformer has positions.
     """
+    if min(height, width) < 16 or height % 16 or width % 16:
+        raise ValueError(
+            f"height and width must be positive multiples of 16, got {height} and {width}"
+        )
+    if num_frames < 1 or num_frames % 4 != 1:
+        raise ValueError(f"num_frames must be 4k + 1, got {num_frames}")
     folder = local_checkpoint(path)
     if os.path.isfile(folder / "transformer" / "config.json"):
         folder = folder / "transformer"

@@ -1,4 +1,4 @@
-"""Distill by distribution matching with a student that re-noises between steps (DMD2).
+"""Compute the losses of DMD2, distribution matching with a student that re-noises.
 
 Equation numbers are those of docs/algorithm.md.
 """
@@ -18,6 +18,7 @@ from anyflow.models.network import has_flow_map, velocity
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.rng import rand, randn_like, resolve_generator
 from anyflow.utils.validation import (
+    SettingError,
     batched_embeds,
     require_finite,
     require_latents,
@@ -43,7 +44,7 @@ class DMD2Config:
         dmd_score_r: the second timestep of both scores: ``"t"`` or ``"zero"``.
 
     Raises:
-        ValueError: a value is out of range.
+        SettingError: a value is out of range.
     """
 
     real_guidance_scale: float = 3.0
@@ -54,32 +55,31 @@ class DMD2Config:
     dmd_score_r: str = "t"
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        require_number(f"{name}.real_guidance_scale", self.real_guidance_scale, least=0)
-        require_number(f"{name}.min_timestep", self.min_timestep)
-        require_number(f"{name}.max_timestep", self.max_timestep)
-        for timestep in self.timesteps or ():
-            require_number(f"{name}.timesteps", timestep)
+        require_number("real_guidance_scale", self.real_guidance_scale, least=0)
+        require_number("min_timestep", self.min_timestep)
+        require_number("max_timestep", self.max_timestep)
+        for timestep in () if self.timesteps is None else self.timesteps:
+            require_number("timesteps", timestep)
         if not 0 <= self.min_timestep < self.max_timestep:
-            raise ValueError(
-                f"{name}: need 0 <= min_timestep < max_timestep, got {self.min_timestep} and "
-                f"{self.max_timestep}"
+            raise SettingError(
+                "",
+                f"need 0 <= min_timestep < max_timestep, got {self.min_timestep} and "
+                f"{self.max_timestep}",
             )
         if not self.num_steps or min(self.num_steps) < 1:
-            raise ValueError(
-                f"{name}.num_steps must hold positive step counts, got {self.num_steps}"
-            )
+            raise SettingError("num_steps", f"must hold positive counts, got {self.num_steps}")
         for count in self.num_steps:
-            require_whole(f"{name}.num_steps", count, most=10**6)
+            require_whole("num_steps", count, most=10**6)
         if self.dmd_score_r not in ("t", "zero"):
-            raise ValueError(f"{name}.dmd_score_r must be 't' or 'zero', got {self.dmd_score_r!r}")
+            raise SettingError("dmd_score_r", f"must be 't' or 'zero', got {self.dmd_score_r!r}")
 
     def check_timesteps(self, num_train_timesteps: int) -> None:
-        """Raise a ValueError unless ``max_timestep`` is in a scheduler's range of timesteps."""
+        """Raise a SettingError unless ``max_timestep`` is in a scheduler's range of timesteps."""
         if self.max_timestep > num_train_timesteps:
-            raise ValueError(
-                f"max_timestep={self.max_timestep} exceeds "
-                f"num_train_timesteps={num_train_timesteps}"
+            raise SettingError(
+                "max_timestep",
+                f"must be at most num_train_timesteps={num_train_timesteps}, "
+                f"got {self.max_timestep}",
             )
 
 

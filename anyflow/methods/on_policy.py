@@ -6,7 +6,7 @@ Equation numbers are those of docs/algorithm.md.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -22,12 +22,12 @@ from anyflow.methods.pretrain_config import PretrainConfig
 from anyflow.methods.time_pairs import TimePairs
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.rng import resolve_generator
-from anyflow.utils.validation import require_positive
+from anyflow.utils.validation import SettingError, require_positive
 
 
 @dataclass(frozen=True)
 class OnPolicyConfig(DMD2Config):
-    """Settings of on-policy distillation: those of :class:`DMD2Config`, and
+    """Hold the settings of on-policy distillation, beside those of :class:`DMD2Config`.
 
     Args:
         rollout: ``"shortcut"`` simulates any schedule in at most three evaluations; ``"euler"``
@@ -35,19 +35,17 @@ class OnPolicyConfig(DMD2Config):
         grad_through: ``"all"`` evaluations of a shortcut rollout, or only the middle ``"step"``.
         cotrain_pretrain: add the pretrain loss on the data batch in
             :meth:`AnyFlowOnPolicyMethod.student_loss`.
-        cotrain_weight: factor of that loss beside distribution matching. On a teacher's velocities
-            it is far smaller than on those of pairs, and needs more than the published 1.
-        pretrain: settings of that loss; its ``velocity_target="teacher"`` is the real score.
+        cotrain_weight: factor of that loss beside distribution matching. The loss on a teacher's
+            velocities is far smaller than that on pairs, and needs more than the published 1.
 
     Raises:
-        ValueError: a value is out of range.
+        SettingError: a value is out of range.
     """
 
     rollout: str = "shortcut"
     grad_through: str = "all"
     cotrain_pretrain: bool = False
     cotrain_weight: float = 1.0
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,14 +54,22 @@ class OnPolicyConfig(DMD2Config):
             ("grad_through", ("all", "step")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"OnPolicyConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}"
-                )
-        require_positive("OnPolicyConfig.cotrain_weight", self.cotrain_weight)
+                raise SettingError(name, f"must be one of {allowed}, got {getattr(self, name)!r}")
+        require_positive("cotrain_weight", self.cotrain_weight)
 
 
 class AnyFlowOnPolicyMethod(DMD2Method):
-    """Compute the losses of on-policy flow-map distillation."""
+    """Compute the losses of on-policy flow-map distillation.
+
+    Args:
+        student, teacher, critic, scheduler, process_group: as for :class:`DMD2Method`.
+        config: settings.
+        pretrain: settings of the loss that co-training adds, whose ``velocity_target="teacher"`` is
+            the real score; with ``cotrain_pretrain`` only, None means the defaults.
+
+    Raises:
+        ValueError: as :class:`DMD2Method`, or ``pretrain`` is given without co-training.
+    """
 
     config: OnPolicyConfig
 
@@ -75,20 +81,22 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         scheduler: FlowMapEulerDiscreteScheduler,
         config: OnPolicyConfig,
         *,
+        pretrain: PretrainConfig | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(student, teacher, critic, scheduler, config, process_group=process_group)
-        self.pretrain = (
-            AnyFlowPretrainMethod(
+        self.pretrain: AnyFlowPretrainMethod | None = None
+        if config.cotrain_pretrain:
+            settings = PretrainConfig() if pretrain is None else pretrain
+            self.pretrain = AnyFlowPretrainMethod(
                 student,
                 scheduler,
-                config.pretrain,
-                teacher=teacher if config.pretrain.velocity_target == "teacher" else None,
-                process_group=self.process_group,
+                settings,
+                teacher=teacher if settings.velocity_target == "teacher" else None,
+                process_group=process_group,
             )
-            if config.cotrain_pretrain
-            else None
-        )
+        elif pretrain is not None:
+            raise ValueError("pretrain is given, but cotrain_pretrain is False")
 
     def rollout(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anyflow.methods.time_pairs import check_ratios
-from anyflow.utils.validation import require_number, require_positive
+from anyflow.utils.validation import SettingError, require_number, require_positive
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PretrainConfig:
             more evaluation and removes the scatter of pairs from the target.
 
     Raises:
-        ValueError: a value is out of range.
+        SettingError: a value is out of range.
     """
 
     diffusion_ratio: float = 0.5
@@ -48,7 +48,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_ratios(self.diffusion_ratio, self.consistency_ratio)
         for name in ("epsilon", "fuse_guidance_scale"):
-            require_positive(f"PretrainConfig.{name}", getattr(self, name))
+            require_positive(name, getattr(self, name))
         choices = {
             "boundary": ("one_sided", "extrapolate"),
             "derivative": ("central", "jvp"),
@@ -56,22 +56,19 @@ class PretrainConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"PretrainConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}"
-                )
+                raise SettingError(name, f"must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("prompt_dropout", "i2v_prob"):
-            require_number(f"PretrainConfig.{name}", getattr(self, name))
+            require_number(name, getattr(self, name))
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"PretrainConfig.{name} must be in [0, 1], got {getattr(self, name)}"
-                )
+                raise SettingError(name, f"must be in [0, 1], got {getattr(self, name)}")
 
     def check_timesteps(self, num_train_timesteps: int) -> None:
-        """Raise a ValueError unless ``epsilon`` fits a scheduler's range of timesteps."""
+        """Raise a SettingError unless ``epsilon`` fits a scheduler's range of timesteps."""
         if self.epsilon >= num_train_timesteps / 2:
-            raise ValueError(
-                f"PretrainConfig.epsilon={self.epsilon} timesteps must be below half of "
-                f"num_train_timesteps={num_train_timesteps}"
+            raise SettingError(
+                "epsilon",
+                f"must be below half of num_train_timesteps={num_train_timesteps}, "
+                f"got {self.epsilon}",
             )
 
     @property

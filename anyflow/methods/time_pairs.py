@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anyflow.utils.rng import rand, resolve_generator
 from anyflow.utils.transfer import device_tensor, to_device
+from anyflow.utils.validation import SettingError
 
 
 @dataclass(frozen=True)
@@ -150,15 +151,16 @@ def sample_time_pairs(
 
 
 def check_ratios(diffusion_ratio: float, consistency_ratio: float) -> None:
-    """Raise a ValueError unless both ratios are in [0, 1] and sum to at most 1."""
+    """Raise a SettingError unless both ratios are in [0, 1] and sum to at most 1."""
     for name, ratio in (
         ("diffusion_ratio", diffusion_ratio),
         ("consistency_ratio", consistency_ratio),
     ):
         if not 0 <= ratio <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {ratio}")
+            raise SettingError(name, f"must be in [0, 1], got {ratio}")
     if diffusion_ratio + consistency_ratio > 1 + 1e-9:
-        raise ValueError(
-            f"diffusion_ratio + consistency_ratio must not exceed 1, got {diffusion_ratio} + "
-            f"{consistency_ratio}"
+        raise SettingError(
+            "diffusion_ratio",
+            "must not exceed 1 together with consistency_ratio, got "
+            f"{diffusion_ratio} + {consistency_ratio}",
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from anyflow.utils.validation import brief, is_finite_number, whole_number
+from anyflow.utils.validation import SettingError, brief, is_finite_number, whole_number
 
 # Smallest and largest value of each size. A width of 2^16 is 13 times that of the published 14B
 # model.
@@ -24,6 +25,31 @@ OPTIONAL = ("out_channels", "image_dim")  # None has a meaning
 MAX_WIDTH, MAX_PATCH = 2**16, 64
 
 
+@dataclass(frozen=True)
+class FlowMap:
+    """Hold how the second time enters, which no tensor tells; the defaults are the published ones.
+
+    Args:
+        gate_value: g, the share of the second time's embedding.
+        deltatime_type: what the second branch embeds, ``"r"`` or ``"t-r"``.
+        fusion: ``"gated"``: ``(1 - g) t + g r``; ``"additive"``: ``t + g r``.
+
+    Raises:
+        SettingError: the gate is not finite in fp32.
+    """
+
+    gate_value: float = 0.25
+    deltatime_type: Literal["r", "t-r"] = "r"
+    fusion: Literal["gated", "additive"] = "gated"
+
+    def __post_init__(self) -> None:
+        if not is_finite_number(self.gate_value):
+            raise SettingError(
+                "gate_value",
+                f"must be a number that is finite in fp32, got {brief(self.gate_value)}",
+            )
+
+
 def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
     """Raise a ValueError unless every size of a transformer is a whole number within its limits.
 
@@ -32,7 +58,9 @@ def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
         sizes: by the names in ``LIMITS``; ``out_channels`` and ``image_dim`` may be None.
     """
     if not isinstance(patch_size, (tuple, list)) or len(patch_size) != 3:
-        raise ValueError(f"patch_size must be three positive integers, got {brief(patch_size)}")
+        raise SettingError(
+            "patch_size", f"must be three positive integers, got {brief(patch_size)}"
+        )
     for axis, size in zip(("frames", "height", "width"), patch_size, strict=True):
         whole_number(f"patch_size ({axis})", size, 1, MAX_PATCH)
     for name, size in sizes.items():
@@ -40,8 +68,8 @@ def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
             whole_number(name, size, *LIMITS[name])
     heads, head_dim = sizes["num_attention_heads"], sizes["attention_head_dim"]
     if head_dim % 2:
-        raise ValueError(
-            f"attention_head_dim must be even for the rotary embedding, got {head_dim}"
+        raise SettingError(
+            "attention_head_dim", f"must be even for the rotary embedding, got {head_dim}"
         )
     if heads * head_dim > MAX_WIDTH:
         raise ValueError(
@@ -53,7 +81,7 @@ def require_sizes(*, patch_size: Any, **sizes: Any) -> None:
 def require_settings(*, eps: Any, **flags: Any) -> None:
     """Raise a ValueError unless ``eps`` is in (0, 1] and every flag is True or False."""
     if not is_finite_number(eps) or not 0 < eps <= 1:
-        raise ValueError(f"eps must be a number in (0, 1], got {brief(eps)}")
+        raise SettingError("eps", f"must be a number in (0, 1], got {brief(eps)}")
     for name, flag in flags.items():
         if not isinstance(flag, bool):
-            raise ValueError(f"{name} must be True or False, got {brief(flag)}")
+            raise SettingError(name, f"must be True or False, got {brief(flag)}")

@@ -110,9 +110,7 @@ class Setting:
 
 
 def _stash_steals() -> bool:
-    """Tell whether torch takes over a reference to what it stashes without having counted it (2.11
-    does, 2.13 not).
-    """
+    """Return whether torch takes an uncounted reference to what it stashes (2.11, not 2.13)."""
     probe = [object()]
     before = sys.getrefcount(probe)
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))  # enough for either

@@ -121,7 +121,7 @@ def require_finite_samples(name: str, tensor: Tensor) -> None:
     bad = (~torch.isfinite(tensor)).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"{name} holds NaN or infinity in number {bad[0] + 1} of {len(tensor)}; encoders "
+            f"{name} holds NaN or infinity in sample {bad[0] + 1} of {len(tensor)}; encoders "
             "overflow in float16: use bf16"
         )
 

@@ -163,8 +163,9 @@ def _checked(
     texts = [VideoPrompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     for text in texts:
         text.check(f"{shortened(text.text)!r}: ")
-    if not texts or not step_counts or not seeds:
-        raise ValueError("a run needs prompts, numbers of steps and seeds, and has none of one")
+    for name, given in (("prompts", texts), ("step counts", step_counts), ("seeds", seeds)):
+        if not given:
+            raise ValueError(f"no {name} are given")
     return texts
 
 

@@ -117,7 +117,7 @@ class VideoRequest:
         step = layout.temporal_factor
         for name, frames in (
             ("num_frames", self.num_frames),
-            ("the number of context frames", self.context_frames),
+            ("the number of first frames", self.context_frames),
         ):
             if frames and frames % step != 1 % step:
                 raise ValueError(
@@ -125,7 +125,7 @@ class VideoRequest:
                 )
         if self.context_frames >= self.num_frames:
             raise ValueError(
-                f"the context has {self.context_frames} frames, and must be shorter than "
+                f"{self.context_frames} first frames are given, and must be fewer than "
                 f"num_frames={self.num_frames}"
             )
         latent = (layout.latent_frames(self.num_frames), self.height // layout.spatial_factor,

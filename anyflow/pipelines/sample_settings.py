@@ -52,7 +52,7 @@ class SampleSettings:
     num_frames: int = 81
     guidance_scale: float = 1.0
     negative_prompt: str | None = None
-    fps: float = 16
+    fps: float = 16.0
     dtype: str = "bfloat16"
     euler: bool = False
     image: str | None = None

@@ -1,4 +1,4 @@
-"""Recipes that come with anyflow, each a YAML file beside this one, found by name from any folder.
+"""Find the recipes that come with anyflow by name: YAML files beside this one.
 
 Listing and copying them needs none of the packages that training needs.
 """
@@ -49,9 +49,7 @@ def locate(recipe: Path | str, folder: Path | None = None) -> Path:
 
 
 def hint(recipe: Path | str) -> str:
-    """Say which recipes a path or a name that was not found may have meant; empty where nothing
-    comes near.
-    """
+    """Say which recipes a path or name that was not found may have meant; empty if none is near."""
     text = Path(recipe).name.removesuffix(_SUFFIX)[:100]
     near = [
         name for name in names() if text and name.startswith(text)
@@ -83,8 +81,7 @@ def require(name: str) -> Path:
 
 
 def copy(name: str, dest: Path) -> Path:
-    """Copy a recipe that comes with anyflow, to be changed; its ``base:`` is found by name from
-    there.
+    """Copy a recipe that comes with anyflow, to be changed; its ``base:`` is found by name.
 
     Args:
         name: with or without ``.yaml``.
@@ -114,8 +111,6 @@ def copy(name: str, dest: Path) -> Path:
 
 
 def _name(recipe: Path | str) -> str | None:
-    """Return what a path names if it has no folder in it, without the suffix; None for every other
-    path.
-    """
+    """Return what a path names, without the suffix, if it has no folder in it; else None."""
     text = str(recipe)
     return None if os.sep in text else text.removesuffix(_SUFFIX)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from anyflow.schedulers.shift import WEIGHT_TYPES
-from anyflow.utils.validation import brief, is_finite_number, whole_number
+from anyflow.utils.validation import SettingError, brief, is_finite_number, whole_number
 
 MAX_TRAIN_TIMESTEPS = 10**6
 MIN_SHIFT, MAX_SHIFT = 1e-6, 1e6  # beyond, neighbors on the schedule are one number
@@ -24,7 +24,7 @@ class SchedulerConfig:
         weight_type: training weight, ``"beta08"``, ``"gaussian"`` or ``"uniform"``.
 
     Raises:
-        ValueError: a setting is out of range.
+        SettingError: a setting is out of range.
     """
 
     num_train_timesteps: int = 1000
@@ -36,14 +36,15 @@ class SchedulerConfig:
             "num_train_timesteps", self.num_train_timesteps, high=MAX_TRAIN_TIMESTEPS
         )
         if not is_finite_number(self.shift) or not MIN_SHIFT <= self.shift <= MAX_SHIFT:
-            raise ValueError(
-                f"shift must be a positive number, from {MIN_SHIFT:g} to {MAX_SHIFT:g}, got "
-                f"{brief(self.shift)}"
+            raise SettingError(
+                "shift",
+                f"must be a positive number, from {MIN_SHIFT:g} to {MAX_SHIFT:g}, got "
+                f"{brief(self.shift)}",
             )
         if self.weight_type not in WEIGHT_TYPES:
-            raise ValueError(
-                f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, got "
-                f"{brief(self.weight_type)}"
+            raise SettingError(
+                "weight_type",
+                f"must be one of {', '.join(WEIGHT_TYPES)}, got {brief(self.weight_type)}",
             )
         # numbers of NumPy and torch become Python's, which a file can hold
         object.__setattr__(self, "num_train_timesteps", number)

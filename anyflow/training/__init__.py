@@ -1,5 +1,6 @@
-"""The training engine: recipes, the loop, checkpoints, distribution over GPUs. Its names load on
-first use.
+"""Train by recipe: the loop, checkpoints to resume from, distribution over GPUs.
+
+The names below load on first use.
 """
 
 from __future__ import annotations

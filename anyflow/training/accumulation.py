@@ -1,5 +1,4 @@
-"""One update's samples in micro-steps: which come first, what is drawn for them, and their
-gradients.
+"""Split an update's samples into micro-steps, draw what they need, and take their gradients.
 
 An update is a function of its global batch: neither the split into micro-steps nor the ranks change
 more than rounding. Sample j of a rank, counted over its micro-steps, has place
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,16 +25,18 @@ from anyflow.methods import (
     TimePairs,
     sample_time_pairs,
 )
-from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.draws import SampleDraws, draw_generator
 from anyflow.utils.transfer import device_tensor, to_device
 from anyflow.utils.validation import require_finite
 
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The samples of one micro-step, on the device.
+    """Hold the samples of one micro-step, on the device.
 
     Args:
         latents: ``[B, F, C, H, W]``.
@@ -50,7 +51,7 @@ class MicroBatch:
     given: Mapping[str, Any]
 
     def noise(self, purpose: str) -> Tensor:
-        """Standard normal noise of the latents' shape, in fp32 at least."""
+        """Draw standard normal noise of the latents' shape, in fp32 at least."""
         return self.draws.normal(
             purpose, self.latents.shape[1:], torch.promote_types(self.latents.dtype, torch.float32)
         )
@@ -58,7 +59,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Losses:
-    """An update's scalars on this rank.
+    """Hold an update's scalars on this rank.
 
     Args:
         means: the loss and its metrics.
@@ -70,7 +71,7 @@ class Losses:
 
 
 class Accumulation:
-    """The loss evaluations of an update.
+    """Evaluate the losses of an update.
 
     Args:
         recipe: the run.
@@ -87,7 +88,7 @@ class Accumulation:
         return draw_generator(self._recipe.seed, purpose, step)
 
     def pretrain(self, config: PretrainConfig, step: int) -> dict[str, Any]:
-        """Arguments of the pretrain loss that all micro-steps of an update share."""
+        """Return the arguments of the pretrain loss that all micro-steps share."""
         coin = torch.rand((), generator=self.generator("image to video", step)).item()
         return {
             "image_to_video": coin < config.i2v_prob,
@@ -95,7 +96,7 @@ class Accumulation:
         }
 
     def pretrain_draws(self, micro: MicroBatch, config: PretrainConfig) -> dict[str, Any]:
-        """Arguments of the pretrain loss that are drawn for each sample."""
+        """Return the arguments of the pretrain loss that are drawn for each sample."""
         drawn: dict[str, Any] = {"noise": micro.noise("data noise")}
         if config.prompt_dropout > 0:
             drawn["dropped_prompts"] = micro.draws.uniform("prompt dropout") < config.prompt_dropout
@@ -108,8 +109,9 @@ class Accumulation:
         config: PretrainConfig,
         given: TimePairs | Sequence[TimePairs] | None,
     ) -> TimePairs:
-        """Times of all samples of this rank, in the order of the batches; kinds are shared out over
-        the global batch.
+        """Draw the times of all samples of this rank, in the order of the batches.
+
+        Kinds are shared out over the global batch.
 
         Args:
             batches: of each micro-step.
@@ -148,8 +150,7 @@ class Accumulation:
         pairs: TimePairs | None = None,
         given: Mapping[str, Any] | None = None,
     ) -> Losses:
-        """Compute the gradients of the mean loss of all samples, in as many micro-steps as there
-        are batches.
+        """Take the gradients of the mean loss of all samples, in one micro-step per batch.
 
         Args:
             batches: of each micro-step.
@@ -231,9 +232,7 @@ class Accumulation:
         return SampleDraws(self._recipe.seed, step, places, device)
 
     def _require_diffusion_first(self, batches: Sequence[Batch], pairs: TimePairs) -> None:
-        """ValueError on every rank if the ranks' own order cannot put all diffusion samples
-        first.
-        """
+        """Raise a ValueError on every rank if some rank cannot put diffusion samples first."""
         kinds = [pairs.is_diffusion[j].item() for j in pairs.diffusion_first()]
         steps = [micro for micro, batch in enumerate(batches) for _ in range(len(batch.latents))]
         last = max((micro for micro, kind in zip(steps, kinds, strict=True) if kind), default=-1)
@@ -254,9 +253,7 @@ class Accumulation:
 
 
 def _joined(value: Any, micro_steps: int) -> Any:
-    """Join a draw of all micro-steps into one tensor; what is not drawn for each sample stays as it
-    is.
-    """
+    """Join a draw of all micro-steps into one tensor; other arguments stay as they are."""
     if isinstance(value, Tensor):
         value = [value] * micro_steps
     return torch.cat(value) if isinstance(value, list) else value

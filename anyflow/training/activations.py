@@ -1,4 +1,4 @@
-"""The memory that a transformer block takes while it runs, counted on tensors without memory."""
+"""Count the memory that a transformer block takes while it runs, on tensors without memory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def block_bytes(
     gradient: bool = True,
     fake: bool = True,
 ) -> tuple[int, int]:
-    """Run one block, forward and backward, and return the bytes of its input and of all that it
-    makes at its peak.
+    """Run one block forward and backward; return the bytes of its input and of its peak.
 
     Its parameters are left out, and the gradients of those once they are there.
 
@@ -69,7 +68,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of storages that operators make, fake or real, while they are alive.
+    """Count the bytes of storages that operators make, fake or real, while they are alive.
 
     Attributes:
         peak: the most at once.

@@ -1,25 +1,46 @@
-"""Videos of the averaged student during training, at any number of steps; training is left bit for
-bit as it was.
-"""
+"""Sample videos of the averaged student during training, at any number of steps."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from anyflow.models.network import has_flow_map
 from anyflow.sampling import sample
-from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.ema import EMA
+from anyflow.training.limits import MAX_BATCH, MAX_TIMESTEPS
 from anyflow.training.steps import build_scheduler
+from anyflow.utils.validation import SettingError, require_text, require_whole
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
+    from anyflow.training.preview import PreviewConfig
+    from anyflow.training.sample_metrics import MetricsConfig
+
+
+def require_sampled(config: PreviewConfig | MetricsConfig) -> None:
+    """Check the settings that previews and metrics share.
+
+    Raises:
+        SettingError: one of them cannot work.
+    """
+    require_whole("every", config.every, least=0)
+    if not config.step_counts or min(config.step_counts) < 1:
+        raise SettingError("step_counts", f"must hold positive counts, got {config.step_counts}")
+    for count in config.step_counts:
+        require_whole("step_counts", count, most=MAX_TIMESTEPS)
+    require_whole("num_samples", config.num_samples, most=MAX_BATCH)
+    for prompt in config.prompts:
+        require_text("prompts", prompt)
 
 
 class AveragedSampler:
-    """Samples the network with its averages in place of its parameters; a context manager.
+    """Sample the network with its averages in place of its parameters, in a context.
 
     Collective: every rank samples equally often, at the same step counts.
 

@@ -1,4 +1,4 @@
-"""The memory, floating-point operations and disk of a recipe, counted without its weights or a GPU.
+"""Count the memory, floating-point operations and disk of a recipe, without weights or a GPU.
 
 Parameters are counted on the meta device, and what a block needs beside them is counted as it runs,
 forward and backward, on fake tensors of the real size.
@@ -11,19 +11,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from anyflow import recipes
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.models.blocks import AnyFlowTransformerBlock
-from anyflow.training.activations import block_bytes
-from anyflow.training.config import ArchitectureConfig, NetworkConfig, Recipe
+from anyflow.training.config import ArchitectureConfig, Recipe, WeightsConfig
 from anyflow.training.flops import (
     OnPolicyFlops,
     network_flops,
@@ -31,6 +28,7 @@ from anyflow.training.flops import (
     pretrain_flops,
     token_count,
 )
+from anyflow.training.memory import FP32, Memory, count_memory, trained_parameters
 from anyflow.training.networks import prepare_critic, prepare_student
 from anyflow.training.recipe import load_recipe
 from anyflow.training.steps import pretrain_config
@@ -40,7 +38,6 @@ LATENTS = (21, 16, 60, 104)  # F, C, H, W of 81 frames of 480 x 832
 TEXT_TOKENS = 512
 UTILIZATION = 0.4  # of the card's peak, by model FLOPs; a run's own log has the measured one
 CARD = "H100"
-_FP32 = 4
 _KNOWN = {
     "Wan2.1-T2V-1.3B-Diffusers": ArchitectureConfig(),
     "Wan2.1-T2V-14B-Diffusers": ArchitectureConfig(
@@ -50,38 +47,8 @@ _KNOWN = {
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on each GPU, beside what CUDA, NCCL and the allocator's fragments take.
-
-    Args:
-        weights: this process's share of every network, in fp32.
-        gradients: its share of the gradients of what trains.
-        optimizer: its share of AdamW's two moments.
-        average: its share of the student's average.
-        gathered: whole parameters of two blocks and of what is outside of the blocks, and a block's
-            whole gradients.
-        kept: the inputs of all blocks that backward starts again from, or without activation
-            checkpointing all that backward needs.
-        working: what one block makes and keeps while it runs.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    gathered: int
-    kept: int
-    working: int
-
-    @property
-    def total(self) -> int:
-        """Return the sum."""
-        return sum(dataclasses.astuple(self))
-
-
-@dataclass(frozen=True)
 class Budget:
-    """Holds what a recipe takes.
+    """Hold what a recipe takes.
 
     Args:
         parameters: of all networks.
@@ -144,7 +111,8 @@ def count(
     networks = _networks(recipe)
     tokens = token_count(networks["student"], latent_shape)
     trained = {
-        name: sum(p.numel() for p in _trained(network)) for name, network in networks.items()
+        name: sum(p.numel() for p in trained_parameters(network))
+        for name, network in networks.items()
     }
     samples = (
         recipe.data.batch_size * recipe.gradient_accumulation * (processes // parallel.sequence)
@@ -155,15 +123,16 @@ def count(
         global_batch=samples,
         updates=recipe.steps,
         update_flops=_update_flops(recipe, networks, tokens, text_tokens, samples),
-        memory=_memory(recipe, networks, processes // parallel.replicate, tokens, text_tokens),
-        checkpoint=_FP32 * (3 * sum(trained.values()) + trained["student"]),
-        row=_FP32 * (math.prod(latent_shape) + text_tokens * networks["student"].config.text_dim),
+        memory=count_memory(recipe, networks, processes // parallel.replicate, tokens, text_tokens),
+        checkpoint=FP32 * (3 * sum(trained.values()) + trained["student"]),
+        row=FP32 * (math.prod(latent_shape) + text_tokens * networks["student"].config.text_dim),
     )
 
 
-def architecture(network: NetworkConfig) -> ArchitectureConfig:
-    """Return the sizes of a recipe's network: its own, its folder's, or those of the recipe that
-    leaves the folder.
+def architecture(network: WeightsConfig) -> ArchitectureConfig:
+    """Return the sizes of a recipe's network.
+
+    They are its own, its folder's, or those of the recipe that leaves the folder.
 
     Raises:
         ValueError: there is no such folder, and its name does not say.
@@ -197,11 +166,12 @@ def architecture(network: NetworkConfig) -> ArchitectureConfig:
 
 
 def _networks(recipe: Recipe) -> dict[str, AnyFlowTransformer3DModel]:
-    """Build the recipe's networks without memory; a teacher from a folder is taken for a plain Wan
-    model.
+    """Build the recipe's networks without memory.
+
+    A teacher from a folder is taken for a plain Wan model.
     """
 
-    def build(config: NetworkConfig) -> AnyFlowTransformer3DModel:
+    def build(config: WeightsConfig) -> AnyFlowTransformer3DModel:
         return AnyFlowTransformer3DModel(
             **dataclasses.asdict(architecture(config)), r_embedder=False
         )
@@ -221,10 +191,6 @@ def _networks(recipe: Recipe) -> dict[str, AnyFlowTransformer3DModel]:
     return networks
 
 
-def _trained(network: nn.Module) -> Iterator[nn.Parameter]:
-    return (p for p in network.parameters() if p.requires_grad)
-
-
 def _update_flops(
     recipe: Recipe,
     networks: dict[str, AnyFlowTransformer3DModel],
@@ -237,8 +203,10 @@ def _update_flops(
     }
     if recipe.on_policy is None:
         return pretrain_flops(*counted.values(), config=pretrain_config(recipe), samples=samples)
-    method = dataclasses.replace(recipe.on_policy.method, pretrain=pretrain_config(recipe))
-    update = OnPolicyFlops(**counted, config=method, samples=samples)
+    method = recipe.on_policy.method
+    update = OnPolicyFlops(
+        **counted, config=method, pretrain=pretrain_config(recipe), samples=samples
+    )
     lengths = method.num_steps if method.timesteps is None else (len(method.timesteps) - 1,)
     drawn = [[(n, g) for g in range(n)] for n in lengths]
 
@@ -248,101 +216,6 @@ def _update_flops(
     return mean(update.student_loss) / recipe.on_policy.generator_update_interval + mean(
         update.critic_loss
     )
-
-
-def _memory(
-    recipe: Recipe,
-    networks: dict[str, AnyFlowTransformer3DModel],
-    shards: int,
-    tokens: int,
-    text_tokens: int,
-) -> Memory:
-    sharded = {
-        name: sum(_share(p, shards) for p in _trained(network))
-        for name, network in networks.items()
-    }
-    gathered = 0
-    if shards > 1:
-        for network in networks.values():
-            blocks = [sum(p.numel() for p in block.parameters()) for block in network.blocks]
-            trained = max(sum(p.numel() for p in _trained(block)) for block in network.blocks)
-            rest = sum(p.numel() for p in network.parameters()) - sum(blocks)
-            gathered = max(gathered, 2 * max(blocks) + rest + trained)
-    kept, working = _activations(
-        recipe, networks, -(-tokens // recipe.parallel.sequence), text_tokens
-    )
-    return Memory(
-        weights=_FP32
-        * sum(_share(p, shards) for network in networks.values() for p in network.parameters()),
-        gradients=_FP32 * sum(sharded.values()),
-        optimizer=2 * _FP32 * sum(sharded.values()),
-        average=_FP32 * sharded["student"],
-        gathered=_FP32 * gathered,
-        kept=kept,
-        working=working,
-    )
-
-
-def _share(parameter: Tensor, shards: int) -> int:
-    """Return the elements of the largest shard, as FSDP cuts along the first dimension."""
-    rows = parameter.shape[0] if parameter.ndim else 1
-    return -(-rows // shards) * (parameter.numel() // rows)
-
-
-def _activations(
-    recipe: Recipe, networks: dict[str, AnyFlowTransformer3DModel], tokens: int, text_tokens: int
-) -> tuple[int, int]:
-    """Return the bytes that graphs keep and those that a block takes, at the moment when both
-    together are largest.
-    """
-    batch = recipe.data.batch_size
-    student = networks["student"]
-
-    def graph(network: AnyFlowTransformer3DModel, evaluations: int) -> tuple[int, int]:
-        kept, working = block_bytes(
-            cast(AnyFlowTransformerBlock, network.blocks[0]),
-            batch,
-            tokens,
-            text_tokens,
-            recipe.precision,
-        )
-        layers = len(network.blocks)
-        if recipe.activation_checkpointing:
-            return evaluations * layers * kept, working
-        return (evaluations * layers - 1) * working, working
-
-    if recipe.on_policy is None:
-        moments = [graph(student, 1)]
-        kept_rollout, has_data = 0, True
-    else:
-        method = recipe.on_policy.method
-        has_data = method.cotrain_pretrain
-        rollout = 3 if (method.rollout, method.grad_through) == ("shortcut", "all") else 1
-        guided = batch if method.real_guidance_scale == 0 else 2 * batch
-        kept_rollout = graph(student, rollout)[0]
-        moments = [
-            graph(student, rollout + has_data),
-            graph(networks["critic"], 1),
-            (
-                kept_rollout,
-                _without_gradient(networks["teacher"], recipe, guided, tokens, text_tokens),
-            ),
-        ]
-    config = pretrain_config(recipe)
-    # x+ and x- where r != t, and the unconditional x_t, in one call
-    if has_data and not config.is_flow_matching:
-        together = 2 * batch + (batch if config.fuse_guidance_scale != 1 else 0)
-        moments.append(
-            (kept_rollout, _without_gradient(student, recipe, together, tokens, text_tokens))
-        )
-    return max(moments, key=sum)
-
-
-def _without_gradient(
-    network: AnyFlowTransformer3DModel, recipe: Recipe, batch: int, tokens: int, text_tokens: int
-) -> int:
-    block = cast(AnyFlowTransformerBlock, network.blocks[0])
-    return block_bytes(block, batch, tokens, text_tokens, recipe.precision, gradient=False)[1]
 
 
 # The rows of the table: recipe, settings that make it fit, processes.
@@ -397,8 +270,9 @@ def _row(name: str, recipe: Recipe, processes: int, latents: Sequence[int] = LAT
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table, or the row of one recipe:
-    ``RECIPE [KEY=VALUE]... [--processes N] [--latents F C H W]``.
+    """Print the table, or the row of one recipe.
+
+    Arguments: ``RECIPE [KEY=VALUE]... [--processes N] [--latents F C H W]``.
     """
     if not arguments:
         print(table(), end="")

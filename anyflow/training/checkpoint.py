@@ -1,5 +1,4 @@
-"""Checkpoints that a kill cannot damage, on torch.distributed.checkpoint: sharded, verified, free
-of pickled code.
+"""Save and load checkpoints that a kill cannot damage: sharded, verified, free of pickled code.
 
 A checkpoint is written to the hidden folder ``.step-00000020.tmp`` and gets its name by one rename,
 when every byte and the manifest are on the disk. Whatever has a name is complete, and whatever ends
@@ -14,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,15 +24,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from anyflow.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
 from anyflow.training.tensor_files import INDEX, TensorReader, TensorWriter, difference, read_index
+from anyflow.utils.validation import require_whole
 from anyflow.utils.writing import hidden, publish, system_error, take_back, writing
 
-__all__ = ["CheckpointError", "Checkpointer", "complete_checkpoints"]
+__all__ = ["CheckpointConfig", "CheckpointError", "Checkpointer", "complete_checkpoints"]
 
 T = TypeVar("T")
 
 
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
-    """The complete checkpoints in a folder by step, ascending."""
+    """Find the complete checkpoints in a folder, by step, ascending."""
     found = {}
     # An old checkpoint counts while its replacement has not taken the name.
     for pattern in (".step-*.old", "step-*"):
@@ -43,9 +44,27 @@ def complete_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Say when checkpoints are written, and how many are kept.
+
+    Args:
+        every: steps between checkpoints; the last step always has one.
+        keep: newest ones kept.
+    """
+
+    every: int = 500
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        require_whole("every", self.every)
+        require_whole("keep", self.keep)
+
+
 class Checkpointer:
-    """Saves and loads the checkpoints of one folder. Every method is collective, and every rank
-    gets the same result.
+    """Save and load the checkpoints of one folder.
+
+    Every method is collective, and every rank gets the same result.
 
     Args:
         folder: of the checkpoints, on a file system that all ranks share; made by the first save.
@@ -68,18 +87,17 @@ class Checkpointer:
         self._world_size = dist.get_world_size(process_group) if self._distributed else 1
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Return the steps of the complete checkpoints, ascending."""
         return self._on_rank_zero(lambda: list(complete_checkpoints(self.folder)))
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """Return the newest complete checkpoint."""
         return self._on_rank_zero(
             lambda: next(reversed(complete_checkpoints(self.folder).values()), None)
         )
 
     def save(self, step: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> Path:
-        """Write a checkpoint, in place of one of the same step, then delete the oldest beyond
-        ``keep``.
+        """Write a checkpoint, in place of one of the same step; delete the oldest beyond ``keep``.
 
         Args:
             step: at least 0.
@@ -205,9 +223,7 @@ class Checkpointer:
     # Ranks ----------------------------------------------------------------------------------------
 
     def _everywhere(self, work: Callable[[], T]) -> T:
-        """Do something on each rank, which returns its own result; if one fails, all of them
-        raise.
-        """
+        """Do something on each rank and return the rank's own result; if one fails, all raise."""
         result, error = None, None
         try:
             result = work()
@@ -245,7 +261,7 @@ def _matching_index(
 
 
 def _previous(path: Path) -> str:
-    """Which checkpoint to offer in place of a damaged one."""
+    """Name the checkpoint to offer in place of a damaged one."""
     digits = path.name.removeprefix("step-")
     if not digits.isdecimal():
         return ""

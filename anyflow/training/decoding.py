@@ -1,10 +1,8 @@
-"""Latents as pictures: by the VAE that a recipe names, as the synthetic videos are, or in false
-colors.
-"""
+"""Turn latents into pictures, by a VAE, as synthetic videos, or in false colors."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,13 +11,14 @@ from anyflow.data import MovingShapes, VideoDataset, pixel_shuffle_3d
 from anyflow.formats.hub import local_folder
 from anyflow.pipelines.frames import uint8_pixels
 from anyflow.pipelines.wan import decode_latents, load_vae
-from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh, main_result
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
 
 
 class Decoder:
-    """Shows latents as videos; the VAE of ``preview.vae`` is loaded before a run's networks are
-    built.
+    """Show latents as videos; the VAE of ``preview.vae`` is loaded before the run's networks.
 
     The VAE stays in the host's memory, and is on the device only while it decodes.
 
@@ -107,8 +106,9 @@ def _gray(latents: Tensor) -> Tensor:
 
 
 def _false_colors(latents: Tensor) -> Tensor:
-    """Show three channels of ``[N, F, C, H, W]``, each stretched over all values, as
-    ``[N, F, H, W, 3]`` uint8.
+    """Show three channels of ``[N, F, C, H, W]``, stretched, as ``[N, F, H, W, 3]`` uint8.
+
+    Each channel is stretched over its values in all videos.
     """
     channels = latents[:, :, [c % latents.shape[2] for c in range(3)]]
     low, high = channels.amin((0, 1, 3, 4), keepdim=True), channels.amax((0, 1, 3, 4), keepdim=True)

@@ -1,5 +1,6 @@
-"""Processes and devices: FSDP2, HSDP and sequence parallelism as free functions; on one process
-they change nothing.
+"""Set up processes and devices: FSDP2, HSDP and sequence parallelism as free functions.
+
+On one process the functions change nothing.
 
 A world is replicate x shard x sequence processes; neighbors share a sample. Parameters are sharded
 over shard x sequence, and gradients are averaged over all ranks: with s ranks to a sample, each
@@ -24,15 +25,43 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.training.config import ParallelConfig
+from anyflow.training.limits import MAX_SIZE
 from anyflow.utils.devices import default_device, known_device, local_gpu
+from anyflow.utils.validation import require_whole
 
 T = TypeVar("T")
+
+_MAX_TIMEOUT = 30 * 24 * 3600  # seconds
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Hold the sizes of the device mesh: replicate x shard x sequence processes.
+
+    Args:
+        replicate: copies of the parameters (HSDP); 1 is plain FSDP.
+        shard: processes that parameters are sharded over; None takes what the other two leave.
+        sequence: processes that share the tokens of a sample (Ulysses); it divides the number of
+            heads.
+        timeout_s: seconds without an answer after which the other ranks are given up.
+    """
+
+    replicate: int = 1
+    shard: int | None = None
+    sequence: int = 1
+    timeout_s: int = 600
+
+    def __post_init__(self) -> None:
+        for name in ("replicate", "sequence"):
+            require_whole(name, getattr(self, name), most=MAX_SIZE)
+        require_whole("timeout_s", self.timeout_s, most=_MAX_TIMEOUT)
+        if self.shard is not None:
+            require_whole("shard", self.shard, most=MAX_SIZE)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place among all.
+    """Hold this process's place among all.
 
     Args:
         device: where this process computes.
@@ -58,13 +87,14 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what only one should."""
+        """Tell whether this process writes what only one process should."""
         return self.rank == 0
 
 
 def setup(parallel: ParallelConfig, device: str | None) -> Mesh:
-    """Join the processes that torchrun has started (RANK, WORLD_SIZE and LOCAL_RANK); without
-    torchrun, a world of one.
+    """Join the processes that torchrun has started, or make a world of one without torchrun.
+
+    Torchrun sets RANK, WORLD_SIZE and LOCAL_RANK.
 
     Args:
         parallel: the sizes of the mesh, and the timeout of every collective.
@@ -89,7 +119,7 @@ def setup(parallel: ParallelConfig, device: str | None) -> Mesh:
     )
 
     def group(rows: Tensor) -> dist.ProcessGroup:
-        """The row with this rank; init_device_mesh would give its groups the default timeout."""
+        """Make the groups of all rows; init_device_mesh would give them the default timeout."""
         return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)[0]
 
     ranks = torch.arange(world_size)
@@ -163,8 +193,9 @@ def main_result(mesh: Mesh, work: Callable[[], T]) -> T:
 
 
 def gather(mesh: Mesh, value: T) -> list[T]:
-    """Return the values of the ranks with other samples, in their order; collective over them. A
-    value is pickled.
+    """Return the values of the ranks with other samples, in their order.
+
+    Collective over these ranks; a value is pickled.
     """
     if mesh.data_group is None:
         return [value]
@@ -180,8 +211,7 @@ def teardown(mesh: Mesh) -> None:
 
 
 def shard_network(network: AnyFlowTransformer3DModel, mesh: Mesh, *, trains: bool) -> None:
-    """Move a network to the mesh's device, sharded block by block, with sequence parallelism; in
-    place.
+    """Move a network to the mesh's device, sharded by blocks and sequence-parallel, in place.
 
     No rank ever holds more than its shards and one whole block on the device. Parameters are whole
     only inside forward and backward; elsewhere they are DTensors. Optimizers are built afterwards.
@@ -214,8 +244,9 @@ def shard_network(network: AnyFlowTransformer3DModel, mesh: Mesh, *, trains: boo
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients, sharded or not, so that their common norm is at most ``max_norm``; returns
-    the norm before.
+    """Scale gradients so that their common norm is at most ``max_norm``; return the norm before.
+
+    Gradients may be sharded.
 
     As ``torch.nn.utils.clip_grad_norm_``: a norm that is not finite makes the gradients NaN.
     Collective over the mesh.
@@ -233,8 +264,9 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def full_state(module_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole copies of the tensors on rank 0's CPU, an empty dict on other ranks. Collective, one
-    tensor at a time.
+    """Copy whole tensors to rank 0's CPU, one at a time; other ranks get an empty dict.
+
+    Collective.
     """
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     whole = {}

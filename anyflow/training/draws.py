@@ -1,6 +1,4 @@
-"""Stateless randomness: every draw of a run is a function of what it is for, so a resumed run
-repeats it.
-"""
+"""Make every draw of a run a function of its purpose, so that a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -14,8 +12,9 @@ from anyflow.utils.transfer import to_device
 
 
 def draw_seed(*parts: int | str) -> int:
-    """64 bits of BLAKE2b over the parts joined by ``/`` (of which torch's CPU generator uses the
-    lower 32).
+    """Return 64 bits of BLAKE2b over the parts joined by ``/``.
+
+    Torch's CPU generator uses the lower 32 bits.
     """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
@@ -31,7 +30,7 @@ def draw_generator(seed: int, purpose: str, step: int = 0, sample: int = 0) -> t
 
 
 class SampleDraws:
-    """The draws of some samples of an update, from a generator for each sample and purpose.
+    """Draw for some samples of an update, from a generator for each sample and purpose.
 
     Args:
         seed: of the run.
@@ -46,11 +45,11 @@ class SampleDraws:
     def normal(
         self, purpose: str, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Standard normal draws ``[B, *shape]``."""
+        """Draw standard normal numbers ``[B, *shape]``."""
         return self._stack(purpose, lambda g: torch.randn(tuple(shape), generator=g, dtype=dtype))
 
     def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
-        """Uniform fp32 draws in [0, 1), ``[B, *shape]``."""
+        """Draw uniform fp32 numbers in [0, 1), ``[B, *shape]``."""
         return self._stack(purpose, lambda g: torch.rand(tuple(shape), generator=g))
 
     def _stack(self, purpose: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:

@@ -1,19 +1,42 @@
-"""Exponential moving average of a module's parameters."""
+"""Average a module's parameters exponentially."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from anyflow.utils.validation import SettingError, require_number, require_whole
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Hold the settings of the student's average, which is sampled from and exported.
+
+    Args:
+        decay: in [0, 1).
+        start_step: up to this step the average is a copy of the parameters.
+    """
+
+    decay: float = 0.999
+    start_step: int = 1000
+
+    def __post_init__(self) -> None:
+        require_number("decay", self.decay)
+        if not 0 <= self.decay < 1:
+            raise SettingError("decay", f"must be in [0, 1), got {self.decay}")
+        require_whole("start_step", self.start_step, least=0)
+
 
 class EMA:
-    """``average <- decay * average + (1 - decay) * parameter``, in fp32 at least, on the
-    parameters' device.
+    """Keep an exponential moving average of parameters, in fp32 at least, on their device.
+
+    An update is ``average <- decay * average + (1 - decay) * parameter``.
 
     Sharded parameters (DTensors) have sharded averages: every rank averages its own part.
 
@@ -22,7 +45,7 @@ class EMA:
         decay: in [0, 1).
         warmup: with k updates done, the decay is at most ``(1 + k) / (10 + k)``, so that the start
             is forgotten early.
-        start_step: the first so many updates copy the parameters instead.
+        start_step: the number of first updates that copy the parameters instead.
 
     Attributes:
         updates: updates done; to resume, set it and fill the tensors of :meth:`state_dict` in
@@ -67,7 +90,7 @@ class EMA:
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """The module with the averages in place of its parameters, which come back bit for bit."""
+        """Put the averages in place of the module's parameters, which come back bit for bit."""
         originals = [p.detach().clone() for p in self._parameters(module)]
         try:
             self.copy_to(module)
@@ -80,7 +103,7 @@ class EMA:
             _reshard(module)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages themselves, not copies, under the parameters' own names (dots kept)."""
+        """Return the averages, without copies, under the parameters' own names (dots kept)."""
         return dict(zip(self._names, self._averages, strict=True))
 
     def _parameters(self, module: nn.Module) -> list[Tensor]:
@@ -92,7 +115,7 @@ class EMA:
 
 
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's part of each tensor, sharing memory; a plain tensor is its own part."""
+    """Return this rank's part of each tensor, sharing memory; a plain tensor is its own part."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
@@ -101,8 +124,10 @@ def _wide(parameter: Tensor) -> Tensor:
 
 
 def _reshard(module: nn.Module) -> None:
-    """Drop gathered parameters: after a forward without backward, the root's would be used again as
-    they were.
+    """Drop gathered parameters.
+
+    After a forward without backward, the root would use its gathered parameters again, although the
+    shards have changed.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):

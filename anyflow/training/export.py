@@ -1,10 +1,7 @@
-"""From a run to a diffusers folder: the trained student and its scheduler, with or without its
-adapters merged in.
-"""
+"""Export a run's student and scheduler as a diffusers folder, adapters merged in or separate."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -46,8 +43,9 @@ def export(
     base: str | Path | None = None,
     copy: bool = False,
 ) -> Path:
-    """Write the student of a run's checkpoint as ``out/transformer`` and ``out/scheduler``, in one
-    process.
+    """Write the student of a run's checkpoint as a diffusers folder, in one process.
+
+    The folder has ``out/transformer`` and ``out/scheduler``.
 
     With ``base``, ``out`` is a whole pipeline, which :meth:`AnyFlowPipeline.from_pretrained
     <anyflow.pipelines.AnyFlowPipeline.from_pretrained>` and diffusers load.
@@ -93,7 +91,7 @@ def export(
     prefix = _PREFIXES[weights]
     tensors = {f"{prefix}{name}": torch.empty_like(p) for name, p in _trained(student).items()}
     Checkpointer(checkpoint.parent, keep=1).load(checkpoint, tensors, prefix=prefix)
-    scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))
+    scheduler = FlowMapEulerDiscreteScheduler.from_config(recipe.scheduler)
     trained = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return write_model(
         student, trained, scheduler, out, lora=lora, format=format, base=parts, copy=copy
@@ -165,7 +163,7 @@ def write_model(
             student.unload_lora()
         if gated:
             write_transformer(student, partial / "transformer")
-        else:  # diffusers has no such model; ours has
+        else:  # diffusers has no such model
             student.save_pretrained(partial / "transformer")
         plain = base is not None and not student.config.r_embedder
         write_scheduler(scheduler, partial, plain=plain)
@@ -220,8 +218,9 @@ def _fill(student: AnyFlowTransformer3DModel, tensors: Mapping[str, Tensor]) -> 
 
 
 def _save_for_diffusers(student: AnyFlowTransformer3DModel, folder: Path) -> None:
-    """Write names that pipelines expect (``transformer.blocks…``), and rank and alpha in the file's
-    metadata.
+    """Write names that pipelines expect (``transformer.blocks…``), with rank and alpha.
+
+    Rank and alpha are in the file's metadata.
     """
     from diffusers.loaders import WanLoraLoaderMixin
     from peft import get_peft_model_state_dict
@@ -234,8 +233,9 @@ def _save_for_diffusers(student: AnyFlowTransformer3DModel, folder: Path) -> Non
 
 
 def _save_for_comfyui(student: AnyFlowTransformer3DModel, folder: Path) -> None:
-    """Write ``diffusion_model.<layer of the original Wan>.lora_A.weight``, ``.lora_B.weight`` and
-    ``.alpha``.
+    """Write the adapters under the original Wan's names, with an alpha for each layer.
+
+    Names are ``diffusion_model.<layer>.lora_A.weight``, ``.lora_B.weight`` and ``.alpha``.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file

@@ -1,5 +1,4 @@
-"""Model FLOPs of training: the matrix products that an update needs, whatever the hardware
-recomputes.
+"""Count the model FLOPs of training: the matrix products that an update needs.
 
 A multiplication and an addition are two. Counted are linear layers, the patches' projection and
 attention, forward and backward; norms, rotary embeddings and activations are left out, and so is
@@ -35,9 +34,7 @@ _PEAKS = (
 
 
 def peak_flops(device: str) -> float | None:
-    """Return the FLOP/s of dense bf16 products that a device can do at most, by its name; None for
-    one not listed.
-    """
+    """Return the peak FLOP/s of dense bf16 products of a device by its name, or None."""
     return next((peak for name, peak in _PEAKS if name in device), None)
 
 
@@ -50,7 +47,7 @@ def token_count(network: AnyFlowTransformer3DModel, latent_shape: Sequence[int])
 
 @dataclass(frozen=True)
 class NetworkFlops:
-    """FLOPs of one evaluation of one sample.
+    """Hold the FLOPs of one evaluation of one sample.
 
     Args:
         forward: of the evaluation.
@@ -137,8 +134,9 @@ def pretrain_flops(
     config: PretrainConfig,
     samples: int,
 ) -> int:
-    """Count the pretrain loss of ``samples``, those of all ranks, with its gradients; ``teacher``
-    gives the target.
+    """Count the pretrain loss of the samples of all ranks, with its gradients.
+
+    ``teacher`` gives the target.
     """
     total = samples * (
         student.forward + student.backward + (0 if teacher is None else teacher.forward)
@@ -155,11 +153,12 @@ def pretrain_flops(
 
 @dataclass(frozen=True)
 class OnPolicyFlops:
-    """Counts the two losses of an update of stage 2.
+    """Count the two losses of an update of stage 2.
 
     Args:
         student, teacher, critic: the networks.
-        config: the method, with the pretrain loss that co-training adds.
+        config: the method.
+        pretrain: the loss that co-training adds.
         samples: of all ranks.
     """
 
@@ -167,6 +166,7 @@ class OnPolicyFlops:
     teacher: NetworkFlops
     critic: NetworkFlops
     config: OnPolicyConfig
+    pretrain: PretrainConfig
     samples: int
 
     def student_loss(self, num_steps: int, grad_step: int) -> int:
@@ -183,9 +183,9 @@ class OnPolicyFlops:
         )
         if not config.cotrain_pretrain:
             return self.samples * total
-        target = self.teacher if config.pretrain.velocity_target == "teacher" else None
+        target = self.teacher if self.pretrain.velocity_target == "teacher" else None
         return self.samples * total + pretrain_flops(
-            self.student, target, config=config.pretrain, samples=self.samples
+            self.student, target, config=self.pretrain, samples=self.samples
         )
 
     def critic_loss(self, num_steps: int, grad_step: int) -> int:

@@ -1,6 +1,4 @@
-"""The guard against values that are not finite: before an update is made of them, and before they
-are kept.
-"""
+"""Guard against values that are not finite, before an update and before a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from anyflow.training.ema import local_parts
 
 
 class TrainingError(FloatingPointError):
-    """A loss, a gradient, a network's output or its state is NaN or infinite.
+    """Say that a loss, a gradient, a network's output or its state is NaN or infinite.
 
     Attributes:
         step: of the update, from 1.
@@ -30,8 +28,7 @@ class TrainingError(FloatingPointError):
 def check_finite(
     step: int, values: Mapping[str, Tensor], gradient_norms: Mapping[str, Tensor]
 ) -> None:
-    """Raise on every rank if a value is NaN or infinite on any; one synchronization with the
-    device.
+    """Raise on every rank if a value is NaN or infinite on any; wait once for the device.
 
     Args:
         step: number of the update, from 0; reported from 1.
@@ -65,8 +62,7 @@ def check_finite(
 
 @torch.no_grad()
 def check_state(done: int, tensors: Mapping[str, Tensor]) -> None:
-    """Raise on every rank if a tensor of a checkpoint is not finite on any; one synchronization
-    with the device.
+    """Raise on every rank if a checkpoint's tensor is not finite on any; wait once.
 
     Of parameters and averages the norm counts, in fp32: one that overflows makes every loss
     overflow, too.
@@ -102,8 +98,9 @@ def check_state(done: int, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _filled(parts: list[Tensor]) -> list[Tensor]:
-    """Put a zero in place of each empty part, as a rank has it of a small tensor: nothing has no
-    largest value.
+    """Put a zero in place of each empty part: nothing has no largest value.
+
+    A rank has an empty part of a small tensor.
     """
     return [part if part.numel() else part.new_zeros(1) for part in parts]
 

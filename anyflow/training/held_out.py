@@ -1,37 +1,61 @@
-"""The loss on videos that are not trained on: which ones, and its evaluation with fixed noise and
-times.
-"""
+"""Choose videos that are not trained on, and evaluate the loss on them with fixed noise."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from anyflow.data import VideoDataset, open_dataset
-from anyflow.methods import AnyFlowPretrainMethod, sample_time_pairs
+from anyflow.data.config import DataConfig
+from anyflow.methods import AnyFlowPretrainMethod, PretrainConfig, TimePairs, sample_time_pairs
 from anyflow.methods.collectives import all_reduce_sum
-from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.training.config import DataConfig, Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.draws import SampleDraws, draw_generator
-from anyflow.training.ema import EMA
-from anyflow.training.steps import build_scheduler, pretrain_config
+from anyflow.training.limits import MAX_BATCH
+from anyflow.training.steps import Step, build_scheduler, pretrain_config
 from anyflow.utils.devices import widest_float
 from anyflow.utils.transfer import to_device
+from anyflow.utils.validation import require_text, require_whole
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Say when the averaged weights' pretrain loss is taken on videos held out, and on which.
+
+    Args:
+        every: steps between evaluations; the last step has one, too. 0 turns them off.
+        num_samples: videos of each evaluation, always the same ones. Without a ``path`` these rows
+            of ``data`` are held out of training, so a run resumes only with the same number.
+        path: folder of other latents, of the same shape; None takes rows of ``data``.
+    """
+
+    every: int = 0
+    num_samples: int = 32
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        require_whole("every", self.every, least=0)
+        require_whole("num_samples", self.num_samples, most=MAX_BATCH)
+        if self.path is not None:
+            require_text("path", self.path)
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows that are trained on, and those that the loss is validated on.
+    """Hold the rows that are trained on, and those that the loss is validated on.
 
     Args:
-        rows: of the training data.
-        held_out: where the others are.
-        held_out_rows: of ``held_out``; none without validation.
+        rows: rows of the training data.
+        held_out: the dataset of the other rows.
+        held_out_rows: rows of ``held_out``; none without validation.
     """
 
     rows: Sequence[int]
@@ -40,8 +64,9 @@ class Split:
 
 
 def split_data(recipe: Recipe, dataset: VideoDataset) -> Split:
-    """Choose the rows of a run; which are held out depends on nothing but the number of rows and
-    ``num_samples``.
+    """Choose the rows of a run.
+
+    Which rows are held out depends on nothing but the number of rows and ``num_samples``.
 
     Args:
         recipe: the run.
@@ -81,12 +106,7 @@ def _chosen(length: int, count: int) -> list[int]:
 
 @torch.no_grad()
 def validation_losses(
-    recipe: Recipe,
-    mesh: Mesh,
-    split: Split,
-    negative: Tensor,
-    student: AnyFlowTransformer3DModel,
-    ema: EMA,
+    recipe: Recipe, mesh: Mesh, split: Split, negative: Tensor, step: Step
 ) -> dict[str, float]:
     """Evaluate the pretrain loss of the averaged weights on the videos held out. Collective.
 
@@ -100,8 +120,7 @@ def validation_losses(
         mesh: this process's place in it.
         split: what is held out.
         negative: ``[1, S, text_dim]`` negative prompt of the training data.
-        student: the network.
-        ema: its average.
+        step: the stage, whose networks and average are evaluated.
 
     Returns:
         ``validation_loss``, the mean over all videos, and ``validation_loss_diffusion`` and
@@ -109,30 +128,22 @@ def validation_losses(
     """
     config = dataclasses.replace(pretrain_config(recipe), prompt_dropout=0.0, i2v_prob=0.0)
     method = AnyFlowPretrainMethod(
-        student, build_scheduler(recipe), config, process_group=mesh.data_group
+        step.student,
+        build_scheduler(recipe),
+        config,
+        teacher=step.teacher,
+        process_group=mesh.data_group,
     )
-    places, size = range(len(split.held_out_rows)), recipe.data.batch_size
-    uniforms = SampleDraws(0, 0, places, torch.device("cpu")).uniform("validation times", (2,)).T
-    pairs = sample_time_pairs(
-        len(places),
-        diffusion_ratio=config.diffusion_ratio,
-        consistency_ratio=config.consistency_ratio,
-        device=torch.device("cpu"),
-        uniforms=uniforms,
-    )
-    own = list(places[mesh.data_rank :: mesh.data_world])
+    pairs = _time_pairs(len(split.held_out_rows), config)
     negative = to_device(negative, mesh.device)
     # loss and count, of both kinds
     sums = torch.zeros(4, dtype=widest_float(mesh.device), device=mesh.device)
     autocast = torch.autocast(
         mesh.device.type, torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False
     )
-    with ema.applied(student), autocast:
-        for start in range(0, -(-len(places) // mesh.data_world), size):
-            chosen = own[start : start + size]
-            # All ranks call the network equally often, as FSDP needs it; the loss of a stand-in is
-            # not added.
-            shown = chosen if chosen else [0]
+    with step.ema.applied(step.student), autocast:
+        for chosen in _shares(len(split.held_out_rows), mesh, recipe.data.batch_size):
+            shown = chosen if chosen else [0]  # a stand-in, whose loss is not added
             samples = [split.held_out[split.held_out_rows[place]] for place in shown]
             draws = SampleDraws(0, 0, shown, mesh.device)
             losses, is_diffusion = method.sample_losses(
@@ -153,3 +164,24 @@ def validation_losses(
     if flow_maps:
         values["validation_loss_flow_map"] = flow_map / flow_maps
     return values
+
+
+def _time_pairs(count: int, config: PretrainConfig) -> TimePairs:
+    """Draw the times of all videos held out, on the CPU."""
+    cpu = torch.device("cpu")
+    return sample_time_pairs(
+        count,
+        diffusion_ratio=config.diffusion_ratio,
+        consistency_ratio=config.consistency_ratio,
+        device=cpu,
+        uniforms=SampleDraws(0, 0, range(count), cpu).uniform("validation times", (2,)).T,
+    )
+
+
+def _shares(count: int, mesh: Mesh, size: int) -> list[list[int]]:
+    """Split this rank's places among those held out into batches.
+
+    All ranks get as many batches, some of them empty: FSDP needs the network called equally often.
+    """
+    own = list(range(count))[mesh.data_rank :: mesh.data_world]
+    return [own[start : start + size] for start in range(0, -(-count // mesh.data_world), size)]

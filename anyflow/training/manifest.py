@@ -1,5 +1,6 @@
-"""What a checkpoint folder says about itself: ``manifest.json``, with the size and hash of every
-file, written last.
+"""Describe a checkpoint folder in ``manifest.json``, with the size and hash of every file.
+
+The manifest is written last.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ FORMAT = 1
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or not the one that was asked for."""
+    """Say that a checkpoint is missing, damaged, or not the one that was asked for."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file's size in bytes and SHA-256, in hexadecimal."""
+    """Hold a file's size in bytes and its SHA-256 in hexadecimal."""
 
     size: int
     sha256: str
 
     @classmethod
     def of(cls, file: Path) -> FileRecord:
-        """Of a file on disk, read in pieces."""
+        """Make the record of a file on disk, read in pieces."""
         digest, size = hashlib.sha256(), 0
         with file.open("rb") as stream:
             while piece := stream.read(1 << 20):
@@ -43,7 +44,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of ``manifest.json``.
+    """Hold the contents of ``manifest.json``.
 
     Args:
         step: of the checkpoint.
@@ -97,7 +98,7 @@ class Manifest:
         return manifest
 
     def problems(self, folder: Path, names: Iterable[str]) -> list[str]:
-        """What is wrong with some of the files, one sentence for each damaged one."""
+        """Return one sentence for each damaged file among some of the files."""
         found = []
         for name in names:
             record, file = self.files[name], folder / name

@@ -1,4 +1,4 @@
-"""Chooses what can be measured of a run's sampled videos, and measures it."""
+"""Choose what can be measured of a run's sampled videos, and measure it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ from anyflow.evaluation.video_metrics import (
     psnr,
     relative_motion,
 )
-from anyflow.training.config import MetricsConfig
+
+if TYPE_CHECKING:
+    from anyflow.training.sample_metrics import MetricsConfig
 
 _PROBE_FRAMES = 16
 _LATENT_MOTION, _LATENT_DISTANCE = "latent_motion", "latent_distance"
@@ -40,7 +42,7 @@ _NETWORKS = ("clip", "lpips", "fvd")
 
 @dataclass(frozen=True)
 class Video:
-    """Holds a video, sampled or of the data.
+    """Hold a video, sampled or of the data.
 
     Args:
         latents: ``[F, C, H, W]`` fp32.
@@ -54,8 +56,7 @@ class Video:
 
 
 class Measures:
-    """The metrics of a run's sampled videos, as far as its recipe, its data and what is installed
-    allow.
+    """Measure a run's sampled videos, as far as its recipe, data and packages allow.
 
     A video has motion, flicker and, with OpenCV, a dynamic degree; PSNR compares it with the same
     model's video of many steps. Networks in ``metrics.models`` add CLIP similarity, LPIPS and the
@@ -136,9 +137,7 @@ class Measures:
                 torch.cuda.empty_cache()
 
     def of_video(self, video: Video, reference: Video | None) -> dict[str, float]:
-        """Measure a video, and compare it with another of the same prompt and noise where there is
-        one.
-        """
+        """Measure a video, and compare it with another of the same prompt and noise, if given."""
         values = {name: measure(video) for name, measure in self._measures.items()}
         if reference is not None:
             values |= {
@@ -248,8 +247,9 @@ def _psnr(video: Video, reference: Video) -> float:
 
 
 def _latent_motion(video: Video) -> float:
-    """Return the mean absolute difference between successive frames of latents, whose channels have
-    variance 1.
+    """Return the mean absolute difference between successive frames of latents.
+
+    The latents' channels have variance 1.
     """
     if len(video.latents) < 2:
         raise ValueError("latents must have two frames at least, got one")

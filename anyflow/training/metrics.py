@@ -1,4 +1,4 @@
-"""Writes what a run reports while it runs: ``metrics.jsonl``, loggers and a progress bar."""
+"""Write what a run reports while it runs: ``metrics.jsonl``, loggers and a progress bar."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ FILE = "metrics.jsonl"
 _MAX_BYTES = 4 * 2**30
 
 
-class Metrics:
-    """Rank 0's reports, a context manager; on other ranks it does nothing.
+class MetricsWriter:
+    """Write rank 0's reports, in a context; on other ranks do nothing.
 
     ``metrics.jsonl`` has one object per reported step: ``step`` (from 1); means since the last line
     of the losses and of the gradients' norms before clipping; the last learning rates; the rates
@@ -76,7 +76,7 @@ class Metrics:
         )
         self._task = self._bar.add_task("training", total=total, completed=start, note="")
 
-    def __enter__(self) -> Metrics:
+    def __enter__(self) -> MetricsWriter:
         if self._enabled:
             self._bar.start()
         return self
@@ -152,7 +152,7 @@ def keep_until(file: Path, step: int) -> None:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{error}; delete the line, or the file, to go on") from None
+            raise ValueError(f"{error}; delete the line, or the file, to resume") from None
         if reported > step:
             break
         kept.append(line + "\n")

@@ -1,25 +1,27 @@
-"""The networks of a recipe: where each comes from, and what of it is trained."""
+"""Configure the networks of a recipe: where each comes from, and what of it is trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from anyflow.utils.validation import require_number, require_positive, require_text, require_whole
-
-# More than any machine holds; a number beyond it is a mistake that would end in an error of the
-# allocator, or never.
-MAX_SIZE = 2**20
+from anyflow.training.limits import MAX_SIZE
+from anyflow.utils.validation import (
+    SettingError,
+    require_positive,
+    require_text,
+    require_whole,
+)
 
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """A transformer with random weights; the arguments are those of ``AnyFlowTransformer3DModel``,
-    for Wan2.1-1.3B.
+    """Hold the sizes of a transformer with random weights; the defaults are Wan2.1-1.3B's.
+
+    The arguments are those of ``AnyFlowTransformer3DModel``.
 
     Raises:
-        ValueError: a size is not within ``anyflow.models.configuration.LIMITS``, or ``eps`` is not
-            possible.
+        SettingError: a size is not within ``anyflow.models.configuration.LIMITS``, or ``eps`` is
+            not possible.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -39,30 +41,13 @@ class ArchitectureConfig:
         from anyflow.models.configuration import require_settings, require_sizes  # loads diffusers
 
         settings = {"eps": self.eps, "cross_attn_norm": self.cross_attn_norm}
-        try:
-            require_sizes(
-                **{name: size for name, size in vars(self).items() if name not in settings}
-            )
-            require_settings(**settings)
-        except ValueError as error:
-            raise ValueError(f"architecture.{error}") from None
-
-
-@dataclass(frozen=True)
-class FlowMapConfig:
-    """The second timestep branch: arguments of ``enable_flow_map``."""
-
-    gate_value: float = 0.25
-    deltatime_type: Literal["r", "t-r"] = "r"
-    fusion: Literal["gated", "additive"] = "gated"
-
-    def __post_init__(self) -> None:
-        require_number("flow_map.gate_value", self.gate_value)
+        require_sizes(**{name: size for name, size in vars(self).items() if name not in settings})
+        require_settings(**settings)
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters by PEFT in place of full fine-tuning.
+    """Hold the settings of low-rank adapters (PEFT) in place of full fine-tuning.
 
     Args:
         rank: r of each adapter.
@@ -87,41 +72,50 @@ class LoRAConfig:
     )
 
     def __post_init__(self) -> None:
-        require_whole("lora.rank", self.rank, most=MAX_SIZE)
-        require_positive("lora.alpha", self.alpha)
-        _require_names("lora.target_modules", self.target_modules)
-        _require_names("lora.trained_modules", self.trained_modules)
+        require_whole("rank", self.rank, most=MAX_SIZE)
+        require_positive("alpha", self.alpha)
+        _require_names("target_modules", self.target_modules)
+        _require_names("trained_modules", self.trained_modules)
         if not self.target_modules:
-            raise ValueError("lora.target_modules must name at least one linear layer")
+            raise SettingError("target_modules", "must name at least one linear layer")
 
 
 @dataclass(frozen=True)
-class NetworkConfig:
-    """Says where a network comes from and what of it is trained.
+class WeightsConfig:
+    """Say where a network's weights come from.
 
     Args:
         path: a diffusers folder with a transformer in it (or in its ``transformer`` subfolder),
             relative to where the command runs; None builds ``architecture`` with random weights.
-        architecture: of the random weights; with a path it must be None.
-        seed: of the random weights.
-        lora: adapters in place of full fine-tuning.
+        architecture: sizes of a network with random weights; with a path it must be None.
+        seed: seed of the random weights.
     """
 
     path: str | None = None
     architecture: ArchitectureConfig | None = None
     seed: int = 0
-    lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.architecture is None):
-            raise ValueError("a network needs either path or architecture, and not both")
+            raise SettingError("", "a network needs either path or architecture, and not both")
         if self.path is not None:
             require_text("path", self.path)
         require_whole("seed", self.seed, least=-(2**63))
 
 
+@dataclass(frozen=True)
+class NetworkConfig(WeightsConfig):
+    """Say where a trained network's weights come from, and what of it is trained.
+
+    Args:
+        lora: adapters in place of full fine-tuning.
+    """
+
+    lora: LoRAConfig | None = None
+
+
 def _require_names(name: str, value: object) -> None:
     if not isinstance(value, tuple | list):
-        raise ValueError(f"{name} must be a list of names, got {value!r}")
+        raise SettingError(name, f"must be a list of names, got {value!r}")
     for item in value:
         require_text(name, item)

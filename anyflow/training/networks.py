@@ -1,6 +1,4 @@
-"""The networks of a recipe, on the CPU in fp32: from a folder or from random weights, and what of
-them is trained.
-"""
+"""Build the networks of a recipe on the CPU in fp32, and choose what of them is trained."""
 
 from __future__ import annotations
 
@@ -18,14 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from anyflow.formats import load_transformer
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.training.config import FlowMapConfig, LoRAConfig, NetworkConfig, Recipe
+from anyflow.training.config import FlowMap, LoRAConfig, Recipe, WeightsConfig
 from anyflow.training.draws import draw_seed
 from anyflow.utils.packages import missing
 
 
 def build_student(recipe: Recipe) -> AnyFlowTransformer3DModel:
-    """The network that is trained: a plain Wan model in the teacher stage, else with
-    ``recipe.flow_map``.
+    """Build the network that is trained: plain Wan in the teacher stage, else a flow map.
 
     Raises:
         ValueError: the folder does not hold such a network, its flow map is another one than the
@@ -37,8 +34,7 @@ def build_student(recipe: Recipe) -> AnyFlowTransformer3DModel:
 def prepare_student(
     student: AnyFlowTransformer3DModel, recipe: Recipe
 ) -> AnyFlowTransformer3DModel:
-    """Give a network the recipe's flow map and adapters, and choose what of it is trained; in
-    place.
+    """Give a network the recipe's flow map and adapters, and choose what is trained, in place.
 
     Raises:
         ValueError: as :func:`build_student`, but for the folder.
@@ -49,8 +45,9 @@ def prepare_student(
 
 
 def build_teacher(recipe: Recipe) -> AnyFlowTransformer3DModel:
-    """Build the real score of stage 2, or the target of stage 1, frozen; a plain Wan model or a
-    flow map.
+    """Build the frozen teacher, the real score of stage 2 or the target of stage 1.
+
+    It may be a plain Wan model or a flow map.
 
     Raises:
         ValueError: the folder does not hold a network.
@@ -65,7 +62,9 @@ def build_teacher(recipe: Recipe) -> AnyFlowTransformer3DModel:
 
 
 def build_critic(recipe: Recipe, teacher: AnyFlowTransformer3DModel) -> AnyFlowTransformer3DModel:
-    """The fake score of stage 2: its own folder, or a copy of the teacher (before that is sharded).
+    """Build the fake score of stage 2 from its own folder, or as a copy of the teacher.
+
+    The teacher must not be sharded yet.
 
     Raises:
         ValueError: the folder does not hold a network, or ``critic_lora`` names what it does not
@@ -78,8 +77,7 @@ def build_critic(recipe: Recipe, teacher: AnyFlowTransformer3DModel) -> AnyFlowT
 
 
 def prepare_critic(critic: AnyFlowTransformer3DModel, recipe: Recipe) -> AnyFlowTransformer3DModel:
-    """Give a network the adapters of the recipe's critic, and choose what of it is trained; in
-    place.
+    """Give a network the adapters of the recipe's critic, and choose what is trained, in place.
 
     Raises:
         ValueError: ``critic_lora`` names what the network does not have.
@@ -109,7 +107,7 @@ def check_networks(recipe: Recipe) -> None:
                 build_critic(recipe, teacher)
 
 
-def _build(config: NetworkConfig, name: str) -> AnyFlowTransformer3DModel:
+def _build(config: WeightsConfig, name: str) -> AnyFlowTransformer3DModel:
     if config.path is not None:
         return _load(Path(config.path), f"{name}.path")
     assert config.architecture is not None
@@ -130,29 +128,27 @@ def _build(config: NetworkConfig, name: str) -> AnyFlowTransformer3DModel:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Module constructors draw from the global CPU generator: seed it and put it back."""
+    """Seed the global CPU generator, which module constructors draw from, and put it back."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def _load(path: Path, name: str) -> AnyFlowTransformer3DModel:
-    """A checkpoint of any format, in fp32; what its weights are decides whether it is a flow
-    map.
-    """
+    """Load a checkpoint of any format in fp32; its weights decide whether it is a flow map."""
     try:
         return load_transformer(path, dtype=torch.float32)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _set_flow_map(network: AnyFlowTransformer3DModel, wanted: FlowMapConfig | None) -> None:
+def _set_flow_map(network: AnyFlowTransformer3DModel, wanted: FlowMap | None) -> None:
     if not network.config.r_embedder:
         if wanted is not None:
             network.enable_flow_map(wanted.gate_value, wanted.deltatime_type, wanted.fusion)
         return
     config = network.config
-    found = FlowMapConfig(config.gate_value, config.deltatime_type, config.r_embedder_fusion)
+    found = FlowMap(config.gate_value, config.deltatime_type, config.r_embedder_fusion)
     if wanted is None:
         raise ValueError(
             "student.path: stage=teacher trains a plain model, but this one is a flow map"
@@ -197,7 +193,7 @@ def _choose_trained(
 
 
 def _matching(network: nn.Module, ends: tuple[str, ...], name: str) -> dict[str, nn.Module]:
-    """The modules whose names are, or end after a dot in, one of ``ends``."""
+    """Find the modules whose names are, or end after a dot in, one of ``ends``."""
     found: dict[str, nn.Module] = {}
     for end in ends:
         modules = {n: m for n, m in network.named_modules() if n == end or n.endswith(f".{end}")}

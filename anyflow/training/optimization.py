@@ -1,26 +1,69 @@
-"""The optimizer of one network: AdamW, its learning rate as a function of the step, clipping, and
-the finite guard.
-"""
+"""Update one network: AdamW, its learning rate by step, clipping, and the finite guard."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from anyflow.training.config import OptimizerConfig
 from anyflow.training.distributed import clip_gradients
 from anyflow.training.ema import local_parts
 from anyflow.training.guard import TrainingError, check_finite
+from anyflow.utils.validation import (
+    SettingError,
+    require_number,
+    require_positive,
+    require_whole,
+)
 
-__all__ = ["NetworkOptimizer", "TrainingError", "check_finite", "lr_factor"]
+__all__ = ["NetworkOptimizer", "OptimizerConfig", "TrainingError", "check_finite", "lr_factor"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Hold the settings of AdamW, its schedule and the clipping for one network.
+
+    Args:
+        lr: peak learning rate.
+        betas: AdamW's decay rates of the mean of gradients and of their squares.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's decoupled weight decay.
+        schedule: after the warm-up, ``"constant"`` or ``"cosine"`` down to ``min_lr_ratio`` at the
+            last step.
+        warmup_steps: linear warm-up; the first step has ``lr / warmup_steps``.
+        min_lr_ratio: end of the cosine, as a share of lr.
+        clip_norm: largest norm of this network's gradient.
+    """
+
+    lr: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "clip_norm"):
+            require_positive(name, getattr(self, name))
+        for beta in self.betas:
+            require_number("betas", beta)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise SettingError("betas", f"must be two numbers in [0, 1), got {self.betas}")
+        for name in ("weight_decay", "min_lr_ratio"):
+            require_number(name, getattr(self, name), least=0)
+        require_whole("warmup_steps", self.warmup_steps, least=0)
+        if self.min_lr_ratio > 1:
+            raise SettingError("min_lr_ratio", f"must be <= 1, got {self.min_lr_ratio}")
 
 
 def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The share of the peak learning rate that update ``step`` (from 0) uses: warm-up, then
-    constant or cosine.
+    """Return the share of the peak learning rate of update ``step`` (from 0).
 
     The first of w warm-up updates has 1 / w and the last one 1; the cosine ends at ``min_lr_ratio``
     with the last update.
@@ -37,7 +80,7 @@ def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
 
 
 class NetworkOptimizer:
-    """AdamW on the parameters of ``network`` that train.
+    """Run AdamW on the parameters of ``network`` that train.
 
     The state exists from the start, as zeros: a checkpoint has tensors to be loaded into.
 
@@ -70,14 +113,15 @@ class NetworkOptimizer:
             }
 
     def lr(self, step: int) -> float:
-        """Learning rate of update ``step`` (from 0)."""
+        """Return the learning rate of update ``step`` (from 0)."""
         return self.config.lr * lr_factor(self.config, step, self.total_steps)
 
     def update(
         self, step: int, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Guard, clip and apply the gradients of update ``step`` (from 0), then drop them; returns
-        their norm.
+        """Guard, clip and apply the gradients of update ``step`` (from 0); return their norm.
+
+        The gradients are dropped afterwards.
 
         Args:
             step: number of the update.
@@ -107,7 +151,7 @@ class NetworkOptimizer:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and optimizer state themselves, by their names in a checkpoint."""
+        """Return parameters and optimizer state, without copies, by their names in a checkpoint."""
         tensors = {f"{self.name}/{n}": p.detach() for n, p in self.parameters.items()}
         for n, p in self.parameters.items():
             state = self._adamw.state[p]

@@ -1,19 +1,18 @@
-"""Previews: the averaged student sampled at several step counts from fixed noise, as a grid of
-videos.
-"""
+"""Sample the averaged student at several numbers of steps, as a grid of videos."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from anyflow.data import VideoDataset
-from anyflow.training.averaged_sampling import AveragedSampler
-from anyflow.training.config import Recipe
+from anyflow.training.averaged_sampling import AveragedSampler, require_sampled
 from anyflow.training.decoding import Decoder
 from anyflow.training.distributed import Mesh
 from anyflow.training.draws import draw_generator
@@ -22,13 +21,46 @@ from anyflow.training.preview_grid import write_grid
 from anyflow.training.prompts import Prompt
 from anyflow.training.steps import Step
 from anyflow.utils.rng import randn_like
+from anyflow.utils.validation import require_text
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
 
 REAL = "real"  # label of the data's own videos
 
 
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Say when videos are sampled from the average during training, and which.
+
+    Args:
+        every: steps between previews; the last step has one, too. 0 turns them off.
+        step_counts: numbers of sampling steps, one row of the grid each.
+        num_samples: prompts of the data, one column of the grid each; not used with ``prompts``.
+            The data's own videos are a row of the grid, too.
+        prompts: texts in place of the data's; they need ``model``.
+        model: folder or hub name of a model whose text encoder encodes ``prompts``, those of
+            ``metrics`` too, once, before training.
+        vae: folder or hub name of a model whose VAE decodes the videos of previews and metrics;
+            None shows latents in false colors.
+    """
+
+    every: int = 0
+    step_counts: tuple[int, ...] = (1, 2, 4, 8)
+    num_samples: int = 4
+    prompts: tuple[str, ...] = ()
+    model: str | None = None
+    vae: str | None = None
+
+    def __post_init__(self) -> None:
+        require_sampled(self)
+        for name in ("model", "vae"):
+            if getattr(self, name) is not None:
+                require_text(f"{name}", getattr(self, name))
+
+
 class Previews:
-    """Samples and shows what a run's previews show: a column for each prompt, a row for each number
-    of steps.
+    """Sample and show a run's previews: a column for each prompt, a row for each number of steps.
 
     Where the prompts are captions of the data, the data's own videos are the last row.
 
@@ -52,8 +84,9 @@ class Previews:
         self.prompts = tuple(prompts)
 
     def write(self, step: Step, done: int, console: Console) -> Path | None:
-        """Sample and write ``previews/step-….gif``, or ``.mp4`` of decoded videos. Collective; rank
-        0 writes.
+        """Sample and write ``previews/step-….gif``, or ``.mp4`` of decoded videos.
+
+        Collective; rank 0 writes.
 
         The synthetic videos are shown as they are, and latents without a VAE in false colors: their
         first three channels as red, green and blue. Training is left bit for bit as it was.

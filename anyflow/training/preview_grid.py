@@ -1,6 +1,4 @@
-"""Videos side by side under their prompts, a row for each number of sampling steps, as a GIF or an
-MP4 file.
-"""
+"""Draw videos side by side under their prompts, a row for each number of sampling steps."""
 
 from __future__ import annotations
 
@@ -27,8 +25,7 @@ _LINES = 3  # of a caption
 def write_grid(
     videos: Tensor, rows: Sequence[str], columns: Sequence[str], file: Path, fps: float
 ) -> None:
-    """Write ``videos[rows, columns, F, H, W, 3]`` uint8, with the labels of both drawn beside and
-    above them.
+    """Write ``videos[rows, columns, F, H, W, 3]`` uint8 with labels beside and above them.
 
     Small videos are enlarged by a whole number, and large ones made smaller until the picture is
     3840 pixels wide.
@@ -56,7 +53,7 @@ def write_grid(
 
 
 class _Grid:
-    """A picture with all labels, and where each video is drawn in it."""
+    """Draw the picture with all labels, and each frame of the videos into it."""
 
     def __init__(self, videos: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
         self._videos = videos
@@ -106,9 +103,7 @@ class _Grid:
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    """Break a caption into at most three lines that fit, the last of which may end in an
-    ellipsis.
-    """
+    """Break a caption into at most three lines that fit, with an ellipsis where text is cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,29 +1,32 @@
-"""Prompts that a run samples from: captions of its data, or texts of one's own, encoded before
-training.
-"""
+"""Encode the prompts that a run samples from: captions of its data, or given texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn.functional import pad
 
 from anyflow.data import VideoDataset
 from anyflow.formats.hub import local_folder
-from anyflow.training.config import MetricsConfig, PreviewConfig, Recipe
 from anyflow.training.distributed import Mesh, main_result
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
+    from anyflow.training.preview import PreviewConfig
+    from anyflow.training.sample_metrics import MetricsConfig
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Holds a text and its encoding.
+    """Hold a text and its encoding.
 
     Args:
         caption: the text.
         embeds: ``[1, S, text_dim]`` on the CPU.
-        row: of the data whose caption this is; None for a text of one's own.
+        row: of the data whose caption this is; None for a given text.
     """
 
     caption: str
@@ -33,9 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SampledPrompts:
-    """Holds the prompts of a run's previews and of its metrics; neither has any where it is turned
-    off.
-    """
+    """Hold the prompts of a run's previews and of its metrics; none where one is turned off."""
 
     preview: tuple[Prompt, ...] = ()
     metrics: tuple[Prompt, ...] = ()
@@ -44,7 +45,7 @@ class SampledPrompts:
 def sampled_prompts(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> SampledPrompts:
     """Make the prompts that a run samples from. Collective.
 
-    Texts of one's own are encoded once, by the text encoder of ``preview.model``, which is then
+    Given texts are encoded once, by the text encoder of ``preview.model``, which is then
     dropped; the captions of the data are those of rows spread evenly over it.
 
     Args:

@@ -1,6 +1,4 @@
-"""Recipes: YAML files and command-line overrides, checked against
-:class:`~anyflow.training.config.Recipe`.
-"""
+"""Read and write recipes: YAML files and overrides, checked against the dataclasses."""
 
 from __future__ import annotations
 
@@ -8,16 +6,15 @@ import dataclasses
 import difflib
 import functools
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from anyflow.methods import PretrainConfig
 from anyflow.training.config import Recipe
 from anyflow.training.yaml_source import Located, RecipeError, read_file, read_override, write_yaml
 from anyflow.utils.documents import shortened
 from anyflow.utils.packages import missing
+from anyflow.utils.validation import SettingError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -32,7 +29,13 @@ __all__ = ["RecipeError", "dump_recipe", "load_recipe", "print_config"]
 _Path = tuple[int | str, ...]
 
 _LISTED = 30  # problems
-_MISPLACED = ("on_policy", "method", "pretrain")
+# Keys that a recipe gives elsewhere, or not at all; null is allowed, as older recipes have it.
+_ELSEWHERE = {
+    "teacher.lora": "the teacher is not trained",
+    "on_policy.teacher.lora": "the teacher is not trained",
+    "on_policy.critic.lora": "give the critic's adapters as on_policy.critic_lora",
+    "on_policy.method.pretrain": "give these keys in the recipe's own top-level pretrain",
+}
 _EXPECTED = {
     "int_type": "must be an integer",
     "float_type": "must be a number",
@@ -84,19 +87,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """A recipe as YAML with every value; :func:`load_recipe` reads an equal one from it.
-
-    Raises:
-        RecipeError: ``on_policy.method.pretrain`` was changed, which a recipe has no place for.
-    """
-    values = dataclasses.asdict(recipe)
-    if recipe.on_policy is not None:
-        if recipe.on_policy.method.pretrain != PretrainConfig():
-            raise RecipeError(
-                f"{'.'.join(_MISPLACED)} must be left alone; the recipe's own pretrain counts"
-            )
-        del values["on_policy"]["method"]["pretrain"]
-    return write_yaml(values)
+    """Write a recipe as YAML with every value; :func:`load_recipe` reads an equal one from it."""
+    return write_yaml(dataclasses.asdict(recipe))
 
 
 def print_config(path: Path | str, overrides: Sequence[str] = ()) -> str:
@@ -128,7 +120,7 @@ def _adapter() -> TypeAdapter[Recipe]:
 
 @functools.cache
 def _sections(cls: type) -> dict[str, type]:
-    """The fields that are dataclasses themselves, or None."""
+    """Return the fields that are dataclasses themselves, or may be None."""
     found: dict[str, type] = {}
     for name, hint in get_type_hints(cls).items():
         for candidate in (hint, *get_args(hint)):
@@ -138,8 +130,9 @@ def _sections(cls: type) -> dict[str, type]:
 
 
 def _with_defaults(tree: Located, cls: type, default: Any, path: _Path, problems: list[str]) -> Any:
-    """Plain values of a section laid over ``default``, an instance of ``cls`` or None; notes and
-    drops unknown keys.
+    """Lay a section's plain values over ``default``; note and drop unknown keys.
+
+    ``default`` is an instance of ``cls`` or None.
     """
     if not isinstance(tree.value, dict):
         return tree.plain()
@@ -147,16 +140,15 @@ def _with_defaults(tree: Located, cls: type, default: Any, path: _Path, problems
     values = {} if default is None else dataclasses.asdict(default)
     for name, entry in tree.value.items():
         here = (*path, name)
-        if name not in fields:
+        if ".".join(here) in _ELSEWHERE:
+            if entry.value is not None:
+                problems.append(_line(entry.place, here, _ELSEWHERE[".".join(here)]))
+        elif name not in fields:
             suggested = len(problems) < _LISTED  # a search in every field's name is not cheap
             problems.append(
                 _line(
                     entry.place, here, _unknown(name, list(fields)) if suggested else "unknown key"
                 )
-            )
-        elif here == _MISPLACED:
-            problems.append(
-                _line(entry.place, here, "give these keys in the recipe's own top-level pretrain")
             )
         elif name in _sections(cls):
             inner = _default(fields[name]) if default is None else getattr(default, name)
@@ -187,7 +179,10 @@ def _unknown(name: str, allowed: list[str]) -> str:
 def _problem(tree: Located, details: ErrorDetails) -> str:
     path, kind = details["loc"], details["type"]
     if kind == "value_error":
-        path, text = _broken_rule(path, str(details["ctx"]["error"]))
+        error = details["ctx"]["error"]
+        text = str(error)
+        if isinstance(error, SettingError):
+            path, text = (*path, *filter(None, error.field.split("."))), error.text
     elif kind == "missing" and isinstance(path[-1], int):
         path, text = path[:-1], f"has too few items, got {_shown(details['input'])}"
     elif kind == "missing":
@@ -197,30 +192,6 @@ def _problem(tree: Located, details: ErrorDetails) -> str:
     else:
         text = f"{_EXPECTED.get(kind, details['msg'])}, got {_shown(details['input'])}"
     return _line(tree.place_of(path), path, text)
-
-
-def _broken_rule(path: _Path, message: str) -> tuple[_Path, str]:
-    """The path of the key that a dataclass's own message starts with, if it does, and the message
-    without it.
-    """
-    words = re.match(r"[\w.]*", message)
-    assert words is not None
-    names = words[0].split(".")
-    for start in range(len(names)):
-        if _is_key((*path, *names[start:])):
-            rest = message[words.end() :]
-            stripped = re.fullmatch(r"(?:: | (?=must |is ))(.*)", rest, re.DOTALL)
-            return (*path, *names[start:]), message if stripped is None else stripped[1]
-    return path, message
-
-
-def _is_key(path: _Path) -> bool:
-    cls: type | None = Recipe
-    for name in path:
-        if cls is None or str(name) not in (field.name for field in dataclasses.fields(cls)):
-            return False
-        cls = _sections(cls).get(str(name))
-    return True
 
 
 def _line(place: str, path: _Path, text: str) -> str:

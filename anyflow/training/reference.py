@@ -1,5 +1,6 @@
-"""The keys of a recipe, listed from the dataclasses that define them:
-``python -m anyflow.training.reference FILE``.
+"""List the keys of a recipe from the dataclasses that define them.
+
+``python -m anyflow.training.reference FILE`` writes docs/recipes.md.
 """
 
 from __future__ import annotations
@@ -18,26 +19,20 @@ from typing import Any, Literal, Union
 from anyflow.training.config import Recipe
 from anyflow.utils.writing import write_text
 
-# Keys that a section has and that a recipe refuses: it gives them elsewhere, or not at all.
-_REFUSED = (
-    "teacher.lora",
-    "on_policy.method.pretrain",
-    "on_policy.teacher.lora",
-    "on_policy.critic.lora",
-)
 _HEAD = """\
 # The keys of a recipe
 
 Every key that `anyflow train` knows, made from the dataclasses of `anyflow/training` by
-`python -m anyflow.training.reference docs/recipes.md`. An unknown key is an error that names the nearest one. On the
-command line a key is written with dots, `anyflow train smoke_pretrain optimizer.lr=1e-4 preview.step_counts='[1, 4]'`;
-in a file, sections are nested. [Training by recipe](training.md) says how files, `base:` and the command line add up.
+`python -m anyflow.training.reference docs/recipes.md`. An unknown key is an error that names the
+nearest one. On the command line a key is written with dots,
+`anyflow train smoke_pretrain optimizer.lr=1e-4 preview.step_counts='[1, 4]'`; in a file, sections
+are nested. [Training by recipe](training.md) says how files, `base:` and the command line add up.
 """
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a recipe.
+    """Describe one key of a recipe.
 
     Args:
         name: with dots, as on the command line.
@@ -58,7 +53,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Section:
-    """The keys of one dataclass at one place of a recipe.
+    """Hold the keys of one dataclass at one place of a recipe.
 
     Args:
         name: with dots; empty for the recipe itself.
@@ -102,8 +97,6 @@ def _sections(cls: type, name: str, default: Any, optional: bool) -> Iterator[Se
     values, inner = [], []
     for field in dataclasses.fields(cls):
         key = f"{name}.{field.name}" if name else field.name
-        if key in _REFUSED:
-            continue
         given = _default(field) if default is dataclasses.MISSING else getattr(default, field.name)
         section = next(
             (c for c in (hints[field.name], *typing.get_args(hints[field.name])) if _is_section(c)),
@@ -183,23 +176,14 @@ def _meanings(cls: type) -> dict[str, str]:
             r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", block[1] if block else "", re.M
         ):
             for name in names.split(", "):
-                found[_OTHER_NAMES.get((cls.__name__, name), name)] = _markdown(meaning)
+                found[name] = _markdown(meaning)
     return found
-
-
-_OTHER_NAMES = {("FlowMapConfig", "r_embedder_fusion"): "fusion"}
 
 
 def _documented_by(cls: type) -> tuple[type, ...]:
     from anyflow.models import AnyFlowTransformer3DModel
-    from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
-    arguments_of = {
-        "ArchitectureConfig": AnyFlowTransformer3DModel,
-        "FlowMapConfig": AnyFlowTransformer3DModel,
-        "SchedulerConfig": FlowMapEulerDiscreteScheduler,
-    }
-    return (arguments_of[cls.__name__],) if cls.__name__ in arguments_of else ()
+    return (AnyFlowTransformer3DModel,) if cls.__name__ == "ArchitectureConfig" else ()
 
 
 def _markdown(text: str) -> str:
@@ -216,7 +200,8 @@ def _markdown(text: str) -> str:
 
 def _rendered(section: Section, like: Section | None) -> str:
     summary = _markdown((section.cls.__doc__ or "").partition("\n\n")[0])
-    summary = re.sub(r": those of .*, and$", ".", summary)  # a docstring that goes on in its base's
+    summary = re.sub(r"^(Hold|Say) (\w)", lambda verb: verb[2].upper(), summary)
+    summary = re.sub(r", beside those of .*\.$", ".", summary)  # the bases' keys are in the table
     lines = [f"## {f'`{section.name}`' if section.name else 'The run'}", ""]
     if section.name:
         lines += [summary + (" Left out unless it is given." if section.optional else ""), ""]

@@ -1,4 +1,4 @@
-"""Brings a run's reports from every rank's numbers to rank 0's file, loggers and progress bar."""
+"""Bring every rank's numbers to rank 0's file, loggers and progress bar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
-from anyflow.training.metrics import Metrics
+from anyflow.training.metrics import MetricsWriter
 from anyflow.training.resuming import Position, flatten
 from anyflow.training.throughput import Throughput
 from anyflow.training.trackers import Trackers
@@ -22,18 +22,19 @@ from anyflow.training.window import Window
 
 
 class Reports:
-    """Averages what updates return, and writes a line of it when one is due; a context manager on
-    every rank.
+    """Average what updates return, and write a line of it when one is due, in a context.
+
+    Used on every rank.
 
     Args:
         recipe: the run.
         mesh: this process's place in it.
         tokens: of a video.
-        at: where the run goes on.
+        at: where the run begins.
         console: where messages go.
 
     Raises:
-        ValueError: ``metrics.jsonl`` cannot be gone on with, or a logger does not start.
+        ValueError: ``metrics.jsonl`` cannot be continued, or a logger does not start.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Reports:
             )
             self._trackers = opened.enter_context(trackers)
             self._metrics = opened.enter_context(
-                Metrics(
+                MetricsWriter(
                     out,
                     trackers,
                     start=at.step,
@@ -75,9 +76,7 @@ class Reports:
     def add(
         self, done: int, scalars: Mapping[str, Tensor | float], samples: int, flops: int
     ) -> None:
-        """Note update ``done`` (from 1): this rank's scalars, and the samples and model FLOPs of
-        all ranks.
-        """
+        """Note update ``done`` (from 1): this rank's scalars, and all ranks' samples and FLOPs."""
         self._window.add(scalars)
         self._throughput.add(samples, flops)
         self._metrics.advance(done)
@@ -89,8 +88,9 @@ class Reports:
             yield
 
     def report(self, done: int, more: Mapping[str, float]) -> None:
-        """Write a line if one is due after update ``done`` or there is ``more`` to say. Collective,
-        while paused.
+        """Write a line if one is due after update ``done``, or if ``more`` is given.
+
+        Collective, while paused.
         """
         values = dict(more)
         if done == 1 or done % self._recipe.log_every == 0:
@@ -108,6 +108,7 @@ class Reports:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the numbers since the last line, as JSON values.
+
         Collective.
         """
         return self._window.state()

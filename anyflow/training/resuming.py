@@ -1,6 +1,4 @@
-"""Finds what a run goes on from: the recipe in its folder, which may differ in little, and its
-newest checkpoint.
-"""
+"""Find what a run resumes from: the recipe in its folder, and its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from anyflow.training.recipe import load_recipe
 
 RECIPE_FILE = "recipe.yaml"
 
-# What may differ when a run goes on: where and how it runs, what it reports, when it ends.
+# What may differ when a run resumes: where and how it runs, what it reports, when it ends.
 _FREE = (
     *("out", "steps", "parallel", "device", "num_threads", "activation_checkpointing", "compile"),
     *("checkpoint", "preview", "metrics", "validation", "log_every", "loggers", "project"),
@@ -35,13 +33,13 @@ ADVISED = (
 
 @dataclass(frozen=True)
 class Position:
-    """Says where a run begins.
+    """Say where a run begins.
 
     Args:
         step: updates done.
         consumed: samples that all ranks together have used for them.
-        changed: settings with other values than the checkpoint's, before and now.
-        history: such changes of the whole run with their steps, these ones last.
+        changed: settings whose values differ from the checkpoint's: before, and now.
+        history: such changes of the whole run with their steps, these last.
         window: scalars since the last line of metrics, from
             :meth:`anyflow.training.window.Window.state`.
     """
@@ -54,7 +52,9 @@ class Position:
 
 
 def check_folder(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that a run in the folder goes on with in place of others, before and now.
+    """Return the settings with which a run in the folder resumes in place of others.
+
+    Each has its value before and its value now.
 
     Raises:
         ValueError: the folder is not new, and its run differs in more than what may differ.
@@ -89,7 +89,7 @@ def check_folder(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that make a run what it is, by dotted name.
 
-    The rows that validation holds back belong to them, as ``validation.num_samples``: the others
+    ``validation.num_samples``, the rows that validation holds back, is one of them: the other rows
     are trained on.
     """
     return {
@@ -99,9 +99,7 @@ def flat_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], left_out: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the values of nested mappings by dotted name, without those of the names
-    ``left_out``.
-    """
+    """Return the values of nested mappings by dotted name, without the names ``left_out``."""
 
     def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         if name in left_out:
@@ -116,12 +114,12 @@ def flatten(values: Mapping[str, Any], left_out: Sequence[str] = ()) -> dict[str
 
 
 def advised_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings of a recipe that a run may go on with in place of others."""
+    """Return the settings of a recipe that may differ when a run resumes, by the guard's advice."""
     return {name: value for name, value in flat_settings(recipe).items() if name in ADVISED}
 
 
 def position(checkpoint: Path, recipe: Recipe, dataset: VideoDataset, resume: bool) -> Position:
-    """Read from a checkpoint where the run is.
+    """Read the position of a run from its checkpoint.
 
     Raises:
         ValueError: ``resume`` is False, or the run has other data or has done more steps than the
@@ -130,7 +128,7 @@ def position(checkpoint: Path, recipe: Recipe, dataset: VideoDataset, resume: bo
     info = Manifest.read(checkpoint).info
     if not resume:
         raise ValueError(
-            f"out: {recipe.out} has the checkpoint {checkpoint.name}; go on with --resume or name "
+            f"out: {recipe.out} has the checkpoint {checkpoint.name}; resume with --resume or name "
             "another folder"
         )
     if info["fingerprint"] != dataset.fingerprint:
@@ -142,7 +140,7 @@ def position(checkpoint: Path, recipe: Recipe, dataset: VideoDataset, resume: bo
             f"steps={recipe.steps}, but the run in {recipe.out} has done {info['step']}"
         )
     now = advised_settings(recipe)
-    saved = info.get("settings", now)  # older checkpoints have none
+    saved = info.get("settings", now)  # checkpoints of earlier versions have none
     changed = {
         name: (saved[name], value) for name, value in now.items() if saved.get(name, value) != value
     }
@@ -154,8 +152,8 @@ def position(checkpoint: Path, recipe: Recipe, dataset: VideoDataset, resume: bo
 
 
 def note_global_batch(recipe: Recipe, mesh: Mesh, at: Position, console: Console) -> None:
-    """Say so where a run goes on with another global batch."""
+    """Report that a run resumes with another global batch, if it does."""
     now = recipe.data.batch_size * mesh.data_world * recipe.gradient_accumulation
     if at.consumed != at.step * now:
         before = at.consumed / at.step
-        console.print(f"A step now takes {now} samples; so far it took {before:g} on average")
+        console.print(f"A step takes {now} samples from here; it took {before:g} on average before")

@@ -1,6 +1,4 @@
-"""Measures videos of the averaged student during training, always from the same prompts and
-noise.
-"""
+"""Measure videos of the averaged student during training, from fixed prompts and noise."""
 
 from __future__ import annotations
 
@@ -8,20 +6,25 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from anyflow.data import VideoDataset
-from anyflow.training.averaged_sampling import AveragedSampler
-from anyflow.training.config import Recipe
+from anyflow.training.averaged_sampling import AveragedSampler, require_sampled
 from anyflow.training.decoding import Decoder
 from anyflow.training.distributed import Mesh, gather
 from anyflow.training.draws import SampleDraws
+from anyflow.training.limits import MAX_TIMESTEPS
 from anyflow.training.measures import Measures, Video
 from anyflow.training.prompts import Prompt, spread_rows
 from anyflow.training.steps import Step
+from anyflow.utils.validation import require_text, require_whole
+
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
 
 PREFIX = "metrics/"
 REAL = "real"  # the data's own videos, in place of a number of steps
@@ -29,7 +32,7 @@ REAL = "real"  # the data's own videos, in place of a number of steps
 
 @dataclass(frozen=True)
 class _Cell:
-    """Holds what was measured of one video.
+    """Hold what was measured of one video.
 
     Args:
         place: of the prompt among all.
@@ -44,9 +47,39 @@ class _Cell:
     features: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Say when and on what videos sampled from the average are measured during training.
+
+    Prompts and noise are always the same.
+
+    Args:
+        every: steps between evaluations; the last step has one, too. 0 turns them off.
+        step_counts: numbers of sampling steps, one curve of each metric each.
+        num_samples: prompts of the data, a video each; not used with ``prompts``.
+        prompts: texts in place of the data's; they need ``preview.model``.
+        reference_steps: sampling steps of the video of the same model that the others are compared
+            with (PSNR, LPIPS); 0 leaves the comparison out.
+        models: folder of the networks of CLIP similarity, LPIPS and the Fréchet video distance,
+            laid out as for ``anyflow evaluate``; None leaves these metrics out.
+    """
+
+    every: int = 0
+    step_counts: tuple[int, ...] = (1, 2, 4, 8)
+    num_samples: int = 16
+    prompts: tuple[str, ...] = ()
+    reference_steps: int = 50
+    models: str | None = None
+
+    def __post_init__(self) -> None:
+        require_sampled(self)
+        require_whole("reference_steps", self.reference_steps, least=0, most=MAX_TIMESTEPS)
+        if self.models is not None:
+            require_text("models", self.models)
+
+
 class SampleMetrics:
-    """Samples the prompts at each number of steps, measures the videos, and averages over the
-    prompts.
+    """Sample the prompts at each number of steps, measure the videos, and average.
 
     The noise of a prompt is a function of its place among the prompts alone, so that the curves of
     two runs can be compared. Ranks share the prompts. The data's own videos are measured once, as a
@@ -99,9 +132,7 @@ class SampleMetrics:
         self._real: list[_Cell] | None = None
 
     def curves(self) -> dict[str, list[str]]:
-        """Return the names of each metric's numbers: for each number of steps, and of the data's
-        own videos.
-        """
+        """Return the names of each metric's numbers, by number of steps and for the data."""
         counts = tuple(map(str, self._counts))
         return {
             metric: [_name(metric, steps) for steps in (*counts, *((REAL,) if of_one else ()))]
@@ -160,8 +191,9 @@ class SampleMetrics:
         return values
 
     def _sample(self, step: Step) -> tuple[dict[int, dict[int, Tensor]], str | None]:
-        """Sample this rank's prompts; returns latents by place and number of steps, and what is
-        wrong with them.
+        """Sample this rank's prompts.
+
+        Returns latents by place and number of steps, and what is wrong with them.
 
         All ranks call the network equally often, as FSDP needs it; what a stand-in gives is not
         used.
@@ -216,9 +248,7 @@ class SampleMetrics:
         ]
 
     def _averaged(self, cells: Sequence[_Cell]) -> dict[str, float]:
-        """Average over the prompts, and compare the sets' features with those of the data's own
-        videos.
-        """
+        """Average over the prompts, and compare sets of features with the data's own videos."""
         assert self._real is not None
         found: dict[str, float] = {}
         for metric in self._measures.names:

@@ -1,13 +1,11 @@
-"""One optimizer step of each stage: forward, backward, accumulation, clipping, guard, update,
-average.
-"""
+"""Make one update of each stage: losses, gradients, guard, optimizer, average."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +20,6 @@ from anyflow.methods import (
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.accumulation import Accumulation, Losses, MicroBatch
-from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.ema import EMA
 from anyflow.training.flops import (
@@ -34,42 +31,55 @@ from anyflow.training.flops import (
 )
 from anyflow.training.optimization import NetworkOptimizer
 
+if TYPE_CHECKING:
+    from anyflow.training.config import Recipe
+
 
 class Step(Protocol):
-    """What the loop knows of a stage."""
+    """Define what the loop knows of a stage.
+
+    Attributes:
+        student: the network that is trained.
+        teacher: the network whose velocity is the pretrain loss's target, or None.
+        ema: the student's average.
+        flops: model FLOPs of the last update's networks, on all ranks together.
+    """
 
     student: AnyFlowTransformer3DModel
+    teacher: AnyFlowTransformer3DModel | None
     ema: EMA
-    flops: int  # of the last update's networks, on all ranks together
+    flops: int
 
     def update(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:
-        """Update number ``step`` (from 0) on one batch per micro-step; returns this rank's scalars,
-        on the device.
+        """Make update number ``step`` (from 0) of one batch per micro-step.
+
+        Returns:
+            This rank's scalars, on the device.
 
         Raises:
-            TrainingError: a loss or a gradient is not finite; the update it would have gone into
-                did not happen.
+            TrainingError: a loss or a gradient is not finite; nothing was updated.
         """
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: the parameters that train, their optimizer state, the average;
-        not copies.
+        """Return what a checkpoint holds, without copies.
+
+        These are the parameters that train, their optimizer state and the average.
         """
 
     def resume_at(self, step: int) -> None:
-        """Go on with update ``step`` (from 0), :meth:`tensors` having been filled in place."""
+        """Resume at update ``step`` (from 0); :meth:`tensors` have been filled in place."""
 
 
 class PretrainStep:
-    """The teacher stage (plain flow matching) and the pretrain stage.
+    """Make the updates of the teacher stage (plain flow matching) and of the pretrain stage.
 
     Args:
         recipe: the run.
         mesh: this process's place in it.
         student: on the device, sharded.
         negative: ``[1, S, text_dim]`` negative prompt of the dataset.
-        teacher: whose velocity is the target, with ``pretrain.velocity_target=teacher``; not
-            trained.
+        teacher: the network whose velocity is the target, with
+            ``pretrain.velocity_target=teacher``; not trained.
     """
 
     def __init__(
@@ -80,7 +90,7 @@ class PretrainStep:
         negative: Tensor,
         teacher: AnyFlowTransformer3DModel | None = None,
     ) -> None:
-        self.student, self.flops = student, 0
+        self.student, self.teacher, self.flops = student, teacher, 0
         self._sample_flops = _counter(student) if teacher is None else _counter(student, teacher)
         self._accumulation, self._data_world = Accumulation(recipe, mesh, negative), mesh.data_world
         self.method = AnyFlowPretrainMethod(
@@ -96,7 +106,7 @@ class PretrainStep:
     def update(
         self, batches: Sequence[Batch], step: int, **draws: Any
     ) -> dict[str, Tensor | float]:
-        """See :class:`Step`; ``draws`` are arguments of the method's loss, in place of random ones.
+        """Implement :meth:`Step.update`; ``draws`` replace random arguments of the method's loss.
 
         A draw is that of every micro-step, or a list with one for each.
         """
@@ -129,17 +139,18 @@ class PretrainStep:
         return {**scalars, "grad_norm": norm, "lr": self.optimizer.lr(step)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """See :class:`Step`."""
+        """Implement :meth:`Step.tensors`."""
         return {**self.optimizer.tensors(), **_ema_tensors(self.ema)}
 
     def resume_at(self, step: int) -> None:
-        """See :class:`Step`."""
+        """Implement :meth:`Step.resume_at`."""
         self.ema.updates = step
 
 
 class OnPolicyStep:
-    """Stage 2: the student on its own rollouts every ``generator_update_interval`` updates, then
-    always the critic.
+    """Make the updates of stage 2: of the student at an interval, of the critic always.
+
+    The interval is ``generator_update_interval``; the student comes first.
 
     Args:
         recipe: the run.
@@ -150,7 +161,7 @@ class OnPolicyStep:
         negative: ``[1, S, text_dim]`` negative prompt of the dataset.
 
     Raises:
-        ValueError: the method's own ``pretrain`` is set, or its settings do not fit the networks.
+        ValueError: the method's settings do not fit the networks.
     """
 
     def __init__(
@@ -163,19 +174,22 @@ class OnPolicyStep:
         negative: Tensor,
     ) -> None:
         assert recipe.on_policy is not None
-        if recipe.on_policy.method.pretrain != PretrainConfig():
-            raise ValueError(
-                "on_policy.method.pretrain must be left alone: co-training takes the recipe's "
-                "pretrain"
-            )
         self.student, self.critic, self.flops = student, critic, 0
+        self.teacher = teacher if recipe.pretrain.velocity_target == "teacher" else None
         self._sample_flops = _counter(student, teacher, critic)
         self._accumulation, self._device = Accumulation(recipe, mesh, negative), mesh.device
         self._data_world = mesh.data_world
         self._interval = recipe.on_policy.generator_update_interval
-        config = dataclasses.replace(recipe.on_policy.method, pretrain=pretrain_config(recipe))
+        config = recipe.on_policy.method
+        self._pretrain = pretrain_config(recipe)
         self.method = AnyFlowOnPolicyMethod(
-            student, teacher, critic, build_scheduler(recipe), config, process_group=mesh.data_group
+            student,
+            teacher,
+            critic,
+            build_scheduler(recipe),
+            config,
+            pretrain=self._pretrain if config.cotrain_pretrain else None,
+            process_group=mesh.data_group,
         )
         self.optimizer = NetworkOptimizer("student", student, recipe.optimizer, recipe.steps)
         self.critic_optimizer = NetworkOptimizer(
@@ -191,9 +205,7 @@ class OnPolicyStep:
         student_draws: Mapping[str, Any] | None = None,
         critic_draws: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor | float]:
-        """See :class:`Step`; the draws are arguments of the two losses below, in place of random
-        ones.
-        """
+        """Implement :meth:`Step.update`; the draws replace random arguments of the two losses."""
         scalars: dict[str, Tensor | float] = {}
         self.flops = 0
         if step % self._interval == 0:
@@ -213,7 +225,7 @@ class OnPolicyStep:
         return {**scalars, "critic_lr": self.critic_optimizer.lr(step)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """See :class:`Step`."""
+        """Implement :meth:`Step.tensors`."""
         return {
             **self.optimizer.tensors(),
             **self.critic_optimizer.tensors(),
@@ -221,13 +233,17 @@ class OnPolicyStep:
         }
 
     def resume_at(self, step: int) -> None:
-        """See :class:`Step`."""
+        """Implement :meth:`Step.resume_at`."""
         self.ema.updates = _ceil_div(step, self._interval)
 
     def _student_losses(
         self, batches: Sequence[Batch], step: int, draws: dict[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Means and norms of the student's loss; rollout and data have the same prompts."""
+        """Take the student's loss backward, on rollouts and data of the same prompts.
+
+        Returns:
+            Means and norms of the loss.
+        """
         config = None if self.method.pretrain is None else self.method.pretrain.config
         given_pairs = draws.pop("time_pairs", None)
         pairs = (
@@ -262,8 +278,11 @@ class OnPolicyStep:
         return means, losses.norms
 
     def _critic_losses(self, batches: Sequence[Batch], step: int, draws: dict[str, Any]) -> Losses:
-        """``rollout_noise``, ``steps`` of a fresh rollout of the student as it is now; ``t``,
-        ``noise`` of the loss.
+        """Take the critic's loss backward, on a fresh rollout of the updated student.
+
+        Args:
+            batches, step: as for :meth:`update`.
+            draws: ``rollout_noise`` and ``steps`` of the rollout, ``t`` and ``noise`` of the loss.
         """
         steps = draws.pop("steps", None)
         num_steps, grad_step = self._draw_steps("critic", step) if steps is None else steps
@@ -294,25 +313,22 @@ class OnPolicyStep:
     def _flops(self, batches: Sequence[Batch]) -> OnPolicyFlops:
         samples = sum(len(batch.latents) for batch in batches) * self._data_world
         student, teacher, critic = self._sample_flops(*_sizes(batches))
-        return OnPolicyFlops(student, teacher, critic, self.method.config, samples)
+        return OnPolicyFlops(student, teacher, critic, self.method.config, self._pretrain, samples)
 
     def _draw_steps(self, purpose: str, step: int) -> tuple[int, int]:
-        """Length and gradient step of an update's rollouts."""
+        """Draw the length and the gradient step of an update's rollouts."""
         return self.method.draw_steps(
             self._accumulation.generator(f"{purpose} steps", step), self._device
         )
 
 
 def build_scheduler(recipe: Recipe) -> FlowMapEulerDiscreteScheduler:
-    """The scheduler of training, previews and the exported model."""
-    config = recipe.scheduler
-    return FlowMapEulerDiscreteScheduler(
-        config.num_train_timesteps, shift=config.shift, weight_type=config.weight_type
-    )
+    """Build the scheduler of training, previews and the exported model."""
+    return FlowMapEulerDiscreteScheduler.from_config(recipe.scheduler)
 
 
 def pretrain_config(recipe: Recipe) -> PretrainConfig:
-    """The recipe's pretrain loss; in the teacher stage, that of plain flow matching."""
+    """Return the settings of the pretrain loss; in the teacher stage, those of flow matching."""
     if recipe.stage != "teacher":
         return recipe.pretrain
     return dataclasses.replace(
@@ -326,15 +342,16 @@ def pretrain_config(recipe: Recipe) -> PretrainConfig:
 
 
 def _sizes(batches: Sequence[Batch]) -> tuple[tuple[int, ...], int]:
-    """Shape of a video's latents, and the tokens of its prompt."""
+    """Return the shape of a video's latents, and the tokens of its prompt."""
     return tuple(batches[0].latents.shape[1:]), batches[0].prompt_embeds.shape[1]
 
 
 def _counter(
     *networks: AnyFlowTransformer3DModel,
 ) -> Callable[[tuple[int, ...], int], list[NetworkFlops]]:
-    """Make a function from the sizes of a sample to what it costs in each network, which walks each
-    only once.
+    """Return a function from the sizes of a sample to its cost in each network.
+
+    Results are kept: counting walks all modules of a network.
     """
 
     @functools.cache
@@ -348,7 +365,7 @@ def _counter(
 
 
 def _ema(recipe: Recipe, student: AnyFlowTransformer3DModel, interval: int = 1) -> EMA:
-    """The average; it moves with the student, which is updated every ``interval`` steps."""
+    """Build the average; it moves with the student, which is updated every ``interval`` steps."""
     start = _ceil_div(recipe.ema.start_step, interval)
     return EMA(student, recipe.ema.decay, warmup=False, start_step=start)
 

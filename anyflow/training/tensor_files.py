@@ -1,5 +1,6 @@
-"""The files of torch.distributed.checkpoint (DCP) with their index in JSON, in place of DCP's
-pickle.
+"""Write and read the files of torch.distributed.checkpoint (DCP) with an index in JSON.
+
+DCP's own index is a pickle.
 
 ``tensors.json`` maps each name to its dtype, its shape and the chunks that ranks wrote: offsets and
 sizes in the tensor, and the file, position and length in bytes of the chunk's ``torch.save``, which
@@ -37,8 +38,9 @@ MAX_INDEX_BYTES = 2**30  # 14B parameters in pieces of hundreds of ranks
 
 
 class TensorWriter(FileSystemWriter):
-    """DCP's writer, of tensors only; what the system refuses is an OSError, which reaches rank 0
-    with its number.
+    """Write tensors only, as DCP does; a refusal of the system stays an OSError.
+
+    The error reaches rank 0 with its number.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -67,7 +69,7 @@ class TensorWriter(FileSystemWriter):
 
 
 class TensorReader(FileSystemReader):
-    """DCP's reader, with an index that :func:`read_index` has read."""
+    """Read tensors as DCP does, with an index that :func:`read_index` has read."""
 
     def __init__(self, folder: Path, index: Metadata) -> None:
         super().__init__(folder)
@@ -78,7 +80,7 @@ class TensorReader(FileSystemReader):
 
 
 def read_index(folder: Path, files: Collection[str]) -> Metadata:
-    """The index in DCP's types.
+    """Read the index in DCP's types.
 
     Raises:
         CheckpointError: it is damaged, or refers to something else than ``files``.
@@ -109,9 +111,7 @@ def read_index(folder: Path, files: Collection[str]) -> Metadata:
 
 
 def difference(index: Metadata, tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
-    """Every name under ``prefix`` by which a checkpoint and the tensors to fill differ, one line
-    each.
-    """
+    """List every name under ``prefix`` by which a checkpoint and the tensors to fill differ."""
     saved = {
         name: entry for name, entry in index.state_dict_metadata.items() if name.startswith(prefix)
     }

@@ -1,6 +1,4 @@
-"""Measures how fast a run is and what it needs: samples, tokens and model FLOPs a second, peak
-memory.
-"""
+"""Measure how fast a run is: samples, tokens and model FLOPs a second, and peak memory."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from anyflow.training.flops import peak_flops
 
 
 class Throughput:
-    """Counts the work since the last line of metrics, and the time that training took for it.
+    """Count the work since the last line of metrics, and the time that training took for it.
 
     Args:
         mesh: this process's place in the run.
@@ -49,8 +47,9 @@ class Throughput:
         self._begin = time.monotonic()
 
     def take(self) -> dict[str, float]:
-        """Return the rates and the largest rank's peak of memory since the last call. Collective,
-        while paused.
+        """Return the rates and the largest rank's peak of memory since the last call.
+
+        Collective, while paused.
 
         ``samples_per_second`` and ``tokens_per_second`` are of all ranks, a sample counted once
         however often the networks see it; ``tflops_per_second`` is of each device, and ``mfu`` what

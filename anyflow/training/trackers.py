@@ -1,4 +1,4 @@
-"""The loggers of a run, by accelerate's trackers: TensorBoard, Weights & Biases, trackio."""
+"""Log a run by accelerate's trackers: TensorBoard, Weights & Biases, trackio."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from anyflow.training.report_config import Logger
 from anyflow.utils.documents import read_text, shortened
 from anyflow.utils.packages import is_missing, missing
 from anyflow.utils.validation import brief
 from anyflow.utils.writing import write_text
 
 RUN_ID_FILE = "run_id"
+Logger = Literal["tensorboard", "wandb", "trackio"]
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # They make accelerate's state join or open a process group, or set a device; None takes a variable
 # away.
@@ -39,8 +39,9 @@ def check_loggers(loggers: Sequence[Logger]) -> None:
 
 
 def run_id(folder: Path) -> str:
-    """Return the name under which a run's loggers know it, which is drawn once and kept in its
-    folder.
+    """Return the name under which a run's loggers know it.
+
+    The name is drawn once and kept in the run's folder.
 
     Raises:
         ValueError: the file holds something else than 1 to 64 letters, digits, ``_`` and ``-``.
@@ -58,9 +59,9 @@ def run_id(folder: Path) -> str:
 
 
 class Trackers:
-    """Loggers of one run; a context manager, in one process of all.
+    """Log one run in one process of all, in a context.
 
-    A run that goes on is the same run in the loggers: Weights & Biases and trackio know it by the
+    A resumed run is the same run in the loggers: Weights & Biases and trackio know it by the
     id in its folder, and TensorBoard drops what the folder has of steps after ``start``.
 
     Args:
@@ -112,8 +113,7 @@ class Trackers:
             tracker.log(dict(values), step=step)
 
     def add_charts(self, curves: Mapping[str, Sequence[str]]) -> None:
-        """Give TensorBoard a chart for each entry, with the curves of these numbers, under Custom
-        Scalars.
+        """Give TensorBoard a chart of these curves for each entry, under Custom Scalars.
 
         Weights & Biases and trackio draw such charts by their users' choice.
 
@@ -177,8 +177,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _accelerate_in_one_process() -> Iterator[None]:
-    """Give accelerate's trackers the state without which they refuse to log, as that of a process
-    on its own.
+    """Give accelerate's trackers the state of a single process, without which they do not log.
 
     The process groups are this library's. With torchrun's variables accelerate would open one of
     its own where there is none (one process on one GPU), and it would set the device. A state that
@@ -210,9 +209,7 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 
 
 def _gif_summary(name: str, file: Path) -> Any:
-    """Make what ``SummaryWriter.add_video`` makes of frames, for which it needs moviepy, of a GIF
-    that is there.
-    """
+    """Make of a GIF file what ``SummaryWriter.add_video`` makes of frames, without moviepy."""
     from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped,unused-ignore]
 
     with Image.open(file) as image:

@@ -1,4 +1,4 @@
-"""The loop: from a recipe to a trained model, through any number of interruptions."""
+"""Run the loop from a recipe to a trained model, through any number of interruptions."""
 
 from __future__ import annotations
 
@@ -53,17 +53,16 @@ from anyflow.utils.writing import write_text
 
 
 def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None) -> None:
-    """Run a recipe to its end in the folder ``recipe.out``, from the newest checkpoint there if
-    there is one.
+    """Run a recipe to its end in the folder ``recipe.out``, from the newest checkpoint there.
 
     The folder gets ``recipe.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``previews/`` and, at the
     end, the averaged student as ``model/transformer`` and ``model/scheduler``. On SIGTERM or SIGINT
     the update in progress is finished, a checkpoint is written and the function returns; a second
-    signal is obeyed at once. A run that goes on ends as if it had never stopped, bit for bit, given
-    the same number of processes. Called on every process of torchrun.
+    signal is obeyed at once. A resumed run ends as if it had never stopped, bit for bit, given the
+    same number of processes. Every process of torchrun calls this function.
 
     Args:
-        recipe: the run. If the folder holds one already, it must be the same but for ``out``,
+        recipe: the run. If the folder holds a run already, it must be the same but for ``out``,
             ``steps``, ``parallel``, ``checkpoint``, ``preview``, ``metrics``, ``validation`` (but
             not how many rows of the data it holds out), ``device``, ``num_threads``, ``log_every``,
             ``loggers``, ``project``, ``activation_checkpointing``, ``compile``,
@@ -120,11 +119,11 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         given = ", ".join(
             f"{name}={now} ({before} before)" for name, (before, now) in changes.items()
         )
-        console.print(f"The run goes on with {given}", markup=False)
+        console.print(f"The run resumes with {given}", markup=False)
     if latest is not None:
         checkpointer.load(latest, step.tensors())
         step.resume_at(at.step)
-        console.print(f"Going on after step {at.step} of {latest}")
+        console.print(f"Resuming after step {at.step} of {latest}")
         note_global_batch(recipe, mesh, at, console)
     with _signals() as signals:  # before the data has workers, which would die of a Ctrl-C
         data = TrainingData(
@@ -159,8 +158,9 @@ class _Samples:
 
 
 def _build_samples(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, console: Console) -> _Samples:
-    """Load what previews and metrics need before the networks are built: an error comes early, and
-    memory is free.
+    """Load what previews and metrics need, before the networks are built.
+
+    An error comes early, and memory is free.
     """
     shows, measures = recipe.preview.every > 0, recipe.metrics.every > 0
     if not (shows or measures):
@@ -177,7 +177,7 @@ def _build_samples(recipe: Recipe, mesh: Mesh, dataset: VideoDataset, console: C
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything the loop needs."""
+    """Hold everything that the loop needs, and run it."""
 
     recipe: Recipe
     mesh: Mesh
@@ -190,8 +190,9 @@ class _Run:
     signals: list[int]  # received so far
 
     def loop(self, at: Position, console: Console) -> bool:
-        """Train up to the last step, or to a signal; returns whether the last step is done. There
-        is a checkpoint.
+        """Train up to the last step or a signal, ending with a checkpoint.
+
+        Returns whether the last step is done.
         """
         tokens = token_count(self.step.student, self.dataset.latent_shape)
         with Reports(self.recipe, self.mesh, tokens, at, console) as reports:
@@ -208,7 +209,7 @@ class _Run:
         return True
 
     def _between_updates(self, done: int, reports: Reports, at: Position, console: Console) -> bool:
-        """Report, save and preview where they are due; returns whether the run goes on."""
+        """Report, save and preview where they are due; return whether the run continues."""
         recipe = self.recipe
         values = self._validate() if _due(done, recipe.validation.every, recipe.steps) else {}
         if _due(done, recipe.metrics.every, recipe.steps):
@@ -219,7 +220,7 @@ class _Run:
         if stop or _due(done, recipe.checkpoint.every, recipe.steps):
             self._save(done, at.history, reports.state())
         if stop and done < recipe.steps:
-            console.print(f"Stopped after step {done}; the same command goes on from there")
+            console.print(f"Stopped after step {done}; the same command resumes there")
             return False
         if _due(done, recipe.preview.every, recipe.steps):
             assert self.samples.previews is not None
@@ -228,9 +229,7 @@ class _Run:
 
     def _validate(self) -> dict[str, float]:
         negative = self.dataset.negative_prompt_embeds
-        return validation_losses(
-            self.recipe, self.mesh, self.split, negative, self.step.student, self.step.ema
-        )
+        return validation_losses(self.recipe, self.mesh, self.split, negative, self.step)
 
     def finish(self, console: Console) -> None:
         """Write the averaged student as a model."""
@@ -245,7 +244,8 @@ class _Run:
             dist.barrier()
 
     def advice(self, error: TrainingError) -> str:
-        """Name settings to try, as arguments of the command, and say where it goes on.
+        """Name settings to try, as arguments of the command, and say where it resumes.
+
         Collective.
         """
         tries = _settings_to_try(self.recipe, error)
@@ -262,8 +262,8 @@ class _Run:
         folder = self.checkpointer.folder / f"step-{saved[-1]:08d}"
         earlier = f"after step {saved[-2]}" if len(saved) > 1 else "at the start"
         return (
-            f"{command} goes on after step {saved[-1]}; "
-            f"if that fails at once, delete {folder}, and it goes on {earlier}"
+            f"{command} resumes after step {saved[-1]}; "
+            f"if that fails at once, delete {folder}, and it resumes {earlier}"
         )
 
     def _save(self, done: int, history: Sequence[dict[str, Any]], window: dict[str, Any]) -> None:
@@ -281,7 +281,7 @@ class _Run:
         self.checkpointer.save(done, tensors, info)
 
     def _on_any_rank(self, flag: bool) -> bool:
-        """A signal may reach one rank before another, or only one of them."""
+        """Tell whether a flag is set on any rank; a signal may reach one rank only."""
         if self.mesh.world_size == 1:
             return flag
         flags = torch.tensor(int(flag), device=self.mesh.device)
@@ -290,14 +290,12 @@ class _Run:
 
 
 def _due(done: int, every: int, last: int) -> bool:
-    """Tell whether something done every so many steps, and after the last one, is due; 0 turns it
-    off.
-    """
+    """Tell whether work done every ``every`` steps and after the last is due; 0 turns it off."""
     return every > 0 and (done % every == 0 or done == last)
 
 
 def _settings_to_try(recipe: Recipe, error: TrainingError) -> list[str]:
-    """Settings that may keep a network finite; all of them are in ``ADVISED``."""
+    """Return settings that may keep a network finite; all of them are in ``ADVISED``."""
     tries = []
     if error.network != "teacher":
         config, name = recipe.optimizer, "optimizer"
@@ -360,13 +358,13 @@ def _start_folder(recipe: Recipe, done: int) -> None:
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / RECIPE_FILE, dump_recipe(recipe))
-    if (out / "model").is_dir():  # of a run that had ended here and goes on
+    if (out / "model").is_dir():  # of a run that had ended here and is continued
         (out / "model").rename(out / f"model-step-{done:08d}")
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT; after the first, the old handlers are back."""
+    """Collect SIGTERM and SIGINT; after the first, the old handlers are back."""
     received: list[int] = []
 
     def handler(number: int, _: FrameType | None) -> None:

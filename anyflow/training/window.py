@@ -1,4 +1,4 @@
-"""Means of an update's scalars since the last line of metrics, over the updates and all ranks."""
+"""Average an update's scalars since the last line of metrics, over updates and ranks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from anyflow.utils.devices import widest_float
 
 
 class Window:
-    """Collects scalars where they are; the device is read, and the ranks meet, only when a mean is
-    wanted.
+    """Collect scalars where they are, and read the device only when a mean is wanted.
 
     Each update's mean over the ranks is kept, and they are added up exactly (:func:`math.fsum`), so
     that a run that is interrupted within a window reports what one does that is not.
 
     Args:
         device: of the scalars.
-        state: of a window that is gone on with, from :meth:`state`.
+        state: state of a window that is continued, from :meth:`state`.
     """
 
     def __init__(self, device: torch.device, state: Mapping[str, Any] | None = None) -> None:
@@ -35,8 +34,9 @@ class Window:
             self._settings = dict(state["settings"])
 
     def add(self, scalars: Mapping[str, Tensor | float]) -> None:
-        """Note an update's scalars of this rank: tensors are measured, numbers (such as a learning
-        rate) are set.
+        """Note this rank's scalars of an update: tensors are measured, plain numbers are set.
+
+        A learning rate is such a number.
         """
         for name, value in scalars.items():
             if isinstance(value, Tensor):
@@ -45,8 +45,7 @@ class Window:
                 self._settings[name] = value
 
     def take(self) -> dict[str, float]:
-        """Return the mean of each scalar over the updates that had it, and each setting's last
-        value; begin anew.
+        """Return each scalar's mean over its updates and each setting's last value; start anew.
 
         Collective.
         """
@@ -58,6 +57,7 @@ class Window:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of a window that has not ended, as JSON values.
+
         Collective.
         """
         self._read()

@@ -1,5 +1,4 @@
-"""YAML in which every value knows where it was written, inheritance by ``base:``, and overrides
-from the command line.
+"""Read YAML whose values know where they were written, with ``base:`` and overrides.
 
 Plain scalars follow the core schema of YAML 1.2, less its hexadecimal, octal and non-finite
 numbers: ``5e-5`` is a number, ``no`` and ``off`` are text, ``010`` is ten. A document is bounded in
@@ -36,14 +35,12 @@ _INT64 = range(-(2**63), 2**63)
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; one line for each problem, each with its place and the path of
-    the key.
-    """
+    """Say why a recipe cannot be used, one line for each problem, with its place and key."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """A value of a YAML document and its place.
+    """Hold a value of a YAML document and its place.
 
     Args:
         value: a scalar, a ``list[Located]`` or a ``dict[str, Located]``.
@@ -54,9 +51,7 @@ class Located:
     place: str
 
     def merged(self, over: Located) -> Located:
-        """This value with ``over`` laid on top: mappings merge key by key, everything else is
-        replaced.
-        """
+        """Lay ``over`` on top of this value: mappings merge key by key, all else is replaced."""
         if not (isinstance(self.value, dict) and isinstance(over.value, dict)):
             return over
         value = dict(self.value)
@@ -65,7 +60,7 @@ class Located:
         return Located(value, over.place)
 
     def place_of(self, path: tuple[int | str, ...]) -> str:
-        """Where ``path`` was written, or the innermost part of it that was."""
+        """Return where ``path`` was written, or the innermost part of it that was."""
         here = self
         for key in path:
             if not isinstance(here.value, dict | list):
@@ -77,7 +72,7 @@ class Located:
         return here.place
 
     def plain(self) -> Any:
-        """The value without places, as lists and dictionaries."""
+        """Return the value without places, as lists and dictionaries."""
         if isinstance(self.value, dict):
             return {key: item.plain() for key, item in self.value.items()}
         return [item.plain() for item in self.value] if isinstance(self.value, list) else self.value
@@ -99,7 +94,7 @@ def read_file(recipe: Path | str) -> Located:
 
 
 def read_override(text: str) -> Located:
-    """The mapping that ``a.b=value`` stands for; the value is YAML.
+    """Read the mapping that ``a.b=value`` stands for; the value is YAML.
 
     Raises:
         RecipeError: the text has another form, or its value is not YAML.
@@ -125,8 +120,9 @@ def read_override(text: str) -> Located:
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:
-    """A mapping as YAML that :func:`read_file` reads as the same values; tuples become lists, on
-    one line each.
+    """Write a mapping as YAML that :func:`read_file` reads as the same values.
+
+    Tuples become lists, on one line each.
     """
     return str(
         yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
@@ -134,8 +130,9 @@ def write_yaml(values: Mapping[str, Any]) -> str:
 
 
 def _read_file(path: Path, missing: str, below: tuple[Path, ...], asked_by: str = "") -> Located:
-    """Read a file and its bases; ``missing`` is the error if there is none, ``asked_by`` the place
-    that names it.
+    """Read a file and its bases.
+
+    ``missing`` is the error if there is none, ``asked_by`` the place that names it.
     """
     try:
         content = read_text(path, max_bytes=MAX_BYTES)
@@ -167,8 +164,9 @@ def _read_file(path: Path, missing: str, below: tuple[Path, ...], asked_by: str 
 
 
 class _CoreSchema:
-    """Which plain scalars are not text, for reading and, so that others are not quoted, for
-    writing.
+    """Define which plain scalars are not text, for reading and for writing.
+
+    Writing leaves the others unquoted.
     """
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {  # noqa: RUF012
@@ -185,7 +183,7 @@ class _CoreSchema:
 
 
 class _Loader(_CoreSchema, yaml.SafeLoader):
-    """Composes nodes down to a depth: PyYAML's composer is recursive."""
+    """Compose nodes down to a depth: PyYAML's composer is recursive."""
 
     _depth = 0
 
@@ -221,7 +219,7 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
 
 
 def _compose(content: str, place: Callable[[int], str]) -> Any:
-    """The document's root node, or None if there is none."""
+    """Return the document's root node, or None if there is none."""
     try:
         return yaml.compose(content, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -238,7 +236,7 @@ def _compose(content: str, place: Callable[[int], str]) -> Any:
 
 
 class _Document:
-    """The values of one document, counted as they are read.
+    """Read the values of one document, counting them.
 
     Args:
         place: of a line of it.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,6 +13,32 @@ import torch
 from torch import Tensor
 
 _LARGEST_FP32 = torch.finfo(torch.float32).max
+
+
+class SettingError(ValueError):
+    """Say which setting cannot work, and why.
+
+    Attributes:
+        field: the setting's name, relative to what raises, with dots; empty for all together.
+        text: what is wrong, such as ``"must be positive, got -1"``.
+    """
+
+    def __init__(self, field: str, text: str) -> None:
+        super().__init__(field, text)  # all arguments, so that pickle can make it again
+        self.field, self.text = field, text
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.text}" if self.field else self.text
+
+
+@contextmanager
+def in_section(name: str) -> Iterator[None]:
+    """Put a section's name before the fields of the SettingErrors that are raised inside."""
+    try:
+        yield
+    except SettingError as error:
+        field = f"{name}.{error.field}" if error.field else name
+        raise SettingError(field, error.text) from None
 
 
 def is_finite_number(value: Any) -> bool:
@@ -34,7 +62,7 @@ def whole_number(name: str, value: Any, low: int = 1, high: int | None = None) -
         number = None
     if number is None or number < low or (high is not None and number > high):
         allowed = f">= {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be a whole number {allowed}, got {brief(value)}")
+        raise SettingError(name, f"must be a whole number {allowed}, got {brief(value)}")
     return number
 
 
@@ -50,7 +78,7 @@ def finite_number(name: str, value: Any) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, got {brief(value)}")
+        raise SettingError(name, f"must be a finite number, got {brief(value)}")
     return number
 
 
@@ -65,13 +93,13 @@ def brief(value: Any, length: int = 100) -> str:
 def require_whole(name: str, value: object, *, least: int = 1, most: int = 2**63 - 1) -> None:
     """Raise a ValueError unless ``value`` is a whole number (no truth value) within the limits."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name} must be a whole number, got {brief(value)}")
+        raise SettingError(name, f"must be a whole number, got {brief(value)}")
     number = int(value)
     if number < least:
         wanted = "a positive number" if least == 1 else f">= {least}"
-        raise ValueError(f"{name} must be {wanted}, got {brief(number)}")
+        raise SettingError(name, f"must be {wanted}, got {brief(number)}")
     if number > most:
-        raise ValueError(f"{name} must be at most {most}, got {brief(number)}")
+        raise SettingError(name, f"must be at most {most}, got {brief(number)}")
 
 
 def require_number(name: str, value: object, *, least: float | None = None) -> None:
@@ -80,11 +108,11 @@ def require_number(name: str, value: object, *, least: float | None = None) -> N
     True and False are no numbers.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name} must be a number, got {brief(value)}")
+        raise SettingError(name, f"must be a number, got {brief(value)}")
     if not _is_finite(value):
-        raise ValueError(f"{name} must be a finite number, got {brief(value)}")
+        raise SettingError(name, f"must be a finite number, got {brief(value)}")
     if least is not None and value < least:
-        raise ValueError(f"{name} must be >= {least:g}, got {value}")
+        raise SettingError(name, f"must be >= {least:g}, got {value}")
 
 
 def require_positive(name: str, value: object) -> None:
@@ -95,13 +123,13 @@ def require_positive(name: str, value: object) -> None:
         or not _is_finite(value)
         or value <= 0
     ):
-        raise ValueError(f"{name} must be a positive number, got {brief(value)}")
+        raise SettingError(name, f"must be a positive number, got {brief(value)}")
 
 
 def require_text(name: str, value: object) -> None:
     """Raise a ValueError unless ``value`` is text that can stand for a path or a name."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise ValueError(f"{name} must be text that is not empty, got {value!r}")
+        raise SettingError(name, f"must be text that is not empty, got {value!r}")
 
 
 def _is_finite(value: Real) -> bool:

@@ -16,7 +16,7 @@ Isa detected() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::generic;
 #else
   return Isa::generic;
@@ -36,8 +36,9 @@ Isa chosen() {
       return static_cast<Isa>(i);
     }
   }
-  throw std::runtime_error(std::string("ANYFLOW_CPU_ISA: '") + wanted + "' is unknown or more than this processor has (" +
-      kNames[static_cast<int>(widest)] + ")");
+  throw std::runtime_error(std::string("ANYFLOW_CPU_ISA: '") + wanted +
+                           "' is unknown or more than this processor has (" +
+                           kNames[static_cast<int>(widest)] + ")");
 }
 
 }  // namespace

@@ -1,124 +1,68 @@
-// Frames of [B, F, ...], as the flow-map kernels see them: each frame x[b, f] is contiguous in memory and processed by
-// blocks, as fp32: in place, or through a buffer in the L1 cache. Blocks are counted over all frames.
+// What the kernels over frames [B, F, ...] share. Each frame x[b, f] is contiguous in memory and
+// processed by blocks, which are counted over all frames.
 #pragma once
 
-#include "cpu/rows.h"
+#include "cpu/view.h"
 
 namespace anyflow {
-
-constexpr int64_t kFrameBlock = 1024;  // elements: the buffers of all operands together fit the L1 cache
 
 struct FrameShape {
   int64_t samples = 0, frames = 0, size = 0;  // B, F, elements of a frame
   int64_t blocks = 0;                         // of a frame
 };
 
-// A tensor [B, F, ...]. Absent where data is null.
-struct Frames {
-  void* data = nullptr;
-  Type type = Type::f32;
-  int64_t sample = 0, frame = 0;  // strides in elements
-};
-
 // One number per frame, fp32 or fp64: [B, F], or [B] or 0-d with strides of 0.
 struct Times {
   const void* data = nullptr;
   bool wide = false;
-  int64_t sample = 0, frame = 0;
+  int64_t batch_stride = 0, frame_stride = 0;
 };
 
-// Slot `at` of the tensors [n, F, ...] that hold picked samples; not valid where its index named no sample.
-struct Slot {
-  int64_t at;
-  bool valid;
-};
-
-// The slots of every sample, in their order: those of sample b begin at slots[first[b]] and end before the next
-// sample's. None where first is null.
+// The places of every sample in the tensors [n, F, ...] that hold picked samples, in their order:
+// those of sample b are slots[first[b]] to slots[first[b + 1] - 1]. None where first is null.
 struct SlotList {
   const int64_t* first = nullptr;
-  const Slot* slots = nullptr;
+  const int64_t* slots = nullptr;
 };
+
+}  // namespace anyflow
 
 #ifdef ANYFLOW_ISA
-namespace ANYFLOW_ISA {
+namespace anyflow::ANYFLOW_ISA {
 
-// The elements [first, first + count) of one frame.
-struct FrameBlock {
-  FrameBlock(const FrameShape& shape, int64_t index) {
-    const int64_t row = index / shape.blocks;
-    sample = row / shape.frames;
-    frame = row % shape.frames;
-    first = index % shape.blocks * kFrameBlock;
-    count = shape.size - first < kFrameBlock ? shape.size - first : kFrameBlock;
-  }
+using FrameReader = Reader<kBlock>;
+using FrameWriter = Writer<kBlock>;
 
-  int64_t sample, frame, first, count;
-};
+inline Block frame_block(const FrameShape& shape, int64_t index) {
+  const int64_t frame = index / shape.blocks, first = index % shape.blocks * kBlock;
+  const int64_t rest = shape.size - first;
+  return {frame / shape.frames, frame % shape.frames, first, rest < kBlock ? rest : kBlock};
+}
 
 struct SlotRange {
   SlotRange(const SlotList& list, int64_t sample)
       : begin_(list.first == nullptr ? nullptr : list.slots + list.first[sample]),
         end_(list.first == nullptr ? nullptr : list.slots + list.first[sample + 1]) {}
 
-  const Slot* begin() const { return begin_; }
-  const Slot* end() const { return end_; }
+  const int64_t* begin() const { return begin_; }
+  const int64_t* end() const { return end_; }
 
  private:
-  const Slot *begin_, *end_;
+  const int64_t *begin_, *end_;
 };
 
-inline double time(const Times& times, int64_t sample, int64_t frame) {
-  const int64_t offset = sample * times.sample + frame * times.frame;
-  return times.wide ? static_cast<const double*>(times.data)[offset] : static_cast<const float*>(times.data)[offset];
+// The number of a block's frame.
+inline double time(const Times& times, const Block& block) {
+  const int64_t offset = block.batch * times.batch_stride + block.row * times.frame_stride;
+  return times.wide ? static_cast<const double*>(times.data)[offset]
+                    : static_cast<const float*>(times.data)[offset];
 }
 
-inline int64_t offset_of(const Frames& x, int64_t sample, const FrameBlock& block) {
-  return sample * x.sample + block.frame * x.frame + block.first;
-}
+}  // namespace anyflow::ANYFLOW_ISA
 
-// Reads the blocks of one operand; `at` gives the elements that a block has in a sample, its own or a slot.
-class FrameReader {
- public:
-  explicit FrameReader(const Frames& x) : x_(x) {}
+#else
+#include <c10/util/accumulate.h>
 
-  const float* at(int64_t sample, const FrameBlock& block) {
-    return load(x_.data, x_.type, offset_of(x_, sample, block), block.count, buffer_);
-  }
-
- private:
-  const Frames& x_;
-  alignas(64) float buffer_[kFrameBlock];
-};
-
-// Writes the blocks of a result, or of none: compute into `at(sample, block)`, then call `done(sample, block)`.
-class FrameWriter {
- public:
-  explicit FrameWriter(const Frames& x) : x_(x) {}
-
-  float* at(int64_t sample, const FrameBlock& block) {
-    const bool in_place = x_.data != nullptr && x_.type == Type::f32;
-    return in_place ? static_cast<float*>(x_.data) + offset_of(x_, sample, block) : buffer_;
-  }
-
-  void done(int64_t sample, const FrameBlock& block) {
-    if (x_.data != nullptr) {
-      store(buffer_, x_.data, x_.type, offset_of(x_, sample, block), block.count);
-    }
-  }
-
- private:
-  const Frames& x_;
-  alignas(64) float buffer_[kFrameBlock];
-};
-
-}  // namespace ANYFLOW_ISA
-#endif
-
-}  // namespace anyflow
-
-#ifndef ANYFLOW_ISA
-#include <optional>
 #include <vector>
 
 #include "cpu/tensors.h"
@@ -126,15 +70,12 @@ class FrameWriter {
 namespace anyflow {
 
 inline FrameShape frame_shape(const at::Tensor& x) {
-  TORCH_CHECK(x.dim() >= 2, "expected [B, F, ...], got ", x.sizes());
-  int64_t size = 1;
-  for (int64_t i = 2; i < x.dim(); ++i) {
-    size *= x.size(i);
-  }
-  return {x.size(0), x.size(1), size, (size + kFrameBlock - 1) / kFrameBlock};
+  const int64_t size = c10::multiply_integers(x.sizes().slice(2));
+  return {x.size(0), x.size(1), size, (size + kBlock - 1) / kBlock};
 }
 
-// x itself if each frame is contiguous in memory (the kernels take any other strides), else a copy.
+// Returns x itself if each frame is contiguous in memory (the kernels take any other strides), else
+// a copy.
 inline at::Tensor contiguous_frames(const at::Tensor& x) {
   int64_t expected = 1;
   bool contiguous = true;
@@ -145,72 +86,53 @@ inline at::Tensor contiguous_frames(const at::Tensor& x) {
   return copy_unless(contiguous, x);
 }
 
-// A tensor with frames of `shape`, of any number of samples.
-inline Frames frames(const at::Tensor& x, const FrameShape& shape, int64_t samples) {
-  const FrameShape given = frame_shape(x);
-  TORCH_CHECK(given.samples == samples && given.frames == shape.frames && given.size == shape.size, "expected ",
-              samples, " samples of ", shape.frames, " frames of ", shape.size, " elements, got ", x.sizes());
-  return {x.data_ptr(), type_of(x), x.stride(0), x.stride(1)};
+inline Optional contiguous_frames(const Optional& x) {
+  return x ? Optional(contiguous_frames(*x)) : x;
 }
 
-inline Frames frames(const at::Tensor& x, const FrameShape& shape) { return frames(x, shape, shape.samples); }
-
-// 0-d, [samples] or [samples, F] times; `x` is kept by the caller, and read where it is.
-inline Times times(const at::Tensor& x, const FrameShape& shape, int64_t samples) {
-  TORCH_CHECK(x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
-              "expected times in float32 or float64 on the CPU, got ", x.scalar_type(), " on ", x.device());
-  TORCH_CHECK(x.dim() <= 2 && (x.dim() < 1 || x.size(0) == samples) && (x.dim() < 2 || x.size(1) == shape.frames),
-              "expected times [], [", samples, "] or [", samples, ", ", shape.frames, "], got ", x.sizes());
-  return {x.data_ptr(), x.scalar_type() == at::kDouble, x.dim() < 1 ? 0 : x.stride(0), x.dim() < 2 ? 0 : x.stride(1)};
+// Views 0-d, [n] or [n, F] times where they are; the caller keeps them.
+inline Times times(const at::Tensor& x) {
+  return {x.data_ptr(), x.scalar_type() == at::kDouble, x.dim() < 1 ? 0 : x.stride(0),
+          x.dim() < 2 ? 0 : x.stride(1)};
 }
 
-// Which slots belong to a sample: those whose index in rows [n], counted from the end if negative, names it, or the
-// slot of its own number where there are no rows. An index that names no sample is an error.
+// Finds the slots of every sample: those whose index in picked [n], counted from the end if
+// negative, names the sample, or the slot of its own number where nothing is picked. An index that
+// names no sample is an error.
 class SlotLists {
  public:
-  SlotLists(const std::optional<at::Tensor>& rows, int64_t samples) : count_(rows ? rows->numel() : samples) {
-    TORCH_CHECK(!rows || (rows->dim() == 1 && rows->is_cpu() && rows->scalar_type() == at::kLong),
-                "expected rows [n] in int64 on the CPU");
-    TORCH_CHECK(count_ == 0 || samples > 0, "rows pick among 0 samples");
-    const auto index = [&](int64_t slot) {
-      const int64_t i = rows ? rows->const_data_ptr<int64_t>()[slot * rows->stride(0)] : slot;
-      return i < 0 ? i + samples : i;
-    };
-    const auto sample = [&](int64_t slot) { return std::clamp<int64_t>(index(slot), 0, samples - 1); };
-    first_.resize(samples + 2);  // counting sort: first_[b + 1] is where the next slot of b goes, then where b ends
-    slots_.resize(count_);
-    for (int64_t slot = 0; slot < count_; ++slot) {
-      TORCH_CHECK_VALUE(sample(slot) == index(slot), "rows must be in [", -samples, ", ", samples, "), got ",
-                        rows ? rows->const_data_ptr<int64_t>()[slot * rows->stride(0)] : slot);
-      ++first_[sample(slot) + 2];
+  SlotLists(const Optional& picked, int64_t samples)
+      : first_(samples + 2), slots_(picked ? picked->numel() : samples) {
+    // A counting sort: first_[b + 1] is where the next slot of b goes, and in the end where b ends.
+    std::vector<int64_t> owner(slots_.size());  // indices are read once: others may write them
+    for (int64_t slot = 0; slot < count(); ++slot) {
+      const int64_t index =
+          picked ? picked->const_data_ptr<int64_t>()[slot * picked->stride(0)] : slot;
+      TORCH_CHECK_VALUE(-samples <= index && index < samples, "picked must be in [", -samples, ", ",
+                        samples, "), got ", index);
+      owner[slot] = index < 0 ? index + samples : index;
+      ++first_[owner[slot] + 2];
     }
     for (int64_t b = 0; b < samples; ++b) {
       first_[b + 2] += first_[b + 1];
     }
-    for (int64_t slot = 0; slot < count_; ++slot) {
-      slots_[first_[sample(slot) + 1]++] = {slot, sample(slot) == index(slot)};
+    for (int64_t slot = 0; slot < count(); ++slot) {
+      slots_[first_[owner[slot] + 1]++] = slot;
     }
   }
 
-  int64_t count() const { return count_; }
+  int64_t count() const { return static_cast<int64_t>(slots_.size()); }
   SlotList list() const { return {first_.data(), slots_.data()}; }
 
  private:
-  const int64_t count_;
-  std::vector<int64_t> first_;
-  std::vector<Slot> slots_;
+  std::vector<int64_t> first_, slots_;
 };
 
-// An uninitialized contiguous tensor, by the means of result_like.
-inline at::Tensor result(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  return result_like(at::empty({}, options).expand(sizes));
-}
-
-// work(begin, end) over all blocks, in parallel.
-template <class Work>
-void for_frame_blocks(const FrameShape& shape, const Work& work) {
-  const int64_t grain = kGrain / std::clamp<int64_t>(shape.size, 1, kFrameBlock);
-  at::parallel_for(0, shape.samples * shape.frames * shape.blocks, grain, work);
+// Calls the kernel for all blocks, in parallel.
+template <class Arguments>
+void for_frame_blocks(const FrameShape& shape, Kernel<Arguments> kernel, const Arguments& a) {
+  const int64_t grain = kGrain / std::clamp<int64_t>(shape.size, 1, kBlock);
+  for_ranges(shape.samples * shape.frames * shape.blocks, grain, kernel, a);
 }
 
 }  // namespace anyflow

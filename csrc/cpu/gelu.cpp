@@ -1,10 +1,18 @@
 // tanh-GELU: anyflow/ops/gelu.py.
-#include "cpu/elements.h"
+#include "cpu/view.h"
 
 namespace anyflow {
 
-ANYFLOW_KERNEL(gelu_forward, const Elements& x, const Elements& out, int64_t begin, int64_t end)
-ANYFLOW_KERNEL(gelu_backward, const Elements& grad, const Elements& x, const Elements& dx, int64_t begin, int64_t end)
+struct Gelu {
+  View x, out;
+};
+
+struct GeluBackward {
+  View grad, x, dx;
+};
+
+ANYFLOW_KERNEL(gelu_forward, const Gelu&, Range)
+ANYFLOW_KERNEL(gelu_backward, const GeluBackward&, Range)
 
 }  // namespace anyflow
 
@@ -13,60 +21,63 @@ ANYFLOW_KERNEL(gelu_backward, const Elements& grad, const Elements& x, const Ele
 
 namespace anyflow::ANYFLOW_ISA {
 
-void gelu_forward(const Elements& x_, const Elements& out_, int64_t begin, int64_t end) {
-  BlockReader xs(x_);
-  BlockWriter outs(out_);
-  for_blocks(begin, end, [&](int64_t first, int64_t n) {
-    const float* x = xs.at(first, n);
-    float* out = outs.at(first);
+void gelu_forward(const Gelu& a, Range range) {
+  Reader<kBlock> xs(a.x);
+  Writer<kBlock> outs(a.out);
+  for_blocks(range, [&](const Block& block) {
+    const float* x = xs.at(block);
+    float* out = outs.at(block);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < block.n; ++i) {
       out[i] = gelu(x[i]);
     }
-    outs.done(first, n);
+    outs.done(block);
   });
 }
 
-void gelu_backward(const Elements& grad_, const Elements& x_, const Elements& dx_, int64_t begin, int64_t end) {
-  BlockReader grads(grad_), xs(x_);
-  BlockWriter dxs(dx_);
-  for_blocks(begin, end, [&](int64_t first, int64_t n) {
-    const float *grad = grads.at(first, n), *x = xs.at(first, n);
-    float* dx = dxs.at(first);
+void gelu_backward(const GeluBackward& a, Range range) {
+  Reader<kBlock> grads(a.grad), xs(a.x);
+  Writer<kBlock> dxs(a.dx);
+  for_blocks(range, [&](const Block& block) {
+    const float *grad = grads.at(block), *x = xs.at(block);
+    float* dx = dxs.at(block);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < block.n; ++i) {
       dx[i] = grad[i] * gelu_derivative(x[i]);
     }
-    dxs.done(first, n);
+    dxs.done(block);
   });
 }
 
 }  // namespace anyflow::ANYFLOW_ISA
 #else
-#include "cpu/operators.h"
 #include "cpu/tensors.h"
 
 namespace anyflow {
+namespace {
 
 at::Tensor gelu(const at::Tensor& x_) {
-  check::gelu(x_);
+  Operands("gelu", x_).dense("x", x_);
   const at::Tensor x = contiguous(x_), out = result_like(x);
-  const Elements from{x.data_ptr(), type_of(x)}, to{out.data_ptr(), type_of(out)};
-  at::parallel_for(0, x.numel(), kGrain, [&, kernel = ANYFLOW_SELECT(gelu_forward)](int64_t begin, int64_t end) {
-    kernel(from, to, begin, end);
-  });
+  const Gelu a{view(x), view(out)};
+  for_ranges(x.numel(), kGrain, ANYFLOW_SELECT(gelu_forward), a);
   return out;
 }
 
 at::Tensor gelu_backward(const at::Tensor& grad_, const at::Tensor& x_) {
-  check::gelu_backward(grad_, x_);
+  const Operands operands("gelu_backward", x_);
+  operands.dense("x", x_);
+  operands.sized("grad", grad_, x_.sizes());
   const at::Tensor grad = contiguous(grad_), x = contiguous(x_), dx = result_like(x);
-  const Elements from{grad.data_ptr(), type_of(grad)}, at{x.data_ptr(), type_of(x)}, to{dx.data_ptr(), type_of(dx)};
-  at::parallel_for(0, x.numel(), kGrain, [&, kernel = ANYFLOW_SELECT(gelu_backward)](int64_t begin, int64_t end) {
-    kernel(from, at, to, begin, end);
-  });
+  const GeluBackward a{view(grad), view(x), view(dx)};
+  for_ranges(x.numel(), kGrain, ANYFLOW_SELECT(gelu_backward), a);
   return dx;
 }
+
+}  // namespace
+
+ANYFLOW_REGISTER(gelu)
+ANYFLOW_REGISTER(gelu_backward)
 
 }  // namespace anyflow
 #endif

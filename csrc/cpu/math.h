@@ -1,6 +1,7 @@
-// Elementary functions that the compiler vectorizes: no branch, no table, no call. Included by kernels only.
+// Elementary functions that the compiler vectorizes: no branch, no table, no call. Included by
+// kernels only.
 //
-// Errors are of the result, relative, a few units in the last place however small it is; NaN stays NaN.
+// Errors are a few units in the last place of the result, however small it is. NaN stays NaN.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,8 @@ struct Logistic {
   float rest;    // 1 - s
 };
 
-// For z = x (q + r), -160 < z < 60, with r the small rounding error of q: that of z counts z times in the result.
+// For z = x (q + r), -160 < z < 60. r is the small rounding error of q: an error of z counts z
+// times in the result.
 inline Logistic logistic(float x, float q, float r) {
   constexpr float kRound = 0x1.8p23f;  // the low bits of z + kRound are the integer nearest to z
   const float shifted = x * q + kRound;
@@ -72,7 +74,8 @@ constexpr float kGeluC1 = 2.3022082f, kGeluC3 = 0.10294324f;
 inline Logistic gelu_gate(float x) {
   constexpr float c1 = 2.302215576171875f;  // 17 bits, so that q - c1 is exact
   const float square = x * x, q = square * kGeluC3 + c1;
-  const float r = (square * -2.0162e-9f - 7.37802755e-6f) + multiply_subtract(x, x, square) * kGeluC3;
+  const float r =
+      (square * -2.0162e-9f - 7.37802755e-6f) + multiply_subtract(x, x, square) * kGeluC3;
   return logistic(x, q, r + multiply_subtract(square, kGeluC3, q - c1));
 }
 

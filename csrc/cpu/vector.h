@@ -1,10 +1,12 @@
-// A vector of fp32 lanes as wide as the instruction set, by the vector types of GCC and Clang: + - * / and comparisons
-// work on it lane by lane. Plain loops are left to the compiler; this is for sums, which it would not reorder by itself.
+// A vector of fp32 lanes as wide as the instruction set, by the vector types of GCC and Clang:
+// + - * / and comparisons work on each lane. Included by kernels only.
+//
+// Plain loops are left to the compiler; vectors are for sums, which the compiler would not reorder
+// by itself, and for matrix products (cpu/gemm.h).
 #pragma once
 
 #include "cpu/dispatch.h"
 
-#ifdef ANYFLOW_ISA
 namespace anyflow::ANYFLOW_ISA {
 
 #if defined(__AVX512F__)
@@ -15,9 +17,11 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint32_t IntVec __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
+// A float or a Vec, at any alignment.
 template <class T>
-inline T get(const float* source) {  // a float or a Vec, at any alignment
+inline T get(const float* source) {
   T result;
   __builtin_memcpy(&result, source, sizeof(T));
   return result;
@@ -28,7 +32,13 @@ inline void put(float* target, T value) {
   __builtin_memcpy(target, &value, sizeof(T));
 }
 
-// The sum of the lanes, by halves.
+// A Vec in place, aligned to its size.
+inline const Vec& vec(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline Vec& vec(float* p) { return *reinterpret_cast<Vec*>(p); }
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+// Returns the sum of the lanes, by halves.
 typedef float Vec4 __attribute__((vector_size(16)));
 inline float horizontal(Vec4 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
@@ -50,19 +60,8 @@ inline float horizontal(Vec16 v) {
 }
 #endif
 
-// Calls work.operator()<Vec>(i) for whole vectors and work.operator()<float>(i) for the rest of 0 <= i < d.
-template <class Work>
-inline void each(int64_t d, Work work) {
-  int64_t i = 0;
-  for (; i + kLanes <= d; i += kLanes) {
-    work.template operator()<Vec>(i);
-  }
-  for (; i < d; ++i) {
-    work.template operator()<float>(i);
-  }
-}
-
-// The sum of term.operator()<T>(i), in four chains: one would wait for each of its additions.
+// Returns the sum of term.operator()<T>(i) over i < d, in four chains: one would wait for each of
+// its additions.
 template <class Term>
 inline float sum(int64_t d, Term term) {
   Vec a{}, b{}, c{}, e{};
@@ -111,4 +110,3 @@ inline Two<float> sum_two(int64_t d, Term term) {
 }
 
 }  // namespace anyflow::ANYFLOW_ISA
-#endif

@@ -1,4 +1,5 @@
-// Eight neighbors of a row: the unit in which every thread reads, computes and writes. Runs on the host too.
+// Eight neighbors of a token: the unit in which every thread reads, computes and writes. Runs on
+// the host too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +20,7 @@ struct Chunk {
   float v[kChunk];
 };
 
-// As it lies in memory: one 16-byte word, or two of fp32.
+// A chunk as it lies in memory: one 16-byte word, or two of fp32.
 template <typename T>
 struct alignas(16) Packed {
   uint4 words[kChunk * sizeof(T) / 16];
@@ -36,7 +37,9 @@ ANYFLOW_BOTH To bit_cast(const From& from) {
 ANYFLOW_BOTH float2 unpack(uint32_t bits, __nv_bfloat16) {  // bf16 is the upper half of an fp32
   return make_float2(bit_cast<float>(bits << 16), bit_cast<float>(bits & 0xffff0000u));
 }
-ANYFLOW_BOTH float2 unpack(uint32_t bits, __half) { return __half22float2(bit_cast<__half2>(bits)); }
+ANYFLOW_BOTH float2 unpack(uint32_t bits, __half) {
+  return __half22float2(bit_cast<__half2>(bits));
+}
 
 ANYFLOW_BOTH uint32_t pack(float a, float b, __nv_bfloat16) {
   return bit_cast<uint32_t>(__float22bfloat162_rn(make_float2(a, b)));
@@ -51,9 +54,11 @@ ANYFLOW_BOTH Chunk unpack(const Packed<T>& packed) {
   if constexpr (sizeof(T) == 4) {
     const uint4 u = packed.words[1];
     return {{bit_cast<float>(w.x), bit_cast<float>(w.y), bit_cast<float>(w.z), bit_cast<float>(w.w),
-             bit_cast<float>(u.x), bit_cast<float>(u.y), bit_cast<float>(u.z), bit_cast<float>(u.w)}};
+             bit_cast<float>(u.x), bit_cast<float>(u.y), bit_cast<float>(u.z),
+             bit_cast<float>(u.w)}};
   } else {
-    const float2 a = unpack(w.x, T{}), b = unpack(w.y, T{}), c = unpack(w.z, T{}), d = unpack(w.w, T{});
+    const float2 a = unpack(w.x, T{}), b = unpack(w.y, T{}), c = unpack(w.z, T{}),
+                 d = unpack(w.w, T{});
     return {{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
   }
 }
@@ -67,22 +72,25 @@ ANYFLOW_BOTH Packed<T> pack(const Chunk& chunk) {
     return {{make_uint4(bits(v[0]), bits(v[1]), bits(v[2]), bits(v[3])),
              make_uint4(bits(v[4]), bits(v[5]), bits(v[6]), bits(v[7]))}};
   } else {
-    return {{make_uint4(pack(v[0], v[1], T{}), pack(v[2], v[3], T{}), pack(v[4], v[5], T{}), pack(v[6], v[7], T{}))}};
+    return {{make_uint4(pack(v[0], v[1], T{}), pack(v[2], v[3], T{}), pack(v[4], v[5], T{}),
+                        pack(v[6], v[7], T{}))}};
   }
 }
 
-// Chunk number `index` of a row of any dtype, or a constant where the operand is absent.
-ANYFLOW_BOTH Chunk load_chunk(const void* row, DType dtype, int index, float otherwise) {
-  if (row == nullptr) return {{otherwise, otherwise, otherwise, otherwise, otherwise, otherwise, otherwise, otherwise}};
+// Loads chunk number `index` of a row of any dtype, or a constant where the operand is absent.
+ANYFLOW_BOTH Chunk load_chunk(const void* row, DType dtype, int index, float absent) {
+  if (row == nullptr) return {{absent, absent, absent, absent, absent, absent, absent, absent}};
   if (dtype == DType::float32) return unpack(static_cast<const Packed<float>*>(row)[index]);
-  if (dtype == DType::bfloat16) return unpack(static_cast<const Packed<__nv_bfloat16>*>(row)[index]);
+  if (dtype == DType::bfloat16)
+    return unpack(static_cast<const Packed<__nv_bfloat16>*>(row)[index]);
   return unpack(static_cast<const Packed<__half>*>(row)[index]);
 }
 
-// One number of a row of any dtype.
+// Loads one number of a row of any dtype.
 ANYFLOW_BOTH float load_number(const void* row, DType dtype, int column) {
   if (dtype == DType::float32) return static_cast<const float*>(row)[column];
-  if (dtype == DType::bfloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(row)[column]);
+  if (dtype == DType::bfloat16)
+    return __bfloat162float(static_cast<const __nv_bfloat16*>(row)[column]);
   return __half2float(static_cast<const __half*>(row)[column]);
 }
 

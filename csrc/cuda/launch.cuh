@@ -1,7 +1,9 @@
-// From a launcher's arguments to a kernel: checks, the grid, the choice of an instance, and the launch.
+// From a launcher's arguments to a kernel: checks, the grid, the choice of an instance, and the
+// launch.
 //
-// A kernel is a struct of its arguments with `operator()(block index, Block)`, what one thread does. `Block` has the
-// thread's place and the sum over its block: all of CUDA that the arithmetic needs.
+// A kernel is a struct of its arguments with `operator()(block index, Block)`, what one thread
+// does. `Block` has the thread's place and the sum over its block: all of CUDA that the arithmetic
+// needs.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,37 +12,41 @@
 #include <numeric>
 #include <type_traits>
 
-#include "rows.cuh"
+#include "tokens.cuh"
 
 namespace anyflow::cuda {
 
-// Threads of a block for N chunks each: what lets ptxas use the registers that a row needs.
+// Threads of a block for N chunks each: so few that ptxas can use the registers that a token needs.
 template <int N>
 constexpr int kMaxThreads = N == 1 ? 256 : 512;
 
 struct DeviceBlock {
   int thread, threads;
-  float (*partial)[16];  // shared memory, two buffers by turns: so one barrier per sum is enough
+  float (*partial)[16];  // shared memory, two buffers by turns: one barrier per sum is enough
   int turn = 0;
 
-  // The same value in every thread, always added up in the same order.
+  // Returns the same value in every thread, always added up in the same order.
   __device__ __forceinline__ float sum(float value) {
-    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    for (int offset = 16; offset > 0; offset /= 2)
+      value += __shfl_xor_sync(0xffffffffu, value, offset);
     if (threads == 32) return value;
     float* const sums = partial[turn];
     turn ^= 1;
     if (thread % 32 == 0) sums[thread / 32] = value;
     __syncthreads();
     value = thread % 16 < threads / 32 ? sums[thread % 16] : 0.0f;
-    for (int offset = 8; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    for (int offset = 8; offset > 0; offset /= 2)
+      value += __shfl_xor_sync(0xffffffffu, value, offset);
     return value;
   }
 };
 
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run_kernel(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(Kernel::kThreads)
+    run_kernel(const __grid_constant__ Kernel kernel) {
   __shared__ float partial[2][16];
-  kernel(blockIdx.x, DeviceBlock{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), partial});
+  kernel(blockIdx.x,
+         DeviceBlock{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), partial});
 }
 
 struct OnStream {
@@ -48,29 +54,35 @@ struct OnStream {
 
   template <typename Kernel>
   const char* operator()(const Kernel& kernel) const {
-    run_kernel<<<kernel.grid.blocks, kernel.grid.threads, 0, static_cast<cudaStream_t>(stream)>>>(kernel);
+    run_kernel<<<kernel.grid.blocks, kernel.grid.threads, 0, static_cast<cudaStream_t>(stream)>>>(
+        kernel);
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
 };
 
-// Why the kernels do not take these, or nullptr; absent operands fit anywhere.
+// Says why the kernels do not take these, or nullptr; absent operands fit anywhere.
 inline const char* check(const Sizes& sizes, std::initializer_list<Operand> operands) {
-  if (sizes.dim <= 0 || sizes.dim % kChunk != 0 || sizes.dim > kMaxDim) return "D must be a multiple of 8 up to 8192";
+  if (sizes.dim <= 0 || sizes.dim % kChunk != 0 || sizes.dim > kMaxDim)
+    return "D must be a multiple of 8 up to 8192";
   if (sizes.batch < 0 || sizes.tokens < 0) return "a size is negative";
   if (sizes.tokens > INT32_MAX || (sizes.tokens > 0 && sizes.batch > INT32_MAX / sizes.tokens))
     return "B * L must be below 2^31";
   for (const Operand& t : operands) {
     if (t.data == nullptr || sizes.tokens == 0) continue;
     if (t.rows <= 0 || sizes.tokens % t.rows != 0) return "the rows of an operand must divide L";
-    if (!aligned(t, sizes.batch)) return "every row of an operand must begin at a multiple of 16 bytes";
+    if (!aligned(t, sizes.batch))
+      return "every row of an operand must begin at a multiple of 16 bytes";
   }
   return nullptr;
 }
 
-inline int chunks_per_thread(const Sizes& sizes) { return sizes.dim <= kChunk * kMaxThreads<1> ? 1 : 2; }
+inline int chunks_per_thread(const Sizes& sizes) {
+  return sizes.dim <= kChunk * kMaxThreads<1> ? 1 : 2;
+}
 
-// For sizes that are not empty; `parameters` are those whose rows tokens share.
+// Divides tokens over blocks, for sizes that are not empty. `parameters` are the operands whose
+// rows tokens share.
 inline Grid make_grid(const Sizes& sizes, std::initializer_list<Operand> parameters) {
   Grid grid{};
   grid.chunks = static_cast<int>(sizes.dim / kChunk);
@@ -91,9 +103,12 @@ inline Grid make_grid(const Sizes& sizes, std::initializer_list<Operand> paramet
 template <typename Function>
 const char* with_type(DType dtype, Function function) {
   switch (dtype) {
-    case DType::float32: return function(float{});
-    case DType::bfloat16: return function(__nv_bfloat16{});
-    case DType::float16: return function(__half{});
+    case DType::float32:
+      return function(float{});
+    case DType::bfloat16:
+      return function(__nv_bfloat16{});
+    case DType::float16:
+      return function(__half{});
   }
   return "unknown dtype";
 }

@@ -1,4 +1,5 @@
-// LN(x) * (1 + scale) + shift, one modulation row per sample or frame: anyflow/ops/layer_norm_modulate.py.
+// LN(x) * (1 + scale) + shift, one modulation row per sample or frame:
+// anyflow/ops/layer_norm_modulate.py.
 #include "launch.cuh"
 
 namespace anyflow::cuda {
@@ -27,10 +28,12 @@ struct LayerNormModulate {
     for (int token = 0; token < run.count; ++token, to += dim) {
       Chunk v[N];
       for (int i = 0; i < N; ++i) v[i] = unpack(next[i]);
-      if (token + 1 < run.count) columns.load(next, in += x.row_stride);  // on its way while this one is summed
+      // The next token is on its way while this one is summed.
+      if (token + 1 < run.count) columns.load(next, in += x.row_stride);
       standardize(v, columns, block, grid.dim(), eps);
       for (int i = 0; i < N; ++i) {
-        for (int j = 0; j < kChunk; ++j) v[i].v[j] = v[i].v[j] * (1.0f + multiply[i].v[j]) + add[i].v[j];
+        for (int j = 0; j < kChunk; ++j)
+          v[i].v[j] = v[i].v[j] * (1.0f + multiply[i].v[j]) + add[i].v[j];
         columns.store(to, i, pack<T>(v[i]));
       }
     }
@@ -38,8 +41,8 @@ struct LayerNormModulate {
 };
 
 template <typename Launch>
-const char* layer_norm_modulate_with(Launch launch, Sizes sizes, Operand x, Operand shift, Operand scale, void* out,
-                                     float eps) {
+const char* layer_norm_modulate_with(Launch launch, Sizes sizes, Operand x, Operand shift,
+                                     Operand scale, void* out, float eps) {
   if (const char* error = check(sizes, {x, shift, scale, {out, x.dtype}})) return error;
   if (sizes.batch == 0 || sizes.tokens == 0) return nullptr;
   return with_type(x.dtype, [&](auto number) {
@@ -51,8 +54,8 @@ const char* layer_norm_modulate_with(Launch launch, Sizes sizes, Operand x, Oper
   });
 }
 
-const char* layer_norm_modulate(Sizes sizes, Operand x, Operand shift, Operand scale, void* out, float eps,
-                                void* stream) {
+const char* layer_norm_modulate(Sizes sizes, Operand x, Operand shift, Operand scale, void* out,
+                                float eps, void* stream) {
   return layer_norm_modulate_with(OnStream{stream}, sizes, x, shift, scale, out, eps);
 }
 

@@ -1,7 +1,9 @@
-// h = x + y * gate and n = LN(h), with an affine or a modulation: anyflow/ops/residual_layer_norm.py.
+// h = x + y * gate and n = LN(h), with an affine or a modulation:
+// anyflow/ops/residual_layer_norm.py.
 //
-// To the kernel an affine is a modulation that all tokens share and that does not count from 1, and what is absent is
-// ones or zeros in registers: it costs no memory traffic, and one kernel serves every variant.
+// To the kernel an affine is a modulation that all tokens share and that does not count from 1, and
+// an absent operand is ones or zeros in registers: it costs no memory traffic, and one kernel
+// serves every variant.
 #include "launch.cuh"
 
 namespace anyflow::cuda {
@@ -41,13 +43,14 @@ struct ResidualLayerNorm {
         columns.store(h + to, i, rounded);
         v[i] = unpack(rounded);  // the norm is that of what was returned
       }
-      if (token + 1 < run.count) {  // on their way while this one is summed
+      if (token + 1 < run.count) {  // on its way while this one is summed
         columns.load(next, in += x.row_stride);
         columns.load(next_y, in_y += y.row_stride);
       }
       standardize(v, columns, block, grid.dim(), eps);
       for (int i = 0; i < N; ++i) {
-        for (int j = 0; j < kChunk; ++j) v[i].v[j] = v[i].v[j] * (one + multiply[i].v[j]) + add[i].v[j];
+        for (int j = 0; j < kChunk; ++j)
+          v[i].v[j] = v[i].v[j] * (one + multiply[i].v[j]) + add[i].v[j];
         columns.store(n + to, i, pack<T>(v[i]));
       }
     }
@@ -55,12 +58,15 @@ struct ResidualLayerNorm {
 };
 
 template <typename Launch>
-const char* residual_layer_norm_with(Launch launch, Sizes sizes, Operand x, Operand y, Operand gate, Operand weight,
-                                     Operand bias, Operand shift, Operand scale, void* h, void* n, float eps) {
-  const char* error = check(sizes, {x, y, gate, weight, bias, shift, scale, {h, x.dtype}, {n, x.dtype}});
+const char* residual_layer_norm_with(Launch launch, Sizes sizes, Operand x, Operand y, Operand gate,
+                                     Operand weight, Operand bias, Operand shift, Operand scale,
+                                     void* h, void* n, float eps) {
+  const char* error =
+      check(sizes, {x, y, gate, weight, bias, shift, scale, {h, x.dtype}, {n, x.dtype}});
   if (error != nullptr) return error;
   const bool modulated = scale.data != nullptr || shift.data != nullptr;
-  if (modulated && (weight.data != nullptr || bias.data != nullptr)) return "give an affine or a modulation, not both";
+  if (modulated && (weight.data != nullptr || bias.data != nullptr))
+    return "give an affine or a modulation, not both";
   if (sizes.batch == 0 || sizes.tokens == 0) return nullptr;
   const Operand multiply = modulated ? scale : weight, add = modulated ? shift : bias;
   const float one = scale.data != nullptr ? 1.0f : 0.0f;
@@ -69,16 +75,18 @@ const char* residual_layer_norm_with(Launch launch, Sizes sizes, Operand x, Oper
     using T = decltype(number);
     return with_type(y.dtype, [&](auto other) {
       return with_chunks(sizes, [&](auto chunks) {
-        return launch(ResidualLayerNorm<T, decltype(other), chunks>{grid, x, y, gate, multiply, add, one,
-                                                                    static_cast<T*>(h), static_cast<T*>(n), eps});
+        return launch(ResidualLayerNorm<T, decltype(other), chunks>{
+            grid, x, y, gate, multiply, add, one, static_cast<T*>(h), static_cast<T*>(n), eps});
       });
     });
   });
 }
 
-const char* residual_layer_norm(Sizes sizes, Operand x, Operand y, Operand gate, Operand weight, Operand bias,
-                                Operand shift, Operand scale, void* h, void* n, float eps, void* stream) {
-  return residual_layer_norm_with(OnStream{stream}, sizes, x, y, gate, weight, bias, shift, scale, h, n, eps);
+const char* residual_layer_norm(Sizes sizes, Operand x, Operand y, Operand gate, Operand weight,
+                                Operand bias, Operand shift, Operand scale, void* h, void* n,
+                                float eps, void* stream) {
+  return residual_layer_norm_with(OnStream{stream}, sizes, x, y, gate, weight, bias, shift, scale,
+                                  h, n, eps);
 }
 
 }  // namespace anyflow::cuda

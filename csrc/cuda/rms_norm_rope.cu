@@ -1,4 +1,5 @@
-// RMS norm over all of D, then rotation of interleaved pairs in each head: anyflow/ops/rms_norm_rope.py.
+// RMS norm over all of D, then rotation of interleaved pairs in each head:
+// anyflow/ops/rms_norm_rope.py.
 #include "launch.cuh"
 
 namespace anyflow::cuda {
@@ -18,7 +19,8 @@ struct RmsNormRope {
   T* out;
   float eps;
 
-  // Of the pairs that begin at a column of a token's rows of the tables; every head reads the same ones.
+  // Returns the angles of the pairs that begin at a column of a token's rows of the tables; every
+  // head reads the same ones.
   ANYFLOW_BOTH Angles angles(const void* cos_row, const void* sin_row, int column) const {
     if (wide) {
       const float4 c = static_cast<const float4*>(cos_row)[column / 4];
@@ -57,9 +59,11 @@ struct RmsNormRope {
         v[i] = unpack(next[i]);
         if (cos_row != nullptr && columns.has(i)) turn[i] = angles(cos_row, sin_row, column[i]);
       }
-      if (token + 1 < run.count) columns.load(next, in += x.row_stride);  // on its way while this one is summed
+      // The next token is on its way while this one is summed.
+      if (token + 1 < run.count) columns.load(next, in += x.row_stride);
       for (int i = 0; i < N; ++i)
-        for (int j = 0; j < kChunk; ++j) squares += v[i].v[j] * v[i].v[j];  // zeros beyond the row
+        for (int j = 0; j < kChunk; ++j)
+          squares += v[i].v[j] * v[i].v[j];  // zeros beyond the token
       const float rstd = rsqrtf(block.sum(squares) / grid.dim() + eps);
       for (int i = 0; i < N; ++i) {
         for (int j = 0; j < kChunk; ++j) v[i].v[j] *= rstd * w[i].v[j];
@@ -81,15 +85,17 @@ struct RmsNormRope {
 };
 
 template <typename Launch>
-const char* rms_norm_rope_with(Launch launch, Sizes sizes, Operand x, Operand weight, Operand cos, Operand sin,
-                               int64_t num_heads, void* out, float eps) {
+const char* rms_norm_rope_with(Launch launch, Sizes sizes, Operand x, Operand weight, Operand cos,
+                               Operand sin, int64_t num_heads, void* out, float eps) {
   if (const char* error = check(sizes, {x, weight, {out, x.dtype}})) return error;
   if (num_heads < 1 || sizes.dim % num_heads != 0) return "num_heads must divide D";
-  if ((cos.data == nullptr) != (sin.data == nullptr)) return "cos and sin are given together or not at all";
+  if ((cos.data == nullptr) != (sin.data == nullptr))
+    return "cos and sin are given together or not at all";
   const int64_t head_dim = sizes.dim / num_heads;
   const bool rotary = cos.data != nullptr;
   if (rotary && head_dim % 2 != 0) return "D / num_heads must be even for a rotation";
-  if (rotary && (cos.rows != sizes.tokens || sin.rows != sizes.tokens)) return "cos and sin must have L rows";
+  if (rotary && (cos.rows != sizes.tokens || sin.rows != sizes.tokens))
+    return "cos and sin must have L rows";
   if (sizes.batch == 0 || sizes.tokens == 0) return nullptr;
   const auto whole = [](const Operand& t) { return t.dtype == DType::float32 && aligned(t, 1); };
   const bool wide = head_dim % kChunk == 0 && whole(cos) && whole(sin);
@@ -98,13 +104,14 @@ const char* rms_norm_rope_with(Launch launch, Sizes sizes, Operand x, Operand we
     using T = decltype(number);
     return with_chunks(sizes, [&](auto n) {
       const Grid grid = make_grid(sizes, {weight});
-      return launch(RmsNormRope<T, n>{grid, x, weight, cos, sin, half, wide, static_cast<T*>(out), eps});
+      return launch(
+          RmsNormRope<T, n>{grid, x, weight, cos, sin, half, wide, static_cast<T*>(out), eps});
     });
   });
 }
 
-const char* rms_norm_rope(Sizes sizes, Operand x, Operand weight, Operand cos, Operand sin, int64_t num_heads,
-                          void* out, float eps, void* stream) {
+const char* rms_norm_rope(Sizes sizes, Operand x, Operand weight, Operand cos, Operand sin,
+                          int64_t num_heads, void* out, float eps, void* stream) {
   return rms_norm_rope_with(OnStream{stream}, sizes, x, weight, cos, sin, num_heads, out, eps);
 }
 

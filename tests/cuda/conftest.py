@@ -1,8 +1,6 @@
-"""Fake CUDA tensors: what runs on a device is traced without one, and every wait of the host for it
-is noted.
+"""Trace what runs on a device by fake CUDA tensors, and note every wait of the host for it.
 
-The tests are in ``traced_*.py``. ``test_traced.py`` runs each file in a process of its own, see
-there.
+The tests are in ``traced_*.py``; ``test_traced.py`` runs each file in a process of its own.
 """
 
 import traceback
@@ -36,9 +34,7 @@ SIZES_READ = (
 
 @dataclass(frozen=True)
 class Call:
-    """An operator that ran on the device; operands as (shape, stride, dtype), in the order of the
-    arguments.
-    """
+    """Hold an operator that ran on the device, and its operands as (shape, stride, dtype)."""
 
     operator: str
     operands: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
@@ -48,7 +44,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Wait:
-    """The host waited for the device: in which operator, and where in anyflow."""
+    """Hold in which operator, and where in anyflow, the host waited for the device."""
 
     operator: str
     why: str
@@ -56,7 +52,7 @@ class Wait:
 
 
 class Device(TorchDispatchMode):
-    """Runs operators on CUDA tensors as fakes, all others as they are.
+    """Run operators on CUDA tensors as fakes, all others as they are.
 
     Attributes:
         calls: operators on the device, in order.
@@ -92,9 +88,7 @@ class Device(TorchDispatchMode):
         return Counter(n.split(".")[1] for n in names if n.startswith(f"{namespace}."))
 
     def parameters(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """A module's parameters and buffers as fakes on the device; floating-point parameters in a
-        dtype.
-        """
+        """Make a module's parameters and buffers fakes on the device, parameters in a dtype."""
         with self.fakes:
             for part in module.modules():
                 for table in (part._parameters, part._buffers):
@@ -135,7 +129,7 @@ class Device(TorchDispatchMode):
         return result
 
     def _wait(self, func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
-        """Note a wait; what the host then reads is zero."""
+        """Note a wait; the host then reads zero."""
         why, value = None, None
         with unset_fake_temporarily():
             if func is aten._local_scalar_dense.default:
@@ -183,8 +177,9 @@ def _on_device(leaf: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def _as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The choices of a GPU of compute capability 9.0, autocast included, which turns itself off
-    without a device.
+    """Choose as on a GPU of compute capability 9.0.
+
+    Autocast is included, which turns itself off without a device.
     """
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
@@ -194,6 +189,6 @@ def _as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def device() -> Iterator[Device]:
-    """A device that is active; :meth:`Device.clear` before what is asked about."""
+    """Return an active device; a test clears it before the part that it asks about."""
     with Device() as active:
         yield active

@@ -1,5 +1,4 @@
-"""Runs ``traced_*.py``: what a GPU would be asked to do, traced on fake CUDA tensors, with or
-without a GPU.
+"""Run ``traced_*.py``, which trace on fake CUDA tensors what a GPU would be asked to do.
 
 A CPU build of torch cannot differentiate fake CUDA tensors until ``no_device.cpp`` is loaded before
 it, hence a process for each file. A CUDA build needs a GPU for that.
@@ -20,7 +19,7 @@ ROOT = FOLDER.parents[1]
 
 @pytest.fixture(scope="module")
 def no_device(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
-    """The library that is loaded before torch; None where there is a GPU."""
+    """Return the library that is loaded before torch, or None where a GPU is present."""
     if torch.cuda.is_available():
         return None
     if torch.version.cuda is not None or torch.version.hip is not None:

@@ -1,6 +1,4 @@
-"""Traces what a CUDA graph records: one evaluation after another, as ``anyflow.models.cuda_graph`` makes
-them.
-"""
+"""Trace what a CUDA graph records: evaluations as ``anyflow.models.cuda_graph`` makes them."""
 
 from typing import Any
 
@@ -19,8 +17,9 @@ LAYERS = 2
 def test_an_evaluation_that_is_recorded_asks_nothing_of_the_host(
     per_frame: bool, device: Any
 ) -> None:
-    """No wait, no copy from the host, no random number; the tables are those of the first
-    evaluation, not new ones.
+    """An evaluation has no wait, no copy from the host and no random number.
+
+    The rotary tables are those of the first evaluation, not new ones.
     """
     with torch.device("meta"), device.fakes:
         model = AnyFlowTransformer3DModel(

@@ -1,6 +1,4 @@
-"""The whole model on fake CUDA tensors: which operators run, on which backend, in which dtypes and
-layouts.
-"""
+"""Run the whole model on fake CUDA tensors: operators, backends, dtypes and layouts."""
 
 import importlib
 from collections import Counter
@@ -36,8 +34,7 @@ COPIES = ("aten.clone", "aten._to_copy", "aten.copy_", "aten.contiguous", "aten.
 
 
 class CuDNN(TorchFunctionMode):
-    """Runs cuDNN's kernel for attention, as torch does on Hopper, which only a real device can
-    choose.
+    """Run cuDNN's attention, as torch does on Hopper, where only a real device can choose it.
 
     Attributes:
         operands: (shape, stride, dtype) of query, key and value of each call.
@@ -68,8 +65,9 @@ def network(device: Any, dtype: torch.dtype) -> AnyFlowTransformer3DModel:
 
 
 def run(device: Any, variant: str, rows: int) -> tuple[CuDNN, Tensor]:
-    """One forward, and a backward unless the variant is ``"inference"``; the model is bf16 but for
-    ``"autocast"``.
+    """Run one forward, and a backward unless the variant is ``"inference"``.
+
+    The model is bf16 but for ``"autocast"``.
     """
     model = network(device, torch.float32 if variant == "autocast" else BF16)
     if variant == "autocast":
@@ -116,8 +114,9 @@ def test_every_operator_of_the_model_is_a_kernel(variant: str, rows: int, device
 
 
 def check_dtypes(device: Any, rows: int) -> None:
-    """Tokens are bf16 but before the output projection, modulation and tables are fp32 and keep R
-    rows.
+    """Check that tokens are bf16, and modulation and tables fp32 with R rows.
+
+    The tokens before the output projection are fp32, too.
     """
     for call in device.calls:
         if not call.operator.startswith("anyflow.") or "embedding" in call.operator:
@@ -143,9 +142,7 @@ def check_dtypes(device: Any, rows: int) -> None:
 
 
 def check_attention(device: Any, attention: CuDNN, calls: int) -> None:
-    """Queries, keys and values are views ``[B, H, L, Dh]`` of contiguous ``[B, L, H, Dh]``, and so
-    is the result.
-    """
+    """Check that query, key, value and result are ``[B, H, L, Dh]`` views of contiguous tokens."""
     assert len(attention.operands) == calls
     for operands in attention.operands:
         for shape, stride, dtype in operands:
@@ -164,9 +161,7 @@ def check_attention(device: Any, attention: CuDNN, calls: int) -> None:
 
 
 def check_copies(device: Any) -> None:
-    """No operator copies tokens: only the latents are, into patches and back, and what changes its
-    dtype.
-    """
+    """Check that only the latents are copied, into patches and back, and changes of dtype."""
     for call in device.calls:
         if not call.operator.startswith(COPIES) or not call.operands:
             continue
@@ -183,7 +178,7 @@ def check_copies(device: Any) -> None:
 
 
 class Copied(TorchDispatchMode):
-    """Collects the operators that copy."""
+    """Collect the operators that copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,9 +194,7 @@ class Copied(TorchDispatchMode):
 
 
 def check_launches(device: Any) -> None:
-    """The wrappers of the kernels launch on the very tensors of the model: none is copied to be
-    read.
-    """
+    """Check that kernels launch on the very tensors of the model, and none is copied before."""
     with _disable_current_modes():
         for call in device.calls:
             namespace, name = call.operator.split(".")[:2]
@@ -223,7 +216,7 @@ def on_meta(x: Tensor) -> Tensor:
 
 
 def test_gelu_is_in_the_epilogue_of_the_product(device: Any) -> None:
-    """One product and no copy: what the feed-forward runs where no gradient is needed."""
+    """Without a gradient the feed-forward runs one product and no copy."""
     x = torch.empty(1, TOKENS, DIM, dtype=BF16, device="cuda")
     weight, bias = (
         torch.empty(shape, dtype=BF16, device="cuda") for shape in ((8960, DIM), (8960,))
@@ -235,9 +228,7 @@ def test_gelu_is_in_the_epilogue_of_the_product(device: Any) -> None:
 
 
 def test_a_compiled_block_keeps_the_operators(device: Any) -> None:
-    """One graph forward and one backward, by torch.compile on the fakes, with the same operators in
-    them.
-    """
+    """torch.compile makes one graph forward and one backward, with the same operators."""
     with torch.device("meta"), device.fakes:
         block = AnyFlowTransformerBlock(DIM, 8960, HEADS, cross_attn_norm=True, eps=1e-6)
     device.parameters(block, BF16)

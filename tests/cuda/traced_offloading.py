@@ -1,6 +1,4 @@
-"""Plan ``low`` brings the transformer to the device: without waiting, once its weights are in
-pinned memory.
-"""
+"""Trace that plan ``low`` brings pinned weights to the device without waiting."""
 
 from typing import Any
 

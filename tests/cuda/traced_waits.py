@@ -1,6 +1,4 @@
-"""The host never waits for the device in a step: of the samplers, of both training stages, and of
-the scheduler.
-"""
+"""Trace that the host never waits for the device in a step of sampling or training."""
 
 from contextlib import suppress
 from typing import Any
@@ -41,7 +39,7 @@ ARCHITECTURE = ArchitectureConfig(
 # The guard of an update: its only wait, so that no update is made of gradients that are not finite.
 GUARD = {"training/guard.py:_anywhere"}
 # of a sampling: whether all was finite is read once, after the last step
-END = ["validation.py:first"]
+END = ["utils/validation.py:first"]
 
 
 def recipe(stage: str, **changes: Any) -> Recipe:
@@ -87,9 +85,7 @@ def make_step(device: Any, recipe: Recipe) -> PretrainStep | OnPolicyStep:
 
 @pytest.mark.parametrize("stage", ["pretrain", "on_policy"])
 def test_an_update_waits_for_nothing_but_its_guard(stage: str, device: Any) -> None:
-    """Co-training, so that the loss of pretraining is in both; the draws are made in host
-    memory.
-    """
+    """Co-training has the loss of pretraining in both; the draws are made in host memory."""
     step = make_step(device, recipe(stage))
     device.clear()
     Window(CUDA).add(step.update([batch()], 0))
@@ -108,9 +104,7 @@ def student(device: Any) -> AnyFlowTransformer3DModel:
 def test_the_sampler_waits_once_at_its_end(
     options: dict[str, Any], student: Any, device: Any
 ) -> None:
-    """With what it is given in host memory too: context frames, and latents that a callback
-    returns.
-    """
+    """First frames, and latents that a callback returns, may be in host memory."""
     noise, text = torch.empty(2, 3, 8, 4, 4, device=CUDA), torch.empty(1, 4, 32, device=CUDA)
     options = dict(options)
     if options.pop("context", False):
@@ -175,7 +169,7 @@ def test_the_pretrain_loss_draws_and_computes_without_a_wait(
 
 
 def test_what_waits_is_noticed(device: Any) -> None:
-    """Each kind, so that the tests above can fail."""
+    """Each kind of wait is noticed, so that the tests above can fail."""
     x = torch.empty(3, device=CUDA)
     mask = x > 0
     for operation in (

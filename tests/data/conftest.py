@@ -18,8 +18,6 @@ from latent_files import Row, write
 def write_video() -> WriteVideo:
     """Return ``write_video(path, grays, fps=16, size=(64, 64))``.
 
-    --
-
     A frame is plain for a gray level, or the array itself.
     """
 

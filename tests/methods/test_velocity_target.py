@@ -115,13 +115,11 @@ def test_cotraining_takes_the_real_score(
 ) -> None:
     latents, noise, prompt = pair
     teacher = gaussian(N)
-    config = OnPolicyConfig(
-        cotrain_pretrain=True,
-        num_steps=(2,),
-        real_guidance_scale=0.0,
-        pretrain=_config(epsilon=1.0),
+    config = OnPolicyConfig(cotrain_pretrain=True, num_steps=(2,), real_guidance_scale=0.0)
+    pretrain = _config(epsilon=1.0)
+    method = AnyFlowOnPolicyMethod(
+        gaussian(N), teacher, gaussian(N), _scheduler(), config, pretrain=pretrain
     )
-    method = AnyFlowOnPolicyMethod(gaussian(N), teacher, gaussian(N), _scheduler(), config)
     calls = record(teacher)
     output = method.student_loss(
         noise,
@@ -161,9 +159,11 @@ def test_the_weight_of_cotraining_scales_its_gradient_alone(
             cotrain_weight=weight,
             num_steps=(2,),
             real_guidance_scale=0.0,
-            pretrain=_config(epsilon=1.0, velocity_target="data"),
         )
-        method = AnyFlowOnPolicyMethod(student, gaussian(N), gaussian(N), _scheduler(), config)
+        pretrain = _config(epsilon=1.0, velocity_target="data")
+        method = AnyFlowOnPolicyMethod(
+            student, gaussian(N), gaussian(N), _scheduler(), config, pretrain=pretrain
+        )
         draws = {
             "data_noise": noise,
             "time_pairs": KINDS,

@@ -1,4 +1,4 @@
-"""Tiny transformers and random arguments for them, shared by the model's tests."""
+"""Provide tiny transformers, and random arguments for them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ TINY: dict[str, Any] = {
 
 @dataclass
 class Inputs:
-    """Arguments of one forward, per frame; ``image`` only for models with an image branch."""
+    """Hold the arguments of a forward, per frame; ``image`` only for models that take one."""
 
     x: Tensor
     t: Tensor
@@ -36,21 +36,19 @@ class Inputs:
     image: Tensor | None
 
     def tuple(self) -> tuple[Tensor | None, ...]:
-        """In the positional order of diffusers' forward."""
+        """Return the arguments in the order of diffusers' forward."""
         return self.x, self.t, self.r, self.text, self.image
 
 
 @pytest.fixture
 def tiny() -> dict[str, Any]:
-    """A configuration with two layers."""
+    """Return a configuration with two layers."""
     return dict(TINY)
 
 
 @pytest.fixture
 def make_inputs(generator: torch.Generator) -> Callable[..., Inputs]:
-    """``make_inputs(b, f, h, w, image=False, per_sample=False)`` in fp32, times in [0, 1000] with r
-    <= t.
-    """
+    """Return ``make_inputs(b, f, h, w, image=False, per_sample=False)``: fp32, 1000 >= t >= r."""
 
     def make(
         b: int = 2,
@@ -77,13 +75,13 @@ def make_inputs(generator: torch.Generator) -> Callable[..., Inputs]:
 
 @pytest.fixture
 def relative() -> Callable[[Tensor, Tensor], float]:
-    """``relative(a, b)``: |a - b| / |b| in fp64."""
+    """Return ``relative(a, b)``: |a - b| / |b| in fp64."""
     return lambda a, b: ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @pytest.fixture(autouse=True)
 def _automatic_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test starts from, and leaves behind, the automatic choice of an attention backend."""
+    """Start and end every test with the automatic choice of an attention backend."""
     monkeypatch.delenv("ANYFLOW_ATTENTION", raising=False)
     with use_attention_backend(None):
         yield
@@ -91,7 +89,7 @@ def _automatic_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def qkv(generator: torch.Generator) -> Callable[..., tuple[Tensor, ...]]:
-    """``qkv((B, L, S, H, Dh), dtype=fp32, grad=False)``: query, key and value."""
+    """Return ``qkv((B, L, S, H, Dh), dtype=fp32, grad=False)``: query, key and value."""
 
     def make(
         shape: tuple[int, ...] = (2, 37, 7, 3, 64),
@@ -106,7 +104,7 @@ def qkv(generator: torch.Generator) -> Callable[..., tuple[Tensor, ...]]:
 
 
 class Operators(TorchDispatchMode):
-    """Records the names of the operators that run inside."""
+    """Record the names of the operators that run inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +119,7 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture
 def operators_of() -> Callable[..., list[str]]:
-    """``operators_of(function, *args, **kwargs)``: the names of the operators that run."""
+    """Return ``operators_of(function, *args, **kwargs)``: the names of the operators that run."""
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
         with Operators() as operators:
@@ -133,7 +131,7 @@ def operators_of() -> Callable[..., list[str]]:
 
 @pytest.fixture
 def automatic() -> str:
-    """The backend of attention that nobody forces, for fp32 on this CPU."""
+    """Return the backend of attention that is chosen for fp32 on this CPU."""
     return (
         "flash" if EXTENSION is None or EXTENSION.cpu_instruction_set() == "generic" else "native"
     )
@@ -141,9 +139,7 @@ def automatic() -> str:
 
 @pytest.fixture
 def kernel_among() -> Callable[[list[str]], str]:
-    """``kernel_among(operators)``: which of the CPU kernels for attention they hold, ours or
-    torch's.
-    """
+    """Return ``kernel_among(operators)``: the CPU kernel of attention that they hold."""
 
     def kernel(names: list[str]) -> str:
         if any(name.removeprefix("anyflow.").startswith("attention") for name in names):
@@ -159,7 +155,5 @@ def kernel_among() -> Callable[[list[str]], str]:
 def kernel_of(
     operators_of: Callable[..., list[str]], kernel_among: Callable[[list[str]], str]
 ) -> Callable[..., str]:
-    """``kernel_of(function, *args, **kwargs)``: which of the CPU kernels for attention really
-    runs.
-    """
+    """Return ``kernel_of(function, *args, **kwargs)``: the CPU kernel of attention that runs."""
     return lambda *args, **kwargs: kernel_among(operators_of(*args, **kwargs))

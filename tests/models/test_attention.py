@@ -1,6 +1,4 @@
-"""Attention: values and gradients of every backend that runs here, degenerate and strided inputs,
-and the errors.
-"""
+"""Compare every backend of attention that runs here with the formula, and check the errors."""
 
 import math
 
@@ -32,7 +30,7 @@ SHAPES = {  # B, L, S, H, Dh
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The textbook formula in fp64."""
+    """Compute the textbook formula in fp64."""
     query, key, value = (t.double() for t in (query, key, value))
     weights = (
         torch.einsum("blhd,bshd->bhls", query, key).div(math.sqrt(query.shape[-1])).softmax(-1)
@@ -41,7 +39,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What the model ran before it chose: torch's own choice."""
+    """Run torch's attention by its own choice."""
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     )
@@ -78,7 +76,7 @@ def test_values_and_gradients(backend, shape, dtype, qkv, generator, relative) -
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("grad", [False, True])
 def test_automatic_choice_on_the_cpu(dtype, grad, qkv, kernel_of, automatic) -> None:
-    """The native kernel where it takes the tensors, else torch's choice bit for bit."""
+    """The native kernel runs where it takes the tensors, else torch's choice bit for bit."""
     for shape in SHAPES.values():
         tensors = qkv(shape, dtype, grad)
         native = dtype in NATIVE_DTYPES and shape[4] % 8 == 0 and automatic == "native"

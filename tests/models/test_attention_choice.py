@@ -1,6 +1,4 @@
-"""The choice of an attention backend: overrides, sdpa_kernel, torch.compile, the report and the
-model's setter.
-"""
+"""Check the choice of an attention backend: overrides, torch.compile, report, setter."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -94,7 +92,7 @@ def test_an_automatic_choice_keeps_to_sdpa_kernel_and_a_forced_one_does_not(
     ],
 )
 def test_order_of_preference(capability, cudnn, first) -> None:
-    """That FlashAttention-3 runs on Hopper alone is a matter of availability."""
+    """FlashAttention-3 is in the order of newer GPUs, where it is then missing."""
     assert list(preference(capability, cudnn)) == first
 
 
@@ -109,7 +107,7 @@ def test_an_implementation_that_the_user_has_activated_comes_first() -> None:
     not hasattr(torch.nn.attention, "activate_flash_attention_impl"), reason="needs torch 2.11"
 )
 def test_an_activated_implementation_is_noticed_and_named() -> None:
-    """By torch's own registry, with an implementation that registers no kernel."""
+    """torch's own registry activates an implementation that registers no kernel."""
     registry, removed = torch.nn.attention, []
 
     class Handle:
@@ -144,9 +142,7 @@ def test_forward_mode_derivative(qkv, relative) -> None:
 
 
 def test_a_fake_call_does_not_spoil_the_choice_for_real_ones(qkv, kernel_of) -> None:
-    """Support is probed once per kind of tensor, with real tensors: a fake CPU tensor only has the
-    math kernel.
-    """
+    """Real tensors probe each kind once: fake CPU tensors have the math kernel only."""
     unsupported.cache_clear()
     with FakeTensorMode():
         fake = torch.empty(1, 4, 2, 56)
@@ -165,9 +161,7 @@ def test_support_is_probed_once(qkv) -> None:
 
 
 class Compiler:
-    """A backend of torch.compile that runs the graphs as they are, and keeps the kernel of the last
-    forward graph.
-    """
+    """Run the graphs of torch.compile as they are, and keep the kernel of each forward graph."""
 
     def __init__(self, kernel_among: Callable[[list[str]], str]) -> None:
         self.kernel_among, self.kernels = kernel_among, []

@@ -1,6 +1,4 @@
-"""How a block runs its linear layers and the GELU: when a faster way may be taken, and what it
-computes.
-"""
+"""Check how a block runs its linear layers and the GELU, and what each way computes."""
 
 from collections.abc import Callable
 
@@ -24,7 +22,7 @@ DIM, FFN = 16, 40
 
 
 class OtherTensor(Tensor):
-    """A weight of another tensor type, as quantized weights are."""
+    """Stand for a weight of another tensor type, as quantized weights are."""
 
 
 def with_lora(ffn: FeedForward) -> None:
@@ -103,7 +101,7 @@ def test_only_a_plain_linear_is_fused(wrap: Callable[[FeedForward], None]) -> No
 @pytest.mark.parametrize("wrap", [lambda ffn: None, *WRAPPED], ids=lambda wrap: wrap.__name__)
 @torch.no_grad()
 def test_a_layer_gives_what_its_call_gives(wrap: Callable[[FeedForward], None], generator) -> None:
-    """For large products too, where a plain one goes through the operator."""
+    """Large products do so too, where a plain one goes through the operator."""
     ffn = FeedForward(DIM, FFN)
     wrap(ffn)
     proj, x = ffn.net[0].proj, torch.randn(2, 2**13, DIM, generator=generator)
@@ -111,9 +109,7 @@ def test_a_layer_gives_what_its_call_gives(wrap: Callable[[FeedForward], None], 
 
 
 def test_the_models_layers_take_the_operator(generator) -> None:
-    """All four of self-attention, those of cross-attention that see tokens, and both of the
-    feed-forward.
-    """
+    """The operator runs all layers that see tokens: 4 of self-, 2 of cross-attention, 2 more."""
     block = AnyFlowTransformerBlock(64, 128, 2, cross_attn_norm=True, eps=1e-6)
     x, text = (
         torch.randn(1, 1024, 64, generator=generator),
@@ -163,9 +159,7 @@ def test_no_derivative_is_lost() -> None:
 
 
 def test_what_torch_offers(generator) -> None:
-    """The facts behind the conditions: erf-GELU on a CPU, and no derivative; with the wiring of the
-    arguments.
-    """
+    """torch has the erf-GELU on a CPU, and no derivative: the conditions are right."""
     x = torch.randn(2, 3, DIM, generator=generator)
     weight, bias = torch.randn(FFN, DIM, generator=generator), torch.randn(FFN, generator=generator)
     out = linear_gelu(x, weight, bias)

@@ -1,4 +1,4 @@
-"""torch.compile of a block and of the model: one graph, the same numbers, under every backend."""
+"""Compile a block and the model: one graph, the same numbers, under every backend."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def arguments(g: torch.Generator, rows: int, dtype: torch.dtype) -> tuple[Any, .
 
 
 def run(block: Any, inputs: tuple[Any, ...], parameters: list[Tensor]) -> list[Tensor]:
-    """Output and all gradients."""
+    """Return the output and all gradients."""
     out = block(*inputs)
     return [out, *torch.autograd.grad(out.float().square().mean(), [*inputs[:3], *parameters])]
 
@@ -43,7 +43,7 @@ def run(block: Any, inputs: tuple[Any, ...], parameters: list[Tensor]) -> list[T
 # the interpreter takes its time as well
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
 def test_block_compiles_in_one_graph(backend, compiler, dtype, generator) -> None:
-    """Forward and backward."""
+    """Forward and backward agree with those of the block."""
     if backend == "triton":
         pytest.importorskip("triton")
     block = AnyFlowTransformerBlock(DIM, 2 * DIM, HEADS, cross_attn_norm=True, eps=1e-6).to(dtype)
@@ -58,9 +58,7 @@ def test_block_compiles_in_one_graph(backend, compiler, dtype, generator) -> Non
 
 
 def test_a_change_of_backend_recompiles(generator) -> None:
-    """The choice is made while tracing: forcing another backend must not reuse the graph of the
-    first.
-    """
+    """Tracing makes the choice: another forced backend must not reuse the first graph."""
     pytest.importorskip("triton")
     block = AnyFlowTransformerBlock(DIM, 2 * DIM, HEADS, cross_attn_norm=True, eps=1e-6)
     inputs = arguments(generator, 3, torch.float32)
@@ -88,7 +86,7 @@ def test_model_compiles_in_one_graph(tiny, make_inputs) -> None:
 
 
 def test_repeated_blocks_compile_once(tiny, make_inputs) -> None:
-    """diffusers' ``compile_repeated_blocks``: all blocks share one graph."""
+    """All blocks share one graph by diffusers' ``compile_repeated_blocks``."""
     model = AnyFlowTransformer3DModel(**tiny)
     i = make_inputs()
     with torch.no_grad():

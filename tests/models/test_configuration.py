@@ -1,4 +1,4 @@
-"""Every setting of a transformer is checked before anything is built."""
+"""Check that every setting of a transformer is checked before anything is built."""
 
 from typing import Any
 

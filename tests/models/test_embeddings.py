@@ -1,4 +1,4 @@
-"""The cache of rotary tables under threads."""
+"""Check the cache of rotary tables under threads."""
 
 import threading
 
@@ -8,7 +8,7 @@ from anyflow.models.embeddings import RotaryEmbedding
 
 
 def test_tables_are_safe_to_share_among_threads() -> None:
-    """More grids than are kept: every thread gets the tables of its own, while others drop them."""
+    """Threads with more grids than are kept each get their own tables."""
     rope = RotaryEmbedding(16, 64)
     grids = [(1, 2, n) for n in range(1, 13)]
     expected = {

@@ -1,6 +1,4 @@
-"""The model on the fused operators: parity under every backend, which operators a block runs, what
-it allocates.
-"""
+"""Run the model on the fused operators: parity, which operators run, what they allocate."""
 
 import itertools
 from collections import Counter
@@ -41,7 +39,7 @@ PER_BLOCK = {
 
 @pytest.fixture(autouse=True)
 def _poisoned() -> Any:
-    """Uninitialized memory reads NaN, so that a kernel that leaves an element out cannot pass."""
+    """Fill uninitialized memory with NaN, so that an element that is left out cannot pass."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -50,7 +48,7 @@ def _poisoned() -> Any:
 def pair(
     config: dict[str, Any], generator: torch.Generator
 ) -> tuple[nn.Module, AnyFlowTransformer3DModel]:
-    """diffusers' model and ours with the same random weights, one-dimensional ones included."""
+    """Return diffusers' model and ours with the same random weights, those of norms too."""
     theirs, ours = (
         diffusers.AnyFlowTransformer3DModel(**config),
         AnyFlowTransformer3DModel(**config),
@@ -70,7 +68,7 @@ def gradients(model: nn.Module, output: Tensor, cotangent: Tensor) -> Tensor:
 
 
 class Trace(TorchDispatchMode):
-    """Counts the operators of anyflow, and keeps the largest tensor that any operator makes."""
+    """Count the operators of anyflow, and keep the largest tensor that any operator makes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,9 +115,7 @@ def test_triton_matches_diffusers_and_eager(
 def test_bf16_is_closer_to_fp64_than_diffusers(
     backend, seed, tiny, make_inputs, generator, relative: Callable[..., float], tmp_path: Path
 ) -> None:
-    """Outputs and gradients; both load one checkpoint whose weights bf16 holds exactly. Measured: 3
-    to 5 % closer.
-    """
+    """Outputs and gradients are closer by 3 to 5 %, from one checkpoint that bf16 holds exactly."""
     torch.manual_seed(seed)
     generator.manual_seed(seed)
     theirs, ours = pair(tiny | {"attention_head_dim": 48, "num_layers": 4}, generator)
@@ -172,9 +168,7 @@ def block_arguments(
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
 def test_modulation_is_never_expanded_to_tokens(backend, rows, generator) -> None:
-    """With a narrow feed-forward layer nothing in a block is wider than 2 D, forward or
-    backward.
-    """
+    """Nothing is wider than 2 D, forward or backward, where the feed-forward is narrow."""
     dim, length = 64, 128
     block = AnyFlowTransformerBlock(
         dim, ffn_dim=2 * dim, num_heads=2, cross_attn_norm=True, eps=1e-6
@@ -188,9 +182,7 @@ def test_modulation_is_never_expanded_to_tokens(backend, rows, generator) -> Non
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_memory_of_a_block(rows, generator) -> None:
-    """By the profiler: no allocation of a forward pass comes near [L, 6 D], where diffusers' block
-    makes one.
-    """
+    """No allocation of a forward pass comes near [L, 6 D], which diffusers' block makes."""
     dim, length, heads = 256, 1024, 4
     options = {"cross_attn_norm": True, "eps": 1e-6}
     block = AnyFlowTransformerBlock(dim, ffn_dim=2 * dim, num_heads=heads, **options)
@@ -209,7 +201,7 @@ def test_memory_of_a_block(rows, generator) -> None:
 
 
 def memory(block: nn.Module, *arguments: Any) -> tuple[int, int]:
-    """Largest allocation and peak of a forward pass, in bytes above what was there before."""
+    """Return the largest allocation and the peak of a forward pass, in bytes."""
     with torch.no_grad():
         block(*arguments)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

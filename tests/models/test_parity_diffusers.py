@@ -1,6 +1,4 @@
-"""Parity with diffusers' AnyFlowTransformer3DModel on random weights: outputs, gradients, files and
-adapters.
-"""
+"""Compare with diffusers' AnyFlowTransformer3DModel: outputs, gradients, files, adapters."""
 
 import inspect
 from pathlib import Path
@@ -37,7 +35,7 @@ SIZES = [(2, 3, 4, 6), (1, 5, 6, 10), (3, 1, 2, 2)]
 
 
 def randomized(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Random everything: norm weights and biases that start at 1 and 0 would hide a missing one."""
+    """Draw all weights: a missing norm would hide behind weights of 1 and biases of 0."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1:
@@ -51,7 +49,7 @@ def randomized(model: nn.Module, generator: torch.Generator) -> nn.Module:
 def pair(
     config: dict[str, Any], generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, AnyFlowTransformer3DModel]:
-    """Theirs and ours with the same random weights."""
+    """Return diffusers' model and ours with the same random weights."""
     theirs = randomized(diffusers.AnyFlowTransformer3DModel(**config), generator)
     ours = AnyFlowTransformer3DModel(**config)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -105,9 +103,7 @@ def test_gradients(config, per_sample, tiny, make_inputs, generator, relative) -
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_gradients_of_every_parameter_in_fp64(config, tiny, make_inputs, generator) -> None:
-    """In fp64 the cancellations resolve too. diffusers rounds its sinusoid and its norms to fp32,
-    hence the 1e-6.
-    """
+    """fp64 resolves the cancellations; diffusers rounds sinusoid and norms, hence 1e-6."""
     theirs, ours = pair(tiny | config, generator, torch.float64)
     inputs = make_inputs(1, 5, 6, 10, image="image_dim" in config)
     arguments = [inputs.x.double(), inputs.t, inputs.r, inputs.text.double(), inputs.image]
@@ -132,7 +128,7 @@ def test_state_dicts_interchange_both_ways(config, tiny) -> None:
 
 
 def test_config_and_call_are_compatible() -> None:
-    """Every setting with its default, and every positional argument in its place."""
+    """Every setting has its default, and every positional argument its place."""
     for method in ("__init__", "forward"):
         theirs = inspect.signature(getattr(diffusers.AnyFlowTransformer3DModel, method)).parameters
         ours = inspect.signature(getattr(AnyFlowTransformer3DModel, method)).parameters
@@ -188,7 +184,7 @@ def test_additive_fusion_survives_the_file(tiny, make_inputs, tmp_path: Path) ->
 
 
 def test_lora_adapter(tiny, make_inputs, generator, relative) -> None:
-    """The published recipe's targets; the adapter's scale is what attention_kwargs can set."""
+    """The targets are the published recipe's; attention_kwargs sets the scale."""
     theirs, ours = pair(tiny, generator)
     targets = [
         "to_q",

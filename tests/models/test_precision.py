@@ -1,4 +1,4 @@
-"""What bf16 leaves of the central difference, and which parts of a bf16 checkpoint stay in fp32."""
+"""Measure what bf16 leaves of the central difference, and which parameters stay in fp32."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ BF16 = torch.bfloat16
 
 @dataclass
 class Difference:
-    """Inputs of dF/dt at four times, and its value in fp64."""
+    """Hold the inputs of dF/dt at four times, and its value in fp64."""
 
     plus: Tensor
     minus: Tensor
@@ -30,7 +30,7 @@ class Difference:
 
 
 def save_rounded(tiny: dict[str, Any], folder: Path) -> AnyFlowTransformer3DModel:
-    """A random model whose weights bf16 holds exactly, so that only its arithmetic can differ."""
+    """Save a random model whose weights bf16 holds exactly: only arithmetic can differ."""
     model = AnyFlowTransformer3DModel(**(tiny | {"freq_dim": 256}))
     with torch.no_grad():
         for p in model.parameters():
@@ -40,7 +40,7 @@ def save_rounded(tiny: dict[str, Any], folder: Path) -> AnyFlowTransformer3DMode
 
 
 def difference(model: nn.Module, g: torch.Generator) -> Difference:
-    """x+-, t+- as flow_map_inputs makes them, and the fp64 quotient from fp64 x and t."""
+    """Return x+-, t+- as flow_map_inputs makes them, and the fp64 quotient of fp64 x and t."""
     x0, noise = (torch.randn(4, 3, 16, 8, 8, generator=g, dtype=torch.float64) for _ in range(2))
     text = torch.randn(4, 7, 20, generator=g).bfloat16().float()
     t = torch.tensor([0.9, 0.7, 0.5, 0.3], dtype=torch.float64)
@@ -62,7 +62,7 @@ def difference(model: nn.Module, g: torch.Generator) -> Difference:
 
 
 def our_quotient(model: nn.Module, d: Difference) -> Tensor:
-    """fp32 latents and times into the model, divided by the realized difference of the times."""
+    """Give the model fp32 latents and times; divide by the realized difference of times."""
     text = d.text.to(model.dtype)
     with torch.no_grad():
         u_plus = model(d.plus, d.t_plus, d.r, text).sample
@@ -72,7 +72,7 @@ def our_quotient(model: nn.Module, d: Difference) -> Tensor:
 
 
 def peer_quotient(model: nn.Module, d: Difference) -> Tensor:
-    """bf16 latents and times, divided by the nominal difference."""
+    """Give the model bf16 latents and times; divide by the nominal difference."""
     t_plus, t_minus, r = (v.to(BF16)[:, None].expand(4, 3) for v in (d.t_plus, d.t_minus, d.r))
     with torch.no_grad():
         u_plus = model(d.plus.to(BF16), t_plus, r, d.text.to(BF16)).sample.float()
@@ -83,9 +83,7 @@ def peer_quotient(model: nn.Module, d: Difference) -> Tensor:
 def test_central_difference_survives_bf16(
     tiny, generator, relative: Callable[..., float], tmp_path: Path
 ) -> None:
-    """Measured over three seeds: fp32 6e-6, ours 0.054 to 0.057, the peer's formulation 0.40 to
-    0.43.
-    """
+    """Measured over three seeds: fp32 6e-6, ours 0.054 to 0.057, the peer's 0.40 to 0.43."""
     reference = save_rounded(tiny, tmp_path)
     d = difference(reference, generator)
     assert relative(our_quotient(reference, d), d.exact) < 1e-4
@@ -114,9 +112,7 @@ def test_velocity_has_the_dtype_of_the_latents(
 def test_fp32_latents_are_not_rounded_on_their_way_in_or_out(
     tiny, make_inputs, relative, tmp_path: Path
 ) -> None:
-    """x at bf16 resolution plus a hundredth of it: a model that rounds its input cannot see the
-    difference.
-    """
+    """A model that rounds its input cannot see a hundredth of bf16's resolution."""
     save_rounded(tiny, tmp_path)
     model = AnyFlowTransformer3DModel.from_pretrained(tmp_path, torch_dtype=BF16)
     i = make_inputs()
@@ -136,9 +132,7 @@ def test_fp32_latents_are_not_rounded_on_their_way_in_or_out(
 def test_both_time_embedders_stay_in_fp32(
     enabled_by, tiny, make_inputs, relative, tmp_path: Path
 ) -> None:
-    """Every parameter that is to stay in fp32 does, and keeps its last digits; the others are
-    bf16.
-    """
+    """These parameters keep their last digits; the others are bf16."""
     model = AnyFlowTransformer3DModel(**tiny, r_embedder=enabled_by == "config")
     if enabled_by == "enable_flow_map":
         model.enable_flow_map()

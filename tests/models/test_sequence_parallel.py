@@ -1,6 +1,4 @@
-"""Ulysses sequence parallelism under torchrun (gloo): what the ranks compute together is what one
-computes alone.
-"""
+"""Run Ulysses sequence parallelism under torchrun (gloo), and compare with one process."""
 
 import subprocess
 from collections.abc import Callable
@@ -24,7 +22,7 @@ pytestmark = pytest.mark.slow
 def ranks(
     tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., subprocess.Popen[str]]
 ) -> dict[int, list[dict[str, Any]]]:
-    """What every rank of every world wrote."""
+    """Return what every rank of every world wrote."""
     folder = tmp_path_factory.mktemp("forward")
     written = {}
     for world in WORLDS:
@@ -43,9 +41,7 @@ def ranks(
 def test_velocity_and_gradients_are_those_of_the_whole_model(
     case: Any, world: int, ranks: dict[int, Any]
 ) -> None:
-    """In fp64, through two chained calls; gradients of the latents and parameters, as their mean
-    over the ranks.
-    """
+    """Two chained calls in fp64 agree; gradients are the mean over the ranks."""
     for results in ranks[world]:
         got, want = results["shared"][case], results["whole"][case]
         assert bool(want["gradient"].any())

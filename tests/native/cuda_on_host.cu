@@ -1,5 +1,5 @@
-// The kernels of csrc/cuda on the CPU, for test_cuda_sources.py: one CPU thread for each of a block, and the sum over a
-// block at two barriers.
+// The kernels of csrc/cuda on the CPU, for test_cuda_sources.py: one CPU thread for each of a
+// block, and the sum over a block at two barriers.
 #include <pthread.h>
 
 #include <cstring>
@@ -33,7 +33,8 @@ struct OnHost {
   template <typename Kernel>
   const char* operator()(const Kernel& kernel) const {
     const Grid& grid = kernel.grid;
-    if (grid.threads > Kernel::kThreads || grid.threads % 32 != 0) return "a block has the wrong size";
+    if (grid.threads > Kernel::kThreads || grid.threads % 32 != 0)
+      return "a block has the wrong size";
     float values[512] = {};
     pthread_barrier_t barrier;
     pthread_barrier_init(&barrier, nullptr, grid.threads);
@@ -51,17 +52,20 @@ struct OnHost {
 
 extern "C" {
 
-const char* host_layer_norm_modulate(Sizes sizes, Operand x, Operand shift, Operand scale, void* out, float eps) {
+const char* host_layer_norm_modulate(Sizes sizes, Operand x, Operand shift, Operand scale,
+                                     void* out, float eps) {
   return layer_norm_modulate_with(OnHost{}, sizes, x, shift, scale, out, eps);
 }
 
-const char* host_residual_layer_norm(Sizes sizes, Operand x, Operand y, Operand gate, Operand weight, Operand bias,
-                                     Operand shift, Operand scale, void* h, void* n, float eps) {
-  return residual_layer_norm_with(OnHost{}, sizes, x, y, gate, weight, bias, shift, scale, h, n, eps);
+const char* host_residual_layer_norm(Sizes sizes, Operand x, Operand y, Operand gate,
+                                     Operand weight, Operand bias, Operand shift, Operand scale,
+                                     void* h, void* n, float eps) {
+  return residual_layer_norm_with(OnHost{}, sizes, x, y, gate, weight, bias, shift, scale, h, n,
+                                  eps);
 }
 
-const char* host_rms_norm_rope(Sizes sizes, Operand x, Operand weight, Operand cos, Operand sin, int64_t num_heads,
-                               void* out, float eps) {
+const char* host_rms_norm_rope(Sizes sizes, Operand x, Operand weight, Operand cos, Operand sin,
+                               int64_t num_heads, void* out, float eps) {
   return rms_norm_rope_with(OnHost{}, sizes, x, weight, cos, sin, num_heads, out, eps);
 }
 

@@ -1,4 +1,4 @@
-"""Builds that cannot succeed end in one clear message; what is left out is said in one line."""
+"""Test that a build which cannot succeed ends in one clear message."""
 
 import os
 import re
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(CMAKE is None, reason="cmake is not installed")
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """A Python with this one's packages but none of their programs."""
+    """Make a Python with this one's packages but none of their programs."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     (site,) = environment.glob("lib/python*/site-packages")
@@ -31,7 +31,7 @@ def python(tmp_path: Path) -> Path:
 def build(
     python: Path, *programs: str, tmp_path: Path, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """``setup.py build_ext``; nothing but the programs named is on PATH, unless that is given."""
+    """Run ``setup.py build_ext`` with only the named programs on PATH, unless PATH is given."""
     path = tmp_path / "bin"
     path.mkdir()
     for name in programs:
@@ -61,7 +61,7 @@ def build(
 
 
 def message(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line, of a build that failed without a traceback."""
+    """Return the last line of a build that failed without a traceback."""
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1]
@@ -100,7 +100,7 @@ def test_no_compiler(python, tmp_path) -> None:
 def cuda(
     *definitions: str, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """What CMake decides about the CUDA kernels, in a machine whose programs are not seen."""
+    """Ask CMake about the CUDA kernels, on a machine whose programs CMake does not see."""
     nowhere = ["-DCMAKE_FIND_ROOT_PATH=/nonexistent", "-DCMAKE_FIND_ROOT_PATH_MODE_PROGRAM=ONLY"]
     torch = ["-DTORCH_VERSION=2.13.0", "-DTORCH_CUDA_VERSION=13.0", "-DANYFLOW_CUDA=AUTO"]
     command = [CMAKE, *nowhere, *torch, *definitions, "-P", ROOT / "cmake" / "AnyflowCuda.cmake"]

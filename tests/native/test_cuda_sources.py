@@ -1,10 +1,9 @@
-"""csrc/cuda compiles for every architecture without a warning, a spill or local memory, and
-computes what it should.
+"""Test that csrc/cuda compiles without a warning, spill or local memory, and computes its results.
 
 No GPU is needed. What a thread does is a function of its place in a block and of a sum over that
-block, so that the same functions run here too, with the CPU's threads: that proves addresses,
-rounding and arithmetic. The warp shuffles and the launch itself are left to the tests of the
-operators, on a GPU.
+block, so the same functions run here too, with the CPU's threads: that proves addresses, rounding
+and arithmetic. The warp shuffles and the launch itself are left to the tests of the operators, on a
+GPU.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ every_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.
 
 
 def find(tool: str, *folders: Path) -> str | None:
-    """A program in one of the folders, or on the PATH, or where CUDA is usually installed."""
+    """Find a program in one of the folders, on the PATH, or where CUDA is usually installed."""
     usual = [Path("/usr/local/cuda/bin")]
     home = [Path(os.environ["CUDA_HOME"]) / "bin"] if os.environ.get("CUDA_HOME") else []
     places = [*home, *folders, *map(Path, os.environ.get("PATH", "").split(os.pathsep)), *usual]
@@ -58,13 +57,14 @@ def find(tool: str, *folders: Path) -> str | None:
 
 @functools.cache
 def find_nvcc() -> str | None:
+    """Find the CUDA compiler that a build would take."""
     named = os.environ.get("CUDACXX")
     return shutil.which(named) if named else find("nvcc")
 
 
 @functools.cache
 def find_nvdisasm() -> str | None:
-    """CUDA's, or the one that Triton brings along."""
+    """Find CUDA's disassembler, or the one that Triton brings along."""
     spec = importlib.util.find_spec("triton")
     origin = None if spec is None else spec.origin
     return find(
@@ -82,13 +82,13 @@ needs_nvdisasm = pytest.mark.skipif(
 
 
 def nvcc(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Messages of the compiler and of ptxas, in stdout."""
+    """Run the compiler; its messages and those of ptxas are in stdout."""
     command = [str(find_nvcc()), *map(str, arguments)]
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def defects(report: str) -> list[str]:
-    """What must not be in the report of ``ptxas -v``, and if it has no kernel, that."""
+    """List what must not be in the report of ``ptxas -v``; a report without a kernel is one."""
     kernels = re.split(r"Compiling entry function ", report)[1:]
     found = [] if kernels else ["no kernel was compiled"]
     for kernel in kernels:
@@ -104,8 +104,9 @@ def defects(report: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """``compiled(source, arch)``: a cubin and the report on it, made once; nvcc's failure is the
-    test's.
+    """Return ``compiled(source, arch)``, which makes a cubin and the report on it once.
+
+    A failure of nvcc is a failure of the test.
     """
     folder = tmp_path_factory.mktemp("cubins")
 
@@ -144,9 +145,7 @@ def test_compiles_without_spills_or_local_memory(
 )  # fmt: skip
 @needs_nvcc
 def test_a_defect_is_found(body: str, defect: str, tmp_path: Path) -> None:
-    """The same flags and the same reading of the report, on kernels that have what they look
-    for.
-    """
+    """Find each defect, by the same flags and the same reading of the report."""
     source = tmp_path / "bad.cu"
     source.write_text(
         f"__global__ void __launch_bounds__(1024, 2) bad(volatile float* x, int n) {{ {body} }}\n"
@@ -168,8 +167,9 @@ def test_a_report_without_kernels_is_a_defect() -> None:
 @needs_nvdisasm
 @pytest.mark.slow
 def test_memory_is_accessed_by_16_bytes(source: Path, arch: str, compiled: Compiled) -> None:
-    """Every store, and every load but those of the tables of a rotation, which may be unaligned or
-    of odd width.
+    """Check every store, and every load but those of the tables of a rotation.
+
+    The tables may be unaligned or of odd width.
     """
     cubin, _ = compiled(source, arch)
     listing = subprocess.run(
@@ -195,7 +195,7 @@ def test_memory_is_accessed_by_16_bytes(source: Path, arch: str, compiled: Compi
     "path", sorted([*SOURCES, *CUDA.glob("*.cuh"), *CUDA.glob("*.h")]), ids=lambda path: path.name
 )
 def test_no_torch_header(path: Path) -> None:
-    """nvcc alone compiles the kernels; only csrc/bindings.cpp and its like know torch."""
+    """Check that nvcc alone compiles the kernels; only csrc/cuda/operators.cpp knows torch."""
     included = re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text())
     assert included and not [
         name for name in included if re.match(r"(torch|ATen|c10|pybind11|Python)\b", name)
@@ -230,13 +230,13 @@ Host = Callable[..., "str | None"]
 
 
 class Sizes(ctypes.Structure):
-    """As in launch.h."""
+    """Mirror the struct of launch.h."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("batch", "tokens", "dim")]
 
 
 class Operand(ctypes.Structure):
-    """As in launch.h."""
+    """Mirror the struct of launch.h."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -246,7 +246,7 @@ class Operand(ctypes.Structure):
 
 
 def operand(t: Tensor | None) -> Operand:
-    """A tensor ``[B, R, D]``, table ``[L, N]``, vector ``[D]``, or none, as the kernels take it."""
+    """Pass ``[B, R, D]``, a table ``[L, N]``, a vector ``[D]`` or None as the kernels take it."""
     if t is None:
         return Operand(None, 0, 1, 0, 0)
     assert t.stride(-1) == 1
@@ -254,9 +254,16 @@ def operand(t: Tensor | None) -> Operand:
     return Operand(t.data_ptr(), CODES[t.dtype], rows, *strides)
 
 
+def argument(value: Tensor | int | float | None) -> ctypes.Structure | ctypes._SimpleCData:
+    """Convert an argument of a kernel; numbers are numbers, everything else is an operand."""
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.c_float(value) if isinstance(value, float) else operand(value)
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels, built for this machine's CPU by the compiler that builds them for a GPU."""
+    """Build the kernels for this machine's CPU with the compiler that builds them for a GPU."""
     folder = tmp_path_factory.mktemp("on_host")
     target = [
         "-arch=compute_80",
@@ -275,8 +282,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def host(library: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> Iterator[Host]:
-    """``host(name, x, *arguments)``: run a kernel over tensors and numbers; the error message, if
-    there is one.
+    """Return ``host(name, x, *arguments)``, which runs a kernel and returns its error message.
 
     The sanitizer reports the access to an unaligned address, which a GPU would not bear.
     """
@@ -285,10 +291,8 @@ def host(library: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> Iterator[Ho
         function = getattr(library, f"host_{name}")
         function.restype = ctypes.c_char_p
         outputs = 2 if name == "residual_layer_norm" else 1
-        converted = [ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_float(a) if isinstance(a,
-                                                                                                  float)
-                     else operand(a) for a in arguments]  # fmt: skip
-        # before eps: where the results go
+        converted = [argument(a) for a in arguments]
+        # the results stand before eps
         for i in range(len(converted) - 1 - outputs, len(converted) - 1):
             converted[i] = ctypes.c_void_p(arguments[i].data_ptr())
         error = function(Sizes(*x.shape), operand(x), *converted)
@@ -300,7 +304,7 @@ def host(library: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> Iterator[Ho
 
 @pytest.fixture
 def draw(generator: torch.Generator) -> Draw:
-    """Normal tensors whose tokens, rows and samples lie further apart than they must."""
+    """Draw normal tensors whose tokens, rows and samples lie further apart than they must."""
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         if len(shape) == 1:
@@ -312,8 +316,9 @@ def draw(generator: torch.Generator) -> Draw:
 
 
 class Result:
-    """A contiguous tensor to be written, whole and nothing else: NaN inside, sevens before and
-    after.
+    """Hold a contiguous tensor to be written, and memory around it that must stay as it is.
+
+    The tensor holds NaN until it is written, the memory sevens.
     """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
@@ -321,7 +326,7 @@ class Result:
         self.tensor = self.memory[32 : 32 + shape.numel()].view(shape).fill_(torch.nan)
 
     def check(self, expected: Tensor) -> Tensor:
-        """Hold to an fp64 tensor, NaN where it is NaN; returns what was written."""
+        """Compare with an fp64 tensor, NaN where it is NaN; return what was written."""
         assert (self.memory[:32] == 7).all() and (self.memory[-32:] == 7).all()
         rtol, atol = TOLERANCES[self.tensor.dtype]
         largest = expected.nan_to_num(0, 0, 0).abs().max().item()
@@ -340,14 +345,13 @@ def doubled(*tensors: Tensor | None) -> Iterator[Tensor | None]:
 # each is a thread of the CPU.
 SHAPES = [
     (1, 5, 8, 1), (2, 6, 24, 3), (1, 4, 264, 4), (2, 3, 1536, 1), (1, 2, 2048, 1), (1, 4, 2056, 2),
-    (1, 3, 5120, 1),
-    (1, 2, 8192, 2), (1, 3100, 8, 1), (2, 1550, 16, 31),
+    (1, 3, 5120, 1), (1, 2, 8192, 2), (1, 3100, 8, 1), (2, 1550, 16, 31),
 ]  # fmt: skip
 every_shape = pytest.mark.parametrize(("b", "length", "d", "r"), SHAPES)
 
 
 def on_host(test: Callable[..., None]) -> Callable[..., None]:
-    """Slow, because compiling for the CPU takes 10 seconds."""
+    """Mark a test as slow, because compiling for the CPU takes 10 seconds."""
     return pytest.mark.slow(needs_nvcc(test))
 
 
@@ -407,15 +411,13 @@ def test_residual_layer_norm_with_absent_operands(names, dtype, host: Host, draw
 
 @on_host
 def test_norm_reads_the_rounded_sum(host: Host, draw: Draw) -> None:
-    """Next to 64, bf16 has steps of a half: the norm of the sum before rounding would be quite
-    another.
-    """
+    """Check the norm next to 64, where the rounding of bf16 to a half changes the norm visibly."""
     x, y = 64 + draw(2, 4, 24, dtype=torch.bfloat16), draw(2, 4, 24, dtype=torch.bfloat16)
     check_residual(host, x, y, {})
 
 
 def check_residual(host: Host, x: Tensor, y: Tensor, named: dict[str, Tensor]) -> Tensor:
-    """h to the reference, and n to the norm of the h that was written."""
+    """Compare h with the reference, and n with the norm of the h that was written."""
     gate, weight, bias, shift, scale = (
         named.get(k) for k in ("gate", "weight", "bias", "shift", "scale")
     )
@@ -437,8 +439,7 @@ def check_residual(host: Host, x: Tensor, y: Tensor, named: dict[str, Tensor]) -
 @pytest.mark.parametrize(
     ("b", "length", "d", "heads"),
     [(2, 3, 24, 4), (1, 5, 16, 8), (2, 3, 40, 5), (1, 4, 1536, 12), (1, 3, 2056, 257),
-     (1, 3, 5120, 40),
-     (1, 2, 8192, 64), (2, 1550, 16, 2)],
+     (1, 3, 5120, 40), (1, 2, 8192, 64), (2, 1550, 16, 2)],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "tables", [None, torch.float32, torch.bfloat16], ids=["plain", "fp32", "bf16"]
@@ -468,7 +469,7 @@ def check_rms(
 
 @on_host
 def test_large_mean_and_what_is_not_finite(host: Host, draw: Draw) -> None:
-    """The variance does not cancel, and NaN or infinity spoils its own row only."""
+    """Check that the variance does not cancel, and that NaN or infinity spoils its token only."""
     x, shift, scale = draw(1, 6, 264), *draw(2, 1, 1, 264)
     x[0, 1] += 64
     x[0, 5] = 0
@@ -477,11 +478,11 @@ def test_large_mean_and_what_is_not_finite(host: Host, draw: Draw) -> None:
     assert host("layer_norm_modulate", x, shift, scale, out.tensor, 1e-6) is None
     written = out.tensor[0]
     assert written[3].isnan().all() and written[4].isnan().all()
-    rows = torch.tensor([0, 1, 2, 5])
-    expected = layer_norm_modulate_reference(*doubled(x[:, rows], shift, scale), 1e-6)[0]
+    finite = torch.tensor([0, 1, 2, 5])
+    expected = layer_norm_modulate_reference(*doubled(x[:, finite], shift, scale), 1e-6)[0]
     # fp32 has the mean of 64 to within 4e-6 and some; a variance from the mean of squares would be
     # 2e-4 off.
-    torch.testing.assert_close(written[rows].double(), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(written[finite].double(), expected, rtol=1e-5, atol=2e-5)
 
 
 @on_host
@@ -493,7 +494,7 @@ def test_eps_is_used(host: Host, draw: Draw) -> None:
 
 @on_host
 def test_offsets_beyond_32_bits(host: Host, draw: Draw) -> None:
-    """Two tokens 2^31 elements apart; the pages between them are never touched."""
+    """Check two tokens 2^31 elements apart; the pages between them are never touched."""
     memory = torch.empty(2**31 + 8, dtype=torch.bfloat16)
     x = memory.as_strided((1, 2, 8), (0, 2**31, 1))
     x.copy_(draw(1, 2, 8))

@@ -25,8 +25,8 @@ KERNELS = {
     )
     for direction in ("forward", "backward")
 }
-# What a token costs on sm_90 in bf16, at D = 1536 and at D = 5120; only a measurement on a GPU is a
-# reason to raise it.
+# Barriers of a token on sm_90 in bf16, at D = 1536 and at D = 5120; only a measurement on a GPU is
+# a reason to raise one.
 BARRIERS = {
     ("layer_norm_modulate_forward", ""): (6, 6),
     ("layer_norm_modulate_backward", ""): (6, 6),
@@ -42,16 +42,14 @@ BARRIERS = {
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: this one interprets the kernels, and an interpreted kernel cannot be
-    compiled.
-    """
+    """Run in another process: this one interprets the kernels, and cannot compile them."""
     command = [sys.executable, "-m", "anyflow.kernels.ahead_of_time", *arguments]
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(command, cwd=ROOT.parent, env=variables, capture_output=True, text=True)
 
 
 def compiled(*arguments: str) -> list[dict[str, Any]]:
-    """The table as dictionaries, and as text in the output of the test."""
+    """Return the table as dictionaries, and print it for the output of the test."""
     process = run("--json", *arguments)
     entries = [json.loads(line) for line in process.stdout.splitlines()]
     for e in entries:
@@ -80,9 +78,7 @@ def test_every_kernel_everywhere() -> None:
 
 @pytest.mark.slow
 def test_the_machine_code_gets_no_worse() -> None:
-    """Accesses of 16 bytes, no spills, no more barriers, and the loads before the reductions where
-    they fit.
-    """
+    """Accesses have 16 bytes, nothing spills, and loads come before reductions where they fit."""
     entries = compiled("--report", "--rows", "1")
     assert {e["kernel"] for e in entries} == KERNELS
     over_rows = {
@@ -108,7 +104,7 @@ def test_the_machine_code_gets_no_worse() -> None:
 
 
 def test_a_spill_is_found(tmp_path: Path) -> None:
-    """A kernel that cannot fit into its registers: 8192 fp32 numbers, live at once in one warp."""
+    """8192 fp32 numbers that are live at once in one warp do not fit into its registers."""
     script = tmp_path / "spill.py"
     script.write_text(
         "import torch, triton, triton.language as tl\n"

@@ -74,9 +74,7 @@ def test_only_the_gradients_that_are_wanted(frozen, backend, draw) -> None:
 
 
 def test_the_operator_runs_where_it_is_faster(automatic, generator) -> None:
-    """Large fp32 products. For others the call is ``F.linear`` itself, with all that torch gives
-    it.
-    """
+    """The operator runs large fp32 products; any other call is ``F.linear`` itself."""
     large, small, weight = (torch.randn(n, 256, generator=generator) for n in (256, 8, 128))
     assert calls(lambda: linear(large, weight)) == ["linear"]
     assert calls(lambda: linear(small, weight)) == []

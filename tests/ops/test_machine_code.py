@@ -1,6 +1,4 @@
-"""Counting machine code, predicting from the counts, and the launch options and sums that kernels
-over rows share.
-"""
+"""Machine code is counted and predicted from; the kernels over rows share options and sums."""
 
 import os
 

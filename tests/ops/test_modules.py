@@ -1,6 +1,4 @@
-"""The operators as modules: the layers that they stand for, on the same parameters; and inputs of
-other layouts.
-"""
+"""The operators' modules compute what the layers do that they stand for, on their parameters."""
 
 import pytest
 import torch

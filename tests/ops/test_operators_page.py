@@ -1,6 +1,4 @@
-"""Every recipe of docs/operators.md runs, and computes what diffusers' block computes; its figures
-are the gates'.
-"""
+"""Every recipe of docs/operators.md computes what diffusers' block does; figures are the gates'."""
 
 import re
 import sys
@@ -26,6 +24,7 @@ B, FRAMES, D, HEADS = 2, 3, 48, 2
 
 
 def snippets(section: str) -> dict[str, str]:
+    """Return the code below each heading of a section."""
     text = PAGE[PAGE.index(f"\n## {section}") :]
     return dict(
         re.findall(
@@ -87,6 +86,16 @@ def test_recipes_for_flow_maps_run() -> None:
     torch.testing.assert_close(
         scope["x_plus"] - scope["x_minus"], (2 * 0.005 * (scope["noise"] - scope["latents"]))[:1]
     )
+
+
+def test_the_catalog() -> None:
+    scope: dict[str, Any] = {}
+    exec(
+        re.search(r"```python\n([^`]*anyflow.ops import examples.*?)```", PAGE, re.DOTALL)[1], scope
+    )
+    outputs = scope["call"].outputs()
+    assert outputs[0].shape == (1, 1280, 384) and outputs[0].dtype == torch.bfloat16
+    assert scope["example"].forward_bytes == 2 * 2 * 1280 * 384 + 4 * 2 * 384
 
 
 def test_the_call_for_a_whole_pipeline() -> None:

@@ -1,6 +1,4 @@
-"""A choice of backend holds in its context: threads, tasks, generators, overlapping blocks, the
-threads of autograd.
-"""
+"""A choice of backend holds in its context: threads, tasks, generators, autograd's threads."""
 
 import asyncio
 import contextvars
@@ -162,9 +160,7 @@ def test_many_threads(use) -> None:
     "setting", [OPERATOR_BACKEND, ATTENTION_BACKEND], ids=["operators", "attention"]
 )
 def test_an_autograd_thread_reads_that_of_backward(setting) -> None:
-    """Nested backward passes that are too many for one stack run in threads of autograd's own, as
-    those of a GPU do.
-    """
+    """Backward passes too deep for one stack run in autograd's own threads, as a GPU's do."""
     seen: list[tuple[int, object]] = []
 
     class Nested(torch.autograd.Function):
@@ -191,9 +187,7 @@ def test_an_autograd_thread_reads_that_of_backward(setting) -> None:
 
 
 def test_a_backward_keeps_the_choice_of_its_forward(generator) -> None:
-    """The gradients have the bits of the forward's backend, whatever is forced when they are taken,
-    and where.
-    """
+    """The gradients have the bits of the forward's backend, whatever the backward's forces."""
     x, row = (
         torch.randn(*s, generator=generator).requires_grad_() for s in ((1, 6, 1536), (1, 2, 1536))
     )
@@ -232,9 +226,7 @@ def test_a_held_function_is_recomputed_as_it_ran(generator) -> None:
 
 
 def test_compiled_code_follows_the_context() -> None:
-    """The guards of a compiled function read the context of the caller, also of one task among
-    several.
-    """
+    """The guards of a compiled function read the context of the caller, of a task too."""
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda x: x + {None: 1, "eager": 2, "native": 3}[OPERATOR_BACKEND.get()], backend="eager"

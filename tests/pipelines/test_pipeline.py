@@ -1,4 +1,4 @@
-"""Test our pipeline against diffusers' on the same folder of tiny parts, and what it refuses."""
+"""Test our pipeline against diffusers' on the same folder of tiny parts."""
 
 from typing import Any
 
@@ -41,8 +41,8 @@ def test_a_context_gives_diffusers_latents(frames, steps, guidance, pipe, peer, 
     assert len(actual) == len(expected) == steps
     kept = (frames - 1) // 4 + 1
     for ours, theirs in zip(actual, expected, strict=True):
-        # Between the steps theirs has context frames that went astray (they are put back before
-        # each call); ours not.
+        # Between its steps diffusers lets the first frames go astray, and restores them before each
+        # call; our latents keep them.
         torch.testing.assert_close(ours[:, kept:], theirs[:, kept:], rtol=0, atol=TOLERANCE)
         assert torch.equal(ours[:, :kept], actual[0][:, :kept])
     last = peer(**{**CALL, **call}, latents=noise.clone(), output_type="latent").frames

@@ -132,7 +132,7 @@ def test_infinite_pixels_are_not_clamped_away(pipe) -> None:
                                                                    "floating-point tensor"),
         ({"prompt": None, "prompt_embeds": torch.zeros(2, 12, 16).long()}, "prompt_embeds must be "
                                                                            "a floating-point"),
-        ({"prompt": None, "prompt_embeds": torch.full((2, 12, 16), float("inf"))}, "row 1 of 2"),
+        ({"prompt": None, "prompt_embeds": torch.full((2, 12, 16), float("inf"))}, "sample 1 of 2"),
         ({"output_type": 3}, "output_type must be one of pil"),
         ({"prompt": []}, "prompt must be a text or a list of texts"),
         ({"prompt": [1]}, "prompt must be a text or a list of texts"),
@@ -144,9 +144,8 @@ def test_infinite_pixels_are_not_clamped_away(pipe) -> None:
                                                                                    "long.* 9"),
         ({"seed": 1, "latents": torch.zeros(LATENT_SHAPE)}, "one of seed, generator and latents"),
         ({"latents": torch.zeros(2, 2, 16, 2, 4)}, r"channels first"),
-        ({"video": np.zeros((5, 16, 32, 3), np.uint8)}, "context has 5 frames, and must be shorter "
-                                                        "than num_frames=5"),
-        ({"video": np.zeros((3, 16, 32, 3), np.uint8)}, r"context frames must be 4k \+ 1, got 3"),
+        ({"video": np.zeros((5, 16, 32, 3), np.uint8)}, "5 first frames are given, and must be"),
+        ({"video": np.zeros((3, 16, 32, 3), np.uint8)}, r"first frames must be 4k \+ 1, got 3"),
         ({"video": np.zeros((3, 1, 16, 32, 3), np.uint8)}, "video must be one or as many as the 2 "
                                                            "prompts, got 3"),
         ({"video": np.zeros((1, 16, 16, 3), np.uint8)}, r"an array \[.., 16, 32, 3\]"),

@@ -99,8 +99,8 @@ def test_the_shift_is_that_of_the_folders_scheduler(scheduler, wan: Path, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"use_dynamic_shifting": True}, "has use_dynamic_shifting=True: euler=True needs"),
-     ({"shift": "five"}, "shift must be a positive finite number"),
-     ({"_class_name": "DDIMScheduler", "shift": None}, "shift must be a positive finite number"),
+     ({"shift": "five"}, "shift must be a positive number, from"),
+     ({"_class_name": "DDIMScheduler", "shift": None}, "shift must be a positive number, from"),
      ({"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0, "prediction_type": "epsilon"},
       "has prediction_type='epsilon'")],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Test `anyflow sample` as a function: real files, resuming, failures, refusals."""
+"""Test `anyflow sample` as a function and a command: real files, failures, first frames."""
 
 import dataclasses
 import json

@@ -11,7 +11,7 @@ import pytest
 from anyflow.methods import AnyFlowOnPolicyMethod, AnyFlowPretrainMethod
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-from anyflow.training.config import NetworkConfig, Recipe
+from anyflow.training.config import Recipe, WeightsConfig
 from anyflow.training.recipe import dump_recipe, load_recipe, print_config
 
 SHIPPED = Path(__file__).parents[2] / "anyflow" / "recipes"
@@ -88,8 +88,8 @@ PUBLISHED = {
     "anyflow_onpolicy_t2v_14b": STAGE_2 | {"global_batch": 16},
     "anyflow_onpolicy_t2v_teacher14b": STAGE_2
     | {
-        "on_policy.teacher": NetworkConfig("runs/teacher_t2v_14b/model"),
-        "on_policy.critic": NetworkConfig("runs/teacher_t2v/model"),
+        "on_policy.teacher": WeightsConfig("runs/teacher_t2v_14b/model"),
+        "on_policy.critic": WeightsConfig("runs/teacher_t2v/model"),
     },
     "fastvideo_pretrain_t2v": {
         "stage": "pretrain",

@@ -17,6 +17,7 @@ from anyflow.training.config import (
     OnPolicyStageConfig,
     OptimizerConfig,
     Recipe,
+    WeightsConfig,
 )
 from anyflow.utils.versions import TEXT_PACKAGES, installed_versions
 
@@ -48,7 +49,7 @@ def _small_recipe(out: Path, **changes: Any) -> Recipe:
     }
     if changes.get("stage") == "on_policy":
         settings["on_policy"] = OnPolicyStageConfig(
-            teacher=NetworkConfig(architecture=ARCHITECTURE, seed=1),
+            teacher=WeightsConfig(architecture=ARCHITECTURE, seed=1),
             method=OnPolicyConfig(cotrain_pretrain=True, num_steps=(2, 4)),
             critic_optimizer=OptimizerConfig(lr=1e-3, betas=(0.0, 0.999)),
         )

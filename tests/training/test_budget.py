@@ -9,9 +9,10 @@ import torch
 from anyflow.data import open_dataset
 from anyflow.models.blocks import AnyFlowTransformerBlock
 from anyflow.training.activations import Allocations, block_bytes
-from anyflow.training.budget import _share, architecture, count, table
+from anyflow.training.budget import architecture, count, table
 from anyflow.training.config import NetworkConfig, ParallelConfig
 from anyflow.training.distributed import Mesh
+from anyflow.training.memory import shard_elements
 from anyflow.training.networks import build_student
 from anyflow.training.recipe import load_recipe
 from anyflow.training.steps import PretrainStep
@@ -90,7 +91,7 @@ def test_what_checkpointed_blocks_keep_grows_by_the_counted_bytes_with_each_bloc
 def test_the_largest_shard_is_that_of_torch(shape: tuple[int, ...]) -> None:
     tensor = torch.zeros(shape)
     largest = max(part.numel() for part in (tensor.chunk(4) if shape else (tensor,)))
-    assert _share(tensor, 4) == largest
+    assert shard_elements(tensor, 4) == largest
 
 
 def test_sizes_of_networks_follow_folders_and_recipes(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from anyflow.training.checkpoint import Checkpointer, CheckpointError
 from anyflow.training.config import (
     ArchitectureConfig,
     DataConfig,
-    FlowMapConfig,
+    FlowMap,
     LoRAConfig,
     NetworkConfig,
     Recipe,
@@ -56,7 +56,7 @@ def recipe(lora: bool) -> Recipe:
             architecture=TINY, seed=3, lora=LoRAConfig(rank=4, alpha=6.0) if lora else None
         ),
         data=DataConfig(kind="synthetic"),
-        flow_map=FlowMapConfig(gate_value=0.4, deltatime_type="t-r"),
+        flow_map=FlowMap(gate_value=0.4, deltatime_type="t-r"),
         scheduler=SchedulerConfig(shift=3.0, weight_type="uniform"),
     )
 
@@ -185,7 +185,7 @@ def test_a_teacher_is_written_as_a_wan_model(tmp_path: Path) -> None:
 
 
 def test_a_flow_map_that_diffusers_does_not_have_is_written_for_our_class(tmp_path: Path) -> None:
-    additive = dataclasses.replace(recipe(lora=False), flow_map=FlowMapConfig(fusion="additive"))
+    additive = dataclasses.replace(recipe(lora=False), flow_map=FlowMap(fusion="additive"))
     write_model(
         build_student(additive), trained(build_student(additive), 3), SCHEDULER, tmp_path / "model"
     )

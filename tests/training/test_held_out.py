@@ -50,12 +50,14 @@ def test_without_validation_every_row_is_trained_on(small_recipe: Make) -> None:
     assert list(split.rows) == list(range(len(SyntheticVideos()))) and split.held_out_rows == ()
 
 
-def test_the_loss_is_that_of_the_averaged_weights(small_recipe: Make) -> None:
-    """Against the method's own loss of all videos in one batch, on a network with the averages in
-    it.
-    """
-    recipe = small_recipe(
-        "unused",
+@pytest.mark.parametrize("target", ["data", "teacher"])
+def test_the_loss_is_that_of_the_averaged_weights(target: str, small_recipe: Make) -> None:
+    """Compare with the method's own loss of all videos in one batch, on the averages."""
+    small = small_recipe("unused")
+    recipe = dataclasses.replace(
+        small,
+        pretrain=dataclasses.replace(small.pretrain, velocity_target=target),
+        teacher=dataclasses.replace(small.student, seed=1) if target == "teacher" else None,
         validation=ValidationConfig(every=1, num_samples=5),
         data=DataConfig(kind="synthetic", batch_size=2, num_workers=0),
     )
@@ -64,9 +66,7 @@ def test_the_loss_is_that_of_the_averaged_weights(small_recipe: Make) -> None:
     for average in step.ema.state_dict().values():
         average.mul_(0.7)
     before = {name: p.detach().clone() for name, p in step.student.named_parameters()}
-    found = validation_losses(
-        recipe, CPU, split, data.negative_prompt_embeds, step.student, step.ema
-    )
+    found = validation_losses(recipe, CPU, split, data.negative_prompt_embeds, step)
     assert all(torch.equal(p, before[name]) for name, p in step.student.named_parameters())
 
     from anyflow.training.draws import SampleDraws
@@ -76,7 +76,8 @@ def test_the_loss_is_that_of_the_averaged_weights(small_recipe: Make) -> None:
     balance = DiffusionBalance()
     config = dataclasses.replace(recipe.pretrain, prompt_dropout=0.0)
     step.ema.copy_to(step.student)
-    AnyFlowPretrainMethod(step.student, build_scheduler(recipe), config).loss(
+    scheduler = build_scheduler(recipe)
+    AnyFlowPretrainMethod(step.student, scheduler, config, teacher=step.teacher).loss(
         torch.stack([sample.latents for sample in samples]),
         torch.stack([sample.prompt_embeds for sample in samples]),
         data.negative_prompt_embeds,

@@ -3,6 +3,7 @@ place.
 """
 
 import os
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from anyflow.training.config import (
     PreviewConfig,
 )
 from anyflow.training.recipe import RecipeError, load_recipe, print_config
+from anyflow.utils.validation import SettingError
 
 SMALL = "stage: pretrain\nout: runs/a\nstudent: {path: model}\ndata: {path: latents}\n"
 
@@ -45,9 +47,10 @@ ARCHITECTURE = {
     "ffn_dim": 32,
     "num_layers": 2,
 }
-BUILT = f"stage: pretrain\nout: runs/a\ndata: {{kind: synthetic}}\nstudent: {{architecture: {ARCHITECTURE}}}\n".replace(
-    "'", ""
-)
+BUILT = (
+    "stage: pretrain\nout: runs/a\ndata: {kind: synthetic}\nstudent: "
+    f"{{architecture: {ARCHITECTURE}}}\n"
+).replace("'", "")
 ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
 )
@@ -115,19 +118,19 @@ def test_a_base_that_is_no_small_file_is_refused_with_its_place(kind: str, tmp_p
         ),
         (
             "student.architecture.patch_size=[1,0,2]",
-            "patch_size (height) must be a whole number from 1 to 64, got 0",
+            "patch_size (height): must be a whole number from 1 to 64, got 0",
         ),
         ("parallel.timeout_s=999999999999999", "timeout_s: must be at most 2592000"),
         ("parallel.sequence=4", "sequence: must divide the 2 attention heads of student, got 4"),
         (
             "scheduler.num_train_timesteps=1000000000",
-            "num_train_timesteps: must be at most 1000000",
+            "num_train_timesteps: must be a whole number from 1 to 1000000",
         ),
         (
             "scheduler.num_train_timesteps=4",
-            "epsilon=5.0 timesteps must be below half of num_train_timesteps=4",
+            "pretrain.epsilon: must be below half of num_train_timesteps=4, got 5.0",
         ),
-        ("scheduler.shift=-1", "shift: must be a positive number, got -1.0"),
+        ("scheduler.shift=-1", "shift: must be a positive number, from 1e-06 to 1e+06, got -1.0"),
         ("out=' '", "out: must be text that is not empty"),
         ("data.num_workers=100000", "num_workers: must be at most 1024"),
     ],
@@ -170,3 +173,9 @@ def test_the_whole_recipe_is_not_printed_where_the_model_cannot_be_built(tmp_pat
 def test_configurations_built_in_python_check_kinds_and_ranges(build: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=" must "):
         build()
+
+
+def test_a_settings_error_survives_the_way_to_another_rank() -> None:
+    """Rank 0's errors are pickled (``anyflow.training.distributed.main_result``)."""
+    error = pickle.loads(pickle.dumps(SettingError("ema.decay", "must be in [0, 1), got 2")))
+    assert (error.field, str(error)) == ("ema.decay", "ema.decay must be in [0, 1), got 2")

@@ -350,17 +350,6 @@ def test_a_network_that_yields_nan_stops_the_update(small_recipe: Make, tmp_path
         assert torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
 
 
-def test_a_second_pretrain_config_is_refused(small_recipe: Make, tmp_path: Path) -> None:
-    small = small_recipe(tmp_path, stage="on_policy")
-    method = dataclasses.replace(small.on_policy.method, pretrain=PretrainConfig(epsilon=2.0))
-    with pytest.raises(ValueError, match=r"on_policy\.method\.pretrain must be left alone"):
-        _on_policy_step(
-            dataclasses.replace(
-                small, on_policy=dataclasses.replace(small.on_policy, method=method)
-            )
-        )
-
-
 def test_the_target_of_a_teacher_is_learned_exactly_by_its_own_weights(
     small_recipe: Make, tmp_path: Path
 ) -> None:

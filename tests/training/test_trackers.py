@@ -129,7 +129,7 @@ def test_weights_and_biases_knows_a_run_that_goes_on(
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(
         ValueError,
-        match=r"loggers: trackio needs the package trackio, which is not installed: pip install trackio$",
+        match=r"trackio needs the package trackio, which is not installed: pip install trackio$",
     ):
         check_loggers(("trackio",))
     check_loggers(())
@@ -146,7 +146,8 @@ def test_a_run_has_one_id(tmp_path: Path) -> None:
 STATE = """
 import os, sys, torch.distributed as dist
 from pathlib import Path
-os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="1")
+os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
+os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")
 from anyflow.training.trackers import Trackers
 from accelerate.state import PartialState
 with Trackers(("tensorboard",), Path(sys.argv[1]), "project", {}, 0) as trackers:

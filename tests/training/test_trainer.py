@@ -1,4 +1,4 @@
-"""Whole runs: finished, killed, stopped, gone on with, refused."""
+"""Test whole runs: finished, killed, stopped, resumed, refused."""
 
 import dataclasses
 import importlib.util
@@ -35,6 +35,7 @@ from anyflow.training.config import (
     PreviewConfig,
     Recipe,
     ValidationConfig,
+    WeightsConfig,
 )
 from anyflow.training.distributed import Mesh
 from anyflow.training.held_out import split_data, validation_losses
@@ -121,7 +122,7 @@ def test_a_recipe_names_its_threads_and_the_environment_comes_first(
         torch.set_num_threads(before)
 
 
-# Going on -----------------------------------------------------------------------------------------
+# Resuming -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -157,7 +158,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "model").exists()
     resumed = subprocess.run(_command(file), check=True, capture_output=True, text=True)
-    assert "Going on after step 6" in resumed.stdout
+    assert "Resuming after step 6" in resumed.stdout
 
     assert [line["step"] for line in _metrics(tmp_path / "straight")] == [1, 4, 8, 12]
     assert ["metrics/psnr/2_steps" in line for line in _metrics(tmp_path / "straight")] == [
@@ -269,7 +270,7 @@ def test_two_processes_train_one_model_and_one_process_goes_on_with_it(
     )
     once = validation_losses(
         *(alone, Mesh(torch.device("cpu")), split_data(alone, data), data.negative_prompt_embeds),
-        *(step.student, step.ema),
+        step,
     )
     assert once == pytest.approx({name: _metrics(out)[1][name] for name in once}, rel=1e-5)
     measured = {
@@ -358,7 +359,7 @@ def test_an_existing_checkpoint_is_not_written_over_without_resume(
     recipe = small_recipe(tmp_path, steps=1)
     train(recipe)
     files = _files(tmp_path)
-    with pytest.raises(ValueError, match="has the checkpoint step-00000001; go on with --resume"):
+    with pytest.raises(ValueError, match="has the checkpoint step-00000001; resume with --resume"):
         train(dataclasses.replace(recipe, steps=2), resume=False)
     assert _files(tmp_path) == files
 
@@ -479,7 +480,7 @@ def test_what_the_guard_advises_can_be_done_in_the_same_folder(
     # still far too large a rate: the same error, not a refusal
     for number, advice in enumerate(advised, 1):
         status, printed = _train(file, *advised[:number])
-        assert status == 1 and f"The run goes on with {advice}" in printed.replace("e24", "e+24"), (
+        assert status == 1 and f"The run resumes with {advice}" in printed.replace("e24", "e+24"), (
             printed
         )
     settings = ["precision=fp32", "optimizer.warmup_steps=100", "optimizer.lr=1e-3"]
@@ -500,20 +501,20 @@ def test_a_checkpoint_that_is_past_help_is_left_as_advised(
     assert (
         status == 1
         and "step 3: loss of the student is not finite" in printed
-        and "goes on after step 2" in printed
+        and "resumes after step 2" in printed
     )
     status, printed = _train(file, "optimizer.lr=1e-3")
     assert status == 1 and "step 3: loss" in printed
-    delete = Path(re.search(r"delete (\S+), and it goes on after step 1", printed)[1])
+    delete = Path(re.search(r"delete (\S+), and it resumes after step 1", printed)[1])
     shutil.rmtree(delete)
     status, printed = _train(file, "optimizer.lr=1e-4")
-    assert status == 0 and "Going on after step 1" in printed
+    assert status == 0 and "Resuming after step 1" in printed
     info = Manifest.read(delete.parent / "step-00000004").info
     assert info["changes"] == [{"step": 1, "settings": {"optimizer.lr": [1e-3, 1e-4]}}]
     assert info["settings"]["optimizer.lr"] == 1e-4
 
     status, printed = _train(file, "optimizer.lr=1e-4", "precision=bf16", "steps=5")
-    assert status == 0 and "The run goes on with precision=bf16 (fp32 before)" in printed
+    assert status == 0 and "The run resumes with precision=bf16 (fp32 before)" in printed
     changes = Manifest.read(delete.parent / "step-00000005").info["changes"]
     assert changes[1:] == [{"step": 4, "settings": {"precision": ["fp32", "bf16"]}}]
 
@@ -568,7 +569,7 @@ def test_a_teacher_of_stage_one_that_is_not_finite_is_named(
     model.save_pretrained(tmp_path / "model")
     recipe = dataclasses.replace(
         small,
-        teacher=NetworkConfig(path=str(tmp_path / "model")),
+        teacher=WeightsConfig(path=str(tmp_path / "model")),
         pretrain=dataclasses.replace(small.pretrain, velocity_target="teacher"),
     )
     status, printed = _train(_write(recipe, tmp_path / "r.yaml"))

@@ -24,6 +24,7 @@ from anyflow.training.config import (
     OptimizerConfig,
     ParallelConfig,
     Recipe,
+    WeightsConfig,
 )
 from anyflow.training.distributed import Mesh, full_state, setup, shard_network, teardown
 from anyflow.training.networks import build_critic, build_student, build_teacher
@@ -62,7 +63,7 @@ def make_recipe(case: str, parallel: ParallelConfig, batch_size: int, accumulati
         rope_max_seq_len=8,
     )
     on_policy = OnPolicyStageConfig(
-        teacher=NetworkConfig(architecture=sizes, seed=1),
+        teacher=WeightsConfig(architecture=sizes, seed=1),
         method=OnPolicyConfig(cotrain_pretrain=True, num_steps=(2, 4)),
         critic_optimizer=OPTIMIZER,
     )

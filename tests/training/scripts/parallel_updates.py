@@ -169,14 +169,17 @@ def on_policy(mesh: Mesh, variant: str, data_worlds: int) -> dict[str, Any]:
         model.register_forward_pre_hook(
             lambda *_, name=name: calls.append((name, torch.is_grad_enabled()))
         )
-    config = OnPolicyConfig(
-        num_steps=(4,),
-        cotrain_pretrain=True,
-        pretrain=PretrainConfig(i2v_prob=float(per_frame), epsilon=20.0),
-    )
+    config = OnPolicyConfig(num_steps=(4,), cotrain_pretrain=True)
+    pretrain = PretrainConfig(i2v_prob=float(per_frame), epsilon=20.0)
     scheduler = FlowMapEulerDiscreteScheduler(shift=3.0)
     method = AnyFlowOnPolicyMethod(
-        student, teacher, critic, scheduler, config, process_group=mesh.data_group
+        student,
+        teacher,
+        critic,
+        scheduler,
+        config,
+        pretrain=pretrain,
+        process_group=mesh.data_group,
     )
     networks = {"student": (student, optimizer(student)), "critic": (critic, optimizer(critic))}
     batch = own(data(), mesh)
