@@ -22,8 +22,9 @@ LAYERS = (
     *("utils", "kernels", "ops", "schedulers", "models", "methods", "sampling", "formats"),
     *("pipelines", "recipes", "data", "evaluation", "training", "demo", "doctor", "cli"),
 )
-# `anyflow evaluate` opens runs of the demo, and imports it when it is given one.
-UPWARDS = {("evaluation", "demo")}
+# `anyflow evaluate` imports the demo where it is given a run of it; the kernels' own command lines
+# compile them for the examples of the operators.
+UPWARDS = {("evaluation", "demo"), ("kernels", "ops")}
 FOREIGN = re.compile(r"\b(" + "SP" + "EC|DE" + r"SIGN)\b")
 VERB_SHARE = 0.6
 
