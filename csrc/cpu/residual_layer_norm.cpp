@@ -144,8 +144,8 @@ residual_layer_norm_backward(const Optional& dh_, const at::Tensor& dn_, const O
                              double eps) {
   const Operands operands("residual_layer_norm_backward", h_);
   operands.tokens("h", h_);
-  operands.sized("dn", dn_, h_.sizes());
-  operands.sized("dh", dh_, h_.sizes());
+  operands.sized("grad_n", dn_, h_.sizes());
+  operands.sized("grad_h", dh_, h_.sizes());
   operands.sized("y", y_, h_.sizes());
   operands.require(y_ || !gate_, "gate needs y");
   check_residual_norm(operands, h_, gate_, weight, bias, shift, scale, eps);

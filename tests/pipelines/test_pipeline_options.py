@@ -140,11 +140,11 @@ def test_lora_is_that_of_diffusers(scale, kind, model, peer, noise, tmp_path: Pa
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"transformer.blocks.0.attn1.to_q.lora_A.weight": (4, 24)}, "missing: "
-                                                                     "blocks.0.attn1.to_q.lora_B.weight"),
+        ({"transformer.blocks.0.attn1.to_q.lora_A.weight": (4, 24)},
+          "missing: blocks.0.attn1.to_q.lora_B.weight"),
         ({"transformer.blocks.9.attn1.to_q.lora_A.weight": (4, 24),
-          "transformer.blocks.9.attn1.to_q.lora_B.weight": (24, 4)}, "no linear "
-                                                                     "layer.*blocks.9.attn1.to_q"),
+          "transformer.blocks.9.attn1.to_q.lora_B.weight": (24, 4)},
+          "no linear layer.*blocks.9.attn1.to_q"),
         ({"transformer.blocks.0.attn1.to_q.lora_A.weight": (4, 7),
           "transformer.blocks.0.attn1.to_q.lora_B.weight": (24, 4)},
           r"A \(4, 7\) and B \(24, 4\) do not make"),
