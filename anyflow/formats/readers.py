@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from anyflow.formats.errors import CheckpointFormatError, listed
+from anyflow.formats.nvlabs import training_weights
 from anyflow.formats.torch_files import TensorRecord, TorchFile
 from anyflow.utils.documents import require_content, shortened
 
@@ -24,9 +25,6 @@ FLOATS: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 _SAFETENSORS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-# Where a training file keeps the average and the parameters themselves.
-SECTIONS = {"ema": "ema", "raw": "model_state_dict_g"}
 
 # Pages of a mapped file count as the process's memory until the file is unmapped, so it is mapped
 # anew after this number of bytes.
@@ -157,13 +155,7 @@ class TorchReader:
         path = self._file.path
         if not isinstance(content, dict):
             raise CheckpointFormatError(f"{path} should hold a dictionary, not {_kind(content)}")
-        present = [kind for kind, key in SECTIONS.items() if isinstance(content.get(key), dict)]
-        if weights is None:
-            return content[SECTIONS[present[0]]] if present else content
-        if weights not in present:
-            has = " and ".join(present) if present else "one set of weights only"
-            raise CheckpointFormatError(f"weights={weights!r}: {path} has {has}")
-        return content[SECTIONS[weights]]
+        return training_weights(content, weights, path)
 
 
 def require_weights_file(file: Path) -> None:
