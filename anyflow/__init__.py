@@ -1,4 +1,4 @@
-"""Any-step video diffusion with flow maps.
+"""Sample, train and accelerate any-step video diffusion models with flow maps.
 
 The names below and the submodules load on first use, so that ``import anyflow`` costs little more
 than ``import torch``.

@@ -1,4 +1,4 @@
-"""``python -m anyflow``."""
+"""Run the command line as ``python -m anyflow``."""
 
 from anyflow.cli import main
 

@@ -163,7 +163,7 @@ class _Network:
             text = torch.cat([self._embeds("negative_prompt_embeds", negative, noise), text])
         self.model, self.text, self.batch_size = model, text, len(text)
         self.frames, self.device = noise.shape[1], noise.device
-        self.steps = 0
+        self.steps_done = 0
 
     def _embeds(self, name: str, embeds: Tensor, noise: Tensor) -> Tensor:
         embeds = batched_embeds(name, embeds, noise.shape[0])
@@ -173,8 +173,8 @@ class _Network:
 
     def note(self, latents: Tensor) -> None:
         """Note the latents after the next step."""
-        self.steps += 1
-        self.finite.note(str(self.steps), latents)
+        self.steps_done += 1
+        self.finite.note(str(self.steps_done), latents)
 
     def checked(self, result: Tensor) -> Tensor:
         """Return the result if neither it nor anything noted holds NaN or infinity.
@@ -184,7 +184,7 @@ class _Network:
             FloatingPointError: the latents do after a step, or overflow when they are rounded to
                 the result's dtype.
         """
-        self.finite.note(str(self.steps), result)
+        self.finite.note(str(self.steps_done), result)
         found = self.finite.first()
         if found is None:
             return result
@@ -193,7 +193,7 @@ class _Network:
             raise ValueError(f"{name} holds NaN or infinite values ({numbered(picked, count)})")
         raise FloatingPointError(
             f"the latents of {numbered(picked, count)} are not finite (NaN or infinity) after step "
-            f"{name} of {self.steps}: {overflow_advice(self.model, result)}"
+            f"{name} of {self.steps_done}: {overflow_advice(self.model, result)}"
         )
 
     def set_times(self, times: list[float], targets: list[float] | None, kept: int) -> None:
@@ -238,12 +238,14 @@ class _Network:
 
 def _schedule(
     scheduler: FlowMapEulerDiscreteScheduler,
-    steps: int | None,
+    num_inference_steps: int | None,
     sigmas: Schedule | None,
     timesteps: Schedule | None,
 ) -> Tensor:
     custom = sigmas is not None or timesteps is not None
-    return scheduler.schedule(None if custom else steps, sigmas=sigmas, timesteps=timesteps)
+    return scheduler.schedule(
+        None if custom else num_inference_steps, sigmas=sigmas, timesteps=timesteps
+    )
 
 
 def _replacement(latents: Any, like: Tensor) -> Tensor:

@@ -91,6 +91,11 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"torch {torch.__version__}, {threads} threads, {run.device}, class {run.device_class}"
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each benchmark on its module's workloads; modules do without pytest, as a GPU may."""
+    metafunc.parametrize("workload", metafunc.module.WORKLOADS, ids=str)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the benchmarks of other devices, and in a quick run the long ones."""

@@ -1,7 +1,7 @@
 # Finds the torch of the Python that builds, by asking it: torch::torch, TORCH_VERSION and
 # TORCH_CUDA_VERSION, which is empty for a CPU build. find_package(Torch) is not used because it
-# fails where torch is built for CUDA and the machine has no CUDA compiler: the CPU kernels can still
-# be built there.
+# fails where torch is built for CUDA and the machine has no CUDA compiler: the CPU kernels can
+# still be built there.
 
 set(_ask "
 import torch

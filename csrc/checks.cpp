@@ -149,7 +149,7 @@ int64_t Operands::picked(const Optional& x, int64_t samples) const {
   if (x->dim() != 1) {
     refuse("picked", *x, "[n]");
   }
-  require(x->size(0) == 0 || samples > 0, "picked picks among 0 samples");
+  require(x->size(0) == 0 || samples > 0, "picked cannot pick among 0 samples");
   return x->size(0);
 }
 

@@ -117,7 +117,7 @@ class RandomConv3dFeatures(nn.Module):
 def per_class_frechet_distance(
     features_a: Tensor, labels_a: Tensor, features_b: Tensor, labels_b: Tensor
 ) -> float:
-    """Mean over the classes of :func:`frechet_distance` between the samples of that class.
+    """Average :func:`frechet_distance` over the classes, each between samples of that class.
 
     Unlike one distance over all classes, the mean notices a sample of the wrong class. Raises
     ``ValueError`` when the two sets do not hold the same classes.

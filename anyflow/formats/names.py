@@ -134,7 +134,8 @@ _ANCHORS = (
     (re.compile(r"(?P<prefix>(?:.+\.)?)patch_embedding\.(?:proj\.)?weight"), 5),
     (
         re.compile(
-            r"(?P<prefix>(?:.+\.)?)(?:condition_embedder\.time_embedder\.\w|time_embedding\.0\.weight).*"
+            r"(?P<prefix>(?:.+\.)?)"
+            r"(?:condition_embedder\.time_embedder\.\w|time_embedding\.0\.weight).*"
         ),
         2,
     ),

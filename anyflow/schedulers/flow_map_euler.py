@@ -108,7 +108,7 @@ class FlowMapEulerDiscreteScheduler:
         """Load a scheduler from ``scheduler_config.json``, or a folder or subfolder that holds it.
 
         Raises:
-            ValueError: there is no such file, it cannot be read, or it holds a setting this
+            ValueError: the file does not exist, cannot be read, or holds a setting this
                 scheduler does not know.
         """
         file = Path(path) if subfolder is None else Path(path) / subfolder
@@ -171,17 +171,15 @@ class FlowMapEulerDiscreteScheduler:
                 raise ValueError(
                     "num_inference_steps is required unless sigmas or timesteps are given"
                 )
-            steps = whole_number("num_inference_steps", num_inference_steps, high=MAX_STEPS)
-            return self.apply_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+            n = whole_number("num_inference_steps", num_inference_steps, high=MAX_STEPS)
+            return self.apply_shift(torch.linspace(1, 0, n + 1, dtype=torch.float64))
         name, top = ("sigmas", 1.0) if sigmas is not None else ("timesteps", self._n)
         given = read_numbers(name, sigmas if sigmas is not None else timesteps)
         values = checked_schedule(name, given, top)
-        steps = len(values) - 1
+        n = len(values) - 1
         # A caller that counted the terminal 0 it passed means the same schedule.
-        if num_inference_steps not in (None, steps, len(given)):
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps}, but {name} has {steps} steps"
-            )
+        if num_inference_steps not in (None, n, len(given)):
+            raise ValueError(f"num_inference_steps={num_inference_steps}, but {name} has {n} steps")
         return values / top
 
     def set_timesteps(

@@ -34,7 +34,7 @@ def resolve_device(
     """Return a device of this machine as tensors on it name it, such as ``cuda:0`` for ``cuda``.
 
     Args:
-        device: a device or its name; None means CUDA where there is a CUDA device, else the CPU.
+        device: a device or its name; None means CUDA where torch finds it, else the CPU.
         setting: the name of the argument or option, for the error.
         computes: also require that a kernel runs there, which excludes ``meta``.
 

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class FolderInUseError(ValueError):
-    """Another command is writing to the folder; nothing was touched."""
+    """Say that another command is writing to the folder; nothing was touched."""
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,13 +30,22 @@ _NEEDED = (
 )
 
 
+class ConfigDict(dict[str, Any]):
+    """Read entries as attributes too, as the configs of diffusers do."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
 class ConfigMixin:
     """Keep the arguments of the constructor."""
 
-    _config: SimpleNamespace
+    _config: ConfigDict
 
     @property
-    def config(self) -> SimpleNamespace:
+    def config(self) -> ConfigDict:
         return self._config
 
 
@@ -72,7 +81,7 @@ def register_to_config(constructor: Callable[..., None]) -> Callable[..., None]:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         nn.Module.__init__(self)
-        self._config = SimpleNamespace(**{k: v for k, v in bound.arguments.items() if k != "self"})
+        self._config = ConfigDict({k: v for k, v in bound.arguments.items() if k != "self"})
         config = self._config
         constructor(self, *args, **kwargs)  # which calls Module.__init__ again
         self._config = config

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import networks
-import pytest
 import torch
 from sizes import MEDIUM, PUBLISHED, SMALL, NetworkSize
 from timing import OURS
@@ -60,6 +59,5 @@ WORKLOADS = [
 ]
 
 
-@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def bench_loading(workload: Workload, measured: Line) -> None:
     """Time the way from files to a model on the device."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import networks
 import peers
-import pytest
 import roofline
 import torch
 from sizes import PUBLISHED, SHORT_BATCH, SMALL_BATCH, NetworkSize
@@ -256,6 +255,5 @@ def _all() -> list[Workload]:
 WORKLOADS = _all()
 
 
-@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def bench_method(workload: Workload, measured: Line) -> None:
     """Time one step of a method."""

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import networks
-import pytest
 import roofline
 import torch
 from networks import without_gradient
@@ -150,6 +149,5 @@ def _workloads(size: NetworkSize, device: str) -> list[Workload]:
 WORKLOADS = [*_workloads(SMALL, "cpu"), *_workloads(PUBLISHED["1.3B"], "cuda")]
 
 
-@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def bench_model(workload: Workload, measured: Line) -> None:
     """Time a part of the transformer, or all of it."""

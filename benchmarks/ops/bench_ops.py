@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
@@ -152,6 +151,5 @@ def _all() -> list[Workload]:
 WORKLOADS = _all()
 
 
-@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def bench_operator(workload: Workload, measured: Line) -> None:
     """Time one operator in one direction."""

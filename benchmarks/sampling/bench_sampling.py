@@ -8,7 +8,6 @@ from typing import Any
 
 import networks
 import peers
-import pytest
 import roofline
 from networks import Videos, without_gradient
 from sizes import PUBLISHED, SMALL, NetworkSize
@@ -131,6 +130,5 @@ def _workloads(size: NetworkSize, device: str) -> list[Workload]:
 WORKLOADS = [*_workloads(SMALL, "cpu"), *_workloads(PUBLISHED["1.3B"], "cuda")]
 
 
-@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def bench_sampling(workload: Workload, measured: Line) -> None:
     """Time the way from noise to latents."""

@@ -1,9 +1,11 @@
-// Lets a CPU build of torch differentiate fake CUDA tensors, as a CUDA build does on a machine with a GPU.
+// Lets a CPU build of torch differentiate fake CUDA tensors, as a CUDA build does on a machine with
+// a GPU.
 //
-// Fake tensors have no memory and run no kernel, but autograd asks for the current stream of their device: torch itself
-// answers it with a guard that does nothing where a CUDA build finds no GPU (c10::impl::ensureCUDADeviceGuardSet). A CPU
-// build has neither that guard nor the hooks that say that CUDA exists. `torch.cuda.is_available()` stays False.
-// Loaded before torch, which looks for the hooks once.
+// Fake tensors have no memory and run no kernel, but autograd asks for the current stream of their
+// device. Where a CUDA build finds no GPU, torch answers with a guard that does nothing
+// (c10::impl::ensureCUDADeviceGuardSet). A CPU build has neither that guard nor the hooks that say
+// that CUDA exists. `torch.cuda.is_available()` stays False. This library is loaded before torch,
+// which looks for the hooks once.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

@@ -94,7 +94,7 @@ def test_empty(shape, backend, qkv) -> None:
     tensors = qkv(shape, grad=True)
     out = attention(*tensors, attention_backend=backend)
     assert out.shape == (shape[0], shape[1], shape[3] * shape[4])
-    # also without keys, where there is nothing to average
+    # also without keys, where no value can be averaged
     assert torch.equal(out, torch.zeros_like(out))
     out.sum().backward()
     assert all(t.grad is not None and torch.equal(t.grad, torch.zeros_like(t)) for t in tensors)

@@ -44,17 +44,17 @@ class Layout:
 
     @property
     def record(self) -> Path:
-        """Path of ``evaluation.json``."""
+        """Return the path of ``evaluation.json``."""
         return self.folder / RECORD_FILE
 
     @property
     def report(self) -> Path:
-        """Path of ``report.html``."""
+        """Return the path of ``report.html``."""
         return self.folder / REPORT_FILE
 
     @property
     def prompts(self) -> Path:
-        """Path of ``prompts.json``, the prompt of each name of a video."""
+        """Return the path of ``prompts.json``, the prompt of each name of a video."""
         return self.folder / PROMPTS_FILE
 
     def videos(self, model: str, num_inference_steps: int) -> list[Path]:

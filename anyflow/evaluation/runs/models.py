@@ -60,7 +60,7 @@ class VideoModel(Protocol):
 
     @property
     def video(self) -> VideoFormat:
-        """Size and rate of the videos."""
+        """Return the size and the rate of the videos."""
         ...
 
     def check(self, prompts: Sequence[VideoPrompt]) -> None:
@@ -118,7 +118,7 @@ class PipelineModel:
 
     @property
     def video(self) -> VideoFormat:
-        """Size and rate of the videos."""
+        """Return the size and the rate of the videos."""
         s = self.settings
         return VideoFormat(s.height, s.width, s.num_frames, s.fps)
 

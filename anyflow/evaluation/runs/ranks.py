@@ -50,7 +50,7 @@ class Rank:
 
     @property
     def is_main(self) -> bool:
-        """True for the process that writes the record."""
+        """Tell whether this is the process that writes the record."""
         return self.rank == 0
 
     def device(self, name: str | None) -> str | None:

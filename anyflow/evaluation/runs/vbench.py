@@ -1,4 +1,4 @@
-"""VBench in an environment of its own: a process of its interpreter scores a folder of videos."""
+"""Score a folder of videos by VBench, in a process of VBench's own interpreter."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ benchmark.evaluate(
 
 
 class VBenchError(ValueError):
-    """VBench could not score a folder; the message says why."""
+    """Say why VBench could not score a folder."""
 
 
 @dataclass(frozen=True)

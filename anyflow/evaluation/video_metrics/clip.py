@@ -1,4 +1,4 @@
-"""Similarity of videos to texts by CLIP."""
+"""Measure the similarity of videos to texts by CLIP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optical flow by OpenCV, and how dynamic a video is by it."""
+"""Estimate optical flow by OpenCV, and how dynamic a video is by it."""
 
 from __future__ import annotations
 

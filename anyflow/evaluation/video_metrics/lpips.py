@@ -1,4 +1,4 @@
-"""Perceptual distance of videos to references by LPIPS."""
+"""Measure the perceptual distance of videos to references by LPIPS."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def attention_report(
     """Explain for every backend whether it runs on a device, whether it is chosen, and why.
 
     Args:
-        device: None means CUDA where there is a CUDA device, else the CPU.
+        device: None means CUDA where torch finds it, else the CPU.
         dtype: of query, key and value.
         head_dim: Dh.
         requires_grad: whether a gradient is needed.
