@@ -47,8 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not item.path.is_relative_to(Path(__file__).parent) or not hasattr(item, "callspec"):
             continue
         parameters = item.callspec.params
-        example = parameters.get("example")
-        op = item.path.stem.removeprefix("test_") if example is None else example.op
+        op = parameters.get("op", item.path.stem.removeprefix("test_"))
+        op = parameters["example"].op if "example" in parameters else op
         name = parameters.get("backend", parameters.get("kernel"))
         reason = missing(name, DEVICE, op) if name in OPERATORS.get(op, ()) else None
         if reason is not None and not runs(op, name):

@@ -263,17 +263,14 @@ def examples_of(op: str, data: st.DataObject) -> Example:
 
 
 @pytest.mark.parametrize(
-    ("op", "backend"),
-    [(op, name) for op in sorted(OPERATORS) for name in backends(op)[1:]],
-    indirect=["backend"],
+    ("op", "kernel"), [(op, name) for op in sorted(OPERATORS) for name in backends(op)[1:]]
 )
 @settings(max_examples=20)
 @given(data=st.data())
-def test_random_sizes(op, backend, data: st.DataObject) -> None:
-    check(
-        op,
-        examples_of(op, data).arguments(DEVICE, torch.float32, seed=data.draw(st.integers(0, 99))),
-    )
+def test_random_sizes(op, kernel, data: st.DataObject) -> None:
+    example, seed = examples_of(op, data), data.draw(st.integers(0, 99))
+    with use_backend(kernel):
+        check(op, example.arguments(DEVICE, torch.float32, seed))
 
 
 def test_forms_are_of_every_operator() -> None:
