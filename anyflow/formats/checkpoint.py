@@ -36,7 +36,8 @@ from anyflow.formats.names import (
     locate,
     naming_of,
 )
-from anyflow.formats.readers import FLOATS, SECTIONS, Reader, SafetensorsReader, TorchReader
+from anyflow.formats.nvlabs import SECTIONS
+from anyflow.formats.readers import FLOATS, Reader, SafetensorsReader, TorchReader
 from anyflow.utils.documents import shortened
 from anyflow.utils.validation import brief, is_finite_number, whole_number
 
