@@ -80,7 +80,8 @@ def test_a_tiny_run_times_every_candidate(tmp_path: Path) -> None:
     (name,) = found["tasks"]
     entry = found["tasks"][name]
     assert name == "layer_norm_modulate_forward D=64" and found["copy_bytes_per_s"] > 0
-    assert entry["bytes"] == 2 * 2 * 64 * 5
+    # x and the result, shift and scale, in fp32
+    assert entry["bytes"] == 4 * (2 * 64 * 5 + 2 * 64)
     assert len(entry["candidates"]) == 3 + 4 and all(
         isinstance(t, float) for t in entry["candidates"].values()
     )

@@ -38,7 +38,8 @@ def test_an_evaluation_that_is_recorded_asks_nothing_of_the_host(
         assert device.waits == []
     first, recorded = runs
     assert sum(name == "anyflow.gated_residual.default" for name in recorded) == LAYERS
-    assert "aten.cos.default" in first and "aten.cos.default" not in recorded
+    # the rotary tables are made once; the sinusoids of both times are of every evaluation
+    assert first.count("aten.cos.default") > recorded.count("aten.cos.default") == 2
     assert not [
         name for name in recorded if "rand" in name or "normal" in name or "dropout" in name
     ]
