@@ -400,13 +400,15 @@ def test_rollout_renoises_between_jumps(
 def test_impossible_settings(
     kind: type[DMD2Config], settings_: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"{kind.__name__}.*{message}"):
+    with pytest.raises(ValueError, match=message):
         kind(**settings_)
 
 
 def test_clamp_must_fit_the_scheduler(networks: list[Any]) -> None:
     scheduler = FlowMapEulerDiscreteScheduler(num_train_timesteps=100)
-    with pytest.raises(ValueError, match=r"max_timestep=980.0 exceeds num_train_timesteps=100"):
+    with pytest.raises(
+        ValueError, match=r"max_timestep must be at most num_train_timesteps=100, got 980"
+    ):
         DMD2Method(*networks, scheduler, DMD2Config())
 
 
