@@ -266,5 +266,5 @@ def test_sizes_that_do_not_make_the_world_are_refused(
 def test_devices_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="'gpu' is unknown"):
         setup(ParallelConfig(), "gpu")
-    with pytest.raises(ValueError, match=f"there are {torch.cuda.device_count()}"):
+    with pytest.raises(ValueError, match=f"torch finds {torch.cuda.device_count()} here"):
         setup(ParallelConfig(), "cuda:99")

@@ -266,13 +266,13 @@ def test_samples_that_are_not_finite_are_said_and_training_goes_on(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"every": -1}, r"metrics\.every"),
-        ({"step_counts": ()}, r"metrics\.step_counts must hold positive step counts, got \(\)"),
-        ({"step_counts": (0,)}, r"metrics\.step_counts"),
-        ({"num_samples": 0}, r"metrics\.num_samples"),
-        ({"prompts": ("",)}, r"metrics\.prompts"),
-        ({"reference_steps": -1}, r"metrics\.reference_steps"),
-        ({"models": ""}, r"metrics\.models"),
+        ({"every": -1}, "^every must"),
+        ({"step_counts": ()}, r"^step_counts must hold positive counts, got \(\)"),
+        ({"step_counts": (0,)}, "^step_counts must"),
+        ({"num_samples": 0}, "^num_samples must"),
+        ({"prompts": ("",)}, "^prompts must"),
+        ({"reference_steps": -1}, "^reference_steps must"),
+        ({"models": ""}, "^models must"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, object], message: str) -> None:
