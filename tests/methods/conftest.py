@@ -56,7 +56,7 @@ class GaussianFlowMap(nn.Module):
         return -mean + (x - (1 - t) * mean) / deviation[0] * rate
 
     def clean(self, noise: Tensor, prompt: Tensor) -> Tensor:
-        """Where the flow takes noise: ``mean + scale * noise``."""
+        """Return where the flow takes noise: ``mean + scale * noise``."""
         mean = self.mean[:, None, None] + self._lead(prompt.double().mean((1, 2)))
         return (mean + self.scale[:, None, None] * noise.double()).detach()
 
@@ -75,7 +75,7 @@ class GaussianFlowMap(nn.Module):
 
 @dataclass(frozen=True)
 class Call:
-    """What one network call was given and returned, and whether it recorded gradients."""
+    """Hold what one network call was given and returned, and whether it recorded gradients."""
 
     x: Tensor
     timestep: Tensor

@@ -20,7 +20,7 @@ CASES = [(kinds, g) for kinds in ("mixed", "one_rank_without", "none", "all") fo
 def ranks(
     tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., subprocess.Popen[str]]
 ) -> list[dict[str, Any]]:
-    """What both ranks wrote."""
+    """Run both ranks, and return what they wrote."""
     folder = tmp_path_factory.mktemp("ranks")
     job = torchrun(2, SCRIPT, folder)
     output, _ = job.communicate(timeout=240)

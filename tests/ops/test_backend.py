@@ -1,4 +1,4 @@
-"""Which implementation runs: the automatic choice, the two ways to force one, and the errors."""
+"""Test which implementation runs: the automatic choice, the ways to force one, the errors."""
 
 import importlib.util
 from collections.abc import Iterator

@@ -128,7 +128,7 @@ def test_index_of_no_sample_is_found_on_the_cpu(bad, backend) -> None:
 
 
 def test_index_of_no_sample_elsewhere(backend) -> None:
-    """Where the host reads no values, those samples are NaN and the others right."""
+    """Expect NaN for those samples, and right others, where the host reads no values."""
     if DEVICE.type == "cpu" and backend == "native":
         pytest.skip("the C++ looks at every index itself")
     a = arguments(GOOD) | {"with_x_t": False}

@@ -136,7 +136,7 @@ def test_index_of_no_sample_is_found_on_the_cpu(bad, backend) -> None:
 
 @pytest.mark.parametrize(("bad", "sample"), [(B, B - 1), (-(10**12), 0)])
 def test_index_of_no_sample_elsewhere(bad, sample, backend) -> None:
-    """Where the host reads no values, the loss of the nearest sample is NaN."""
+    """Expect NaN for the loss of the nearest sample where the host reads no values."""
     if DEVICE.type == "cpu" and backend == "native":
         pytest.skip("the C++ looks at every index itself")
     named = arguments((1, 2, 0))

@@ -59,7 +59,7 @@ def test_any_rank(shape, n, with_bias, backend, dtype, draw) -> None:
 
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 2), (0, 1)], ids=str)
 def test_only_the_gradients_that_are_wanted(frozen, backend, draw) -> None:
-    """Of the function and of the operator, whose backward is told which."""
+    """Compare the gradients of the function and of the operator, whose backward is told which."""
     inputs = [draw(3, 17), draw(5, 17), draw(5)]
     for i in frozen:
         inputs[i].requires_grad_(False)
@@ -138,7 +138,7 @@ def test_weight_with_overlapping_rows(native, strides) -> None:
 
 
 def test_layer_whose_parameters_are_views(native) -> None:
-    """As the model runs an ``nn.Linear``, whose parameters may lie in a larger buffer."""
+    """Run an ``nn.Linear`` as the model does, with parameters in a larger buffer."""
     layer = torch.nn.Linear(512, 512)
     buffer = torch.randn(512, 1024)
     layer.weight = torch.nn.Parameter(buffer[:, ::2])

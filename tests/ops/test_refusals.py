@@ -1,4 +1,4 @@
-"""What the operators refuse: operands that do not fit together, and what a kernel does not take."""
+"""Test what operators refuse: operands that do not fit, and what a kernel does not take."""
 
 import math
 import subprocess

@@ -45,7 +45,7 @@ def test_norm_reads_the_rounded_sum(backend) -> None:
 
 @pytest.mark.parametrize("variant", ["gate+affine", "modulation"])
 def test_large_offset_does_not_cancel(variant, backend, draw) -> None:
-    """As in layer_norm_modulate, and the sum is good to one fp32 step at 1e4."""
+    """Expect the accuracy of layer_norm_modulate, with a sum good to one fp32 step at 1e4."""
     named = {k: None if v is None else v.detach() for k, v in arguments(variant, dim=64).items()}
     named["x"] = (1e4 + draw(2, 6, 64, dtype=torch.float64)).float().detach()
     h, n = residual_layer_norm(**named)

@@ -23,7 +23,7 @@ VALUES = {use_backend: ("eager", "native"), use_attention_backend: ("math", "nat
 
 
 def current(use: type[Use]) -> str | None:
-    """What is forced here, as the operators ask."""
+    """Return what is forced here, as the operators ask."""
     if use is use_backend:
         forced = forced_backend()
         return None if forced is None else forced[0]

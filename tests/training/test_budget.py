@@ -1,4 +1,4 @@
-"""What a recipe takes: counts without memory, against real tensors and figures from elsewhere."""
+"""Test what a recipe takes: counts against real tensors and figures from elsewhere."""
 
 import dataclasses
 from pathlib import Path

@@ -344,7 +344,7 @@ def test_files_outside_the_checkpoint_are_not_read(saved: Checkpointer) -> None:
 def test_a_kill_at_any_file_system_call_leaves_the_old_checkpoints_or_the_new(
     step: int, tmp_path: Path
 ) -> None:
-    """Of a save of a new step, and of one that is replaced; 10 and 20 exist and two are kept."""
+    """Save a new step, or replace one; 10 and 20 exist and two are kept."""
     done = subprocess.run(
         [
             sys.executable,

@@ -62,7 +62,7 @@ def test_a_network_that_trains_in_full_is_counted_exactly(small_recipe: Make) ->
 
 
 def test_a_network_with_adapters_is_counted_exactly(small_recipe: Make) -> None:
-    """Where frozen layers need no gradient of their weights, and the text none at all."""
+    """Count no gradient of frozen weights, and none at all for the text."""
     lora = LoRAConfig(rank=2, trained_modules=("condition_embedder.time_embedder",))
     student = dataclasses.replace(small_recipe("unused").student, lora=lora)
     counted, forward, backward = _counted(small_recipe("unused", stage="teacher", student=student))
@@ -70,7 +70,7 @@ def test_a_network_with_adapters_is_counted_exactly(small_recipe: Make) -> None:
 
 
 class _Calls:
-    """What networks are called with, and what of it has a gradient."""
+    """Hold what networks are called with, and what of it has a gradient."""
 
     def __init__(self, **networks: AnyFlowTransformer3DModel) -> None:
         self.forward = dict.fromkeys(networks, 0)

@@ -41,7 +41,7 @@ def ranks(
     torchrun: Callable[..., subprocess.Popen[str]],
     free_port: Callable[[], int],
 ) -> Ranks:
-    """What every rank of every world wrote; the world of one is the reference."""
+    """Run every world, and return what each rank wrote; the world of one is the reference."""
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("updates")
     written = {}

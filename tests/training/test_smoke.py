@@ -1,6 +1,4 @@
-"""What the guide shows first: both stages by their smoke recipes on two processes, then
-sampling.
-"""
+"""Run what the guide shows first: both stages by smoke recipes on two processes, and sampling."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -45,7 +45,7 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def _gradients(step: PretrainStep | OnPolicyStep, network: str = "student") -> dict[str, Tensor]:
-    """Of an update that stood still."""
+    """Return the first moments of the optimizer after an update that stood still."""
     prefix, suffix = f"optimizer/{network}/", "/exp_avg"
     return {
         name.removeprefix(prefix).removesuffix(suffix): tensor

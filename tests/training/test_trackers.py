@@ -61,7 +61,7 @@ def test_tensorboard_has_the_scalars_the_recipe_and_the_preview(tmp_path: Path, 
 
 
 def _wandb_records(folder: Path) -> list[Any]:
-    """What an offline run holds, when its service has written the last record."""
+    """Return what an offline run holds, when its service has written the last record."""
     (file,) = folder.glob("run-*.wandb")
     deadline = time.monotonic() + 60
     while True:
