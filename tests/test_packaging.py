@@ -125,17 +125,12 @@ def test_any_other_name_is_refused(tmp_path):
 
 @without_pypi
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import diffusers",
-        "import transformers; from transformers import UMT5EncoderModel, AutoTokenizer",
-        "from diffusers import AnyFlowTransformer3DModel, AnyFlowPipeline",
-    ],
-)
-def test_peers_import_from_the_root_without_the_pypi_package(statement):
-    code = f"""
-{statement}
+def test_peers_import_from_the_root_without_the_pypi_package():
+    code = """
+import transformers
+from transformers import UMT5EncoderModel, AutoTokenizer
+import diffusers
+from diffusers import AnyFlowTransformer3DModel, AnyFlowPipeline
 from transformers.utils import is_kernels_available
 print(is_kernels_available())
 try:
