@@ -91,7 +91,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def _seed_weights() -> None:
-    """PyTorch initializes weights from its global generator; nothing else may draw from it."""
+    """Seed PyTorch's global generator, from which weights and nothing else are drawn."""
     torch.manual_seed(SEED)
 
 
