@@ -125,15 +125,18 @@ def test_the_cache_of_models_is_counted(tmp_path: Path) -> None:
         blobs.mkdir(parents=True)
         with (blobs / "x").open("wb") as file:
             file.truncate((i + 1) * 10**9)  # holes take no space
-    code = "from anyflow.doctor.requirements import hub; print(hub())"
-    found = python(
-        "-c", code, cwd=tmp_path, more={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    ).stdout.strip()
-    assert found == f"Hub(cache='{tmp_path}/hub', models=2, gigabytes=3.0, offline=True)"
-    found = python(
-        "-c", code, cwd=tmp_path, more={"HF_HOME": "/absent", "HF_HUB_OFFLINE": "0"}
-    ).stdout.strip()
-    assert found == "Hub(cache='/absent/hub', models=0, gigabytes=0.0, offline=False)"
+    code = """
+from huggingface_hub import constants
+from anyflow.doctor.requirements import hub
+print(hub())
+constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = "/absent/hub", False
+print(hub())
+"""
+    more = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    assert python("-c", code, cwd=tmp_path, more=more).stdout.splitlines() == [
+        f"Hub(cache='{tmp_path}/hub', models=2, gigabytes=3.0, offline=True)",
+        "Hub(cache='/absent/hub', models=0, gigabytes=0.0, offline=False)",
+    ]
     assert hub().cache
 
 
