@@ -36,12 +36,13 @@ def ranks(
     return written
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("case", [*CASES, "compiled"])
+@pytest.mark.parametrize(
+    ("world", "case"), [*((world, case) for world in WORLDS for case in CASES), (2, "compiled")]
+)
 def test_velocity_and_gradients_are_those_of_the_whole_model(
-    case: Any, world: int, ranks: dict[int, Any]
+    world: int, case: Any, ranks: dict[int, Any]
 ) -> None:
-    """Two chained calls in fp64 agree; gradients are the mean over the ranks."""
+    """Compare two chained calls in fp64; gradients are the mean over the ranks."""
     for results in ranks[world]:
         got, want = results["shared"][case], results["whole"][case]
         assert bool(want["gradient"].any())
@@ -65,7 +66,7 @@ def test_every_rank_has_the_same_velocity(world: int, ranks: dict[int, Any]) -> 
 def test_other_ways_to_call_the_model(
     what: str, tolerance: float, world: int, ranks: dict[int, Any]
 ) -> None:
-    """A deep copy and autocast agree; turned off, the model is exactly as never on."""
+    """Compare a deep copy and autocast; turned off, the model is exactly as never on."""
     for results in ranks[world]:
         got, want = (x.double() for x in results[what])
         assert (got - want).norm() <= tolerance * want.norm()
