@@ -101,7 +101,7 @@ def print_config(path: Path | str, overrides: Sequence[str] = ()) -> str:
             recipe describes.
     """
     from anyflow.training.networks import check_networks
-    from anyflow.training.steps import build_scheduler
+    from anyflow.training.updates import build_scheduler
     from anyflow.utils.devices import known_device
 
     recipe = load_recipe(path, overrides)
