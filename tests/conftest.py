@@ -175,6 +175,28 @@ def torchrun(
     return start
 
 
+@pytest.fixture(scope="session")
+def fork_ranks(
+    process_environment: Callable[[], dict[str, str]],
+) -> Callable[..., subprocess.Popen[str]]:
+    """Return ``fork_ranks(processes, script, *arguments)``: torchrun's processes at one import.
+
+    The result is for ``communicate()``.
+    """
+
+    def start(processes: int, script: Path, *arguments: object) -> subprocess.Popen[str]:
+        launch = [sys.executable, str(Path(__file__).with_name("fork_ranks.py")), str(processes)]
+        return subprocess.Popen(
+            [*launch, str(script), *map(str, arguments)],
+            env=process_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
 _WORDS = [
     "a",
     "red",

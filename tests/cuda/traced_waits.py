@@ -21,7 +21,7 @@ from anyflow.training.config import (
 )
 from anyflow.training.distributed import Mesh
 from anyflow.training.networks import build_critic, build_student, build_teacher
-from anyflow.training.steps import OnPolicyStep, PretrainStep
+from anyflow.training.updates import OnPolicyUpdates, PretrainUpdates
 from anyflow.training.window import Window
 
 CUDA = torch.device("cuda", 0)
@@ -70,17 +70,17 @@ def batch() -> Batch:
     )
 
 
-def make_step(device: Any, recipe: Recipe) -> PretrainStep | OnPolicyStep:
+def make_step(device: Any, recipe: Recipe) -> PretrainUpdates | OnPolicyUpdates:
     student, negative = (
         device.parameters(build_student(recipe)),
         SyntheticVideos().negative_prompt_embeds,
     )
     if recipe.on_policy is None:
-        return PretrainStep(recipe, Mesh(CUDA), student, negative)
+        return PretrainUpdates(recipe, Mesh(CUDA), student, negative)
     teacher = build_teacher(recipe)
     critic = device.parameters(build_critic(recipe, teacher))
     teacher = device.parameters(teacher.requires_grad_(False))
-    return OnPolicyStep(recipe, Mesh(CUDA), student, teacher, critic, negative)
+    return OnPolicyUpdates(recipe, Mesh(CUDA), student, teacher, critic, negative)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "on_policy"])
