@@ -33,15 +33,15 @@ def run(block: Any, inputs: tuple[Any, ...], parameters: list[Tensor]) -> list[T
 
 
 @pytest.mark.parametrize(
-    ("compiler", "dtype"),
+    ("backend", "compiler", "dtype"),
     [
-        # the C++ compiler takes its time
-        pytest.param("inductor", torch.float32, marks=pytest.mark.slow),
-        ("aot_eager", torch.bfloat16),
+        ("eager", "aot_eager", torch.float32),
+        ("eager", "aot_eager", torch.bfloat16),
+        # the C++ compiler and the interpreter take their time
+        pytest.param("triton", "inductor", torch.float32, marks=pytest.mark.slow),
+        pytest.param("triton", "aot_eager", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
-# the interpreter takes its time as well
-@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
 def test_block_compiles_in_one_graph(backend, compiler, dtype, generator) -> None:
     """Compare output and gradients with those of the block."""
     if backend == "triton":
