@@ -131,7 +131,7 @@ def test_bf16_is_closer_to_fp64_than_diffusers(
         for model in (theirs, ours):
             for p in model.parameters():
                 p.copy_(p.bfloat16())
-    inputs = make_inputs(2, 3, 8, 8)
+    inputs = make_inputs(1 if backend == "triton" else 2, 3, 8, 8)  # the interpreter takes its time
     x, text = inputs.x.bfloat16(), inputs.text.bfloat16()
     cotangent = torch.randn(x.shape, generator=generator).bfloat16()
     with use_backend("eager"):
