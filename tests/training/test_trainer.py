@@ -43,7 +43,7 @@ from anyflow.training.manifest import Manifest
 from anyflow.training.metrics import keep_until
 from anyflow.training.optimization import TrainingError
 from anyflow.training.recipe import dump_recipe
-from anyflow.training.trainer import _build_samples, _build_step, train
+from anyflow.training.trainer import _build_samples, _build_updates, train
 
 Make = Callable[..., Recipe]
 TIMING = (
@@ -86,7 +86,7 @@ def _reported(out: Path) -> int:
 
 def _checkpoint(recipe: Recipe, step: int) -> dict[str, Tensor]:
     """Everything in a checkpoint of a run."""
-    tensors = _build_step(recipe, Mesh(torch.device("cpu")), open_dataset(recipe.data)).tensors()
+    tensors = _build_updates(recipe, Mesh(torch.device("cpu")), open_dataset(recipe.data)).tensors()
     path = Path(recipe.out) / "checkpoints" / f"step-{step:08d}"
     Checkpointer(path.parent, keep=1).load(path, tensors)
     return tensors
@@ -262,7 +262,7 @@ def test_two_processes_train_one_model_and_one_process_goes_on_with_it(
         recipe, steps=3, data=dataclasses.replace(recipe.data, batch_size=4)
     )
     step, data = (
-        _build_step(alone, Mesh(torch.device("cpu")), open_dataset(alone.data)),
+        _build_updates(alone, Mesh(torch.device("cpu")), open_dataset(alone.data)),
         open_dataset(alone.data),
     )
     Checkpointer(out / "checkpoints", keep=1).load(
@@ -628,7 +628,7 @@ def test_no_checkpoint_has_weights_that_are_not_finite(
 def test_data_that_are_not_finite_are_to_blame_and_not_a_network(
     small_recipe: Make, tmp_path: Path
 ) -> None:
-    step = _build_step(small_recipe(tmp_path), Mesh(torch.device("cpu")), SyntheticVideos())
+    step = _build_updates(small_recipe(tmp_path), Mesh(torch.device("cpu")), SyntheticVideos())
     data = SyntheticVideos()
     latents, prompts = (
         torch.stack([getattr(data[i], n) for i in (5, 6)]) for n in ("latents", "prompt_embeds")

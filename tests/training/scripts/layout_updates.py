@@ -1,7 +1,7 @@
-"""Updates of one global batch in several layouts: ``layout_updates.py FOLDER PORT...`` writes
-``rank<i>-of-<n>.pt``.
+"""Update on one global batch in the layouts of a world: ``layout_updates.py FOLDER PORT...``.
 
-Rank 0 makes the reference too: one process, one micro-step, before it joins the others.
+Every rank writes ``rank<i>-of-<n>.pt``. :func:`updates` with all samples in one micro-step of one
+process is the reference.
 """
 
 import os
@@ -28,7 +28,7 @@ from anyflow.training.config import (
 )
 from anyflow.training.distributed import Mesh, full_state, setup, shard_network, teardown
 from anyflow.training.networks import build_critic, build_student, build_teacher
-from anyflow.training.steps import OnPolicyStep, PretrainStep
+from anyflow.training.updates import OnPolicyUpdates, PretrainUpdates
 from anyflow.training.window import Window
 
 GLOBAL_BATCH, UPDATES = 8, 3
@@ -84,22 +84,22 @@ def make_recipe(case: str, parallel: ParallelConfig, batch_size: int, accumulati
     )
 
 
-def make_step(recipe: Recipe, mesh: Mesh) -> PretrainStep | OnPolicyStep:
-    """In fp64."""
+def make_step(recipe: Recipe, mesh: Mesh) -> PretrainUpdates | OnPolicyUpdates:
+    """Build the step in fp64."""
     negative = SyntheticVideos().negative_prompt_embeds.double()
     student = build_student(recipe).double()
     shard_network(student, mesh, trains=True)
     if recipe.on_policy is None:
-        return PretrainStep(recipe, mesh, student, negative)
+        return PretrainUpdates(recipe, mesh, student, negative)
     teacher = build_teacher(recipe).double()
     critic = build_critic(recipe, teacher)
     shard_network(teacher, mesh, trains=False)
     shard_network(critic, mesh, trains=True)
-    return OnPolicyStep(recipe, mesh, student, teacher, critic, negative)
+    return OnPolicyUpdates(recipe, mesh, student, teacher, critic, negative)
 
 
 def updates(case: str, mesh: Mesh, parallel: ParallelConfig, batch_size: int) -> dict[str, Any]:
-    """All metrics of the updates, and everything that a checkpoint would hold after them."""
+    """Return all metrics of the updates, and all that a checkpoint would hold after them."""
     accumulation = GLOBAL_BATCH // (batch_size * mesh.data_world)
     step = make_step(make_recipe(case, parallel, batch_size, accumulation), mesh)
     calls: list[bool] = []
@@ -128,12 +128,8 @@ def main(folder: Path, ports: list[str]) -> None:
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
     results: dict[str, dict[str, Any]] = {}
-    if os.environ["RANK"] == "0":
-        results["reference"] = {
-            case: updates(case, Mesh(torch.device("cpu")), *LAYOUTS[1]["8"]) for case in ON_RANKS
-        }
     for (name, (parallel, batch_size)), port in zip(LAYOUTS[world].items(), ports, strict=True):
-        os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
+        os.environ.update(MASTER_PORT=port)
         mesh = setup(parallel, "cpu")
         results[name] = {case: updates(case, mesh, parallel, batch_size) for case in ON_RANKS}
         teardown(mesh)
