@@ -154,7 +154,7 @@ def pytest_terminal_summary(
     terminalreporter.section("benchmarks")
     write(report.table(run.lines, judgments))
     write("")
-    write(report.summary(run.device_class, judgments, not_run, run.lines))
+    write(report.summary(run.device_class, judgments, not_run))
     if run.raises:
         changes = run.gates.raise_to(run.device_class, judgments)
         run.gates.save(run.path)

@@ -19,15 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 TIMESTEPS = 1000
 T, R = 700.0, 300.0  # of a single evaluation
-# Our names of attention backends in diffusers'.
-DIFFUSERS_ATTENTION = {
-    "flash_attn_3": "_flash_3",
-    "flash_attn_2": "flash",
-    "cudnn": "_native_cudnn",
-    "flash": "_native_flash",
-    "efficient": "_native_efficient",
-    "math": "_native_math",
-}
 # The published recipe's.
 LORA_RANK = 256
 LORA_TARGETS = (
@@ -82,19 +73,13 @@ def peer(size: NetworkSize, model: nn.Module) -> Any:
     return built.eval()
 
 
-def variant(model: Any, attention: str | None = None, compiler: str | None = None) -> Any:
-    """Return diffusers' model on the same weights with another attention or compiled blocks.
+def variant(model: Any, compiler: str | None = None) -> Any:
+    """Return diffusers' model on the same weights, with blocks compiled by a backend or as it is.
 
-    Args:
-        model: of diffusers.
-        attention: our name of the backend; None for torch's own choice.
-        compiler: torch.compile's backend for the blocks, or None; one graph serves all blocks,
-            which are nearly all of the time.
+    One graph serves all blocks, which are nearly all of the time.
     """
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, tensors)
-    if attention is not None:
-        model.set_attention_backend(DIFFUSERS_ATTENTION[attention])
     if compiler is not None:
         torch._dynamo.reset()
         model.compile_repeated_blocks(backend=compiler)

@@ -8,7 +8,7 @@ from gates import Judgment
 from layout import table as write
 from workloads import Line, figure
 
-_HEADINGS = ("benchmark", "against", "ms", "rate", "limit", "peak MiB", "ratio", "gate", "goal")
+_HEADINGS = ("benchmark", "against", "ms", "rate", "limit", "peak MiB", "ratio", "gate")
 SLOWEST = 3
 
 
@@ -28,8 +28,7 @@ def table(lines: Sequence[Line], judgments: Iterable[Judgment]) -> str:
         for peer, ratio in line.ratios.items():
             judgment = by_name[figure(line.name, peer)]
             marks = ("*" if line.again else "") + ("~" if judgment.busy else "")
-            verdict = (_gate(judgment), _goal(line.goals.get(peer), ratio))
-            written.append((name, peer, *own, f"{ratio:.2f}x{marks}", *verdict))
+            written.append((name, peer, *own, f"{ratio:.2f}x{marks}", _gate(judgment)))
             name, own = "", ("",) * 4
     text = "\n".join(write(_HEADINGS, written, right=2, padded=True))
     if any(line.again for line in lines):
@@ -42,20 +41,14 @@ def table(lines: Sequence[Line], judgments: Iterable[Judgment]) -> str:
     return text
 
 
-def summary(
-    device_class: str, judgments: Sequence[Judgment], not_run: Sequence[str], lines: Sequence[Line]
-) -> str:
+def summary(device_class: str, judgments: Sequence[Judgment], not_run: Sequence[str]) -> str:
     """Say how many gates hold, what is missed, with the slowest lines, and what was not checked."""
     gated = [j for j in judgments if j.gate is not None]
     missed = [j for j in gated if j.missed]
-    goals = [(line.ratios[p], goal) for line in lines for p, goal in line.goals.items()]
     text = [f"{device_class}: {len(gated) - len(missed)} of {len(gated)} gates hold"]
     if len(gated) < len(judgments):
         without = len(judgments) - len(gated)
         text.append(f"{without} ratios have no gate on {device_class}: nothing was checked there")
-    if goals:
-        reached = sum(ratio >= goal for ratio, goal in goals)
-        text.append(f"{reached} of {len(goals)} goals are reached (they gate nothing)")
     text += [f"NOT RUN, though it has a gate: {name}" for name in not_run]
     for j in missed:
         advice = "; the machine was busy: run it again with nothing beside it" if j.busy else ""
@@ -77,7 +70,3 @@ def _gate(judgment: Judgment) -> str:
     if judgment.gate is None:
         return "no gate"
     return f"{judgment.gate:.2f} {'MISSED' if judgment.missed else 'ok'}"
-
-
-def _goal(goal: float | None, ratio: float) -> str:
-    return "" if goal is None else f"{goal:.2f} {'ok' if ratio >= goal else 'short'}"

@@ -131,12 +131,15 @@ def measure(
 ) -> dict[str, float | str]:
     """Time the candidates in turns: milliseconds, or what is wrong, by description."""
     import timing
-    import torch
 
     from anyflow.kernels.token_options import override_options
 
     found: dict[str, float | str] = {}
     steps: dict[str, timing.Step] = {}
+
+    def failed(name: str, error: Exception) -> None:  # too much shared memory, for example
+        found[name] = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
+
     for options in candidates:
 
         def step(options: Options = options) -> Any:
@@ -148,15 +151,11 @@ def measure(
                 steps[described(options)] = step
             else:
                 found[described(options)] = "other numbers"
-        except Exception as error:  # too much shared memory, for example
-            found[described(options)] = (
-                f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
-            )
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-    rounds = timing.Interleaved(steps, device, graphs=True)
+        except Exception as error:
+            failed(described(options), error)
+    rounds = timing.Interleaved(steps, device, graphs=True, on_error=failed)
     rounds.run(9 if device.type == "cuda" else 2)
-    return {name: rounds.milliseconds(name)["ms"] for name in steps} | found
+    return {name: rounds.milliseconds(name)["ms"] for name in rounds.steps} | found
 
 
 def _tensors(result: Any) -> list[Any]:
@@ -177,20 +176,22 @@ def tune(task: Task, device: Any, copy: float) -> dict[str, Any]:
     today = times[described(task.today)]
     if isinstance(today, str):
         return {"bytes": task.bytes, "error": f"today's options: {today}", "candidates": times}
-    numbers = {name: t for name, t in times.items() if isinstance(t, float)}
-    best = min(numbers, key=numbers.__getitem__)
-    chosen = next(options for options in candidates if described(options) == best)
+
+    def best() -> tuple[float, str]:
+        return min((t, name) for name, t in times.items() if isinstance(t, float))
+
+    fastest = best()[1]
+    chosen = next(options for options in candidates if described(options) == fastest)
     times |= measure(task, second_round(chosen), device, expected)
-    numbers = {name: t for name, t in times.items() if isinstance(t, float)}
-    best = min(numbers, key=numbers.__getitem__)
+    best_ms, fastest = best()
     return {
         "bytes": task.bytes,
         "today": described(task.today),
         "today_ms": today,
-        "best": best,
-        "best_ms": numbers[best],
+        "best": fastest,
+        "best_ms": best_ms,
         "share_today": task.bytes / (today / 1e3) / copy,
-        "share_best": task.bytes / (numbers[best] / 1e3) / copy,
+        "share_best": task.bytes / (best_ms / 1e3) / copy,
         "candidates": times,
     }
 
@@ -199,16 +200,11 @@ def advice(name: str, entry: dict[str, Any]) -> str:
     """Write one line: times and shares of the copy's bandwidth, and what to change."""
     if "error" in entry:
         return f"{name:46} {entry['error']}"
-    worth = entry["best_ms"] <= WORTH * entry["today_ms"]
-    change = (
-        f"-> {entry['best_ms']:.4f} ms {entry['share_best']:.0%}: {entry['best']}"
-        if worth
-        else "stays"
-    )
-    return (
-        f"{name:46} {entry['today_ms']:.4f} ms {entry['share_today']:.0%} ({entry['today']}) "
-        f"{change}"
-    )
+    change = "stays"
+    if entry["best_ms"] <= WORTH * entry["today_ms"]:
+        change = f"-> {entry['best_ms']:.4f} ms {entry['share_best']:.0%}: {entry['best']}"
+    today = f"{entry['today_ms']:.4f} ms {entry['share_today']:.0%} ({entry['today']})"
+    return f"{name:46} {today} {change}"
 
 
 # Processes ----------------------------------------------------------------------------------------
@@ -249,19 +245,15 @@ def compile_all(options: argparse.Namespace, until: float) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Tune; exit status 0 also where time ran out, which the file says."""
     options, started = parse(arguments), time.monotonic()
-    if options.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-    from gpu import build, without_diffusers
+    from gpu import build
 
-    build.find_package(options.device)  # before diffusers, which imports triton where it is there
-    without_diffusers.install()
+    device, _ = build.prepare_process(options.device)
     import timing
     import torch
     import triton
     from gpu.kernels import copies
     from gpu.state import commit
 
-    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     if options.compile is not None:
         return compile_part(options, device)
     if options.device == "cuda":

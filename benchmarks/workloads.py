@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,6 @@ class Workload:
         device: type of the device that its shapes are for.
         dtype: of its products, and of the tolerance.
         quick: whether ``--quick`` runs it.
-        goals: ratios to reach, by peer; they are printed beside the gates and gate nothing.
         memory: whether the ratio of peak memory is a figure of its own, which can be gated.
         min_rounds: of a step so long that a budget of seconds means little.
         kernels: whether a step is a few kernels, which a GPU replays as a graph.
@@ -76,7 +75,6 @@ class Workload:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     quick: bool = False
-    goals: Mapping[str, float] = field(default_factory=dict)
     memory: bool = False
     min_rounds: int = 5
     kernels: bool = False
@@ -106,7 +104,6 @@ class Line:
         of_limit: the time that the measured limits of the machine allow, as a share of ours.
         peak: bytes that a step of ours needs beyond its inputs and weights, or None.
         ratios: how many times as long, or as much memory, each peer needs.
-        goals: ratios to reach, by peer.
         rounds: that were measured.
         again: whether it was measured once more, because a gate was missed.
         busy: whether the machine was too busy with other work for figures to be relied on.
@@ -119,7 +116,6 @@ class Line:
     of_limit: float | None
     peak: int | None
     ratios: dict[str, float]
-    goals: dict[str, float]
     rounds: int
     again: bool = False
     busy: bool = False
@@ -236,6 +232,5 @@ def _line(
         else None,
         peak=memory[OURS],
         ratios=ratios,
-        goals={peer: goal for peer, goal in workload.goals.items() if peer in ratios},
         rounds=len(rounds.times[OURS]),
     )

@@ -14,17 +14,27 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu.state import DONE, FAILED, FOLDER, ROOT, SKIPPED, digest_of, nvidia_smi
+from gpu.state import (
+    DONE,
+    FAILED,
+    FOLDER,
+    ROOT,
+    SKIPPED,
+    die_with_parent,
+    digest_of,
+    nvidia_smi,
+)
 
 SITE = FOLDER / "site"
-BUILT = FOLDER / "anyflow"  # where ``setup.py --build-lib`` puts the extension
-RECORD = FOLDER / "extension.json"
+CARRIED = FOLDER / "anyflow"
 BENCHMARKS = ROOT / "benchmarks"
 
 # The extension ------------------------------------------------------------------------------------
@@ -33,18 +43,16 @@ BENCHMARKS = ROOT / "benchmarks"
 def prepare_extension(device: str, limit_s: float) -> tuple[str, str | None, dict[str, Any]]:
     """Use an extension that loads, else build one.
 
-    One that was built here is used only while its sources are those of the checkout. One without
-    such a record, carried here or built in the checkout, is used where it loads; for a GPU it must
-    have CUDA kernels.
+    One that was built here lies in a folder that is named by its sources. One that was carried here
+    or built in the checkout is used where it loads; for a GPU it must have CUDA kernels.
 
     Returns:
         Status, reason and data of the section.
     """
-    if _is_outdated():
-        forget_extension()
     found = loaded()
     if "problem" not in found and (device == "cpu" or found["cuda_archs"]):
-        sources = "those of the checkout" if RECORD.exists() else "not recorded"
+        own = any(_extensions(_built()))
+        sources = "those of the checkout" if own else "not recorded"
         prebuilt = {"prebuilt": "an extension that loads was there", "sources": sources}
         return DONE, None, prebuilt | found
     status, reason, data = _build(device, limit_s)
@@ -72,42 +80,21 @@ def _build(device: str, limit_s: float) -> tuple[str, str | None, dict[str, Any]
     variables = {"ANYFLOW_CUDA_ARCHS": architecture, "ANYFLOW_CMAKE_ARGS": arguments}
     if nvcc is not None:
         variables["CUDACXX"] = nvcc
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", f"--build-lib={FOLDER}"]
-    started = time.monotonic()
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", f"--build-lib={_built().parent}"]
+    started, log = time.monotonic(), workplace() / "build.log"
     data: dict[str, Any] = {"architecture": architecture, "arguments": arguments}
-    for path in _built():
-        path.unlink()
-    # A group of its own: the compilers of a build that takes too long must not go on.
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output = process.communicate(timeout=limit_s)[0].strip()
-    except subprocess.TimeoutExpired:
+    with log.open("wb") as output:
+        streams = {"stdout": output, "stderr": subprocess.STDOUT}
+        status, stopped = run_program(
+            command, limit_s, cwd=ROOT, env=os.environ | variables, **streams
+        )
+    said = log.read_text(errors="replace").strip()
+    if stopped:
         return FAILED, f"the build took more than {limit_s:.0f} s", data
-    finally:
-        stop_group(process)
-    data |= {"build_s": time.monotonic() - started, "output": output[-2000:]}
-    if process.returncode:
-        status = f"exit status {process.returncode}"
-        return FAILED, output.splitlines()[-1] if output else status, data
-    RECORD.write_text(json.dumps({"sources": _sources()}) + "\n")
-    lay_out()
+    data |= {"build_s": time.monotonic() - started, "output": said[-2000:]}
+    if status:
+        return FAILED, said.splitlines()[-1] if said else f"exit status {status}", data
     return DONE, None, data
-
-
-def stop_group(process: subprocess.Popen[Any]) -> None:
-    """Kill a process that leads a group, with all that it has started, and wait for it."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, 9)
-    process.wait()
 
 
 def _architecture() -> str:
@@ -117,31 +104,15 @@ def _architecture() -> str:
     return f"{target}a" if target.startswith(("9", "10")) else target
 
 
-def _sources() -> str:
-    return digest_of("csrc", "cmake", "CMakeLists.txt", "setup.py")
+def _built() -> Path:
+    """Return where an extension of the sources in the checkout is built."""
+    return FOLDER / digest_of("csrc", "cmake", "CMakeLists.txt", "setup.py") / "anyflow"
 
 
-def _is_outdated() -> bool:
-    """Tell whether the extension in the runner's folder is recorded to be of other sources."""
-    try:
-        return bool(json.loads(RECORD.read_text())["sources"] != _sources())
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError, KeyError):
-        return True
-
-
-def _built() -> list[Path]:
-    """Return the extension in the runner's folder for this Python: one file, or none."""
+def _extensions(folder: Path) -> list[Path]:
+    """Return the extension in a folder for this Python: one file, or none."""
     suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
-    return [path for path in BUILT.glob("_C.*") if path.name.endswith(suffixes)]
-
-
-def forget_extension() -> None:
-    """Remove the extension from the runner's folder, with its record."""
-    shutil.rmtree(BUILT, ignore_errors=True)
-    RECORD.unlink(missing_ok=True)
-    lay_out()
+    return [path for path in folder.glob("_C.*") if path.name.endswith(suffixes)]
 
 
 def loaded() -> dict[str, str]:
@@ -169,6 +140,75 @@ def loaded() -> dict[str, str]:
     return found
 
 
+# Processes ----------------------------------------------------------------------------------------
+
+
+def run_program(
+    command: list[str],
+    limit_s: float,
+    stop_s: float = 0.0,
+    meanwhile: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> tuple[int, bool]:
+    """Run a program for a time; the result is its exit status and whether it was stopped.
+
+    Args:
+        command: to run, in a group of processes of its own, which dies with this process.
+        limit_s: seconds after which it is interrupted.
+        stop_s: seconds after which it is killed if the interrupt has not ended it.
+        meanwhile: called twice a second, and at the end.
+        options: of ``subprocess.Popen``.
+    """
+    options = {"cwd": workplace(), "env": environment()} | options
+    process = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=die_with_parent, **options
+    )
+    deadline, stopped = time.monotonic() + limit_s, False
+    try:
+        while process.poll() is None and not stopped:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.5)
+            meanwhile()
+            stopped = process.poll() is None and time.monotonic() >= deadline
+        if stopped and stop_s:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=stop_s)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started must not go on
+        process.wait()
+        meanwhile()
+    return process.returncode, stopped
+
+
+def prepare_process(device: str, parent: int | None = None) -> tuple[Any, dict[str, str | None]]:
+    """Make this checkout's package importable here, with a stand-in for what is missing.
+
+    Args:
+        device: ``"cuda"`` or ``"cpu"``.
+        parent: the process that this one must not outlive, or None.
+
+    Returns:
+        The torch device, made the current one, and why diffusers and the extension are missing.
+    """
+    if parent is not None:
+        die_with_parent(parent)
+    find_package(device)
+    import torch
+
+    from gpu import without_diffusers
+
+    stand_in = without_diffusers.install()
+    without_extension = load_operators()
+    if device == "cpu":
+        torch.set_num_threads(1)  # tiny networks, and a machine that may do other things
+    else:
+        torch.cuda.set_device(0)
+    found = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
+    return found, {"diffusers_stand_in": stand_in, "extension": without_extension}
+
+
 # The package --------------------------------------------------------------------------------------
 
 
@@ -179,9 +219,9 @@ def lay_out() -> None:
     modules = (path for path in (ROOT / "anyflow").iterdir() if path.name != "__pycache__")
     wanted = {path.name: path for path in modules} | {"kernels": ROOT / "kernels"}
     # and none beside it, whose suffix Python might prefer
-    if not _is_outdated() and (built := _built()):
+    if found := _extensions(_built()) or _extensions(CARRIED):
         wanted = {name: path for name, path in wanted.items() if not name.startswith("_C.")}
-        wanted |= {path.name: path for path in built}
+        wanted |= {path.name: path for path in found}
     for link in package.iterdir():
         if link.is_symlink() and link.name not in wanted and not link.name.startswith("."):
             link.unlink(missing_ok=True)

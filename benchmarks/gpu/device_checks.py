@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import networks
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from anyflow import ops
 from anyflow.doctor.self_check import TOLERANCE, Check, self_check, tolerance
 from anyflow.models.attention import attention, attention_report
-from anyflow.ops import backend_report, examples, use_backend
+from anyflow.ops import examples, use_backend
 from anyflow.ops.backend import BACKENDS, OPERATORS, missing
 from anyflow.ops.examples import Example, OperatorCall, as_tuple
 from gpu.run import last_line
@@ -38,12 +39,15 @@ LIMITS = {torch.bfloat16: 3 * 2.0**-9, torch.float32: 3 * TOLERANCE[torch.float3
 SAME = 1e-6  # of what the same kernels compute in another order of launches
 # of a network, bf16 against fp32 through three blocks: most of tens of roundings average out
 NETWORK_LIMIT = 2e-2
+# rounded are the weights, the result and, backward, the gradient of the scores
+ATTENTION_LIMIT = 5 * 2.0**-9
 _NETWORK = NetworkSize("checked", 4, 3, 1024, text_dim=256, text_tokens=64, latents=(5, 16, 30, 52))
 _TINY_NETWORK = replace(_NETWORK, heads=2, ffn_dim=192, head_dim=32, latents=(3, 16, 8, 12))
 
-NETWORKS, OPERATOR, RECORD = "networks", "operator", "record"
-
 Backends = dict[str, list[str]]  # by operator
+# A line of the results: name, ok, error (None where the check raised), limit, problem (None if ok),
+# numbers (whether it failed by wrong numbers, not by an exception), seconds, accuses.
+Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,42 +58,14 @@ class DeviceCheck:
         name: unique.
         limit: the largest error that passes.
         run: gives the error, or raises.
-        accuses: backends by operator that are wrong if it fails; empty for a check of a whole
-            network.
-        stops: what is not timed after a failure: ``"networks"`` that run the operator, and the
-            operator itself; ``"operator"``, that alone; ``"record"``, nothing.
+        accuses: backends by operator that are wrong if it fails, and are not timed; of wrong
+            numbers, nor are networks that run them. Empty where a failure is a warning alone.
     """
 
     name: str
     limit: float
     run: Callable[[], float]
     accuses: Backends = field(default_factory=dict)
-    stops: str = RECORD
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Hold what a check found.
-
-    Attributes:
-        ok: whether it passed.
-        error: that was measured; None where the check raised.
-        limit: the largest one that passes.
-        problem: why it failed, or None.
-        numbers: whether it failed by wrong numbers, and not by an exception.
-        seconds: that it took.
-        accuses, stops: of the check.
-    """
-
-    name: str
-    ok: bool
-    error: float | None
-    limit: float
-    problem: str | None
-    numbers: bool
-    seconds: float
-    accuses: Backends
-    stops: str
 
 
 class WrongNumbers(Exception):
@@ -115,9 +91,16 @@ def evaluate(check: DeviceCheck) -> Outcome:
         problem, numbers = str(wrong), True
     except Exception as exception:
         problem = last_line(exception)
-    seconds = round(time.monotonic() - started, 2)
-    rest = (problem, numbers, seconds, check.accuses, check.stops)
-    return Outcome(check.name, problem is None, error, check.limit, *rest)
+    found = failed(check, problem, numbers, error)
+    return found | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def failed(
+    check: DeviceCheck, problem: str | None, numbers: bool = False, error: float | None = None
+) -> Outcome:
+    """Return the outcome of a check with a problem; without one, it passed."""
+    found = {"name": check.name, "ok": problem is None, "error": error, "limit": check.limit}
+    return found | {"problem": problem, "numbers": numbers, "accuses": check.accuses}
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -141,7 +124,7 @@ def _self_checks(device: torch.device) -> Iterator[DeviceCheck]:
     for op in sorted(OPERATORS):
         for backend in _kernels(op, device):
             run = partial(_self_check, op, backend, device)
-            yield DeviceCheck(f"{op}, small: {backend}", limit, run, {op: [backend]}, NETWORKS)
+            yield DeviceCheck(f"{op}, small: {backend}", limit, run, {op: [backend]})
 
 
 def _self_check(op: str, backend: str, device: torch.device) -> float:
@@ -172,13 +155,8 @@ def _operators(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
     for example in found:
         for backend in _kernels(example.op, device):
             run = partial(_compare, example, backend, device)
-            yield DeviceCheck(
-                f"{example.name}: {backend}",
-                LIMITS[example.dtype],
-                run,
-                {example.op: [backend]},
-                NETWORKS,
-            )
+            name, accused = f"{example.name}: {backend}", {example.op: [backend]}
+            yield DeviceCheck(name, LIMITS[example.dtype], run, accused)
 
 
 def _compare(example: Example, backend: str, device: torch.device) -> float:
@@ -226,15 +204,13 @@ def poisoned() -> Iterator[None]:
 
 
 def _launches(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
-    accused = {"layer_norm_modulate": [backend_report(device)["layer_norm_modulate"].backend]}
     beyond = partial(_beyond_32_bits, device, tiny)
-    yield DeviceCheck("more than 2^31 elements", SAME, beyond, accused, RECORD)
+    yield DeviceCheck("more than 2^31 elements", SAME, beyond)  # which no network has
     if device.type != "cuda":
         return
     for backend in _kernels("layer_norm_modulate", device):
         run, accused = partial(_another_stream, device, backend), {"layer_norm_modulate": [backend]}
-        name, limit = f"a stream of its own: {backend}", LIMITS[torch.float32]
-        yield DeviceCheck(name, limit, run, accused, OPERATOR)
+        yield DeviceCheck(f"a stream of its own: {backend}", LIMITS[torch.float32], run, accused)
     name, limit = "GELU in the epilogue of a product", LIMITS[torch.bfloat16]
     yield DeviceCheck(name, limit, partial(_gelu_epilogue, device))
 
@@ -278,10 +254,7 @@ def _gelu_epilogue(device: torch.device) -> float:
 
 
 def _attention(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
-    """Check every backend that runs here.
-
-    Rounded are the weights, the result and, backward, the gradient of the scores.
-    """
+    """Check every backend that runs here."""
     for grad in (False, True):
         report = attention_report(device, dtype=torch.bfloat16, head_dim=128, requires_grad=grad)
         for name, choice in report.items():
@@ -289,7 +262,7 @@ def _attention(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
                 marks = f"{', backward' if grad else ''}{' (chosen)' if choice.chosen else ''}"
                 run = partial(_attention_error, device, name, 33 if tiny else 777, grad)
                 accused = {"attention": [name]}
-                yield DeviceCheck(f"attention {name}{marks}", 5 * 2.0**-9, run, accused, OPERATOR)
+                yield DeviceCheck(f"attention {name}{marks}", ATTENTION_LIMIT, run, accused)
 
 
 def _attention_error(device: torch.device, backend: str, length: int, grad: bool) -> float:
@@ -314,14 +287,14 @@ def _attention_error(device: torch.device, backend: str, length: int, grad: bool
 
 def _networks(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
     """Check a network on the kernels against the references, which operators alone do not show."""
-    size = _TINY_NETWORK if tiny else _NETWORK
-    for name, per_frame in (
-        ("a network, bf16 against fp32", False),
-        ("a network with a time for each frame", True),
-    ):
-        yield DeviceCheck(name, NETWORK_LIMIT, partial(_forward_error, device, size, per_frame))
+    size, limit = _TINY_NETWORK if tiny else _NETWORK, NETWORK_LIMIT
+    plain, framed = (
+        partial(_forward_error, device, size, per_frame) for per_frame in (False, True)
+    )
+    yield DeviceCheck("a network, bf16 against fp32", limit, plain)
+    yield DeviceCheck("a network with a time for each frame", limit, framed)
     gradients = partial(_gradient_error, device, replace(size, dtype=torch.float32))
-    yield DeviceCheck("gradients of a network under autocast", NETWORK_LIMIT, gradients)
+    yield DeviceCheck("gradients of a network under autocast", limit, gradients)
     if device.type == "cuda":
         graph = partial(_graph_error, device, size)
         yield DeviceCheck("a replayed CUDA graph of a network", SAME, graph)
@@ -350,9 +323,8 @@ def _gradient_error(device: torch.device, size: NetworkSize) -> float:
             with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
                 out = evaluate()
             (out.float() * data.latents).sum().backward()
-        found.append(
-            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        )
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append(torch.cat(gradients))
     return relative(*found)
 
 
@@ -366,12 +338,9 @@ def _graph_error(device: torch.device, size: NetworkSize) -> float:
     replayed, scheduler = CudaGraphTransformer(model), FlowMapEulerDiscreteScheduler()
     errors = []
     for frames in (5, 5, 3):
-        shape = replace(size, latents=(frames, *size.latents[1:]))
-        data = networks.videos(shape, device)
-        noise = data.noise.to(size.dtype)
-        results = (
-            sample(m, scheduler, noise, data.prompt, num_inference_steps=4)
-            for m in (replayed, model)
-        )
+        data = networks.videos(replace(size, latents=(frames, *size.latents[1:])), device)
+        noise, prompt = data.noise.to(size.dtype), data.prompt
+        models = (replayed, model)
+        results = (sample(m, scheduler, noise, prompt, num_inference_steps=4) for m in models)
         errors.append(relative(*results))
     return max(errors)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from networks import without_gradient
 from ops import bench_ops
-from sizes import NetworkSize
 from timing import Step, capture_stream
 
 from anyflow.ops import examples
@@ -34,17 +33,18 @@ def run_limits(run: DeviceRun) -> None:
     The matrices are random: of zeros, products on GPUs are faster.
     """
     n = 256 if run.tiny else 8192
-    found = measured(run, {"matmul": _product(run, n)})["matmul"]
+    a, b = (torch.randn(n, n, device=run.device, dtype=run.dtype) for _ in range(2))
+    found = _measured(run, {"matmul": partial(torch.mm, a, b, out=torch.empty_like(a))})["matmul"]
     run.put("matmul_flops", 2 * n**3 / found["ms"] * 1e3)
     run.put("matmul", {"size": n, "dtype": str(run.dtype), "samples_ms": found["samples_ms"]})
-    for size in (2**22,) if run.tiny else COPIES:
-        for name, entry in measured(run, copies(run.device, size)).items():
+    put_copies(run, COPIES)
+
+
+def put_copies(run: DeviceRun, sizes: Sequence[int]) -> None:
+    """Record copies of these bytes."""
+    for size in (2**22,) if run.tiny else sizes:
+        for name, entry in _measured(run, copies(run.device, size)).items():
             run.put(f"copy: {size // 2**20} MiB, {name}", {"bytes": 2 * size, **entry})
-
-
-def _product(run: DeviceRun, n: int) -> Step:
-    a, b = (torch.randn(n, n, device=run.device, dtype=run.dtype) for _ in range(2))
-    return partial(torch.mm, a, b, out=torch.empty_like(a))
 
 
 def copies(device: torch.device, size: int) -> dict[str, Step]:
@@ -57,7 +57,7 @@ def copies(device: torch.device, size: int) -> dict[str, Step]:
     }
 
 
-def measured(run: DeviceRun, steps: dict[str, Step]) -> dict[str, dict[str, Any]]:
+def _measured(run: DeviceRun, steps: dict[str, Step]) -> dict[str, dict[str, Any]]:
     """Time kernels beside each other; raise the first problem."""
     problems: dict[str, str] = {}
     timed = run.time(steps, ROUNDS, problems, graphs=True)
@@ -200,7 +200,10 @@ def run_attention(run: DeviceRun) -> None:
     from anyflow.models.attention import attention_report
 
     failed = []
-    for size, keys, grad in _attention_shapes(run):
+    wrong, small = run.wrong_kernels().get("attention", []), run.sizes["1.3B"]
+    shapes = [(size, size.tokens, False) for size in run.sizes.values()]
+    shapes += [(size, size.text_tokens, False) for size in run.sizes.values()]
+    for size, keys, grad in [*shapes, (small, small.tokens, True)]:
         kind = "self" if keys == size.tokens else "text"
         name = f"{size.name} {kind} {'backward' if grad else 'forward'}"
         if not run.affords(6.0):
@@ -216,9 +219,13 @@ def run_attention(run: DeviceRun) -> None:
         # calls of milliseconds: launches do not show
         rounds, graphs = (7, False) if kind == "self" else (ROUNDS, True)
         for backend, choice in report.items():  # one by one, as saved tensors are large
+            reason = None if choice.available else choice.reason
             if choice.chosen:
                 entry["chosen"] = backend
-            reason = _attention_problem(run, backend, choice.available, choice.reason)
+            if backend in wrong:
+                reason = "wrong: a check of it failed"
+            elif backend == "math" and not run.tiny:
+                reason = "materializes the scores"  # 50 GB of them
             maker = {backend: partial(_attend, backend, call.inputs, grad)}
             part, problems = _measure(run, maker, {backend: reason}, rounds, graphs)
             entry |= {key: entry.get(key, {}) | found for key, found in part.items()}
@@ -227,24 +234,6 @@ def run_attention(run: DeviceRun) -> None:
         run.put(name, entry)
     if failed:
         run.fail("; ".join(failed))
-
-
-def _attention_problem(run: DeviceRun, backend: str, available: bool, reason: str) -> str | None:
-    """Return why a backend is not timed, or None."""
-    if not available:
-        return reason
-    if backend in run.wrong_kernels().get("attention", []):
-        return "wrong: a check of it failed"
-    # 50 GB of them
-    return "materializes the scores" if backend == "math" and not run.tiny else None
-
-
-def _attention_shapes(run: DeviceRun) -> Iterator[tuple[NetworkSize, int, bool]]:
-    for size in run.sizes.values():
-        yield size, size.tokens, False
-    for size in run.sizes.values():
-        yield size, size.text_tokens, False
-    yield run.sizes["1.3B"], run.sizes["1.3B"].tokens, True
 
 
 def _attend(backend: str, tensors: Sequence[torch.Tensor], grad: bool) -> Step:

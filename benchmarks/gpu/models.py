@@ -1,20 +1,24 @@
-"""Measure whole networks by their workloads: forwards, samples, training steps, the profile."""
+"""Measure whole networks by their workloads: forwards, samples, steps, the profile, probes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import statistics
+import time
+from dataclasses import replace
 from functools import partial
 
 import networks
 import torch
-from methods.bench_methods import on_gpu, on_policy, pretrain
+from methods.bench_methods import FORMULATION, on_gpu, on_policy, pretrain
 from model.bench_model import attention_choices, forward
-from sampling.bench_sampling import DIFFUSERS, loops
+from sampling.bench_sampling import COMPILED, DIFFUSERS, loops
 from timing import OURS, Step, captured, difference
 from workloads import COMPILE, TOLERANCES, Contest
 
-from gpu.run import DeviceRun
+from gpu import kernels
+from gpu.run import DeviceRun, Skip
+from gpu.sections import FORWARD
 
 STEPS = (1, 4, 8, 50)
 RESERVED_S = 150.0  # for the sections that follow: 50 steps are measured only if this is left
@@ -47,28 +51,22 @@ class ContestRecord:
             self.end()
             raise RuntimeError(self.problems[OURS])
         # before anything of the others can fail; measured again beside them
-        self.time(self.steps, alone)
+        self._time([OURS], alone)
 
-    def add(self, names: list[str]) -> None:
-        """Make peers, compare their results with ours, and time them beside ours."""
-        for name in names:
-            result = self._make(name)
-            if name in self.steps:
-                distance = difference(self.expected, result)
-                self.run.put(f"{name}: relative difference from ours", distance)
-                if not distance <= TOLERANCES[self.run.dtype]:  # NaN too
-                    self.problems[name] = f"differs from ours by {distance:.1e}"
-        if len(self.steps) > 1:
-            self.time(self.steps, self.rounds)
+    def add(self, name: str) -> None:
+        """Make a peer, compare its result with ours, and time it beside ours."""
+        result = self._make(name)
+        if name not in self.steps:
+            return
+        distance = difference(self.expected, result)
+        self.run.put(f"{name}: relative difference from ours", distance)
+        if not distance <= TOLERANCES[self.run.dtype]:  # NaN too
+            self.problems[name] = f"differs from ours by {distance:.1e}"
+        self._time([OURS, name], self.rounds)
 
-    def add_beside_ours(self, name: str) -> None:
-        """Do the same for one peer, which is timed with ours alone: a later pair of times."""
-        before, self.steps = self.steps, {OURS: self.steps[OURS]}
-        self.add([name])
-        self.steps = before
-
-    def time(self, steps: Mapping[str, Step], rounds: int) -> None:
+    def _time(self, names: list[str], rounds: int) -> None:
         """Time steps and record them; ours beside a compiled peer under a name of its own."""
+        steps = {name: self.steps[name] for name in names}
         timed = self.run.time(steps, rounds, self.problems, reserve_s=self.reserve_s)
         compiled = next((name for name in steps if COMPILE in name), None)
         for name in timed.steps:
@@ -81,28 +79,28 @@ class ContestRecord:
 
     def end(self) -> None:
         """Record the problems; the section fails for all but a peer that was out of memory."""
+        failed = []
         for name, problem in self.problems.items():
             if "ms" not in self.run.get(name, {}):  # else it ran before, which is kept
                 self.run.put(name, {"error": problem})
-        failed = {
-            name: problem
-            for name, problem in self.problems.items()
-            if name == OURS or not problem.startswith("OutOfMemoryError")
-        }
+            if name == OURS or not problem.startswith("OutOfMemoryError"):
+                failed.append(f"{name}: {problem}")
         if failed:
-            self.run.fail("; ".join(f"{name}: {problem}" for name, problem in failed.items()))
+            self.run.fail("; ".join(failed))
 
     def _make(self, name: str) -> object:
         """Make a step and return its result; it is warm afterwards, and its gradients exist."""
+
+        def make() -> object:
+            step = self.contest.makers[name]()
+            result = step()
+            step()
+            self.steps[name] = step
+            return result
+
         before = self._allocated()
-        step = self.run.attempt(self.problems, name, self.contest.makers[name])
-        if step is None:
-            return None
-        result = self.run.attempt(self.problems, name, step)
-        if name not in self.problems:
-            self.run.attempt(self.problems, name, lambda: [step()].clear())
-        if name not in self.problems:
-            self.steps[name], self.held[name] = step, self._allocated() - before
+        result = self.run.attempt(self.problems, name, make)
+        self.held[name] = self._allocated() - before
         return result
 
     def _allocated(self) -> int:
@@ -110,50 +108,40 @@ class ContestRecord:
 
 
 def run_forward(run: DeviceRun, name: str) -> None:
-    """Time ours, then diffusers' eager and compiled: with its own attention, with the same as ours.
+    """Time ours, then diffusers' eager and compiled.
 
     The short plan leaves out the compiled one at 14B, which takes longer to compile than all else.
     """
-    size = run.sizes[name]
-    contest = forward(size, run.place)
+    size, problem = run.sizes[name], networks.peer_problem()
     run.put("parameters", size.parameters)
     chosen, default = attention_choices(size, run.device)
     run.put("attention", {"ours": chosen, "torch": default})
-    comparison = ContestRecord(
-        run, contest, rounds=8 if name == "1.3B" else 4, alone=3, reserve_s=5.0
-    )
-    peers = [peer for peer in contest.makers if peer != OURS]
-    problem = networks.peer_problem()
+    rounds = 8 if name == "1.3B" else 4
+    record = ContestRecord(run, forward(size, run.place), rounds, alone=3, reserve_s=5.0)
     if problem is not None:
         run.put("peers", problem)
-        peers = [peer for peer in peers if not peer.startswith(DIFFUSERS)]
-    comparison.add([peer for peer in peers if COMPILE not in peer])
-    for peer in peers:
-        if COMPILE not in peer:
-            continue
+    else:
+        record.add(DIFFUSERS)
         if run.short and name == "14B":
-            run.put(peer, {"skipped": "not in the short plan"})
+            run.put(COMPILED, {"skipped": "not in the short plan"})
         elif not run.affords(COMPILE_S[name]):
-            run.put(peer, {"skipped": "budget"})
+            run.put(COMPILED, {"skipped": "budget"})
         else:
-            comparison.add_beside_ours(peer)
-    comparison.end()
+            record.add(COMPILED)
+    record.end()
 
 
 def run_training(run: DeviceRun, method: str) -> None:
     """Time a training step of 1.3B, ours and the peers' formulation."""
-    plan = on_gpu(run.sizes["1.3B"])
-    build: Callable[..., Contest] = (
-        pretrain if method == "pretrain" else partial(on_policy, ("generator", "critic"))
-    )
-    contest = build(plan, run.place)
-    comparison = ContestRecord(run, contest, rounds=3, alone=1, reserve_s=25.0)
-    peer, problem = next(name for name in contest.makers if name != OURS), networks.peer_problem()
+    build = pretrain if method == "pretrain" else partial(on_policy, ("generator", "critic"))
+    contest = build(on_gpu(run.sizes["1.3B"]), run.place)
+    record = ContestRecord(run, contest, rounds=3, alone=1, reserve_s=25.0)
+    problem = networks.peer_problem()
     if problem is None:
-        comparison.add([peer])
+        record.add(FORMULATION)
     else:
-        run.put(peer, {"skipped": problem})
-    comparison.end()
+        run.put(FORMULATION, {"skipped": problem})
+    record.end()
 
 
 # Sampling -----------------------------------------------------------------------------------------
@@ -244,14 +232,22 @@ def run_profile(run: DeviceRun) -> None:
     listed = [{"name": key[:120], "ms": ms, "count": count} for key, ms, count in kernels[:30]]
     for name, value in (("ms_by_category", shares), ("wall_ms", wall), ("kernels", listed)):
         run.put(name, value)
+    _time_graph(run, step, {"launched": step}, "CUDA graph", rounds=8)
+
+
+def _time_graph(
+    run: DeviceRun, step: Step, steps: dict[str, Step], graph: str, rounds: int, **known: object
+) -> None:
+    """Time steps beside a CUDA graph of one, with what is known of it in its entry."""
     if not run.cuda:
-        run.put("CUDA graph", {"skipped": "needs a GPU"})
-        return
-    graph = run.attempt(problems, "CUDA graph", lambda: captured(step))
-    steps = {"launched": step} | ({} if graph is None else {"CUDA graph": graph})
-    timed = run.time(steps, 8, problems, reserve_s=5.0)
+        run.put(graph, {"skipped": "needs a GPU"})
+    problems: dict[str, str] = {}
+    replayed = run.attempt(problems, graph, lambda: captured(step)) if run.cuda else None
+    steps = steps | ({} if replayed is None else {graph: replayed})
+    timed = run.time(steps, rounds, problems, reserve_s=5.0)
     for name in timed.steps:
-        run.put(name, timed.milliseconds(name) | {"peak_bytes": timed.peaks.get(name)})
+        peak = {"peak_bytes": timed.peaks.get(name)}
+        run.put(name, (known if name == graph else {}) | timed.milliseconds(name) | peak)
     for name, problem in problems.items():
         run.put(name, {"error": problem})
         run.fail(f"{name}: {problem}")
@@ -261,3 +257,36 @@ def categorize(kernel: str) -> str:
     """Return the category of a kernel's name."""
     found = (name for name, pattern in CATEGORIES if re.search(pattern, kernel, re.IGNORECASE))
     return next(found, "other")
+
+
+# Probes -------------------------------------------------------------------------------------------
+
+COPIES = tuple(mebibytes * 2**20 for mebibytes in (32, 96, 2048))  # and those of the limits
+HOST = "host 1.3B, one frame"
+
+
+def run_probes(run: DeviceRun) -> None:
+    """Measure what decides whether caches and launches matter: copies by size, and a short forward.
+
+    The forward is of one latent frame: few tokens leave the device waiting for the host, which a
+    video of full length hides. It is launched, replayed as a graph, and timed until the host has
+    enqueued it. Layouts of attention, padded tokens, epilogues and joined products were probed on
+    an H200 and are answered: ``benchmarks/results`` has them.
+    """
+    kernels.put_copies(run, COPIES)
+    if not run.affords(8.0):
+        raise Skip("budget: copies alone")
+    run.require_right_kernels(FORWARD)
+    size = run.sizes["1.3B"]
+    step = forward(replace(size, latents=(1, *size.latents[1:])), run.place).makers[OURS]()
+    launched, samples = f"{HOST}: launched", []
+    step()
+    for _ in range(5):
+        if run.cuda:
+            torch.cuda.synchronize()  # nothing is left to do on the device
+        started = time.perf_counter()
+        step()
+        samples.append((time.perf_counter() - started) * 1e3)
+    enqueued = {"against": launched, "ms": statistics.median(samples), "samples_ms": samples}
+    run.put(f"{HOST}: until enqueued", enqueued)
+    _time_graph(run, step, {launched: step}, f"{HOST}: CUDA graph", rounds=5, against=launched)

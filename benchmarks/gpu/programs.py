@@ -7,11 +7,9 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +22,22 @@ TUNER = ROOT / "benchmarks" / "tune_rows.py"
 TUNER_S, TUNER_SHARE = 60.0, 0.45  # at most, of the time that is left: probes and tests follow
 TUNER_GRACE_S = 25.0  # for the kernel that it measures at the end of its time
 STOP_S = 25.0  # of the budget that is kept for the tests that run at its end, and for the report
+TESTS = ROOT / "tests" / "ops"
 # Tests of kernels alone: those of the reference say nothing of a device's kernels, and two files
 # test installations.
 SELECTED = ("-m", "not slow", "-k", "triton or native")
 IGNORED = ("test_ahead_of_time.py", "test_backend.py")
 # A part of the tests, for --tiny.
-TINY_TESTS = ("-m", "not slow", "-k", "native and not compile")
+TINY_TESTS = (str(TESTS / "test_gelu.py"), "-m", "not slow", "-k", "native and not compile")
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
-
-
-def supervised(
-    command: list[str],
-    limit_s: float,
-    stop_s: float = 0.0,
-    meanwhile: Callable[[], None] = lambda: None,
-    **options: Any,
-) -> tuple[int, bool]:
-    """Run a program for a time; the result is its exit status and whether it was stopped.
-
-    Args:
-        command: to run, in a group of processes of its own.
-        limit_s: seconds after which it is interrupted.
-        stop_s: seconds after which it is killed if the interrupt has not ended it.
-        meanwhile: called twice a second, and at the end.
-        options: of ``subprocess.Popen``.
-    """
-    process = subprocess.Popen(command, cwd=build.workplace(), start_new_session=True, **options)
-    deadline, stopped = time.monotonic() + limit_s, False
-    try:
-        while process.poll() is None and not stopped:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=0.5)
-            meanwhile()
-            stopped = process.poll() is None and time.monotonic() >= deadline
-        if stopped and stop_s:
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=stop_s)
-    finally:
-        build.stop_group(process)
-        meanwhile()
-    return process.returncode, stopped
 
 
 def run_tuner(run: DeviceRun, script: Path = TUNER) -> None:
     """Run ``tune_rows.py``, and keep what it has written whenever that changes."""
     seconds, out = min(TUNER_S, TUNER_SHARE * run.remaining()), FOLDER / "tune_rows.json"
     out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "gpu.child", str(script), "--seconds", f"{seconds:.0f}"]
-    command += ["--out", str(out), *(["--device", "cpu", "--tiny"] if run.tiny else [])]
+    command = [sys.executable, str(script), "--seconds", f"{seconds:.0f}", "--out", str(out)]
+    command += ["--device", "cpu", "--tiny"] if run.tiny else []
     written = 0.0
 
     def keep() -> None:
@@ -84,12 +49,10 @@ def run_tuner(run: DeviceRun, script: Path = TUNER) -> None:
                 written = changed
 
     limit = min(seconds + TUNER_GRACE_S, run.remaining())
-    status, stopped = supervised(command, limit, meanwhile=keep, env=build.environment())
+    status, stopped = build.run_program(command, limit, meanwhile=keep)
     if stopped:
-        raise Skip(
-            f"budget: stopped, though it was asked to end after {seconds:.0f} s; what it had "
-            "written is kept"
-        )
+        what = f"stopped, though it was asked to end after {seconds:.0f} s"
+        raise Skip(f"budget: {what}; what it had written is kept")
     if status:
         raise RuntimeError(f"{script.name} {ended(status)}")
 
@@ -103,19 +66,15 @@ def run_tests(run: DeviceRun) -> None:
     absent = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     if absent:
         raise Skip(f"not installed: {', '.join(absent)}")
-    tests = ROOT / "tests" / "ops"
-    selected = [str(tests), *SELECTED, *(f"--ignore={tests / name}" for name in IGNORED)]
-    if run.tiny:
-        selected = [str(tests / "test_gelu.py"), *TINY_TESTS]
+    selected = [str(TESTS), *SELECTED, *(f"--ignore={TESTS / name}" for name in IGNORED)]
     limit = run.remaining() - (5.0 if run.tiny else STOP_S)
-    report = pytest(selected, run.device.type, limit)
+    report = pytest(list(TINY_TESTS) if run.tiny else selected, run.device.type, limit)
     run.put("pytest", report)
-    counted = f"{report.get('failed', 0)} of {report.get('failed', 0) + report.get('passed', 0)}"
+    passed, failed = report["passed"], report["failed"]
     if report["stopped"]:
-        passed = report.get("passed", 0)
         raise Skip(f"budget: stopped after {report['seconds']:.0f} s with {passed} passed")
-    if report.get("failed"):
-        run.note(f"{counted} tests failed")
+    if failed:
+        run.note(f"{failed} of {failed + passed} tests failed")
     if report["exit_status"] not in (0, 1):  # 1: tests have failed
         raise RuntimeError(f"pytest {ended(report['exit_status'])}: {report['output'][-300:]}")
 
@@ -138,30 +97,23 @@ def pytest(
         processors = len(os.sched_getaffinity(0))
         options += ["-n", str(max(1, processors - 2))]  # most of the time is a compiler's
     command, started = [sys.executable, "-m", "pytest", *options, *selected], time.monotonic()
-    log = build.workplace() / "pytest.log"
+    variables, log = {"ANYFLOW_TEST_DEVICE": device}, build.workplace() / "pytest.log"
     with log.open("wb") as output:
-        status, stopped = supervised(
-            command,
-            max(limit_s, 1.0),
-            stop_s,
-            env=build.environment() | {"ANYFLOW_TEST_DEVICE": device},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        streams = {"stdout": output, "stderr": subprocess.STDOUT}
+        environment = build.environment() | variables
+        limit = max(limit_s, 1.0)
+        status, stopped = build.run_program(command, limit, stop_s, env=environment, **streams)
     seconds = round(time.monotonic() - started, 1)
-    found = {"exit_status": status, "stopped": stopped, "seconds": seconds}
-    return found | read_report(log.read_text(errors="replace"))
-
-
-def read_report(text: str) -> dict[str, Any]:
-    """Return the counts in pytest's last line, its failures, and the end of its output."""
+    text = log.read_text(errors="replace")
     lines = text.strip().splitlines()
     counts = {kind: int(count) for count, kind in _COUNT.findall(lines[-1] if lines else "")}
-    failures = [line[:240] for line in lines if line.startswith(("FAILED ", "ERROR "))]
     return {
+        "exit_status": status,
+        "stopped": stopped,
+        "seconds": seconds,
         "passed": counts.get("passed", 0),
-        "failed": counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0),
+        "failed": sum(counts.get(kind, 0) for kind in ("failed", "error", "errors")),
         "skipped_tests": counts.get("skipped", 0),
-        "failures": failures[:60],
+        "failures": [line[:240] for line in lines if line.startswith(("FAILED ", "ERROR "))][:60],
         "output": text[-4000:],
     }

@@ -12,14 +12,11 @@ import signal
 import pytest
 
 from gpu import build, without_diffusers
-from gpu.state import die_with_parent
 
-_DEVICE = os.environ.get("ANYFLOW_TEST_DEVICE", "cpu")
-die_with_parent()
 # a run in the background of a script ignores the interrupt that ends the tests
 with contextlib.suppress(ValueError):
     signal.signal(signal.SIGINT, signal.default_int_handler)
-build.find_package(_DEVICE)
+build.find_package(os.environ.get("ANYFLOW_TEST_DEVICE", "cpu"))
 without_diffusers.install()
 build.load_operators()
 

@@ -15,9 +15,6 @@ from workloads import Place
 
 from gpu.state import RunFile
 
-# FLOP/s of a bf16 product on the cards that the sections' seconds are for, H100 and H200
-REFERENCE_FLOPS = 790e12
-
 
 class Skip(Exception):
     """End a section that cannot be measured here; the text says why."""
@@ -63,19 +60,13 @@ class DeviceRun:
         """Return the dtype that the networks run in."""
         return self.sizes["1.3B"].dtype
 
-    @property
-    def slowness(self) -> float:
-        """Estimate how much longer than on an H200 things take, by the rate of a product."""
-        measured = self.file.get("limits", "matmul_flops")
-        return max(1.0, REFERENCE_FLOPS / measured) if measured and not self.tiny else 1.0
-
     def remaining(self) -> float:
         """Return the seconds of the budget that are left."""
         return self.deadline - time.monotonic()
 
     def affords(self, seconds: float) -> bool:
-        """Tell whether the time for these seconds of an H200 is left."""
-        return (min(seconds, 1.0) if self.tiny else seconds * self.slowness) <= self.remaining()
+        """Tell whether the time for these seconds of an H100 or H200 is left."""
+        return (min(seconds, 1.0) if self.tiny else seconds) <= self.remaining()
 
     def put(self, key: str, value: Any, quiet: bool = False) -> None:
         """Record a measurement of this section on disk, and print it unless ``quiet``."""

@@ -6,14 +6,12 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from anyflow.ops.backend import OPERATORS
 from gpu.run import DeviceRun, RunSection
 
-# The operators that the networks run on kernels (proven by tests/benchmarks/test_run_gpu_parts.py).
-FORWARD = (
-    *("attention", "dual_timestep_embedding", "gated_residual", "gelu", "layer_norm_modulate"),
-    *("linear", "residual_layer_norm", "rms_norm_rope"),
-)
-PRETRAIN = (*FORWARD, "flow_map_inputs", "flow_map_loss")
+# that a network runs, and those of its pretrain loss too
+PRETRAIN = tuple(OPERATORS)
+FORWARD = tuple(op for op in OPERATORS if not op.startswith("flow_map"))
 
 
 def _late(path: str, /, **arguments: Any) -> Callable[[DeviceRun], None]:
@@ -64,6 +62,6 @@ SECTIONS = (
         _late("programs.run_tuner"),
         resumes=True,
     ),
-    RunSection("probes", "single questions to the device", 40, _late("probes.run_probes")),
+    RunSection("probes", "single questions to the device", 40, _late("models.run_probes")),
     RunSection("tests", "the operators' tests", 30, _late("programs.run_tests")),
 )

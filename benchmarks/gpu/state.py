@@ -125,20 +125,18 @@ def commit() -> dict[str, Any]:
     A copy of a checkout may have another commit in its metadata than the one of its files; who sets
     the variable knows. ``clean`` is None where nothing here can tell.
     """
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    try:
-        head = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
-    except FileNotFoundError:
-        head = changed = ""
     named = os.environ.get("ANYFLOW_COMMIT")
-    if named and not (head and head.startswith(named)):
+    if named:
         return {"commit": named, "clean": None}
-    return {"commit": head, "clean": not changed} if head else {"commit": "unknown", "clean": None}
+    found = []
+    for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            break
+        found.append(done.stdout.strip())
+    head, changed = found if found and found[0] else ("unknown", None)
+    return {"commit": head, "clean": None if changed is None else not changed}
 
 
 def slug(device: str, tiny: bool) -> str:

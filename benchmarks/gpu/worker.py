@@ -7,25 +7,15 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpu import build, without_diffusers
+from gpu import build
 from gpu.run import DeviceRun, RunSection, Skip, last_line
-from gpu.state import (
-    DONE,
-    FAILED,
-    RUNNING,
-    SKIPPED,
-    RunFile,
-    clocks,
-    commit,
-    die_with_parent,
-    nvidia_smi,
-)
+from gpu.state import DONE, FAILED, RUNNING, SKIPPED, RunFile, clocks, commit, nvidia_smi
 from gpu.supervisor import WorkOrder
 
 # exit status: after such an error nothing on the device works any more in this process
@@ -34,21 +24,12 @@ BROKEN_DEVICE = 70
 
 def work(order: WorkOrder) -> int:
     """Run the ordered sections that have no status yet; the processes of a run share the file."""
-    die_with_parent(order.parent)
-    build.find_package(order.device)
-    stand_in = without_diffusers.install()
-    without_extension = build.load_operators()
+    device, missing = build.prepare_process(order.device, order.parent)
     # what is measured imports the package, which had to be found first
     from gpu.sections import SECTIONS
 
-    file, device = RunFile.load(Path(order.path), Path(order.copy)), torch.device(order.device)
-    if order.device == "cpu":
-        torch.set_num_threads(1)  # tiny networks, and a machine that may do other things
-    else:
-        device = torch.device("cuda", 0)
-        torch.cuda.set_device(device)
+    file = RunFile.load(Path(order.path), Path(order.copy))
     run = DeviceRun(device, order.tiny, file, order.deadline, short=order.short)
-    missing = {"diffusers_stand_in": stand_in, "extension": without_extension}
     file.data["environment"] = _environment(device) | missing
     file.save()
     sections = {section.name: section for section in SECTIONS}
@@ -62,18 +43,17 @@ def _run(section: RunSection, run: DeviceRun) -> None:
     file, name = run.file, section.name
     run.name = name
     if not run.affords(section.seconds):
-        needed = f"about {section.seconds * run.slowness:.0f} s are needed"
-        reason = f"budget: {needed}, {max(run.remaining(), 0):.0f} s left"
+        left = f"{max(run.remaining(), 0):.0f} s left"
+        reason = f"budget: about {section.seconds:.0f} s are needed, {left}"
         file.mark(name, SKIPPED, reason, title=section.title)
         print(f"{name}: skipped, {reason}", flush=True)
         return
-    started = time.monotonic()
+    started, broken = time.monotonic(), False
     earlier = file.data["sections"].pop(name, {})
     if section.resumes and "data" in earlier:
         file.section(name)["data"] = earlier["data"]
     file.mark(name, RUNNING, title=section.title, clocks_before=clocks())
     print(f"--- {name}: {section.title}", flush=True)
-    broken = False
     try:
         run.require_right_kernels(section.operators)
         section.run(run)
@@ -108,11 +88,8 @@ def _is_broken(device: torch.device) -> bool:
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    """Describe what is measured, on what; a part that cannot be had is its problem alone."""
-    from importlib.metadata import PackageNotFoundError, version
-
+    """Describe what is measured, on what."""
     import anyflow
-    from anyflow.models import attention_report
     from anyflow.ops import backend_report
 
     def installed(name: str) -> str | None:
@@ -121,17 +98,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    def backends() -> dict[str, Any]:
-        choices = backend_report(device).items()
-        return {op: f"{choice.backend}: {choice.reason}" for op, choice in choices}
-
-    def attention() -> dict[str, Any]:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        fields = ("available", "chosen", "reason")
-        choices = attention_report(device, dtype=dtype).items()
-        return {name: {f: getattr(choice, f) for f in fields} for name, choice in choices}
-
-    gpu: dict[str, Any] = {}
+    gpu: dict[str, Any] | None = None
     if device.type == "cuda":
         properties, driver = torch.cuda.get_device_properties(device), nvidia_smi("driver_version")
         gpu = {
@@ -144,22 +111,14 @@ def _environment(device: torch.device) -> dict[str, Any]:
             "driver": None if driver is None else driver["driver_version"],
         }
     packages = ("torch", "triton", "diffusers", "flash-attn", "transformers", "numpy")
+    backends = {op: f"{c.backend}: {c.reason}" for op, c in backend_report(device).items()}
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "packages": {name: installed(name) for name in packages},
         "cuda": torch.version.cuda,
         "anyflow": anyflow.__version__,
-        "gpu": gpu or None,
-        "backends": _attempt(backends),
-        "attention": _attempt(attention),
+        "gpu": gpu,
+        "backends": backends,
         **commit(),
     }
-
-
-def _attempt(describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return describe()
-    except Exception as error:
-        traceback.print_exc()
-        return {"problem": last_line(error)}

@@ -31,7 +31,6 @@ from anyflow.methods import (
 )
 
 FORMULATION, COMPILED = "peers' formulation", "peers' formulation + compile"
-GOALS = {"pretrain": 1.6}
 GUIDANCE, EPSILON = 3.0, 5.0
 
 
@@ -154,7 +153,7 @@ def pretrain(plan: TrainingPlan, place: Place) -> Contest:
 
     def theirs(compiler: str | None = None) -> Step:
         model = parts.network(theirs=True)
-        model = model if compiler is None else networks.variant(model, compiler=compiler)
+        model = model if compiler is None else networks.variant(model, compiler)
         return parts.under_autocast(
             peers.pretrain_step(model, parts.dtype, data, t, r, GUIDANCE, EPSILON)
         )
@@ -232,7 +231,6 @@ def _workload(
         device,
         plan.size.dtype,
         quick,
-        goals={FORMULATION: GOALS[what]} if what in GOALS else {},
         memory=True,
         min_rounds=3,
     )

@@ -14,11 +14,9 @@ from timing import OURS, Step
 from torch import Tensor
 from workloads import Contest, Line, Place, Workload
 
-from anyflow.models import attention_report, use_attention_backend
-from anyflow.models.attention import ATTENTION_BACKENDS
+from anyflow.models import attention_report
 
 DIFFUSERS, COMPILED = "diffusers", "diffusers + compile"
-GOAL = 1.35
 
 
 def block(size: NetworkSize, place: Place) -> Contest:
@@ -43,7 +41,7 @@ def block(size: NetworkSize, place: Place) -> Contest:
     rotary = ours.rope(size.grid, place.device, torch.float32)
 
     def theirs(compiler: str | None = None) -> Step:
-        first = networks.variant(peer, compiler=compiler).blocks[0]
+        first = networks.variant(peer, compiler).blocks[0]
         return without_gradient(lambda: first(tokens, text, per_token, peer_rotary, None))
 
     makers = {
@@ -65,34 +63,20 @@ def attention_choices(size: NetworkSize, device: torch.device) -> tuple[str, str
 
 
 def forward(size: NetworkSize, place: Place) -> Contest:
-    """Build one evaluation of the whole model.
-
-    Beside the peers are both models on each other's attention, where their choices differ.
-    """
+    """Build one evaluation of the whole model."""
     ours, data = networks.ours(size, place.device), networks.videos(size, place.device)
     peers: list[Any] = []  # diffusers' model, made when the first peer is
 
-    def own(attention: str | None = None) -> Step:
-        step = without_gradient(networks.evaluation(ours, size, data, per_frame=False))
-
-        def attended() -> Tensor:
-            with use_attention_backend(attention):
-                return step()
-
-        return attended
-
-    def theirs(attention: str | None = None, compiler: str | None = None) -> Step:
+    def theirs(compiler: str | None = None) -> Step:
         peers[:] = peers or [networks.peer(size, ours)]
-        model = networks.variant(peers[0], attention, compiler)
+        model = networks.variant(peers[0], compiler)
         return without_gradient(networks.evaluation(model, size, data, per_frame=True))
 
-    chosen, default = attention_choices(size, place.device)
-    makers = {OURS: own, DIFFUSERS: theirs, COMPILED: partial(theirs, compiler=place.compiler)}
-    if chosen != default and default in ATTENTION_BACKENDS:
-        makers["ours, torch's attention"] = partial(own, default)
-    if chosen != default and chosen in networks.DIFFUSERS_ATTENTION:
-        makers[f"{DIFFUSERS}, our attention"] = partial(theirs, chosen)
-        makers[f"{COMPILED}, our attention"] = partial(theirs, chosen, place.compiler)
+    makers = {
+        OURS: lambda: without_gradient(networks.evaluation(ours, size, data, per_frame=False)),
+        DIFFUSERS: theirs,
+        COMPILED: partial(theirs, place.compiler),
+    }
     work = roofline.work(size, size.batch)
     return Contest(makers, work.bytes, work.flops)
 
@@ -117,7 +101,7 @@ def forward_backward(size: NetworkSize, place: Place) -> Contest:
         return step
 
     def theirs(compiler: str | None = None) -> Step:
-        return train(networks.variant(peer, compiler=compiler), per_frame=True)
+        return train(networks.variant(peer, compiler), per_frame=True)
 
     makers = {
         OURS: lambda: train(ours, per_frame=False),
@@ -139,7 +123,6 @@ def _workloads(size: NetworkSize, device: str) -> list[Workload]:
             device,
             size.dtype,
             quick=device == "cpu",
-            goals={DIFFUSERS: GOAL} if device == "cpu" and what != "block" else {},
             memory=what == "forward+backward",
         )
         for what, build in builders.items()

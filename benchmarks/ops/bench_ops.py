@@ -20,13 +20,6 @@ from anyflow.ops.examples import Example, OperatorCall, as_tuple
 
 SMALL, LARGE = (1280, 384), (8192, 1536)
 DIRECTIONS = ("forward", "backward")
-GOALS = {"forward": 2.5, "backward": 1.8}
-# One product and one sum per element, which the reference (torch.addcmul) does in one pass too:
-# nothing to win forward.
-WITHOUT_FORWARD_GOAL = ("gated_residual",)
-# Bound by products, which the reference leaves to a library: measured, but not what the goals are
-# about.
-PRODUCTS = ("linear", "attention")
 # those with a native CUDA kernel
 CUDA_FORWARD = ("layer_norm_modulate", "residual_layer_norm", "rms_norm_rope")
 BACKENDS, COMPILE, TORCH = ("triton", "native", "eager"), "compile", "torch"
@@ -123,13 +116,9 @@ def _workloads(
     peers += ["triton"] if on_gpu and backend == "native" else []
     found = []
     for direction in DIRECTIONS[:1] if on_gpu and backend == "native" else DIRECTIONS:
-        exempt = example.op in PRODUCTS
-        exempt |= example.op in WITHOUT_FORWARD_GOAL and direction == "forward"
-        gated = not (exempt or on_gpu) and dtype == torch.float32
         name = "/".join((f"ops/{example.op}{variant}", shape, _DTYPES[dtype], direction, backend))
         build = partial(_contest, example, backend, direction, dtype)
-        goals = {"eager": GOALS[direction]} if gated else {}
-        found.append(Workload(name, tuple(peers), build, device, dtype, quick, goals, kernels=True))
+        found.append(Workload(name, tuple(peers), build, device, dtype, quick, kernels=True))
     return found
 
 

@@ -1,20 +1,16 @@
-"""Draw the plots of ``docs/performance.md``; each carries the digest of what it was drawn from."""
+"""Draw the plots of ``docs/performance.md``; every number that they show is on the page too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import roofline
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from sizes import PUBLISHED
 
 from page.floors import CARDS
 from page.results import RunResults
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 INK, FAINT = "#1d2430", "#8b93a1"
 # By what a component is, in the order of a forward; what is below a hundredth is drawn together.
@@ -32,12 +28,11 @@ VARIANTS = {
     "diffusers + compile": "#e08a4f",
     "diffusers": "#c2540a",
 }
-_KEY = "anyflow-digest"
 
 
-def floor(path: Path, digest: str) -> None:
+def floor(path: Path) -> None:
     """Draw each network's floor on each card, split by component: shares of one bar."""
-    figure = _figure(8.4, 4.3)
+    figure = Figure(figsize=(8.4, 4.3))
     axes = figure.add_axes((0.12, 0.19, 0.86, 0.73))
     bars = [(size, limits) for size in PUBLISHED.values() for limits in CARDS]
     for y, (size, limits) in enumerate(bars):
@@ -61,50 +56,29 @@ def floor(path: Path, digest: str) -> None:
         "Least time of one forward, computed (480x832, 81 frames)",
     )
     figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=8.5)
-    _save(figure, path, digest)
+    _save(figure, path)
 
 
-def device(results: RunResults) -> Callable[[Path, str], None]:
-    """Return what draws one forward of each network: floor, ours, diffusers compiled and eager."""
-
-    def draw(path: Path, digest: str) -> None:
-        figure, limits = _figure(8.4, 3.1), results.limits
-        for column, (name, size) in enumerate(PUBLISHED.items()):
-            axes = figure.add_axes((0.17 + 0.5 * column, 0.1, 0.31, 0.72))
-            section = f"forward_{name.lower()}"
-            milliseconds = {v: results.number(section, v) for v in list(VARIANTS)[1:]}
-            times = {v: ms / 1e3 for v, ms in milliseconds.items() if ms is not None}
-            if limits is not None:
-                times["floor"] = roofline.forward_floor_s(size, limits)
-            for y, variant in enumerate(VARIANTS):
-                known, length = variant in times, times.get(variant, 0.0)
-                axes.barh(y, length, height=0.62, color=VARIANTS[variant])
-                reason = results.why("limits" if variant == "floor" else section, variant)
-                text = f" {length:.3f} s" if known else f" {reason[:28]}"
-                color = INK if known else FAINT
-                axes.text(length, y, text, va="center", fontsize=8.5, color=color)
-            longest = max(times.values(), default=1.0) * 1.35
-            _bare(axes, list(VARIANTS), longest, f"{name}, one forward")
-        _save(figure, path, digest)
-
-    return draw
-
-
-def digest_of(path: Path) -> str | None:
-    """Return the digest that a plot carries; None without such a file."""
-    if not path.exists():
-        return None
-    from PIL import Image
-
-    with Image.open(path) as image:
-        found = image.info.get(_KEY)
-        return None if found is None else str(found)
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height))
+def device(results: RunResults, path: Path) -> None:
+    """Draw one forward of each network: floor, ours, diffusers compiled and eager."""
+    figure, limits = Figure(figsize=(8.4, 3.1)), results.limits
+    for column, (name, size) in enumerate(PUBLISHED.items()):
+        axes = figure.add_axes((0.17 + 0.5 * column, 0.1, 0.31, 0.72))
+        section = f"forward_{name.lower()}"
+        milliseconds = {v: results.number(section, v) for v in list(VARIANTS)[1:]}
+        times = {v: ms / 1e3 for v, ms in milliseconds.items() if ms is not None}
+        if limits is not None:
+            times["floor"] = roofline.forward_floor_s(size, limits)
+        for y, variant in enumerate(VARIANTS):
+            known, length = variant in times, times.get(variant, 0.0)
+            axes.barh(y, length, height=0.62, color=VARIANTS[variant])
+            reason = results.why("limits" if variant == "floor" else section, variant)
+            text = f" {length:.3f} s" if known else f" {reason[:28]}"
+            color = INK if known else FAINT
+            axes.text(length, y, text, va="center", fontsize=8.5, color=color)
+        longest = max(times.values(), default=1.0) * 1.35
+        _bare(axes, list(VARIANTS), longest, f"{name}, one forward")
+    _save(figure, path)
 
 
 def _bare(axes: Axes, labels: list[str], longest: float, title: str) -> None:
@@ -119,5 +93,6 @@ def _bare(axes: Axes, labels: list[str], longest: float, title: str) -> None:
     axes.set_title(title, fontsize=10, loc="left")
 
 
-def _save(figure: Figure, path: Path, digest: str) -> None:
-    figure.savefig(path, dpi=150, facecolor="white", metadata={_KEY: digest, "Software": None})
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})

@@ -16,7 +16,6 @@ from page.results import LARGE_COPY, NOT_MEASURED, RunResults, short
 from page.targets import share_of_copy
 
 _PEERS, _COMPILED = "peers' formulation", "diffusers + compile"
-_SWAPPED = ("ours, torch's attention", "diffusers, our attention")
 _VARIANTS = {"triton": "Triton", "compile": "torch.compile"}
 # in the name of a check of more than one kernel
 _NETWORK = re.compile(r"network|transformer", re.IGNORECASE)
@@ -123,7 +122,7 @@ def forwards(results: RunResults) -> list[str]:
         lines.append([name, *cells])
         chosen = results.entry(at, "attention")
         if chosen is not None:
-            notes += ["", _attention_note(results, name, at, chosen)]
+            notes += ["", _attention_note(name, chosen)]
     return [*table(headings, lines), *notes]
 
 
@@ -139,15 +138,11 @@ def _floor(
     return [f"{least:.3f} s", over]
 
 
-def _attention_note(results: RunResults, name: str, at: str, chosen: dict[str, str]) -> str:
+def _attention_note(name: str, chosen: dict[str, str]) -> str:
     ours, default = chosen["ours"], chosen["torch"]
     if ours == default:
         return f"{name}: both run attention on `{ours}`, which is torch's own choice too."
-    swapped = [results.seconds(at, key) for key in _SWAPPED]
-    return (
-        f"{name}: ours runs attention on `{ours}`, diffusers on torch's choice, `{default}`. Ours "
-        f"on `{default}` as well: {swapped[0]}; diffusers on `{ours}`: {swapped[1]}."
-    )
+    return f"{name}: ours runs attention on `{ours}`, diffusers on torch's choice, `{default}`."
 
 
 def sampling(results: RunResults) -> list[str]:

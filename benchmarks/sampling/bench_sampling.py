@@ -24,7 +24,6 @@ OWN_LOOP = "diffusers' own"
 SHIFT = 5.0
 QUICK_STEPS = 4
 STEPS = (1, 4, 8, 50)
-ACCELERATE_GOAL = 1.3
 
 
 def _pipeline(
@@ -78,7 +77,7 @@ def loops(size: NetworkSize, place: Place) -> Callable[[int], Contest]:
 
         def theirs(compiler: str | None = None) -> Step:
             made[:] = made or [networks.peer(size, ours)]
-            model = networks.variant(made[0], compiler=compiler)
+            model = networks.variant(made[0], compiler)
             if place.device.type == "cuda":
                 return transformer_alone(model, size, data, steps)
             return _pipeline(model, size, data, steps, accelerated=False)
@@ -108,9 +107,7 @@ def _accelerated(size: NetworkSize, steps: int, place: Place) -> Contest:
 
 
 def _workloads(size: NetworkSize, device: str) -> list[Workload]:
-    def workload(
-        what: str, steps: int, against: tuple[str, ...], build: Any, goals: dict[str, float]
-    ) -> Workload:
+    def workload(what: str, steps: int, against: tuple[str, ...], build: Any) -> Workload:
         return Workload(
             f"sampling/{what}/{size.name}/{steps} steps",
             against,
@@ -118,13 +115,11 @@ def _workloads(size: NetworkSize, device: str) -> list[Workload]:
             device,
             size.dtype,
             quick=device == "cpu" and steps == QUICK_STEPS,
-            goals=goals if device == "cpu" else {},
             min_rounds=3,
         )
 
-    found = [workload("loop", n, (DIFFUSERS, COMPILED), _loop, {}) for n in STEPS]
-    goals = {OWN_LOOP: ACCELERATE_GOAL}
-    return [*found, workload("accelerate", QUICK_STEPS, (OWN_LOOP,), _accelerated, goals)]
+    found = [workload("loop", n, (DIFFUSERS, COMPILED), _loop) for n in STEPS]
+    return [*found, workload("accelerate", QUICK_STEPS, (OWN_LOOP,), _accelerated)]
 
 
 WORKLOADS = [*_workloads(SMALL, "cpu"), *_workloads(PUBLISHED["1.3B"], "cuda")]

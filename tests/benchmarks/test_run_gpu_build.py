@@ -20,22 +20,13 @@ EXTENSION = Path(anyflow._C.__file__)
 
 def python(runner: Path, code: str, path: Path | None = None) -> Any:
     """Run code that prints one JSON value as one of the runner's processes, in its own folder."""
-    before = (
-        f"import json, sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from gpu import "
-        "build\n"
-    )
-    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "ANYFLOW_GPU_RUNNER": str(runner)
-    }
-    if path is not None:
-        variables["PYTHONPATH"] = str(path)
-    done = subprocess.run(
-        [sys.executable, "-c", before + code],
-        cwd="/",
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
+    benchmarks = str(ROOT / "benchmarks")
+    before = f"import json, sys; sys.path.insert(0, {benchmarks!r}); from gpu import build\n"
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    variables |= {"ANYFLOW_GPU_RUNNER": str(runner)}
+    variables |= {} if path is None else {"PYTHONPATH": str(path)}
+    command = [sys.executable, "-c", before + code]
+    done = subprocess.run(command, cwd="/", env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -68,26 +59,18 @@ def test_every_process_finds_this_checkout_and_no_other_one(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_an_extension_of_the_same_sources_is_kept(tmp_path: Path) -> None:
-    """Test that one of other sources is forgotten, and one without a record is used if it loads."""
-    built = tmp_path / "anyflow" / EXTENSION.name
-    record = tmp_path / "extension.json"
-    built.parent.mkdir()
-    shutil.copy(EXTENSION, built)
-    code = (
-        "status, reason, data = build.prepare_extension('cpu', 1.0); print(json.dumps([status, "
-        "reason, data]))"
-    )
-    status, reason, data = python(tmp_path, code)
-    assert (status, reason, data["sources"]) == ("done", None, "not recorded")
-    assert Path(data["file"]).resolve() == built
-    record.write_text(
-        json.dumps({"sources": python(tmp_path, "print(json.dumps(build._sources()))")})
-    )
-    _, _, data = python(tmp_path, code)
-    assert data["sources"] == "those of the checkout" and Path(data["file"]).resolve() == built
-    record.write_text('{"sources": "others"}')
-    status, _, data = python(tmp_path, code)
-    # the one that is installed
-    assert status == "done" and Path(data["file"]).resolve() == EXTENSION.resolve()
-    assert not built.exists() and not record.exists()
+def test_an_extension_of_the_same_sources_comes_first(tmp_path: Path) -> None:
+    """Test that one of other sources is not used, and one that was carried here if it loads."""
+    code = "print(json.dumps(build.prepare_extension('cpu', 1.0)))"
+    built = Path(python(tmp_path, "print(json.dumps(str(build._built())))"))
+    for folder, sources in (
+        (tmp_path / "other sources" / "anyflow", "not recorded"),
+        (tmp_path / "anyflow", "not recorded"),
+        (built, "those of the checkout"),
+    ):
+        folder.mkdir(parents=True)
+        shutil.copy(EXTENSION, folder)
+        status, reason, data = python(tmp_path, code)
+        assert (status, reason, data["sources"]) == ("done", None, sources)
+        used = EXTENSION.parent if "other" in str(folder) else folder
+        assert Path(data["file"]).resolve() == (used / EXTENSION.name).resolve()
