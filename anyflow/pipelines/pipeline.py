@@ -255,7 +255,7 @@ class AnyFlowPipeline(PipelineParts):
         return mean_velocity
 
     def _begin(
-        self, request: VideoRequest, num_steps: int, attention_kwargs: Mapping[str, Any] | None
+        self, request: VideoRequest, num_timesteps: int, attention_kwargs: Mapping[str, Any] | None
     ) -> None:
         """Set the attributes by which diffusers' callbacks and properties know a call."""
         with lora_scale(None, attention_kwargs):
@@ -263,7 +263,7 @@ class AnyFlowPipeline(PipelineParts):
         self._guidance_scale = request.guidance_scale
         self._attention_kwargs = attention_kwargs
         self._interrupt = False
-        self._num_timesteps = num_steps
+        self._num_timesteps = num_timesteps
 
     def _first_frames(
         self, request: VideoRequest, prompts: int, image: Any, video: Any, latents: Tensor | None
