@@ -152,9 +152,9 @@ def kernel_calls(
     """Yield the launches of examples, forward and backward, as autograd makes them.
 
     Args:
-        examples: of operators with Triton kernels.
-        dtype: of the operands.
-        device: of the operands.
+        examples: examples of operators with Triton kernels.
+        dtype: dtype of the operands.
+        device: device of the operands.
 
     Yields:
         The example, ``"forward"`` or ``"backward"``, and a function that calls the kernel.

@@ -51,7 +51,7 @@ def flow_map_inputs(
         picked: the samples that need ``x_pm``, in any order: ``[n]`` integer indices, of which
             negative ones count from the end, or a boolean ``[B]`` mask (read by the host). None
             means all.
-        dtype: of x_t; None means that of latents.
+        dtype: dtype of x_t; None means that of latents.
 
     Returns:
         ``(x_t, x_plus, x_minus)``: ``[B, F, ...]`` and twice ``[n, F, ...]``, the last two in fp32

@@ -39,7 +39,7 @@ class Limit:
     """Describe the tensors that the kernels of an operator take.
 
     Attributes:
-        multiple: of which D must be, the last dimension of the first operand.
+        multiple: number of which D, the last dimension of the first operand, is a multiple.
         largest: the largest D; None for any.
         free: names of operands that may have any dtype.
     """

@@ -41,7 +41,7 @@ class MicroBatch:
     Args:
         latents: ``[B, F, C, H, W]``.
         prompt_embeds: ``[B, S, text_dim]``.
-        draws: of these samples.
+        draws: draws of these samples.
         given: draws that the caller of the update has made, of these samples.
     """
 
@@ -116,7 +116,7 @@ class Accumulation:
         Args:
             batches: one for each micro-step.
             step: number of the update.
-            config: of the pretrain loss.
+            config: settings of the pretrain loss.
             given: times of the caller, for every micro-step or a list with those of each; None
                 draws them.
 

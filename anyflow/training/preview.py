@@ -67,7 +67,7 @@ class Previews:
     Args:
         recipe: the run.
         mesh: this process's place in it.
-        dataset: of the prompts' rows.
+        dataset: dataset of the prompts' rows.
         prompts: the columns.
         decoder: shows latents as videos.
     """
