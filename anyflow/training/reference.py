@@ -68,13 +68,16 @@ class Section:
     keys: tuple[Key, ...]
 
 
-def sections() -> list[Section]:
+def sections(cls: type = Recipe) -> list[Section]:
     """Return every section of a recipe, each after the one that it is part of.
+
+    Args:
+        cls: the dataclass of the whole recipe.
 
     Raises:
         ValueError: a key has no meaning in the docstring of its dataclass.
     """
-    return list(_sections(Recipe, "", dataclasses.MISSING, False))
+    return list(_sections(cls, "", dataclasses.MISSING, False))
 
 
 def keys() -> list[Key]:

@@ -1,9 +1,9 @@
-"""Networks whose flow map is known in closed form, small transformers, and a record of every
-network call.
-"""
+"""Make networks whose flow map is known in closed form, and record every network call."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +14,11 @@ from anyflow.methods import AnyFlowPretrainMethod, LossOutput, PretrainConfig, T
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
+sys.path.append(str(Path(__file__).parent / "scripts"))  # helpers of several files of tests
+
 
 class GaussianFlowMap(nn.Module):
-    """The exact flow map of independent Gaussian data ``N(mean_c + mean(prompt), scale_c^2)``, per
-    channel c.
+    """Give the exact flow map of Gaussian data ``N(mean_c + mean(prompt), scale_c^2)`` by channel.
 
     With ``s_t^2 = (1-t)^2 scale^2 + t^2`` the path is ``x_r = m_r + s_r / s_t (x_t - m_t)``, so
     that ``u = -mean + (x - m_t) / s_t * ((t + r) - scale^2 (2 - t - r)) / (s_t + s_r)``, which is
@@ -48,7 +49,7 @@ class GaussianFlowMap(nn.Module):
         return (u.to(hidden_states.dtype),)
 
     def average(self, x: Tensor, t: Tensor, r: Tensor, prompt: Tensor) -> Tensor:
-        """u(x, t, r), times ``[B or 1, F or 1, 1, 1, 1]`` in [0, 1]."""
+        """Return u(x, t, r) for times ``[B or 1, F or 1, 1, 1, 1]`` in [0, 1]."""
         mean = self.mean[:, None, None] + self._lead(prompt.double().mean((1, 2)))
         squared = self.scale[:, None, None].square()
         deviation = [((1 - tau).square() * squared + tau.square()).sqrt() for tau in (t, r)]
@@ -61,9 +62,7 @@ class GaussianFlowMap(nn.Module):
         return (mean + self.scale[:, None, None] * noise.double()).detach()
 
     def data_on_path(self, x: Tensor, t: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Data and noise of the straight line that passes x at time t with exactly the flow's
-        velocity there.
-        """
+        """Return data and noise of the line through x at time t with the flow's velocity there."""
         sigma = self._lead(t.double())
         v = self.average(x.double(), sigma, sigma, prompt).detach()
         return x - sigma * v, x + (1 - sigma) * v
@@ -101,9 +100,7 @@ def _record(module: nn.Module) -> list[Call]:
 
 
 class Probe(nn.Module):
-    """Adds a zero parameter to the prediction; its gradient tells the target that a squared error
-    was taken to.
-    """
+    """Add a zero parameter to the prediction: its gradient tells the target of a squared error."""
 
     def __init__(self, network: nn.Module, shape: torch.Size) -> None:
         super().__init__()
@@ -129,8 +126,9 @@ def _target(
     r: Tensor,
     prompt: Tensor,
 ) -> tuple[Tensor, LossOutput]:
-    """The regression target of the pretrain loss, and the loss; uniform weight, no guidance, no
-    diffusion samples.
+    """Return the regression target of the pretrain loss, and the loss.
+
+    The weight is uniform; neither guidance nor a diffusion sample takes part.
     """
     assert scheduler.config.weight_type == "uniform" and config.fuse_guidance_scale == 1
     probe = Probe(network, latents.shape)
@@ -160,31 +158,31 @@ def _tiny_transformer(**overrides: Any) -> AnyFlowTransformer3DModel:
 
 @pytest.fixture(scope="session")
 def gaussian() -> Callable[..., GaussianFlowMap]:
-    """Constructor of the closed-form network."""
+    """Return the constructor of the closed-form network."""
     return GaussianFlowMap
 
 
 @pytest.fixture(scope="session")
 def tiny_transformer() -> Callable[..., AnyFlowTransformer3DModel]:
-    """Constructor of a transformer of three latent channels and text width 8."""
+    """Return the constructor of a transformer of three latent channels and text width 8."""
     return _tiny_transformer
 
 
 @pytest.fixture(scope="session")
 def record() -> Callable[[nn.Module], list[Call]]:
-    """Starts recording a module's calls and returns the growing list."""
+    """Return a function that records a module's calls in a growing list."""
     return _record
 
 
 @pytest.fixture(scope="session")
 def regression_target() -> Callable[..., tuple[Tensor, LossOutput]]:
-    """``(target, LossOutput)`` of one pretrain step."""
+    """Return a function for ``(target, LossOutput)`` of one pretrain step."""
     return _target
 
 
 @pytest.fixture
 def data(generator: torch.Generator) -> dict[str, Tensor]:
-    """A batch for the small transformer, in fp64."""
+    """Draw a batch for the small transformer, in fp64."""
     shape = (5, 2, 3, 4, 4)
     return {
         "latents": torch.randn(shape, generator=generator, dtype=torch.float64),
@@ -192,3 +190,24 @@ def data(generator: torch.Generator) -> dict[str, Tensor]:
         "prompt": torch.randn(shape[0], 5, 8, generator=generator, dtype=torch.float64),
         "negative": torch.randn(1, 5, 8, generator=generator, dtype=torch.float64),
     }
+
+
+@pytest.fixture
+def networks() -> list[GaussianFlowMap]:
+    """Make student, teacher and critic with three different data distributions."""
+    made = [GaussianFlowMap() for _ in range(3)]
+    with torch.no_grad():
+        made[1].mean.add_(0.5)
+        made[2].scale.mul_(1.5)
+    return made
+
+
+@pytest.fixture
+def prompt(generator: torch.Generator) -> Tensor:
+    """Draw the prompts of four samples."""
+    return 0.3 * torch.randn(4, 2, 3, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def negative(generator: torch.Generator) -> Tensor:
+    return 0.3 * torch.randn(1, 2, 3, generator=generator, dtype=torch.float64)

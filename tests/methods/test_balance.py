@@ -1,4 +1,4 @@
-"""The balance of an update: one formula over all micro-steps."""
+"""Test the balance of an update: one formula over all micro-steps."""
 
 import pytest
 import torch
@@ -46,9 +46,7 @@ def test_a_loss_of_one_kind_that_is_infinite_does_not_spoil_the_mean_of_the_othe
 def test_ranks_that_put_diffusion_first_never_need_a_mean_that_is_not_whole(
     world: int, micros: int, size: int, offset: int
 ) -> None:
-    """For every share of diffusion: the last micro-step with one is not after the first with
-    another kind.
-    """
+    """Put no micro-step with diffusion after the first with another kind, at any share."""
     count = micros * size
     for diffusion in range(world * count + 1):
         last, first, found = -1, micros, 0

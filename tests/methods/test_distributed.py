@@ -1,6 +1,4 @@
-"""Two real processes under torchrun: global balance, choices that agree, and as many network calls
-on every rank.
-"""
+"""Compare the losses of two processes with one: balance, choices, number of network calls."""
 
 import subprocess
 from collections.abc import Callable
@@ -18,11 +16,11 @@ CASES = [(kinds, g) for kinds in ("mixed", "one_rank_without", "none", "all") fo
 
 @pytest.fixture(scope="module")
 def ranks(
-    tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., subprocess.Popen[str]]
+    tmp_path_factory: pytest.TempPathFactory, fork_ranks: Callable[..., subprocess.Popen[str]]
 ) -> list[dict[str, Any]]:
     """Run both ranks, and return what they wrote."""
     folder = tmp_path_factory.mktemp("ranks")
-    job = torchrun(2, SCRIPT, folder)
+    job = fork_ranks(2, SCRIPT, folder)
     output, _ = job.communicate(timeout=240)
     assert job.returncode == 0, output[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
@@ -33,9 +31,7 @@ def ranks(
 def test_loss_over_the_ranks_is_that_of_the_whole_batch(
     how: str, case: tuple[str, float], ranks: list[dict[str, Any]]
 ) -> None:
-    """The balance needs the mean over all ranks; also when one rank, or no rank, has a diffusion
-    sample.
-    """
+    """Balance by the mean over all ranks, also if one rank, or none, has a diffusion sample."""
     want = ranks[0]["expected"][case]
     for results in ranks:
         got = results[how][case]
@@ -54,9 +50,7 @@ def test_ranks_hold_different_samples(ranks: list[dict[str, Any]]) -> None:
 def test_every_rank_calls_the_network_as_often(
     case: tuple[str, float], ranks: list[dict[str, Any]]
 ) -> None:
-    """One call without gradient, one with; sharded parameters are gathered in each, by all ranks or
-    by none.
-    """
+    """Make one call without gradient and one with: each gathers parameters on all ranks."""
     for results in ranks:
         assert results["got"][case]["calls"] == [False, True]
         assert results["sharded"][case]["calls"] == [False, True]

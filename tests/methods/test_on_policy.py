@@ -1,6 +1,4 @@
-"""Flow-map rollouts: the same data at any step count, where gradient flows, and the whole student
-step.
-"""
+"""Test flow-map rollouts at any step count, where their gradient flows, and the student step."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import N, normal
 from torch import Tensor, nn
 
 from anyflow.methods import (
@@ -22,13 +21,8 @@ from anyflow.methods import (
 )
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
-N = 1000
 SHAPE = (3, 2, 3, 4, 4)
 Factory = Callable[..., Any]
-
-
-def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 def _method(
@@ -46,7 +40,7 @@ def _method(
 
 
 class PerCallNetwork(nn.Module):
-    """``u = p_i x`` with its own parameter p_i at the i-th call."""
+    """Return ``u = p_i x`` with a parameter p_i of its own at the i-th call."""
 
     def __init__(self, calls: int) -> None:
         super().__init__()
@@ -62,7 +56,7 @@ class PerCallNetwork(nn.Module):
 
 @pytest.fixture
 def prompt(generator: torch.Generator) -> Tensor:
-    return 0.3 * _normal(generator, SHAPE[0], 2, 3)
+    return 0.3 * normal(generator, SHAPE[0], 2, 3)
 
 
 @settings(max_examples=40)
@@ -70,12 +64,10 @@ def prompt(generator: torch.Generator) -> Tensor:
 def test_rollouts_of_the_exact_flow_map_end_at_the_same_data(
     n: int, data: st.DataObject, seed: int, gaussian: Factory
 ) -> None:
-    """Any number of steps, any step with gradient, either rollout: what one step gives, which is
-    known.
-    """
+    """End where one step ends, with any number of steps, any step with gradient, either rollout."""
     g = data.draw(st.integers(0, n - 1))
     source = torch.Generator().manual_seed(seed)
-    network, noise, prompt = gaussian(N), _normal(source, *SHAPE), _normal(source, SHAPE[0], 2, 3)
+    network, noise, prompt = gaussian(N), normal(source, *SHAPE), normal(source, SHAPE[0], 2, 3)
     want = network.clean(noise, prompt)
     for rollout in ("shortcut", "euler"):
         with torch.no_grad():
@@ -85,10 +77,8 @@ def test_rollouts_of_the_exact_flow_map_end_at_the_same_data(
 
 @pytest.mark.parametrize(("n", "g"), [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 3), (50, 20)])
 def test_segments(n: int, g: int, gaussian: Factory, record: Factory, prompt: Tensor) -> None:
-    """At most three evaluations for a shortcut, n for Euler, and times that follow one another down
-    to 0.
-    """
-    noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
+    """Take at most three evaluations for a shortcut and n for Euler, at times that descend to 0."""
+    noise = normal(torch.Generator().manual_seed(0), *SHAPE)
     for rollout in ("shortcut", "euler"):
         network = gaussian(N)
         calls = record(network)
@@ -106,7 +96,7 @@ def test_segments(n: int, g: int, gaussian: Factory, record: Factory, prompt: Te
 def test_gradient_through_every_evaluation_of_a_shortcut(prompt: Tensor) -> None:
     network = PerCallNetwork(3)
     method = _method(network)
-    noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
+    noise = normal(torch.Generator().manual_seed(0), *SHAPE)
     x = method.rollout(noise, prompt, num_steps=4, grad_step=1)
     x.sum().backward()
     sigma = method.schedule(4).tolist()
@@ -128,10 +118,10 @@ def test_gradient_through_every_evaluation_of_a_shortcut(prompt: Tensor) -> None
 def test_gradient_through_one_evaluation(
     config: dict[str, str], n: int, g: int, index: int, prompt: Tensor
 ) -> None:
-    """Only the chosen one has a graph; the later ones carry its result on by the identity."""
+    """Record a graph in the chosen evaluation only; later ones carry its result by the identity."""
     network = PerCallNetwork(n)
     method = _method(network, **config)
-    noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
+    noise = normal(torch.Generator().manual_seed(0), *SHAPE)
     method.rollout(noise, prompt, num_steps=n, grad_step=g).sum().backward()
     assert [i for i, p in enumerate(network.p) if p.grad is not None] == [index]
     sigma = method.schedule(n).tolist()
@@ -140,9 +130,9 @@ def test_gradient_through_one_evaluation(
 
 
 def test_euler_returns_clean_data(gaussian: Factory, prompt: Tensor) -> None:
-    """The peers return x at the end of the step with gradient, which is still noisy."""
+    """Return clean data; the peers return x after the step with gradient, which is still noisy."""
     network = gaussian(N)
-    noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
+    noise = normal(torch.Generator().manual_seed(0), *SHAPE)
     method = _method(network, rollout="euler")
     x = method.rollout(noise, prompt, num_steps=4, grad_step=0).detach()
     sigma = method.schedule(4)[:2].reshape(2, 1, 1, 1, 1, 1)
@@ -159,8 +149,8 @@ def test_rollout_in_half_precision_returns_fp32(
     tiny_transformer: Factory, generator: torch.Generator
 ) -> None:
     student = tiny_transformer().bfloat16()
-    noise = _normal(generator, *SHAPE, dtype=torch.bfloat16)
-    text = _normal(generator, SHAPE[0], 5, 8, dtype=torch.bfloat16)
+    noise = normal(generator, *SHAPE, dtype=torch.bfloat16)
+    text = normal(generator, SHAPE[0], 5, 8, dtype=torch.bfloat16)
     x = _method(student).rollout(noise, text, num_steps=4, grad_step=1)
     assert x.dtype == torch.float32 and x.isfinite().all()
     x.sum().backward()
@@ -171,7 +161,7 @@ def test_drawn_gradient_step(gaussian: Factory, record: Factory, prompt: Tensor)
     network = gaussian(N)
     calls = record(network)
     method = _method(network)
-    noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
+    noise = normal(torch.Generator().manual_seed(0), *SHAPE)
     seen = set()
     g = torch.Generator().manual_seed(0)
     for _ in range(40):
@@ -186,7 +176,7 @@ def test_pinned_timesteps_are_used_verbatim(
 ) -> None:
     network = gaussian(N)
     calls = record(network)
-    noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
+    noise = normal(torch.Generator().manual_seed(0), *SHAPE)
     for timesteps in ((999.0, 937.0, 833.0, 624.0), (999.0, 937.0, 833.0, 624.0, 0.0)):
         calls.clear()
         method = _method(network, timesteps=timesteps)
@@ -215,7 +205,7 @@ def test_student_loss_reaches_the_student_alone(gaussian: Factory, prompt: Tenso
     with torch.no_grad():
         teacher.mean.add_(0.5)
     method = _method(student, teacher, critic, num_steps=(1, 2, 4))
-    noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
+    noise = normal(torch.Generator().manual_seed(0), *SHAPE)
     output = method.student_loss(
         noise, prompt, prompt[:1], generator=torch.Generator().manual_seed(0)
     )
@@ -235,14 +225,14 @@ def test_cotraining_adds_the_pretrain_loss(gaussian: Factory, prompt: Tensor) ->
     )
     source = torch.Generator().manual_seed(0)
     noise, latents, data_prompt = (
-        _normal(source, *SHAPE),
-        _normal(source, 5, *SHAPE[1:]),
+        normal(source, *SHAPE),
+        normal(source, 5, *SHAPE[1:]),
         prompt[:1] * 2,
     )
     negative = prompt[:1]
 
     g = torch.Generator().manual_seed(1)
-    # leaves g where co-training goes on drawing
+    # leaves g where co-training continues to draw
     dmd = plain.student_loss(noise, prompt, negative, generator=g)
     data = AnyFlowPretrainMethod(student, plain.scheduler, pretrain).loss(
         latents, data_prompt, negative, generator=g, offset=3
@@ -271,7 +261,7 @@ def test_student_loss_is_decided_by_the_generator(gaussian: Factory, prompt: Ten
     with torch.no_grad():
         teacher.mean.add_(0.5)
     method = _method(student, teacher, student)
-    noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
+    noise = normal(torch.Generator().manual_seed(0), *SHAPE)
     before = torch.get_rng_state()
     losses = [
         method.student_loss(

@@ -1,6 +1,4 @@
-"""The target of the pretrain loss: exact flow maps, the ends of the time interval, precision,
-forward mode.
-"""
+"""Test the target of the pretrain loss: exact flow maps, ends of time, precision, forward mode."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,62 +7,32 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import (
+    KINDS,
+    SHAPE,
+    N,
+    gradients_of,
+    make_scheduler,
+    no_prompt,
+    normal,
+    plain,
+)
 from torch import Tensor, nn
 
 from anyflow.methods import AnyFlowPretrainMethod, PretrainConfig, TimePairs
-from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
-N = 1000
-SHAPE = (5, 2, 3, 4, 4)  # B, F, C, H, W
-KINDS = TimePairs(  # two diffusion, one consistency, two free samples; away from both ends
-    torch.tensor([0.6, 0.9, 0.7, 0.5, 0.95]),
-    torch.tensor([0.6, 0.2, 0.7, 0.0, 0.4]),
-    torch.tensor([True, False, True, False, False]),
-)
 Factory = Callable[..., Any]
-
-
-def _plain(**overrides: Any) -> PretrainConfig:
-    """No guidance; everything else as published."""
-    return PretrainConfig(**{"fuse_guidance_scale": 1.0, **overrides})
-
-
-def _scheduler(
-    weight_type: str = "uniform", shift: float = 1.0, n: int = N
-) -> FlowMapEulerDiscreteScheduler:
-    return FlowMapEulerDiscreteScheduler(
-        num_train_timesteps=n, shift=shift, weight_type=weight_type
-    )
-
-
-def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=dtype)
-
-
-def _no_prompt(batch: int) -> Tensor:
-    return torch.zeros(batch, 1, 1)
 
 
 def _rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
 
 
-def _gradients(module: nn.Module, loss: Tensor) -> list[Tensor]:
-    module.zero_grad()
-    loss.backward()
-    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
-
-
-# The target on exact flow maps --------------------------------------------------------------------
-
-
 def _on_the_path(network: Any, t: list[float], seed: int) -> tuple[Tensor, ...]:
-    """Random points x at times t, as (latents, noise, t, prompt) whose straight line has the flow's
-    own velocity.
-    """
+    """Draw (latents, noise, t, prompt) whose line has the flow's velocity at a random x."""
     times = torch.tensor(t, dtype=torch.float64)
-    prompt = _no_prompt(len(t))
-    x = _normal(torch.Generator().manual_seed(seed), len(t), *SHAPE[1:])
+    prompt = no_prompt(len(t))
+    x = normal(torch.Generator().manual_seed(seed), len(t), *SHAPE[1:])
     latents, noise = network.data_on_path(x, times, prompt)
     return latents, noise, times, prompt
 
@@ -87,12 +55,12 @@ def _exact(
 def test_target_of_the_exact_flow_map_is_the_average_velocity(
     seed: int, times: list[tuple[int, int]], gaussian: Factory, regression_target: Factory
 ) -> None:
-    """The identity ``u = v - (t - r) du/dt``, for any pair of times, ends included."""
+    """Hold the identity ``u = v - (t - r) du/dt`` for any pair of times, ends included."""
     network = gaussian(N)
     latents, noise, t, prompt = _on_the_path(network, [max(p) / 64 for p in times], seed)
     r = torch.tensor([min(p) / 64 for p in times], dtype=torch.float64)
     target, output = regression_target(
-        network, _scheduler(), _plain(epsilon=0.01), latents, noise, t, r, prompt
+        network, make_scheduler(), plain(epsilon=0.01), latents, noise, t, r, prompt
     )
     exact = _exact(network, latents, noise, t, r, prompt)
     assert _rms(target - exact) <= 1e-4 * (1 + _rms(exact))
@@ -107,7 +75,7 @@ def test_central_difference_is_second_order(gaussian: Factory, regression_target
     errors = []
     for epsilon in (40.0, 20.0, 10.0):
         target, _ = regression_target(
-            network, _scheduler(), _plain(epsilon=epsilon), latents, noise, t, r, prompt
+            network, make_scheduler(), plain(epsilon=epsilon), latents, noise, t, r, prompt
         )
         errors.append(_rms(target - exact))
     assert 1e-6 < errors[2] < 1e-2
@@ -119,8 +87,10 @@ def test_forward_mode_target_is_exact(gaussian: Factory, regression_target: Fact
     network = gaussian(N)
     latents, noise, t, prompt = _on_the_path(network, [0.75, 0.5, 1.0], 1)
     r = torch.tensor([0.125, 0.0, 0.25], dtype=torch.float64)
-    config = _plain(derivative="jvp")
-    target, output = regression_target(network, _scheduler(), config, latents, noise, t, r, prompt)
+    config = plain(derivative="jvp")
+    target, output = regression_target(
+        network, make_scheduler(), config, latents, noise, t, r, prompt
+    )
     torch.testing.assert_close(
         target, _exact(network, latents, noise, t, r, prompt), rtol=1e-9, atol=1e-9
     )
@@ -130,19 +100,17 @@ def test_forward_mode_target_is_exact(gaussian: Factory, regression_target: Fact
 def test_r_equal_t_regresses_the_velocity(
     gaussian: Factory, regression_target: Factory, generator: torch.Generator
 ) -> None:
-    """Whatever the network says at other times, and exactly."""
+    """Regress the velocity exactly, whatever the network says at other times."""
     t = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
-    latents, noise = _normal(generator, 4, *SHAPE[1:]), _normal(generator, 4, *SHAPE[1:])
+    latents, noise = normal(generator, 4, *SHAPE[1:]), normal(generator, 4, *SHAPE[1:])
     target, _ = regression_target(
-        gaussian(N), _scheduler(), _plain(), latents, noise, t, t, _no_prompt(4)
+        gaussian(N), make_scheduler(), plain(), latents, noise, t, t, no_prompt(4)
     )
     torch.testing.assert_close(target, noise - latents, rtol=1e-12, atol=1e-12)
 
 
 def test_zero_loss_on_a_single_data_point() -> None:
-    """All of the data at one point: ``u = (x - x0) / t`` for every r, and every kind of sample has
-    nothing to learn.
-    """
+    """Have no loss on one data point, where ``u = (x - x0) / t`` for every r and kind of sample."""
 
     class ToPoint(nn.Module):
         def __init__(self) -> None:
@@ -153,18 +121,15 @@ def test_zero_loss_on_a_single_data_point() -> None:
             return ((hidden_states - self.point) / (timestep.double() / N).reshape(-1, 1, 1, 1, 1),)
 
     network = ToPoint()
-    noise = _normal(torch.Generator().manual_seed(0), *SHAPE)
-    output = AnyFlowPretrainMethod(network, _scheduler("beta08", shift=5.0), _plain()).loss(
+    noise = normal(torch.Generator().manual_seed(0), *SHAPE)
+    output = AnyFlowPretrainMethod(network, make_scheduler("beta08", shift=5.0), plain()).loss(
         torch.full(SHAPE, 0.7, dtype=torch.float64),
-        _no_prompt(SHAPE[0]),
+        no_prompt(SHAPE[0]),
         noise=noise,
         time_pairs=KINDS,
     )
     assert output.loss.item() < 1e-20
     assert max(value.item() for value in output.metrics.values()) < 1e-12
-
-
-# Ends of the time interval ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("boundary", ["one_sided", "extrapolate"])
@@ -175,11 +140,11 @@ def test_evaluation_times_at_the_ends(
     calls = record(network)
     t, r = torch.tensor([1.0, 0.999, 0.5, 0.002, 0.0]), torch.tensor([0.5, 0.0, 0.2, 0.001, 0.0])
     pairs = TimePairs(t, r, torch.zeros(5, dtype=torch.bool))
-    config = _plain(epsilon=5.0, boundary=boundary)
-    output = AnyFlowPretrainMethod(network, _scheduler(), config).loss(
-        _normal(generator, *SHAPE),
-        _no_prompt(5),
-        noise=_normal(generator, *SHAPE),
+    config = plain(epsilon=5.0, boundary=boundary)
+    output = AnyFlowPretrainMethod(network, make_scheduler(), config).loss(
+        normal(generator, *SHAPE),
+        no_prompt(5),
+        noise=normal(generator, *SHAPE),
         time_pairs=pairs,
     )
     assert output.loss.isfinite()
@@ -196,9 +161,7 @@ def test_evaluation_times_at_the_ends(
 def test_one_sided_difference_divides_by_the_width_used(
     gaussian: Factory, regression_target: Factory
 ) -> None:
-    """First order at t = 1; dividing by 2 epsilon there would halve the derivative at every
-    epsilon.
-    """
+    """Reach first order at t = 1; dividing by 2 epsilon would halve the derivative there."""
     network = gaussian(N)
     latents, noise, t, prompt = _on_the_path(network, [1.0, 1.0], 3)
     r = torch.tensor([0.5, 0.0], dtype=torch.float64)
@@ -207,7 +170,7 @@ def test_one_sided_difference_divides_by_the_width_used(
     errors = []
     for epsilon in (8.0, 4.0):
         target, _ = regression_target(
-            network, _scheduler(), _plain(epsilon=epsilon), latents, noise, t, r, prompt
+            network, make_scheduler(), plain(epsilon=epsilon), latents, noise, t, r, prompt
         )
         errors.append(_rms(target - exact))
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
@@ -217,7 +180,7 @@ def test_one_sided_difference_divides_by_the_width_used(
 def test_boundaries_agree_away_from_the_ends(gaussian: Factory, data: dict[str, Tensor]) -> None:
     network = gaussian(N)
     losses = [
-        AnyFlowPretrainMethod(network, _scheduler("beta08", 5.0), _plain(boundary=boundary))
+        AnyFlowPretrainMethod(network, make_scheduler("beta08", 5.0), plain(boundary=boundary))
         .loss(data["latents"], data["prompt"], noise=data["noise"], time_pairs=KINDS)
         .loss
         for boundary in ("one_sided", "extrapolate")
@@ -225,18 +188,13 @@ def test_boundaries_agree_away_from_the_ends(gaussian: Factory, data: dict[str, 
     assert torch.equal(losses[0], losses[1])
 
 
-# Precision ----------------------------------------------------------------------------------------
-
-
 def _naive_bf16_slope(
-    network: Any, x0: Tensor, eps: Tensor, t: Tensor, r: Tensor, prompt: Tensor
+    network: Any, x0: Tensor, noise: Tensor, t: Tensor, r: Tensor, prompt: Tensor
 ) -> Tensor:
-    """dF/dt as the peers form it: bf16 latents, timesteps and outputs, divided by the nominal
-    width.
-    """
-    x0, eps, t, r = x0.bfloat16(), eps.bfloat16(), (t * N).bfloat16(), (r * N).bfloat16()
-    sigma, velocity = (t / N).reshape(-1, 1, 1, 1, 1), eps - x0
-    x = (1 - sigma) * x0 + sigma * eps
+    """Form dF/dt as the peers do: bf16 latents, times and outputs, divided by the nominal width."""
+    x0, noise, t, r = x0.bfloat16(), noise.bfloat16(), (t * N).bfloat16(), (r * N).bfloat16()
+    sigma, velocity = (t / N).reshape(-1, 1, 1, 1, 1), noise - x0
+    x = (1 - sigma) * x0 + sigma * noise
 
     def u(sign: int) -> Tensor:
         return network(
@@ -259,33 +217,31 @@ def test_bf16_central_difference(
     record: Factory,
     generator: torch.Generator,
 ) -> None:
-    """t +- 5 rounds to t +- 4 in bf16, and x+- lose 20 % of their difference: both stay fp32
-    here.
-    """
+    """Keep t +- 5 and x+- in fp32: in bf16 t moves by 4, and x+- lose 20 % of their difference."""
     b = 8
     t, r = torch.linspace(0.55, 0.97, b), torch.linspace(0.05, 0.4, b)
-    x0, eps = (_normal(generator, b, *SHAPE[1:], dtype=torch.bfloat16) for _ in range(2))
+    x0, noise = (normal(generator, b, *SHAPE[1:], dtype=torch.bfloat16) for _ in range(2))
     if kind == "gaussian":
-        network, exact_network, prompt = gaussian(N), gaussian(N), _no_prompt(b)
+        network, exact_network, prompt = gaussian(N), gaussian(N), no_prompt(b)
     else:
         network = tiny_transformer(freq_dim=16).bfloat16()
         exact_network = tiny_transformer(freq_dim=16).double()
         exact_network.load_state_dict(network.state_dict())
-        prompt = _normal(generator, b, 5, 8, dtype=torch.bfloat16)
-    arguments = (x0.double(), eps.double(), t, r, prompt.double())
-    exact, _ = regression_target(exact_network, _scheduler(), _plain(), *arguments)
-    velocity = eps.double() - x0.double()
+        prompt = normal(generator, b, 5, 8, dtype=torch.bfloat16)
+    arguments = (x0.double(), noise.double(), t, r, prompt.double())
+    exact, _ = regression_target(exact_network, make_scheduler(), plain(), *arguments)
+    velocity = noise.double() - x0.double()
     interval = (t - r).double().reshape(-1, 1, 1, 1, 1)
 
     calls = record(network)
-    target, _ = regression_target(network, _scheduler(), _plain(), x0, eps, t, r, prompt)
+    target, _ = regression_target(network, make_scheduler(), plain(), x0, noise, t, r, prompt)
     for call in calls:
         assert call.x.dtype == call.timestep.dtype == call.output.dtype == torch.float32
     above, below = calls[0].timestep.double().chunk(2)
     torch.testing.assert_close(above - below, torch.full((b,), 10.0).double(), rtol=0, atol=2e-4)
 
     with torch.no_grad():
-        naive = velocity - interval * _naive_bf16_slope(network, x0, eps, t, r, prompt)
+        naive = velocity - interval * _naive_bf16_slope(network, x0, noise, t, r, prompt)
     scale = _rms(exact - velocity)
     ours, theirs = _rms(target - exact) / scale, _rms(naive - exact) / scale
     # only the method rounds: what it feeds and divides by is the whole error
@@ -296,16 +252,14 @@ def test_bf16_central_difference(
 
 
 def test_realized_width_of_the_times_is_used(gaussian: Factory, regression_target: Factory) -> None:
-    """A width of a few units in the last place of the fp32 timesteps: dividing by the nominal one
-    is 6 % off.
-    """
+    """Divide by the realized width: the nominal one is 6 % off at a few units in the last place."""
     network = gaussian(N)
     latents, noise, t, prompt = _on_the_path(network, [0.75, 0.9375], 5)
     r = torch.tensor([0.125, 0.25], dtype=torch.float64)
     exact = _exact(network, latents, noise, t, r, prompt)
     epsilon = 7.5 * 2.0**-14  # timesteps in [512, 1024) are spaced by 2^-14
     target, _ = regression_target(
-        network, _scheduler(), _plain(epsilon=epsilon), latents, noise, t, r, prompt
+        network, make_scheduler(), plain(epsilon=epsilon), latents, noise, t, r, prompt
     )
     assert _rms(target - exact) < 1e-4 * _rms(exact - (noise - latents))
 
@@ -314,19 +268,17 @@ def test_realized_width_of_the_times_is_used(gaussian: Factory, regression_targe
 def test_forward_mode_agrees_with_the_central_difference(
     guidance: float, tiny_transformer: Factory, data: dict[str, Tensor]
 ) -> None:
-    """Gradients too; the error falls as epsilon squared. Ten timesteps, so that the sinusoid is
-    smooth.
-    """
+    """Let errors fall as epsilon squared, in gradients too; ten timesteps smooth the sinusoid."""
     n = 10
     student = tiny_transformer(num_layers=2).double()
-    scheduler = _scheduler("beta08", shift=3.0, n=n)
+    scheduler = make_scheduler("beta08", shift=3.0, n=n)
 
     def gradients(**overrides: Any) -> Tensor:
         config = PretrainConfig(fuse_guidance_scale=guidance, **overrides)
         output = AnyFlowPretrainMethod(student, scheduler, config).loss(
             data["latents"], data["prompt"], data["negative"], noise=data["noise"], time_pairs=KINDS
         )
-        return torch.cat([g.flatten() for g in _gradients(student, output.loss)])
+        return torch.cat([g.flatten() for g in gradients_of(student, output.loss)])
 
     exact = gradients(derivative="jvp", epsilon=1.0)
     errors = [

@@ -1,6 +1,4 @@
-"""The methods against numbers measured on the reference trainers: weights, inputs, losses, rollouts
-and gradients.
-"""
+"""Compare the methods with numbers of the reference trainers: losses, rollouts, gradients."""
 
 import json
 from pathlib import Path
@@ -52,7 +50,7 @@ def variant() -> dict[str, Any]:
 def networks(
     reference: dict[str, Tensor], variant: dict[str, Any]
 ) -> dict[str, AnyFlowTransformer3DModel]:
-    """student, real (teacher) and fake (critic) with the reference's weights."""
+    """Load student, real (teacher) and fake (critic) with the reference's weights."""
     loaded = {}
     for name in ("student", "real", "fake"):
         model = AnyFlowTransformer3DModel(
@@ -115,7 +113,7 @@ def test_pretrain_loss_and_gradients(
     networks: dict[str, AnyFlowTransformer3DModel],
     scheduler: FlowMapEulerDiscreteScheduler,
 ) -> None:
-    """Both kinds of ends: the reference's times are further than epsilon from them."""
+    """Cover both kinds of ends: the reference's times are further than epsilon from them."""
     student = networks["student"]
     config = PretrainConfig(
         epsilon=variant["eps"], fuse_guidance_scale=variant["g"], boundary=boundary

@@ -1,6 +1,4 @@
-"""Kinds of samples over the global batch, ranges of the times, determinism, and the checks of
-TimePairs.
-"""
+"""Test kinds of samples over the global batch, ranges of times, determinism, and TimePairs."""
 
 from dataclasses import replace
 
@@ -41,7 +39,7 @@ def _all_ranks(
 
 
 def _kinds(pairs: list[TimePairs]) -> list[str]:
-    """Kind of every sample by global index ``i = b * world + rank``."""
+    """List the kind of every sample by global index ``i = b * world + rank``."""
     kinds = []
     for b in range(len(pairs[0].t)):
         for p in pairs:
@@ -76,7 +74,7 @@ def test_exact_share_of_each_kind_interleaved_over_ranks(
 
 
 def test_rounding_is_pythons() -> None:
-    """Half to even: 0.5 of five is two, 0.5 of three is two, 0.25 of ten is two."""
+    """Round half to even: 0.5 of five is two, 0.5 of three is two, 0.25 of ten is two."""
     assert _kinds(_all_ranks(5, 1, (0.5, 0.0))).count("diffusion") == 2
     assert _kinds(_all_ranks(3, 1, (0.5, 0.0))).count("diffusion") == 2
     assert _kinds(_all_ranks(5, 2, (0.5, 0.25))).count("consistency") == 2
@@ -84,13 +82,13 @@ def test_rounding_is_pythons() -> None:
 
 @pytest.mark.parametrize("world", [4, 8])
 def test_one_sample_per_rank_gets_the_global_share(world: int) -> None:
-    """Peers take int(ratio * 1) = 0 per rank: no diffusion sample anywhere."""
+    """Share kinds over ranks; peers take int(ratio * 1) = 0 per rank: no diffusion sample."""
     kinds = _kinds(_all_ranks(1, world, (0.5, 0.25)))
     assert (kinds.count("diffusion"), kinds.count("consistency")) == (world // 2, world // 4)
 
 
 def test_offset_rotates_the_kinds_over_the_ranks() -> None:
-    """Fixed ranks would otherwise see one kind for the whole training."""
+    """Rotate: fixed ranks would see one kind for the whole training."""
     world = 8
     seen: list[list[str]] = [[] for _ in range(world)]
     for step in range(world):

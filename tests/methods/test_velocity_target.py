@@ -1,12 +1,16 @@
-"""The velocity of a teacher in place of a pair's: exact flow maps have no loss at all, and its ends
-are one line's.
-"""
+"""Test a teacher's velocity in place of a pair's: exact flow maps then have no loss at all."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from loss_cases import (
+    KINDS,
+    SHAPE,
+    N,
+    make_scheduler,
+)
 from torch import Tensor
 
 from anyflow.methods import (
@@ -14,17 +18,8 @@ from anyflow.methods import (
     AnyFlowPretrainMethod,
     OnPolicyConfig,
     PretrainConfig,
-    TimePairs,
 )
-from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
-N = 1000
-SHAPE = (5, 2, 3, 4, 4)  # B, F, C, H, W
-KINDS = TimePairs(  # two diffusion, one consistency, two free samples
-    torch.tensor([0.6, 0.9, 0.7, 0.5, 0.95]),
-    torch.tensor([0.6, 0.2, 0.7, 0.0, 0.4]),
-    torch.tensor([True, False, True, False, False]),
-)
 Factory = Callable[..., Any]
 
 
@@ -34,13 +29,9 @@ def _config(**overrides: Any) -> PretrainConfig:
     )
 
 
-def _scheduler() -> FlowMapEulerDiscreteScheduler:
-    return FlowMapEulerDiscreteScheduler(num_train_timesteps=N, shift=1.0, weight_type="uniform")
-
-
 @pytest.fixture
 def pair(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Data and noise that have nothing to do with each other, and prompts."""
+    """Draw data and noise that have nothing to do with each other, and prompts."""
     latents, noise = (
         torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(2)
     )
@@ -54,11 +45,11 @@ def test_the_exact_flow_map_has_no_loss_on_any_pair(
     latents, noise, prompt = pair
     network, data = gaussian(N), {"noise": noise, "time_pairs": KINDS}
     taught = AnyFlowPretrainMethod(
-        network, _scheduler(), _config(derivative=derivative), teacher=gaussian(N)
+        network, make_scheduler(), _config(derivative=derivative), teacher=gaussian(N)
     )
     assert taught.sample_losses(latents, prompt, **data)[0].max().item() < 1e-9
     of_data = _config(derivative=derivative, velocity_target="data")
-    scattered = AnyFlowPretrainMethod(network, _scheduler(), of_data).sample_losses(
+    scattered = AnyFlowPretrainMethod(network, make_scheduler(), of_data).sample_losses(
         latents, prompt, **data
     )[0]
     # the same network, the same pairs: the target of a pair scatters
@@ -75,7 +66,7 @@ def test_both_targets_are_one_where_the_pair_has_the_flows_velocity(
     latents, noise = teacher.data_on_path(x, KINDS.t.double(), prompt)
     losses = [
         AnyFlowPretrainMethod(
-            student, _scheduler(), _config(velocity_target=name), teacher=network
+            student, make_scheduler(), _config(velocity_target=name), teacher=network
         ).sample_losses(latents, prompt, noise=noise, time_pairs=KINDS)[0]
         for name, network in (("data", None), ("teacher", teacher))
     ]
@@ -89,7 +80,9 @@ def test_the_frame_held_clean_stays_clean(
     latents, noise, prompt = pair
     student, teacher = gaussian(N), gaussian(N)
     calls = record(student)
-    method = AnyFlowPretrainMethod(student, _scheduler(), _config(i2v_prob=0.5), teacher=teacher)
+    method = AnyFlowPretrainMethod(
+        student, make_scheduler(), _config(i2v_prob=0.5), teacher=teacher
+    )
     losses = method.sample_losses(
         latents, prompt, noise=noise, time_pairs=KINDS, image_to_video=True
     )[0]
@@ -103,7 +96,7 @@ def test_the_teacher_is_called_once_without_gradient_at_r_equal_t(
     latents, noise, prompt = pair
     teacher = gaussian(N)
     calls = record(teacher)
-    method = AnyFlowPretrainMethod(gaussian(N), _scheduler(), _config(), teacher=teacher)
+    method = AnyFlowPretrainMethod(gaussian(N), make_scheduler(), _config(), teacher=teacher)
     method.loss(latents, prompt, noise=noise, time_pairs=KINDS).loss.backward()
     assert len(calls) == 1 and not calls[0].grad
     assert calls[0].r_timestep is not None and torch.equal(calls[0].r_timestep, calls[0].timestep)
@@ -118,7 +111,7 @@ def test_cotraining_takes_the_real_score(
     config = OnPolicyConfig(cotrain_pretrain=True, num_steps=(2,), real_guidance_scale=0.0)
     pretrain = _config(epsilon=1.0)
     method = AnyFlowOnPolicyMethod(
-        gaussian(N), teacher, gaussian(N), _scheduler(), config, pretrain=pretrain
+        gaussian(N), teacher, gaussian(N), make_scheduler(), config, pretrain=pretrain
     )
     calls = record(teacher)
     output = method.student_loss(
@@ -136,10 +129,10 @@ def test_cotraining_takes_the_real_score(
 
 def test_a_target_and_a_teacher_go_together(gaussian: Factory) -> None:
     with pytest.raises(ValueError, match="velocity_target='teacher' and teacher=None"):
-        AnyFlowPretrainMethod(gaussian(N), _scheduler(), _config())
+        AnyFlowPretrainMethod(gaussian(N), make_scheduler(), _config())
     with pytest.raises(ValueError, match="velocity_target='data' and teacher=a network"):
         AnyFlowPretrainMethod(
-            gaussian(N), _scheduler(), _config(velocity_target="data"), teacher=gaussian(N)
+            gaussian(N), make_scheduler(), _config(velocity_target="data"), teacher=gaussian(N)
         )
     with pytest.raises(
         ValueError, match=r"velocity_target must be one of \('data', 'teacher'\), got 'student'"
@@ -162,7 +155,7 @@ def test_the_weight_of_cotraining_scales_its_gradient_alone(
         )
         pretrain = _config(epsilon=1.0, velocity_target="data")
         method = AnyFlowOnPolicyMethod(
-            student, gaussian(N), gaussian(N), _scheduler(), config, pretrain=pretrain
+            student, gaussian(N), gaussian(N), make_scheduler(), config, pretrain=pretrain
         )
         draws = {
             "data_noise": noise,

@@ -1,6 +1,7 @@
-"""Recipes small enough to train in a test, on the synthetic videos and on latents of files."""
+"""Make recipes small enough to train in a test, on synthetic videos and on latents of files."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from anyflow.training.config import (
     WeightsConfig,
 )
 from anyflow.utils.versions import TEXT_PACKAGES, installed_versions
+
+sys.path.append(str(Path(__file__).parent / "scripts"))  # helpers of several files of tests
 
 ARCHITECTURE = ArchitectureConfig(
     num_attention_heads=2,
@@ -58,23 +61,26 @@ def _small_recipe(out: Path, **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="session")
 def small_recipe() -> Callable[..., Recipe]:
-    """``small_recipe(out, **changes)``."""
+    """Return ``small_recipe(out, **changes)``."""
     return _small_recipe
 
 
 @pytest.fixture
 def latents(tmp_path: Path, wan_model: Path, generator: torch.Generator) -> Path:
-    """Five videos of 2 x 4 x 6 latents with the text width of the tiny encoder."""
+    """Write five videos of 2 x 4 x 6 latents with the text width of the tiny encoder."""
     from anyflow.data.latent_dataset import DatasetInfo, LatentWriter
 
     folder = tmp_path / "latents"
     info = DatasetInfo((2, 16, 4, 6), text_length=8, text_dim=16, source={"by": "a test"})
     packages = installed_versions(TEXT_PACKAGES)
     with LatentWriter(folder, info, torch.zeros(1, 16), packages=packages) as writer:
-        for row in range(5):
+        for n in range(5):
             values, prompt = (torch.randn(s, generator=generator) for s in ((2, 16, 4, 6), (3, 16)))
             writer.add(
-                f"{row}.mp4", f"a red disc moves to the right, for the {row}th time", values, prompt
+                f"{n}.mp4",
+                f"a red disc moves to the right, for the {n}th time",
+                values,
+                prompt,
             )
         writer.finish()
     return folder
@@ -82,7 +88,7 @@ def latents(tmp_path: Path, wan_model: Path, generator: torch.Generator) -> Path
 
 @pytest.fixture
 def latents_recipe(latents: Path, tmp_path: Path, small_recipe: Callable[..., Recipe]) -> Recipe:
-    """A recipe of one step on these latents."""
+    """Return a recipe of one step on these latents."""
     small = small_recipe(tmp_path / "run", steps=1)
     sizes = dataclasses.replace(
         small.student.architecture, in_channels=16, out_channels=16, text_dim=16

@@ -1,16 +1,13 @@
-"""An update is a function of its global batch, whatever its layout over micro-steps and ranks."""
+"""Test that an update is a function of its global batch, whatever its layout over ranks."""
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layout_updates as layouts
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent / "scripts"))
-import layout_updates as layouts
 
 from anyflow.methods import TimePairs
 from anyflow.training.distributed import Mesh
@@ -21,7 +18,7 @@ CPU = Mesh(torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, dict[str, Any]]:
-    """All samples in one micro-step of one process."""
+    """Update with all samples in one micro-step of one process."""
     return {case: layouts.updates(case, CPU, *layouts.LAYOUTS[1]["8"]) for case in layouts.CASES}
 
 
@@ -30,7 +27,7 @@ def reference() -> dict[str, dict[str, Any]]:
 def test_micro_steps_are_the_batch(
     layout: str, case: str, reference: dict[str, dict[str, Any]]
 ) -> None:
-    """Losses, every metric, norms, parameters, optimizer state and average, to 1e-9 in fp64."""
+    """Compare every metric, norm, parameter, optimizer state and average to 1e-9 in fp64."""
     layouts.same(layouts.updates(case, CPU, *layouts.LAYOUTS[1][layout]), reference[case])
 
 
@@ -39,11 +36,12 @@ def test_micro_steps_are_the_batch(
 def test_ranks_and_their_micro_steps_are_the_batch(
     world: int,
     tmp_path: Path,
-    torchrun: Callable[..., subprocess.Popen[str]],
+    reference: dict[str, dict[str, Any]],
+    fork_ranks: Callable[..., subprocess.Popen[str]],
     free_port: Callable[[], int],
 ) -> None:
-    """Real processes, sharded and with shared samples; and as many network calls on every rank."""
-    job = torchrun(world, SCRIPT, tmp_path, *(free_port() for _ in layouts.LAYOUTS[world]))
+    """Shard over real processes and share samples; every rank makes as many network calls."""
+    job = fork_ranks(world, SCRIPT, tmp_path, *(free_port() for _ in layouts.LAYOUTS[world]))
     output, _ = job.communicate(timeout=800)
     assert job.returncode == 0, output[-4000:]
     ranks = [
@@ -53,13 +51,13 @@ def test_ranks_and_their_micro_steps_are_the_batch(
     for layout in layouts.LAYOUTS[world]:
         for case in layouts.ON_RANKS:
             for results in ranks:
-                layouts.same(results[layout][case], ranks[0]["reference"][case])
+                layouts.same(results[layout][case], reference[case])
                 assert results[layout][case]["calls"] == ranks[0][layout][case]["calls"]
             assert len(ranks[0][layout][case]["tensors"]) > 50
 
 
 def test_the_updates_are_worth_comparing(reference: dict[str, dict[str, Any]]) -> None:
-    """Balance and clipping matter, kinds are as asked for, and the updates differ."""
+    """Make updates that differ, whose balance and clipping matter, of the kinds asked for."""
     first, *others = reference["pretrain"]["metrics"]
     assert all(
         metrics["grad_norm"] > 0.05 for case in reference.values() for metrics in case["metrics"]
@@ -79,9 +77,7 @@ def test_the_updates_are_worth_comparing(reference: dict[str, dict[str, Any]]) -
 
 
 def test_explicit_draws_in_any_order_are_the_batch() -> None:
-    """A list has the draws of each micro-step; flow-map samples that come first are put after the
-    others.
-    """
+    """Take the draws of each micro-step from a list; flow-map samples that come first go last."""
     batches = [layouts.Batch(x.double(), y.double(), (i,)) for i, (x, y) in enumerate(_samples(4))]
     whole = layouts.Batch(
         torch.cat([b.latents for b in batches]),

@@ -1,4 +1,4 @@
-"""The loss on videos that are not trained on."""
+"""Test the loss on videos that are held out."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def test_rows_that_are_held_out_are_never_trained_on(small_recipe: Make) -> None
     assert sorted([*split.rows, *split.held_out_rows]) == list(range(len(data)))
     assert split_data(dataclasses.replace(recipe, seed=9), data) == split
     batches = TrainingData(data, batch_size=7, picked=split.rows)
-    seen = [row for _ in range(2 * len(data) // 7) for row in next(batches).index]
+    seen = [i for _ in range(2 * len(data) // 7) for i in next(batches).index]
     assert set(seen) == set(split.rows)
 
 
@@ -72,7 +72,7 @@ def test_the_loss_is_that_of_the_averaged_weights(target: str, small_recipe: Mak
     from anyflow.training.draws import SampleDraws
 
     draws = SampleDraws(0, 0, range(5), CPU.device)
-    samples = [data[row] for row in split.held_out_rows]
+    samples = [data[i] for i in split.held_out_rows]
     balance = DiffusionBalance()
     config = dataclasses.replace(recipe.pretrain, prompt_dropout=0.0)
     step.ema.copy_to(step.student)
@@ -99,9 +99,7 @@ def test_the_loss_is_that_of_the_averaged_weights(target: str, small_recipe: Mak
 def test_a_run_evaluates_it_and_trains_as_without(
     stage: str, small_recipe: Make, tmp_path: Path
 ) -> None:
-    """The same rows are held out of both runs; every number but the loss in question is the same,
-    bit for bit.
-    """
+    """Hold the same videos out of both runs: every other number is the same, bit for bit."""
     often, once = (ValidationConfig(every=every, num_samples=5) for every in (2, 4))
     for name, validation in (("often", often), ("once", once)):
         train(small_recipe(tmp_path / name, stage=stage, validation=validation, log_every=3))

@@ -1,12 +1,8 @@
-"""Real processes under torchrun (gloo): every mesh makes the updates of one process on the global
-batch.
-"""
+"""Test meshes of real processes: each makes the updates of one process on the global batch."""
 
-import os
-import signal
+import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,171 +21,126 @@ from anyflow.training.distributed import (
     teardown,
 )
 
-SCRIPTS = Path(__file__).parent / "scripts"
-VARIANTS = ("full", "full_per_frame_checkpointing", "lora_checkpointing", "lora_per_frame")
-DATA_WORLDS = {  # data ranks of each mesh, by the number of processes
-    2: {"fsdp2": 2, "sequence2": 1},
-    4: {"fsdp4": 4, "hsdp2x2": 4, "shard2_sequence2": 2, "replicate2_sequence2": 2, "sequence4": 1},
-}
-MESHES = [(world, mesh) for world, meshes in DATA_WORLDS.items() for mesh in meshes]
-Ranks = dict[int, list[dict[str, Any]]]
+pytest.importorskip("peft")
+import parallel_updates as updates
+
+SCRIPTS = Path(updates.__file__).parent
+WORLD, MESHES = updates.WORLD, list(updates.MESHES)
 
 
 @pytest.fixture(scope="module")
 def ranks(
     tmp_path_factory: pytest.TempPathFactory,
-    torchrun: Callable[..., subprocess.Popen[str]],
+    fork_ranks: Callable[..., subprocess.Popen[str]],
     free_port: Callable[[], int],
-) -> Ranks:
-    """Run every world, and return what each rank wrote; the world of one is the reference."""
-    pytest.importorskip("peft")
+) -> list[dict[str, Any]]:
+    """Return what each rank wrote."""
     folder = tmp_path_factory.mktemp("updates")
-    written = {}
-    for world, meshes in {1: ("single",), **DATA_WORLDS}.items():
-        job = torchrun(
-            world, SCRIPTS / "parallel_updates.py", folder, *(free_port() for _ in meshes)
-        )
-        output, _ = job.communicate(timeout=800)
-        assert job.returncode == 0, output[-4000:]
-        assert "Warning" not in output, output
-        written[world] = [
-            torch.load(folder / f"rank{i}-of-{world}.pt", weights_only=True) for i in range(world)
-        ]
-    return written
+    job = fork_ranks(WORLD, SCRIPTS / "parallel_updates.py", folder, *(free_port() for _ in MESHES))
+    output, _ = job.communicate(timeout=800)
+    assert job.returncode == 0, output[-4000:]
+    assert "Warning" not in output, output
+    return [torch.load(folder / f"rank{i}.pt", weights_only=True) for i in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str | updates.Case, Any]:
+    """Make the updates of all cases in this process."""
+    cases = {case for some in updates.CASES.values() for case in some}
+    return updates.run_cases(Mesh(torch.device("cpu")), sorted(cases))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stage", ["pretrain", "on_policy"])
-@pytest.mark.parametrize(("world", "mesh"), MESHES)
+@pytest.mark.parametrize(
+    ("mesh", "case"), [(mesh, case) for mesh in MESHES for case in updates.CASES[mesh]]
+)
 def test_a_mesh_makes_the_updates_of_one_process(
-    world: int, mesh: str, stage: str, variant: str, ranks: Ranks
+    mesh: str, case: updates.Case, ranks: list[dict[str, Any]], reference: dict[Any, Any]
 ) -> None:
-    """Losses, norms and parameters of two clipped AdamW steps in fp64; 9 tokens a frame, 3
-    frames.
-    """
-    case = (stage, variant) if stage == "pretrain" else (stage, variant, DATA_WORLDS[world][mesh])
-    want = ranks[1][0]["single"][case]
-    assert min(want["norms"]) > 0.05  # so that they were clipped
-    for results in ranks[world]:
+    """Compare losses, norms and parameters of two clipped AdamW steps in fp64; 9 tokens a frame."""
+    want = reference[case]
+    assert min(want["norms"]) > updates.CLIP
+    for results in ranks:
         got = results[mesh][case]
         assert got["losses"] == pytest.approx(want["losses"], rel=1e-9)
         assert got["norms"] == pytest.approx(want["norms"], rel=1e-9)
         # as many network calls, in the same order, whatever a rank's samples
         assert got["calls"] == want["calls"]
-    parameters = ranks[world][0][mesh][case]["parameters"]
+    parameters = ranks[0][mesh][case]["parameters"]
     assert parameters.keys() == want["parameters"].keys()
     for name, parameter in want["parameters"].items():
         torch.testing.assert_close(parameters[name], parameter, rtol=1e-9, atol=1e-11, msg=name)
 
 
 @pytest.mark.slow
-def test_the_updates_are_worth_comparing(ranks: Ranks) -> None:
-    """Steps move the parameters, LoRA trains little, and ranks that have samples of their own have
-    other losses.
-    """
-    single = ranks[1][0]["single"]
-    first, later = single["pretrain", "full"]["losses"]
+def test_the_updates_are_worth_comparing(
+    ranks: list[dict[str, Any]], reference: dict[Any, Any]
+) -> None:
+    """Move the parameters, train little with LoRA, and give each data rank a loss of its own."""
+    whole, lora = (reference["pretrain", variant, 1] for variant in ("---", "L-F"))
+    first, later = whole["losses"]
     assert first != pytest.approx(later, rel=1e-3)
-    assert any("lora_A" in name for name in single["pretrain", "lora_per_frame"]["parameters"])
-    assert (
-        len(single["pretrain", "lora_per_frame"]["parameters"])
-        < len(single["pretrain", "full"]["parameters"]) / 2
-    )
-    own = [results["fsdp4"]["pretrain", "full"]["own"][0] for results in ranks[4]]
-    assert len({round(loss, 6) for loss in own}) == 4
-    own = [results["shard2_sequence2"]["pretrain", "full"]["own"][0] for results in ranks[4]]
-    assert own[0] == own[1] != own[2] == own[3]
+    assert any("lora_A" in name for name in lora["parameters"])
+    assert len(lora["parameters"]) < len(whole["parameters"]) / 2
+    for mesh, cases in updates.CASES.items():
+        own = [round(results[mesh][cases[0]]["own"][0], 6) for results in ranks]
+        each = WORLD // updates.DATA_WORLDS[mesh]  # ranks that share samples are neighbors
+        assert len(set(own)) == updates.DATA_WORLDS[mesh]
+        assert own == [own[i - i % each] for i in range(WORLD)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "mesh"), MESHES)
-def test_a_sharded_network_samples_as_a_whole_one(world: int, mesh: str, ranks: Ranks) -> None:
-    """Straight after sharding, and with its gate, which no checkpoint holds."""
-    want = ranks[1][0]["single"]["sample"]
-    for results in ranks[world]:
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_sharded_network_samples_as_a_whole_one(
+    mesh: str, ranks: list[dict[str, Any]], reference: dict[Any, Any]
+) -> None:
+    """Sample straight after sharding, with the gate, which no checkpoint holds."""
+    for results in ranks:
         got = results[mesh]["sample"]
-        torch.testing.assert_close(got["latents"], want["latents"], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            got["latents"], reference["sample"]["latents"], rtol=1e-9, atol=1e-11
+        )
         assert torch.equal(got["gate"], torch.tensor([0.25]))
         assert all(got["sharded"])  # also after forwards that no backward follows
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "mesh"), MESHES)
-def test_places_in_the_mesh(world: int, mesh: str, ranks: Ranks) -> None:
-    data_world = DATA_WORLDS[world][mesh]
-    for rank, results in enumerate(ranks[world]):
+@pytest.mark.parametrize("mesh", MESHES)
+def test_places_in_the_mesh(mesh: str, ranks: list[dict[str, Any]]) -> None:
+    data_world = updates.DATA_WORLDS[mesh]
+    for rank, results in enumerate(ranks):
         assert results[mesh]["mesh"] == {
             "rank": rank,
-            "world_size": world,
-            "data_rank": rank * data_world // world,
+            "world_size": WORLD,
+            "data_rank": rank * data_world // WORLD,
             "data_world": data_world,
-            "sequence_degree": world // data_world,
+            "sequence_degree": WORLD // data_world,
             "is_main": rank == 0,
         }
-    assert not ranks[world][1][mesh]["pretrain", "full"]["parameters"]  # gathered on rank 0 alone
-
-
-def _wait_for(files: list[Path], seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not all(f.exists() and f.read_text() for f in files):
-        assert time.monotonic() < until, (
-            f"{[f.name for f in files if not f.exists()]} have not begun"
-        )
-        time.sleep(0.2)
+    # gathered on rank 0 alone
+    assert not ranks[1][mesh][updates.CASES[mesh][0]]["parameters"]
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job(
-    tmp_path: Path, torchrun: Callable[..., subprocess.Popen[str]]
-) -> None:
-    job = torchrun(2, SCRIPTS / "parallel_endless.py", tmp_path, 1, 600)
-    _wait_for([tmp_path / "rank0", tmp_path / "rank1"])
-    os.kill(int((tmp_path / "rank1").read_text()), signal.SIGKILL)
-    job.communicate(timeout=60)
-    assert job.returncode != 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sequence", [1, 2])
-@pytest.mark.parametrize(("how", "timeout_s"), [(signal.SIGKILL, 600), (signal.SIGSTOP, 20)])
 def test_a_rank_that_is_gone_does_not_hang_the_others(
-    how: signal.Signals,
-    timeout_s: int,
-    sequence: int,
     tmp_path: Path,
     process_environment: Callable[[], dict[str, str]],
+    free_port: Callable[[], int],
 ) -> None:
-    """Without torchrun, which would end them: a closed connection is an error at once, silence
-    after the timeout.
-    """
-    env = process_environment()
-    command = [
-        sys.executable,
-        str(SCRIPTS / "parallel_endless.py"),
-        str(tmp_path),
-        str(sequence),
-        str(timeout_s),
-    ]
-    jobs = [
-        subprocess.Popen(
-            command,
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        _wait_for([tmp_path / "rank0", tmp_path / "rank1"])
-        jobs[1].send_signal(how)
-        _, error = jobs[0].communicate(timeout=60)
-    finally:
-        for job in jobs:
-            job.kill()
-            job.wait()
-    assert jobs[0].returncode not in (0, -signal.SIGKILL)
-    assert "Error" in error
+    """Raise at once where a connection closes, and after the timeout of any group in silence."""
+    script = SCRIPTS / "parallel_losses.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), *(str(free_port()) for _ in range(3))],
+        env=process_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=700,
+    )
+    assert done.returncode == 0
+    ended = json.loads(done.stdout)
+    assert len(ended) == 3
+    for case, (status, error) in ended.items():
+        assert status > 0 and "Error" in error, (case, status, error)
 
 
 # One process --------------------------------------------------------------------------------------

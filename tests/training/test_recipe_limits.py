@@ -1,6 +1,4 @@
-"""Recipes and configurations without bounds: each is refused at once, in one line with its
-place.
-"""
+"""Refuse recipes and configurations without bounds at once, in one line with its place."""
 
 import os
 import pickle
@@ -9,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from recipe_texts import SMALL, errors, write
 
 from anyflow.methods import OnPolicyConfig, PretrainConfig
 from anyflow.training.config import (
@@ -23,26 +22,10 @@ from anyflow.training.config import (
     Recipe,
     WeightsConfig,
 )
-from anyflow.training.recipe import RecipeError, load_recipe, print_config
+from anyflow.training.recipe import load_recipe, print_config
 from anyflow.utils.validation import SettingError
 
 ADAPTED = NetworkConfig(path="a", lora=LoRAConfig())
-SMALL = "stage: pretrain\nout: runs/a\nstudent: {path: model}\ndata: {path: latents}\n"
-
-
-def _write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def _errors(path: Path, *overrides: str) -> list[str]:
-    """The lines of the error, the folder of the recipe left out."""
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(path, overrides)
-    return str(caught.value).replace(f"{path.parent}/", "").splitlines()
-
-
 ARCHITECTURE = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -88,7 +71,7 @@ ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
 )
 def test_a_document_without_bounds_is_refused(text: str, expected: str, tmp_path: Path) -> None:
-    assert expected in _errors(_write(tmp_path, SMALL + text + "\n"))[-1]
+    assert expected in errors(write(tmp_path, SMALL + text + "\n"))[-1]
 
 
 @pytest.mark.parametrize("kind", ["loop", "fifo", "device", "folder", "long", "chain"])
@@ -96,11 +79,11 @@ def test_a_base_that_is_no_small_file_is_refused_with_its_place(kind: str, tmp_p
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "fifo")
     for i in range(17):
-        _write(tmp_path, f"base: b{i + 1}.yaml\n", f"b{i}.yaml")
+        write(tmp_path, f"base: b{i + 1}.yaml\n", f"b{i}.yaml")
     base = {"device": "/dev/zero", "folder": ".", "long": "x" * 3000, "chain": "b0.yaml"}.get(
         kind, kind
     )
-    [line] = _errors(_write(tmp_path, f"{SMALL}base: {base}\n"))
+    [line] = errors(write(tmp_path, f"{SMALL}base: {base}\n"))
     assert re.match(
         r"b14\.yaml:1: base: more than 16" if kind == "chain" else r"recipe\.yaml:5: base: ", line
     )
@@ -144,12 +127,12 @@ def test_a_base_that_is_no_small_file_is_refused_with_its_place(kind: str, tmp_p
 def test_an_override_that_cannot_work_is_refused(
     override: str, expected: str, tmp_path: Path
 ) -> None:
-    assert expected in _errors(_write(tmp_path, BUILT), override)[0]
+    assert expected in errors(write(tmp_path, BUILT), override)[0]
 
 
 def test_the_whole_recipe_is_not_printed_where_the_model_cannot_be_built(tmp_path: Path) -> None:
-    path = _write(tmp_path, BUILT)
-    assert load_recipe(path) == load_recipe(_write(tmp_path, print_config(path), "whole.yaml"))
+    path = write(tmp_path, BUILT)
+    assert load_recipe(path) == load_recipe(write(tmp_path, print_config(path), "whole.yaml"))
     for override, expected in (
         ("student.architecture.attention_head_dim=11", "must be even"),
         ("device=banana", "device 'banana' is unknown to PyTorch"),

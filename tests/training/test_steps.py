@@ -1,4 +1,4 @@
-"""One update of each stage: against the reference's numbers, and what it does to whom and when."""
+"""Compare one update of each stage with the reference's numbers; test what changes when."""
 
 import dataclasses
 import itertools
@@ -58,14 +58,14 @@ def _gradients(
 
 def _batches(count: int = 1, size: int = 4) -> list[Batch]:
     data = SyntheticVideos()
-    rows = [tuple(37 * (i * size + b) % len(data) for b in range(size)) for i in range(count)]
+    picked = [tuple(37 * (i * size + b) % len(data) for b in range(size)) for i in range(count)]
     return [
         Batch(
-            torch.stack([data[i].latents for i in row]),
-            torch.stack([data[i].prompt_embeds for i in row]),
-            row,
+            torch.stack([data[i].latents for i in some]),
+            torch.stack([data[i].prompt_embeds for i in some]),
+            some,
         )
-        for row in rows
+        for some in picked
     ]
 
 
@@ -92,7 +92,7 @@ def _on_policy_step(recipe: Recipe) -> OnPolicyUpdates:
 
 
 class _Reference:
-    """The reference's numbers, networks and batch."""
+    """Hold the reference's numbers, networks and batch."""
 
     def __init__(self) -> None:
         with safe_open(REFERENCE, "pt") as file:
@@ -355,9 +355,7 @@ def test_a_network_that_yields_nan_stops_the_update(small_recipe: Make, tmp_path
 def test_the_target_of_a_teacher_is_learned_exactly_by_its_own_weights(
     small_recipe: Make, tmp_path: Path
 ) -> None:
-    """A student that is its teacher has nothing to learn where r = t, whatever the pairs; on data
-    it has.
-    """
+    """Give a student that is its teacher nothing to learn at r = t on any pair but of the data."""
     losses = {}
     for target in ("data", "teacher"):
         recipe = small_recipe(tmp_path)

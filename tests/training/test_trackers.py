@@ -1,4 +1,4 @@
-"""The loggers themselves, real ones, without a network."""
+"""Test the real loggers without a network."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def _log(folder: Path, loggers: tuple[Any, ...], start: int, steps: range, video
 
 
 def test_tensorboard_has_the_scalars_the_recipe_and_the_preview(tmp_path: Path, gif: Path) -> None:
-    """A second run goes on after step 2 and drops what the first one has of later ones."""
+    """Resume after step 2 with a second run, which drops the first run's later values."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -73,7 +73,7 @@ def _wandb_records(folder: Path) -> list[Any]:
 
 
 def _parsed(content: bytes) -> list[Any]:
-    """Records in the format of LevelDB's log, after a header of seven bytes."""
+    """Parse records in the format of LevelDB's log, after a header of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     block, head = 2**15, 7
@@ -114,13 +114,13 @@ def test_weights_and_biases_knows_a_run_that_goes_on(
         "optimizer.lr": 1e-4,
         "student.path": None,
     }
-    rows = [r.history for r in _wandb_records(second) if r.HasField("history")]
+    lines = [r.history for r in _wandb_records(second) if r.HasField("history")]
     logged = [
-        {i.key or i.nested_key[0]: json.loads(i.value_json) for i in row.item} for row in rows
+        {i.key or i.nested_key[0]: json.loads(i.value_json) for i in line.item} for line in lines
     ]
-    assert [row["loss"] for row in logged if "loss" in row] == [0.4, 0.5]
-    assert [row["metrics/psnr/4_steps"] for row in logged if "loss" in row] == [24.0, 25.0]
-    assert [row["_step"] for row in logged if "preview" in row] == [5]
+    assert [line["loss"] for line in logged if "loss" in line] == [0.4, 0.5]
+    assert [line["metrics/psnr/4_steps"] for line in logged if "loss" in line] == [24.0, 25.0]
+    assert [line["_step"] for line in logged if "preview" in line] == [5]
     (video,) = (second / "files" / "media" / "videos").rglob("*.gif")
     assert video.read_bytes() == gif.read_bytes()
 
@@ -159,7 +159,7 @@ print(PartialState._shared_state == {}, "ACCELERATE_TORCH_DEVICE" in os.environ)
 
 
 def test_accelerate_gets_no_process_group_and_leaves_no_state(tmp_path: Path) -> None:
-    """With the variables of torchrun for one process, for which training has no process group."""
+    """Set the variables of torchrun for one process, for which training has no process group."""
     pytest.importorskip("tensorboard")
     result = subprocess.run(
         [sys.executable, "-c", STATE, str(tmp_path)], capture_output=True, text=True, env=os.environ

@@ -1,4 +1,4 @@
-"""Former names of modules: the very same objects, with a warning that names the new place."""
+"""Import by former names of modules: the same objects, with a warning that names the new place."""
 
 from __future__ import annotations
 

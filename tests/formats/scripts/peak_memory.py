@@ -1,9 +1,13 @@
-"""Make checkpoints of some 350 MB, or load one and print the growth of memory in MB.
+"""Load checkpoints of some 240 MB: ``peak_memory.py FOLDER`` prints the growth of memory in MB.
 
-``test_memory.py`` runs this script.
+The output is JSON: the size of the weights, and for every load the peak and what it holds at the
+end. A child is forked for each load, from a process that has held no weights.
 """
 
+import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,13 +19,15 @@ SIZES = {
     "num_attention_heads": 8,
     "attention_head_dim": 128,
     "ffn_dim": 4096,
-    "num_layers": 4,
+    "num_layers": 3,
     "text_dim": 64,
 }
 MB = 1e6
+LOADS = {"one": "float32", "several": "bfloat16", "training.pt": "float32", "lora.pt": "float32"}
 
 
-def make(folder: Path) -> None:
+def make(folder: Path) -> float:
+    """Write the same weights in four ways, and return their size."""
     model = AnyFlowTransformer3DModel(**SIZES)
     state = model.state_dict()
     model.save_pretrained(folder / "one")
@@ -40,10 +46,11 @@ def make(folder: Path) -> None:
         else:
             lora[name] = tensor
     torch.save({"ema": lora}, folder / "lora.pt")
-    print(sum(t.nbytes for t in state.values()) / MB)
+    return sum(t.nbytes for t in state.values()) / MB
 
 
-def load(path: Path, dtype: str) -> None:
+def load(path: Path, dtype: str) -> tuple[float, float]:
+    """Return the growth of memory at its peak and at the end."""
     # whatever loads on first use
     AnyFlowTransformer3DModel(**(SIZES | {"num_layers": 1, "num_attention_heads": 1}))
     before = status("VmRSS")
@@ -51,8 +58,9 @@ def load(path: Path, dtype: str) -> None:
     model = load_transformer(
         path, dtype=getattr(torch, dtype), lora_alpha=16.0 if "lora" in path.name else None
     )
-    print((status("VmHWM") - before) / MB, (status("VmRSS") - before) / MB)
+    peak, held = (status("VmHWM") - before) / MB, (status("VmRSS") - before) / MB
     assert model is not None
+    return peak, held
 
 
 def status(field: str) -> float:
@@ -60,5 +68,29 @@ def status(field: str) -> float:
     return 1024 * float(lines[field].split()[0])
 
 
+def in_a_child(work: Callable[[], object]) -> object:
+    """Return what the work returns in a forked process."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, json.dumps(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return json.loads(text)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    found = {"size": in_a_child(lambda: make(folder))}
+    for name, dtype in LOADS.items():
+        found[name] = in_a_child(lambda name=name, dtype=dtype: load(folder / name, dtype))
+    print(json.dumps(found))
+
+
 if __name__ == "__main__":
-    make(Path(sys.argv[2])) if sys.argv[1] == "make" else load(Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]))

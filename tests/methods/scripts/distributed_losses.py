@@ -1,6 +1,4 @@
-"""Run by test_distributed.py under torchrun on two processes: writes what every rank saw to
-``rank<i>.pt``.
-"""
+"""Take losses on two ranks, and write what each rank saw to ``rank<i>.pt``."""
 
 import sys
 from datetime import timedelta
@@ -51,7 +49,7 @@ def model(dtype: torch.dtype = torch.float64) -> AnyFlowTransformer3DModel:
 
 
 def data() -> dict[str, Tensor]:
-    """The global batch."""
+    """Draw the global batch."""
     g = torch.Generator().manual_seed(1)
     sizes = {
         "latents": (6, 2, 3, 4, 4),
@@ -65,9 +63,7 @@ def data() -> dict[str, Tensor]:
 
 
 def pretrain(student: Any, kinds: str, guidance: float, samples: slice) -> dict[str, Any]:
-    """Loss, metrics, gradients averaged over ranks, and the number of network calls on some of the
-    samples.
-    """
+    """Return loss, metrics, gradients averaged over ranks and the network calls on some samples."""
     student.zero_grad()  # before the forward, during which FSDP puts other parameters in place
     calls = []
     handle = student.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -113,7 +109,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def draws(rank: int) -> dict[str, Any]:
-    """Everything that must agree, from generators that do not."""
+    """Draw everything that must agree, from generators that do not."""
     student = model()
     g = torch.Generator().manual_seed(100 + rank)
     scheduler = FlowMapEulerDiscreteScheduler(shift=3.0)

@@ -1,8 +1,7 @@
-"""Run by test_checkpoint.py under torchrun: sharded checkpoints from and to other world sizes, and
-errors on all ranks.
+"""Save or load sharded checkpoints on every rank.
 
-Arguments: the folder to work in, and what to do: ``save``, or ``load`` and the folders of
-checkpoints.
+With the arguments ``FOLDER save`` or ``FOLDER load CHECKPOINT...``, every rank
+writes what it got, and the errors, to ``<action><world>_rank<i>.pt``.
 """
 
 import sys
@@ -21,10 +20,11 @@ from anyflow.training.checkpoint import Checkpointer, CheckpointError
 
 
 def training_state(seed: int, *, sharded: bool) -> dict[str, Tensor]:
-    """Parameters and the AdamW state after a step on random gradients, equal for a seed however it
-    is sharded.
+    """Return parameters and AdamW's state after a step on random gradients.
+
+    They are equal for a seed however they are sharded.
     """
-    network = tiny_model(seed)  # tables of one row: ranks but the first hold nothing of them
+    network = tiny_model(seed)  # ranks but the first hold nothing of its tables, [1, ...]
     gradients = [torch.randn_like(p) for p in network.parameters()]
     if sharded:
         for block in network.blocks:
@@ -51,7 +51,7 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def failure(checkpointer: Checkpointer, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The message of a load that must fail, and whether the tensors are what they were."""
+    """Return the message of a load that must fail, and whether the tensors are what they were."""
     before = gathered(tensors)
     try:
         checkpointer.load(path, tensors)

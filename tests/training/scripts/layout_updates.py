@@ -1,7 +1,7 @@
-"""Updates of one global batch in several layouts: ``layout_updates.py FOLDER PORT...`` writes
-``rank<i>-of-<n>.pt``.
+"""Update on one global batch in the layouts of a world: ``layout_updates.py FOLDER PORT...``.
 
-Rank 0 makes the reference too: one process, one micro-step, before it joins the others.
+Every rank writes ``rank<i>-of-<n>.pt``. :func:`updates` with all samples in one micro-step of one
+process is the reference.
 """
 
 import os
@@ -85,7 +85,7 @@ def make_recipe(case: str, parallel: ParallelConfig, batch_size: int, accumulati
 
 
 def make_step(recipe: Recipe, mesh: Mesh) -> PretrainUpdates | OnPolicyUpdates:
-    """In fp64."""
+    """Build the step in fp64."""
     negative = SyntheticVideos().negative_prompt_embeds.double()
     student = build_student(recipe).double()
     shard_network(student, mesh, trains=True)
@@ -99,7 +99,7 @@ def make_step(recipe: Recipe, mesh: Mesh) -> PretrainUpdates | OnPolicyUpdates:
 
 
 def updates(case: str, mesh: Mesh, parallel: ParallelConfig, batch_size: int) -> dict[str, Any]:
-    """All metrics of the updates, and everything that a checkpoint would hold after them."""
+    """Return all metrics of the updates, and all that a checkpoint would hold after them."""
     accumulation = GLOBAL_BATCH // (batch_size * mesh.data_world)
     step = make_step(make_recipe(case, parallel, batch_size, accumulation), mesh)
     calls: list[bool] = []
@@ -128,12 +128,8 @@ def main(folder: Path, ports: list[str]) -> None:
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
     results: dict[str, dict[str, Any]] = {}
-    if os.environ["RANK"] == "0":
-        results["reference"] = {
-            case: updates(case, Mesh(torch.device("cpu")), *LAYOUTS[1]["8"]) for case in ON_RANKS
-        }
     for (name, (parallel, batch_size)), port in zip(LAYOUTS[world].items(), ports, strict=True):
-        os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
+        os.environ.update(MASTER_PORT=port)
         mesh = setup(parallel, "cpu")
         results[name] = {case: updates(case, mesh, parallel, batch_size) for case in ON_RANKS}
         teardown(mesh)

@@ -1,19 +1,21 @@
-"""Two updates of both stages: ``parallel_updates.py FOLDER PORT...`` writes ``rank<i>-of-<n>.pt``.
+"""Make two updates of both stages: ``parallel_updates.py FOLDER PORT...`` writes ``rank<i>.pt``.
 
-One mesh after another, each with a port to meet at: a store remembers those who met before.
+Every data rank takes its part of a global batch, on one mesh after another. Each mesh has a port to
+meet at: a store remembers those who met before.
 
-Run plainly it is the reference, on the global batch; under torchrun every data rank takes its part
-of that batch. With samples drawn inside a loss, the reference makes each data rank's draws in turn.
+:func:`run_cases` with the mesh of one process makes the same updates on the global batch. With
+samples drawn inside a loss it makes each data rank's draws in turn.
 """
 
-import itertools
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig
 from tiny import tiny_model
 from torch import Tensor
 
@@ -40,47 +42,44 @@ from anyflow.training.distributed import (
 from anyflow.utils.rng import rand, randn_like
 
 GLOBAL_BATCH, STEPS, FRAMES, SIZE = 4, 2, 3, 6  # 9 tokens a frame: no degree divides them
-MESHES = {  # by the number of processes
-    1: {"single": ParallelConfig()},
-    2: {"fsdp2": ParallelConfig(), "sequence2": ParallelConfig(sequence=2)},
-    4: {
-        "fsdp4": ParallelConfig(),
-        "hsdp2x2": ParallelConfig(replicate=2),
-        "shard2_sequence2": ParallelConfig(sequence=2),
-        "replicate2_sequence2": ParallelConfig(replicate=2, shard=1, sequence=2),
-        "sequence4": ParallelConfig(sequence=4),
-    },
+WORLD = 4
+MESHES = {
+    "fsdp4": ParallelConfig(),
+    "hsdp2x2": ParallelConfig(replicate=2),
+    "shard2_sequence2": ParallelConfig(sequence=2),
+    "replicate2_sequence2": ParallelConfig(replicate=2, shard=1, sequence=2),
+    "sequence4": ParallelConfig(sequence=4),
 }
-# LoRA, checkpointing, and [B, F] timesteps (image-to-video) or [B].
-VARIANTS = {
-    "full": (False, False, False),
-    "full_per_frame_checkpointing": (False, True, True),
-    "lora_checkpointing": (True, True, False),
-    "lora_per_frame": (True, False, True),
+DATA_WORLDS = {name: WORLD // parallel.sequence for name, parallel in MESHES.items()}
+# LoRA, checkpointing, and [B, F] timesteps (image-to-video) or [B]; opposites stand side by side.
+OPPOSITES = (("---", "LCF"), ("--F", "LC-"), ("-C-", "L-F"), ("-CF", "L--"))
+# Each mesh has each option on and off in both stages; each variant runs in both, on some mesh.
+# A case names the stage, the variant, and the number of data ranks if the reference must know it.
+Case = tuple[str, str, int]
+CASES: dict[str, list[Case]] = {
+    name: [("pretrain", variant, 1) for variant in OPPOSITES[i % 4]]
+    + [("on_policy", variant, DATA_WORLDS[name]) for variant in OPPOSITES[(i + 1) % 4]]
+    for i, name in enumerate(MESHES)
 }
 CLIP = 0.05  # well below the norms, so that every update is clipped
 
 
-def network(
-    seed: int, *, lora: bool = False, checkpointing: bool = False
-) -> AnyFlowTransformer3DModel:
+def network(seed: int, variant: str = "---") -> AnyFlowTransformer3DModel:
     model = tiny_model(seed)
-    if lora:
-        from peft import LoraConfig
-
+    if "L" in variant:
         model.requires_grad_(False)
         model.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["attn1.to_q", "ffn.net.2"]))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zeros would give lora_A no gradient
                 torch.nn.init.normal_(parameter, std=0.1)
         model.condition_embedder.time_embedder.requires_grad_(True)
-    if checkpointing:
+    if "C" in variant:
         model.enable_gradient_checkpointing()
     return model.double()
 
 
 def data() -> dict[str, Tensor]:
-    """The global batch."""
+    """Draw the global batch."""
     g = torch.Generator().manual_seed(1)
     video, text = (GLOBAL_BATCH, FRAMES, 3, SIZE, SIZE), (GLOBAL_BATCH, 5, 8)
     shapes = {
@@ -101,8 +100,8 @@ def generator(step: int, data_rank: int) -> torch.Generator:
 
 def own(batch: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     size = GLOBAL_BATCH // mesh.data_world
-    rows = slice(mesh.data_rank * size, (mesh.data_rank + 1) * size)
-    return {name: x if name == "negative" else x[rows] for name, x in batch.items()}
+    picked = slice(mesh.data_rank * size, (mesh.data_rank + 1) * size)
+    return {name: x if name == "negative" else x[picked] for name, x in batch.items()}
 
 
 def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -118,7 +117,7 @@ def update(loss: Tensor, model: torch.nn.Module, adamw: torch.optim.Optimizer) -
 
 
 def mean(loss: Tensor, mesh: Mesh) -> float:
-    """Over the data ranks."""
+    """Average over the data ranks."""
     loss = loss.detach().clone()
     if mesh.data_group is not None:
         dist.all_reduce(loss, group=mesh.data_group)
@@ -130,14 +129,15 @@ def trained(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def pretrain(mesh: Mesh, variant: str) -> dict[str, Any]:
-    """Explicit times, of another kind on every rank."""
-    lora, checkpointing, per_frame = VARIANTS[variant]
-    student = network(0, lora=lora, checkpointing=checkpointing)
+    """Train with explicit times, of another kind on every rank."""
+    student = network(0, variant)
     shard_network(student, mesh, trains=True)
     calls: list[bool] = []
     student.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     adamw = optimizer(student)
-    config = PretrainConfig(fuse_guidance_scale=1.0 if lora else 3.0, i2v_prob=float(per_frame))
+    config = PretrainConfig(
+        fuse_guidance_scale=1.0 if "L" in variant else 3.0, i2v_prob=float("F" in variant)
+    )
     scheduler = FlowMapEulerDiscreteScheduler(shift=3.0)
     method = AnyFlowPretrainMethod(student, scheduler, config, process_group=mesh.data_group)
     t, r = torch.tensor([0.9, 0.7, 0.6, 0.8]), torch.tensor([0.9, 0.0, 0.2, 0.8])
@@ -159,10 +159,8 @@ def pretrain(mesh: Mesh, variant: str) -> dict[str, Any]:
 
 
 def on_policy(mesh: Mesh, variant: str, data_worlds: int) -> dict[str, Any]:
-    """The student with co-training, then the critic, with the draws of so many data ranks."""
-    lora, checkpointing, per_frame = VARIANTS[variant]
-    student = network(0, lora=lora, checkpointing=checkpointing)
-    critic, teacher = network(1, lora=lora, checkpointing=checkpointing), network(2)
+    """Train the student with co-training, then the critic, on the draws of the data ranks."""
+    student, critic, teacher = network(0, variant), network(1, variant), network(2)
     calls: list[tuple[str, bool]] = []
     for name, model in (("student", student), ("teacher", teacher), ("critic", critic)):
         shard_network(model, mesh, trains=name != "teacher")
@@ -170,7 +168,7 @@ def on_policy(mesh: Mesh, variant: str, data_worlds: int) -> dict[str, Any]:
             lambda *_, name=name: calls.append((name, torch.is_grad_enabled()))
         )
     config = OnPolicyConfig(num_steps=(4,), cotrain_pretrain=True)
-    pretrain = PretrainConfig(i2v_prob=float(per_frame), epsilon=20.0)
+    pretrain = PretrainConfig(i2v_prob=float("F" in variant), epsilon=20.0)
     scheduler = FlowMapEulerDiscreteScheduler(shift=3.0)
     method = AnyFlowOnPolicyMethod(
         student,
@@ -218,9 +216,7 @@ def on_policy(mesh: Mesh, variant: str, data_worlds: int) -> dict[str, Any]:
 def reference_loss(
     method: AnyFlowOnPolicyMethod, name: str, batch: dict[str, Tensor], step: int, data_worlds: int
 ) -> Tensor:
-    """The loss of the global batch, with each data rank's draws in the order in which the losses
-    make them.
-    """
+    """Take the loss of the global batch, with each data rank's draws in the order of the losses."""
     generators = [
         generator(step + (0 if name == "student" else 50), rank) for rank in range(data_worlds)
     ]
@@ -258,9 +254,7 @@ def reference_loss(
 
 
 def sampled(mesh: Mesh) -> dict[str, Any]:
-    """Sampling first thing after sharding, with cached text and times, and the buffer that no
-    checkpoint holds.
-    """
+    """Sample first thing after sharding; return the buffer that no checkpoint holds, too."""
     model = network(0)
     shard_network(model, mesh, trains=False)
     batch = data()
@@ -275,22 +269,27 @@ def sampled(mesh: Mesh) -> dict[str, Any]:
     }
 
 
+def run_cases(mesh: Mesh, cases: Iterable[Case]) -> dict[str | Case, Any]:
+    """Sample, then make the updates of every case."""
+    found: dict[str | Case, Any] = {"sample": sampled(mesh)}
+    for stage, variant, data_worlds in cases:
+        pretrains = stage == "pretrain"
+        found[stage, variant, data_worlds] = (
+            pretrain(mesh, variant) if pretrains else on_policy(mesh, variant, data_worlds)
+        )
+    return found
+
+
 def main(folder: Path, ports: list[str]) -> None:
     torch.set_num_threads(1)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    results: dict[str, Any] = {}
-    for (name, parallel), port in zip(MESHES[world].items(), ports, strict=True):
-        os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
+    written = {}
+    for (name, parallel), port in zip(MESHES.items(), ports, strict=True):
+        os.environ.update(MASTER_PORT=port)
         mesh = setup(parallel, "cpu")
-        results[name] = {"sample": sampled(mesh), "mesh": {k: getattr(mesh, k) for k in PLACE}}
-        for variant in VARIANTS:
-            results[name]["pretrain", variant] = pretrain(mesh, variant)
-        for variant, d in itertools.product(
-            VARIANTS, (1, 2, 4) if world == 1 else (mesh.data_world,)
-        ):
-            results[name]["on_policy", variant, d] = on_policy(mesh, variant, d)
+        place = {k: getattr(mesh, k) for k in PLACE}
+        written[name] = {"mesh": place, **run_cases(mesh, CASES[name])}
         teardown(mesh)
-    torch.save(results, folder / f"rank{mesh.rank}-of-{world}.pt")
+    torch.save(written, folder / f"rank{mesh.rank}.pt")
 
 
 PLACE = ("rank", "world_size", "data_rank", "data_world", "sequence_degree", "is_main")

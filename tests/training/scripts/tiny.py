@@ -1,4 +1,4 @@
-"""The network of the scripts beside this file."""
+"""Make the network of the scripts beside this file."""
 
 import torch
 
@@ -6,7 +6,7 @@ from anyflow.models import AnyFlowTransformer3DModel
 
 
 def tiny_model(seed: int = 0, num_heads: int = 4) -> AnyFlowTransformer3DModel:
-    """Two layers, the same weights for a seed."""
+    """Make a network of two layers with the same weights for a seed."""
     torch.manual_seed(seed)
     return AnyFlowTransformer3DModel(
         num_attention_heads=num_heads,
