@@ -152,9 +152,9 @@ def kernel_calls(
     """Yield the launches of examples, forward and backward, as autograd makes them.
 
     Args:
-        examples: of operators with Triton kernels.
-        dtype: of the operands.
-        device: of the operands.
+        examples: examples of operators with Triton kernels.
+        dtype: dtype of the operands.
+        device: device of the operands.
 
     Yields:
         The example, ``"forward"`` or ``"backward"``, and a function that calls the kernel.
@@ -257,23 +257,29 @@ def main(arguments: list[str] | None = None) -> int:
 
         spilling = print_report(options.dims or (1536, 5120), options.rows, options.json)
     else:
-        spilling = _print_table(
-            options.dims or DIMS, options.dtypes, options.capabilities, options.json
-        )
+        compiled = compile_all(options.dims or DIMS, options.dtypes, options.capabilities)
+        spilling = print_table(_HEADER, compiled, _line, options.json)
     print(f"{spilling} kernels spill registers", file=sys.stderr)
     return int(spilling > 0)
 
 
-def _print_table(
-    dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequence[int], as_json: bool
+def print_table(
+    header: str, kernels: Iterable[Any], line: Callable[[Any], str], as_json: bool
 ) -> int:
-    """Print the resources of every kernel; return how many spill registers."""
-    spilling = 0
+    """Print a table, or one JSON object per line; return how many kernels spill registers.
+
+    Args:
+        header: first line of the table.
+        kernels: dataclasses with ``spills``, printed as they come.
+        line: formats one of them below the header.
+        as_json: print JSON in place of the table.
+    """
     if not as_json:
-        print(_HEADER)
-    for compiled in compile_all(dims, dtypes, capabilities):
-        print(json.dumps(asdict(compiled)) if as_json else _line(compiled), flush=True)
-        spilling += compiled.spills > 0
+        print(header)
+    spilling = 0
+    for kernel in kernels:
+        print(json.dumps(asdict(kernel)) if as_json else line(kernel), flush=True)
+        spilling += kernel.spills > 0
     return spilling
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anyflow.kernels.launch import contiguous_rows, empty, launch
+from anyflow.kernels.launch import contiguous_vectors, empty, launch
 from anyflow.kernels.numerics import cast
 from anyflow.kernels.token_options import (
     BACKWARD_TOKENS,
@@ -84,7 +84,7 @@ def gated_residual_backward_kernel(
 
 def forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """Launch the forward kernel; arguments and result as the operator."""
-    x, y, gate = contiguous_rows(x), contiguous_rows(y), contiguous_rows(gate)
+    x, y, gate = contiguous_vectors(x), contiguous_vectors(y), contiguous_vectors(gate)
     (b, length, d), rows = x.shape, gate.shape[1]
     out = empty(x)
     measured = "gated_residual forward" if x.dtype == torch.bfloat16 else None
@@ -102,7 +102,7 @@ def forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 def backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel; return the gradients of y and gate."""
-    grad, y, gate = contiguous_rows(grad), contiguous_rows(y), contiguous_rows(gate)
+    grad, y, gate = contiguous_vectors(grad), contiguous_vectors(y), contiguous_vectors(gate)
     (b, length, d), rows = y.shape, gate.shape[1]
     dy = empty(y)
     measured = "gated_residual backward" if y.dtype == torch.bfloat16 else None

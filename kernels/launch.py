@@ -53,7 +53,7 @@ def record() -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
-def contiguous_rows(x: Tensor) -> Tensor:
+def contiguous_vectors(x: Tensor) -> Tensor:
     """Return x if its last dimension is contiguous in memory, else a contiguous copy.
 
     The kernels take any strides of the other dimensions.

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anyflow.kernels.launch import contiguous_rows, empty, launch
+from anyflow.kernels.launch import contiguous_vectors, empty, launch
 from anyflow.kernels.numerics import cast
 from anyflow.kernels.token_options import (
     BACKWARD_TOKENS,
@@ -98,7 +98,7 @@ def layer_norm_modulate_backward_kernel(
 
 def forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Launch the forward kernel; arguments and result as the operator."""
-    x, shift, scale = contiguous_rows(x), contiguous_rows(shift), contiguous_rows(scale)
+    x, shift, scale = contiguous_vectors(x), contiguous_vectors(shift), contiguous_vectors(scale)
     (b, length, d), rows = x.shape, shift.shape[1]
     out = empty(x)
     options = token_options(d, tokens=FORWARD_TOKENS, elements=FEW_TENSORS, stages=3)
@@ -118,7 +118,7 @@ def backward(
     grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; return the gradients of x, shift and scale."""
-    grad, x, scale = contiguous_rows(grad), contiguous_rows(x), contiguous_rows(scale)
+    grad, x, scale = contiguous_vectors(grad), contiguous_vectors(x), contiguous_vectors(scale)
     (b, length, d), rows = x.shape, scale.shape[1]
     dx = empty(x)
     half = x.element_size() == 2

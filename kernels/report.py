@@ -20,9 +20,8 @@ latents. The columns:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -32,6 +31,7 @@ from anyflow.kernels.ahead_of_time import (
     disassemble,
     kernel_calls,
     loss_examples,
+    print_table,
 )
 from anyflow.kernels.launch import Launch, record
 from anyflow.kernels.machine_code import Traffic
@@ -162,15 +162,15 @@ def _traffic(
     return Traffic(read / TOKENS, written / TOKENS, TOKENS, programs, extra=extra, sums=sums)
 
 
-HEADER = (
+_HEADER = (
     f"{'kernel':33}{'variant':13}{'D':>5}{'R':>3}{'warps':>6}{'regs':>5}{'held':>5}{'occ':>5}"
     f"{'narrow':>7}{'instr':>6}{'bars':>5}{'late':>5}{'ahead':>6}{'KB':>4}{'waves':>6}"
     f"{'H100':>6}{'H200':>6}"
 )
 
 
-def line(e: Entry) -> str:
-    """Format an entry as a line below ``HEADER``."""
+def _line(e: Entry) -> str:
+    """Format an entry as a line below the header."""
     shares = ("-", "-") if e.share is None else tuple(f"{share:.0%}" for share in e.share.values())
     return (
         f"{e.kernel:33}{e.variant:13}{e.dim or '-':>5}{e.rows or '-':>3}{e.num_warps:>6}"
@@ -181,11 +181,5 @@ def line(e: Entry) -> str:
 
 
 def print_report(dims: Sequence[int], rows: Sequence[int], as_json: bool) -> int:
-    """Print the table, or one JSON object per line; return how many kernels spill registers."""
-    if not as_json:
-        print(HEADER)
-    spilling = 0
-    for entry in entries(dims, rows):
-        print(json.dumps(asdict(entry)) if as_json else line(entry), flush=True)
-        spilling += entry.spills > 0
-    return spilling
+    """Print an entry for each kernel; return how many kernels spill registers."""
+    return print_table(_HEADER, entries(dims, rows), _line, as_json)

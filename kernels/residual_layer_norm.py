@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anyflow.kernels.launch import contiguous_rows, empty, launch
+from anyflow.kernels.launch import contiguous_vectors, empty, launch
 from anyflow.kernels.numerics import cast
 from anyflow.kernels.token_options import (
     BACKWARD_TOKENS,
@@ -173,7 +173,7 @@ def forward(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the operator."""
-    x, y = contiguous_rows(x), contiguous_rows(y)
+    x, y = contiguous_vectors(x), contiguous_vectors(y)
     (b, length, d), rows = x.shape, _common_rows(gate, scale)
     g = _rows(gate, b, rows)
     a = _rows(weight if scale is None else scale, b, rows)
@@ -212,8 +212,8 @@ def backward(
 
     The gradient of an absent tensor is empty. y is absent where its gradient is that of x.
     """
-    h, dn = contiguous_rows(h), contiguous_rows(dn)
-    dh, z = (None if t is None else contiguous_rows(t) for t in (dh, y))
+    h, dn = contiguous_vectors(h), contiguous_vectors(dn)
+    dh, z = (None if t is None else contiguous_vectors(t) for t in (dh, y))
     (b, length, d), rows = h.shape, _common_rows(gate, scale)
     g, a = _rows(gate, b, rows), _rows(weight if scale is None else scale, b, rows)
     # more tensors, or wider ones, would spill
@@ -264,7 +264,7 @@ def _rows(t: Tensor | None, b: int, rows: int) -> Tensor | None:
     """Expand ``[B, R, D]``, or an affine ``[D]``, to ``[B, rows, D]``: a view or a small copy."""
     if t is None:
         return None
-    t = contiguous_rows(t)
+    t = contiguous_vectors(t)
     if t.ndim == 1:
         return t.expand(b, rows, -1)
     repeats = rows // t.shape[1]

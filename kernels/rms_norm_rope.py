@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anyflow.kernels.launch import contiguous_rows, empty, launch
+from anyflow.kernels.launch import contiguous_vectors, empty, launch
 from anyflow.kernels.numerics import cast
 from anyflow.kernels.token_options import (
     BACKWARD_TOKENS,
@@ -27,7 +27,7 @@ from anyflow.kernels.tokens import load_vector, sum_pair
 
 @triton.jit
 def table_columns(x_ptr, HALF: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return the columns of cos and sin for each pair of a row; every head reads the same ones."""
+    """Return the columns of cos and sin for each pair of a token, the same in every head."""
     columns = tl.arange(0, BLOCK_D // 2) % HALF
     if x_ptr.dtype.element_ty.primitive_bitwidth == 32 and HALF % 2 == 0:
         # A thread holds 16 bytes of x, two pairs: it would have to exchange longer vectors of cos.
@@ -44,7 +44,7 @@ def rotate(x, cos, sin, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def inverse_rms(x, eps, D: tl.constexpr):
-    """Return ``1 / sqrt(mean(x^2) + eps)`` of a row that is zero beyond D."""
+    """Return ``1 / sqrt(mean(x^2) + eps)`` of a token that is zero beyond D."""
     return tl.rsqrt(tl.sum(x * x, 0) / D + eps)
 
 
@@ -127,7 +127,7 @@ def forward(
     eps: float = 1e-6,
 ) -> Tensor:
     """Launch the forward kernel; arguments and result as the operator."""
-    x, weight = contiguous_rows(x), contiguous_rows(weight)
+    x, weight = contiguous_vectors(x), contiguous_vectors(weight)
     b, length, d = x.shape
     out = empty(x, b, length, num_heads, d // num_heads)
     cos, sin, tables = _tables(cos, sin, weight, d // num_heads)
@@ -154,8 +154,8 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel; return the gradients of x and weight."""
-    grad = contiguous_rows(grad.flatten(2))  # a view, unless the heads are not adjacent
-    x, weight = contiguous_rows(x), contiguous_rows(weight)
+    grad = contiguous_vectors(grad.flatten(2))  # a view, unless the heads are not adjacent
+    x, weight = contiguous_vectors(x), contiguous_vectors(weight)
     b, length, d = x.shape
     dx = empty(x)
     cos, sin, tables = _tables(cos, sin, weight, d // num_heads)
@@ -184,4 +184,8 @@ def _tables(
     """Return the tables and their constexpr arguments; without tables, an unread tensor twice."""
     if cos is None or sin is None:
         return unread, unread, {"HAS_ROPE": False, "HALF": 1}
-    return contiguous_rows(cos), contiguous_rows(sin), {"HAS_ROPE": True, "HALF": head_dim // 2}
+    return (
+        contiguous_vectors(cos),
+        contiguous_vectors(sin),
+        {"HAS_ROPE": True, "HALF": head_dim // 2},
+    )

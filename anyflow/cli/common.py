@@ -32,7 +32,7 @@ def help_end(page: str, *examples: str) -> str:
     """Write the end of a command's help: examples, and a link to a page of the documentation.
 
     Args:
-        page: of ``docs/``.
+        page: page of ``docs/``.
         examples: command lines.
     """
     # rich takes brackets for markup

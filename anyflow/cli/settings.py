@@ -42,7 +42,7 @@ class _Word:
 
     Args:
         given: the arguments that it took.
-        name: of the setting, with underscores.
+        name: name of the setting, with underscores.
         values: what it was given; empty for a name alone.
     """
 

@@ -240,7 +240,7 @@ class _Header:
     """Hold the header of a ``.csv`` or ``.tsv`` table.
 
     Args:
-        names: of all columns.
+        names: names of all columns.
         file: the column of the videos.
         caption: the column of the captions.
         delimiter: between fields.

@@ -27,7 +27,7 @@ class LatentEncoder:
 
     Args:
         model: diffusers folder with a ``vae`` subfolder.
-        device: to run on.
+        device: device to run on.
 
     Raises:
         ValueError: weights are missing or left over.
@@ -56,8 +56,8 @@ class TextEncoder:
 
     Args:
         model: diffusers folder with ``text_encoder`` and ``tokenizer`` subfolders.
-        device: to run on.
-        dtype: of the weights.
+        device: device to run on.
+        dtype: dtype of the weights.
         text_length: tokens after which a prompt is cut off.
 
     Raises:

@@ -38,10 +38,10 @@ def read_first_frames(
     """Read the first frames of a video file at ``fps``, cut to the size as :func:`read_video` does.
 
     Args:
-        path: of the file.
+        path: path of the file.
         frames: how many, 4k + 1 and fewer than ``num_frames``. None takes all of a shorter video,
             4k + 1 of them and at most half of ``num_frames``.
-        num_frames: of the video that is to be made.
+        num_frames: frames of the video that is to be made.
         height, width: in pixels.
         fps: frames per second of the video that is to be made.
 

@@ -42,7 +42,7 @@ class LatentWriter:
 
     Args:
         folder: made if need be.
-        info: of the dataset; the same as in the earlier run.
+        info: description of the dataset; the same as in the earlier run.
         negative_prompt_embeds: ``[S, text_dim]`` fp32, unpadded.
         samples_per_shard: samples that a kill can cost.
         packages: the versions that make the samples, by package, for the record, which keeps those

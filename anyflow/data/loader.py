@@ -84,7 +84,7 @@ class TrainingData:
         data_rank: this rank among those that read different samples.
         data_world: number of those ranks.
         num_workers: processes that read ahead; 0 reads in this one.
-        seed: of the order.
+        seed: seed of the order.
         consumed: samples that all ranks together have used already.
         picked: indices of the samples that are read; None reads all samples.
 

@@ -151,8 +151,8 @@ def preprocess(
         fps: frames per second that videos are sampled at.
         negative_prompt: what stands for no prompt.
         text_length: tokens after which prompts are cut off, and padded to in training.
-        dtype: of the text encoder, ``"bfloat16"`` or ``"float32"``; the VAE runs in fp32.
-        device: of both.
+        dtype: dtype of the text encoder, ``"bfloat16"`` or ``"float32"``; the VAE runs in fp32.
+        device: device of both encoders.
         num_workers: threads that decode ahead.
         samples_per_shard: samples that a kill can cost.
         allow_outside: take files that lie outside ``videos``, by their name or through a symbolic

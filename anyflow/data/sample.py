@@ -28,7 +28,7 @@ class Batch:
     Args:
         latents: ``[B, F, C, H, W]``.
         prompt_embeds: ``[B, S, text_dim]``.
-        index: of the samples in the dataset.
+        index: index of the samples in the dataset.
     """
 
     latents: Tensor

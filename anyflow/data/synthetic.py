@@ -26,7 +26,7 @@ class SyntheticVideos:
 
     Attributes:
         shapes: the set of videos.
-        prompts: of each class, ``[4, 4, 32]``.
+        prompts: prompts of each class, ``[4, 4, 32]``.
     """
 
     def __init__(self) -> None:

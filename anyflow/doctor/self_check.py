@@ -42,8 +42,8 @@ class Check:
 
     Attributes:
         op: name of the operator.
-        backend: that ran it.
-        dtype: of the operands.
+        backend: backend that ran it.
+        dtype: dtype of the operands.
         forward_error: None where a problem left no number.
         backward_error: None too where the backend has no backward here.
         problem: what failed, or None.

@@ -117,7 +117,7 @@ class Layers:
     after any prefix.
 
     Args:
-        shapes: of the parameters, by our names.
+        shapes: shapes of the parameters, by our names.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:

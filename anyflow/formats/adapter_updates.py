@@ -38,7 +38,7 @@ class Update(Protocol):
         Args:
             parameter: the old one, in the dtype to compute in; it is left as it is.
             read: returns a tensor by its key, on the parameter's device and in its dtype.
-            strength: of the change; 1 is the adapter as it was trained.
+            strength: strength of the change; 1 is the adapter as it was trained.
         """
         ...
 
@@ -111,8 +111,8 @@ class Difference:
     """Add ``strength scale d`` to a parameter.
 
     Attributes:
-        key: of d, of the parameter's shape.
-        scale: of d, or None while alpha is not known.
+        key: key of d, which has the parameter's shape.
+        scale: scale of d, or None while alpha is not known.
     """
 
     key: str
@@ -180,7 +180,7 @@ class Layer:
         name: in errors.
         names: by which a configuration may mean it.
         parameters: the names of its parameters by role.
-        tensors: of its adapter, by role.
+        tensors: tensors of its adapter, by role.
     """
 
     name: str
@@ -199,7 +199,7 @@ def add_layer(
     Args:
         plan: is changed.
         layer: with at least one tensor.
-        infos: of the file's tensors.
+        infos: descriptions of the file's tensors.
         read: a tensor of the file by its key, for alpha.
         configs: all of them hold, so they must agree.
         alpha: given by the user where nothing else says it, or None.

@@ -39,16 +39,16 @@ class MergedReader:
     """Read a checkpoint whose layers with adapters appear as plain layers.
 
     Attributes:
-        infos: of the tensors, adapters merged.
+        infos: descriptions of the tensors, adapters merged.
         adapters: by the name of the weight that they are merged into.
         alpha: numerator of the scale of an adapter, or None where one of the adapters has none:
             then it cannot be read.
 
     Args:
-        reader: of the checkpoint's files.
-        alpha: of the adapters where nothing else says it, or None.
-        device: to merge on.
-        config: of the adapters, or None.
+        reader: reader of the checkpoint's files.
+        alpha: alpha of the adapters where nothing else says it, or None.
+        device: device to merge on.
+        config: settings of the adapters, or None.
 
     Raises:
         CheckpointFormatError: an adapter is incomplete or does not fit its weight or its

@@ -202,7 +202,7 @@ def resolve(
     """Return the architecture of tensors that have our names.
 
     Args:
-        shapes: of every tensor.
+        shapes: shapes of every tensor.
         config: None without a ``config.json``: then heads have ``head_dim``, or Wan's 128 channels.
         head_dim: given by the user, or None.
         flow_map: what no tensor tells, given by the user, or None for the config's, or the

@@ -84,7 +84,7 @@ class Checkpoint:
     Attributes:
         path: as the user gave it.
         format: what it was recognized as.
-        files: where it is.
+        files: files that hold it.
         reader: its tensors, adapters merged, by their own names.
         names: from our name of a tensor to its own.
         naming: the table between the two.
@@ -94,7 +94,7 @@ class Checkpoint:
         unknown: tensors without a name of ours.
         causal: the tensors that the causal model has beyond ours.
         is_causal: whether it is a checkpoint of the causal model.
-        architecture: of its model.
+        architecture: architecture of its model.
     """
 
     path: Path

@@ -69,7 +69,7 @@ def local_folder(path: str | Path, patterns: Sequence[str] | None = None) -> Pat
 
     Args:
         path: a local folder, or else ``owner/name`` or ``owner/name@revision`` on the Hub.
-        patterns: of the files that are needed, such as ``vae/*``; None takes all of them.
+        patterns: patterns of the files that are needed, such as ``vae/*``; None takes all of them.
 
     Returns:
         The folder, or the one in the Hub's cache.
@@ -97,7 +97,7 @@ def local_checkpoint(path: str | Path, subfolder: str | None = None) -> Path:
         path: a local path, or the name of a model on the Hub as for :func:`local_folder`. The
             model's ``transformer`` and ``scheduler`` are downloaded, or the files at its top where
             it has no such folder.
-        subfolder: in place of ``transformer``.
+        subfolder: subfolder in place of ``transformer``.
 
     Raises:
         CheckpointFormatError: no such model could be had from the Hub.
@@ -118,7 +118,7 @@ class _Selection:
     """Select the files of a repository that are needed.
 
     Args:
-        patterns: of the files.
+        patterns: patterns of the files.
         required: those of the patterns without which the model cannot be used.
         or_top: the weights at the top of the repository serve as well.
     """

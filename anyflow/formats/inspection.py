@@ -27,14 +27,15 @@ class CheckpointInfo:
     Attributes:
         path: as it was given.
         format: where it comes from.
-        files: that hold its tensors.
-        num_tensors: of the model, with adapters counted as merged.
+        files: files that hold its tensors.
+        num_tensors: tensors of the model, with adapters counted as merged.
         num_parameters: likewise.
-        num_bytes: of those tensors, as they are stored.
+        num_bytes: bytes of those tensors, as they are stored.
         dtypes: parameters by the name of their type.
-        architecture: of the model; ``architecture.flow_map`` is None for a plain Wan model.
+        architecture: architecture of the model; ``architecture.flow_map`` is None for a plain Wan
+            model.
         is_causal: whether it is the causal model's.
-        adapter_ranks: of the adapters that it has; empty without.
+        adapter_ranks: ranks of the adapters that it has; empty without.
         left_out: the number of tensors of other models in its file, by the first part of their
             names.
         problems: everything for which :func:`load_transformer` would refuse it; empty for a sound
@@ -114,7 +115,7 @@ def inspect(
 
     Args:
         path: see :func:`anyflow.formats.load_transformer`, as for the following three.
-        subfolder: of path.
+        subfolder: subfolder of path.
         weights: which ones of a training file.
         attention_head_dim: where the checkpoint does not say it.
         strict_values: read every tensor, and count NaN and infinity among the problems. False reads

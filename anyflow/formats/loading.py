@@ -46,15 +46,16 @@ def load_transformer(
     Args:
         path: a pipeline's folder, a transformer's folder, or a file (``.safetensors``, its index,
             ``.pt``); or the name of a model on the Hugging Face Hub.
-        dtype: of the parameters; None keeps the one that is stored. What the model keeps in fp32
-            (``_keep_in_fp32_modules``) is at least fp32 in any case, as in diffusers.
+        dtype: dtype of the parameters; None keeps the one that is stored. What the model keeps in
+            fp32 (``_keep_in_fp32_modules``) is at least fp32 in any case, as in diffusers.
         device: where the parameters go, one after the other.
-        subfolder: of a folder, in place of ``transformer``.
+        subfolder: subfolder of a folder, in place of ``transformer``.
         flow_map: makes a plain Wan model a flow map (``enable_flow_map``); for a flow map whose
             file does not say it (as a ``.pt``), how the second timestep enters.
         weights: ``"ema"`` or ``"raw"`` of a training file; None takes the average, or the only
             weights.
-        lora_alpha: of adapters that are to be merged, where no ``adapter_config.json`` says it.
+        lora_alpha: alpha of adapters that are to be merged, where no ``adapter_config.json`` says
+            it.
         attention_head_dim: needed without a ``config.json``, unless it is Wan's 128.
         bidirectional: load a causal model without its two causal tensors, as a bidirectional one.
         strict_values: refuse weights with NaN or infinity, as they are stored or in ``dtype``.

@@ -46,8 +46,8 @@ class LoRAFile:
     Whether it fits a transformer is decided by :meth:`plan`.
 
     Attributes:
-        path: of the file.
-        reader: of its tensors.
+        path: path of the file.
+        reader: reader of its tensors.
         keys: its keys, taken apart.
         configs: all that say something of its layers.
         is_peft: whether it has PEFT's names, by which a layer has no scale but its configuration's.
@@ -75,7 +75,7 @@ class LoRAFile:
         """Find what the LoRA does to each parameter of a transformer.
 
         Args:
-            shapes: of the transformer's parameters, by our names.
+            shapes: shapes of the transformer's parameters, by our names.
 
         Raises:
             CheckpointFormatError: a tensor of the file has no place, two have the same, a pair is

@@ -26,7 +26,7 @@ class Naming:
     """Map a format's modules and lone parameters to ours, outside and inside of a block.
 
     Attributes:
-        title: of the naming, for messages.
+        title: title of the naming, for messages.
         marks: parts of names that no other naming has; one of them tells the naming.
         root: modules outside of the blocks.
         block: modules inside of a block; both tables are empty where the names are ours already.
@@ -185,7 +185,7 @@ def locate(shapes: Mapping[str, tuple[int, ...]], where: str) -> FoundTransforme
     """Find the one transformer among the tensors of a file, under whatever prefix.
 
     Args:
-        shapes: of the tensors by their own names.
+        shapes: shapes of the tensors by their own names.
         where: the file, for messages.
 
     Raises:
@@ -231,7 +231,7 @@ def prefix_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return the prefix of the one transformer's names; empty for none or several.
 
     Args:
-        shapes: of the tensors by their own names.
+        shapes: shapes of the tensors by their own names.
     """
     prefixes = _prefixes(shapes)
     return prefixes[0] if len(prefixes) == 1 else ""

@@ -20,7 +20,7 @@ def problems_of(
 
     Args:
         checkpoint: open.
-        model: of its architecture; the parameters may be on the meta device.
+        model: model of its architecture; the parameters may be on the meta device.
         dtype, bidirectional: of ``load_transformer``.
     """
     lines = [

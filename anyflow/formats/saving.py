@@ -39,8 +39,8 @@ def save(
     Args:
         model: without adapters.
         out: a new or empty folder.
-        scheduler: whose settings are written.
-        max_shard_size: of one file, in bytes or as ``"10GB"``.
+        scheduler: the scheduler whose settings are written.
+        max_shard_size: largest size of one file, in bytes or as ``"10GB"``.
 
     Returns:
         ``out``.
@@ -98,9 +98,9 @@ def convert(
         path: as for :func:`load_transformer`, like the arguments that are not listed here.
         out: a new or empty folder.
         to: the format to write.
-        shift: of the scheduler that is written. None takes over the flow-map scheduler of the
+        shift: shift of the scheduler that is written. None takes over the flow-map scheduler of the
             pipeline that the checkpoint is part of, or writes none without one.
-        max_shard_size: of one file, in bytes or as ``"10GB"``.
+        max_shard_size: largest size of one file, in bytes or as ``"10GB"``.
 
     Returns:
         ``out``.

@@ -43,7 +43,7 @@ class TorchFile:
     """Open a file of ``torch.save`` and read its tensors, of which it has :class:`TensorRecord`.
 
     Args:
-        path: of a regular file.
+        path: path of a regular file.
 
     Raises:
         CheckpointFormatError: the file is damaged, is not of ``torch.save``, needs Python code to

@@ -50,7 +50,7 @@ class Deviation:
     """Hold the differences of one result; diffusers' result is the ``b`` of the equations.
 
     Attributes:
-        name: of the result.
+        name: name of the result.
         mean: mean |a - b| / mean |b|.
         max: max |a - b| / max |b|.
         limit: the largest ``mean`` that passes.
@@ -115,13 +115,13 @@ def verify(
         path: a folder of diffusers' AnyFlow or Wan transformer, or of a pipeline with one as
             ``transformer``; or the name of one on the Hugging Face Hub.
         against: ``"diffusers"``.
-        dtype: of the weights, float32 or bfloat16.
-        device: to run on.
+        dtype: dtype of the weights, float32 or bfloat16.
+        device: device to run on.
         height: pixels, a multiple of 16.
         width: pixels, a multiple of 16.
-        num_frames: of the video, 4k + 1.
-        num_inference_steps: of the sampling.
-        seed: of the inputs.
+        num_frames: frames of the video, 4k + 1.
+        num_inference_steps: sampling steps.
+        seed: seed of the inputs.
         limits: largest relative differences in place of those of :data:`LIMITS`, by the same keys.
 
     Raises:

@@ -19,8 +19,8 @@ def central_difference(
 
     Args:
         student: u(x_t, t, r).
-        data: with a negative prompt where the loss is guided.
-        times: of the batch.
+        data: data of the batch, with a negative prompt where the loss is guided.
+        times: times of the batch.
 
     Returns:
         x_t of (1), ``[B, F, C, H, W]``, and the terms of the target.

@@ -39,7 +39,7 @@ class DMD2Config:
             unconditional forward.
         min_timestep: lower clamp of the score's timestep, after the shift.
         max_timestep: upper clamp, at most num_train_timesteps.
-        num_steps: numbers of steps that a rollout's is drawn from.
+        num_steps: numbers of steps, one of which is drawn for each rollout.
         timesteps: a pinned rollout schedule in timesteps, in place of ``num_steps``.
         dmd_score_r: the second timestep of both scores: ``"t"`` or ``"zero"``.
 

@@ -29,8 +29,8 @@ def jvp(
 
     Args:
         student: u(x_t, t, r).
-        data: with a negative prompt where the loss is guided.
-        times: of the batch.
+        data: data of the batch, with a negative prompt where the loss is guided.
+        times: times of the batch.
         num_train_timesteps: N, the timesteps that t = 1 stands for.
 
     Returns:

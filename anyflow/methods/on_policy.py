@@ -166,15 +166,11 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             latents: ``[B', F, C, H, W]`` data batch; required with ``cotrain_pretrain``.
             data_prompt_embeds: prompts of ``latents``; required with ``cotrain_pretrain``.
             rollout_draw: ``num_steps`` and ``grad_step`` of :meth:`rollout`; drawn when None.
-            t: of :meth:`generator_loss`.
-            score_noise: noise of :meth:`generator_loss`.
+            t, score_noise: times and noise of :meth:`generator_loss`.
             data_noise: noise of the pretrain loss.
-            time_pairs: of the pretrain loss.
-            dropped_prompts: of the pretrain loss.
-            image_to_video: of the pretrain loss.
-            balance: of the pretrain loss.
+            time_pairs, dropped_prompts, image_to_video, balance, offset: as for the pretrain loss,
+                :meth:`AnyFlowPretrainMethod.loss`.
             generator: source of every draw.
-            offset: passed on to the pretrain loss.
 
         Raises:
             ValueError: an input that the configuration needs is missing.

@@ -109,8 +109,7 @@ def sample_time_pairs(
         batch_size: samples on this rank.
         diffusion_ratio: share of r = t samples of the global batch.
         consistency_ratio: share of r = 0 samples.
-        rank: this rank.
-        world_size: number of ranks.
+        rank, world_size: this rank, and the number of ranks.
         generator: explicit source; None seeds a fresh one from the operating system.
         device: where the result goes.
         offset: rotates i, so that with one sample per rank no rank is stuck with one kind; pass the
@@ -124,8 +123,7 @@ def sample_time_pairs(
     if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(
             f"need batch_size >= 1 and 0 <= rank < world_size, got batch_size={batch_size}, "
-            f"rank={rank}, "
-            f"world_size={world_size}"
+            f"rank={rank}, world_size={world_size}"
         )
     total = batch_size * world_size
     diffusion = round(diffusion_ratio * total)

@@ -29,7 +29,7 @@ class LeastWork:
         written: elements that are written, of the same dtype.
         wide_read: elements that are read in fp32 whatever that dtype is: modulation rows, tables.
         wide_written: elements that are written in fp32.
-        flops: of matrix products.
+        flops: floating-point operations of matrix products.
     """
 
     read: int
@@ -115,7 +115,7 @@ class Example:
         forward: what forward must do.
         backward: what backward must do.
         make: makes the arguments of the registered operator from draws, by the schema's names.
-        dtype: of the operands in a model.
+        dtype: dtype of the operands in a model.
     """
 
     op: str
@@ -150,9 +150,9 @@ class Example:
         """Make the arguments of the registered operator, by name, in the order of its schema.
 
         Args:
-            device: of the tensors.
-            dtype: of the operands; None means that of a model.
-            seed: of the draws.
+            device: device of the tensors.
+            dtype: dtype of the operands; None means that of a model.
+            seed: seed of the draws.
         """
         return self.make(Draws(torch.device(device), self.dtype if dtype is None else dtype, seed))
 
@@ -182,9 +182,10 @@ def moved(
     """Copy arguments to a device, tensors as leaves like those that are given.
 
     Args:
-        arguments: of a registered operator.
-        device: of the new tensors.
-        dtype: of floating-point tensors and of what asks for a dtype; None leaves each its own.
+        arguments: arguments of a registered operator.
+        device: device of the new tensors.
+        dtype: dtype of floating-point tensors and of what asks for a dtype; None leaves each its
+            own.
     """
 
     def converted(value: Any) -> Any:

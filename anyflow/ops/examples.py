@@ -226,7 +226,7 @@ class FrameTimes:
 
     Attributes:
         per_frame: ``[B, F]`` in place of ``[B]``.
-        dtype: of the times.
+        dtype: dtype of the times.
     """
 
     per_frame: bool = False
@@ -251,7 +251,7 @@ def flow_map_inputs(
     Args:
         shape: ``[B, F, ...]`` of the latents.
         picked: indices of the samples with neighbors; None for all.
-        times: of the samples.
+        times: times of the samples.
         with_x_t: put x_t into the batch too.
     """
     samples, frames = shape[:2]
@@ -291,7 +291,7 @@ def flow_map_loss(
     Args:
         shape: ``[B, F, ...]`` of the prediction.
         picked: indices of the samples with neighbors; None for all.
-        times: of the samples.
+        times: times of the samples.
         guidance: g.
     """
     samples, frames = shape[:2]

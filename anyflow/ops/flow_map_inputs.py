@@ -51,7 +51,7 @@ def flow_map_inputs(
         picked: the samples that need ``x_pm``, in any order: ``[n]`` integer indices, of which
             negative ones count from the end, or a boolean ``[B]`` mask (read by the host). None
             means all.
-        dtype: of x_t; None means that of latents.
+        dtype: dtype of x_t; None means that of latents.
 
     Returns:
         ``(x_t, x_plus, x_minus)``: ``[B, F, ...]`` and twice ``[n, F, ...]``, the last two in fp32
@@ -227,12 +227,28 @@ def _side(epsilon: Tensor, picked: Tensor | None, like: Tensor) -> Tensor:
     return lead(epsilon.to(like.dtype), like)
 
 
+def _fake(
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    epsilon_plus: Tensor,
+    epsilon_minus: Tensor,
+    picked: Tensor | None,
+    dtype: torch.dtype,
+    with_x_t: bool,
+) -> tuple[Tensor, Tensor]:
+    b = latents.shape[0]
+    n = 2 * (b if picked is None else picked.shape[0]) + (b if with_x_t else 0)
+    batch = latents.new_empty((n, *latents.shape[1:]), dtype=accumulation_dtype(latents, noise))
+    return latents.new_empty(latents.shape, dtype=dtype), batch
+
+
 _operator = Operator(
     flow_map_inputs_reference,
     flow_map_inputs_backward_reference,
     check=_check,
     check_backward=_check_backward,
     limit=FRAMES,
-    fake=flow_map_inputs_reference,
+    fake=_fake,
     results=("x_t", "batch"),
 )

@@ -12,7 +12,7 @@ from anyflow.ops._common import (
     split_rows,
     sum_rows,
 )
-from anyflow.ops.library import WHOLE_ROWS, Operator
+from anyflow.ops.library import WHOLE_TOKENS, Operator
 
 _OP = "gated_residual"
 
@@ -88,6 +88,6 @@ _operator = Operator(
     gated_residual_backward_reference,
     check=_check,
     check_backward=_check,
-    limit=WHOLE_ROWS,
+    limit=WHOLE_TOKENS,
     passed="x",
 )

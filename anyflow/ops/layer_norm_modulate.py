@@ -15,7 +15,7 @@ from anyflow.ops._common import (
     split_rows,
     sum_rows,
 )
-from anyflow.ops.library import WHOLE_ROWS, Operator
+from anyflow.ops.library import WHOLE_TOKENS, Operator
 
 _OP = "layer_norm_modulate"
 
@@ -109,5 +109,5 @@ _operator = Operator(
     layer_norm_modulate_backward_reference,
     check=_check,
     check_backward=_check_backward,
-    limit=WHOLE_ROWS,
+    limit=WHOLE_TOKENS,
 )

@@ -39,7 +39,7 @@ class Limit:
     """Describe the tensors that the kernels of an operator take.
 
     Attributes:
-        multiple: of which D must be, the last dimension of the first operand.
+        multiple: number of which D, the last dimension of the first operand, is a multiple.
         largest: the largest D; None for any.
         free: names of operands that may have any dtype.
     """
@@ -62,8 +62,8 @@ class Limit:
 
 # kernels that read elements one by one
 ELEMENTS = Limit()
-# kernels that hold a whole row of D in registers
-WHOLE_ROWS = Limit(multiple=8, largest=MAX_KERNEL_DIM)
+# kernels that hold the D elements of a token in registers
+WHOLE_TOKENS = Limit(multiple=8, largest=MAX_KERNEL_DIM)
 
 
 class Direction:
@@ -98,8 +98,9 @@ class Direction:
         self.overload = getattr(torch.ops.anyflow, self.registered).default
         self.native = getattr(torch.ops.anyflow, f"{self.registered}_native").default
         _LIBRARY.impl(self.registered, self._run, "CompositeExplicitAutograd")
-        for operator in (self.registered, f"{self.registered}_native"):
-            torch.library.register_fake(f"anyflow::{operator}", self._fake, lib=_LIBRARY)
+        torch.library.register_fake(f"anyflow::{self.registered}", self._fake, lib=_LIBRARY)
+        # register_fake() would read the caller's source, and nothing but fake tensors comes here
+        _LIBRARY.impl(f"{self.registered}_native", self._fake, "Meta")
 
         arguments = self.overload._schema.arguments
         kinds = {a.name: str(a.real_type) for a in arguments}

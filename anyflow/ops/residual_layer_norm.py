@@ -24,7 +24,7 @@ from anyflow.ops.gated_residual import (
     gated_residual_reference,
 )
 from anyflow.ops.layer_norm_modulate import layer_norm_backward, modulate
-from anyflow.ops.library import WHOLE_ROWS, Operator
+from anyflow.ops.library import WHOLE_TOKENS, Operator
 
 _OP = "residual_layer_norm"
 
@@ -225,6 +225,6 @@ _operator = _ResidualLayerNorm(
     residual_layer_norm_backward_reference,
     check=_check,
     check_backward=_check_backward,
-    limit=WHOLE_ROWS,
+    limit=WHOLE_TOKENS,
     results=("h", "n"),
 )

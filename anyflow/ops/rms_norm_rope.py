@@ -15,7 +15,7 @@ from anyflow.ops._common import (
     check_vector,
     describe,
 )
-from anyflow.ops.library import WHOLE_ROWS, Operator
+from anyflow.ops.library import WHOLE_TOKENS, Operator
 
 _OP = "rms_norm_rope"
 
@@ -171,7 +171,7 @@ _operator = Operator(
     rms_norm_rope_backward_reference,
     check=_check,
     check_backward=_check_backward,
-    limit=WHOLE_ROWS,
+    limit=WHOLE_TOKENS,
     fake=lambda x, weight, cos, sin, num_heads, eps: x.new_empty(
         (*x.shape[:2], num_heads, x.shape[2] // num_heads)
     ),

@@ -39,7 +39,7 @@ class Setting:
     compare with that of its context; blocks inside such code hold inside.
 
     Args:
-        name: of the setting; unique.
+        name: name of the setting; unique.
     """
 
     def __init__(self, name: str) -> None:
@@ -144,7 +144,7 @@ class BackendSetting(Setting):
     """Hold the name of a backend that blocks, plain calls or an environment variable force.
 
     Args:
-        name: of the setting; unique.
+        name: name of the setting; unique.
         kind: what error messages call it.
         names: the backends.
         variable: environment variable that forces a backend where nothing nearer does.

@@ -26,7 +26,7 @@ class Base:
     """Hold the model that gives a pipeline its VAE, text encoder and tokenizer.
 
     Args:
-        folder: of the model.
+        folder: folder of the model.
         tokenizer: the class of its tokenizer in transformers.
     """
 
@@ -64,7 +64,7 @@ class Base:
         """Add the parts to a folder with ``transformer`` and ``scheduler``, and the index.
 
         Args:
-            folder: to write to.
+            folder: folder to write to.
             plain: the transformer is a plain Wan model.
             copy: copy the parts; else the folder links to those of the base, which must stay.
         """
@@ -84,7 +84,7 @@ def write_index(folder: Path, *, plain: bool, tokenizer: str) -> None:
     """Write ``model_index.json``, by which diffusers knows the classes of a pipeline's parts.
 
     Args:
-        folder: of the pipeline.
+        folder: folder of the pipeline.
         plain: the transformer is a plain Wan model, for ``WanPipeline``; else a flow map, for
             ``AnyFlowPipeline``.
         tokenizer: its class in transformers.

@@ -21,9 +21,9 @@ class PromptInputs:
 
     Attributes:
         prompts: texts to encode.
-        embeds: in place of the texts.
+        embeds: embeddings in place of the texts.
         negative_prompts: texts to encode; both negative fields are empty without guidance.
-        negative_embeds: in place of those texts.
+        negative_embeds: embeddings in place of those texts.
         count: number of prompts.
         negative_count: number of negative prompts.
     """
@@ -136,9 +136,9 @@ def initial_noise(
     """Draw or take the noise ``[B, F', C, h, w]`` that sampling starts from, fp32 at least.
 
     Args:
-        shape: of the result, frames first.
-        device: of the result.
-        seed: of one generator for the batch.
+        shape: shape of the result, frames first.
+        device: device of the result.
+        seed: seed of one generator for the batch.
         generator: one for the batch, or a list with one for each video, whose draws do not depend
             on the others. They draw on their own devices, ``[B, C, F', h, w]`` as diffusers'
             pipelines do.
@@ -196,7 +196,7 @@ def checked_first_frames(
 
     Args:
         latents: given.
-        shape: of the videos' latents.
+        shape: shape of the videos' latents.
         batch_size: number of prompts, B.
 
     Raises:

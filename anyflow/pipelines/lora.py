@@ -35,8 +35,8 @@ def merge_lora(
         transformer: changed in place, and only if everything is well; several may be merged one
             after the other.
         path: a file or a folder, as for :func:`anyflow.formats.lora_file.open_lora`.
-        scale: of what is added; for a LoRA with magnitudes (DoRA) or with whole modules it must be
-            1.
+        scale: scale of what is added; for a LoRA with magnitudes (DoRA) or with whole modules it
+            must be 1.
 
     Raises:
         ValueError: no such file, or it is damaged; a tensor or a setting has no place in this

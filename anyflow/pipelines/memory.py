@@ -88,7 +88,7 @@ def choose_plan(
     Args:
         memory: ``"auto"`` takes the first of fast, low and stream that fits; ``"low"`` streams if
             it does not fit.
-        sizes: of the model.
+        sizes: sizes of the model.
         free: bytes that the device has for it, or None where everything fits.
         compile, cuda_graph: need weights that do not stream.
 
@@ -116,7 +116,8 @@ def free_memory(device: torch.device, transformer: nn.Module | None = None) -> i
 
     Args:
         device: asked.
-        transformer: of the model; where it is on the device already, its memory counts as free.
+        transformer: transformer of the model; where it is on the device already, its memory counts
+            as free.
     """
     if device.type != "cuda":
         return None
@@ -137,7 +138,7 @@ class Turns:
             transformer away for the others, and from its second turn on copies it from pinned
             memory; ``"stream"`` lets its weights stream in, and those of a text encoder that does
             not fit.
-        device: to run on.
+        device: device to run on.
         cuda_graph: evaluate the transformer by a CUDA graph.
     """
 

@@ -78,14 +78,14 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         """Put parts together; :meth:`AnyFlowPipeline.from_pretrained` does it for a folder.
 
         Args:
-            tokenizer: of the text encoder.
+            tokenizer: tokenizer of the text encoder.
             text_encoder, transformer: modules, or functions that load them on the CPU when they are
                 needed.
             vae: decodes the latents.
             scheduler: gives the schedule; diffusers' stands for this library's with the same
                 settings.
-            layout: of the model; None reads it off the parts' configurations.
-            device: to run on; None leaves the parts where they are.
+            layout: layout of the model; None reads it off the parts' configurations.
+            device: device to run on; None leaves the parts where they are.
             memory: ``"fast"``, ``"low"`` or ``"stream"``.
             cuda_graph, euler: see :meth:`AnyFlowPipeline.from_pretrained`.
 
@@ -143,17 +143,17 @@ class PipelineParts(diffusers.AnyFlowPipeline):
 
         Args:
             path: the folder, or the name of a model on the Hugging Face Hub.
-            dtype: of the transformer and the text encoder, such as ``torch.float16`` or
+            dtype: dtype of the transformer and the text encoder, such as ``torch.float16`` or
                 ``"float16"``; bf16 if left out. ``torch_dtype`` is diffusers' name for it.
-            device: to run on; None takes a GPU if torch finds one.
+            device: device to run on; None takes a GPU if torch finds one.
             memory: ``"fast"`` keeps everything on the device, ``"low"`` one part at a time,
                 ``"stream"`` two blocks of one part (see the class; above 256 pixels the VAE's tiles
                 change the decoded video slightly). ``"auto"`` takes the first that fits, and
                 ``"low"`` streams if a part alone does not.
-            transformer: in place of the folder's: a model, or a folder with ``transformer`` and, if
-                it has one, ``scheduler``, as a training run leaves it.
+            transformer: transformer in place of the folder's: a model, or a folder with
+                ``transformer`` and, if it has one, ``scheduler``, as a training run leaves it.
             vae, text_encoder, tokenizer, scheduler: in place of the folder's.
-            vae_dtype: of the VAE. bf16 halves its time and memory, and shows.
+            vae_dtype: dtype of the VAE. bf16 halves its time and memory, and shows.
             compile: compile the transformer's blocks with ``torch.compile``; not while they stream.
             cuda_graph: replay the transformer's evaluations from a graph, not while its blocks
                 stream; see :class:`anyflow.models.cuda_graph.CudaGraphTransformer`.
@@ -360,7 +360,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
 
         Args:
             save_directory: a new or empty folder.
-            max_shard_size: of one file of the transformer, in bytes or as ``"10GB"``.
+            max_shard_size: largest size of one file of the transformer, in bytes or as ``"10GB"``.
             safe_serialization: True; files of pickle are not written.
 
         Raises:

@@ -37,8 +37,8 @@ class VideoOutput(AnyFlowPipelineOutput):
         frames: by ``output_type``: ``"np"`` ``[B, F, H, W, 3]`` and ``"pt"`` ``[B, F, 3, H, W]``
             fp32 in [0, 1], ``"pil"`` a list of images for each video, ``"latent"``
             ``[B, C, F', h, w]``.
-        seconds: of ``encode`` (loading the text encoder included where it is not kept), ``sample``
-            and ``decode``.
+        seconds: seconds of ``encode`` (loading the text encoder included where it is not kept),
+            ``sample`` and ``decode``.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -169,10 +169,10 @@ class AnyFlowPipeline(PipelineParts):
             max_sequence_length: tokens after which prompts are cut off; trained models expect 512.
             use_mean_velocity: False evaluates r = t, plain Euler; None does so where ``euler`` was
                 given on loading.
-            seed: of the noise, on any device the same; with neither seed, generator nor latents it
-                is fresh.
+            seed: seed of the noise, on any device the same; with neither seed, generator nor
+                latents it is fresh.
             image: one first frame to keep, in place of video.
-            callback: of :func:`anyflow.sampling.sample`.
+            callback: callback of :func:`anyflow.sampling.sample`.
             progress: show a bar of the steps, or do not; None shows it as
                 ``set_progress_bar_config`` says.
 
@@ -255,7 +255,7 @@ class AnyFlowPipeline(PipelineParts):
         return mean_velocity
 
     def _begin(
-        self, request: VideoRequest, num_steps: int, attention_kwargs: Mapping[str, Any] | None
+        self, request: VideoRequest, num_timesteps: int, attention_kwargs: Mapping[str, Any] | None
     ) -> None:
         """Set the attributes by which diffusers' callbacks and properties know a call."""
         with lora_scale(None, attention_kwargs):
@@ -263,7 +263,7 @@ class AnyFlowPipeline(PipelineParts):
         self._guidance_scale = request.guidance_scale
         self._attention_kwargs = attention_kwargs
         self._interrupt = False
-        self._num_timesteps = num_steps
+        self._num_timesteps = num_timesteps
 
     def _first_frames(
         self, request: VideoRequest, prompts: int, image: Any, video: Any, latents: Tensor | None

@@ -48,7 +48,7 @@ def require_flow_map(folder: Path, transformer: nn.Module | None = None) -> None
     """Refuse a plain Wan model, which the caller did not ask for.
 
     Args:
-        folder: of the transformer.
+        folder: folder of the transformer.
         transformer: a model in place of the folder's.
 
     Raises:

@@ -98,9 +98,9 @@ def sample_command(
         prompts: each is made once, however often it is given.
         step_counts: network evaluations of each video.
         out: folder; one that was made with other settings is refused.
-        seeds: of the noise, which is the same for each prompt and step count.
-        first_frames: of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`; the settings
-            name their file and number.
+        seeds: seeds of the noise, which is the same for each prompt and step count.
+        first_frames: first frames of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`;
+            the settings name their file and number.
         memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
         console: gets a bar of the steps, and the path of each file that was written.
 

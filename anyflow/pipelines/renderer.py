@@ -22,9 +22,9 @@ class Renderer:
     """Make videos of prompts that were encoded ahead, without the text encoder in memory.
 
     Args:
-        settings: of every video.
+        settings: settings of every video.
         prompts: those that videos will be made of.
-        first_frames: of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`.
+        first_frames: first frames of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`.
         memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
 
     Raises:
@@ -82,8 +82,8 @@ class Renderer:
         Args:
             prompt: one of those given.
             num_inference_steps: network evaluations.
-            seed: of the noise.
-            callback: of :func:`anyflow.sampling.sample`.
+            seed: seed of the noise.
+            callback: callback of :func:`anyflow.sampling.sample`.
             before_decoding: called between the last step and the VAE.
 
         Returns:

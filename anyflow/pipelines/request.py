@@ -68,7 +68,7 @@ class VideoRequest:
         """Check that a model can do it.
 
         Args:
-            layout: of the model.
+            layout: layout of the model.
             batch_size: number of prompts.
 
         Raises:

@@ -63,8 +63,9 @@ class SampleResults:
 
         Args:
             out: the folder.
-            settings: of the run.
-            defaults: of settings, which stand for those that an older folder does not have.
+            settings: settings of the run.
+            defaults: defaults of settings, which stand for those that an older folder does not
+                have.
 
         Raises:
             ValueError: the folder holds videos of other settings, or no results of this command.

@@ -37,7 +37,7 @@ class SampleSettings:
         negative_prompt: of prompts without one of their own, used with guidance; None is the empty
             text.
         fps: frames per second.
-        dtype: of the transformer and the text encoder: ``"bfloat16"``, ``"float16"`` or
+        dtype: dtype of the transformer and the text encoder: ``"bfloat16"``, ``"float16"`` or
             ``"float32"``.
         euler: evaluate r = t, which is plain Euler; needed for a plain Wan model.
         image, video: file whose frames the videos begin with, or None.

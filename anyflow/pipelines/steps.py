@@ -27,8 +27,8 @@ class StepEnd:
             that names its ``tensor_inputs``. It may return ``latents`` (frames first) and
             ``prompt_embeds``, set the pipeline's ``_guidance_scale``, and end the sampling by its
             ``_interrupt``.
-        names: of the tensors that ``function`` gets: ``latents``, ``prompt_embeds`` (with guidance
-            the negative ones in front, as in diffusers) and ``negative_prompt_embeds``.
+        names: names of the tensors that ``function`` gets: ``latents``, ``prompt_embeds`` (with
+            guidance the negative ones in front, as in diffusers) and ``negative_prompt_embeds``.
 
     Raises:
         ValueError: both are given, or one that is no function, or unknown names.

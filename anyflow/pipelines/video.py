@@ -28,7 +28,7 @@ def write_video(frames: Any, path: str | Path, fps: float = 16) -> Path:
     Args:
         frames: PIL images, an ``[F, H, W, 3]`` array or an ``[F, 3, H, W]`` tensor; uint8, or float
             in [0, 1].
-        path: to write, ``.mp4``; its folder is made.
+        path: path to write, ``.mp4``; its folder is made.
         fps: frames per second.
 
     Returns:
@@ -50,7 +50,7 @@ def write_comparison(videos: Mapping[str, Path], path: str | Path) -> Path:
 
     Args:
         videos: file of each label, left to right and top to bottom.
-        path: to write, ``.mp4``.
+        path: path to write, ``.mp4``.
 
     Returns:
         ``path``.

@@ -36,7 +36,7 @@ def locate(recipe: Path | str, folder: Path | None = None) -> Path:
 
     Args:
         recipe: path or name.
-        folder: that the path is relative to; the working directory if left out.
+        folder: folder that the path is relative to; the working directory if left out.
 
     Returns:
         The file, which may be missing: then it is the path as given, relative to ``folder``.

@@ -41,7 +41,7 @@ class MicroBatch:
     Args:
         latents: ``[B, F, C, H, W]``.
         prompt_embeds: ``[B, S, text_dim]``.
-        draws: of these samples.
+        draws: draws of these samples.
         given: draws that the caller of the update has made, of these samples.
     """
 
@@ -114,9 +114,9 @@ class Accumulation:
         Kinds are shared out over the global batch.
 
         Args:
-            batches: of each micro-step.
+            batches: one for each micro-step.
             step: number of the update.
-            config: of the pretrain loss.
+            config: settings of the pretrain loss.
             given: times of the caller, for every micro-step or a list with those of each; None
                 draws them.
 
@@ -153,9 +153,9 @@ class Accumulation:
         """Take the gradients of the mean loss of all samples, in one micro-step per batch.
 
         Args:
-            batches: of each micro-step.
+            batches: one for each micro-step.
             step: number of the update.
-            loss: of a micro-step.
+            loss: computes the loss of a micro-step.
             pairs: times of all samples; each micro-step is given its own as ``time_pairs``.
             given: draws of the caller: a tensor ``[B, ...]`` is that of every micro-step, and a
                 list has one for each.
@@ -163,8 +163,8 @@ class Accumulation:
         Raises:
             ValueError: a row of the data is not finite.
         """
-        rows = [(batch, b) for batch in batches for b in range(len(batch.latents))]
-        order = list(range(len(rows))) if pairs is None else pairs.diffusion_first()
+        samples = [(batch, b) for batch in batches for b in range(len(batch.latents))]
+        order = list(range(len(samples))) if pairs is None else pairs.diffusion_first()
         draws = {
             name: _joined(value, len(batches))
             for name, value in ({} if given is None else given).items()
@@ -174,8 +174,8 @@ class Accumulation:
         start = 0
         for size in (len(batch.latents) for batch in batches):
             chosen, start = order[start : start + size], start + size
-            output = self._loss(loss, self._micro_batch(rows, chosen, step, pairs, draws))
-            share = size / len(rows)
+            output = self._loss(loss, self._micro_batch(samples, chosen, step, pairs, draws))
+            share = size / len(samples)
             (output.loss * share).backward()
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 part = value.to(torch.promote_types(value.dtype, torch.float32)) * share
@@ -194,20 +194,20 @@ class Accumulation:
 
     def _micro_batch(
         self,
-        rows: Sequence[tuple[Batch, int]],
+        samples: Sequence[tuple[Batch, int]],
         chosen: Sequence[int],
         step: int,
         pairs: TimePairs | None,
         draws: Mapping[str, Any],
     ) -> MicroBatch:
         device = self._mesh.device
-        latents = torch.stack([batch.latents[b] for batch, b in (rows[j] for j in chosen)])
-        prompts = torch.stack([batch.prompt_embeds[b] for batch, b in (rows[j] for j in chosen)])
+        latents = torch.stack([batch.latents[b] for batch, b in (samples[j] for j in chosen)])
+        prompts = torch.stack([batch.prompt_embeds[b] for batch, b in (samples[j] for j in chosen)])
         # In host memory: a device would have to be waited for, and later the student would be to
         # blame.
         for name, values in (("latents", latents), ("prompts", prompts)):
             require_finite(
-                f"the data's rows {[batch.index[b] for batch, b in (rows[j] for j in chosen)]}: "
+                f"the data's rows {[batch.index[b] for batch, b in (samples[j] for j in chosen)]}: "
                 f"{name}",
                 values,
             )

@@ -33,11 +33,11 @@ def block_bytes(
     Its parameters are left out, and the gradients of those once they are there.
 
     Args:
-        block: with parameters on the meta device, or on the CPU without ``fake``.
+        block: the block, with parameters on the meta device, or on the CPU without ``fake``.
         batch, tokens, text_tokens: sizes of the input.
         precision: ``"bf16"`` runs under autocast.
         gradient: False runs forward alone, as without gradient.
-        fake: on tensors without memory.
+        fake: run on tensors without memory.
     """
     dim = block.scale_shift_table.shape[-1]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -76,13 +76,13 @@ class AveragedSampler:
     ) -> None:
         self._open.close()
 
-    def sample(self, noise: Tensor, prompt_embeds: Tensor, num_steps: int) -> Tensor:
+    def sample(self, noise: Tensor, prompt_embeds: Tensor, num_inference_steps: int) -> Tensor:
         """Sample one video: a long one fills the memory.
 
         Args:
             noise: ``[F, C, H, W]``.
             prompt_embeds: ``[1, S, text_dim]``.
-            num_steps: network evaluations.
+            num_inference_steps: network evaluations.
 
         Returns:
             Its latents ``[F, C, H, W]`` fp32 on the CPU.
@@ -95,7 +95,7 @@ class AveragedSampler:
             self._scheduler,
             noise[None].to(self._device),
             prompt_embeds.to(self._device),
-            num_inference_steps=num_steps,
+            num_inference_steps=num_inference_steps,
             use_mean_velocity=self._flow_map,
         )
         return latents[0].float().cpu()

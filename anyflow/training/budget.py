@@ -51,13 +51,13 @@ class Budget:
     """Hold what a recipe takes.
 
     Args:
-        parameters: of all networks.
-        trained: of those, the ones that train.
+        parameters: parameters of all networks.
+        trained: those of them that train.
         global_batch: samples of an update.
-        updates: of the run.
+        updates: updates of the run.
         update_flops: model FLOPs of an update on all processes together, the mean over the rollouts
             that are drawn.
-        memory: of each process.
+        memory: memory of each process.
         checkpoint: bytes of a checkpoint on disk.
         row: bytes of a video in the dataset, with a caption of ``TEXT_TOKENS`` tokens.
     """
@@ -94,9 +94,9 @@ def count(
     Args:
         recipe: its networks have an architecture, come from a folder that is there or that one of
             anyflow's recipes leaves, or are Wan2.1's.
-        processes: of torchrun, on as many GPUs.
+        processes: processes of torchrun, on as many GPUs.
         latent_shape: ``(F, C, H, W)`` of the videos.
-        text_tokens: of a prompt, padding included.
+        text_tokens: tokens of a prompt, padding included.
 
     Raises:
         ValueError: the size of a network cannot be known, or the processes do not fit ``parallel``.

@@ -67,7 +67,8 @@ class Checkpointer:
     Every method is collective, and every rank gets the same result.
 
     Args:
-        folder: of the checkpoints, on a file system that all ranks share; made by the first save.
+        folder: folder of the checkpoints, on a file system that all ranks share; made by the first
+            save.
         keep: newest checkpoints that a save leaves, with the one it wrote.
         process_group: the ranks that take part; None means all of them, or this process alone where
             torch.distributed has not been initialized.
@@ -151,10 +152,10 @@ class Checkpointer:
         """Verify a checkpoint, then fill the tensors in place.
 
         Args:
-            path: of the checkpoint.
-            tensors: to fill, plain or DTensors, however they were sharded when saved; the names are
-                exactly those of the checkpoint that start with ``prefix``.
-            prefix: of the names that count; the others are left aside.
+            path: path of the checkpoint.
+            tensors: those to fill, plain or DTensors, however they were sharded when saved; the
+                names are exactly those of the checkpoint that start with ``prefix``.
+            prefix: prefix of the names that count; the others are left aside.
 
         Returns:
             The info that was saved.

@@ -25,7 +25,7 @@ class Decoder:
     Args:
         recipe: the run.
         mesh: this process's place in it.
-        dataset: for the number of channels.
+        dataset: gives the number of channels.
         everywhere: every rank decodes, so that each loads the VAE; else the first rank alone.
 
     Attributes:

@@ -65,12 +65,14 @@ class Mesh:
 
     Args:
         device: where this process computes.
-        rank: of all processes.
+        rank: rank among all processes.
         world_size: number of processes.
-        data_rank: of the ranks with samples of their own; those that share samples have the same.
+        data_rank: rank among the ranks with samples of their own; those that share samples have the
+            same.
         data_world: number of such ranks, replicate x shard.
         sequence_degree: processes that share the tokens of a sample.
-        mesh: of the parameters, ``("shard",)`` or ``("replicate", "shard")``; None on one process.
+        mesh: mesh of the parameters, ``("shard",)`` or ``("replicate", "shard")``; None on one
+            process.
         data_group: the processes with other samples, one for each data rank; None on one process.
         sequence_group: the processes that share this one's samples; None on one process.
     """

@@ -33,7 +33,7 @@ class SampleDraws:
     """Draw for some samples of an update, from a generator for each sample and purpose.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         step: number of the update, from 0.
         samples: places in the update's global batch.
         device: where draws go.

@@ -41,7 +41,7 @@ class EMA:
     Sharded parameters (DTensors) have sharded averages: every rank averages its own part.
 
     Args:
-        module: whose trainable parameters are averaged.
+        module: the module whose trainable parameters are averaged.
         decay: in [0, 1).
         warmup: with k updates done, the decay is at most ``(1 + k) / (10 + k)``, so that the start
             is forgotten early.

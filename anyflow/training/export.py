@@ -55,7 +55,7 @@ def export(
         out: as for :func:`write_model`.
         weights: the average, or the parameters themselves.
         lora, format: as for :func:`write_model`.
-        step: of the checkpoint; None takes the newest.
+        step: step of the checkpoint; None takes the newest.
         base: a diffusers folder, or the name of a model on the Hugging Face Hub, that gives
             ``vae``, ``text_encoder`` and ``tokenizer``; None writes neither.
         copy: copy these; else they are links to the base's folders, which must stay where they are.
@@ -119,10 +119,10 @@ def write_model(
         student: whole, on the CPU, as ``build_student`` makes it; **used up**: it is filled, and
             loses its adapters.
         tensors: full tensors for the parameters that are trained, by their names in the student.
-        scheduler: whose settings are written.
+        scheduler: the scheduler whose settings are written.
         out: a new or empty folder.
         lora: what becomes of adapters: ``"merged"`` into the weights, or ``"separate"``.
-        format: of separate adapters. ``"diffusers"``, which None means, is for a pipeline's
+        format: format of separate adapters. ``"diffusers"``, which None means, is for a pipeline's
             ``load_lora_weights`` or ``load_lora_adapter(folder, use_safetensors=True)``;
             ``"comfyui"`` is one file in the original Wan's names, with an alpha for each layer.
             :func:`anyflow.pipelines.lora.merge_lora` reads both.

@@ -50,10 +50,10 @@ class NetworkFlops:
     """Hold the FLOPs of one evaluation of one sample.
 
     Args:
-        forward: of the evaluation.
-        backward: of its gradients, for the parameters that train; the latents' own gradient is left
-            out.
-        tangent: that forward-mode differentiation adds to the evaluation.
+        forward: FLOPs of the evaluation.
+        backward: FLOPs of its gradients, for the parameters that train; the latents' own gradient
+            is left out.
+        tangent: FLOPs that forward-mode differentiation adds to the evaluation.
     """
 
     forward: int
@@ -159,7 +159,7 @@ class OnPolicyFlops:
         student, teacher, critic: the networks.
         config: the method.
         pretrain: the loss that co-training adds.
-        samples: of all ranks.
+        samples: samples of all ranks.
     """
 
     student: NetworkFlops

@@ -16,8 +16,8 @@ class TrainingError(FloatingPointError):
     """Say that a loss, a gradient, a network's output or its state is NaN or infinite.
 
     Attributes:
-        step: of the update, from 1.
-        network: that failed: student, critic or teacher.
+        step: number of the update, from 1.
+        network: the one that failed: student, critic or teacher.
     """
 
     def __init__(self, message: str, step: int, network: str) -> None:
@@ -34,7 +34,7 @@ def check_finite(
         step: number of the update, from 0; reported from 1.
         values: scalars by phrases that end in a network's name, such as ``"loss of the student"``,
             in the order in which they are suspected.
-        gradient_norms: of each parameter (this rank's part), read only to report.
+        gradient_norms: norm of each parameter's gradient (this rank's part), read only to report.
 
     Raises:
         TrainingError: naming the first value that is not finite and, if there is one, the first
@@ -64,13 +64,13 @@ def check_finite(
 def check_state(done: int, tensors: Mapping[str, Tensor]) -> None:
     """Raise on every rank if a checkpoint's tensor is not finite on any; wait once.
 
-    Of parameters and averages the norm counts, in fp32: one that overflows makes every loss
+    The norm of a parameter or an average is checked in fp32: one that overflows makes every loss
     overflow, too.
 
     Args:
         done: updates done.
-        tensors: of a checkpoint, by their names in it: ``student/...``, ``optimizer/student/...``,
-            ``ema/...``.
+        tensors: those of a checkpoint, by their names in it: ``student/...``,
+            ``optimizer/student/...``, ``ema/...``.
 
     Raises:
         TrainingError: naming the first such tensor.
@@ -100,7 +100,7 @@ def check_state(done: int, tensors: Mapping[str, Tensor]) -> None:
 def _filled(parts: list[Tensor]) -> list[Tensor]:
     """Put a zero in place of each empty part: nothing has no largest value.
 
-    A rank has an empty part of a small tensor.
+    A rank may have an empty part of a small tensor.
     """
     return [part if part.numel() else part.new_zeros(1) for part in parts]
 

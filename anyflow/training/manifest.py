@@ -47,7 +47,7 @@ class Manifest:
     """Hold the contents of ``manifest.json``.
 
     Args:
-        step: of the checkpoint.
+        step: step of the checkpoint.
         world_size: processes that wrote it.
         files: every other file of the folder, by name.
         info: JSON values of the caller.

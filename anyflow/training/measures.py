@@ -68,16 +68,16 @@ class Measures:
     training.
 
     Args:
-        config: of the metrics.
-        device: to measure on.
+        config: settings of the metrics.
+        device: device to measure on.
         latent_shape: ``(F, C, H, W)``.
         pixel_shape: ``(F', H', W')`` of decoded videos; None where nothing decodes.
-        num_videos: at each number of steps.
+        num_videos: sampled videos at each number of steps.
         num_real: videos of the data that they are compared with.
 
     Attributes:
-        names: of the metrics, in the order of reports, and whether a video has it by itself, a real
-            one too.
+        names: names of the metrics, in the order of reports, and whether a video has it by itself,
+            a real one too.
         left_out: a sentence on each metric that cannot be had.
         compares: whether videos are compared with those of many steps.
 

@@ -38,7 +38,7 @@ class MetricsWriter:
     uninterrupted run.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         trackers: loggers that get the same.
         start: updates done before.
         total: updates of the whole run.

@@ -85,7 +85,7 @@ class NetworkOptimizer:
     The state exists from the start, as zeros: a checkpoint has tensors to be loaded into.
 
     Args:
-        name: of the network, in error messages and checkpoints.
+        name: name of the network, in error messages and checkpoints.
         network: after sharding; at least one parameter must require a gradient.
         config: settings.
         total_steps: where the cosine ends.
@@ -126,8 +126,8 @@ class NetworkOptimizer:
         Args:
             step: number of the update.
             losses: scalars that must be finite.
-            norms: of networks' outputs, by phrases such as ``"score of the teacher"``; suspected
-                before the losses.
+            norms: norms of networks' outputs, by phrases such as ``"score of the teacher"``;
+                suspected before the losses.
 
         Raises:
             TrainingError: one of these or the gradients' norm is not finite; parameters and state

@@ -67,7 +67,7 @@ class Previews:
     Args:
         recipe: the run.
         mesh: this process's place in it.
-        dataset: of the prompts' rows.
+        dataset: dataset of the prompts' rows.
         prompts: the columns.
         decoder: shows latents as videos.
     """
@@ -103,10 +103,10 @@ class Previews:
         suffix = "gif" if self._recipe.preview.vae is None else "mp4"
         file = Path(self._recipe.out) / "previews" / f"step-{done:08d}.{suffix}"
         try:
-            rows = self.sample(updates.student, updates.ema)
+            latents = self.sample(updates.student, updates.ema)
             if not self._mesh.is_main:
                 return None
-            self._require_finite(rows)
+            self._require_finite(latents)
             labels = [
                 f"{count} step{'s' if count > 1 else ''}"
                 for count in self._recipe.preview.step_counts
@@ -117,8 +117,9 @@ class Previews:
                 if prompt.row is not None
             ]
             if real:
-                rows, labels = torch.cat([rows, torch.stack(real)[None]]), [*labels, REAL]
-            videos = self._decoder.pixels(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+                latents = torch.cat([latents, torch.stack(real)[None]])
+                labels = [*labels, REAL]
+            videos = self._decoder.pixels(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
         except (FloatingPointError, torch.OutOfMemoryError) as error:
             console.print(f"The preview {file} was not written: {error}", markup=False)
             return None
@@ -146,8 +147,8 @@ class Previews:
             ]
         return torch.stack([torch.stack(row) for row in videos])
 
-    def _require_finite(self, rows: Tensor) -> None:
-        finite = torch.isfinite(rows).flatten(1).all(1).tolist()
+    def _require_finite(self, latents: Tensor) -> None:
+        finite = torch.isfinite(latents).flatten(1).all(1).tolist()
         if not all(finite):
             counts = [
                 str(n)

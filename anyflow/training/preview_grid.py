@@ -31,10 +31,10 @@ def write_grid(
     3840 pixels wide.
 
     Args:
-        videos: on the CPU.
+        videos: the videos, on the CPU.
         rows: label of each row.
         columns: label of each column, of which three lines are shown.
-        file: to write, ``.gif`` (which repeats) or ``.mp4``; its folder is made.
+        file: file to write, ``.gif`` (which repeats) or ``.mp4``; its folder is made.
         fps: frames per second.
 
     Raises:

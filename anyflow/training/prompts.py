@@ -26,7 +26,7 @@ class Prompt:
     Args:
         caption: the text.
         embeds: ``[1, S, text_dim]`` on the CPU.
-        row: of the data whose caption this is; None for a given text.
+        row: row of the data whose caption this is; None for a given text.
     """
 
     caption: str
@@ -51,7 +51,7 @@ def sampled_prompts(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> Sample
     Args:
         recipe: the run.
         mesh: this process's place in it.
-        dataset: for captions, and for the shape of encoded prompts.
+        dataset: gives captions, and the shape of encoded prompts.
 
     Raises:
         ValueError: the text encoder cannot be loaded, or does not fit the data; on every rank.

@@ -35,10 +35,10 @@ class Key:
     """Describe one key of a recipe.
 
     Args:
-        name: with dots, as on the command line.
+        name: name with dots, as on the command line.
         types: what the value may be, in words.
         default: as YAML; None where the key is required.
-        meaning: from the docstring of its dataclass.
+        meaning: meaning, from the docstring of its dataclass.
         is_flag: the value is ``true`` or ``false``.
         is_list: the value is a list.
     """
@@ -56,10 +56,10 @@ class Section:
     """Hold the keys of one dataclass at one place of a recipe.
 
     Args:
-        name: with dots; empty for the recipe itself.
+        name: name with dots; empty for the recipe itself.
         cls: the dataclass.
         optional: ``null`` leaves the section out.
-        keys: that hold values; those that are sections have one of their own.
+        keys: keys that hold values; a key that is a section has a section of its own.
     """
 
     name: str

@@ -29,7 +29,7 @@ class Reports:
     Args:
         recipe: the run.
         mesh: this process's place in it.
-        tokens: of a video.
+        tokens: tokens of a video.
         at: where the run begins.
         console: where messages go.
 

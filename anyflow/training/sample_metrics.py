@@ -35,9 +35,9 @@ class _Cell:
     """Hold what was measured of one video.
 
     Args:
-        place: of the prompt among all.
+        place: place of the prompt among all.
         steps: number of sampling steps, or ``REAL``.
-        values: by metric.
+        values: numbers by metric.
         features: vectors, by metric of a whole set.
     """
 
@@ -88,7 +88,7 @@ class SampleMetrics:
     Args:
         recipe: the run.
         mesh: this process's place in it.
-        dataset: of real videos.
+        dataset: dataset of real videos.
         prompts: a video each, at each number of steps.
         decoder: shows latents as videos; on every rank.
         console: gets a line for each metric that cannot be had.
@@ -273,7 +273,7 @@ def describe(values: Mapping[str, float]) -> str:
     """Say the metrics of an evaluation in a line.
 
     Args:
-        values: by name, from :meth:`SampleMetrics.evaluate`.
+        values: numbers by name, from :meth:`SampleMetrics.evaluate`.
     """
     table: dict[str, dict[str, float]] = {}
     for name, value in values.items():

@@ -20,7 +20,7 @@ class Throughput:
 
     Args:
         mesh: this process's place in the run.
-        tokens: of a video, after patches.
+        tokens: tokens of a video, after patches.
         bf16: whether the networks run in bfloat16, for which the devices' peaks are.
     """
 

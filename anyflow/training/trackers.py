@@ -66,9 +66,9 @@ class Trackers:
 
     Args:
         loggers: which ones; their packages are installed.
-        folder: of the run. TensorBoard's files go into ``tensorboard``, those of Weights & Biases
-            into ``wandb``.
-        project: that Weights & Biases and trackio sort the run into.
+        folder: folder of the run. TensorBoard's files go into ``tensorboard``, those of Weights &
+            Biases into ``wandb``.
+        project: project that Weights & Biases and trackio sort the run into.
         config: the recipe's values by dotted name.
         start: updates done before.
 

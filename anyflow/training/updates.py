@@ -77,7 +77,7 @@ class PretrainUpdates:
     Args:
         recipe: the run.
         mesh: this process's place in it.
-        student: on the device, sharded.
+        student: the network that is trained, on the device, sharded.
         negative: ``[1, S, text_dim]`` negative prompt of the dataset.
         teacher: the network whose velocity is the target, with
             ``pretrain.velocity_target=teacher``; not trained.
@@ -157,7 +157,7 @@ class OnPolicyUpdates:
     Args:
         recipe: the run.
         mesh: this process's place in it.
-        student: on the device, sharded.
+        student: the network that is trained, on the device, sharded.
         teacher: the real score; not trained.
         critic: the fake score.
         negative: ``[1, S, text_dim]`` negative prompt of the dataset.

@@ -20,7 +20,7 @@ class Window:
     that a run that is interrupted within a window reports what one does that is not.
 
     Args:
-        device: of the scalars.
+        device: device of the scalars.
         state: state of a window that is continued, from :meth:`state`.
     """
 

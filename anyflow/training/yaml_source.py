@@ -239,7 +239,7 @@ class _Document:
     """Read the values of one document, counting them.
 
     Args:
-        place: of a line of it.
+        place: place of a line of it.
     """
 
     def __init__(self, place: Callable[[int], str]) -> None:

@@ -48,14 +48,17 @@ def require_content(path: Path | str) -> Path:
             what an incomplete download leaves in its place: a pointer of git-lfs, or a web page.
     """
     path = require_regular_file(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(256)
-    except OSError as error:
-        raise ValueError(f"{shortened(path)} cannot be read: {system_reason(error)}") from error
-    if (placeholder := _placeholder(start)) is not None:
+    if (placeholder := _placeholder(_first_bytes(path, 256))) is not None:
         raise ValueError(f"{shortened(path)} is {placeholder}")
     return path
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise ValueError(f"{shortened(path)} cannot be read: {system_reason(error)}") from error
 
 
 def _placeholder(start: bytes) -> str | None:
@@ -79,11 +82,7 @@ def read_bytes(path: Path | str, *, max_bytes: int = MAX_BYTES) -> bytes:
         ValueError: the file is not a regular file, cannot be read, or is larger.
     """
     path = require_regular_file(path)
-    try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-    except OSError as error:
-        raise ValueError(f"{shortened(path)} cannot be read: {system_reason(error)}") from error
+    content = _first_bytes(path, max_bytes + 1)
     if len(content) > max_bytes:
         raise ValueError(
             f"{shortened(path)} is larger than the {max_bytes} bytes allowed for such a file"

@@ -41,7 +41,7 @@ def attention_report(
 
     Args:
         device: None means CUDA where torch finds it, else the CPU.
-        dtype: of query, key and value.
+        dtype: dtype of query, key and value.
         head_dim: Dh.
         requires_grad: whether a gradient is needed.
 
