@@ -1,5 +1,4 @@
-"""Sequence parallelism of the bare model under torchrun: ``parallel_forward.py FOLDER`` writes
-``rank<i>-of-<n>.pt``.
+"""Run the bare model on ranks that share its tokens: ``parallel_forward.py FOLDER``.
 
 Every rank runs the whole model first, then its part of it.
 """
@@ -34,9 +33,7 @@ def inputs(shape: tuple[int, int, int], per_frame: bool) -> dict[str, Tensor]:
 
 
 def run(model: AnyFlowTransformer3DModel, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Output and mean gradients of a loss that chains two calls, as a rollout does; those of the
-    latents too.
-    """
+    """Return output and mean gradients of a loss that chains two calls, as a rollout does."""
     model.zero_grad()
     x = arguments["hidden_states"].clone().requires_grad_()
     out = model(**{**arguments, "hidden_states": x}, return_dict=False)[0]
