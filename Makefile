@@ -52,11 +52,13 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 demo: $(STAMP) ## see the any-step property in minutes, on a CPU
 	@$(BIN)/anyflow demo $(ARGS)
 
+# A module is one worker's, so that its fixtures are made once.
+PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
 test: $(STAMP) ## run every test
-	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest $(PARALLEL) $(ARGS)
 
 check: lint ## lint, type check and the fast tests
-	$(BIN)/pytest -m "not slow" -n 2 $(ARGS)
+	$(BIN)/pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 # The package is built into a folder of its own; Python is not instrumented, so the sanitizer's library comes first.
 SANITIZED := build/sanitized

@@ -21,8 +21,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from anyflow.formats import CheckpointArchitecture as Architecture
     from anyflow.formats import (
-        Architecture,
         CheckpointFormat,
         CheckpointFormatError,
         CheckpointInfo,
@@ -35,4 +35,6 @@ if TYPE_CHECKING:
         save,
     )
 else:
-    __getattr__ = moved(__name__, "anyflow.formats", __all__)
+    __getattr__ = moved(
+        __name__, "anyflow.formats", __all__, {"Architecture": "CheckpointArchitecture"}
+    )

@@ -54,14 +54,6 @@ H200 = DeviceLimits(
     "788 in one run; a device-to-device copy, read plus written. In the run recorded here: 787 "
     "TFLOP/s at first and 686 under load, 4.2 TB/s (2.7 where the driver copies GiB)",
 )
-# By the name that CUDA gives the device. The PCIe and NVL forms of these cards are slower, so names
-# match as a whole.
-CARDS = {"NVIDIA H100 80GB HBM3": H100, "NVIDIA H200": H200}
-
-
-def card(device: str) -> DeviceLimits | None:
-    """Return the limits of a device by its name; None for a card that nobody measured."""
-    return next((limits for name, limits in CARDS.items() if device in (name, limits.name)), None)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ first, then other numbers of warps and stages of the loop over tokens, then the 
 other tokens per program. Timed is the whole call, the sums over programs included, as the median of
 replayed CUDA graphs that take turns. A candidate that gives other numbers, or does not launch, says
 so and is no candidate. ``FILE`` is written after every kernel; printed is today's time, the best
-one, and which options of ``kernels/rows.py`` give it.
+one, and which options of ``kernels/token_options.py`` give it.
 
 Compiling takes longer than timing, so ``--jobs`` processes fill Triton's cache first.
 ``--device cpu --tiny`` proves the code without a GPU, in Triton's interpreter; its times mean
@@ -133,7 +133,7 @@ def measure(
     import timing
     import torch
 
-    from anyflow.kernels.rows import override_options
+    from anyflow.kernels.token_options import override_options
 
     found: dict[str, float | str] = {}
     steps: dict[str, timing.Step] = {}
@@ -216,7 +216,7 @@ def advice(name: str, entry: dict[str, Any]) -> str:
 
 def compile_part(options: argparse.Namespace, device: Any) -> int:
     """Compile this process's part of the candidates into Triton's cache on disk."""
-    from anyflow.kernels.rows import override_options
+    from anyflow.kernels.token_options import override_options
 
     part, parts = map(int, options.compile.split("/"))
     wanted = [t for t in tasks(device, options.tiny) if options.only in t.name]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anyflow.kernels.launch import empty, launch
 from anyflow.kernels.numerics import cast
-from anyflow.kernels.rows import finish_sums, partial_sums
+from anyflow.kernels.token_sums import finish_sums, partial_sums
 
 # One 16-byte vector of bf16 per thread, in programs that are small enough for 21 frames of D = 1536
 # to occupy the GPU.

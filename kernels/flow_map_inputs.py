@@ -22,7 +22,7 @@ from anyflow.kernels.frames import (
 )
 from anyflow.kernels.launch import empty, launch
 from anyflow.kernels.numerics import cast
-from anyflow.kernels.rows import load_row
+from anyflow.kernels.tokens import load_vector
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def flow_map_inputs_backward_kernel(
     dv = tl.zeros([CHUNK], tl.float32)  # the gradient of the velocity, noise - x0
     batch_ptr += frame * batch_frame_stride + first
     if WITH_X_T:
-        dx += load_row(batch_ptr + (2 * slots + sample) * batch_sample_stride, columns, mask)
+        dx += load_vector(batch_ptr + (2 * slots + sample) * batch_sample_stride, columns, mask)
     begin, end = sample, sample + 1
     if PICKED:
         begin, end = sample * 0, sample * 0 + slots  # in the type of the other branch
@@ -101,9 +101,9 @@ def flow_map_inputs_backward_kernel(
             index, valid = load_index(picked_ptr, slot, samples)
         if (index == sample) & valid:
             at = batch_ptr + tl.cast(slot, tl.int64) * batch_sample_stride
-            dplus = load_row(at, columns, mask)
+            dplus = load_vector(at, columns, mask)
             at += tl.cast(slots, tl.int64) * batch_sample_stride
-            dminus = load_row(at, columns, mask)
+            dminus = load_vector(at, columns, mask)
             dx += dplus + dminus
             dv += plus * dplus - minus * dminus
     offsets = (sample * frames + frame) * size + first + columns

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anyflow.kernels.rows import load_row
+from anyflow.kernels.tokens import load_vector
 
 # Eight elements per thread are one 16-byte vector of bf16 or two of fp32. Up to seven tensors then
 # fit the registers and leave room for many programs per multiprocessor, whose loads overlap.
@@ -59,7 +59,9 @@ def chunk_of_frame(frames, size, chunks, CHUNK: tl.constexpr):
 @triton.jit
 def load_chunk(pointer, sample, frame, sample_stride, frame_stride, first, columns, mask):
     """Load a chunk of one frame in fp32, zero beyond the frame."""
-    return load_row(pointer + sample * sample_stride + frame * frame_stride + first, columns, mask)
+    return load_vector(
+        pointer + sample * sample_stride + frame * frame_stride + first, columns, mask
+    )
 
 
 @triton.jit

@@ -14,16 +14,14 @@ from torch import Tensor
 
 from anyflow.kernels.launch import contiguous_rows, empty, launch
 from anyflow.kernels.numerics import cast
-from anyflow.kernels.rows import (
+from anyflow.kernels.token_options import (
     BACKWARD_TOKENS,
     FORWARD_TOKENS,
     MANY_TENSORS,
-    finish_sums,
-    load_modulation,
-    load_row,
-    partial_sums,
-    row_options,
+    token_options,
 )
+from anyflow.kernels.token_sums import finish_sums, partial_sums
+from anyflow.kernels.tokens import load_modulation, load_vector
 
 
 @triton.jit
@@ -46,7 +44,7 @@ def gated_residual_forward_kernel(
     y_ptr += batch * y_batch_stride + (index * tokens + first) * y_token_stride
     out_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
-        out = load_row(x_ptr, columns, mask) + load_row(y_ptr, columns, mask) * gate
+        out = load_vector(x_ptr, columns, mask) + load_vector(y_ptr, columns, mask) * gate
         tl.store(out_ptr + columns, cast(out, out_ptr.dtype.element_ty), mask=mask)
         x_ptr += x_token_stride
         y_ptr += y_token_stride
@@ -74,8 +72,8 @@ def gated_residual_backward_kernel(
     y_ptr += batch * y_batch_stride + (index * tokens + first) * y_token_stride
     dy_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
-        grad = load_row(grad_ptr, columns, mask)
-        y = load_row(y_ptr, columns, mask)
+        grad = load_vector(grad_ptr, columns, mask)
+        y = load_vector(y_ptr, columns, mask)
         tl.store(dy_ptr + columns, cast(grad * gate, dy_ptr.dtype.element_ty), mask=mask)
         dgate += grad * y
         grad_ptr += grad_token_stride
@@ -90,7 +88,7 @@ def forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     (b, length, d), rows = x.shape, gate.shape[1]
     out = empty(x)
     measured = "gated_residual forward" if x.dtype == torch.bfloat16 else None
-    options = row_options(d, tokens=FORWARD_TOKENS, elements=MANY_TENSORS, measured=measured)
+    options = token_options(d, tokens=FORWARD_TOKENS, elements=MANY_TENSORS, measured=measured)
     runs = triton.cdiv(length // rows, options["TOKENS"])
     launch(
         gated_residual_forward_kernel, (b * rows * runs,),
@@ -108,7 +106,7 @@ def backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     (b, length, d), rows = y.shape, gate.shape[1]
     dy = empty(y)
     measured = "gated_residual backward" if y.dtype == torch.bfloat16 else None
-    options = row_options(d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS, measured=measured)
+    options = token_options(d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS, measured=measured)
     runs = triton.cdiv(length // rows, options["TOKENS"])
     partial = partial_sums(y, 1, b * rows * runs, d)
     launch(

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from anyflow.kernels.launch import contiguous_rows, empty, launch
 from anyflow.kernels.numerics import cast
-from anyflow.kernels.rows import (
+from anyflow.kernels.token_options import (
     BACKWARD_TOKENS,
     FEW_TENSORS,
     FORWARD_TOKENS,
     FP32_BACKWARD,
-    finish_sums,
+    token_options,
+)
+from anyflow.kernels.token_sums import finish_sums, partial_sums
+from anyflow.kernels.tokens import (
     load_modulation,
-    load_row,
-    partial_sums,
-    row_options,
+    load_vector,
     standardize,
     standardize_with_gradient,
 )
@@ -50,7 +51,7 @@ def layer_norm_modulate_forward_kernel(
     x_ptr += batch * x_batch_stride + (index * tokens + first) * x_token_stride
     out_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
-        normal = standardize(load_row(x_ptr, columns, mask), mask, eps, D)
+        normal = standardize(load_vector(x_ptr, columns, mask), mask, eps, D)
         tl.store(
             out_ptr + columns, cast(normal * scale + shift, out_ptr.dtype.element_ty), mask=mask
         )
@@ -81,8 +82,8 @@ def layer_norm_modulate_backward_kernel(
     x_ptr += batch * x_batch_stride + (index * tokens + first) * x_token_stride
     dx_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
-        grad = load_row(grad_ptr, columns, mask)
-        x = load_row(x_ptr, columns, mask)
+        grad = load_vector(grad_ptr, columns, mask)
+        x = load_vector(x_ptr, columns, mask)
         normal, dx = standardize_with_gradient(x, grad * scale, mask, eps, D)
         dshift += grad
         dscale += grad * normal
@@ -100,7 +101,7 @@ def forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tenso
     x, shift, scale = contiguous_rows(x), contiguous_rows(shift), contiguous_rows(scale)
     (b, length, d), rows = x.shape, shift.shape[1]
     out = empty(x)
-    options = row_options(d, tokens=FORWARD_TOKENS, elements=FEW_TENSORS, stages=3)
+    options = token_options(d, tokens=FORWARD_TOKENS, elements=FEW_TENSORS, stages=3)
     runs = triton.cdiv(length // rows, options["TOKENS"])
     launch(
         layer_norm_modulate_forward_kernel, (b * rows * runs,),
@@ -123,7 +124,7 @@ def backward(
     half = x.element_size() == 2
     elements = FEW_TENSORS if half else FP32_BACKWARD
     measured = "layer_norm_modulate backward" if x.dtype == torch.bfloat16 else None
-    options = row_options(
+    options = token_options(
         d, tokens=BACKWARD_TOKENS, elements=elements, one_warp=half, measured=measured
     )
     runs = triton.cdiv(length // rows, options["TOKENS"])

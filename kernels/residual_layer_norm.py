@@ -17,16 +17,17 @@ from torch import Tensor
 
 from anyflow.kernels.launch import contiguous_rows, empty, launch
 from anyflow.kernels.numerics import cast
-from anyflow.kernels.rows import (
+from anyflow.kernels.token_options import (
     BACKWARD_TOKENS,
     FEW_TENSORS,
     FORWARD_TOKENS,
     MANY_TENSORS,
-    finish_sums,
+    token_options,
+)
+from anyflow.kernels.token_sums import finish_sums, partial_sums
+from anyflow.kernels.tokens import (
     load_modulation,
-    load_row,
-    partial_sums,
-    row_options,
+    load_vector,
     standardize,
     standardize_with_gradient,
 )
@@ -68,8 +69,8 @@ def residual_layer_norm_forward_kernel(
     h_ptr += (row * tokens + first) * D
     n_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
-        x = load_row(x_ptr, columns, mask)
-        y = load_row(y_ptr, columns, mask)
+        x = load_vector(x_ptr, columns, mask)
+        y = load_vector(y_ptr, columns, mask)
         if HAS_GATE:
             y *= gate
         h = cast(x + y, h_ptr.dtype.element_ty)
@@ -124,12 +125,12 @@ def residual_layer_norm_backward_kernel(
     dx_ptr += (row * tokens + first) * D
     dy_ptr += (row * tokens + first) * D
     for _ in tl.range(0, min(TOKENS, tokens - first), num_stages=STAGES):
-        dn = load_row(dn_ptr, columns, mask)
-        h = load_row(h_ptr, columns, mask)
+        dn = load_vector(dn_ptr, columns, mask)
+        h = load_vector(h_ptr, columns, mask)
         if HAS_DH:  # all loads come before the reductions, which would hold them back
-            dh = load_row(dh_ptr, columns, mask)
+            dh = load_vector(dh_ptr, columns, mask)
         if HAS_GATE:
-            y = load_row(y_ptr, columns, mask)
+            y = load_vector(y_ptr, columns, mask)
         g = dn
         if HAS_SCALE:
             g *= scale
@@ -180,7 +181,7 @@ def forward(
     h, n = empty(x), empty(x)
     measured = "residual_layer_norm forward" if gate is None and x.dtype == torch.bfloat16 else None
     elements = FEW_TENSORS if gate is None else MANY_TENSORS
-    options = row_options(d, tokens=FORWARD_TOKENS, elements=elements, measured=measured)
+    options = token_options(d, tokens=FORWARD_TOKENS, elements=elements, measured=measured)
     runs = triton.cdiv(length // rows, options["TOKENS"])
     launch(
         residual_layer_norm_forward_kernel, (b * rows * runs,),
@@ -222,7 +223,7 @@ def backward(
         measured = (
             "residual_layer_norm backward" if gate is None else "residual_layer_norm backward, gate"
         )
-    options = row_options(
+    options = token_options(
         d, tokens=BACKWARD_TOKENS, elements=MANY_TENSORS, stages=stages, measured=measured
     )
     runs = triton.cdiv(length // rows, options["TOKENS"])

@@ -14,17 +14,15 @@ from torch import Tensor
 
 from anyflow.kernels.launch import contiguous_rows, empty, launch
 from anyflow.kernels.numerics import cast
-from anyflow.kernels.rows import (
+from anyflow.kernels.token_options import (
     BACKWARD_TOKENS,
     FEW_TENSORS,
     FORWARD_TOKENS,
     FP32_BACKWARD,
-    finish_sums,
-    load_row,
-    partial_sums,
-    row_options,
-    sum_pair,
+    token_options,
 )
+from anyflow.kernels.token_sums import finish_sums, partial_sums
+from anyflow.kernels.tokens import load_vector, sum_pair
 
 
 @triton.jit
@@ -65,12 +63,12 @@ def rms_norm_rope_forward_kernel(
     columns = tl.arange(0, BLOCK_D)
     mask = columns < D
     pairs = table_columns(x_ptr, HALF, BLOCK_D)
-    weight = load_row(weight_ptr, columns, mask)
+    weight = load_vector(weight_ptr, columns, mask)
     x_ptr += batch * x_batch_stride
     out_ptr += batch * tokens * D
     for index in tl.range(0, min(TOKENS, tokens - run * TOKENS), num_stages=STAGES):
         token = first + index
-        x = load_row(x_ptr + token * x_token_stride, columns, mask)
+        x = load_vector(x_ptr + token * x_token_stride, columns, mask)
         if HAS_ROPE:  # before the reduction, whose barriers would hold these loads back
             cos = tl.load(cos_ptr + token * cos_token_stride + pairs).to(tl.float32)
             sin = tl.load(sin_ptr + token * sin_token_stride + pairs).to(tl.float32)
@@ -96,15 +94,15 @@ def rms_norm_rope_backward_kernel(
     columns = tl.arange(0, BLOCK_D)
     mask = columns < D
     pairs = table_columns(x_ptr, HALF, BLOCK_D)
-    weight = load_row(weight_ptr, columns, mask)
+    weight = load_vector(weight_ptr, columns, mask)
     dweight = tl.zeros([BLOCK_D], tl.float32)
     grad_ptr += batch * grad_batch_stride
     x_ptr += batch * x_batch_stride
     dx_ptr += batch * tokens * D
     for index in tl.range(0, min(TOKENS, tokens - run * TOKENS), num_stages=STAGES):
         token = first + index
-        grad = load_row(grad_ptr + token * grad_token_stride, columns, mask)
-        x = load_row(x_ptr + token * x_token_stride, columns, mask)
+        grad = load_vector(grad_ptr + token * grad_token_stride, columns, mask)
+        x = load_vector(x_ptr + token * x_token_stride, columns, mask)
         if HAS_ROPE:  # before the reduction, whose barriers would hold these loads back
             cos = tl.load(cos_ptr + token * cos_token_stride + pairs).to(tl.float32)
             sin = tl.load(sin_ptr + token * sin_token_stride + pairs).to(tl.float32)
@@ -133,7 +131,7 @@ def forward(
     b, length, d = x.shape
     out = empty(x, b, length, num_heads, d // num_heads)
     cos, sin, tables = _tables(cos, sin, weight, d // num_heads)
-    options = row_options(d, tokens=FORWARD_TOKENS, elements=FEW_TENSORS, one_warp=True)
+    options = token_options(d, tokens=FORWARD_TOKENS, elements=FEW_TENSORS, one_warp=True)
     runs = triton.cdiv(length, options["TOKENS"])
     launch(
         rms_norm_rope_forward_kernel, (b * runs,),
@@ -164,7 +162,7 @@ def backward(
     half = x.element_size() == 2
     elements = FEW_TENSORS if half else FP32_BACKWARD
     measured = "rms_norm_rope backward" if x.dtype == torch.bfloat16 else None
-    options = row_options(
+    options = token_options(
         d, tokens=BACKWARD_TOKENS, elements=elements, one_warp=half, measured=measured
     )
     runs = triton.cdiv(length, options["TOKENS"])

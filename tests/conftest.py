@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub when it is imported
 # by OpenMP: idle threads of one worker leave the cores to another
@@ -26,6 +27,32 @@ SEED = 20260513
 torch.set_num_threads(2)
 hypothesis.settings.register_profile("anyflow", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("anyflow")
+
+
+def _patch_the_language_once_a_launch() -> None:
+    """Let Triton's interpreter change its language once a launch, with the same results.
+
+    It does so at every call of a function inside a kernel too, which takes 60 % of its time.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # in Triton 3.7
+        return
+    change = interpreter._patch_lang
+
+    def change_once(fn: Any) -> Any:
+        seen = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        unchanged = tl.core.is_builtin(tl.tensor.to) or any(
+            tl.core.is_builtin(language.load) for language in seen
+        )
+        return change(fn) if unchanged else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = change_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    _patch_the_language_once_a_launch()
 
 
 def pytest_report_header() -> list[str]:
@@ -64,7 +91,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def _seed_weights() -> None:
-    """PyTorch initializes weights from its global generator; nothing else may draw from it."""
+    """Seed PyTorch's global generator, from which weights and nothing else are drawn."""
     torch.manual_seed(SEED)
 
 

@@ -1,5 +1,6 @@
-"""Limits that the code of the repository keeps: language, names, sizes. ``tools/measure_code.py``
-prints the same figures.
+"""Hold the code of the repository to its limits: language, names, sizes.
+
+``tools/measure_code.py`` prints the same figures.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def test_lines_end_at_the_limit_in_every_language(measured: object) -> None:
 
 
 def test_the_measure_finds_what_it_counts(tool: ModuleType) -> None:
-    """A docstring that says what something is, one that says what a function does, a class."""
+    """Measure two docstrings: one says what a thing is, the other what a function does."""
     tree = ast.parse('"""Of a thing."""\nclass _A:\n    """Hold a thing."""\n')
     module, hidden = tool._docstrings("file.py", tree)
     assert module.opening() in tool.NO_OPENINGS and not module.begins_with_verb() and module.public

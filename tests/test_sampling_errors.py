@@ -54,7 +54,7 @@ def test_the_step_and_video_where_nan_began_are_named(sampler, call, video, valu
 
 
 def test_nan_in_a_clean_first_frame_is_no_nan(noise) -> None:
-    """The network's values for frames that are kept are not used."""
+    """Use none of the network's values for frames that are kept."""
     network, first_frames = Field(call=2, value=math.nan, frame=0), torch.zeros(1, 1, C, H, W)
     assert sample(network, SCHEDULER, noise, TEXT, context_latents=first_frames).isfinite().all()
 
@@ -71,7 +71,7 @@ def test_nan_of_a_callback_is_named_too(noise) -> None:
 
 
 def test_latents_that_overflow_when_rounded_to_fp16_are_named() -> None:
-    """The latents are carried in fp32, where they are finite."""
+    """Carry the latents in fp32, where they are finite."""
     noise = torch.full((B, F, C, H, W), 1e3, dtype=torch.float16)
     message = "after step 1 of 1: float16 overflows above 65504"
     with pytest.raises(FloatingPointError, match=message):
@@ -79,7 +79,7 @@ def test_latents_that_overflow_when_rounded_to_fp16_are_named() -> None:
 
 
 def test_huge_but_finite_latents_are_no_error() -> None:
-    """A sum of such latents would overflow."""
+    """Test latents whose sum would overflow."""
     noise = torch.full((B, F, C, H, W), 3e38)
     assert sample(Field(), SCHEDULER, noise, TEXT, timesteps=[1e-3]).isfinite().all()
 

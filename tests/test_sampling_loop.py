@@ -123,7 +123,7 @@ def test_waits_are_seen(call: Callable[[Tensor], Any], reads: int) -> None:
 
 @pytest.mark.parametrize("sampler", ["plain", "guided", "consistency", "offloaded"])
 def test_no_step_waits_for_the_device(sampler: str, model, inputs) -> None:
-    """The waits before the first and after the last step are the same for two steps and six."""
+    """Count the waits before the first and after the last step: equal for two steps and six."""
     plain = {name: inputs[name] for name in ("noise", "prompt_embeds")}
     if sampler == "offloaded":
         accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
@@ -143,7 +143,7 @@ def test_no_step_waits_for_the_device(sampler: str, model, inputs) -> None:
 @needs_cuda
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_no_step_waits_for_a_gpu(graph: bool, model, inputs) -> None:
-    """CUDA itself raises for a wait, from the second step on: the first builds the kernels."""
+    """Let CUDA itself raise for a wait from the second step on: the first builds the kernels."""
     on_gpu = {name: tensor.cuda() for name, tensor in inputs.items()}
     network = CudaGraphTransformer(model.cuda()) if graph else model.cuda()
 
@@ -161,7 +161,7 @@ def test_no_step_waits_for_a_gpu(graph: bool, model, inputs) -> None:
 def test_weights_that_come_for_a_call_only_are_used_in_calls_only(
     kind: str, model, inputs, tmp_path: Path
 ) -> None:
-    """Between calls the weights are on a disk, or nowhere: a step that reads them fails."""
+    """Keep weights on a disk, or nowhere, between calls: a step that reads them fails."""
     expected = guided(model, inputs, 3)
     cpu = torch.device("cpu")
     if kind == "sequential":
@@ -237,7 +237,7 @@ def test_what_inference_mode_has_run_can_be_trained(graph: bool, model, inputs, 
 
 
 def test_blocks_are_compiled_once_for_all_of_them_and_every_step(model, inputs) -> None:
-    """Each block is one graph; tests/pipelines/test_pipeline.py runs inductor."""
+    """Compile each block as one graph; tests/pipelines/test_pipeline_options.py runs inductor."""
     torch._dynamo.reset()
     counter = CompileCounter()
     expected = guided(model, inputs, 4)

@@ -25,7 +25,7 @@ from anyflow.training.config import (
 )
 from anyflow.training.distributed import Mesh
 from anyflow.training.networks import build_critic, build_student, build_teacher
-from anyflow.training.steps import OnPolicyStep, PretrainStep, Step
+from anyflow.training.updates import OnPolicyUpdates, PretrainUpdates, StageUpdates
 
 _WARMUP_STEPS = 20
 
@@ -98,37 +98,37 @@ def train_stage(
     Raises:
         TrainingError: a loss, a gradient or a network's output is not finite.
     """
-    step = _build(world, recipe)
+    updates = _build(world, recipe)
     checkpointer = Checkpointer(Path(recipe.out), keep=recipe.checkpoint.keep)
     done, begin = 0, time.perf_counter()
     if (latest := checkpointer.latest()) is not None:
-        info = checkpointer.load(latest, step.tensors())
+        info = checkpointer.load(latest, updates.tensors())
         done, begin = info["step"], begin - info["seconds"]
-        step.resume_at(done)
+        updates.resume_at(done)
         for _ in range(done):
             advance(None)
     size = recipe.data.batch_size
     data = TrainingData(world.dataset, batch_size=size, seed=recipe.data.seed, consumed=done * size)
     for index in range(done, recipe.steps):
-        scalars = step.update([next(data)], index)
+        scalars = updates.update([next(data)], index)
         advance(float(scalars["loss"]))
         if (index + 1) % recipe.checkpoint.every == 0:
             info = {"step": index + 1, "seconds": time.perf_counter() - begin}
-            checkpointer.save(index + 1, step.tensors(), info)
-    step.ema.copy_to(step.student)
-    return step.student, time.perf_counter() - begin
+            checkpointer.save(index + 1, updates.tensors(), info)
+    updates.ema.copy_to(updates.student)
+    return updates.student, time.perf_counter() - begin
 
 
-def _build(world: World, recipe: Recipe) -> Step:
+def _build(world: World, recipe: Recipe) -> StageUpdates:
     mesh, negative = Mesh(world.device), world.dataset.negative_prompt_embeds
     student = build_student(recipe).to(world.device)
     taught = recipe.on_policy is not None or recipe.teacher is not None
     teacher = build_teacher(recipe).to(world.device) if taught else None
     if recipe.on_policy is None:
-        return PretrainStep(recipe, mesh, student, negative, teacher)
+        return PretrainUpdates(recipe, mesh, student, negative, teacher)
     assert teacher is not None
     critic = build_critic(recipe, teacher)
-    return OnPolicyStep(recipe, mesh, student, teacher, critic, negative)
+    return OnPolicyUpdates(recipe, mesh, student, teacher, critic, negative)
 
 
 def _optimizer(stage: Stage, lr: float) -> OptimizerConfig:

@@ -26,8 +26,11 @@ _Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Hold the arguments of ``AnyFlowTransformer3DModel``; ``flow_map`` is None for plain Wan."""
+class CheckpointArchitecture:
+    """Hold the arguments of ``AnyFlowTransformer3DModel`` that a checkpoint tells.
+
+    ``flow_map`` is None for plain Wan.
+    """
 
     patch_size: tuple[int, int, int]
     num_attention_heads: int
@@ -80,7 +83,7 @@ class Config:
 
     Attributes:
         kind: its ``_class_name``.
-        sizes: those fields of :class:`Architecture` that it has.
+        sizes: those fields of :class:`CheckpointArchitecture` that it has.
         flow_map: True or False if it says so, None if the tensors decide.
         flow_map_settings: those fields of :class:`FlowMap` that it has.
         causal: whether it says that the model is causal.
@@ -124,7 +127,7 @@ _OTHER = (
     "dim",
 )
 _FLAGS = ("init_far_model", "init_flowmap_model", "r_embedder")
-_SIZES = tuple(f.name for f in dataclasses.fields(Architecture) if f.name != "flow_map")
+_SIZES = tuple(f.name for f in dataclasses.fields(CheckpointArchitecture) if f.name != "flow_map")
 
 
 def parse_config(raw: Mapping[str, Any], where: str) -> Config:
@@ -195,7 +198,7 @@ def resolve(
     head_dim: int | None,
     flow_map: FlowMap | None,
     where: str,
-) -> Architecture:
+) -> CheckpointArchitecture:
     """Return the architecture of tensors that have our names.
 
     Args:
@@ -241,7 +244,7 @@ def resolve(
         raise CheckpointFormatError(
             f"{where}: the sizes of the model are not clear:{listed(lines)}"
         )
-    return Architecture(**sizes, flow_map=settings)
+    return CheckpointArchitecture(**sizes, flow_map=settings)
 
 
 def _heads(
@@ -308,7 +311,7 @@ _TOLD: dict[str, tuple[str, int, Callable[[_Shape], Any]]] = {
 _TELLING = {size: tensor for size, (tensor, _, _) in _TOLD.items()}
 _TELLING |= dict.fromkeys(("num_attention_heads", "attention_head_dim"), _TELLING["width"])
 _REQUIRED = tuple(
-    f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING
+    f.name for f in dataclasses.fields(CheckpointArchitecture) if f.default is dataclasses.MISSING
 )
 
 

@@ -17,7 +17,7 @@ from anyflow.formats.architecture import (
     KINDS,
     ORIGINAL_WAN,
     WAN,
-    Architecture,
+    CheckpointArchitecture,
     Config,
     FlowMap,
     parse_config,
@@ -108,7 +108,7 @@ class Checkpoint:
     unknown: tuple[str, ...]
     causal: tuple[str, ...]
     is_causal: bool
-    architecture: Architecture
+    architecture: CheckpointArchitecture
 
     def differences(self, model: AnyFlowTransformer3DModel) -> list[str]:
         """List every tensor by which the checkpoint and the model differ."""

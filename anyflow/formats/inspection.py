@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from anyflow.formats.architecture import Architecture
+from anyflow.formats.architecture import CheckpointArchitecture
 from anyflow.formats.checkpoint import (
     Checkpoint,
     CheckpointFormat,
@@ -48,7 +48,7 @@ class CheckpointInfo:
     num_parameters: int
     num_bytes: int
     dtypes: dict[str, int]
-    architecture: Architecture
+    architecture: CheckpointArchitecture
     is_causal: bool
     adapter_ranks: tuple[int, ...]
     left_out: dict[str, int]

@@ -1,7 +1,7 @@
 """Compute the losses and rollouts of training, without files, optimizer or global randomness."""
 
 from anyflow.methods.balance import DiffusionBalance
-from anyflow.methods.dmd2 import DMD2Config, DMD2Method, dmd_gradient
+from anyflow.methods.dmd2 import DMD2Config, DMD2Method, RolloutDraw, dmd_gradient
 from anyflow.methods.on_policy import AnyFlowOnPolicyMethod, OnPolicyConfig
 from anyflow.methods.output import LossOutput
 from anyflow.methods.pretrain import AnyFlowPretrainMethod
@@ -17,6 +17,7 @@ __all__ = [
     "LossOutput",
     "OnPolicyConfig",
     "PretrainConfig",
+    "RolloutDraw",
     "TimePairs",
     "dmd_gradient",
     "sample_time_pairs",

@@ -6,7 +6,7 @@ Equation numbers are those of docs/algorithm.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -83,6 +83,18 @@ class DMD2Config:
             )
 
 
+class RolloutDraw(NamedTuple):
+    """Hold what all ranks draw alike for a rollout.
+
+    Attributes:
+        num_steps: n, length of its schedule.
+        grad_step: g in [0, n - 1], the step that carries gradient.
+    """
+
+    num_steps: int
+    grad_step: int
+
+
 class DMD2Method:
     """Compute the losses of distribution matching for a student that re-noises between steps.
 
@@ -136,10 +148,10 @@ class DMD2Method:
             )
         return sigmas
 
-    def draw_steps(
+    def draw_rollout(
         self, generator: torch.Generator | None = None, device: torch.device | None = None
-    ) -> tuple[int, int]:
-        """Draw ``(num_steps, grad_step)`` uniformly on rank 0, for every rank."""
+    ) -> RolloutDraw:
+        """Draw length and gradient step of a rollout uniformly on rank 0, for every rank."""
         generator = resolve_generator(generator, device)
         u, v = rand((2,), generator).tolist()
         choices = (
@@ -148,7 +160,7 @@ class DMD2Method:
         num_steps = choices[min(int(u * len(choices)), len(choices) - 1)]
         grad_step = min(int(v * num_steps), num_steps - 1)
         shared = broadcast_from_rank_zero([num_steps, grad_step], device or torch.device("cpu"))
-        return int(shared[0]), int(shared[1])
+        return RolloutDraw(int(shared[0]), int(shared[1]))
 
     def rollout(
         self,

@@ -146,7 +146,7 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         *,
         latents: Tensor | None = None,
         data_prompt_embeds: Tensor | None = None,
-        steps: tuple[int, int] | None = None,
+        rollout_draw: tuple[int, int] | None = None,
         t: Tensor | None = None,
         score_noise: Tensor | None = None,
         data_noise: Tensor | None = None,
@@ -165,7 +165,7 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             negative_prompt_embeds: ``[B or 1, S, text_dim]``.
             latents: ``[B', F, C, H, W]`` data batch; required with ``cotrain_pretrain``.
             data_prompt_embeds: prompts of ``latents``; required with ``cotrain_pretrain``.
-            steps: number of steps and gradient step of the rollout; drawn when None.
+            rollout_draw: ``num_steps`` and ``grad_step`` of :meth:`rollout`; drawn when None.
             t: of :meth:`generator_loss`.
             score_noise: noise of :meth:`generator_loss`.
             data_noise: noise of the pretrain loss.
@@ -180,7 +180,9 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             ValueError: an input that the configuration needs is missing.
         """
         generator = resolve_generator(generator, noise.device)
-        num_steps, grad_step = self.draw_steps(generator, noise.device) if steps is None else steps
+        if rollout_draw is None:
+            rollout_draw = self.draw_rollout(generator, noise.device)
+        num_steps, grad_step = rollout_draw
         samples = self.rollout(
             noise, prompt_embeds, num_steps=num_steps, grad_step=grad_step, generator=generator
         )

@@ -14,7 +14,7 @@ from anyflow.sampling import sample
 from anyflow.training.distributed import Mesh
 from anyflow.training.ema import EMA
 from anyflow.training.limits import MAX_BATCH, MAX_TIMESTEPS
-from anyflow.training.steps import build_scheduler
+from anyflow.training.updates import build_scheduler
 from anyflow.utils.validation import SettingError, require_text, require_whole
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from anyflow.training.flops import (
 from anyflow.training.memory import FP32, Memory, count_memory, trained_parameters
 from anyflow.training.networks import prepare_critic, prepare_student
 from anyflow.training.recipe import load_recipe
-from anyflow.training.steps import pretrain_config
+from anyflow.training.updates import pretrain_config
 from anyflow.utils.documents import read_json
 
 LATENTS = (21, 16, 60, 104)  # F, C, H, W of 81 frames of 480 x 832

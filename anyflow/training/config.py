@@ -24,6 +24,7 @@ from anyflow.training.network_config import (
     LoRAConfig,
     NetworkConfig,
     WeightsConfig,
+    require_no_adapters,
 )
 from anyflow.training.optimization import OptimizerConfig
 from anyflow.training.preview import PreviewConfig
@@ -83,6 +84,7 @@ class OnPolicyStageConfig:
 
     def __post_init__(self) -> None:
         require_whole("generator_update_interval", self.generator_update_interval)
+        require_no_adapters(teacher=self.teacher, critic=self.critic)
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ class Recipe:
                 "is required with pretrain.velocity_target=teacher in the pretrain stage, and only "
                 "then (stage 2 takes on_policy.teacher)",
             )
+        require_no_adapters(teacher=self.teacher)
         if self.pretrain.derivative == "jvp" and self.parallel.sequence > 1:
             raise SettingError(
                 "pretrain.derivative", "must be 'central' with parallel.sequence > 1, got 'jvp'"

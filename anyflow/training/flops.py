@@ -14,7 +14,7 @@ from typing import cast
 
 from torch import nn
 
-from anyflow.methods import OnPolicyConfig, PretrainConfig
+from anyflow.methods import OnPolicyConfig, PretrainConfig, RolloutDraw
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.blocks import AnyFlowTransformerBlock
 
@@ -169,9 +169,9 @@ class OnPolicyFlops:
     pretrain: PretrainConfig
     samples: int
 
-    def student_loss(self, num_steps: int, grad_step: int) -> int:
+    def student_loss(self, rollout: RolloutDraw) -> int:
         """Count the rollout, the scores and the co-training loss, with their gradients."""
-        evaluations, config = self._evaluations(num_steps, grad_step), self.config
+        evaluations, config = self._evaluations(rollout), self.config
         everywhere = config.rollout == "shortcut" and config.grad_through == "all"
         total = (
             evaluations * self.student.forward
@@ -188,12 +188,13 @@ class OnPolicyFlops:
             self.student, target, config=self.pretrain, samples=self.samples
         )
 
-    def critic_loss(self, num_steps: int, grad_step: int) -> int:
+    def critic_loss(self, rollout: RolloutDraw) -> int:
         """Count the critic's rollout and its loss, with its gradients."""
-        rollout = self._evaluations(num_steps, grad_step) * self.student.forward
-        return self.samples * (rollout + self.critic.forward + self.critic.backward)
+        samples = self._evaluations(rollout) * self.student.forward
+        return self.samples * (samples + self.critic.forward + self.critic.backward)
 
-    def _evaluations(self, num_steps: int, grad_step: int) -> int:
+    def _evaluations(self, rollout: RolloutDraw) -> int:
+        num_steps, grad_step = rollout
         if self.config.rollout == "euler":
             return num_steps
         return len({0, grad_step, grad_step + 1, num_steps}) - 1

@@ -17,7 +17,7 @@ from anyflow.methods.collectives import all_reduce_sum
 from anyflow.training.distributed import Mesh
 from anyflow.training.draws import SampleDraws, draw_generator
 from anyflow.training.limits import MAX_BATCH
-from anyflow.training.steps import Step, build_scheduler, pretrain_config
+from anyflow.training.updates import StageUpdates, build_scheduler, pretrain_config
 from anyflow.utils.devices import widest_float
 from anyflow.utils.transfer import to_device
 from anyflow.utils.validation import require_text, require_whole
@@ -106,7 +106,7 @@ def _chosen(length: int, count: int) -> list[int]:
 
 @torch.no_grad()
 def validation_losses(
-    recipe: Recipe, mesh: Mesh, split: Split, negative: Tensor, step: Step
+    recipe: Recipe, mesh: Mesh, split: Split, negative: Tensor, updates: StageUpdates
 ) -> dict[str, float]:
     """Evaluate the pretrain loss of the averaged weights on the videos held out. Collective.
 
@@ -120,7 +120,7 @@ def validation_losses(
         mesh: this process's place in it.
         split: what is held out.
         negative: ``[1, S, text_dim]`` negative prompt of the training data.
-        step: the stage, whose networks and average are evaluated.
+        updates: hold the networks and the average that are evaluated.
 
     Returns:
         ``validation_loss``, the mean over all videos, and ``validation_loss_diffusion`` and
@@ -128,10 +128,10 @@ def validation_losses(
     """
     config = dataclasses.replace(pretrain_config(recipe), prompt_dropout=0.0, i2v_prob=0.0)
     method = AnyFlowPretrainMethod(
-        step.student,
+        updates.student,
         build_scheduler(recipe),
         config,
-        teacher=step.teacher,
+        teacher=updates.teacher,
         process_group=mesh.data_group,
     )
     pairs = _time_pairs(len(split.held_out_rows), config)
@@ -141,7 +141,7 @@ def validation_losses(
     autocast = torch.autocast(
         mesh.device.type, torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False
     )
-    with step.ema.applied(step.student), autocast:
+    with updates.ema.applied(updates.student), autocast:
         for chosen in _shares(len(split.held_out_rows), mesh, recipe.data.batch_size):
             shown = chosen if chosen else [0]  # a stand-in, whose loss is not added
             samples = [split.held_out[split.held_out_rows[place]] for place in shown]

@@ -13,7 +13,7 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.blocks import AnyFlowTransformerBlock
 from anyflow.training.activations import block_bytes
 from anyflow.training.config import Recipe
-from anyflow.training.steps import pretrain_config
+from anyflow.training.updates import pretrain_config
 
 FP32 = 4  # bytes
 

@@ -114,6 +114,20 @@ class NetworkConfig(WeightsConfig):
     lora: LoRAConfig | None = None
 
 
+# Networks of a recipe that have no adapters of their own, and why.
+NO_ADAPTERS = {
+    "teacher": "the teacher is not trained",
+    "critic": "give the critic's adapters as on_policy.critic_lora",
+}
+
+
+def require_no_adapters(**networks: WeightsConfig | None) -> None:
+    """Raise a SettingError where a network of :data:`NO_ADAPTERS` is given with adapters."""
+    for name, network in networks.items():
+        if isinstance(network, NetworkConfig) and network.lora is not None:
+            raise SettingError(f"{name}.lora", f"must be None: {NO_ADAPTERS[name]}")
+
+
 def _require_names(name: str, value: object) -> None:
     if not isinstance(value, tuple | list):
         raise SettingError(name, f"must be a list of names, got {value!r}")

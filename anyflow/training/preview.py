@@ -19,7 +19,7 @@ from anyflow.training.draws import draw_generator
 from anyflow.training.ema import EMA
 from anyflow.training.preview_grid import write_grid
 from anyflow.training.prompts import Prompt
-from anyflow.training.steps import Step
+from anyflow.training.updates import StageUpdates
 from anyflow.utils.rng import randn_like
 from anyflow.utils.validation import require_text
 
@@ -83,7 +83,7 @@ class Previews:
         self._recipe, self._mesh, self._dataset, self._decoder = recipe, mesh, dataset, decoder
         self.prompts = tuple(prompts)
 
-    def write(self, step: Step, done: int, console: Console) -> Path | None:
+    def write(self, updates: StageUpdates, done: int, console: Console) -> Path | None:
         """Sample and write ``previews/step-….gif``, or ``.mp4`` of decoded videos.
 
         Collective; rank 0 writes.
@@ -92,7 +92,7 @@ class Previews:
         first three channels as red, green and blue. Training is left bit for bit as it was.
 
         Args:
-            step: whose average is sampled.
+            updates: hold the average that is sampled.
             done: updates done.
             console: where messages go.
 
@@ -103,7 +103,7 @@ class Previews:
         suffix = "gif" if self._recipe.preview.vae is None else "mp4"
         file = Path(self._recipe.out) / "previews" / f"step-{done:08d}.{suffix}"
         try:
-            rows = self.sample(step.student, step.ema)
+            rows = self.sample(updates.student, updates.ema)
             if not self._mesh.is_main:
                 return None
             self._require_finite(rows)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from anyflow.training.config import Recipe
+from anyflow.training.network_config import NO_ADAPTERS
 from anyflow.training.yaml_source import Located, RecipeError, read_file, read_override, write_yaml
 from anyflow.utils.documents import shortened
 from anyflow.utils.packages import missing
@@ -31,9 +32,9 @@ _Path = tuple[int | str, ...]
 _LISTED = 30  # problems
 # Keys that a recipe gives elsewhere, or not at all; null is allowed, as older recipes have it.
 _ELSEWHERE = {
-    "teacher.lora": "the teacher is not trained",
-    "on_policy.teacher.lora": "the teacher is not trained",
-    "on_policy.critic.lora": "give the critic's adapters as on_policy.critic_lora",
+    "teacher.lora": NO_ADAPTERS["teacher"],
+    "on_policy.teacher.lora": NO_ADAPTERS["teacher"],
+    "on_policy.critic.lora": NO_ADAPTERS["critic"],
     "on_policy.method.pretrain": "give these keys in the recipe's own top-level pretrain",
 }
 _EXPECTED = {
@@ -100,7 +101,7 @@ def print_config(path: Path | str, overrides: Sequence[str] = ()) -> str:
             recipe describes.
     """
     from anyflow.training.networks import check_networks
-    from anyflow.training.steps import build_scheduler
+    from anyflow.training.updates import build_scheduler
     from anyflow.utils.devices import known_device
 
     recipe = load_recipe(path, overrides)

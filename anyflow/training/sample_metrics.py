@@ -20,7 +20,7 @@ from anyflow.training.draws import SampleDraws
 from anyflow.training.limits import MAX_TIMESTEPS
 from anyflow.training.measures import Measures, Video
 from anyflow.training.prompts import Prompt, spread_rows
-from anyflow.training.steps import Step
+from anyflow.training.updates import StageUpdates
 from anyflow.utils.validation import require_text, require_whole
 
 if TYPE_CHECKING:
@@ -139,11 +139,11 @@ class SampleMetrics:
             for metric, of_one in self._measures.names.items()
         }
 
-    def evaluate(self, step: Step, done: int, console: Console) -> dict[str, float]:
+    def evaluate(self, updates: StageUpdates, done: int, console: Console) -> dict[str, float]:
         """Measure the averaged weights. Collective. Training is left bit for bit as it was.
 
         Args:
-            step: whose average is sampled.
+            updates: hold the average that is sampled.
             done: updates done.
             console: where messages go.
 
@@ -154,7 +154,7 @@ class SampleMetrics:
             line says so.
         """
         begin = time.monotonic()
-        latents, problem = self._sample(step)
+        latents, problem = self._sample(updates)
         cells: list[_Cell] = []
         if problem is None:
             try:
@@ -190,7 +190,7 @@ class SampleMetrics:
         console.print(f"step {done}: {describe(values)}", markup=False)
         return values
 
-    def _sample(self, step: Step) -> tuple[dict[int, dict[int, Tensor]], str | None]:
+    def _sample(self, updates: StageUpdates) -> tuple[dict[int, dict[int, Tensor]], str | None]:
         """Sample this rank's prompts.
 
         Returns latents by place and number of steps, and what is wrong with them.
@@ -204,7 +204,7 @@ class SampleMetrics:
             (*self._counts, self._reference) if self._measures.compares else self._counts
         )
         problem = None
-        with AveragedSampler(self._recipe, self._mesh, step.student, step.ema) as sampler:
+        with AveragedSampler(self._recipe, self._mesh, updates.student, updates.ema) as sampler:
             for turn in range(-(-len(self.prompts) // self._mesh.data_world)):
                 place = places[turn] if turn < len(places) else 0
                 draws = SampleDraws(0, 0, [place], torch.device("cpu"))

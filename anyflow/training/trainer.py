@@ -45,8 +45,8 @@ from anyflow.training.resuming import (
     position,
 )
 from anyflow.training.sample_metrics import SampleMetrics
-from anyflow.training.steps import OnPolicyStep, PretrainStep, Step, build_scheduler
 from anyflow.training.trackers import check_loggers
+from anyflow.training.updates import OnPolicyUpdates, PretrainUpdates, StageUpdates, build_scheduler
 from anyflow.utils.locking import folder_lock
 from anyflow.utils.threads import torch_threads
 from anyflow.utils.writing import write_text
@@ -113,7 +113,7 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         return
 
     samples = _build_samples(recipe, mesh, dataset, console)
-    step = _build_step(recipe, mesh, dataset)
+    updates = _build_updates(recipe, mesh, dataset)
     changes = changes if latest is None else at.changed
     if changes:
         given = ", ".join(
@@ -121,8 +121,8 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         )
         console.print(f"The run resumes with {given}", markup=False)
     if latest is not None:
-        checkpointer.load(latest, step.tensors())
-        step.resume_at(at.step)
+        checkpointer.load(latest, updates.tensors())
+        updates.resume_at(at.step)
         console.print(f"Resuming after step {at.step} of {latest}")
         note_global_batch(recipe, mesh, at, console)
     with _signals() as signals:  # before the data has workers, which would die of a Ctrl-C
@@ -138,7 +138,7 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
         )
         if mesh.is_main:
             _start_folder(recipe, at.step)
-        run = _Run(recipe, mesh, dataset, split, samples, step, data, checkpointer, signals)
+        run = _Run(recipe, mesh, dataset, split, samples, updates, data, checkpointer, signals)
         try:
             finished = run.loop(at, console)
         except TrainingError as error:
@@ -184,7 +184,7 @@ class _Run:
     dataset: VideoDataset
     split: Split
     samples: _Samples
-    step: Step
+    updates: StageUpdates
     data: TrainingData
     checkpointer: Checkpointer
     signals: list[int]  # received so far
@@ -194,7 +194,7 @@ class _Run:
 
         Returns whether the last step is done.
         """
-        tokens = token_count(self.step.student, self.dataset.latent_shape)
+        tokens = token_count(self.updates.student, self.dataset.latent_shape)
         with Reports(self.recipe, self.mesh, tokens, at, console) as reports:
             if self.samples.metrics is not None:
                 reports.add_charts(self.samples.metrics.curves())
@@ -202,7 +202,7 @@ class _Run:
                 done = index + 1
                 batches = [next(self.data) for _ in range(self.recipe.gradient_accumulation)]
                 samples = sum(len(batch.latents) for batch in batches) * self.mesh.data_world
-                reports.add(done, self.step.update(batches, index), samples, self.step.flops)
+                reports.add(done, self.updates.update(batches, index), samples, self.updates.flops)
                 with reports.paused():
                     if not self._between_updates(done, reports, at, console):
                         return False
@@ -214,7 +214,7 @@ class _Run:
         values = self._validate() if _due(done, recipe.validation.every, recipe.steps) else {}
         if _due(done, recipe.metrics.every, recipe.steps):
             assert self.samples.metrics is not None
-            values |= self.samples.metrics.evaluate(self.step, done, console)
+            values |= self.samples.metrics.evaluate(self.updates, done, console)
         reports.report(done, values)
         stop = self._on_any_rank(bool(self.signals))
         if stop or _due(done, recipe.checkpoint.every, recipe.steps):
@@ -224,18 +224,18 @@ class _Run:
             return False
         if _due(done, recipe.preview.every, recipe.steps):
             assert self.samples.previews is not None
-            reports.report_video(done, self.samples.previews.write(self.step, done, console))
+            reports.report_video(done, self.samples.previews.write(self.updates, done, console))
         return True
 
     def _validate(self) -> dict[str, float]:
         negative = self.dataset.negative_prompt_embeds
-        return validation_losses(self.recipe, self.mesh, self.split, negative, self.step)
+        return validation_losses(self.recipe, self.mesh, self.split, negative, self.updates)
 
     def finish(self, console: Console) -> None:
         """Write the averaged student as a model."""
         # a checkpoint may be older than its own check
-        check_state(self.recipe.steps, self.step.tensors())
-        tensors = full_state(self.step.ema.state_dict())
+        check_state(self.recipe.steps, self.updates.tensors())
+        tensors = full_state(self.updates.ema.state_dict())
         if self.mesh.is_main:
             model = Path(self.recipe.out) / "model"
             write_model(build_student(self.recipe), tensors, build_scheduler(self.recipe), model)
@@ -267,7 +267,7 @@ class _Run:
         )
 
     def _save(self, done: int, history: Sequence[dict[str, Any]], window: dict[str, Any]) -> None:
-        tensors = self.step.tensors()
+        tensors = self.updates.tensors()
         check_state(done, tensors)
         info = {
             "step": done,
@@ -308,7 +308,7 @@ def _settings_to_try(recipe: Recipe, error: TrainingError) -> list[str]:
     return tries if recipe.precision == "fp32" else [*tries, "precision=fp32"]
 
 
-def _build_step(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> Step:
+def _build_updates(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> StageUpdates:
     """Build, check and shard the networks, one after another, and what updates them."""
     student = build_student(recipe)
     _check_data(student, dataset, "student")
@@ -319,14 +319,14 @@ def _build_step(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> Step:
         if target is not None:
             _check_data(target, dataset, "teacher")
             shard_network(target, mesh, trains=False)
-        return PretrainStep(recipe, mesh, student, negative, target)
+        return PretrainUpdates(recipe, mesh, student, negative, target)
     teacher = build_teacher(recipe)
     critic = build_critic(recipe, teacher)
     for name, network in (("on_policy.teacher", teacher), ("on_policy.critic", critic)):
         _check_data(network, dataset, name)
     for network, trains in ((student, True), (teacher, False), (critic, True)):
         shard_network(network, mesh, trains=trains)
-    return OnPolicyStep(recipe, mesh, student, teacher, critic, negative)
+    return OnPolicyUpdates(recipe, mesh, student, teacher, critic, negative)
 
 
 def _check_data(network: AnyFlowTransformer3DModel, dataset: VideoDataset, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import roofline
 from sizes import PUBLISHED
 
+from page.floors import CARDS
 from page.results import RunResults
 
 if TYPE_CHECKING:
@@ -34,11 +35,11 @@ VARIANTS = {
 _KEY = "anyflow-digest"
 
 
-def floor(path: Path, key: str) -> None:
+def floor(path: Path, digest: str) -> None:
     """Draw each network's floor on each card, split by component: shares of one bar."""
     figure = _figure(8.4, 4.3)
     axes = figure.add_axes((0.12, 0.19, 0.86, 0.73))
-    bars = [(size, limits) for size in PUBLISHED.values() for limits in roofline.CARDS.values()]
+    bars = [(size, limits) for size in PUBLISHED.values() for limits in CARDS]
     for y, (size, limits) in enumerate(bars):
         parts = dict.fromkeys(COLORS, 0.0)
         for component in roofline.forward(size):
@@ -60,17 +61,17 @@ def floor(path: Path, key: str) -> None:
         "Least time of one forward, computed (480x832, 81 frames)",
     )
     figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=8.5)
-    _save(figure, path, key)
+    _save(figure, path, digest)
 
 
 def device(results: RunResults) -> Callable[[Path, str], None]:
     """Return what draws one forward of each network: floor, ours, diffusers compiled and eager."""
 
-    def draw(path: Path, key: str) -> None:
-        figure = _figure(8.4, 3.1)
+    def draw(path: Path, digest: str) -> None:
+        figure, limits = _figure(8.4, 3.1), results.limits
         for column, (name, size) in enumerate(PUBLISHED.items()):
             axes = figure.add_axes((0.17 + 0.5 * column, 0.1, 0.31, 0.72))
-            section, limits = f"forward_{name.lower()}", results.limits
+            section = f"forward_{name.lower()}"
             milliseconds = {v: results.number(section, v) for v in list(VARIANTS)[1:]}
             times = {v: ms / 1e3 for v, ms in milliseconds.items() if ms is not None}
             if limits is not None:
@@ -84,12 +85,12 @@ def device(results: RunResults) -> Callable[[Path, str], None]:
                 axes.text(length, y, text, va="center", fontsize=8.5, color=color)
             longest = max(times.values(), default=1.0) * 1.35
             _bare(axes, list(VARIANTS), longest, f"{name}, one forward")
-        _save(figure, path, key)
+        _save(figure, path, digest)
 
     return draw
 
 
-def key_of(path: Path) -> str | None:
+def digest_of(path: Path) -> str | None:
     """Return the digest that a plot carries; None without such a file."""
     if not path.exists():
         return None
@@ -118,5 +119,5 @@ def _bare(axes: Axes, labels: list[str], longest: float, title: str) -> None:
     axes.set_title(title, fontsize=10, loc="left")
 
 
-def _save(figure: Figure, path: Path, key: str) -> None:
-    figure.savefig(path, dpi=150, facecolor="white", metadata={_KEY: key, "Software": None})
+def _save(figure: Figure, path: Path, digest: str) -> None:
+    figure.savefig(path, dpi=150, facecolor="white", metadata={_KEY: digest, "Software": None})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.state import DONE, SCHEMA
-from roofline import DeviceLimits, card
+from roofline import DeviceLimits
 
 NOT_MEASURED = "not measured yet"
 GIB = 2**30
@@ -19,19 +19,14 @@ LARGE_COPY = 256e6
 
 @dataclass(frozen=True)
 class RunResults:
-    """Hold a device's file, or nothing for a device that nobody has run yet.
-
-    Attributes:
-        name: of the device.
-        data: content of its file; None where it has none.
-    """
+    """Hold a device's name and the content of its file."""
 
     name: str
-    data: dict[str, Any] | None = None
+    data: dict[str, Any]
 
     def section(self, name: str) -> dict[str, Any]:
         """Return a section, empty where it has not run."""
-        found: dict[str, Any] = {} if self.data is None else self.data["sections"].get(name, {})
+        found: dict[str, Any] = self.data["sections"].get(name, {})
         return found
 
     def entries(self, section: str) -> dict[str, Any]:
@@ -114,23 +109,13 @@ class RunResults:
         return dict(sorted(found.items()))
 
     @property
-    def measured(self) -> DeviceLimits | None:
+    def limits(self) -> DeviceLimits | None:
         """Return what the device reached, with the bandwidth of the fastest large copy, or None."""
         flops = self.entry("limits", "matmul_flops")
         rates = [rate for moved, rate in self.copies.items() if moved >= LARGE_COPY]
         if not flops or not rates:
             return None
-        return DeviceLimits(self.name, flops, max(rates), "measured in this run")
-
-    @property
-    def limits(self) -> DeviceLimits | None:
-        """Return what the run measured, else what its card is known for, else None."""
-        return self.measured or card(self.name)
-
-    @property
-    def file_name(self) -> str:
-        """Return the device's name as a part of file names."""
-        return self.name.lower().replace(" ", "_")
+        return DeviceLimits(self.name, flops, max(rates))
 
 
 def load(folder: Path) -> list[RunResults]:

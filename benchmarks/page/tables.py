@@ -1,4 +1,4 @@
-"""Make the tables of ``docs/performance.md`` that hold measurements; without a run, no numbers."""
+"""Make the tables of ``docs/performance.md`` that hold measurements."""
 
 from __future__ import annotations
 
@@ -12,57 +12,39 @@ import roofline
 from layout import paragraph, table
 from sizes import PUBLISHED
 
-from page import floors
 from page.results import LARGE_COPY, NOT_MEASURED, RunResults, short
-from page.targets import TARGETS, share_of_copy
+from page.targets import share_of_copy
 
 _PEERS, _COMPILED = "peers' formulation", "diffusers + compile"
 _SWAPPED = ("ours, torch's attention", "diffusers, our attention")
 _VARIANTS = {"triton": "Triton", "compile": "torch.compile"}
 # in the name of a check of more than one kernel
 _NETWORK = re.compile(r"network|transformer", re.IGNORECASE)
-
-
-def targets(devices: list[RunResults]) -> list[str]:
-    """Make a line for each goal, a column for each device."""
-    lines = [[t.what, str(t.text), *(t.cell(results) for results in devices)] for t in TARGETS]
-    optional = (
-        "14B with fp8 linears and fp8/int8 attention: a further factor, at ≤ 2 % relative output "
-        "difference"
-    )
-    lines.append([optional, "≥ 1.3x (optional)", *("not built" for _ in devices)])
-    return table(["what", "target", *(results.name for results in devices)], lines)
+_DIRECTIONS = ("forward", "backward")
 
 
 def run_of(results: RunResults) -> list[str]:
     """Write versions, clocks, commit and the state of every section."""
-    if results.data is None:
-        return []
-    env, sections = results.data.get("environment", {}), results.data["sections"]
+    env, limits = results.data.get("environment", {}), results.limits
     packages = ", ".join(f"{name} {v}" for name, v in env.get("packages", {}).items() if v)
     changed = {True: "", False: " with changes", None: " (as told)"}[env.get("clean")]
-    gpu, limits = env["gpu"] if env.get("gpu") is not None else {}, results.measured
+    gpu = env["gpu"] if env.get("gpu") is not None else {}
     text = (
         f"Commit `{str(env.get('commit'))[:12]}`{changed}, {packages}, CUDA {env.get('cuda')}, "
         f"driver {gpu.get('driver')}, cuDNN {gpu.get('cudnn')}. "
         f"Runs: {', '.join(run['started'] for run in results.data['runs'])} (UTC)."
     )
-    if limits is not None:
+    if limits is None:
+        found = [f"{text} This run measured no limits: floors are left out."]
+    else:
         text += (
             f" Limits measured in the run: {limits.flops / 1e12:.0f} TFLOP/s (bf16 product of 8192 "
             f"x 8192), {limits.bandwidth / 1e12:.2f} TB/s (the fastest large copy, read plus "
             "written); the floors below are at these."
         )
-    elif results.limits is not None:
-        text += (
-            " This run measured no limits; the floors below are at those of an "
-            f"{results.limits.name} above."
-        )
-    else:
-        text += " This run measured no limits and the card is not known: floors are left out."
-    found = [text] if limits is None else [text, "", limits_of(results)]
+        found = [text, "", limits_of(results, limits)]
     lines = []
-    for name, section in sections.items():
+    for name, section in results.data["sections"].items():
         reasons = [section[k] for k in ("reason", "note") if section.get(k) is not None]
         clocks = section.get("clocks_before")
         clock = "" if clocks is None else clocks["clocks.sm"]
@@ -71,11 +53,9 @@ def run_of(results: RunResults) -> list[str]:
     return [*(paragraph(line) for line in found), "", *table(headings, lines, right=3)]
 
 
-def limits_of(results: RunResults) -> str:
+def limits_of(results: RunResults, limits: roofline.DeviceLimits) -> str:
     """Say what stands behind the limits of a run: rates of all copies, of products over time."""
-    limits, copies = results.measured, results.copies
-    if limits is None:
-        return ""
+    copies = results.copies
     listed = ", ".join(f"{b / 1e6:.0f} MB at {rate / 1e12:.2f} TB/s" for b, rate in copies.items())
     text = (
         f"Copies, by the bytes that they move: {listed}. The fastest of those that move "
@@ -105,15 +85,24 @@ def limits_of(results: RunResults) -> str:
 
 def _fastest_kernel(results: RunResults) -> tuple[float, float, str] | None:
     """Return bytes, bytes/s and name of the fastest variant of an operator beyond any cache."""
-    found = []
-    for name, entry in results.entries("ops").items():
-        for direction in ("forward", "backward"):
-            moved = entry.get("bytes", {}).get(direction, 0)
-            timed = entry.get(direction, {}).get("ms", {}) if moved >= LARGE_COPY else {}
-            for variant, ms in timed.items():
-                what = f"{name} {direction} by {_VARIANTS.get(variant, variant)}"
-                found.append((moved, moved / ms * 1e3, what))
+    found = [
+        (moved, moved / ms * 1e3, f"{name} {direction} by {_VARIANTS.get(variant, variant)}")
+        for name, entry in results.entries("ops").items()
+        for direction in _DIRECTIONS
+        if (moved := entry.get("bytes", {}).get(direction, 0)) >= LARGE_COPY
+        for variant, ms in entry.get(direction, {}).get("ms", {}).items()
+    ]
     return max(found, key=lambda item: item[1], default=None)
+
+
+def _listed(
+    results: RunResults, section: str, headings: list[str], lines: list[list[str]], right: int = 1
+) -> list[str]:
+    """Make a table of a section: short lines are filled up; without any, one says why."""
+    filled = [[*line, *[""] * (len(headings) - len(line))] for line in lines]
+    reason = ["all", *[""] * (len(headings) - 1)]
+    reason[right] = results.why(section)
+    return table(headings, filled if lines else [reason], right)
 
 
 # Networks -----------------------------------------------------------------------------------------
@@ -141,7 +130,7 @@ def forwards(results: RunResults) -> list[str]:
 def _floor(
     results: RunResults, floor: Callable[[roofline.DeviceLimits], float], at: str, key: str
 ) -> list[str]:
-    """Write the floor at the limits that hold for a device, and a measurement over it."""
+    """Write the floor at the limits that a run measured, and a measurement over it."""
     limits, milliseconds = results.limits, results.number(at, key)
     if limits is None:
         return [results.why("limits", "matmul_flops"), ""]
@@ -182,28 +171,26 @@ def training(results: RunResults) -> list[str]:
     """Compare training steps with the peers' formulation."""
     headings = ["training step, 1.3B, LoRA, checkpointing", "ours", _PEERS, "time ratio"]
     headings += ["floor, ours", "ours / floor", "peak, ours", "peak, peers'", "ours / peers' peak"]
+    steps = {
+        "pretrain_1.3b": ("pretrain, batch 2", roofline.pretrain_evaluations(2, 1)["ours"]),
+        "on_policy_1.3b": ("generator + critic, batch 1", roofline.both_on_policy(1)),
+    }
     lines = []
-    pretrain, both = roofline.pretrain_evaluations(2, 1)["ours"], roofline.both_on_policy(1)
-    steps = {"pretrain": ("pretrain, batch 2", pretrain)}
-    steps["on_policy"] = ("generator + critic, batch 1", both)
-    for method, (name, evaluations) in steps.items():
-        at = f"{method}_1.3b"
+    for at, (name, evaluations) in steps.items():
         floor = partial(roofline.training_floor_s, PUBLISHED["1.3B"], evaluations)
-        share = results.ratio(at, "ours", _PEERS, "peak_bytes")
         cells = [results.seconds(at, "ours"), results.seconds(at, _PEERS)]
         cells += [results.times(at, _PEERS, "ours"), *_floor(results, floor, at, "ours")]
         cells += [results.gibibytes(at, "ours"), results.gibibytes(at, _PEERS)]
-        cells += [results.why(at, _PEERS) if share is None else f"{share:.2f}x"]
-        lines.append([name, *cells])
+        lines.append([name, *cells, results.times(at, "ours", _PEERS, "peak_bytes")])
     return table(headings, lines)
 
 
 def profile(results: RunResults) -> list[str]:
     """List the time of the kernels of a forward at 1.3B by category."""
     at, headings = "profile_1.3b", ["where a forward at 1.3B goes", "ms", "share"]
-    shares, wall = results.entry(at, "ms_by_category"), results.entry(at, "wall_ms")
+    shares, wall = results.entry(at, "ms_by_category", {}), results.entry(at, "wall_ms")
     if not shares:
-        return table(headings, [["all kernels", results.why(at, "ms_by_category"), ""]])
+        return _listed(results, at, headings, [])
     whole = sum(shares.values())
     ranked = sorted(shares.items(), key=lambda kv: -kv[1])
     lines = [[name, f"{ms:.1f}", f"{ms / whole:.1%}"] for name, ms in ranked]
@@ -221,25 +208,28 @@ def operators(results: RunResults) -> list[str]:
     """List every operator's Triton kernel against the copy and against every other variant."""
     headings = ["operator", "direction", "ms", "GB/s", "of copy"]
     headings += [f"{variant} / ours" for variant in ("eager", "compile", "native")]
-    entries = results.entries("ops")
-    if not entries:
-        return table(headings, [["all", "both", *[results.why("ops")] * 6]], right=2)
-    lines = []
-    for name, entry in entries.items():
+    lines: list[list[str]] = []
+    errors: dict[str, list[str]] = {}
+    for name, entry in results.entries("ops").items():
         if "op" not in entry or "error" in entry:
-            lines.append([name, "", results.why("ops", name), *[""] * 5])
+            lines.append([name, "", results.why("ops", name)])
             continue
-        for direction in ("forward", "backward"):
+        for direction in _DIRECTIONS:
             lines.append([name, direction, *_operator_cells(results, entry, direction)])
-    errors = _errors(entries)
-    return [*table(headings, lines, right=2), *(["", *errors] if errors else [])]
+            for variant, reason in entry.get(direction, {}).get("not_timed", {}).items():
+                if reason.split(":")[0].endswith("Error"):
+                    text = f"{_VARIANTS.get(variant, variant)}: {reason}"
+                    errors.setdefault(text, []).append(f"{name} {direction}")
+    failed = [paragraph(f"Failed: {text} ({'; '.join(of)}).", "- ") for text, of in errors.items()]
+    found = _listed(results, "ops", headings, lines, right=2)
+    return [*found, "", *failed] if failed else found
 
 
 def _operator_cells(results: RunResults, entry: dict[str, Any], direction: str) -> list[str]:
     timed, reasons = (entry.get(direction, {}).get(key, {}) for key in ("ms", "not_timed"))
     ours = timed.get("triton")
     if ours is None:
-        return [reasons.get("triton", NOT_MEASURED), *[""] * 5]
+        return [reasons.get("triton", NOT_MEASURED)]
     share = share_of_copy(results, entry, direction)
     ratios = [
         f"{timed[name] / ours:.2f}x" if name in timed else _not_timed(reasons.get(name, ""))
@@ -257,37 +247,25 @@ def _not_timed(reason: str) -> str:
     return f"failed ({kind})" if kind.endswith("Error") else short(reason, 60)
 
 
-def _errors(entries: dict[str, dict[str, Any]]) -> list[str]:
-    """List the errors of variants, each once, with what they are of."""
-    found: dict[str, list[str]] = {}
-    for name, entry in entries.items():
-        for direction in ("forward", "backward"):
-            for variant, reason in entry.get(direction, {}).get("not_timed", {}).items():
-                if reason.split(":")[0].endswith("Error"):
-                    text = f"{_VARIANTS.get(variant, variant)}: {reason}"
-                    found.setdefault(text, []).append(f"{name} {direction}")
-    return [paragraph(f"Failed: {text} ({'; '.join(of)}).", "- ") for text, of in found.items()]
-
-
 def native(results: RunResults) -> list[str]:
     """Compare native CUDA kernels with Triton's, forward; above 1 they would be the choice."""
     headings = ["native CUDA kernel, forward", "ms", "Triton, ms", "Triton / native"]
     lines = []
     for name, entry in results.entries("native").items():
         timed = entry.get("forward", {}).get("ms", {})
-        cells = [results.why("native", name), "", ""]
+        cells = [results.why("native", name)]
         if "native" in timed and "triton" in timed:
             ours, triton = timed["native"], timed["triton"]
             cells = [f"{ours:.4f}", f"{triton:.4f}", f"{triton / ours:.2f}x"]
         lines.append([name, *cells])
-    return table(headings, lines or [["all", results.why("native"), "", ""]])
+    return _listed(results, "native", headings, lines)
 
 
 def attention(results: RunResults) -> list[str]:
     """List the TFLOP/s of every backend at the models' shapes."""
     entries = {name: e for name, e in results.entries("attention").items() if "ms" in e}
     if not entries:
-        return table(["attention", "TFLOP/s"], [["all shapes", results.why("attention")]])
+        return _listed(results, "attention", ["attention", "TFLOP/s"], [])
     backends = sorted({name for entry in entries.values() for name in entry["ms"]})
     lines = []
     for name, entry in entries.items():
@@ -304,14 +282,12 @@ def tune_rows(results: RunResults) -> list[str]:
     """List the row kernels with today's launch options and with the best ones of the device."""
     headings = ["row kernel, launch options", "today, ms", "of copy", "best, ms", "of copy"]
     headings += ["today / best", "best"]
-    found = results.entries("tune_rows")
-    found = found.get("tune_rows", found)  # the file that the tuner wrote, under one key
-    limits, lines = results.measured, []
-    for name, task in found.get("tasks", {}).items():
+    limits, lines = results.limits, []
+    for name, task in results.entry("tune_rows", "tune_rows", {}).get("tasks", {}).items():
         today, best = task.get("today_ms"), task.get("best_ms")
         if today is None or best is None:
             reason = task.get("error") or task.get("skipped") or NOT_MEASURED
-            lines.append([name, short(str(reason)), *[""] * 5])
+            lines.append([name, short(str(reason))])
             continue
         cells = []
         for milliseconds in (today, best):
@@ -319,7 +295,7 @@ def tune_rows(results: RunResults) -> list[str]:
             share = "" if limits is None else f"{rate / limits.bandwidth:.0%}"
             cells += [f"{milliseconds:.4f}", share]
         lines.append([name, *cells, f"{today / best:.2f}x", short(str(task["best"]))])
-    return table(headings, lines or [["all", results.why("tune_rows"), *[""] * 5]])
+    return _listed(results, "tune_rows", headings, lines)
 
 
 # Probes and checks --------------------------------------------------------------------------------
@@ -331,7 +307,7 @@ def probes(results: RunResults) -> list[str]:
     for name, entry in results.entries("probes").items():
         milliseconds, against = results.number("probes", name), entry.get("against")
         if milliseconds is None:
-            lines.append([name, results.why("probes", name), "", "", ""])
+            lines.append([name, results.why("probes", name)])
             continue
         rate = f"{entry['bytes'] / milliseconds / 1e6:.0f} GB/s" if "bytes" in entry else ""
         if "flops" in entry:
@@ -340,27 +316,26 @@ def probes(results: RunResults) -> list[str]:
         compared = "" if against is None else against.split(": ", 1)[-1]
         known = "" if ratio is None else f"{ratio:.3f}x"
         lines.append([name, f"{milliseconds:.4f}", rate, compared, known])
-    nothing = [["all", results.why("probes"), "", "", ""]]
-    return table(["probe", "ms", "rate", "time over", "ratio"], lines or nothing)
+    return _listed(results, "probes", ["probe", "ms", "rate", "time over", "ratio"], lines)
 
 
 def padding(results: RunResults) -> list[str]:
-    """Compare what padding the tokens changed with what the tiles predict."""
+    """Compare what padding the tokens changed with what the tiles predict: nothing."""
     lines = []
     for name, entry in results.entries("probes").items():
         other = results.entry("probes", entry.get("against", ""))
         if other is None or entry.get("tokens") == other.get("tokens"):
             continue
         ratio = results.ratio("probes", name, entry["against"])
-        measured = results.why("probes", name) if ratio is None else floors.percent(ratio - 1)
-        lines.append([name, floors.predicted(name), measured])
+        change = results.why("probes", name) if ratio is None else f"{100 * (ratio - 1):+.1f} %"
+        lines.append([name, "0.0 %", change])
     headings = ["padding the tokens to a multiple of 128", "predicted", "measured"]
-    return table(headings, lines or [["all", "", results.why("probes")]])
+    return _listed(results, "probes", headings, lines)
 
 
 def alarms(results: RunResults) -> list[str]:
     """Say loudly which checks failed, by their outcomes and by the warnings of the file."""
-    warnings = [] if results.data is None else results.data.get("warnings", [])
+    warnings = results.data.get("warnings", [])
     failed = {name: text for name, _, text in (w.partition(": ") for w in warnings)}
     outcomes = results.entry("checks", "outcomes", {})
     failed |= {name: _problem(found) for name, found in outcomes.items() if not found["ok"]}
@@ -380,10 +355,7 @@ def alarms(results: RunResults) -> list[str]:
 def checks(results: RunResults) -> list[str]:
     """List every check on the device: its error and its limit, failures first."""
     headings = ["check on the device", "result", "error", "limit", "error / limit"]
-    found = results.entry("checks", "outcomes", {})
-    if not found:
-        return table(headings, [["all", results.why("checks"), "", "", ""]])
-    lines = []
+    found, lines = results.entry("checks", "outcomes", {}), []
     for name, check in sorted(found.items(), key=lambda item: bool(item[1]["ok"])):
         error, limit = check.get("error"), check.get("limit")
         share = f"{error / limit:.2f}" if error is not None and limit else ""
@@ -391,9 +363,17 @@ def checks(results: RunResults) -> list[str]:
         powers = ["" if value is None else f"{value:.1e}" for value in (error, limit)]
         lines.append([name, result, *powers, share])
     passed = sum(bool(check["ok"]) for check in found.values())
-    return [f"{passed} of {len(found)} checks passed.", "", *table(headings, lines, right=2)]
+    head = [f"{passed} of {len(found)} checks passed.", ""] if found else []
+    return [*head, *_listed(results, "checks", headings, lines, right=1 + bool(found))]
 
 
 def _problem(check: dict[str, Any]) -> str:
     problem = check.get("problem")
     return "over its limit" if problem is None else short(str(problem))
+
+
+# of a device, in the order of the page
+PARTS = (
+    *(forwards, sampling, training, attention, operators, native),
+    *(tune_rows, profile, probes, padding, checks),
+)

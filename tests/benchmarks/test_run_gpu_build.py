@@ -44,22 +44,22 @@ def test_every_process_finds_this_checkout_and_no_other_one(tmp_path: Path) -> N
     """Test it with another copy first on the path, and in a child process too."""
     other = tmp_path / "other"
     (other / "anyflow" / "kernels").mkdir(parents=True)
-    for name in ("anyflow/__init__.py", "anyflow/kernels/__init__.py", "anyflow/kernels/rows.py"):
+    for name in ("anyflow/__init__.py", "anyflow/kernels/__init__.py", "anyflow/kernels/tokens.py"):
         (other / name).write_text("raise ImportError('the other copy')\n")
     code = (
         "import subprocess\n"
         "build.find_package('cpu')\n"
-        "child = 'import json, anyflow as a, anyflow.kernels.rows as r; "
-        "print(json.dumps([a.__file__, r.__file__]))'\n"
+        "child = 'import json, anyflow as a, anyflow.kernels.tokens as t; "
+        "print(json.dumps([a.__file__, t.__file__]))'\n"
         "done = subprocess.run([sys.executable, '-c', child], cwd=build.workplace(), "
         "capture_output=True, text=True)\n"
-        "import anyflow, anyflow.kernels.rows as rows\n"
-        "print(json.dumps([anyflow.__file__, rows.__file__, *json.loads(done.stdout or "
+        "import anyflow, anyflow.kernels.tokens as tokens\n"
+        "print(json.dumps([anyflow.__file__, tokens.__file__, *json.loads(done.stdout or "
         "repr(done.stderr))]))\n"
     )
     before = {path for path in ROOT.iterdir() if path.name != "build"}
     files = [Path(file).resolve() for file in python(tmp_path / "runner", code, other)]
-    assert files == [ROOT / "anyflow" / "__init__.py", ROOT / "kernels" / "rows.py"] * 2
+    assert files == [ROOT / "anyflow" / "__init__.py", ROOT / "kernels" / "tokens.py"] * 2
     assert {path for path in ROOT.iterdir() if path.name != "build"} == before
     link = tmp_path / "runner" / "site" / "anyflow" / "gone.py"
     link.symlink_to(ROOT / "anyflow" / "gone.py")  # of a module that the checkout had before

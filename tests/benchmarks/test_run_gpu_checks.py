@@ -163,7 +163,7 @@ def test_what_the_tuner_has_written_is_kept_when_it_is_killed(
     script = tmp_path / "tuner.py"
     script.write_text(
         "import argparse, os, pathlib\n"
-        "import anyflow.kernels.rows as rows\n"
+        "import anyflow.kernels.tokens as tokens\n"
         "parser = argparse.ArgumentParser()\n"
         "for name in ('seconds', 'out', 'device'): parser.add_argument(f'--{name}')\n"
         "parser.add_argument('--tiny', action='store_true')\n"

@@ -39,10 +39,10 @@ def test_candidates_are_todays_options_and_what_fits_into_registers(
 
 
 def test_what_gives_other_numbers_or_fails_is_not_timed() -> None:
-    from anyflow.kernels import rows
+    from anyflow.kernels.token_options import token_options
 
     def call() -> torch.Tensor:
-        options = rows.row_options(64, tokens=16, elements=24)
+        options = token_options(64, tokens=16, elements=24)
         if options["TOKENS"] == 32:
             raise RuntimeError("out of resource: shared memory\nand more")
         return torch.full((4,), {8: 1.01, 64: float("nan")}.get(options["TOKENS"], 1.0))

@@ -1,6 +1,6 @@
 """Trace what runs on a device by fake CUDA tensors, and note every wait of the host for it.
 
-The tests are in ``traced_*.py``; ``test_traced.py`` runs each file in a process of its own.
+The tests are in ``traced_*.py``; ``test_traced.py`` runs them in a process of their own.
 """
 
 import traceback

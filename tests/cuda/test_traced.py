@@ -1,7 +1,7 @@
 """Run ``traced_*.py``, which trace on fake CUDA tensors what a GPU would be asked to do.
 
 A CPU build of torch cannot differentiate fake CUDA tensors until ``no_device.cpp`` is loaded before
-it, hence a process for each file. A CUDA build needs a GPU for that.
+it, hence a process of their own. A CUDA build needs a GPU for that.
 """
 
 import os
@@ -51,9 +51,10 @@ def no_device(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", [path.name for path in sorted(FOLDER.glob("traced_*.py"))])
-def test_traced(file: str, no_device: Path | None) -> None:
+def test_traced(no_device: Path | None) -> None:
+    """Run all files in one process: most of its time is spent on the packages it imports."""
+    files = sorted(FOLDER.glob("traced_*.py"))
     own = {"PYTHONPATH": str(ROOT)} | ({} if no_device is None else {"LD_PRELOAD": str(no_device)})
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

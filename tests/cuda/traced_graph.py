@@ -17,7 +17,7 @@ LAYERS = 2
 def test_an_evaluation_that_is_recorded_asks_nothing_of_the_host(
     per_frame: bool, device: Any
 ) -> None:
-    """An evaluation has no wait, no copy from the host and no random number.
+    """Allow an evaluation no wait, no copy from the host and no random number.
 
     The rotary tables are those of the first evaluation, not new ones.
     """

@@ -216,7 +216,7 @@ def on_meta(x: Tensor) -> Tensor:
 
 
 def test_gelu_is_in_the_epilogue_of_the_product(device: Any) -> None:
-    """Without a gradient the feed-forward runs one product and no copy."""
+    """Require one product and no copy of the feed-forward without a gradient."""
     x = torch.empty(1, TOKENS, DIM, dtype=BF16, device="cuda")
     weight, bias = (
         torch.empty(shape, dtype=BF16, device="cuda") for shape in ((8960, DIM), (8960,))
@@ -228,7 +228,7 @@ def test_gelu_is_in_the_epilogue_of_the_product(device: Any) -> None:
 
 
 def test_a_compiled_block_keeps_the_operators(device: Any) -> None:
-    """torch.compile makes one graph forward and one backward, with the same operators."""
+    """Require one graph forward and one backward of torch.compile, with the same operators."""
     with torch.device("meta"), device.fakes:
         block = AnyFlowTransformerBlock(DIM, 8960, HEADS, cross_attn_norm=True, eps=1e-6)
     device.parameters(block, BF16)

@@ -21,7 +21,7 @@ from anyflow.training.config import (
 )
 from anyflow.training.distributed import Mesh
 from anyflow.training.networks import build_critic, build_student, build_teacher
-from anyflow.training.steps import OnPolicyStep, PretrainStep
+from anyflow.training.updates import OnPolicyUpdates, PretrainUpdates
 from anyflow.training.window import Window
 
 CUDA = torch.device("cuda", 0)
@@ -70,22 +70,22 @@ def batch() -> Batch:
     )
 
 
-def make_step(device: Any, recipe: Recipe) -> PretrainStep | OnPolicyStep:
+def make_step(device: Any, recipe: Recipe) -> PretrainUpdates | OnPolicyUpdates:
     student, negative = (
         device.parameters(build_student(recipe)),
         SyntheticVideos().negative_prompt_embeds,
     )
     if recipe.on_policy is None:
-        return PretrainStep(recipe, Mesh(CUDA), student, negative)
+        return PretrainUpdates(recipe, Mesh(CUDA), student, negative)
     teacher = build_teacher(recipe)
     critic = device.parameters(build_critic(recipe, teacher))
     teacher = device.parameters(teacher.requires_grad_(False))
-    return OnPolicyStep(recipe, Mesh(CUDA), student, teacher, critic, negative)
+    return OnPolicyUpdates(recipe, Mesh(CUDA), student, teacher, critic, negative)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "on_policy"])
 def test_an_update_waits_for_nothing_but_its_guard(stage: str, device: Any) -> None:
-    """Co-training has the loss of pretraining in both; the draws are made in host memory."""
+    """Trace both stages, whose loss is pretraining's too; the draws are made in host memory."""
     step = make_step(device, recipe(stage))
     device.clear()
     Window(CUDA).add(step.update([batch()], 0))
@@ -104,7 +104,7 @@ def student(device: Any) -> AnyFlowTransformer3DModel:
 def test_the_sampler_waits_once_at_its_end(
     options: dict[str, Any], student: Any, device: Any
 ) -> None:
-    """First frames, and latents that a callback returns, may be in host memory."""
+    """Give first frames, and latents that a callback returns, in host memory or on the device."""
     noise, text = torch.empty(2, 3, 8, 4, 4, device=CUDA), torch.empty(1, 4, 32, device=CUDA)
     options = dict(options)
     if options.pop("context", False):
@@ -169,7 +169,7 @@ def test_the_pretrain_loss_draws_and_computes_without_a_wait(
 
 
 def test_what_waits_is_noticed(device: Any) -> None:
-    """Each kind of wait is noticed, so that the tests above can fail."""
+    """Make a wait of each kind, so that the tests above can fail."""
     x = torch.empty(3, device=CUDA)
     mask = x > 0
     for operation in (

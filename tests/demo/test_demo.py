@@ -199,7 +199,7 @@ def test_finished_folder_is_recognized_and_other_settings_are_refused(finished: 
 
 @pytest.mark.slow
 def test_killed_run_goes_on_within_its_stage(finished: Path, tmp_path: Path) -> None:
-    """Killed by itself after an update between two checkpoints of the second stage."""
+    """Let a run kill itself after an update between two checkpoints of the second stage."""
     out = tmp_path / "killed"
     process = subprocess.run([sys.executable, "-c", KILLED, str(out)], timeout=600)
     assert process.returncode == -signal.SIGKILL
@@ -245,7 +245,7 @@ def test_a_state_that_is_none_names_the_file(tmp_path: Path, content: bytes) -> 
 def test_a_run_on_a_full_disk_goes_on_when_there_is_room_again(
     finished: Path, tmp_path: Path
 ) -> None:
-    """Refused in its first stage, and then in the results: what was there stays, to the byte."""
+    """Refuse to write in the first stage, then in the results: what was there stays the same."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     out = tmp_path / "demo"
     for folder in (out, Path(shutil.copytree(finished, tmp_path / "copy"))):

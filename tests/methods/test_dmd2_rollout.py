@@ -18,15 +18,15 @@ Factory = Callable[..., Any]
 SHAPE = (4, 2, 3, 4, 4)
 
 
-def test_draw_steps(networks: list[Any]) -> None:
+def test_draw_rollout(networks: list[Any]) -> None:
     steps = (1, 2, 4, 8)
     method = dmd2_method(*networks, num_steps=steps)
     before = torch.get_rng_state()
     g = torch.Generator().manual_seed(0)
-    draws = [method.draw_steps(g) for _ in range(2000)]
+    draws = [method.draw_rollout(g) for _ in range(2000)]
     again = torch.Generator().manual_seed(0)
-    assert draws[:20] == [method.draw_steps(again) for _ in range(20)]
-    method.draw_steps()
+    assert draws[:20] == [method.draw_rollout(again) for _ in range(20)]
+    method.draw_rollout()
     assert torch.equal(torch.get_rng_state(), before)
     counts = Counter(n for n, _ in draws)
     assert set(counts) == set(steps)
@@ -44,7 +44,7 @@ def test_pinned_timesteps_are_used_verbatim(
     pinned = (999.0, 937.0, 833.0, 624.0)
     method = dmd2_method(*networks, timesteps=pinned)
     assert torch.equal(method.schedule(), torch.tensor([*pinned, 0.0], dtype=torch.float64) / N)
-    assert all(method.draw_steps(generator)[0] == 4 for _ in range(5))
+    assert all(method.draw_rollout(generator)[0] == 4 for _ in range(5))
     method.rollout(normal(generator, *SHAPE), prompt, num_steps=4, grad_step=3, generator=generator)
     assert [call.timestep.tolist() for call in calls] == [[t] * 4 for t in pinned]
     with pytest.raises(ValueError, match="num_steps=8, but the pinned timesteps have 4 steps"):

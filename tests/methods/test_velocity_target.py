@@ -121,7 +121,7 @@ def test_cotraining_takes_the_real_score(
         data_prompt_embeds=prompt,
         data_noise=noise,
         time_pairs=KINDS,
-        steps=(2, 0),
+        rollout_draw=(2, 0),
     )
     assert len(calls) == 2  # the score of the rollout, the target of the data
     assert output.metrics["loss_diffusion"].item() < 1e-9
@@ -160,7 +160,7 @@ def test_the_weight_of_cotraining_scales_its_gradient_alone(
         draws = {
             "data_noise": noise,
             "time_pairs": KINDS,
-            "steps": (2, 0),
+            "rollout_draw": (2, 0),
             "t": torch.full((SHAPE[0],), 0.5),
         }
         output = method.student_loss(

@@ -76,7 +76,7 @@ def test_values_and_gradients(backend, shape, dtype, qkv, generator, relative) -
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("grad", [False, True])
 def test_automatic_choice_on_the_cpu(dtype, grad, qkv, kernel_of, automatic) -> None:
-    """The native kernel runs where it takes the tensors, else torch's choice bit for bit."""
+    """Run the native kernel where it takes the tensors, else torch's choice bit for bit."""
     for shape in SHAPES.values():
         tensors = qkv(shape, dtype, grad)
         native = dtype in NATIVE_DTYPES and shape[4] % 8 == 0 and automatic == "native"

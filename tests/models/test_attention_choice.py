@@ -92,7 +92,7 @@ def test_an_automatic_choice_keeps_to_sdpa_kernel_and_a_forced_one_does_not(
     ],
 )
 def test_order_of_preference(capability, cudnn, first) -> None:
-    """FlashAttention-3 is in the order of newer GPUs, where it is then missing."""
+    """Keep FlashAttention-3 in the order of newer GPUs, where it is then missing."""
     assert list(preference(capability, cudnn)) == first
 
 
@@ -107,7 +107,7 @@ def test_an_implementation_that_the_user_has_activated_comes_first() -> None:
     not hasattr(torch.nn.attention, "activate_flash_attention_impl"), reason="needs torch 2.11"
 )
 def test_an_activated_implementation_is_noticed_and_named() -> None:
-    """torch's own registry activates an implementation that registers no kernel."""
+    """Activate an implementation that registers no kernel by torch's own registry."""
     registry, removed = torch.nn.attention, []
 
     class Handle:
@@ -142,7 +142,7 @@ def test_forward_mode_derivative(qkv, relative) -> None:
 
 
 def test_a_fake_call_does_not_spoil_the_choice_for_real_ones(qkv, kernel_of) -> None:
-    """Real tensors probe each kind once: fake CPU tensors have the math kernel only."""
+    """Probe each kind once with real tensors: fake CPU tensors have the math kernel only."""
     unsupported.cache_clear()
     with FakeTensorMode():
         fake = torch.empty(1, 4, 2, 56)

@@ -101,7 +101,7 @@ def test_only_a_plain_linear_is_fused(wrap: Callable[[FeedForward], None]) -> No
 @pytest.mark.parametrize("wrap", [lambda ffn: None, *WRAPPED], ids=lambda wrap: wrap.__name__)
 @torch.no_grad()
 def test_a_layer_gives_what_its_call_gives(wrap: Callable[[FeedForward], None], generator) -> None:
-    """Large products do so too, where a plain one goes through the operator."""
+    """Require the same of large products, where a plain one goes through the operator."""
     ffn = FeedForward(DIM, FFN)
     wrap(ffn)
     proj, x = ffn.net[0].proj, torch.randn(2, 2**13, DIM, generator=generator)
@@ -109,7 +109,7 @@ def test_a_layer_gives_what_its_call_gives(wrap: Callable[[FeedForward], None], 
 
 
 def test_the_models_layers_take_the_operator(generator) -> None:
-    """The operator runs all layers that see tokens: 4 of self-, 2 of cross-attention, 2 more."""
+    """Run all layers that see tokens by the operator: 4 of self-, 2 of cross-attention, 2 more."""
     block = AnyFlowTransformerBlock(64, 128, 2, cross_attn_norm=True, eps=1e-6)
     x, text = (
         torch.randn(1, 1024, 64, generator=generator),
@@ -159,7 +159,7 @@ def test_no_derivative_is_lost() -> None:
 
 
 def test_what_torch_offers(generator) -> None:
-    """torch has the erf-GELU on a CPU, and no derivative: the conditions are right."""
+    """Confirm the conditions: torch has the erf-GELU on a CPU, and no derivative."""
     x = torch.randn(2, 3, DIM, generator=generator)
     weight, bias = torch.randn(FFN, DIM, generator=generator), torch.randn(FFN, generator=generator)
     out = linear_gelu(x, weight, bias)

@@ -8,7 +8,7 @@ from anyflow.models.embeddings import RotaryEmbedding
 
 
 def test_tables_are_safe_to_share_among_threads() -> None:
-    """Threads with more grids than are kept each get their own tables."""
+    """Give threads with more grids than are kept their own tables each."""
     rope = RotaryEmbedding(16, 64)
     grids = [(1, 2, n) for n in range(1, 13)]
     expected = {

@@ -88,15 +88,20 @@ class Trace(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("per_sample", [False, True], ids=["per-frame", "per-sample"])
 @pytest.mark.parametrize(
-    "config", [{}, {"cross_attn_norm": False}, {"num_attention_heads": 3, "attention_head_dim": 40}]
+    ("config", "per_sample"),
+    [
+        ({}, False),
+        ({"cross_attn_norm": False}, True),
+        ({"num_attention_heads": 3, "attention_head_dim": 40}, False),
+    ],
 )
 def test_triton_matches_diffusers_and_eager(
     config, per_sample, tiny, make_inputs, generator, relative
 ) -> None:
-    theirs, ours = pair(tiny | config, generator)
-    inputs = make_inputs(2, 3, 4, 6, per_sample=per_sample)
+    """Compare one block between the embeddings and the output; kernels are interpreted."""
+    theirs, ours = pair(tiny | {"num_layers": 1} | config, generator)
+    inputs = make_inputs(2, 2, 4, 6, per_sample=per_sample)
     cotangent = torch.randn(inputs.x.shape, generator=generator)
     expected = theirs(*inputs.tuple()).sample
     expected_gradients = gradients(theirs, expected, cotangent)
@@ -115,7 +120,10 @@ def test_triton_matches_diffusers_and_eager(
 def test_bf16_is_closer_to_fp64_than_diffusers(
     backend, seed, tiny, make_inputs, generator, relative: Callable[..., float], tmp_path: Path
 ) -> None:
-    """Outputs and gradients are closer by 3 to 5 %, from one checkpoint that bf16 holds exactly."""
+    """Compare outputs and gradients from one checkpoint that bf16 holds exactly.
+
+    Ours are closer by 3 to 5 %.
+    """
     torch.manual_seed(seed)
     generator.manual_seed(seed)
     theirs, ours = pair(tiny | {"attention_head_dim": 48, "num_layers": 4}, generator)
@@ -168,8 +176,8 @@ def block_arguments(
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
 def test_modulation_is_never_expanded_to_tokens(backend, rows, generator) -> None:
-    """Nothing is wider than 2 D, forward or backward, where the feed-forward is narrow."""
-    dim, length = 64, 128
+    """Allow nothing wider than 2 D, forward or backward, where the feed-forward is narrow."""
+    dim, length = 16, 32
     block = AnyFlowTransformerBlock(
         dim, ffn_dim=2 * dim, num_heads=2, cross_attn_norm=True, eps=1e-6
     )
@@ -182,7 +190,7 @@ def test_modulation_is_never_expanded_to_tokens(backend, rows, generator) -> Non
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_memory_of_a_block(rows, generator) -> None:
-    """No allocation of a forward pass comes near [L, 6 D], which diffusers' block makes."""
+    """Hold every allocation of a forward pass far below [L, 6 D], which diffusers' block makes."""
     dim, length, heads = 256, 1024, 4
     options = {"cross_attn_norm": True, "eps": 1e-6}
     block = AnyFlowTransformerBlock(dim, ffn_dim=2 * dim, num_heads=heads, **options)

@@ -103,7 +103,7 @@ def test_gradients(config, per_sample, tiny, make_inputs, generator, relative) -
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_gradients_of_every_parameter_in_fp64(config, tiny, make_inputs, generator) -> None:
-    """fp64 resolves the cancellations; diffusers rounds sinusoid and norms, hence 1e-6."""
+    """Resolve the cancellations in fp64; diffusers rounds sinusoid and norms, hence 1e-6."""
     theirs, ours = pair(tiny | config, generator, torch.float64)
     inputs = make_inputs(1, 5, 6, 10, image="image_dim" in config)
     arguments = [inputs.x.double(), inputs.t, inputs.r, inputs.text.double(), inputs.image]
@@ -128,7 +128,7 @@ def test_state_dicts_interchange_both_ways(config, tiny) -> None:
 
 
 def test_config_and_call_are_compatible() -> None:
-    """Every setting has its default, and every positional argument its place."""
+    """Check that every setting has its default, and every positional argument its place."""
     for method in ("__init__", "forward"):
         theirs = inspect.signature(getattr(diffusers.AnyFlowTransformer3DModel, method)).parameters
         ours = inspect.signature(getattr(AnyFlowTransformer3DModel, method)).parameters
@@ -184,7 +184,7 @@ def test_additive_fusion_survives_the_file(tiny, make_inputs, tmp_path: Path) ->
 
 
 def test_lora_adapter(tiny, make_inputs, generator, relative) -> None:
-    """The targets are the published recipe's; attention_kwargs sets the scale."""
+    """Adapt the published recipe's targets; attention_kwargs sets the scale."""
     theirs, ours = pair(tiny, generator)
     targets = [
         "to_q",

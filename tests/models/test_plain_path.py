@@ -83,7 +83,7 @@ def test_gate_is_a_buffer_outside_the_state_dict(tiny) -> None:
 
 
 def test_gate_survives_meta_and_casts(tiny, make_inputs) -> None:
-    """No file fills the buffer, so that loading through the meta device must not lose it."""
+    """Keep the buffer when loading through the meta device: no file fills it."""
     model = AnyFlowTransformer3DModel(**tiny, gate_value=0.6)
     with torch.device("meta"):
         loaded = AnyFlowTransformer3DModel(**tiny, gate_value=0.6)
@@ -155,7 +155,7 @@ def test_enable_flow_map_rejects(arguments, message, tiny) -> None:
 
 
 def test_additive_fusion(tiny, make_inputs) -> None:
-    """The embedding is ``t + g r``, and a gate of 0 is the plain path."""
+    """Compare the embedding with ``t + g r``; a gate of 0 is the plain path."""
     model = AnyFlowTransformer3DModel(**tiny, r_embedder_fusion="additive", gate_value=0.7)
     i = make_inputs()
     embedder = model.condition_embedder
@@ -180,7 +180,7 @@ def test_per_sample_and_per_frame_times_agree(r_none, tiny, make_inputs, relativ
 
 
 def test_times_of_different_frames_matter(tiny, make_inputs) -> None:
-    """Without attention among tokens, only the frame whose time changes is changed."""
+    """Change one frame's time; without attention among tokens, no other frame changes."""
     model = AnyFlowTransformer3DModel(**tiny)
     i = make_inputs()
     other = i.t.clone()
@@ -207,7 +207,7 @@ def test_many_frames_and_long_axes(tiny, make_inputs) -> None:
 
 
 def test_rotary_tables_follow_the_grid(tiny, make_inputs) -> None:
-    """The same model runs on alternating shapes, by tables that the grid finds."""
+    """Run one model on alternating shapes, by tables that the grid finds."""
     model = AnyFlowTransformer3DModel(**tiny)
     fresh = copy.deepcopy(model)
     with torch.no_grad():

@@ -83,7 +83,7 @@ def peer_quotient(model: nn.Module, d: Difference) -> Tensor:
 def test_central_difference_survives_bf16(
     tiny, generator, relative: Callable[..., float], tmp_path: Path
 ) -> None:
-    """Measured over three seeds: fp32 6e-6, ours 0.054 to 0.057, the peer's 0.40 to 0.43."""
+    """Compare what three seeds gave: fp32 6e-6, ours 0.054 to 0.057, the peer's 0.40 to 0.43."""
     reference = save_rounded(tiny, tmp_path)
     d = difference(reference, generator)
     assert relative(our_quotient(reference, d), d.exact) < 1e-4
@@ -112,7 +112,7 @@ def test_velocity_has_the_dtype_of_the_latents(
 def test_fp32_latents_are_not_rounded_on_their_way_in_or_out(
     tiny, make_inputs, relative, tmp_path: Path
 ) -> None:
-    """A model that rounds its input cannot see a hundredth of bf16's resolution."""
+    """Show a hundredth of bf16's resolution, which a model that rounds its input cannot see."""
     save_rounded(tiny, tmp_path)
     model = AnyFlowTransformer3DModel.from_pretrained(tmp_path, torch_dtype=BF16)
     i = make_inputs()
@@ -132,7 +132,7 @@ def test_fp32_latents_are_not_rounded_on_their_way_in_or_out(
 def test_both_time_embedders_stay_in_fp32(
     enabled_by, tiny, make_inputs, relative, tmp_path: Path
 ) -> None:
-    """These parameters keep their last digits; the others are bf16."""
+    """Keep the last digits of these parameters; the others are bf16."""
     model = AnyFlowTransformer3DModel(**tiny, r_embedder=enabled_by == "config")
     if enabled_by == "enable_flow_map":
         model.enable_flow_map()
@@ -157,7 +157,7 @@ def test_both_time_embedders_stay_in_fp32(
 
 
 def test_a_small_change_of_time_is_seen_in_bf16(tiny, make_inputs, tmp_path: Path) -> None:
-    """Times stay in fp32: 700 and 700.9 are one number in bf16."""
+    """Keep times in fp32: 700 and 700.9 are one number in bf16."""
     save_rounded(tiny, tmp_path)
     model = AnyFlowTransformer3DModel.from_pretrained(tmp_path, torch_dtype=BF16)
     i = make_inputs()

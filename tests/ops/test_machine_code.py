@@ -1,4 +1,4 @@
-"""Machine code is counted and predicted from; the kernels over rows share options and sums."""
+"""Machine code is counted and predicted from; the kernels over tokens share options and sums."""
 
 import os
 
@@ -10,9 +10,18 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from anyflow.kernels import gated_residual, layer_norm_modulate, machine_code, rows
+from anyflow.kernels import gated_residual, layer_norm_modulate, machine_code
 from anyflow.kernels.launch import record
 from anyflow.kernels.machine_code import MachineCode, Traffic
+from anyflow.kernels.token_options import (
+    BACKWARD_TOKENS,
+    FEW_TENSORS,
+    MEASURED,
+    override_options,
+    token_options,
+)
+from anyflow.kernels.token_sums import finish_sums
+from anyflow.kernels.tokens import add_pairs
 
 INTERPRETS = pytest.mark.skipif(
     os.environ.get("ANYFLOW_TEST_DEVICE", "cpu") != "cpu",
@@ -132,7 +141,7 @@ def test_a_last_wave_counts_as_a_whole_one() -> None:
     assert shares[1] == pytest.approx(shares[0] * 265 / 264 / 2, rel=1e-3)
 
 
-# What kernels over rows share ---------------------------------------------------------------------
+# What kernels over tokens share -------------------------------------------------------------------
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -143,7 +152,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     ("dim", "warps"), [(8, 1), (1536, 2), (2048, 2), (3072, 4), (5120, 4), (8192, 8)]
 )
 def test_no_lane_is_idle_at_the_widths_of_models(dim: int, warps: int) -> None:
-    assert rows.row_options(dim, tokens=16, elements=rows.FEW_TENSORS)["num_warps"] == warps
+    assert token_options(dim, tokens=16, elements=FEW_TENSORS)["num_warps"] == warps
     assert dim % (256 * warps) == 0 or dim < 256
 
 
@@ -154,12 +163,12 @@ def test_measured_options_are_for_their_width_and_dtype() -> None:
             gated_residual.backward(x, x, row)
         return {name: launches[0].options[name] for name in ("num_warps", "STAGES", "TOKENS")}
 
-    derived = {"num_warps": 2, "STAGES": 1, "TOKENS": rows.BACKWARD_TOKENS}
-    found = dict(zip(derived, rows.MEASURED["gated_residual backward"], strict=True))
+    derived = {"num_warps": 2, "STAGES": 1, "TOKENS": BACKWARD_TOKENS}
+    found = dict(zip(derived, MEASURED["gated_residual backward"], strict=True))
     assert launched(1536, torch.bfloat16) == found != derived
     assert launched(1536, torch.float32) == launched(1536, torch.float16) == derived
-    assert launched(2048, torch.bfloat16)["TOKENS"] == rows.BACKWARD_TOKENS
-    with rows.override_options(TOKENS=16):
+    assert launched(2048, torch.bfloat16)["TOKENS"] == BACKWARD_TOKENS
+    with override_options(TOKENS=16):
         assert launched(1536, torch.bfloat16) == found | {"TOKENS": 16}
 
 
@@ -171,15 +180,15 @@ def test_options_are_overridden_and_come_back() -> None:
         return launches[0].options
 
     before = launched()
-    with rows.override_options(num_warps=4, TOKENS=64):
+    with override_options(num_warps=4, TOKENS=64):
         assert launched() == before | {"num_warps": 4, "TOKENS": 64}
-        with rows.override_options(STAGES=4):
+        with override_options(STAGES=4):
             assert launched() == before | {"STAGES": 4}
         assert launched()["TOKENS"] == 64
     assert launched() == before
     with (
         pytest.raises(ValueError, match="takes TOKENS, STAGES and num_warps, got warps"),
-        rows.override_options(warps=1),
+        override_options(warps=1),
     ):
         pass
 
@@ -187,7 +196,7 @@ def test_options_are_overridden_and_come_back() -> None:
 @triton.jit
 def reduce_pairs(a_ptr, b_ptr, sums_ptr, N: tl.constexpr):
     columns = tl.arange(0, N)
-    a, b = tl.reduce((tl.load(a_ptr + columns), tl.load(b_ptr + columns)), 0, rows.add_pairs)
+    a, b = tl.reduce((tl.load(a_ptr + columns), tl.load(b_ptr + columns)), 0, add_pairs)
     tl.store(sums_ptr, a)
     tl.store(sums_ptr + 1, b)
 
@@ -205,7 +214,7 @@ def test_sums_of_gradients_with_different_rows(generator: torch.Generator) -> No
     """Twelve programs: of four rows three each, of one row all, and of two rows in bf16."""
     partial = torch.randn(3, 12, 40, generator=generator)
     like = [torch.empty(2, 2, 40), torch.empty(40), torch.empty(2, 1, 40, dtype=torch.bfloat16)]
-    first, second, third = rows.finish_sums(partial, like)
+    first, second, third = finish_sums(partial, like)
     torch.testing.assert_close(first, partial[0].view(2, 2, 3, 40).sum(2))
     torch.testing.assert_close(second, partial[1].sum(0))
     torch.testing.assert_close(
@@ -219,7 +228,7 @@ def test_sums_of_gradients_with_different_rows(generator: torch.Generator) -> No
 def test_sums_over_more_programs_than_a_tile_and_over_none(generator: torch.Generator) -> None:
     partial = torch.randn(1, 300, 8, generator=generator)
     torch.testing.assert_close(
-        rows.finish_sums(partial, [torch.empty(8)])[0], partial[0].sum(0), rtol=1e-5, atol=1e-5
+        finish_sums(partial, [torch.empty(8)])[0], partial[0].sum(0), rtol=1e-5, atol=1e-5
     )
-    empty, affine = rows.finish_sums(torch.empty(2, 0, 8), [torch.empty(0, 3, 8), torch.empty(8)])
+    empty, affine = finish_sums(torch.empty(2, 0, 8), [torch.empty(0, 3, 8), torch.empty(8)])
     assert empty.shape == (0, 3, 8) and torch.equal(affine, torch.zeros(8))

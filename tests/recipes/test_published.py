@@ -1,6 +1,4 @@
-"""The recipes that come with anyflow: the published numbers, and that every one of them can be
-used.
-"""
+"""Test the recipes that come with anyflow: the published numbers, and that each can be used."""
 
 import dataclasses
 from pathlib import Path
@@ -127,9 +125,7 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_numbers_are_in_the_recipes(name: str) -> None:
-    """The published recipes, written down a second time; the global batch is that of eight
-    processes.
-    """
+    """Compare with numbers written down here; the global batch is that of eight processes."""
     recipe = load_recipe(SHIPPED / f"{name}.yaml")
     found = {key: _value(recipe, key) for key in PUBLISHED[name] if key != "global_batch"}
     if "global_batch" in PUBLISHED[name]:
@@ -176,7 +172,7 @@ def test_the_smoke_recipes_are_small_and_their_methods_accept_them() -> None:
 
 
 def test_published_on_policy_settings_are_accepted_by_the_method() -> None:
-    """The pinned schedule too: it is checked when the method is built."""
+    """Build each method, which checks the pinned schedule too."""
     architecture = load_recipe(SHIPPED / "smoke_pretrain.yaml").student.architecture
     model = AnyFlowTransformer3DModel(**dataclasses.asdict(architecture))
     for name in ("anyflow_onpolicy_t2v", "fastvideo_onpolicy_t2v"):

@@ -1,5 +1,6 @@
-"""Recipes that come with anyflow: found by name from any folder, listed, and copied without
-replacing anything.
+"""Test anyflow's own recipes: found by name from any folder, listed, and copied.
+
+Copying replaces nothing.
 """
 
 import os

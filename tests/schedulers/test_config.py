@@ -21,7 +21,7 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize(("name", "value"), IMPOSSIBLE, ids=lambda value: str(value)[:12])
 def test_a_setting_that_cannot_be_is_refused(name: str, value: object, tmp_path: Path) -> None:
-    """The error names the setting, and the file that it comes from."""
+    """Name the setting in the error, and the file that it comes from."""
     with pytest.raises(ValueError, match=f"^{name} must be "):
         FlowMapEulerDiscreteScheduler(**{name: value})
     FlowMapEulerDiscreteScheduler(shift=5.0).save_pretrained(tmp_path)

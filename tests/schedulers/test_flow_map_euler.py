@@ -61,7 +61,7 @@ def test_published_four_step_schedule_is_the_floored_shift() -> None:
 )
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_custom_timesteps_are_verbatim(values, shift) -> None:
-    """Custom timesteps stay; diffusers shifts them again (624 becomes 892 at shift 5)."""
+    """Keep custom timesteps; diffusers shifts them again (624 becomes 892 at shift 5)."""
     ours, theirs = pair(shift=shift)
     ours.set_timesteps(timesteps=values)
     expected = [float(v) for v in values if v != 0]
@@ -226,7 +226,7 @@ def test_step_between_any_two_times(t, r, as_tensor, generator) -> None:
 @pytest.mark.parametrize("on_schedule", [True, False])
 @pytest.mark.parametrize("per_frame", [True, False])
 def test_per_sample_timesteps_equal_a_loop_over_samples(per_frame, on_schedule, generator) -> None:
-    """Each sample has its time; diffusers reads t[0] for all where it is on its schedule."""
+    """Give each sample its time; diffusers reads t[0] for all where it is on its schedule."""
     ours, theirs = pair(shift=5.0)
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(4)

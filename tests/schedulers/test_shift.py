@@ -62,7 +62,7 @@ def test_beta08_numbers_at_shift_5() -> None:
 
 
 def test_weight_does_not_depend_on_the_batch() -> None:
-    """A weight that is normalized over the batch would be 1000 in a batch of 1."""
+    """Weigh a batch of 1, where a weight that is normalized over the batch would be 1000."""
     scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
     t = torch.tensor([[980.0, 667.0], [300.0, 10.0]])
     together = scheduler.get_train_weight(t)
@@ -74,7 +74,7 @@ def test_weight_does_not_depend_on_the_batch() -> None:
 
 
 def test_units_are_never_guessed() -> None:
-    """Small timesteps are not taken for fractions of the range."""
+    """Take no small timesteps for fractions of the range."""
     scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
     small = scheduler.get_train_weight(torch.tensor([0.667, 0.9]))
     assert torch.equal(small, scheduler.get_train_weight(torch.tensor([0.667, 0.9, 667.0]))[:2])

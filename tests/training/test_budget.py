@@ -15,7 +15,7 @@ from anyflow.training.distributed import Mesh
 from anyflow.training.memory import shard_elements
 from anyflow.training.networks import build_student
 from anyflow.training.recipe import load_recipe
-from anyflow.training.steps import PretrainStep
+from anyflow.training.updates import PretrainUpdates
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 SMOKE = Path("smoke_pretrain")
@@ -49,7 +49,7 @@ def test_storages_are_counted_while_they_are_alive() -> None:
 def test_state_and_parameters_are_those_of_a_real_training_step() -> None:
     recipe = load_recipe(SMOKE)
     dataset = open_dataset(recipe.data)
-    step = PretrainStep(
+    step = PretrainUpdates(
         recipe, Mesh(torch.device("cpu")), build_student(recipe), dataset.negative_prompt_embeds
     )
     budget = count(recipe, 1, dataset.latent_shape, dataset.text_shape[0])

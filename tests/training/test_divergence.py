@@ -22,7 +22,7 @@ from anyflow.training.config import (
 from anyflow.training.distributed import Mesh
 from anyflow.training.manifest import Manifest
 from anyflow.training.optimization import TrainingError
-from anyflow.training.trainer import _build_step, train
+from anyflow.training.trainer import _build_updates, train
 
 Make = Callable[..., Recipe]
 ADVICE = re.compile(r"[\w.]+=[\w.+-]+")
@@ -212,7 +212,7 @@ def test_no_checkpoint_has_weights_that_are_not_finite(
 def test_data_that_are_not_finite_are_to_blame_and_not_a_network(
     small_recipe: Make, tmp_path: Path
 ) -> None:
-    step = _build_step(small_recipe(tmp_path), Mesh(torch.device("cpu")), SyntheticVideos())
+    step = _build_updates(small_recipe(tmp_path), Mesh(torch.device("cpu")), SyntheticVideos())
     data = SyntheticVideos()
     latents, prompts = (
         torch.stack([getattr(data[i], n) for i in (5, 6)]) for n in ("latents", "prompt_embeds")

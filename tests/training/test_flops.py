@@ -17,7 +17,7 @@ from anyflow.training.config import LoRAConfig, NetworkConfig, Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.flops import NetworkFlops, network_flops, peak_flops, token_count
 from anyflow.training.networks import build_student
-from anyflow.training.trainer import _build_step
+from anyflow.training.trainer import _build_updates
 
 Make = Callable[..., Recipe]
 TEXT = 4
@@ -106,7 +106,7 @@ def test_every_call_of_a_pretrain_update_is_counted(
     changes: dict[str, Any], small_recipe: Make
 ) -> None:
     recipe = small_recipe("unused", **changes)
-    step = _build_step(recipe, Mesh(torch.device("cpu")), SyntheticVideos())
+    step = _build_updates(recipe, Mesh(torch.device("cpu")), SyntheticVideos())
     calls = _Calls(student=step.student)
     step.update([_batch()] * recipe.gradient_accumulation, 0)
     one = network_flops(
@@ -135,7 +135,7 @@ def test_every_call_of_an_on_policy_update_is_counted(
     method = OnPolicyConfig(**{"num_steps": (1, 2, 4), "cotrain_pretrain": True} | settings)
     stage = dataclasses.replace(recipe.on_policy, method=method, generator_update_interval=2)
     recipe = dataclasses.replace(recipe, on_policy=stage)
-    step = _build_step(recipe, Mesh(torch.device("cpu")), SyntheticVideos())
+    step = _build_updates(recipe, Mesh(torch.device("cpu")), SyntheticVideos())
     networks = {"student": step.student, "teacher": step.method.teacher, "critic": step.critic}
     tokens = token_count(step.student, SyntheticVideos().latent_shape)
     ones = {name: network_flops(network, tokens, TEXT) for name, network in networks.items()}
@@ -176,7 +176,7 @@ def test_peaks_are_found_by_the_name_of_the_device() -> None:
 def test_forward_mode_costs_an_evaluation_and_its_tangent(small_recipe: Make) -> None:
     student = NetworkConfig(architecture=small_recipe("unused").student.architecture)
     pretrain = PretrainConfig(derivative="jvp", fuse_guidance_scale=1.0)
-    step = _build_step(
+    step = _build_updates(
         small_recipe("unused", student=student, pretrain=pretrain),
         Mesh(torch.device("cpu")),
         SyntheticVideos(),

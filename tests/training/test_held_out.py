@@ -13,8 +13,8 @@ from anyflow.methods import AnyFlowPretrainMethod, DiffusionBalance, sample_time
 from anyflow.training.config import DataConfig, Recipe, ValidationConfig
 from anyflow.training.distributed import Mesh
 from anyflow.training.held_out import split_data, validation_losses
-from anyflow.training.steps import build_scheduler
-from anyflow.training.trainer import _build_step, train
+from anyflow.training.trainer import _build_updates, train
+from anyflow.training.updates import build_scheduler
 
 Make = Callable[..., Recipe]
 CPU = Mesh(torch.device("cpu"))
@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_the_averaged_weights(target: str, small_recipe: Mak
         data=DataConfig(kind="synthetic", batch_size=2, num_workers=0),
     )
     data = SyntheticVideos()
-    split, step = split_data(recipe, data), _build_step(recipe, CPU, data)
+    split, step = split_data(recipe, data), _build_updates(recipe, CPU, data)
     for average in step.ema.state_dict().values():
         average.mul_(0.7)
     before = {name: p.detach().clone() for name, p in step.student.named_parameters()}

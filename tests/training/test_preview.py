@@ -23,7 +23,7 @@ from anyflow.training.distributed import Mesh
 from anyflow.training.preview import Previews
 from anyflow.training.preview_grid import write_grid
 from anyflow.training.prompts import sampled_prompts
-from anyflow.training.trainer import _build_step, train
+from anyflow.training.trainer import _build_updates, train
 
 Make = Callable[..., Recipe]
 CPU = Mesh(torch.device("cpu"))
@@ -86,7 +86,7 @@ def test_a_preview_samples_the_average_in_a_plain_model_too(
         tmp_path, stage="teacher", preview=PreviewConfig(every=1, step_counts=(2,), num_samples=2)
     )
     data = SyntheticVideos()
-    step, previews = _build_step(recipe, CPU, data), _previews(recipe, data)
+    step, previews = _build_updates(recipe, CPU, data), _previews(recipe, data)
     before = {name: p.detach().clone() for name, p in step.student.named_parameters()}
     first = previews.sample(step.student, step.ema)
     assert first.shape == (1, 2, *data.latent_shape)
@@ -104,7 +104,7 @@ def test_a_preview_that_is_not_finite_is_said_and_not_written(
         tmp_path, preview=PreviewConfig(every=1, step_counts=(1, 2), num_samples=2)
     )
     data = SyntheticVideos()
-    step = _build_step(recipe, CPU, data)
+    step = _build_updates(recipe, CPU, data)
     next(iter(step.ema.state_dict().values())).fill_(3e38)
     assert _previews(recipe, data).write(step, 1, Console(soft_wrap=True)) is None
     assert "step-00000001.gif was not written: the latents" in capsys.readouterr().out
@@ -119,7 +119,7 @@ def test_the_vae_decodes_prompts_of_ones_own(
     preview = PreviewConfig(1, (1, 2), prompts=prompts, model=str(wan_model), vae=str(wan_model))
     recipe = dataclasses.replace(recipe, preview=preview)
     data = LatentDataset(Path(recipe.data.path))
-    previews, step = _previews(recipe, data), _build_step(recipe, CPU, data)
+    previews, step = _previews(recipe, data), _build_updates(recipe, CPU, data)
     encoder = TextEncoder(wan_model, CPU.device, dtype=torch.bfloat16, text_length=8)
     for prompt, text in zip(previews.prompts, prompts, strict=True):
         own = encoder(text)
@@ -178,7 +178,7 @@ def test_the_data_s_own_videos_are_beside_the_samples(recipe: Recipe, wan_model:
     preview = PreviewConfig(1, (1, 2), num_samples=2, vae=str(wan_model))
     recipe = dataclasses.replace(recipe, preview=preview)
     data = LatentDataset(Path(recipe.data.path))
-    previews, step = _previews(recipe, data), _build_step(recipe, CPU, data)
+    previews, step = _previews(recipe, data), _build_updates(recipe, CPU, data)
     frames = _frames(previews.write(step, 1, Console(quiet=True)))
     height, width = 96, 144  # 32 x 48 pixels, enlarged
     bottom, right = frames[0].shape[:2]

@@ -12,14 +12,20 @@ from recipe_texts import SMALL, errors, write
 from anyflow.methods import OnPolicyConfig, PretrainConfig
 from anyflow.training.config import (
     CheckpointConfig,
+    DataConfig,
     EMAConfig,
     LoRAConfig,
+    NetworkConfig,
+    OnPolicyStageConfig,
     OptimizerConfig,
     PreviewConfig,
+    Recipe,
+    WeightsConfig,
 )
 from anyflow.training.recipe import load_recipe, print_config
 from anyflow.utils.validation import SettingError
 
+ADAPTED = NetworkConfig(path="a", lora=LoRAConfig())
 ARCHITECTURE = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -156,6 +162,35 @@ def test_the_whole_recipe_is_not_printed_where_the_model_cannot_be_built(tmp_pat
 def test_configurations_built_in_python_check_kinds_and_ranges(build: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=" must "):
         build()
+
+
+@pytest.mark.parametrize(
+    ("networks", "message"),
+    [
+        ({"teacher": ADAPTED}, r"^teacher\.lora must be None: the teacher is not trained$"),
+        ({"critic": ADAPTED}, r"^critic\.lora must be None: .* as on_policy\.critic_lora$"),
+    ],
+)
+def test_a_network_that_has_no_adapters_of_its_own_refuses_them(
+    networks: dict[str, NetworkConfig], message: str
+) -> None:
+    """Build stage 2 in Python, where a trained network's configuration passes for any other."""
+    with pytest.raises(ValueError, match=message):
+        OnPolicyStageConfig(**{"teacher": WeightsConfig(path="t"), **networks})
+
+
+def test_the_target_of_the_pretrain_stage_refuses_adapters() -> None:
+    with pytest.raises(
+        ValueError, match=r"^teacher\.lora must be None: the teacher is not trained$"
+    ):
+        Recipe(
+            stage="pretrain",
+            out="run",
+            student=NetworkConfig(path="s"),
+            data=DataConfig(path="latents"),
+            pretrain=PretrainConfig(velocity_target="teacher"),
+            teacher=ADAPTED,
+        )
 
 
 def test_a_settings_error_survives_the_way_to_another_rank() -> None:

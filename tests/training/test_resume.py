@@ -30,7 +30,7 @@ from anyflow.training.distributed import Mesh
 from anyflow.training.held_out import split_data, validation_losses
 from anyflow.training.manifest import Manifest
 from anyflow.training.metrics import keep_until
-from anyflow.training.trainer import _build_samples, _build_step, train
+from anyflow.training.trainer import _build_samples, _build_updates, train
 
 Make = Callable[..., Recipe]
 
@@ -185,7 +185,7 @@ def test_two_processes_train_one_model_and_one_process_resumes_it(
         recipe, steps=3, data=dataclasses.replace(recipe.data, batch_size=4)
     )
     mesh, data, line = Mesh(torch.device("cpu")), open_dataset(alone.data), metrics(out)[1]
-    step = _build_step(alone, mesh, data)
+    step = _build_updates(alone, mesh, data)
     Checkpointer(out / "checkpoints", keep=1).load(
         out / "checkpoints" / "step-00000002", step.tensors()
     )

@@ -20,8 +20,8 @@ from anyflow.training.config import MetricsConfig, PreviewConfig, Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.draws import draw_generator
 from anyflow.training.sample_metrics import SampleMetrics
-from anyflow.training.steps import Step, build_scheduler
-from anyflow.training.trainer import _build_samples, _build_step, train
+from anyflow.training.trainer import _build_samples, _build_updates, train
+from anyflow.training.updates import StageUpdates, build_scheduler
 
 Make = Callable[..., Recipe]
 CPU = Mesh(torch.device("cpu"))
@@ -41,7 +41,7 @@ def _metrics_of(recipe: Recipe, data: VideoDataset, console: Console = QUIET) ->
     return found
 
 
-def _moved(step: Step) -> Step:
+def _moved(step: StageUpdates) -> StageUpdates:
     """Move parameters and averages apart, and the end of the network away from zero."""
     with torch.no_grad():
         for parameter in step.student.parameters():
@@ -56,7 +56,7 @@ def _moved(step: Step) -> Step:
 
 
 def _samples(
-    recipe: Recipe, step: Step, data: VideoDataset, embeds: list[Tensor], count: int
+    recipe: Recipe, step: StageUpdates, data: VideoDataset, embeds: list[Tensor], count: int
 ) -> Tensor:
     """Return what the averages give from the noise of each place, ``[N, F, C, H, W]``."""
     with step.ema.applied(step.student):
@@ -91,7 +91,7 @@ def test_values_are_those_of_the_averaged_student_s_videos(
     config = MetricsConfig(every=1, step_counts=(1, 3), num_samples=4, reference_steps=5)
     recipe = small_recipe(tmp_path, metrics=config, seed=5)
     data = SyntheticVideos()
-    step = _moved(_build_step(recipe, CPU, data))
+    step = _moved(_build_updates(recipe, CPU, data))
     before = {name: p.detach().clone() for name, p in step.student.named_parameters()}
     metrics = _metrics_of(recipe, data)
     found = metrics.evaluate(step, 7, QUIET)
@@ -178,7 +178,7 @@ def test_latents_that_nothing_decodes_have_metrics_of_their_own(latents_recipe: 
     config = MetricsConfig(every=1, step_counts=(1, 4), num_samples=2, reference_steps=4)
     recipe = dataclasses.replace(latents_recipe, metrics=config)
     data = LatentDataset(Path(recipe.data.path))
-    step = _moved(_build_step(recipe, CPU, data))
+    step = _moved(_build_updates(recipe, CPU, data))
     found = _metrics_of(recipe, data).evaluate(step, 1, QUIET)
     assert found.keys() == {
         *(
@@ -214,7 +214,7 @@ def test_a_vae_decodes_what_is_measured(latents_recipe: Recipe, wan_model: Path)
         metrics=MetricsConfig(every=1, step_counts=(2,), **own),
     )
     data = LatentDataset(Path(recipe.data.path))
-    step = _moved(_build_step(recipe, CPU, data))
+    step = _moved(_build_updates(recipe, CPU, data))
     samples = _build_samples(recipe, CPU, data, QUIET)
     found = samples.metrics.evaluate(step, 1, QUIET)
     assert not any("psnr" in name or "latent_motion" in name for name in found)
@@ -252,7 +252,7 @@ def test_samples_that_are_not_finite_are_said_and_training_goes_on(
         tmp_path, metrics=MetricsConfig(every=1, step_counts=(1, 2), num_samples=2)
     )
     data = SyntheticVideos()
-    step = _build_step(recipe, CPU, data)
+    step = _build_updates(recipe, CPU, data)
     next(iter(step.ema.state_dict().values())).fill_(3e38)
     assert _metrics_of(recipe, data).evaluate(step, 3, Console(soft_wrap=True)) == {}
     assert (

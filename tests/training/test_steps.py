@@ -20,7 +20,7 @@ from anyflow.training.distributed import Mesh
 from anyflow.training.draws import draw_generator, draw_seed
 from anyflow.training.networks import build_critic, build_student, build_teacher
 from anyflow.training.optimization import TrainingError
-from anyflow.training.steps import OnPolicyStep, PretrainStep
+from anyflow.training.updates import OnPolicyUpdates, PretrainUpdates
 
 Make = Callable[..., Recipe]
 
@@ -44,7 +44,9 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def _gradients(step: PretrainStep | OnPolicyStep, network: str = "student") -> dict[str, Tensor]:
+def _gradients(
+    step: PretrainUpdates | OnPolicyUpdates, network: str = "student"
+) -> dict[str, Tensor]:
     """Return the first moments of the optimizer after an update that stood still."""
     prefix, suffix = f"optimizer/{network}/", "/exp_avg"
     return {
@@ -67,16 +69,16 @@ def _batches(count: int = 1, size: int = 4) -> list[Batch]:
     ]
 
 
-def _pretrain_step(recipe: Recipe) -> PretrainStep:
-    return PretrainStep(
+def _pretrain_step(recipe: Recipe) -> PretrainUpdates:
+    return PretrainUpdates(
         recipe, CPU, build_student(recipe), SyntheticVideos().negative_prompt_embeds
     )
 
 
-def _on_policy_step(recipe: Recipe) -> OnPolicyStep:
+def _on_policy_step(recipe: Recipe) -> OnPolicyUpdates:
     teacher = build_teacher(recipe)
     critic = build_critic(recipe, teacher)
-    return OnPolicyStep(
+    return OnPolicyUpdates(
         recipe,
         CPU,
         build_student(recipe),
@@ -135,7 +137,7 @@ def test_the_pretrain_update_has_the_references_loss_and_gradients(
     reference: _Reference, small_recipe: Make, tmp_path: Path
 ) -> None:
     recipe = small_recipe(tmp_path, **reference.settings())
-    step = PretrainStep(
+    step = PretrainUpdates(
         recipe, CPU, reference.network("student"), reference["negative_prompt_embeds"]
     )
     scalars = step.update(
@@ -161,7 +163,7 @@ def test_the_on_policy_update_has_the_references_losses_and_gradients(
     )
     recipe = dataclasses.replace(small, **reference.settings(), on_policy=stage)
     networks = [reference.network(name) for name in ("student", "real", "fake")]
-    step = OnPolicyStep(recipe, CPU, *networks, reference["negative_prompt_embeds"])
+    step = OnPolicyUpdates(recipe, CPU, *networks, reference["negative_prompt_embeds"])
     data = (
         {"data_noise": reference["pre.noise_bfchw"], "time_pairs": reference.time_pairs}
         if cotrain
@@ -172,14 +174,14 @@ def test_the_on_policy_update_has_the_references_losses_and_gradients(
         0,
         student_draws={
             "noise": reference["roll.noise_bfchw"],
-            "steps": (4, 1),
+            "rollout_draw": (4, 1),
             "t": reference["dmd.t_unit"],
             "score_noise": reference["dmd.noise_bfchw"],
             **data,
         },
         critic_draws={
             "rollout_noise": reference["roll.noise_bfchw"],
-            "steps": (4, 1),
+            "rollout_draw": (4, 1),
             "t": reference["critic.t_unit"],
             "noise": reference["critic.noise_bfchw"],
         },
@@ -191,7 +193,7 @@ def test_the_on_policy_update_has_the_references_losses_and_gradients(
         name, want = key.removeprefix("dmd.grad."), reference[key]
         if cotrain:  # one gradient of both losses
             assert _relative(scalars["loss_data"], reference["pre.loss"]) <= TOLERANCE
-            alone = PretrainStep(
+            alone = PretrainUpdates(
                 recipe, CPU, reference.network("student"), reference["negative_prompt_embeds"]
             )
             alone.update(
@@ -295,7 +297,7 @@ def test_the_critic_sees_a_rollout_of_the_student_after_its_update(
             return step.method.critic_loss(samples, batch.prompt_embeds, t=t, noise=noise).loss
 
     before = critic_loss()
-    draws = {"rollout_noise": noise, "steps": (4, 1), "t": t, "noise": noise}
+    draws = {"rollout_noise": noise, "rollout_draw": (4, 1), "t": t, "noise": noise}
     loss = step.update([batch], 0, critic_draws=draws)["critic_loss"]
     torch.testing.assert_close(loss, critic_loss())
     assert abs(loss - before) > 1e-3 * before
@@ -370,7 +372,7 @@ def test_the_target_of_a_teacher_is_learned_exactly_by_its_own_weights(
         )
         teacher = build_teacher(recipe) if target == "teacher" else None
         negative = SyntheticVideos().negative_prompt_embeds
-        step = PretrainStep(recipe, CPU, build_student(recipe), negative, teacher)
+        step = PretrainUpdates(recipe, CPU, build_student(recipe), negative, teacher)
         losses[target] = float(step.update(_batches(), 0)["loss_diffusion"])
     assert losses["teacher"] < 1e-9 < 1e-2 < losses["data"]
 

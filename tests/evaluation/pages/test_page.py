@@ -27,7 +27,7 @@ Clips = dict[str, dict[int, list[Path]]]
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory) -> tuple[EvaluationRecord, Clips]:
-    """Two models of moving shapes; the first is frozen at one step. Each prompt has two videos."""
+    """Make two models' videos, two for each prompt; the first model is frozen at one step."""
     folder, shapes = tmp_path_factory.mktemp("clips"), MovingShapes()
     labels = torch.arange(3).repeat_interleave(2)
     videos, clips = {}, {"first": {}, "second": {}}

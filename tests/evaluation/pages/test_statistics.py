@@ -37,7 +37,7 @@ def test_interval_of_many_prompts_is_that_of_the_normal_distribution() -> None:
 
 
 def test_samples_of_one_prompt_are_drawn_together() -> None:
-    """Ten equal samples of each of four prompts say no more than one of each."""
+    """Learn no more from ten equal samples of each of four prompts than from one of each."""
     once = make({"a": [1.0, 2.0, 3.0, 5.0]}, 4).curves("psnr")["a"][4]
     often = make(
         {"a": [v for v in (1.0, 2.0, 3.0, 5.0) for _ in range(10)]}, 4, num_samples=10

@@ -1,4 +1,4 @@
-"""CLIP similarity against transformers' own logits, on a tiny model with a real tokenizer."""
+"""Compare CLIP similarity with transformers' logits, on a tiny model with a real tokenizer."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def _videos(n: int = 3, channels: int = 3, seed: int = 0) -> Tensor:
 
 
 def _by_transformers(folder: Path, videos: Tensor, texts: list[str]) -> list[float]:
-    """Mean over frames of ``logits_per_image / exp(logit_scale)``, one frame and text at a time."""
+    """Average ``logits_per_image / exp(logit_scale)`` over frames, one frame and text at a time."""
     model = CLIPModel.from_pretrained(folder).eval()
     processor, tokenizer = (
         CLIPImageProcessorPil.from_pretrained(folder),

@@ -1,4 +1,4 @@
-"""Optical flow and the dynamic degree of videos whose motion is known."""
+"""Test optical flow and the dynamic degree of videos whose motion is known."""
 
 import math
 import sys
@@ -74,7 +74,7 @@ def test_the_degree_is_that_of_the_fastest_part_in_shorter_sides(moving_texture:
 
 
 def test_the_peaks_are_vbenchs_score_of_the_same_flow(moving_texture: Texture) -> None:
-    """VBench sorts the lengths and averages the first ``int(h * w * 0.05)``."""
+    """Sort the lengths and average the first ``int(h * w * 0.05)``, as VBench does."""
     video = moving_texture(2.2, 1.1, size=(30, 41), frames=4)
     expected = []
     for flow in optical_flow(video)[0].numpy():

@@ -12,7 +12,7 @@ from anyflow.evaluation.video_metrics import flicker, motion
 
 
 def _shapes(speed: float, n: int = 64) -> Tensor:
-    """Gray levels ``[n, 8, 1, 12, 12]`` of the demo's videos at another speed."""
+    """Return gray levels ``[n, 8, 1, 12, 12]`` of the demo's videos at another speed."""
     shapes = MovingShapes(MovingShapesConfig(speed=speed))
     labels = torch.arange(4).repeat_interleave(n // 4)
     videos, _ = shapes.sample(n, torch.Generator().manual_seed(0), labels)

@@ -60,7 +60,7 @@ def test_flicker_of_known_levels() -> None:
 
 
 def test_flicker_is_one_minus_the_temporal_flickering_of_vbench() -> None:
-    """VBench averages ``cv2.absdiff`` of successive frames in levels: ``(255 - mean) / 255``."""
+    """Average ``cv2.absdiff`` of successive frames in levels as VBench: ``(255 - mean) / 255``."""
     cv2 = pytest.importorskip("cv2")
     (video,) = videos = _videos(3, 1, 5, 3, 6, 7)
     frames = [frame.permute(1, 2, 0).float().contiguous().numpy() for frame in video]

@@ -28,7 +28,7 @@ from anyflow.training.config import (
 )
 from anyflow.training.distributed import Mesh, full_state, setup, shard_network, teardown
 from anyflow.training.networks import build_critic, build_student, build_teacher
-from anyflow.training.steps import OnPolicyStep, PretrainStep
+from anyflow.training.updates import OnPolicyUpdates, PretrainUpdates
 from anyflow.training.window import Window
 
 GLOBAL_BATCH, UPDATES = 8, 3
@@ -84,18 +84,18 @@ def make_recipe(case: str, parallel: ParallelConfig, batch_size: int, accumulati
     )
 
 
-def make_step(recipe: Recipe, mesh: Mesh) -> PretrainStep | OnPolicyStep:
+def make_step(recipe: Recipe, mesh: Mesh) -> PretrainUpdates | OnPolicyUpdates:
     """Build the step in fp64."""
     negative = SyntheticVideos().negative_prompt_embeds.double()
     student = build_student(recipe).double()
     shard_network(student, mesh, trains=True)
     if recipe.on_policy is None:
-        return PretrainStep(recipe, mesh, student, negative)
+        return PretrainUpdates(recipe, mesh, student, negative)
     teacher = build_teacher(recipe).double()
     critic = build_critic(recipe, teacher)
     shard_network(teacher, mesh, trains=False)
     shard_network(critic, mesh, trains=True)
-    return OnPolicyStep(recipe, mesh, student, teacher, critic, negative)
+    return OnPolicyUpdates(recipe, mesh, student, teacher, critic, negative)
 
 
 def updates(case: str, mesh: Mesh, parallel: ParallelConfig, batch_size: int) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def on_policy(mesh: Mesh, variant: str, data_worlds: int) -> dict[str, Any]:
             else:
                 g = generator(step + 50, mesh.data_rank)
                 with torch.no_grad():
-                    num_steps, grad_step = method.draw_steps(g)
+                    num_steps, grad_step = method.draw_rollout(g)
                     samples = method.rollout(
                         batch["noise"], batch["prompt"], num_steps=num_steps, grad_step=grad_step
                     )
@@ -221,7 +221,7 @@ def reference_loss(
         generator(step + (0 if name == "student" else 50), rank) for rank in range(data_worlds)
     ]
     parts = [x.chunk(data_worlds) for x in (batch["noise"], batch["latents"])]
-    num_steps, grad_step = method.draw_steps(generators[0])
+    num_steps, grad_step = method.draw_rollout(generators[0])
     for g in generators[1:]:
         rand((2,), g)
     with torch.set_grad_enabled(name == "student"):

@@ -14,7 +14,7 @@ from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.recipe import dump_recipe
-from anyflow.training.trainer import _build_step
+from anyflow.training.trainer import _build_updates
 
 TIMING = (
     "seconds",
@@ -57,7 +57,7 @@ def reported(out: Path) -> int:
 
 def checkpoint(recipe: Recipe, step: int) -> dict[str, Tensor]:
     """Load everything in a checkpoint of a run."""
-    tensors = _build_step(recipe, Mesh(torch.device("cpu")), open_dataset(recipe.data)).tensors()
+    tensors = _build_updates(recipe, Mesh(torch.device("cpu")), open_dataset(recipe.data)).tensors()
     path = Path(recipe.out) / "checkpoints" / f"step-{step:08d}"
     Checkpointer(path.parent, keep=1).load(path, tensors)
     return tensors

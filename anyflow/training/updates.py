@@ -16,6 +16,7 @@ from anyflow.methods import (
     AnyFlowPretrainMethod,
     LossOutput,
     PretrainConfig,
+    RolloutDraw,
 )
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from anyflow.training.config import Recipe
 
 
-class Step(Protocol):
-    """Define what the loop knows of a stage.
+class StageUpdates(Protocol):
+    """Define what the loop needs of a stage: its networks, and one update after the other.
 
     Attributes:
         student: the network that is trained.
@@ -70,7 +71,7 @@ class Step(Protocol):
         """Resume at update ``step`` (from 0); :meth:`tensors` have been filled in place."""
 
 
-class PretrainStep:
+class PretrainUpdates:
     """Make the updates of the teacher stage (plain flow matching) and of the pretrain stage.
 
     Args:
@@ -106,9 +107,10 @@ class PretrainStep:
     def update(
         self, batches: Sequence[Batch], step: int, **draws: Any
     ) -> dict[str, Tensor | float]:
-        """Implement :meth:`Step.update`; ``draws`` replace random arguments of the method's loss.
+        """Implement :meth:`StageUpdates.update`.
 
-        A draw is that of every micro-step, or a list with one for each.
+        Draws replace random arguments of the method's loss. A draw is that of every micro-step, or
+        a list with one for each.
         """
         config = self.method.config
         shared = {
@@ -139,15 +141,15 @@ class PretrainStep:
         return {**scalars, "grad_norm": norm, "lr": self.optimizer.lr(step)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Implement :meth:`Step.tensors`."""
+        """Implement :meth:`StageUpdates.tensors`."""
         return {**self.optimizer.tensors(), **_ema_tensors(self.ema)}
 
     def resume_at(self, step: int) -> None:
-        """Implement :meth:`Step.resume_at`."""
+        """Implement :meth:`StageUpdates.resume_at`."""
         self.ema.updates = step
 
 
-class OnPolicyStep:
+class OnPolicyUpdates:
     """Make the updates of stage 2: of the student at an interval, of the critic always.
 
     The interval is ``generator_update_interval``; the student comes first.
@@ -205,7 +207,7 @@ class OnPolicyStep:
         student_draws: Mapping[str, Any] | None = None,
         critic_draws: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor | float]:
-        """Implement :meth:`Step.update`; the draws replace random arguments of the two losses."""
+        """Implement :meth:`StageUpdates.update`; draws replace random arguments of a loss."""
         scalars: dict[str, Tensor | float] = {}
         self.flops = 0
         if step % self._interval == 0:
@@ -225,7 +227,7 @@ class OnPolicyStep:
         return {**scalars, "critic_lr": self.critic_optimizer.lr(step)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Implement :meth:`Step.tensors`."""
+        """Implement :meth:`StageUpdates.tensors`."""
         return {
             **self.optimizer.tensors(),
             **self.critic_optimizer.tensors(),
@@ -233,7 +235,7 @@ class OnPolicyStep:
         }
 
     def resume_at(self, step: int) -> None:
-        """Implement :meth:`Step.resume_at`."""
+        """Implement :meth:`StageUpdates.resume_at`."""
         self.ema.updates = _ceil_div(step, self._interval)
 
     def _student_losses(
@@ -251,10 +253,10 @@ class OnPolicyStep:
             if config is None
             else self._accumulation.time_pairs(batches, step, config, given_pairs)
         )
-        steps = draws.pop("steps", None)
         shared: dict[str, Any] = {} if config is None else self._accumulation.pretrain(config, step)
-        shared["steps"] = self._draw_steps("student", step) if steps is None else steps
-        self.flops += self._flops(batches).student_loss(*shared["steps"])
+        drawn_rollout = self._rollout_draw("student", step, draws)
+        shared["rollout_draw"] = drawn_rollout
+        self.flops += self._flops(batches).student_loss(drawn_rollout)
         shared["generator"] = self._accumulation.generator("student", step)
 
         def loss(micro: MicroBatch) -> LossOutput:
@@ -282,11 +284,11 @@ class OnPolicyStep:
 
         Args:
             batches, step: as for :meth:`update`.
-            draws: ``rollout_noise`` and ``steps`` of the rollout, ``t`` and ``noise`` of the loss.
+            draws: ``rollout_noise`` and ``rollout_draw`` of the rollout, ``t`` and ``noise`` of the
+                loss.
         """
-        steps = draws.pop("steps", None)
-        num_steps, grad_step = self._draw_steps("critic", step) if steps is None else steps
-        self.flops += self._flops(batches).critic_loss(num_steps, grad_step)
+        drawn_rollout = self._rollout_draw("critic", step, draws)
+        self.flops += self._flops(batches).critic_loss(drawn_rollout)
         generator = self._accumulation.generator("critic", step)
 
         def loss(micro: MicroBatch) -> LossOutput:
@@ -300,8 +302,8 @@ class OnPolicyStep:
                 samples = self.method.rollout(
                     drawn.pop("rollout_noise"),
                     micro.prompt_embeds,
-                    num_steps=num_steps,
-                    grad_step=grad_step,
+                    num_steps=drawn_rollout.num_steps,
+                    grad_step=drawn_rollout.grad_step,
                     generator=generator,
                 )
             return self.method.critic_loss(
@@ -315,11 +317,13 @@ class OnPolicyStep:
         student, teacher, critic = self._sample_flops(*_sizes(batches))
         return OnPolicyFlops(student, teacher, critic, self.method.config, self._pretrain, samples)
 
-    def _draw_steps(self, purpose: str, step: int) -> tuple[int, int]:
-        """Draw the length and the gradient step of an update's rollouts."""
-        return self.method.draw_steps(
-            self._accumulation.generator(f"{purpose} steps", step), self._device
-        )
+    def _rollout_draw(self, purpose: str, step: int, draws: dict[str, Any]) -> RolloutDraw:
+        """Take ``rollout_draw`` out of the given draws, or draw one for all micro-steps."""
+        given = draws.pop("rollout_draw", None)
+        if given is not None:
+            return RolloutDraw(*given)
+        generator = self._accumulation.generator(f"{purpose} steps", step)
+        return self.method.draw_rollout(generator, self._device)
 
 
 def build_scheduler(recipe: Recipe) -> FlowMapEulerDiscreteScheduler:
