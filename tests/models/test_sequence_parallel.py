@@ -1,4 +1,4 @@
-"""Run Ulysses sequence parallelism under torchrun (gloo), and compare with one process."""
+"""Run Ulysses sequence parallelism on real ranks (gloo), and compare with one process."""
 
 import subprocess
 from collections.abc import Callable
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ranks(
-    tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., subprocess.Popen[str]]
+    tmp_path_factory: pytest.TempPathFactory, fork_ranks: Callable[..., subprocess.Popen[str]]
 ) -> dict[int, list[dict[str, Any]]]:
     """Return what every rank of every world wrote."""
     folder = tmp_path_factory.mktemp("forward")
     written = {}
     for world in WORLDS:
-        job = torchrun(world, SCRIPT, folder)
+        job = fork_ranks(world, SCRIPT, folder)
         output, _ = job.communicate(timeout=600)
         assert job.returncode == 0, output[-4000:]
         assert "Warning" not in output, output

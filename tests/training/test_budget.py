@@ -70,7 +70,7 @@ def test_state_and_parameters_are_those_of_a_real_training_step() -> None:
 
 
 def test_what_checkpointed_blocks_keep_grows_by_the_counted_bytes_with_each_block() -> None:
-    """The peak of whole networks of 2 and 6 blocks, forward and backward, on real tensors."""
+    """Compare peaks of whole networks of 2 and 6 blocks, forward and backward, on real tensors."""
     peaks, kept = [], 0
     for layers in (2, 6):
         overrides = [f"student.architecture.num_layers={layers}", "activation_checkpointing=true"]
@@ -111,7 +111,7 @@ def test_sizes_of_networks_follow_folders_and_recipes(tmp_path: Path) -> None:
 
 
 def test_the_published_recipe_on_eight_gpus() -> None:
-    """Wan2.1-1.3B has 1 418 996 800 parameters (diffusers' checkpoint); FLOPs by hand to 5 %."""
+    """Count Wan2.1-1.3B's 1 418 996 800 parameters (diffusers' file), and FLOPs by hand to 5 %."""
     recipe = load_recipe(Path("fastvideo_pretrain_t2v"))
     budget = count(recipe, 8)
     embedder = 256 * 1536 + 1536 + 1536 * 1536 + 1536

@@ -1,4 +1,4 @@
-"""The exponential moving average against a plain loop."""
+"""Compare the exponential moving average with a plain loop."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ def _module(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def _train(module: nn.Module, generator: torch.Generator, size: float = 0.1) -> None:
-    """One step of some optimizer."""
+    """Make one step of some optimizer."""
     with torch.no_grad():
         for p in module.parameters():
             p.add_((size * torch.randn(p.shape, generator=generator)).to(p.dtype))
@@ -45,7 +45,7 @@ def test_against_a_plain_loop(decay: float, warmup: bool, generator: torch.Gener
 
 
 def test_names_are_the_parameters_own() -> None:
-    """Dots kept: underscores in their place would let two names collide."""
+    """Keep the dots: underscores in their place would let two names collide."""
     module = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(1, 1)}), "a_b": nn.Linear(1, 1)})
     ema = EMA(module, 0.9)
     assert set(ema.state_dict()) == {"a.b.weight", "a.b.bias", "a_b.weight", "a_b.bias"}
@@ -64,7 +64,7 @@ def test_only_trainable_parameters_are_averaged() -> None:
 
 
 def test_bf16_parameters_have_an_fp32_average(generator: torch.Generator) -> None:
-    """In bf16 the average would stand still: 0.999 a + 0.001 p rounds to a."""
+    """Average in fp32: in bf16, 0.999 a + 0.001 p rounds to a."""
     module = _module(torch.bfloat16)
     ema = EMA(module, 0.999, warmup=False)
     first = {name: average.clone() for name, average in ema.state_dict().items()}

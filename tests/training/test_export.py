@@ -1,6 +1,4 @@
-"""Export: what diffusers loads computes what was trained, with adapters merged, separate or
-absent.
-"""
+"""Export what was trained, with adapters merged, separate or absent, and load it in diffusers."""
 
 import copy
 import dataclasses
@@ -62,7 +60,7 @@ def recipe(lora: bool) -> Recipe:
 
 
 def trained(student: AnyFlowTransformer3DModel, seed: int) -> dict[str, Tensor]:
-    """Other values for everything that is trained."""
+    """Draw other values for everything that is trained."""
     g = torch.Generator().manual_seed(seed)
     parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
     return {
@@ -81,7 +79,7 @@ def velocity(model: Any) -> Tensor:
 def filled(
     student: AnyFlowTransformer3DModel, tensors: Mapping[str, Tensor]
 ) -> AnyFlowTransformer3DModel:
-    """A copy of the student with what was trained, adapters and all."""
+    """Copy the student with what was trained, adapters and all."""
     student = copy.deepcopy(student)
     parameters = dict(student.named_parameters())
     with torch.no_grad():
@@ -92,9 +90,7 @@ def filled(
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Path]:
-    """``run(lora)``: checkpoints of steps 1 and 2, with parameters from seeds 1 and 2, averages
-    from 11 and 12.
-    """
+    """Return ``run(lora)``, which saves steps 1 and 2 with parameters from known seeds."""
 
     def make(lora: bool) -> Path:
         folder, r = tmp_path / "run", recipe(lora)
@@ -165,9 +161,7 @@ def test_settings_of_flow_map_and_scheduler_are_exported(
 
 
 def test_a_teacher_is_written_as_a_wan_model(tmp_path: Path) -> None:
-    """diffusers' AnyFlow class would fill the second timestep branch, which it has not, with random
-    weights.
-    """
+    """Write the class without r: diffusers' AnyFlow class would fill that branch at random."""
     plain = dataclasses.replace(recipe(lora=False), stage="teacher")
     want = trained(build_student(plain), 3)
     write_model(build_student(plain), want, SCHEDULER, tmp_path / "model")
@@ -256,7 +250,7 @@ def test_separate_adapters_load_in_pipelines(run: Callable[..., Path], tmp_path:
 def test_a_separate_lora_is_right_in_every_reader(
     format: Any, run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """In diffusers' pipeline, in ours, and by the factors as PEFT has them."""
+    """Load it in diffusers' pipeline, in ours, and by the factors as PEFT has them."""
     export(run(lora=True), tmp_path / "model", lora="separate", format=format)
     student = build_student(recipe(lora=True))
     student = filled(student, trained(student, 12))

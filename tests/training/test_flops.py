@@ -1,6 +1,4 @@
-"""Model FLOPs against torch's counter: on diffusers' networks of the same sizes, and on every call
-of an update.
-"""
+"""Compare model FLOPs with torch's counter, on diffusers' networks and every call of an update."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,9 +24,7 @@ TEXT = 4
 
 
 def _counted(recipe: Recipe) -> tuple[NetworkFlops, int, int]:
-    """Our count, and torch's forward and backward of diffusers' network with the same parameters
-    training.
-    """
+    """Return our count, and torch's of forward and backward of diffusers' network."""
     ours = build_student(recipe)
     settings = dataclasses.asdict(recipe.student.architecture)
     theirs = WanTransformer3DModel(**settings)
@@ -156,7 +152,7 @@ def test_every_call_of_an_on_policy_update_is_counted(
 
 
 def test_a_network_of_the_published_size_needs_what_its_parameters_suggest() -> None:
-    """6 FLOPs a parameter and token, which attention comes on top of."""
+    """Count 6 FLOPs a parameter and token; attention comes on top."""
     with torch.device("meta"):
         network = AnyFlowTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30)
     counted = network_flops(network, 100, 0)

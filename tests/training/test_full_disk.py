@@ -1,4 +1,4 @@
-"""A run on a disk that fills up, and two runs in one folder."""
+"""Run on a disk that fills up, and twice in one folder."""
 
 import resource
 from collections.abc import Callable, Iterator
@@ -31,10 +31,10 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def test_a_run_goes_on_bit_for_bit_when_there_is_room_again(
+def test_a_run_resumes_bit_for_bit_when_there_is_room_again(
     small_recipe: Make, tmp_path: Path
 ) -> None:
-    """A limit on the size of files refuses the write of a checkpoint, then that of an export."""
+    """Limit the size of files: the write of a checkpoint is refused, then that of an export."""
     straight, full = (
         lambda steps, name=name: small_recipe(
             tmp_path / name, steps=steps, checkpoint=CheckpointConfig(every=2)

@@ -1,4 +1,4 @@
-"""The choice of metrics, and those of networks in a folder, on real ones with random weights."""
+"""Choose metrics, and load those of networks from a folder, with random weights."""
 
 import math
 import warnings
@@ -18,7 +18,7 @@ LATENTS, PIXELS = (4, 16, 4, 6), (13, 32, 48)
 
 
 class _Detector(nn.Module):
-    """A network that is called as the published I3D: channel means over three thirds of time."""
+    """Take the arguments of the published I3D, and return channel means over thirds of time."""
 
     def forward(
         self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False
@@ -141,9 +141,7 @@ def test_networks_of_a_folder_are_called_and_leave_the_random_state_alone(
 
 
 def test_what_refuses_the_videos_is_left_out_before_training(tmp_path: Path) -> None:
-    """Too few frames for I3D, one frame, frames too small for OpenCV's flow; files that are no
-    networks.
-    """
+    """Give too few frames for I3D, too small ones for OpenCV's flow, files that are no networks."""
     _save_detector(tmp_path)
     model_path("clip", tmp_path).mkdir()
     config = MetricsConfig(every=1, models=str(tmp_path))

@@ -1,4 +1,4 @@
-"""Networks from folders and from random weights, and what of them trains."""
+"""Build networks from folders and from random weights, and choose what of them trains."""
 
 import json
 from collections.abc import Callable
@@ -101,7 +101,7 @@ def test_a_wan_folder_becomes_a_flow_map_but_for_the_teacher_stage(
 def test_a_flow_map_is_loaded_whole_in_fp32_with_its_gate_on_the_cpu(
     small_recipe: Make, tmp_path: Path
 ) -> None:
-    """The gate is in no file, and must not stay on the meta device."""
+    """Set the gate, which no file has, on the CPU rather than the meta device."""
     model = AnyFlowTransformer3DModel(**SIZES).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     student = build_student(small_recipe(tmp_path, student=_from(tmp_path)))
@@ -126,7 +126,7 @@ def test_another_flow_map_than_the_recipes_is_refused(small_recipe: Make, tmp_pa
 
 
 def test_weights_that_do_not_fit_are_all_named(small_recipe: Make, tmp_path: Path) -> None:
-    """Nothing is filled with random weights."""
+    """Fill nothing with random weights."""
     AnyFlowTransformer3DModel(**SIZES).save_pretrained(tmp_path)
     recipe = small_recipe(tmp_path, student=_from(tmp_path))
 

@@ -1,4 +1,4 @@
-"""The learning rate, the optimizer's state and the guard against values that are not finite."""
+"""Test the learning rate, the optimizer's state and the guard against values not finite."""
 
 import math
 

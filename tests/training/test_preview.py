@@ -1,4 +1,4 @@
-"""Previews of real runs: labels, prompts of one's own, and the VAE, all from files."""
+"""Preview real runs: labels, prompts of one's own, and the VAE, all from files."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def _previews(recipe: Recipe, data: VideoDataset) -> Previews:
 
 
 def _frames(file: Path) -> list[Tensor]:
-    """Each frame as ``[H, W, 3]``."""
+    """Return each frame as ``[H, W, 3]``."""
     if file.suffix == ".mp4":
         with av.open(str(file)) as container:
             return [
@@ -114,7 +114,7 @@ def test_a_preview_that_is_not_finite_is_said_and_not_written(
 def test_the_vae_decodes_prompts_of_ones_own(
     recipe: Recipe, wan_model: Path, tmp_path: Path
 ) -> None:
-    """The embeddings are those of ``anyflow preprocess``, and the pictures those of the VAE."""
+    """Embed as ``anyflow preprocess`` does, and decode as the VAE does."""
     prompts = ("a blue cross moves slowly", "a red disc")
     preview = PreviewConfig(1, (1, 2), prompts=prompts, model=str(wan_model), vae=str(wan_model))
     recipe = dataclasses.replace(recipe, preview=preview)
@@ -145,9 +145,7 @@ def test_the_vae_decodes_prompts_of_ones_own(
 
 
 def _decoded_by_diffusers(folder: Path, latents: Tensor) -> Tensor:
-    """Decode normalized ``latents[F, C, h, w]`` to ``[F', H, W, 3]`` uint8 by diffusers' classes
-    and numpy alone.
-    """
+    """Decode normalized ``latents[F, C, h, w]`` by diffusers' classes and numpy alone."""
     from diffusers import AutoencoderKLWan
     from diffusers.video_processor import VideoProcessor
 
@@ -164,9 +162,7 @@ def _decoded_by_diffusers(folder: Path, latents: Tensor) -> Tensor:
 
 
 def test_decoded_pixels_are_those_of_diffusers(recipe: Recipe, wan_model: Path) -> None:
-    """Means and deviations differ from channel to channel; a second video is decoded as the
-    first.
-    """
+    """Vary means and deviations by channel; decode a second video as the first."""
     recipe = dataclasses.replace(recipe, preview=PreviewConfig(every=1, vae=str(wan_model)))
     data = LatentDataset(Path(recipe.data.path))
     latents = torch.stack([data[0].latents, 2 * data[3].latents])
@@ -178,7 +174,7 @@ def test_decoded_pixels_are_those_of_diffusers(recipe: Recipe, wan_model: Path) 
 
 
 def test_the_data_s_own_videos_are_beside_the_samples(recipe: Recipe, wan_model: Path) -> None:
-    """Each column's last row is the video of its caption, decoded."""
+    """Show in the last line of each column the video of its caption, decoded."""
     preview = PreviewConfig(1, (1, 2), num_samples=2, vae=str(wan_model))
     recipe = dataclasses.replace(recipe, preview=preview)
     data = LatentDataset(Path(recipe.data.path))
@@ -187,8 +183,8 @@ def test_the_data_s_own_videos_are_beside_the_samples(recipe: Recipe, wan_model:
     height, width = 96, 144  # 32 x 48 pixels, enlarged
     bottom, right = frames[0].shape[:2]
     assert bottom > 3 * height + 8
-    for column, row in enumerate((0, 2)):
-        expected = _decoded_by_diffusers(wan_model, data[row].latents)
+    for column, index in enumerate((0, 2)):
+        expected = _decoded_by_diffusers(wan_model, data[index].latents)
         enlarged = expected.repeat_interleave(3, 1).repeat_interleave(3, 2)
         differences = [
             (frames[4][y : y + height, x : x + width].float() - enlarged[4].float())
@@ -214,7 +210,7 @@ def test_columns_have_the_captions_of_the_data(recipe: Recipe) -> None:
 def test_a_model_that_does_not_fit_is_refused_before_training(
     recipe: Recipe, wan_model: Path, tmp_path: Path, small_recipe: Make
 ) -> None:
-    """Its text has another width than the data's, its latents other channels; a part is missing."""
+    """Refuse another width of text, other channels of latents, and a missing part."""
     for settings, message in (
         ({"prompts": ("a",), "model": str(tmp_path)}, r"preview\.model: .* has no text_encoder/"),
         ({"vae": str(tmp_path)}, r"preview\.vae: .* has no vae/"),
@@ -250,9 +246,7 @@ def test_a_model_that_does_not_fit_is_refused_before_training(
 
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])
 def test_a_grid_has_its_videos_beside_their_labels(suffix: str, tmp_path: Path) -> None:
-    """Plain colors, far enough from each other to be told after compression; text only where labels
-    are.
-    """
+    """Draw plain colors that compression keeps apart; text stands only where labels are."""
     colors = torch.tensor([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]], dtype=torch.uint8)
     videos = colors[:, :, None, None, None].expand(2, 2, 3, 20, 200, 3)
     file = tmp_path / "folder" / f"grid.{suffix}"

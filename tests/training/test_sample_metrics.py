@@ -1,6 +1,4 @@
-"""Metrics of videos that are sampled during training, against their definitions and against runs
-without them.
-"""
+"""Compare metrics of videos sampled during training with their definitions."""
 
 import dataclasses
 import json
@@ -44,7 +42,7 @@ def _metrics_of(recipe: Recipe, data: VideoDataset, console: Console = QUIET) ->
 
 
 def _moved(step: StageUpdates) -> StageUpdates:
-    """A step whose parameters and averages differ, and whose network is not zero at the end."""
+    """Move parameters and averages apart, and the end of the network away from zero."""
     with torch.no_grad():
         for parameter in step.student.parameters():
             parameter.add_(
@@ -79,7 +77,7 @@ def _samples(
 
 
 def _frechet(first: np.ndarray, second: np.ndarray) -> float:
-    """By the eigenvalues of the product of the covariances, as the FID is defined."""
+    """Take the eigenvalues of the product of the covariances, as the FID is defined."""
     a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
     root = np.sqrt(np.maximum(np.linalg.eigvals(a @ b).real, 0)).sum()
     return float(
@@ -107,10 +105,10 @@ def test_values_are_those_of_the_averaged_student_s_videos(
         *(f"metrics/{name}/real" for name in _OF_ONE),
         "metrics/seconds",
     }
-    rows = [i * len(data) // 4 for i in range(4)]
-    real = torch.stack([data[row].latents for row in rows])
+    picked = [i * len(data) // 4 for i in range(4)]
+    real = torch.stack([data[i].latents for i in picked])
     latents = {
-        n: _samples(recipe, step, data, [data[row].prompt_embeds[None] for row in rows], n)
+        n: _samples(recipe, step, data, [data[i].prompt_embeds[None] for i in picked], n)
         for n in (1, 3, 5)
     }
     videos = {
@@ -153,7 +151,7 @@ _FRECHET = "latent_frechet_distance"
 
 @pytest.mark.parametrize("stage", ["teacher", "on_policy"])
 def test_a_run_trains_as_without_them(stage: str, small_recipe: Make, tmp_path: Path) -> None:
-    """Every number of the training, and the model at the end, bit for bit."""
+    """Compare every number of the training, and the model at the end, bit for bit."""
     config = MetricsConfig(every=2, step_counts=(1, 2), num_samples=2, reference_steps=3)
     train(small_recipe(tmp_path / "with", stage=stage, steps=3, metrics=config), console=QUIET)
     train(small_recipe(tmp_path / "without", stage=stage, steps=3), console=QUIET)
@@ -192,21 +190,21 @@ def test_latents_that_nothing_decodes_have_metrics_of_their_own(latents_recipe: 
         "metrics/latent_distance/1_steps",  # four steps are what they are compared with
         "metrics/seconds",
     }
-    embeds = [data[row].prompt_embeds[None] for row in (0, 2)]
+    embeds = [data[i].prompt_embeds[None] for i in (0, 2)]
     one, four = (_samples(recipe, step, data, embeds, count).double().numpy() for count in (1, 4))
     distance = np.sqrt(np.square(one - four).mean(axis=(1, 2, 3, 4))).mean()
     assert found["metrics/latent_distance/1_steps"] == pytest.approx(distance, rel=1e-5)
     assert found["metrics/latent_motion/4_steps"] == pytest.approx(
         np.abs(np.diff(four, axis=1)).mean(), rel=1e-5
     )
-    real = np.stack([data[row].latents.double().numpy() for row in (0, 2)])
+    real = np.stack([data[i].latents.double().numpy() for i in (0, 2)])
     assert found["metrics/latent_motion/real"] == pytest.approx(
         np.abs(np.diff(real, axis=1)).mean(), rel=1e-6
     )
 
 
 def test_a_vae_decodes_what_is_measured(latents_recipe: Recipe, wan_model: Path) -> None:
-    """On prompts of one's own, beside previews of others: one text encoder and one VAE for both."""
+    """Sample prompts of one's own beside previews of others with one text encoder and one VAE."""
     own = {"prompts": ("a blue cross moves slowly", "a red disc", "a disc"), "reference_steps": 0}
     recipe = dataclasses.replace(
         latents_recipe,

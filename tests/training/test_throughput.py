@@ -1,4 +1,4 @@
-"""Rates since the last line of metrics; real time passes."""
+"""Measure rates since the last line of metrics; real time passes."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The commands, snippets and names of docs/training.md and of the page of keys."""
+"""Run the commands and snippets of docs/training.md, and look up the names of the page of keys."""
 
 import re
 import shlex

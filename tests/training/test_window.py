@@ -1,4 +1,4 @@
-"""Means since the last line of metrics."""
+"""Test means since the last line of metrics."""
 
 import json
 
@@ -28,12 +28,10 @@ def test_means_are_over_the_updates_that_had_a_scalar() -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 9])
-def test_a_window_that_is_gone_on_with_has_the_same_means_bit_for_bit(
+def test_a_resumed_window_has_the_same_means_bit_for_bit(
     stop: int, generator: torch.Generator
 ) -> None:
-    """Wherever it was interrupted, and also when its state is only read; values differ by many
-    orders.
-    """
+    """Interrupt anywhere, or only read the state; values differ by many orders."""
     values = torch.randn(10, generator=generator) * 10.0 ** torch.arange(-5, 5)
     straight, read = Window(CPU), Window(CPU)
     for value in values:

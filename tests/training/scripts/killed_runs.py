@@ -1,10 +1,10 @@
-"""Run by test_faults.py: trains a recipe in forked children, each killed at a random moment, then
-to the end.
+"""Train in forked children, each killed at a random moment, then to the end.
 
-    killed_runs.py RECIPE KILLS
+    killed_runs.py STRAIGHT KILLED KILLS
 
-Prints one JSON line per kill: the steps of the complete checkpoints, the step that the metrics had
-reached, the child's status, and whether it was writing a checkpoint.
+Trains by the recipe STRAIGHT without a kill first. Prints one JSON line per kill: the steps of the
+complete checkpoints, the step that the metrics had reached, the child's status, and whether it was
+writing a checkpoint.
 """
 
 import json
@@ -20,11 +20,11 @@ from anyflow.training.recipe import load_recipe
 from anyflow.training.trainer import train
 
 # steps beyond the newest checkpoint at which a child is killed at the latest, so that no run ends
-AHEAD = 9
+AHEAD = 6
 
 
 def run(recipe_file: Path) -> int:
-    """A child process that trains; returns its id."""
+    """Start a child process that trains, and return its id."""
     child = os.fork()
     if child:
         return child
@@ -37,14 +37,15 @@ def run(recipe_file: Path) -> int:
 
 
 def reached(out: Path) -> int:
-    """The last whole line of the metrics."""
+    """Return the step of the last whole line of the metrics."""
     file = out / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def main() -> None:
-    recipe_file, kills = Path(sys.argv[1]), int(sys.argv[2])
+    straight, recipe_file, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    assert os.waitpid(run(straight), 0)[1] == 0
     out = Path(load_recipe(recipe_file).out)
     moments, longest, before = random.Random(0), 1.0, 0
     for _ in range(kills):

@@ -1,4 +1,4 @@
-"""Run the bare model in sequence parallel under torchrun, and write ``rank<i>-of-<n>.pt``.
+"""Run the bare model on ranks that share its tokens, and write ``rank<i>-of-<n>.pt``.
 
 ``parallel_forward.py FOLDER``: every rank runs the whole model first, then its part of it.
 """
