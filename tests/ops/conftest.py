@@ -1,11 +1,10 @@
-"""Choose the backends, dtypes and devices of the operators' tests.
+"""Choose the backends and the device of the operators' tests.
 
 A test that takes ``backend`` runs on the eager reference, on the Triton kernels and on the native
 ones: on a GPU with ``ANYFLOW_TEST_DEVICE=cuda``, else on the CPU, where Triton's are interpreted.
-A test that takes ``dtype`` too runs for every dtype of each. A test that takes ``kernel`` gets the
-names of all but the eager one, to force them itself. In ``test_<op>.py`` these are the backends and
-dtypes of that operator. On a GPU, tests of a kernel that the operator does not have there are
-skipped: not every operator has a native CUDA kernel.
+In ``test_<op>.py`` these are the backends of that operator; ``forms.over`` takes those of its
+examples. On a GPU, tests of a kernel that the operator does not have there are skipped: not every
+operator has a native CUDA kernel.
 """
 
 import sys
@@ -18,26 +17,17 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent))  # for checks and formulas
 
-from checks import APPROXIMATIONS, DEVICE, backends, dtypes, runs
+from checks import DEVICE, backends, runs
 
 from anyflow.ops import use_backend
 from anyflow.ops.backend import OPERATORS, missing
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrize tests that take a backend, a kernel or a dtype and do not choose them."""
-    taken = set(metafunc.fixturenames)
-    for mark in metafunc.definition.iter_markers("parametrize"):
-        names = mark.args[0]
-        taken -= {name.strip() for name in (names.split(",") if isinstance(names, str) else names)}
-    op = metafunc.definition.path.stem.removeprefix("test_")
-    if "kernel" in taken:
-        metafunc.parametrize("kernel", backends(op)[1:])
-    if {"backend", "dtype"} <= taken:
-        pairs = [(b, d) for b in backends(op) for d in dtypes(op, b)]
-        ids = [f"{b}-{str(d).removeprefix('torch.')}" for b, d in pairs]
-        metafunc.parametrize(("backend", "dtype"), pairs, ids=ids, indirect=["backend"])
-    elif "backend" in taken:
+    """Parametrize tests that take a backend and do not choose it, by the name of their file."""
+    chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "backend" in metafunc.fixturenames and not any("backend" in names for names in chosen):
+        op = metafunc.definition.path.stem.removeprefix("test_")
         metafunc.parametrize("backend", backends(op), indirect=True)
 
 
@@ -71,18 +61,6 @@ def native() -> None:
     """Skip where the native kernels are not the CPU's."""
     if DEVICE.type != "cpu":
         pytest.skip("the native kernel is for the CPU")
-
-
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Return ``ANYFLOW_TEST_DEVICE``, the CPU unless told otherwise."""
-    return DEVICE
-
-
-@pytest.fixture
-def approximation() -> Callable[[str], float]:
-    """Return what a function of this device is off by, beyond its rounding."""
-    return lambda name: APPROXIMATIONS[name] if DEVICE.type == "cuda" else 0.0
 
 
 @pytest.fixture

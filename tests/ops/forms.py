@@ -1,9 +1,12 @@
 """List the examples that the operators' tests run: forms, sizes, nothing, dtypes, signatures."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
+import pytest
 import torch
+from checks import backends, dtypes
 
 from anyflow.ops.examples import (
     RESIDUAL_VARIANTS,
@@ -48,18 +51,46 @@ def labeled(label: str, *examples: Example) -> list[Example]:
     return [replace(e, variant=f"{e.variant} {label}".strip()) for e in examples]
 
 
-# Small, in every dtype: each variant, one row and several, sizes of one, no power of two.
+def label(example: Example) -> str:
+    """Name an example in the id of a test."""
+    parts = (example.op, example.variant, f"{example.tokens}x{example.dim}x{example.rows}")
+    return "-".join(part.replace(" ", "_") for part in parts if part)
+
+
+def over(
+    examples: Sequence[Example],
+    kinds: Sequence[torch.dtype] | None = None,
+    kernels: bool = False,
+    widest: bool = False,
+) -> pytest.MarkDecorator:
+    """Parametrize by the examples, the backends of their operators, and dtypes that these take.
+
+    Args:
+        examples: calls of operators.
+        kinds: dtypes; by default all.
+        kernels: leave the reference out.
+        widest: take the widest dtype alone: fp64 of the reference, fp32 of a kernel.
+    """
+    found = []
+    for example in examples:
+        for name in backends(example.op)[kernels:]:
+            taken = dtypes(example.op, name)[: 1 if widest else None]
+            for dtype in taken if kinds is None else [kind for kind in kinds if kind in taken]:
+                kind = str(dtype).removeprefix("torch.")
+                found.append(
+                    pytest.param(example, name, dtype, id=f"{label(example)}-{name}-{kind}")
+                )
+    return pytest.mark.parametrize(("example", "backend", "dtype"), found, indirect=["backend"])
+
+
+# Small, in every dtype but fp16: each variant, one row and several, sizes of one, no power of two.
 FORMS = [
-    *(
-        layer_norm_modulate(*sizes)
-        for sizes in ((12, 16, 3, 2), (7, 96), (1, 8, 1, 3), (74, 40, 2))
-    ),
-    *(gated_residual(*sizes) for sizes in ((12, 16, 3, 2), (7, 96), (1, 8, 1, 3), (74, 40, 2))),
+    *(layer_norm_modulate(*sizes) for sizes in ((12, 16, 3, 2), (7, 96), (1, 8, 1, 3))),
+    *(gated_residual(*sizes) for sizes in ((12, 16, 3, 2), (7, 96), (1, 8, 1, 3))),
     *(residual_layer_norm(variant, 6, 16, 3, batch=2) for variant in RESIDUAL_VARIANTS),
     residual_layer_norm("gate+affine", 5, 24),
     residual_layer_norm("modulation", 1, 8, batch=2),
     *(rms_norm_rope(6, 24, heads=3, batch=2, rotary=rotary) for rotary in (True, False)),
-    *(rms_norm_rope(35, 56, heads=4, rotary=rotary) for rotary in (True, False)),
     rms_norm_rope(1, 8, heads=4, batch=3),
     rms_norm_rope(7, 72, heads=12),
     rms_norm_rope(17, 24, heads=1, batch=2),
@@ -78,35 +109,34 @@ FORMS = [
     *(attention(*sizes) for sizes in ATTENTION),
     *(
         example
-        for (label, picked), per_frame in product(PICKED.items(), (False, True))
+        for (picks, picked), per_frame in product(PICKED.items(), (False, True))
+        if (picks, per_frame) not in (("some", False), ("none", True))
         for example in labeled(
-            f"{label}{' per frame' * per_frame}",
+            f"{picks}{' per frame' * per_frame}",
             flow_map_inputs(SHAPE, picked, FrameTimes(per_frame), with_x_t=per_frame),
             flow_map_loss(SHAPE, picked, FrameTimes(per_frame), guidance=1 + 2 * per_frame),
         )
     ),
 ]
-# As the models call them, in bf16: their widths and beyond, lengths that no run of tokens divides;
+# In bf16: the widths of models and beyond, lengths that no run of 16 or 32 tokens divides;
 # frames of one element, and of any number of chunks.
 SIZES = [
     *(
         example
-        for index, sizes in enumerate(
-            ((6, 1536, 2), (7, 2048, 7), (3, 3072, 1), (4, 5120, 2), (1, 8192, 1))
-        )
+        for index, sizes in enumerate(((3, 1536, 1), (1, 2048, 1), (2, 5120, 1), (1, 8192, 1)))
         for example in row_examples(*sizes)
         if example.variant != ("modulation", "gate+affine")[index % 2]
     ),
-    residual_layer_norm("modulation", 7, 1536),
+    layer_norm_modulate(74, 40, 2),
+    gated_residual(74, 40, 2),
+    *(rms_norm_rope(35, 56, heads=4, rotary=rotary) for rotary in (True, False)),
+    residual_layer_norm("modulation", 3, 1536),
     residual_layer_norm("gate+affine", 74, 40, 2),
     *(
         residual_layer_norm("gate+modulation", 6, 8, rows, batch=2, gate_rows=gate)
         for gate, rows in ((1, 3), (3, 1), (2, 3), (6, 2))
     ),
-    *(
-        dual_timestep_embedding(n, d)
-        for n, d in ((7, 96), (21, 1536), (1, 5120), (1023, 1), (4, 256))
-    ),
+    *(dual_timestep_embedding(n, d) for n, d in ((7, 96), (3, 1536), (1023, 1), (4, 256))),
     *(
         example
         for shape, picked in product(
@@ -160,13 +190,19 @@ KINDS = [
     flow_map_loss(SHAPE, (3, 0, 3), PER_FRAME),
     *labeled("all", flow_map_loss(SHAPE, None, guidance=1.0)),
 ]
+# also as large as oneDNN wants them
+LAID_OUT = [*KINDS, linear(64, 512, 512)]
 EPS = [e for e in KINDS if e.op.endswith(("modulate", "layer_norm", "rope"))]
-# Operands in dtypes of their own: none may be rounded to that of another one.
+# Operands in dtypes of their own: none may be rounded to that of another one. None: left out.
 MIXED = [
     (layer_norm_modulate(6, 8, 2, 2), {"shift": BF16, "scale": BF16}, FP32),
     (gated_residual(6, 8, 2, 2), {"y": BF16}, FP32),
     (gated_residual(6, 8, 2, 2), {"y": FP32}, BF16),
     (gated_residual(6, 8, 2, 2), {"y": FP16, "gate": BF16}, FP32),
+    *(
+        (gated_residual(5, 7, 1, 2), {"y": y, "gate": None}, x)
+        for x, y in ((FP32, FP32), (FP32, BF16), (BF16, FP32), (FP16, FP16))
+    ),
     *(
         (residual_layer_norm(variant, 6, 8, 2, 2), {"y": y}, x)
         for variant in ("plain", "affine", "gate+modulation")
@@ -180,6 +216,7 @@ MIXED = [
     (flow_map_inputs(SHAPE, (1, 2)), {"t": FP64, "epsilon_plus": FP64}, BF16),
     (flow_map_loss(SHAPE, (1, 2)), {"t": FP64, "r": FP64, "width": FP64}, BF16),
     (flow_map_loss(SHAPE, (1, 2)), {"u_plus": BF16, "u_minus": BF16, "latents": FP32}, BF16),
+    (flow_map_loss(SHAPE, None, guidance=1.0), {"u_plus": None, "u_minus": None}, FP32),
 ]
 # Rows, weights and velocities in the dtype of the tokens, which a model has in fp32.
 NARROW = [e for e in KINDS if e.op.endswith(("modulate", "residual", "layer_norm", "rope", "loss"))]

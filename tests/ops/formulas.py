@@ -60,8 +60,10 @@ def residual_layer_norm(
     return h, n
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor, returned: Results | None = None) -> Results:
-    return (x + y * per_token(gate, x.shape[1]),)
+def gated_residual(
+    x: Tensor, y: Tensor, gate: Tensor | None, returned: Results | None = None
+) -> Results:
+    return (x + y if gate is None else x + y * per_token(gate, x.shape[1]),)
 
 
 def rms_norm_rope(

@@ -9,22 +9,14 @@ from typing import Any
 
 import pytest
 
+from anyflow.ops.backend import OPERATORS
+
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = {
-    f"{op}_{direction}"
-    for op in (
-        "dual_timestep_embedding",
-        "flow_map_inputs",
-        "flow_map_loss",
-        "gated_residual",
-        "layer_norm_modulate",
-        "residual_layer_norm",
-        "rms_norm_rope",
-    )
-    for direction in ("forward", "backward")
-}
+TRITON = [op for op, kernels in OPERATORS.items() if "triton" in kernels]
+KERNELS = {f"{op}_{direction}" for op in TRITON for direction in ("forward", "backward")}
+COMPILES = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 # Barriers of a token on sm_90 in bf16, at D = 1536 and at D = 5120; only a measurement on a GPU is
 # a reason to raise one.
 BARRIERS = {
@@ -44,8 +36,7 @@ BARRIERS = {
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run in another process: this one interprets the kernels, and cannot compile them."""
     command = [sys.executable, "-m", "anyflow.kernels.ahead_of_time", *arguments]
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(command, cwd=ROOT.parent, env=variables, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT.parent, env=COMPILES, capture_output=True, text=True)
 
 
 def compiled(*arguments: str) -> list[dict[str, Any]]:
@@ -81,14 +72,10 @@ def test_the_machine_code_gets_no_worse() -> None:
     """Accesses have 16 bytes, nothing spills, and loads come before reductions where they fit."""
     entries = compiled("--report", "--rows", "1")
     assert {e["kernel"] for e in entries} == KERNELS
-    over_rows = {
-        (e["kernel"], e["variant"], e["dim"]): e
-        for e in entries
-        if e["share"] is not None and e["dim"]
-    }
-    assert {(kernel, variant) for kernel, variant, _ in over_rows} == set(BARRIERS) and len(
-        over_rows
-    ) == 20
+    shared = [e for e in entries if e["share"] is not None and e["dim"]]
+    over_rows = {(e["kernel"], e["variant"], e["dim"]): e for e in shared}
+    assert len(over_rows) == 20
+    assert {(kernel, variant) for kernel, variant, _ in over_rows} == set(BARRIERS)
     for (kernel, variant, dim), e in over_rows.items():
         assert e["narrow"] == 0, e
         assert e["barriers"] <= BARRIERS[kernel, variant][dim == 5120], e
@@ -119,17 +106,14 @@ def test_a_spill_is_found(tmp_path: Path) -> None:
         "print(compile_launch(Launch(greedy, (1,), (x,), {'N': 16384, 'num_warps': 1}), "
         "90)['spills'])\n"
     )
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, str(script)], env=variables, capture_output=True, text=True
-    )
+    command = [sys.executable, str(script)]
+    process = subprocess.run(command, env=COMPILES, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert int(process.stdout) > 0
 
 
 def test_an_interpreting_process_says_that_it_cannot() -> None:
     command = [sys.executable, "-m", "anyflow.kernels.ahead_of_time"]
-    process = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
+    variables = COMPILES | {"TRITON_INTERPRET": "1"}
+    process = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert process.returncode == 2 and "TRITON_INTERPRET=1 is set" in process.stderr

@@ -1,17 +1,15 @@
-"""attention: extremes, bits, higher derivatives, what is left to torch, every instruction set."""
+"""attention: extremes, the same bits, any length, what is left to torch, instruction sets."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DEVICE, check, largest_error
+from checks import DEVICE, largest_error
 from formulas import attention as formula
 from torch import Tensor
 
 from anyflow.ops import attention, backend_report, use_backend
-from anyflow.ops.attention import attention_backward_reference, attention_reference
-from anyflow.ops.examples import attention as example
 from anyflow.ops.native import EXTENSION
 
 Operands = list[Tensor]
@@ -47,19 +45,6 @@ def errors(actual: Operands, exact: Operands) -> list[float]:
     return [largest_error([a], [e]) for a, e in zip(actual, exact, strict=True)]
 
 
-def test_larger_logits(backend, qkv) -> None:
-    """Errors grow with the logits, by the root of three here."""
-    q, k, v = qkv(1, 300, 300, 2, 64)
-    tensors = [(q.detach() * 3).requires_grad_(), k, v]
-    wide = doubled(tensors)
-    out, (exact,) = attention(*tensors), formula(*wide)
-    cotangent = torch.ones_like(out)
-    ours = torch.autograd.grad(out, tensors, cotangent)
-    assert largest_error([out], [exact]) <= 3**0.5 * 2e-6
-    theirs = torch.autograd.grad(exact, wide, cotangent.double())
-    assert largest_error(ours, theirs) <= 3**0.5 * 3e-6
-
-
 def test_log_sum_exp(backend, qkv) -> None:
     """The operator returns it for its backward; it has no gradient."""
     q, k, v = qkv(2, 37, 21, 3, 24)
@@ -71,42 +56,7 @@ def test_log_sum_exp(backend, qkv) -> None:
     assert torch.equal(empty, torch.full_like(empty, -math.inf))
 
 
-def test_backward_reference_in_fp64(qkv) -> None:
-    tensors = qkv(2, 5, 7, 3, 8, torch.float64)
-    out, logsumexp = attention_reference(*tensors)
-    expected = torch.autograd.grad(out, tensors, out.detach())
-    ours = attention_backward_reference(*[t.detach() for t in (out, *tensors, out, logsumexp)])
-    assert largest_error(ours, expected) <= 1e-13
-
-
-@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
-def test_some_gradients(needed, backend, qkv) -> None:
-    tensors = qkv(1, 40, 30, 2, 16)
-    expected = torch.autograd.grad(attention(*tensors).square().sum(), tensors)
-    some = [t.detach().requires_grad_(i in needed) for i, t in enumerate(tensors)]
-    attention(*some).square().sum().backward()
-    for i, (t, g) in enumerate(zip(some, expected, strict=True)):
-        assert (t.grad is not None) == (i in needed)
-        assert t.grad is None or torch.equal(t.grad, g)
-
-
-def test_one_key_is_a_copy(backend, qkv) -> None:
-    q, k, v = qkv(2, 70, 1, 3, 16)
-    torch.testing.assert_close(attention(q, k, v), v.expand_as(q), rtol=1e-6, atol=0)
-
-
-def test_packed_and_heads_first(backend) -> None:
-    """The layouts of other libraries' projections, as views."""
-    packed = example(70, 72, 24, batch=2).arguments(DEVICE, torch.float32)
-    views = torch.stack(list(packed.values()), 2).unbind(2)
-    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in packed.values()]
-    for tensors in (views, turned):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        assert not leaves[0].is_contiguous()
-        check("attention", dict(zip("qkv", leaves, strict=True)))
-
-
-@pytest.mark.parametrize("size", [1e2, 1e4])
+@pytest.mark.parametrize("size", [15.0, 1e2, 1e4])
 def test_large_logits(size, backend, qkv) -> None:
     """Scores have an error of their size times 2^-24.
 
@@ -125,13 +75,13 @@ def test_large_logits(size, backend, qkv) -> None:
 
 
 @pytest.mark.parametrize("keys", [120, 128, 150, 257])
-def test_equal_logits_average(keys, backend, draw, device) -> None:
+def test_equal_logits_average(keys, backend, draw) -> None:
     """Padding of the last block of keys must not count, whatever is largest."""
     v = draw(1, keys, 1, 8).detach()
     expected = v.double().mean(1, keepdim=True).expand(1, 5, 1, 8)
     for logit in (-3600.0, 3600.0):
-        q = torch.full((1, 5, 1, 8), 100.0, device=device)
-        k = torch.full((1, keys, 1, 8), logit / 283, device=device)
+        q = torch.full((1, 5, 1, 8), 100.0, device=DEVICE)
+        k = torch.full((1, keys, 1, 8), logit / 283, device=DEVICE)
         assert largest_error([attention(q, k, v)], [expected]) <= 2e-6
 
 
@@ -178,25 +128,6 @@ def test_compiles_for_any_length(backend, qkv) -> None:
         gradients = [torch.autograd.grad(o.square().sum(), tensors) for o in outputs]
         torch.testing.assert_close(outputs[0], outputs[1], rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)
-
-
-def test_gradcheck(qkv) -> None:
-    with use_backend("eager"):
-        tensors = qkv(1, 3, 4, 2, 3, torch.float64)
-        assert torch.autograd.gradcheck(attention, tensors)
-        assert torch.autograd.gradgradcheck(attention, tensors)
-
-
-def test_forward_derivatives_of_some_operands(native, qkv) -> None:
-    """The kernel has none, whichever operand has a tangent; without one, nothing is refused."""
-    values = tuple(t.detach() for t in qkv(1, 4, 5, 2, 8))
-    k = torch.ones_like(values[1])
-    refusal = pytest.raises(RuntimeError, match=r"no forward-mode derivative.*use_backend")
-    with use_backend("native"), torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(values[1], k)
-        with refusal:
-            attention(values[0], dual, values[2])
-        assert attention(*values).isfinite().all()
 
 
 def test_what_the_kernel_does_not_take_runs_on_torchs(native, qkv) -> None:

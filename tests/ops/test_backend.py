@@ -8,22 +8,14 @@ import torch
 
 from anyflow import ops
 from anyflow.ops import backend_report, use_backend
-from anyflow.ops.backend import BACKENDS, LEFT_TO_TORCH, assume_capability
+from anyflow.ops.backend import BACKENDS, LEFT_TO_TORCH, OPERATORS, assume_capability
 
-OPS = {
-    "attention",
-    "dual_timestep_embedding",
-    "flow_map_inputs",
-    "flow_map_loss",
-    "gated_residual",
-    "gelu",
-    "layer_norm_modulate",
-    "linear",
-    "residual_layer_norm",
-    "rms_norm_rope",
-}
-WITHOUT_TRITON = ("attention", "gelu", "linear")
+WITHOUT_TRITON = {"attention", "gelu", "linear"}
+OP = "layer_norm_modulate"
 X, ROW = torch.zeros(1, 2, 8), torch.zeros(1, 1, 8)
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,234 +32,187 @@ def missing_backend(monkeypatch: pytest.MonkeyPatch) -> str:
     return "triton"
 
 
+def run() -> torch.Tensor:
+    return ops.layer_norm_modulate(X, ROW, ROW)
+
+
+def chosen(device: str | None = None) -> dict[str, str]:
+    return {op: choice.backend for op, choice in backend_report(device).items()}
+
+
+def reasons() -> set[str]:
+    return {choice.reason for choice in backend_report().values()}
+
+
 def test_report_covers_every_operator() -> None:
     report = backend_report()
-    assert set(report) == OPS and set(ops.__all__) >= OPS
+    assert set(report) == set(OPERATORS) and set(ops.__all__) >= set(report)
     assert all(choice.backend in BACKENDS and choice.reason for choice in report.values())
+    assert {op for op, kernels in OPERATORS.items() if "triton" not in kernels} == WITHOUT_TRITON
 
 
-def test_setter_stays_and_none_returns_to_automatic() -> None:
+def test_forcing_ends_with_its_block_also_after_an_error(missing_backend) -> None:
     use_backend("eager")
-    assert {c.reason for c in backend_report().values()} == {"forced by use_backend()"}
-    use_backend(None)
-    assert all("forced" not in c.reason for c in backend_report().values())
-
-
-def test_context_manager_restores_also_after_an_error(missing_backend) -> None:
-    with (
-        use_backend("eager"),
-        pytest.raises(RuntimeError, match="not available"),
-        use_backend(missing_backend),
-    ):
-        ops.layer_norm_modulate(X, ROW, ROW)
-    assert all("forced" not in c.reason for c in backend_report().values())
-
-
-def test_contexts_nest(missing_backend) -> None:
-    use_backend("eager")
+    assert reasons() == {"forced by use_backend()"}
     with use_backend(None):
-        assert all("forced" not in c.reason for c in backend_report().values())
+        assert not any("forced" in reason for reason in reasons())
         with use_backend(missing_backend):
-            assert backend_report()["layer_norm_modulate"].backend == "unavailable"
-        assert all("forced" not in c.reason for c in backend_report().values())
-    assert backend_report()["layer_norm_modulate"].reason == "forced by use_backend()"
-
-
-def test_forced_missing_backend_is_an_error_never_a_fallback(missing_backend) -> None:
-    expected = f"layer_norm_modulate: backend '{missing_backend}' .*not available.*eager"
-    with use_backend(missing_backend), pytest.raises(RuntimeError, match=expected):
-        ops.layer_norm_modulate(X, ROW, ROW)
-    ops.layer_norm_modulate(X, ROW, ROW)
+            assert chosen()[OP] == "unavailable"
+        assert not any("forced" in reason for reason in reasons())
+    refusal = f"{OP}: backend '{missing_backend}' .*not available.*eager"
+    with pytest.raises(RuntimeError, match=refusal), use_backend(missing_backend):
+        run()  # an error, never a fallback
+    assert reasons() == {"forced by use_backend()"}
+    use_backend(None)
+    assert not any("forced" in reason for reason in reasons())
+    run()
 
 
 def test_environment_forces(missing_backend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYFLOW_BACKEND", missing_backend)
-    assert backend_report()["layer_norm_modulate"].backend == "unavailable"
+    assert chosen()[OP] == "unavailable"
     with pytest.raises(RuntimeError, match="forced by ANYFLOW_BACKEND"):
-        ops.layer_norm_modulate(X, ROW, ROW)
+        run()
     with use_backend("eager"):  # the nearer choice wins
-        ops.layer_norm_modulate(X, ROW, ROW)
+        run()
     monkeypatch.setenv("ANYFLOW_BACKEND", "eager")
-    assert backend_report()["layer_norm_modulate"].reason == "forced by ANYFLOW_BACKEND"
-    ops.layer_norm_modulate(X, ROW, ROW)
+    assert backend_report()[OP].reason == "forced by ANYFLOW_BACKEND"
     monkeypatch.setenv("ANYFLOW_BACKEND", "")  # as if it were not set
-    ops.layer_norm_modulate(X, ROW, ROW)
+    run()
+    monkeypatch.setenv("ANYFLOW_BACKEND", "fast")
+    with pytest.raises(ValueError, match="ANYFLOW_BACKEND: unknown backend 'fast'"):
+        run()
 
 
 @pytest.mark.parametrize("name", ["Eager", "cuda", ""])
 def test_unknown_names_are_rejected(name: str) -> None:
     with pytest.raises(ValueError, match="unknown backend .*eager, triton, native"):
         use_backend(name)
-    assert all("forced" not in c.reason for c in backend_report().values())
-
-
-def test_unknown_name_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ANYFLOW_BACKEND", "fast")
-    with pytest.raises(ValueError, match="ANYFLOW_BACKEND: unknown backend 'fast'"):
-        ops.layer_norm_modulate(X, ROW, ROW)
+    assert not any("forced" in reason for reason in reasons())
 
 
 def test_ops_load_neither_diffusers_nor_triton(run_python) -> None:
-    code = (
-        "import sys, anyflow.ops; print([m for m in ('diffusers', 'transformers', 'triton') if m "
-        "in sys.modules])"
-    )
+    heavy = "('diffusers', 'transformers', 'triton')"
+    code = f"import sys, anyflow.ops; print([m for m in {heavy} if m in sys.modules])"
     assert run_python(code) == "[]"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-class TestTriton:
-    """The Triton backend as seen from the CPU, and what it refuses."""
+# Triton, as seen from the CPU ---------------------------------------------------------------------
 
-    def test_is_never_automatic_on_a_cpu(self, run_python) -> None:
-        """Not even where its interpreter is on."""
-        code = (
-            "from anyflow.ops import backend_report; print({c.backend for c in "
-            "backend_report('cpu').values()})"
-        )
-        assert "triton" not in run_python(code, TRITON_INTERPRET="1")
-
-    def test_needs_a_gpu_or_the_interpreter(self, run_python) -> None:
-        code = (
-            "import torch, anyflow.ops as ops\n"
-            "ops.use_backend('triton')\n"
-            "print(ops.backend_report('cpu')['rms_norm_rope'])\n"
-            "try: ops.layer_norm_modulate(torch.zeros(1, 2, 8), torch.zeros(1, 1, 8), "
-            "torch.zeros(1, 1, 8))\n"
-            "except RuntimeError as e: print(e)"
-        )
-        out = run_python(code)
-        assert (
-            "backend='unavailable'" in out
-            and "'triton' (forced by use_backend()) is not available" in out
-        )
-        assert "TRITON_INTERPRET=1" in out and "use 'eager'" in out
-        assert "not available" not in run_python(code, TRITON_INTERPRET="1")
-
-    def test_needs_a_c_compiler(self, tmp_path, run_python) -> None:
-        """Without one, launching would fail inside Triton at the first call."""
-        code = (
-            "import torch; from anyflow.ops.backend import missing\n"
-            "print(missing('triton', torch.device('cuda'), 'rms_norm_rope'))"
-        )
-        assert "needs a C compiler" in run_python(code, PATH=str(tmp_path))
-
-    def test_environment_reaches_the_kernels(self, monkeypatch, device) -> None:
-        monkeypatch.setenv("ANYFLOW_BACKEND", "triton")
-        from anyflow.kernels.launch import record  # triton is an optional dependency
-
-        with record() as launched:
-            ops.layer_norm_modulate(X.to(device), ROW.to(device), ROW.to(device))
-        assert [entry.kernel.fn.__name__ for entry in launched] == [
-            "layer_norm_modulate_forward_kernel"
-        ]
+FORCE_TRITON = """
+import torch, warnings, anyflow.ops as ops
+print({c.backend for c in ops.backend_report('cpu').values()})
+ops.use_backend('triton')
+print(ops.backend_report('cpu')['rms_norm_rope'])
+x = torch.ones(1, 2, 8)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    ops.gelu(x), ops.gelu(x), ops.linear(x, x[0])
+print([str(w.message) for w in caught if 'kernel' in str(w.message)])
+try: ops.layer_norm_modulate(x, x[:, :1], x[:, :1])
+except RuntimeError as e: print(e)
+"""
 
 
-class TestNative:
-    """The native kernels as seen from the CPU."""
-
-    def test_are_automatic_on_a_cpu(self) -> None:
-        expected = dict.fromkeys(OPS, "native") | dict.fromkeys(LEFT_TO_TORCH, "eager")
-        report = backend_report("cpu")
-        assert {op: c.backend for op, c in report.items()} == expected
-        assert set(LEFT_TO_TORCH) <= {"linear"} and all(
-            report[op].reason == why for op, why in LEFT_TO_TORCH.items()
-        )
-
-    def test_run_by_default(self) -> None:
-        """The bits are those of the native kernels, not those of the reference."""
-        x, row = torch.randn(1, 2, 1536), torch.randn(1, 1, 1536)
-        automatic = ops.layer_norm_modulate(x, row, row)
-        with use_backend("native"):
-            assert torch.equal(ops.layer_norm_modulate(x, row, row), automatic)
-        with use_backend("eager"):
-            assert not torch.equal(ops.layer_norm_modulate(x, row, row), automatic)
-
-    def test_what_they_do_not_take_falls_back_visibly(self) -> None:
-        assert ops.layer_norm_modulate(X.double(), ROW, ROW).dtype == torch.float64
-        assert any(
-            "float64" in reason for reason in backend_report("cpu")["layer_norm_modulate"].fallbacks
-        )
-
-    def test_forced_on_another_device_is_an_error(self) -> None:
-        x, row = X.to("meta"), ROW.to("meta")
-        expected = (
-            "layer_norm_modulate: backend 'native' .*no native kernel of layer_norm_modulate for "
-            "meta"
-        )
-        with use_backend("native"), pytest.raises(RuntimeError, match=expected):
-            ops.layer_norm_modulate(x, row, row)
+@needs_triton
+def test_triton_needs_a_gpu_or_the_interpreter(run_python) -> None:
+    """Automatic on a CPU it is never, and an operator without a kernel warns once."""
+    out, interpreted = run_python(FORCE_TRITON), run_python(FORCE_TRITON, TRITON_INTERPRET="1")
+    assert "backend='unavailable'" in out
+    assert "'triton' (forced by use_backend()) is not available" in out
+    assert "TRITON_INTERPRET=1" in out and "use 'eager'" in out
+    assert "not available" not in interpreted and "backend='triton'" in interpreted
+    for text in (out, interpreted):
+        assert "triton" not in text.splitlines()[0]
+        for op in ("gelu", "linear"):
+            said = f"anyflow.ops.{op}: backend 'triton' (forced by use_backend()) has no kernel"
+            assert text.count(said) == 1
 
 
-def test_operators_without_a_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_triton
+def test_triton_needs_a_c_compiler(tmp_path, run_python) -> None:
+    """Without one, launching would fail inside Triton at the first call."""
+    code = (
+        "import torch; from anyflow.ops.backend import missing\n"
+        "print(missing('triton', torch.device('cuda'), 'rms_norm_rope'))"
+    )
+    assert "needs a C compiler" in run_python(code, PATH=str(tmp_path))
+
+
+@needs_triton
+def test_environment_reaches_the_kernels(monkeypatch) -> None:
+    monkeypatch.setenv("ANYFLOW_BACKEND", "triton")
+    from anyflow.kernels.launch import record  # triton is an optional dependency
+
+    with record() as launched:
+        run()
+    assert [entry.kernel.fn.__name__ for entry in launched] == [f"{OP}_forward_kernel"]
+
+
+def test_operators_without_a_triton_kernel(missing_backend) -> None:
     """They are eager where Triton is forced, whether or not Triton could run."""
-    without = WITHOUT_TRITON
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert {backend_report("meta")[op].backend for op in without} == {"eager"}
+    assert {chosen("meta")[op] for op in WITHOUT_TRITON} == {"eager"}
     with use_backend("triton"):
         report = backend_report("cpu")
         assert ops.gelu(X).equal(X)
-    assert all(
-        report[op].backend == "eager" and f"{op} has no Triton kernel" in report[op].reason
-        for op in without
-    )
-    assert {c.backend for op, c in report.items() if op not in without} == {"unavailable"}
+    for op, choice in report.items():
+        assert choice.backend == ("eager" if op in WITHOUT_TRITON else "unavailable")
+        assert op not in WITHOUT_TRITON or f"{op} has no Triton kernel" in choice.reason
 
 
-def test_an_operator_without_a_triton_kernel_warns_once(run_python) -> None:
-    """Forcing Triton on a model is no error, and what runs eagerly is said."""
-    code = (
-        "import torch, warnings, anyflow.ops as ops\n"
-        "ops.use_backend('triton')\n"
-        "x = torch.ones(2, 8)\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
-        "    ops.gelu(x), ops.gelu(x), ops.linear(x, x)\n"
-        "print([str(w.message) for w in caught if 'kernel' in str(w.message)])"
-    )
-    out = run_python(code)
-    for op in ("gelu", "linear"):
-        said = f"anyflow.ops.{op}: backend 'triton' (forced by use_backend()) has no kernel"
-        assert out.count(said) == 1
+# The native kernels -------------------------------------------------------------------------------
+
+
+def test_native_kernels_are_automatic_on_a_cpu() -> None:
+    """The bits are those of the native kernels, not those of the reference."""
+    expected = dict.fromkeys(OPERATORS, "native") | dict.fromkeys(LEFT_TO_TORCH, "eager")
+    assert chosen("cpu") == expected
+    report = backend_report("cpu")
+    assert set(LEFT_TO_TORCH) <= {"linear"}
+    assert all(report[op].reason == why for op, why in LEFT_TO_TORCH.items())
+    x, row = torch.randn(1, 2, 1536), torch.randn(1, 1, 1536)
+    automatic = ops.layer_norm_modulate(x, row, row)
+    for name, same in (("native", True), ("eager", False)):
+        with use_backend(name):
+            assert torch.equal(ops.layer_norm_modulate(x, row, row), automatic) == same
+
+
+def test_what_native_kernels_do_not_take_falls_back_visibly() -> None:
+    assert ops.layer_norm_modulate(X.double(), ROW, ROW).dtype == torch.float64
+    assert any("float64" in reason for reason in backend_report("cpu")[OP].fallbacks)
+    missing = f"{OP}: backend 'native' .*no native kernel of {OP} for meta"
+    with use_backend("native"), pytest.raises(RuntimeError, match=missing):
+        ops.layer_norm_modulate(X.to("meta"), ROW.to("meta"), ROW.to("meta"))
+
+
+# CUDA ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-class TestAutomaticOnCuda:
-    def test_kernels_run_by_default(self) -> None:
-        report = backend_report("cuda")
-        assert {c.backend for op, c in report.items() if op not in WITHOUT_TRITON} == {"triton"}
-        for op in WITHOUT_TRITON:
-            assert report[op].backend == "eager" and "the eager reference runs" in report[op].reason
-
-    def test_unsupported_shapes_fall_back_visibly(self) -> None:
-        x, row = torch.zeros(1, 2, 12, device="cuda"), torch.zeros(1, 1, 12, device="cuda")
-        assert ops.layer_norm_modulate(x, row, row).shape == x.shape
-        assert any(
-            "D=12" in reason for reason in backend_report("cuda")["layer_norm_modulate"].fallbacks
-        )
+def test_triton_is_automatic_on_cuda() -> None:
+    report = backend_report("cuda")
+    for op, choice in report.items():
+        assert choice.backend == ("eager" if op in WITHOUT_TRITON else "triton")
+        assert op not in WITHOUT_TRITON or "the eager reference runs" in choice.reason
+    x, row = torch.zeros(1, 2, 12, device="cuda"), torch.zeros(1, 1, 12, device="cuda")
+    assert ops.layer_norm_modulate(x, row, row).shape == x.shape
+    assert any("D=12" in reason for reason in backend_report("cuda")[OP].fallbacks)
 
 
+@needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-class TestWithoutADevice:
-    """Fake CUDA tensors are traced on machines without a GPU."""
+def test_the_choice_of_an_assumed_device() -> None:
+    """Fake CUDA tensors are traced on machines without a GPU, where nothing is chosen otherwise."""
 
-    def test_nothing_is_chosen(self) -> None:
-        report = backend_report("cuda")
-        assert {choice.backend for choice in report.values()} == {"eager"}
-        assert report["rms_norm_rope"].reason == "torch finds no CUDA device"
+    def rotary() -> tuple[str, str]:
+        choice = backend_report("cuda")["rms_norm_rope"]
+        return choice.backend, choice.reason
 
-    @pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None, reason="triton is not installed"
-    )
-    def test_the_choice_of_an_assumed_one(self) -> None:
-        with assume_capability(9, 0):
-            assert {
-                c.backend for op, c in backend_report("cuda").items() if op not in WITHOUT_TRITON
-            } == {"triton"}
-            with assume_capability(7, 5):
-                assert (
-                    "(7, 5), the Triton kernels need (8, 0)"
-                    in backend_report("cuda")["rms_norm_rope"].reason
-                )
-            assert backend_report("cuda")["rms_norm_rope"].backend == "triton"
-        assert backend_report("cuda")["rms_norm_rope"].backend == "eager"
+    assert set(chosen("cuda").values()) == {"eager"}
+    assert rotary()[1] == "torch finds no CUDA device"
+    with assume_capability(9, 0):
+        assert {b for op, b in chosen("cuda").items() if op not in WITHOUT_TRITON} == {"triton"}
+        with assume_capability(7, 5):
+            assert "(7, 5), the Triton kernels need (8, 0)" in rotary()[1]
+        assert rotary()[0] == "triton"
+    assert rotary()[0] == "eager"

@@ -1,6 +1,8 @@
 """Machine code is counted and predicted from; the kernels over tokens share options and sums."""
 
+import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,17 +61,11 @@ LBB0:
 
 
 def test_the_loop_is_counted() -> None:
-    assert machine_code.parse(LOOP) == MachineCode(
-        loop=True,
-        instructions=8,
-        stall_cycles=21,
-        barriers=1,
-        shuffles=1,
-        load_bits=(128, 64, 32),
-        store_bits=(128,),
-        late_loads=1,
-        ahead=0,
-    )
+    found = machine_code.parse(LOOP)
+    assert (found.loop, found.instructions, found.stall_cycles) == (True, 8, 21)
+    assert (found.barriers, found.shuffles) == (1, 1)
+    assert (found.load_bits, found.store_bits) == ((128, 64, 32), (128,))
+    assert (found.late_loads, found.ahead) == (1, 0)
 
 
 def test_a_kernel_without_a_loop_is_counted_up_to_its_exit() -> None:
@@ -105,10 +101,8 @@ def test_programs_of_a_multiprocessor(registers: int, warps: int, shared: int, h
 
 
 def code(**changes: object) -> MachineCode:
-    still = {"loop": True, "instructions": 0, "stall_cycles": 0, "barriers": 0, "shuffles": 0}
-    return MachineCode(
-        **still | {"load_bits": (), "store_bits": (), "late_loads": 0, "ahead": 1} | changes
-    )  # type: ignore[arg-type]
+    """Return machine code of nothing but what is given, which loads one token ahead."""
+    return replace(MachineCode(True, 0, 0, 0, 0, (), (), late_loads=0, ahead=1), **changes)
 
 
 def test_predictions_by_hand() -> None:
@@ -121,12 +115,11 @@ def test_predictions_by_hand() -> None:
     moving = 2640 * 1e4 / 3e12  # 8.8 us
     assert share(code()) == pytest.approx(1.0)
     waiting = 10 * 800 / 1.98e9  # a program's ten trips to memory
-    assert share(code(ahead=0)) == pytest.approx(moving / (moving**2 + waiting**2) ** 0.5)
-    assert share(code(ahead=0, late_loads=1)) == pytest.approx(
-        moving / (moving**2 + 4 * waiting**2) ** 0.5
-    )
+    assert share(code(ahead=0)) == pytest.approx(moving / math.hypot(moving, waiting))
+    late = pytest.approx(moving / math.hypot(moving, 2 * waiting))
+    assert share(code(ahead=0, late_loads=1)) == late
     issuing = 2640 * 100 * 4 / (4 * 132 * 1.98e9)
-    assert share(code(instructions=100)) == pytest.approx(moving / (moving**2 + issuing**2) ** 0.5)
+    assert share(code(instructions=100)) == pytest.approx(moving / math.hypot(moving, issuing))
     summed = Traffic(6000.0, 4000.0, 2640, 264, extra=2640 * 1e4, sums=1)
     assert share(code(), summed) == pytest.approx(moving / (2 * moving + 8e-6))
     assert machine_code.bytes_in_flight(code(ahead=2), traffic, 2) == 24000
@@ -135,10 +128,9 @@ def test_predictions_by_hand() -> None:
 def test_a_last_wave_counts_as_a_whole_one() -> None:
     slow = code(stall_cycles=10**6)
     full, more = (Traffic(1.0, 1.0, n, n) for n in (264, 265))
-    shares = [
-        machine_code.predicted_share(slow, t, held=2, num_warps=1, copy=3e12) for t in (full, more)
-    ]
-    assert shares[1] == pytest.approx(shares[0] * 265 / 264 / 2, rel=1e-3)
+    options = {"held": 2, "num_warps": 1, "copy": 3e12}
+    first, second = (machine_code.predicted_share(slow, t, **options) for t in (full, more))
+    assert second == pytest.approx(first * 265 / 264 / 2, rel=1e-3)
 
 
 # What kernels over tokens share -------------------------------------------------------------------
@@ -217,9 +209,8 @@ def test_sums_of_gradients_with_different_rows(generator: torch.Generator) -> No
     first, second, third = finish_sums(partial, like)
     torch.testing.assert_close(first, partial[0].view(2, 2, 3, 40).sum(2))
     torch.testing.assert_close(second, partial[1].sum(0))
-    torch.testing.assert_close(
-        third, partial[2].view(2, 1, 6, 40).sum(2).bfloat16(), rtol=2**-8, atol=0
-    )
+    narrow = partial[2].view(2, 1, 6, 40).sum(2).bfloat16()
+    torch.testing.assert_close(third, narrow, rtol=2**-8, atol=0)
     # autograd wants them apart
     assert len({t.untyped_storage().data_ptr() for t in (first, second, third)}) == 3
 

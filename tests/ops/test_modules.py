@@ -49,11 +49,8 @@ def test_rms_norm_rope_takes_the_state_of_rms_norm(generator) -> None:
     x, angle = rand(generator, B, L, D), rand(generator, L, DH // 2)
     heads = norm(x).unflatten(-1, (H, DH))
     torch.testing.assert_close(module(x), heads, **TOLERANCE)
-    pairs = (
-        torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
-        * torch.exp(1j * angle)[:, None]
-    )
-    rotated = torch.view_as_real(pairs).flatten(-2)
+    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
+    rotated = torch.view_as_real(pairs * torch.exp(1j * angle)[:, None]).flatten(-2)
     torch.testing.assert_close(module(x, (angle.cos(), angle.sin())), rotated, **TOLERANCE)
 
 
@@ -65,9 +62,8 @@ def test_the_others_are_torch_layers(generator) -> None:
     ours.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(ours(x), theirs(x), **TOLERANCE)
     q, k, v = (rand(generator, B, L, H, DH) for _ in range(3))
-    expected = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    ).transpose(1, 2)
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    expected = F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
     torch.testing.assert_close(ops.DotProductAttention()(q, k, v), expected, **TOLERANCE)
 
 

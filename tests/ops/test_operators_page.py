@@ -25,12 +25,8 @@ B, FRAMES, D, HEADS = 2, 3, 48, 2
 
 def snippets(section: str) -> dict[str, str]:
     """Return the code below each heading of a section."""
-    text = PAGE[PAGE.index(f"\n## {section}") :]
-    return dict(
-        re.findall(
-            r"^### (.*?)\n.*?```python\n(.*?)```", text.split("\n## ")[1], re.DOTALL | re.MULTILINE
-        )
-    )
+    text = PAGE[PAGE.index(f"\n## {section}") :].split("\n## ")[1]
+    return dict(re.findall(r"^### (.*?)\n.*?```python\n(.*?)```", text, re.DOTALL | re.MULTILINE))
 
 
 RECIPES = snippets("Recipes for diffusers' Wan block")
@@ -49,12 +45,8 @@ def block() -> WanTransformerBlock:
 
 def test_recipes_are_those_of_every_operator_of_the_block() -> None:
     flow_maps = {"dual_timestep_embedding", "flow_map_inputs", "flow_map_batch", "flow_map_loss"}
-    functions = {
-        name
-        for name in ops.__all__
-        if name.islower() and name not in ("backend_report", "use_backend")
-    }
-    assert set(RECIPES) == functions - flow_maps
+    functions = {name for name in ops.__all__ if name.islower()}
+    assert set(RECIPES) == functions - flow_maps - {"backend_report", "use_backend"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -83,30 +75,22 @@ def test_recipes_for_flow_maps_run() -> None:
     for snippet in snippets("For flow maps").values():
         exec(snippet, scope)
     assert scope["activated"].shape == (4, 64) and scope["u"].grad.isfinite().all()
-    torch.testing.assert_close(
-        scope["x_plus"] - scope["x_minus"], (2 * 0.005 * (scope["noise"] - scope["latents"]))[:1]
-    )
+    expected = 2 * 0.005 * (scope["noise"] - scope["latents"])
+    torch.testing.assert_close(scope["x_plus"] - scope["x_minus"], expected[:1])
 
 
 def test_the_catalog() -> None:
     scope: dict[str, Any] = {}
-    exec(
-        re.search(r"```python\n([^`]*anyflow.ops import examples.*?)```", PAGE, re.DOTALL)[1], scope
-    )
+    catalog = r"```python\n([^`]*anyflow.ops import examples.*?)```"
+    exec(re.search(catalog, PAGE, re.DOTALL)[1], scope)
     outputs = scope["call"].outputs()
     assert outputs[0].shape == (1, 1280, 384) and outputs[0].dtype == torch.bfloat16
     assert scope["example"].forward_bytes == 2 * 2 * 1280 * 384 + 4 * 2 * 384
 
 
 def test_the_call_for_a_whole_pipeline() -> None:
-    transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=1,
-    )
+    heads = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}
+    transformer = diffusers.WanTransformer3DModel(**heads, text_dim=16, freq_dim=32, ffn_dim=32)
     lines = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert lines is not None
     scope: dict[str, Any] = {"pipe": transformer}
@@ -119,15 +103,10 @@ def test_the_call_for_a_whole_pipeline() -> None:
 
 def test_figures_are_not_above_the_gates() -> None:
     gates = tomllib.loads((ROOT / "benchmarks" / "gates.toml").read_text())["cpu-avx512-amd-zen4"]
-    rows = re.findall(
-        r"^\| `([a-z_.+=A-Z0-9]+)`[^|]*\| ([0-9.]+) \| ([0-9.]+) \|$", PAGE, re.MULTILINE
-    )
-    assert len(rows) == 11
-    for name, forward, backward in rows:
-        for direction, figure in (("forward", forward), ("backward", backward)):
-            gate = [
-                v
-                for k, v in gates.items()
-                if k.startswith(f"ops/{name}/") and f"/{direction}/" in k
-            ]
-            assert len(gate) == 1 and float(figure) <= gate[0], (name, direction)
+    line = r"^\| `([a-z_.+=A-Z0-9]+)`[^|]*\| ([0-9.]+) \| ([0-9.]+) \|$"
+    lines = re.findall(line, PAGE, re.MULTILINE)
+    assert len(lines) == 11
+    for name, *figures in lines:
+        for direction, figure in zip(("forward", "backward"), figures, strict=True):
+            found = [k for k in gates if k.startswith(f"ops/{name}/") and f"/{direction}/" in k]
+            assert len(found) == 1 and float(figure) <= gates[found[0]], (name, direction)

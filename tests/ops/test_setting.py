@@ -61,39 +61,27 @@ def test_a_block_is_not_seen_by_another_thread(use) -> None:
     assert current(use) is None
 
 
-def test_an_object_can_be_entered_again(use) -> None:
+def test_blocks_nest_overlap_and_are_entered_again(use) -> None:
+    """A call outside holds until the next one; one inside a block ends with the block."""
     one, two = VALUES[use]
     again = use(one)
     assert current(use) == one
-    with again:
-        assert current(use) == one
-    assert current(use) is None
     with again, use(two), again:
         assert current(use) == one
     assert current(use) is None
-    use(two)
-    with again:
-        assert current(use) == one
-    assert current(use) == two
-
-
-def test_blocks_may_overlap(use) -> None:
-    one, two = VALUES[use]
     first, second = use(one).__enter__(), use(two).__enter__()
     first.__exit__()
     assert current(use) == two
     second.__exit__()
     assert current(use) is None
-
-
-def test_a_call_inside_a_block_ends_with_it(use) -> None:
-    one, two = VALUES[use]
-    with use(one):
+    use(two)
+    with again:
+        assert current(use) == one
         use(two)
         assert current(use) == two
         use(None)
         assert current(use) is None
-    assert current(use) is None
+    assert current(use) == two
 
 
 def test_tasks_do_not_see_each_other(use) -> None:
@@ -137,16 +125,17 @@ def test_many_threads(use) -> None:
     shared = use(one)
     use(None)
 
+    def expect(value: str | None) -> None:
+        if current(use) != value:
+            wrong.append((value, current(use)))
+
     def run(value: str) -> None:
         for _ in range(300):
             with use(value):
-                if current(use) != value:
-                    wrong.append(current(use))
+                expect(value)
                 with shared:
-                    if current(use) != one:
-                        wrong.append(current(use))
-            if current(use) is not None:
-                wrong.append(current(use))
+                    expect(one)
+            expect(None)
 
     threads = [threading.Thread(target=run, args=(value,)) for value in (one, two) * 4]
     for thread in threads:
@@ -156,9 +145,7 @@ def test_many_threads(use) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "setting", [OPERATOR_BACKEND, ATTENTION_BACKEND], ids=["operators", "attention"]
-)
+@pytest.mark.parametrize("setting", [OPERATOR_BACKEND, ATTENTION_BACKEND], ids=["ops", "attention"])
 def test_an_autograd_thread_reads_that_of_backward(setting) -> None:
     """Backward passes too deep for one stack run in autograd's own threads, as a GPU's do."""
     seen: list[tuple[int, object]] = []
@@ -188,30 +175,26 @@ def test_an_autograd_thread_reads_that_of_backward(setting) -> None:
 
 def test_a_backward_keeps_the_choice_of_its_forward(generator) -> None:
     """The gradients have the bits of the forward's backend, whatever the backward's forces."""
-    x, row = (
-        torch.randn(*s, generator=generator).requires_grad_() for s in ((1, 6, 1536), (1, 2, 1536))
-    )
+    x = torch.randn(1, 6, 1536, generator=generator).requires_grad_()
+    row = torch.randn(1, 2, 1536, generator=generator)
 
-    def gradient(
-        outer: str | None, inner: str | None, function: Callable[[Callable[[], object]], object]
-    ) -> Tensor:
+    def gradient(outer: str, inner: str | None, threaded: bool = False) -> Tensor:
         with use_backend(outer):
             out = torch.ops.anyflow.layer_norm_modulate(x, row, row).square().sum()
+        run = in_thread if threaded else lambda function: function()
         with use_backend(inner):
-            return function(lambda: torch.autograd.grad(out, x)[0])
+            return run(lambda: torch.autograd.grad(out, x)[0])
 
-    native, eager = (gradient(b, b, lambda call: call()) for b in ("native", "eager"))
+    native, eager = (gradient(b, b) for b in ("native", "eager"))
     assert not torch.equal(native, eager)
     for inner in (None, "native", "eager"):
-        assert torch.equal(gradient("native", inner, lambda call: call()), native)
-        assert torch.equal(gradient("eager", inner, lambda call: call()), eager)
-        assert torch.equal(gradient("eager", inner, in_thread), eager)
+        assert torch.equal(gradient("native", inner), native)
+        assert torch.equal(gradient("eager", inner), eager)
+        assert torch.equal(gradient("eager", inner, threaded=True), eager)
 
 
 def test_a_held_function_is_recomputed_as_it_ran(generator) -> None:
-    x, row = (
-        torch.randn(*s, generator=generator).requires_grad_() for s in ((1, 6, 64), (1, 2, 64))
-    )
+    x, row = (torch.randn(1, n, 64, generator=generator).requires_grad_() for n in (6, 2))
     seen: list[object] = []
 
     def run(x: Tensor) -> Tensor:
