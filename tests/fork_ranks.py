@@ -15,13 +15,14 @@ PR_SET_PDEATHSIG = 1
 
 
 def fork(script: str, rank: int, world: int) -> int:
-    """Start the rank and return its process id; it dies with this process."""
+    """Start the rank and return its process id; on Linux it dies with this process."""
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
         runpy.run_path(script, run_name="__main__")
         status = 0
