@@ -92,11 +92,11 @@ def test_the_catalogue_covers_every_operator_with_kernels() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_check_that_takes_its_process_down_costs_no_other_check(device_run: DeviceRun) -> None:
-    names = ["more than 2^31 elements", "a network, bf16 against fp32", "gelu, small: native"]
+    names = [check.name for check in device_checks.catalogue(CPU, True)][::-1]  # networks last
     found: list[Outcome] = []
 
     def keep(outcome: Outcome) -> None:
-        if not found:  # the process is at the second check, which takes the longest
+        if not found:  # the process is at one of the others
             this = os.getpid()
             for child in Path(f"/proc/{this}/task/{this}/children").read_text().split():
                 if "gpu.check_part" in Path(f"/proc/{child}/cmdline").read_text():
@@ -105,9 +105,9 @@ def test_a_check_that_takes_its_process_down_costs_no_other_check(device_run: De
 
     deadline = time.monotonic() + 3000
     checks.run_part(device_run, names, deadline, keep)
-    assert [outcome["name"] for outcome in found] == names
+    assert {outcome["name"] for outcome in found} == set(names)
     (failed,) = (outcome for outcome in found if not outcome["ok"])
-    assert failed["name"] == names[1] and not failed["numbers"]
+    assert failed["name"] != names[0] and not failed["numbers"]
     assert "its process ended with signal 9" in failed["problem"]
     device_run.device = torch.device("meta")  # no process can measure there
     with pytest.raises(RuntimeError, match="its process ended with exit status 1"):
