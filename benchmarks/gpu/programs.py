@@ -28,7 +28,8 @@ TESTS = ROOT / "tests" / "ops"
 SELECTED = ("-m", "not slow", "-k", "triton or native")
 IGNORED = ("test_ahead_of_time.py", "test_backend.py")
 # A part of the tests, for --tiny.
-TINY_TESTS = (str(TESTS / "test_gelu.py"), "-m", "not slow", "-k", "native and not compile")
+TINY_KERNELS = "gelu and native and not compile"
+TINY_TESTS = (str(TESTS / "test_operators.py"), "-m", "not slow", "-k", TINY_KERNELS)
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 
 
