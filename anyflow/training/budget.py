@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from anyflow import recipes
+from anyflow.methods import RolloutDraw
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.training.config import ArchitectureConfig, Recipe, WeightsConfig
 from anyflow.training.flops import (
@@ -208,10 +209,10 @@ def _update_flops(
         **counted, config=method, pretrain=pretrain_config(recipe), samples=samples
     )
     lengths = method.num_steps if method.timesteps is None else (len(method.timesteps) - 1,)
-    drawn = [[(n, g) for g in range(n)] for n in lengths]
+    drawn = [[RolloutDraw(n, g) for g in range(n)] for n in lengths]
 
-    def mean(loss: Any) -> float:
-        return sum(sum(loss(*steps) for steps in each) / len(each) for each in drawn) / len(drawn)
+    def mean(loss: Callable[[RolloutDraw], int]) -> float:
+        return sum(sum(map(loss, each)) / len(each) for each in drawn) / len(drawn)
 
     return mean(update.student_loss) / recipe.on_policy.generator_update_interval + mean(
         update.critic_loss
