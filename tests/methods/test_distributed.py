@@ -60,7 +60,7 @@ def test_choices_agree_although_the_generators_do_not(ranks: list[dict[str, Any]
     first, second = (results["draws"] for results in ranks)
     assert first["own"] != second["own"]
     assert first["times"] != second["times"]  # samples are each rank's own
-    for name in ("steps", "rollouts", "image_to_video"):
+    for name in ("draws", "rollouts", "image_to_video"):
         assert first[name] == second[name], name
         assert len({str(choice) for choice in first[name]}) > 1, name
 

@@ -124,7 +124,7 @@ def draws(rank: int) -> dict[str, Any]:
     )
 
     results: dict[str, Any] = {"own": torch.rand(1, generator=g).item()}
-    results["steps"] = [on_policy.draw_rollout(g) for _ in range(20)]
+    results["draws"] = [tuple(on_policy.draw_rollout(g)) for _ in range(20)]
     rollouts = []
     for _ in range(8):
         timesteps.clear()
