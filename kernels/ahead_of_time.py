@@ -200,15 +200,18 @@ def edge_examples() -> list[Example]:
 
 
 def compile_all(
-    dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequence[int]
+    dims: Sequence[int], dtypes: Sequence[str], capabilities: Sequence[int], edges: bool = True
 ) -> Iterator[Compiled]:
-    """Compile every kernel; two launches that give the same machine code are compiled once."""
+    """Compile every kernel; two launches that give the same machine code are compiled once.
+
+    Sizes of one are compiled with ``edges`` only.
+    """
     seen = set()
     for dtype, (index, dim) in product(dtypes, enumerate(dims)):
         examples = block_examples(dim)
         if index == 0:
             examples += [*embedding_examples(dim), *loss_examples(), *loss_examples(picked=None)]
-            examples += edge_examples()
+            examples += edge_examples() if edges else []
         for example, _, call in kernel_calls(examples, DTYPES[dtype]):
             with record() as launches:
                 call()
@@ -246,6 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--capabilities", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES
     )
+    parser.add_argument("--no-edges", action="store_true", help="leave sizes of one out")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per line in place of the table"
     )
@@ -257,7 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         spilling = print_report(options.dims or (1536, 5120), options.rows, options.json)
     else:
-        compiled = compile_all(options.dims or DIMS, options.dtypes, options.capabilities)
+        compiled = compile_all(
+            options.dims or DIMS, options.dtypes, options.capabilities, not options.no_edges
+        )
         spilling = print_table(_HEADER, compiled, _line, options.json)
     print(f"{spilling} kernels spill registers", file=sys.stderr)
     return int(spilling > 0)
