@@ -85,7 +85,7 @@ class DemoProgress:
 
         def advance(loss: float | None, /) -> None:
             self._bars.update(total, advance=cost / steps)
-            self._bars.update(task, advance=1, note="" if loss is None else f"loss {loss:.3f}")
+            self._bars.update(task, advance=1, note="" if loss is None else f"loss {loss:#.3g}")
 
         yield advance
         if not self.console.is_terminal:

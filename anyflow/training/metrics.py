@@ -125,9 +125,9 @@ def _shown(values: Mapping[str, float]) -> list[str]:
     shown = []
     loss = values.get("loss", values.get("critic_loss"))
     if loss is not None:
-        shown.append(f"loss {loss:.4f}")
+        shown.append(f"loss {loss:#.4g}")
     if "validation_loss" in values:
-        shown.append(f"validation loss {values['validation_loss']:.4f}")
+        shown.append(f"validation loss {values['validation_loss']:#.4g}")
     if "samples_per_second" in values:
         shown.append(f"{values['samples_per_second']:.3g} samples/s")
     if "mfu" in values:
