@@ -167,7 +167,8 @@ at::Tensor flow_map_loss_backward(const at::Tensor& grad_, const at::Tensor& res
   operands.sized("grad", grad_, {residual_.size(0)}, Numbers::floating);
   operands.times("weight", weight, residual_.size(0), residual_.size(1));
   operands.guidance(guidance);
-  const at::Tensor residual = contiguous_frames(residual_), grad = grad_.to(at::kFloat);
+  const at::Tensor residual = contiguous_frames(residual_);
+  const at::Tensor grad = copy_unless(true, grad_.to(at::kFloat));  // any stride is readable
   const at::Tensor dpred = result_like(residual);
   const FrameShape shape = frame_shape(residual);
   const double elements = static_cast<double>(std::max<int64_t>(shape.frames * shape.size, 1));
