@@ -27,7 +27,7 @@ from anyflow.evaluation import (
     write_report,
 )
 from anyflow.formats.readers import SafetensorsReader
-from anyflow.utils.documents import read_json, require_content, shortened
+from anyflow.utils.documents import is_no_folder, read_json, require_content, shortened
 from anyflow.utils.writing import write_bytes, write_text
 
 METRICS_FILE, REPORT_FILE = "metrics.json", "report.html"
@@ -106,7 +106,7 @@ def merge_runs(folders: Sequence[Path], out: Path) -> SeedResults:
     """
     results = SeedResults(tuple(_load_results(folder) for folder in folders))
     data = replace(_load_samples(folders[0]), results=results)
-    if out.exists() and not out.is_dir():
+    if is_no_folder(out):
         raise ValueError(f"--out {shortened(out)} is a file; name a folder")
     if out.exists() and (other := sorted({p.name for p in out.iterdir()} - set(MERGED_FILES))):
         raise ValueError(

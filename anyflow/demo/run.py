@@ -20,7 +20,7 @@ from anyflow.demo.world import World
 from anyflow.evaluation import EvaluationResults, Metrics
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.utils.devices import resolve_device
-from anyflow.utils.documents import read_json
+from anyflow.utils.documents import is_no_folder, read_json
 from anyflow.utils.locking import locks_folder
 from anyflow.utils.threads import torch_threads
 from anyflow.utils.writing import whole_folder, write_text
@@ -168,7 +168,7 @@ class _DemoRun:
 
 def _load_state(config: DemoConfig, out: Path) -> dict[str, Any]:
     """Return the settings of a run in ``out`` and what it has finished, by stage in seconds."""
-    if out.exists() and not out.is_dir():
+    if is_no_folder(out):
         raise ValueError(f"--out {out} is a file; name a folder")
     if (file := next((parent for parent in out.parents if parent.is_file()), None)) is not None:
         raise ValueError(f"--out {out} cannot be created: {file} is a file")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.pipelines.prompts import VideoPrompt
-from anyflow.utils.documents import read_json, shortened
+from anyflow.utils.documents import is_no_folder, read_json, shortened
 from anyflow.utils.validation import brief
 from anyflow.utils.versions import differences, installed_versions
 from anyflow.utils.writing import write_text
@@ -86,7 +86,7 @@ class SampleResults:
                     "folder"
                 )
             _warn_of_versions(out, results.videos)
-        elif out.exists() and not out.is_dir():
+        elif is_no_folder(out):
             raise ValueError(f"{out} is not a folder")
         return results
 

@@ -15,6 +15,7 @@ from anyflow.training.config import Recipe
 from anyflow.training.distributed import Mesh
 from anyflow.training.manifest import Manifest
 from anyflow.training.recipe import load_recipe
+from anyflow.utils.documents import is_no_folder
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -60,7 +61,7 @@ def check_folder(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         ValueError: the folder is not new, and its run differs in more than what may differ.
     """
     out = Path(recipe.out)
-    if out.exists() and not out.is_dir():
+    if is_no_folder(out):
         raise ValueError(f"out: {out} is not a folder")
     file = out / RECIPE_FILE
     if not file.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -178,6 +179,22 @@ def shortened(path: Path | str, length: int = 200) -> str:
         .replace("\n", "\\n")
     )
     return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}"
+
+
+def is_no_folder(path: Path | str) -> bool:
+    """Tell if something that is not a folder is at ``path``; nothing there is no such thing.
+
+    The path is looked at once: between two looks, ``exists() and not is_dir()``, another process
+    may remove a folder, which then looks like a file.
+    """
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def kind_of_file(mode: int) -> str:

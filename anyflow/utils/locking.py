@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from anyflow.utils.documents import kind_of_file, shortened
+from anyflow.utils.documents import is_no_folder, kind_of_file, shortened
 
 LOCK_FILE = ".anyflow.lock"
 
@@ -57,7 +57,7 @@ def folder_lock(folder: Path, *, beside: bool = False) -> Iterator[None]:
         OSError: the file cannot be made.
     """
     folder = Path(folder)
-    if not beside and folder.exists() and not folder.is_dir():
+    if not beside and is_no_folder(folder):
         raise ValueError(f"out: {shortened(folder)} is not a folder")
     if beside:
         place = Path(os.path.realpath(folder))  # every name of a folder gives the same lock
@@ -121,9 +121,14 @@ def _acquire(folder: Path, file: Path) -> int:
     for attempt in range(_ATTEMPTS):
         try:
             descriptor = _open(file)
-        except FileNotFoundError:  # also where no folder can be made at all, such as in /proc
-            if attempt == _ATTEMPTS - 1:
+        except (FileNotFoundError, FileExistsError) as error:
+            # The folder has vanished meanwhile, or none can be made here, such as in /proc.
+            if attempt == _ATTEMPTS - 1 or is_no_folder(file.parent):
+                if isinstance(error, FileExistsError):
+                    reason = os.strerror(errno.ENOTDIR)
+                    raise OSError(errno.ENOTDIR, reason, str(file.parent)) from None
                 raise
+            time.sleep(1e-5 * attempt)  # leaves the rhythm of whoever removes it
             continue
         _held.add(descriptor)
         try:
@@ -149,10 +154,7 @@ def _acquire(folder: Path, file: Path) -> int:
 
 
 def _open(file: Path) -> int:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(file.parent)) from None
+    file.parent.mkdir(parents=True, exist_ok=True)
     return os.open(
         file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
     )

@@ -125,7 +125,13 @@ def require_empty(path: Path) -> None:
     """Raise a ValueError unless nothing but perhaps an empty folder is at ``path``."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{shortened(path)} is a link to nothing; name another folder")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    try:
+        occupied = any(path.iterdir())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        occupied = path.exists()  # a parent may be the file, which the writer reports
+    if occupied:
         raise ValueError(f"{path} exists and is not an empty folder; name another one")
 
 

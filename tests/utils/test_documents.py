@@ -6,6 +6,7 @@ import pytest
 
 from anyflow.utils.documents import (
     MAX_DEPTH,
+    is_no_folder,
     parse_json,
     read_json,
     read_text,
@@ -91,3 +92,17 @@ def test_texts_that_can_be_no_prompt_say_why():
     assert text_problem("abc", max_characters=2) == "has 3 characters, at most 2 are allowed"
     assert "null character" in text_problem("a\0", max_characters=9)
     assert "lone surrogate" in text_problem("\udcff", max_characters=9)
+
+
+def test_what_is_no_folder_is_told_from_nothing_and_from_folders(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("missing")
+    os.mkfifo(tmp_path / "fifo")
+    found = {
+        name: is_no_folder(tmp_path / name)
+        for name in ("", "missing", "file", "file/below", "loop", "nowhere", "fifo")
+    }
+    assert [name for name, yes in found.items() if yes] == ["file", "fifo"]
+    with pytest.raises(OSError, match="name too long"):
+        is_no_folder(tmp_path / ("x" * 300))

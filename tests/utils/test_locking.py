@@ -4,11 +4,15 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from anyflow.utils.documents import is_no_folder
 from anyflow.utils.locking import LOCK_FILE, FolderInUseError, folder_lock, locks_folder
+from anyflow.utils.writing import require_empty
 
 HOLD = """
 import sys, time
@@ -120,6 +124,34 @@ def test_folders_that_cannot_be_made_are_errors_that_name_them(tmp_path: Path) -
     os.mkfifo(tmp_path / LOCK_FILE)
     with pytest.raises(ValueError, match="is a FIFO, not a lock file"), folder_lock(tmp_path):
         pass
+
+
+@pytest.fixture
+def flickering(tmp_path: Path) -> Iterator[Path]:
+    """Give a folder that a second thread makes and removes all the time."""
+    folder, done = tmp_path / "flickering", threading.Event()
+
+    def flicker() -> None:
+        while not done.is_set():
+            with suppress(OSError):  # a lock is in it
+                folder.mkdir(exist_ok=True)
+                folder.rmdir()
+
+    thread = threading.Thread(target=flicker)
+    thread.start()
+    yield folder
+    done.set()
+    thread.join()
+
+
+def test_a_folder_that_is_made_and_removed_meanwhile_is_no_file_and_can_be_locked(
+    flickering: Path,
+) -> None:
+    assert not any(is_no_folder(flickering) for _ in range(5000))
+    for _ in range(300):
+        require_empty(flickering)
+        with folder_lock(flickering):
+            assert (flickering / LOCK_FILE).is_file()
 
 
 def test_many_threads_that_make_and_remove_the_folder_hold_it_one_at_a_time(tmp_path: Path) -> None:
