@@ -161,7 +161,7 @@ class Accumulation:
                 list has one for each.
 
         Raises:
-            ValueError: a row of the data is not finite.
+            ValueError: a sample of the data is not finite.
         """
         samples = [(batch, b) for batch in batches for b in range(len(batch.latents))]
         order = list(range(len(samples))) if pairs is None else pairs.diffusion_first()
@@ -205,12 +205,9 @@ class Accumulation:
         prompts = torch.stack([batch.prompt_embeds[b] for batch, b in (samples[j] for j in chosen)])
         # In host memory: a device would have to be waited for, and later the student would be to
         # blame.
+        indices = [batch.index[b] for batch, b in (samples[j] for j in chosen)]
         for name, values in (("latents", latents), ("prompts", prompts)):
-            require_finite(
-                f"the data's rows {[batch.index[b] for batch, b in (samples[j] for j in chosen)]}: "
-                f"{name}",
-                values,
-            )
+            require_finite(f"the data's samples {indices}: {name}", values)
         own = {
             name: value[device_tensor(chosen, torch.long, value.device)]
             if isinstance(value, Tensor)

@@ -190,8 +190,8 @@ class Recipe:
         self._check_heads()
 
     @property
-    def held_out_rows(self) -> int:
-        """Return the number of rows of the data that validation keeps out of training."""
+    def num_held_out(self) -> int:
+        """Return the number of samples of the data that validation keeps out of training."""
         validation = self.validation
         return validation.num_samples if validation.every and validation.path is None else 0
 

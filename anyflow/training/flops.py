@@ -81,8 +81,8 @@ def network_flops(
     for name, module in network.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv3d) or "image_embedder" in name:
             continue
-        rows = _rows(name, tokens, text_tokens)
-        product = 2 * rows * module.weight.numel()
+        count = _tokens_through(name, tokens, text_tokens)
+        product = 2 * count * module.weight.numel()
         forward += product
         if _input_has_gradient(name, network, text_trains, time_trains):
             backward += product
@@ -100,7 +100,7 @@ def network_flops(
     )
 
 
-def _rows(name: str, tokens: int, text_tokens: int) -> int:
+def _tokens_through(name: str, tokens: int, text_tokens: int) -> int:
     if ".text_embedder." in name or ".attn2.to_k" in name or ".attn2.to_v" in name:
         return text_tokens
     return 1 if name.startswith("condition_embedder.") else tokens

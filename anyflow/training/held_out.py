@@ -50,23 +50,23 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class Split:
-    """Hold the rows that are trained on, and those that the loss is validated on.
+    """Hold the indices of samples that are trained on, and of those that the loss is validated on.
 
     Args:
-        rows: rows of the training data.
-        held_out: the dataset of the other rows.
-        held_out_rows: rows of ``held_out``; none without validation.
+        picked: indices of samples of the training data.
+        held_out: the dataset of the other samples.
+        held_out_picked: indices of samples of ``held_out``; none without validation.
     """
 
-    rows: Sequence[int]
+    picked: Sequence[int]
     held_out: VideoDataset
-    held_out_rows: Sequence[int]
+    held_out_picked: Sequence[int]
 
 
 def split_data(recipe: Recipe, dataset: VideoDataset) -> Split:
-    """Choose the rows of a run.
+    """Choose the samples of a run.
 
-    Which rows are held out depends on nothing but the number of rows and ``num_samples``.
+    Which samples are held out depends on nothing but their number and ``num_samples``.
 
     Args:
         recipe: the run.
@@ -76,9 +76,9 @@ def split_data(recipe: Recipe, dataset: VideoDataset) -> Split:
         ValueError: nothing would be left to train on, or the other dataset cannot be read or has
             videos of another shape.
     """
-    validation, rows = recipe.validation, range(len(dataset))
+    validation, samples = recipe.validation, range(len(dataset))
     if not validation.every:
-        return Split(rows, dataset, ())
+        return Split(samples, dataset, ())
     if validation.path is not None:
         other = open_dataset(DataConfig(path=validation.path))
         for name in ("latent_shape", "text_shape"):
@@ -88,14 +88,14 @@ def split_data(recipe: Recipe, dataset: VideoDataset) -> Split:
                     f"{getattr(other, name)}, "
                     f"the training data {getattr(dataset, name)}"
                 )
-        return Split(rows, other, _chosen(len(other), min(validation.num_samples, len(other))))
+        return Split(samples, other, _chosen(len(other), min(validation.num_samples, len(other))))
     if validation.num_samples >= len(dataset):
         raise ValueError(
             f"validation.num_samples={validation.num_samples} leaves none of the {len(dataset)} "
             "videos to train on"
         )
     held_out = _chosen(len(dataset), validation.num_samples)
-    return Split(sorted(set(rows) - set(held_out)), dataset, held_out)
+    return Split(sorted(set(samples) - set(held_out)), dataset, held_out)
 
 
 def _chosen(length: int, count: int) -> list[int]:
@@ -134,7 +134,7 @@ def validation_losses(
         teacher=updates.teacher,
         process_group=mesh.data_group,
     )
-    pairs = _time_pairs(len(split.held_out_rows), config)
+    pairs = _time_pairs(len(split.held_out_picked), config)
     negative = to_device(negative, mesh.device)
     # loss and count, of both kinds
     sums = torch.zeros(4, dtype=widest_float(mesh.device), device=mesh.device)
@@ -142,9 +142,9 @@ def validation_losses(
         mesh.device.type, torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False
     )
     with updates.ema.applied(updates.student), autocast:
-        for chosen in _shares(len(split.held_out_rows), mesh, recipe.data.batch_size):
+        for chosen in _shares(len(split.held_out_picked), mesh, recipe.data.batch_size):
             shown = chosen if chosen else [0]  # a stand-in, whose loss is not added
-            samples = [split.held_out[split.held_out_rows[place]] for place in shown]
+            samples = [split.held_out[split.held_out_picked[place]] for place in shown]
             draws = SampleDraws(0, 0, shown, mesh.device)
             losses, is_diffusion = method.sample_losses(
                 to_device(torch.stack([sample.latents for sample in samples]), mesh.device),

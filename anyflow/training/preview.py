@@ -67,7 +67,7 @@ class Previews:
     Args:
         recipe: the run.
         mesh: this process's place in it.
-        dataset: dataset of the prompts' rows.
+        dataset: dataset of the prompts' samples.
         prompts: the columns.
         decoder: shows latents as videos.
     """
@@ -112,9 +112,9 @@ class Previews:
                 for count in self._recipe.preview.step_counts
             ]
             real = [
-                self._dataset[prompt.row].latents
+                self._dataset[prompt.sample].latents
                 for prompt in self.prompts
-                if prompt.row is not None
+                if prompt.sample is not None
             ]
             if real:
                 latents = torch.cat([latents, torch.stack(real)[None]])

@@ -26,12 +26,12 @@ class Prompt:
     Args:
         caption: the text.
         embeds: ``[1, S, text_dim]`` on the CPU.
-        row: row of the data whose caption this is; None for a given text.
+        sample: index of the sample of the data whose caption this is; None for a given text.
     """
 
     caption: str
     embeds: Tensor
-    row: int | None = None
+    sample: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def sampled_prompts(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> Sample
     """Make the prompts that a run samples from. Collective.
 
     Given texts are encoded once, by the text encoder of ``preview.model``, which is then
-    dropped; the captions of the data are those of rows spread evenly over it.
+    dropped; the captions of the data are those of samples spread evenly over it.
 
     Args:
         recipe: the run.
@@ -73,15 +73,16 @@ def sampled_prompts(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> Sample
 
 
 def data_prompts(dataset: VideoDataset, count: int) -> tuple[Prompt, ...]:
-    """Return the captions of ``count`` rows, or of all rows where there are fewer."""
-    rows = spread_rows(dataset, count)
+    """Return the captions of ``count`` samples, or of all where there are fewer."""
+    samples = spread_samples(dataset, count)
     return tuple(
-        Prompt(dataset.caption(row), dataset[row].prompt_embeds[None], row) for row in rows
+        Prompt(dataset.caption(sample), dataset[sample].prompt_embeds[None], sample)
+        for sample in samples
     )
 
 
-def spread_rows(dataset: VideoDataset, count: int) -> list[int]:
-    """Choose ``count`` rows spread evenly over the data, or all rows where there are fewer."""
+def spread_samples(dataset: VideoDataset, count: int) -> list[int]:
+    """Choose ``count`` samples spread evenly over the data, or all where there are fewer."""
     count = min(count, len(dataset))
     return [i * len(dataset) // count for i in range(count)]
 

@@ -90,12 +90,12 @@ def check_folder(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that make a run what it is, by dotted name.
 
-    ``validation.num_samples``, the rows that validation holds back, is one of them: the other rows
-    are trained on.
+    ``validation.num_samples``, the samples that validation holds back, is one of them: the other
+    samples are trained on.
     """
     return {
         **flatten(dataclasses.asdict(recipe), _FREE),
-        "validation.num_samples": recipe.held_out_rows,
+        "validation.num_samples": recipe.num_held_out,
     }
 
 

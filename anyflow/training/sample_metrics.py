@@ -19,7 +19,7 @@ from anyflow.training.distributed import Mesh, gather
 from anyflow.training.draws import SampleDraws
 from anyflow.training.limits import MAX_TIMESTEPS
 from anyflow.training.measures import Measures, Video
-from anyflow.training.prompts import Prompt, spread_rows
+from anyflow.training.prompts import Prompt, spread_samples
 from anyflow.training.updates import StageUpdates
 from anyflow.utils.validation import require_text, require_whole
 
@@ -112,10 +112,10 @@ class SampleMetrics:
     ) -> None:
         self._recipe, self._mesh, self._dataset, self.decoder = recipe, mesh, dataset, decoder
         self.prompts = tuple(prompts)
-        rows = spread_rows(dataset, len(prompts))
-        self._real_rows = [
-            row if prompt.row is None else prompt.row
-            for prompt, row in zip(prompts, rows, strict=False)
+        samples = spread_samples(dataset, len(prompts))
+        self._real_samples = [
+            sample if prompt.sample is None else prompt.sample
+            for prompt, sample in zip(prompts, samples, strict=False)
         ]
         self._measures = Measures(
             recipe.metrics,
@@ -123,7 +123,7 @@ class SampleMetrics:
             dataset.latent_shape,
             decoder.pixel_shape,
             num_videos=len(prompts),
-            num_real=len(self._real_rows),
+            num_real=len(self._real_samples),
         )
         for sentence in self._measures.left_out:
             console.print(f"Left out of the metrics: {sentence}", markup=False)
@@ -228,9 +228,11 @@ class SampleMetrics:
 
     def _measured_real(self, place: int) -> Iterator[_Cell]:
         """Measure a video of the data; none where there are fewer videos than prompts."""
-        if place < len(self._real_rows):
-            row = self._real_rows[place]
-            (video,) = self._videos([self._dataset[row].latents], place, self._dataset.caption(row))
+        if place < len(self._real_samples):
+            sample = self._real_samples[place]
+            (video,) = self._videos(
+                [self._dataset[sample].latents], place, self._dataset.caption(sample)
+            )
             yield _Cell(
                 place, REAL, self._measures.of_video(video, None), self._measures.features(video)
             )

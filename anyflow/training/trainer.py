@@ -64,8 +64,8 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
     Args:
         recipe: the run. If the folder holds a run already, it must be the same but for ``out``,
             ``steps``, ``parallel``, ``checkpoint``, ``preview``, ``metrics``, ``validation`` (but
-            not how many rows of the data it holds out), ``device``, ``num_threads``, ``log_every``,
-            ``loggers``, ``project``, ``activation_checkpointing``, ``compile``,
+            not how many samples of the data it holds out), ``device``, ``num_threads``,
+            ``log_every``, ``loggers``, ``project``, ``activation_checkpointing``, ``compile``,
             ``data.num_workers`` and, to keep the global batch on other hardware,
             ``data.batch_size`` and ``gradient_accumulation``; and for what a :class:`TrainingError`
             advises, which the checkpoints record: the learning rates and warm-ups, ``precision``.
@@ -134,7 +134,7 @@ def _train(recipe: Recipe, mesh: Mesh, resume: bool, console: Console) -> None:
             num_workers=recipe.data.num_workers,
             seed=recipe.data.seed,
             consumed=at.consumed,
-            picked=split.rows,
+            picked=split.picked,
         )
         if mesh.is_main:
             _start_folder(recipe, at.step)

@@ -32,6 +32,7 @@ class Options:
         only: part of the names of the sections to run again, or empty.
         short: whether the plan is the short one.
         fresh: keep nothing of an earlier run of the same sources.
+        copies: folder of the runner's own copies of results.
     """
 
     out: Path
@@ -41,6 +42,7 @@ class Options:
     only: str = ""
     short: bool = False
     fresh: bool = False
+    copies: Path = FOLDER / "results"
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _open(options: Options, machine: dict[str, Any], names: list[str]) -> RunFil
         "torch": machine["torch"],
         "source": source_digest(),
     }
-    file = RunFile.open(options.out / name, FOLDER / "results" / name, identity, options.fresh)
+    file = RunFile.open(options.out / name, options.copies / name, identity, options.fresh)
     asked, kept, again = names if options.only else [], [], []
     for section_name, section in file.data["sections"].items():
         failed = section["status"] == FAILED

@@ -178,6 +178,7 @@ def test_without_diffusers_and_pytest_ours_is_measured(tmp_path: Path) -> None:
     assert sections["tests"]["reason"] == "not installed: pytest"
 
 
+@pytest.mark.slow
 def test_without_budget_everything_is_skipped_with_the_reason(tmp_path: Path) -> None:
     code, output = run(tmp_path, *TINY, "--plan", "short", "--budget-s", "0")
     assert code == 0, output

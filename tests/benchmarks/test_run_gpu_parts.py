@@ -113,12 +113,12 @@ def test_a_section_starts_only_while_it_fits(device_run: DeviceRun) -> None:
 
 
 @pytest.fixture
-def open_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunFile]:
-    """Open the file of a run in ``tmp_path``, with the runner's folder there too."""
-    monkeypatch.setattr(supervisor, "FOLDER", tmp_path / "runner")
+def open_file(tmp_path: Path) -> Callable[..., RunFile]:
+    """Open the file of a run in ``tmp_path``, with the runner's own copy there too."""
 
     def open_(names: list[str], only: str = "", **machine: Any) -> RunFile:
-        options = supervisor.Options(tmp_path / "out", "cpu", True, 10.0, only)
+        out, copies = tmp_path / "out", tmp_path / "runner"
+        options = supervisor.Options(out, "cpu", True, 10.0, only, copies=copies)
         return supervisor._open(options, {"device": "cpu", "torch": "2.9.0", **machine}, names)
 
     return open_

@@ -50,6 +50,7 @@ def finished(shapes_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
+@pytest.mark.slow
 def test_a_run_leaves_videos_record_and_report(finished: Path, shapes_model: Path) -> None:
     record = EvaluationRecord.load(finished / "evaluation.json")
     assert (
@@ -80,6 +81,7 @@ def test_a_run_leaves_videos_record_and_report(finished: Path, shapes_model: Pat
     assert not (finished / ".work").exists() and not list(finished.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_video_is_what_the_model_makes_of_its_own_noise(
     finished: Path, shapes_model: Path
 ) -> None:
@@ -109,6 +111,7 @@ def test_a_video_is_what_the_model_makes_of_its_own_noise(
     ), errors
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_files(finished: Path) -> None:
     record = EvaluationRecord.load(finished / "evaluation.json")
     files = [
@@ -126,6 +129,7 @@ def test_the_numbers_are_those_of_the_files(finished: Path) -> None:
     assert frechet_distance(torch.randn(8, 2), torch.randn(8, 2)) >= 0
 
 
+@pytest.mark.slow
 def test_a_second_run_makes_nothing_and_a_resumed_one_the_same_bytes(
     finished: Path, shapes_model: Path, tmp_path: Path
 ) -> None:
@@ -155,6 +159,7 @@ def test_a_second_run_makes_nothing_and_a_resumed_one_the_same_bytes(
     assert content(out) == before
 
 
+@pytest.mark.slow
 def test_another_model_and_more_steps_join_and_other_settings_are_refused(
     finished: Path, shapes_model: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +196,7 @@ def test_another_model_and_more_steps_join_and_other_settings_are_refused(
     assert content(out) == before
 
 
+@pytest.mark.slow
 def test_report_only(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -211,6 +217,7 @@ def test_report_only(finished: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_run_of_the_demo_is_its_last_stage(shapes_model: Path, tmp_path: Path) -> None:
     demo = tmp_path / "demo"
     shutil.copytree(shapes_model, demo / "checkpoints" / "on_policy")

@@ -213,6 +213,7 @@ def test_a_description_that_cannot_be_read_names_the_file(
         LatentDataset(folder)
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_named_with_what_installs_it() -> None:
     program = (
         "import sys; sys.modules.update({'pyarrow': None, 'av': None}); import anyflow.data, "

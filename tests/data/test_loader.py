@@ -62,6 +62,7 @@ batches = st.integers(1, 5)
 worlds = st.integers(1, 4)
 
 
+@pytest.mark.slow
 @given(lengths, batches, worlds, st.integers(0, 3))
 def test_all_ranks_together_read_the_stream_whatever_the_batch_and_the_world(
     length: int, batch: int, world: int, seed: int

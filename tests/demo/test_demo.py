@@ -110,6 +110,7 @@ class Log(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.slow
 def test_folder_holds_everything_promised(finished: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics) == {"floor", "curves", "seconds", "seed", "budget"}
@@ -138,6 +139,7 @@ def test_folder_holds_everything_promised(finished: Path) -> None:
         assert picture.size[0] > 600
 
 
+@pytest.mark.slow
 def test_checkpoints_are_diffusers_folders(finished: Path) -> None:
     folder = finished / "checkpoints" / "on_policy"
     ours = AnyFlowTransformer3DModel.from_pretrained(folder / "transformer")
@@ -159,6 +161,7 @@ def test_checkpoints_are_diffusers_folders(finished: Path) -> None:
     assert teacher.condition_embedder.delta_embedder is None
 
 
+@pytest.mark.slow
 def test_other_seed_other_weights_and_the_log_says_how_far_it_is(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +194,7 @@ def test_a_network_that_diverges_ends_the_run(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_finished_folder_is_recognized_and_other_settings_are_refused(finished: Path) -> None:
     assert finished_report(tiny_config(), finished) == finished / "report.html"
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
@@ -242,6 +246,7 @@ def test_a_state_that_is_none_names_the_file(tmp_path: Path, content: bytes) -> 
         finished_report(tiny_config(), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_full_disk_goes_on_when_there_is_room_again(
     finished: Path, tmp_path: Path
 ) -> None:

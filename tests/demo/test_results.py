@@ -48,6 +48,7 @@ def runs(tmp_path_factory) -> tuple[list[Path], list[EvaluationResults]]:
     return paths, [make_run(path, seed) for seed, path in enumerate(paths)]
 
 
+@pytest.mark.slow
 def test_run_has_the_moving_picture_and_small_animations(runs) -> None:
     folder = runs[0][0]
     assert {*MERGED_FILES, "samples"} == {path.name for path in folder.iterdir()}
@@ -59,6 +60,7 @@ def test_run_has_the_moving_picture_and_small_animations(runs) -> None:
     assert {path.name for path in (folder / "samples").glob("*.gif")} == names
 
 
+@pytest.mark.slow
 def test_report_command_merges_seeds(runs, tmp_path: Path) -> None:
     paths, results = runs
     done = CliRunner().invoke(
@@ -116,6 +118,7 @@ def test_parts_on_several_cores_have_the_numbers_of_one_call(
     assert metrics[2] == evaluator.evaluate(world.decode(whole), labels)
 
 
+@pytest.mark.slow
 def test_report_command_refuses_what_cannot_be_merged(runs, tmp_path: Path) -> None:
     (first, second), _ = runs
     (tmp_path / "empty").mkdir()

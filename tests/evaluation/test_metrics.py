@@ -318,6 +318,7 @@ def test_evaluator_errors(setting: tuple[MovingShapes, Evaluator, Tensor, Metric
         Evaluator.from_videos(videos[:1].expand_as(videos), labels, shapes.templates(), GRID)
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     code = (
         "import sys, torch, anyflow.evaluation; from anyflow.evaluation.video_metrics import "

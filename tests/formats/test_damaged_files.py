@@ -139,6 +139,7 @@ def test_a_damaged_file_is_an_error_or_a_whole_model(
         file.write_bytes(sound)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @FUZZ
 def test_no_tensor_can_be_renamed_reshaped_retyped_dropped_or_added(

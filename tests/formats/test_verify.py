@@ -131,6 +131,7 @@ def test_table() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_repeats_exactly_leaves_the_global_generator_and_keeps_no_network(flow_map) -> None:
     state = torch.get_rng_state()
     gc.collect()

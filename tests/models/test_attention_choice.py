@@ -190,6 +190,7 @@ def unforced(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attention(2 * query, key, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     ("function", "outer"),
@@ -216,6 +217,7 @@ def test_compile(function, outer, dynamic, qkv, kernel_of, kernel_among, automat
     assert kernel_of(attention, *tensors) == automatic
 
 
+@pytest.mark.slow
 def test_compile_with_inductor(qkv) -> None:
     torch._dynamo.reset()
     tensors = qkv(grad=True)

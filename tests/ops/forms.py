@@ -62,6 +62,7 @@ def over(
     kinds: Sequence[torch.dtype] | None = None,
     kernels: bool = False,
     widest: bool = False,
+    slow_interpreted: bool = False,
 ) -> pytest.MarkDecorator:
     """Parametrize by the examples, the backends of their operators, and dtypes that these take.
 
@@ -70,6 +71,7 @@ def over(
         kinds: dtypes; by default all.
         kernels: leave the reference out.
         widest: take the widest dtype alone: fp64 of the reference, fp32 of a kernel.
+        slow_interpreted: mark Triton's kernels as slow, which are interpreted on a CPU.
     """
     found = []
     for example in examples:
@@ -77,9 +79,9 @@ def over(
             taken = dtypes(example.op, name)[: 1 if widest else None]
             for dtype in taken if kinds is None else [kind for kind in kinds if kind in taken]:
                 kind = str(dtype).removeprefix("torch.")
-                found.append(
-                    pytest.param(example, name, dtype, id=f"{label(example)}-{name}-{kind}")
-                )
+                case = f"{label(example)}-{name}-{kind}"
+                marks = [pytest.mark.slow] if slow_interpreted and name == "triton" else []
+                found.append(pytest.param(example, name, dtype, id=case, marks=marks))
     return pytest.mark.parametrize(("example", "backend", "dtype"), found, indirect=["backend"])
 
 

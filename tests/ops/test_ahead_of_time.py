@@ -97,6 +97,7 @@ def test_the_machine_code_gets_no_worse() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_spill_is_found(tmp_path: Path) -> None:
     """8192 fp32 numbers that are live at once in one warp do not fit into its registers."""
     script = tmp_path / "spill.py"

@@ -114,6 +114,7 @@ except RuntimeError as e: print(e)
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_needs_a_gpu_or_the_interpreter(run_python) -> None:
     """Automatic on a CPU it is never, and an operator without a kernel warns once."""

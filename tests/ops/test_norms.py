@@ -4,8 +4,8 @@ import mmap
 
 import pytest
 import torch
-from checks import DEVICE, assert_matches
-from forms import over
+from checks import DEVICE, assert_matches, check
+from forms import label, over
 from formulas import expected
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from anyflow.ops import (
     layer_norm_modulate,
     residual_layer_norm,
     rms_norm_rope,
+    use_backend,
 )
 from anyflow.ops.examples import RESIDUAL_VARIANTS, moved, public_call
 
@@ -130,6 +131,27 @@ def test_zero_input_has_finite_gradient(example, backend, dtype) -> None:
     (gradient,) = torch.autograd.grad(out.sum(), x)
     assert not out.any()
     torch.testing.assert_close(gradient, torch.full_like(x, 1e3))
+
+
+# Rows of 33, 99 or all 198 tokens: threads begin and end within one, and have a part of one alone.
+SHARED = [
+    catalog.layer_norm_modulate(99, 512, 3, batch=2),
+    catalog.gated_residual(99, 512, 3, batch=2),
+    *(catalog.residual_layer_norm(v, 99, 512, 1, batch=2) for v in RESIDUAL_VARIANTS),
+    catalog.rms_norm_rope(99, 512, heads=4, batch=2),
+]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("example", SHARED, ids=label)
+def test_sums_of_rows_that_threads_share(example, threads, native) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with use_backend("native"):
+            check(example.op, example.arguments(DEVICE, FP32))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU has no untouched memory")

@@ -30,7 +30,7 @@ def test_fp16(example, backend, dtype) -> None:
     check(example.op, example.arguments(DEVICE, dtype))
 
 
-@forms.over(forms.SIZES, [torch.bfloat16])
+@forms.over(forms.SIZES, [torch.bfloat16], slow_interpreted=True)
 def test_sizes(example, backend, dtype) -> None:
     check(example.op, example.arguments(DEVICE, dtype))
 
@@ -78,7 +78,7 @@ def test_eps_is_used(example, backend, dtype) -> None:
     assert not torch.allclose(out[-1], public_call(example.op, arguments).outputs()[-1])
 
 
-@forms.over(forms.KINDS, widest=True)
+@forms.over(forms.KINDS, widest=True, slow_interpreted=True)
 def test_registered_operator(example, backend, dtype) -> None:
     """On the eager backend too, ``torch.ops.anyflow.<op>`` has a backward formula of its own."""
     arguments = example.arguments(DEVICE, dtype)
@@ -115,7 +115,7 @@ def test_any_rank(op, backend, shapes, draw) -> None:
     check(op, {name: shape if shape is None else draw(*shape) for name, shape in shapes.items()})
 
 
-@forms.over(forms.KINDS, widest=True)
+@forms.over(forms.KINDS, widest=True, slow_interpreted=True)
 def test_gradients_of_some_operands(example, backend, dtype) -> None:
     """Ask the operator for the gradient of one operand alone, and of all others."""
     arguments = example.arguments(DEVICE, dtype)
@@ -146,7 +146,7 @@ def test_other_operands_are_constants(example, backend, dtype) -> None:
     assert not any(o.requires_grad for o in public_call(example.op, arguments).outputs())
 
 
-@forms.over(forms.LAID_OUT, widest=True)
+@forms.over(forms.LAID_OUT, widest=True, slow_interpreted=True)
 def test_layouts(example, backend, dtype) -> None:
     """Operands and incoming gradients with any strides; the results of kernels are contiguous."""
     for name, layout in LAYOUTS.items():
@@ -282,9 +282,14 @@ def examples_of(op: str, data: st.DataObject) -> Example:
     return make(length, dim, rows, batch)
 
 
-@pytest.mark.parametrize(
-    ("op", "kernel"), [(op, name) for op in sorted(OPERATORS) for name in backends(op)[1:]]
-)
+RANDOM_SIZES = [
+    pytest.param(op, name, marks=[pytest.mark.slow] if name == "triton" else [])
+    for op in sorted(OPERATORS)
+    for name in backends(op)[1:]
+]
+
+
+@pytest.mark.parametrize(("op", "kernel"), RANDOM_SIZES)
 @settings(max_examples=20)
 @given(data=st.data())
 def test_random_sizes(op, kernel, data: st.DataObject) -> None:

@@ -206,6 +206,7 @@ def test_meta_tensors_are_checked_too() -> None:
         torch.ops.anyflow.gated_residual(Z(1, 4, 64), x, Z(1, 1, 64))
 
 
+@pytest.mark.slow
 def test_fuzzed(tmp_path, process_environment) -> None:
     """In a process of its own: a crash is a failure that names the call."""
     trace = tmp_path / "call"

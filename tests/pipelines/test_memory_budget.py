@@ -222,6 +222,7 @@ def budget() -> Budget:
     return count(tiled=False)
 
 
+@pytest.mark.slow
 def test_the_parts_have_their_true_sizes(budget: Budget) -> None:
     """Check 14B, UMT5-XXL's 5.7B and the Wan VAE's 127M."""
     assert budget.transformer == pytest.approx(28.75 * GB, rel=0.01)

@@ -90,6 +90,7 @@ def test_one_failure_does_not_stop_the_others(settings, tmp_path: Path) -> None:
     assert (report.done, report.skipped, report.failed) == (3, 3, ())
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_and_tells_what_failed(model: Path, tmp_path: Path) -> None:
     """Expect exit status 0 with nothing left to do, 1 with a list of failures, 2 for a mistake."""
 
@@ -203,6 +204,7 @@ def pixels_of(path: Path) -> np.ndarray:
         ).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_low_memory_gives_the_same_videos(settings, tmp_path: Path) -> None:
     """Compare pixels, which are the same to the bit; libx264 on several threads may vary."""
     for memory in ("fast", "low"):

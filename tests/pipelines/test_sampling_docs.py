@@ -108,6 +108,7 @@ def test_the_python_of_the_readme(workplace: Path) -> None:
     assert type(scope["pipe"].transformer) is diffusers.AnyFlowTransformer3DModel
 
 
+@pytest.mark.slow
 def test_the_commands(workplace: Path) -> None:
     """Run the commands with small videos, and the head dimension of the untrained model."""
     commands = re.findall(r"^    anyflow (.*)$", PAGE, flags=re.MULTILINE)

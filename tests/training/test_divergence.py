@@ -78,6 +78,7 @@ def test_what_the_guard_advises_can_be_done_in_the_same_folder(
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_past_help_is_left_as_advised(
     small_recipe: Make, tmp_path: Path
 ) -> None:
@@ -219,6 +220,6 @@ def test_data_that_are_not_finite_are_to_blame_and_not_a_network(
     )
     latents[1, 0, 0, 0, 0] = torch.inf
     with pytest.raises(
-        ValueError, match=r"the data's rows \[5, 6\]: latents holds NaN or infinite values"
+        ValueError, match=r"the data's samples \[5, 6\]: latents holds NaN or infinite values"
     ):
         step.update([Batch(latents, prompts, (5, 6))], 0)

@@ -31,6 +31,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_when_there_is_room_again(
     small_recipe: Make, tmp_path: Path
 ) -> None:

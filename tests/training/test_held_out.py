@@ -35,19 +35,19 @@ def test_rows_that_are_held_out_are_never_trained_on(small_recipe: Make) -> None
     data = SyntheticVideos()
     recipe = small_recipe("unused", validation=ValidationConfig(every=1, num_samples=5))
     split = split_data(recipe, data)
-    assert len(split.held_out_rows) == 5 and split_data(recipe, data) == split
-    assert sorted([*split.rows, *split.held_out_rows]) == list(range(len(data)))
+    assert len(split.held_out_picked) == 5 and split_data(recipe, data) == split
+    assert sorted([*split.picked, *split.held_out_picked]) == list(range(len(data)))
     assert split_data(dataclasses.replace(recipe, seed=9), data) == split
-    batches = TrainingData(data, batch_size=7, picked=split.rows)
+    batches = TrainingData(data, batch_size=7, picked=split.picked)
     seen = [i for _ in range(2 * len(data) // 7) for i in next(batches).index]
-    assert set(seen) == set(split.rows)
+    assert set(seen) == set(split.picked)
 
 
 def test_without_validation_every_row_is_trained_on(small_recipe: Make) -> None:
     split = split_data(
         small_recipe("unused", validation=ValidationConfig(num_samples=5)), SyntheticVideos()
     )
-    assert list(split.rows) == list(range(len(SyntheticVideos()))) and split.held_out_rows == ()
+    assert list(split.picked) == list(range(len(SyntheticVideos()))) and split.held_out_picked == ()
 
 
 @pytest.mark.parametrize("target", ["data", "teacher"])
@@ -72,7 +72,7 @@ def test_the_loss_is_that_of_the_averaged_weights(target: str, small_recipe: Mak
     from anyflow.training.draws import SampleDraws
 
     draws = SampleDraws(0, 0, range(5), CPU.device)
-    samples = [data[i] for i in split.held_out_rows]
+    samples = [data[i] for i in split.held_out_picked]
     balance = DiffusionBalance()
     config = dataclasses.replace(recipe.pretrain, prompt_dropout=0.0)
     step.ema.copy_to(step.student)
@@ -95,6 +95,7 @@ def test_the_loss_is_that_of_the_averaged_weights(target: str, small_recipe: Mak
     assert found["validation_loss"] == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["teacher", "on_policy"])
 def test_a_run_evaluates_it_and_trains_as_without(
     stage: str, small_recipe: Make, tmp_path: Path

@@ -267,6 +267,7 @@ def test_activation_checkpointing_changes_no_gradient(
     assert _same(*gradients)
 
 
+@pytest.mark.slow
 def test_an_architecture_that_cannot_be_is_refused_before_it_is_built() -> None:
     from anyflow.training.config import ArchitectureConfig, NetworkConfig
     from anyflow.training.networks import _build

@@ -311,6 +311,7 @@ def test_a_dump_has_every_value() -> None:
 # Optional packages --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "package"), [("yaml", "pyyaml"), ("pydantic", "pydantic")])
 def test_an_absent_package_is_named_with_the_command_that_installs_it(
     module: str, package: str

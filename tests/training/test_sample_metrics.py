@@ -149,6 +149,7 @@ _OF_ONE = ("motion", "flicker", "dynamic_degree")
 _FRECHET = "latent_frechet_distance"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["teacher", "on_policy"])
 def test_a_run_trains_as_without_them(stage: str, small_recipe: Make, tmp_path: Path) -> None:
     """Compare every number of the training, and the model at the end, bit for bit."""

@@ -92,6 +92,7 @@ def _parsed(content: bytes) -> list[Any]:
     return records
 
 
+@pytest.mark.slow
 def test_weights_and_biases_knows_a_run_that_goes_on(
     tmp_path: Path, gif: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +159,7 @@ print(PartialState._shared_state == {}, "ACCELERATE_TORCH_DEVICE" in os.environ)
 """
 
 
+@pytest.mark.slow
 def test_accelerate_gets_no_process_group_and_leaves_no_state(tmp_path: Path) -> None:
     """Set the variables of torchrun for one process, for which training has no process group."""
     pytest.importorskip("tensorboard")

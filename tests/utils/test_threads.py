@@ -63,17 +63,20 @@ def probe(
     return cores, threads, inside, found
 
 
+@pytest.mark.slow
 def test_threads_of_the_command_line_sleep_while_they_wait_and_are_no_more_than_the_cores() -> None:
     cores, threads, inside, found = probe()
     assert cores == len(os.sched_getaffinity(0)) and threads <= cores and inside == 1
     assert found == {**dict.fromkeys(SETTINGS), "OMP_WAIT_POLICY": "passive"}
 
 
+@pytest.mark.slow
 def test_cores_are_those_that_the_process_may_use() -> None:
     one = {min(os.sched_getaffinity(0))}
     assert probe(lambda: os.sched_setaffinity(0, one))[:3] == (1, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -61,6 +61,7 @@ def test_differences_name_the_package_and_both_versions() -> None:
     assert differences(before, now) == ["av 17.1.0, here 18.1.0", "ftfy not installed, here 6.3.1"]
 
 
+@pytest.mark.slow
 def test_prompts_are_not_encoded_without_ftfy() -> None:
     """Require an error, because diffusers would take such prompts as they are."""
     program = (
