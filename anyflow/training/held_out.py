@@ -32,9 +32,10 @@ class ValidationConfig:
 
     Args:
         every: steps between evaluations; the last step has one, too. 0 turns them off.
-        num_samples: videos of each evaluation, always the same ones. Without a ``path`` these rows
-            of ``data`` are held out of training, so a run resumes only with the same number.
-        path: folder of other latents, of the same shape; None takes rows of ``data``.
+        num_samples: videos of each evaluation, always the same ones. Without a ``path`` these
+            samples of ``data`` are held out of training, so a run resumes only with the same
+            number.
+        path: folder of other latents, of the same shape; None takes samples of ``data``.
     """
 
     every: int = 0

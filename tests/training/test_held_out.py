@@ -31,7 +31,7 @@ def _lines(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_rows_that_are_held_out_are_never_trained_on(small_recipe: Make) -> None:
+def test_samples_that_are_held_out_are_never_trained_on(small_recipe: Make) -> None:
     data = SyntheticVideos()
     recipe = small_recipe("unused", validation=ValidationConfig(every=1, num_samples=5))
     split = split_data(recipe, data)
@@ -43,7 +43,7 @@ def test_rows_that_are_held_out_are_never_trained_on(small_recipe: Make) -> None
     assert set(seen) == set(split.picked)
 
 
-def test_without_validation_every_row_is_trained_on(small_recipe: Make) -> None:
+def test_without_validation_every_sample_is_trained_on(small_recipe: Make) -> None:
     split = split_data(
         small_recipe("unused", validation=ValidationConfig(num_samples=5)), SyntheticVideos()
     )
@@ -121,7 +121,7 @@ def test_a_run_evaluates_it_and_trains_as_without(
         }
 
 
-def test_a_run_goes_on_with_other_validation_but_not_with_other_rows(
+def test_a_run_goes_on_with_other_validation_but_not_with_other_samples(
     small_recipe: Make, tmp_path: Path
 ) -> None:
     recipe = small_recipe(
