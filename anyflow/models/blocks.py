@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -46,13 +48,24 @@ class Attention(nn.Module):
         With a split, x and source are this rank's tokens, and attention is among those of all
         ranks.
         """
-        query = self.norm_q(apply_linear(self.to_q, x), rotary)
-        key = self.norm_k(apply_linear(self.to_k, source), rotary)
-        value = apply_linear(self.to_v, source).unflatten(-1, (self.num_heads, -1))
+        query, (key, value) = self.queries(x, rotary), self.keys_values(source, rotary)
         if split is None:
             out = attention(query, key, value, attention_backend=self.attention_backend)
         else:
             out = split.attention(query, key, value, self.attention_backend)
+        return self.output(out)
+
+    def queries(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        """Return the normalized and rotated queries ``[B, L, H, Dh]`` of ``x[B, L, D]``."""
+        return cast(Tensor, self.norm_q(apply_linear(self.to_q, x), rotary))
+
+    def keys_values(self, source: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Return the keys, normalized and rotated, and values, ``[B, S, H, Dh]`` both."""
+        key = self.norm_k(apply_linear(self.to_k, source), rotary)
+        return key, apply_linear(self.to_v, source).unflatten(-1, (self.num_heads, -1))
+
+    def output(self, out: Tensor) -> Tensor:
+        """Project what attention gave, ``[B, L, H Dh]``, to ``[B, L, D]``."""
         for module in self.to_out:
             out = apply_linear(module, out)
         return out
@@ -121,13 +134,20 @@ class AnyFlowTransformerBlock(nn.Module):
             rotary: ``(cos, sin)``, each ``[L, Dh / 2]``.
             split: with sequence parallelism, where the tokens of x are among those of all ranks.
         """
-        wide = torch.promote_types(modulation.dtype, torch.float32)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
-            self.scale_shift_table + modulation.to(wide)
-        ).unbind(2)
+        rows = self.modulation_rows(modulation)
+        n = layer_norm_modulate(x, rows[0], rows[1], self.eps)
+        return self.after_self_attention(x, self.attn1(n, n, rotary, split), text, rows)
 
-        n = layer_norm_modulate(x, shift, scale, self.eps)
-        a = self.attn1(n, n, rotary, split)
+    def modulation_rows(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """Return shift, scale and gate of self-attention, then of the feed-forward, [B, R, D]."""
+        wide = torch.promote_types(modulation.dtype, torch.float32)
+        return (self.scale_shift_table + modulation.to(wide)).unbind(2)
+
+    def after_self_attention(
+        self, x: Tensor, a: Tensor, text: Tensor, rows: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Add the self-attention ``a`` to ``x``, attend to the text and run the feed-forward."""
+        gate, ffn_shift, ffn_scale, ffn_gate = rows[2:]
         if self.norm2 is None:
             x = n = gated_residual(x, a, gate)
         else:

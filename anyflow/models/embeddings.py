@@ -74,38 +74,58 @@ class RotaryEmbedding(nn.Module):
         self._cache: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     def forward(
-        self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+        self,
+        grid: tuple[int, int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        first_frame: int = 0,
+        ratio: tuple[int, int] = (1, 1),
     ) -> tuple[Tensor, Tensor]:
         """Return ``(cos, sin)``, each ``[F * H * W, Dh / 2]``, for a token grid (F, H, W).
+
+        Args:
+            grid: frames, rows and columns of tokens.
+            device, dtype: of the tables.
+            first_frame: position of the first frame.
+            ratio: (rows, columns) of positions that a token covers; it is in their middle.
 
         Raises:
             ValueError: an axis of the grid is longer than ``rope_max_seq_len``.
         """
-        if max(grid) > self.max_seq_len:
+        covered = (first_frame + grid[0], grid[1] * ratio[0], grid[2] * ratio[1])
+        if max(covered) > self.max_seq_len:
             raise ValueError(
-                f"token grid {grid} exceeds rope_max_seq_len={self.max_seq_len} of the model"
+                f"token grid {covered} exceeds rope_max_seq_len={self.max_seq_len} of the model"
             )
         # a cache that changes between calls would force a recompilation
         if torch.compiler.is_compiling():
-            return self._tables(grid, device, dtype)
-        key = (grid, device, dtype)
+            return self._tables(grid, device, dtype, first_frame, ratio)
+        key = (grid, device, dtype, first_frame, ratio)
         tables = self._cache.get(key)
         if tables is None:
             with torch.inference_mode(False):
-                tables = self._tables(grid, device, dtype)
+                tables = self._tables(grid, device, dtype, first_frame, ratio)
             # a new dictionary: other threads may be reading the old one
             kept = self._cache if len(self._cache) < 8 else {}
             self._cache = {**kept, key: tables}
         return tables
 
     def _tables(
-        self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+        self,
+        grid: tuple[int, int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        first_frame: int,
+        ratio: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         wide = widest_float(device)
         phases = []
+        steps, firsts = (1, *ratio), (first_frame, (ratio[0] - 1) / 2, (ratio[1] - 1) / 2)
         for axis, (length, dim) in enumerate(zip(grid, self.axis_dims, strict=True)):
             frequency = self.theta ** -(torch.arange(0, dim, 2, dtype=wide, device=device) / dim)
-            phase = torch.outer(torch.arange(length, dtype=wide, device=device), frequency)
+            index = torch.arange(length, dtype=wide, device=device)
+            phase = torch.outer(index * steps[axis] + firsts[axis], frequency)
             shape = [1, 1, 1, phase.shape[1]]
             shape[axis] = length
             phases.append(phase.view(shape).expand(*grid, -1))

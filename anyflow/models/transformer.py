@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from anyflow.models.attention import require_backend
-from anyflow.models.blocks import AnyFlowTransformerBlock, Attention, Rotary
+from anyflow.models.blocks import AnyFlowTransformerBlock, Attention
 from anyflow.models.configuration import LIMITS, require_settings, require_sizes
 from anyflow.models.diffusers_typing import apply_lora_scale, register_to_config
 from anyflow.models.embeddings import (
@@ -140,13 +140,18 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
                 delta, gate_value, deltatime_type, r_embedder_fusion
             )
         self.blocks = nn.ModuleList(
-            AnyFlowTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps)
+            self._new_block(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps)
             for _ in range(num_layers)
         )
         self.proj_out = OutputProjection(dim, channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
         self._sequence: SequenceGroup | None = None
+
+    def _new_block(
+        self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float
+    ) -> AnyFlowTransformerBlock:
+        return AnyFlowTransformerBlock(dim, ffn_dim, num_heads, cross_attn_norm, eps)
 
     def enable_flow_map(
         self, gate_value: float = 0.25, deltatime_type: str = "r", fusion: str = "gated"
@@ -276,7 +281,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
             encoder_hidden_states, encoder_hidden_states_image, dtype
         )
 
-        x = self.patch_embedding(hidden_states.transpose(1, 2)).flatten(2).transpose(1, 2).to(dtype)
+        x = self._embed_patches(self.patch_embedding, hidden_states).to(dtype)
         rotary = self.rope(grid, x.device, torch.promote_types(dtype, torch.float32))
         split = None
         if self._sequence is not None:
@@ -286,15 +291,27 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         for block in self.blocks:
             x = self._run_block(block, x, text, modulation, rotary, split)
 
-        # In fp32 whatever the latents: a bf16 norm and projection would be 4 % of a bf16 model's
-        # error.
-        wide = torch.promote_types(torch.promote_types(hidden_states.dtype, dtype), torch.float32)
-        shift, scale = (self.scale_shift_table + time.to(wide).unsqueeze(2)).unbind(2)
-        x = self.proj_out(layer_norm_modulate(x.to(wide), shift, scale, self.config.eps))
+        x = self._project_out(x, time, hidden_states.dtype)
         if split is not None:
             x = split.gather(x)
         sample = self._unpatchify(x, grid).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _project_out(self, x: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
+        """Normalize and project tokens ``[B, L, D]``, with times ``[B, R, D]``, to patches.
+
+        Both run in fp32 whatever the dtype of the latents: a bf16 norm and projection would be 4 %
+        of a bf16 model's error.
+        """
+        wide = torch.promote_types(torch.promote_types(dtype, x.dtype), torch.float32)
+        shift, scale = (self.scale_shift_table + time.to(wide).unsqueeze(2)).unbind(2)
+        return cast(
+            Tensor, self.proj_out(layer_norm_modulate(x.to(wide), shift, scale, self.config.eps))
+        )
+
+    def _embed_patches(self, embedding: nn.Module, latents: Tensor) -> Tensor:
+        """Embed latents ``[B, F, C, H, W]`` as tokens ``[B, L, D]``."""
+        return cast(Tensor, embedding(latents.transpose(1, 2))).flatten(2).transpose(1, 2)
 
     def _embed_times(
         self, timestep: Tensor, r_timestep: Tensor | None, dtype: torch.dtype
@@ -305,23 +322,13 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         time, modulation = self.condition_embedder(t.flatten(), r, dtype)
         return time.unflatten(0, t.shape), modulation.unflatten(0, t.shape)
 
-    def _run_block(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        text: Tensor,
-        modulation: Tensor,
-        rotary: Rotary,
-        split: TokenSplit | None,
-    ) -> Tensor:
+    def _run_block(self, block: nn.Module, *inputs: Any) -> Any:
+        """Run a block, and with gradient checkpointing run it again in the backward pass."""
         if not (torch.is_grad_enabled() and self.gradient_checkpointing):
-            return cast(Tensor, block(x, text, modulation, rotary, split))
+            return block(*inputs)
         # the backward pass recomputes on the backends of the forward pass
         run = block if torch.compiler.is_compiling() else hold(block)
-        return cast(
-            Tensor,
-            self._gradient_checkpointing_func(run, x, text, modulation, rotary, split),
-        )
+        return self._gradient_checkpointing_func(run, *inputs)
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         if torch.is_autocast_enabled(device.type):

@@ -1,0 +1,584 @@
+"""Define the causal (FAR) transformer, which makes a video chunk by chunk after earlier chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from anyflow.models.causal_block import AnyFlowFARTransformerBlock, ChunkAttention
+from anyflow.models.causal_cache import ChunkCache, EncodingPlan, cache_bytes
+from anyflow.models.chunks import (
+    ChunkPartition,
+    FrameTokens,
+    Segment,
+    TokenLayout,
+    checked_settings,
+    chunk_layout,
+    encoding_layout,
+    step_layout,
+)
+from anyflow.models.diffusers_typing import apply_lora_scale, register_to_config
+from anyflow.models.embeddings import PatchEmbedding
+from anyflow.models.transformer import AnyFlowTransformer3DModel
+from anyflow.utils.devices import widest_float
+
+if TYPE_CHECKING:
+    import os
+
+    from typing_extensions import Self
+
+CHUNK_PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)
+CAUSAL_PARAMETERS = ("far_patch_embedding.weight", "far_patch_embedding.bias")
+
+
+class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
+    """Predict the average velocity of the last chunks of a video, given the chunks before them.
+
+    Frame-autoregressive AnyFlow (arXiv 2605.13724): of n chunks the last ``full_chunk_limit`` are
+    full, and those before them compressed by a coarser patch embedding. Parameter names, config
+    and the first eight positional arguments are those of diffusers' class of the same name (proven
+    by ``tests/models/test_causal_parity.py``). No kernel has a mask: each chunk is one attention to
+    what it sees, on any attention backend (:mod:`anyflow.models.chunks`).
+
+    ``forward`` computes four layouts: training (with ``clean_hidden_states``), plain, one chunk
+    after cached ones (with ``cache``), and the bidirectional model (``is_causal=False``).
+
+    Args:
+        compressed_patch_size: (frames, height, width) of a compressed patch, a multiple of
+            ``patch_size``.
+        full_chunk_limit: L, the chunks that are full.
+        chunk_partition: latent frames of each chunk, where a call does not say otherwise.
+
+    The other arguments are those of :class:`AnyFlowTransformer3DModel`.
+
+    Raises:
+        ValueError: a setting is not possible.
+    """
+
+    _no_split_modules = ["AnyFlowFARTransformerBlock"]  # noqa: RUF012
+    _repeated_blocks = ["AnyFlowFARTransformerBlock"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int | None = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        gate_value: float = 0.25,
+        deltatime_type: str = "r",
+        r_embedder: bool = True,
+        r_embedder_fusion: str = "gated",
+        compressed_patch_size: tuple[int, int, int] = (1, 4, 4),
+        full_chunk_limit: int = 3,
+        chunk_partition: tuple[int, ...] = CHUNK_PARTITION,
+    ) -> None:
+        super().__init__(
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=num_layers,
+            cross_attn_norm=cross_attn_norm,
+            eps=eps,
+            image_dim=image_dim,
+            rope_max_seq_len=rope_max_seq_len,
+            gate_value=gate_value,
+            deltatime_type=deltatime_type,
+            r_embedder=r_embedder,
+            r_embedder_fusion=r_embedder_fusion,
+        )
+        self._ratio = checked_settings(patch_size, compressed_patch_size, full_chunk_limit)
+        ChunkPartition(tuple(chunk_partition))
+        dim = num_attention_heads * attention_head_dim
+        self.far_patch_embedding = PatchEmbedding(
+            in_channels, dim, kernel_size=compressed_patch_size, stride=compressed_patch_size
+        )
+        self.initialize_compressed()
+
+    def _new_block(
+        self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float
+    ) -> AnyFlowFARTransformerBlock:
+        return AnyFlowFARTransformerBlock(dim, ffn_dim, num_heads, cross_attn_norm, eps)
+
+    # Weights --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_bidirectional(
+        cls,
+        model: AnyFlowTransformer3DModel,
+        *,
+        compressed_patch_size: tuple[int, int, int] = (1, 4, 4),
+        full_chunk_limit: int = 3,
+        chunk_partition: Sequence[int] = CHUNK_PARTITION,
+    ) -> Self:
+        """Make a causal model of a bidirectional one, on its device and with copies of its weights.
+
+        The compressed patch embedding is that of :meth:`initialize_compressed`.
+
+        Args:
+            model: without adapters; on any device, the meta device included.
+            compressed_patch_size, full_chunk_limit, chunk_partition: see the class.
+
+        Raises:
+            ValueError: the model has adapters, or a setting is not possible.
+        """
+        if getattr(model, "peft_config", None):
+            raise ValueError(
+                "from_bidirectional: this model has adapters; merge them first (fuse_lora, "
+                "unload_lora)"
+            )
+        base = {k: v for k, v in model.config.items() if not k.startswith("_")}
+        settings = {
+            **base,
+            "compressed_patch_size": tuple(compressed_patch_size),
+            "full_chunk_limit": full_chunk_limit,
+            "chunk_partition": tuple(chunk_partition),
+        }
+        # weights that inference mode makes can never be trained
+        with torch.inference_mode(False), torch.no_grad():
+            with torch.device("meta"):
+                causal = cls(**settings)
+            for name, parameter in model.named_parameters():
+                module, _, leaf = name.rpartition(".")
+                copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                setattr(causal.get_submodule(module), leaf, copy)
+            embedder = causal.condition_embedder
+            if embedder.delta_embedder is not None and not model.device.type == "meta":
+                embedder.delta_emb_gate = embedder.delta_emb_gate.to(model.device)
+            causal.initialize_compressed()
+        return causal.train(model.training)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **settings: Any
+    ) -> Self:
+        """Load a folder as diffusers does; a bidirectional one becomes a causal model.
+
+        The compressed patch embedding, which a bidirectional folder does not have, is that of
+        :meth:`initialize_compressed`.
+        """
+        wants_info = settings.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **settings
+        )
+        if set(CAUSAL_PARAMETERS) <= set(info["missing_keys"]):
+            model.initialize_compressed()
+            info["missing_keys"] = [k for k in info["missing_keys"] if k not in CAUSAL_PARAMETERS]
+        return (model, info) if wants_info else model
+
+    @torch.no_grad()
+    def initialize_compressed(self) -> None:
+        """Set the compressed patch embedding to the full one, interpolated to its patch size.
+
+        The interpolation is linear between the centers of the taps, and clamped at the borders. The
+        embedding goes to the device and dtype of the full one.
+        """
+        source = self.patch_embedding
+        wide = torch.promote_types(source.weight.dtype, torch.float32)
+        weight = source.weight.to(wide)
+        sizes = zip(source.kernel_size[1:], self.far_patch_embedding.kernel_size[1:], strict=True)
+        for axis, (few, many) in zip((3, 4), sizes, strict=True):
+            matrix = _interpolation(few, many, weight.device).to(wide)
+            weight = torch.tensordot(weight, matrix, dims=([axis], [1])).movedim(-1, axis)
+        embedding = self.far_patch_embedding
+        assert source.bias is not None
+        for name, value in (("weight", weight.to(source.weight.dtype)), ("bias", source.bias)):
+            kept = getattr(embedding, name)
+            if kept.shape == value.shape and kept.device == value.device and not kept.is_meta:
+                kept.copy_(value)
+            else:
+                setattr(embedding, name, nn.Parameter(value.detach().clone(), kept.requires_grad))
+
+    # Caches ---------------------------------------------------------------------------------------
+
+    def new_cache(
+        self,
+        chunk_partition: Sequence[int] | None = None,
+        *,
+        window: int | None = None,
+        storage: torch.device | str | None = None,
+    ) -> ChunkCache:
+        """Return an empty cache for a video; see :class:`~anyflow.models.causal_cache.ChunkCache`.
+
+        Args:
+            chunk_partition: latent frames of each chunk; None takes the config's.
+            window: most compressed chunks that stay.
+            storage: device that keys and values wait on.
+        """
+        partition = ChunkPartition(
+            tuple(self.config.chunk_partition if chunk_partition is None else chunk_partition)
+        )
+        layers = len(self.blocks)
+        return ChunkCache(
+            partition, self.config.full_chunk_limit, layers, window=window, storage=storage
+        )
+
+    def cache_bytes(
+        self,
+        height: int,
+        width: int,
+        chunk_partition: Sequence[int] | None = None,
+        *,
+        batch_size: int = 1,
+        dtype: torch.dtype | None = None,
+        window: int | None = None,
+    ) -> int:
+        """Return the most bytes that the cache of a video takes, known before anything runs.
+
+        Args:
+            height, width: rows and columns of the latents.
+            chunk_partition: latent frames of each chunk; None takes the config's.
+            batch_size: videos; guidance doubles them.
+            dtype: of the keys and values; None takes the weights'.
+            window: most compressed chunks that stay.
+
+        Raises:
+            ValueError: the size is not possible.
+        """
+        partition = self.new_cache(chunk_partition).partition
+        compressed = len(partition) > self.config.full_chunk_limit
+        self.check_size(height, width, compressed=compressed)
+        return cache_bytes(
+            partition,
+            self.config.full_chunk_limit,
+            self._frame_tokens(height, width),
+            layers=self.config.num_layers,
+            width=self.config.num_attention_heads * self.config.attention_head_dim,
+            itemsize=(self.patch_embedding.weight.dtype if dtype is None else dtype).itemsize,
+            batch_size=batch_size,
+            window=window,
+        )
+
+    def check_size(self, height: int, width: int, *, compressed: bool) -> None:
+        """Raise a ValueError for rows and columns of latents that patches do not cover."""
+        patch = self.config.compressed_patch_size if compressed else self.config.patch_size
+        for name, size, multiple in (("height", height, patch[1]), ("width", width, patch[2])):
+            if size < 1 or size % multiple:
+                why = "where a frame is compressed" if compressed else "of latents"
+                raise ValueError(
+                    f"hidden_states: {name} {size} must be a positive multiple of {multiple} {why}"
+                )
+
+    # Forward --------------------------------------------------------------------------------------
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(  # type: ignore[override]  # the positions are those of diffusers' causal class
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | None = None,
+        r_timestep: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        chunk_partition: Sequence[int] | None = None,
+        encoder_hidden_states_image: Tensor | None = None,
+        clean_hidden_states: Tensor | None = None,
+        clean_timestep: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        *,
+        is_causal: bool = True,
+        cache: ChunkCache | None = None,
+        encode: EncodingPlan | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Return the average velocity of the full frames.
+
+        Args:
+            hidden_states: ``[B, F, C, H, W]``: all frames, clean ones where they are compressed.
+                With ``cache`` the frames of the next chunk; with ``encode`` those of its chunks.
+            timestep: t, ``[B, F]`` for every frame of ``hidden_states``, or ``[B]`` for the full
+                ones, while compressed ones are at 0.
+            r_timestep: r <= t, the shape of timestep; None skips the second branch.
+            encoder_hidden_states: ``[B, S, text_dim]``.
+            chunk_partition: latent frames of each chunk; None takes the config's, or the cache's.
+            encoder_hidden_states_image: ``[B, S', image_dim]``, put before the text.
+            clean_hidden_states: ``[B, F_f, C, H, W]``, clean latents of the full frames, for
+                training: noisy chunks attend to them in place of one another. Those of the last
+                chunk are not read.
+            clean_timestep: their time, ``[B, F_f]`` or ``[B]``; None is 0. Their r is the same.
+            attention_kwargs: ``{"scale": s}`` scales LoRA adapters.
+            return_dict: False returns a 1-tuple.
+            is_causal: False runs the bidirectional model on all frames.
+            cache: what earlier chunks have left; the velocity is that of the chunk after them.
+            encode: encodes chunks into the cache, all at t = r = 0; ``timestep`` is not needed, and
+                the sample is empty.
+
+        Returns:
+            ``.sample`` ``[B, F_f, C_out, H, W]`` in hidden_states' dtype.
+
+        Raises:
+            ValueError: shapes do not fit, or frames, rows or columns do not fit the partition.
+        """
+        if not is_causal:
+            return super().forward(
+                hidden_states,
+                timestep,
+                r_timestep,
+                encoder_hidden_states,
+                encoder_hidden_states_image,
+                return_dict=return_dict,
+            )
+        if encoder_hidden_states is None:
+            raise ValueError("encoder_hidden_states is required")
+        if self._sequence is not None:
+            raise ValueError(
+                "sequence parallelism shares the tokens of the bidirectional path only: call "
+                "set_sequence_parallel(None), or pass is_causal=False"
+            )
+        self._token_grid(hidden_states)
+        tokens = self._frame_tokens(*hidden_states.shape[3:])
+        call = self._call(
+            hidden_states, tokens, chunk_partition, clean_hidden_states, cache, encode
+        )
+        self.check_size(*hidden_states.shape[3:], compressed=call.layout.has_compressed)
+        self._check_text(encoder_hidden_states, hidden_states.shape[0])
+        if encode is not None:
+            timestep = hidden_states.new_zeros(hidden_states.shape[0], dtype=torch.float32)
+            r_timestep = timestep if self.config.r_embedder else None
+        elif timestep is None:
+            raise ValueError("timestep is required")
+        times = self._times_of_segments(call, hidden_states, timestep, r_timestep, clean_timestep)
+
+        dtype = self._compute_dtype(hidden_states.device)
+        time, modulation = self._embed_times(*times, dtype)
+        text = self.condition_embedder.embed_text(
+            encoder_hidden_states, encoder_hidden_states_image, dtype
+        )
+        x = torch.cat(
+            [
+                self._embed_patches(
+                    self.far_patch_embedding if segment.compressed else self.patch_embedding,
+                    latents,
+                )
+                for segment, latents in zip(call.layout.segments, call.latents, strict=True)
+            ],
+            dim=1,
+        ).to(dtype)
+        x = self._run_blocks(x, text, modulation, tokens, call.layout, cache, encode)
+        frames = 0 if encode is not None else call.layout.segments[-1].num_frames
+        if time.shape[1] > 1:
+            time = time[:, time.shape[1] - frames :]
+        if frames == 0:
+            sample = hidden_states[:, :0]
+        else:
+            x = self._project_out(x, time, hidden_states.dtype)
+            grid = (frames, tokens.height, tokens.width)
+            sample = self._unpatchify(x, grid).to(hidden_states.dtype)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def encode_chunks(
+        self,
+        cache: ChunkCache,
+        num_chunks: int,
+        latents: Sequence[Tensor | None],
+        encoder_hidden_states: Tensor,
+    ) -> None:
+        """Bring a cache to the state before chunk ``num_chunks``.
+
+        Args:
+            cache: of :meth:`new_cache`.
+            num_chunks: chunks that the cache stands for then.
+            latents: clean latents ``[B, p, C, H, W]`` by chunk; None for chunks that
+                ``cache.plan(num_chunks)`` does not name.
+            encoder_hidden_states: ``[B, S, text_dim]``.
+        """
+        plan = cache.plan(num_chunks)
+        if plan.chunks:
+            given = [latents[chunk] for chunk in plan.chunks]
+            frames = torch.cat([part for part in given if part is not None], dim=1)
+            self(
+                frames,
+                encoder_hidden_states=encoder_hidden_states,
+                cache=cache,
+                encode=plan,
+                return_dict=False,
+            )
+        cache.end(plan, num_chunks)
+
+    def _frame_tokens(self, height: int, width: int) -> FrameTokens:
+        _, ph, pw = self.config.patch_size
+        return FrameTokens(height // ph, width // pw, self._ratio)
+
+    def _call(
+        self,
+        x: Tensor,
+        tokens: FrameTokens,
+        chunk_partition: Sequence[int] | None,
+        clean: Tensor | None,
+        cache: ChunkCache | None,
+        encode: EncodingPlan | None,
+    ) -> _Call:
+        """Lay out the tokens of a call, and cut its latents into the segments of the layout."""
+        if cache is not None:
+            if clean is not None or chunk_partition is not None:
+                raise ValueError(
+                    "with a cache, which has the partition, give neither clean_hidden_states nor "
+                    "chunk_partition"
+                )
+            if encode is None:
+                layout = step_layout(cache.partition, cache.num_chunks, tokens)
+            else:
+                past = cache.begin()
+                layout = encoding_layout(
+                    cache.partition, encode.compressed, encode.full, tokens, past
+                )
+            expected = sum(segment.num_frames for segment in layout.segments)
+            if x.shape[1] != expected:
+                raise ValueError(
+                    f"hidden_states has {x.shape[1]} frames, and the chunk after the cache has "
+                    f"{expected}"
+                )
+            return _Call(layout, x.split([s.num_frames for s in layout.segments], dim=1))
+        if encode is not None:
+            raise ValueError("encode needs the cache that it encodes into")
+        sizes = self.config.chunk_partition if chunk_partition is None else chunk_partition
+        partition = ChunkPartition.of(sizes, x.shape[1])
+        first = partition.ends[partition.num_compressed(self.config.full_chunk_limit)]
+        full = x.shape[1] - first
+        if clean is not None and clean.shape != (x.shape[0], full, *x.shape[2:]):
+            raise ValueError(
+                f"clean_hidden_states must be those of the {full} full frames, "
+                f"{(x.shape[0], full, *x.shape[2:])}, got {tuple(clean.shape)}"
+            )
+        layout = chunk_layout(
+            partition, self.config.full_chunk_limit, tokens, clean=clean is not None
+        )
+        copies = None if clean is None else clean[:, : full - partition.sizes[-1]]
+        parts = (x[:, :first], copies, x[:, first:])
+        latents = [part for part in parts if part is not None and part.shape[1]]
+        return _Call(layout, latents)
+
+    def _times_of_segments(
+        self,
+        call: _Call,
+        x: Tensor,
+        timestep: Tensor,
+        r_timestep: Tensor | None,
+        clean_timestep: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return t and r of every frame in the order of the layout, or ``[B]`` where all agree."""
+        self._check_times(x, x.shape[1], timestep, r_timestep)
+        segments = call.layout.segments
+        # A cached step, an encoding, or full frames alone.
+        if timestep.ndim == 1 and (len(segments) == 1 or call.layout.outputs == (0, 0)):
+            return timestep, r_timestep
+        batch, last = x.shape[0], segments[-1].num_frames
+        before = x.shape[1] - last  # compressed frames
+        copies = sum(segment.num_frames for segment in segments) - x.shape[1]
+        clean = timestep.new_zeros(batch, copies)
+        if clean_timestep is not None and copies:
+            if clean_timestep.shape not in ((batch,), (batch, last)):
+                raise ValueError(
+                    f"clean_timestep must be [B={batch}] or [B={batch}, F={last}], got "
+                    f"{tuple(clean_timestep.shape)}"
+                )
+            given = clean_timestep[:, None] if clean_timestep.ndim == 1 else clean_timestep
+            clean = given.to(timestep).expand(batch, last)[:, :copies]
+
+        def arranged(time: Tensor) -> Tensor:
+            if time.ndim == 1:
+                compressed, full = time.new_zeros(batch, before), time[:, None].expand(-1, last)
+            else:
+                compressed, full = time[:, :before], time[:, before:]
+            return torch.cat([compressed, clean, full], dim=1)
+
+        return arranged(timestep), None if r_timestep is None else arranged(r_timestep)
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        tokens: FrameTokens,
+        layout: TokenLayout,
+        cache: ChunkCache | None,
+        encode: EncodingPlan | None,
+    ) -> Tensor:
+        """Return the outputs of the layout ``[B, L', D]``, and keep what is encoded."""
+        rotary = self._rotary(layout, tokens, x)
+        rows = (0, 0)
+        if modulation.shape[1] > 1:
+            modulation, rows = _rows_of_equal_length(modulation, layout, tokens)
+        inner = ChunkAttention(layout.groups)
+        last = inner
+        if layout.outputs != (0, x.shape[1]):
+            last = ChunkAttention(layout.last_groups(), layout.outputs, rows)
+        for index, block in enumerate(self.blocks):
+            chunks = last if index == len(self.blocks) - 1 else inner
+            past = () if cache is None else cache.past(index, x.device)
+            x, key, value = self._run_block(
+                block, x, text, modulation, rotary, None, chunks, past
+            )
+            if cache is not None and encode is not None:
+                cache.store(index, key, value, encode, tokens)
+        return x
+
+    def _rotary(self, layout: TokenLayout, tokens: FrameTokens, x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        tables = []
+        for segment in layout.segments:
+            ratio = tokens.ratio if segment.compressed else (1, 1)
+            grid = (segment.num_frames, tokens.height // ratio[0], tokens.width // ratio[1])
+            tables.append(
+                self.rope(grid, x.device, dtype, first_frame=segment.first_frame, ratio=ratio)
+            )
+        if len(tables) == 1:
+            return tables[0]
+        return torch.cat([t[0] for t in tables]), torch.cat([t[1] for t in tables])
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Hold the layout of a call, and the latents of each of its segments."""
+
+    layout: TokenLayout
+    latents: Sequence[Tensor]
+
+
+def _rows_of_equal_length(
+    modulation: Tensor, layout: TokenLayout, tokens: FrameTokens
+) -> tuple[Tensor, tuple[int, int]]:
+    """Repeat rows of frames ``[B, F, 6, D]`` until each covers as many tokens.
+
+    Beside compressed frames, of P' tokens, a full frame gets P / P' equal rows.
+
+    Returns:
+        The rows, and the range of the last segment's, which are those of the outputs.
+    """
+    repeats = tokens.ratio[0] * tokens.ratio[1] if layout.has_compressed else 1
+    counts = [segment.num_frames for segment in layout.segments]
+    parts = [
+        rows if repeats == 1 or segment.compressed else rows.repeat_interleave(repeats, dim=1)
+        for segment, rows in zip(layout.segments, modulation.split(counts, dim=1), strict=True)
+    ]
+    joined = torch.cat(parts, dim=1)
+    return joined, (joined.shape[1] - parts[-1].shape[1], joined.shape[1])
+
+
+def _interpolation(few: int, many: int, device: torch.device) -> Tensor:
+    """Return the matrix ``[many, few]`` of linear interpolation between centers of taps, clamped.
+
+    From 2 to 4 it is ``[[1, 0], [3/4, 1/4], [1/4, 3/4], [0, 1]]``.
+    """
+    wide = widest_float(device)
+    position = (torch.arange(many, dtype=wide, device=device) + 0.5) * (few / many) - 0.5
+    position = position.clamp(0, few - 1)
+    tap = torch.arange(few, dtype=wide, device=device)
+    return (1 - (position[:, None] - tap).abs()).clamp(min=0)
