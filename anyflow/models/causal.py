@@ -383,35 +383,6 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
             sample = self._unpatchify(x, grid).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def encode_chunks(
-        self,
-        cache: ChunkCache,
-        num_chunks: int,
-        latents: Sequence[Tensor | None],
-        encoder_hidden_states: Tensor,
-    ) -> None:
-        """Bring a cache to the state before chunk ``num_chunks``.
-
-        Args:
-            cache: of :meth:`new_cache`.
-            num_chunks: chunks that the cache stands for then.
-            latents: clean latents ``[B, p, C, H, W]`` by chunk; None for chunks that
-                ``cache.plan(num_chunks)`` does not name.
-            encoder_hidden_states: ``[B, S, text_dim]``.
-        """
-        plan = cache.plan(num_chunks)
-        if plan.chunks:
-            given = [latents[chunk] for chunk in plan.chunks]
-            frames = torch.cat([part for part in given if part is not None], dim=1)
-            self(
-                frames,
-                encoder_hidden_states=encoder_hidden_states,
-                cache=cache,
-                encode=plan,
-                return_dict=False,
-            )
-        cache.end(plan, num_chunks)
-
     def _frame_tokens(self, height: int, width: int) -> FrameTokens:
         _, ph, pw = self.config.patch_size
         return FrameTokens(height // ph, width // pw, self._ratio)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anyflow.models.causal_block import KeysValues
 from anyflow.models.chunks import ChunkPartition, FrameTokens
+from anyflow.models.network import evaluate
 from anyflow.utils.validation import whole_number
 
 
@@ -179,6 +181,26 @@ class ChunkCache:
             (k.to(device, non_blocking=True), v.to(device, non_blocking=True))
             for k, v in self._pairs(layer)
         )
+
+
+def encode_chunks(
+    model: Any, cache: ChunkCache, num_chunks: int, latents: Mapping[int, Tensor], text: Tensor
+) -> None:
+    """Bring a cache to the state before chunk ``num_chunks``, by one call of the model.
+
+    Args:
+        model: the causal model, or what wraps it.
+        cache: of its ``new_cache``.
+        num_chunks: chunks that the cache stands for then.
+        latents: clean latents ``[B, p, C, H, W]`` of the chunks that ``cache.plan(num_chunks)``
+            names.
+        text: ``[B, S, text_dim]``.
+    """
+    plan = cache.plan(num_chunks)
+    if plan.chunks:
+        frames = torch.cat([latents[chunk] for chunk in plan.chunks], dim=1)
+        evaluate(model, frames, encoder_hidden_states=text, cache=cache, encode=plan)
+    cache.end(plan, num_chunks)
 
 
 def cache_bytes(

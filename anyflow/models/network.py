@@ -34,8 +34,13 @@ def evaluate(model: Any, x: Tensor, **conditions: Any) -> Tensor:
 
 def has_flow_map(model: Any) -> bool:
     """Check that a network takes ``r_timestep``: all but one with ``r_embedder=False`` do."""
-    config = getattr(getattr(model, "module", model), "config", None)
+    config = getattr(unwrapped(model), "config", None)
     return True if config is None else bool(getattr(config, "r_embedder", True))
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the network inside of what ``DistributedDataParallel`` returns, or the network."""
+    return getattr(model, "module", model)
 
 
 def has_hooks(model: Any) -> bool:
