@@ -140,7 +140,9 @@ def test_no_token_goes_through_the_network_without_need(limit, context, causal_r
     model, steps = causal_reference.model(full_chunk_limit=limit), 2
     inputs, outputs = [], []
     model.blocks[0].register_forward_hook(lambda _, args, out: inputs.append(args[0].shape[1]))
-    model.blocks[1].register_forward_hook(lambda _, args, out: outputs.append(out[0].shape[1]))
+    model.blocks[1].register_forward_hook(
+        lambda _, args, out: outputs.append((out[0] if isinstance(out, tuple) else out).shape[1])
+    )
     given = causal_reference["latents_bcfhw"][:2].transpose(1, 2)[:, :context]
     _sample(
         causal_reference,

@@ -497,15 +497,18 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         rows = (0, 0)
         if modulation.shape[1] > 1:
             modulation, rows = _rows_of_equal_length(modulation, layout, tokens)
-        inner = ChunkAttention(layout.groups)
-        last = inner
+        keeps = encode is not None
+        inner = last = ChunkAttention(layout.groups, keeps_keys=keeps)
         if layout.outputs != (0, x.shape[1]):
-            last = ChunkAttention(layout.last_groups(), layout.outputs, rows)
+            last = ChunkAttention(layout.last_groups(), layout.outputs, rows, keeps)
         for index, block in enumerate(self.blocks):
             chunks = last if index == len(self.blocks) - 1 else inner
             past = () if cache is None else cache.past(index, x.device)
-            x, key, value = self._run_block(block, x, text, modulation, rotary, None, chunks, past)
-            if cache is not None and encode is not None:
+            out = self._run_block(block, x, text, modulation, rotary, None, chunks, past)
+            if cache is None or encode is None:
+                x = out
+            else:
+                x, key, value = out
                 cache.store(index, key, value, encode, tokens)
         return x
 

@@ -165,7 +165,7 @@ def test_training_computes_no_token_more_than_it_needs(causal_reference) -> None
     model, counts = causal_reference.model(), []
     for block in model.blocks:
         block.register_forward_hook(
-            lambda _, inputs, out: counts.append((inputs[0].shape[1], out[0].shape[1]))
+            lambda _, inputs, out: counts.append((inputs[0].shape[1], out.shape[1]))
         )
     _training(model, causal_reference)
     compressed, noisy, clean = 5 * 2, 4 * 8, 3 * 8
