@@ -11,7 +11,7 @@ from anyflow.models.attention import attention
 from anyflow.models.blocks import AnyFlowTransformerBlock, Rotary
 from anyflow.models.chunks import QueryGroup, Range
 from anyflow.models.sequence_parallel import TokenSplit
-from anyflow.ops import layer_norm_modulate
+from anyflow.ops import gated_residual, layer_norm_modulate, residual_layer_norm
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -92,8 +92,14 @@ class AnyFlowFARTransformerBlock(AnyFlowTransformerBlock):
         keys = torch.cat([*(pair[0] for pair in past), key], dim=1) if past else key
         values = torch.cat([*(pair[1] for pair in past), value], dim=1) if past else value
         out = chunks.attend(query, keys, values, self.attn1.attention_backend)
-        x = self.after_self_attention(x, self.attn1.output(out), text, rows)
-        return (x, key, value) if chunks.keeps_keys else x
+        kept = (key, value) if chunks.keeps_keys else ()
+        del query, keys, values, key, value  # the feed-forward needs their memory
+        x, n = self.add_self_attention(x, self.attn1.output(out), rows[2])
+        del out
+        a = self.attn2(n, text)
+        x, n = residual_layer_norm(x, a, shift=rows[3], scale=rows[4], eps=self.eps)
+        x = gated_residual(x, self.ffn(n), rows[5])
+        return (x, *kept) if kept else x
 
 
 def _ranges(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
