@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from anyflow.models.causal_block import AnyFlowFARTransformerBlock, ChunkAttention
 from anyflow.models.causal_cache import ChunkCache, EncodingPlan, cache_bytes
 from anyflow.models.chunks import (
+    CHUNK_PARTITION,
     ChunkPartition,
     FrameTokens,
     Segment,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-CHUNK_PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)
 CAUSAL_PARAMETERS = ("far_patch_embedding.weight", "far_patch_embedding.bias")
 
 
@@ -494,9 +494,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         for index, block in enumerate(self.blocks):
             chunks = last if index == len(self.blocks) - 1 else inner
             past = () if cache is None else cache.past(index, x.device)
-            x, key, value = self._run_block(
-                block, x, text, modulation, rotary, None, chunks, past
-            )
+            x, key, value = self._run_block(block, x, text, modulation, rotary, None, chunks, past)
             if cache is not None and encode is not None:
                 cache.store(index, key, value, encode, tokens)
         return x
