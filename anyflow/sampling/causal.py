@@ -38,7 +38,7 @@ class ChunkSampler:
             the context are not used); ignored when ``sigmas`` or ``timesteps`` are given.
         sigmas, timesteps, guidance_scale, negative_prompt_embeds, use_mean_velocity: as for
             :func:`anyflow.sampling.sample`.
-        context_latents: ``[B or 1, F', C, H, W]`` clean latents of the first chunks, which are kept.
+        context_latents: ``[B or 1, F', C, H, W]`` clean latents of the first chunks, kept.
         use_cache: False computes everything before a chunk anew in each evaluation, with the same
             numbers within rounding.
         callback: called as ``callback(index, timestep, latents)`` after each evaluation, counted
