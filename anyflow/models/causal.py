@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from anyflow.models.causal_block import AnyFlowFARTransformerBlock, ChunkAttention
 from anyflow.models.causal_cache import ChunkCache, EncodingPlan, cache_bytes
 from anyflow.models.chunks import (
+    CHUNK_PARTITION,
     ChunkPartition,
     FrameTokens,
     TokenLayout,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-CHUNK_PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)
 _COMPILED_VARIANTS = 64
 CAUSAL_PARAMETERS = ("far_patch_embedding.weight", "far_patch_embedding.bias")
 

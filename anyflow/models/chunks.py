@@ -16,6 +16,7 @@ from typing import Any
 from anyflow.utils.validation import brief, whole_number
 
 MAX_CHUNK, MAX_CHUNKS = 4096, 4096
+CHUNK_PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)  # of the published models
 
 Range = tuple[int, int]
 
