@@ -243,9 +243,9 @@ def test_a_lora_without_the_compressed_embedding_is_that_of_diffusers(
     theirs = diffusers.AnyFlowFARTransformer3DModel.from_pretrained(
         causal_model, subfolder="transformer"
     )
-    theirs.add_adapter(LoraConfig(
-            r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False
-        ))
+    theirs.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
     layers = get_peft_model_state_dict(theirs)
     diffusers.AnyFlowPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
     ours = AnyFlowFARPipeline.from_pretrained(causal_model, dtype=torch.float32, device="cpu")
