@@ -19,6 +19,7 @@ from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.network import execution_device, has_flow_map
 from anyflow.pipelines.acceleration import accelerate
 from anyflow.pipelines.folder import write_index, write_scheduler
+from anyflow.pipelines.kinds import refuse_graph, require_kind, settings_of_module
 from anyflow.pipelines.layout import ModelLayout
 from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_dtype
 from anyflow.pipelines.memory import (
@@ -40,7 +41,10 @@ from anyflow.pipelines.plain_wan import (
 from anyflow.pipelines.wan import load_text_encoder, load_tokenizer, load_vae
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.devices import resolve_device
+from anyflow.utils.documents import shortened
 from anyflow.utils.writing import whole_folder
+
+_THEIRS = (diffusers.AnyFlowTransformer3DModel, diffusers.AnyFlowFARTransformer3DModel)
 
 
 def _with_weights_at_rest(name: str) -> Callable[..., Any]:
@@ -60,6 +64,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
 
     _transformer: Any
     _text_encoder: Any
+    _causal = False  # whether the transformer is a causal model
 
     def __init__(
         self,
@@ -92,6 +97,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         Raises:
             ValueError: the parts do not fit together, or the device cannot do that.
         """
+        refuse_graph(cuda_graph, causal=self._causal)
         loaded = transformer if isinstance(transformer, nn.Module) else None
         if loaded is not None and not euler:
             require_flow_map(Path(), loaded)
@@ -101,7 +107,9 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             configs = [self.transformer.config, vae.config, encoder.config.to_dict()]
             layout = ModelLayout.of("the pipeline", *configs)
         if loaded is not None:
-            layout = replace(layout, flow_map=has_flow_map(loaded))
+            causal = settings_of_module(loaded)
+            layout = replace(layout, flow_map=has_flow_map(loaded), causal=causal)
+        require_kind(layout.causal, causal=self._causal)
         target = (
             execution_device(vae if loaded is None else loaded)
             if device is None
@@ -166,14 +174,16 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             ValueError: no such model, parts are missing or do not fit together, or an argument is
                 not possible; raised before any weight is loaded.
         """
+        refuse_graph(cuda_graph, causal=cls._causal)
         width, target = resolve_dtype(dtype, torch_dtype), resolve_device(device)
         check_options(memory, target, compile=compile, cuda_graph=cuda_graph)
         paths = ModelPaths.find(path, transformer)
-        if type(transformer) is diffusers.AnyFlowTransformer3DModel:
-            transformer = accelerate(transformer)
+        if type(transformer) in _THEIRS:
+            transformer = accelerate(cast(Any, transformer))
         own = transformer if isinstance(transformer, nn.Module) else None
         given = {"transformer": own, "vae": vae, "text_encoder": text_encoder}
         layout = paths.layout(given)
+        require_kind(layout.causal, causal=cls._causal, name=shortened(paths.transformer))
         require_one_transformer(paths.model)
         if not euler:
             require_flow_map(paths.transformer / "transformer", own)
@@ -221,8 +231,12 @@ class PipelineParts(diffusers.AnyFlowPipeline):
     def transformer(
         self, transformer: AnyFlowTransformer3DModel | Callable[[], AnyFlowTransformer3DModel]
     ) -> None:
-        if type(transformer) is diffusers.AnyFlowTransformer3DModel:
-            transformer = accelerate(transformer)  # on the same weights
+        if type(transformer) in _THEIRS:
+            transformer = accelerate(cast(Any, transformer))  # on the same weights
+        if isinstance(transformer, nn.Module) and hasattr(self, "layout"):
+            causal = settings_of_module(transformer)
+            require_kind(causal, causal=self._causal)
+            self.layout = replace(self.layout, causal=causal)
         self._transformer = transformer
 
     @property
@@ -386,4 +400,5 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             self.vae.save_pretrained(folder / "vae")
             self._loaded_text_encoder().save_pretrained(folder / "text_encoder")
             self.tokenizer.save_pretrained(folder / "tokenizer")
-            write_index(folder, plain=plain, tokenizer=type(self.tokenizer).__name__)
+            tokenizer = type(self.tokenizer).__name__
+            write_index(folder, plain=plain, tokenizer=tokenizer, causal=self._causal)
