@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,12 @@ from anyflow.pipelines.memory import Memory
 from anyflow.pipelines.pipeline import AnyFlowPipeline
 from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.sample_settings import DTYPES, SampleSettings
+from anyflow.pipelines.step_budgets import StepBudget
 from anyflow.sampling import Callback
 from anyflow.utils.writing import system_error
+
+if TYPE_CHECKING:
+    from anyflow.pipelines.causal import VideoChunk
 
 
 class Renderer:
@@ -26,6 +30,8 @@ class Renderer:
         prompts: those that videos will be made of.
         first_frames: first frames of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`.
         memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
+        cache_device: device that a causal model's keys and values of earlier chunks wait on; None
+            is the model's.
 
     Raises:
         ValueError: the weights do not fit.
@@ -41,9 +47,11 @@ class Renderer:
         device: str | None = None,
         compile: bool = False,
         cuda_graph: bool = False,
+        cache_device: str | None = None,
     ) -> None:
         self.settings, self.first_frames = settings, first_frames
-        self.pipe = AnyFlowPipeline.from_pretrained(
+        self._plan, self._cache_device = settings.chunk_plan(), cache_device
+        self.pipe = _pipeline(causal=self._plan is not None).from_pretrained(
             settings.model,
             dtype=DTYPES[settings.dtype],
             device=device,
@@ -57,6 +65,7 @@ class Renderer:
         texts = [prompt.text for prompt in prompts]
         if settings.guidance_scale != 1:
             texts += [self._negative(prompt) for prompt in prompts]
+        texts += [text for _, text in self._switches]
         texts = list(dict.fromkeys(texts))
         with self.pipe.timed("encode", self._seconds):
             self._embeds: dict[str, Tensor] = dict(
@@ -69,10 +78,17 @@ class Renderer:
         """Return the negative prompt of a prompt; None without guidance."""
         return None if self.settings.guidance_scale == 1 else self._negative(prompt)
 
+    def num_evaluations(self, budget: StepBudget) -> int:
+        """Return the network evaluations of a video, of which guidance makes one call."""
+        if self._plan is not None:
+            return sum(self._plan.steps(budget, self.settings.first_frames))
+        assert isinstance(budget, int)
+        return budget
+
     def frames(
         self,
         prompt: VideoPrompt,
-        num_inference_steps: int,
+        budget: StepBudget,
         seed: int,
         callback: Callback | None = None,
         before_decoding: Callable[[], None] | None = None,
@@ -81,7 +97,7 @@ class Renderer:
 
         Args:
             prompt: one of those given.
-            num_inference_steps: network evaluations.
+            budget: network evaluations; of each chunk, where the model is causal.
             seed: seed of the noise.
             callback: callback of :func:`anyflow.sampling.sample`.
             before_decoding: called between the last step and the VAE.
@@ -93,33 +109,72 @@ class Renderer:
             RuntimeError: out of memory.
             FloatingPointError: NaN or infinity came up.
         """
-        pipe, settings, negative = self.pipe, self.settings, self.negative(prompt)
-        if pipe.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pipe.device)
+        pipe = self.pipe
         output = pipe(
-            prompt_embeds=self._embeds[prompt.text],
-            negative_prompt_embeds=None if negative is None else self._embeds[negative],
-            height=settings.height,
-            width=settings.width,
-            num_frames=settings.num_frames,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            seed=seed,
-            video=self.first_frames,
-            output_type="latent",
-            progress=False,
-            callback=callback,
+            **self._arguments(prompt, budget, seed), output_type="latent", callback=callback
         )
-        seconds = {
-            "encode": self._seconds["encode"] / len(self._embeds),
-            "sample": output.seconds["sample"],
-        }
+        seconds = {"encode": self.encode_seconds, "sample": output.seconds["sample"]}
         assert isinstance(output.frames, Tensor)
         if before_decoding is not None:
             before_decoding()
         with pipe.timed("decode", seconds):
             (images,) = frames_of_type(pipe.decode(output.frames), "pil")
         return images, seconds
+
+    def stream(
+        self, prompt: VideoPrompt, budget: StepBudget, seed: int, callback: Callback | None = None
+    ) -> Iterator[VideoChunk]:
+        """Make one video of a causal model, and yield each chunk when it is decoded.
+
+        Args:
+            prompt, budget, seed, callback: as for :meth:`frames`.
+
+        Yields:
+            Chunks with frames as PIL images, those of the first frames that were given first.
+
+        Raises:
+            RuntimeError: out of memory.
+            FloatingPointError: NaN or infinity came up.
+        """
+        pipe: Any = self.pipe
+        yield from pipe.stream(
+            **self._arguments(prompt, budget, seed), output_type="pil", callback=callback
+        )
+
+    @property
+    def encode_seconds(self) -> float:
+        """Return the seconds that encoding took for each text."""
+        return self._seconds["encode"] / len(self._embeds)
+
+    def _arguments(self, prompt: VideoPrompt, budget: StepBudget, seed: int) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call."""
+        pipe, settings, negative = self.pipe, self.settings, self.negative(prompt)
+        if pipe.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pipe.device)
+        arguments = {
+            "prompt_embeds": self._embeds[prompt.text],
+            "negative_prompt_embeds": None if negative is None else self._embeds[negative],
+            "height": settings.height,
+            "width": settings.width,
+            "num_frames": settings.num_frames,
+            "num_inference_steps": budget,
+            "guidance_scale": settings.guidance_scale,
+            "seed": seed,
+            "video": self.first_frames,
+            "progress": False,
+        }
+        if (plan := self._plan) is None:
+            return arguments
+        steps = plan.steps(budget, settings.first_frames)
+        given = len(plan.partition) - len(steps)
+        return {
+            **arguments,
+            "num_inference_steps": [steps[0]] * given + steps,  # those of given chunks are not read
+            "chunk_partition": plan.partition.sizes,
+            "cache_window": settings.cache_window,
+            "cache_device": self._cache_device,
+            "prompt_switches": {chunk: self._embeds[text] for chunk, text in self._switches},
+        }
 
     def reason(self, error: Exception) -> str:
         """Say in one line why a video could not be made, and free the attempt's memory on a GPU."""
@@ -138,3 +193,16 @@ class Renderer:
     def _negative(self, prompt: VideoPrompt) -> str:
         given = self.settings.negative_prompt if prompt.negative is None else prompt.negative
         return "" if given is None else given
+
+    @property
+    def _switches(self) -> tuple[tuple[int, str], ...]:
+        switches = self.settings.prompt_switches
+        return () if switches is None else switches
+
+
+def _pipeline(*, causal: bool) -> type[AnyFlowPipeline]:
+    if not causal:
+        return AnyFlowPipeline
+    from anyflow.pipelines.causal import AnyFlowFARPipeline
+
+    return AnyFlowFARPipeline
