@@ -1,7 +1,9 @@
 """Give every test two threads, a seeded generator, no network, and the same random examples."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import os
 import socket
 import subprocess
@@ -245,6 +247,47 @@ def wan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder / "tokenizer")
     return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalReference:
+    """Hold numbers of the reference trainers for the causal model.
+
+    Attributes:
+        variant: config, partition and settings of the run, by name.
+        tensors: inputs, weights and results, by name.
+    """
+
+    variant: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def model(self, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+        """Build the causal model with the reference's weights."""
+        from anyflow.models import AnyFlowFARTransformer3DModel
+
+        config = {
+            **self.variant["config"],
+            "gate_value": self.variant["gate"],
+            "deltatime_type": self.variant["dt"],
+        }
+        model = AnyFlowFARTransformer3DModel(**{**config, **settings})
+        weights = {k[8:]: v for k, v in self.tensors.items() if k.startswith("student.")}
+        model.load_state_dict(weights)
+        return model.to(dtype)
+
+
+@pytest.fixture(scope="session")
+def causal_reference() -> CausalReference:
+    """Read the reference numbers of the causal model."""
+    from safetensors import safe_open
+
+    path = Path(__file__).parent / "data" / "anyflow_far_reference_c.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return CausalReference(json.loads(file.metadata()["variant"]), tensors)
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from anyflow.cli import options
 from anyflow.cli.common import DtypeName, fail, torch_dtype
+
+if TYPE_CHECKING:
+    from anyflow.formats import CausalSettings
 
 
 def inspect(
@@ -64,6 +67,15 @@ def convert(
         bool,
         typer.Option("--bidirectional", help="Load a causal model without its causal tensors."),
     ] = False,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Make a bidirectional model a causal one.")
+    ] = False,
+    chunks: Annotated[
+        str | None,
+        typer.Option(
+            help="Latent frames of each chunk, with --causal.", show_default="1,3,3,3,3,3,3,2"
+        ),
+    ] = None,
     shift: Annotated[
         float | None,
         typer.Option(help="Shift of the scheduler to write; the checkpoint's if left out."),
@@ -79,6 +91,7 @@ def convert(
     from anyflow.formats import FlowMap, convert
 
     try:
+        settings = _causal_settings(causal, chunks)
         folder = convert(
             source,
             out,
@@ -90,12 +103,29 @@ def convert(
             lora_alpha=lora_alpha,
             flow_map=FlowMap(gate_value=gate) if flow_map else None,
             bidirectional=bidirectional,
+            causal=settings,
             shift=shift,
             strict_values=strict_values,
         )
     except ValueError as error:
         fail(str(error))
     typer.echo(f"Written to {folder}")
+
+
+def _causal_settings(causal: bool, chunks: str | None) -> CausalSettings | None:
+    """Return the settings of ``--causal`` and ``--chunks``, or raise a ValueError."""
+    from anyflow.formats import CausalSettings
+
+    if not causal:
+        if chunks is not None:
+            raise ValueError("--chunks is for --causal")
+        return None
+    if chunks is None:
+        return CausalSettings()
+    sizes = [size.strip() for size in chunks.split(",")]
+    if not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"--chunks must be latent frames of each chunk, as 1,3,3; got {chunks!r}")
+    return CausalSettings(chunk_partition=tuple(map(int, sizes)))
 
 
 def verify(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anyflow.formats.errors import CheckpointFormatError, listed
-from anyflow.models.configuration import FlowMap
+from anyflow.formats.names import CAUSAL_KEYS
+from anyflow.models.configuration import CausalSettings, FlowMap
 from anyflow.utils.validation import brief, is_finite_number
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ _Shape = tuple[int, ...]
 class CheckpointArchitecture:
     """Hold the arguments of ``AnyFlowTransformer3DModel`` that a checkpoint tells.
 
-    ``flow_map`` is None for plain Wan.
+    ``flow_map`` is None for plain Wan, and ``causal`` for a bidirectional model; with ``causal``
+    the model is an ``AnyFlowFARTransformer3DModel``.
     """
 
     patch_size: tuple[int, int, int]
@@ -46,12 +48,11 @@ class CheckpointArchitecture:
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
     flow_map: FlowMap | None = None
+    causal: CausalSettings | None = None
 
     def sizes(self) -> dict[str, Any]:
-        """Return every field but ``flow_map``, by the names of the model's arguments."""
-        return {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "flow_map"
-        }
+        """Return every field but ``flow_map`` and ``causal``, as the model's arguments."""
+        return {name: getattr(self, name) for name in _SIZES}
 
     def build_empty(self) -> AnyFlowTransformer3DModel:
         """Build the model with parameters on the meta device: no memory, no random draws.
@@ -59,7 +60,7 @@ class CheckpointArchitecture:
         Raises:
             CheckpointFormatError: no such model can be built.
         """
-        from anyflow.models import AnyFlowTransformer3DModel
+        from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 
         options: dict[str, Any] = {"r_embedder": False}
         if (flow_map := self.flow_map) is not None:
@@ -68,9 +69,13 @@ class CheckpointArchitecture:
                 "deltatime_type": flow_map.deltatime_type,
                 "r_embedder_fusion": flow_map.fusion,
             }
+        cls = AnyFlowTransformer3DModel
+        if self.causal is not None:
+            cls = AnyFlowFARTransformer3DModel
+            options |= vars(self.causal)
         try:
             with torch.device("meta"):
-                return AnyFlowTransformer3DModel(**self.sizes(), **options).eval()
+                return cls(**self.sizes(), **options).eval()
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise CheckpointFormatError(
                 f"no model has the settings of this checkpoint: {error}"
@@ -86,14 +91,16 @@ class Config:
         sizes: those fields of :class:`CheckpointArchitecture` that it has.
         flow_map: True or False if it says so, None if the tensors decide.
         flow_map_settings: those fields of :class:`FlowMap` that it has.
-        causal: whether it says that the model is causal.
+        causal: True or False if it says so, None if the tensors decide.
+        causal_settings: those fields of :class:`CausalSettings` that it has.
     """
 
     kind: str
     sizes: Mapping[str, Any]
     flow_map: bool | None
     flow_map_settings: Mapping[str, Any]
-    causal: bool
+    causal: bool | None
+    causal_settings: Mapping[str, Any]
 
 
 ANYFLOW, ANYFLOW_FAR = "AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel"
@@ -118,16 +125,15 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "window_size": ([-1, -1],),
     "model_type": ("t2v",),
 }
-# Of the causal model only, or of the text that is given to the model.
-_OTHER = (
-    "compressed_patch_size",
-    "full_chunk_limit",
-    "chunk_partition",
-    "text_len",
-    "dim",
-)
+_OTHER = ("text_len", "dim")
 _FLAGS = ("init_far_model", "init_flowmap_model", "r_embedder")
-_SIZES = tuple(f.name for f in dataclasses.fields(CheckpointArchitecture) if f.name != "flow_map")
+_SIZES = tuple(
+    f.name
+    for f in dataclasses.fields(CheckpointArchitecture)
+    if f.name not in ("flow_map", "causal")
+)
+_CAUSAL_FIELDS = tuple(f.name for f in dataclasses.fields(CausalSettings))
+_KNOWN = (*_SIZES, *_FLOW_MAP_FIELDS, *_CAUSAL_FIELDS, *_FIXED, *_FLAGS, *_OTHER)
 
 
 def parse_config(raw: Mapping[str, Any], where: str) -> Config:
@@ -152,16 +158,14 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Config:
         if name in _FIXED:
             if value not in _FIXED[name]:
                 lines.append(f"{name}={brief(value)} is not supported, only {_FIXED[name][0]!r}")
-        elif name in _SIZES or name in _FLOW_MAP_FIELDS:
+        elif name in _POSSIBLE:
             if not _POSSIBLE[name](value):
                 lines.append(f"{name}={brief(value)} is not possible")
         elif name in _FLAGS:
             if not isinstance(value, bool):
                 lines.append(f"{name}={brief(value)} should be true or false")
         elif name not in _OTHER:
-            near = difflib.get_close_matches(
-                name[:80], (*_SIZES, *_FLOW_MAP_FIELDS, *_FIXED, *_FLAGS, *_OTHER), 1
-            )
+            near = difflib.get_close_matches(name[:80], _KNOWN, 1)
             lines.append(f"{name[:80]} is unknown{f'; did you mean {near[0]}?' if near else ''}")
     dim: Any = renamed.get("dim")
     heads: Any = renamed.get("num_attention_heads")
@@ -173,7 +177,8 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Config:
             f"{where} does not describe a model that can be loaded:{listed(lines)}"
         )
 
-    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in renamed.items() if k in _SIZES}
+    renamed = {k: tuple(v) if isinstance(v, list) else v for k, v in renamed.items()}
+    sizes = {k: v for k, v in renamed.items() if k in _SIZES}
     if kind == ORIGINAL_WAN:
         sizes["attention_head_dim"] = renamed["dim"] // renamed["num_attention_heads"]
     if sizes.get("out_channels", 0) is None:  # diffusers: as many as go in
@@ -188,7 +193,8 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Config:
         flow_map_settings={
             ours: renamed[k] for k, ours in _FLOW_MAP_FIELDS.items() if k in renamed
         },
-        causal=kind == ANYFLOW_FAR or bool(raw.get("init_far_model")),
+        causal=raw.get("init_far_model") if kind == FAR_WAN else kind == ANYFLOW_FAR,
+        causal_settings={k: v for k, v in renamed.items() if k in _CAUSAL_FIELDS and v is not None},
     )
 
 
@@ -197,6 +203,7 @@ def resolve(
     config: Config | None,
     head_dim: int | None,
     flow_map: FlowMap | None,
+    causal: CausalSettings | None,
     where: str,
 ) -> CheckpointArchitecture:
     """Return the architecture of tensors that have our names.
@@ -207,6 +214,7 @@ def resolve(
         head_dim: given by the user, or None.
         flow_map: what no tensor tells, given by the user, or None for the config's, or the
             defaults.
+        causal: likewise for the causal model; it makes a bidirectional model a causal one.
         where: the checkpoint, for messages.
 
     Raises:
@@ -240,11 +248,13 @@ def resolve(
     if has_flow_map or (config is not None and config.flow_map):
         settings, disagreements = _flow_map(config, flow_map)
         lines += disagreements
+    causal, disagreements = _causal(shapes, config, causal)
+    lines += disagreements
     if lines:
         raise CheckpointFormatError(
             f"{where}: the sizes of the model are not clear:{listed(lines)}"
         )
-    return CheckpointArchitecture(**sizes, flow_map=settings)
+    return CheckpointArchitecture(**sizes, flow_map=settings, causal=causal)
 
 
 def _heads(
@@ -281,13 +291,56 @@ def _flow_map(config: Config | None, given: FlowMap | None) -> tuple[FlowMap, li
     return FlowMap(**said), []
 
 
+def _causal(
+    shapes: Mapping[str, _Shape], config: Config | None, given: CausalSettings | None
+) -> tuple[CausalSettings | None, list[str]]:
+    """Return the settings of a causal model, None for a bidirectional one, and what disagrees."""
+    has_tensors = any(name.startswith(CAUSAL_KEYS) for name in shapes)
+    said = None if config is None else config.causal
+    if has_tensors and said is False:
+        assert config is not None
+        return None, [
+            f"causal: no by the {config.kind} of the config, but the tensors have a "
+            "far_patch_embedding; bidirectional=True (--bidirectional) leaves it out"
+        ]
+    if not has_tensors and not said:
+        return given, []
+    settings = {} if config is None else dict(config.causal_settings)
+    lines = []
+    shape = shapes.get(f"{CAUSAL_KEYS}weight", ())
+    if len(shape) == 5 and min(shape) > 0:
+        told = settings.setdefault("compressed_patch_size", tuple(shape[2:]))
+        if told != shape[2:]:
+            lines.append(
+                f"compressed_patch_size: {told} in the config, {tuple(shape[2:])} by the tensors"
+            )
+    if given is not None:
+        lines += [
+            f"{k}: {v!r} in the checkpoint, {getattr(given, k)!r} given"
+            for k, v in settings.items()
+            if getattr(given, k) != v
+        ]
+        return given, lines
+    try:
+        return CausalSettings(**settings), lines
+    except ValueError as error:
+        return None, [*lines, str(error)]
+
+
 def _positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
+def _positive_list(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(_positive(n) for n in value)
+
+
 _POSSIBLE: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(_SIZES, _positive),
-    "patch_size": lambda v: isinstance(v, list) and len(v) == 3 and all(_positive(n) for n in v),
+    "patch_size": lambda v: _positive_list(v) and len(v) == 3,
+    "compressed_patch_size": lambda v: _positive_list(v) and len(v) == 3,
+    "full_chunk_limit": _positive,
+    "chunk_partition": lambda v: v is None or _positive_list(v),  # the older layout writes null
     "cross_attn_norm": lambda v: isinstance(v, bool),
     "image_dim": lambda v: v is None or _positive(v),
     "out_channels": lambda v: v is None or _positive(v),

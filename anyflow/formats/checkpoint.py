@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from anyflow.formats.architecture import (
     KINDS,
     ORIGINAL_WAN,
     WAN,
+    CausalSettings,
     CheckpointArchitecture,
     Config,
     FlowMap,
@@ -28,6 +29,7 @@ from anyflow.formats.files import TORCH_SUFFIXES, CheckpointFiles, find_files, r
 from anyflow.formats.hub import local_checkpoint
 from anyflow.formats.lora_file import adapter_config_beside
 from anyflow.formats.names import (
+    CAUSAL_KEYS,
     DIFFUSERS,
     FASTVIDEO,
     ORIGINAL,
@@ -43,8 +45,6 @@ from anyflow.utils.validation import brief, is_finite_number, whole_number
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
-
-_CAUSAL_KEYS = "far_patch_embedding."
 
 
 class CheckpointFormat(Enum):
@@ -67,6 +67,8 @@ class ReadOptions:
     lora_alpha: float | None = None
     attention_head_dim: int | None = None
     flow_map: FlowMap | None = None
+    causal: CausalSettings | None = None
+    bidirectional: bool = False
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.weights not in tuple(SECTIONS):
@@ -75,6 +77,8 @@ class ReadOptions:
             raise ValueError(f"lora_alpha must be finite, got {brief(self.lora_alpha)}")
         if self.attention_head_dim is not None:
             whole_number("attention_head_dim", self.attention_head_dim, 2, 1024)
+        if self.causal is not None and self.bidirectional:
+            raise ValueError("causal=... makes a causal model, and bidirectional=True another one")
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,8 @@ class Checkpoint:
         others: the number of tensors of each other model in its file, by the first part of their
             names; left out.
         unknown: tensors without a name of ours.
-        causal: the tensors that the causal model has beyond ours.
         is_causal: whether it is a checkpoint of the causal model.
-        architecture: architecture of its model.
+        architecture: architecture of the model to load.
     """
 
     path: Path
@@ -106,13 +109,19 @@ class Checkpoint:
     prefix: str
     others: Mapping[str, int]
     unknown: tuple[str, ...]
-    causal: tuple[str, ...]
     is_causal: bool
     architecture: CheckpointArchitecture
 
     def differences(self, model: AnyFlowTransformer3DModel) -> list[str]:
-        """List every tensor by which the checkpoint and the model differ."""
-        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        """List every tensor by which the checkpoint and the model differ.
+
+        The causal tensors of a model that is made of a bidirectional checkpoint are none of them.
+        """
+        expected = {
+            name: tuple(p.shape)
+            for name, p in model.named_parameters()
+            if self.is_causal or not name.startswith(CAUSAL_KEYS)
+        }
         lines = [f"missing: {self._described(name)}" for name in expected if name not in self.names]
         lines += [f"unexpected: {name}" for name in self.unknown]
         for name, own in self.names.items():
@@ -147,16 +156,22 @@ def open_checkpoint(path: Path | str, options: ReadOptions, merge_on: str = "cpu
     located, naming = _recognized(reader, path)
 
     names: dict[str, str] = {}
-    unknown, causal = [], []
+    unknown = []
+    has_causal = False
     for name, own in located.names.items():
-        ours = naming.ours(name)
-        if name.startswith(_CAUSAL_KEYS):
-            causal.append(own)
-        elif ours is None:
+        is_causal = name.startswith(CAUSAL_KEYS)
+        has_causal |= is_causal
+        if is_causal and options.bidirectional:
+            continue
+        ours = name if is_causal else naming.ours(name)
+        if ours is None:
             unknown.append(own)
         else:
             names[ours] = own
     shapes = {name: reader.infos[own].shape for name, own in names.items()}
+    is_causal = has_causal or (config is not None and bool(config.causal))
+    if config is not None and options.bidirectional:
+        config = replace(config, causal=None)
     return Checkpoint(
         path=path,
         format=_format_of(naming, config, files, shapes),
@@ -167,10 +182,14 @@ def open_checkpoint(path: Path | str, options: ReadOptions, merge_on: str = "cpu
         prefix=located.prefix,
         others=located.others,
         unknown=tuple(unknown),
-        causal=tuple(causal),
-        is_causal=bool(causal) or (config is not None and config.causal),
+        is_causal=is_causal,
         architecture=resolve(
-            shapes, config, options.attention_head_dim, options.flow_map, shortened(path)
+            shapes,
+            config,
+            options.attention_head_dim,
+            options.flow_map,
+            options.causal,
+            shortened(path),
         ),
     )
 

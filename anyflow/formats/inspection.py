@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from anyflow.formats.architecture import CheckpointArchitecture
+from anyflow.formats.architecture import CausalSettings, CheckpointArchitecture, FlowMap
 from anyflow.formats.checkpoint import (
     Checkpoint,
     CheckpointFormat,
@@ -33,7 +33,7 @@ class CheckpointInfo:
         num_bytes: bytes of those tensors, as they are stored.
         dtypes: parameters by the name of their type.
         architecture: architecture of the model; ``architecture.flow_map`` is None for a plain Wan
-            model.
+            model, and ``architecture.causal`` for a bidirectional one.
         is_causal: whether it is the causal model's.
         adapter_ranks: ranks of the adapters that it has; empty without.
         left_out: the number of tensors of other models in its file, by the first part of their
@@ -61,7 +61,7 @@ class CheckpointInfo:
         return self.architecture.flow_map is not None
 
     def __str__(self) -> str:
-        flow_map = self.architecture.flow_map
+        flow_map, causal = self.architecture.flow_map, self.architecture.causal
         types = ", ".join(
             f"{n / max(1, self.num_parameters):.1%} {dtype}" for dtype, n in self.dtypes.items()
         )
@@ -73,13 +73,8 @@ class CheckpointInfo:
             ("parameters", f"{self.num_parameters:,}"),
             ("size", _readable(self.num_bytes)),
             ("types", types),
-            (
-                "flow map",
-                "no"
-                if flow_map is None
-                else ", ".join(f"{k} {v}" for k, v in vars(flow_map).items()),
-            ),
-            ("causal", "yes" if self.is_causal else "no"),
+            ("flow map", "no" if flow_map is None else _settings(flow_map)),
+            ("causal", "no" if causal is None else _settings(causal)),
             (
                 "adapters",
                 f"rank {', '.join(map(str, self.adapter_ranks))}" if self.adapter_ranks else "no",
@@ -155,7 +150,11 @@ def inspect(
 
 
 def _own_names(checkpoint: Checkpoint) -> list[str]:
-    return [*checkpoint.names.values(), *checkpoint.unknown, *checkpoint.causal]
+    return [*checkpoint.names.values(), *checkpoint.unknown]
+
+
+def _settings(settings: FlowMap | CausalSettings) -> str:
+    return ", ".join(f"{name} {value}" for name, value in vars(settings).items())
 
 
 def _not_finite(checkpoint: Checkpoint) -> list[str]:

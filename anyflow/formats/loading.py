@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from anyflow.formats.architecture import FlowMap
+from anyflow.formats.architecture import CausalSettings, FlowMap
 from anyflow.formats.checkpoint import Checkpoint, ReadOptions, open_checkpoint
 from anyflow.formats.errors import CheckpointFormatError, listed
 from anyflow.formats.problems import (
@@ -19,7 +19,7 @@ from anyflow.formats.problems import (
     stored_dtypes,
 )
 from anyflow.formats.readers import FLOATS
-from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from anyflow.utils.devices import known_device
 from anyflow.utils.documents import shortened
 
@@ -36,6 +36,7 @@ def load_transformer(
     lora_alpha: float | None = None,
     attention_head_dim: int | None = None,
     bidirectional: bool = False,
+    causal: CausalSettings | None = None,
     strict_values: bool = False,
 ) -> AnyFlowTransformer3DModel:
     """Load the transformer of a checkpoint, all of it or not at all.
@@ -58,11 +59,16 @@ def load_transformer(
             it.
         attention_head_dim: needed without a ``config.json``, unless it is Wan's 128.
         bidirectional: load a causal model without its two causal tensors, as a bidirectional one.
+        causal: makes a bidirectional model a causal one, whose compressed patch embedding is
+            interpolated from the full one (``initialize_compressed``); for a causal model whose
+            file does not say its settings (as a ``.pt``), what they are in place of the published
+            ones. Settings that a file says must be the same.
         strict_values: refuse weights with NaN or infinity, as they are stored or in ``dtype``.
             False warns of them.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode; an :class:`~anyflow.models.AnyFlowFARTransformer3DModel`
+        where the checkpoint is causal or is made so.
 
     Raises:
         CheckpointFormatError: the checkpoint is damaged, incomplete, contradicts itself or an
@@ -72,15 +78,19 @@ def load_transformer(
     if dtype is not None and dtype not in FLOATS.values():
         raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype}")
     device = known_device(device)
-    options = ReadOptions(subfolder, weights, lora_alpha, attention_head_dim, flow_map)
+    options = ReadOptions(
+        subfolder, weights, lora_alpha, attention_head_dim, flow_map, causal, bidirectional
+    )
     # Adapters are merged in fp64, which not every other device has.
     checkpoint = open_checkpoint(
         path, options, merge_on=str(device) if device.type == "cuda" else "cpu"
     )
-    model = _empty_model(checkpoint, options, dtype, bidirectional)
+    model = _empty_model(checkpoint, options, dtype)
     if dtype is None:
         dtype = FLOATS[stored_dtypes(checkpoint, names_in_fp32(model))[0]]
     _report(checkpoint, _fill(model, checkpoint, dtype, device), strict_values)
+    if isinstance(model, AnyFlowFARTransformer3DModel) and not checkpoint.is_causal:
+        model.initialize_compressed()
     model.to(device)  # the gate, which no file holds
     if flow_map is not None and checkpoint.architecture.flow_map is None:
         model.enable_flow_map(flow_map.gate_value, flow_map.deltatime_type, flow_map.fusion)
@@ -88,7 +98,7 @@ def load_transformer(
 
 
 def _empty_model(
-    checkpoint: Checkpoint, options: ReadOptions, dtype: torch.dtype | None, bidirectional: bool
+    checkpoint: Checkpoint, options: ReadOptions, dtype: torch.dtype | None
 ) -> AnyFlowTransformer3DModel:
     """Build the model of a checkpoint that can be loaded, without memory for its parameters."""
     if options.lora_alpha is not None and not checkpoint.reader.adapters:
@@ -96,7 +106,7 @@ def _empty_model(
             f"lora_alpha={options.lora_alpha} was given, but {checkpoint.path} has no adapters"
         )
     model = checkpoint.architecture.build_empty()
-    if lines := problems_of(checkpoint, model, dtype=dtype, bidirectional=bidirectional):
+    if lines := problems_of(checkpoint, model, dtype=dtype, bidirectional=options.bidirectional):
         raise CheckpointFormatError(
             f"{shortened(checkpoint.path)} cannot be loaded:{listed(lines)}"
         )

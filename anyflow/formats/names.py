@@ -141,6 +141,8 @@ _ANCHORS = (
     ),
     (re.compile(r"(?P<prefix>(?:.+\.)?)blocks\.\d+\.(?:attn1|self_attn|ffn)\..+"), 2),
 )
+# Trained in full beside adapters, and then without the prefix that these have.
+CAUSAL_KEYS = "far_patch_embedding."
 # First parts of names of a pipeline's other models, in single files of ComfyUI and others.
 _OTHER_PARTS = (
     "audio_encoder",
@@ -211,12 +213,17 @@ def locate(shapes: Mapping[str, tuple[int, ...]], where: str) -> FoundTransforme
     outside = [
         name
         for name in unwrapped
-        if not name.startswith(prefix) or (prefixes and _is_of_other_part(name))
+        if not name.startswith((prefix, CAUSAL_KEYS)) or (prefixes and _is_of_other_part(name))
     ]
     left_out = set(outside)
-    inside = {
-        name.removeprefix(prefix): own for name, own in unwrapped.items() if name not in left_out
-    }
+    inside: dict[str, str] = {}
+    for name, own in unwrapped.items():
+        if name not in left_out:
+            other = inside.setdefault(name.removeprefix(prefix), own)
+            if other != own:
+                raise CheckpointFormatError(
+                    f"{where}: {other} and {own} are one tensor of the model"
+                )
     if strange := [unwrapped[name] for name in outside if not _is_of_other_part(name)]:
         raise CheckpointFormatError(
             f"{where}: the transformer is under {prefix}, and these tensors are neither of it nor "

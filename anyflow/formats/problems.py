@@ -78,13 +78,6 @@ class FiniteWeights:
 
 
 def _of_kind(checkpoint: Checkpoint, bidirectional: bool) -> list[str]:
-    if checkpoint.is_causal and not bidirectional:
-        parts = f" {', '.join(checkpoint.causal)}" if checkpoint.causal else " its causal parts"
-        return [
-            "it is a causal model, and this class is bidirectional; bidirectional=True "
-            "(--bidirectional) loads it "
-            f"without{parts}"
-        ]
     return ["bidirectional=True is for causal models, but it is not one"] * (
         bidirectional and not checkpoint.is_causal
     )

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import torch
 
-from anyflow.formats.architecture import ANYFLOW, WAN, FlowMap
+from anyflow.formats.architecture import ANYFLOW, ANYFLOW_FAR, WAN, CausalSettings, FlowMap
 from anyflow.formats.errors import CheckpointFormatError
 from anyflow.formats.files import CONFIG, find_files, read_json
 from anyflow.formats.hub import local_checkpoint
 from anyflow.formats.loading import load_transformer
-from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.locking import locks_folder
 from anyflow.utils.writing import require_empty, whole_folder
@@ -32,9 +32,9 @@ def save(
 ) -> Path:
     """Write ``out/transformer`` and, if it is given, ``out/scheduler``, whole or not at all.
 
-    A flow map is written for diffusers' ``AnyFlowTransformer3DModel``, a plain model for its
-    ``WanTransformer3DModel``; both load it bit for bit (``tests/formats/test_saving.py``), and
-    so does :func:`load_transformer`.
+    A flow map is written for diffusers' ``AnyFlowTransformer3DModel``, a causal one for its
+    ``AnyFlowFARTransformer3DModel`` and a plain model for its ``WanTransformer3DModel``; all load
+    it bit for bit (``tests/formats/test_saving.py``), and so does :func:`load_transformer`.
 
     Args:
         model: without adapters.
@@ -88,6 +88,7 @@ def convert(
     lora_alpha: float | None = None,
     attention_head_dim: int | None = None,
     bidirectional: bool = False,
+    causal: CausalSettings | None = None,
     shift: float | None = None,
     max_shard_size: int | str = "10GB",
     strict_values: bool = False,
@@ -126,6 +127,7 @@ def convert(
         lora_alpha=lora_alpha,
         attention_head_dim=attention_head_dim,
         bidirectional=bidirectional,
+        causal=causal,
         strict_values=strict_values,
     )
     return _save(model, Path(out), scheduler, max_shard_size)
@@ -155,13 +157,18 @@ def _diffusers_config(model: AnyFlowTransformer3DModel) -> dict[str, Any]:
     if getattr(model, "peft_config", None):
         raise ValueError("this model has adapters; merge them first (fuse_lora, unload_lora)")
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    is_causal = isinstance(model, AnyFlowFARTransformer3DModel)
     fusion, is_flow_map = config.pop("r_embedder_fusion"), config.pop("r_embedder")
     if is_flow_map:
         if fusion != "gated":
             raise ValueError(
                 f"diffusers has no model whose times are fused as {fusion!r}, only 'gated'"
             )
-        return {"_class_name": ANYFLOW, **config}
+        return {"_class_name": ANYFLOW_FAR if is_causal else ANYFLOW, **config}
+    if is_causal:
+        raise ValueError(
+            "diffusers has no causal model without a flow map; enable_flow_map makes it one"
+        )
     del config["gate_value"], config["deltatime_type"]
     if config["image_dim"] is not None:
         raise ValueError(

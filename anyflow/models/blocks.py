@@ -136,22 +136,20 @@ class AnyFlowTransformerBlock(nn.Module):
         """
         rows = self.modulation_rows(modulation)
         n = layer_norm_modulate(x, rows[0], rows[1], self.eps)
-        return self.after_self_attention(x, self.attn1(n, n, rotary, split), text, rows)
+        x, n = self.add_self_attention(x, self.attn1(n, n, rotary, split), rows[2])
+        # one name for each branch: a second one would keep its memory
+        a = self.attn2(n, text)
+        x, n = residual_layer_norm(x, a, shift=rows[3], scale=rows[4], eps=self.eps)
+        return gated_residual(x, self.ffn(n), rows[5])
 
     def modulation_rows(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """Return shift, scale and gate of self-attention, then of the feed-forward, [B, R, D]."""
         wide = torch.promote_types(modulation.dtype, torch.float32)
         return (self.scale_shift_table + modulation.to(wide)).unbind(2)
 
-    def after_self_attention(
-        self, x: Tensor, a: Tensor, text: Tensor, rows: tuple[Tensor, ...]
-    ) -> Tensor:
-        """Add the self-attention ``a`` to ``x``, attend to the text and run the feed-forward."""
-        gate, ffn_shift, ffn_scale, ffn_gate = rows[2:]
+    def add_self_attention(self, x: Tensor, a: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x + a * gate`` and its norm for the attention to the text, ``[B, L, D]``."""
         if self.norm2 is None:
-            x = n = gated_residual(x, a, gate)
-        else:
-            x, n = self.norm2(x, a, gate)
-        a = self.attn2(n, text)
-        x, n = residual_layer_norm(x, a, shift=ffn_shift, scale=ffn_scale, eps=self.eps)
-        return gated_residual(x, self.ffn(n), ffn_gate)
+            x = gated_residual(x, a, gate)
+            return x, x
+        return cast("tuple[Tensor, Tensor]", self.norm2(x, a, gate))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from anyflow.models.causal_block import AnyFlowFARTransformerBlock, ChunkAttention
 from anyflow.models.causal_cache import ChunkCache, EncodingPlan, cache_bytes
 from anyflow.models.chunks import (
+    CHUNK_PARTITION,
     ChunkPartition,
     FrameTokens,
-    Segment,
     TokenLayout,
     checked_settings,
     chunk_layout,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-CHUNK_PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)
+_COMPILED_VARIANTS = 64
 CAUSAL_PARAMETERS = ("far_patch_embedding.weight", "far_patch_embedding.bias")
 
 
@@ -119,6 +119,16 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
     ) -> AnyFlowFARTransformerBlock:
         return AnyFlowFARTransformerBlock(dim, ffn_dim, num_heads, cross_attn_norm, eps)
 
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile every block, as diffusers does; arguments are those of ``torch.compile``.
+
+        A block is compiled for each kind of call: cached steps, encodings, and training on each
+        number of chunks. torch's process-wide limit of such variants is raised for them.
+        """
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, _COMPILED_VARIANTS)
+        super().compile_repeated_blocks(*args, **kwargs)
+
     # Weights --------------------------------------------------------------------------------------
 
     @classmethod
@@ -162,7 +172,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
                 copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
                 setattr(causal.get_submodule(module), leaf, copy)
             embedder = causal.condition_embedder
-            if embedder.delta_embedder is not None and not model.device.type == "meta":
+            if embedder.delta_embedder is not None and model.device.type != "meta":
                 embedder.delta_emb_gate = embedder.delta_emb_gate.to(model.device)
             causal.initialize_compressed()
         return causal.train(model.training)
@@ -183,7 +193,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         if set(CAUSAL_PARAMETERS) <= set(info["missing_keys"]):
             model.initialize_compressed()
             info["missing_keys"] = [k for k in info["missing_keys"] if k not in CAUSAL_PARAMETERS]
-        return (model, info) if wants_info else model
+        return cast("Self", (model, info) if wants_info else model)
 
     @torch.no_grad()
     def initialize_compressed(self) -> None:
@@ -487,17 +497,18 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         rows = (0, 0)
         if modulation.shape[1] > 1:
             modulation, rows = _rows_of_equal_length(modulation, layout, tokens)
-        inner = ChunkAttention(layout.groups)
-        last = inner
+        keeps = encode is not None
+        inner = last = ChunkAttention(layout.groups, keeps_keys=keeps)
         if layout.outputs != (0, x.shape[1]):
-            last = ChunkAttention(layout.last_groups(), layout.outputs, rows)
+            last = ChunkAttention(layout.last_groups(), layout.outputs, rows, keeps)
         for index, block in enumerate(self.blocks):
             chunks = last if index == len(self.blocks) - 1 else inner
             past = () if cache is None else cache.past(index, x.device)
-            x, key, value = self._run_block(
-                block, x, text, modulation, rotary, None, chunks, past
-            )
-            if cache is not None and encode is not None:
+            out = self._run_block(block, x, text, modulation, rotary, None, chunks, past)
+            if cache is None or encode is None:
+                x = out
+            else:
+                x, key, value = out
                 cache.store(index, key, value, encode, tokens)
         return x
 

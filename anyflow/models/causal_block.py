@@ -11,7 +11,7 @@ from anyflow.models.attention import attention
 from anyflow.models.blocks import AnyFlowTransformerBlock, Rotary
 from anyflow.models.chunks import QueryGroup, Range
 from anyflow.models.sequence_parallel import TokenSplit
-from anyflow.ops import layer_norm_modulate
+from anyflow.ops import gated_residual, layer_norm_modulate, residual_layer_norm
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -24,11 +24,13 @@ class ChunkAttention:
         groups: which queries attend to which keys, cached ones first; none means all to all.
         outputs: tokens whose output is computed; None for all.
         output_rows: their modulation rows, where there is more than one.
+        keeps_keys: whether the block returns keys and values, for a cache.
     """
 
     groups: tuple[QueryGroup, ...]
     outputs: Range | None = None
     output_rows: Range = (0, 0)
+    keeps_keys: bool = False
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, backend: str | None) -> Tensor:
         """Attend as the groups say: ``query[B, L, H, Dh]`` to keys ``[B, S, H, Dh]``."""
@@ -59,7 +61,7 @@ class AnyFlowFARTransformerBlock(AnyFlowTransformerBlock):
         chunks: ChunkAttention | None = None,
         past: tuple[KeysValues, ...] = (),
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Return the tokens after the block, and with ``chunks`` their keys and values.
+        """Return the tokens after the block, and their keys and values where a cache keeps them.
 
         Args:
             x, text, modulation, rotary: as for the bidirectional block; rows of the modulation
@@ -70,7 +72,8 @@ class AnyFlowFARTransformerBlock(AnyFlowTransformerBlock):
                 only.
 
         Returns:
-            ``[B, L', D]``, the outputs; and the keys and values of all tokens, ``[B, L, H, Dh]``.
+            ``[B, L', D]``, the outputs; with ``chunks.keeps_keys`` also the keys and values of all
+            tokens, ``[B, L, H, Dh]``.
         """
         if chunks is None:
             return super().forward(x, text, modulation, rotary, split)
@@ -80,7 +83,7 @@ class AnyFlowFARTransformerBlock(AnyFlowTransformerBlock):
         if chunks.outputs is not None:
             start, stop = chunks.outputs
             x, n = x[:, start:stop], n[:, start:stop]
-            if start == stop:
+            if start == stop:  # an encoding reads nothing else of the last layer
                 return x, key, value
             rotary = (rotary[0][start:stop], rotary[1][start:stop])
             if rows[0].shape[1] > 1:
@@ -89,7 +92,14 @@ class AnyFlowFARTransformerBlock(AnyFlowTransformerBlock):
         keys = torch.cat([*(pair[0] for pair in past), key], dim=1) if past else key
         values = torch.cat([*(pair[1] for pair in past), value], dim=1) if past else value
         out = chunks.attend(query, keys, values, self.attn1.attention_backend)
-        return self.after_self_attention(x, self.attn1.output(out), text, rows), key, value
+        kept = (key, value) if chunks.keeps_keys else ()
+        del query, keys, values, key, value  # the feed-forward needs their memory
+        x, n = self.add_self_attention(x, self.attn1.output(out), rows[2])
+        del out
+        a = self.attn2(n, text)
+        x, n = residual_layer_norm(x, a, shift=rows[3], scale=rows[4], eps=self.eps)
+        x = gated_residual(x, self.ffn(n), rows[5])
+        return (x, *kept) if kept else x
 
 
 def _ranges(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:

@@ -128,9 +128,7 @@ class ChunkCache:
         Where the tensors wait elsewhere, the next layer's are copied meanwhile.
         """
         if self.storage is None or self.storage == device or device.type != "cuda":
-            return tuple(
-                (pair[0].to(device), pair[1].to(device)) for pair in self._pairs(layer)
-            )
+            return tuple((pair[0].to(device), pair[1].to(device)) for pair in self._pairs(layer))
         stream = torch.cuda.current_stream(device)
         if self._ahead is not None and self._ahead[0] == layer:
             _, pairs, ready = self._ahead

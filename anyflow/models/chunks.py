@@ -16,6 +16,7 @@ from typing import Any
 from anyflow.utils.validation import brief, whole_number
 
 MAX_CHUNK, MAX_CHUNKS = 4096, 4096
+CHUNK_PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)  # of the published models
 
 Range = tuple[int, int]
 
@@ -48,7 +49,7 @@ class ChunkPartition:
     @classmethod
     def of(cls, sizes: Sequence[int], num_frames: int) -> ChunkPartition:
         """Check sizes against the latent frames of a video, or raise a ValueError."""
-        partition = cls(tuple(sizes) if isinstance(sizes, (list, tuple)) else sizes)
+        partition = cls(sizes)  # type: ignore[arg-type]  # a list, too
         if partition.num_frames != num_frames:
             raise ValueError(
                 f"chunk_partition {partition.sizes} has {partition.num_frames} latent frames, and "

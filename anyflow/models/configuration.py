@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from anyflow.models.chunks import CHUNK_PARTITION, ChunkPartition, checked_settings
 from anyflow.utils.validation import SettingError, brief, is_finite_number, whole_number
 
 # Smallest and largest value of each size. A width of 2^16 is 13 times that of the published 14B
@@ -48,6 +49,30 @@ class FlowMap:
                 "gate_value",
                 f"must be a number that is finite in fp32, got {brief(self.gate_value)}",
             )
+
+
+@dataclass(frozen=True)
+class CausalSettings:
+    """Hold how a causal model takes a video apart; the defaults are the published ones.
+
+    Args:
+        compressed_patch_size: (frames, height, width) of a compressed patch, of one frame.
+        full_chunk_limit: L, the chunks that are full.
+        chunk_partition: latent frames of each chunk, where a call does not say otherwise.
+
+    Raises:
+        ValueError: a setting is not possible.
+    """
+
+    compressed_patch_size: tuple[int, int, int] = (1, 4, 4)
+    full_chunk_limit: int = 3
+    chunk_partition: tuple[int, ...] = CHUNK_PARTITION
+
+    def __post_init__(self) -> None:
+        checked_settings((1, 1, 1), self.compressed_patch_size, self.full_chunk_limit)
+        partition = ChunkPartition(self.chunk_partition)
+        object.__setattr__(self, "compressed_patch_size", tuple(self.compressed_patch_size))
+        object.__setattr__(self, "chunk_partition", partition.sizes)
 
 
 def require_sizes(*, patch_size: Any, **sizes: Any) -> None:

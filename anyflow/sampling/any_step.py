@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.sampling.network import Callback, GuidedNetwork, Schedule, replacement, sigmas_of
+from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.rng import randn_like
 from anyflow.utils.transfer import to_device
 from anyflow.utils.validation import require_finite, require_latents

@@ -38,7 +38,7 @@ class ChunkSampler:
             the context are not used); ignored when ``sigmas`` or ``timesteps`` are given.
         sigmas, timesteps, guidance_scale, negative_prompt_embeds, use_mean_velocity: as for
             :func:`anyflow.sampling.sample`.
-        context_latents: ``[B or 1, F', C, H, W]`` clean latents of the first chunks, which are kept.
+        context_latents: ``[B or 1, F', C, H, W]`` clean latents of the first chunks, kept.
         use_cache: False computes everything before a chunk anew in each evaluation, with the same
             numbers within rounding.
         callback: called as ``callback(index, timestep, latents)`` after each evaluation, counted
@@ -48,6 +48,11 @@ class ChunkSampler:
         cache_window: most compressed chunks that are kept, the first one and the latest; None keeps
             all, and is exact. The cache of any number of chunks is then bounded.
         cache_device: device that keys and values wait on, such as ``"cpu"``; None is the model's.
+        text_may_change: True keeps the latents that :meth:`set_text` needs.
+
+    Attributes:
+        chunk, step: the chunk in work, and the number of its evaluations done before the one in
+            work; for callbacks.
 
     Raises:
         ValueError: the model is not causal, shapes do not fit, or values are out of range; raised
@@ -74,6 +79,7 @@ class ChunkSampler:
         prompt_switches: Mapping[int, Tensor] | None = None,
         cache_window: int | None = None,
         cache_device: torch.device | str | None = None,
+        text_may_change: bool = False,
     ) -> None:
         causal = require_causal(model)
         require_latents("noise", noise)
@@ -91,8 +97,10 @@ class ChunkSampler:
             model, noise, prompt_embeds, guidance_scale, negative_prompt_embeds
         )
         self._noise, self._causal = noise, causal
+        self._text_may_change, self._stopped = text_may_change, False
         self._latents: dict[int, Tensor] = self._context(context_latents)
         self.first_chunk = len(self._latents)
+        self.chunk, self.step = self.first_chunk, 0
         self._switches = self._checked_switches(prompt_switches)
         scale = scheduler.config.num_train_timesteps
         self._steps = [
@@ -113,13 +121,44 @@ class ChunkSampler:
         """Return the latents of the chunks that were given."""
         return [self._latents[chunk] for chunk in range(self.first_chunk)]
 
+    def stop(self) -> None:
+        """End the sampling after the evaluation in work; its chunk is yielded as it is then."""
+        self._stopped = True
+
+    def set_text(
+        self,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None = None,
+        guidance_scale: float = 1.0,
+    ) -> None:
+        """Take another text and guidance for what follows, in a callback or between chunks.
+
+        Chunks that the next evaluations attend to are encoded again with them, so that the numbers
+        are those of ``use_cache=False``.
+
+        Args:
+            prompt_embeds, negative_prompt_embeds: ``[B or 1, S, text_dim]``.
+            guidance_scale: 1 is none.
+
+        Raises:
+            ValueError: the texts do not fit the videos, or the latents of earlier chunks were not
+                kept (``text_may_change=False``).
+        """
+        if self._use_cache and not self._text_may_change:
+            raise ValueError("set_text needs a sampler made with text_may_change=True")
+        self.network.condition(self._noise, prompt_embeds, guidance_scale, negative_prompt_embeds)
+        if self._use_cache:
+            self.cache = self._new_cache(self._causal)
+
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         index = 0
         for chunk in range(self.first_chunk, len(self.partition)):
+            if self._stopped:
+                return
+            self.chunk, self.step = chunk, 0
             with torch.no_grad():
                 if chunk in self._switches:
                     self._switch(self._switches[chunk])
-                self._encode(chunk)
                 latents = self._sample(chunk, index)
             index += len(self._steps[chunk - self.first_chunk])
             self._latents[chunk] = latents
@@ -136,11 +175,15 @@ class ChunkSampler:
                 replaced = self._callback(index, self._times[index], latents.to(noise.dtype))
                 latents = latents if replaced is None else replacement(replaced, latents)
             self.network.note(latents)
-            index += 1
+            index, self.step = index + 1, self.step + 1
+            if self._stopped:
+                break
         return latents.to(noise.dtype)
 
     def _velocity(self, chunk: int, latents: Tensor, index: int) -> Tensor:
         if self.cache is not None:
+            if self.cache.num_chunks != chunk:
+                self._encode(chunk)
             return self.network(latents, index, cache=self.cache)
         frames = torch.cat([*(self._latents[c] for c in range(chunk)), latents], dim=1)
         velocity = self.network(
@@ -153,13 +196,12 @@ class ChunkSampler:
 
     def _encode(self, chunk: int) -> None:
         """Encode what chunk ``chunk`` attends to, and drop latents that nothing reads again."""
-        if self.cache is None or chunk == 0:
-            return
+        assert self.cache is not None
         plan = self.cache.plan(chunk)
         given = {c: self.network.both(self._latents[c]) for c in plan.chunks}
         encode_chunks(self.network.model, self.cache, chunk, given, self.network.text)
         needed = set(self.cache.chunks_needed_later(chunk))
-        if any(switch > chunk for switch in self._switches):
+        if self._text_may_change or any(switch > chunk for switch in self._switches):
             needed |= {*self.cache.compressed}
         self._latents = {c: x for c, x in self._latents.items() if c in needed}
 

@@ -38,22 +38,31 @@ class GuidedNetwork:
     ) -> None:
         require_latents("noise", noise)
         require_finite("noise", noise)
+        self.finite = FiniteCheck()
+        self.finite.note("noise", noise)
+        self.model, self.frames, self.device = model, noise.shape[1], noise.device
+        self.steps_done = 0
+        self.condition(noise, prompt_embeds, guidance_scale, negative)
+
+    def condition(
+        self, noise: Tensor, prompt_embeds: Tensor, guidance_scale: float, negative: Tensor | None
+    ) -> None:
+        """Take texts ``[B or 1, S, text_dim]`` and a guidance for the evaluations that follow.
+
+        Raises:
+            ValueError: they do not fit the videos of ``noise``.
+        """
         if not 0 < guidance_scale < math.inf:
             raise ValueError(
                 f"guidance_scale must be > 0 and finite (1 means no guidance), got {guidance_scale}"
             )
-        self.finite = FiniteCheck()
-        self.finite.note("noise", noise)
         text = self._embeds("prompt_embeds", prompt_embeds, noise)
-        self.guidance_scale = guidance_scale
-        self.guided = guidance_scale != 1
-        if self.guided:
+        if guidance_scale != 1:
             if negative is None:
                 raise ValueError(f"guidance_scale={guidance_scale} needs negative_prompt_embeds")
             text = torch.cat([self._embeds("negative_prompt_embeds", negative, noise), text])
-        self.model, self.text, self.batch_size = model, text, len(text)
-        self.frames, self.device = noise.shape[1], noise.device
-        self.steps_done = 0
+        self.guidance_scale, self.guided = guidance_scale, guidance_scale != 1
+        self.text, self.batch_size = text, len(text)
 
     def _embeds(self, name: str, embeds: Tensor, noise: Tensor) -> Tensor:
         embeds = batched_embeds(name, embeds, noise.shape[0])

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from anyflow.formats import load_transformer
-from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from anyflow.training.config import FlowMap, LoRAConfig, Recipe, WeightsConfig
 from anyflow.training.draws import draw_seed
 from anyflow.utils.packages import missing
@@ -137,9 +137,15 @@ def _seeded(seed: int) -> Iterator[None]:
 def _load(path: Path, name: str) -> AnyFlowTransformer3DModel:
     """Load a checkpoint of any format in fp32; its weights decide whether it is a flow map."""
     try:
-        return load_transformer(path, dtype=torch.float32)
+        network = load_transformer(path, dtype=torch.float32)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    if isinstance(network, AnyFlowFARTransformer3DModel):
+        raise ValueError(
+            f"{name}: {path} is a causal model, which no recipe trains; `anyflow convert "
+            "--bidirectional` writes it without its causal tensors"
+        )
+    return network
 
 
 def _set_flow_map(network: AnyFlowTransformer3DModel, wanted: FlowMap | None) -> None:

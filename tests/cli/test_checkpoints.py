@@ -62,6 +62,30 @@ def test_a_converted_checkpoint_has_the_same_weights_for_diffusers(
         )
 
 
+def test_convert_makes_a_bidirectional_model_causal(checkpoint: Path, tmp_path: Path) -> None:
+    status, output = run("convert", checkpoint, tmp_path / "out", "--causal", "--chunks", "1, 3,2")
+    assert status == 0, output
+    theirs, info = diffusers.AnyFlowFARTransformer3DModel.from_pretrained(
+        tmp_path / "out" / "transformer", output_loading_info=True
+    )
+    assert not any(info.values()) and list(theirs.config.chunk_partition) == [1, 3, 2]
+    status, output = run("inspect", tmp_path / "out")
+    assert status == 0 and "chunk_partition (1, 3, 2)" in output
+    for options, message in (
+        (("--chunks", "1,3"), "--chunks is for --causal"),
+        (("--causal", "--chunks", "1;3"), "must be latent frames of each chunk"),
+        (("--causal", "--chunks", "1,0"), "chunk 1 must be a whole number from 1 to 4096, got 0"),
+        (("--causal", "--bidirectional"), "causal=... makes a causal model"),
+    ):
+        status, output = run("convert", checkpoint, tmp_path / "other", *options)
+        assert status == 2 and message in output and not (tmp_path / "other").exists()
+    assert run("convert", tmp_path / "out", tmp_path / "back", "--bidirectional")[0] == 0
+    before, after = (
+        load_file(f / "transformer" / WEIGHTS) for f in (checkpoint, tmp_path / "back")
+    )
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
 def test_inspect_tells_a_sound_checkpoint_from_one_that_lacks_a_tensor(
     checkpoint: Path, tmp_path: Path
 ) -> None:

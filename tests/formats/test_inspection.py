@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from anyflow.formats import CheckpointFormat, inspect
+from anyflow.formats import CausalSettings, CheckpointFormat, inspect
 
 
 def test_the_summary_of_a_flow_map(anyflow_model: Callable, tmp_path: Path) -> None:
@@ -53,7 +53,8 @@ def test_the_summary_of_plain_causal_and_adapted_models(
     causal_model.save_pretrained(tmp_path / "causal")
     causal = inspect(tmp_path / "causal")
     assert causal.is_causal and causal.is_flow_map and causal.num_tensors == plain.num_tensors + 6
-    assert len(causal.problems) == 1 and "far_patch_embedding.weight" in causal.problems[0]
+    assert not causal.problems and causal.architecture.causal == CausalSettings()
+    assert "causal               compressed_patch_size (1, 4, 4), full_chunk_limit 3" in str(causal)
     torch.save({"ema": lora_state[0]}, tmp_path / "lora.pt")
     adapted = inspect(tmp_path / "lora.pt", attention_head_dim=24)
     assert adapted.adapter_ranks == (4,) and adapted.format is CheckpointFormat.TRAINING

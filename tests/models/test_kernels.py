@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.blocks import AnyFlowTransformerBlock
+from anyflow.models.causal_block import AnyFlowFARTransformerBlock, ChunkAttention
+from anyflow.models.chunks import QueryGroup
 from anyflow.ops import use_backend
 
 pytest.importorskip("triton")
@@ -206,6 +208,21 @@ def test_memory_of_a_block(rows, generator) -> None:
     rotary["key"] = rotary["query"]
     their_largest, their_peak = memory(theirs, x, text, temb, rotary, None)
     assert their_largest >= expanded and peak < their_peak / 2
+
+
+def test_memory_of_a_causal_block_is_that_of_a_block(generator) -> None:
+    """Run all tokens in one group, and as chunks whose outputs are joined once."""
+    dim, length, heads = 256, 1024, 4
+    options = {"cross_attn_norm": True, "eps": 1e-6}
+    arguments = block_arguments(generator, dim, length, 1, heads)
+    block = AnyFlowTransformerBlock(dim, ffn_dim=2 * dim, num_heads=heads, **options)
+    causal = AnyFlowFARTransformerBlock(dim, 2 * dim, heads, **options)
+    _, peak = memory(block, *arguments)
+    _, one_group = memory(causal, *arguments, None, ChunkAttention(()))
+    assert one_group == peak
+    chunks = tuple(QueryGroup((i, i + 256), ((0, i + 256),)) for i in range(0, length, 256))
+    _, several = memory(causal, *arguments, None, ChunkAttention(chunks))
+    assert several <= peak + length * dim * 4
 
 
 def memory(block: nn.Module, *arguments: Any) -> tuple[int, int]:
