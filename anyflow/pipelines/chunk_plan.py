@@ -6,29 +6,45 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from anyflow.formats.architecture import ANYFLOW_FAR
+from anyflow.formats.architecture import (
+    ANYFLOW_FAR,
+    CAUSAL_KEYS,
+    FAR_WAN,
+    CausalSettings,
+    parse_config,
+)
+from anyflow.formats.readers import read_header
 from anyflow.models.chunks import ChunkPartition
 from anyflow.pipelines.layout import ModelLayout
 from anyflow.pipelines.step_budgets import StepBudget, steps_of_chunks
-from anyflow.utils.documents import read_json
-
-_PARTITION, _COMPRESSED, _LIMIT = (1, 3, 3, 3, 3, 3, 3, 2), (1, 4, 4), 3
+from anyflow.utils.documents import read_json, shortened
 
 
-def causal_config(folder: Path) -> Mapping[str, Any] | None:
-    """Return the configuration of a causal transformer's folder, None for a bidirectional one.
+def causal_settings(folder: Path) -> CausalSettings | None:
+    """Return the settings of a causal transformer by its configuration and headers.
+
+    Args:
+        folder: with ``config.json`` and files of weights; a broken one is left to the loader.
+
+    Returns:
+        None for a bidirectional transformer.
 
     Raises:
-        ValueError: the configuration is damaged.
+        ValueError: the configuration, or a file of weights, is damaged.
     """
     file = folder / "config.json"
-    config = read_json(file) if os.path.lexists(file) else None
-    if not isinstance(config, Mapping):
+    raw = read_json(file) if os.path.lexists(file) else None
+    if not isinstance(raw, Mapping) or raw.get("_class_name") not in (ANYFLOW_FAR, FAR_WAN):
         return None
-    causal = config.get("_class_name") == ANYFLOW_FAR or config.get("init_far_model") is True
-    return config if causal else None
+    config = parse_config(raw, shortened(file))
+    causal = _has_causal_tensors(folder) if config.causal is None else config.causal
+    return CausalSettings(**config.causal_settings) if causal else None
+
+
+def _has_causal_tensors(folder: Path) -> bool:
+    files = sorted(folder.glob("*.safetensors"))
+    return any(name.startswith(CAUSAL_KEYS) for file in files for name in read_header(file))
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class ChunkPlan:
     @classmethod
     def of(
         cls,
-        config: Mapping[str, Any],
+        causal: CausalSettings,
         layout: ModelLayout,
         *,
         height: int,
@@ -57,7 +73,7 @@ class ChunkPlan:
         """Plan the chunks of a video.
 
         Args:
-            config: configuration of the transformer.
+            causal: settings of the transformer.
             layout: layout of the model.
             height, width: in pixels.
             num_frames: frames of the video, 4k + 1.
@@ -68,8 +84,7 @@ class ChunkPlan:
                 another size.
         """
         own = chunks is None
-        given = _given(config, "chunk_partition", _PARTITION) if chunks is None else tuple(chunks)
-        partition = ChunkPartition(given)
+        partition = ChunkPartition(causal.chunk_partition if chunks is None else tuple(chunks))
         frames, factor = layout.latent_frames(num_frames), layout.temporal_factor
         if partition.num_frames != frames:
             whose = "the model's chunks" if own else "--chunks"
@@ -79,10 +94,10 @@ class ChunkPlan:
                 f"--chunks {_listed(_fitting(partition.sizes, frames))}, or "
                 f"--num-frames {factor * (partition.num_frames - 1) + 1}"
             )
-        if len(partition) > int(_given(config, "full_chunk_limit", _LIMIT)):
-            compressed = _given(config, "compressed_patch_size", _COMPRESSED)
+        if len(partition) > causal.full_chunk_limit:
+            patches = causal.compressed_patch_size[1:]
             for name, size, patch in zip(
-                ("height", "width"), (height, width), compressed[1:], strict=True
+                ("height", "width"), (height, width), patches, strict=True
             ):
                 if size % (multiple := patch * layout.spatial_factor):
                     lower = size // multiple * multiple
@@ -141,12 +156,6 @@ class ChunkPlan:
         if not (counts := self.first_frame_counts):
             return f"chunks {sizes} allow none, there is one chunk only"
         return f"chunks {sizes} allow {', '.join(map(str, counts))}"
-
-
-def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:
-    value = config.get(name)
-    value = default if value is None else value
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _listed(sizes: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from anyflow.formats.lora_file import open_lora
-from anyflow.pipelines.chunk_plan import ChunkPlan, causal_config
+from anyflow.pipelines.chunk_plan import ChunkPlan, causal_settings
 from anyflow.pipelines.loading import ModelPaths
 from anyflow.pipelines.plain_wan import (
     is_plain_wan,
@@ -124,11 +124,11 @@ class SampleSettings:
             ValueError: the chunks do not make up the videos.
         """
         paths = ModelPaths.find(self.model, self.transformer)
-        config = causal_config(paths.transformer / "transformer")
-        if config is None:
+        causal = causal_settings(paths.transformer / "transformer")
+        if causal is None:
             return None
         return ChunkPlan.of(
-            config,
+            causal,
             paths.layout(),
             height=self.height,
             width=self.width,
