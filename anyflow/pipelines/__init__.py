@@ -6,14 +6,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from anyflow.pipelines.causal import AnyFlowFARPipeline, VideoChunk
+    from anyflow.pipelines.causal_request import CausalVideoRequest
     from anyflow.pipelines.layout import ModelLayout
     from anyflow.pipelines.pipeline import AnyFlowPipeline, VideoOutput
     from anyflow.pipelines.request import VideoRequest
     from anyflow.pipelines.video import write_comparison, write_video
 
 _MODULES = {
+    "AnyFlowFARPipeline": "causal",
     "AnyFlowPipeline": "pipeline",
+    "CausalVideoRequest": "causal_request",
     "ModelLayout": "layout",
+    "VideoChunk": "causal",
     "VideoOutput": "pipeline",
     "VideoRequest": "request",
     "write_comparison": "video",
@@ -21,8 +26,11 @@ _MODULES = {
 }
 
 __all__ = [
+    "AnyFlowFARPipeline",
     "AnyFlowPipeline",
+    "CausalVideoRequest",
     "ModelLayout",
+    "VideoChunk",
     "VideoOutput",
     "VideoRequest",
     "write_comparison",

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from anyflow.formats.architecture import ANYFLOW, ANYFLOW_FAR, WAN
 from anyflow.formats.hub import ENCODERS, local_folder
 from anyflow.pipelines.layout import ModelLayout
 from anyflow.pipelines.wan import load_tokenizer, part_folder, require_sound_folder
@@ -77,18 +78,23 @@ class Base:
                 target = folder / part / file.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
-        write_index(folder, plain=plain, tokenizer=self.tokenizer)
+        kind = read_json(folder / "transformer" / "config.json").get("_class_name")
+        write_index(folder, plain=plain, tokenizer=self.tokenizer, causal=kind == ANYFLOW_FAR)
 
 
-def write_index(folder: Path, *, plain: bool, tokenizer: str) -> None:
+def write_index(folder: Path, *, plain: bool, tokenizer: str, causal: bool = False) -> None:
     """Write ``model_index.json``, by which diffusers knows the classes of a pipeline's parts.
 
     Args:
         folder: folder of the pipeline.
         plain: the transformer is a plain Wan model, for ``WanPipeline``; else a flow map, for
-            ``AnyFlowPipeline``.
+            ``AnyFlowPipeline`` or, if it is causal, ``AnyFlowFARPipeline``.
         tokenizer: its class in transformers.
+        causal: the transformer is a causal flow map.
     """
+    flow_map, pipeline = ANYFLOW, "AnyFlowPipeline"
+    if causal:
+        flow_map, pipeline = ANYFLOW_FAR, "AnyFlowFARPipeline"
     parts: dict[str, Any] = {
         "scheduler": [
             "diffusers",
@@ -98,14 +104,14 @@ def write_index(folder: Path, *, plain: bool, tokenizer: str) -> None:
         "tokenizer": ["transformers", tokenizer],
         "transformer": [
             "diffusers",
-            "WanTransformer3DModel" if plain else "AnyFlowTransformer3DModel",
+            WAN if plain else flow_map,
         ],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     if plain:
         parts |= {"transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": False}
     index = {
-        "_class_name": "WanPipeline" if plain else "AnyFlowPipeline",
+        "_class_name": "WanPipeline" if plain else pipeline,
         "_diffusers_version": version("diffusers"),
         **parts,
     }

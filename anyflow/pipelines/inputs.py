@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,9 +64,13 @@ class PromptInputs:
         """Return the prompts alone, as they are used without guidance."""
         return replace(self, negative_prompts=[], negative_embeds=None)
 
+    def length(self, max_sequence_length: int) -> int:
+        """Return the tokens of a prompt; texts have the length given."""
+        return max_sequence_length if self.embeds is None else self.embeds.shape[1]
+
     def require_one_length(self, max_sequence_length: int) -> None:
         """Raise a ValueError unless all prompts can be one batch; texts have the length given."""
-        length = max_sequence_length if self.embeds is None else self.embeds.shape[1]
+        length = self.length(max_sequence_length)
         other = length
         if self.negative_prompts:
             other = max_sequence_length
@@ -77,23 +82,118 @@ class PromptInputs:
             )
 
 
+@dataclass(frozen=True)
+class PromptSwitches:
+    """Hold the prompts of later chunks, by the number of the first chunk that each is for.
+
+    Attributes:
+        texts: one text, or one for each prompt, to encode.
+        embeds: embeddings ``[B or 1, S, text_dim]`` in place of texts.
+    """
+
+    texts: dict[int, list[str]]
+    embeds: dict[int, Tensor]
+
+    @classmethod
+    def checked(
+        cls,
+        given: Any,
+        prompts: PromptInputs,
+        text_dim: int,
+        max_sequence_length: int,
+        chunks: range,
+    ) -> PromptSwitches:
+        """Check the switches of a call.
+
+        Args:
+            given: a mapping of numbers of chunks to texts or embeddings, or None.
+            prompts: those of the call.
+            text_dim: width of the embeddings.
+            max_sequence_length: tokens of a text.
+            chunks: those that are sampled.
+
+        Raises:
+            ValueError: they are something else, or do not fit the prompts or the chunks.
+        """
+        switches = cls({}, {})
+        if given is None:
+            return switches
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                "prompt_switches must be texts or embeddings by the numbers of chunks, such as "
+                f"{{3: 'a new text'}}, got {brief(given)}"
+            )
+        length = prompts.length(max_sequence_length)
+        for key, value in given.items():
+            name = f"prompt_switches[{brief(key)}]"
+            try:
+                chunk = whole_number("a key of prompt_switches", key, chunks.start, chunks.stop - 1)
+            except ValueError as error:
+                raise ValueError(f"{error}: the chunks that are sampled") from None
+            embeds = value if isinstance(value, Tensor) else None
+            texts = None if embeds is not None else value
+            count = _count_texts(name, texts, embeds, text_dim, name)
+            if count is None:
+                raise ValueError(f"{name} must be a text, a list of texts or a tensor, got None")
+            tokens = max_sequence_length if embeds is None else embeds.shape[1]
+            if count not in (1, prompts.count):
+                raise ValueError(
+                    f"{name} must be one or as many as the {prompts.count} prompts, got {count}"
+                )
+            if tokens != length:
+                raise ValueError(
+                    f"prompts are {length} tokens long, but {name} {tokens}; make them equal"
+                )
+            if embeds is None:
+                switches.texts[chunk] = listed(texts)
+            else:
+                switches.embeds[chunk] = embeds
+        return switches
+
+    @property
+    def all_texts(self) -> list[str]:
+        """Return the texts of all chunks, to be encoded together."""
+        return [text for texts in self.texts.values() for text in texts]
+
+    def encoded(self, encoded: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Return embeddings by chunks, those of :attr:`all_texts` being given."""
+        remaining = iter(encoded)
+        of_texts = {
+            chunk: torch.cat([next(remaining) for _ in texts])
+            for chunk, texts in self.texts.items()
+        }
+        return of_texts | self.embeds
+
+
 def listed(texts: str | Sequence[str] | None) -> list[str]:
     """Return a text, several or none as a list."""
     return [] if texts is None else [texts] if isinstance(texts, str) else list(texts)
 
 
 def _count_texts(
-    name: str, texts: str | Sequence[str] | None, embeds: Tensor | None, text_dim: int
+    name: str,
+    texts: str | Sequence[str] | None,
+    embeds: Tensor | None,
+    text_dim: int,
+    embeds_name: str | None = None,
 ) -> int | None:
     """Count texts, or embeddings ``[B, S, text_dim]``; None without any.
+
+    Args:
+        name: name of the texts, for errors.
+        texts: given.
+        embeds: given in place of them.
+        text_dim: width of embeddings.
+        embeds_name: name of the embeddings; None takes that of the texts with ``_embeds``.
 
     Raises:
         ValueError: something else is given.
     """
     if texts is not None and embeds is not None:
         raise ValueError(f"give either {name} or {name}_embeds, not both")
+    embeds_name = f"{name}_embeds" if embeds_name is None else embeds_name
     if embeds is not None:
-        expected = f"{name}_embeds must be a floating-point tensor [B, S, {text_dim}]"
+        expected = f"{embeds_name} must be a floating-point tensor [B, S, {text_dim}]"
         if not isinstance(embeds, Tensor):
             raise ValueError(f"{expected}, got {brief(embeds)}")
         if (
@@ -103,7 +203,7 @@ def _count_texts(
             or not embeds.is_floating_point()
         ):
             raise ValueError(f"{expected}, got {tuple(embeds.shape)} {embeds.dtype}")
-        require_finite_samples(f"{name}_embeds", embeds)
+        require_finite_samples(embeds_name, embeds)
         return embeds.shape[0]
     if texts is None:
         return None

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anyflow.formats.architecture import ANYFLOW_FAR, FAR_WAN
+from anyflow.formats.names import CAUSAL_KEYS
+from anyflow.formats.readers import read_header
+from anyflow.models.configuration import CausalSettings
 from anyflow.utils.documents import read_json, shortened
 from anyflow.utils.validation import brief, whole_number
 
@@ -27,6 +31,7 @@ class ModelLayout:
         max_positions: most tokens along any of the three axes.
         text_dim: width of the prompt embeddings.
         flow_map: False for a plain Wan model, which knows r = t only.
+        causal: how a causal model takes a video apart; None for a bidirectional one.
     """
 
     channels: int
@@ -36,6 +41,7 @@ class ModelLayout:
     max_positions: int
     text_dim: int
     flow_map: bool = True
+    causal: CausalSettings | None = None
 
     @classmethod
     def read(
@@ -57,9 +63,16 @@ class ModelLayout:
             model / name if part is None else part
             for name, part in zip(_SIZED_PARTS, found, strict=True)
         ]
-        return cls.of(
-            model, *(_config(part) if isinstance(part, Path) else part for part in folders)
+        transformer, *others = (
+            _config(part) if isinstance(part, Path) else part for part in folders
         )
+        folder = folders[0]
+        undecided = (
+            transformer.get("_class_name") == FAR_WAN and transformer.get("init_far_model") is None
+        )
+        if undecided and isinstance(folder, Path):
+            transformer = {**transformer, "init_far_model": _has_causal_tensors(folder)}
+        return cls.of(model, transformer, *others)
 
     @classmethod
     def of(
@@ -91,6 +104,7 @@ class ModelLayout:
             patch_size=(frames, rows, columns),
             max_positions=_size(model, "transformer", transformer, "rope_max_seq_len", 1024),
             text_dim=_size(model, "transformer", transformer, "text_dim", 4096),
+            causal=causal_settings(model, transformer),
         )
         for part, found, wanted, name in (
             ("vae", vae.get("z_dim", 16), layout.channels, "channels"),
@@ -111,6 +125,39 @@ class ModelLayout:
     def latent_frames(self, num_frames: int) -> int:
         """Return the number of latent frames of ``num_frames`` frames, 4k + 1 of them."""
         return (num_frames - 1) // self.temporal_factor + 1
+
+
+def causal_settings(model: Path | str, transformer: Mapping[str, Any]) -> CausalSettings | None:
+    """Return the settings of a causal transformer by its configuration; None for a bidirectional.
+
+    Args:
+        model: named in errors.
+        transformer: configuration of a file, or of a module, which does not name its class.
+
+    Raises:
+        ValueError: a setting is not possible.
+    """
+    kind = transformer.get("_class_name")
+    if kind == FAR_WAN:
+        causal = bool(transformer.get("init_far_model", True))
+    else:
+        causal = kind == ANYFLOW_FAR if kind is not None else "full_chunk_limit" in transformer
+    if not causal:
+        return None
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name in vars(CausalSettings())
+        if (value := transformer.get(name)) is not None
+    }
+    try:
+        return CausalSettings(**given)
+    except ValueError as error:
+        raise ValueError(f"{shortened(model)}: {error}") from None
+
+
+def _has_causal_tensors(folder: Path) -> bool:
+    files = sorted(folder.glob("*.safetensors"))
+    return any(name.startswith(CAUSAL_KEYS) for file in files for name in read_header(file))
 
 
 def _size(model: Path | str, part: str, config: Mapping[str, Any], name: str, default: int) -> int:

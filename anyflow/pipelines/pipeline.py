@@ -44,6 +44,39 @@ class VideoOutput(AnyFlowPipelineOutput):
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class CheckedCall:
+    """Hold a call whose arguments have been checked, and whose noise is drawn.
+
+    Args:
+        request: sizes and settings.
+        prompts: texts, or embeddings in their place.
+        noise: ``[B, F', C, h, w]``.
+        pixels: of the first frames, ``[B or 1, F, 3, H, W]`` in [-1, 1]; None without any.
+        first_latents: latents of the first frames in their place, or None.
+        mean_velocity: False evaluates r = t.
+        step_end: the callbacks.
+        attention_kwargs: None, or the scale of LoRAs.
+        progress: whether a bar is shown; None leaves it to ``set_progress_bar_config``.
+    """
+
+    request: VideoRequest
+    prompts: PromptInputs
+    noise: Tensor
+    pixels: Tensor | None
+    first_latents: Tensor | None
+    mean_velocity: bool
+    step_end: StepEnd
+    attention_kwargs: Mapping[str, Any] | None
+    progress: bool | None
+
+    def repeated(self, batch: Tensor | None) -> Tensor | None:
+        """Repeat each prompt's entry for its videos; what is one for all prompts stays one."""
+        if batch is None or len(batch) < self.prompts.count:
+            return batch
+        return batch.repeat_interleave(self.request.num_videos_per_prompt, 0)
+
+
 class AnyFlowPipeline(PipelineParts):
     """Make videos of texts.
 
@@ -197,31 +230,24 @@ class AnyFlowPipeline(PipelineParts):
             output_type,
             negatives=given.negative_count,
         )
-        request.check(self.layout, batch_size=given.count)
+        call = self._checked_call(
+            request,
+            given,
+            first_frames=(image, video, video_latents),
+            noise=(seed, generator, latents),
+            use_mean_velocity=use_mean_velocity,
+            step_end=StepEnd(callback, callback_on_step_end, callback_on_step_end_tensor_inputs),
+            attention_kwargs=attention_kwargs,
+            progress=progress,
+        )
         scheduler = flow_map_scheduler(self.scheduler)
         schedule = request.schedule(scheduler)
-        mean_velocity = self._mean_velocity(use_mean_velocity)
-        pixels, first_latents = self._first_frames(
-            request, given.count, image, video, video_latents
-        )
-        given = given if request.guided else given.without_negatives()
-        given.require_one_length(request.max_sequence_length)
-        shape = request.latent_shape(self.layout, given.count * request.num_videos_per_prompt)
-        noise = initial_noise(shape, self._execution_device, seed, generator, latents)
-        step_end = StepEnd(callback, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._begin(request, len(schedule) - 1, attention_kwargs)
+        self._begin(call, len(schedule) - 1)
         scheduler.set_timesteps(sigmas=schedule, device=self._execution_device)
 
         seconds: dict[str, float] = {}
         with self.timed("encode", seconds):
-            encoded = self._encoded(given, request.max_sequence_length)
-            if pixels is not None:
-                first_latents = encode_video(self.vae, pixels)
-        several = request.num_videos_per_prompt
-        text, negative, first_latents = (
-            _repeated(x, given.count, several) for x in (*encoded, first_latents)
-        )
-        assert text is not None
+            text, negative, first_latents, _ = self._encoded(call)
         with (
             self.timed("sample", seconds),
             self._sampling(attention_kwargs) as network,
@@ -231,16 +257,67 @@ class AnyFlowPipeline(PipelineParts):
                 self,
                 network,
                 scheduler,
-                noise,
+                call.noise,
                 text,
-                None if negative is None else negative.expand(len(noise), -1, -1),
+                None if negative is None else negative.expand(len(call.noise), -1, -1),
                 schedule=schedule,
                 first_frames=first_latents,
-                use_mean_velocity=mean_velocity,
-                step_end=step_end,
+                use_mean_velocity=call.mean_velocity,
+                step_end=call.step_end,
                 advance=advance,
             )
-        frames: Any = result.transpose(1, 2)
+        return self._output(result, seconds, output_type, return_dict)
+
+    def _checked_call(
+        self,
+        request: VideoRequest,
+        given: PromptInputs,
+        *,
+        first_frames: tuple[Any, Any, Tensor | None],
+        noise: tuple[int | None, Generators | None, Tensor | None],
+        use_mean_velocity: bool | None,
+        step_end: StepEnd,
+        attention_kwargs: Mapping[str, Any] | None,
+        progress: bool | None,
+    ) -> CheckedCall:
+        """Check the arguments of a call, and draw its noise.
+
+        Args:
+            request: sizes and settings.
+            given: the prompts.
+            first_frames: image, video and video_latents of the call.
+            noise: seed, generator and latents of the call.
+            use_mean_velocity, step_end, attention_kwargs, progress: of the call.
+
+        Raises:
+            ValueError: something cannot work.
+        """
+        request.check(self.layout, batch_size=given.count)
+        request.require_schedule(flow_map_scheduler(self.scheduler))
+        mean_velocity = self._mean_velocity(use_mean_velocity)
+        pixels, first_latents = self._first_frames(request, given.count, *first_frames)
+        given = given if request.guided else given.without_negatives()
+        given.require_one_length(request.max_sequence_length)
+        with lora_scale(None, attention_kwargs):
+            pass  # refuses other arguments before a network runs
+        shape = request.latent_shape(self.layout, given.count * request.num_videos_per_prompt)
+        return CheckedCall(
+            request,
+            given,
+            initial_noise(shape, self._execution_device, *noise),
+            pixels,
+            first_latents,
+            mean_velocity,
+            step_end,
+            attention_kwargs,
+            progress,
+        )
+
+    def _output(
+        self, latents: Tensor, seconds: dict[str, float], output_type: str, return_dict: bool
+    ) -> VideoOutput:
+        """Decode latents ``[B, F', C, h, w]`` to what a call returns."""
+        frames: Any = latents.transpose(1, 2)
         if output_type != "latent":
             with self.timed("decode", seconds):
                 frames = frames_of_type(self.decode(frames), output_type)
@@ -254,14 +331,10 @@ class AnyFlowPipeline(PipelineParts):
             raise ValueError("a plain Wan model knows r = t only: leave out use_mean_velocity=True")
         return mean_velocity
 
-    def _begin(
-        self, request: VideoRequest, num_timesteps: int, attention_kwargs: Mapping[str, Any] | None
-    ) -> None:
+    def _begin(self, call: CheckedCall, num_timesteps: int) -> None:
         """Set the attributes by which diffusers' callbacks and properties know a call."""
-        with lora_scale(None, attention_kwargs):
-            pass  # refuses other arguments before a network runs
-        self._guidance_scale = request.guidance_scale
-        self._attention_kwargs = attention_kwargs
+        self._guidance_scale = call.request.guidance_scale
+        self._attention_kwargs = call.attention_kwargs
         self._interrupt = False
         self._num_timesteps = num_timesteps
 
@@ -282,23 +355,44 @@ class AnyFlowPipeline(PipelineParts):
         return pixels, checked_first_frames(latents, shape, prompts)
 
     def _encoded(
-        self, given: PromptInputs, max_sequence_length: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Encode what the network reads, with the text encoder loaded once at most."""
-        texts = [*given.prompts, *given.negative_prompts]
-        encoded = self.encode_prompts(texts, max_sequence_length) if texts else []
+        self, call: CheckedCall, others: Sequence[str] = ()
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+        """Encode what the network reads, with the text encoder loaded once at most.
+
+        Args:
+            call: names the prompts and the first frames.
+            others: further texts.
+
+        Returns:
+            Embeddings of the prompts for each video, of the negative prompts, latents of the first
+            frames, and embeddings ``[1, S, text_dim]`` of each other text.
+        """
+        given, device = call.prompts, self._execution_device
+        texts = [*given.prompts, *given.negative_prompts, *others]
+        length = call.request.max_sequence_length
+        encoded = self.encode_prompts(texts, length) if texts else []
         for written, embeds in zip(texts, encoded, strict=True):
             if not bool(torch.isfinite(embeds).all()):
                 raise FloatingPointError(
                     f"the text encoder gives NaN or infinity for {brief(written)}: UMT5 overflows "
                     "in float16, use bf16 (dtype=torch.bfloat16, --dtype bfloat16)"
                 )
-        count = len(given.prompts)
+        count, negatives = len(given.prompts), len(given.negative_prompts)
         text = torch.cat(encoded[:count]) if count else given.embeds
-        negative = torch.cat(encoded[count:]) if given.negative_prompts else given.negative_embeds
+        negative = given.negative_embeds
+        if negatives:
+            negative = torch.cat(encoded[count : count + negatives])
+        first = call.first_latents
+        if call.pixels is not None:
+            first = encode_video(self.vae, call.pixels)
+        text, negative, first = (call.repeated(x) for x in (text, negative, first))
         assert text is not None
-        device = self._execution_device
-        return text.to(device), None if negative is None else negative.to(device)
+        return (
+            text.to(device),
+            None if negative is None else negative.to(device),
+            first,
+            [embeds.to(device) for embeds in encoded[count + negatives :]],
+        )
 
     @contextmanager
     def _sampling(self, attention_kwargs: Mapping[str, Any] | None) -> Iterator[Any]:
@@ -317,9 +411,4 @@ class AnyFlowPipeline(PipelineParts):
         yield
         if (device := self._execution_device).type == "cuda":
             torch.cuda.synchronize(device)
-        seconds[name] = time.perf_counter() - start
-
-
-def _repeated(batch: Tensor | None, prompts: int, several: int) -> Tensor | None:
-    """Repeat each prompt's entry for its videos; what is one for all prompts stays one."""
-    return batch if batch is None or len(batch) < prompts else batch.repeat_interleave(several, 0)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class VideoRequest:
     height: int = 480
     width: int = 832
     num_frames: int = 81
-    num_inference_steps: int | None = 50
+    num_inference_steps: int | Sequence[int] | None = 50
     sigmas: Schedule | None = None
     timesteps: Schedule | None = None
     guidance_scale: float = 1.0
@@ -55,14 +57,20 @@ class VideoRequest:
             self, "guidance_scale", finite_number("guidance_scale", self.guidance_scale)
         )
         if self.sigmas is None and self.timesteps is None:
-            steps = whole_number("num_inference_steps", self.num_inference_steps, high=MAX_STEPS)
-            object.__setattr__(self, "num_inference_steps", steps)
+            object.__setattr__(self, "num_inference_steps", self._checked_steps())
+
+    def _checked_steps(self) -> int | list[int]:
+        return whole_number("num_inference_steps", self.num_inference_steps, high=MAX_STEPS)
 
     def schedule(self, scheduler: FlowMapEulerDiscreteScheduler) -> Tensor:
         """Return the sigmas, fp64 ``[n + 1]`` with the terminal 0, or raise a ValueError."""
         custom = self.sigmas is not None or self.timesteps is not None
-        steps = None if custom else self.num_inference_steps
+        steps = None if custom else cast(int, self.num_inference_steps)
         return scheduler.schedule(steps, sigmas=self.sigmas, timesteps=self.timesteps)
+
+    def require_schedule(self, scheduler: FlowMapEulerDiscreteScheduler) -> None:
+        """Raise a ValueError for a schedule that is none."""
+        self.schedule(scheduler)
 
     def check(self, layout: ModelLayout, *, batch_size: int = 1) -> None:
         """Check that a model can do it.
@@ -112,7 +120,7 @@ class VideoRequest:
             if size % multiple:
                 raise ValueError(
                     f"{name} must be a multiple of {multiple}, got "
-                    f"{size}{_nearest(size, multiple, 0)}"
+                    f"{size}{nearest_sizes(size, multiple, 0)}"
                 )
         step = layout.temporal_factor
         for name, frames in (
@@ -121,7 +129,7 @@ class VideoRequest:
         ):
             if frames and frames % step != 1 % step:
                 raise ValueError(
-                    f"{name} must be {step}k + 1, got {frames}{_nearest(frames, step, 1)}"
+                    f"{name} must be {step}k + 1, got {frames}{nearest_sizes(frames, step, 1)}"
                 )
         if self.context_frames >= self.num_frames:
             raise ValueError(
@@ -152,6 +160,7 @@ class VideoRequest:
                 )
 
 
-def _nearest(size: int, multiple: int, offset: int) -> str:
+def nearest_sizes(size: int, multiple: int, offset: int) -> str:
+    """Name the nearest sizes that are a multiple and an offset, for the end of an error."""
     lower = (size - offset) // multiple * multiple + offset
     return "; the nearest are " + " and ".join(str(n) for n in (lower, lower + multiple) if n > 0)

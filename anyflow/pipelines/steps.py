@@ -185,10 +185,11 @@ def progress_bar(pipe: Any, steps: int, show: bool | None) -> Iterator[Callable[
     if show is not None:
         pipe._progress_bar_config = {**({} if before is None else before), "disable": not show}
     try:
-        with pipe.progress_bar(total=steps) as bar:
-            yield bar.update
+        opened = pipe.progress_bar(total=steps)
     finally:
         pipe._progress_bar_config = {} if before is None else before
+    with opened as bar:
+        yield bar.update
 
 
 @contextmanager

@@ -60,7 +60,13 @@ class GuidedNetwork:
         if guidance_scale != 1:
             if negative is None:
                 raise ValueError(f"guidance_scale={guidance_scale} needs negative_prompt_embeds")
-            text = torch.cat([self._embeds("negative_prompt_embeds", negative, noise), text])
+            negative = self._embeds("negative_prompt_embeds", negative, noise)
+            if negative.shape != text.shape:
+                raise ValueError(
+                    "negative_prompt_embeds must have the shape of prompt_embeds, "
+                    f"{tuple(text.shape)} for the videos, got {tuple(negative.shape)}"
+                )
+            text = torch.cat([negative, text])
         self.guidance_scale, self.guided = guidance_scale, guidance_scale != 1
         self.text, self.batch_size = text, len(text)
 
