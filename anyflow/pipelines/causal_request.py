@@ -89,7 +89,8 @@ class CausalVideoRequest(VideoRequest):
             raise ValueError(
                 f"{whose} {partition.sizes} has {partition.num_frames} latent frames, and "
                 f"num_frames={self.num_frames} makes {frames}: give a chunk_partition whose sum is "
-                f"{frames}, or num_frames={factor * (partition.num_frames - 1) + 1}"
+                f"{frames}, as {_fitting(partition, frames)}, or "
+                f"num_frames={factor * (partition.num_frames - 1) + 1}"
             )
         return partition
 
@@ -148,6 +149,14 @@ class CausalVideoRequest(VideoRequest):
                     f"{len(partition)} chunks need (up to {causal.full_chunk_limit} do not), got "
                     f"{size}{nearest_sizes(size, multiple, 0)}"
                 )
+
+
+def _fitting(partition: ChunkPartition, frames: int) -> str:
+    """Name chunks for a number of latent frames that resemble others, and their option."""
+    sizes = [min(partition.sizes[0], frames)]
+    while (left := frames - sum(sizes)) > 0:
+        sizes.append(min(max(partition.sizes), left))
+    return f"{tuple(sizes)} (--chunks {','.join(map(str, sizes))})"
 
 
 def _settings(layout: ModelLayout) -> CausalSettings:

@@ -34,6 +34,7 @@ from anyflow.pipelines.step_budgets import (
     checked_budget,
 )
 from anyflow.pipelines.video import import_av, write_comparison, write_video
+from anyflow.pipelines.video_writer import VideoWriter
 from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import shortened
 from anyflow.utils.locking import locks_folder
@@ -226,13 +227,9 @@ class _Videos:
         self.results.add(entry)
         if self.console is not None:
             seconds = entry["seconds"]
-            spent = (
-                f"{seconds['stream']:.1f} s to sample and decode"
-                if self.stream
-                else f"{seconds['sample']:.1f} s to sample, {seconds['decode']:.1f} s to decode"
-            )
             self.console.print(
-                f"{folder.parent / entry['file']}: {spent}, "
+                f"{folder.parent / entry['file']}: {seconds['sample']:.1f} s to sample, "
+                f"{seconds['decode']:.1f} s to decode, "
                 f"{entry['peak_memory_bytes'] / 2**30:.1f} GiB",
                 markup=False,
             )
@@ -284,10 +281,9 @@ class _Videos:
         self, prompt: VideoPrompt, budget: StepBudget, seed: int, file: Path, bar: _StepsBar | None
     ) -> dict[str, Any]:
         """Write a video chunk by chunk, and return the seconds until each chunk could be played."""
-        from anyflow.pipelines.video_writer import VideoWriter
-
         partial = file.with_name(partial_name(budget, seed))
         advance = None if bar is None else bar.advance
+        spent = {"encode": self.renderer.encode_seconds, "sample": 0.0, "decode": 0.0}
         chunks, start = [], time.perf_counter()
         try:
             with VideoWriter(partial, self.renderer.settings.fps) as writer:
@@ -296,13 +292,14 @@ class _Videos:
                     writer.write(images)
                     seconds = time.perf_counter() - start
                     chunks.append({"frames": len(images), "seconds": seconds})
+                    for stage in ("sample", "decode"):
+                        spent[stage] += part.seconds.get(stage, 0.0)
                     self._say(partial, part.chunk, chunks)
         except Exception:
             partial.unlink(missing_ok=True)
             raise
         os.replace(partial, file)
-        whole = {"encode": self.renderer.encode_seconds, "stream": time.perf_counter() - start}
-        return {"seconds": whole, "chunks": chunks}
+        return {"seconds": spent, "chunks": chunks}
 
     def _say(self, partial: Path, chunk: int, chunks: Sequence[Mapping[str, Any]]) -> None:
         """Print the number of frames that can be played, and after how many seconds."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from anyflow.pipelines.causal import AnyFlowFARPipeline, VideoChunk
 from anyflow.pipelines.frames import frames_of_type
 from anyflow.pipelines.memory import Memory
 from anyflow.pipelines.pipeline import AnyFlowPipeline
@@ -17,9 +18,6 @@ from anyflow.pipelines.sample_settings import DTYPES, SampleSettings
 from anyflow.pipelines.step_budgets import StepBudget
 from anyflow.sampling import Callback
 from anyflow.utils.writing import system_error
-
-if TYPE_CHECKING:
-    from anyflow.pipelines.causal import VideoChunk
 
 
 class Renderer:
@@ -51,7 +49,8 @@ class Renderer:
     ) -> None:
         self.settings, self.first_frames = settings, first_frames
         self._plan, self._cache_device = settings.chunk_plan(), cache_device
-        self.pipe = _pipeline(causal=self._plan is not None).from_pretrained(
+        pipeline = AnyFlowPipeline if self._plan is None else AnyFlowFARPipeline
+        self.pipe = pipeline.from_pretrained(
             settings.model,
             dtype=DTYPES[settings.dtype],
             device=device,
@@ -81,7 +80,7 @@ class Renderer:
     def num_evaluations(self, budget: StepBudget) -> int:
         """Return the network evaluations of a video, of which guidance makes one call."""
         if self._plan is not None:
-            return sum(self._plan.steps(budget, self.settings.first_frames))
+            return self._plan.num_evaluations(budget)
         assert isinstance(budget, int)
         return budget
 
@@ -136,8 +135,8 @@ class Renderer:
             RuntimeError: out of memory.
             FloatingPointError: NaN or infinity came up.
         """
-        pipe: Any = self.pipe
-        yield from pipe.stream(
+        assert isinstance(self.pipe, AnyFlowFARPipeline)
+        yield from self.pipe.stream(
             **self._arguments(prompt, budget, seed), output_type="pil", callback=callback
         )
 
@@ -165,11 +164,9 @@ class Renderer:
         }
         if (plan := self._plan) is None:
             return arguments
-        steps = plan.steps(budget, settings.first_frames)
-        given = len(plan.partition) - len(steps)
         return {
             **arguments,
-            "num_inference_steps": [steps[0]] * given + steps,  # those of given chunks are not read
+            "num_inference_steps": plan.steps(budget),
             "chunk_partition": plan.partition.sizes,
             "cache_window": settings.cache_window,
             "cache_device": self._cache_device,
@@ -198,11 +195,3 @@ class Renderer:
     def _switches(self) -> tuple[tuple[int, str], ...]:
         switches = self.settings.prompt_switches
         return () if switches is None else switches
-
-
-def _pipeline(*, causal: bool) -> type[AnyFlowPipeline]:
-    if not causal:
-        return AnyFlowPipeline
-    from anyflow.pipelines.causal import AnyFlowFARPipeline
-
-    return AnyFlowFARPipeline

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from anyflow.formats.lora_file import open_lora
-from anyflow.pipelines.chunk_plan import ChunkPlan, causal_settings
+from anyflow.pipelines.causal_request import CausalVideoRequest
+from anyflow.pipelines.chunk_plan import ChunkPlan
 from anyflow.pipelines.loading import ModelPaths
 from anyflow.pipelines.plain_wan import (
     is_plain_wan,
@@ -20,9 +21,8 @@ from anyflow.pipelines.plain_wan import (
 from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.request import VideoRequest
 from anyflow.pipelines.step_budgets import StepBudget, budget_text
-from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import shortened
-from anyflow.utils.validation import brief, finite_number, whole_number
+from anyflow.utils.validation import brief, finite_number
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -97,21 +97,13 @@ class SampleSettings:
         if not self.euler:
             require_flow_map(paths.transformer / "transformer")
         load_scheduler(paths.scheduler, euler=self.euler)
-        VideoRequest(
-            height=self.height,
-            width=self.width,
-            num_frames=self.num_frames,
-            guidance_scale=self.guidance_scale,
-            negatives=1,
-            context_frames=self.first_frames,
-        ).check(paths.layout())
-        plan = self.chunk_plan()
-        if plan is None:
+        layout = paths.layout()
+        if layout.causal is None:
             self._refuse_causal_options(stream=stream, cache_device=cache_device)
+            VideoRequest(**self._request()).check(layout)
             return
-        self._check_causal(plan)
-        if cache_device is not None:
-            resolve_device(cache_device, "cache_device")
+        self._causal_request(cache_device).check(layout)
+        self._check_switches(ChunkPlan.of(self._causal_request(), layout))
         if cuda_graph:
             raise ValueError(
                 "cuda_graph is not available for causal models, whose caches grow with the video"
@@ -123,25 +115,15 @@ class SampleSettings:
         Raises:
             ValueError: the chunks do not make up the videos.
         """
-        paths = ModelPaths.find(self.model, self.transformer)
-        causal = causal_settings(paths.transformer / "transformer")
-        if causal is None:
-            return None
-        return ChunkPlan.of(
-            causal,
-            paths.layout(),
-            height=self.height,
-            width=self.width,
-            num_frames=self.num_frames,
-            chunks=self.chunks,
-        )
+        layout = ModelPaths.find(self.model, self.transformer).layout()
+        return None if layout.causal is None else ChunkPlan.of(self._causal_request(), layout)
 
     def check_steps(self, budgets: Sequence[StepBudget]) -> None:
         """Raise a ValueError for numbers of steps that the model's videos cannot be made with."""
         plan = self.chunk_plan()
         for budget in budgets:
             if plan is not None:
-                plan.steps(budget, self.first_frames)
+                plan.steps(budget)
             elif not isinstance(budget, int):
                 raise ValueError(
                     f"steps {budget_text(budget)} are for the chunks of a causal model, and "
@@ -182,6 +164,24 @@ class SampleSettings:
             )
         return lines
 
+    def _request(self) -> dict[str, Any]:
+        return {
+            "height": self.height,
+            "width": self.width,
+            "num_frames": self.num_frames,
+            "guidance_scale": self.guidance_scale,
+            "negatives": 1,
+            "context_frames": self.first_frames,
+        }
+
+    def _causal_request(self, cache_device: str | None = None) -> CausalVideoRequest:
+        return CausalVideoRequest(
+            **self._request(),
+            chunk_partition=self.chunks,
+            cache_window=self.cache_window,
+            cache_device=cache_device,
+        )
+
     def _transformer(self) -> str:
         paths = ModelPaths.find(self.model, self.transformer)
         return shortened(paths.transformer / "transformer")
@@ -202,16 +202,13 @@ class SampleSettings:
                 f"{self._transformer()} is bidirectional"
             )
 
-    def _check_causal(self, plan: ChunkPlan) -> None:
-        first = plan.first_chunk(self.first_frames)
-        if self.cache_window is not None:
-            whole_number("cache_window", self.cache_window)
+    def _check_switches(self, plan: ChunkPlan) -> None:
         switches = () if self.prompt_switches is None else self.prompt_switches
         for chunk, text in switches:
-            if not first <= chunk < len(plan.partition):
+            if not plan.given <= chunk < len(plan.partition):
                 raise ValueError(
                     f"a prompt cannot be switched at chunk {brief(chunk)}: the chunks that are "
-                    f"sampled are {first} to {len(plan.partition) - 1}"
+                    f"sampled are {plan.given} to {len(plan.partition) - 1}"
                 )
             VideoPrompt(text).check(f"switch at chunk {chunk}: ")
         if len(dict(switches)) < len(switches):

@@ -64,18 +64,17 @@ FRAMES = ["--num-frames", "13"]
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            ["--num-frames", "17"],
-            "num_frames=17 are 5 latent frames, and the model's chunks 1,2,1 have 4: give chunks "
-            "that fit, as --chunks 1,2,2, or --num-frames 13",
-        ),
-        ([*FRAMES, "--chunks", "1,3,3"], "--chunks 1,3,3 have 7: give chunks that fit, as --chunks "
-         "1,3, or --num-frames 25"),
+        (["--num-frames", "17"], "the model's chunk_partition (1, 2, 1) has 4 latent frames, and "
+         "num_frames=17 makes 5: give a chunk_partition whose sum is 5, as (1, 2, 2) (--chunks "
+         "1,2,2), or num_frames=13"),
+        ([*FRAMES, "--chunks", "1,3,3"], "chunk_partition (1, 3, 3) has 7 latent frames, and "
+         "num_frames=13 makes 4: give a chunk_partition whose sum is 4, as (1, 3) (--chunks 1,3), "
+         "or num_frames=25"),
         ([*FRAMES, "--chunks", "1,x"], "--chunks must be the latent frames of each chunk with "
          "commas between them, as 1,3,3,2, got '1,x'"),
         ([*FRAMES, "--chunks", "4,0"], "chunk 1 must be a whole number from 1"),
-        ([*FRAMES, "--height", "48"], "height must be a multiple of 32 where chunks are "
-         "compressed, which 3 chunks need, got 48; the nearest are 32 and 64"),
+        ([*FRAMES, "--height", "48"], "height must be a multiple of 32 where frames are "
+         "compressed, which 3 chunks need (up to 2 do not), got 48; the nearest are 32 and 64"),
         ([*FRAMES, "--steps", "1,8+4+2+1"], "steps 8+4+2+1 are for 4 chunks or more, and the video "
          "has 3 chunks to sample"),
         ([*FRAMES, "--steps", "8+"], "as 1,8+2; got '8+'"),
@@ -87,10 +86,11 @@ FRAMES = ["--num-frames", "13"]
         ([*FRAMES, "--cache-window", "0"], "cache_window must be a whole number >= 1, got 0"),
         ([*FRAMES, "--cache-device", "tpu"], "cache_device 'tpu' cannot be used here"),
         ([*FRAMES, "--chunks", "4", "--image", "x.png"], "first frames must end with a chunk "
-         "before the last one, got 1; chunks 4 allow none, there is one chunk only"),
-        ([*FRAMES, "--chunks", "2,2", "--image", "x.png"], "got 1; chunks 2,2 allow 5"),
+         "before the last one: got 1 frames, and chunk_partition (4,) allows none, as it is one "
+         "chunk"),
+        ([*FRAMES, "--chunks", "2,2", "--image", "x.png"], "chunk_partition (2, 2) allows 5"),
         ([*FRAMES, "--video", "x.mp4", "--video-frames", "5"], "first frames must end with a chunk "
-         "before the last one, got 5; chunks 1,2,1 allow 1, 9"),
+         "before the last one: got 5 frames, and chunk_partition (1, 2, 1) allows 1, 9"),
         ([*FRAMES, "--switch", "0:a", "--video", "x.mp4", "--video-frames", "9"], "a prompt cannot "
          "be switched at chunk 0: the chunks that are sampled are 2 to 2"),
     ],
@@ -107,8 +107,8 @@ def test_a_video_too_short_for_a_chunk_is_refused(causal: Path, tmp_path: Path) 
         causal, tmp_path / "out", "--num-frames", "29", "--chunks", "4,4",
         "--video", str(tmp_path / "clip.mp4"),
     )  # fmt: skip
-    assert "first frames must end with a chunk before the last one, and 9 can be taken" in line
-    assert "chunks 4,4 allow 13" in line
+    assert "first frames must end with a chunk before the last one: 9 can be taken" in line
+    assert "chunk_partition (4, 4) allows 13" in line
 
 
 def test_options_of_causal_models_are_named_where_they_do_not_apply(

@@ -12,7 +12,10 @@ CHUNKS = (1, 2, 1)
 
 
 def write_causal_model(model: Path, folder: Path, **settings: Any) -> Path:
-    """Write a causal model beside the other parts of a folder; settings are of its class."""
+    """Write a causal model beside the other parts of a folder; settings are of its class.
+
+    Its attention is sharper than at the start of a training, so that texts and chunks matter.
+    """
     shutil.copytree(model, folder)
     shutil.rmtree(folder / "transformer")
     torch.manual_seed(1)
@@ -21,5 +24,9 @@ def write_causal_model(model: Path, folder: Path, **settings: Any) -> Path:
     transformer = diffusers.AnyFlowFARTransformer3DModel(
         **sizes, **widths, **{"chunk_partition": CHUNKS, "full_chunk_limit": 2, **settings}
     )
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if ".attn" in name and parameter.ndim > 1:
+                parameter.mul_(3.0)
     transformer.save_pretrained(folder / "transformer")
     return folder
