@@ -1,6 +1,8 @@
 """Sample by the causal model: against the reference, recomputation, and the count of tokens."""
 
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,6 +313,17 @@ def test_a_cache_that_waits_on_another_device_gives_the_same_bits(causal_referen
     exact = _sample(causal_reference, model, num_inference_steps=2)
     away = _sample(causal_reference, model, num_inference_steps=2, cache_device="cpu")
     assert torch.equal(away, exact)
+
+
+def test_the_example_of_the_page_runs(capsys) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "causal.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["video"].shape == (1, 6, 16, 8, 8)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{chunk} (1, {frames}, 16, 8, 8)" for chunk, frames in enumerate((1, 3, 2))
+    ]
 
 
 # What cannot be -----------------------------------------------------------------------------------

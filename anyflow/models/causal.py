@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,20 +11,21 @@ from torch import Tensor, nn
 
 from anyflow.models.causal_block import AnyFlowFARTransformerBlock, ChunkAttention
 from anyflow.models.causal_cache import ChunkCache, EncodingPlan, cache_bytes
+from anyflow.models.causal_call import (
+    call_after_cache,
+    call_on_chunks,
+    rows_of_equal_length,
+)
 from anyflow.models.chunks import (
     CHUNK_PARTITION,
     ChunkPartition,
     FrameTokens,
     TokenLayout,
     checked_settings,
-    chunk_layout,
-    encoding_layout,
-    step_layout,
 )
 from anyflow.models.diffusers_typing import apply_lora_scale, register_to_config
-from anyflow.models.embeddings import PatchEmbedding
+from anyflow.models.embeddings import PatchEmbedding, interpolation_matrix
 from anyflow.models.transformer import AnyFlowTransformer3DModel
-from anyflow.utils.devices import widest_float
 
 if TYPE_CHECKING:
     import os
@@ -207,7 +207,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         weight = source.weight.to(wide)
         sizes = zip(source.kernel_size[1:], self.far_patch_embedding.kernel_size[1:], strict=True)
         for axis, (few, many) in zip((3, 4), sizes, strict=True):
-            matrix = _interpolation(few, many, weight.device).to(wide)
+            matrix = interpolation_matrix(few, many, weight.device).to(wide)
             weight = torch.tensordot(weight, matrix, dims=([axis], [1])).movedim(-1, axis)
         embedding = self.far_patch_embedding
         assert source.bias is not None
@@ -354,9 +354,13 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
             )
         self._token_grid(hidden_states)
         tokens = self._frame_tokens(*hidden_states.shape[3:])
-        call = self._call(
-            hidden_states, tokens, chunk_partition, clean_hidden_states, cache, encode
-        )
+        if cache is None:
+            sizes = self.config.chunk_partition if chunk_partition is None else chunk_partition
+            limit = self.config.full_chunk_limit
+            call = call_on_chunks(hidden_states, sizes, limit, tokens, clean_hidden_states, encode)
+        else:
+            given = chunk_partition, clean_hidden_states
+            call = call_after_cache(hidden_states, tokens, cache, encode, given)
         self.check_size(*hidden_states.shape[3:], compressed=call.layout.has_compressed)
         self._check_text(encoder_hidden_states, hidden_states.shape[0])
         if encode is not None:
@@ -364,7 +368,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
             r_timestep = timestep if self.config.r_embedder else None
         elif timestep is None:
             raise ValueError("timestep is required")
-        times = self._times_of_segments(call, hidden_states, timestep, r_timestep, clean_timestep)
+        self._check_times(hidden_states, hidden_states.shape[1], timestep, r_timestep)
+        times = call.times(timestep, r_timestep, clean_timestep)
 
         dtype = self._compute_dtype(hidden_states.device)
         time, modulation = self._embed_times(*times, dtype)
@@ -397,91 +402,6 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         _, ph, pw = self.config.patch_size
         return FrameTokens(height // ph, width // pw, self._ratio)
 
-    def _call(
-        self,
-        x: Tensor,
-        tokens: FrameTokens,
-        chunk_partition: Sequence[int] | None,
-        clean: Tensor | None,
-        cache: ChunkCache | None,
-        encode: EncodingPlan | None,
-    ) -> _Call:
-        """Lay out the tokens of a call, and cut its latents into the segments of the layout."""
-        if cache is not None:
-            if clean is not None or chunk_partition is not None:
-                raise ValueError(
-                    "with a cache, which has the partition, give neither clean_hidden_states nor "
-                    "chunk_partition"
-                )
-            if encode is None:
-                layout = step_layout(cache.partition, cache.num_chunks, tokens)
-            else:
-                past = cache.begin()
-                layout = encoding_layout(
-                    cache.partition, encode.compressed, encode.full, tokens, past
-                )
-            expected = sum(segment.num_frames for segment in layout.segments)
-            if x.shape[1] != expected:
-                raise ValueError(
-                    f"hidden_states has {x.shape[1]} frames, and the chunk after the cache has "
-                    f"{expected}"
-                )
-            return _Call(layout, x.split([s.num_frames for s in layout.segments], dim=1))
-        if encode is not None:
-            raise ValueError("encode needs the cache that it encodes into")
-        sizes = self.config.chunk_partition if chunk_partition is None else chunk_partition
-        partition = ChunkPartition.of(sizes, x.shape[1])
-        first = partition.ends[partition.num_compressed(self.config.full_chunk_limit)]
-        full = x.shape[1] - first
-        if clean is not None and clean.shape != (x.shape[0], full, *x.shape[2:]):
-            raise ValueError(
-                f"clean_hidden_states must be those of the {full} full frames, "
-                f"{(x.shape[0], full, *x.shape[2:])}, got {tuple(clean.shape)}"
-            )
-        layout = chunk_layout(
-            partition, self.config.full_chunk_limit, tokens, clean=clean is not None
-        )
-        copies = None if clean is None else clean[:, : full - partition.sizes[-1]]
-        parts = (x[:, :first], copies, x[:, first:])
-        latents = [part for part in parts if part is not None and part.shape[1]]
-        return _Call(layout, latents)
-
-    def _times_of_segments(
-        self,
-        call: _Call,
-        x: Tensor,
-        timestep: Tensor,
-        r_timestep: Tensor | None,
-        clean_timestep: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return t and r of every frame in the order of the layout, or ``[B]`` where all agree."""
-        self._check_times(x, x.shape[1], timestep, r_timestep)
-        segments = call.layout.segments
-        # A cached step, an encoding, or full frames alone.
-        if timestep.ndim == 1 and (len(segments) == 1 or call.layout.outputs == (0, 0)):
-            return timestep, r_timestep
-        batch, last = x.shape[0], segments[-1].num_frames
-        before = x.shape[1] - last  # compressed frames
-        copies = sum(segment.num_frames for segment in segments) - x.shape[1]
-        clean = timestep.new_zeros(batch, copies)
-        if clean_timestep is not None and copies:
-            if clean_timestep.shape not in ((batch,), (batch, last)):
-                raise ValueError(
-                    f"clean_timestep must be [B={batch}] or [B={batch}, F={last}], got "
-                    f"{tuple(clean_timestep.shape)}"
-                )
-            given = clean_timestep[:, None] if clean_timestep.ndim == 1 else clean_timestep
-            clean = given.to(timestep).expand(batch, last)[:, :copies]
-
-        def arranged(time: Tensor) -> Tensor:
-            if time.ndim == 1:
-                compressed, full = time.new_zeros(batch, before), time[:, None].expand(-1, last)
-            else:
-                compressed, full = time[:, :before], time[:, before:]
-            return torch.cat([compressed, clean, full], dim=1)
-
-        return arranged(timestep), None if r_timestep is None else arranged(r_timestep)
-
     def _run_blocks(
         self,
         x: Tensor,
@@ -496,7 +416,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         rotary = self._rotary(layout, tokens, x)
         rows = (0, 0)
         if modulation.shape[1] > 1:
-            modulation, rows = _rows_of_equal_length(modulation, layout, tokens)
+            modulation, rows = rows_of_equal_length(modulation, layout, tokens)
         keeps = encode is not None
         inner = last = ChunkAttention(layout.groups, keeps_keys=keeps)
         if layout.outputs != (0, x.shape[1]):
@@ -524,43 +444,3 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         if len(tables) == 1:
             return tables[0]
         return torch.cat([t[0] for t in tables]), torch.cat([t[1] for t in tables])
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Hold the layout of a call, and the latents of each of its segments."""
-
-    layout: TokenLayout
-    latents: Sequence[Tensor]
-
-
-def _rows_of_equal_length(
-    modulation: Tensor, layout: TokenLayout, tokens: FrameTokens
-) -> tuple[Tensor, tuple[int, int]]:
-    """Repeat rows of frames ``[B, F, 6, D]`` until each covers as many tokens.
-
-    Beside compressed frames, of P' tokens, a full frame gets P / P' equal rows.
-
-    Returns:
-        The rows, and the range of the last segment's, which are those of the outputs.
-    """
-    repeats = tokens.ratio[0] * tokens.ratio[1] if layout.has_compressed else 1
-    counts = [segment.num_frames for segment in layout.segments]
-    parts = [
-        rows if repeats == 1 or segment.compressed else rows.repeat_interleave(repeats, dim=1)
-        for segment, rows in zip(layout.segments, modulation.split(counts, dim=1), strict=True)
-    ]
-    joined = torch.cat(parts, dim=1)
-    return joined, (joined.shape[1] - parts[-1].shape[1], joined.shape[1])
-
-
-def _interpolation(few: int, many: int, device: torch.device) -> Tensor:
-    """Return the matrix ``[many, few]`` of linear interpolation between centers of taps, clamped.
-
-    From 2 to 4 it is ``[[1, 0], [3/4, 1/4], [1/4, 3/4], [0, 1]]``.
-    """
-    wide = widest_float(device)
-    position = (torch.arange(many, dtype=wide, device=device) + 0.5) * (few / many) - 0.5
-    position = position.clamp(0, few - 1)
-    tap = torch.arange(few, dtype=wide, device=device)
-    return (1 - (position[:, None] - tap).abs()).clamp(min=0)

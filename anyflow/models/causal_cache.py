@@ -86,12 +86,15 @@ class ChunkCache:
 
     # Called by the model, in this order -----------------------------------------------------------
 
-    def begin(self) -> int:
-        """Drop the full part, before it is encoded anew; return the compressed keys that stay."""
-        self._full = [None] * len(self._full)
-        self._ahead = None
+    def num_compressed_keys(self) -> int:
+        """Return the compressed keys of a layer, which an encoding attends to."""
         first = self._compressed[0]
         return 0 if first is None else first[0].shape[1]
+
+    def drop_full(self) -> None:
+        """Drop the full part, before it is encoded anew."""
+        self._full = [None] * len(self._full)
+        self._ahead = None
 
     def store(
         self, layer: int, key: Tensor, value: Tensor, plan: EncodingPlan, tokens: FrameTokens

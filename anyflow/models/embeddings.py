@@ -43,6 +43,18 @@ class PatchEmbedding(nn.Conv3d):
         return out.transpose(1, 2).unflatten(2, grid)
 
 
+def interpolation_matrix(few: int, many: int, device: torch.device) -> Tensor:
+    """Return the matrix ``[many, few]`` of linear interpolation between centers of taps, clamped.
+
+    From 2 to 4 it is ``[[1, 0], [3/4, 1/4], [1/4, 3/4], [0, 1]]``.
+    """
+    wide = widest_float(device)
+    position = (torch.arange(many, dtype=wide, device=device) + 0.5) * (few / many) - 0.5
+    position = position.clamp(0, few - 1)
+    tap = torch.arange(few, dtype=wide, device=device)
+    return (1 - (position[:, None] - tap).abs()).clamp(min=0)
+
+
 class OutputProjection(nn.Linear):
     """Apply a linear layer in the wider of the input's and the weight's dtype, without autocast."""
 

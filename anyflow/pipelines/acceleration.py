@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models.diffusers_causal import DiffusersFARTransformer3DModel
 from anyflow.models.wan import WanTransformer3DModel
 from anyflow.pipelines.block_parts import (
     checked_parts,
@@ -28,8 +29,8 @@ from anyflow.pipelines.block_parts import (
 T = TypeVar("T")
 
 _SUPPORTED = (
-    "supported are diffusers' AnyFlowTransformer3DModel and WanTransformer3DModel, and pipelines "
-    "with one"
+    "supported are diffusers' AnyFlowTransformer3DModel, AnyFlowFARTransformer3DModel and "
+    "WanTransformer3DModel, and pipelines with one"
 )
 # Where PEFT and diffusers note which adapters are loaded.
 _ADAPTER_STATE = ("peft_config", "_hf_peft_config_loaded")
@@ -53,12 +54,17 @@ class _Original:
 def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None) -> T:
     """Run a diffusers pipeline or transformer on anyflow's transformer, or on its operators.
 
-    The pipelines are those around diffusers' ``AnyFlowTransformer3DModel`` or
-    ``WanTransformer3DModel``, Wan 2.2's ``transformer_2`` included. anyflow's transformer gets the
-    very parameters and linear layers of diffusers': nothing is copied, dtypes and devices stay,
-    adapters (LoRA) stay loaded, and CPU offloading that is on stays on. Results are the same within
-    rounding (``tests/pipelines/test_acceleration.py``). A second call changes nothing;
-    :func:`restore` undoes the first.
+    The pipelines are those around diffusers' ``AnyFlowTransformer3DModel``,
+    ``AnyFlowFARTransformer3DModel`` (causal) or ``WanTransformer3DModel``, Wan 2.2's
+    ``transformer_2`` included. anyflow's transformer gets the very parameters and linear layers of
+    diffusers': nothing is copied, dtypes and devices stay, adapters (LoRA) stay loaded, and CPU
+    offloading that is on stays on. A second call changes nothing; :func:`restore` undoes the first.
+
+    Results are the same within rounding (``tests/pipelines/test_acceleration.py``), but for the
+    causal model where diffusers' are not those of the model: its cached steps attend to zeros
+    beside the keys unless the tokens of every chunk are a multiple of 128. The accelerated model
+    attends to keys only, refuses heights and widths that its compressed patches would cut off, and
+    encodes a compressed chunk once (``tests/pipelines/test_acceleration_causal.py``).
 
     With ``only``, diffusers' transformer stays, with its names, attention backends, fused
     projections and image attention, and just these parts of its blocks are replaced
@@ -68,6 +74,8 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
     - ``"rope"``: RMS norm and rotation of the queries and keys of self-attention;
     - ``"gelu"``: the activation of the feed-forward;
     - ``"linear"``: the linear layers, as :class:`anyflow.ops.Linear`.
+
+    The causal model has ``"gelu"`` and ``"linear"`` only.
 
     Args:
         pipe_or_transformer: a pipeline is changed in place; a transformer is left as it is, except
@@ -80,10 +88,10 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
 
     Raises:
         TypeError: neither such a pipeline nor such a transformer.
-        ValueError: a part is unknown; or the transformer cannot be replaced without loss: it has
-            hooks that would be lost, other attention processors, a device map,
-            ``torch.compile``, or, without ``only``, image attention, fused projections or
-            quantized weights.
+        ValueError: a part is unknown, or not one of this transformer; or the transformer cannot be
+            replaced without loss: it has hooks that would be lost, other attention processors, a
+            device map, ``torch.compile``, or, without ``only``, image attention, fused projections
+            or quantized weights.
     """
     parts = None if only is None else checked_parts(only)
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
@@ -244,6 +252,8 @@ def _our_class(theirs: object) -> type[AnyFlowTransformer3DModel]:
         )
     if type(theirs) is diffusers.AnyFlowTransformer3DModel:
         return AnyFlowTransformer3DModel
+    if type(theirs) is diffusers.AnyFlowFARTransformer3DModel:
+        return DiffusersFARTransformer3DModel
     if type(theirs) is diffusers.WanTransformer3DModel:
         return WanTransformer3DModel
     raise TypeError(f"accelerate: {type(theirs).__name__} cannot be replaced; {_SUPPORTED}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 import torch
-from diffusers import ModelMixin, WanTransformer3DModel
+from diffusers import AnyFlowFARTransformer3DModel, ModelMixin, WanTransformer3DModel
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models import activations, normalization
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -29,6 +29,7 @@ from anyflow.ops import (
 )
 
 PARTS = ("norms", "rope", "gelu", "linear")
+CAUSAL_PARTS = ("gelu", "linear")
 _MARK = "_anyflow_parts"  # on a transformer: the parts that have been replaced
 _FUSED: dict[type, type] = {nn.Linear: Linear}  # from diffusers' classes to ours
 _Class = TypeVar("_Class", bound=type)
@@ -79,6 +80,14 @@ def replace_parts(
     """
     if replaced_parts(transformer) == parts:
         return
+    if isinstance(transformer, AnyFlowFARTransformer3DModel):
+        absent = [part for part in parts if part not in CAUSAL_PARTS]
+        if absent:
+            raise ValueError(
+                f"accelerate: only={', '.join(map(repr, absent))} is not for the causal model, "
+                f"which has {', '.join(map(repr, CAUSAL_PARTS))}; without only= all of it is "
+                "replaced"
+            )
     found = [entry for part in parts for entry in _modules(transformer, part)]
     for name, module, theirs, ours in found:
         if type(module) not in (theirs, ours):

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from anyflow.models import (
     AnyFlowFARTransformer3DModel,
@@ -171,6 +173,43 @@ def test_training_computes_no_token_more_than_it_needs(causal_reference) -> None
     compressed, noisy, clean = 5 * 2, 4 * 8, 3 * 8
     every = compressed + noisy + clean
     assert counts == [(every, every), (every, noisy)]
+
+
+@torch.no_grad()
+def test_no_layout_makes_a_matrix_of_scores(causal_reference) -> None:
+    """Look at every tensor that operators return: none has a number for each pair of tokens."""
+    largest = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = function(*args, **(kwargs or {}))
+            largest.extend(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
+            return out
+
+    model = causal_reference.model()
+    x = torch.randn(1, 9, 16, 32, 32)
+    t = torch.tensor([900.0])
+    tokens = 9 * 256 + 3 * 256 - 5 * 192
+    with Largest():
+        model(x, t, t, causal_reference["prompt_embeds"][:1], clean_hidden_states=x[:, 5:])
+    assert tokens * 48 <= max(largest) < tokens * tokens / 8
+
+
+@torch.no_grad()
+def test_a_model_without_a_second_time_takes_clean_copies_too(causal_reference, tiny) -> None:
+    """Train and sample the plain model, whose times have no interval."""
+    model = AnyFlowFARTransformer3DModel(**tiny, r_embedder=False, chunk_partition=(1, 1, 1, 1))
+    x, text = torch.randn(1, 4, 16, 4, 4), torch.randn(1, 5, 20)
+    t = torch.tensor([500.0])
+    velocity = model(x, t, None, text, clean_hidden_states=x[:, 1:]).sample
+    assert velocity.shape == (1, 3, 16, 4, 4)
+    scheduler = FlowMapEulerDiscreteScheduler()
+    options = {"num_inference_steps": 2, "use_mean_velocity": False}
+    cached = sample_causal(model, scheduler, x, text, **options)
+    recomputed = sample_causal(model, scheduler, x, text, **options, use_cache=False)
+    torch.testing.assert_close(cached, recomputed, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no second timestep branch"):
+        sample_causal(model, scheduler, x, text)
 
 
 # Weights ------------------------------------------------------------------------------------------

@@ -15,9 +15,11 @@ from torch import Tensor
 
 import anyflow
 from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models.diffusers_causal import DiffusersFARTransformer3DModel
 from anyflow.models.wan import WanTransformer3DModel
 
-KINDS = ["anyflow", "wan", "wan-2.2", "wan-5b"]
+KINDS = ["anyflow", "causal", "wan", "wan-2.2", "wan-5b"]
+OURS = {"anyflow": AnyFlowTransformer3DModel, "causal": DiffusersFARTransformer3DModel}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -25,9 +27,7 @@ def test_same_latents_in_place_and_bit_identical_after_restore(kind) -> None:
     pipe = build(kind)
     theirs, before = pipe.transformer, latents(pipe)
     assert anyflow.accelerate(pipe) is pipe
-    assert type(pipe.transformer) is (
-        AnyFlowTransformer3DModel if kind == "anyflow" else WanTransformer3DModel
-    )
+    assert type(pipe.transformer) is OURS.get(kind, WanTransformer3DModel)
     assert_same(latents(pipe), before)
     assert anyflow.restore(pipe) is pipe
     assert pipe.transformer is theirs
@@ -96,7 +96,7 @@ def test_times_of_tokens_may_differ_between_frames_only(generator) -> None:
             ours(x, t[:, 1:], text)
 
 
-@pytest.mark.parametrize("kind", ["anyflow", "wan"])
+@pytest.mark.parametrize("kind", ["anyflow", "causal", "wan"])
 def test_weights_are_shared_both_ways_and_not_copied(kind) -> None:
     theirs = build(kind).transformer
     ours = anyflow.accelerate(theirs)
@@ -130,7 +130,7 @@ def test_dtypes_are_kept_and_the_gate_stays_exact() -> None:
     assert ours.condition_embedder.delta_emb_gate.item() == pytest.approx(0.6, abs=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["anyflow", "wan"])
+@pytest.mark.parametrize("kind", ["anyflow", "causal", "wan"])
 def test_moving_the_pipeline_moves_both(kind) -> None:
     pipe = build(kind)
     theirs, expected = pipe.transformer, latents(pipe)
@@ -162,7 +162,7 @@ def test_global_generator_is_not_touched() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("kind", ["anyflow", "wan"])
+@pytest.mark.parametrize("kind", ["anyflow", "causal", "wan"])
 def test_a_second_accelerate_changes_nothing(kind) -> None:
     pipe = anyflow.accelerate(build(kind))
     ours = pipe.transformer
@@ -178,6 +178,7 @@ def test_a_second_accelerate_changes_nothing(kind) -> None:
 def test_our_classes_equal_diffusers_of_their_name_only() -> None:
     pairs = [(AnyFlowTransformer3DModel, diffusers.AnyFlowTransformer3DModel)]
     pairs.append((WanTransformer3DModel, diffusers.WanTransformer3DModel))
+    pairs.append((DiffusersFARTransformer3DModel, diffusers.AnyFlowFARTransformer3DModel))
     for ours, theirs in pairs:
         assert (
             ours in (theirs,) and ours == theirs and theirs == ours and hash(ours) != hash(theirs)
@@ -200,7 +201,7 @@ def test_a_transformer_replaced_afterwards_is_accelerated_too() -> None:
     assert_same(latents(anyflow.accelerate(pipe)), before)
 
 
-@pytest.mark.parametrize("kind", ["anyflow", "wan"])
+@pytest.mark.parametrize("kind", ["anyflow", "causal", "wan"])
 def test_callback_sees_every_step_and_may_replace_latents(kind) -> None:
     seen: list[float] = []
 
@@ -213,10 +214,11 @@ def test_callback_sees_every_step_and_may_replace_latents(kind) -> None:
     pipe = build(kind)
     expected = latents(pipe, callback_on_step_end=callback)
     assert_same(latents(anyflow.accelerate(pipe), callback_on_step_end=callback), expected)
-    assert len(seen) == 8 and seen[:4] == seen[4:]
+    evaluations = 6 if kind == "causal" else 4
+    assert len(seen) == 2 * evaluations and seen[:evaluations] == seen[evaluations:]
 
 
-@pytest.mark.parametrize("kind", ["anyflow", "wan"])
+@pytest.mark.parametrize("kind", ["anyflow", "causal", "wan"])
 def test_saved_pipeline_loads_in_diffusers_alone(kind, tmp_path: Path) -> None:
     pipe = build(kind)
     expected = latents(pipe)

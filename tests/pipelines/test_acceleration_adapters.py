@@ -93,7 +93,7 @@ def test_modules_compiled_in_place_before_give_the_same(compile) -> None:
 @pytest.mark.parametrize(
     "adapters", [None, [*TARGETS, "proj_out", "patch_embedding"]], ids=["plain", "adapters"]
 )
-@pytest.mark.parametrize("kind", ["anyflow", "wan-2.2"])
+@pytest.mark.parametrize("kind", ["anyflow", "causal", "wan-2.2"])
 def test_from_pipe_shares_what_was_accelerated(kind, adapters, tmp_path: Path) -> None:
     """Restore each pipeline for itself, while the other still runs."""
     pipe = build(kind)
@@ -127,11 +127,12 @@ def test_from_pipe_to_another_pipeline_of_wan() -> None:
     assert_same(results[1], results[0])
 
 
+@pytest.mark.parametrize("kind", ["anyflow", "causal"])
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
 )
-def test_copies_have_weights_of_their_own_and_can_be_restored(copied) -> None:
-    pipe = build("anyflow")
+def test_copies_have_weights_of_their_own_and_can_be_restored(copied, kind) -> None:
+    pipe = build(kind)
     before = latents(pipe)
     other = copied(anyflow.accelerate(pipe))
     assert_same(latents(other), before)
@@ -146,7 +147,7 @@ def test_copies_have_weights_of_their_own_and_can_be_restored(copied) -> None:
 @pytest.mark.parametrize(
     "targets", [TARGETS, [*TARGETS, "proj_out", "patch_embedding", "linear_1"]], ids=len
 )
-@pytest.mark.parametrize("kind", ["anyflow", "wan"])
+@pytest.mark.parametrize("kind", ["anyflow", "causal", "wan"])
 def test_adapters_loaded_before(kind, targets) -> None:
     pipe = build(kind)
     plain = latents(pipe)
@@ -173,7 +174,7 @@ def test_adapters_loaded_before(kind, targets) -> None:
     assert torch.equal(latents(pipe), before)
 
 
-@pytest.mark.parametrize("kind", ["anyflow", "wan"])
+@pytest.mark.parametrize("kind", ["anyflow", "causal", "wan"])
 def test_adapters_loaded_from_a_file_after_and_kept_by_restore(kind, tmp_path: Path) -> None:
     pipe = build(kind)
     plain = latents(pipe)

@@ -38,7 +38,7 @@ def test_restore_is_refused_where_another_pipeline_offloads() -> None:
     anyflow.restore(pipe)
 
 
-@pytest.mark.parametrize("kind", ["anyflow", "wan-2.2"])
+@pytest.mark.parametrize("kind", ["anyflow", "causal", "wan-2.2"])
 @pytest.mark.parametrize("first", ["offload", "accelerate"])
 def test_model_offloading(kind, first) -> None:
     """Offload with the CPU as the device, which takes the same hooks."""
@@ -64,7 +64,7 @@ def test_model_offloading(kind, first) -> None:
     assert torch.equal(latents(pipe), expected)
 
 
-@pytest.mark.parametrize("kind", ["anyflow", "wan-2.2"])
+@pytest.mark.parametrize("kind", ["anyflow", "causal", "wan-2.2"])
 def test_sequential_offloading_is_put_on_again(kind) -> None:
     """Put it on without a run: diffusers asks for "cpu:0", on which accelerate 1.15 fails."""
     pipe = build(kind)
@@ -91,7 +91,7 @@ def test_sequential_offloading_is_put_on_again(kind) -> None:
     assert_same(latents(pipe), expected)
 
 
-@pytest.mark.parametrize("kind", ["anyflow", "wan"])
+@pytest.mark.parametrize("kind", ["anyflow", "causal", "wan"])
 def test_ours_runs_under_sequential_offloading(kind) -> None:
     pipe = anyflow.accelerate(build(kind))
     expected = latents(pipe)
@@ -160,10 +160,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "linear": (lambda: nn.Linear(2, 2), TypeError, "Linear cannot be replaced; supported are"),
     "no-module": (lambda: "path/to/model", TypeError, "str cannot be replaced"),
-    "causal": (
-        lambda: diffusers.AnyFlowFARTransformer3DModel(**TINY), TypeError,
-        "AnyFlowFARTransformer3DModel cannot be"
-    ),
     "no-transformer": (
         lambda: diffusers.DDPMPipeline(diffusers.UNet2DModel(8, block_out_channels=(32, 32),
                                                              down_block_types=(

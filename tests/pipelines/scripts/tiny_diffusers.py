@@ -4,7 +4,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AnyFlowPipeline, AutoencoderKLWan, DiffusionPipeline, WanPipeline
+from diffusers import (
+    AnyFlowFARPipeline,
+    AnyFlowPipeline,
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    WanPipeline,
+)
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -17,6 +23,15 @@ TINY: dict[str, Any] = {
     "ffn_dim": 32,
     "num_layers": 2,
     "rope_max_seq_len": 32,
+}
+
+# With two frames a chunk at 128 x 128 pixels, 128 tokens, diffusers' caches need no padding.
+CAUSAL: dict[str, Any] = {"full_chunk_limit": 2, "chunk_partition": (2, 2, 2)}
+CAUSAL_CALL: dict[str, Any] = {
+    "height": 128,
+    "width": 128,
+    "num_frames": 21,
+    "num_inference_steps": 2,
 }
 
 
@@ -39,7 +54,13 @@ def build(kind: str, **settings: Any) -> DiffusionPipeline:
         "text_encoder": UMT5EncoderModel(text).eval(),
         "vae": AutoencoderKLWan(base_dim=4, num_res_blocks=1, **sizes).eval(),
     }
-    if kind == "anyflow":
+    if kind == "causal":
+        settings = TINY | CAUSAL | settings
+        parts["transformer"] = randomized(diffusers.AnyFlowFARTransformer3DModel(**settings))
+        pipe = AnyFlowFARPipeline(
+            **parts, scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=5.0)
+        )
+    elif kind == "anyflow":
         parts["transformer"] = randomized(diffusers.AnyFlowTransformer3DModel(**(TINY | settings)))
         pipe = AnyFlowPipeline(
             **parts, scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=5.0)
@@ -58,7 +79,10 @@ def build(kind: str, **settings: Any) -> DiffusionPipeline:
 
 
 def latents(pipe: DiffusionPipeline, **arguments: Any) -> Tensor:
-    """Return ``[2, 16, 3, 4, 6]`` after four guided steps, from fixed noise and prompts."""
+    """Return the latents after guided steps, from fixed noise and prompts.
+
+    They are ``[2, 16, 3, 4, 6]`` after four, of a causal model ``[2, 16, 6, 16, 16]`` after two.
+    """
     generator = torch.Generator().manual_seed(7)
     prompt, negative = torch.randn(2, 2, 5, 16, generator=generator)
     settings: dict[str, Any] = {
@@ -72,6 +96,8 @@ def latents(pipe: DiffusionPipeline, **arguments: Any) -> Tensor:
         "generator": generator,
         "output_type": "latent",
     }
+    if isinstance(pipe, AnyFlowFARPipeline):
+        settings |= CAUSAL_CALL
     settings |= arguments
     return pipe(**{name: value for name, value in settings.items() if value is not None}).frames
 
