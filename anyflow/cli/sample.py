@@ -33,7 +33,7 @@ def sample(
     ],
     prompt: Annotated[
         list[str],
-        typer.Option(help="VideoPrompt of a video; may be repeated.", show_default=False),
+        typer.Option(help="Prompt of a video; may be repeated.", show_default=False),
     ] = [],  # noqa: B006 (typer makes a new one)
     prompts: options.PromptsFile = None,
     steps: Annotated[
@@ -58,7 +58,10 @@ def sample(
     num_frames: options.NumFrames = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="Picture that the videos begin with (models trained with i2v_prob)."),
+        typer.Option(
+            help="Picture that the videos begin with (causal models, and others trained with "
+            "i2v_prob)."
+        ),
     ] = None,
     video: Annotated[
         Path | None,
