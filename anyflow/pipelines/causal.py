@@ -13,10 +13,11 @@ from torch import Tensor
 
 from anyflow.pipelines.causal_request import CausalVideoRequest
 from anyflow.pipelines.causal_steps import ChunkStepEnd
+from anyflow.pipelines.checked_call import CheckedCall
 from anyflow.pipelines.chunk_decoder import ChunkDecoder
 from anyflow.pipelines.frames import frames_of_type
 from anyflow.pipelines.inputs import Generators, PromptInputs, PromptSwitches
-from anyflow.pipelines.pipeline import AnyFlowPipeline, CheckedCall, VideoOutput
+from anyflow.pipelines.pipeline import AnyFlowPipeline, VideoOutput
 from anyflow.pipelines.plain_wan import flow_map_scheduler
 from anyflow.pipelines.steps import StepEnd, lora_scale, progress_bar
 from anyflow.sampling import Callback, ChunkSampler, Schedule

@@ -50,7 +50,9 @@ class CausalVideoRequest(VideoRequest):
             object.__setattr__(self, "cache_window", window)
         if self.cache_device is not None:
             object.__setattr__(
-                self, "cache_device", resolve_device(self.cache_device, "cache_device")
+                self,
+                "cache_device",
+                resolve_device(self.cache_device, "cache_device", computes=True),
             )
         for name in ("cache_window", "cache_device"):
             if not self.use_cache and getattr(self, name) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +16,11 @@ from typing_extensions import Self
 
 from anyflow.formats.saving import write_transformer
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.models.network import execution_device, has_flow_map, unwrapped
+from anyflow.models.network import execution_device, has_flow_map
 from anyflow.pipelines.acceleration import accelerate
 from anyflow.pipelines.folder import write_index, write_scheduler
-from anyflow.pipelines.layout import ModelLayout, causal_settings
+from anyflow.pipelines.kinds import refuse_graph, require_kind, settings_of_module
+from anyflow.pipelines.layout import ModelLayout
 from anyflow.pipelines.loading import ModelPaths, load_transformer, resolve_dtype
 from anyflow.pipelines.memory import (
     Memory,
@@ -44,12 +45,6 @@ from anyflow.utils.documents import shortened
 from anyflow.utils.writing import whole_folder
 
 _THEIRS = (diffusers.AnyFlowTransformer3DModel, diffusers.AnyFlowFARTransformer3DModel)
-
-
-def _settings_of(transformer: nn.Module) -> Mapping[str, Any]:
-    """Return the configuration of a module without the name of a class that a file has."""
-    config: Mapping[str, Any] = getattr(unwrapped(transformer), "config", {})
-    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _with_weights_at_rest(name: str) -> Callable[..., Any]:
@@ -102,7 +97,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         Raises:
             ValueError: the parts do not fit together, or the device cannot do that.
         """
-        self._check_cuda_graph(cuda_graph)
+        refuse_graph(cuda_graph, causal=self._causal)
         loaded = transformer if isinstance(transformer, nn.Module) else None
         if loaded is not None and not euler:
             require_flow_map(Path(), loaded)
@@ -112,9 +107,9 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             configs = [self.transformer.config, vae.config, encoder.config.to_dict()]
             layout = ModelLayout.of("the pipeline", *configs)
         if loaded is not None:
-            settings = causal_settings("the transformer", _settings_of(loaded))
-            layout = replace(layout, flow_map=has_flow_map(loaded), causal=settings)
-        self._require_own_kind(layout)
+            causal = settings_of_module(loaded)
+            layout = replace(layout, flow_map=has_flow_map(loaded), causal=causal)
+        require_kind(layout.causal, causal=self._causal)
         target = (
             execution_device(vae if loaded is None else loaded)
             if device is None
@@ -179,7 +174,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             ValueError: no such model, parts are missing or do not fit together, or an argument is
                 not possible; raised before any weight is loaded.
         """
-        cls._check_cuda_graph(cuda_graph)
+        refuse_graph(cuda_graph, causal=cls._causal)
         width, target = resolve_dtype(dtype, torch_dtype), resolve_device(device)
         check_options(memory, target, compile=compile, cuda_graph=cuda_graph)
         paths = ModelPaths.find(path, transformer)
@@ -188,7 +183,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         own = transformer if isinstance(transformer, nn.Module) else None
         given = {"transformer": own, "vae": vae, "text_encoder": text_encoder}
         layout = paths.layout(given)
-        cls._require_own_kind(layout, shortened(paths.transformer))
+        require_kind(layout.causal, causal=cls._causal, name=shortened(paths.transformer))
         require_one_transformer(paths.model)
         if not euler:
             require_flow_map(paths.transformer / "transformer", own)
@@ -225,30 +220,6 @@ class PipelineParts(diffusers.AnyFlowPipeline):
             euler=euler,
         )
 
-    @classmethod
-    def _require_own_kind(cls, layout: ModelLayout, name: str = "the transformer") -> None:
-        """Raise a ValueError for a causal model in a bidirectional pipeline, or the reverse."""
-        if layout.causal is not None and not cls._causal:
-            raise ValueError(
-                f"{name} is a causal model, which makes a video chunk by chunk: use "
-                "anyflow.pipelines.AnyFlowFARPipeline, or anyflow.formats.load_transformer(..., "
-                "bidirectional=True) and transformer=... for its bidirectional part"
-            )
-        if layout.causal is None and cls._causal:
-            raise ValueError(
-                f"{name} is a bidirectional model, which has no chunks: use "
-                "anyflow.pipelines.AnyFlowPipeline, or make it causal by anyflow convert --causal "
-                "and training"
-            )
-
-    @classmethod
-    def _check_cuda_graph(cls, cuda_graph: bool) -> None:
-        if cuda_graph and cls._causal:
-            raise ValueError(
-                "cuda_graph=True is not available for a causal model, whose evaluations grow with "
-                "its cache: leave it out; compile=True makes the blocks faster"
-            )
-
     @property
     def transformer(self) -> AnyFlowTransformer3DModel:
         """Return the network, which is loaded by this if it was not yet."""
@@ -263,8 +234,8 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         if type(transformer) in _THEIRS:
             transformer = accelerate(cast(Any, transformer))  # on the same weights
         if isinstance(transformer, nn.Module) and hasattr(self, "layout"):
-            causal = causal_settings("the transformer", _settings_of(transformer))
-            self._require_own_kind(replace(self.layout, causal=causal))
+            causal = settings_of_module(transformer)
+            require_kind(causal, causal=self._causal)
             self.layout = replace(self.layout, causal=causal)
         self._transformer = transformer
 

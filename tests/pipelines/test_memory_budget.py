@@ -8,19 +8,16 @@ an allocator loses between blocks.
 """
 
 import copy
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from peak_memory import Peak
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import UMT5Config, UMT5EncoderModel
 
 from anyflow.models import AnyFlowTransformer3DModel
@@ -44,34 +41,6 @@ MODELS = {
     "14B": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
 }
 LATENTS = (1, 21, 16, 60, 104)
-
-
-class Peak(TorchDispatchMode):
-    """Record the most bytes of tensors that live at once and are made while the mode is on."""
-
-    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.bytes = self._live = 0
-        self._known = {id(tensor.untyped_storage()) for tensor in existing}
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if (
-                isinstance(tensor, Tensor)
-                and id(storage := tensor.untyped_storage()) not in self._known
-            ):
-                self._known.add(id(storage))
-                self._live += storage.nbytes()
-                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
-        self.bytes = max(self.bytes, self._live)
-        return out
-
-    def _freed(self, key: int, nbytes: int) -> None:
-        self._known.discard(key)
-        self._live -= nbytes
 
 
 def test_a_peak_is_what_lives_at_once() -> None:
