@@ -91,8 +91,8 @@ class CausalVideoRequest(VideoRequest):
             raise ValueError(
                 f"{whose} {partition.sizes} has {partition.num_frames} latent frames, and "
                 f"num_frames={self.num_frames} makes {frames}: give a chunk_partition whose sum is "
-                f"{frames}, as {_fitting(partition, frames)}, or "
-                f"num_frames={factor * (partition.num_frames - 1) + 1}"
+                f"{frames}, or num_frames={factor * (partition.num_frames - 1) + 1}; "
+                f"{_fitting(partition, frames)}"
             )
         return partition
 
@@ -154,11 +154,11 @@ class CausalVideoRequest(VideoRequest):
 
 
 def _fitting(partition: ChunkPartition, frames: int) -> str:
-    """Name chunks for a number of latent frames that resemble others, and their option."""
+    """Say which chunks, that resemble others, make up a number of latent frames."""
     sizes = [min(partition.sizes[0], frames)]
     while (left := frames - sum(sizes)) > 0:
         sizes.append(min(max(partition.sizes), left))
-    return f"{tuple(sizes)} (--chunks {','.join(map(str, sizes))})"
+    return f"{tuple(sizes)} fits (--chunks {','.join(map(str, sizes))})"
 
 
 def _settings(layout: ModelLayout) -> CausalSettings:

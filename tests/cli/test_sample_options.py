@@ -65,11 +65,11 @@ FRAMES = ["--num-frames", "13"]
     ("options", "said"),
     [
         (["--num-frames", "17"], "the model's chunk_partition (1, 2, 1) has 4 latent frames, and "
-         "num_frames=17 makes 5: give a chunk_partition whose sum is 5, as (1, 2, 2) (--chunks "
-         "1,2,2), or num_frames=13"),
+         "num_frames=17 makes 5: give a chunk_partition whose sum is 5, or num_frames=13; (1, 2, "
+         "2) fits (--chunks 1,2,2)"),
         ([*FRAMES, "--chunks", "1,3,3"], "chunk_partition (1, 3, 3) has 7 latent frames, and "
-         "num_frames=13 makes 4: give a chunk_partition whose sum is 4, as (1, 3) (--chunks 1,3), "
-         "or num_frames=25"),
+         "num_frames=13 makes 4: give a chunk_partition whose sum is 4, or num_frames=25; (1, 3) "
+         "fits (--chunks 1,3)"),
         ([*FRAMES, "--chunks", "1,x"], "--chunks must be the latent frames of each chunk with "
          "commas between them, as 1,3,3,2, got '1,x'"),
         ([*FRAMES, "--chunks", "4,0"], "chunk 1 must be a whole number from 1"),

@@ -115,7 +115,7 @@ def test_a_killed_stream_leaves_frames_to_see_and_is_made_anew(
     size = ["--height", str(HEIGHT), "--width", str(WIDTH), "--num-frames", str(NUM_FRAMES)]
     command = [
         "sample", "--model", str(causal), "--out", str(tmp_path), "--prompt", PROMPTS[0], *size,
-        "--device", "cpu", "--dtype", "fp32", "--stream", "--steps", "1+1+400",
+        "--device", "cpu", "--dtype", "fp32", "--stream", "--steps", "1+1+150",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
@@ -132,12 +132,12 @@ def test_a_killed_stream_leaves_frames_to_see_and_is_made_anew(
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
     (partial,) = tmp_path.glob("*/*.mp4")
-    assert partial.name == "steps-01+01+400-seed-0.partial.mp4"
+    assert partial.name == "steps-01+01+150-seed-0.partial.mp4"
     assert frames_of(partial).shape == (9, HEIGHT, WIDTH, 3) and entries(tmp_path) == []
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0 and "1 video made, 0 there already" in result.output
     (file,) = tmp_path.glob("*/*.mp4")
-    assert file.name == "steps-01+01+400-seed-0.mp4" and len(frames_of(file)) == NUM_FRAMES
+    assert file.name == "steps-01+01+150-seed-0.mp4" and len(frames_of(file)) == NUM_FRAMES
     assert "0 videos made, 1 there already" in CliRunner().invoke(app, command).output
 
 
