@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from anyflow.pipelines.pipeline import AnyFlowPipeline, VideoOutput
     from anyflow.pipelines.request import VideoRequest
     from anyflow.pipelines.video import write_comparison, write_video
+    from anyflow.pipelines.video_writer import VideoWriter
 
 _MODULES = {
     "AnyFlowFARPipeline": "causal",
@@ -21,6 +22,7 @@ _MODULES = {
     "VideoChunk": "causal",
     "VideoOutput": "pipeline",
     "VideoRequest": "request",
+    "VideoWriter": "video_writer",
     "write_comparison": "video",
     "write_video": "video",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "VideoChunk",
     "VideoOutput",
     "VideoRequest",
+    "VideoWriter",
     "write_comparison",
     "write_video",
 ]
