@@ -1,7 +1,8 @@
 """Compare anyflow's network with diffusers' on the weights of a folder.
 
-The results are forwards at several pairs of timesteps, a training loss and a whole sampling. Both
-networks get the same random inputs, and one network is in memory at a time.
+The results are forwards at several pairs of timesteps, a training loss and a whole sampling; of a
+causal network forwards of its layouts and of the bidirectional path, and a sampling. Both networks
+get the same random inputs, and one network is in memory at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,75 +22,40 @@ from torch import Tensor
 
 from anyflow.formats import load_transformer
 from anyflow.formats.checkpoint import ReadOptions, open_checkpoint
+from anyflow.formats.deviations import (
+    LIMITS,
+    SHIFT,
+    TEXT_LENGTH,
+    Deviation,
+    VerifyReport,
+    deviation_of,
+    limits_of,
+)
 from anyflow.formats.errors import listed
 from anyflow.formats.files import read_json
 from anyflow.formats.hub import local_checkpoint
 from anyflow.formats.problems import problems_of
+from anyflow.formats.verify_causal import (
+    CausalInputs,
+    causal_results,
+    check_pixels,
+    partition_for,
+)
 from anyflow.methods import AnyFlowPretrainMethod, PretrainConfig
+from anyflow.models.configuration import CausalSettings
 from anyflow.models.network import evaluate
 from anyflow.sampling import sample
 from anyflow.schedulers import MAX_STEPS, FlowMapEulerDiscreteScheduler
 from anyflow.utils.documents import shortened
 from anyflow.utils.validation import brief, whole_number
 
+__all__ = ["AGAINST", "LIMITS", "Deviation", "VerifyReport", "verify"]
+
 AGAINST = ("diffusers",)
-SHIFT = 5.0  # Wan's
-TEXT_LENGTH = 512
 BATCH_SIZE = 4  # of the loss: two samples with r = t, one with r = 0, one between
 TIMES = ((1000.0, 750.0), (937.0, 833.0), (750.0, 0.0), (500.0, 500.0), (250.0, 100.0))
-# Largest relative differences that rounding explains.
-LIMITS = {
-    torch.float32: {"forward": 1e-5, "loss": 1e-5, "sample": 1e-5},
-    torch.bfloat16: {"forward": 2.55e-2, "loss": 1.33e-2, "sample": 2.55e-2},
-}
 _WAN = "WanTransformer3DModel"
-_CLASSES = ("AnyFlowTransformer3DModel", _WAN)
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """Hold the differences of one result; diffusers' result is the ``b`` of the equations.
-
-    Attributes:
-        name: name of the result.
-        mean: mean |a - b| / mean |b|.
-        max: max |a - b| / max |b|.
-        limit: the largest ``mean`` that passes.
-    """
-
-    name: str
-    mean: float
-    max: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Tell whether the mean is within the limit; NaN and infinity never are."""
-        return math.isfinite(self.mean) and self.mean <= self.limit
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """Hold every comparison of a run; ``str()`` is a table of them."""
-
-    title: str
-    comparisons: tuple[Deviation, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Tell whether every comparison is within its limit."""
-        return all(comparison.passed for comparison in self.comparisons)
-
-    def __str__(self) -> str:
-        head = f"{'relative difference':28s} {'mean':>9s} {'max':>9s} {'allowed':>9s}"
-        lines = [
-            f"{c.name:28s} {c.mean:9.2e} {c.max:9.2e} {c.limit:9.2e}  "
-            f"{'ok' if c.passed else 'OVER'}"
-            for c in self.comparisons
-        ]
-        over = sum(not c.passed for c in self.comparisons)
-        end = f"{over} of {len(self.comparisons)} over" if over else "all within"
-        return "\n".join([self.title, head, *lines, end])
+_CLASSES = ("AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel", _WAN)
 
 
 @torch.no_grad()
@@ -111,14 +78,20 @@ def verify(
     :func:`anyflow.sampling.sample`; the loss is that of
     :class:`~anyflow.methods.AnyFlowPretrainMethod` for both, plain flow matching for a Wan model.
 
+    A causal network has no loss here. Its chunks are those of the config where their frames are
+    ``num_frames``, or else ``full_chunk_limit + 1`` equal ones. Its sampling is compared where
+    diffusers' is that of the network, which attends to padding unless the tokens of every chunk are
+    a multiple of 128; a note says where it is not. On a CPU diffusers' causal attention takes the
+    memory of all pairs of tokens.
+
     Args:
-        path: a folder of diffusers' AnyFlow or Wan transformer, or of a pipeline with one as
-            ``transformer``; or the name of one on the Hugging Face Hub.
+        path: a folder of diffusers' AnyFlow (causal or not) or Wan transformer, or of a pipeline
+            with one as ``transformer``; or the name of one on the Hugging Face Hub.
         against: ``"diffusers"``.
         dtype: dtype of the weights, float32 or bfloat16.
         device: device to run on.
-        height: pixels, a multiple of 16.
-        width: pixels, a multiple of 16.
+        height: pixels, a multiple of 16; of 32 where a chunk is compressed.
+        width: pixels, likewise.
         num_frames: frames of the video, 4k + 1.
         num_inference_steps: sampling steps.
         seed: seed of the inputs.
@@ -131,46 +104,48 @@ def verify(
         raise ValueError(f"against must be one of {', '.join(AGAINST)}, got {against!r}")
     whole_number("num_inference_steps", num_inference_steps, high=MAX_STEPS)
     whole_number("seed", seed, 0, 2**63 - 1)
-    limits = _limits(dtype, {} if limits is None else limits)
-    folder, is_wan = _open(path, dtype, num_frames, height, width)
-
+    limits = limits_of(dtype, {} if limits is None else limits)
     size = ((num_frames - 1) // 4 + 1, height // 8, width // 8)
-    network = _load_diffusers(folder, is_wan, dtype).to(device)
-    inputs = _NetworkInputs.drawn(
-        network.config, size, num_inference_steps, seed, is_wan, dtype, device
-    )
-    theirs = list(_results(_Diffusers(network), inputs))
+    folder, cls, causal = _open(path, dtype, num_frames, height, width)
+    partition = None
+    if causal is not None:
+        partition = partition_for(causal, size[0])
+        check_pixels(causal, partition, height, width)
+
+    network = _load_diffusers(folder, cls, dtype).to(device)
+    notes: tuple[str, ...] = ()
+    if partition is not None:
+        chunks = CausalInputs.drawn(
+            network.config, size, num_inference_steps, seed, partition, dtype, device
+        )
+        notes = () if chunks.unsampled is None else (chunks.unsampled,)
+        results = partial(causal_results, inputs=chunks)
+        theirs = list(results(network))
+    else:
+        inputs = _NetworkInputs.drawn(
+            network.config, size, num_inference_steps, seed, cls, dtype, device
+        )
+        results = partial(_results, inputs=inputs)
+        theirs = list(results(_Diffusers(network)))
     del network  # before the other one is loaded
-    ours = _results(load_transformer(folder, dtype=dtype, device=device), inputs)
+    ours = results(load_transformer(folder, dtype=dtype, device=device))
     comparisons = [
-        _deviation(name, a, b, limits[kind])
+        deviation_of(name, a, b, limits[kind])
         for (kind, name, a), (_, _, b) in zip(ours, theirs, strict=True)
     ]
+    chunked = "" if partition is None else f" in chunks of {partition.sizes} latent frames"
     return VerifyReport(
         f"{folder}: anyflow against diffusers {diffusers.__version__}, {dtype}, {device}, "
-        f"{num_frames} frames of {height} x {width}",
+        f"{num_frames} frames of {height} x {width}{chunked}",
         tuple(comparisons),
+        notes,
     )
-
-
-def _limits(dtype: torch.dtype, given: dict[str, float]) -> dict[str, float]:
-    """Return the limit of each kind of result, or raise a ValueError."""
-    if dtype not in LIMITS:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, LIMITS))}, got {dtype}")
-    limits = {**LIMITS[dtype], **given}
-    if unknown := limits.keys() - LIMITS[dtype].keys():
-        allowed = ", ".join(LIMITS[dtype])
-        raise ValueError(f"limits must be of {allowed}, got {', '.join(sorted(unknown))}")
-    for kind, limit in limits.items():
-        if not limit >= 0:  # NaN is refused, too
-            raise ValueError(f"the limit of {kind} must be >= 0, got {limit}")
-    return limits
 
 
 def _open(
     path: Path | str, dtype: torch.dtype, num_frames: int, height: int, width: int
-) -> tuple[Path, bool]:
-    """Return the folder of the transformer, and whether the transformer is a plain Wan model.
+) -> tuple[Path, Any, CausalSettings | None]:
+    """Return the folder of the transformer, diffusers' class for it, and its causal settings.
 
     Raises:
         ValueError: no transformer that can be loaded is there, or a size is not possible or has
@@ -205,12 +180,14 @@ def _open(
             raise ValueError(
                 f"{side} must be <= {16 * positions} pixels for this model, got {pixels}"
             )
-    return folder, name == _WAN or not config.get("r_embedder", True)
+    causal = checkpoint.architecture.causal
+    if causal is None and not config.get("r_embedder", True):
+        name = _WAN
+    return folder, getattr(diffusers, name), causal
 
 
-def _load_diffusers(folder: Path, is_wan: bool, dtype: torch.dtype) -> Any:
+def _load_diffusers(folder: Path, cls: Any, dtype: torch.dtype) -> Any:
     """Load diffusers' network with every weight of the folder, or raise a ValueError."""
-    cls = diffusers.WanTransformer3DModel if is_wan else diffusers.AnyFlowTransformer3DModel
     try:
         with torch.random.fork_rng(devices=[]):
             network, info = cls.from_pretrained(
@@ -252,11 +229,20 @@ class _NetworkInputs:
         size: tuple[int, int, int],
         num_inference_steps: int,
         seed: int,
-        is_wan: bool,
+        network: type,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> _NetworkInputs:
-        """Draw the inputs of networks with a config; ``size`` is (F, H, W) of the latents."""
+        """Draw the inputs of networks with a config.
+
+        Args:
+            config: of diffusers' network.
+            size: (F, H, W) of the latents.
+            num_inference_steps: sampling steps.
+            seed: of the draws.
+            network: diffusers' class of the network.
+            dtype, device: of what the networks get.
+        """
         generator = torch.Generator().manual_seed(seed)
         frames, height, width = size
         video = (frames, config.in_channels, height, width)
@@ -266,7 +252,7 @@ class _NetworkInputs:
             return torch.randn(shape, generator=generator).to(device, dtype)
 
         return cls(
-            is_wan,
+            network is diffusers.WanTransformer3DModel,
             num_inference_steps,
             seed,
             x=draw(1, *video),
@@ -374,11 +360,3 @@ def _sample_diffusers(network: _Diffusers, inputs: _NetworkInputs) -> Tensor:
         output_type="latent",
     ).frames
     return latents.transpose(1, 2)
-
-
-def _deviation(name: str, ours: Tensor, theirs: Tensor, limit: float) -> Deviation:
-    """Compare two results in fp64."""
-    difference = (ours.double() - theirs.double()).abs()
-    scale = theirs.double().abs()
-    mean, largest = difference.mean() / scale.mean(), difference.max() / scale.max()
-    return Deviation(name, mean.item(), largest.item(), limit)

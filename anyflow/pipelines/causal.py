@@ -184,24 +184,26 @@ class AnyFlowFARPipeline(AnyFlowPipeline):
         if "return_dict" in given.arguments:
             raise TypeError("stream() yields chunks, and takes no return_dict")
         given.apply_defaults()
-        return self._streamed(
-            self._checked_causal_call(
-                {k: v for k, v in given.arguments.items() if k not in _NOT_OF_A_CALL}
-            )
+        call = self._checked_causal_call(
+            {k: v for k, v in given.arguments.items() if k not in _NOT_OF_A_CALL}
         )
+        decodes = call.request.output_type != "latent"
+        return self._streamed(call, ChunkDecoder(self.vae) if decodes else None)
 
     @torch.no_grad()
-    def _streamed(self, call: _CausalCall) -> Generator[VideoChunk, None, None]:
-        output_type = call.request.output_type
+    def _streamed(
+        self, call: _CausalCall, decoder: ChunkDecoder | None
+    ) -> Generator[VideoChunk, None, None]:
+        """Sample and decode; without a decoder the frames are latents."""
         seconds: dict[str, float] = {}
-        decoder = None if output_type == "latent" else ChunkDecoder(self.vae)
         try:
             with closing(self._sampled(call, seconds, check_each=True)) as chunks:
                 for chunk, latents in chunks:
                     frames: Any = latents.transpose(1, 2)
                     if decoder is not None:
                         with self.timed("decode", seconds):
-                            frames = frames_of_type(decoder.decode(latents), output_type)
+                            pixels = decoder.decode(latents)
+                            frames = frames_of_type(pixels, call.request.output_type)
                     yield VideoChunk(chunk, frames, dict(seconds))
                     seconds.clear()
         finally:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anyflow.formats import detect, inspect, load_scheduler, load_transformer, save
-from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
 SIZES: dict[str, Any] = {
@@ -35,11 +35,12 @@ OTHER_KEYS = [
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write one model as a pipeline's folder with a scheduler, and as two files of torch.save."""
+    """Write one model as a folder with a scheduler and as two files of torch.save; a causal one."""
     folder = tmp_path_factory.mktemp("sound")
     torch.manual_seed(0)
     model = AnyFlowTransformer3DModel(**SIZES)
     save(model, folder / "model", scheduler=FlowMapEulerDiscreteScheduler(shift=5.0))
+    save(AnyFlowFARTransformer3DModel(**SIZES, chunk_partition=(1, 2)), folder / "causal")
     torch.save(
         {"ema": model.state_dict(), "model_state_dict_g": model.state_dict()},
         folder / "training.pt",
@@ -112,6 +113,7 @@ def change_tensors(file: Path, rng: random.Random) -> None:
 
 
 WEIGHTS = "model/transformer/diffusion_pytorch_model.safetensors"
+CAUSAL_WEIGHTS = "causal/transformer/diffusion_pytorch_model.safetensors"
 CHANGES: list[tuple[str, Callable[[Path, random.Random], None]]] = [
     ("model/transformer/config.json", change_json),
     ("model/scheduler/scheduler_config.json", change_json),
@@ -120,6 +122,8 @@ CHANGES: list[tuple[str, Callable[[Path, random.Random], None]]] = [
     (WEIGHTS, change_tensors),
     ("training.pt", change_bytes),
     ("legacy.pt", change_bytes),
+    ("causal/transformer/config.json", change_json),
+    (CAUSAL_WEIGHTS, change_tensors),
 ]
 
 
@@ -133,11 +137,11 @@ def answer(call: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("seed", range(105))
+@pytest.mark.parametrize("seed", range(135))
 def test_inspect_says_complete_where_the_model_loads(seed: int, sound: Path) -> None:
     name, change = CHANGES[seed % len(CHANGES)]
     file, whole = sound / name, (sound / name).read_bytes()
-    path = file if file.suffix == ".pt" else sound / "model"
+    path = file if file.suffix == ".pt" else sound / name.partition("/")[0]
     options: dict[str, Any] = {"attention_head_dim": 12} if file.suffix == ".pt" else {}
     try:
         change(file, random.Random(seed))

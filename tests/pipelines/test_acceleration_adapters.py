@@ -59,8 +59,9 @@ ONE_STEP: dict[str, Any] = {
 }
 
 
-def test_torch_compile_between_two_calls_and_restore_with_adapters() -> None:
-    pipe = build("anyflow", num_layers=1)
+@pytest.mark.parametrize("kind", ["anyflow", "causal"])
+def test_torch_compile_between_two_calls_and_restore_with_adapters(kind) -> None:
+    pipe = build(kind, num_layers=1)
     add_adapter(pipe.transformer, [*TARGETS, "proj_out"])
     before, index = latents(pipe, **ONE_STEP), pipe.config["transformer"]
     anyflow.accelerate(pipe)

@@ -21,6 +21,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
 OPTION = r"--[a-z][a-z-]+"
 NAME = "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers"
 SMALL: dict[str, Any] = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 12}
+CAUSAL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 29, "max_sequence_length": 12}
 
 
 @pytest.fixture
@@ -64,20 +65,27 @@ def _plain_wan(model: Path, folder: Path) -> None:
     scheduler.save_pretrained(folder / "scheduler")
 
 
-def test_the_python(workplace: Path) -> None:
+def test_the_python(workplace: Path, causal_model: Path) -> None:
     """Run one piece after the other, as a reader does; paths and sizes of videos are others."""
     pieces = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(pieces) == 9
+    assert len(pieces) == 10
     scope: dict[str, Any] = {
         "path": workplace / "model",
+        "causal_path": causal_model,
         "small": lambda pipe: functools.partial(pipe, **SMALL),
+        "causally": lambda call: functools.partial(call, **CAUSAL),
     }
     for piece in pieces:
         piece = piece.replace(f'"{NAME}"', 'str(path), device="cpu"').replace(
             "compile=True", "compile=False"
         )
+        piece = re.sub(r"\b(causal|causal\.stream)\(", r"causally(\1)(", piece)
         exec(re.sub(r"\b(pipe|theirs)\(", r"small(\1)(", piece), scope)
     assert len(scope["video"]) == 5 and (workplace / "panda.mp4").stat().st_size > 500
+    assert scope["part"].chunk == 3 and scope["part"].frames.shape == (1, 8, 32, 32, 3)
+    assert scope["whole"].shape == scope["switched"].shape == (1, 29, 32, 32, 3)
+    assert (scope["whole"][:, :21] == scope["switched"][:, :21]).all()
+    assert (scope["whole"][:, 21:] != scope["switched"][:, 21:]).any()
     assert scope["latents"].shape == (1, 3, 16, 8, 12) and scope["frames"].shape == (
         1,
         9,
