@@ -120,12 +120,8 @@ def _causal_settings(causal: bool, chunks: str | None) -> CausalSettings | None:
         if chunks is not None:
             raise ValueError("--chunks is for --causal")
         return None
-    if chunks is None:
-        return CausalSettings()
-    sizes = [size.strip() for size in chunks.split(",")]
-    if not all(size.isdecimal() for size in sizes):
-        raise ValueError(f"--chunks must be latent frames of each chunk, as 1,3,3; got {chunks!r}")
-    return CausalSettings(chunk_partition=tuple(map(int, sizes)))
+    sizes = options.parse_chunks(chunks)
+    return CausalSettings() if sizes is None else CausalSettings(chunk_partition=sizes)
 
 
 def verify(

@@ -82,6 +82,7 @@ def evaluate(
     height: options.Height = None,
     width: options.Width = None,
     num_frames: options.NumFrames = None,
+    chunks: options.Chunks = None,
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
     euler: options.Euler = False,
@@ -109,6 +110,7 @@ def evaluate(
     )
     loading = {"device": device, "memory": memory, "compile": compile, "cuda_graph": cuda_graph}
     try:
+        settings |= options.given(chunks=options.parse_chunks(chunks))
         if report_only is not None:
             _report_only(report_only, given=bool(model or prompts or out))
             return

@@ -22,6 +22,7 @@ EPILOGS = {
         "anyflow sample --model model --prompts prompts.csv --steps 1,4 --seed 0,1 --out videos",
         'anyflow sample --model model --image first.png --prompt "it walks away" --out videos',
         "anyflow sample --model wan --euler --steps 50 --guidance 5 --prompt cat --out wan-videos",
+        'anyflow sample --model far --stream --steps 8+2 --prompt "a red panda" --out far-videos',
     ),
     "evaluate": help_end(
         "evaluation.md",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from anyflow.cli.common import DtypeName
+from anyflow.utils.documents import shortened
 
 # Options of `anyflow sample` and `anyflow evaluate`; None takes what the help shows in brackets.
 PromptsFile = Annotated[
@@ -19,6 +20,13 @@ PromptsFile = Annotated[
     ),
 ]
 Steps = Annotated[str, typer.Option(help="Numbers of sampling steps, with commas between them.")]
+Chunks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="INTEGERS",
+        help="Latent frames of each chunk of a causal model, as 1,3,3,2; the model's if left out.",
+    ),
+]
 Transformer = Annotated[
     str | None,
     typer.Option(
@@ -91,3 +99,20 @@ Pixels = Annotated[int, typer.Option(help="Pixels, a multiple of 16.")]
 def given(**settings: Any) -> dict[str, Any]:
     """Return the settings that the command line names."""
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def parse_chunks(text: str | None) -> tuple[int, ...] | None:
+    """Parse the latent frames of chunks, such as ``1,3,3,2``; None for None.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() and len(word) < 20 for word in words):
+        raise ValueError(
+            "--chunks must be the latent frames of each chunk with commas between them, as "
+            f"1,3,3,2, got {shortened(text)!r}"
+        )
+    return tuple(int(word) for word in words)

@@ -91,7 +91,8 @@ class CausalVideoRequest(VideoRequest):
             raise ValueError(
                 f"{whose} {partition.sizes} has {partition.num_frames} latent frames, and "
                 f"num_frames={self.num_frames} makes {frames}: give a chunk_partition whose sum is "
-                f"{frames}, or num_frames={factor * (partition.num_frames - 1) + 1}"
+                f"{frames}, or num_frames={factor * (partition.num_frames - 1) + 1}; "
+                f"{_fitting(partition, frames)}"
             )
         return partition
 
@@ -150,6 +151,14 @@ class CausalVideoRequest(VideoRequest):
                     f"{len(partition)} chunks need (up to {causal.full_chunk_limit} do not), got "
                     f"{size}{nearest_sizes(size, multiple, 0)}"
                 )
+
+
+def _fitting(partition: ChunkPartition, frames: int) -> str:
+    """Say which chunks, that resemble others, make up a number of latent frames."""
+    sizes = [min(partition.sizes[0], frames)]
+    while (left := frames - sum(sizes)) > 0:
+        sizes.append(min(max(partition.sizes), left))
+    return f"{tuple(sizes)} fits (--chunks {','.join(map(str, sizes))})"
 
 
 def _settings(layout: ModelLayout) -> CausalSettings:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import resource
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,23 @@ from torch import Tensor
 from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.renderer import Renderer
-from anyflow.pipelines.request import MAX_SEED, VideoRequest
-from anyflow.pipelines.results import SampleResults, comparison_name, file_name, folder_name
+from anyflow.pipelines.request import MAX_SEED
+from anyflow.pipelines.results import (
+    SampleResults,
+    comparison_name,
+    file_name,
+    folder_name,
+    partial_name,
+)
 from anyflow.pipelines.sample_settings import SampleSettings
+from anyflow.pipelines.step_budgets import (
+    StepBudget,
+    budget_label,
+    budget_numbers,
+    checked_budget,
+)
 from anyflow.pipelines.video import import_av, write_comparison, write_video
+from anyflow.pipelines.video_writer import VideoWriter
 from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import shortened
 from anyflow.utils.locking import locks_folder
@@ -37,7 +51,7 @@ class Failure:
     """Describe a video that was not made; a comparison has no ``num_inference_steps``."""
 
     prompt: str
-    num_inference_steps: int | None
+    num_inference_steps: StepBudget | None
     seed: int
     reason: str
 
@@ -75,7 +89,7 @@ def parse_numbers(name: str, text: str, low: int = 1) -> tuple[int, ...]:
 def sample_command(
     settings: SampleSettings,
     prompts: Sequence[VideoPrompt | str],
-    step_counts: Sequence[int],
+    step_counts: Sequence[StepBudget],
     out: Path,
     *,
     seeds: Sequence[int] = (0,),
@@ -84,6 +98,8 @@ def sample_command(
     device: str | None = None,
     compile: bool = False,
     cuda_graph: bool = False,
+    stream: bool = False,
+    cache_device: str | None = None,
     console: Console | None = None,
 ) -> SampleReport:
     """Make every prompt at every step count from the same noise, and compare the step counts.
@@ -96,13 +112,18 @@ def sample_command(
     Args:
         settings: what the videos have in common.
         prompts: each is made once, however often it is given.
-        step_counts: network evaluations of each video.
+        step_counts: network evaluations of each video; those of each chunk of a causal model, as
+            one number or one for each chunk that is sampled, the last one for all later chunks.
         out: folder; one that was made with other settings is refused.
         seeds: seeds of the noise, which is the same for each prompt and step count.
         first_frames: first frames of every video, as ``video`` of :meth:`AnyFlowPipeline.__call__`;
             the settings name their file and number.
         memory, device, compile, cuda_graph: of :meth:`AnyFlowPipeline.from_pretrained`.
-        console: gets a bar of the steps, and the path of each file that was written.
+        stream: write a causal model's video while it is made: ``steps-04-seed-0.partial.mp4`` can
+            be played after each chunk, and is renamed when it is whole.
+        cache_device: device that a causal model's keys and values of earlier chunks wait on.
+        console: gets a bar of the steps, the path of each file that was written, and a line for
+            each chunk of a stream.
 
     Raises:
         ValueError: before any weight is loaded, for what cannot work or a folder in use; then for
@@ -112,23 +133,24 @@ def sample_command(
     """
     import_av()  # missing, it would cost a video to find out
 
-    settings.check()
+    settings.check(stream=stream, cache_device=cache_device, cuda_graph=cuda_graph)
     check_options(memory, resolve_device(device), compile=compile, cuda_graph=cuda_graph)
     if settings.first_frames != (0 if first_frames is None else len(first_frames)):
         raise ValueError(
             f"the settings name {settings.first_frames} first frames, and first_frames has others"
         )
-    texts = _checked(prompts, step_counts, seeds)
+    texts, budgets = _checked(prompts, step_counts, seeds)
+    settings.check_steps(budgets)
     folders = {text: out / folder_name(text) for text in texts}
-    defaults = dataclasses.asdict(SampleSettings(settings.model))
-    results = SampleResults.open(out, dataclasses.asdict(settings), defaults)
+    defaults = SampleSettings(settings.model).as_dict()
+    results = SampleResults.open(out, settings.as_dict(), defaults)
     results.write()
     if console is not None:
         for hint in settings.hints(texts):
             console.print(f"note: {hint}", markup=False)
-    wanted = [(text, seed, count) for text in folders for seed in seeds for count in step_counts]
+    wanted = [(text, seed, budget) for text in folders for seed in seeds for budget in budgets]
     there = {text: results.there(folder) for text, folder in folders.items()}
-    todo = [(text, seed, count) for text, seed, count in wanted if (count, seed) not in there[text]]
+    todo = [wish for wish in wanted if (wish[2], wish[1]) not in there[wish[0]]]
     failed: list[Failure] = []
     if todo:
         missing = list(dict.fromkeys(text for text, _, _ in todo))
@@ -142,8 +164,9 @@ def sample_command(
                 device=device,
                 compile=compile,
                 cuda_graph=cuda_graph,
+                cache_device=cache_device,
             )
-        failed += _Videos(renderer, results, console).make(todo, folders)
+        failed += _Videos(renderer, results, console, stream=stream).make(todo, folders)
     made = len(todo) - len(failed)
     for text, folder in folders.items():
         for seed in seeds:
@@ -153,11 +176,10 @@ def sample_command(
 
 
 def _checked(
-    prompts: Sequence[VideoPrompt | str], step_counts: Sequence[int], seeds: Sequence[int]
-) -> list[VideoPrompt]:
-    """Return the prompts, or raise a ValueError for what a run cannot make videos of."""
-    for count in step_counts:
-        VideoRequest(num_inference_steps=count)
+    prompts: Sequence[VideoPrompt | str], step_counts: Sequence[StepBudget], seeds: Sequence[int]
+) -> tuple[list[VideoPrompt], list[StepBudget]]:
+    """Return the prompts and the steps, or raise a ValueError for what a run cannot make."""
+    budgets = list(dict.fromkeys(checked_budget(steps) for steps in step_counts))
     for seed in seeds:
         whole_number("seed", seed, 0, MAX_SEED)
     texts = [VideoPrompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -166,40 +188,42 @@ def _checked(
     for name, given in (("prompts", texts), ("step counts", step_counts), ("seeds", seeds)):
         if not given:
             raise ValueError(f"no {name} are given")
-    return texts
+    return texts, budgets
 
 
 class _Videos:
     """Make videos, write them and note them in the results."""
 
-    def __init__(self, renderer: Renderer, results: SampleResults, console: Console | None) -> None:
+    def __init__(
+        self, renderer: Renderer, results: SampleResults, console: Console | None, *, stream: bool
+    ) -> None:
         self.renderer, self.results, self.console = renderer, results, console
-        self.place = ""
+        self.stream, self.place = stream, ""
 
     def make(
-        self, todo: Sequence[tuple[VideoPrompt, int, int]], folders: Mapping[VideoPrompt, Path]
+        self,
+        todo: Sequence[tuple[VideoPrompt, int, StepBudget]],
+        folders: Mapping[VideoPrompt, Path],
     ) -> list[Failure]:
         """Make the videos of prompts, seeds and numbers of steps; return those that failed."""
         failed = []
-        for number, (text, seed, num_inference_steps) in enumerate(todo, start=1):
+        for number, (text, seed, budget) in enumerate(todo, start=1):
             self.place = f"video {number} of {len(todo)}" if len(todo) > 1 else "sampling"
-            if (failure := self.render(text, num_inference_steps, seed, folders[text])) is not None:
+            if (failure := self.render(text, budget, seed, folders[text])) is not None:
                 failed.append(failure)
         return failed
 
     def render(
-        self, prompt: VideoPrompt, num_inference_steps: int, seed: int, folder: Path
+        self, prompt: VideoPrompt, budget: StepBudget, seed: int, folder: Path
     ) -> Failure | None:
         """Make and write one video and its line of the results."""
-        label = (
-            f"{self.place}: {prompt.text[:40]}, {counted(num_inference_steps, 'step')}, seed {seed}"
-        )
+        label = f"{self.place}: {prompt.text[:40]}, {budget_label(budget)}, seed {seed}"
         try:
-            with _steps_bar(self.console, label, num_inference_steps) as bar:
-                entry = self._render(prompt, num_inference_steps, seed, folder, bar)
+            with _steps_bar(self.console, label, self.renderer.num_evaluations(budget)) as bar:
+                entry = self._render(prompt, budget, seed, folder, bar)
         # memory, disk, NaN: the next video may work
         except (RuntimeError, ValueError, OSError, FloatingPointError) as error:
-            return Failure(prompt.text, num_inference_steps, seed, self.renderer.reason(error))
+            return Failure(prompt.text, budget, seed, self.renderer.reason(error))
         self.results.add(entry)
         if self.console is not None:
             seconds = entry["seconds"]
@@ -214,30 +238,24 @@ class _Videos:
     def _render(
         self,
         prompt: VideoPrompt,
-        num_inference_steps: int,
+        budget: StepBudget,
         seed: int,
         folder: Path,
         bar: _StepsBar | None,
     ) -> dict[str, Any]:
+        """Make and write one video, and return its entry of the results."""
         pipe = self.renderer.pipe
         folder.mkdir(parents=True, exist_ok=True)
         (folder / comparison_name(seed)).unlink(missing_ok=True)  # it will lack this video
-        if bar is None:
-            images, seconds = self.renderer.frames(prompt, num_inference_steps, seed)
-        else:
-            images, seconds = self.renderer.frames(
-                prompt, num_inference_steps, seed, bar.advance, lambda: bar.say("decoding")
-            )
-        file = write_video(
-            images, folder / file_name(num_inference_steps, seed), self.renderer.settings.fps
-        )
+        file = folder / file_name(budget, seed)
+        make = self._stream if self.stream else self._whole
         return {
             "prompt": prompt.text,
             "negative_prompt": self.renderer.negative(prompt),
-            "steps": num_inference_steps,
+            "steps": budget if isinstance(budget, int) else list(budget),
             "seed": seed,
             "file": f"{folder.name}/{file.name}",
-            "seconds": seconds,
+            **make(prompt, budget, seed, file, bar),
             "peak_memory_bytes": _peak_memory(pipe.device),
             "device": torch.cuda.get_device_name(pipe.device)
             if pipe.device.type == "cuda"
@@ -245,6 +263,52 @@ class _Videos:
             "memory": pipe.memory,
             "packages": installed_versions(),
         }
+
+    def _whole(
+        self, prompt: VideoPrompt, budget: StepBudget, seed: int, file: Path, bar: _StepsBar | None
+    ) -> dict[str, Any]:
+        """Write a video when all of it is made, and return the seconds of each stage."""
+        if bar is None:
+            images, seconds = self.renderer.frames(prompt, budget, seed)
+        else:
+            images, seconds = self.renderer.frames(
+                prompt, budget, seed, bar.advance, lambda: bar.say("decoding")
+            )
+        write_video(images, file, self.renderer.settings.fps)
+        return {"seconds": seconds}
+
+    def _stream(
+        self, prompt: VideoPrompt, budget: StepBudget, seed: int, file: Path, bar: _StepsBar | None
+    ) -> dict[str, Any]:
+        """Write a video chunk by chunk, and return the seconds until each chunk could be played."""
+        partial = file.with_name(partial_name(budget, seed))
+        advance = None if bar is None else bar.advance
+        spent = {"encode": self.renderer.encode_seconds, "sample": 0.0, "decode": 0.0}
+        chunks, start = [], time.perf_counter()
+        try:
+            with VideoWriter(partial, self.renderer.settings.fps) as writer:
+                for part in self.renderer.stream(prompt, budget, seed, advance):
+                    (images,) = part.frames
+                    writer.write(images)
+                    seconds = time.perf_counter() - start
+                    chunks.append({"frames": len(images), "seconds": seconds})
+                    for stage in ("sample", "decode"):
+                        spent[stage] += part.seconds.get(stage, 0.0)
+                    self._say(partial, part.chunk, chunks)
+        except Exception:
+            partial.unlink(missing_ok=True)
+            raise
+        os.replace(partial, file)
+        return {"seconds": spent, "chunks": chunks}
+
+    def _say(self, partial: Path, chunk: int, chunks: Sequence[Mapping[str, Any]]) -> None:
+        """Print the number of frames that can be played, and after how many seconds."""
+        if self.console is not None:
+            self.console.print(
+                f"{partial}: chunk {chunk}, {sum(c['frames'] for c in chunks)} of "
+                f"{self.renderer.settings.num_frames} frames after {chunks[-1]['seconds']:.1f} s",
+                markup=False,
+            )
 
 
 class _StepsBar:
@@ -293,16 +357,15 @@ def _compare(
 ) -> Failure | None:
     """Write the comparison of a seed's step counts, unless it exists or has a single video."""
     videos = {
-        steps: file
-        for (steps, of_seed), file in sorted(results.there(folder).items())
-        if of_seed == seed
+        steps: file for (steps, of_seed), file in results.there(folder).items() if of_seed == seed
     }
     comparison = folder / comparison_name(seed)
     if len(videos) < 2 or comparison.is_file():
         return None
     try:
         write_comparison(
-            {counted(steps, "step"): file for steps, file in videos.items()}, comparison
+            {budget_label(steps): videos[steps] for steps in sorted(videos, key=budget_numbers)},
+            comparison,
         )
     except (ValueError, OSError) as error:
         return Failure(prompt.text, None, seed, f"comparison: {error}")

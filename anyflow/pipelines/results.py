@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.pipelines.prompts import VideoPrompt
+from anyflow.pipelines.step_budgets import StepBudget, budget_numbers, checked_budget
 from anyflow.utils.documents import is_no_folder, read_json, shortened
 from anyflow.utils.validation import brief
 from anyflow.utils.versions import differences, installed_versions
 from anyflow.utils.writing import write_text
 
 RESULTS_FILE = "results.json"
-_VIDEO = re.compile(r"steps-(\d+)-seed-(\d+)\.mp4")
+_VIDEO = re.compile(r"steps-(\d+(?:\+\d+)*)-seed-(\d+)\.mp4")
 _WITHOUT_SEED = re.compile(r"steps-(\d+)\.mp4")  # anyflow 0.1 had one seed for a folder
 _OLD_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -31,9 +32,14 @@ def folder_name(prompt: VideoPrompt) -> str:
     return f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:8]}".lstrip("-")
 
 
-def file_name(num_inference_steps: int, seed: int) -> str:
-    """Name the video of a prompt at a number of steps."""
-    return f"steps-{num_inference_steps:02d}-seed-{seed}.mp4"
+def file_name(budget: StepBudget, seed: int) -> str:
+    """Name the video of a prompt at a number of steps, or at those of a causal model's chunks."""
+    return f"steps-{'+'.join(f'{n:02d}' for n in budget_numbers(budget))}-seed-{seed}.mp4"
+
+
+def partial_name(budget: StepBudget, seed: int) -> str:
+    """Name the file of a video that is being made chunk by chunk."""
+    return file_name(budget, seed).replace(".mp4", ".partial.mp4")
 
 
 def comparison_name(seed: int) -> str:
@@ -48,7 +54,8 @@ class SampleResults:
     Args:
         file: ``results.json``.
         settings: what every video of the folder was made with.
-        videos: entries with ``prompt``, ``steps``, ``seed``, ``file`` and more.
+        videos: entries with ``prompt``, ``steps`` (a number, or a list of those of a causal model's
+            chunks), ``seed``, ``file`` and more.
     """
 
     file: Path
@@ -101,9 +108,9 @@ class SampleResults:
         content = {"settings": self.settings, "videos": self.videos}
         write_text(self.file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
-    def there(self, folder: Path) -> dict[tuple[int, int], Path]:
+    def there(self, folder: Path) -> dict[tuple[StepBudget, int], Path]:
         """Return the videos in the folder of a prompt, by their numbers of steps and seeds."""
-        found = {}
+        found: dict[tuple[StepBudget, int], Path] = {}
         for video in self.videos:  # an older folder's, whose names lack the seed
             file = self.file.parent / video["file"]
             if file.parent == folder and _WITHOUT_SEED.fullmatch(file.name) and file.is_file():
@@ -111,7 +118,8 @@ class SampleResults:
         for file in folder.glob("steps-*.mp4") if folder.is_dir() else ():
             match = _VIDEO.fullmatch(file.name)
             if match is not None and file.is_file():
-                found[int(match[1]), int(match[2])] = file
+                steps = [int(number) for number in match[1].split("+")]
+                found[steps[0] if len(steps) == 1 else tuple(steps), int(match[2])] = file
         return found
 
 
@@ -145,9 +153,12 @@ def _check_video(video: Any, number: int) -> None:
     if not isinstance(video, dict) or not isinstance(video.get("file"), str):
         raise ValueError(f"video {number} must be an object with the text 'file'")
     for name in ("steps", "seed"):
-        if type(video.get(name)) is not int:
+        value = video.get(name)
+        if isinstance(value, list) and name == "steps":
+            checked_budget(value)
+        elif type(value) is not int:
             raise ValueError(
-                f"{name!r} of video {number} must be a whole number, got {brief(video.get(name))}"
+                f"{name!r} of video {number} must be a whole number, got {brief(value)}"
             )
     if not isinstance(video.get("packages", {}), dict):
         raise ValueError(f"the 'packages' of video {number} must be an object")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from tiny_causal import write_causal_model
 from typer.testing import CliRunner
 
 from anyflow.cli import app
@@ -29,6 +30,7 @@ def workplace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(model)
     _plain_wan(model, tmp_path / "wan")
+    write_causal_model(model, tmp_path / "far", chunk_partition=(1, 1))
     (tmp_path / "prompts.csv").write_text(
         "prompt,negative_prompt\na red disc,blurry\na blue cross,\n"
     )
@@ -124,11 +126,14 @@ def test_the_commands(workplace: Path) -> None:
     more = {"sample": small, "verify": small, "convert": ["--head-dim", "12"], "inspect": []}
     assert {command.split()[0] for command in commands} == set(more)
     for command in commands:
-        arguments = shlex.split(command.replace(NAME, "model").replace("--steps 50", "--steps 2"))
+        command = command.replace("--steps 50", "--steps 2").replace("--switch 3:", "--switch 1:")
+        arguments = shlex.split(command.replace(NAME, "model"))
         result = CliRunner().invoke(app, [*arguments, *more[arguments[0]]])
         assert result.exit_code == 0, (command, result.output)
     assert len(list((workplace / "videos").rglob("steps-*.mp4"))) == 8
     assert len(list((workplace / "wan-videos").rglob("steps-*.mp4"))) == 1
+    assert len(list((workplace / "far-videos").rglob("steps-08+02-seed-0.mp4"))) == 1
+    assert len(list((workplace / "switched").rglob("steps-*.mp4"))) == 3
     assert (workplace / "converted" / "scheduler" / "scheduler_config.json").is_file()
 
 

@@ -124,7 +124,7 @@ class PipelineModel:
 
     def check(self, prompts: Sequence[VideoPrompt]) -> None:
         """Raise a ValueError for what cannot work."""
-        self.settings.check()
+        self.settings.check(cuda_graph=self.cuda_graph)
         check_options(
             self.memory,
             resolve_device(self.device),
@@ -139,7 +139,7 @@ class PipelineModel:
         parts = [paths.transformer / "transformer", paths.scheduler / "scheduler"]
         lora = [] if settings.lora is None else [Path(settings.lora)]
         skipped = ("model", "image", "video", "video_frames")
-        values = {name: value for name, value in asdict(settings).items() if name not in skipped}
+        values = {n: value for n, value in settings.as_dict().items() if n not in skipped}
         return {
             **values,
             "weights": fingerprint(
@@ -164,8 +164,13 @@ class _PipelineMaker:
     def frames(
         self, prompt: VideoPrompt, num_inference_steps: int, seed: int, callback: Callback
     ) -> Any:
-        """Make the frames of one video."""
-        return self.renderer.frames(prompt, num_inference_steps, seed, callback)[0]
+        """Make the frames of one video; a causal model's steps are counted in its last chunk."""
+        first = self.renderer.num_evaluations(num_inference_steps) - num_inference_steps
+
+        def after_step(index: int, timestep: float, latents: torch.Tensor) -> Any:
+            return callback(index - first, timestep, latents) if index >= first else None
+
+        return self.renderer.frames(prompt, num_inference_steps, seed, after_step)[0]
 
     def reason(self, error: Exception) -> str:
         """Say in one line why a video could not be made."""
