@@ -112,7 +112,7 @@ def parse_chunks(text: str | None) -> tuple[int, ...] | None:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdecimal() and len(word) < 20 for word in words):
         raise ValueError(
-            "--chunks must be the latent frames of each chunk with commas between them, as "
+            "--chunks must be latent frames of each chunk with commas between them, as "
             f"1,3,3,2, got {shortened(text)!r}"
         )
     return tuple(int(word) for word in words)

@@ -70,7 +70,7 @@ FRAMES = ["--num-frames", "13"]
         ([*FRAMES, "--chunks", "1,3,3"], "chunk_partition (1, 3, 3) has 7 latent frames, and "
          "num_frames=13 makes 4: give a chunk_partition whose sum is 4, or num_frames=25; (1, 3) "
          "fits (--chunks 1,3)"),
-        ([*FRAMES, "--chunks", "1,x"], "--chunks must be the latent frames of each chunk with "
+        ([*FRAMES, "--chunks", "1,x"], "--chunks must be latent frames of each chunk with "
          "commas between them, as 1,3,3,2, got '1,x'"),
         ([*FRAMES, "--chunks", "4,0"], "chunk 1 must be a whole number from 1"),
         ([*FRAMES, "--height", "48"], "height must be a multiple of 32 where frames are "
