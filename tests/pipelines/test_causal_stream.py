@@ -142,6 +142,10 @@ def test_closing_a_stream_takes_the_transformer_off_the_device(causal_model: Pat
     stream = pipe.stream(PROMPT, **CALL, progress=False)
     next(stream)
     assert pipe._turns._homes  # the weights' places on the host: it is the transformer's turn
+    pipe(PROMPT, **CALL, progress=False)
+    assert not pipe._turns._homes
+    next(stream)
+    assert pipe._turns._homes
     stream.close()
     assert not pipe._turns._homes
     assert list(stream) == []
