@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from anyflow.models.causal_cache import cache_bytes
+from anyflow.models.chunks import ChunkPartition, FrameTokens
+from anyflow.models.configuration import CausalSettings
 from anyflow.models.network import has_hooks
 from anyflow.pipelines.loading import ModelPaths
 from anyflow.pipelines.pinning import pin_weights
+from anyflow.utils.documents import read_json
 
 if TYPE_CHECKING:
     from anyflow.models import AnyFlowTransformer3DModel
@@ -25,6 +29,7 @@ MEMORY: tuple[Memory, ...] = ("auto", "fast", "low", "stream")
 # tests/pipelines/test_memory_budget.py: the VAE in fp32 or 33 000 tokens through a block of 14B,
 # and a prompt through UMT5-XXL.
 WORKSPACE, TEXT_WORKSPACE = 12 * 2**30, 2**30
+_TOKENS = 30, 52  # rows and columns of such a frame
 
 
 def check_options(memory: str, device: torch.device, *, compile: bool, cuda_graph: bool) -> None:
@@ -44,11 +49,15 @@ def check_options(memory: str, device: torch.device, *, compile: bool, cuda_grap
 
 @dataclass(frozen=True)
 class Sizes:
-    """Count the bytes of the weights of each part on the device."""
+    """Count the bytes of the weights of each part on the device.
+
+    ``cache`` are those of a causal model's keys and values at 480 x 832, 0 of a bidirectional one.
+    """
 
     transformer: int
     text_encoder: int
     vae: int
+    cache: int = 0
 
     @classmethod
     def read(
@@ -57,8 +66,16 @@ class Sizes:
         given: Mapping[str, nn.Module | None],
         dtype: torch.dtype,
         vae_dtype: torch.dtype,
+        causal: CausalSettings | None = None,
     ) -> Sizes:
-        """Count the weights by the headers of their files; ``given`` are modules in their place."""
+        """Count the weights by the headers of their files.
+
+        Args:
+            paths: folders of the model.
+            given: modules in the place of folders.
+            dtype, vae_dtype: of the weights on the device.
+            causal: settings of a causal transformer, None for a bidirectional one.
+        """
 
         def size(part: str, folder: Path, width: int) -> int:
             module = given.get(part)
@@ -72,6 +89,9 @@ class Sizes:
             transformer=size("transformer", paths.transformer, dtype.itemsize),
             text_encoder=size("text_encoder", paths.model, dtype.itemsize),
             vae=size("vae", paths.model, vae_dtype.itemsize),
+            cache=0
+            if causal is None
+            else _cache_bytes(paths, given.get("transformer"), causal, dtype.itemsize),
         )
 
 
@@ -100,7 +120,7 @@ def choose_plan(
     if free is None:
         return "low" if memory == "low" else "fast"
     room = free - sizes.vae
-    workspace = WORKSPACE * (2 if cuda_graph else 1)  # a graph keeps its own
+    workspace = sizes.cache + WORKSPACE * (2 if cuda_graph else 1)  # a graph keeps its own
     if memory == "auto" and room >= sizes.transformer + sizes.text_encoder + workspace:
         return "fast"
     if room >= max(sizes.transformer + workspace, sizes.text_encoder + TEXT_WORKSPACE):
@@ -258,3 +278,27 @@ def _num_parameters(folder: Path) -> int:
 
     files = sorted(folder.glob("*.safetensors"))
     return sum(math.prod(info.shape) for file in files for info in read_header(file).values())
+
+
+def _cache_bytes(
+    paths: ModelPaths, transformer: nn.Module | None, causal: CausalSettings, itemsize: int
+) -> int:
+    """Count the cache of the model's own chunks, by its configuration."""
+    if transformer is None:
+        config = read_json(paths.transformer / "transformer" / "config.json")
+    else:
+        config = cast(Any, transformer).config
+    ratio = [
+        large // small
+        for large, small in zip(
+            causal.compressed_patch_size[1:], config.get("patch_size", (1, 2, 2))[1:], strict=True
+        )
+    ]
+    return cache_bytes(
+        ChunkPartition(causal.chunk_partition),
+        causal.full_chunk_limit,
+        FrameTokens(*_TOKENS, (ratio[0], ratio[1])),
+        layers=config.get("num_layers", 40),
+        width=config.get("num_attention_heads", 40) * config.get("attention_head_dim", 128),
+        itemsize=itemsize,
+    )

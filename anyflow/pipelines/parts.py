@@ -192,7 +192,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         if scheduler is None:
             scheduler = load_scheduler(paths.scheduler, euler=euler)
         tokenizer = load_tokenizer(paths.model) if tokenizer is None else tokenizer
-        sizes = Sizes.read(paths, given, width, vae_dtype)
+        sizes = Sizes.read(paths, given, width, vae_dtype, layout.causal)
         plan = choose_plan(
             memory, sizes, free_memory(target, own), compile=compile, cuda_graph=cuda_graph
         )

@@ -1,12 +1,17 @@
 """Test callbacks of the causal pipeline, and prompts that change while a video is made."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from anyflow.models import AnyFlowFARTransformer3DModel
 from anyflow.pipelines import AnyFlowFARPipeline
+from anyflow.pipelines.loading import ModelPaths
+from anyflow.pipelines.memory import Sizes, choose_plan
 
 PROMPT, OTHER = "a red disc moves slowly", "a blue cross stops"
 CALL: dict[str, Any] = {
@@ -213,3 +218,20 @@ def test_context_of_one_frame_is_that_of_the_image(causal_pipe: AnyFlowFARPipeli
     torch.testing.assert_close(
         by_image, video(causal_pipe, video_latents=given), rtol=0, atol=TOLERANCE
     )
+
+
+def test_the_memory_plans_count_the_cache(causal_model: Path) -> None:
+    """Read the sizes of a folder, and plan for a 14B model with 11 GiB of keys and values."""
+    paths = ModelPaths.find(causal_model)
+    settings = paths.layout().causal
+    sizes = Sizes.read(paths, {}, torch.bfloat16, torch.float32, settings)
+    model = AnyFlowFARTransformer3DModel.from_pretrained(causal_model, subfolder="transformer")
+    assert sizes.cache == model.cache_bytes(60, 104, dtype=torch.bfloat16) > 0
+    given = {"transformer": model}
+    assert Sizes.read(paths, given, torch.bfloat16, torch.float32, settings).cache == sizes.cache
+    assert Sizes.read(paths, {}, torch.bfloat16, torch.float32).cache == 0
+    plain = Sizes(28_800_000_000, 11_400_000_000, 508_000_000)
+    causal = replace(plain, cache=11 * 2**30)
+    free = int(0.97 * 48 * 2**30)
+    assert choose_plan("auto", plain, free) == "low"
+    assert choose_plan("auto", causal, free) == "stream"
