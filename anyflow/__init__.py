@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.2.0.dev0"
 
 __all__ = [
+    "AnyFlowFARPipeline",
+    "AnyFlowFARTransformer3DModel",
     "AnyFlowPipeline",
     "AnyFlowTransformer3DModel",
     "FlowMapEulerDiscreteScheduler",
@@ -26,6 +28,7 @@ __all__ = [
     "pipelines",
     "restore",
     "sample",
+    "sample_causal",
     "sampling",
     "schedulers",
     "training",
@@ -45,19 +48,22 @@ if TYPE_CHECKING:
         schedulers,
         training,
     )
-    from anyflow.models import AnyFlowTransformer3DModel
-    from anyflow.pipelines import AnyFlowPipeline
+    from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
+    from anyflow.pipelines import AnyFlowFARPipeline, AnyFlowPipeline
     from anyflow.pipelines.acceleration import accelerate, restore
-    from anyflow.sampling import sample
+    from anyflow.sampling import sample, sample_causal
     from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 else:  # a type checker that saw __getattr__ would let every misspelled name pass
     _EXPORTS = {
+        "AnyFlowFARPipeline": "pipelines",
+        "AnyFlowFARTransformer3DModel": "models",
         "AnyFlowPipeline": "pipelines",
         "AnyFlowTransformer3DModel": "models",
         "FlowMapEulerDiscreteScheduler": "schedulers",
         "accelerate": "pipelines.acceleration",
         "restore": "pipelines.acceleration",
         "sample": "sampling",
+        "sample_causal": "sampling",
     }
 
     def __getattr__(name):

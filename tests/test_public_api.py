@@ -13,6 +13,7 @@ import anyflow
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTS = (
     *("AnyFlowPipeline", "AnyFlowTransformer3DModel", "FlowMapEulerDiscreteScheduler"),
+    *("AnyFlowFARPipeline", "AnyFlowFARTransformer3DModel", "sample_causal"),
     *("__version__", "accelerate", "restore", "sample"),
 )
 
@@ -32,6 +33,7 @@ WRONG = {
     "anyflow.sampel": "attr-defined",
     "anyflow.sample(num_steps=4)": "call-arg",
     "anyflow.accelerate()": "call-arg",
+    "anyflow.sample_causal(num_steps=4)": "call-arg",
     "AnyFlowTransformer3DModel(num_heads=3)": "call-arg",
     'AnyFlowTransformer3DModel(num_layers="two")': "arg-type",
     'AnyFlowTransformer3DModel.from_pretrained("path").enable_flow_map(gate=1)': "call-arg",
