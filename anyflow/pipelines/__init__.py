@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from anyflow.pipelines.pipeline import AnyFlowPipeline, VideoOutput
     from anyflow.pipelines.request import VideoRequest
     from anyflow.pipelines.video import write_comparison, write_video
+    from anyflow.pipelines.video_writer import VideoWriter
 
 _MODULES = {
     "AnyFlowPipeline": "pipeline",
     "ModelLayout": "layout",
     "VideoOutput": "pipeline",
     "VideoRequest": "request",
+    "VideoWriter": "video_writer",
     "write_comparison": "video",
     "write_video": "video",
 }
@@ -25,6 +27,7 @@ __all__ = [
     "ModelLayout",
     "VideoOutput",
     "VideoRequest",
+    "VideoWriter",
     "write_comparison",
     "write_video",
 ]

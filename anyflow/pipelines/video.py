@@ -39,7 +39,7 @@ def write_video(frames: Any, path: str | Path, fps: float = 16) -> Path:
             that cannot be.
         ImportError: PyAV is missing.
     """
-    return _encode(uint8_frames(frames), Path(path), _rate(fps))
+    return _encode(uint8_frames(frames), Path(path), frame_rate(fps))
 
 
 def write_comparison(videos: Mapping[str, Path], path: str | Path) -> Path:
@@ -126,34 +126,53 @@ class _Canvas:
 def _encode(frames: Iterable[np.ndarray], path: Path, rate: Fraction) -> Path:
     """Encode ``[H, W, 3]`` uint8 frames of one size to a file, whole or not at all."""
     av = import_av()
-    if path.suffix != ".mp4":
-        raise ValueError(f"videos are written as .mp4, got {path}")
+    require_mp4(path)
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
         raise ValueError(f"{path}: no frames to write")
     height, width = first.shape[:2]
-    if height % 2 or width % 2:
-        raise ValueError(f"{path}: height and width must be even, got {height} x {width}")
+    require_even(path, height, width)
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"movflags": "+faststart"}
     with (
         whole_file(path) as partial,
         av.open(str(partial), "w", format="mp4", options=options) as container,
     ):
-        stream = _add_stream(container, rate, height, width)
+        stream = add_stream(container, rate, height, width)
         for pixels in chain([first], frames):
-            if pixels.shape != first.shape:
-                raise ValueError(
-                    f"{path}: frames of different sizes, {first.shape} and {pixels.shape}"
-                )
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+            require_size(path, pixels, first.shape)
+            container.mux(stream.encode(video_frame(pixels)))
         container.mux(stream.encode(None))
     return path
 
 
-def _add_stream(container: Any, rate: Fraction, height: int, width: int) -> Any:
+def require_mp4(path: Path) -> None:
+    """Raise a ValueError for a path that does not end with ``.mp4``."""
+    if path.suffix != ".mp4":
+        raise ValueError(f"videos are written as .mp4, got {path}")
+
+
+def require_even(path: Path, height: int, width: int) -> None:
+    """Raise a ValueError for sizes of which H.264 cannot subsample the colors."""
+    if height % 2 or width % 2:
+        raise ValueError(f"{path}: height and width must be even, got {height} x {width}")
+
+
+def require_size(path: Path, pixels: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError for a frame of another shape than the first of its video."""
+    if pixels.shape != shape:
+        raise ValueError(f"{path}: frames of different sizes, {shape} and {pixels.shape}")
+
+
+def video_frame(pixels: np.ndarray) -> Any:
+    """Convert ``[H, W, 3]`` uint8 to the frame of PyAV that is encoded."""
+    frame = import_av().VideoFrame.from_ndarray(pixels, format="rgb24")
+    return frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+
+
+def add_stream(container: Any, rate: Fraction, height: int, width: int) -> Any:
+    """Add the stream of a video, which encodes its frames, to a container of PyAV."""
     av = import_av()
     if "libx264" in av.codecs_available:
         stream = container.add_stream(
@@ -171,7 +190,8 @@ def _add_stream(container: Any, rate: Fraction, height: int, width: int) -> Any:
     return stream
 
 
-def _rate(fps: float) -> Fraction:
+def frame_rate(fps: float) -> Fraction:
+    """Return frames per second as a fraction, or raise a ValueError unless they are > 0."""
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps must be a finite number > 0, got {fps}")
     return Fraction(fps).limit_denominator(1000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,6 @@ def encode_video(vae: Any, pixels: Tensor) -> Tensor:
     return ((latents - mean) * (1 / std)).transpose(1, 2)
 
 
-@torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Decode normalized latents ``[B, F', C, h, w]`` to a video ``[B, F, 3, H, W]`` in [0, 1].
 
@@ -129,11 +128,24 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
         FloatingPointError: what the VAE returns holds NaN or infinity, or the latents do; the host
             waits for it.
     """
+    return decode_with(vae, latents, lambda scaled: vae.decode(scaled, return_dict=False)[0])
+
+
+@torch.no_grad()
+def decode_with(vae: Any, latents: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
+    """Decode latents as :func:`decode_latents` does, with a function in place of ``vae.decode``.
+
+    Args:
+        vae: VAE that the latents are of.
+        latents: normalized latents ``[B, F', C, h, w]``.
+        decode: makes frames ``[B, 3, F, H, W]`` in [-1, 1] of latents ``[B, C, F', h, w]`` that are
+            no longer normalized.
+    """
     latents = latents.to(execution_device(vae), vae.dtype).transpose(1, 2)
     mean, std = _statistics(vae, latents)
     finite = FiniteCheck()
     finite.note("latents to be decoded", latents)
-    video = vae.decode(latents * std + mean, return_dict=False)[0]
+    video = decode(latents * std + mean)
     finite.note("decoded frames", video)  # before the clamp, which makes infinity a 1
     if (found := finite.first()) is not None:
         name, picked, count = found
