@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sizes import NetworkSize
+from sizes import CausalSize, NetworkSize
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
@@ -43,12 +43,17 @@ def peer_problem() -> str | None:
 
 
 def ours(size: NetworkSize, device: torch.device, seed: int = 0) -> Any:
-    """Build our model with random weights on the device, in fp32 what checkpoints keep in fp32."""
-    from anyflow.models import AnyFlowTransformer3DModel
+    """Build our model with random weights on the device, in fp32 what checkpoints keep in fp32.
 
+    A :class:`sizes.CausalSize` gives the causal model.
+    """
+    from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
+
+    causal = isinstance(size, CausalSize)
     torch.manual_seed(seed)
     with _made_in(size.dtype, device):
-        model = AnyFlowTransformer3DModel(**size.config())
+        cls = AnyFlowFARTransformer3DModel if causal else AnyFlowTransformer3DModel
+        model = cls(**size.config())
     for name, parameter in model.named_parameters():
         if set(model._keep_in_fp32_modules) & set(name.split(".")):
             parameter.data = parameter.data.float()
@@ -61,12 +66,15 @@ def peer(size: NetworkSize, model: nn.Module) -> Any:
     Copied are the few that diffusers does not keep in fp32 as ours does (``delta_embedder``), as
     its ``from_pretrained`` has them.
     """
-    from diffusers import AnyFlowTransformer3DModel as Peer
+    import diffusers
 
+    causal = isinstance(size, CausalSize)
+    name = "AnyFlowFARTransformer3DModel" if causal else "AnyFlowTransformer3DModel"
+    cls = getattr(diffusers, name)
     with _made_in(size.dtype, next(model.parameters()).device), _without_parameters():
-        built = Peer(**size.config())
+        built = cls(**size.config())
     built.load_state_dict(model.state_dict(), assign=True)
-    kept = set(Peer._keep_in_fp32_modules)
+    kept = set(cls._keep_in_fp32_modules)
     for name, parameter in built.named_parameters():
         if not kept & set(name.split(".")):
             parameter.data = parameter.data.to(size.dtype)

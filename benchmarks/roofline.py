@@ -102,24 +102,36 @@ def block(size: NetworkSize) -> list[Component]:
     of the text. Their operations, about ten for every number that is read, are left out: no limit
     depends on them.
     """
-    tokens, text, d, f = size.tokens, size.text_tokens, size.dim, size.ffn_dim
+    return block_on(size, size.tokens, size.tokens**2, size.tokens)
+
+
+def block_on(size: NetworkSize, tokens: int, pairs: int, keys: int) -> list[Component]:
+    """List the components of one block on other tokens than those of the size.
+
+    Args:
+        size: of the network.
+        tokens: that the block computes.
+        pairs: of a query and a key that it attends to.
+        keys: that are read, among them cached ones.
+    """
+    text, d, f = size.text_tokens, size.dim, size.ffn_dim
     width = size.dtype.itemsize
     activation, prompt = tokens * d * width, text * d * width
     tables = 2 * 2 * tokens * (size.head_dim // 2) * WIDE
     passes = 2 + 4 + 4 + 2 + 4 + 3
     return [
-        Component(SELF_ATTENTION, 4.0 * tokens**2 * d, 4.0 * activation),
+        Component(SELF_ATTENTION, 4.0 * pairs * d, 2.0 * activation + 2.0 * keys * d * width),
         Component(CROSS_ATTENTION, 4.0 * tokens * text * d, 2.0 * activation + 2.0 * prompt),
-        _linear("linear: self-attention q, k, v, out", width, ((tokens, d, d),) * 4),
-        _linear("linear: cross-attention q, out", width, ((tokens, d, d),) * 2),
+        linear("linear: self-attention q, k, v, out", width, ((tokens, d, d),) * 4),
+        linear("linear: cross-attention q, out", width, ((tokens, d, d),) * 2),
         # the GELU is in the product before it
-        _linear("linear: feed-forward", width, ((tokens, d, f), (tokens, f, d))),
-        _linear(TEXT, width, ((text, d, d),) * 2),
+        linear("linear: feed-forward", width, ((tokens, d, f), (tokens, f, d))),
+        linear(TEXT, width, ((text, d, d),) * 2),
         Component(NORMS, 0.0, float(passes * activation + tables + 2 * prompt)),
     ]
 
 
-def _linear(name: str, width: int, products: tuple[tuple[int, int, int], ...]) -> Component:
+def linear(name: str, width: int, products: tuple[tuple[int, int, int], ...]) -> Component:
     """Count (tokens, in, out) products with a bias."""
     flops = sum(2.0 * n * i * o for n, i, o in products)
     moved = sum(width * (n * i + i * o + o + n * o) for n, i, o in products)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 PATCH = (1, 2, 2)  # frames, height, width
+COMPRESSED_PATCH = (1, 4, 4)  # of the causal model's early frames
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,64 @@ class NetworkSize:
         }
 
 
+@dataclass(frozen=True)
+class CausalSize(NetworkSize):
+    """Describe a causal transformer, whose videos are cut into chunks.
+
+    Attributes:
+        chunk_partition: latent frames of each chunk.
+        full_chunk_limit: L, the chunks that are full.
+    """
+
+    chunk_partition: tuple[int, ...] = (1, 3, 3, 3, 3, 3, 3, 2)
+    full_chunk_limit: int = 3
+
+    @property
+    def frame_tokens(self) -> int:
+        """Return P, the tokens of a full frame."""
+        return self.tokens // self.frames
+
+    @property
+    def compressed_frame_tokens(self) -> int:
+        """Return P', the tokens of a compressed frame."""
+        _, _, height, width = self.latents
+        return (height // COMPRESSED_PATCH[1]) * (width // COMPRESSED_PATCH[2])
+
+    @property
+    def compressed_patch_values(self) -> int:
+        """Return how many numbers a compressed patch has."""
+        return self.latents[1] * math.prod(COMPRESSED_PATCH)
+
+    @property
+    def parameters(self) -> int:
+        """Count the parameters, with those of the compressed patch embedding."""
+        return super().parameters + self.compressed_patch_values * self.dim + self.dim
+
+    def config(self) -> dict[str, Any]:
+        """Return the arguments of the causal model's class, ours or diffusers'."""
+        chunks = {
+            "compressed_patch_size": COMPRESSED_PATCH,
+            "full_chunk_limit": self.full_chunk_limit,
+            "chunk_partition": self.chunk_partition,
+        }
+        return super().config() | chunks
+
+
+_CPU_SHAPES = {"head_dim": 64, "text_dim": 128, "text_tokens": 32, "dtype": torch.float32}
+_TINY_SHAPES = {"head_dim": 32, "text_dim": 64, "text_tokens": 16, "freq_dim": 32}
+
+
 def _on_cpu(name: str, heads: int, layers: int, ffn_dim: int, **changed: Any) -> NetworkSize:
-    common = {"head_dim": 64, "text_dim": 128, "text_tokens": 32, "dtype": torch.float32}
-    return NetworkSize(name, heads, layers, ffn_dim, **{**common, **changed})
+    return NetworkSize(name, heads, layers, ffn_dim, **{**_CPU_SHAPES, **changed})
 
 
 def _tiny(name: str, heads: int, layers: int, ffn_dim: int) -> NetworkSize:
-    shapes = {"head_dim": 32, "text_dim": 64, "text_tokens": 16, "freq_dim": 32}
-    return _on_cpu(name, heads, layers, ffn_dim, latents=(3, 16, 8, 12), **shapes)
+    return _on_cpu(name, heads, layers, ffn_dim, latents=(3, 16, 8, 12), **_TINY_SHAPES)
+
+
+def _causal_on_cpu(partition: tuple[int, ...], height: int, width: int) -> CausalSize:
+    shapes = {"latents": (sum(partition), 16, height, width), **_CPU_SHAPES}
+    return CausalSize("small", 6, 4, 1536, chunk_partition=partition, **shapes)
 
 
 SMALL = _on_cpu("small", 6, 4, 1536, latents=(5, 16, 32, 32))  # 1280 tokens
@@ -108,3 +159,17 @@ MEDIUM = _on_cpu("110M", 12, 12, 3072, text_dim=1024, latents=(5, 16, 32, 32))
 PUBLISHED = {"1.3B": NetworkSize("1.3B", 12, 30, 8960), "14B": NetworkSize("14B", 40, 40, 13824)}
 # The published networks in small, for runs that prove the code; their times mean nothing.
 TINY = {"1.3B": _tiny("1.3B", 2, 2, 192), "14B": _tiny("14B", 3, 3, 256)}
+
+# Chunks of a multiple of 128 tokens: diffusers' cached step attends to padding where they are not.
+SMALL_CAUSAL = _causal_on_cpu((1, 3, 3, 3, 2), 16, 32)  # 128 tokens a frame, 32 compressed
+SHORT_CAUSAL = _causal_on_cpu((2, 2, 2, 2), 16, 16)  # 64 and 16
+CAUSAL = {name: CausalSize(s.name, s.heads, s.layers, s.ffn_dim) for name, s in PUBLISHED.items()}
+TINY_CAUSAL = {
+    name: CausalSize(
+        *(s.name, s.heads, s.layers, s.ffn_dim),
+        latents=(7, 16, 8, 12),
+        chunk_partition=(1, 2, 2, 1, 1),
+        **{**_CPU_SHAPES, **_TINY_SHAPES},
+    )
+    for name, s in TINY.items()
+}

@@ -13,7 +13,7 @@ import torch
 from roofline import LimitMeter
 from timing import OURS, Interleaved, Step, TimeBudget, difference, peak_memory
 
-LAYERS = ("ops", "model", "methods", "sampling", "loading")
+LAYERS = ("ops", "model", "methods", "sampling", "causal", "loading")
 # in the name of a peer that `--no-compile` and `--quick` leave out: it takes minutes to build
 COMPILE = "compile"
 MEMORY = ", memory"  # after a peer's name: the ratio of peak memory instead of time

@@ -20,7 +20,8 @@ def main() -> None:
     device, _ = build.prepare_process(order["device"], order["parent"])
     import torch
 
-    from gpu.device_checks import catalogue, evaluate
+    from gpu.device_checks import catalogue
+    from gpu.outcomes import evaluate
 
     checks = {check.name: check for check in catalogue(device, order["tiny"])}
     for name in order["names"]:

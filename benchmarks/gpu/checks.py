@@ -14,7 +14,8 @@ from typing import Any
 
 from gpu import build
 from gpu.check_part import MARK
-from gpu.device_checks import Backends, Outcome, catalogue, failed
+from gpu.device_checks import catalogue
+from gpu.outcomes import Backends, Outcome, failed
 from gpu.run import DeviceRun, Skip
 from gpu.supervisor import ended
 

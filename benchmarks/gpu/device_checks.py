@@ -3,25 +3,20 @@
 Operators are compared with their references in fp64: small ones as ``anyflow doctor`` does, then at
 the models' sizes, forward and backward, where what a kernel allocates reads NaN until it is written
 and a second call must give the same bits. Then more than 2^31 elements, a stream of its own, every
-attention backend, GELU in the epilogue of a product, and a small network on the kernels against the
-same on the references.
+attention backend, GELU in the epilogue of a product, and small networks
+(:mod:`gpu.network_checks`).
 
 ``run_gpu.py`` runs parts of them in processes beside each other (:mod:`gpu.checks`).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
-import networks
 import torch
 import torch.nn.functional as F
-from sizes import NetworkSize
 from torch import Tensor
 
 from anyflow import ops
@@ -30,83 +25,23 @@ from anyflow.models.attention import attention, attention_report
 from anyflow.ops import examples, use_backend
 from anyflow.ops.backend import BACKENDS, OPERATORS, missing
 from anyflow.ops.examples import Example, OperatorCall, as_tuple
-from gpu.run import last_line
+from gpu import network_checks
+from gpu.outcomes import SAME, DeviceCheck, WrongNumbers, relative
 
 # Of ||a - e|| / ||e||. One rounding to bf16 is 2^-9 of an element at most, and results have up to
 # three on their way; in fp32 they have their own sums and a GPU's approximate functions, for which
 # the self-check's bound stands.
 LIMITS = {torch.bfloat16: 3 * 2.0**-9, torch.float32: 3 * TOLERANCE[torch.float32]}
-SAME = 1e-6  # of what the same kernels compute in another order of launches
-# of a network, bf16 against fp32 through three blocks: most of tens of roundings average out
-NETWORK_LIMIT = 2e-2
 # rounded are the weights, the result and, backward, the gradient of the scores
 ATTENTION_LIMIT = 5 * 2.0**-9
-_NETWORK = NetworkSize("checked", 4, 3, 1024, text_dim=256, text_tokens=64, latents=(5, 16, 30, 52))
-_TINY_NETWORK = replace(_NETWORK, heads=2, ffn_dim=192, head_dim=32, latents=(3, 16, 8, 12))
-
-Backends = dict[str, list[str]]  # by operator
-# A line of the results: name, ok, error (None where the check raised), limit, problem (None if ok),
-# numbers (whether it failed by wrong numbers, not by an exception), seconds, accuses.
-Outcome = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class DeviceCheck:
-    """Describe a check.
-
-    Attributes:
-        name: unique.
-        limit: the largest error that passes.
-        run: gives the error, or raises.
-        accuses: backends by operator that are wrong if it fails, and are not timed; of wrong
-            numbers, nor are networks that run them. Empty where a failure is a warning alone.
-    """
-
-    name: str
-    limit: float
-    run: Callable[[], float]
-    accuses: Backends = field(default_factory=dict)
-
-
-class WrongNumbers(Exception):
-    """Say that a result is wrong in another way than by the size of its error."""
 
 
 def catalogue(device: torch.device, tiny: bool) -> list[DeviceCheck]:
     """List the checks for a device; nothing is allocated."""
-    found = [*_networks(device, tiny), *_operators(device, tiny), *_self_checks(device)]
-    found += [*_attention(device, tiny), *_launches(device, tiny)]
+    found = [*network_checks.catalogue(device, tiny), *_operators(device, tiny)]
+    found += [*_self_checks(device), *_attention(device, tiny), *_launches(device, tiny)]
     assert len({check.name for check in found}) == len(found), "two checks have the same name"
     return found
-
-
-def evaluate(check: DeviceCheck) -> Outcome:
-    """Run a check; an exception is its outcome."""
-    started, error, problem, numbers = time.monotonic(), None, None, False
-    try:
-        error = check.run()
-        if not error <= check.limit:  # NaN too
-            problem, numbers = f"the error is {error:.1e}, allowed are {check.limit:.1e}", True
-    except WrongNumbers as wrong:
-        problem, numbers = str(wrong), True
-    except Exception as exception:
-        problem = last_line(exception)
-    found = failed(check, problem, numbers, error)
-    return found | {"seconds": round(time.monotonic() - started, 2)}
-
-
-def failed(
-    check: DeviceCheck, problem: str | None, numbers: bool = False, error: float | None = None
-) -> Outcome:
-    """Return the outcome of a check with a problem; without one, it passed."""
-    found = {"name": check.name, "ok": problem is None, "error": error, "limit": check.limit}
-    return found | {"problem": problem, "numbers": numbers, "accuses": check.accuses}
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """Return ``||a - e|| / ||e||``, NaN where the result has one."""
-    expected = expected.detach().double()
-    return ((actual.detach().double() - expected).norm() / expected.norm()).item()
 
 
 def _draw(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -279,68 +214,4 @@ def _attention_error(device: torch.device, backend: str, length: int, grad: bool
             found = torch.autograd.grad(out, (q, k, v), cotangent)
             gradients = torch.autograd.grad(expected, wide, cotangent.double())
             errors += [relative(a, e) for a, e in zip(found, gradients, strict=True)]
-    return max(errors)
-
-
-# A small network ----------------------------------------------------------------------------------
-
-
-def _networks(device: torch.device, tiny: bool) -> Iterator[DeviceCheck]:
-    """Check a network on the kernels against the references, which operators alone do not show."""
-    size, limit = _TINY_NETWORK if tiny else _NETWORK, NETWORK_LIMIT
-    plain, framed = (
-        partial(_forward_error, device, size, per_frame) for per_frame in (False, True)
-    )
-    yield DeviceCheck("a network, bf16 against fp32", limit, plain)
-    yield DeviceCheck("a network with a time for each frame", limit, framed)
-    gradients = partial(_gradient_error, device, replace(size, dtype=torch.float32))
-    yield DeviceCheck("gradients of a network under autocast", limit, gradients)
-    if device.type == "cuda":
-        graph = partial(_graph_error, device, size)
-        yield DeviceCheck("a replayed CUDA graph of a network", SAME, graph)
-
-
-def _forward_error(device: torch.device, size: NetworkSize, per_frame: bool) -> float:
-    """Compare bf16 on the kernels with fp32 on the references."""
-    model, data = networks.ours(size, device), networks.videos(size, device)
-    data = replace(data, noise=data.noise.to(size.dtype))
-    exact = replace(data, noise=data.noise.float(), prompt=data.prompt.float())
-    with torch.no_grad():
-        out = networks.evaluation(model, size, data, per_frame)()
-        fp32 = replace(size, dtype=torch.float32)
-        with use_backend("eager"):
-            expected = networks.evaluation(model.float(), fp32, exact, per_frame)()
-    return relative(out, expected)
-
-
-def _gradient_error(device: torch.device, size: NetworkSize) -> float:
-    """Compare the gradients of all parameters under autocast, kernels against references."""
-    model, data = networks.ours(size, device), networks.videos(size, device)
-    evaluate, found = networks.evaluation(model, size, data, per_frame=False), []
-    for backend in (None, "eager"):
-        model.zero_grad()
-        with use_backend(backend):
-            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-                out = evaluate()
-            (out.float() * data.latents).sum().backward()
-        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        found.append(torch.cat(gradients))
-    return relative(*found)
-
-
-def _graph_error(device: torch.device, size: NetworkSize) -> float:
-    """Compare samples by a replayed CUDA graph, of two shapes, with those of the network itself."""
-    from anyflow.models.cuda_graph import CudaGraphTransformer
-    from anyflow.sampling import sample
-    from anyflow.schedulers import FlowMapEulerDiscreteScheduler
-
-    model = networks.ours(size, device).requires_grad_(False)
-    replayed, scheduler = CudaGraphTransformer(model), FlowMapEulerDiscreteScheduler()
-    errors = []
-    for frames in (5, 5, 3):
-        data = networks.videos(replace(size, latents=(frames, *size.latents[1:])), device)
-        noise, prompt = data.noise.to(size.dtype), data.prompt
-        models = (replayed, model)
-        results = (sample(m, scheduler, noise, prompt, num_inference_steps=4) for m in models)
-        errors.append(relative(*results))
     return max(errors)

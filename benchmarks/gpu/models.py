@@ -279,8 +279,13 @@ def run_probes(run: DeviceRun) -> None:
     run.require_right_kernels(FORWARD)
     size = run.sizes["1.3B"]
     step = forward(replace(size, latents=(1, *size.latents[1:])), run.place).makers[OURS]()
-    launched, samples = f"{HOST}: launched", []
     step()
+    put_step_and_graph(run, step, HOST)
+
+
+def put_step_and_graph(run: DeviceRun, step: Step, name: str) -> None:
+    """Time a warm step as it is launched, until the host has enqueued it, and as a CUDA graph."""
+    launched, samples = f"{name}: launched", []
     for _ in range(5):
         if run.cuda:
             torch.cuda.synchronize()  # nothing is left to do on the device
@@ -288,5 +293,5 @@ def run_probes(run: DeviceRun) -> None:
         step()
         samples.append((time.perf_counter() - started) * 1e3)
     enqueued = {"against": launched, "ms": statistics.median(samples), "samples_ms": samples}
-    run.put(f"{HOST}: until enqueued", enqueued)
-    _time_graph(run, step, {launched: step}, f"{HOST}: CUDA graph", rounds=5, against=launched)
+    run.put(f"{name}: until enqueued", enqueued)
+    _time_graph(run, step, {launched: step}, f"{name}: CUDA graph", rounds=5, against=launched)

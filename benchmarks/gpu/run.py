@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sizes import PUBLISHED, TINY, NetworkSize
+from sizes import CAUSAL, PUBLISHED, TINY, TINY_CAUSAL, CausalSize, NetworkSize
 from timing import Interleaved, Step
 from workloads import Place
 
@@ -54,6 +54,11 @@ class DeviceRun:
     def sizes(self) -> dict[str, NetworkSize]:
         """Return the networks by published name."""
         return TINY if self.tiny else PUBLISHED
+
+    @property
+    def causal_sizes(self) -> dict[str, CausalSize]:
+        """Return the causal networks by published name."""
+        return TINY_CAUSAL if self.tiny else CAUSAL
 
     @property
     def dtype(self) -> torch.dtype:

@@ -28,12 +28,19 @@ _forward, _sampling = "models.run_forward", "models.run_sampling"
 # Seconds on an H100 or H200 with its software read once, compilation included.
 SECTIONS = (
     RunSection(
-        "checks", "is what runs on this device right?", 45, _late("checks.run_checks"), resumes=True
+        "checks", "is what runs on this device right?", 50, _late("checks.run_checks"), resumes=True
     ),
     RunSection("limits", "matrix products and copies", 5, _late("kernels.run_limits")),
     RunSection("forward_1.3b", "one forward at 1.3B", 80, _late(_forward, name="1.3B"), FORWARD),
     RunSection("attention", "every attention backend", 5, _late("kernels.run_attention")),
     RunSection("sampling_1.3b", "samples at 1.3B", 12, _late(_sampling, name="1.3B"), FORWARD),
+    RunSection(
+        "causal_1.3b",
+        "the causal model at 1.3B, chunk by chunk",
+        45,
+        _late("causal.run_causal", name="1.3B"),
+        FORWARD,
+    ),
     RunSection("sampling_14b", "samples at 14B", 60, _late(_sampling, name="14B"), FORWARD),
     RunSection("forward_14b", "one forward at 14B", 55, _late(_forward, name="14B"), FORWARD),
     RunSection(

@@ -10,7 +10,7 @@ import networks
 import peers
 import roofline
 from networks import Videos, without_gradient
-from sizes import PUBLISHED, SMALL, NetworkSize
+from sizes import PUBLISHED, SMALL, CausalSize, NetworkSize
 from timing import OURS, Step
 from torch import Tensor, nn
 from workloads import Contest, Line, Place, Workload
@@ -26,14 +26,18 @@ QUICK_STEPS = 4
 STEPS = (1, 4, 8, 50)
 
 
-def _pipeline(
+def pipeline(
     transformer: nn.Module, size: NetworkSize, data: Videos, steps: int, accelerated: bool
 ) -> Step:
-    """Return the call of diffusers' pipeline, from prompt embeddings to ``[B, F, C, H, W]``."""
+    """Return the call of diffusers' pipeline, from prompt embeddings to ``[B, F, C, H, W]``.
+
+    The causal one has the chunks that its transformer's config names.
+    """
     import diffusers
 
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=SHIFT)
-    pipe = diffusers.AnyFlowPipeline(
+    causal = isinstance(size, CausalSize)
+    pipe = (diffusers.AnyFlowFARPipeline if causal else diffusers.AnyFlowPipeline)(
         tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler
     )
     pipe.set_progress_bar_config(disable=True)
@@ -80,7 +84,7 @@ def loops(size: NetworkSize, place: Place) -> Callable[[int], Contest]:
             model = networks.variant(made[0], compiler)
             if place.device.type == "cuda":
                 return transformer_alone(model, size, data, steps)
-            return _pipeline(model, size, data, steps, accelerated=False)
+            return pipeline(model, size, data, steps, accelerated=False)
 
         makers = {
             OURS: lambda: with_model(ours),
@@ -100,9 +104,9 @@ def _loop(size: NetworkSize, steps: int, place: Place) -> Contest:
 def _accelerated(size: NetworkSize, steps: int, place: Place) -> Contest:
     """Build two pipelines over one transformer, of which one is accelerated."""
     peer = networks.peer(size, networks.ours(size, place.device))
-    pipeline = partial(_pipeline, peer, size, networks.videos(size, place.device), steps)
+    call = partial(pipeline, peer, size, networks.videos(size, place.device), steps)
     work = roofline.work(size, steps * size.batch)
-    makers = {OURS: partial(pipeline, True), OWN_LOOP: partial(pipeline, False)}
+    makers = {OURS: partial(call, True), OWN_LOOP: partial(call, False)}
     return Contest(makers, work.bytes, work.flops)
 
 

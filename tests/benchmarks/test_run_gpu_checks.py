@@ -14,8 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpu import checks, device_checks, kernels, programs, worker
-from gpu.device_checks import Backends, DeviceCheck, Outcome
+from gpu import checks, device_checks, kernels, outcomes, programs, worker
+from gpu.outcomes import Backends, DeviceCheck, Outcome
 from gpu.run import DeviceRun, RunSection, Skip
 from gpu.sections import FORWARD, PRETRAIN
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def outcome_of(name: str, accuses: Backends, numbers: bool = True, ok: bool = False) -> Outcome:
     problem = None if ok else "the error is 1.0e+00, allowed are 1.0e-03"
-    return device_checks.failed(DeviceCheck(name, 1e-3, float, accuses), problem, numbers, 1.0)
+    return outcomes.failed(DeviceCheck(name, 1e-3, float, accuses), problem, numbers, 1.0)
 
 
 def test_a_wrong_kernel_stops_only_what_runs_it(device_run: DeviceRun) -> None:
@@ -73,12 +73,12 @@ def test_wrong_kernels_are_found_out(on_backend: Callable[..., Any]) -> None:
     ):
         made = on_backend(example, "native", change)
         check = DeviceCheck(how, 5e-3, lambda e=made: device_checks._compare(e, "native", CPU))
-        found[how] = device_checks.evaluate(check)
+        found[how] = outcomes.evaluate(check)
     right = found.pop("right")
     assert right["ok"] and right["error"] > 1e-4
     for how, outcome in found.items():
         assert not outcome["ok"] and outcome["numbers"] and outcome["problem"].startswith(how)
-    raised = device_checks.evaluate(DeviceCheck("x", 1.0, lambda: [][0]))
+    raised = outcomes.evaluate(DeviceCheck("x", 1.0, lambda: [][0]))
     assert not raised["ok"] and not raised["numbers"]
     assert raised["problem"] == "IndexError: list index out of range"
 
