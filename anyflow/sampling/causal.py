@@ -222,8 +222,8 @@ class ChunkSampler:
                 f"{', '.join(map(str, noise.shape[2:]))}], got {tuple(given)}"
             )
         chunks = self.partition.chunks_of_context(given[1])
-        self.network.finite.note("context_latents", context)
         context = to_device(context, noise.device, noise.dtype)
+        self.network.finite.note("context_latents", context)
         context = context.expand(len(noise), -1, -1, -1, -1)
         return {chunk: context[:, self.partition.frames(chunk)] for chunk in range(chunks)}
 
