@@ -13,7 +13,7 @@ from string import Template
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from page import floors, tables, targets
+from page import causal, floors, tables, targets
 from page.results import RunResults, load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +28,8 @@ def page(devices: list[RunResults]) -> str:
         cards="\n".join(floors.cards()),
         components="\n\n".join("\n".join(table) for table in floors.components()),
         by_card="\n".join(floors.by_card()),
+        causal_counts="\n".join(causal.counts()),
+        causal_floors="\n".join(causal.floors()),
         runs="\n\n".join("\n".join(_device(results)) for results in devices),
     )
 
@@ -36,8 +38,9 @@ def _device(results: RunResults) -> list[str]:
     """Write a device's part."""
     lines = [f"## {results.name}", "", *tables.alarms(results), *tables.run_of(results), ""]
     lines += [f"![Times of one forward](images/{_plot_name(results)})"]
-    for part in tables.PARTS:
-        lines += ["", *part(results)]
+    for part in (*tables.PARTS[:2], causal.tables_of, *tables.PARTS[2:]):
+        found = part(results)
+        lines += ["", *found] if found else []
     return lines
 
 

@@ -82,7 +82,7 @@ def test_cells_hold_what_was_measured() -> None:
     page = perf_docs.page([cut_short()])
     assert "Measured so far on: Test GPU." in page
     goals = page[page.index("## Targets") : page.index("### Anchors")].splitlines()
-    assert sum(bool(re.match(r"\| .*(≤|≥)", line)) for line in goals) == 14
+    assert sum(bool(re.match(r"\| .*(≤|≥)", line)) for line in goals) == 15
     ends = {
         "1.3B, one forward": "0.500 s, **missed**",
         "1.3B, diffusers eager / ours": "2.00x, reached",
@@ -106,6 +106,48 @@ def test_cells_hold_what_was_measured() -> None:
     assert "ours runs attention on `cudnn`, diffusers on torch's choice, `flash`" in page
     # the floor at the limits of that run
     assert line_of(page, "1.3B | 0.500 s").split("|")[7].strip() == "0.416 s"
+
+
+def test_a_causal_run_is_listed_where_there_is_one() -> None:
+    """Test a chunk of the two steps' video by hand: 12 frames in 40 + 80 ms; floors of the run."""
+    chunks = [{"encode_ms": 0.0, "evaluate_ms": 20.0}, {"encode_ms": 40.0, "evaluate_ms": 80.0}]
+    step = "step of the last chunk"
+    data = {
+        "limits": {"matmul_flops": 700e12, "copy_bytes_per_s": 5e12},
+        "causal_1.3b": {
+            "ours NFE 1": timed(1.62, 7.0, fps=50.0),
+            "ours NFE 2": timed(2.7, 7.5, fps=30.0, chunks=chunks),
+            "ours NFE 4": {"error": "OutOfMemoryError: CUDA out of memory"},
+            "caches on the host NFE 2": timed(3.24, 5.0, fps=25.0),
+            "caches on the host: the same bits": True,
+            "cache": {
+                "predicted_bytes": 2**31,
+                "kept_bytes": 2**31,
+                "allocated_bytes": 3 * 2**30,
+            },
+            "with decoding, chunk by chunk NFE 2": timed(5.4, fps=15.0),
+            "ours, compiled blocks NFE 2": {"skipped": "not in the short plan"},
+            f"{step}: launched": {"ms": 110.0},
+            f"{step}: until enqueued": {"ms": 105.0},
+            f"{step}: CUDA graph": {"ms": 45.0},
+        },
+    }
+    page = perf_docs.page([results("Test GPU", data)])
+    what = "1.3B causal, 2 steps for each chunk: frames in a second of transformer time"
+    assert line_of(page, what).endswith("| 30.0/s, reached |")
+    resident = line_of(page, "caches resident | 2")
+    assert resident.startswith("| caches resident | 2 | 2.700 s | 30.0 | 0.8")
+    assert resident.endswith("x | 7.5 GiB |")
+    assert "| caches resident | 4 | out of memory | out of memory |" in page
+    assert "| compiled blocks | 2 | not in the short plan |" in page
+    assert line_of(page, "with decoding, chunk by chunk").startswith(
+        "| with decoding, chunk by chunk | 2 | 5.400 s | 15.0 |  |  |"
+    )
+    assert "| 1 | 3 | 1560 | 40.0 | 80.0 | 39.9 | 100.0 |" in page
+    assert "- Caches: 2.00 GiB predicted, 2.00 GiB kept, 3.00 GiB allocated with all else." in page
+    assert f"- One {step}: launched 110.0 ms, until enqueued 105.0 ms, CUDA graph 45.0 ms." in page
+    assert "- Caches on the host: the same video to the bit, in 1.20 times the time." in page
+    assert "caches resident" not in perf_docs.page([cut_short()])
 
 
 def test_a_page_that_is_not_the_results_is_found(

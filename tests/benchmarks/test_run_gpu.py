@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("triton")
 
 from run_gpu import ORDER, SHORT, parse
+from sizes import TINY_CAUSAL
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "run_gpu.py"
@@ -98,6 +99,15 @@ def test_every_section_runs(tmp_path: Path) -> None:
         steps = {n: found[name][f"ours NFE {n}"] for n in (1, 4, 8, 50)}
         assert all(e["ms"] > 0 and not e["extrapolated"] for e in steps.values())
         assert found[name]["diffusers NFE 4"]["ms"] > 0
+    causal, chunks = found["causal_1.3b"], len(TINY_CAUSAL["1.3B"].chunk_partition)
+    for n in (1, 2, 4):
+        assert causal[f"ours NFE {n}"]["fps"] > 0
+        assert len(causal[f"ours NFE {n}"]["chunks"]) == chunks
+    assert causal["cache"]["kept_bytes"] == causal["cache"]["counted_bytes"]
+    assert causal["caches on the host: the same bits"] is True
+    assert causal["with decoding, chunk by chunk NFE 2"]["ms"] > causal["ours NFE 2"]["ms"]
+    assert causal["ours, compiled blocks: relative difference"] < 1e-5
+    assert causal["step of the last chunk: until enqueued"]["ms"] > 0
     for name in ("pretrain_1.3b", "on_policy_1.3b"):  # the same mathematics
         assert found[name]["peers' formulation: relative difference from ours"] < 1e-3
         assert found[name]["ours"]["ms"] > 0 and found[name]["peers' formulation"]["ms"] > 0

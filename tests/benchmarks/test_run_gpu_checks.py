@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpu import checks, device_checks, kernels, outcomes, programs, worker
+from gpu import checks, device_checks, kernels, network_checks, outcomes, programs, worker
 from gpu.outcomes import Backends, DeviceCheck, Outcome
 from gpu.run import DeviceRun, RunSection, Skip
 from gpu.sections import FORWARD, PRETRAIN
@@ -86,6 +86,12 @@ def test_wrong_kernels_are_found_out(on_backend: Callable[..., Any]) -> None:
 def test_the_catalogue_covers_every_operator_with_kernels() -> None:
     found = device_checks.catalogue(CPU, True)
     assert {op for check in found for op in check.accuses} == set(PRETRAIN)
+
+
+def test_the_checks_of_the_causal_network_pass() -> None:
+    found = [c for c in network_checks.catalogue(CPU, True) if "causal" in c.name]
+    outcomes_ = [outcomes.evaluate(check) for check in found]
+    assert len(found) == 4 and all(outcome["ok"] for outcome in outcomes_), outcomes_
 
 
 @pytest.mark.slow

@@ -15,12 +15,13 @@ import torch
 pytest.importorskip("triton")
 
 import networks
-from gpu import kernels, models, supervisor, worker
+from causal.bench_causal import sampled
+from gpu import causal, kernels, models, supervisor, worker
 from gpu.run import DeviceRun, RunSection, Skip
 from gpu.state import RunFile, commit, slug
 from methods.bench_methods import FORMULATION, on_gpu, on_policy, pretrain
 from model.bench_model import forward
-from sizes import TINY
+from sizes import TINY, TINY_CAUSAL
 from timing import OURS, difference
 from workloads import TOLERANCES, Contest
 
@@ -198,6 +199,36 @@ def test_steps_agree_in_bf16(device_run: DeviceRun) -> None:
             makers = build(replace(plan), device_run.place).makers
             losses = [makers[who]()() for who in (OURS, FORMULATION)]
         torch.testing.assert_close(*losses, rtol=2e-2, atol=0)
+
+
+def test_calls_of_a_causal_video_are_told_apart() -> None:
+    """Test encodings and evaluations of 3 steps for the first chunk and 2 for the others, twice."""
+    size = TINY_CAUSAL["1.3B"]
+    model, data = networks.ours(size, CPU), networks.videos(size, CPU)
+    clock, chunks = causal.ChunkClock(CPU), len(size.chunk_partition)
+    step = sampled(model, size, data, [3] + [2] * (chunks - 1))
+    for _ in range(2):
+        clock.clear()
+        with clock.listening(model):
+            step()
+        found = clock.chunks()
+        assert [chunk["encode_ms"] > 0 for chunk in found] == [False] + [True] * (chunks - 1)
+        assert all(chunk["evaluate_ms"] > 0 for chunk in found)
+    assert [encodes for encodes, *_ in clock._calls].count(False) == 3 + 2 * (chunks - 1)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_the_causal_section_of_the_short_plan(device_run: DeviceRun) -> None:
+    device_run.short = True
+    causal.run_causal(device_run, "1.3B")
+    assert "problem" not in device_run.file.section("section")
+    for key in (causal.key_of(OURS, 4), causal.key_of(causal.DECODED)):
+        assert device_run.get(key)["fps"] > 0
+        assert len(device_run.get(key)["chunks"]) == len(TINY_CAUSAL["1.3B"].chunk_partition)
+    assert device_run.get(causal.key_of(causal.COMPILED)) == {"skipped": "not in the short plan"}
+    assert device_run.get(f"{causal.ON_HOST}: the same bits") is True
+    cache = device_run.get("cache")
+    assert cache["predicted_bytes"] == cache["kept_bytes"] == cache["counted_bytes"]
 
 
 def test_adapters_are_the_published_ones() -> None:
