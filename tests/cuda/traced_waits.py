@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from anyflow.data import Batch, SyntheticVideos
 from anyflow.methods import AnyFlowPretrainMethod, OnPolicyConfig, PretrainConfig, TimePairs
-from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
-from anyflow.sampling import sample, sample_causal, sample_consistency
+from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.sampling import sample, sample_consistency
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.config import (
     ArchitectureConfig,
@@ -131,58 +131,6 @@ def test_the_consistency_sampler_waits_once_at_its_end(student: Any, device: Any
         generator=generator,
     )
     assert device.counts()["gated_residual"] == 3 and [wait.where for wait in device.waits] == END
-
-
-@pytest.fixture
-def causal(device: Any) -> AnyFlowFARTransformer3DModel:
-    return device.parameters(
-        AnyFlowFARTransformer3DModel.from_bidirectional(
-            build_student(recipe("pretrain")), full_chunk_limit=2, chunk_partition=(1, 2, 1, 2)
-        )
-    )
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"guidance_scale": 2.0},
-        {"context": True},
-        {"prompt_switches": True, "cache_window": 1},
-        {"use_cache": False},
-    ],
-    ids=str,
-)
-def test_the_causal_sampler_waits_once_at_its_end(
-    options: dict[str, Any], causal: Any, device: Any
-) -> None:
-    """Sample and encode four chunks: the host queues all of them before it waits."""
-    noise, text = torch.empty(2, 6, 8, 4, 4, device=CUDA), torch.empty(1, 4, 32, device=CUDA)
-    options, chunks = dict(options), []
-    if options.pop("context", False):
-        options["context_latents"] = torch.zeros(1, 1, 8, 4, 4)
-    if options.pop("prompt_switches", False):
-        options["prompt_switches"] = {2: text}
-    if "guidance_scale" in options:
-        options["negative_prompt_embeds"] = text
-    sample_causal(
-        causal,
-        FlowMapEulerDiscreteScheduler(),
-        noise,
-        text,
-        num_inference_steps=[3, 1, 2, 1],
-        on_chunk=lambda chunk, latents: chunks.append(len(device.waits)),
-        **options,
-    )
-    assert len(chunks) >= 3 and set(chunks) == {0}
-    assert [wait.where for wait in device.waits] == END
-
-
-def test_the_training_layout_runs_without_a_wait(causal: Any, device: Any) -> None:
-    x, text = torch.empty(2, 6, 8, 4, 4, device=CUDA), torch.empty(2, 4, 32, device=CUDA)
-    t = torch.empty(2, 6, device=CUDA)
-    causal(x, t, t, text, clean_hidden_states=x[:, 3:]).sample.square().mean().backward()
-    assert device.counts()["gated_residual_backward"] > 0 and device.waits == []
 
 
 @pytest.mark.parametrize(
