@@ -75,7 +75,8 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
     - ``"gelu"``: the activation of the feed-forward;
     - ``"linear"``: the linear layers, as :class:`anyflow.ops.Linear`.
 
-    The causal model has ``"gelu"`` and ``"linear"`` only.
+    The causal model has ``"gelu"`` and ``"linear"`` only. Without ``only`` it is replaced in its
+    pipeline, not alone: its ``kv_cache`` no longer holds the tensors of diffusers.
 
     Args:
         pipe_or_transformer: a pipeline is changed in place; a transformer is left as it is, except
@@ -95,9 +96,9 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
     """
     parts = None if only is None else checked_parts(only)
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
-        if _is_ours(pipe_or_transformer) and parts is None:
-            return pipe_or_transformer
-        ours: Any = _accelerated(pipe_or_transformer, parts)
+        if parts is None:
+            _refuse_bare_causal(pipe_or_transformer)
+        ours: Any = replacement_of(pipe_or_transformer, parts)
         return ours
     pipe = pipe_or_transformer
     transformers = _transformers(pipe)
@@ -115,6 +116,26 @@ def accelerate(pipe_or_transformer: T, only: str | Collection[str] | None = None
                 if transformer is not theirs[name]:
                     setattr(pipe, name, transformer)
     return pipe
+
+
+def replacement_of(transformer: Any, parts: tuple[str, ...] | None = None) -> Any:
+    """Return anyflow's transformer on the weights of diffusers', or the latter with parts replaced.
+
+    A transformer of anyflow is returned as it is. Errors are those of :func:`accelerate`.
+    """
+    if _is_ours(transformer) and parts is None:
+        return transformer
+    return _accelerated(transformer, parts)
+
+
+def _refuse_bare_causal(transformer: object) -> None:
+    """Raise a ValueError for diffusers' causal transformer, whose caller may read its caches."""
+    if type(transformer) is diffusers.AnyFlowFARTransformer3DModel:
+        raise ValueError(
+            "accelerate: a causal transformer alone keeps its place, since what calls it may read "
+            "the tensors of kv_cache, which anyflow's does not fill; accelerate its "
+            "AnyFlowFARPipeline, or load it by anyflow.formats.load_transformer"
+        )
 
 
 def restore(pipe_or_transformer: T) -> T:

@@ -17,7 +17,7 @@ from typing_extensions import Self
 from anyflow.formats.saving import write_transformer
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.models.network import execution_device, has_flow_map
-from anyflow.pipelines.acceleration import accelerate
+from anyflow.pipelines.acceleration import replacement_of
 from anyflow.pipelines.folder import write_index, write_scheduler
 from anyflow.pipelines.kinds import refuse_graph, require_kind, settings_of_module
 from anyflow.pipelines.layout import ModelLayout
@@ -179,7 +179,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         check_options(memory, target, compile=compile, cuda_graph=cuda_graph)
         paths = ModelPaths.find(path, transformer)
         if type(transformer) in _THEIRS:
-            transformer = accelerate(cast(Any, transformer))
+            transformer = replacement_of(transformer)
         own = transformer if isinstance(transformer, nn.Module) else None
         given = {"transformer": own, "vae": vae, "text_encoder": text_encoder}
         layout = paths.layout(given)
@@ -232,7 +232,7 @@ class PipelineParts(diffusers.AnyFlowPipeline):
         self, transformer: AnyFlowTransformer3DModel | Callable[[], AnyFlowTransformer3DModel]
     ) -> None:
         if type(transformer) in _THEIRS:
-            transformer = accelerate(cast(Any, transformer))  # on the same weights
+            transformer = replacement_of(transformer)  # on the same weights
         if isinstance(transformer, nn.Module) and hasattr(self, "layout"):
             causal = settings_of_module(transformer)
             require_kind(causal, causal=self._causal)

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tiny_diffusers import TINY, assert_same, build, latents, randomized
+from tiny_diffusers import TINY, accelerated, assert_same, build, latents, randomized
 from torch import Tensor
 
 import anyflow
@@ -99,7 +99,7 @@ def test_times_of_tokens_may_differ_between_frames_only(generator) -> None:
 @pytest.mark.parametrize("kind", ["anyflow", "causal", "wan"])
 def test_weights_are_shared_both_ways_and_not_copied(kind) -> None:
     theirs = build(kind).transformer
-    ours = anyflow.accelerate(theirs)
+    ours = accelerated(theirs)
     a, b = dict(theirs.named_parameters()), dict(ours.named_parameters())
     assert a.keys() == b.keys() and all(a[name] is b[name] for name in a)
     storages = {

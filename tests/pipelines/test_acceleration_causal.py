@@ -9,7 +9,16 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tiny_diffusers import CAUSAL, CAUSAL_CALL, TINY, assert_same, build, latents, randomized
+from tiny_diffusers import (
+    CAUSAL,
+    CAUSAL_CALL,
+    TINY,
+    accelerated,
+    assert_same,
+    build,
+    latents,
+    randomized,
+)
 from torch import Tensor, nn
 
 import anyflow
@@ -98,7 +107,7 @@ def test_a_prompt_that_a_callback_replaces_reaches_all_that_is_encoded_later() -
 def bare(**settings: Any) -> tuple[nn.Module, nn.Module]:
     """Return diffusers' transformer and ours on its weights."""
     theirs = randomized(diffusers.AnyFlowFARTransformer3DModel(**(TINY | CAUSAL | settings)))
-    return theirs, anyflow.accelerate(theirs)
+    return theirs, accelerated(theirs)
 
 
 @pytest.mark.parametrize("clean", [False, True], ids=["plain", "training"])

@@ -158,6 +158,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "blocks.0.more",
     ),
+    "causal-alone": (
+        lambda: diffusers.AnyFlowFARTransformer3DModel(**TINY), ValueError, "accelerate its Any"
+    ),
     "linear": (lambda: nn.Linear(2, 2), TypeError, "Linear cannot be replaced; supported are"),
     "no-module": (lambda: "path/to/model", TypeError, "str cannot be replaced"),
     "no-transformer": (

@@ -14,6 +14,8 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+import anyflow
+
 TOLERANCE = 1e-5
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -43,6 +45,15 @@ def randomized(network: nn.Module) -> nn.Module:
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return network.eval()
+
+
+def accelerated(theirs: nn.Module) -> nn.Module:
+    """Return our transformer in the place of diffusers', which a causal one has in a pipeline."""
+    if not isinstance(theirs, diffusers.AnyFlowFARTransformer3DModel):
+        return anyflow.accelerate(theirs)
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=5.0)
+    pipe = AnyFlowFARPipeline(None, None, theirs, None, scheduler)
+    return anyflow.accelerate(pipe).transformer
 
 
 def build(kind: str, **settings: Any) -> DiffusionPipeline:
