@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peak_memory import Peak
+from live_tensors import Peak
 from torch import Tensor, nn
 
 from anyflow.pipelines import AnyFlowFARPipeline, VideoChunk

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from peak_memory import Peak
+from live_tensors import Peak
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import UMT5Config, UMT5EncoderModel
