@@ -146,9 +146,7 @@ class ChunkSampler:
         """
         if self._use_cache and not self._text_may_change:
             raise ValueError("set_text needs a sampler made with text_may_change=True")
-        self.network.condition(self._noise, prompt_embeds, guidance_scale, negative_prompt_embeds)
-        if self._use_cache:
-            self.cache = self._new_cache(self._causal)
+        self._condition(prompt_embeds, guidance_scale, negative_prompt_embeds)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         index = 0
@@ -206,8 +204,14 @@ class ChunkSampler:
         self._latents = {c: x for c, x in self._latents.items() if c in needed}
 
     def _switch(self, prompt_embeds: Tensor) -> None:
-        """Take another text, and forget what chunks looked like with the one before."""
-        self.network.set_prompt(prompt_embeds, self._noise)
+        """Take another text beside the negative one and the guidance in force."""
+        network = self.network
+        negative = network.text[: len(self._noise)] if network.guided else None
+        self._condition(prompt_embeds, network.guidance_scale, negative)
+
+    def _condition(self, text: Tensor, guidance_scale: float, negative: Tensor | None) -> None:
+        """Take texts and a guidance, and forget chunks that were encoded with those before."""
+        self.network.condition(self._noise, text, guidance_scale, negative)
         if self._use_cache:
             self.cache = self._new_cache(self._causal)
 

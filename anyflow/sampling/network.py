@@ -124,11 +124,6 @@ class GuidedNetwork:
             r = t if targets is None else r[:, None].expand_as(t)
         self.t, self.r = t, r if flow_map else None
 
-    def set_prompt(self, prompt_embeds: Tensor, noise: Tensor) -> None:
-        """Take another text, ``[B, S, text_dim]``, for the evaluations that follow."""
-        text = self._embeds("prompt_embeds", prompt_embeds, noise)
-        self.text = torch.cat([self.text[: len(text)], text]) if self.guided else text
-
     def both(self, x: Tensor) -> Tensor:
         """Return ``x[B, ..]`` for the texts, repeated for the negative ones with guidance."""
         return torch.cat([x, x]) if self.guided else x
