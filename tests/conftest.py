@@ -249,6 +249,12 @@ def wan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def relative() -> Callable[[torch.Tensor, torch.Tensor], float]:
+    """Return ``relative(a, b)``: |a - b| / |b| in fp64."""
+    return lambda a, b: ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
 @dataclasses.dataclass(frozen=True)
 class CausalReference:
     """Hold numbers of the reference trainers for the causal model.

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from anyflow.methods.pretrain_inputs import PretrainData, PretrainTimes, TargetTerms, call_in_vain
-from anyflow.models.network import velocity
 from anyflow.ops import flow_map_batch
 
 
@@ -34,13 +33,21 @@ def central_difference(
     # the batch of one call: [x₊ ; x₋ ; x_t], whose last part is there with guidance only
     r_timestep, text = times.r_timestep[picked], data.text[picked]
     timesteps = [times.plus_timestep[picked], times.minus_timestep[picked]]
-    r_timesteps, texts = [r_timestep, r_timestep], [text, text]
+    r_timesteps, texts, samples = [r_timestep, r_timestep], [text, text], [picked, picked]
     if data.negative is not None:
         timesteps.append(times.timestep)
         r_timesteps.append(times.r_timestep)
         texts.append(data.negative)
+        samples.append(torch.arange(len(x_t), device=picked.device))
     with torch.no_grad():
-        u = velocity(student, x, torch.cat(timesteps), torch.cat(r_timesteps), torch.cat(texts))
+        u = data.velocity(
+            student,
+            x,
+            torch.cat(timesteps),
+            torch.cat(r_timesteps),
+            torch.cat(texts),
+            torch.cat(samples),
+        )
     uncond = u[2 * n :] if guided else None
     if n == 0:
         return x_t, TargetTerms(uncond)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anyflow.methods.causal import CausalConfig, check_causal, require_bidirectional
 from anyflow.methods.collectives import broadcast_from_rank_zero
 from anyflow.methods.output import LossOutput
 from anyflow.models.network import has_flow_map, velocity
@@ -123,6 +124,8 @@ class DMD2Method:
         self.student, self.teacher, self.critic = student, teacher, critic
         self.scheduler, self.config, self.process_group = scheduler, config, process_group
         config.check_timesteps(scheduler.config.num_train_timesteps)
+        check_causal(student, self._causal)
+        require_bidirectional(teacher=teacher, critic=critic)
         if not has_flow_map(student):
             raise ValueError(
                 "the student has no second timestep branch (r_embedder=False): call "
@@ -132,6 +135,11 @@ class DMD2Method:
             if config.dmd_score_r == "zero" and not has_flow_map(network):
                 raise ValueError(f"dmd_score_r='zero' needs a {name} with a second timestep branch")
         self.schedule()  # a pinned schedule that cannot work fails here, not in the first rollout
+
+    @property
+    def _causal(self) -> CausalConfig | None:
+        """Return the settings of a causal student; this method has none."""
+        return None
 
     # Rollout --------------------------------------------------------------------------------------
 
@@ -214,13 +222,15 @@ class DMD2Method:
         x = noise.to(torch.promote_types(noise.dtype, torch.float32))
         return x, batched_embeds("prompt_embeds", prompt_embeds, noise.shape[0]), sigmas, grad_step
 
-    def _student(self, x: Tensor, sigma: Tensor, sigma_r: Tensor, text: Tensor) -> Tensor:
+    def _student(
+        self, x: Tensor, sigma: Tensor, sigma_r: Tensor, text: Tensor, **conditions: Any
+    ) -> Tensor:
         n, b = self.scheduler.config.num_train_timesteps, x.shape[0]
         times = [
             torch.full((b,), float(s) * n, dtype=torch.float32, device=x.device)
             for s in (sigma, sigma_r)
         ]
-        return velocity(self.student, x, times[0], times[1], text)
+        return velocity(self.student, x, times[0], times[1], text, **conditions)
 
     # Losses ---------------------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from anyflow.methods.pretrain_inputs import (
     call_in_vain,
     noised,
 )
-from anyflow.models.network import velocity
 from anyflow.ops import use_backend
 
 
@@ -39,7 +38,7 @@ def jvp(
     x_t, picked, uncond = noised(data, times), times.picked, None
     if data.negative is not None:
         with torch.no_grad():
-            uncond = velocity(student, x_t, times.timestep, times.r_timestep, data.negative)
+            uncond = data.velocity(student, x_t, times.timestep, times.r_timestep, data.negative)
     if len(picked) == 0:
         call_in_vain(student, data, times, x_t)
         return x_t, TargetTerms(uncond)
@@ -50,7 +49,8 @@ def jvp(
         speed, direction = speed * moving, direction * moving.reshape(-1, 1, 1, 1)
 
     def u(x: Tensor, timestep: Tensor) -> Tensor:
-        return velocity(student, x, timestep, times.r_timestep[picked], data.text[picked])
+        r_timestep, text = times.r_timestep[picked], data.text[picked]
+        return data.velocity(student, x, timestep, r_timestep, text, picked)
 
     from anyflow.models.attention import use_attention_backend  # loads diffusers
 

@@ -5,6 +5,7 @@ Equation numbers are those of docs/algorithm.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,11 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anyflow.methods.balance import DiffusionBalance
+from anyflow.methods.causal import CausalConfig, training_partition
 from anyflow.methods.dmd2 import DMD2Config, DMD2Method
 from anyflow.methods.output import LossOutput
 from anyflow.methods.pretrain import AnyFlowPretrainMethod
 from anyflow.methods.pretrain_config import PretrainConfig
 from anyflow.methods.time_pairs import TimePairs
+from anyflow.models.causal_cache import ChunkCache, encode_chunks
+from anyflow.models.chunks import ChunkPartition
+from anyflow.models.network import unwrapped
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.rng import resolve_generator
 from anyflow.utils.validation import SettingError, require_positive
@@ -37,6 +42,8 @@ class OnPolicyConfig(DMD2Config):
             :meth:`AnyFlowOnPolicyMethod.student_loss`.
         cotrain_weight: factor of that loss beside distribution matching. The loss on a teacher's
             velocities is far smaller than that on pairs, and needs more than the published 1.
+        causal: settings of a causal student, whose rollout is chunk by chunk; None is for a
+            bidirectional one. Of its settings the rollout reads ``chunk_partition``.
 
     Raises:
         SettingError: a value is out of range.
@@ -46,6 +53,7 @@ class OnPolicyConfig(DMD2Config):
     grad_through: str = "all"
     cotrain_pretrain: bool = False
     cotrain_weight: float = 1.0
+    causal: CausalConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,10 +73,12 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         student, teacher, critic, scheduler, process_group: as for :class:`DMD2Method`.
         config: settings.
         pretrain: settings of the loss that co-training adds, whose ``velocity_target="teacher"`` is
-            the real score; with ``cotrain_pretrain`` only, None means the defaults.
+            the real score; with ``cotrain_pretrain`` only, None means the defaults, with
+            ``config.causal``.
 
     Raises:
-        ValueError: as :class:`DMD2Method`, or ``pretrain`` is given without co-training.
+        ValueError: as :class:`DMD2Method`, ``pretrain`` is given without co-training, or the
+            student is causal and the settings are not, or the other way round.
     """
 
     config: OnPolicyConfig
@@ -87,7 +97,7 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         super().__init__(student, teacher, critic, scheduler, config, process_group=process_group)
         self.pretrain: AnyFlowPretrainMethod | None = None
         if config.cotrain_pretrain:
-            settings = PretrainConfig() if pretrain is None else pretrain
+            settings = PretrainConfig(causal=config.causal) if pretrain is None else pretrain
             self.pretrain = AnyFlowPretrainMethod(
                 student,
                 scheduler,
@@ -114,8 +124,11 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         later steps carry that gradient to t = 0, so that the result is clean data and not the
         noisy sample at t_{g+1}.
 
+        With ``config.causal`` that is done for each chunk in turn, with the same n and g. What a
+        chunk attends to, the chunks before it, is encoded without gradient.
+
         Args:
-            noise: ``[B, F, C, H, W]`` at t_0.
+            noise: ``[B, F, C, H, W]`` at t_0; with ``config.causal`` F is that of all chunks.
             prompt_embeds: ``[B or 1, S, text_dim]``.
             num_steps: n, length of the schedule.
             grad_step: g in [0, n - 1]; drawn on rank 0 and broadcast when None.
@@ -132,11 +145,41 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         else:
             segments = [(i, i + 1) for i in range(num_steps)]
         everywhere = self.config.rollout == "shortcut" and self.config.grad_through == "all"
-        for a, b in segments:
-            with nullcontext() if everywhere or a == g else torch.no_grad():
-                u = self._student(x, sigmas[a], sigmas[b], text)
-            x = x - float(sigmas[a] - sigmas[b]) * u
-        return x
+
+        def simulate(x: Tensor, **conditions: Any) -> Tensor:
+            for a, b in segments:
+                with nullcontext() if everywhere or a == g else torch.no_grad():
+                    u = self._student(x, sigmas[a], sigmas[b], text, **conditions)
+                x = x - float(sigmas[a] - sigmas[b]) * u
+            return x
+
+        if self.config.causal is None:
+            return simulate(x)
+        return self._chunk_by_chunk(x, text, simulate, self.config.causal)
+
+    def _chunk_by_chunk(
+        self,
+        noise: Tensor,
+        text: Tensor,
+        simulate: Callable[..., Tensor],
+        causal: CausalConfig,
+    ) -> Tensor:
+        """Simulate each chunk after the ones before it, which a cache holds without gradient."""
+        sizes = training_partition(self.student, causal).sizes
+        partition = ChunkPartition.of(sizes, noise.shape[1])
+        cache: ChunkCache = unwrapped(self.student).new_cache(partition.sizes)
+        chunks: list[Tensor] = []
+        for chunk in range(len(partition)):
+            chunks.append(simulate(noise[:, partition.frames(chunk)], cache=cache))
+            if chunk + 1 < len(partition):
+                finished = {index: latents.detach() for index, latents in enumerate(chunks)}
+                with torch.no_grad():
+                    encode_chunks(self.student, cache, chunk + 1, finished, text)
+        return torch.cat(chunks, dim=1)
+
+    @property
+    def _causal(self) -> CausalConfig | None:
+        return self.config.causal
 
     def student_loss(
         self,
@@ -153,6 +196,10 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         time_pairs: TimePairs | None = None,
         dropped_prompts: Tensor | None = None,
         image_to_video: bool | None = None,
+        num_chunks: int | None = None,
+        bidirectional: bool | None = None,
+        bidirectional_t: Tensor | None = None,
+        bidirectional_noise: Tensor | None = None,
         balance: DiffusionBalance | None = None,
         generator: torch.Generator | None = None,
         offset: int = 0,
@@ -168,7 +215,8 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             rollout_draw: ``num_steps`` and ``grad_step`` of :meth:`rollout`; drawn when None.
             t, score_noise: times and noise of :meth:`generator_loss`.
             data_noise: noise of the pretrain loss.
-            time_pairs, dropped_prompts, image_to_video, balance, offset: as for the pretrain loss,
+            time_pairs, dropped_prompts, image_to_video, num_chunks, bidirectional,
+                bidirectional_t, bidirectional_noise, balance, offset: as for the pretrain loss,
                 :meth:`AnyFlowPretrainMethod.loss`.
             generator: source of every draw.
 
@@ -202,6 +250,10 @@ class AnyFlowOnPolicyMethod(DMD2Method):
             time_pairs=time_pairs,
             dropped_prompts=dropped_prompts,
             image_to_video=image_to_video,
+            num_chunks=num_chunks,
+            bidirectional=bidirectional,
+            bidirectional_t=bidirectional_t,
+            bidirectional_noise=bidirectional_noise,
             balance=balance,
             generator=generator,
             offset=offset,

@@ -13,22 +13,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anyflow.methods.balance import DiffusionBalance
+from anyflow.methods.bidirectional import bidirectional_losses
+from anyflow.methods.causal import check_causal
 from anyflow.methods.central_difference import central_difference
 from anyflow.methods.collectives import broadcast_from_rank_zero, rank_and_world
 from anyflow.methods.jvp import jvp
 from anyflow.methods.output import LossOutput
 from anyflow.methods.pretrain_config import PretrainConfig
-from anyflow.methods.pretrain_inputs import PretrainData, PretrainTimes, TargetTerms, noised
+from anyflow.methods.pretrain_inputs import (
+    PretrainData,
+    PretrainTimes,
+    TargetTerms,
+    clean_latents,
+    noise_like,
+    noised,
+    required_negative,
+)
 from anyflow.methods.time_pairs import TimePairs, sample_time_pairs
+from anyflow.methods.training_chunks import TrainingChunks
 from anyflow.models.network import has_flow_map, velocity
 from anyflow.ops import flow_map_loss
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.rng import rand, randn_like, resolve_generator
 from anyflow.utils.validation import (
     batched_embeds,
-    require_finite,
-    require_latents,
-    require_same_shape,
 )
 
 
@@ -40,6 +48,7 @@ class _Draws:
     time_pairs: TimePairs | None
     dropped_prompts: Tensor | None
     image_to_video: bool | None
+    num_chunks: int | None
     generator: torch.Generator
     offset: int
 
@@ -51,9 +60,13 @@ class AnyFlowPretrainMethod:
     ``[x₊ ; x₋ ; x_t uncond]`` (only samples with r != t have ``x±``), and once with gradient on
     ``x_t``. Flow matching (``diffusion_ratio=1`` and no guidance) needs the second call only.
 
+    With ``config.causal`` the loss is that of the causal model on the first n chunks of a video:
+    the last L of them are noisy, with a clean copy, and those before them are compressed and clean.
+    Some updates add :meth:`bidirectional_loss`, which calls the network twice more.
+
     Args:
         student: u(x_t, t, r), e.g. :class:`~anyflow.models.AnyFlowTransformer3DModel`. A plain Wan
-            model can only be trained by flow matching.
+            model can only be trained by flow matching. With ``config.causal`` the causal model.
         scheduler: gives the shift, the timestep range and the training weight.
         config: settings.
         teacher: plain Wan model or flow map whose velocity is the target; with
@@ -85,6 +98,8 @@ class AnyFlowPretrainMethod:
         self.scheduler = scheduler
         self.config = config
         self.process_group = process_group
+        check_causal(student, config.causal)
+        self._chunks = None if config.causal is None else TrainingChunks(student, config.causal)
         config.check_timesteps(scheduler.config.num_train_timesteps)
         self._plain = not has_flow_map(student)
         if self._plain and not config.is_flow_matching:
@@ -104,6 +119,10 @@ class AnyFlowPretrainMethod:
         time_pairs: TimePairs | None = None,
         dropped_prompts: Tensor | None = None,
         image_to_video: bool | None = None,
+        num_chunks: int | None = None,
+        bidirectional: bool | None = None,
+        bidirectional_t: Tensor | None = None,
+        bidirectional_noise: Tensor | None = None,
         balance: DiffusionBalance | None = None,
         generator: torch.Generator | None = None,
         offset: int = 0,
@@ -111,15 +130,21 @@ class AnyFlowPretrainMethod:
         """Compute the pretrain loss of one batch, or of one micro-step of an update.
 
         Args:
-            latents: ``[B, F, C, H, W]`` clean data.
+            latents: ``[B, F, C, H, W]`` clean data; with ``config.causal`` F is that of all chunks.
             prompt_embeds: ``[B, S, text_dim]``.
             negative_prompt_embeds: ``[B or 1, S, text_dim]``; required unless
                 ``fuse_guidance_scale`` is 1 and ``prompt_dropout`` is 0.
-            noise: the shape of latents; drawn when None.
+            noise: the shape of latents; drawn when None. With ``config.causal`` only that of the
+                noisy chunks is read.
             time_pairs: unshifted times; drawn for this rank when None.
             dropped_prompts: ``[B]`` booleans, whose prompts the negative one replaces; drawn when
                 None.
             image_to_video: whether frame 0 is kept clean, the same on all ranks; drawn when None.
+            num_chunks: n, the first chunks of the videos that a causal student sees, the same on
+                all ranks; :meth:`draw_num_chunks` when None.
+            bidirectional: whether :meth:`bidirectional_loss` is added, the same on all ranks;
+                drawn when None.
+            bidirectional_t, bidirectional_noise: ``t`` and ``noise`` of that loss.
             balance: balance of the update that the batch is a part of; None makes the batch a whole
                 update.
             generator: source of every draw; None seeds a fresh one from the operating system.
@@ -128,18 +153,92 @@ class AnyFlowPretrainMethod:
         Returns:
             The loss of (12), and the metrics ``loss_diffusion`` and ``loss_flow_map``: means of the
             weighted losses before balancing, over the samples of that kind of all ranks and of the
-            update so far.
+            update so far. ``loss_bidirectional`` is the loss that is added, where one is.
 
         Raises:
-            ValueError: shapes do not fit, a needed input is missing, or a CPU input holds NaN.
+            ValueError: shapes do not fit, a needed input is missing, a CPU input holds NaN, or
+                chunks are given to a bidirectional student.
         """
+        if bidirectional:
+            self._causal_chunks("bidirectional=True")
         generator = resolve_generator(generator, latents.device)
-        draws = _Draws(noise, time_pairs, dropped_prompts, image_to_video, generator, offset)
+        draws = _Draws(
+            noise, time_pairs, dropped_prompts, image_to_video, num_chunks, generator, offset
+        )
         data, times = self._batch(latents, prompt_embeds, negative_prompt_embeds, draws)
         losses, norms = self._losses(data, times)
         balance = DiffusionBalance(self.process_group) if balance is None else balance
         scales = balance.scales(losses, times.is_diffusion)  # (12)
-        return LossOutput((losses * scales).mean(), balance.metrics(), norms)
+        output = LossOutput((losses * scales).mean(), balance.metrics(), norms)
+        if bidirectional is None and self._chunks is not None:
+            bidirectional = self._chunks.draw_bidirectional(generator, latents.device)
+        if not bidirectional:
+            return output
+        added = self.bidirectional_loss(
+            latents,
+            data.text,
+            data.negative,
+            t=bidirectional_t,
+            noise=bidirectional_noise,
+            generator=generator,
+        )
+        metrics = {**output.metrics, "loss_bidirectional": added.loss.detach()}
+        return LossOutput(output.loss + added.loss, metrics, norms)
+
+    def bidirectional_loss(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None = None,
+        *,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> LossOutput:
+        """Compute flow matching of a causal student's weights as a bidirectional model.
+
+        All frames are noisy at one time t = r and see each other. The loss is (10) with guidance
+        (9), and without a weight.
+
+        Args:
+            latents: ``[B, F, C, H, W]`` clean data.
+            prompt_embeds: ``[B, S, text_dim]``; none is dropped here.
+            negative_prompt_embeds: ``[B or 1, S, text_dim]``; required unless
+                ``fuse_guidance_scale`` is 1.
+            t: ``[B]`` in [0, 1], before the shift; logit-normal(0, 1) when None.
+            noise: the shape of latents; drawn when None.
+            generator: source of the draws; None seeds a fresh one from the operating system.
+
+        Raises:
+            ValueError: the student is not causal, or as :meth:`loss`.
+        """
+        self._causal_chunks("bidirectional_loss")
+        generator = resolve_generator(generator, latents.device)
+        x0 = clean_latents(latents)
+        text = batched_embeds("prompt_embeds", prompt_embeds, len(x0))
+        negative = None
+        if self.config.fuse_guidance_scale != 1:
+            negative = required_negative(negative_prompt_embeds, text, self.config)
+        t = randn_like(x0[:, 0, 0, 0, 0], generator).sigmoid() if t is None else t
+        data = PretrainData(x0, noise_like(x0, noise, generator), text, negative)
+        guidance = self.config.fuse_guidance_scale
+        losses = bidirectional_losses(self.student, data, t, self.scheduler, guidance)
+        return LossOutput(losses.mean())
+
+    def draw_num_chunks(
+        self, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> int:
+        """Draw n, the first chunks of the videos of a loss, on rank 0, for every rank.
+
+        With probability ``long_context_ratio`` n is uniform from L to all chunks; else n = L.
+        """
+        return self._causal_chunks("draw_num_chunks").draw_num_chunks(generator, device)
+
+    def draw_bidirectional(
+        self, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> bool:
+        """Draw on rank 0, for every rank, whether :meth:`bidirectional_loss` is added."""
+        return self._causal_chunks("draw_bidirectional").draw_bidirectional(generator, device)
 
     def sample_losses(
         self,
@@ -151,18 +250,21 @@ class AnyFlowPretrainMethod:
         time_pairs: TimePairs | None = None,
         dropped_prompts: Tensor | None = None,
         image_to_video: bool | None = None,
+        num_chunks: int | None = None,
         generator: torch.Generator | None = None,
         offset: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Compute the weighted loss (10) of each sample before balancing.
 
-        Arguments and errors are those of :meth:`loss`.
+        No bidirectional loss is added. Arguments and errors are those of :meth:`loss`.
 
         Returns:
             Losses ``[B]``, and booleans ``[B]`` that mark the samples of plain diffusion.
         """
         generator = resolve_generator(generator, latents.device)
-        draws = _Draws(noise, time_pairs, dropped_prompts, image_to_video, generator, offset)
+        draws = _Draws(
+            noise, time_pairs, dropped_prompts, image_to_video, num_chunks, generator, offset
+        )
         data, times = self._batch(latents, prompt_embeds, negative_prompt_embeds, draws)
         return self._losses(data, times)[0], times.is_diffusion
 
@@ -174,7 +276,7 @@ class AnyFlowPretrainMethod:
         x_t, terms = self._target_terms(data, times)  # (1), (8)
         r_timestep = None if self._plain else times.r_timestep
         losses = flow_map_loss(  # (9), (10)
-            pred=velocity(self.student, x_t, times.timestep, r_timestep, data.text),
+            pred=data.velocity(self.student, x_t, times.timestep, r_timestep, data.text),
             uncond=terms.uncond,
             u_plus=terms.u_plus,
             u_minus=terms.u_minus,
@@ -228,13 +330,9 @@ class AnyFlowPretrainMethod:
         self, latents: Tensor, prompt_embeds: Tensor, negative: Tensor | None, draws: _Draws
     ) -> tuple[PretrainData, PretrainTimes]:
         """Check the inputs, shift the times, and make the missing draws in a fixed order."""
-        require_latents("latents", latents)
-        require_finite("latents", latents)
+        x0 = clean_latents(latents)
         text = batched_embeds("prompt_embeds", prompt_embeds, latents.shape[0])
-        x0 = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        noise = randn_like(x0, draws.generator) if draws.noise is None else draws.noise.to(x0.dtype)
-        require_same_shape("noise", noise, "latents", latents)
-        require_finite("noise", noise)
+        noise = noise_like(x0, draws.noise, draws.generator)
         pairs = self._time_pairs(latents, draws)
         text, negative = self._prompts(text, negative, draws)
         times = PretrainTimes.from_pairs(
@@ -244,7 +342,21 @@ class AnyFlowPretrainMethod:
             one_sided=self.config.boundary == "one_sided",
             first_frames=self._first_frames(latents, draws),
         )
-        return PretrainData(x0, noise, text, negative), times
+        return self._on_chunks(PretrainData(x0, noise, text, negative), draws), times
+
+    def _on_chunks(self, data: PretrainData, draws: _Draws) -> PretrainData:
+        """Keep the noisy frames of a causal student's first chunks, and what they attend to."""
+        if self._chunks is not None:
+            return self._chunks.select(data, draws.num_chunks, draws.generator)
+        if draws.num_chunks is not None:
+            self._causal_chunks("num_chunks")
+        return data
+
+    def _causal_chunks(self, name: str) -> TrainingChunks:
+        """Return the chunks of a causal student, or raise a ValueError that names the request."""
+        if self._chunks is None:
+            raise ValueError(f"{name} is of the causal model: it needs config.causal")
+        return self._chunks
 
     def _time_pairs(self, latents: Tensor, draws: _Draws) -> TimePairs:
         """Return the given times, or draw those of this rank's samples (7)."""
@@ -279,13 +391,7 @@ class AnyFlowPretrainMethod:
         guided = config.fuse_guidance_scale != 1
         if not guided and dropped is None:
             return text, None
-        if negative is None:
-            raise ValueError(
-                "negative_prompt_embeds is required with "
-                f"fuse_guidance_scale={config.fuse_guidance_scale} and "
-                f"prompt_dropout={config.prompt_dropout}"
-            )
-        negative = batched_embeds("negative_prompt_embeds", negative, b).to(text.dtype)
+        negative = required_negative(negative, text, config)
         if dropped is not None:
             text = torch.where(dropped[:, None, None], negative, text)  # the caller's is left alone
         return text, negative if guided else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from anyflow.methods.causal import CausalConfig
 from anyflow.methods.time_pairs import check_ratios
 from anyflow.utils.validation import SettingError, require_number, require_positive
 
@@ -30,6 +31,8 @@ class PretrainConfig:
             right in the mean over pairs only; ``"teacher"`` regresses on the velocity of a trained
             network at (x_t, t), and takes the time derivative along it, too. A teacher costs one
             more evaluation and removes the scatter of pairs from the target.
+        causal: settings of the causal model, whose loss is on the last chunks of a video after
+            clean ones; None trains a bidirectional model.
 
     Raises:
         SettingError: a value is out of range.
@@ -44,6 +47,7 @@ class PretrainConfig:
     prompt_dropout: float = 0.0
     i2v_prob: float = 0.0
     velocity_target: str = "data"
+    causal: CausalConfig | None = None
 
     def __post_init__(self) -> None:
         check_ratios(self.diffusion_ratio, self.consistency_ratio)
@@ -61,6 +65,23 @@ class PretrainConfig:
             require_number(name, getattr(self, name))
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(name, f"must be in [0, 1], got {getattr(self, name)}")
+        if self.causal is not None:
+            self._check_causal()
+
+    def _check_causal(self) -> None:
+        """Raise a SettingError for what the loss on chunks does not have."""
+        if self.velocity_target == "teacher":
+            raise SettingError(
+                "velocity_target",
+                "must be 'data' with causal settings: a teacher sees no chunks before a video's "
+                "last, got 'teacher'",
+            )
+        if self.i2v_prob > 0:
+            raise SettingError(
+                "i2v_prob",
+                "must be 0 with causal settings: a causal model continues pictures and videos "
+                f"by its chunks, got {self.i2v_prob}",
+            )
 
     def check_timesteps(self, num_train_timesteps: int) -> None:
         """Raise a SettingError unless ``epsilon`` fits a scheduler's range of timesteps."""

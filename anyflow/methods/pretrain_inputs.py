@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyflow.methods.causal import ChunkContext
+from anyflow.methods.pretrain_config import PretrainConfig
 from anyflow.methods.time_pairs import TimePairs
 from anyflow.models.network import velocity
 from anyflow.ops import flow_map_batch
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.devices import widest_float
+from anyflow.utils.rng import randn_like
+from anyflow.utils.validation import (
+    batched_embeds,
+    require_finite,
+    require_latents,
+    require_same_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -24,12 +33,37 @@ class PretrainData:
         noise: the shape and dtype of x0.
         text: ``[B, S, text_dim]``.
         negative: the shape and dtype of text; None without guidance.
+        context: what a causal student's noisy frames, which x0 and noise are of, attend to; None
+            for a bidirectional one.
     """
 
     x0: Tensor
     noise: Tensor
     text: Tensor
     negative: Tensor | None
+    context: ChunkContext | None = None
+
+    def velocity(
+        self,
+        network: Any,
+        x: Tensor,
+        timestep: Tensor,
+        r_timestep: Tensor | None,
+        text: Tensor,
+        samples: Tensor | None = None,
+    ) -> Tensor:
+        """Return ``u(x, t, r, c)``, the shape of x, in fp32 at least.
+
+        Args:
+            network: u.
+            x: ``[b, F, C, H, W]``.
+            timestep, r_timestep: t and r, ``[b]`` or ``[b, F]``; r is None for the plain velocity.
+            text: ``[b, S, text_dim]``.
+            samples: ``[b]`` indices of the samples that x is made of; None means all B.
+        """
+        if self.context is None:
+            return velocity(network, x, timestep, r_timestep, text)
+        return self.context.velocity(network, x, timestep, r_timestep, text, samples)
 
 
 @dataclass(frozen=True)
@@ -132,6 +166,36 @@ class TargetTerms:
     width: float | Tensor = 1.0
 
 
+def clean_latents(latents: Tensor) -> Tensor:
+    """Check clean latents ``[B, F, C, H, W]``, and return them in fp32 at least."""
+    require_latents("latents", latents)
+    require_finite("latents", latents)
+    return latents.to(torch.promote_types(latents.dtype, torch.float32))
+
+
+def noise_like(x0: Tensor, noise: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Check the noise given, or draw it; return it in x0's dtype."""
+    noise = randn_like(x0, generator) if noise is None else noise.to(x0.dtype)
+    require_same_shape("noise", noise, "latents", x0)
+    require_finite("noise", noise)
+    return noise
+
+
+def required_negative(negative: Tensor | None, text: Tensor, config: PretrainConfig) -> Tensor:
+    """Return the negative prompt of each sample, ``[B, S, text_dim]`` in text's dtype.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if negative is None:
+        raise ValueError(
+            "negative_prompt_embeds is required with "
+            f"fuse_guidance_scale={config.fuse_guidance_scale} and "
+            f"prompt_dropout={config.prompt_dropout}"
+        )
+    return batched_embeds("negative_prompt_embeds", negative, len(text)).to(text.dtype)
+
+
 def noised(data: PretrainData, times: PretrainTimes) -> Tensor:
     """Return x_t of (1), ``[B, F, C, H, W]``."""
     none = times.picked[:0]
@@ -142,4 +206,6 @@ def noised(data: PretrainData, times: PretrainTimes) -> Tensor:
 @torch.no_grad()
 def call_in_vain(student: Any, data: PretrainData, times: PretrainTimes, x_t: Tensor) -> None:
     """Call the network on one sample: under FSDP every rank must call it as often as the others."""
-    velocity(student, x_t[:1], times.timestep[:1], times.r_timestep[:1], data.text[:1])
+    first = times.picked.new_zeros(1)
+    r_timestep = times.r_timestep[:1]
+    data.velocity(student, x_t[:1], times.timestep[:1], r_timestep, data.text[:1], first)

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 
 def velocity(
-    model: Any, x: Tensor, timestep: Tensor, r_timestep: Tensor | None, prompt_embeds: Tensor
+    model: Any,
+    x: Tensor,
+    timestep: Tensor,
+    r_timestep: Tensor | None,
+    prompt_embeds: Tensor,
+    **conditions: Any,
 ) -> Tensor:
     """Return ``u(x, t, r, c)`` in fp32 at least.
 
@@ -19,9 +24,15 @@ def velocity(
         timestep: t in [0, N], ``[B]`` or ``[B, F]``.
         r_timestep: r, likewise; None for the plain velocity.
         prompt_embeds: ``[B, S, text_dim]``.
+        conditions: further arguments of the network, by name.
     """
     out = evaluate(
-        model, x, timestep=timestep, r_timestep=r_timestep, encoder_hidden_states=prompt_embeds
+        model,
+        x,
+        timestep=timestep,
+        r_timestep=r_timestep,
+        encoder_hidden_states=prompt_embeds,
+        **conditions,
     )
     return out.to(torch.promote_types(out.dtype, torch.float32))
 
@@ -36,6 +47,11 @@ def has_flow_map(model: Any) -> bool:
     """Check that a network takes ``r_timestep``: all but one with ``r_embedder=False`` do."""
     config = getattr(unwrapped(model), "config", None)
     return True if config is None else bool(getattr(config, "r_embedder", True))
+
+
+def is_causal(model: Any) -> bool:
+    """Tell whether a network is the causal model, or wraps it."""
+    return hasattr(unwrapped(model), "new_cache")
 
 
 def unwrapped(model: Any) -> Any:

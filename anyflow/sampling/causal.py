@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anyflow.models.causal_cache import ChunkCache, encode_chunks
 from anyflow.models.chunks import ChunkPartition
-from anyflow.models.network import unwrapped
+from anyflow.models.network import is_causal, unwrapped
 from anyflow.sampling.network import Callback, GuidedNetwork, Schedule, replacement, sigmas_of
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.transfer import to_device
@@ -365,10 +365,9 @@ def sample_causal(
 
 def require_causal(model: Any) -> Any:
     """Return the causal model that a module is or wraps, or raise a ValueError."""
-    causal = unwrapped(model)
-    if not hasattr(causal, "new_cache"):
+    if not is_causal(model):
         raise ValueError(
             "sampling chunk by chunk needs the causal model, an "
-            f"anyflow.models.AnyFlowFARTransformer3DModel, got {type(causal).__name__}"
+            f"anyflow.models.AnyFlowFARTransformer3DModel, got {type(unwrapped(model)).__name__}"
         )
-    return causal
+    return unwrapped(model)

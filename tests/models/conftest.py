@@ -73,12 +73,6 @@ def make_inputs(generator: torch.Generator) -> Callable[..., Inputs]:
     return make
 
 
-@pytest.fixture
-def relative() -> Callable[[Tensor, Tensor], float]:
-    """Return ``relative(a, b)``: |a - b| / |b| in fp64."""
-    return lambda a, b: ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
 @pytest.fixture(autouse=True)
 def _automatic_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start and end every test with the automatic choice of an attention backend."""
