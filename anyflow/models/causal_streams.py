@@ -28,7 +28,7 @@ class TokenStream:
         modulation: ``[B, R, 6, D]``, of rows that cover equally many tokens.
         rotary: of x.
         split: with sequence parallelism, where the tokens are among those of all ranks.
-        inner, last: which tokens attend to which in the last block, and in those before it.
+        inner, last: which tokens attend to which in the blocks before the last one, and in it.
     """
 
     x: Tensor
