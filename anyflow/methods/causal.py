@@ -36,12 +36,7 @@ class CausalConfig:
 
     def __post_init__(self) -> None:
         if self.chunk_partition is not None:
-            try:
-                partition = ChunkPartition(self.chunk_partition)
-            except ValueError as error:
-                text = str(error).removeprefix("chunk_partition").removeprefix(":").strip()
-                raise SettingError("chunk_partition", text) from None
-            object.__setattr__(self, "chunk_partition", partition.sizes)
+            object.__setattr__(self, "chunk_partition", ChunkPartition(self.chunk_partition).sizes)
         for name in ("long_context_ratio", "bidirectional_prob"):
             require_number(name, getattr(self, name))
             if not 0 <= getattr(self, name) <= 1:

@@ -108,6 +108,12 @@ class AnyFlowOnPolicyMethod(DMD2Method):
         elif pretrain is not None:
             raise ValueError("pretrain is given, but cotrain_pretrain is False")
 
+    @property
+    def chunks(self) -> ChunkPartition | None:
+        """Return the chunks of a causal student's rollout; None for another student."""
+        causal = self.config.causal
+        return None if causal is None else training_partition(self.student, causal)
+
     def rollout(
         self,
         noise: Tensor,
@@ -155,18 +161,14 @@ class AnyFlowOnPolicyMethod(DMD2Method):
 
         if self.config.causal is None:
             return simulate(x)
-        return self._chunk_by_chunk(x, text, simulate, self.config.causal)
+        return self._chunk_by_chunk(x, text, simulate)
 
     def _chunk_by_chunk(
-        self,
-        noise: Tensor,
-        text: Tensor,
-        simulate: Callable[..., Tensor],
-        causal: CausalConfig,
+        self, noise: Tensor, text: Tensor, simulate: Callable[..., Tensor]
     ) -> Tensor:
         """Simulate each chunk after the ones before it, which a cache holds without gradient."""
-        sizes = training_partition(self.student, causal).sizes
-        partition = ChunkPartition.of(sizes, noise.shape[1])
+        assert self.chunks is not None
+        partition = ChunkPartition.of(self.chunks.sizes, noise.shape[1])
         cache: ChunkCache = unwrapped(self.student).new_cache(partition.sizes)
         chunks: list[Tensor] = []
         for chunk in range(len(partition)):

@@ -31,6 +31,7 @@ from anyflow.methods.pretrain_inputs import (
 )
 from anyflow.methods.time_pairs import TimePairs, sample_time_pairs
 from anyflow.methods.training_chunks import TrainingChunks
+from anyflow.models.chunks import ChunkPartition
 from anyflow.models.network import has_flow_map, velocity
 from anyflow.ops import flow_map_loss
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
@@ -108,6 +109,11 @@ class AnyFlowPretrainMethod:
                 "student.enable_flow_map(), or "
                 "train plain flow matching with diffusion_ratio=1 and fuse_guidance_scale=1"
             )
+
+    @property
+    def chunks(self) -> ChunkPartition | None:
+        """Return the chunks of a training video of a causal student; None for another student."""
+        return None if self._chunks is None else self._chunks.partition
 
     def loss(
         self,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from anyflow.utils.validation import brief, whole_number
+from anyflow.utils.validation import SettingError, brief, whole_number
 
 MAX_CHUNK, MAX_CHUNKS = 4096, 4096
 CHUNK_PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)  # of the published models
@@ -36,15 +36,17 @@ class ChunkPartition:
 
     def __post_init__(self) -> None:
         if not isinstance(self.sizes, (list, tuple)) or not 0 < len(self.sizes) <= MAX_CHUNKS:
-            raise ValueError(
-                "chunk_partition must be the latent frames of each chunk, as (1, 3, 3), got "
-                f"{brief(self.sizes)}"
+            raise SettingError(
+                "chunk_partition",
+                f"must be the latent frames of each chunk, as (1, 3, 3), got {brief(self.sizes)}",
             )
-        sizes = tuple(
-            whole_number(f"chunk_partition: chunk {index}", size, 1, MAX_CHUNK)
-            for index, size in enumerate(self.sizes)
-        )
-        object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "sizes", tuple(map(self._checked, range(len(self.sizes)))))
+
+    def _checked(self, chunk: int) -> int:
+        try:
+            return whole_number(f"chunk {chunk}", self.sizes[chunk], 1, MAX_CHUNK)
+        except SettingError as error:
+            raise SettingError("chunk_partition", f"is not possible: {error}") from None
 
     @classmethod
     def of(cls, sizes: Sequence[int], num_frames: int) -> ChunkPartition:
@@ -269,9 +271,9 @@ def checked_settings(
     """
     whole_number("full_chunk_limit", full_chunk_limit, 1, MAX_CHUNKS)
     if not isinstance(compressed_patch_size, (list, tuple)) or len(compressed_patch_size) != 3:
-        raise ValueError(
-            "compressed_patch_size must be three positive integers, got "
-            f"{brief(compressed_patch_size)}"
+        raise SettingError(
+            "compressed_patch_size",
+            f"must be three positive integers, got {brief(compressed_patch_size)}",
         )
     for axis, size in zip(("frames", "height", "width"), compressed_patch_size, strict=True):
         whole_number(f"compressed_patch_size ({axis})", size, 1, 64)
@@ -282,8 +284,8 @@ def checked_settings(
             f"begin with 1, got {tuple(patch_size)} and {tuple(compressed_patch_size)}"
         )
     if any(large % small for large, small in zip(space, patch_size[1:], strict=True)):
-        raise ValueError(
-            f"compressed_patch_size {tuple(compressed_patch_size)} must be a multiple of "
-            f"patch_size {tuple(patch_size)}"
+        raise SettingError(
+            "compressed_patch_size",
+            f"{tuple(compressed_patch_size)} must be a multiple of patch_size {tuple(patch_size)}",
         )
     return space[0] // patch_size[1], space[1] // patch_size[2]

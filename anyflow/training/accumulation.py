@@ -19,6 +19,7 @@ from torch import Tensor
 
 from anyflow.data import Batch
 from anyflow.methods import (
+    AnyFlowPretrainMethod,
     DiffusionBalance,
     LossOutput,
     PretrainConfig,
@@ -87,19 +88,30 @@ class Accumulation:
         """Make the generator of what is drawn once for an update, the same on every rank."""
         return draw_generator(self._recipe.seed, purpose, step)
 
-    def pretrain(self, config: PretrainConfig, step: int) -> dict[str, Any]:
-        """Return the arguments of the pretrain loss that all micro-steps share."""
+    def pretrain(self, method: AnyFlowPretrainMethod, step: int) -> dict[str, Any]:
+        """Return the arguments of the pretrain loss that all ranks and micro-steps share."""
+        config, device = method.config, self._mesh.device
         coin = torch.rand((), generator=self.generator("image to video", step)).item()
-        return {
+        shared: dict[str, Any] = {
             "image_to_video": coin < config.i2v_prob,
             "balance": DiffusionBalance(self._mesh.data_group),
         }
+        if config.causal is not None:
+            shared["num_chunks"] = method.draw_num_chunks(self.generator("chunks", step), device)
+            generator = self.generator("bidirectional loss", step)
+            shared["bidirectional"] = method.draw_bidirectional(generator, device)
+        return shared
 
-    def pretrain_draws(self, micro: MicroBatch, config: PretrainConfig) -> dict[str, Any]:
+    def pretrain_draws(
+        self, micro: MicroBatch, config: PretrainConfig, *, bidirectional: bool
+    ) -> dict[str, Any]:
         """Return the arguments of the pretrain loss that are drawn for each sample."""
         drawn: dict[str, Any] = {"noise": micro.noise("data noise")}
         if config.prompt_dropout > 0:
             drawn["dropped_prompts"] = micro.draws.uniform("prompt dropout") < config.prompt_dropout
+        if bidirectional:
+            drawn["bidirectional_t"] = micro.draws.normal("bidirectional time").sigmoid()
+            drawn["bidirectional_noise"] = micro.noise("bidirectional noise")
         return drawn
 
     def time_pairs(

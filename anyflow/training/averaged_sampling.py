@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from anyflow.models.network import has_flow_map
-from anyflow.sampling import sample
+from anyflow.models.network import has_flow_map, is_causal
+from anyflow.sampling import sample, sample_causal
 from anyflow.training.distributed import Mesh
 from anyflow.training.ema import EMA
 from anyflow.training.limits import MAX_BATCH, MAX_TIMESTEPS
@@ -55,6 +57,9 @@ class AveragedSampler:
         self._bf16, self._device = recipe.precision == "bf16", mesh.device
         self._student, self._ema = student, ema
         self._scheduler, self._flow_map = build_scheduler(recipe), has_flow_map(student)
+        causal = recipe.pretrain.causal
+        self._causal = is_causal(student)
+        self._chunk_partition = None if causal is None else causal.chunk_partition
         self._open = ExitStack()
 
     def __enter__(self) -> AveragedSampler:
@@ -82,7 +87,7 @@ class AveragedSampler:
         Args:
             noise: ``[F, C, H, W]``.
             prompt_embeds: ``[1, S, text_dim]``.
-            num_inference_steps: network evaluations.
+            num_inference_steps: network evaluations; of each chunk for a causal student.
 
         Returns:
             Its latents ``[F, C, H, W]`` fp32 on the CPU.
@@ -90,7 +95,10 @@ class AveragedSampler:
         Raises:
             FloatingPointError: they hold NaN or infinity; found when all evaluations are done.
         """
-        latents = sample(
+        sample_video: Callable[..., Tensor] = sample
+        if self._causal:
+            sample_video = partial(sample_causal, chunk_partition=self._chunk_partition)
+        latents = sample_video(
             self._student,
             self._scheduler,
             noise[None].to(self._device),

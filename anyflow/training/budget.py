@@ -206,7 +206,12 @@ def _update_flops(
         return pretrain_flops(*counted.values(), config=pretrain_config(recipe), samples=samples)
     method = recipe.on_policy.method
     update = OnPolicyFlops(
-        **counted, config=method, pretrain=pretrain_config(recipe), samples=samples
+        counted["student"],
+        counted["teacher"],
+        counted["critic"],
+        config=method,
+        pretrain=pretrain_config(recipe),
+        samples=samples,
     )
     lengths = method.num_steps if method.timesteps is None else (len(method.timesteps) - 1,)
     drawn = [[RolloutDraw(n, g) for g in range(n)] for n in lengths]

@@ -12,7 +12,7 @@ from typing import Literal
 
 from anyflow.data.config import DataConfig
 from anyflow.methods import OnPolicyConfig, PretrainConfig
-from anyflow.models.configuration import FlowMap
+from anyflow.models.configuration import CausalSettings, FlowMap
 from anyflow.schedulers import SchedulerConfig
 from anyflow.training.checkpoint import CheckpointConfig
 from anyflow.training.distributed import ParallelConfig
@@ -24,7 +24,7 @@ from anyflow.training.network_config import (
     LoRAConfig,
     NetworkConfig,
     WeightsConfig,
-    require_no_adapters,
+    require_weights_only,
 )
 from anyflow.training.optimization import OptimizerConfig
 from anyflow.training.preview import PreviewConfig
@@ -39,6 +39,7 @@ from anyflow.utils.validation import (
 
 __all__ = [
     "ArchitectureConfig",
+    "CausalSettings",
     "CheckpointConfig",
     "DataConfig",
     "EMAConfig",
@@ -84,7 +85,7 @@ class OnPolicyStageConfig:
 
     def __post_init__(self) -> None:
         require_whole("generator_update_interval", self.generator_update_interval)
-        require_no_adapters(teacher=self.teacher, critic=self.critic)
+        require_weights_only(teacher=self.teacher, critic=self.critic)
 
 
 @dataclass(frozen=True)
@@ -175,11 +176,12 @@ class Recipe:
                 "is required with pretrain.velocity_target=teacher in the pretrain stage, and only "
                 "then (stage 2 takes on_policy.teacher)",
             )
-        require_no_adapters(teacher=self.teacher)
+        require_weights_only(teacher=self.teacher)
         if self.pretrain.derivative == "jvp" and self.parallel.sequence > 1:
             raise SettingError(
                 "pretrain.derivative", "must be 'central' with parallel.sequence > 1, got 'jvp'"
             )
+        self._check_causal()
         self._check_prompts()
         if self.preview.vae is not None and self.data.kind == "synthetic":
             raise SettingError(
@@ -194,6 +196,34 @@ class Recipe:
         """Return the number of samples of the data that validation keeps out of training."""
         validation = self.validation
         return validation.num_samples if validation.every and validation.path is None else 0
+
+    def _check_causal(self) -> None:
+        """Raise a SettingError where some settings are of a causal student, and others are not.
+
+        Whether a folder holds a causal model is looked at later.
+        """
+        given = {"student.causal": self.student.causal, "pretrain.causal": self.pretrain.causal}
+        for name, settings in given.items():
+            if self.stage == "teacher" and settings is not None:
+                raise SettingError(
+                    name,
+                    "must be null with stage=teacher: the causal model is a flow map, and what "
+                    "this stage trains is none",
+                )
+        if self.student.causal is not None and self.pretrain.causal is None:
+            raise SettingError("pretrain.causal", "is required with student.causal; {} will do")
+        random = self.student.architecture is not None
+        if random and self.student.causal is None and self.pretrain.causal is not None:
+            raise SettingError(
+                "student.causal",
+                "is required with pretrain.causal, unless student.path holds a causal model",
+            )
+        if self.on_policy is not None:
+            rollouts = self.on_policy.method.causal is not None
+            if rollouts != (self.pretrain.causal is not None):
+                raise SettingError(
+                    "on_policy.method.causal", "is required with pretrain.causal, and only then"
+                )
 
     def _check_prompts(self) -> None:
         """Raise a SettingError where texts have no encoder, or an encoder no texts."""

@@ -113,8 +113,8 @@ def validation_losses(
 
     Noise, times and kinds of samples are functions of a video's place among those held out, so that
     the numbers of two steps or two runs can be compared; prompts are kept and all frames are
-    denoised. Flow-map losses are not scaled to the diffusion losses, as training scales them.
-    Training is left bit for bit as it was.
+    denoised. A causal student sees all chunks. Flow-map losses are not scaled to the diffusion
+    losses, as training scales them. Training is left bit for bit as it was.
 
     Args:
         recipe: the run.
@@ -153,6 +153,7 @@ def validation_losses(
                 negative,
                 noise=draws.normal("validation noise", samples[0].latents.shape),
                 time_pairs=pairs.select(shown, mesh.device),
+                num_chunks=None if method.chunks is None else len(method.chunks),
             )
             if chosen:
                 for kind, of_kind in enumerate((is_diffusion, ~is_diffusion)):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from anyflow.models.chunks import checked_settings
+from anyflow.models.configuration import CausalSettings
 from anyflow.training.limits import MAX_SIZE
 from anyflow.utils.validation import (
     SettingError,
+    in_section,
     require_positive,
     require_text,
     require_whole,
@@ -109,9 +112,25 @@ class NetworkConfig(WeightsConfig):
 
     Args:
         lora: adapters in place of full fine-tuning.
+        causal: makes the network the causal model, whose training ``pretrain.causal`` configures.
+            The compressed patch embedding of random weights or of a bidirectional folder is
+            interpolated from the full one. A causal folder has settings of its own, which these
+            must equal; None takes them.
     """
 
     lora: LoRAConfig | None = None
+    causal: CausalSettings | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.architecture is not None and self.causal is not None:
+            causal = self.causal
+            with in_section("causal"):
+                checked_settings(
+                    self.architecture.patch_size,
+                    causal.compressed_patch_size,
+                    causal.full_chunk_limit,
+                )
 
 
 # Networks of a recipe that have no adapters of their own, and why.
@@ -119,13 +138,25 @@ NO_ADAPTERS = {
     "teacher": "the teacher is not trained",
     "critic": "give the critic's adapters as on_policy.critic_lora",
 }
+# What is said of causal settings of such a network.
+NOT_CAUSAL = (
+    "teacher and critic are bidirectional: only student.causal makes a causal model, and a causal "
+    "folder is read as its bidirectional model here"
+)
 
 
-def require_no_adapters(**networks: WeightsConfig | None) -> None:
-    """Raise a SettingError where a network of :data:`NO_ADAPTERS` is given with adapters."""
+def require_weights_only(**networks: WeightsConfig | None) -> None:
+    """Raise a SettingError where a network of :data:`NO_ADAPTERS` has more than weights.
+
+    That is adapters, or causal settings.
+    """
     for name, network in networks.items():
-        if isinstance(network, NetworkConfig) and network.lora is not None:
+        if not isinstance(network, NetworkConfig):
+            continue
+        if network.lora is not None:
             raise SettingError(f"{name}.lora", f"must be None: {NO_ADAPTERS[name]}")
+        if network.causal is not None:
+            raise SettingError(f"{name}.causal", f"must be None: {NOT_CAUSAL}")
 
 
 def _require_names(name: str, value: object) -> None:

@@ -15,8 +15,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from anyflow.formats import load_transformer
+from anyflow.formats.checkpoint import ReadOptions, open_checkpoint
 from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
-from anyflow.training.config import FlowMap, LoRAConfig, Recipe, WeightsConfig
+from anyflow.models.network import is_causal
+from anyflow.training.config import (
+    ArchitectureConfig,
+    CausalSettings,
+    FlowMap,
+    LoRAConfig,
+    Recipe,
+    WeightsConfig,
+)
 from anyflow.training.draws import draw_seed
 from anyflow.utils.packages import missing
 
@@ -24,11 +33,20 @@ from anyflow.utils.packages import missing
 def build_student(recipe: Recipe) -> AnyFlowTransformer3DModel:
     """Build the network that is trained: plain Wan in the teacher stage, else a flow map.
 
+    With ``student.causal``, or from a causal folder, it is the causal model.
+
     Raises:
-        ValueError: the folder does not hold such a network, its flow map is another one than the
-            recipe's, or ``student.lora`` names what the network does not have.
+        ValueError: the folder does not hold such a network, its flow map or its causal settings are
+            others than the recipe's, it is causal and ``pretrain.causal`` is not given or the
+            reverse, or ``student.lora`` names what the network does not have.
     """
-    return prepare_student(_build(recipe.student, "student"), recipe)
+    config = recipe.student
+    if config.path is None:
+        student = _build_random(config, "student", config.causal)
+    else:
+        student = _load(Path(config.path), "student.path", config.causal)
+        _require_kind(student, recipe)
+    return prepare_student(student, recipe)
 
 
 def prepare_student(
@@ -47,7 +65,7 @@ def prepare_student(
 def build_teacher(recipe: Recipe) -> AnyFlowTransformer3DModel:
     """Build the frozen teacher, the real score of stage 2 or the target of stage 1.
 
-    It may be a plain Wan model or a flow map.
+    It may be a plain Wan model or a flow map; a causal one is read as its bidirectional model.
 
     Raises:
         ValueError: the folder does not hold a network.
@@ -109,13 +127,16 @@ def check_networks(recipe: Recipe) -> None:
 
 def _build(config: WeightsConfig, name: str) -> AnyFlowTransformer3DModel:
     if config.path is not None:
-        return _load(Path(config.path), f"{name}.path")
-    assert config.architecture is not None
-    settings = dataclasses.asdict(config.architecture)
+        return _load_bidirectional(Path(config.path), f"{name}.path")
+    return _build_random(config, name)
+
+
+def _build_random(
+    config: WeightsConfig, name: str, causal: CausalSettings | None = None
+) -> AnyFlowTransformer3DModel:
+    """Build a network with random weights, those of the seed whether it is causal or not."""
     with torch.device("meta"):
-        size = sum(
-            p.nbytes for p in AnyFlowTransformer3DModel(**settings, r_embedder=False).parameters()
-        )
+        size = sum(p.nbytes for p in new_network(config.architecture, causal).parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise ValueError(
@@ -123,7 +144,18 @@ def _build(config: WeightsConfig, name: str) -> AnyFlowTransformer3DModel:
             f"{memory / 1e9:.0f} GB"
         )
     with _seeded(config.seed):
-        return AnyFlowTransformer3DModel(**settings, r_embedder=False)
+        return new_network(config.architecture, causal)
+
+
+def new_network(
+    architecture: ArchitectureConfig | None, causal: CausalSettings | None = None
+) -> AnyFlowTransformer3DModel:
+    """Build a network without a second timestep, the causal model where it has settings."""
+    assert architecture is not None
+    sizes = dataclasses.asdict(architecture)
+    if causal is None:
+        return AnyFlowTransformer3DModel(**sizes, r_embedder=False)
+    return AnyFlowFARTransformer3DModel(**sizes, r_embedder=False, **dataclasses.asdict(causal))
 
 
 @contextmanager
@@ -134,18 +166,48 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _load(path: Path, name: str) -> AnyFlowTransformer3DModel:
+def _load(
+    path: Path, name: str, causal: CausalSettings | None = None, *, bidirectional: bool = False
+) -> AnyFlowTransformer3DModel:
     """Load a checkpoint of any format in fp32; its weights decide whether it is a flow map."""
     try:
-        network = load_transformer(path, dtype=torch.float32)
+        return load_transformer(
+            path, dtype=torch.float32, causal=causal, bidirectional=bidirectional
+        )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if isinstance(network, AnyFlowFARTransformer3DModel):
+
+
+def _load_bidirectional(path: Path, name: str) -> AnyFlowTransformer3DModel:
+    """Load a checkpoint without the two tensors that only the causal model has."""
+    try:
+        causal = open_checkpoint(path, ReadOptions()).is_causal
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return _load(path, name, bidirectional=causal)
+
+
+def _require_kind(student: AnyFlowTransformer3DModel, recipe: Recipe) -> None:
+    """Raise a ValueError unless a student of a folder is causal where its training is."""
+    name = f"student.path: {recipe.student.path}"
+    if is_causal(student) and recipe.stage == "teacher":
         raise ValueError(
-            f"{name}: {path} is a causal model, which no recipe trains; `anyflow convert "
+            f"{name} holds a causal model, which stage=teacher does not train; `anyflow convert "
             "--bidirectional` writes it without its causal tensors"
         )
-    return network
+    if is_causal(student) and recipe.pretrain.causal is None:
+        needed = "pretrain.causal={}"
+        if recipe.on_policy is not None:
+            needed += " and on_policy.method.causal={}"
+        raise ValueError(
+            f"{name} holds a causal model, whose training has settings of its own: give {needed}, "
+            "or train its bidirectional model, which `anyflow convert --bidirectional` writes"
+        )
+    if not is_causal(student) and recipe.pretrain.causal is not None:
+        raise ValueError(
+            f"{name} holds a bidirectional model, and pretrain.causal is given: student.causal={{}}"
+            " makes it causal"
+        )
 
 
 def _set_flow_map(network: AnyFlowTransformer3DModel, wanted: FlowMap | None) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from anyflow.data import VideoDataset
+from anyflow.models.network import is_causal
 from anyflow.training.averaged_sampling import AveragedSampler, require_sampled
 from anyflow.training.decoding import Decoder
 from anyflow.training.distributed import Mesh
@@ -35,7 +36,8 @@ class PreviewConfig:
 
     Args:
         every: steps between previews; the last step has one, too. 0 turns them off.
-        step_counts: numbers of sampling steps, one row of the grid each.
+        step_counts: numbers of sampling steps, of each chunk for a causal student; one row of the
+            grid each.
         num_samples: prompts of the data, one column of the grid each; not used with ``prompts``.
             The data's own videos are a row of the grid, too.
         prompts: texts in place of the data's; they need ``model``.
@@ -107,8 +109,9 @@ class Previews:
             if not self._mesh.is_main:
                 return None
             self._require_finite(latents)
+            unit = " a chunk" if is_causal(updates.student) else ""
             labels = [
-                f"{count} step{'s' if count > 1 else ''}"
+                f"{count} step{'s' if count > 1 else ''}{unit}"
                 for count in self._recipe.preview.step_counts
             ]
             real = [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from anyflow.training.config import Recipe
-from anyflow.training.network_config import NO_ADAPTERS
+from anyflow.training.network_config import NO_ADAPTERS, NOT_CAUSAL
 from anyflow.training.yaml_source import Located, RecipeError, read_file, read_override, write_yaml
 from anyflow.utils.documents import shortened
 from anyflow.utils.packages import missing
@@ -35,6 +35,10 @@ _ELSEWHERE = {
     "teacher.lora": NO_ADAPTERS["teacher"],
     "on_policy.teacher.lora": NO_ADAPTERS["teacher"],
     "on_policy.critic.lora": NO_ADAPTERS["critic"],
+    "teacher.causal": NOT_CAUSAL,
+    "on_policy.teacher.causal": NOT_CAUSAL,
+    "on_policy.critic.causal": NOT_CAUSAL,
+    "causal": "give student.causal, which makes the model causal, and pretrain.causal",
     "on_policy.method.pretrain": "give these keys in the recipe's own top-level pretrain",
 }
 _EXPECTED = {

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from anyflow.data import TrainingData, VideoDataset, open_dataset
-from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models.network import is_causal
 from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import Recipe
 from anyflow.training.decoding import Decoder
@@ -28,6 +28,7 @@ from anyflow.training.distributed import (
     teardown,
 )
 from anyflow.training.export import write_model
+from anyflow.training.fit import check_chunks, check_data
 from anyflow.training.flops import token_count
 from anyflow.training.guard import TrainingError, check_state
 from anyflow.training.held_out import Split, split_data, validation_losses
@@ -311,47 +312,24 @@ def _settings_to_try(recipe: Recipe, error: TrainingError) -> list[str]:
 def _build_updates(recipe: Recipe, mesh: Mesh, dataset: VideoDataset) -> StageUpdates:
     """Build, check and shard the networks, one after another, and what updates them."""
     student = build_student(recipe)
-    _check_data(student, dataset, "student")
+    check_data(student, dataset, "student")
+    if is_causal(student):
+        check_chunks(student, dataset, recipe)
     negative = dataset.negative_prompt_embeds
     if recipe.on_policy is None:
         shard_network(student, mesh, trains=True)
         target = None if recipe.teacher is None else build_teacher(recipe)
         if target is not None:
-            _check_data(target, dataset, "teacher")
+            check_data(target, dataset, "teacher")
             shard_network(target, mesh, trains=False)
         return PretrainUpdates(recipe, mesh, student, negative, target)
     teacher = build_teacher(recipe)
     critic = build_critic(recipe, teacher)
     for name, network in (("on_policy.teacher", teacher), ("on_policy.critic", critic)):
-        _check_data(network, dataset, name)
+        check_data(network, dataset, name)
     for network, trains in ((student, True), (teacher, False), (critic, True)):
         shard_network(network, mesh, trains=trains)
     return OnPolicyUpdates(recipe, mesh, student, teacher, critic, negative)
-
-
-def _check_data(network: AnyFlowTransformer3DModel, dataset: VideoDataset, name: str) -> None:
-    config = network.config
-    frames, channels, height, width = dataset.latent_shape
-    out_channels = config.in_channels if config.out_channels is None else config.out_channels
-    if not channels == config.in_channels == out_channels:
-        raise ValueError(
-            f"the data's latents have {channels} channels, "
-            f"the {name} takes {config.in_channels} and gives {out_channels}"
-        )
-    for axis, size, patch in zip(
-        ("frames", "rows", "columns"), (frames, height, width), config.patch_size, strict=True
-    ):
-        if size % patch or size // patch > config.rope_max_seq_len:
-            raise ValueError(
-                f"the data's latents have {size} {axis}; the {name} takes multiples of {patch} up "
-                "to "
-                f"{patch * config.rope_max_seq_len}"
-            )
-    if dataset.text_shape[1] != config.text_dim:
-        raise ValueError(
-            f"the data's prompts have width {dataset.text_shape[1]}, the {name} takes "
-            f"text_dim={config.text_dim}"
-        )
 
 
 def _start_folder(recipe: Recipe, done: int) -> None:

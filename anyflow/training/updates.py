@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -23,17 +22,15 @@ from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.accumulation import Accumulation, Losses, MicroBatch
 from anyflow.training.distributed import Mesh
 from anyflow.training.ema import EMA
-from anyflow.training.flops import (
-    NetworkFlops,
-    OnPolicyFlops,
-    network_flops,
-    pretrain_flops,
-    token_count,
-)
+from anyflow.training.flops import OnPolicyFlops
 from anyflow.training.optimization import NetworkOptimizer
+from anyflow.training.update_flops import UpdateFlops
 
 if TYPE_CHECKING:
     from anyflow.training.config import Recipe
+
+
+_ON_CHUNKS = ("num_chunks", "bidirectional")  # arguments that are the same in all micro-steps
 
 
 class StageUpdates(Protocol):
@@ -92,8 +89,9 @@ class PretrainUpdates:
         teacher: AnyFlowTransformer3DModel | None = None,
     ) -> None:
         self.student, self.teacher, self.flops = student, teacher, 0
-        self._sample_flops = _counter(student) if teacher is None else _counter(student, teacher)
-        self._accumulation, self._data_world = Accumulation(recipe, mesh, negative), mesh.data_world
+        networks = (student,) if teacher is None else (student, teacher)
+        self._counter = UpdateFlops(*networks, data_world=mesh.data_world)
+        self._accumulation = Accumulation(recipe, mesh, negative)
         self.method = AnyFlowPretrainMethod(
             student,
             build_scheduler(recipe),
@@ -113,16 +111,16 @@ class PretrainUpdates:
         a list with one for each.
         """
         config = self.method.config
-        shared = {
-            **self._accumulation.pretrain(config, step),
-            "generator": self._accumulation.generator("student", step),
-        }
+        shared = self._accumulation.pretrain(self.method, step)
+        shared |= {name: draws.pop(name) for name in list(draws) if name in _ON_CHUNKS}
+        adds = shared.get("bidirectional", False)
+        shared["generator"] = self._accumulation.generator("student", step)
         pairs = self._accumulation.time_pairs(batches, step, config, draws.pop("time_pairs", None))
 
         def loss(micro: MicroBatch) -> LossOutput:
             arguments = {
                 **shared,
-                **self._accumulation.pretrain_draws(micro, config),
+                **self._accumulation.pretrain_draws(micro, config, bidirectional=adds),
                 **micro.given,
             }
             return self.method.loss(
@@ -134,10 +132,7 @@ class PretrainUpdates:
         scalars = losses.means | shared["balance"].metrics()
         norm = self.optimizer.update(step, scalars, losses.norms)
         self.ema.update(self.student)
-        samples = sum(len(batch.latents) for batch in batches) * self._data_world
-        self.flops = pretrain_flops(
-            *self._sample_flops(*_sizes(batches)), config=config, samples=samples
-        )
+        self.flops = self._counter.pretrain(batches, self.method, shared)
         return {**scalars, "grad_norm": norm, "lr": self.optimizer.lr(step)}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -178,9 +173,8 @@ class OnPolicyUpdates:
         assert recipe.on_policy is not None
         self.student, self.critic, self.flops = student, critic, 0
         self.teacher = teacher if recipe.pretrain.velocity_target == "teacher" else None
-        self._sample_flops = _counter(student, teacher, critic)
+        self._counter = UpdateFlops(student, teacher, critic, data_world=mesh.data_world)
         self._accumulation, self._device = Accumulation(recipe, mesh, negative), mesh.device
-        self._data_world = mesh.data_world
         self._interval = recipe.on_policy.generator_update_interval
         config = recipe.on_policy.method
         self._pretrain = pretrain_config(recipe)
@@ -253,10 +247,14 @@ class OnPolicyUpdates:
             if config is None
             else self._accumulation.time_pairs(batches, step, config, given_pairs)
         )
-        shared: dict[str, Any] = {} if config is None else self._accumulation.pretrain(config, step)
+        shared: dict[str, Any] = {}
+        if self.method.pretrain is not None:
+            shared = self._accumulation.pretrain(self.method.pretrain, step)
+            shared |= {name: draws.pop(name) for name in list(draws) if name in _ON_CHUNKS}
+        adds = shared.get("bidirectional", False)
         drawn_rollout = self._rollout_draw("student", step, draws)
         shared["rollout_draw"] = drawn_rollout
-        self.flops += self._flops(batches).student_loss(drawn_rollout)
+        self.flops += self._flops(batches, shared).student_loss(drawn_rollout)
         shared["generator"] = self._accumulation.generator("student", step)
 
         def loss(micro: MicroBatch) -> LossOutput:
@@ -266,7 +264,7 @@ class OnPolicyUpdates:
                 "score_noise": micro.noise("score noise"),
             }
             if config is not None:
-                of_data = self._accumulation.pretrain_draws(micro, config)
+                of_data = self._accumulation.pretrain_draws(micro, config, bidirectional=adds)
                 drawn |= {"data_noise": of_data.pop("noise"), **of_data}
                 drawn |= {"latents": micro.latents, "data_prompt_embeds": micro.prompt_embeds}
             return self.method.student_loss(
@@ -288,7 +286,7 @@ class OnPolicyUpdates:
                 loss.
         """
         drawn_rollout = self._rollout_draw("critic", step, draws)
-        self.flops += self._flops(batches).critic_loss(drawn_rollout)
+        self.flops += self._flops(batches, {}).critic_loss(drawn_rollout)
         generator = self._accumulation.generator("critic", step)
 
         def loss(micro: MicroBatch) -> LossOutput:
@@ -312,10 +310,8 @@ class OnPolicyUpdates:
 
         return self._accumulation.backward(batches, step, loss, given=draws)
 
-    def _flops(self, batches: Sequence[Batch]) -> OnPolicyFlops:
-        samples = sum(len(batch.latents) for batch in batches) * self._data_world
-        student, teacher, critic = self._sample_flops(*_sizes(batches))
-        return OnPolicyFlops(student, teacher, critic, self.method.config, self._pretrain, samples)
+    def _flops(self, batches: Sequence[Batch], shared: Mapping[str, Any]) -> OnPolicyFlops:
+        return self._counter.on_policy(batches, self.method, self._pretrain, shared)
 
     def _rollout_draw(self, purpose: str, step: int, draws: dict[str, Any]) -> RolloutDraw:
         """Take ``rollout_draw`` out of the given draws, or draw one for all micro-steps."""
@@ -343,29 +339,6 @@ def pretrain_config(recipe: Recipe) -> PretrainConfig:
         derivative="central",
         velocity_target="data",
     )
-
-
-def _sizes(batches: Sequence[Batch]) -> tuple[tuple[int, ...], int]:
-    """Return the shape of a video's latents, and the tokens of its prompt."""
-    return tuple(batches[0].latents.shape[1:]), batches[0].prompt_embeds.shape[1]
-
-
-def _counter(
-    *networks: AnyFlowTransformer3DModel,
-) -> Callable[[tuple[int, ...], int], list[NetworkFlops]]:
-    """Return a function from the sizes of a sample to its cost in each network.
-
-    Results are kept: counting walks all modules of a network.
-    """
-
-    @functools.cache
-    def count(latent_shape: tuple[int, ...], text_tokens: int) -> list[NetworkFlops]:
-        return [
-            network_flops(network, token_count(network, latent_shape), text_tokens)
-            for network in networks
-        ]
-
-    return count
 
 
 def _ema(recipe: Recipe, student: AnyFlowTransformer3DModel, interval: int = 1) -> EMA:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from anyflow.methods import AnyFlowOnPolicyMethod, AnyFlowPretrainMethod
-from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.config import Recipe, WeightsConfig
+from anyflow.training.networks import build_student
 from anyflow.training.recipe import dump_recipe, load_recipe, print_config
 
 SHIPPED = Path(__file__).parents[2] / "anyflow" / "recipes"
@@ -79,6 +80,23 @@ STAGE_2 = STAGE_1 | {
     "on_policy.critic_optimizer.clip_norm": 1.0,
     "on_policy.generator_update_interval": 1,
 }
+FAR = {
+    "student.lora.trained_modules": ("far_patch_embedding",),
+    "student.causal.compressed_patch_size": (1, 4, 4),
+    "student.causal.full_chunk_limit": 3,
+    "student.causal.chunk_partition": (1, 3, 3, 3, 3, 3, 3, 2),
+    "pretrain.causal.chunk_partition": None,
+    "pretrain.causal.long_context_ratio": 0.5,
+    "pretrain.causal.bidirectional_prob": 0.1,
+}
+FAR_2 = {
+    "student.lora.trained_modules": ("far_patch_embedding",),
+    "student.causal": None,
+    "pretrain.causal.chunk_partition": None,
+    "pretrain.causal.long_context_ratio": 0.5,
+    "pretrain.causal.bidirectional_prob": 0.0,
+    "on_policy.method.causal.chunk_partition": None,
+}
 PUBLISHED = {
     "anyflow_pretrain_t2v": STAGE_1,
     "anyflow_onpolicy_t2v": STAGE_2,
@@ -107,6 +125,12 @@ PUBLISHED = {
         "on_policy.generator_update_interval": 5,
         "on_policy.method.timesteps": (999.0, 937.0, 833.0, 624.0, 0.0),
     },
+    "anyflow_far_pretrain_t2v": STAGE_1 | FAR,
+    "anyflow_far_onpolicy_t2v": STAGE_2 | FAR_2,
+    "anyflow_far_pretrain_t2v_14b": STAGE_1 | FAR | {"steps": 4000, "global_batch": 16},
+    "anyflow_far_onpolicy_t2v_14b": STAGE_2
+    | FAR_2
+    | {"global_batch": 16, "on_policy.teacher": WeightsConfig("runs/teacher_t2v_14b/model")},
     "teacher_t2v": STAGE_1
     | {
         "stage": "teacher",
@@ -156,7 +180,9 @@ def test_what_a_recipe_starts_from_is_plain_wan_or_what_another_writes(name: str
 
 
 def test_the_smoke_recipes_are_small_and_their_methods_accept_them() -> None:
-    for name, steps in (("smoke_teacher", 60), ("smoke_pretrain", 60), ("smoke_onpolicy", 15)):
+    smoke = {"smoke_teacher": 60, "smoke_pretrain": 60, "smoke_onpolicy": 15}
+    smoke |= {"smoke_far_pretrain": 60, "smoke_far_onpolicy": 15}
+    for name, steps in smoke.items():
         recipe = load_recipe(SHIPPED / f"{name}.yaml")
         assert (recipe.steps, recipe.data.batch_size, recipe.data.kind) == (steps, 8, "synthetic")
         assert (recipe.device, recipe.precision, recipe.preview.step_counts) == (
@@ -164,18 +190,28 @@ def test_the_smoke_recipes_are_small_and_their_methods_accept_them() -> None:
             "fp32",
             (1, 2, 4, 8),
         )
-    architecture = load_recipe(SHIPPED / "smoke_pretrain.yaml").student.architecture
-    model = AnyFlowTransformer3DModel(**dataclasses.asdict(architecture))
-    scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))
-    AnyFlowPretrainMethod(model, scheduler, recipe.pretrain)
-    AnyFlowOnPolicyMethod(model, model, model, scheduler, recipe.on_policy.method)
+    for stage_1, stage_2 in (
+        ("smoke_pretrain", "smoke_onpolicy"),
+        ("smoke_far_pretrain", "smoke_far_onpolicy"),
+    ):
+        pretrain, recipe = load_recipe(stage_1), load_recipe(stage_2)
+        student = build_student(pretrain)
+        teacher = AnyFlowTransformer3DModel(**dataclasses.asdict(pretrain.student.architecture))
+        scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))
+        AnyFlowPretrainMethod(student, scheduler, pretrain.pretrain)
+        AnyFlowOnPolicyMethod(student, teacher, teacher, scheduler, recipe.on_policy.method)
 
 
 def test_published_on_policy_settings_are_accepted_by_the_method() -> None:
     """Build each method, which checks the pinned schedule too."""
     architecture = load_recipe(SHIPPED / "smoke_pretrain.yaml").student.architecture
     model = AnyFlowTransformer3DModel(**dataclasses.asdict(architecture))
-    for name in ("anyflow_onpolicy_t2v", "fastvideo_onpolicy_t2v"):
+    causal = AnyFlowFARTransformer3DModel.from_bidirectional(model)
+    for name, student in (
+        ("anyflow_onpolicy_t2v", model),
+        ("fastvideo_onpolicy_t2v", model),
+        ("anyflow_far_onpolicy_t2v", causal),
+    ):
         recipe = load_recipe(SHIPPED / f"{name}.yaml")
         scheduler = FlowMapEulerDiscreteScheduler(**dataclasses.asdict(recipe.scheduler))
-        AnyFlowOnPolicyMethod(model, model, model, scheduler, recipe.on_policy.method)
+        AnyFlowOnPolicyMethod(student, model, model, scheduler, recipe.on_policy.method)

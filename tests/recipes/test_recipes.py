@@ -19,7 +19,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_every_recipe_has_a_summary_that_fits_a_line_beside_its_name() -> None:
     names = recipes.names()
-    assert len(names) >= 12 and {
+    assert len(names) >= 18 and {
         "smoke_pretrain",
         "anyflow_pretrain_t2v",
         "teacher_t2v_14b",
@@ -59,10 +59,11 @@ def test_a_path_into_a_folder_is_never_a_name() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("smoke_pretrian", "smoke_pretrian: no such file; did you mean smoke_pretrain?"),
+        ("smoke_pretrian", "smoke_pretrian: no such file; did you mean smoke_pretrain or smoke_far_pretrain?"),
         (
             "smoke",
-            "smoke: no such file; did you mean smoke_onpolicy or smoke_pretrain or smoke_teacher?",
+            "smoke: no such file; did you mean smoke_far_onpolicy or smoke_far_pretrain or "
+            "smoke_onpolicy or smoke_pretrain or smoke_teacher?",
         ),
         (
             "teacher_t2v_1b.yaml",

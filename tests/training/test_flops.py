@@ -12,10 +12,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anyflow.data import Batch, SyntheticVideos
 from anyflow.methods import OnPolicyConfig, PretrainConfig
-from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
+from anyflow.models.causal_cache import encode_chunks
+from anyflow.models.chunks import ChunkPartition
+from anyflow.ops import use_backend
 from anyflow.training.config import LoRAConfig, NetworkConfig, Recipe
 from anyflow.training.distributed import Mesh
-from anyflow.training.flops import NetworkFlops, network_flops, peak_flops, token_count
+from anyflow.training.flops import (
+    ChunkFlops,
+    NetworkFlops,
+    chunk_flops,
+    network_flops,
+    peak_flops,
+    token_count,
+)
 from anyflow.training.networks import build_student
 from anyflow.training.trainer import _build_updates
 
@@ -187,3 +197,80 @@ def test_forward_mode_costs_an_evaluation_and_its_tangent(small_recipe: Make) ->
     attention = 2 * 4 * 24 * tokens * (tokens + TEXT)  # two blocks of width 24
     assert one.tangent == one.forward + attention
     assert step.flops == 4 * (one.forward + one.backward) + 2 * (one.forward + one.tangent)
+
+
+class _Causal:
+    """Run a small causal model on 1 + 2 + 1 + 2 frames, two chunks full, and count by torch."""
+
+    def __init__(self) -> None:
+        self.model = AnyFlowFARTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            full_chunk_limit=2,
+            chunk_partition=(1, 2, 1, 2),
+        )
+        self.partition = ChunkPartition(self.model.config.chunk_partition)
+        self.shape = (6, 16, 8, 4)
+        self.text = torch.randn(1, TEXT, 32)
+
+    def counted(self, num_chunks: int = 4) -> ChunkFlops:
+        sizes = (self.partition, self.shape, TEXT)
+        return chunk_flops(self.model, *sizes, num_chunks=num_chunks, bidirectional=False)
+
+    def flops(self, run: Callable[[], torch.Tensor]) -> tuple[int, int]:
+        """Return torch's count of forward and backward."""
+        with (
+            FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+            use_backend("eager"),
+        ):
+            out = run()
+            forward = counter.get_total_flops()
+            if out.requires_grad:
+                out.square().sum().backward()
+            return forward, counter.get_total_flops() - forward
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 4])
+def test_chunks_of_training_are_counted_exactly(num_chunks: int) -> None:
+    """Count the last block's outputs only, and the last chunk without a clean copy."""
+    causal = _Causal()
+    chunks = causal.partition.first(num_chunks)
+    noisy = chunks.num_frames - chunks.ends[chunks.num_compressed(2)]
+    x, t = torch.randn(1, chunks.num_frames, *causal.shape[1:]), torch.tensor([500.0])
+    forward, backward = causal.flops(
+        lambda: (
+            causal.model(
+                x, t, t, causal.text, chunks.sizes, clean_hidden_states=x[:, -noisy:]
+            ).sample
+        )
+    )
+    counted = causal.counted(num_chunks).training
+    assert (counted.forward, counted.backward) == (forward, backward)
+
+
+def test_steps_and_encodings_of_a_rollout_are_counted_exactly() -> None:
+    causal = _Causal()
+    cache = causal.model.new_cache()
+    t, video = torch.tensor([500.0]), torch.randn(1, *causal.shape)
+    forward = backward = encoding = 0
+    for chunk in range(4):
+        latents = {c: video[:, causal.partition.frames(c)] for c in range(4)}
+        if chunk:
+
+            def encode(chunk: int = chunk, latents: dict[int, torch.Tensor] = latents) -> Any:
+                with torch.no_grad():
+                    encode_chunks(causal.model, cache, chunk, latents, causal.text)
+                return torch.zeros(())
+
+            encoding += causal.flops(encode)[0]
+        x = latents[chunk]
+        both = causal.flops(lambda x=x: causal.model(x, t, t, causal.text, cache=cache).sample)
+        forward, backward = forward + both[0], backward + both[1]
+    counted = causal.counted()
+    assert (counted.step.forward, counted.step.backward) == (forward, backward)
+    assert counted.encoding == encoding
