@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -48,12 +49,19 @@ class ChunkAttention:
             sources = [_joined(list(sources))]
         if not self.groups:
             return attention(query, *sources[0], attention_backend=backend)
-        parts = []
-        for group in self.groups:
-            key, value = _ranges(sources, group.keys)
-            part = query[:, slice(*group.queries)]
-            parts.append(attention(part, key, value, attention_backend=backend))
+        queries = query.split([stop - start for start, stop in self._queries], dim=1)
+        keys = _ranges([key for key, _ in sources], [group.keys for group in self.groups])
+        values = _ranges([value for _, value in sources], [group.keys for group in self.groups])
+        parts = [
+            attention(*parts, attention_backend=backend)
+            for parts in zip(queries, keys, values, strict=True)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    @property
+    def _queries(self) -> tuple[Range, ...]:
+        """Return the queries of each group, which follow one another."""
+        return tuple(group.queries for group in self.groups)
 
 
 class SharedContext(NamedTuple):
@@ -148,20 +156,56 @@ class AnyFlowFARTransformerBlock(AnyFlowTransformerBlock):
         return (x, *kept) if kept else x
 
 
-def _ranges(sources: Sequence[KeysValues], ranges: tuple[Range, ...]) -> KeysValues:
-    """Return ranges of what lies in the sources one after the other, each within one of them.
+def _ranges(sources: Sequence[Tensor], groups: Sequence[tuple[Range, ...]]) -> list[Tensor]:
+    """Return ranges of what lies in the sources one after the other, joined for each group.
 
-    Keys and values, ``[B, S, H, Dh]`` both, are copied only where there are several ranges.
+    Keys or values, ``[B, S, H, Dh]``, are copied only where a group has several ranges. Each range
+    is within one source.
     """
-    parts = []
-    for start, stop in ranges:
-        for key, value in sources:
-            length = key.shape[1]
-            if start < length:
-                parts.append((key[:, start:stop], value[:, start:stop]))
-                break
-            start, stop = start - length, stop - length
-    return _joined(parts)
+    starts = [0, *accumulate(source.shape[1] for source in sources)]
+    taken: list[list[Range]] = [[] for _ in sources]
+    places: list[list[tuple[int, int]]] = []  # of each range of a group: source, place there
+    for group in groups:
+        places.append([])
+        for start, stop in group:
+            index = max(i for i, first in enumerate(starts[:-1]) if first <= start)
+            places[-1].append((index, len(taken[index])))
+            taken[index].append((start - starts[index], stop - starts[index]))
+    parts = [take_ranges(x, ranges) for x, ranges in zip(sources, taken, strict=True)]
+    joined = [[parts[index][place] for index, place in group] for group in places]
+    return [group[0] if len(group) == 1 else torch.cat(group, dim=1) for group in joined]
+
+
+def take_ranges(x: Tensor, ranges: Sequence[Range]) -> tuple[Tensor, ...]:
+    """Return views of ranges of ``x[B, S, H, Dh]``, which may overlap.
+
+    Their gradients are summed in one tensor. The gradient of each slice of torch would be a tensor
+    of x's size, filled with zeros.
+    """
+    if torch.is_grad_enabled() and x.requires_grad and len(ranges) > 1:
+        return cast("tuple[Tensor, ...]", _TakeRanges.apply(x, tuple(ranges)))
+    return tuple(x[:, start:stop] for start, stop in ranges)
+
+
+class _TakeRanges(torch.autograd.Function):
+    """Take ranges along the second dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranges: tuple[Range, ...]) -> tuple[Tensor, ...]:
+        ctx.ranges, ctx.size = ranges, x.shape[1]
+        ctx.set_materialize_grads(False)
+        return tuple(x[:, start:stop] for start, stop in ranges)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        total: Tensor | None = None
+        for (start, stop), grad in zip(ctx.ranges, grads, strict=True):
+            if grad is None:
+                continue
+            if total is None:
+                total = grad.new_zeros(grad.shape[0], ctx.size, *grad.shape[2:])
+            total[:, start:stop] += grad
+        return total, None
 
 
 def _joined(parts: Sequence[KeysValues]) -> KeysValues:
