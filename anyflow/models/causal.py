@@ -16,7 +16,7 @@ from anyflow.models.causal_call import (
     call_after_cache,
     call_on_chunks,
 )
-from anyflow.models.causal_streams import ContextRows, TokenStream
+from anyflow.models.causal_streams import ContextRows, TokenStream, shared_rows, token_streams
 from anyflow.models.chunks import (
     CHUNK_PARTITION,
     ChunkPartition,
@@ -377,14 +377,17 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
             raise ValueError("timestep is required")
         self._check_times(hidden_states, hidden_states.shape[1], timestep, r_timestep)
         times = call.times(timestep, r_timestep, clean_timestep)
-        rows = self._context_rows(context_rows, call, clean_hidden_states)
+        rows = shared_rows(context_rows, call, clean_hidden_states)
 
         dtype = self._compute_dtype(hidden_states.device)
         time, modulation = self._embed_times(*times, dtype)
         text = self.condition_embedder.embed_text(
             encoder_hidden_states, encoder_hidden_states_image, dtype
         )
-        streams = self._streams(call, tokens, text, modulation, rows, encode is not None)
+        parts = [part.to(dtype) for part in self._embed_segments(call, rows)]
+        placing: dict[str, Any] = {"rope": self.rope, "ranks": self._sequence}
+        placing["keeps_keys"] = encode is not None
+        streams = token_streams(call.layout, tokens, parts, text, modulation, rows, **placing)
         x = self._run_blocks(*streams, rows, tokens, cache, encode)
         frames = 0 if encode is not None else call.layout.segments[-1].num_frames
         if time.shape[1] > 1:
@@ -403,54 +406,15 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         _, ph, pw = self.config.patch_size
         return FrameTokens(height // ph, width // pw, self._ratio)
 
-    def _context_rows(
-        self, given: Sequence[int] | None, call: CausalCall, clean: Tensor | None
-    ) -> ContextRows | None:
-        if given is None:
-            return None
-        if clean is None:
-            raise ValueError("context_rows needs clean_hidden_states, which training has")
-        rows = ContextRows.of(given, clean.shape[0], clean.device)
-        return rows if len(call.layout.segments) > 1 else None
-
-    def _streams(
-        self,
-        call: CausalCall,
-        tokens: FrameTokens,
-        text: Tensor,
-        modulation: Tensor,
-        rows: ContextRows | None,
-        keeps_keys: bool,
-    ) -> tuple[TokenStream, TokenStream | None]:
-        """Return the tokens whose output is read, and the context that rows share, if they do."""
-        x = [
+    def _embed_segments(self, call: CausalCall, rows: ContextRows | None) -> list[Tensor]:
+        """Embed the latents of each segment as tokens; of a shared context once."""
+        return [
             self._embed_patches(
                 self.far_patch_embedding if segment.compressed else self.patch_embedding,
                 latents if rows is None or is_last else latents.index_select(0, rows.computed),
-            ).to(text.dtype)
+            )
             for segment, latents, is_last in call.parts()
         ]
-        options: dict[str, Any] = {"rope": self.rope, "ranks": self._sequence}
-        if rows is None:
-            joined = torch.cat(x, dim=1)
-            options["keeps_keys"] = keeps_keys
-            return TokenStream.of(call.layout, tokens, joined, text, modulation, **options), None
-        before, noisy = call.layout.apart()
-        frames = sum(segment.num_frames for segment in before.segments)
-        joined = torch.cat(x[:-1], dim=1)
-        context = TokenStream.of(
-            before,
-            tokens,
-            joined,
-            text.index_select(0, rows.computed),
-            modulation[:, :frames].index_select(0, rows.computed),
-            keeps_keys=True,
-            **options,
-        )
-        options["num_past"] = joined.shape[1]
-        return TokenStream.of(
-            noisy, tokens, x[-1], text, modulation[:, frames:], **options
-        ), context
 
     def _run_blocks(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anyflow.models.blocks import Rotary
 from anyflow.models.causal_block import ChunkAttention
-from anyflow.models.causal_call import rows_of_equal_length, split_of_layout
+from anyflow.models.causal_call import CausalCall, rows_of_equal_length, split_of_layout
 from anyflow.models.chunks import FrameTokens, TokenLayout
 from anyflow.models.sequence_parallel import SequenceGroup, TokenSplit
 from anyflow.utils.transfer import device_tensor
@@ -126,6 +126,68 @@ class ContextRows:
         return cls(
             device_tensor(computed, torch.long, device), device_tensor(places, torch.long, device)
         )
+
+
+def shared_rows(
+    given: Sequence[int] | None, call: CausalCall, clean: Tensor | None
+) -> ContextRows | None:
+    """Return whose context each row has, or None where every row has its own.
+
+    Raises:
+        ValueError: the rows are not possible, or there are no clean copies.
+    """
+    if given is None:
+        return None
+    if clean is None:
+        raise ValueError("context_rows needs clean_hidden_states, which training has")
+    rows = ContextRows.of(given, clean.shape[0], clean.device)
+    return rows if len(call.layout.segments) > 1 else None
+
+
+def token_streams(
+    layout: TokenLayout,
+    tokens: FrameTokens,
+    x: Sequence[Tensor],
+    text: Tensor,
+    modulation: Tensor,
+    rows: ContextRows | None,
+    *,
+    rope: Any,
+    ranks: SequenceGroup | None,
+    keeps_keys: bool,
+) -> tuple[TokenStream, TokenStream | None]:
+    """Return the tokens whose output is read, and the context that rows share, if they do.
+
+    Args:
+        layout: of the call.
+        tokens: tokens of a frame.
+        x: ``[B, L', D]`` tokens of each segment; with ``rows`` those before the last are of the
+            contexts that are computed.
+        text: ``[B, S, D]``.
+        modulation: ``[B, F, 6, D]``, or one row for all frames.
+        rows: whose context each row has.
+        rope, ranks, keeps_keys: as for :meth:`TokenStream.of`.
+    """
+    options: dict[str, Any] = {"rope": rope, "ranks": ranks}
+    if rows is None:
+        options["keeps_keys"] = keeps_keys
+        joined = torch.cat(list(x), dim=1)
+        return TokenStream.of(layout, tokens, joined, text, modulation, **options), None
+    before, noisy = layout.apart()
+    frames = sum(segment.num_frames for segment in before.segments)
+    joined = torch.cat(list(x[:-1]), dim=1)
+    context = TokenStream.of(
+        before,
+        tokens,
+        joined,
+        text.index_select(0, rows.computed),
+        modulation[:, :frames].index_select(0, rows.computed),
+        keeps_keys=True,
+        **options,
+    )
+    options["num_past"] = joined.shape[1]
+    after = TokenStream.of(noisy, tokens, x[-1], text, modulation[:, frames:], **options)
+    return after, context
 
 
 def _rotary(rope: Any, layout: TokenLayout, tokens: FrameTokens, x: Tensor) -> Rotary:
