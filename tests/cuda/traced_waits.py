@@ -8,12 +8,19 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from anyflow.data import Batch, SyntheticVideos
-from anyflow.methods import AnyFlowPretrainMethod, OnPolicyConfig, PretrainConfig, TimePairs
+from anyflow.methods import (
+    AnyFlowPretrainMethod,
+    CausalConfig,
+    OnPolicyConfig,
+    PretrainConfig,
+    TimePairs,
+)
 from anyflow.models import AnyFlowTransformer3DModel
 from anyflow.sampling import sample, sample_consistency
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.training.config import (
     ArchitectureConfig,
+    CausalSettings,
     DataConfig,
     NetworkConfig,
     OnPolicyStageConfig,
@@ -81,6 +88,28 @@ def make_step(device: Any, recipe: Recipe) -> PretrainUpdates | OnPolicyUpdates:
     critic = device.parameters(build_critic(recipe, teacher))
     teacher = device.parameters(teacher.requires_grad_(False))
     return OnPolicyUpdates(recipe, Mesh(CUDA), student, teacher, critic, negative)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "on_policy"])
+def test_a_causal_update_waits_for_nothing_but_its_guard(stage: str, device: Any) -> None:
+    """Trace chunks of which some are compressed, the bidirectional loss, and rollouts."""
+    pretrain = PretrainConfig(causal=CausalConfig(bidirectional_prob=1.0, long_context_ratio=1.0))
+    causal: dict[str, Any] = {
+        "student": NetworkConfig(
+            architecture=ARCHITECTURE, causal=CausalSettings((1, 6, 6), 1, (1, 1, 2))
+        ),
+        "pretrain": pretrain,
+    }
+    if stage == "on_policy":
+        causal["on_policy"] = OnPolicyStageConfig(
+            teacher=NetworkConfig(architecture=ARCHITECTURE),
+            method=OnPolicyConfig(cotrain_pretrain=True, num_steps=(2, 4), causal=CausalConfig()),
+        )
+    step = make_step(device, recipe(stage, **causal))
+    device.clear()
+    Window(CUDA).add(step.update([batch()], 0))
+    assert device.counts()["flow_map_loss_backward"] == 2
+    assert {wait.where for wait in device.waits} == GUARD
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "on_policy"])
