@@ -1,4 +1,4 @@
-"""Count the tokens and the least work of the causal model's calls: cached steps and encodings.
+"""Count the tokens and the least work of the causal model's calls: steps, encodings, training.
 
 A video of n chunks takes, for each chunk, one call that encodes what the chunk attends to beyond
 what is encoded already, none before the first chunk, and one call for each step. See
@@ -114,23 +114,36 @@ def _encoding(size: CausalSize, compressed: range, full: range) -> ChunkCall:
 
 def forward(size: CausalSize, call: ChunkCall) -> list[Component]:
     """List the components of a call, text and times included."""
-    width, d, text = size.dtype.itemsize, size.dim, size.text_tokens
+    width, d = size.dtype.itemsize, size.dim
     layers = size.layers - 1 if call.encodes else size.layers
     block = roofline.block_on(size, call.tokens, call.pairs, call.cached + call.tokens)
     parts = [part.times(layers) for part in block]
     if call.encodes:
         products = ((call.tokens, d, d),) * 2
         parts.append(roofline.linear(LAST_KEYS, width, products))
-    wide = roofline.WIDE
-    ends = [(call.full, size.patch_values, d, width)]
-    ends += [(call.compressed, size.compressed_patch_values, d, width)]
-    if not call.encodes:
-        ends += [(call.full, d, size.patch_values, wide)]
+    projected = 0 if call.encodes else call.full
+    return [*parts, _ends(size, (call.full, call.compressed), projected, times=1)]
+
+
+def _ends(size: CausalSize, embedded: tuple[int, int], projected: int, times: int) -> Component:
+    """Count what is before and after the blocks.
+
+    Args:
+        size: of the network.
+        embedded: full and compressed tokens.
+        projected: tokens whose velocity is computed.
+        times: pairs of t and r.
+    """
+    width, d, text, wide = size.dtype.itemsize, size.dim, size.text_tokens, roofline.WIDE
+    ends = [(embedded[0], size.patch_values, d, width)]
+    ends += [(embedded[1], size.compressed_patch_values, d, width)]
+    ends += [(projected, d, size.patch_values, wide)]
     ends += [(text, size.text_dim, d, width), (text, d, d, width)]
-    ends += [(1, size.freq_dim, d, wide), (1, d, d, wide)] * 2 + [(1, d, 6 * d, width)]
+    ends += [(times, size.freq_dim, d, wide), (times, d, d, wide)] * 2
+    ends += [(times, d, 6 * d, width)]
     flops = sum(2.0 * n * i * o for n, i, o, _ in ends)
     moved = sum(w * (n * i + i * o + n * o) for n, i, o, w in ends if n)
-    return [*parts, Component(roofline.EMBEDDINGS, flops, float(moved))]
+    return Component(roofline.EMBEDDINGS, flops, float(moved))
 
 
 def video(size: CausalSize, num_steps: int) -> list[Component]:
@@ -160,3 +173,72 @@ def expected_s(size: CausalSize, calls: list[ChunkCall], attention: float, other
     """
     flops = 4.0 * size.dim * size.layers * sum(call.pairs for call in calls)
     return flops / attention + others * tokens_of(calls)
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingLayout:
+    """Count the tokens of an evaluation of the pretrain loss on all chunks.
+
+    Attributes:
+        compressed, clean, noisy: tokens of each kind; clean are the copies of noisy frames.
+        pairs: of a query and a key that it is scored with, in a layer.
+        last_pairs: the same in the last layer.
+        last: tokens of the last layer that compute more than keys and values.
+    """
+
+    compressed: int
+    clean: int
+    noisy: int
+    pairs: int
+    last_pairs: int
+    last: int
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of all kinds."""
+        return self.compressed + self.clean + self.noisy
+
+
+def training_layout(size: CausalSize) -> TrainingLayout:
+    """Count ours: no copy of the last chunk, pairs as chunks see them, noisy tokens at last."""
+    first = max(0, len(size.chunk_partition) - size.full_chunk_limit)
+    compressed, pairs = 0, 0
+    for frames in size.chunk_partition[:first]:
+        compressed += frames * size.compressed_frame_tokens
+        pairs += frames * size.compressed_frame_tokens * compressed
+    full = [frames * size.frame_tokens for frames in size.chunk_partition[first:]]
+    clean, last_pairs = 0, 0
+    for tokens in full:
+        last_pairs += tokens * (compressed + clean + tokens)
+        clean += tokens
+        pairs += tokens * (compressed + clean)
+    pairs -= full[-1] * (compressed + clean)
+    noisy = clean
+    return TrainingLayout(
+        compressed, clean - full[-1], noisy, pairs + last_pairs, last_pairs, noisy
+    )
+
+
+def peer_training_layout(size: CausalSize) -> TrainingLayout:
+    """Count the peers': copies of all chunks, and under a dense mask all pairs in all layers."""
+    ours = training_layout(size)
+    tokens = ours.compressed + 2 * ours.noisy
+    return TrainingLayout(ours.compressed, ours.noisy, ours.noisy, tokens**2, tokens**2, tokens)
+
+
+def evaluation(size: CausalSize, layout: TrainingLayout) -> list[Component]:
+    """List the components of an evaluation of one sample in training, text and times included."""
+    d, tokens = size.dim, layout.tokens
+    parts = [
+        part.times(size.layers - 1)
+        for part in roofline.block_on(size, tokens, layout.pairs, tokens)
+    ]
+    parts += roofline.block_on(size, layout.last, layout.last_pairs, tokens)
+    products = ((tokens - layout.last, d, d),) * 2
+    parts.append(roofline.linear(LAST_KEYS, size.dtype.itemsize, products))
+    frames = sum(size.chunk_partition) + layout.clean // size.frame_tokens
+    embedded = layout.clean + layout.noisy, layout.compressed
+    return [*parts, _ends(size, embedded, layout.noisy, times=frames)]

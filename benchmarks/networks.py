@@ -209,7 +209,10 @@ class LoRALinear(nn.Module):
 
 
 def add_adapters(model: Any, size: NetworkSize) -> Any:
-    """Put adapters on what the published recipe names, and checkpointing on every block."""
+    """Put adapters on what the published recipe names, and checkpointing on every block.
+
+    The causal recipe trains the compressed patch embedding, too.
+    """
     torch.manual_seed(2)
     rank = LORA_RANK if size.dim > LORA_RANK else 4
     model.requires_grad_(False)
@@ -217,6 +220,8 @@ def add_adapters(model: Any, size: NetworkSize) -> Any:
         if isinstance(module, nn.Linear) and name.endswith(LORA_TARGETS):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoRALinear(module, rank))
+    if isinstance(size, CausalSize):
+        model.far_patch_embedding.requires_grad_(True)
     model.gradient_checkpointing = True
     model._gradient_checkpointing_func = partial(
         checkpoint, use_reentrant=False, preserve_rng_state=False

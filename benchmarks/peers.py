@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import causal_roofline
 import torch
 from networks import TIMESTEPS, Videos
+from sizes import CausalSize
 from torch import Tensor
 
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
@@ -42,6 +44,69 @@ def network(model: Any, dtype: torch.dtype) -> Network:
     return evaluate
 
 
+def causal_network(model: Any, dtype: torch.dtype, latents: Tensor, attention_mask: Any) -> Network:
+    """Return ``u(x, t, r, text)`` of the noisy last frames of videos, all of which are copied.
+
+    Args:
+        model: diffusers' causal model.
+        dtype: of its inputs.
+        latents: clean, of all frames.
+        attention_mask: of the layout of training.
+    """
+    limit, sizes = model.config.full_chunk_limit, list(model.config.chunk_partition)
+    first = sum(sizes[:-limit])
+    compressed, clean = (part.to(dtype) for part in (latents[:, :first], latents[:, first:]))
+    still = torch.zeros(latents.shape[:2], device=latents.device)
+
+    def evaluate(x: Tensor, t: Tensor, r: Tensor, text: Tensor) -> Tensor:
+        frames = x.shape[1]
+        noisy = [(TIMESTEPS * u.float())[:, None].expand(-1, frames) for u in (t, r)]
+        times = [torch.cat([still[:, :first], u], dim=1) for u in noisy]
+        return model(
+            torch.cat([compressed, x.to(dtype)], dim=1),
+            *times,
+            text,
+            sizes,
+            clean_hidden_states=clean,
+            clean_timestep=still[:, first:],
+            attention_mask=attention_mask,
+            return_dict=False,
+        )[0].float()
+
+    return evaluate
+
+
+def set_dense_attention(model: Any, size: CausalSize, dtype: torch.dtype) -> Tensor:
+    """Let diffusers' causal model attend by torch's own attention, and return its mask.
+
+    As published it runs flex attention, which has no backward pass on a CPU and which nothing skips
+    a score of until it is compiled. The mask is the published one without its padding, additive so
+    that no call converts it.
+    """
+    from diffusers.models.transformers.transformer_anyflow_far import AnyFlowAttnProcessor
+    from torch.nn.attention.flex_attention import create_mask
+
+    for block in model.blocks:
+        block.attn1.set_processor(AnyFlowAttnProcessor())
+    device = next(model.parameters()).device
+    tokens = causal_roofline.peer_training_layout(size).tokens
+    visible = create_mask(
+        block_mask(model, size).mask_mod, 1, 1, tokens, tokens, device=str(device)
+    )
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+
+
+def block_mask(model: Any, size: CausalSize) -> Any:
+    """Build the mask of the layout of training as diffusers does."""
+    return model.build_attention_mask(
+        chunk_partition=list(size.chunk_partition),
+        height=size.latents[2],
+        width=size.latents[3],
+        has_clean_context=True,
+        device=next(model.parameters()).device,
+    )
+
+
 def rollout(evaluate: Network, x: Tensor, sigmas: tuple[float, ...], text: Tensor) -> Tensor:
     """Follow the flow map along a few times, with one evaluation from each to the next."""
     for start, end in pairwise(sigmas):
@@ -52,15 +117,24 @@ def rollout(evaluate: Network, x: Tensor, sigmas: tuple[float, ...], text: Tenso
 
 def pretrain_step(
     model: Any,
-    dtype: torch.dtype,
+    u: Network,
     data: Videos,
     t: Tensor,
     r: Tensor,
     guidance: float,
     epsilon: float,
 ) -> Callable[[], Tensor]:
-    """Return a step of the pretrain loss: four evaluations of the batch, also where t - r = 0."""
-    u, is_diffusion = network(model, dtype), t == r
+    """Return a step of the pretrain loss: four evaluations of the batch, also where t - r = 0.
+
+    Args:
+        model: whose gradients are computed.
+        u: its evaluation.
+        data: latents and noise are of the frames that are noisy.
+        t, r: ``[B]`` in [0, 1].
+        guidance: g.
+        epsilon: of the central difference, in timesteps.
+    """
+    is_diffusion = t == r
     weights = scheduler().get_train_weight(t * TIMESTEPS).to(t)
 
     def step() -> Tensor:

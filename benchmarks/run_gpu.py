@@ -13,12 +13,12 @@ The short plan is for a card that is lent for a quarter of an hour, in two calls
 The first call does, in order of importance: build the extension, if nvcc is found; check on
 the device, by processes side by side, that kernels, attention and a small network are right;
 measure what the device reaches in products and copies; 1.3B against diffusers, eager and compiled;
-attention; the causal model at 1.3B; sampling at 14B; one forward at 14B. The second call adds a
-pretrain step, every operator, a profile of kernels, native kernels against Triton's, launch options
-of the row kernels (benchmarks/tune_rows.py), probes of launches and copies, and the operators'
-tests last. What did not fit the first call is done in the second. The full plan adds sampling and
-on-policy steps at 1.3B, diffusers' compiled transformer at 14B and compiled blocks of the causal
-model.
+attention; the causal model at 1.3B; sampling at 14B; one forward at 14B. The second call adds
+pretrain steps of both models, every operator, a profile of kernels, native kernels against
+Triton's, launch options of the row kernels (benchmarks/tune_rows.py), probes of launches and
+copies, and the operators' tests last. What did not fit the first call is done in the second. The
+full plan adds sampling and on-policy steps at 1.3B, diffusers' compiled transformer at 14B and of
+the causal model compiled blocks and diffusers' compiled training.
 
 A kernel with wrong numbers is not timed, and a network that runs it is not either; everything else
 is. What the checks find wrong of a network is printed last, is in the results under "warnings", and
@@ -50,13 +50,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 SHORT = (
     *("build", "checks", "limits", "forward_1.3b", "attention", "causal_1.3b", "sampling_14b"),
-    *("forward_14b", "pretrain_1.3b", "ops", "profile_1.3b", "native", "tune_rows", "probes"),
-    "tests",
+    *("forward_14b", "pretrain_1.3b", "pretrain_causal_1.3b", "ops", "profile_1.3b", "native"),
+    *("tune_rows", "probes", "tests"),
 )
 ORDER = (
     *("build", "checks", "limits", "forward_1.3b", "attention", "ops", "causal_1.3b"),
-    *("sampling_1.3b", "sampling_14b", "forward_14b", "pretrain_1.3b", "profile_1.3b", "native"),
-    *("on_policy_1.3b", "tune_rows", "probes", "tests"),
+    *("sampling_1.3b", "sampling_14b", "forward_14b", "pretrain_1.3b", "pretrain_causal_1.3b"),
+    *("profile_1.3b", "native", "on_policy_1.3b", "tune_rows", "probes", "tests"),
 )
 PLANS = {"short": SHORT, "full": ORDER}
 

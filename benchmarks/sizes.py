@@ -163,6 +163,9 @@ TINY = {"1.3B": _tiny("1.3B", 2, 2, 192), "14B": _tiny("14B", 3, 3, 256)}
 # Chunks of a multiple of 128 tokens: diffusers' cached step attends to padding where they are not.
 SMALL_CAUSAL = _causal_on_cpu((1, 3, 3, 3, 2), 16, 32)  # 128 tokens a frame, 32 compressed
 SHORT_CAUSAL = _causal_on_cpu((2, 2, 2, 2), 16, 16)  # 64 and 16
+# All chunks of the published partition, so narrow that attention has the share of FLOPs that it has
+# at 1.3B; 128 tokens a frame, 32 compressed.
+NARROW_CAUSAL = CausalSize("narrow", 2, 4, 768, latents=(21, 16, 16, 32), batch=4, **_CPU_SHAPES)
 CAUSAL = {name: CausalSize(s.name, s.heads, s.layers, s.ffn_dim) for name, s in PUBLISHED.items()}
 TINY_CAUSAL = {
     name: CausalSize(

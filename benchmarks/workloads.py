@@ -13,7 +13,10 @@ import torch
 from roofline import LimitMeter
 from timing import OURS, Interleaved, Step, TimeBudget, difference, peak_memory
 
-LAYERS = ("ops", "model", "methods", "sampling", "causal", "loading")
+MODULES = (
+    *("ops.bench_ops", "model.bench_model", "methods.bench_methods", "sampling.bench_sampling"),
+    *("causal.bench_causal", "causal.bench_causal_training", "loading.bench_loading"),
+)
 # in the name of a peer that `--no-compile` and `--quick` leave out: it takes minutes to build
 COMPILE = "compile"
 MEMORY = ", memory"  # after a peer's name: the ratio of peak memory instead of time
@@ -135,7 +138,7 @@ def figure(name: str, peer: str) -> str:
 
 def catalogue() -> list[Workload]:
     """List every benchmark for every device; nothing is built."""
-    modules = (importlib.import_module(f"{layer}.bench_{layer}") for layer in LAYERS)
+    modules = map(importlib.import_module, MODULES)
     found = [workload for module in modules for workload in module.WORKLOADS]
     names = [w.name for w in found]
     assert len(set(names)) == len(names), "two benchmarks have the same name"

@@ -15,6 +15,7 @@ from anyflow.models.causal_call import (
     call_after_cache,
     call_on_chunks,
     rows_of_equal_length,
+    split_of_layout,
 )
 from anyflow.models.chunks import (
     CHUNK_PARTITION,
@@ -25,6 +26,7 @@ from anyflow.models.chunks import (
 )
 from anyflow.models.diffusers_typing import apply_lora_scale, register_to_config
 from anyflow.models.embeddings import PatchEmbedding, interpolation_matrix
+from anyflow.models.sequence_parallel import TokenSplit
 from anyflow.models.transformer import AnyFlowTransformer3DModel
 
 if TYPE_CHECKING:
@@ -229,6 +231,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
     ) -> ChunkCache:
         """Return an empty cache for a video; see :class:`~anyflow.models.causal_cache.ChunkCache`.
 
+        With sequence parallelism each rank has a cache of its own, of all tokens and its heads.
+
         Args:
             chunk_partition: latent frames of each chunk; None takes the config's.
             window: most compressed chunks that stay.
@@ -254,6 +258,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
     ) -> int:
         """Return the most bytes that the cache of a video takes, known before anything runs.
 
+        With sequence parallelism they are those of this rank.
+
         Args:
             height, width: rows and columns of the latents.
             chunk_partition: latent frames of each chunk; None takes the config's.
@@ -267,12 +273,13 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         partition = self.new_cache(chunk_partition).partition
         compressed = len(partition) > self.config.full_chunk_limit
         self.check_size(height, width, compressed=compressed)
+        ranks = 1 if self._sequence is None else self._sequence.degree
         return cache_bytes(
             partition,
             self.config.full_chunk_limit,
             self._frame_tokens(height, width),
             layers=self.config.num_layers,
-            width=self.config.num_attention_heads * self.config.attention_head_dim,
+            width=self.config.num_attention_heads // ranks * self.config.attention_head_dim,
             itemsize=(self.patch_embedding.weight.dtype if dtype is None else dtype).itemsize,
             batch_size=batch_size,
             window=window,
@@ -347,11 +354,6 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
             )
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states is required")
-        if self._sequence is not None:
-            raise ValueError(
-                "sequence parallelism shares the tokens of the bidirectional path only: call "
-                "set_sequence_parallel(None), or pass is_causal=False"
-            )
         self._token_grid(hidden_states)
         tokens = self._frame_tokens(*hidden_states.shape[3:])
         if cache is None:
@@ -386,7 +388,11 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
             ],
             dim=1,
         ).to(dtype)
-        x = self._run_blocks(x, text, modulation, tokens, call.layout, cache, encode)
+        split = None
+        if self._sequence is not None:
+            split = split_of_layout(self._sequence, call.layout, tokens)
+            x = split.scatter(x)
+        x = self._run_blocks(x, text, modulation, tokens, call.layout, split, cache, encode)
         frames = 0 if encode is not None else call.layout.segments[-1].num_frames
         if time.shape[1] > 1:
             time = time[:, time.shape[1] - frames :]
@@ -394,6 +400,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
             sample = hidden_states[:, :0]
         else:
             x = self._project_out(x, time, hidden_states.dtype)
+            if split is not None:
+                x = split.last().gather(x)
             grid = (frames, tokens.height, tokens.width)
             sample = self._unpatchify(x, grid).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -409,22 +417,31 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         modulation: Tensor,
         tokens: FrameTokens,
         layout: TokenLayout,
+        split: TokenSplit | None,
         cache: ChunkCache | None,
         encode: EncodingPlan | None,
     ) -> Tensor:
-        """Return the outputs of the layout ``[B, L', D]``, and keep what is encoded."""
-        rotary = self._rotary(layout, tokens, x)
+        """Return the outputs of the layout ``[B, L', D]``, and keep what is encoded.
+
+        With a split x and the outputs are this rank's tokens.
+        """
+        rotary, outputs = self._rotary(layout, tokens, x), layout.outputs
+        if split is not None:
+            cos, sin = (split.scatter(table[None])[0] for table in rotary)
+            rotary = (cos, sin)
+            if outputs != (0, 0):
+                outputs = (x.shape[1] - split.counts[-1], x.shape[1])
         rows = (0, 0)
         if modulation.shape[1] > 1:
             modulation, rows = rows_of_equal_length(modulation, layout, tokens)
         keeps = encode is not None
         inner = last = ChunkAttention(layout.groups, keeps_keys=keeps)
-        if layout.outputs != (0, x.shape[1]):
-            last = ChunkAttention(layout.last_groups(), layout.outputs, rows, keeps)
+        if outputs != (0, x.shape[1]):
+            last = ChunkAttention(layout.last_groups(), outputs, rows, keeps)
         for index, block in enumerate(self.blocks):
             chunks = last if index == len(self.blocks) - 1 else inner
             past = () if cache is None else cache.past(index, x.device)
-            out = self._run_block(block, x, text, modulation, rotary, None, chunks, past)
+            out = self._run_block(block, x, text, modulation, rotary, split, chunks, past)
             if cache is None or encode is None:
                 x = out
             else:

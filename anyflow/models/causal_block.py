@@ -22,7 +22,7 @@ class ChunkAttention:
 
     Args:
         groups: which queries attend to which keys, cached ones first; none means all to all.
-        outputs: tokens whose output is computed; None for all.
+        outputs: tokens whose output is computed, the last segment's or none; None for all.
         output_rows: their modulation rows, where there is more than one.
         keeps_keys: whether the block returns keys and values, for a cache.
     """
@@ -66,32 +66,38 @@ class AnyFlowFARTransformerBlock(AnyFlowTransformerBlock):
         Args:
             x, text, modulation, rotary: as for the bidirectional block; rows of the modulation
                 cover equally many tokens.
-            split: of the bidirectional path.
+            split: with sequence parallelism, where this rank's tokens are among those of all
+                ranks, which attend with the rank's H / s heads.
             chunks: which tokens attend to which; None runs the bidirectional block.
             past: cached keys, after rotation, and values, ``[B, S, H, Dh]`` each, which are read
-                only.
+                only; those of the rank's heads.
 
         Returns:
             ``[B, L', D]``, the outputs; with ``chunks.keeps_keys`` also the keys and values of all
-            tokens, ``[B, L, H, Dh]``.
+            tokens, ``[B, L, H, Dh]``, on all ranks those of the rank's heads.
         """
         if chunks is None:
             return super().forward(x, text, modulation, rotary, split)
         rows = self.modulation_rows(modulation)
         n = layer_norm_modulate(x, rows[0], rows[1], self.eps)
         key, value = self.attn1.keys_values(n, rotary)
+        queries = split
         if chunks.outputs is not None:
             start, stop = chunks.outputs
             x, n = x[:, start:stop], n[:, start:stop]
             if start == stop:  # an encoding reads nothing else of the last layer
-                return x, key, value
+                return x, *((key, value) if split is None else split.to_heads(key, value))
+            queries = None if split is None else split.last()
             rotary = (rotary[0][start:stop], rotary[1][start:stop])
             if rows[0].shape[1] > 1:
                 rows = tuple(row[:, slice(*chunks.output_rows)] for row in rows)
         query = self.attn1.queries(n, rotary)
+        if split is not None and queries is not None:
+            query, key, value = split.to_heads_with_queries(query, key, value, queries)
         keys = torch.cat([*(pair[0] for pair in past), key], dim=1) if past else key
         values = torch.cat([*(pair[1] for pair in past), value], dim=1) if past else value
         out = chunks.attend(query, keys, values, self.attn1.attention_backend)
+        out = out if queries is None else queries.to_tokens(out)
         kept = (key, value) if chunks.keeps_keys else ()
         del query, keys, values, key, value  # the feed-forward needs their memory
         x, n = self.add_self_attention(x, self.attn1.output(out), rows[2])

@@ -36,6 +36,11 @@ class ChunkCache:
     seen the chunk that leaves the full part, and are to see its compressed tokens. Nothing is
     written in place, so that gradient checkpointing computes on what the forward pass has read.
 
+    With sequence parallelism a rank keeps all tokens of its H / s heads, as it gets them to attend:
+    1 / s of the memory, without padding, and nothing that is cached is communicated again. The s
+    ranks' slices of tokens with all heads would take as much memory, and an all-to-all of the whole
+    past in every call.
+
     Args:
         partition: the chunks of the video.
         full_chunk_limit: L.
@@ -99,7 +104,7 @@ class ChunkCache:
     def store(
         self, layer: int, key: Tensor, value: Tensor, plan: EncodingPlan, tokens: FrameTokens
     ) -> None:
-        """Keep what a layer has encoded by a plan, ``[B, L, H, Dh]``."""
+        """Keep what a layer has encoded by a plan, ``[B, L, H, Dh]`` of the rank's heads."""
         leaving = [tokens.count(self.partition.sizes[c], True) for c in plan.compressed]
         first_full = sum(leaving)
         if leaving:
@@ -221,7 +226,7 @@ def cache_bytes(
         partition: the chunks of the video.
         full_chunk_limit: L.
         tokens: tokens of a frame.
-        layers, width: blocks, and D of the model.
+        layers, width: blocks, and D of the model, or of a rank's heads.
         itemsize: bytes of a number.
         batch_size: videos; guidance doubles them.
         window: of :class:`ChunkCache`.

@@ -17,6 +17,7 @@ from anyflow.models.chunks import (
     encoding_layout,
     step_layout,
 )
+from anyflow.models.sequence_parallel import FrameShare, SequenceGroup, TokenSplit
 
 
 @dataclass(frozen=True)
@@ -160,3 +161,22 @@ def rows_of_equal_length(
     ]
     joined = torch.cat(parts, dim=1)
     return joined, (joined.shape[1] - parts[-1].shape[1], joined.shape[1])
+
+
+def split_of_layout(ranks: SequenceGroup, layout: TokenLayout, tokens: FrameTokens) -> TokenSplit:
+    """Share the tokens of every frame among ranks.
+
+    Beside compressed frames, of which a rank holds n' = ceil(P' / s) tokens, its share of a full
+    frame is (P / P') n', so that modulation rows cover equally many tokens on each rank, too.
+    """
+    beside, repeats = ranks.share(tokens.compressed), tokens.ratio[0] * tokens.ratio[1]
+    full = beside * repeats if layout.has_compressed else ranks.share(tokens.full)
+    kinds = (
+        FrameShare(
+            segment.num_frames,
+            tokens.count(1, segment.compressed),
+            beside if segment.compressed else full,
+        )
+        for segment in layout.segments
+    )
+    return TokenSplit(ranks, tuple(kinds))

@@ -279,9 +279,10 @@ def checked_settings(
         whole_number(f"compressed_patch_size ({axis})", size, 1, 64)
     frames, *space = compressed_patch_size
     if patch_size[0] != 1 or frames != 1:
-        raise ValueError(
+        raise SettingError(
+            "",
             "a causal model has one frame in a patch: patch_size and compressed_patch_size must "
-            f"begin with 1, got {tuple(patch_size)} and {tuple(compressed_patch_size)}"
+            f"begin with 1, got {tuple(patch_size)} and {tuple(compressed_patch_size)}",
         )
     if any(large % small for large, small in zip(space, patch_size[1:], strict=True)):
         raise SettingError(

@@ -285,7 +285,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, metac
         rotary = self.rope(grid, x.device, torch.promote_types(dtype, torch.float32))
         split = None
         if self._sequence is not None:
-            split = TokenSplit(self._sequence, grid[0], grid[1] * grid[2])
+            split = TokenSplit.of_frames(self._sequence, grid[0], grid[1] * grid[2])
             cos, sin = (split.scatter(table[None])[0] for table in rotary)
             x, rotary = split.scatter(x), (cos, sin)
         for block in self.blocks:

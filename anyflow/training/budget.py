@@ -100,8 +100,14 @@ def count(
         text_tokens: tokens of a prompt, padding included.
 
     Raises:
-        ValueError: the size of a network cannot be known, or the processes do not fit ``parallel``.
+        ValueError: the size of a network cannot be known, the processes do not fit ``parallel``, or
+            the student is causal.
     """
+    if recipe.pretrain.causal is not None:
+        raise ValueError(
+            "pretrain.causal: training of the causal model is not counted, whose tokens depend on "
+            "what is drawn and whose rollouts keep caches"
+        )
     parallel = recipe.parallel
     if processes % (parallel.replicate * parallel.sequence):
         raise ValueError(

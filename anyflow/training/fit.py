@@ -40,9 +40,7 @@ def check_data(network: AnyFlowTransformer3DModel, dataset: VideoDataset, name: 
         )
 
 
-def check_chunks(
-    student: AnyFlowTransformer3DModel, dataset: VideoDataset, recipe: Recipe
-) -> None:
+def check_chunks(student: AnyFlowTransformer3DModel, dataset: VideoDataset, recipe: Recipe) -> None:
     """Raise a ValueError unless a causal student's chunks make up the data's videos.
 
     Args:

@@ -1,4 +1,4 @@
-"""Measure the causal model: each chunk's evaluations and encoding, caches on the host, decoding."""
+"""Measure the causal model: videos chunk by chunk, caches on the host, decoding, training."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any
 import causal_roofline
 import networks
 import torch
+from causal import bench_causal_training
 from causal.bench_causal import SHIFT, last_call, sampled
+from methods.bench_methods import COMPILED as PEERS_COMPILED
+from methods.bench_methods import FORMULATION, on_gpu
 from model.bench_model import attention_choices
 from sizes import CausalSize
 from timing import OURS
 from torch import Tensor, nn
 
-from gpu.models import put_step_and_graph
+from gpu.models import ContestRecord, put_step_and_graph
 from gpu.run import DeviceRun
 
 STEPS = (1, 2, 4)
@@ -124,6 +127,28 @@ def run_causal(run: DeviceRun, name: str) -> None:
         run.put(key, {"error": problem})
     if problems:
         run.fail("; ".join(f"{key}: {problem}" for key, problem in problems.items()))
+
+
+def run_causal_training(run: DeviceRun) -> None:
+    """Time a pretrain step on all chunks at 1.3B: ours, and the peers' under a dense mask.
+
+    The full plan adds the peers' with compiled flex attention, which has no backward pass on a CPU.
+    """
+    contest = bench_causal_training.pretrain(on_gpu(run.causal_sizes["1.3B"]), run.place)
+    record = ContestRecord(run, contest, rounds=2, alone=1, reserve_s=25.0)
+    problem = networks.peer_problem()
+    if problem is not None:
+        run.put(FORMULATION, {"skipped": problem})
+    else:
+        record.add(FORMULATION)
+        reason = "not in the short plan" if run.short else "budget"
+        if not run.cuda:
+            reason = "flex attention has no backward pass on a CPU"
+        if run.cuda and not run.short and run.affords(COMPILE_S):
+            record.add(PEERS_COMPILED)
+        else:
+            run.put(PEERS_COMPILED, {"skipped": reason})
+    record.end()
 
 
 class _CausalVideo:

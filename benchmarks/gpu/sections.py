@@ -51,6 +51,13 @@ SECTIONS = (
         PRETRAIN,
     ),
     RunSection(
+        "pretrain_causal_1.3b",
+        "a pretrain step of the causal model at 1.3B",
+        75,
+        _late("causal.run_causal_training"),
+        PRETRAIN,
+    ),
+    RunSection(
         "on_policy_1.3b",
         "a generator and a critic step at 1.3B",
         120,

@@ -90,7 +90,7 @@ def on_gpu(size: NetworkSize) -> TrainingPlan:
     return TrainingPlan(size, *_TWO)
 
 
-class _PlanParts:
+class PlanParts:
     """Build the networks and the draws of a plan on a device."""
 
     def __init__(self, plan: TrainingPlan, batch: int, device: torch.device) -> None:
@@ -116,6 +116,37 @@ class _PlanParts:
         # the latents are noise too, independent of the other
         return peers.FixedDraws(kept, t, self.data.latents, GUIDANCE)
 
+    def pretrain_step(self, data: networks.Videos, config: PretrainConfig, **loss: Any) -> Step:
+        """Return our step of the pretrain loss on a network of its own.
+
+        Args:
+            data: whole videos.
+            config: of the method.
+            loss: arguments of the loss.
+        """
+        plan, model = self.plan, self.network(theirs=False)
+        method = AnyFlowPretrainMethod(model, peers.scheduler(), config)
+        t, r = self.times()
+        pairs, latents = TimePairs(t, r, t == r), data.latents.to(self.dtype)
+
+        def step() -> Tensor:
+            model.zero_grad(set_to_none=True)
+            with plan.autocast(self.device):
+                found = method.loss(
+                    *(latents, data.prompt, data.negative),
+                    noise=data.noise,
+                    time_pairs=pairs,
+                    **loss,
+                ).loss
+            found.backward()
+            return found.detach()
+
+        return step
+
+    def times(self) -> tuple[Tensor, Tensor]:
+        """Return t and r of the samples of a pretrain step."""
+        return tuple(torch.tensor(u, device=self.device) for u in (self.plan.t, self.plan.r))
+
     def under_autocast(self, step: Step) -> Step:
         """Return the step under the plan's autocast."""
 
@@ -129,33 +160,22 @@ class _PlanParts:
 def pretrain(plan: TrainingPlan, place: Place) -> Contest:
     """Build the pretrain step: ours evaluates without gradient what has a factor other than 0."""
     device = place.device
-    parts = _PlanParts(plan, len(plan.t), device)
-    data, (t, r) = parts.data, (torch.tensor(times, device=device) for times in (plan.t, plan.r))
+    parts = PlanParts(plan, len(plan.t), device)
+    data, (t, r) = parts.data, parts.times()
 
     def ours() -> Step:
-        model = parts.network(theirs=False)
         config = PretrainConfig(
             epsilon=EPSILON, fuse_guidance_scale=GUIDANCE, boundary="extrapolate"
         )
-        method = AnyFlowPretrainMethod(model, peers.scheduler(), config)
-        pairs, latents = TimePairs(t, r, t == r), data.latents.to(parts.dtype)
-
-        def step() -> Tensor:
-            model.zero_grad(set_to_none=True)
-            with plan.autocast(device):
-                loss = method.loss(
-                    latents, data.prompt, data.negative, noise=data.noise, time_pairs=pairs
-                ).loss
-            loss.backward()
-            return loss.detach()
-
-        return step
+        return parts.pretrain_step(data, config)
 
     def theirs(compiler: str | None = None) -> Step:
         model = parts.network(theirs=True)
         model = model if compiler is None else networks.variant(model, compiler)
         return parts.under_autocast(
-            peers.pretrain_step(model, parts.dtype, data, t, r, GUIDANCE, EPSILON)
+            peers.pretrain_step(
+                model, peers.network(model, parts.dtype), data, t, r, GUIDANCE, EPSILON
+            )
         )
 
     makers = {OURS: ours, FORMULATION: theirs, COMPILED: partial(theirs, place.compiler)}
@@ -165,7 +185,7 @@ def pretrain(plan: TrainingPlan, place: Place) -> Contest:
 def on_policy(methods: tuple[str, ...], plan: TrainingPlan, place: Place) -> Contest:
     """Build the generator's step, the critic's, or one after the other."""
     device = place.device
-    parts = _PlanParts(plan, len(plan.score_times), device)
+    parts = PlanParts(plan, len(plan.score_times), device)
     data, draws = parts.data, parts.draws()
 
     def networks_of(theirs: bool) -> tuple[Any, Any, Any]:

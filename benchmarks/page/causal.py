@@ -9,9 +9,10 @@ from sizes import CAUSAL
 
 from page.results import RunResults
 
-SECTION = "causal_1.3b"
+SECTION, TRAINING = "causal_1.3b", "pretrain_causal_1.3b"
 NUM_STEPS = (1, 2, 4)
 GOAL_STEPS, GOAL_FPS = 2, 25.0
+_PEERS, _COMPILED = "peers' formulation", "peers' formulation + compile"
 _VIDEOS = {
     "caches resident": "ours",
     "caches on the host": "caches on the host",
@@ -33,10 +34,13 @@ def frames_per_second(results: RunResults, who: str = "ours", steps: int = GOAL_
 
 
 def tables_of(results: RunResults) -> list[str]:
-    """Write the tables of a run that has the section, and nothing for one that has not."""
-    if SECTION not in results.data["sections"]:
-        return []
-    return [*_videos(results), "", *_chunks(results), *_notes(results)]
+    """Write the tables of the sections that a run has, and nothing for one that has none."""
+    found = []
+    if SECTION in results.data["sections"]:
+        found += [*_videos(results), "", *_chunks(results), *_notes(results)]
+    if TRAINING in results.data["sections"]:
+        found += ["", *_training(results)] if found else _training(results)
+    return found
 
 
 def _videos(results: RunResults) -> list[str]:
@@ -55,6 +59,22 @@ def _videos(results: RunResults) -> list[str]:
         cells = [results.seconds(SECTION, key), frames_per_second(results, who, steps)]
         cells += ["" if least is None else f"{least:.3f} s", over]
         lines.append([name, str(steps), *cells, results.gibibytes(SECTION, key)])
+    return table(headings, lines)
+
+
+def _training(results: RunResults) -> list[str]:
+    """Compare a pretrain step on all chunks with the peers' formulations of it."""
+    headings = ["causal pretrain step, 1.3B, 8 chunks, batch 2, LoRA, checkpointing", "seconds"]
+    headings += ["time / ours", "peak", "ours / its peak"]
+    lines = [["ours", results.seconds(TRAINING, "ours"), "", results.gibibytes(TRAINING, "ours")]]
+    for name, key, beside in (
+        ("peers' formulation, dense mask", _PEERS, "ours"),
+        ("the same, compiled flex attention", _COMPILED, f"ours, beside {_COMPILED}"),
+    ):
+        cells = [results.seconds(TRAINING, key), results.times(TRAINING, key, beside)]
+        cells += [results.gibibytes(TRAINING, key)]
+        lines.append([name, *cells, results.times(TRAINING, beside, key, "peak_bytes")])
+    lines[0].append("")
     return table(headings, lines)
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import causal_roofline
 import networks
+import peers
 import pytest
 import roofline
 import torch
-from causal import bench_causal
+from causal import bench_causal, bench_causal_training
 from causal_roofline import ChunkCall
+from methods.bench_methods import FORMULATION, on_cpu
 from sizes import CAUSAL, TINY_CAUSAL, CausalSize
+from timing import OURS
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from workloads import Place
 
 from anyflow.models import AnyFlowFARTransformer3DModel, use_attention_backend
 from anyflow.ops import use_backend
@@ -80,6 +85,63 @@ def test_flops_of_a_video_are_those_of_torchs_counter() -> None:
         bench_causal.sampled(ours, LONG, data, STEPS)()
     expected = roofline.total(causal_roofline.video(LONG, STEPS)).flops
     assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize("size", [TINY, replace(LONG, full_chunk_limit=2)])
+def test_flops_of_training_are_those_of_torchs_counter(size: CausalSize) -> None:
+    ours, data = networks.ours(size, CPU), networks.videos(size, CPU)
+    peer = networks.peer(size, ours)
+    dense = peers.set_dense_attention(peer, size, torch.float32)
+    first = sum(size.chunk_partition[: -size.full_chunk_limit])
+    latents, noise, t = data.latents, data.noise[:, first:], torch.full((1,), 0.5)
+    sees = causal_roofline.training_layout(size)
+    masked = causal_roofline.peer_training_layout(size)
+    evaluate = peers.causal_network(peer, torch.float32, latents, dense)
+    for layout, step in (
+        (
+            sees,
+            lambda: ours(
+                torch.cat([latents[:, :first], noise], dim=1),
+                *(1000 * t, 1000 * t, data.prompt),
+                clean_hidden_states=latents[:, first:],
+            ),
+        ),
+        (masked, lambda: evaluate(noise, t, t, data.prompt)),
+    ):
+        counter, math = FlopCounterMode(display=False), sdpa_kernel(SDPBackend.MATH)
+        with counter, math, use_backend("eager"), use_attention_backend("math"), torch.no_grad():
+            step()
+        expected = roofline.total(causal_roofline.evaluation(size, layout)).flops
+        assert counter.get_total_flops() == expected
+    # what the mask shows and ours leaves out: queries of the copy of the last chunk
+    copy = size.chunk_partition[-1] * size.frame_tokens * (sees.compressed + sees.noisy)
+    assert int((dense == 0).sum()) == sees.pairs + copy
+
+
+def test_the_peers_formulation_of_causal_training_is_the_same_loss(tmp_path: Path) -> None:
+    plan = on_cpu(replace(TINY, batch=4))
+    contest = bench_causal_training.pretrain(plan, Place(CPU, tmp_path))
+    losses = [contest.makers[who]()() for who in (OURS, FORMULATION)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    # half the samples have r = t, and need no derivative: 8 + 3 x 4 passes against 12 + 3 x 4
+    layouts = causal_roofline.peer_training_layout, causal_roofline.training_layout
+    theirs, ours = (
+        roofline.total(causal_roofline.evaluation(plan.size, layout(plan.size))).flops
+        for layout in layouts
+    )
+    assert bench_causal_training.flops(plan, theirs=True) == 24 * theirs
+    assert bench_causal_training.flops(plan) == contest.flops == 20 * ours
+
+
+def test_the_published_layout_of_training() -> None:
+    size = CAUSAL["1.3B"]
+    ours, peer = (
+        count(size)
+        for count in (causal_roofline.training_layout, causal_roofline.peer_training_layout)
+    )
+    assert (ours.compressed, ours.clean, ours.noisy) == (13 * 390, 6 * 1560, 8 * 1560)
+    assert (ours.tokens, peer.tokens) == (26910, 30030)
+    assert ours.pairs / peer.pairs == pytest.approx(0.329, abs=5e-4)
 
 
 def test_the_expected_time_adds_attention_and_tokens() -> None:

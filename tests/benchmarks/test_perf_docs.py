@@ -150,6 +150,26 @@ def test_a_causal_run_is_listed_where_there_is_one() -> None:
     assert "caches resident" not in perf_docs.page([cut_short()])
 
 
+def test_causal_training_is_listed_where_it_was_measured() -> None:
+    compiled = "peers' formulation + compile"
+    data = {
+        "pretrain_causal_1.3b": {
+            "ours": timed(2.0, 20.0),
+            "peers' formulation": timed(5.0, 50.0),
+            compiled: timed(3.0, 25.0),
+            f"ours, beside {compiled}": timed(2.5, 20.0),
+        },
+    }
+    page = perf_docs.page([results("Test GPU", data)])
+    assert line_of(page, "peers' formulation, dense mask").endswith(
+        "| 5.000 s | 2.50x | 50.0 GiB | 0.40x |"
+    )
+    assert line_of(page, "the same, compiled flex attention").endswith(
+        "| 3.000 s | 1.20x | 25.0 GiB | 0.80x |"
+    )
+    assert "causal pretrain step" not in perf_docs.page([cut_short()])
+
+
 def test_a_page_that_is_not_the_results_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,7 +108,8 @@ def test_every_section_runs(tmp_path: Path) -> None:
     assert causal["with decoding, chunk by chunk NFE 2"]["ms"] > causal["ours NFE 2"]["ms"]
     assert causal["ours, compiled blocks: relative difference"] < 1e-5
     assert causal["step of the last chunk: until enqueued"]["ms"] > 0
-    for name in ("pretrain_1.3b", "on_policy_1.3b"):  # the same mathematics
+    # the same mathematics
+    for name in ("pretrain_1.3b", "pretrain_causal_1.3b", "on_policy_1.3b"):
         assert found[name]["peers' formulation: relative difference from ours"] < 1e-3
         assert found[name]["ours"]["ms"] > 0 and found[name]["peers' formulation"]["ms"] > 0
     timed = [entry[way]["ms"] for entry in found["ops"].values() for way in DIRECTIONS]

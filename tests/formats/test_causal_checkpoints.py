@@ -115,7 +115,7 @@ def test_tensors_decide_unless_the_config_says_that_the_model_is_bidirectional(
     [
         ("chunk_partition", [], "chunk_partition=[] is not possible"),
         ("chunk_partition", [1, 0], "chunk_partition=[1, 0] is not possible"),
-        ("chunk_partition", [5000], "chunk_partition is not possible: chunk 0 must be a whole number from 1"),
+        ("chunk_partition", [5000], "chunk 0 must be a whole number from 1 to 4096"),
         ("full_chunk_limit", 0, "full_chunk_limit=0 is not possible"),
         ("full_chunk_limit", 5000, "full_chunk_limit must be a whole number from 1 to 4096"),
         ("full_chunk_limit", True, "full_chunk_limit=True is not possible"),

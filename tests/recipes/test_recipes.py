@@ -59,7 +59,10 @@ def test_a_path_into_a_folder_is_never_a_name() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("smoke_pretrian", "smoke_pretrian: no such file; did you mean smoke_pretrain or smoke_far_pretrain?"),
+        (
+            "smoke_pretrian",
+            "smoke_pretrian: no such file; did you mean smoke_pretrain or smoke_far_pretrain?",
+        ),
         (
             "smoke",
             "smoke: no such file; did you mean smoke_far_onpolicy or smoke_far_pretrain or "

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow.methods import OnPolicyConfig
+from anyflow.methods import CausalConfig, OnPolicyConfig, PretrainConfig
 from anyflow.training.config import (
     ArchitectureConfig,
+    CausalSettings,
     DataConfig,
     EMAConfig,
     NetworkConfig,
@@ -37,11 +38,17 @@ ARCHITECTURE = ArchitectureConfig(
 )
 
 
-def _small_recipe(out: Path, **changes: Any) -> Recipe:
+# of the synthetic videos' four frames of 6 x 6 latents; a compressed frame is one token
+CAUSAL = CausalSettings((1, 6, 6), full_chunk_limit=2, chunk_partition=(1, 1, 2))
+
+
+def _small_recipe(out: Path, *, causal: bool = False, **changes: Any) -> Recipe:
+    chunks = CausalConfig(bidirectional_prob=0.5) if causal else None
     settings: dict[str, Any] = {
         "stage": "pretrain",
         "out": str(out),
-        "student": NetworkConfig(architecture=ARCHITECTURE),
+        "student": NetworkConfig(architecture=ARCHITECTURE, causal=CAUSAL if causal else None),
+        "pretrain": PretrainConfig(prompt_dropout=0.1, causal=chunks),
         "data": DataConfig(kind="synthetic", batch_size=4, num_workers=0),
         "steps": 4,
         "optimizer": OptimizerConfig(lr=1e-3),
@@ -53,7 +60,7 @@ def _small_recipe(out: Path, **changes: Any) -> Recipe:
     if changes.get("stage") == "on_policy":
         settings["on_policy"] = OnPolicyStageConfig(
             teacher=WeightsConfig(architecture=ARCHITECTURE, seed=1),
-            method=OnPolicyConfig(cotrain_pretrain=True, num_steps=(2, 4)),
+            method=OnPolicyConfig(cotrain_pretrain=True, num_steps=(2, 4), causal=chunks),
             critic_optimizer=OptimizerConfig(lr=1e-3, betas=(0.0, 0.999)),
         )
     return Recipe(**settings | changes)
@@ -61,7 +68,7 @@ def _small_recipe(out: Path, **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="session")
 def small_recipe() -> Callable[..., Recipe]:
-    """Return ``small_recipe(out, **changes)``."""
+    """Return ``small_recipe(out, causal=False, **changes)``."""
     return _small_recipe
 
 

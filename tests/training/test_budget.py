@@ -133,6 +133,12 @@ def test_the_published_recipe_on_eight_gpus() -> None:
         budget.gpu_hours("abacus")
 
 
+def test_a_causal_recipe_is_refused_rather_than_counted_wrong() -> None:
+    for name in ("anyflow_far_pretrain_t2v", "anyflow_far_onpolicy_t2v"):
+        with pytest.raises(ValueError, match=r"pretrain\.causal: training of the causal model is"):
+            count(load_recipe(Path(name)))
+
+
 @pytest.mark.slow
 def test_the_table_of_the_page_is_up_to_date() -> None:
     assert table() in PAGE, "python -m anyflow.training.budget"

@@ -167,13 +167,6 @@ def test_a_folder_without_a_network_is_named(small_recipe: Make, tmp_path: Path)
         build_student(small_recipe(tmp_path, student=_from(tmp_path)))
 
 
-def test_a_causal_network_is_refused(small_recipe: Make, tmp_path: Path) -> None:
-    diffusers.AnyFlowFARTransformer3DModel(**SIZES).save_pretrained(tmp_path / "causal")
-    recipe = small_recipe(tmp_path, student=_from(tmp_path / "causal"))
-    with pytest.raises(ValueError, match=r"student.path: .* is a causal model, which no recipe"):
-        build_student(recipe)
-
-
 def test_lora_trains_its_adapters_and_the_modules_named(small_recipe: Make, tmp_path: Path) -> None:
     AnyFlowTransformer3DModel(**SIZES).save_pretrained(tmp_path)
     student = build_student(small_recipe(tmp_path, student=_from(tmp_path, lora=LORA)))

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from anyflow.methods import CausalConfig, OnPolicyConfig, PretrainConfig
 from anyflow.training.config import (
+    CausalSettings,
     DataConfig,
     LoRAConfig,
     NetworkConfig,
@@ -37,10 +39,13 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_the_keys_are_those_of_a_recipe_with_every_section(tmp_path: Path) -> None:
     """Write such a recipe out and count; what is not required has the default of the page."""
-    full = dataclasses.replace(NETWORK, lora=LoRAConfig())
-    weights = WeightsConfig(NETWORK.path)
-    stage = OnPolicyStageConfig(weights, critic=weights, critic_lora=LoRAConfig())
-    recipe = Recipe("on_policy", "runs/a", full, DataConfig(path="latents"), on_policy=stage)
+    full = dataclasses.replace(NETWORK, lora=LoRAConfig(), causal=CausalSettings())
+    weights, causal = WeightsConfig(NETWORK.path), CausalConfig()
+    method = OnPolicyConfig(cotrain_pretrain=True, causal=causal)
+    stage = OnPolicyStageConfig(weights, method, critic=weights, critic_lora=LoRAConfig())
+    pretrain = PretrainConfig(prompt_dropout=0.1, causal=causal)
+    data = DataConfig(path="latents")
+    recipe = Recipe("on_policy", "runs/a", full, data, pretrain=pretrain, on_policy=stage)
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(file) == recipe

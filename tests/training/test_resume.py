@@ -15,7 +15,7 @@ from rich.console import Console
 from run_files import checkpoint, metrics, reported, train_command, write_recipe
 
 from anyflow.data import open_dataset
-from anyflow.models import AnyFlowTransformer3DModel
+from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from anyflow.training.checkpoint import Checkpointer
 from anyflow.training.config import (
     CheckpointConfig,
@@ -48,9 +48,11 @@ def _files(folder: Path) -> set[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("stage", ["pretrain", "on_policy"])
 def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
     stage: str,
+    causal: bool,
     small_recipe: Make,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -63,6 +65,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
         small_recipe(
             tmp_path / name,
             stage=stage,
+            causal=causal,
             steps=12,
             num_threads=1,
             checkpoint=CheckpointConfig(every=6),
@@ -104,11 +107,9 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
     assert {name.split("/")[0] for name in one} >= {"student", "optimizer", "ema"}
     assert any(name.startswith("critic/") for name in one) == (stage == "on_policy")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    network = AnyFlowFARTransformer3DModel if causal else AnyFlowTransformer3DModel
     models = [
-        AnyFlowTransformer3DModel.from_pretrained(
-            Path(r.out) / "model" / "transformer"
-        ).state_dict()
-        for r in recipes
+        network.from_pretrained(Path(r.out) / "model" / "transformer").state_dict() for r in recipes
     ]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     assert all(

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from anyflow.data import SyntheticVideos, TrainingData
 from anyflow.data.sample import Batch
-from anyflow.methods import OnPolicyConfig, PretrainConfig
+from anyflow.methods import CausalConfig, OnPolicyConfig, PretrainConfig
 from anyflow.training.config import (
     ArchitectureConfig,
+    CausalSettings,
     DataConfig,
     EMAConfig,
     NetworkConfig,
@@ -38,14 +39,21 @@ LAYOUTS = {  # by the number of processes: the mesh, and samples in a micro-step
     4: {"replicate2_sequence2": (ParallelConfig(replicate=2, shard=1, sequence=2), 2)},
     8: {"sequence8": (ParallelConfig(sequence=8), 1)},  # run by hand: it needs as many cores
 }
-# image-to-video and dropped prompts in some updates; without flow matching; without co-training
+# image-to-video and dropped prompts in some updates; without flow matching; the causal model with
+# the bidirectional loss in some updates, in both stages
 CASES = {
     "pretrain": PretrainConfig(prompt_dropout=0.5, i2v_prob=0.5),
     "few_diffusion": PretrainConfig(diffusion_ratio=0.2, fuse_guidance_scale=1.0),
     "no_diffusion": PretrainConfig(diffusion_ratio=0.0, fuse_guidance_scale=1.0),
     "on_policy": PretrainConfig(i2v_prob=0.5, epsilon=20.0),
+    "causal_pretrain": PretrainConfig(
+        prompt_dropout=0.5, causal=CausalConfig(bidirectional_prob=0.7, long_context_ratio=0.9)
+    ),
+    "causal_on_policy": PretrainConfig(epsilon=20.0, causal=CausalConfig(bidirectional_prob=0.0)),
 }
-ON_RANKS = ("pretrain", "on_policy")
+ON_RANKS = ("pretrain", "on_policy", "causal_pretrain", "causal_on_policy")
+# with 9 tokens in a frame, and one in a compressed frame
+CAUSAL = CausalSettings((1, 6, 6), full_chunk_limit=2, chunk_partition=(1, 1, 2))
 # below the norms, so that every update is clipped
 OPTIMIZER = OptimizerConfig(lr=1e-2, clip_norm=0.05)
 
@@ -62,24 +70,28 @@ def make_recipe(case: str, parallel: ParallelConfig, batch_size: int, accumulati
         num_layers=1,
         rope_max_seq_len=8,
     )
+    causal, stage_2 = case.startswith("causal"), case.endswith("on_policy")
+    rollouts = OnPolicyConfig(
+        cotrain_pretrain=True, num_steps=(2, 4), causal=CausalConfig() if causal else None
+    )
     on_policy = OnPolicyStageConfig(
         teacher=WeightsConfig(architecture=sizes, seed=1),
-        method=OnPolicyConfig(cotrain_pretrain=True, num_steps=(2, 4)),
+        method=rollouts,
         critic_optimizer=OPTIMIZER,
     )
     return Recipe(
-        stage="on_policy" if case == "on_policy" else "pretrain",
+        stage="on_policy" if stage_2 else "pretrain",
         out="unused",
-        student=NetworkConfig(architecture=sizes),
+        student=NetworkConfig(architecture=sizes, causal=CAUSAL if causal else None),
         data=DataConfig(kind="synthetic", batch_size=batch_size),
         pretrain=CASES[case],
-        on_policy=on_policy if case == "on_policy" else None,
+        on_policy=on_policy if stage_2 else None,
         optimizer=OPTIMIZER,
         ema=EMAConfig(decay=0.9, start_step=1),
         parallel=parallel,
         gradient_accumulation=accumulation,
         precision="fp32",
-        activation_checkpointing=False,
+        activation_checkpointing=causal,
         device="cpu",
     )
 
@@ -100,6 +112,8 @@ def make_step(recipe: Recipe, mesh: Mesh) -> PretrainUpdates | OnPolicyUpdates:
 
 def updates(case: str, mesh: Mesh, parallel: ParallelConfig, batch_size: int) -> dict[str, Any]:
     """Return all metrics of the updates, and all that a checkpoint would hold after them."""
+    causal = case.startswith("causal")
+    batch_size = max(batch_size, 2) if causal else batch_size  # many calls: fewer micro-steps
     accumulation = GLOBAL_BATCH // (batch_size * mesh.data_world)
     step = make_step(make_recipe(case, parallel, batch_size, accumulation), mesh)
     calls: list[bool] = []
@@ -112,7 +126,7 @@ def updates(case: str, mesh: Mesh, parallel: ParallelConfig, batch_size: int) ->
         seed=3,
     )
     metrics = []
-    for index in range(UPDATES):
+    for index in range(2 if causal else UPDATES):
         batches = [_double(next(data)) for _ in range(accumulation)]
         window = Window(mesh.device)
         window.add(step.update(batches, index))
