@@ -30,8 +30,8 @@ STEP_COST = {
     "pretrain": 1.7,
     "on_policy": 5.6,
     "evaluation": 12.0,
-    "causal_pretrain": 1.2,
-    "causal_evaluation": 0.003,  # of a call of the network on a chunk of one clip
+    "causal_pretrain": 1.6,
+    "causal_evaluation": 0.004,  # of a call of the network on a chunk of one clip
 }
 
 _CHECKPOINTS = ("flow_matching", "pretrain", "on_policy")  # a stage each, in their order

@@ -39,7 +39,8 @@ def long_clip_animation(
 ) -> bytes:
     """Draw a GIF of clips side by side above a bar of their chunks, which fills as they are made.
 
-    The bar has one color where the clips are no longer than training clips, and another beyond.
+    The bar has one color where the clips are no longer than training clips, and another beyond. The
+    videos are drawn in 29 grays, which makes the file a fifth smaller.
 
     Args:
         videos: ``{label: [N, F, H, W]}`` uint8 gray of one shape; a column shows all N of them.
@@ -67,7 +68,12 @@ def long_clip_animation(
     tiles = [
         gray_indices(
             tile_videos(
-                video, strip.rows, strip.cols, upscale=strip.upscale, padding=2, background=110
+                _in_few_grays(video),
+                strip.rows,
+                strip.cols,
+                upscale=strip.upscale,
+                padding=2,
+                background=110,
             )
         )
         for video in videos.values()
@@ -82,6 +88,11 @@ def long_clip_animation(
             picture.paste(tile[frame], strip.corner(column))
         images.append(picture)
     return encode_images(images, format="gif", fps=8.0)
+
+
+def _in_few_grays(videos: Tensor) -> Tensor:
+    """Round grays to multiples of 9."""
+    return ((videos.float() / 9).round() * 9).clamp(max=252).byte()
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,7 @@ class _Strip:
             box = (edges[chunk], top, edges[chunk + 1] - 3, top + self.bar)
             draw.rectangle(box, outline=color, fill=color if chunk < made else "white")
         beyond = made > trained
-        text = f"{made * self.chunk_frames} frames in {made} chunks"
+        text = f"{made * self.chunk_frames} frames in {made} chunk{'' if made == 1 else 's'}"
         y = top + self.bar + self.label / 2
         draw.text((right, y), text, fill=INK, font=font, anchor="rm")
         note = (

@@ -28,6 +28,7 @@ from anyflow.demo import (
 from anyflow.demo.causal_results import LongClipResults
 from anyflow.demo.evaluate import build_evaluator
 from anyflow.demo.long_clips import real_long, sample_long, score_long, window_ends
+from anyflow.evaluation import Evaluator
 from anyflow.models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 
 # The same tiny configuration, for this process and for the one that is killed.
@@ -117,43 +118,35 @@ def test_the_checkpoint_is_a_causal_folder_trained_from_flow_matching(
     assert tuple(causal.config.chunk_partition) == (1, 1, 1, 1)
     assert causal.condition_embedder.delta_embedder is not None
     assert start.condition_embedder.delta_embedder is None
-    before, after = dict(start.named_parameters()), dict(causal.named_parameters())
-    moved = [(after[name] - before[name]).norm() / before[name].norm() for name in before]
-    assert 0 < max(moved) < 0.5, "it was not trained, or not from there"
+    moved = causal.patch_embedding.weight - start.patch_embedding.weight
+    share = float(moved.detach().norm() / start.patch_embedding.weight.detach().norm())
+    assert 0 < share < 0.2, "it was not trained, or not from there"
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_within_its_stage(
+def test_killed_run_goes_on_with_the_flow_matching_of_the_other_demo(
     finished: tuple[Path, LongClipResults], tmp_path: Path
 ) -> None:
-    """Let a run kill itself after an update between two checkpoints of its second stage."""
-    out = tmp_path / "killed"
-    process = subprocess.run([sys.executable, "-c", KILLED, str(out)], timeout=600)
-    assert process.returncode == -signal.SIGKILL
-    results, log = run(tiny_config(), out)
-    assert "flow matching (teacher): done by an earlier run" in log
-    steps = dict(re.findall(r"causal stage 1: pretraining: step (\d) of 6(.*)", log))
-    assert "loss" not in steps["4"] and "loss" in steps["5"], "it did not go on from its checkpoint"
-    assert results.scores == finished[1].scores
-    name = Path("causal.gif")
-    assert (out / name).read_bytes() == (finished[0] / name).read_bytes()
+    """Let a run kill itself between two checkpoints, in a folder of the first stage of the other.
 
-
-@pytest.mark.slow
-def test_flow_matching_of_the_other_demo_is_not_trained_again(
-    finished: tuple[Path, LongClipResults], tmp_path: Path
-) -> None:
-    """Leave what the first stage of ``anyflow demo`` leaves, and nothing else."""
+    Its numbers are those of a run that trained everything, to the bit.
+    """
     out, weights = tmp_path / "run", Path("transformer", "diffusion_pytorch_model.safetensors")
     folder = Path("checkpoints", "flow_matching")
     shutil.copytree(finished[0] / folder, out / folder)
     shutil.copy(finished[0] / "state.json", out)
     written = (out / folder / weights).stat().st_mtime_ns
+    process = subprocess.run([sys.executable, "-c", KILLED, str(out)], timeout=600)
+    assert process.returncode == -signal.SIGKILL
     results, log = run(tiny_config(), out)
     assert "flow matching (teacher): done by an earlier run" in log
     assert (out / folder / weights).stat().st_mtime_ns == written
-    assert results.scores == finished[1].scores
     assert list(json.loads((out / "state.json").read_text())["finished"]) == ["flow_matching"]
+    steps = dict(re.findall(r"causal stage 1: pretraining: step (\d) of 6(.*)", log))
+    assert "loss" not in steps["4"] and "loss" in steps["5"], "it did not go on from its checkpoint"
+    assert results.scores == finished[1].scores
+    name = "causal.gif"
+    assert (out / name).read_bytes() == (finished[0] / name).read_bytes()
 
 
 @pytest.mark.slow
@@ -170,36 +163,39 @@ def test_other_settings_of_either_part_are_refused(
 # Scores -------------------------------------------------------------------------------------------
 
 
+def evaluator(world: World) -> Evaluator:
+    return replace(build_evaluator(world), black_white=None)  # without motion, which takes seconds
+
+
 def test_real_clips_of_any_length_score_as_real_ones() -> None:
     world = World(DemoConfig(heldout=128))
     labels = world.labels(64)
     clips = real_long(world, 24, labels, world.generator(1))
     assert clips.shape == (64, 24, 1, 12, 12)
-    scores = score_long(world, build_evaluator(world), clips, labels)
+    scores = score_long(world, evaluator(world), clips, labels)
     assert len(scores.fd) == len(window_ends(world, 12)) == 9
     assert max(scores.template_mse) < 1e-10
     assert set(scores.of_class) == {1.0} and set(scores.off_course) == {0.0}
     assert max(scores.fd) < 3 * min(scores.fd)
 
 
-def test_a_clip_that_stops_is_a_pixel_per_frame_off_its_course() -> None:
-    """Let real clips stand still from frame 16 on: six windows later they have lost 6 chunks."""
+def test_a_clip_that_jumps_is_as_far_off_its_course_as_it_has_jumped() -> None:
+    """Move real clips by 3 rows and 4 columns from frame 12 on."""
     world = World(DemoConfig(heldout=128))
-    labels = world.labels(64)
-    clips = real_long(world, 16, labels, world.generator(2))
-    still = clips[:, -1:].expand(-1, 12, -1, -1, -1)
-    scores = score_long(world, build_evaluator(world), torch.cat([clips, still], dim=1), labels)
-    assert scores.off_course[:5] == (0.0,) * 5
-    # a frozen window is nearest to the real clip whose middle frames it is like
-    assert scores.off_course[-1] == pytest.approx(4.0, abs=1.0)
-    assert scores.fd[-1] > 5 * scores.fd[0]
+    labels = world.labels(16)
+    clips = real_long(world, 24, labels, world.generator(2))
+    clips = torch.cat([clips[:, :12], clips[:, 12:].roll((3, 4), dims=(3, 4))], dim=1)
+    scores = score_long(world, evaluator(world), clips, labels)
+    assert scores.off_course[:3] == (0.0,) * 3 and scores.off_course[6:] == (5.0,) * 3
+    assert max(scores.template_mse[:3] + scores.template_mse[6:]) < 1e-10
+    assert min(scores.template_mse[3:6]) > 0.01, "the jump is in these windows"
 
 
 def test_clips_of_another_class_are_found() -> None:
     world = World(DemoConfig(heldout=128))
     labels = world.labels(64)
     swapped = real_long(world, 12, (labels + 1) % 4, world.generator(3))
-    scores = score_long(world, build_evaluator(world), swapped, labels)
+    scores = score_long(world, evaluator(world), swapped, labels)
     assert set(scores.of_class) == {0.0} and min(scores.template_mse) > 0.1
 
 
