@@ -15,7 +15,7 @@ from anyflow.demo.evaluate import build_evaluator, real_floor
 from anyflow.demo.long_clips import LongClipScores, sample_long, score_long, window_ends
 from anyflow.demo.progress import DemoProgress
 from anyflow.demo.run import STEP_COST, DemoRun, demo_state, run_settings
-from anyflow.demo.stage_run import StageRun, Task
+from anyflow.demo.stage_run import RunTask, StageRun
 from anyflow.demo.stages import stage_recipe
 from anyflow.demo.state import RunState
 from anyflow.methods import CausalConfig
@@ -86,13 +86,13 @@ class _CausalRun:
         self.state.finish("report", 0.0)
         return results
 
-    def _tasks(self) -> tuple[Task, Task]:
+    def _tasks(self) -> tuple[RunTask, RunTask]:
         """Return the training and the evaluation."""
         stage, counts = self.config.pretrain, self.config.step_counts
         cost = stage.steps * STEP_COST[_STAGE] * stage.batch_size / 32
         calls = sum(n + 1 for n in counts) * self.config.chunks
         scored = STEP_COST[_EVALUATION] * calls * self.config.samples
-        return Task(_STAGE, stage.steps, cost), Task(_EVALUATION, len(counts), scored)
+        return RunTask(_STAGE, stage.steps, cost), RunTask(_EVALUATION, len(counts), scored)
 
     def _recipe(self) -> Recipe:
         """Make the recipe of stage 1: the quickstart's, with a causal student."""
@@ -112,7 +112,7 @@ class _CausalRun:
             pretrain=replace(recipe.pretrain, causal=causal),
         )
 
-    def _evaluate(self, task: Task) -> tuple[LongClipResults, dict[int, Tensor]]:
+    def _evaluate(self, task: RunTask) -> tuple[LongClipResults, dict[int, Tensor]]:
         """Return the scores, and one uint8 video ``[4, F, 12, 12]`` per class by step count."""
         config, world, start = self.config, self.world, time.perf_counter()
         # motion is in off_course, exactly and at less cost

@@ -13,7 +13,7 @@ from anyflow.demo.config import DemoConfig
 from anyflow.demo.evaluate import build_evaluator, evaluate_method, real_floor, samplers
 from anyflow.demo.progress import DemoProgress
 from anyflow.demo.results import REPORT_FILE, write_results
-from anyflow.demo.stage_run import StageRun, Task
+from anyflow.demo.stage_run import RunTask, StageRun
 from anyflow.demo.stages import stage_recipe
 from anyflow.demo.state import RunState
 from anyflow.demo.world import World
@@ -119,11 +119,11 @@ class DemoRun:
         self.state.finish("report", 0.0)
         return results
 
-    def tasks(self) -> dict[str, Task]:
+    def tasks(self) -> dict[str, RunTask]:
         """Return the stages by name, in their order."""
         stages = {name: getattr(self.config, name) for name in _CHECKPOINTS}
         return {
-            name: Task(name, s.steps, s.steps * STEP_COST[name] * s.batch_size / 32)
+            name: RunTask(name, s.steps, s.steps * STEP_COST[name] * s.batch_size / 32)
             for name, s in stages.items()
         }
 
@@ -142,10 +142,10 @@ class DemoRun:
         )
         stages.train(self.tasks()[name], recipe)
 
-    def _evaluation(self) -> Task:
+    def _evaluation(self) -> RunTask:
         evaluations = len(_CHECKPOINT_OF) * len(self.config.step_counts)
         cost = evaluations * STEP_COST["evaluation"] * self.config.samples / 512
-        return Task("evaluation", evaluations, cost)
+        return RunTask("evaluation", evaluations, cost)
 
     def _evaluate(self) -> tuple[EvaluationResults, dict[str, dict[int, Tensor]]]:
         world, start = self.world, time.perf_counter()

@@ -16,7 +16,7 @@ from anyflow.training.config import Recipe
 from anyflow.utils.writing import whole_folder
 
 
-class Task(NamedTuple):
+class RunTask(NamedTuple):
     """Name a part of a run, with its steps and its cost in steps of flow matching of batch 32."""
 
     name: str
@@ -50,13 +50,13 @@ class StageRun:
         """Return the folder of a finished stage's network."""
         return self.out / "checkpoints" / stage
 
-    def skip_finished(self, tasks: Iterable[Task]) -> None:
+    def skip_finished(self, tasks: Iterable[RunTask]) -> None:
         """Take what an earlier run has finished out of the time left."""
         for task in tasks:
             if task.name in self.state.finished:
                 self.progress.skip(task.name, task.cost)
 
-    def train(self, task: Task, recipe: Recipe) -> None:
+    def train(self, task: RunTask, recipe: Recipe) -> None:
         """Train a stage, keep its averaged network, and note that it is finished."""
         with self.progress.stage(*task) as advance:
             model, seconds = train_stage(self.world, recipe, advance)
