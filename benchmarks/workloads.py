@@ -13,13 +13,11 @@ import torch
 from roofline import LimitMeter
 from timing import OURS, Interleaved, Step, TimeBudget, difference, peak_memory
 
-MODULES = (
-    *("ops.bench_ops", "model.bench_model", "methods.bench_methods", "sampling.bench_sampling"),
-    *("causal.bench_causal", "causal.bench_causal_training", "loading.bench_loading"),
-)
+LAYERS = ("ops", "model", "methods", "sampling", "causal", "loading")
 # in the name of a peer that `--no-compile` and `--quick` leave out: it takes minutes to build
 COMPILE = "compile"
 MEMORY = ", memory"  # after a peer's name: the ratio of peak memory instead of time
+_HERE = Path(__file__).resolve().parent
 # Ours against a peer, relative to the largest element: the same mathematics, other orders of
 # summation.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -138,7 +136,8 @@ def figure(name: str, peer: str) -> str:
 
 def catalogue() -> list[Workload]:
     """List every benchmark for every device; nothing is built."""
-    modules = map(importlib.import_module, MODULES)
+    files = [file for layer in LAYERS for file in sorted((_HERE / layer).glob("bench_*.py"))]
+    modules = (importlib.import_module(f"{file.parent.name}.{file.stem}") for file in files)
     found = [workload for module in modules for workload in module.WORKLOADS]
     names = [w.name for w in found]
     assert len(set(names)) == len(names), "two benchmarks have the same name"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,7 @@ class ChunkContext:
         r_timestep: Tensor | None,
         text: Tensor,
         samples: Tensor | None = None,
+        context_rows: Sequence[int] | None = None,
     ) -> Tensor:
         """Return ``u(x, t, r, c)`` of noisy frames, ``[b, F_f, C, H, W]`` in fp32 at least.
 
@@ -110,6 +112,7 @@ class ChunkContext:
             timestep, r_timestep: t and r, ``[b]``.
             text: ``[b, S, text_dim]``.
             samples: ``[b]`` indices of the samples that x is made of; None means all B.
+            context_rows: for each row the one of the same sample and text whose context it shares.
         """
         compressed, clean = self.compressed, self.clean
         if samples is not None:
@@ -122,4 +125,5 @@ class ChunkContext:
             text,
             chunk_partition=self.sizes,
             clean_hidden_states=clean,
+            context_rows=context_rows,
         )

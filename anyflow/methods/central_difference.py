@@ -47,6 +47,8 @@ def central_difference(
             torch.cat(r_timesteps),
             torch.cat(texts),
             torch.cat(samples),
+            # x₋ attends to the clean frames of x₊
+            [*range(n), *range(n), *range(2 * n, len(x))],
         )
     uncond = u[2 * n :] if guided else None
     if n == 0:

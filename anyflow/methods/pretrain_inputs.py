@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,7 @@ class PretrainData:
         r_timestep: Tensor | None,
         text: Tensor,
         samples: Tensor | None = None,
+        context_rows: Sequence[int] | None = None,
     ) -> Tensor:
         """Return ``u(x, t, r, c)``, the shape of x, in fp32 at least.
 
@@ -60,10 +62,12 @@ class PretrainData:
             timestep, r_timestep: t and r, ``[b]`` or ``[b, F]``; r is None for the plain velocity.
             text: ``[b, S, text_dim]``.
             samples: ``[b]`` indices of the samples that x is made of; None means all B.
+            context_rows: for each row the one of the same sample and text, whose context a causal
+                student computes for both; None means that each row has its own.
         """
         if self.context is None:
             return velocity(network, x, timestep, r_timestep, text)
-        return self.context.velocity(network, x, timestep, r_timestep, text, samples)
+        return self.context.velocity(network, x, timestep, r_timestep, text, samples, context_rows)
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,22 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from anyflow.models.causal_block import AnyFlowFARTransformerBlock, ChunkAttention
+from anyflow.models.causal_block import AnyFlowFARTransformerBlock, SharedContext
 from anyflow.models.causal_cache import ChunkCache, EncodingPlan, cache_bytes
 from anyflow.models.causal_call import (
+    CausalCall,
     call_after_cache,
     call_on_chunks,
-    rows_of_equal_length,
-    split_of_layout,
 )
+from anyflow.models.causal_streams import ContextRows, TokenStream
 from anyflow.models.chunks import (
     CHUNK_PARTITION,
     ChunkPartition,
     FrameTokens,
-    TokenLayout,
     checked_settings,
 )
 from anyflow.models.diffusers_typing import apply_lora_scale, register_to_config
 from anyflow.models.embeddings import PatchEmbedding, interpolation_matrix
-from anyflow.models.sequence_parallel import TokenSplit
 from anyflow.models.transformer import AnyFlowTransformer3DModel
 
 if TYPE_CHECKING:
@@ -314,6 +312,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         is_causal: bool = True,
         cache: ChunkCache | None = None,
         encode: EncodingPlan | None = None,
+        context_rows: Sequence[int] | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Return the average velocity of the full frames.
 
@@ -336,6 +335,10 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
             cache: what earlier chunks have left; the velocity is that of the chunk after them.
             encode: encodes chunks into the cache, all at t = r = 0; ``timestep`` is not needed, and
                 the sample is empty.
+            context_rows: with ``clean_hidden_states``, for each of the B rows the one whose context
+                it has: the compressed frames, clean copies, their times, and the text that these
+                attend to. A context is computed once for all its rows, and what other rows hold of
+                one is not read. None gives each row its own.
 
         Returns:
             ``.sample`` ``[B, F_f, C_out, H, W]`` in hidden_states' dtype.
@@ -343,6 +346,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         Raises:
             ValueError: shapes do not fit, or frames, rows or columns do not fit the partition.
         """
+        if context_rows is not None and not (is_causal and cache is None):
+            raise ValueError("context_rows is of the causal path without a cache")
         if not is_causal:
             return super().forward(
                 hidden_states,
@@ -372,27 +377,15 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
             raise ValueError("timestep is required")
         self._check_times(hidden_states, hidden_states.shape[1], timestep, r_timestep)
         times = call.times(timestep, r_timestep, clean_timestep)
+        rows = self._context_rows(context_rows, call, clean_hidden_states)
 
         dtype = self._compute_dtype(hidden_states.device)
         time, modulation = self._embed_times(*times, dtype)
         text = self.condition_embedder.embed_text(
             encoder_hidden_states, encoder_hidden_states_image, dtype
         )
-        x = torch.cat(
-            [
-                self._embed_patches(
-                    self.far_patch_embedding if segment.compressed else self.patch_embedding,
-                    latents,
-                )
-                for segment, latents in zip(call.layout.segments, call.latents, strict=True)
-            ],
-            dim=1,
-        ).to(dtype)
-        split = None
-        if self._sequence is not None:
-            split = split_of_layout(self._sequence, call.layout, tokens)
-            x = split.scatter(x)
-        x = self._run_blocks(x, text, modulation, tokens, call.layout, split, cache, encode)
+        streams = self._streams(call, tokens, text, modulation, rows, encode is not None)
+        x = self._run_blocks(*streams, rows, tokens, cache, encode)
         frames = 0 if encode is not None else call.layout.segments[-1].num_frames
         if time.shape[1] > 1:
             time = time[:, time.shape[1] - frames :]
@@ -400,7 +393,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
             sample = hidden_states[:, :0]
         else:
             x = self._project_out(x, time, hidden_states.dtype)
-            if split is not None:
+            if (split := streams[0].split) is not None:
                 x = split.last().gather(x)
             grid = (frames, tokens.height, tokens.width)
             sample = self._unpatchify(x, grid).to(hidden_states.dtype)
@@ -410,54 +403,76 @@ class AnyFlowFARTransformer3DModel(AnyFlowTransformer3DModel):
         _, ph, pw = self.config.patch_size
         return FrameTokens(height // ph, width // pw, self._ratio)
 
-    def _run_blocks(
+    def _context_rows(
+        self, given: Sequence[int] | None, call: CausalCall, clean: Tensor | None
+    ) -> ContextRows | None:
+        if given is None:
+            return None
+        if clean is None:
+            raise ValueError("context_rows needs clean_hidden_states, which training has")
+        rows = ContextRows.of(given, clean.shape[0], clean.device)
+        return rows if len(call.layout.segments) > 1 else None
+
+    def _streams(
         self,
-        x: Tensor,
+        call: CausalCall,
+        tokens: FrameTokens,
         text: Tensor,
         modulation: Tensor,
+        rows: ContextRows | None,
+        keeps_keys: bool,
+    ) -> tuple[TokenStream, TokenStream | None]:
+        """Return the tokens whose output is read, and the context that rows share, if they do."""
+        x = [
+            self._embed_patches(
+                self.far_patch_embedding if segment.compressed else self.patch_embedding,
+                latents if rows is None or is_last else latents.index_select(0, rows.computed),
+            ).to(text.dtype)
+            for segment, latents, is_last in call.parts()
+        ]
+        options: dict[str, Any] = {"rope": self.rope, "ranks": self._sequence}
+        if rows is None:
+            joined = torch.cat(x, dim=1)
+            options["keeps_keys"] = keeps_keys
+            return TokenStream.of(call.layout, tokens, joined, text, modulation, **options), None
+        before, noisy = call.layout.apart()
+        frames = sum(segment.num_frames for segment in before.segments)
+        joined = torch.cat(x[:-1], dim=1)
+        context = TokenStream.of(
+            before,
+            tokens,
+            joined,
+            text.index_select(0, rows.computed),
+            modulation[:, :frames].index_select(0, rows.computed),
+            keeps_keys=True,
+            **options,
+        )
+        options["num_past"] = joined.shape[1]
+        return TokenStream.of(
+            noisy, tokens, x[-1], text, modulation[:, frames:], **options
+        ), context
+
+    def _run_blocks(
+        self,
+        stream: TokenStream,
+        context: TokenStream | None,
+        rows: ContextRows | None,
         tokens: FrameTokens,
-        layout: TokenLayout,
-        split: TokenSplit | None,
         cache: ChunkCache | None,
         encode: EncodingPlan | None,
     ) -> Tensor:
-        """Return the outputs of the layout ``[B, L', D]``, and keep what is encoded.
-
-        With a split x and the outputs are this rank's tokens.
-        """
-        rotary, outputs = self._rotary(layout, tokens, x), layout.outputs
-        if split is not None:
-            cos, sin = (split.scatter(table[None])[0] for table in rotary)
-            rotary = (cos, sin)
-            if outputs != (0, 0):
-                outputs = (x.shape[1] - split.counts[-1], x.shape[1])
-        rows = (0, 0)
-        if modulation.shape[1] > 1:
-            modulation, rows = rows_of_equal_length(modulation, layout, tokens)
-        keeps = encode is not None
-        inner = last = ChunkAttention(layout.groups, keeps_keys=keeps)
-        if outputs != (0, x.shape[1]):
-            last = ChunkAttention(layout.last_groups(), outputs, rows, keeps)
+        """Return the outputs ``[B, L', D]`` of a stream, and keep what is encoded."""
+        x, shared = stream.x, None if context is None else context.x
         for index, block in enumerate(self.blocks):
-            chunks = last if index == len(self.blocks) - 1 else inner
+            last = index == len(self.blocks) - 1
+            inputs = stream.inputs(x, last)
             past = () if cache is None else cache.past(index, x.device)
-            out = self._run_block(block, x, text, modulation, rotary, split, chunks, past)
-            if cache is None or encode is None:
-                x = out
+            if context is not None and rows is not None:
+                beside = SharedContext(context.inputs(shared, last), rows.rows)
+                x, shared = self._run_block(block, *inputs, past, beside)
+            elif cache is None or encode is None:
+                x = self._run_block(block, *inputs, past)
             else:
-                x, key, value = out
+                x, key, value = self._run_block(block, *inputs, past)
                 cache.store(index, key, value, encode, tokens)
         return x
-
-    def _rotary(self, layout: TokenLayout, tokens: FrameTokens, x: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        tables = []
-        for segment in layout.segments:
-            ratio = tokens.ratio if segment.compressed else (1, 1)
-            grid = (segment.num_frames, tokens.height // ratio[0], tokens.width // ratio[1])
-            tables.append(
-                self.rope(grid, x.device, dtype, first_frame=segment.first_frame, ratio=ratio)
-            )
-        if len(tables) == 1:
-            return tables[0]
-        return torch.cat([t[0] for t in tables]), torch.cat([t[1] for t in tables])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from anyflow.models.causal_cache import ChunkCache, EncodingPlan
 from anyflow.models.chunks import (
     ChunkPartition,
     FrameTokens,
+    Segment,
     TokenLayout,
     chunk_layout,
     encoding_layout,
@@ -26,6 +27,13 @@ class CausalCall:
 
     layout: TokenLayout
     latents: Sequence[Tensor]
+
+    def parts(self) -> Iterator[tuple[Segment, Tensor, bool]]:
+        """List segments with their latents, and whether they are the last."""
+        last = len(self.layout.segments) - 1
+        pairs = zip(self.layout.segments, self.latents, strict=True)
+        for index, (segment, latents) in enumerate(pairs):
+            yield segment, latents, index == last
 
     def times(
         self, timestep: Tensor, r_timestep: Tensor | None, clean_timestep: Tensor | None

@@ -174,6 +174,18 @@ class TokenLayout:
             if start <= group.queries[0] and group.queries[1] <= stop
         )
 
+    def apart(self) -> tuple[TokenLayout, TokenLayout]:
+        """Return the layouts of the tokens before the outputs, and of the outputs.
+
+        Keys of the first come before those of the second; the output of the first is not read.
+        """
+        start, stop = self.outputs
+        before = tuple(group for group in self.groups if group.queries[1] <= start)
+        return (
+            TokenLayout(self.segments[:-1], before, (0, 0)),
+            TokenLayout(self.segments[-1:], self.last_groups(), (0, stop - start)),
+        )
+
 
 def chunk_layout(
     partition: ChunkPartition, full_chunk_limit: int, tokens: FrameTokens, *, clean: bool

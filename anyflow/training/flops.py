@@ -222,12 +222,14 @@ class ChunkFlops:
         step: one step of all chunks of a rollout.
         encoding: all encodings of a rollout, which have no gradient.
         bidirectional: an evaluation of the bidirectional loss, or None where none is added.
+        context: the part of ``training``'s forward that is of clean frames.
     """
 
     training: NetworkFlops
     step: NetworkFlops
     encoding: int
     bidirectional: NetworkFlops | None
+    context: int
 
 
 def chunk_flops(
@@ -275,8 +277,10 @@ def chunk_flops(
         sum(s.forward for s in steps), sum(s.backward for s in steps), sum(s.tangent for s in steps)
     )
     whole = network_flops(network, token_count(network, latent_shape), text_tokens)
-    training = flops(chunk_layout(partition.first(num_chunks), limit, frame, clean=True))
-    return ChunkFlops(training, step, encoding, whole if bidirectional else None)
+    layout = chunk_layout(partition.first(num_chunks), limit, frame, clean=True)
+    training = flops(layout)
+    context = training.forward - flops(layout.apart()[1]).forward
+    return ChunkFlops(training, step, encoding, whole if bidirectional else None, context)
 
 
 def pretrain_flops(
@@ -286,6 +290,7 @@ def pretrain_flops(
     config: PretrainConfig,
     samples: int,
     bidirectional: NetworkFlops | None = None,
+    context: int = 0,
 ) -> int:
     """Count the pretrain loss of the samples of all ranks, with its gradients.
 
@@ -296,6 +301,7 @@ def pretrain_flops(
         samples: samples of all ranks.
         bidirectional: an evaluation of a causal student as a bidirectional model, where that loss
             is added.
+        context: forward FLOPs of the clean frames that both ends of a central difference share.
     """
     guided = config.fuse_guidance_scale != 1
     total = samples * (
@@ -310,7 +316,7 @@ def pretrain_flops(
     flow_map = samples - round(config.diffusion_ratio * samples)
     if config.derivative == "jvp":
         return total + flow_map * (student.forward + student.tangent)
-    return total + 2 * flow_map * student.forward
+    return total + flow_map * (2 * student.forward - context)
 
 
 @dataclass(frozen=True)
@@ -356,6 +362,7 @@ class OnPolicyFlops:
             config=self.pretrain,
             samples=self.samples,
             bidirectional=None if self.chunks is None else self.chunks.bidirectional,
+            context=0 if self.chunks is None else self.chunks.context,
         )
 
     def critic_loss(self, rollout: RolloutDraw) -> int:

@@ -48,14 +48,19 @@ class UpdateFlops:
                 causal student.
         """
         student, *teacher = self._counted(*_sizes(batches))
-        added = None
+        added, context = None, 0
         if method.chunks is not None:
             drawn = shared["num_chunks"], shared["bidirectional"]
             counted = self._counted_chunks(method.chunks, *_sizes(batches), *drawn)
             student, added = counted.training, counted.bidirectional
-        samples = self._samples(batches)
+            context = counted.context
         return pretrain_flops(
-            student, *teacher, config=method.config, samples=samples, bidirectional=added
+            student,
+            *teacher,
+            config=method.config,
+            samples=self._samples(batches),
+            bidirectional=added,
+            context=context,
         )
 
     def on_policy(

@@ -200,6 +200,19 @@ def test_the_network_is_called_twice_or_four_times_whatever_is_drawn(
         )
 
 
+def test_both_ends_of_the_difference_share_one_context(causal_reference, pretrain) -> None:
+    """Count tokens of the first block: without gradient each sample and text has one context."""
+    method, pairs, counts = pretrain(fuse_guidance_scale=3.0), _pairs(causal_reference), []
+    method.student.blocks[0].attn1.to_k.register_forward_hook(
+        lambda _, inputs, out: counts.append(inputs[0].shape[:2].numel())
+    )
+    method.loss(*_batch(causal_reference), time_pairs=pairs, num_chunks=5, bidirectional=False)
+    picked = len(pairs.flow_map_indices())
+    context, noisy = 3 * 2 + 3 * 8, 5 * 8
+    assert 0 < picked < 4
+    assert counts == [(picked + 4) * context, (2 * picked + 4) * noisy, 4 * (context + noisy)]
+
+
 def test_frames_and_noise_that_a_loss_does_not_see_change_nothing(
     causal_reference, pretrain
 ) -> None:

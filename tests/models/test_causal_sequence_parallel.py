@@ -9,7 +9,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "scripts" / "parallel_causal.py"
-LAYOUTS = ("training", "plain", "all full", "cached")
+LAYOUTS = ("training", "plain", "all full", "one context", "cached")
 DEGREES = (2, 4)
 pytestmark = pytest.mark.slow
 

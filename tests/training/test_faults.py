@@ -23,8 +23,8 @@ INTERVAL = 3
     ("settings", "steps", "kills"),
     [
         ({}, 180, 20),
-        ({"causal": True}, 60, 5),
-        ({"causal": True, "stage": "on_policy"}, 60, 5),
+        ({"causal": True}, 60, 8),
+        ({"causal": True, "stage": "on_policy"}, 60, 8),
     ],
     ids=["pretrain", "causal pretrain", "causal on-policy"],
 )

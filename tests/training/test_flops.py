@@ -274,3 +274,19 @@ def test_steps_and_encodings_of_a_rollout_are_counted_exactly() -> None:
     counted = causal.counted()
     assert (counted.step.forward, counted.step.backward) == (forward, backward)
     assert counted.encoding == encoding
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "on_policy"])
+def test_every_product_of_a_causal_update_is_counted(stage: str, small_recipe: Make) -> None:
+    """Compare with torch's count, which has the text of clean frames beside that of noisy ones."""
+    recipe = small_recipe("unused", stage=stage, causal=True, activation_checkpointing=False)
+    step = _build_updates(recipe, Mesh(torch.device("cpu")), SyntheticVideos())
+    for index in range(2):  # the second has another number of chunks
+        with (
+            FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+            use_backend("eager"),
+        ):
+            step.update([_batch()], index)
+        assert step.flops == pytest.approx(counter.get_total_flops(), rel=0.03)
+        assert step.flops <= counter.get_total_flops()

@@ -1,5 +1,6 @@
 """Run both stages by smoke recipes on two processes, as the guide shows, and sample."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,5 +39,9 @@ def test_both_stages_train_on_two_processes_and_the_model_samples_at_any_number_
         sample_videos: Callable[..., torch.Tensor] = sample_causal if kind else sample
         latents = sample_videos(model, scheduler, noise, prompts, num_inference_steps=steps)
         assert latents.isfinite().all() and 0.4 < float(latents.std()) < 1.4  # the data's is 1
-        if steps == 1:  # sixty steps teach it the mean, which is nearer to any video than noise is
+        if steps == 1 and not kind:
+            # sixty steps teach it the mean, which is nearer to any video than noise is
             assert (latents - real).square().mean() < 0.85 * (noise - real).square().mean()
+    lines = Path(f"runs/smoke_{kind}pretrain/metrics.jsonl").read_text().splitlines()
+    losses = [value["loss"] for value in map(json.loads, lines) if "loss" in value]
+    assert sum(losses[-4:]) / 4 < 0.75 * losses[0]

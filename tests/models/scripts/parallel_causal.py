@@ -64,6 +64,13 @@ def all_full(model: AnyFlowFARTransformer3DModel, x: Tensor) -> Tensor:
     return model(x, t, t / 2, TEXT, **options).sample
 
 
+def one_context(model: AnyFlowFARTransformer3DModel, x: Tensor) -> Tensor:
+    """Let two rows attend to the context of the second."""
+    clean = x[:, 3:] - 0.5
+    options = {"clean_hidden_states": clean, "context_rows": [1, 1]}
+    return model(x, TIMES, TIMES / 2, TEXT, **options).sample
+
+
 def cached(model: AnyFlowFARTransformer3DModel, x: Tensor) -> Tensor:
     """Chain the chunks, with gradients through the caches too."""
     cache, done, t = model.new_cache(), {}, TIMES[:, 0]
@@ -79,6 +86,7 @@ CASES: dict[str, tuple[Case, Tensor]] = {
     "training": (training, latents(6, 4, 12)),
     "plain": (plain, latents(6, 4, 12)),
     "all full": (all_full, latents(3, 6, 6)),
+    "one context": (one_context, latents(6, 4, 12)),
     "cached": (cached, latents(6, 4, 12)),
 }
 

@@ -1,7 +1,8 @@
 """Shard the causal model on ranks (FSDP2), train and sample with it, and compare with one process.
 
 ``sharded_causal.py``: the first rank prints the largest relative distance, on any rank, of a
-velocity, of gradients and of a sampled video from those of the whole model.
+velocity, of gradients, of velocities that share a context, and of a sampled video from those of the
+whole model.
 """
 
 import copy
@@ -53,19 +54,25 @@ def main() -> None:
     x = torch.randn(1, 6, 4, 4, 8, generator=g, dtype=torch.float64)
     text = torch.randn(1, 5, 8, generator=g, dtype=torch.float64)
     t = torch.tensor([800.0])
-    velocities, gradients = [], []
+    both = torch.cat([x, torch.cat([x[:, :3], 0.5 * x[:, 3:]], dim=1)])
+    clean, texts = x[:, 3:].repeat(2, 1, 1, 1, 1), text.repeat(2, 1, 1)
+    times = torch.tensor([800.0, 795.0])
+    velocities, gradients, shared = [], [], []
     for network in (model, sharded):
         network.enable_gradient_checkpointing()
         velocity = network(x, t, t / 2, text, clean_hidden_states=x[:, 3:]).sample
         velocity.square().mean().backward()
         velocities.append(velocity.detach())
         gradients.append([whole(p.grad) for p in network.parameters()])
+        options = {"clean_hidden_states": clean, "context_rows": [0, 0]}
+        shared.append(network(both, times, times / 2, texts, **options).sample.detach())
     videos = [
         sample_causal(network, FlowMapEulerDiscreteScheduler(), x, text, num_inference_steps=2)
         for network in (model, sharded)
     ]
     distances = [
         relative(velocities[1], velocities[0]),
+        relative(shared[1], shared[0]),
         max(relative(b, a) for a, b in zip(*gradients, strict=True) if bool(a.any())),
         relative(videos[1], videos[0]),
     ]

@@ -58,7 +58,8 @@ def main() -> None:
         steps = list(complete_checkpoints(out / "checkpoints"))
         # On a slow machine every child would die before its first checkpoint.
         newest = max(steps, default=0)
-        longest *= 1.2 if newest == before else 0.6 if newest > before + 5 else 1
+        longest *= 2 if newest == 0 else 1.2 if newest == before else 1
+        longest *= 0.6 if newest > before + 5 else 1
         before = newest
         print(
             json.dumps(
