@@ -92,3 +92,46 @@ class DemoConfig:
                 samples=256,
             )
         raise ValueError(f"budget must be 'fast' or 'full', got {budget!r}")
+
+
+@dataclass(frozen=True)
+class CausalDemoConfig:
+    """Hold everything that a causal run depends on: clips made chunk by chunk.
+
+    The causal model starts from the flow matching of ``demo``. A chunk is one latent frame; of the
+    chunks before it the last ``full_chunk_limit - 1`` are seen in full and the others as one token
+    each. Trained on the 4 chunks of a training clip, it makes clips of ``chunks``.
+
+    Args:
+        demo: data, network and flow matching.
+        full_chunk_limit: L of the causal model.
+        compressed_patch_size: (frames, height, width) of a compressed token, in latents.
+        cache_window: compressed chunks that are kept while sampling; None keeps all.
+        long_context_ratio: of :class:`anyflow.methods.CausalConfig`.
+        pretrain: stage 1; there is no stage 2, which has not made these clips better.
+        step_counts: steps of a chunk that are shown.
+        chunks: chunks of a long clip.
+        samples: clips at each number of steps.
+    """
+
+    demo: DemoConfig
+    full_chunk_limit: int = 2
+    compressed_patch_size: tuple[int, int, int] = (1, 6, 6)
+    cache_window: int | None = 2
+    long_context_ratio: float = 1.0
+    pretrain: Stage = Stage(steps=600, lr=3e-3, cosine=True)
+    step_counts: tuple[int, ...] = (1, 2, 4)
+    chunks: int = 24
+    samples: int = 256
+
+    @classmethod
+    def for_budget(cls, budget: str, seed: int = 0, device: str = "cpu") -> CausalDemoConfig:
+        """Return the recipe of a budget, on the flow matching of :meth:`DemoConfig.for_budget`.
+
+        Raises:
+            ValueError: unknown budget.
+        """
+        full = cls(DemoConfig.for_budget(budget, seed, device))
+        if budget == "full":
+            return full
+        return replace(full, pretrain=Stage(steps=300, lr=5e-3, cosine=True), samples=128)

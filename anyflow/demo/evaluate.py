@@ -36,12 +36,13 @@ def build_evaluator(world: World) -> Evaluator:
     )
 
 
-def real_floor(world: World, evaluator: Evaluator) -> Metrics:
+def real_floor(world: World, evaluator: Evaluator, samples: int | None = None) -> Metrics:
     """Measure real videos against the held-out ones.
 
-    The score is the mean over several sets of the size of a sample set.
+    The score is the mean over several sets of the size of a sample set, which is that of the
+    configuration unless ``samples`` is given.
     """
-    labels = world.labels(world.config.samples).cpu()
+    labels = world.labels(world.config.samples if samples is None else samples).cpu()
     sets = (
         world.shapes.sample(len(labels), world.generator(910 + i), labels)
         for i in range(_FLOOR_SETS)

@@ -17,6 +17,8 @@ TITLES = {
     "pretrain": "stage 1: flow-map pretraining",
     "on_policy": "stage 2: on-policy distillation",
     "evaluation": "evaluation",
+    "causal_pretrain": "causal stage 1: pretraining",
+    "causal_evaluation": "long clips",
 }
 
 

@@ -80,7 +80,7 @@ def write_results(
             )
     save_animation(folder / "real.gif", tile_videos(real[:classes], 1, classes, upscale=_UPSCALE))
     about = _About(
-        _recipe(config, results.seconds), _environment(config), list(world.shapes.class_names)
+        _recipe(config, results.seconds), environment(config), list(world.shapes.class_names)
     )
     _write_samples(out, examples, real, about)
     results.save(out / METRICS_FILE)
@@ -202,18 +202,18 @@ def _recipe(config: DemoConfig, seconds: Mapping[str, float]) -> list[RecipeStag
         else "velocities of data and noise"
     )
     return [
-        _row(
+        stage_row(
             "Flow matching",
             config.flow_matching,
             f"{seconds['flow_matching']:.0f} s; the competitor, and the teacher and the start of "
             "stage 1",
         ),
-        _row(
+        stage_row(
             "Stage 1: flow-map pretraining",
             config.pretrain,
             f"{seconds['pretrain']:.0f} s more; on {target}; epsilon {config.epsilon} timesteps",
         ),
-        _row(
+        stage_row(
             "Stage 2: on-policy",
             config.on_policy,
             f"{seconds['on_policy']:.0f} s more; rollouts of {steps} steps; co-trained as in stage "
@@ -222,14 +222,16 @@ def _recipe(config: DemoConfig, seconds: Mapping[str, float]) -> list[RecipeStag
     ]
 
 
-def _row(name: str, stage: Stage, notes: str) -> RecipeStage:
+def stage_row(name: str, stage: Stage, notes: str) -> RecipeStage:
+    """Return a stage as a line of the recipe table."""
     rate = f"{stage.lr:g}{' cosine' if stage.cosine else ''}"
     if stage.critic_lr:
         rate += f", critic {stage.critic_lr:g}"
     return RecipeStage(name, stage.steps, stage.batch_size, rate, f"{stage.ema_decay:g}", notes)
 
 
-def _environment(config: DemoConfig) -> dict[str, str]:
+def environment(config: DemoConfig) -> dict[str, str]:
+    """Return what a page says of the machine and the versions."""
     return {
         "anyflow": anyflow.__version__,
         "PyTorch": torch.__version__,

@@ -80,7 +80,7 @@ def encode_animation(frames: Tensor, *, format: str = "webp", fps: float = 8.0) 
     images = [Image.fromarray(frame.numpy()) for frame in frames.cpu()]
     if format == "webp":
         images = [image.convert("RGB") for image in images]
-    return _animation(images, format=format, fps=fps)
+    return encode_images(images, format=format, fps=fps)
 
 
 def save_animation(path: str | Path, frames: Tensor, *, fps: float = 8.0) -> None:
@@ -90,6 +90,17 @@ def save_animation(path: str | Path, frames: Tensor, *, fps: float = 8.0) -> Non
     """
     path = Path(path)
     write_bytes(path, encode_animation(frames, format=path.suffix.lower().lstrip("."), fps=fps))
+
+
+def animation_still(animation: bytes) -> bytes:
+    """Return the last frame of an animation as a PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(animation)) as picture:
+        picture.seek(getattr(picture, "n_frames", 1) - 1)
+        picture.convert("RGB").save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def any_step_animation(
@@ -127,13 +138,13 @@ def any_step_animation(
         )
     layout = _Layout.fit(shapes.pop(), len(steps), width)
     colors = [INK, FAINT, *(method_style(method, i)[1] for i, method in enumerate(methods))]
-    background = _in_palette(layout.draw_labels(methods, steps), colors)
+    background = in_palette(layout.draw_labels(methods, steps), colors)
     frames = [background.copy() for _ in range(layout.frames)]
     for row, method in enumerate(methods):
         for column, n in enumerate(steps):
             for frame, tile in zip(frames, layout.tile(samples[method][n]), strict=True):
                 frame.paste(tile, layout.corner(row, column))
-    return _animation(frames, format="gif", fps=8.0)
+    return encode_images(frames, format="gif", fps=8.0)
 
 
 # the any-step picture's palette has 86 grays, which leave room for the colors of its letters
@@ -208,17 +219,22 @@ class _Layout:
         return picture
 
     def tile(self, videos: Tensor) -> list[Image]:
-        """Draw each frame of a cell, its grays as colors of the palette (:func:`_in_palette`)."""
-        from PIL import Image
-
+        """Draw each frame of a cell, its grays as colors of the palette (:func:`in_palette`)."""
         tiled = tile_videos(
             videos, self.rows, self.cols, upscale=self.upscale, padding=2, background=110
         )
-        indices = (tiled.cpu().float() / _GRAY_STEP).round().byte()
-        return [Image.fromarray(frame.numpy()) for frame in indices]
+        return gray_indices(tiled)
 
 
-def _in_palette(picture: Image, colors: Sequence[str]) -> Image:
+def gray_indices(frames: Tensor) -> list[Image]:
+    """Draw frames ``[F, H, W]`` uint8, their grays as colors of :func:`in_palette`'s palette."""
+    from PIL import Image
+
+    indices = (frames.cpu().float() / _GRAY_STEP).round().byte()
+    return [Image.fromarray(frame.numpy()) for frame in indices]
+
+
+def in_palette(picture: Image, colors: Sequence[str]) -> Image:
     """Return a picture with a palette of grays and of each color's way to white.
 
     The grays are ``_GRAY_STEP`` apart, from black.
@@ -229,17 +245,18 @@ def _in_palette(picture: Image, colors: Sequence[str]) -> Image:
     for color in colors[:10]:
         rgb = ImageColor.getrgb(color)[:3]
         shades += [tuple(round(255 + (part - 255) * i / 15) for part in rgb) for i in range(16)]  # type: ignore[misc]
-    pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8).view(
-        -1, 3
-    )
-    found, where = pixels.unique(dim=0, return_inverse=True)
+    pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+    # one number per color, which is found far sooner than a row of three
+    packed = pixels.view(-1, 3).int() @ torch.tensor([1 << 16, 1 << 8, 1], dtype=torch.int32)
+    packed, where = packed.unique(return_inverse=True)
+    found = torch.stack([packed >> 16, packed >> 8 & 255, packed & 255], dim=1)
     nearest = torch.cdist(found.float(), torch.tensor(shades, dtype=torch.float32)).argmin(dim=1)
     result = Image.frombytes("P", picture.size, nearest[where].to(torch.uint8).numpy().tobytes())
     result.putpalette([part for shade in shades for part in shade])
     return result
 
 
-def _animation(images: Sequence[Image], *, format: str, fps: float) -> bytes:
+def encode_images(images: Sequence[Image], *, format: str, fps: float) -> bytes:
     """Encode frames, endlessly looping."""
     options = {"lossless": True, "method": 6} if format == "webp" else {"optimize": False}
     buffer = io.BytesIO()

@@ -48,7 +48,7 @@ DARK_COLORS = {
     "#5b5f97": "#aeb2f5",
     "#444444": "#c9ced8",
 }
-_RC: dict[Any, Any] = {
+FIGURE_SETTINGS: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.linewidth": 0.8,
     "text.color": INK,
@@ -115,8 +115,8 @@ def any_step_figure(
     import matplotlib
     from matplotlib.figure import Figure
 
-    room = _Room.of(size, label_lines)
-    with matplotlib.rc_context(_RC):
+    room = Room.of(size, label_lines)
+    with matplotlib.rc_context(FIGURE_SETTINGS):
         figure = Figure(figsize=size)
         axes = figure.add_axes((room.left, room.bottom, room.width, room.height))
         axes.set_xscale("log", base=2)
@@ -144,7 +144,7 @@ def _styles(methods: Iterable[str]) -> dict[str, tuple[str, str, str]]:
 
 
 @dataclass(frozen=True)
-class _Room:
+class Room:
     """Place the axes in a figure; all numbers are shares of its width and height."""
 
     left: float
@@ -154,7 +154,7 @@ class _Room:
     title: float  # a share of the width of the axes, left of them
 
     @classmethod
-    def of(cls, size: tuple[float, float], label_lines: bool) -> _Room:
+    def of(cls, size: tuple[float, float], label_lines: bool) -> Room:
         right = 1 - (2.1 if label_lines else 0.12) / size[0]
         left = 0.55 / size[0]
         title = -0.45 / (size[0] * right - 0.55)
