@@ -50,10 +50,17 @@ def test_without_validation_every_sample_is_trained_on(small_recipe: Make) -> No
     assert list(split.picked) == list(range(len(SyntheticVideos()))) and split.held_out_picked == ()
 
 
-@pytest.mark.parametrize("target", ["data", "teacher"])
-def test_the_loss_is_that_of_the_averaged_weights(target: str, small_recipe: Make) -> None:
-    """Compare with the method's own loss of all videos in one batch, on the averages."""
-    small = small_recipe("unused")
+@pytest.mark.parametrize(
+    ("target", "causal"), [("data", False), ("teacher", False), ("data", True)]
+)
+def test_the_loss_is_that_of_the_averaged_weights(
+    target: str, causal: bool, small_recipe: Make
+) -> None:
+    """Compare with the method's own loss of all videos in one batch, on the averages.
+
+    A causal student sees all three chunks, and no bidirectional loss is added.
+    """
+    small = small_recipe("unused", causal=causal)
     recipe = dataclasses.replace(
         small,
         pretrain=dataclasses.replace(small.pretrain, velocity_target=target),
@@ -85,6 +92,8 @@ def test_the_loss_is_that_of_the_averaged_weights(target: str, small_recipe: Mak
         time_pairs=sample_time_pairs(
             5, uniforms=draws.uniform("validation times", (2,)).T, device="cpu"
         ),
+        num_chunks=3 if causal else None,
+        bidirectional=False,
         balance=balance,
     )
     expected = {name: value.item() for name, value in balance.metrics().items()}
