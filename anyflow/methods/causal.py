@@ -60,16 +60,6 @@ def check_causal(student: Any, causal: CausalConfig | None) -> None:
     )
 
 
-def require_bidirectional(**networks: Any) -> None:
-    """Raise a ValueError where a network, by its role, is the causal model."""
-    for name, network in networks.items():
-        if is_causal(network):
-            raise ValueError(
-                f"the {name} must be a bidirectional model: it sees whole videos, and this one is "
-                f"the causal {type(unwrapped(network)).__name__}"
-            )
-
-
 def training_partition(student: Any, causal: CausalConfig) -> ChunkPartition:
     """Return the chunks of a training video: those of the settings, or the student's own."""
     sizes = causal.chunk_partition

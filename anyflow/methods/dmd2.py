@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anyflow.methods.causal import CausalConfig, check_causal, require_bidirectional
+from anyflow.methods.causal import CausalConfig, check_causal
 from anyflow.methods.collectives import broadcast_from_rank_zero
 from anyflow.methods.output import LossOutput
-from anyflow.models.network import has_flow_map, velocity
+from anyflow.models.network import has_flow_map, require_bidirectional, velocity
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.rng import rand, randn_like, resolve_generator
 from anyflow.utils.validation import (

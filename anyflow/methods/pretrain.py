@@ -32,7 +32,7 @@ from anyflow.methods.pretrain_inputs import (
 from anyflow.methods.time_pairs import TimePairs, sample_time_pairs
 from anyflow.methods.training_chunks import TrainingChunks
 from anyflow.models.chunks import ChunkPartition
-from anyflow.models.network import has_flow_map, velocity
+from anyflow.models.network import has_flow_map, require_bidirectional, velocity
 from anyflow.ops import flow_map_loss
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.rng import rand, randn_like, resolve_generator
@@ -100,6 +100,7 @@ class AnyFlowPretrainMethod:
         self.config = config
         self.process_group = process_group
         check_causal(student, config.causal)
+        require_bidirectional(teacher=teacher)
         self._chunks = None if config.causal is None else TrainingChunks(student, config.causal)
         config.check_timesteps(scheduler.config.num_train_timesteps)
         self._plain = not has_flow_map(student)

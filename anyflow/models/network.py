@@ -54,6 +54,19 @@ def is_causal(model: Any) -> bool:
     return hasattr(unwrapped(model), "new_cache")
 
 
+def require_bidirectional(**networks: Any) -> None:
+    """Raise a ValueError where a network, by its role, is the causal model.
+
+    Called without its chunks it would take noisy frames for the context of one another.
+    """
+    for role, network in networks.items():
+        if is_causal(network):
+            raise ValueError(
+                f"the {role} must be a bidirectional model, which sees whole videos; this one is "
+                f"the causal {type(unwrapped(network)).__name__}"
+            )
+
+
 def unwrapped(model: Any) -> Any:
     """Return the network inside of what ``DistributedDataParallel`` returns, or the network."""
     return getattr(model, "module", model)

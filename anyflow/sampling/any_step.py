@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyflow.models.network import require_bidirectional
 from anyflow.sampling.network import Callback, GuidedNetwork, Schedule, replacement, sigmas_of
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 from anyflow.utils.rng import randn_like
@@ -38,7 +39,8 @@ def sample(
     Args:
         model: ``u(x_t, t, r)``, an :class:`~anyflow.models.AnyFlowTransformer3DModel` or a module
             with its call. A plain Wan model (``r_embedder=False``) needs
-            ``use_mean_velocity=False``.
+            ``use_mean_velocity=False``. The causal model is sampled by
+            :func:`~anyflow.sampling.sample_causal`.
         scheduler: gives the schedule; its state is not changed.
         noise: ``[B, F, C, H, W]`` standard normal; its dtype is the one the model sees. Never
             written.
@@ -61,11 +63,12 @@ def sample(
         ``[B, F, C, H, W]`` clean latents in noise's dtype.
 
     Raises:
-        ValueError: shapes do not fit, values are out of range, or a tensor given holds NaN or
-            infinity.
+        ValueError: the model is causal, shapes do not fit, values are out of range, or a tensor
+            given holds NaN or infinity.
         FloatingPointError: the latents hold NaN or infinity after a step, which is named with the
             videos; found at the end, where the host waits for the device once.
     """
+    _require_bidirectional(model)
     sigmas = sigmas_of(scheduler, num_inference_steps, sigmas, timesteps)
     network = GuidedNetwork(model, noise, prompt_embeds, guidance_scale, negative_prompt_embeds)
     first_frames = _first_frames(context_latents, noise)
@@ -107,6 +110,7 @@ def sample_consistency(
     not improve with them; the function is here for comparison. Arguments, result and errors are
     those of :func:`sample`; ``generator`` draws the noise that is added.
     """
+    _require_bidirectional(model)
     sigmas = sigmas_of(scheduler, num_inference_steps, sigmas, timesteps)
     network = GuidedNetwork(model, noise, prompt_embeds, 1.0, None)
     times = (sigmas * scheduler.config.num_train_timesteps).tolist()
@@ -121,6 +125,13 @@ def sample_consistency(
             latents = (1 - following) * clean + following * fresh
         network.note(latents)
     return network.checked(latents.to(noise.dtype))
+
+
+def _require_bidirectional(model: Any) -> None:
+    try:
+        require_bidirectional(model=model)
+    except ValueError as error:
+        raise ValueError(f"{error}: sample_causal samples it") from None
 
 
 def _first_frames(context_latents: Tensor | None, noise: Tensor) -> Tensor | None:

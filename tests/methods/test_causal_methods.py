@@ -22,7 +22,7 @@ from anyflow.methods import (
     TimePairs,
 )
 from anyflow.models import AnyFlowTransformer3DModel
-from anyflow.sampling import sample_causal
+from anyflow.sampling import sample, sample_causal, sample_consistency
 from anyflow.schedulers import FlowMapEulerDiscreteScheduler
 
 ROLLOUTS = ("n4.g0", "n4.g2", "n4.g3", "n8.g5")
@@ -412,6 +412,19 @@ def test_settings_and_networks_must_agree(causal_reference, scheduler, pretrain)
                 scheduler,
                 OnPolicyConfig(causal=CausalConfig()),
             )
+
+
+def test_a_causal_model_where_a_bidirectional_one_is_called_is_refused(
+    causal_reference, scheduler
+) -> None:
+    causal, plain = causal_reference.model(), _bidirectional(causal_reference)
+    with pytest.raises(ValueError, match="the teacher must be a bidirectional model"):
+        settings = PretrainConfig(velocity_target="teacher")
+        AnyFlowPretrainMethod(plain, scheduler, settings, teacher=causal)
+    noise, text = causal_reference["roll.noise_bfchw"], causal_reference["prompt_embeds"][:2]
+    for sampler in (sample, sample_consistency):
+        with pytest.raises(ValueError, match="the model must be .*: sample_causal samples it"):
+            sampler(causal, scheduler, noise, text)
 
 
 def test_the_loss_on_data_of_stage_2_must_be_causal_too(causal_reference, scheduler) -> None:

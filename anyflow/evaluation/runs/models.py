@@ -15,13 +15,14 @@ import torch
 
 from anyflow.data import SyntheticVideos
 from anyflow.evaluation.runs.layout import check_model_name
+from anyflow.models.network import is_causal
 from anyflow.pipelines.loading import ModelPaths, load_transformer
 from anyflow.pipelines.memory import Memory, check_options
 from anyflow.pipelines.plain_wan import load_scheduler, require_flow_map
 from anyflow.pipelines.prompts import VideoPrompt
 from anyflow.pipelines.renderer import Renderer
 from anyflow.pipelines.sample_settings import SampleSettings
-from anyflow.sampling import Callback, sample
+from anyflow.sampling import Callback, sample, sample_causal
 from anyflow.utils.devices import resolve_device
 from anyflow.utils.documents import read_json, shortened
 from anyflow.utils.threads import torch_threads
@@ -255,8 +256,9 @@ class _ShapesMaker:
         world = self.world
         label = torch.tensor([shapes_prompts().index(prompt.text)], device=world.device)
         noise = world.noise(1, torch.Generator().manual_seed(seed))
+        sample_video = sample_causal if is_causal(self.transformer) else sample
         with torch_threads(world.config.num_threads), torch.inference_mode():
-            latents = sample(
+            latents = sample_video(
                 self.transformer,
                 self.scheduler,
                 noise,
