@@ -209,6 +209,15 @@ _Dumper.add_representer(
 )
 
 _TAG = "tag:yaml.org,2002:"
+_LINE_BREAKS = "\x85\u2028\u2029"  # a reader may fold them, unless they are escaped
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    escaped = any(character in text for character in _LINE_BREAKS)
+    return dumper.represent_scalar(_TAG + "str", text, style='"' if escaped else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 _SCALARS: dict[str, Callable[[str], Any]] = {
     _TAG + "null": lambda text: None,
     _TAG + "bool": lambda text: {"true": True, "false": False}[text.lower()],

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipe_texts import SMALL, errors, write
 
-from anyflow.methods import PretrainConfig
+from anyflow.methods import CausalConfig, PretrainConfig
 from anyflow.training.config import (
     CheckpointConfig,
     NetworkConfig,
@@ -225,6 +225,7 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
         "- a",
         "a: b",
         "é\u2028 ",
+        "a\x85b",
         "",
     ]
 )
@@ -263,12 +264,26 @@ PARTS = st.fixed_dictionaries(
 )
 
 
+CAUSAL = st.builds(
+    CausalConfig,
+    chunk_partition=st.none() | st.lists(st.integers(1, 4096), min_size=1, max_size=4).map(tuple),
+    long_context_ratio=st.floats(0, 1),
+    bidirectional_prob=st.floats(0, 1),
+)
+
+
 @settings(max_examples=40)
-@given(base=st.sampled_from(NAMES), parts=PARTS)
+@given(base=st.sampled_from(NAMES), parts=PARTS, causal=CAUSAL)
 def test_every_recipe_is_its_dump_read_again(
-    base: str, parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    base: str,
+    parts: dict[str, Any],
+    causal: CausalConfig,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    recipe = dataclasses.replace(load_recipe(SHIPPED / base), **parts)
+    shipped = load_recipe(SHIPPED / base)
+    if shipped.pretrain.causal is not None:  # its student is causal, and so must its losses be
+        parts = {**parts, "pretrain": dataclasses.replace(parts["pretrain"], causal=causal)}
+    recipe = dataclasses.replace(shipped, **parts)
     path = write(tmp_path_factory.getbasetemp(), dump_recipe(recipe), "dumped.yaml")
     assert load_recipe(path) == recipe
 
