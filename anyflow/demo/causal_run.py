@@ -36,7 +36,7 @@ def run_causal_demo(config: CausalDemoConfig, out: Path, progress: DemoProgress)
 
     The flow matching is that of :func:`anyflow.demo.run_demo` of the same folder, which may have
     been trained there before. Writes ``checkpoints/<stage>/transformer`` and ``/scheduler``,
-    ``causal_metrics.json``, ``causal.gif``, ``causal.png`` and ``causal.html``.
+    ``causal_metrics.json``, ``causal.gif`` and ``causal.html``.
 
     Raises:
         ValueError: ``out`` is a file, is in use, or holds something else than a run of this

@@ -70,7 +70,7 @@ def training_partition(student: Any, causal: CausalConfig) -> ChunkPartition:
 
 @dataclass(frozen=True)
 class ChunkContext:
-    """Hold what the noisy frames of a batch attend to beside one another's chunk.
+    """Hold what the noisy frames of a batch attend to beside the frames of their own chunk.
 
     The last chunks are noisy; nothing here depends on their noise or time.
 

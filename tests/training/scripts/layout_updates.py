@@ -39,8 +39,8 @@ LAYOUTS = {  # by the number of processes: the mesh, and samples in a micro-step
     4: {"replicate2_sequence2": (ParallelConfig(replicate=2, shard=1, sequence=2), 2)},
     8: {"sequence8": (ParallelConfig(sequence=8), 1)},  # run by hand: it needs as many cores
 }
-# image-to-video and dropped prompts in some updates; without flow matching; the causal model with
-# the bidirectional loss in some updates, in both stages
+# image-to-video and dropped prompts in some updates; without flow matching; the causal model in
+# both stages, in stage 1 with the bidirectional loss in one of two updates
 CASES = {
     "pretrain": PretrainConfig(prompt_dropout=0.5, i2v_prob=0.5),
     "few_diffusion": PretrainConfig(diffusion_ratio=0.2, fuse_guidance_scale=1.0),
